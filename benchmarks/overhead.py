@@ -1,0 +1,146 @@
+"""What an exact window costs beside a hand-written perfect loop, interleaved in one run.
+
+    python benchmarks/overhead.py [--rounds 60] [--threads 1]
+
+The loop by hand does just what a window does: backward on sums, one division by the items, the norm and the clip, the
+finite check, the step, the clearing, the summed loss. Both loops train the same model with the same optimizer on the
+same micro-batches; the order alternates, and the ratio is that of the medians. The floor repeats the hand-written loop
+against itself: what differs from 1.000 there is noise.
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bigbatch
+
+VOCABULARY = 256
+
+
+class Decoder(nn.Module):
+    """A plain causal transformer: embedding, ``layers`` encoder layers under a causal mask, untied head."""
+
+    def __init__(self, *, layers: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens [rows, length] to logits [rows, length, VOCABULARY]."""
+        hidden = self.embedding(tokens)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=mask, is_causal=True)
+        return self.head(hidden)
+
+
+def loss_fn(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+    """Sum of the next-token losses of tokens [rows, length], and how many they are."""
+    logits, labels = model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    return F.cross_entropy(logits, labels, reduction="sum"), labels.numel()
+
+
+def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, microbatch: int) -> float:
+    """One update as somebody would write it who gets everything right."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    losses, items = [], 0
+    for rows in tokens.split(microbatch):
+        loss_sum, count = loss_fn(model, rows)
+        loss_sum.backward()
+        losses.append(loss_sum.detach())
+        items += count
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_div_(gradients, items)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    if math.isfinite(norm.item()):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack(losses).sum().item() / items
+
+
+def contenders(*, layers: int, width: int, microbatch: int) -> dict[str, Callable[[Tensor], float]]:
+    """Four loops over models of their own that begin alike: by hand (twice), Accumulator, Engine."""
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = Decoder(layers=layers, width=width)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def hand() -> Callable[[Tensor], float]:
+        model, optimizer = fresh()
+        return lambda tokens: by_hand(model, optimizer, tokens, microbatch)
+
+    def accumulator() -> Callable[[Tensor], float]:
+        model, optimizer = fresh()
+        windows = bigbatch.Accumulator(model, optimizer, max_grad_norm=1.0)
+
+        def run(tokens: Tensor) -> float:
+            parts = tokens.split(microbatch)
+            (window,) = (windows.windows(parts, num_microbatches=len(parts)),)
+            for opened in window:
+                for rows in opened:
+                    loss_sum, items = loss_fn(model, rows)
+                    opened.backward(loss_sum, items=items)
+                report = opened.step()
+            return report.loss
+
+        return run
+
+    def engine() -> Callable[[Tensor], float]:
+        model, optimizer = fresh()
+        whole = bigbatch.Engine(model, optimizer, loss_fn, microbatch=microbatch, max_grad_norm=1.0)
+        return lambda tokens: whole.step(tokens).loss
+
+    return {"by hand": hand(), "by hand, again": hand(), "Accumulator": accumulator(), "Engine": engine()}
+
+
+def measure(runs: dict[str, Callable[[Tensor], float]], tokens: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each update, the contenders taking turns in an order that rotates."""
+    names = list(runs)
+    losses = {name: [run(tokens) for _ in range(3)][-1] for name, run in runs.items()}
+    assert max(losses.values()) - min(losses.values()) < 1e-4, losses
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            runs[name](tokens)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=60, help="updates of each contender")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, CPU, {options.threads} thread(s)")
+    print(f"{'model':<36}{'loop':<17}{'ms/update':>10}{'ratio':>8}{'bound':>8}")
+    shapes = {
+        "4 layers, d=128, 8 of 4 × 64 tokens": ({"layers": 4, "width": 128, "microbatch": 4}, (32, 65), 1.02, 1),
+        "1 layer, d=32, 32 of 1 × 16 tokens": ({"layers": 1, "width": 32, "microbatch": 1}, (32, 17), 1.06, 5),
+    }
+    for label, (setting, shape, bound, more) in shapes.items():
+        tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+        times = measure(contenders(**setting), tokens, options.rounds * more)
+        base = statistics.median(times["by hand"])
+        for name, seconds in times.items():
+            median = statistics.median(seconds)
+            shown = f"{bound:.2f}" if name in ("Accumulator", "Engine") else ""
+            print(f"{label:<36}{name:<17}{1e3 * median:>10.2f}{median / base:>8.3f}{shown:>8}")
+
+
+if __name__ == "__main__":
+    main()

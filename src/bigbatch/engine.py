@@ -1,0 +1,291 @@
+"""The conductor: a batch goes in, one update comes out.
+
+split → window (forward, backward, accumulate) → update → report
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.accumulate import GradientSums
+from bigbatch.errors import WindowStateError
+from bigbatch.memory import peak_bytes
+from bigbatch.objective import Items, Ledger, Terms, as_terms
+from bigbatch.report import WindowReport
+from bigbatch.split import Collate, check_microbatch, split
+from bigbatch.update import Update
+from bigbatch.window import Window
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+LossFunction: TypeAlias = Callable[[Any, Any], "tuple[Tensor, Items] | Terms"]
+CountItems: TypeAlias = Callable[[Any], Mapping[str, Items]]
+
+
+class Accumulator:
+    """Exact accumulation windows in a loop of your own.
+
+        accumulator = Accumulator(model, optimizer, max_grad_norm=1.0)
+        for window in accumulator.windows(loader, num_microbatches=4):
+            for inputs, labels in window:
+                loss_sum = F.mse_loss(model(inputs), labels, reduction="sum")
+                window.backward(loss_sum, items=labels.numel())
+            report = window.step()
+
+    Each window updates the optimizer's parameters with Σ_i ∇loss_sum_i / Σ_i items_i. Only these parameters receive a
+    gradient, so accumulators over different parameters may share a graph and be open at the same time. Their ``.grad``
+    is cleared when a window opens and when it ends.
+
+    Args:
+        model: The module being trained, in one process.
+        optimizer: A ``torch.optim.Optimizer`` over its parameters, of any dtypes; bfloat16 parameters sum in float32.
+        max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
+        scheduler: A learning-rate scheduler, stepped once after each update.
+        scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
+
+    Raises:
+        TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
+        ValueError: None of the optimizer's parameters belongs to the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: "Optimizer",
+        *,
+        max_grad_norm: float | None = None,
+        scheduler: "LRScheduler | None" = None,
+        scaler: "GradScaler | None" = None,
+    ) -> None:
+        self._update = Update(optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm)
+        _check_model(model, optimizer)
+        self.model = model
+        self.optimizer = optimizer
+        self.num_steps = 0
+        self._open: Window | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        device: torch.device = self.optimizer.param_groups[0]["params"][0].device
+        return device
+
+    def windows(
+        self, loader: Iterable[Any], *, num_microbatches: int, count_items: CountItems | None = None
+    ) -> Iterator[Window]:
+        """Group a loader's micro-batches into windows; the last one holds what is left.
+
+        Args:
+            loader: Gives micro-batches, of any sizes. Drawn lazily, one at a time.
+            num_microbatches: How many make a window, at least 1.
+            count_items: For a loss of several terms, ``count_items(microbatch) → {term: items}``. The window's
+                micro-batches are then drawn before its first backward.
+
+        Raises:
+            ValueError: ``num_microbatches`` is below 1.
+            WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
+        """
+        if num_microbatches < 1:
+            raise ValueError(f"num_microbatches is {num_microbatches}: a window has at least 1 micro-batch.")
+        return self._windows(iter(loader), num_microbatches, count_items)
+
+    def _windows(
+        self, microbatches: Iterator[Any], num_microbatches: int, count_items: CountItems | None
+    ) -> Iterator[Window]:
+        try:
+            for first in microbatches:
+                taken: Iterable[Any] = chain([first], islice(microbatches, num_microbatches - 1))
+                totals = None
+                if count_items is not None:
+                    taken = list(taken)
+                    totals = _total_items(map(count_items, taken))
+                yield self.window(taken, num_microbatches=num_microbatches, totals=totals)
+            self._finish_previous()
+        finally:
+            if self._open is not None:
+                self._open.abort()
+
+    def window(
+        self,
+        microbatches: Iterable[Any] = (),
+        *,
+        num_microbatches: int = 1,
+        totals: Mapping[str, Items] | None = None,
+    ) -> Window:
+        """Open one window.
+
+        Args:
+            microbatches: What iterating over the window gives. May be left empty: ``window.backward`` takes any loss.
+            num_microbatches: How many backwards to expect; only float16 scaling looks at it.
+            totals: Items of the whole window by term, for a loss of several terms.
+
+        Raises:
+            WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
+        """
+        self._finish_previous()
+        self._open = Window(iter(microbatches), _Transaction(self, num_microbatches, totals))
+        return self._open
+
+    def _finish_previous(self) -> None:
+        if self._open is None or not self._open.is_open:
+            return
+        if self._open.num_microbatches:
+            raise WindowStateError(
+                f"a window is still open and holds the gradients of {self._open.num_microbatches} micro-batches. "
+                "Call its step(), or its abort() to drop them, before going on."
+            )
+        self._open.abort()
+
+
+class _Transaction:
+    """One window's sums and counts, and how they become an update of the accumulator's optimizer."""
+
+    def __init__(self, owner: Accumulator, num_microbatches: int, totals: Mapping[str, Items] | None) -> None:
+        self._owner = owner
+        self._scaler = owner._update.scaler
+        self._started_s = time.perf_counter()
+        self._num_microbatches = 0
+        self._ledger = Ledger(totals, expected_microbatches=num_microbatches, prescale=self._scaler is not None)
+        groups = owner.optimizer.param_groups
+        self._sums = GradientSums(chain.from_iterable(group["params"] for group in groups)).__enter__()
+
+    def add(self, loss_sum: Any, items: Items | None) -> None:
+        self._num_microbatches += 1
+        loss = self._ledger.record(as_terms(loss_sum if items is None else (loss_sum, items)))
+        if loss is not None:
+            self._sums.backward(loss if self._scaler is None else self._scaler.scale(loss))
+
+    def apply(self) -> WindowReport:
+        outcome = self._owner._update.apply(self._sums, self._ledger)
+        self.undo()
+        if outcome.skipped is None:
+            self._owner.num_steps += 1
+        return WindowReport(
+            step=self._owner.num_steps,
+            items=self._ledger.items(),
+            grad_norm=outcome.grad_norm,
+            num_microbatches=self._num_microbatches,
+            tokens=None,
+            peak_bytes=peak_bytes(self._owner.device),
+            elapsed_s=time.perf_counter() - self._started_s,
+            skipped=outcome.skipped,
+            _read_terms=self._ledger.terms,
+        )
+
+    def undo(self) -> None:
+        self._sums.__exit__(None, None, None)
+
+
+class Engine:
+    """One exact update from one batch of any size.
+
+        engine = Engine(model, optimizer, loss_fn, microbatch=8)
+        for batch in loader:                        # on the CPU, as large as you like
+            report = engine.step(batch)
+
+    The gradient is Σ_i ∇loss_sum_i / Σ_i items_i over the micro-batches i of the batch: ``microbatch`` decides about
+    memory and time, never about the result. No state outlives a step.
+
+    Args:
+        model: The module being trained; micro-batches are moved to the device of its first parameter.
+        optimizer: As for `Accumulator`.
+        loss_fn: ``loss_fn(model, microbatch) → (loss_sum, items)``: the 0-d **sum** of the item losses and how many
+            items it runs over; or ``{term: (loss_sum, items)}``, whose total is Σ_term sum / items.
+        microbatch: Samples of one forward and backward.
+        collate: For batches that are lists of samples: makes one micro-batch of a list. Padding is then that of the
+            micro-batch.
+        lengths: ``lengths(batch) → one length per sample``, in tokens, for ``report.tokens``.
+        count_items: ``count_items(batch) → {term: items}``, needed for a loss of several terms.
+        max_grad_norm: As for `Accumulator`.
+        scheduler: As for `Accumulator`.
+        scaler: As for `Accumulator`.
+
+    Raises:
+        TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
+        ValueError: A setting out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: "Optimizer",
+        loss_fn: LossFunction,
+        *,
+        microbatch: int,
+        collate: Collate | None = None,
+        lengths: Callable[[Any], Sequence[int]] | None = None,
+        count_items: CountItems | None = None,
+        max_grad_norm: float | None = None,
+        scheduler: "LRScheduler | None" = None,
+        scaler: "GradScaler | None" = None,
+    ) -> None:
+        check_microbatch(microbatch)
+        self.accumulator = Accumulator(
+            model, optimizer, max_grad_norm=max_grad_norm, scheduler=scheduler, scaler=scaler
+        )
+        self.model = model
+        self.loss_fn = loss_fn
+        self.microbatch = microbatch
+        self.collate = collate
+        self.lengths = lengths
+        self.count_items = count_items
+
+    def step(self, batch: Any) -> WindowReport:
+        """Apply the gradient of the whole batch, once.
+
+        Args:
+            batch: A pytree of tensors ``[samples, ...]`` on any device, or with ``collate`` a list of samples.
+
+        Whatever ``loss_fn`` raises passes through, with the window aborted and the gradients cleared. An empty batch
+        is a window without items.
+
+        Raises:
+            TypeError: The batch cannot be cut, or ``loss_fn`` returned something else than sums and items.
+            ValueError: A loss or a count is not what it must be; the message says which.
+        """
+        microbatches = split(batch, self.microbatch, device=self.accumulator.device, collate=self.collate)
+        totals = None if self.count_items is None else self.count_items(batch)
+        window = self.accumulator.window(microbatches, num_microbatches=len(microbatches), totals=totals)
+        try:
+            for microbatch in window:
+                window.backward(self.loss_fn(self.model, microbatch))
+            report = window.step()
+        finally:
+            window.abort()
+        return report if self.lengths is None else replace(report, tokens=sum(self.lengths(batch)))
+
+
+def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:
+    totals: dict[str, Items] = {}
+    for count in counts:
+        for name, items in count.items():
+            totals[name] = totals.get(name, 0) + items
+    return totals
+
+
+def _check_model(model: nn.Module, optimizer: "Optimizer") -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is being trained.")
+    wrapper = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _RANK_WRAPPERS), None)
+    if wrapper is not None:
+        raise TypeError(
+            f"the model is wrapped in {wrapper}, which averages gradients over ranks at every backward, and so gives "
+            "ranks with few items too much weight. This version trains in one process: pass the module itself."
+        )
+    own = set(model.parameters())
+    if own and not any(p in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "none of the optimizer's parameters belongs to the model: it would never change. Make the optimizer from "
+            "model.parameters(), after the model has its final form and device."
+        )
+
+
+_RANK_WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})

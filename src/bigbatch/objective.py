@@ -1,0 +1,197 @@
+"""What a loss function returns: sums and items. The only divisor of the package is made here.
+
+For one term the gradient is Σ_i ∇s_i / Σ_i n_i: micro-batches are differentiated undivided, and the total is divided
+once, when its items are known. A loss of several terms is Σ_t (Σ_i s_ti / N_t), so each term is divided by its own
+total before it is differentiated, and the totals N_t have to be known first.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bigbatch.report import TermReport
+
+Items: TypeAlias = int | float | Tensor
+Terms: TypeAlias = Mapping[str, tuple[Tensor, Items]]
+
+SINGLE = "loss"  # the name of the term of a loss that has only one
+
+
+def as_terms(result: object) -> Terms:
+    """Bring ``(loss_sum, items)`` or ``{name: (loss_sum, items)}`` to the second form, and check it.
+
+    Args:
+        result: What a loss function returned.
+
+    Raises:
+        TypeError: It is neither of the two.
+        ValueError: A loss is not a 0-d tensor, or items are not one non-negative number.
+    """
+    terms: Mapping[str, Any] = result if isinstance(result, Mapping) else {SINGLE: result}
+    if not terms:
+        raise ValueError("the loss has no term: give at least one (loss_sum, items).")
+    for name, term in terms.items():
+        if not isinstance(term, tuple | list) or len(term) != 2:
+            raise TypeError(
+                f"the term {name!r} of the loss is {_describe(term)}: give the pair (loss_sum, items), the sum of the "
+                "item losses and how many items it runs over, for example "
+                "(F.cross_entropy(logits, labels, reduction='sum'), labels.numel())."
+            )
+        _check_loss(name, term[0])
+        _check_items(name, term[1])
+    return terms
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _check_loss(name: str, loss_sum: object) -> None:
+    if not isinstance(loss_sum, Tensor):
+        raise TypeError(f"the loss of the term {name!r} is {_describe(loss_sum)}: it must be a 0-d tensor.")
+    if loss_sum.ndim:
+        raise ValueError(
+            f"the loss of the term {name!r} has shape {tuple(loss_sum.shape)}: it must be the 0-d sum of the item "
+            "losses. Use reduction='sum', or call .sum() on it."
+        )
+
+
+def _check_items(name: str, items: object) -> None:
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(
+                f"the items of the term {name!r} have shape {tuple(items.shape)}: they must be one number, the count "
+                "of the micro-batch. Call .sum() on the mask."
+            )
+        if items.device.type != "cpu":  # looking at its value would make the host wait for the device
+            return
+        items = items.item()
+    if not isinstance(items, int | float):
+        raise TypeError(
+            f"the items of the term {name!r} are {_describe(items)}: they must be a number or a 0-d tensor."
+        )
+    if not 0 <= items < math.inf:
+        raise ValueError(f"the items of the term {name!r} are {items}: they must be a finite count, 0 or more.")
+
+
+class Ledger:
+    """Loss sums and items of one window, by term; tells what to differentiate and what to divide by.
+
+    Args:
+        totals: Items of the whole window by term, where they are known before the first backward.
+        expected_microbatches: How many micro-batches the window is likely to have.
+        prescale: Differentiate a single term divided by a power of two near its total, for float16: gradients then
+            have the range of a mean loss instead of a sum's. Exact, since powers of two only move the exponent.
+    """
+
+    def __init__(
+        self,
+        totals: Mapping[str, Items] | None = None,
+        *,
+        expected_microbatches: int = 1,
+        prescale: bool = False,
+    ) -> None:
+        self.totals = None if totals is None else {name: _host(items) for name, items in totals.items()}
+        self._expected_microbatches = expected_microbatches
+        self._prescale = prescale
+        self._prescaled_by: float | Tensor = 1.0
+        self._sums: dict[str, list[Tensor]] = {}
+        self._items: dict[str, list[Items]] = {}
+
+    def record(self, terms: Terms) -> Tensor | None:
+        """Note one micro-batch; return the 0-d loss to differentiate, or None where it has no item at all."""
+        if self.totals is None:
+            return self._record_single(terms)
+        weighted: Tensor | None = None
+        for name, (loss_sum, items) in terms.items():
+            if name not in self.totals:
+                raise ValueError(
+                    f"the loss has the term {name!r}, and count_items told the totals of "
+                    f"{', '.join(map(repr, self.totals))}: count it there too."
+                )
+            if self._note(name, loss_sum, items):
+                part = loss_sum / self.totals[name]
+                weighted = part if weighted is None else weighted + part
+        return weighted
+
+    def _record_single(self, terms: Terms) -> Tensor | None:
+        if len(terms) > 1 or (self._sums and not terms.keys() <= self._sums.keys()):
+            names = ", ".join(repr(name) for name in {**self._sums, **terms})
+            raise ValueError(
+                f"the loss has the terms {names}: several terms need their totals before the first backward. Pass "
+                "count_items=, a function that gives {name: items} for these names."
+            )
+        ((name, (loss_sum, items)),) = terms.items()
+        if not self._note(name, loss_sum, items):
+            return None
+        if self._prescale:
+            if self._prescaled_by == 1.0:
+                self._prescaled_by = _power_of_two_near(items, self._expected_microbatches)
+            loss_sum = loss_sum / self._prescaled_by
+        return loss_sum
+
+    def _note(self, name: str, loss_sum: Tensor, items: Items) -> bool:
+        """Enter one term of one micro-batch; tell whether it may have items."""
+        items = _host(items)
+        self._items.setdefault(name, []).append(items)
+        sums = self._sums.setdefault(name, [])
+        if isinstance(items, Tensor) or items:
+            sums.append(loss_sum.detach())
+            return True
+        return False
+
+    def items(self, name: str | None = None) -> float:
+        """Items so far of one term, by default of the first; reads the device where the counts live there."""
+        if name is None:
+            name = next(iter(self.totals or self._items), SINGLE)
+        counts = self._items.get(name, [])
+        on_device = [count.reshape(()) for count in counts if isinstance(count, Tensor)]
+        total = sum(count for count in counts if not isinstance(count, Tensor))
+        if on_device:
+            total += torch.stack(on_device).sum().item()  # waits for the device
+        return total
+
+    def divisor(self) -> float:
+        """What the summed gradient is still to be divided by; 0 for a window without items.
+
+        Reads the device where the counts live there. Raises ValueError if ``count_items`` told other totals than the
+        micro-batches held: terms would have been divided by the wrong number.
+        """
+        if self.totals is None:
+            return self.items() / float(self._prescaled_by)
+        for name, total in self.totals.items():
+            if (seen := self.items(name)) != total:
+                raise ValueError(
+                    f"count_items told {total} items for the term {name!r}, and the micro-batches held {seen}: the "
+                    "two must count the same things."
+                )
+        return 1.0 if any(self.totals.values()) else 0.0
+
+    def terms(self) -> dict[str, TermReport]:
+        """Loss and items of each term over the window; waits for the device."""
+        reports = {}
+        for name, sums in self._sums.items():
+            items = self.items(name)
+            total = torch.stack(sums).sum(dtype=_sum_dtype(sums[0])).item() if sums else 0.0
+            reports[name] = TermReport(loss=total / items if items else math.nan, items=items)
+        return reports
+
+
+def _host(items: Items) -> Items:
+    """Turn counts that are on the CPU into numbers, which no device has to be asked for."""
+    return items.item() if isinstance(items, Tensor) and items.device.type == "cpu" else items
+
+
+def _power_of_two_near(items: Items, expected_microbatches: int) -> float | Tensor:
+    if isinstance(items, Tensor):
+        return torch.exp2(torch.ceil(torch.log2(items.detach().float() * expected_microbatches)).clamp(min=0))
+    return 2.0 ** max(0, math.ceil(math.log2(items * expected_microbatches)))
+
+
+def _sum_dtype(loss_sum: Tensor) -> torch.dtype:
+    return torch.float32 if loss_sum.device.type == "mps" else torch.float64

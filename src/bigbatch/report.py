@@ -1,0 +1,60 @@
+"""What one window did: a frozen record whose device values are read only when asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TermReport:
+    """One term of the loss over a window.
+
+    Attributes:
+        loss: Sum of the item losses divided by ``items``; NaN without items.
+        items: Number of items the term averages over, in the whole window.
+    """
+
+    loss: float
+    items: float
+
+
+@dataclass(frozen=True)
+class WindowReport:
+    """What one window did.
+
+    Attributes:
+        step: Optimizer updates done so far, this one included. A skipped window does not count.
+        items: Items of the window: of the only term, or of the first where there are several (see ``terms``).
+        grad_norm: 2-norm of the divided gradient before clipping; NaN for a window without items.
+        num_microbatches: Micro-batches of this rank in this window.
+        tokens: Tokens of the window without padding, where ``Engine(lengths=...)`` can tell; None elsewhere.
+        peak_bytes: Highest memory in bytes so far in this process: what torch allocated on the device for CUDA,
+            the resident set on the CPU. None where the platform does not tell.
+        elapsed_s: Seconds on the host's clock from the opening of the window to the end of the update.
+        syncs: Gradient synchronisations between ranks; 0 in one process.
+        skipped: Why the window changed nothing ("no items", "non-finite gradient"), or None if it was applied.
+    """
+
+    step: int
+    items: float
+    grad_norm: float
+    num_microbatches: int
+    tokens: int | None
+    peak_bytes: int | None
+    elapsed_s: float
+    syncs: int = 0
+    skipped: str | None = None
+    _read_terms: Callable[[], dict[str, TermReport]] = field(default=dict, repr=False, compare=False)
+
+    @property
+    def terms(self) -> dict[str, TermReport]:
+        """Each term of the loss by its name. Waits for the device."""
+        return self._read_terms()
+
+    @property
+    def loss(self) -> float:
+        """Σ over the terms of (sum of item losses) / (items), over the window. Waits for the device.
+
+        Terms without an item are left out; NaN where no term has any.
+        """
+        losses = [term.loss for term in self.terms.values() if term.items]
+        return sum(losses) if losses else float("nan")

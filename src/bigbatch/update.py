@@ -1,0 +1,141 @@
+"""The update: unscale, divide, check, clip, step, schedule. Once per window, on the total."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bigbatch.accumulate import NARROW_DTYPES, GradientSums
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from bigbatch.objective import Ledger
+
+# Added to the norm in the clip coefficient, as torch.nn.utils.clip_grad_norm_ does, so that both clip alike.
+CLIP_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did.
+
+    Attributes:
+        grad_norm: 2-norm of the divided gradient before clipping; NaN without items.
+        skipped: Why nothing was updated, or None.
+    """
+
+    grad_norm: float
+    skipped: str | None = None
+
+
+class Update:
+    """Apply the gradient of a whole window.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer`` that evaluates the loss at most once in a step.
+        scheduler: Stepped once after each update that was applied.
+        scaler: A gradient scaler for float16 autocast over float32 parameters.
+        max_grad_norm: Largest 2-norm of the divided gradient, over all parameters of the optimizer; None to not clip.
+    """
+
+    def __init__(
+        self,
+        optimizer: "Optimizer",
+        *,
+        scheduler: "LRScheduler | None" = None,
+        scaler: "GradScaler | None" = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        _check_optimizer(optimizer)
+        _check_scheduler(scheduler)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.max_grad_norm = max_grad_norm
+        if self.scaler is not None:
+            _check_scalable(optimizer)
+
+    def apply(self, sums: GradientSums, ledger: "Ledger") -> Outcome:
+        """Turn the sums of a window into one update, or into none if they cannot be one.
+
+        Waits for the device once, for the count and the norm that decide whether there is an update at all.
+        """
+        gradients = sums.tensors()
+        if not gradients and not ledger.divisor():
+            return Outcome(math.nan, skipped="no items")
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm_of_sums = torch.nn.utils.get_total_norm(gradients)
+        divisor = ledger.divisor()
+        grad_norm = norm_of_sums.item() / divisor if divisor else math.nan  # .item() waits for the device
+        if math.isfinite(grad_norm):
+            _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
+            sums.hand_over()
+            self._step(ledger)
+        if self.scaler is not None:
+            self.scaler.update()
+        if not divisor:
+            return Outcome(math.nan, skipped="no items")
+        return Outcome(grad_norm, skipped=None if math.isfinite(grad_norm) else "non-finite gradient")
+
+    def _clip_coefficient(self, grad_norm: float) -> float:
+        if self.max_grad_norm is None:
+            return 1.0
+        return min(1.0, self.max_grad_norm / (grad_norm + CLIP_EPSILON))
+
+    def _step(self, ledger: "Ledger") -> None:
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            loss = sum(term.loss for term in ledger.terms().values() if term.items)
+            self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
+        elif self.scaler is not None:
+            self.scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+
+def _scale(gradients: list[Tensor], factor: float) -> None:
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+
+
+def _check_optimizer(optimizer: "Optimizer") -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass a torch.optim.Optimizer.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        group = optimizer.param_groups[0]
+        if group["max_iter"] != 1 or group["line_search_fn"] is not None:
+            raise TypeError(
+                f"LBFGS with max_iter={group['max_iter']} and line_search_fn={group['line_search_fn']!r} evaluates the "
+                "loss again within one update, when the micro-batches of the window are gone. "
+                "Use LBFGS(max_iter=1, line_search_fn=None), or another optimizer."
+            )
+
+
+def _check_scheduler(scheduler: "LRScheduler | None") -> None:
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            "ReduceLROnPlateau needs a validation loss at each step, which an update does not have. "
+            "Leave scheduler= out and call scheduler.step(validation_loss) after each validation."
+        )
+
+
+def _check_scalable(optimizer: "Optimizer") -> None:
+    narrow = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype in NARROW_DTYPES}
+    if narrow:
+        raise TypeError(
+            f"a GradScaler is for float16 autocast over float32 parameters, and these are {_names(narrow)}. "
+            "Keep the parameters in float32, or leave scaler= out."
+        )
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
