@@ -1,0 +1,53 @@
+"""Write docs/reference/api.md from the docstrings of the public names.
+
+python docs/make_reference.py            # a test fails when the file is not what this would write
+"""
+
+import dataclasses
+import enum
+import inspect
+from pathlib import Path
+
+import bigbatch
+
+TARGET = Path(__file__).parent / "reference" / "api.md"
+
+
+def reference() -> str:
+    """Give the page: each public name with its signature and docstring, and so its public methods."""
+    parts = ["# Reference\n\nMade from the docstrings by `python docs/make_reference.py`.\n"]
+    for name in sorted(set(bigbatch.__all__) - {"__version__"}):
+        thing = getattr(bigbatch, name)
+        parts.append(_entry(f"## `bigbatch.{name}`", name, thing))
+        if inspect.isclass(thing) and not issubclass(thing, Exception | enum.Enum):
+            parts += [
+                _entry(f"### `{name}.{member}`", member, value)
+                for member, value in vars(thing).items()
+                if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
+            ]
+    return "\n".join(parts)
+
+
+def _entry(heading: str, name: str, thing: object) -> str:
+    docstring = inspect.getdoc(thing)
+    if not docstring:
+        raise SystemExit(f"{heading} has no docstring.")
+    signature = "" if isinstance(thing, property) or _is_plain(thing) else f"{name}{_call(thing)}\n\n"
+    return f"{heading}\n\n```text\n{signature}{docstring}\n```\n"
+
+
+def _call(thing: object) -> inspect.Signature:
+    """Give the signature without types, which the docstrings tell in words."""
+    signature = inspect.signature(thing)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
+    return signature.replace(parameters=plain, return_annotation=signature.empty)
+
+
+def _is_plain(thing: object) -> bool:
+    """Tell whether nobody calls it: errors, enums and what the package itself makes."""
+    return inspect.isclass(thing) and (issubclass(thing, Exception | enum.Enum) or dataclasses.is_dataclass(thing))
+
+
+if __name__ == "__main__":
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(reference(), encoding="utf-8")
