@@ -1,0 +1,151 @@
+"""The ``bigbatch`` command: names the command, lets :mod:`~bigbatch.cli.parse` read its words, and runs it.
+
+    words → parse (pydantic) → the command's module, imported only now → its exit code
+
+Help and complaints about input load no torch, no terminal library and no data library. This package is the only
+one that prints or reads the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import select
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from bigbatch import __version__
+from bigbatch.errors import BigbatchError, InputError
+
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+COMMANDS = {
+    "train": "pretrain or fine-tune a causal language model with the batch you want",
+    "verify": "prove on your model, loss and data that every cut gives the full-batch gradient",
+    "generate": "let a trained run go on with a text",
+}
+"""The commands, each a module of this package with ``run(...) -> int``, and their line in ``--help``."""
+
+TRAIN_EXTRA = frozenset(
+    ["transformers", "tokenizers", "datasets", "safetensors", "peft", "pydantic", "pydantic_core", "rich", "psutil"]
+)
+"""Modules that the extra ``train`` installs; one that is missing is a sentence, not a traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 75 stopped after saving.
+
+    Args:
+        argv: the words after the program's name; ``None`` takes those of this process.
+
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    speaker = f"bigbatch {words[0]}" if words and words[0] in COMMANDS else "bigbatch"
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except InputError as error:
+        return _complain(speaker, str(error), BAD_INPUT)
+    except BigbatchError as error:
+        return _complain(speaker, str(error), FAILED)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in TRAIN_EXTRA:
+            raise
+        return _complain(speaker, f'{module} is not installed: pip install "bigbatch[train]".', BAD_INPUT)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the terminal has just written ^C
+        return _complain(speaker, "interrupted.", INTERRUPTED)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return FAILED
+    return code
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    first, *rest = words or ["--help"]
+    if first in ("-h", "--help"):
+        print(_overview())
+        return DONE
+    if first == "--version":
+        print(f"bigbatch {__version__}")
+        return DONE
+    if first not in COMMANDS:
+        raise InputError(_unknown_command(first))
+
+    from bigbatch.cli import parse
+
+    asked = rest[: rest.index("--")] if "--" in rest else rest
+    if "-h" in asked or "--help" in asked:
+        print(parse.help_text(first), end="")
+        return DONE
+    arguments = parse.parse(first, rest)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    code: int = importlib.import_module(f"bigbatch.cli.{first}").run(*arguments)
+    return code
+
+
+def _unknown_command(word: str) -> str:
+    if word.startswith("-"):
+        return f"{word.partition('=')[0]} comes before any command: bigbatch --help lists them."
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "bigbatch --help lists them."
+    return f"unknown command {word!r}: {hint}"
+
+
+def _overview() -> str:
+    """Return ``bigbatch --help``, wrapped to the terminal; written by hand because it must load nothing."""
+    width = min(100, shutil.get_terminal_size().columns) - 2
+    indent = " " * 12
+    return "\n".join(
+        [
+            "usage: bigbatch COMMAND [--flag value ...]",
+            "",
+            textwrap.fill(
+                "Train with the batch you want on the memory you have, and get exactly the update the big batch "
+                "would have given.",
+                width,
+            ),
+            "",
+            "commands:",
+            *(
+                textwrap.fill(about, width, initial_indent=f"  {name:<10}", subsequent_indent=indent)
+                for name, about in COMMANDS.items()
+            ),
+            "",
+            "where to begin:",
+            "  bigbatch train            a small model on Python's own standard library",
+            "  bigbatch train --help     every setting, with its default",
+            "",
+            "exit codes:",
+            "  0 done    1 failed    2 bad input    75 stopped by a signal after saving",
+        ]
+    )
+
+
+def _complain(speaker: str, sentence: str, code: int) -> int:
+    print(f"{speaker}: {sentence}", file=sys.stderr)
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Return whether nobody reads our output any more, as in ``bigbatch ... | head``, and if so discard the rest.
+
+    The interpreter would otherwise try once more to flush it at exit, and complain.
+    """
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no poll on Windows; a stdout without a descriptor
+        descriptor = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            return True
+    return False

@@ -1,0 +1,53 @@
+"""``bigbatch generate``: let the model of a run go on with a text."""
+
+import difflib
+from pathlib import Path
+
+from bigbatch.cli.console import quiet_libraries
+from bigbatch.cli.options import GenerateOptions
+from bigbatch.errors import InputError
+
+DONE = 0
+
+
+def run(options: GenerateOptions) -> int:
+    """Print the prompt and what the model writes after it, as it comes."""
+    folder = _model_folder(options.run)
+
+    import torch
+    from transformers import TextStreamer
+
+    from bigbatch.lm.device import find_machine
+    from bigbatch.lm.model import load_model
+    from bigbatch.lm.tokenizer import load_tokenizer
+    from bigbatch.lm.trainer import continue_text
+
+    quiet_libraries()
+    machine = find_machine(options.device, "float32")
+    tokenizer = load_tokenizer(str(folder))
+    model = load_model(str(folder), dtype=machine.weights_dtype).to(machine.device).eval()
+    torch.manual_seed(options.seed)
+    with torch.no_grad():
+        continue_text(
+            model,
+            tokenizer,
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+    return DONE
+
+
+def _model_folder(run: Path) -> Path:
+    """Find the model of a run; a model folder by itself will do."""
+    for folder in (run / "model", run):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    if not run.is_dir():
+        siblings = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
+        near = difflib.get_close_matches(run.name, siblings, n=1)
+        hint = f"did you mean {run.parent / near[0]}?" if near else "bigbatch train makes one."
+        raise InputError(f"there is no run {run}: {hint}")
+    raise InputError(f"{run} holds no trained model: a run has one in {run / 'model'} once it has ended.")

@@ -1,0 +1,163 @@
+"""What each command takes: the small frozen models beside the training configuration, and the table of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from bigbatch.lm.config import (
+    GROUPS,
+    LARGEST_COUNT,
+    Count,
+    Device,
+    FieldGroup,
+    Folder,
+    Number,
+    Seed,
+    Text,
+    TrainConfig,
+    Whole,
+)
+
+
+def _split_commas(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+class VerifyOptions(BaseModel):
+    """What ``bigbatch verify`` proves, beside the model, data and loss of the run.
+
+    ``cuts`` are micro-batch sizes in sequences; ``None`` leaves them to the command. ``as_json`` is ``--json``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cuts: Annotated[tuple[Count, ...], BeforeValidator(_split_commas)] | None = Field(
+        default=None,
+        description="micro-batch sizes to compare, in sequences, such as 1,2,4 (default: 1, 2, 4 and so on, up "
+        "to the whole batch)",
+    )
+    samples: Count = Field(default=16, description="sequences in the batch that is cut")
+    as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of a table")
+
+
+class SourceOptions(BaseModel):
+    """Where a configuration comes from beside its own flags; a TOML file may hold neither of these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: Folder | None = Field(
+        default=None,
+        description="a TOML file with any of the settings above as global_batch = 64; flags win (default: none)",
+    )
+    gradient_accumulation_steps: Count | None = Field(
+        default=None,
+        description="sets --microbatch to the global batch over N, rounded up, for commands written for other "
+        "tools (default: none)",
+    )
+
+
+class GenerateOptions(BaseModel):
+    """What ``bigbatch generate`` writes, from which run and how freely."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Folder = Field(description="the folder of a trained run")
+    prompt: Text = Field(default="def ", description="the text to go on from, in quotes")
+    max_new_tokens: Count = Field(default=120, description="tokens to write at most")
+    temperature: Number = Field(default=0.8, ge=0, description="0 = always the likeliest token; higher is freer")
+    top_k: Whole = Field(
+        default=50, ge=0, le=LARGEST_COUNT, description="choose among the K likeliest tokens; 0 = among all"
+    )
+    seed: Seed = Field(default=0, description="the same seed writes the same text")
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = the best there is")
+
+
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "global_batch",
+    "train_batch_size": "global_batch",
+    "total_batch_size": "global_batch",
+    "per_device_train_batch_size": "microbatch",
+    "micro_batch_size": "microbatch",
+    "device_batch_size": "microbatch",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "max_steps": "steps",
+    "max_iters": "steps",
+    "num_iterations": "steps",
+    "num_train_epochs": "epochs",
+    "max_seq_length": "max_length",
+    "block_size": "max_length",
+    "warmup": "warmup_steps",
+    "gradient_clip_val": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "lr_scheduler_type": "schedule",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "eval_steps": "validation_every",
+    "output_dir": "out",
+    "dtype": "precision",
+}
+"""What other tools call our settings, for the suggestion beside an unknown one; never accepted as input."""
+
+
+def flag_key(name: str, info: FieldInfo) -> str:
+    """Return what a field's flag is called, underscores for dashes."""
+    return info.alias or name
+
+
+Section = tuple[type[BaseModel], FieldGroup]
+"""Flags that the help shows together, and the model that validates them."""
+
+
+class Command(NamedTuple):
+    """What one command takes, and what its ``--help`` says around the flags."""
+
+    about: str
+    examples: tuple[str, ...]
+    sections: tuple[Section, ...]
+    positionals: tuple[str, ...] = ()
+
+    def models(self) -> tuple[type[BaseModel], ...]:
+        """Return the models behind the flags, each once, in order."""
+        return tuple(dict.fromkeys(model for model, _ in self.sections))
+
+    def fields(self) -> dict[str, FieldInfo]:
+        """Return every field by the name that its flag has, underscores for dashes."""
+        return {flag_key(name, info): info for model in self.models() for name, info in model.model_fields.items()}
+
+
+_SOURCE: Section = (SourceOptions, FieldGroup("file", "Settings from elsewhere.", tuple(SourceOptions.model_fields)))
+_CONFIG: tuple[Section, ...] = (*((TrainConfig, group) for group in GROUPS), _SOURCE)
+
+COMMANDS = {
+    "train": Command(
+        about="Pretrain or fine-tune a causal language model with the batch you name; the micro-batch only has to "
+        "fit in memory, the updates are those of the whole batch. Without any flag: a small model on Python's own "
+        "standard library, minutes on a CPU.",
+        examples=(
+            "bigbatch train",
+            "bigbatch train --data texts/ --global-batch 512 --microbatch 4 --epochs 2",
+        ),
+        sections=_CONFIG,
+    ),
+    "verify": Command(
+        about="Prove on this model, loss and data that every way of cutting the batch gives the gradient of the "
+        "whole batch, beside what averaging the micro-batches' means would give. Takes the flags of train and "
+        "trains nothing; the exit code is 0 only if every cut is exact.",
+        examples=("bigbatch verify", "bigbatch verify --data chats.jsonl --precision float64 --cuts 1,2,4 --json"),
+        sections=(
+            (VerifyOptions, FieldGroup("proof", "What is compared.", tuple(VerifyOptions.model_fields))),
+            *_CONFIG,
+        ),
+    ),
+    "generate": Command(
+        about="Let a trained run go on with a text.",
+        examples=("bigbatch generate runs/tiny-python-stdlib", 'bigbatch generate RUN "class Tree" --temperature 0'),
+        sections=((GenerateOptions, FieldGroup("writing", "How it writes.", tuple(GenerateOptions.model_fields))),),
+        positionals=("run", "prompt"),
+    ),
+}

@@ -1,0 +1,255 @@
+"""What a training run is asked to do: one frozen, validated value that flags, TOML and ``config.json`` share.
+
+    flags and TOML → TrainConfig → resolved() → the trainer, and config.json in the run directory
+
+No torch here: the command line builds its help and its errors from these fields.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+DEFAULT_GLOBAL_BATCH = 64
+DEFAULT_EPOCHS = 1
+DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the job that runs when nothing is asked
+DEFAULT_LR_TINY = 3e-3
+DEFAULT_LR = 2e-5
+DEFAULT_LR_LORA = 2e-4
+WARMUP_PERCENT = 5
+VALIDATIONS_A_RUN = 10
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1
+
+EXCLUSIVE = (("global_batch", "global_batch_tokens"), ("steps", "epochs"))
+"""Fields of which at most one is given: two names for one quantity."""
+
+
+class FieldGroup(NamedTuple):
+    """Fields that ``--help`` shows together, under a title and a sentence about what they decide."""
+
+    title: str
+    about: str
+    fields: tuple[str, ...]
+
+
+def _refuse_bool(value: object) -> object:
+    """TOML's ``true`` is no number, although Python would take it for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_for_number", "it must be a number")
+    return value
+
+
+def _usable_text(value: str) -> str:
+    """Hold text to what ``config.json`` can store and what an operating system takes in a name."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text_encoding", "it must be valid UTF-8 text") from None
+    if "\0" in value:
+        raise PydanticCustomError("nul_in_text", "it must not hold a NUL character")
+    return value
+
+
+def _folder_text(value: object) -> object:
+    """Hold a folder to the same; ``Path("")`` would quietly be the current one."""
+    text = str(value) if isinstance(value, Path) else value
+    if not isinstance(text, str):
+        raise PydanticCustomError("folder_type", "it must be the name of a folder")
+    if not text:
+        raise PydanticCustomError("folder_empty", "it must not be empty")
+    return _usable_text(text)
+
+
+def _known_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value):
+        raise PydanticCustomError("device_name", "it must be auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+def _none_word(value: object) -> object:
+    """TOML and flags have no None, so the word stands for it."""
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def _zero_is_none(value: float | None) -> float | None:
+    return value or None
+
+
+Whole = Annotated[int, BeforeValidator(_refuse_bool)]
+"""A whole number; text such as "64" counts, 2.5 and true do not."""
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=LARGEST_COUNT)]
+Seed = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=LARGEST_SEED)]
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(_usable_text)]
+Folder = Annotated[Path, BeforeValidator(_folder_text)]
+Device = Annotated[str, AfterValidator(_known_device)]
+NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_none_word), AfterValidator(_zero_is_none)]
+
+
+class TrainConfig(BaseModel):
+    """Describe one training run; the defaults are the small model on Python's own standard library.
+
+    ``None`` in a field that says so stands for a default that depends on other fields. :meth:`resolved` fills in
+    those that the fields alone decide; the trainer decides the rest (the folder, the device, the precision).
+    Unknown names are refused. ``model_dump(mode="json")`` validates back to an equal config.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) a value out of range, of the wrong type, or an unknown name.
+
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Text = Field(
+        default="python-stdlib",
+        min_length=1,
+        description="what to learn from: python-stdlib (this machine's own Python files), "
+        "python-stdlib-functions (docstring as prompt, body as completion), a .txt, .jsonl or .parquet file, "
+        "a folder of text, or a datasets folder or hub name",
+    )
+    validation_fraction: Number = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share of the documents, picked by their hash, that is never trained on; 0 = no validation",
+    )
+    max_length: Count = Field(
+        default=256, description="tokens of the longest sequence; longer documents are cut into pieces, not dropped"
+    )
+    model: Text = Field(
+        default="tiny",
+        min_length=1,
+        description="tiny (a Llama of a few million parameters, from scratch, with its own tokenizer), "
+        "or a folder or name that AutoModelForCausalLM loads",
+    )
+    lora_rank: Whole = Field(
+        default=0, ge=0, le=LARGEST_COUNT, description="rank of the LoRA adapters; 0 = train all weights"
+    )
+    lora_alpha: Number | None = Field(
+        default=None, gt=0, description="scale of the LoRA adapters (default: twice --lora-rank)"
+    )
+    global_batch: Count | None = Field(
+        default=None,
+        description="sequences behind one update, the number that decides what is learned "
+        f"(default: {DEFAULT_GLOBAL_BATCH}, unless --global-batch-tokens is given)",
+    )
+    global_batch_tokens: Count | None = Field(
+        default=None,
+        description="the same in tokens: every update takes the whole sequences that come closest "
+        "(default: none, the batch is counted in sequences)",
+    )
+    microbatch: Count = Field(
+        default=8,
+        description="sequences in one forward and backward: a matter of memory alone, the update is the same for "
+        "every value; larger than the batch means one micro-batch",
+    )
+    steps: Count | None = Field(
+        default=None,
+        description=f"optimizer updates to make (default: {DEFAULT_STEPS} for tiny on python-stdlib, "
+        "else as many as --epochs needs)",
+    )
+    epochs: Count | None = Field(
+        default=None,
+        description=f"passes over the training documents, instead of --steps (default: {DEFAULT_EPOCHS} where "
+        "--steps has no default)",
+    )
+    lr: Number | None = Field(
+        default=None,
+        gt=0,
+        description=f"peak learning rate (default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, "
+        f"{DEFAULT_LR_LORA:g} with LoRA)",
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="learning rate after the warm-up, by step"
+    )
+    warmup_steps: Whole | None = Field(
+        default=None,
+        ge=0,
+        le=LARGEST_COUNT,
+        description=f"updates over which the learning rate rises from zero (default: {WARMUP_PERCENT} % of the steps)",
+    )
+    weight_decay: Number = Field(default=0.1, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: NormLimit = Field(
+        default=1.0, description="largest norm of the whole batch's gradient; 0 or none = no clipping"
+    )
+    seed: Seed = Field(default=0, description="decides the initial weights and the order of the documents")
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = the best there is")
+    precision: Literal["auto", "float32", "float64", "bf16", "bf16-weights", "fp16"] = Field(
+        default="auto",
+        description="bf16 and fp16 = autocast over float32 weights; bf16-weights = weights in bf16, gradient sums "
+        "in float32; auto = bf16 on CUDA, float32 elsewhere",
+    )
+    out: Folder | None = Field(
+        default=None, description="the run directory (default: runs/MODEL-DATA, numbered when that exists)"
+    )
+    validation_every: Count | None = Field(
+        default=None,
+        description=f"updates between two validations (default: about {VALIDATIONS_A_RUN} validations a run)",
+    )
+    sample_prompt: Text = Field(default="def ", description="start of the text that a validation lets the model write")
+
+    @model_validator(mode="after")
+    def _name_each_quantity_once(self) -> Self:
+        for first, second in EXCLUSIVE:
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise PydanticCustomError(
+                    "exclusive",
+                    "{first} and {second} exclude each other: give one of them",
+                    {"first": first, "second": second},
+                )
+        return self
+
+    def resolved(self) -> TrainConfig:
+        """Return the same run with every default written out that the fields alone decide.
+
+        After it ``lr``, exactly one of ``global_batch`` and ``global_batch_tokens``, exactly one of ``steps`` and
+        ``epochs``, and ``lora_alpha`` (when ``lora_rank`` is not 0) are numbers. Resolving twice changes nothing.
+        """
+        decided: dict[str, int | float] = {}
+        if self.global_batch is None and self.global_batch_tokens is None:
+            decided["global_batch"] = DEFAULT_GLOBAL_BATCH
+        if self.steps is None and self.epochs is None:
+            if self.data == "python-stdlib" and self.model == "tiny":
+                decided["steps"] = DEFAULT_STEPS
+            else:
+                decided["epochs"] = DEFAULT_EPOCHS
+        if self.lr is None:
+            plain = DEFAULT_LR_TINY if self.model == "tiny" else DEFAULT_LR
+            decided["lr"] = DEFAULT_LR_LORA if self.lora_rank else plain
+        if self.lora_alpha is None and self.lora_rank:
+            decided["lora_alpha"] = 2.0 * self.lora_rank
+        return self.model_copy(update=decided)
+
+    def warmup_steps_of(self, total_steps: int) -> int:
+        """Return the warm-up of a run of ``total_steps`` updates: as asked, else 5 % of them, rounded down."""
+        return total_steps * WARMUP_PERCENT // 100 if self.warmup_steps is None else self.warmup_steps
+
+    def validation_every_of(self, total_steps: int) -> int:
+        """Return the updates between two validations of a run of ``total_steps`` updates: at least 1."""
+        return max(1, total_steps // VALIDATIONS_A_RUN) if self.validation_every is None else self.validation_every
+
+
+GROUPS = (
+    FieldGroup("data", "What is learned from.", ("data", "validation_fraction", "max_length")),
+    FieldGroup("model", "What learns it.", ("model", "lora_rank", "lora_alpha")),
+    FieldGroup(
+        "batch",
+        "How much is behind one update, and how much of it is in memory at once. Only the global batch changes the "
+        "result.",
+        ("global_batch", "global_batch_tokens", "microbatch"),
+    ),
+    FieldGroup("length", "How long: updates or passes, one of the two.", ("steps", "epochs")),
+    FieldGroup(
+        "optimization",
+        "AdamW. Everything here counts in updates, never in micro-batches.",
+        ("lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+    ),
+    FieldGroup("machine", "Where it runs.", ("device", "precision")),
+    FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt")),
+)
+"""Every field of :class:`TrainConfig` in the order of ``--help``."""

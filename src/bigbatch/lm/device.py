@@ -1,0 +1,76 @@
+"""Where a run computes, and in which precision: names turned into torch objects, or into one sentence."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from bigbatch.errors import InputError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and a precision.
+
+    Attributes:
+        device: Where model and micro-batches are.
+        precision: float32, float64, bf16, bf16-weights or fp16.
+    """
+
+    device: torch.device
+    precision: str
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of parameters: float32 but for float64 and bf16-weights."""
+        return {"float64": torch.float64, "bf16-weights": torch.bfloat16}.get(self.precision, torch.float32)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Open the context that a forward and its loss run in."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Make the gradient scaler that float16 needs; None for other precisions."""
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        return f"{name}, {self.precision}"
+
+
+def find_machine(device: str, precision: str) -> Machine:
+    """Resolve ``auto`` and check that device and precision are there.
+
+    Raises:
+        InputError: They are not.
+    """
+    found = _find_device(device)
+    if precision == "auto":
+        precision = "bf16" if found.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if precision == "float64" and found.type == "mps":
+        raise InputError("--precision float64 is not there on mps: use --device cpu, or --precision float32.")
+    if precision.startswith("bf16") and found.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError(
+            f"--precision {precision} is not there on {torch.cuda.get_device_name(found)}: use fp16 or float32."
+        )
+    return Machine(found, precision)
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps is not there: torch finds no Apple GPU; use --device cpu.")
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise InputError(f"--device {name} is not there: {why}; use --device cpu.")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise InputError(f"--device {name} is not there: the last one is cuda:{torch.cuda.device_count() - 1}.")
+    return torch.device("cuda", index)

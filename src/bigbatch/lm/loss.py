@@ -1,0 +1,39 @@
+"""The causal language-modelling loss: the sum over the trained tokens, and how many they are."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigbatch.lm.dataset import IGNORED
+from bigbatch.lm.device import Machine
+
+
+class CausalLMLoss:
+    """A loss function for `bigbatch.Engine`: next-token cross entropy, summed.
+
+    Args:
+        machine: Decides about autocast.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def __call__(self, model: nn.Module, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute the summed loss of one micro-batch.
+
+        Args:
+            model: A transformers causal language model.
+            microbatch: ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, length]; ``labels[r, t]`` is the
+                token that follows ``input_ids[r, t]``, or -100 where it is not trained on.
+
+        Returns:
+            The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.
+        """
+        labels = microbatch["labels"]
+        with self._machine.autocast():
+            logits = model(
+                input_ids=microbatch["input_ids"], attention_mask=microbatch["attention_mask"], use_cache=False
+            ).logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return loss_sum, (labels != IGNORED).sum()

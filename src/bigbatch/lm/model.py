@@ -1,0 +1,101 @@
+"""The model: a tiny Llama from a config, or any causal language model that transformers loads; LoRA through peft."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bigbatch.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "tiny"
+TINY_VOCABULARY = 4096
+TINY_SHAPE = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
+
+
+def tiny_model(tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: int) -> "PreTrainedModel":
+    """Make a Llama of about 2.5 million float32 parameters with random weights.
+
+    Args:
+        tokenizer: Gives the vocabulary's size and the special tokens.
+        max_length: Positions that the model can tell apart, at least 1,024.
+        seed: Decides the weights; the caller's random state is left as it was.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **TINY_SHAPE,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=max(max_length, 1024),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load_model(name: str, *, dtype: torch.dtype) -> "PreTrainedModel":
+    """Load a causal language model from a folder or by its name, without running code that comes with it.
+
+    Raises:
+        InputError: There is no such model, or it is not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if Path(name).is_dir():
+            raise InputError(
+                f"--model {name} does not load as a causal language model: {_first_line(error)}"
+            ) from error
+        raise InputError(
+            f"--model {name} is neither a folder here nor a model that can be had from the hub: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{text[0].rstrip('.')}." if text else f"{type(error).__name__}."
+
+
+def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:
+    """Freeze the weights and put trainable low-rank adapters on every linear layer but the head.
+
+    Source: Hu et al., "LoRA", 2021, section 4, as peft implements it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write an ordinary model folder with its tokenizer; LoRA adapters are merged into a copy of the weights.
+
+    Written aside and renamed, so that a folder of that name is always whole; an older one is replaced.
+    """
+    import copy
+    import shutil
+
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -1,0 +1,52 @@
+"""What starting the command may load: ``--help`` and complaints come before any heavy library."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "datasets", "safetensors", "peft", "rich", "psutil")
+
+
+def loaded_after(code: str, watched: tuple[str, ...]) -> set[str]:
+    """Run ``code`` in a fresh interpreter; return which of ``watched`` it left in ``sys.modules``."""
+    script = f"import sys\n{code}\nprint('loaded', *[name for name in {watched!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    last = done.stdout.splitlines()[-1].split()
+    assert last[0] == "loaded"
+    return set(last[1:])
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["--version"], ["trian"]])
+def test_the_overview_loads_not_even_pydantic(words: list[str]):
+    code = f"from bigbatch.cli import main; main({words!r})"
+    assert loaded_after(code, (*HEAVY, "pydantic", "argparse")) == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--help"],
+        ["verify", "--help"],
+        ["generate", "--help"],
+        ["train", "--global-batch", "0"],
+        ["train", "--config", "/nonexistent.toml"],
+        ["generate"],
+    ],
+)
+def test_help_and_complaints_of_a_command_load_no_heavy_library(words: list[str]):
+    assert loaded_after(f"from bigbatch.cli import main; main({words!r})", HEAVY) == set()
+
+
+def test_importing_the_package_loads_no_terminal_data_or_model_library():
+    watched = ("transformers", "rich", "pydantic", "datasets", "tokenizers", "peft", "psutil")
+    assert loaded_after("import bigbatch", watched) == set()
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["train"], ["verify"], ["generate", "RUN"]])
+def test_a_missing_extra_is_one_sentence(words: list[str]):
+    script = f"import sys; sys.modules['pydantic'] = None; from bigbatch.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f'bigbatch {words[0]}: pydantic is not installed: pip install "bigbatch[train]".\n'
+    assert done.stdout == ""

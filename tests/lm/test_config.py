@@ -1,0 +1,136 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from bigbatch.lm.config import DEFAULT_STEPS, EXCLUSIVE, GROUPS, LARGEST_SEED, TrainConfig
+
+
+def error_types(**given: object) -> list[str]:
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig.model_validate(given)
+    return [error["type"] for error in caught.value.errors()]
+
+
+def test_every_field_is_in_exactly_one_group_and_described():
+    grouped = [name for group in GROUPS for name in group.fields]
+    assert grouped == list(TrainConfig.model_fields)
+    assert all(info.description for info in TrainConfig.model_fields.values())
+
+
+def test_unknown_names_are_refused():
+    assert error_types(lerning_rate=1) == ["extra_forbidden"]
+
+
+def test_the_config_is_frozen():
+    config = TrainConfig()
+    with pytest.raises(ValidationError):
+        config.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", ["64", " 64 ", 64, "6_4"])
+def test_whole_numbers_come_as_numbers_or_text(value: object):
+    assert TrainConfig.model_validate({"global_batch": value}).global_batch == 64
+
+
+@pytest.mark.parametrize("value", [2.5, "2.5", True, "true", "", [1], {}, "nan", "9" * 6000, 2**31, 0, -1])
+@pytest.mark.parametrize("name", ["global_batch", "global_batch_tokens", "microbatch", "steps", "epochs", "max_length"])
+def test_counts_refuse_what_is_no_whole_number_of_at_least_one(name: str, value: object):
+    assert len(error_types(**{name: value})) == 1
+
+
+@pytest.mark.parametrize("value", [True, "fast", float("nan"), "nan", float("inf"), "inf", "1e999", -1, {}])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "max_grad_norm", "validation_fraction", "lora_alpha"])
+def test_numbers_are_finite_and_not_negative(name: str, value: object):
+    assert len(error_types(**{name: value})) == 1
+
+
+def test_ranges_end_where_they_say():
+    TrainConfig(weight_decay=0, validation_fraction=0, warmup_steps=0, lora_rank=0, seed=LARGEST_SEED)
+    assert error_types(lr=0) == ["greater_than"]
+    assert error_types(validation_fraction=1) == ["less_than"]
+    assert error_types(seed=LARGEST_SEED + 1) == ["less_than_equal"]
+    assert error_types(seed=-1) == ["greater_than_equal"]
+
+
+@pytest.mark.parametrize("value", [0, "0", 0.0, "none", "None", None])
+def test_no_clipping_has_one_value(value: object):
+    assert TrainConfig.model_validate({"max_grad_norm": value}).max_grad_norm is None
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"])
+def test_known_devices(device: str):
+    assert TrainConfig(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["", "GPU", "cuda:", "cuda:x", "cuda:-1", "CPU", "cpu:0"])
+def test_other_devices_are_refused(device: str):
+    assert error_types(device=device) == ["device_name"]
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udcff"])
+@pytest.mark.parametrize("name", ["data", "model", "out", "sample_prompt"])
+def test_text_that_no_file_could_hold_is_refused(name: str, text: str):
+    assert len(error_types(**{name: text})) == 1
+
+
+@pytest.mark.parametrize("name", ["data", "model", "out"])
+def test_names_are_not_empty(name: str):
+    assert len(error_types(**{name: ""})) == 1
+
+
+@pytest.mark.parametrize("names", EXCLUSIVE)
+def test_one_quantity_has_one_name(names: tuple[str, str]):
+    assert error_types(**dict.fromkeys(names, 4)) == ["exclusive"]
+
+
+def test_resolved_writes_out_the_main_job():
+    config = TrainConfig().resolved()
+    assert (config.global_batch, config.global_batch_tokens) == (64, None)
+    assert (config.steps, config.epochs) == (DEFAULT_STEPS, None)
+    assert (config.lr, config.lora_alpha) == (3e-3, None)
+    assert config.resolved() == config
+
+
+def test_resolved_trains_other_data_and_other_models_for_an_epoch():
+    for config in (TrainConfig(data="texts"), TrainConfig(model="gpt2"), TrainConfig(data="python-stdlib-functions")):
+        assert (config.resolved().steps, config.resolved().epochs) == (None, 1)
+
+
+def test_resolved_learning_rate_follows_the_model():
+    assert TrainConfig(model="gpt2").resolved().lr == 2e-5
+    lora = TrainConfig(model="gpt2", lora_rank=8).resolved()
+    assert (lora.lr, lora.lora_alpha) == (2e-4, 16.0)
+
+
+def test_resolved_keeps_what_was_asked():
+    asked = TrainConfig(global_batch_tokens=4096, epochs=2, lr=1.0, lora_rank=4, lora_alpha=1.0)
+    assert asked.resolved() == asked
+
+
+def test_warmup_and_validation_scale_with_the_run_unless_asked():
+    assert [TrainConfig().warmup_steps_of(steps) for steps in (1, 19, 20, 300)] == [0, 0, 1, 15]
+    assert TrainConfig(warmup_steps=0).warmup_steps_of(300) == 0
+    assert [TrainConfig().validation_every_of(steps) for steps in (1, 9, 300)] == [1, 1, 30]
+    assert TrainConfig(validation_every=7).validation_every_of(300) == 7
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig().resolved(),
+        TrainConfig(out=Path("runs/ä"), max_grad_norm=None, precision="bf16-weights", sample_prompt="", lora_rank=2),
+    ],
+)
+def test_json_loads_back_equal(config: TrainConfig):
+    assert TrainConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_the_config_loads_no_torch():
+    code = "import sys, bigbatch.lm.config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
