@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from bigbatch.errors import WindowStateError
+
 NARROW_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -28,19 +30,21 @@ class GradientSums:
     Whatever ``.grad`` held on entering is cleared, so that nothing from before leaks in.
 
     Args:
-        parameters: Leaf tensors of any floating dtype, on any devices; those that do not require a gradient are left
-            alone.
+        parameters: Leaf tensors of any floating dtype, on any devices. Those that do not require a gradient are left
+            alone for as long as they do not.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.parameters = tuple(p for p in parameters if p.requires_grad)
+        self.parameters = tuple(parameters)
         self._wide: dict[Tensor, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._name_leaves: bool | None = None
+        self._witness: Tensor | None = None  # a parameter that holds part of the sums in its .grad
 
     def __enter__(self) -> Self:
         self.clear()
-        self._handles = [_on_accumulated(p, self._widen) for p in self.parameters if p.dtype in NARROW_DTYPES]
+        narrow = (p for p in self.parameters if p.dtype in NARROW_DTYPES and p.requires_grad)
+        self._handles = [_on_accumulated(p, self._widen) for p in narrow]
         return self
 
     def __exit__(
@@ -69,7 +73,9 @@ class GradientSums:
 
         Raises:
             ValueError: The loss does not depend on anything that requires a gradient.
+            WindowStateError: Somebody cleared the gradients since the last backward.
         """
+        self._check_witness()
         if not loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on any parameter that requires a gradient: was it detached, or computed "
@@ -77,30 +83,47 @@ class GradientSums:
             )
         if self._name_leaves is None:
             self._name_leaves = _reaches_others(loss, set(self.parameters))
-        torch.autograd.backward(loss, inputs=self.parameters if self._name_leaves else None)
+        leaves = [p for p in self.parameters if p.requires_grad] if self._name_leaves else None
+        torch.autograd.backward(loss, inputs=leaves)
+        if self._witness is None:
+            self._witness = next((p for p in self.parameters if p.grad is not None), None)
+
+    def _check_witness(self) -> None:
+        if self._witness is not None and self._witness.grad is None:
+            raise WindowStateError(
+                "the gradients of this window were cleared between two of its micro-batches, by optimizer.zero_grad() "
+                "or by another window over the same parameters. Remove the call: a window clears them when it opens "
+                "and when it ends."
+            )
 
     def tensors(self) -> list[Tensor]:
         """The sums of the parameters that received a gradient: ``.grad`` itself, or its float32 stand-in.
 
         Sparse gradients come as the values of their coalesced form. Operations in place reach the sums.
         """
+        self._check_witness()
         tensors = []
         for parameter in self.parameters:
             total = self._wide.get(parameter, parameter.grad)
-            if total is None:
-                continue
-            if total.is_sparse:
-                if not total.is_coalesced():
-                    total = parameter.grad = total.coalesce()
-                total = total._values()
-            tensors.append(total)
+            if total is not None:
+                tensors.append(self._sparse_values(parameter, total) if total.is_sparse else total)
         return tensors
+
+    def _sparse_values(self, parameter: Tensor, total: Tensor) -> Tensor:
+        if not total.is_coalesced():
+            total = total.coalesce()
+            if parameter in self._wide:
+                self._wide[parameter] = total
+            else:
+                parameter.grad = total
+        return total._values()
 
     def named_by(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
         """The sums by the names given for the parameters, zeros for those that received no gradient."""
         return {
             names[p]: torch.zeros_like(p) if total is None else total.to_dense() if total.is_sparse else total
             for p in self.parameters
+            if p.requires_grad
             for total in [self._wide.get(p, p.grad)]
         }
 
@@ -112,6 +135,7 @@ class GradientSums:
     def clear(self) -> None:
         """Drop the sums and the gradients."""
         self._wide.clear()
+        self._witness = None
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -49,7 +49,8 @@ class Accumulator:
         optimizer: A ``torch.optim.Optimizer`` over its parameters, of any dtypes; bfloat16 parameters sum in float32.
         max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
         scheduler: A learning-rate scheduler, stepped once after each update.
-        scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
+        scaler: A ``torch.amp.GradScaler`` for float16 autocast, of its own: two windows that are open at once need two
+            of them. Call neither its ``scale`` nor its ``step``.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -153,9 +154,10 @@ class _Transaction:
         self._scaler = owner._update.scaler
         self._started_s = time.perf_counter()
         self._num_microbatches = 0
-        self._ledger = Ledger(totals, expected_microbatches=num_microbatches, prescale=self._scaler is not None)
-        groups = owner.optimizer.param_groups
-        self._sums = GradientSums(chain.from_iterable(group["params"] for group in groups)).__enter__()
+        parameters = [p for group in owner.optimizer.param_groups for p in group["params"]]
+        float16 = self._scaler is not None or any(p.dtype == torch.float16 for p in parameters)
+        self._ledger = Ledger(totals, expected_microbatches=num_microbatches, prescale=float16)
+        self._sums = GradientSums(parameters).__enter__()
 
     def add(self, loss_sum: Any, items: Items | None) -> None:
         self._num_microbatches += 1

@@ -17,6 +17,7 @@ from bigbatch.report import TermReport
 Items: TypeAlias = int | float | Tensor
 Terms: TypeAlias = Mapping[str, tuple[Tensor, Items]]
 
+WEIGHTS_ROUNDING = 1e-5  # items may be weights: their sum depends on the order in float32, where counts are exact
 SINGLE = "loss"  # the name of the term of a loss that has only one
 
 
@@ -31,8 +32,6 @@ def as_terms(result: object) -> Terms:
         ValueError: A loss is not a 0-d tensor, or items are not one non-negative number.
     """
     terms: Mapping[str, Any] = result if isinstance(result, Mapping) else {SINGLE: result}
-    if not terms:
-        raise ValueError("the loss has no term: give at least one (loss_sum, items).")
     for name, term in terms.items():
         if not isinstance(term, tuple | list) or len(term) != 2:
             raise TypeError(
@@ -120,6 +119,8 @@ class Ledger:
         return weighted
 
     def _record_single(self, terms: Terms) -> Tensor | None:
+        if not terms:
+            raise ValueError("the loss has no term: give at least one (loss_sum, items).")
         if len(terms) > 1 or (self._sums and not terms.keys() <= self._sums.keys()):
             names = ", ".join(repr(name) for name in {**self._sums, **terms})
             raise ValueError(
@@ -165,7 +166,7 @@ class Ledger:
         if self.totals is None:
             return self.items() / float(self._prescaled_by)
         for name, total in self.totals.items():
-            if (seen := self.items(name)) != total:
+            if not math.isclose(seen := self.items(name), total, rel_tol=WEIGHTS_ROUNDING):
                 raise ValueError(
                     f"count_items told {total} items for the term {name!r}, and the micro-batches held {seen}: the "
                     "two must count the same things."
@@ -189,8 +190,9 @@ def _host(items: Items) -> Items:
 
 def _power_of_two_near(items: Items, expected_microbatches: int) -> float | Tensor:
     if isinstance(items, Tensor):
-        return torch.exp2(torch.ceil(torch.log2(items.detach().float() * expected_microbatches)).clamp(min=0))
-    return 2.0 ** max(0, math.ceil(math.log2(items * expected_microbatches)))
+        likely = items.detach().float() * expected_microbatches
+        return torch.where(likely > 0, torch.exp2(torch.ceil(torch.log2(likely))), 1.0)
+    return 2.0 ** math.ceil(math.log2(items * expected_microbatches))
 
 
 def _sum_dtype(loss_sum: Tensor) -> torch.dtype:

@@ -68,22 +68,31 @@ class Update:
         Waits for the device once, for the count and the norm that decide whether there is an update at all.
         """
         gradients = sums.tensors()
-        if not gradients and not ledger.divisor():
-            return Outcome(math.nan, skipped="no items")
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
         norm_of_sums = torch.nn.utils.get_total_norm(gradients)
-        divisor = ledger.divisor()
-        grad_norm = norm_of_sums.item() / divisor if divisor else math.nan  # .item() waits for the device
-        if math.isfinite(grad_norm):
-            _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
-            sums.hand_over()
-            self._step(ledger)
-        if self.scaler is not None:
+        divisor = ledger.divisor()  # waits for the device, where it counted the items
+        if self.scaler is None or not gradients:
+            return self._apply(sums, gradients, ledger, norm_of_sums, divisor)
+        try:
+            self.scaler.unscale_(self.optimizer)
+            return self._apply(sums, gradients, ledger, torch.nn.utils.get_total_norm(gradients), divisor)
+        finally:
             self.scaler.update()
+
+    def _apply(
+        self, sums: GradientSums, gradients: list[Tensor], ledger: "Ledger", norm_of_sums: Tensor, divisor: float
+    ) -> Outcome:
         if not divisor:
             return Outcome(math.nan, skipped="no items")
-        return Outcome(grad_norm, skipped=None if math.isfinite(grad_norm) else "non-finite gradient")
+        grad_norm = norm_of_sums.item() / divisor
+        if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
+            _scale(gradients, 1 / divisor)
+            grad_norm, divisor = torch.nn.utils.get_total_norm(gradients).item(), 1.0
+            if not math.isfinite(grad_norm):
+                return Outcome(grad_norm, skipped="non-finite gradient")
+        _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
+        sums.hand_over()
+        self._step(ledger)
+        return Outcome(grad_norm)
 
     def _clip_coefficient(self, grad_norm: float) -> float:
         if self.max_grad_norm is None:
@@ -94,8 +103,6 @@ class Update:
         if isinstance(self.optimizer, torch.optim.LBFGS):
             loss = sum(term.loss for term in ledger.terms().values() if term.items)
             self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
-        elif self.scaler is not None:
-            self.scaler.step(self.optimizer)
         else:
             self.optimizer.step()
         if self.scheduler is not None:

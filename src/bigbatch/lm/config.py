@@ -14,13 +14,15 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-DEFAULT_GLOBAL_BATCH = 64
+DEFAULT_MAX_LENGTH_TINY = 128
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_GLOBAL_BATCH = 32
 DEFAULT_EPOCHS = 1
 DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the job that runs when nothing is asked
 DEFAULT_LR_TINY = 3e-3
 DEFAULT_LR = 2e-5
 DEFAULT_LR_LORA = 2e-4
-WARMUP_PERCENT = 5
+WARMUP_PERCENT = 10
 VALIDATIONS_A_RUN = 10
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
@@ -118,8 +120,10 @@ class TrainConfig(BaseModel):
         lt=1,
         description="share of the documents, picked by their hash, that is never trained on; 0 = no validation",
     )
-    max_length: Count = Field(
-        default=256, description="tokens of the longest sequence; longer documents are cut into pieces, not dropped"
+    max_length: Count | None = Field(
+        default=None,
+        description="tokens of the longest sequence; longer documents are cut into pieces, not dropped "
+        f"(default: {DEFAULT_MAX_LENGTH_TINY} for tiny, else {DEFAULT_MAX_LENGTH} or what the model can take)",
     )
     model: Text = Field(
         default="tiny",
@@ -207,10 +211,13 @@ class TrainConfig(BaseModel):
     def resolved(self) -> TrainConfig:
         """Return the same run with every default written out that the fields alone decide.
 
-        After it ``lr``, exactly one of ``global_batch`` and ``global_batch_tokens``, exactly one of ``steps`` and
-        ``epochs``, and ``lora_alpha`` (when ``lora_rank`` is not 0) are numbers. Resolving twice changes nothing.
+        After it ``lr``, ``max_length`` of the tiny model, exactly one of ``global_batch`` and ``global_batch_tokens``,
+        exactly one of ``steps`` and ``epochs``, and ``lora_alpha`` (when ``lora_rank`` is not 0) are numbers.
+        Resolving twice changes nothing.
         """
         decided: dict[str, int | float] = {}
+        if self.max_length is None and self.model == "tiny":
+            decided["max_length"] = DEFAULT_MAX_LENGTH_TINY
         if self.global_batch is None and self.global_batch_tokens is None:
             decided["global_batch"] = DEFAULT_GLOBAL_BATCH
         if self.steps is None and self.epochs is None:
@@ -226,7 +233,7 @@ class TrainConfig(BaseModel):
         return self.model_copy(update=decided)
 
     def warmup_steps_of(self, total_steps: int) -> int:
-        """Return the warm-up of a run of ``total_steps`` updates: as asked, else 5 % of them, rounded down."""
+        """Return the warm-up of a run of ``total_steps`` updates: as asked, else 10 % of them, rounded down."""
         return total_steps * WARMUP_PERCENT // 100 if self.warmup_steps is None else self.warmup_steps
 
     def validation_every_of(self, total_steps: int) -> int:

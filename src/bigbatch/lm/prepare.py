@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.errors import InputError
-from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.config import DEFAULT_MAX_LENGTH, TrainConfig
 from bigbatch.lm.dataset import TokenDataset, collate, encode, split_documents
 from bigbatch.lm.device import Machine, find_machine
 from bigbatch.lm.model import TINY, TINY_VOCABULARY, add_lora, load_model, tiny_model
@@ -60,8 +60,12 @@ def prepare(config: TrainConfig, *, say: Say = lambda _: None) -> Prepared:
     """
     config = config.resolved()
     machine = find_machine(config.device, config.precision)
-    tiny = config.model == TINY
-    tokenizer = None if tiny else load_tokenizer(config.model)
+    tokenizer = model = None
+    if config.model != TINY:
+        tokenizer = load_tokenizer(config.model)
+        say(f"loading {config.model}")
+        model = load_model(config.model, dtype=machine.weights_dtype)
+        config = _fit(config, model, tokenizer)
     say(f"reading {config.data}")
     corpus = read_corpus(config.data)
     documents, held_out = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
@@ -69,6 +73,9 @@ def prepare(config: TrainConfig, *, say: Say = lambda _: None) -> Prepared:
         say("training a tokenizer")
         texts = [text for document in documents for text in document.texts]
         tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
+    assert config.max_length is not None, "resolved() gives the tiny model's, _fit() that of any other"
+    if model is None:
+        model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed).to(machine.weights_dtype)
     say("encoding the documents")
     training, counts = encode(documents, tokenizer, max_length=config.max_length)
     notes = [*corpus.notes, f"to learn from: {counts.describe()}"]
@@ -78,25 +85,15 @@ def prepare(config: TrainConfig, *, say: Say = lambda _: None) -> Prepared:
         notes.append(f"held out for validation: {counts.describe()}")
     elif config.validation_fraction:
         notes.append("held out for validation: nothing, the data is too short to spare any")
-    say("making the model" if tiny else f"loading {config.model}")
-    return Prepared(
-        config, machine, tokenizer, _make_model(config, machine, tokenizer), training, validation, tuple(notes)
-    )
-
-
-def _make_model(config: TrainConfig, machine: Machine, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    if config.model == TINY:
-        model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed).to(machine.weights_dtype)
-    else:
-        model = load_model(config.model, dtype=machine.weights_dtype)
-        _check_fit(model, tokenizer, config)
     if config.lora_rank:
         assert config.lora_alpha is not None, "resolved() gives it a value"
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-    return model.to(machine.device).train()
+    model = model.to(machine.device).train()
+    return Prepared(config, machine, tokenizer, model, training, validation, tuple(notes))
 
 
-def _check_fit(model: Any, tokenizer: "PreTrainedTokenizerBase", config: TrainConfig) -> None:
+def _fit(config: TrainConfig, model: Any, tokenizer: "PreTrainedTokenizerBase") -> TrainConfig:
+    """Check that model, tokenizer and length go together; choose the length where none was asked for."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
@@ -104,8 +101,11 @@ def _check_fit(model: Any, tokenizer: "PreTrainedTokenizerBase", config: TrainCo
             "The two do not belong together."
         )
     positions = getattr(model.config, "max_position_embeddings", None)
+    if config.max_length is None:
+        return config.model_copy(update={"max_length": min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)})
     if positions is not None and config.max_length > positions:
         raise InputError(
             f"--max-length {config.max_length} is more than the {positions} positions of {config.model}: "
             f"pass --max-length {positions} or less."
         )
+    return config

@@ -19,7 +19,7 @@ from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.rundir import RunDirectory
 from bigbatch.report import WindowReport
 
-MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the held-out ones: enough to see learning, a second on a CPU
+MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the held-out ones: enough to see learning, a second on two cores
 SAMPLE_TOKENS = 64
 FINAL_LR_FACTOR = 0.1  # of the peak rate, at the end of the cosine
 BETAS = (0.9, 0.95)
@@ -137,14 +137,14 @@ class Trainer:
         every = self.config.validation_every_of(self.total_steps)
         with directory:
             for step, window in enumerate(self._all_windows(), start=1):
-                lr = self.scheduler.get_last_lr()[0]
+                lr = float(self.scheduler.get_last_lr()[0])
                 report = self.engine.step(self._samples(window))
                 row = metrics_row(step, report, lr=lr)
                 stopping = step < self.total_steps and should_stop()
                 if self.prepared.validation is not None and (step % every == 0 or step == self.total_steps):
                     row["validation_loss"] = validation_loss = self.validate()
                 directory.write_metrics(row)
-                self._tell(listener, step, row, sample=step % every == 0 or step == self.total_steps)
+                self._tell(listener, step, row, sample=step in (self.total_steps // 2, self.total_steps))
                 if stopping:
                     break
             save_model(self.prepared.model, self.prepared.tokenizer, directory.model)
