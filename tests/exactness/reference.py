@@ -75,8 +75,12 @@ def loss_and_items(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 def mean_times_items(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The same sum from a mean: NaN where there is no item."""
-    return loss_mean(model, batch) * count(batch), count(batch)
+    """The same sum from a masked mean: 0/0 where there is no item, and then NaN in every gradient."""
+    labels = batch["labels"].flatten()
+    logits = model(batch["tokens"]).flatten(0, 1)
+    mask = (labels != IGNORED).to(logits.dtype)
+    losses = -logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return (losses * mask).sum() / mask.sum() * count(batch), count(batch)
 
 
 def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -233,9 +233,7 @@ class TwoHeaded(ref.TokenModel):
 def two_terms(model, batch, *, leave_out_empty=False):
     """Tokens and samples, counted each by itself; some micro-batches have none of one, or of both."""
     logits, values = model(batch["tokens"])
-    tokens = F.cross_entropy(
-        logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=ref.IGNORED, reduction="sum"
-    )
+    tokens = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=ref.IGNORED, reduction="sum")
     chosen = batch["labels"][:, 0] == 3
     terms = {
         "tokens": (tokens, token_count(batch)),
@@ -357,7 +355,9 @@ def test_a_count_that_lies_is_found_before_the_update():
         microbatch=5,
         count_items=lambda part: {**count_two(part), "values": 7},
     )
-    with pytest.raises(ValueError, match="count_items told 7 items for the term 'values', and the micro-batches held 5"):
+    with pytest.raises(
+        ValueError, match="count_items told 7 items for the term 'values', and the micro-batches held 5"
+    ):
         engine.step(batch)
     assert all(torch.equal(before[name], p) for name, p in ref.parameters_of(model).items())
     assert all(p.grad is None for p in model.parameters())
@@ -366,7 +366,7 @@ def test_a_count_that_lies_is_found_before_the_update():
 def test_several_terms_without_their_totals_are_refused():
     model, batch, _ = two_term_setup()
     engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters()), two_terms, microbatch=5)
-    with pytest.raises(ValueError, match="the terms 'tokens', 'values': several terms need their totals.*count_items="):
+    with pytest.raises(ValueError, match=r"the terms 'tokens', 'values': several terms need their totals"):
         engine.step(batch)
 
 

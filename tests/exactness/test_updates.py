@@ -156,10 +156,8 @@ class Matrices(torch.nn.Module):
 def test_every_optimizer_of_torch_gets_the_full_batch_update(name):
     kind, settings = all_optimizers()[name]
     torch.manual_seed(0)
-    if name in ("Muon", "SparseAdam"):
-        model = Matrices(sparse=name == "SparseAdam").double()
-    else:
-        model = ref.make_model()
+    plain = name not in ("Muon", "SparseAdam")
+    model = ref.make_model() if plain else Matrices(sparse=name == "SparseAdam").double()
 
     def make(module):
         return kind([p for p in module.parameters() if p.requires_grad], **settings)
@@ -207,5 +205,5 @@ def test_sparse_gradients_are_summed_clipped_and_handed_over_like_dense_ones(lim
 def test_an_lbfgs_that_evaluates_the_loss_again_is_refused():
     model = ref.make_model()
     for settings in ({}, {"max_iter": 1, "line_search_fn": "strong_wolfe"}):
-        with pytest.raises(TypeError, match="evaluates the loss again within one update.*max_iter=1"):
+        with pytest.raises(TypeError, match=r"evaluates the loss again within one update.*max_iter=1"):
             bigbatch.Accumulator(model, torch.optim.LBFGS(model.parameters(), **settings))

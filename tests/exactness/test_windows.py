@@ -185,9 +185,7 @@ def test_one_non_finite_micro_batch_skips_the_window(poison, max_grad_norm):
         loss, items = ref.loss_and_items(module, microbatch)
         return (loss * poison, items) if poisoned and microbatch["tokens"] is not None and items else (loss, items)
 
-    engine = bigbatch.Engine(
-        model, optimizer, loss_fn, microbatch=2, scheduler=scheduler, max_grad_norm=max_grad_norm
-    )
+    engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=2, scheduler=scheduler, max_grad_norm=max_grad_norm)
     assert engine.step(batch).skipped is None
     before = state_of(model, optimizer, scheduler)
     poisoned.append(True)

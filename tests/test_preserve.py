@@ -1,0 +1,94 @@
+"""What is put back: everything."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from bigbatch.preserve import preserved, seed_everything
+
+numpy = pytest.importorskip("numpy")
+
+
+def model_with_everything():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1))
+    model[2].eval()
+    model[0].weight.grad = torch.ones(3, 3)
+    return model
+
+
+def disturb(model):
+    model.zero_grad()
+    model(torch.randn(5, 3)).sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+        model[3].weight.data = torch.full((1, 3), float("nan"))
+    model.zero_grad()
+    model[3].bias.grad = torch.ones(1)
+    model.eval()
+    model[1].running_mean.fill_(9.0)
+    seed_everything(5)
+    random.random()
+    numpy.random.rand()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_gradients_buffers_modes_and_random_states_come_back(fails):
+    model = model_with_everything()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = [*model.parameters(), *model.buffers()]
+    gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    random_states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    try:
+        with preserved(model):
+            disturb(model)
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(now is then for now, then in zip([*model.parameters(), *model.buffers()], tensors, strict=True))
+    for p, gradient, values in gradients:
+        assert p.grad is gradient
+        assert values is None or torch.equal(gradient, values)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), random_states[2], strict=True))
+
+
+def test_gradients_that_a_backward_adds_to_come_back():
+    model = nn.Linear(2, 1)
+    model.weight.grad = before = torch.ones(1, 2)
+    with preserved(model):
+        model(torch.ones(3, 2)).sum().backward()
+    assert model.weight.grad is before
+    assert before.tolist() == [[1, 1]]
+
+
+def test_a_buffer_that_is_assigned_anew_comes_back():
+    """``self.count = self.count + 1`` binds another tensor to the buffer's name."""
+
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+    model = Counter()
+    before = model.count
+    with preserved(model):
+        model.count = model.count + 1
+    assert model.count is before
+    assert model.count == 0
+
+
+def test_seeds_reach_every_generator():
+    draws = []
+    for _ in range(2):
+        seed_everything(3)
+        draws.append((torch.rand(1).item(), random.random(), float(numpy.random.rand())))
+    assert draws[0] == draws[1]

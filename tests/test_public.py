@@ -1,0 +1,89 @@
+"""The public surface: complete, documented, lazy, and light to import."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import bigbatch
+
+
+def run(code):
+    """A fresh interpreter, for what it has loaded."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+PUBLIC = [name for name in bigbatch.__all__ if name != "__version__"]
+
+
+def test_all_names_what_the_design_promises():
+    assert {"Accumulator", "Engine", "verify", "Verification", "WindowReport", "WindowStateError"} <= set(PUBLIC)
+    assert len(set(bigbatch.__all__)) == len(bigbatch.__all__)
+    assert dir(bigbatch) == sorted(bigbatch.__all__)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_loads_and_has_a_docstring(name):
+    value = getattr(bigbatch, name)
+    assert inspect.getdoc(value)
+    assert not inspect.getdoc(value).startswith(f"{name}(")  # what a dataclass makes up
+    assert value.__module__.startswith("bigbatch.")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isclass(getattr(bigbatch, name))])
+def test_every_public_member_has_a_docstring(name):
+    for member, value in vars(getattr(bigbatch, name)).items():
+        if not member.startswith("_") and (callable(value) or isinstance(value, property)):
+            assert inspect.getdoc(value), f"{name}.{member}"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'bigbatch' has no attribute 'Acumulator'"):
+        bigbatch.Acumulator  # noqa: B018
+
+
+def test_verify_stays_the_function_after_its_module_is_imported():
+    code = """
+import bigbatch.verify
+import bigbatch
+print(type(bigbatch.verify).__name__)
+from bigbatch.verify import Verification, verify
+print(bigbatch.verify is verify, type(bigbatch.verify).__name__)
+import importlib, sys
+importlib.import_module("bigbatch.verify")
+print(bigbatch.verify is verify)
+from bigbatch import *
+print(verify is bigbatch.verify)
+"""
+    assert run(code) == ["function", "True", "function", "True", "True"]
+
+
+def test_importing_the_package_loads_neither_torch_nor_libraries_of_the_product():
+    heavy = ("torch", "numpy", "rich", "pydantic", "transformers", "tokenizers", "datasets", "peft", "safetensors")
+    assert run(f"import sys, bigbatch; print(*[name for name in {heavy} if name in sys.modules])") == []
+
+
+def test_the_modules_of_states_and_records_do_not_import_torch():
+    code = "import sys, bigbatch.window, bigbatch.report, bigbatch.errors; print('torch' in sys.modules)"
+    assert run(code) == ["False"]
+
+
+def test_the_whole_core_loads_no_library_but_torch():
+    heavy = ("rich", "pydantic", "transformers", "tokenizers", "datasets", "peft", "safetensors", "psutil")
+    code = f"""
+import sys
+from bigbatch import *
+print(*[name for name in {heavy} if name in sys.modules])
+print(*[name for name in sys.modules if name.startswith(("bigbatch.lm", "bigbatch.cli", "bigbatch.integrations"))])
+"""
+    assert run(code) == []
+
+
+def test_the_errors_are_what_callers_catch():
+    assert issubclass(bigbatch.WindowStateError, RuntimeError)
+    assert issubclass(bigbatch.InputError, ValueError)
+    assert issubclass(bigbatch.WindowStateError, bigbatch.BigbatchError)
+    assert issubclass(bigbatch.InputError, bigbatch.BigbatchError)

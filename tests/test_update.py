@@ -1,0 +1,140 @@
+"""The update: once, on the total; refusals of what cannot work."""
+
+import pytest
+import torch
+from torch import nn
+
+import bigbatch
+from exactness import reference as ref
+
+
+def test_a_scheduler_that_needs_a_validation_loss_is_refused():
+    model = ref.make_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(
+        TypeError, match=r"ReduceLROnPlateau needs a validation loss.*scheduler.step\(validation_loss\)"
+    ):
+        bigbatch.Accumulator(model, optimizer, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
+def test_a_clipping_norm_that_is_no_norm_is_refused(limit):
+    model = ref.make_model()
+    with pytest.raises(ValueError, match=f"max_grad_norm is {limit}: it must be above 0, or None"):
+        bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), max_grad_norm=limit)
+
+
+def test_an_infinite_clipping_norm_does_not_clip():
+    model, batch = ref.make_model(), ref.ragged_batch(8)
+    optimizer = ref.RecordingSGD(model)
+    ref.step_by_engine(model, optimizer, batch, 3, max_grad_norm=float("inf"))
+    full = ref.full_gradient(model, batch)
+    assert ref.relative_error(optimizer.recorded[0], full) <= 1e-12
+    assert ref.relative_error(ref.mean_of_means_gradient(model, ref.cut(batch, 3)), full) > 1e-3
+
+
+def test_what_is_no_optimizer_is_refused():
+    model = ref.make_model()
+    with pytest.raises(TypeError, match=r"optimizer is a list: pass a torch.optim.Optimizer"):
+        bigbatch.Accumulator(model, list(model.parameters()))
+
+
+def test_what_is_no_module_is_refused():
+    model = ref.make_model()
+    with pytest.raises(TypeError, match=r"model is a function: pass the torch.nn.Module"):
+        bigbatch.Accumulator(lambda x: x, torch.optim.SGD(model.parameters()))
+
+
+def test_an_optimizer_over_other_parameters_is_refused():
+    with pytest.raises(ValueError, match="none of the optimizer's parameters belongs to the model"):
+        bigbatch.Accumulator(ref.make_model(), torch.optim.SGD(ref.make_model().parameters()))
+
+
+def test_a_scheduler_of_another_optimizer_is_refused():
+    model, other = ref.make_model(), ref.make_model()
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(other.parameters()), 1)
+    with pytest.raises(ValueError, match="scheduler"):
+        bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), scheduler=scheduler)
+
+
+class DistributedDataParallel(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_a_wrapper_that_averages_over_ranks_is_refused():
+    model = DistributedDataParallel(ref.make_model())
+    with pytest.raises(TypeError, match="wrapped in DistributedDataParallel, which averages gradients over ranks"):
+        bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()))
+
+
+def test_a_fused_optimizer_works_with_and_without_a_scaler():
+    inputs = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+
+    def train(size, **settings):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        engine = bigbatch.Engine(
+            model, optimizer, lambda m, x: (m(x).square().sum(), len(x)), microbatch=size, max_grad_norm=0.5, **settings
+        )
+        for _ in range(5):
+            engine.step(inputs)
+        return ref.parameters_of(model)
+
+    full = train(9)
+    assert ref.relative_error(train(2), full) <= 1e-5
+    assert ref.relative_error(train(2, scaler=torch.amp.GradScaler("cpu", init_scale=64.0)), full) <= 1e-5
+
+
+def test_a_model_without_parameters_trains_those_of_the_optimizer():
+    """Prompt tuning of a function: the module holds nothing."""
+
+    class Function(nn.Module):
+        def forward(self, rows, prompt):
+            return rows * prompt
+
+    prompt, rows = torch.ones(3, dtype=torch.float64, requires_grad=True), torch.randn(9, 3).double()
+    engine = bigbatch.Engine(
+        Function(),
+        torch.optim.SGD([prompt], lr=1.0),
+        lambda module, part: (module(part, prompt).square().sum(), len(part)),
+        microbatch=2,
+    )
+    engine.step(rows)
+    assert torch.allclose(1 - prompt.detach(), 2 * rows.square().mean(0), rtol=1e-12)
+
+
+def test_an_empty_first_parameter_group_does_no_harm():
+    model = nn.Linear(2, 1).double()
+    optimizer = torch.optim.SGD([{"params": []}, {"params": list(model.parameters())}], lr=1.0)
+    before = model.bias.detach().clone()
+    window = bigbatch.Accumulator(model, optimizer).window()
+    window.backward(model(torch.ones(3, 2).double()).sum(), items=3)
+    assert window.step().step == 1
+    assert torch.equal(before - 1, model.bias)
+
+
+def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_an_error_or_no_step():
+    """AdamW with no gradient at all does nothing: a step that changed nothing must not be reported as an update."""
+    model = nn.ModuleDict({"trained": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
+    optimizer = torch.optim.AdamW(model["trained"].parameters())
+    for settings in ({}, {"scaler": torch.amp.GradScaler("cpu")}):
+        engine = bigbatch.Engine(model, optimizer, lambda m, x: (m["other"](x).sum(), len(x)), microbatch=2, **settings)
+        with pytest.raises(ValueError, match="does not depend on any"):
+            engine.step(torch.ones(3, 1))
+
+
+def test_step_hooks_of_the_optimizer_see_the_divided_gradient_once():
+    model, batch = ref.make_model(), ref.ragged_batch(8)
+    full = ref.full_gradient(model, batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    )
+    ref.step_by_engine(model, optimizer, batch, 3)
+    assert len(seen) == 1
+    assert ref.relative_error(seen[0], full) <= 1e-12

@@ -1,0 +1,300 @@
+"""What may be done with a window when; every illegal order says so and leaves clean gradients."""
+
+import pytest
+import torch
+
+import bigbatch
+from bigbatch import WindowState, WindowStateError
+from exactness import reference as ref
+
+
+def setup(**settings):
+    model = ref.make_model()
+    optimizer = ref.RecordingSGD(model)
+    return model, optimizer, bigbatch.Accumulator(model, optimizer, **settings), ref.cut(ref.ragged_batch(8), 1)
+
+
+def fill(window, model):
+    for microbatch in window:
+        window.backward(ref.loss_and_items(model, microbatch))
+
+
+def assert_clean(model):
+    assert all(p.grad is None for p in model.parameters())
+    assert ref.hooks_of(model) == 0
+
+
+def test_a_window_goes_from_empty_over_accumulating_to_closed():
+    model, _, accumulator, parts = setup()
+    window = accumulator.window(parts[:2])
+    assert window.state is WindowState.EMPTY
+    assert window.is_open
+    for index, microbatch in enumerate(window):
+        assert window.num_microbatches == index
+        window.backward(ref.loss_and_items(model, microbatch))
+        assert window.state is WindowState.ACCUMULATING
+    window.step()
+    assert window.state is WindowState.CLOSED
+    assert not window.is_open
+    assert_clean(model)
+
+
+def test_step_twice_is_an_error_that_names_the_state():
+    model, optimizer, accumulator, parts = setup()
+    window = accumulator.window(parts[:2])
+    fill(window, model)
+    window.step()
+    with pytest.raises(
+        WindowStateError, match=r"window.step\(\) was called on a window that is closed. .*take the next"
+    ):
+        window.step()
+    assert len(optimizer.recorded) == 1
+
+
+def test_backward_after_step_is_an_error_and_adds_nothing():
+    model, _, accumulator, parts = setup()
+    window = accumulator.window(parts[:2])
+    fill(window, model)
+    window.step()
+    with pytest.raises(WindowStateError, match=r"window.backward\(\) was called on a window that is closed"):
+        window.backward(ref.loss_and_items(model, parts[0]))
+    assert_clean(model)
+
+
+def test_an_aborted_window_is_dropped_and_takes_nothing_more():
+    model, optimizer, accumulator, parts = setup()
+    window = accumulator.window(parts[:2])
+    fill(window, model)
+    window.abort()
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+    window.abort()
+    for call in (window.step, lambda: window.backward(ref.loss_and_items(model, parts[0]))):
+        with pytest.raises(WindowStateError, match="a window that is aborted"):
+            call()
+    assert not optimizer.recorded
+
+
+def test_abort_after_step_changes_nothing():
+    model, _, accumulator, parts = setup()
+    window = accumulator.window(parts[:2])
+    fill(window, model)
+    window.step()
+    window.abort()
+    assert window.state is WindowState.CLOSED
+
+
+def test_step_on_a_window_that_saw_nothing_changes_nothing():
+    _, optimizer, accumulator, _ = setup()
+    report = accumulator.window().step()
+    assert (report.skipped, report.num_microbatches, report.step) == ("no items", 0, 0)
+    assert not optimizer.recorded
+
+
+def test_a_forgotten_step_is_an_error_at_the_next_window():
+    model, optimizer, accumulator, parts = setup()
+
+    def loop():
+        for window in accumulator.windows(parts, num_microbatches=2):
+            fill(window, model)
+
+    with pytest.raises(
+        WindowStateError, match=r"still open and holds the gradients of 2 micro-batches. Call its step\(\)"
+    ):
+        loop()
+    assert not optimizer.recorded
+    assert_clean(model)
+
+
+def test_a_forgotten_step_on_the_very_last_window_is_an_error_too():
+    model, optimizer, accumulator, parts = setup()
+
+    def loop():
+        for number, window in enumerate(accumulator.windows(parts, num_microbatches=4)):
+            fill(window, model)
+            if number == 0:
+                window.step()
+
+    with pytest.raises(WindowStateError, match="still open and holds the gradients of 4 micro-batches"):
+        loop()
+    assert len(optimizer.recorded) == 1
+    assert_clean(model)
+
+
+def test_an_exception_in_the_loop_body_leaves_the_next_epoch_clean():
+    model, optimizer, accumulator, parts = setup()
+
+    def loop(fail):
+        for window in accumulator.windows(parts, num_microbatches=8):
+            for index, microbatch in enumerate(window):
+                if fail and index == 3:
+                    raise KeyError("the user's own")
+                window.backward(ref.loss_and_items(model, microbatch))
+            window.step()
+
+    with pytest.raises(KeyError, match="the user's own"):
+        loop(fail=True)
+    assert_clean(model)
+    loop(fail=False)
+    full = ref.full_gradient(model, ref.ragged_batch(8))
+    assert ref.relative_error(optimizer.recorded[0], full) <= 1e-12
+    assert ref.relative_error(ref.mean_of_means_gradient(model, parts), full) > 1e-3
+
+
+def test_leaving_the_loop_in_mid_window_drops_that_window():
+    model, optimizer, accumulator, parts = setup()
+    for window in accumulator.windows(parts, num_microbatches=4):
+        window.backward(ref.loss_and_items(model, parts[0]))
+        break
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+    assert not optimizer.recorded
+
+
+def test_closing_the_generator_drops_its_open_window():
+    model, _, accumulator, parts = setup()
+    windows = accumulator.windows(parts, num_microbatches=4)
+    window = next(windows)
+    fill(window, model)
+    windows.close()
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+
+
+def test_closing_a_generator_leaves_a_window_that_is_not_its_own_alone():
+    model, optimizer, accumulator, parts = setup()
+    windows = accumulator.windows(parts, num_microbatches=2)
+    first = next(windows)
+    fill(first, model)
+    first.step()
+    window = accumulator.window()
+    window.backward(ref.loss_and_items(model, parts[0]))
+    windows.close()
+    assert window.state is WindowState.ACCUMULATING
+    window.step()
+    assert len(optimizer.recorded) == 2
+
+
+def test_an_old_generator_that_is_dropped_leaves_the_windows_of_the_new_one_alone():
+    """An endless loop that renews its generator: the old one is only freed when the name is bound again."""
+    model, optimizer, accumulator, parts = setup()
+    old = accumulator.windows(parts, num_microbatches=2)
+    fill(window := next(old), model)
+    window.step()
+    new = accumulator.windows(parts, num_microbatches=2)
+    window = next(new)
+    del old
+    fill(window, model)
+    window.step()
+    assert len(optimizer.recorded) == 2
+
+
+def test_nested_windows_of_one_accumulator_are_an_error_that_keeps_the_outer_one():
+    model, optimizer, accumulator, parts = setup()
+    outer = accumulator.window(parts[:2])
+    fill(outer, model)
+    with pytest.raises(WindowStateError, match=r"Call its step\(\), or its abort\(\)"):
+        next(accumulator.windows(parts, num_microbatches=2))
+    assert outer.state is WindowState.ACCUMULATING, "the message says that step() may still be called"
+    outer.step()
+    assert len(optimizer.recorded) == 1
+
+
+def test_a_second_window_by_hand_is_an_error_that_keeps_the_first():
+    model, optimizer, accumulator, parts = setup()
+    first = accumulator.window(parts[:2])
+    fill(first, model)
+    with pytest.raises(WindowStateError, match="holds the gradients of 2 micro-batches"):
+        accumulator.window()
+    first.step()
+    assert len(optimizer.recorded) == 1
+
+
+def test_an_open_window_without_a_micro_batch_gives_way_to_the_next():
+    _, _, accumulator, _ = setup()
+    first, second = accumulator.window(), accumulator.window()
+    assert first.state is WindowState.ABORTED
+    assert second.state is WindowState.EMPTY
+
+
+def test_a_backward_that_fails_aborts_the_window():
+    model, optimizer, accumulator, parts = setup()
+    window = accumulator.window()
+    window.backward(ref.loss_and_items(model, parts[0]))
+
+    def fail(_gradient):
+        raise RuntimeError("failed half-way")
+
+    handle = model.embedding.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        window.backward(ref.loss_and_items(model, parts[1]))
+    handle.remove()
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+    assert not optimizer.recorded
+
+
+def test_a_step_that_fails_aborts_the_window_and_clears_the_gradients():
+    model, _, accumulator, parts = setup()
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("no disk left")
+
+    accumulator = bigbatch.Accumulator(model, Failing(model.parameters(), lr=0.1))
+    window = accumulator.window(parts[:2])
+    fill(window, model)
+    with pytest.raises(RuntimeError, match="no disk left"):
+        window.step()
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+    assert accumulator.num_steps == 0
+
+
+@pytest.mark.parametrize("num_microbatches", [0, -1])
+def test_a_window_of_no_micro_batch_is_refused_at_once(num_microbatches):
+    _, _, accumulator, parts = setup()
+    with pytest.raises(
+        ValueError, match=f"num_microbatches is {num_microbatches}: a window has at least 1 micro-batch"
+    ):
+        accumulator.windows(parts, num_microbatches=num_microbatches)
+
+
+@pytest.mark.parametrize("num_microbatches", [2.5, "4", None, True])
+def test_a_number_of_micro_batches_that_is_no_int_is_refused_with_its_name(num_microbatches):
+    _, _, accumulator, parts = setup()
+    with pytest.raises(TypeError, match="num_microbatches"):
+        accumulator.windows(parts, num_microbatches=num_microbatches)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_the_gradients_within_a_window_is_not_silently_wrong(set_to_none):
+    """Users who change three lines forget the fourth: ``optimizer.zero_grad()`` drops what was summed."""
+    model, optimizer, accumulator, parts = setup()
+    window = accumulator.window()
+    window.backward(ref.loss_and_items(model, parts[0]))
+    optimizer.zero_grad(set_to_none=set_to_none)
+    with pytest.raises(WindowStateError, match=r"cleared between two of its micro-batches, by optimizer.zero_grad\(\)"):
+        window.backward(ref.loss_and_items(model, parts[1]))
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_that_is_forgotten_leaves_no_hook_behind(dtype):
+    """A notebook makes the accumulator anew; the parameters live on."""
+    model = torch.nn.Linear(2, 1, dtype=dtype)
+    inputs = torch.ones(3, 2, dtype=dtype)
+
+    def forget():
+        accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accumulator.window().backward(model(inputs).sum(), items=3)
+
+    forget()
+    optimizer = ref.RecordingSGD(model)
+    window = bigbatch.Accumulator(model, optimizer).window()
+    window.backward(model(inputs).sum(), items=3)
+    assert window.step().skipped is None
+    assert optimizer.recorded[0]["bias"].item() == 1
+    model(inputs).sum().backward()
+    assert model.bias.grad.item() == 3
