@@ -97,7 +97,9 @@ def test_an_empty_batch_is_a_window_without_items(batch):
 
 @pytest.mark.parametrize("microbatch", [0, -1])
 def test_a_micro_batch_without_samples_is_refused_at_once(microbatch):
-    with pytest.raises(ValueError, match=f"microbatch is {microbatch}: it must be at least 1 sample"):
+    with pytest.raises(
+        ValueError, match=f"microbatch is {microbatch}: it must be at least 1, the samples of one micro-batch"
+    ):
         make(microbatch=microbatch)
 
 

@@ -131,7 +131,9 @@ def test_collate_needs_a_list(batch):
 
 @pytest.mark.parametrize("microbatch", [0, -3])
 def test_no_sample_a_micro_batch_is_refused(microbatch):
-    with pytest.raises(ValueError, match=f"microbatch is {microbatch}: it must be at least 1 sample"):
+    with pytest.raises(
+        ValueError, match=f"microbatch is {microbatch}: it must be at least 1, the samples of one micro-batch"
+    ):
         split(column(5), microbatch, device=CPU)
 
 

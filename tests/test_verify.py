@@ -131,7 +131,7 @@ def test_batch_norm_in_eval_mode_is_exact():
 def test_batch_norm_that_cannot_run_on_one_sample_is_told():
     found = bigbatch.verify(mlp(nn.BatchNorm1d(6)), squares, rows(), microbatch=1)
     assert not found.exact
-    assert "micro-batches of 1 cannot run, though the full batch can" in found.causes[0]
+    assert "micro-batches of 1 cannot run, though larger ones can" in found.causes[0]
 
 
 def test_dropout_is_named():
@@ -443,7 +443,7 @@ def test_a_batch_without_items_is_refused():
 
 @pytest.mark.parametrize("microbatch", [0, -1, [2, 0]])
 def test_a_cut_of_no_sample_is_refused(microbatch):
-    with pytest.raises(ValueError, match="it must be at least 1 sample"):
+    with pytest.raises(ValueError, match="it must be at least 1, the samples of one micro-batch"):
         bigbatch.verify(mlp(), squares, rows(), microbatch=microbatch)
 
 

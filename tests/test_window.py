@@ -255,7 +255,8 @@ def test_a_step_that_fails_aborts_the_window_and_clears_the_gradients():
 def test_a_window_of_no_micro_batch_is_refused_at_once(num_microbatches):
     _, _, accumulator, parts = setup()
     with pytest.raises(
-        ValueError, match=f"num_microbatches is {num_microbatches}: a window has at least 1 micro-batch"
+        ValueError,
+        match=f"num_microbatches is {num_microbatches}: it must be at least 1, the micro-batches of one window",
     ):
         accumulator.windows(parts, num_microbatches=num_microbatches)
 
@@ -274,7 +275,7 @@ def test_zeroing_the_gradients_within_a_window_is_not_silently_wrong(set_to_none
     window = accumulator.window()
     window.backward(ref.loss_and_items(model, parts[0]))
     optimizer.zero_grad(set_to_none=set_to_none)
-    with pytest.raises(WindowStateError, match=r"cleared between two of its micro-batches, by optimizer.zero_grad\(\)"):
+    with pytest.raises(WindowStateError, match=r"changed since its last backward, by optimizer.zero_grad\(\)"):
         window.backward(ref.loss_and_items(model, parts[1]))
     assert window.state is WindowState.ABORTED
     assert_clean(model)

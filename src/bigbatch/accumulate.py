@@ -8,7 +8,8 @@ than the one in flight exists in the narrow dtype.
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
@@ -37,27 +38,36 @@ class GradientSums:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = tuple(parameters)
         self._wide: dict[Tensor, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._unhook: Callable[[], object] = lambda: None
         self._name_leaves: bool | None = None
-        self._witness: Tensor | None = None  # a parameter that holds part of the sums in its .grad
+        self._adding = False
+        # The first gradient that is summed natively, as the last backward left it; tells whether others touched it.
+        self._witness: tuple[Tensor, Tensor, int] | None = None
 
     def __enter__(self) -> Self:
         self.clear()
+        widen = WeakMethod(self._widen)
         narrow = (p for p in self.parameters if p.dtype in NARROW_DTYPES and p.requires_grad)
-        self._handles = [_on_accumulated(p, self._widen) for p in narrow]
+        handles = [_on_accumulated(p, widen) for p in narrow]
+        self._unhook = finalize(self, _remove, handles)  # also for a window that was forgotten half-way
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._unhook()
         self.clear()
 
     def _widen(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        assert gradient is not None  # autograd calls this hook after it has written the gradient
+        if not self._adding:  # the backward of somebody else: nothing of it belongs into these sums
+            parameter.grad = None
+            return
+        if gradient is None:
+            raise WindowStateError(
+                "another window over the same parameters is open and took this one's gradient. End one of the two, by "
+                "its step() or its abort(), before the other begins."
+            )
         if (total := self._wide.get(parameter)) is None:
             self._wide[parameter] = gradient.to(torch.float32)
         else:
@@ -84,16 +94,28 @@ class GradientSums:
         if self._name_leaves is None:
             self._name_leaves = _reaches_others(loss, set(self.parameters))
         leaves = [p for p in self.parameters if p.requires_grad] if self._name_leaves else None
-        torch.autograd.backward(loss, inputs=leaves)
-        if self._witness is None:
-            self._witness = next((p for p in self.parameters if p.grad is not None), None)
+        self._adding = True
+        try:
+            torch.autograd.backward(loss, inputs=leaves)
+        finally:
+            self._adding = False
+        self._witness = self._find_witness()
+
+    def _find_witness(self) -> tuple[Tensor, Tensor, int] | None:
+        for parameter in self.parameters:
+            if (gradient := parameter.grad) is not None:
+                return parameter, gradient, gradient._version
+        return None
 
     def _check_witness(self) -> None:
-        if self._witness is not None and self._witness.grad is None:
+        if self._witness is None:
+            return
+        parameter, gradient, version = self._witness
+        if parameter.grad is not gradient or gradient._version != version:
             raise WindowStateError(
-                "the gradients of this window were cleared between two of its micro-batches, by optimizer.zero_grad() "
-                "or by another window over the same parameters. Remove the call: a window clears them when it opens "
-                "and when it ends."
+                "the gradients of this window were changed since its last backward, by optimizer.zero_grad(), by a "
+                "backward of your own or by another window over the same parameters. Remove it: a window clears the "
+                "gradients when it opens and when it ends, and alone adds to them in between."
             )
 
     def tensors(self) -> list[Tensor]:
@@ -140,9 +162,18 @@ class GradientSums:
             parameter.grad = None
 
 
-def _on_accumulated(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+def _on_accumulated(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHandle:
+    def call(accumulated: Tensor) -> None:
+        if (method := hook()) is not None:
+            method(accumulated)
+
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
     return handle
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _reaches_others(loss: Tensor, own: set[Tensor]) -> bool:
@@ -152,13 +183,14 @@ def _reaches_others(loss: Tensor, own: set[Tensor]) -> bool:
     todo = [loss.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None:
-            continue
-        if node.name() == "CheckpointFunctionBackward":  # what checkpoint(use_reentrant=True) leaves in the graph
+        assert node is not None, "only nodes are put on the list"
+        name = node.name()
+        if name == "torch::autograd::AccumulateGrad":
+            others = others or node.variable not in own  # type: ignore[attr-defined]
+        elif name == "CheckpointFunctionBackward":  # what checkpoint(use_reentrant=True) leaves in the graph
             return False
-        others = others or (hasattr(node, "variable") and node.variable not in own)
         for child, _ in node.next_functions:
-            if child not in seen:
+            if child is not None and child not in seen:
                 seen.add(child)
                 todo.append(child)
     return others

@@ -22,6 +22,8 @@ def find_causes(trial: Trial, reference: int, cut: int, tolerance: float) -> tup
 
     Leaves modules in other modes than it found them in: call it inside `preserve.preserved`.
     """
+    if not math.isfinite(relative_difference(trial.gradient(reference), trial.gradient(reference))):
+        return ("the gradient of the full batch is not finite: look at the loss and the data before any cut.",)
     causes: list[str] = []
     for hypothesis in (_randomness, _batch_norm, _losses_not_sums, _coupling):
         found = list(hypothesis(trial, reference, cut, tolerance))

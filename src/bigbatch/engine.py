@@ -17,7 +17,7 @@ from bigbatch.errors import WindowStateError
 from bigbatch.memory import peak_bytes
 from bigbatch.objective import Items, Ledger, Terms, as_terms
 from bigbatch.report import WindowReport
-from bigbatch.split import Collate, check_microbatch, split
+from bigbatch.split import Collate, check_count, split
 from bigbatch.update import Update
 from bigbatch.window import Window
 
@@ -49,8 +49,7 @@ class Accumulator:
         optimizer: A ``torch.optim.Optimizer`` over its parameters, of any dtypes; bfloat16 parameters sum in float32.
         max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
         scheduler: A learning-rate scheduler, stepped once after each update.
-        scaler: A ``torch.amp.GradScaler`` for float16 autocast, of its own: two windows that are open at once need two
-            of them. Call neither its ``scale`` nor its ``step``.
+        scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -70,14 +69,17 @@ class Accumulator:
         _check_model(model, optimizer)
         self.model = model
         self.optimizer = optimizer
-        self.num_steps = 0
         self._open: Window | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Updates applied so far."""
+        return self._update.num_steps
 
     @property
     def device(self) -> torch.device:
         """Where the first parameter is."""
-        device: torch.device = self.optimizer.param_groups[0]["params"][0].device
-        return device
+        return self._update.device
 
     def windows(
         self, loader: Iterable[Any], *, num_microbatches: int, count_items: CountItems | None = None
@@ -91,16 +93,17 @@ class Accumulator:
                 micro-batches are then drawn before its first backward.
 
         Raises:
+            TypeError: ``num_microbatches`` is no int.
             ValueError: ``num_microbatches`` is below 1.
             WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
         """
-        if num_microbatches < 1:
-            raise ValueError(f"num_microbatches is {num_microbatches}: a window has at least 1 micro-batch.")
+        check_count("num_microbatches", num_microbatches, "the micro-batches of one window")
         return self._windows(iter(loader), num_microbatches, count_items)
 
     def _windows(
         self, microbatches: Iterator[Any], num_microbatches: int, count_items: CountItems | None
     ) -> Iterator[Window]:
+        window = None
         try:
             for first in microbatches:
                 taken: Iterable[Any] = chain([first], islice(microbatches, num_microbatches - 1))
@@ -108,31 +111,25 @@ class Accumulator:
                 if count_items is not None:
                     taken = list(taken)
                     totals = _total_items(map(count_items, taken))
-                yield self.window(taken, num_microbatches=num_microbatches, totals=totals)
+                window = self.window(taken, totals=totals)
+                yield window
             self._finish_previous()
         finally:
-            if self._open is not None:
-                self._open.abort()
+            if window is not None:
+                window.abort()
 
-    def window(
-        self,
-        microbatches: Iterable[Any] = (),
-        *,
-        num_microbatches: int = 1,
-        totals: Mapping[str, Items] | None = None,
-    ) -> Window:
+    def window(self, microbatches: Iterable[Any] = (), *, totals: Mapping[str, Items] | None = None) -> Window:
         """Open one window.
 
         Args:
             microbatches: What iterating over the window gives. May be left empty: ``window.backward`` takes any loss.
-            num_microbatches: How many backwards to expect; only float16 scaling looks at it.
             totals: Items of the whole window by term, for a loss of several terms.
 
         Raises:
             WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
         """
         self._finish_previous()
-        self._open = Window(iter(microbatches), _Transaction(self, num_microbatches, totals))
+        self._open = Window(iter(microbatches), _Transaction(self._update, totals))
         return self._open
 
     def _finish_previous(self) -> None:
@@ -147,36 +144,34 @@ class Accumulator:
 
 
 class _Transaction:
-    """One window's sums and counts, and how they become an update of the accumulator's optimizer."""
+    """One window's sums and counts, and how they become an update."""
 
-    def __init__(self, owner: Accumulator, num_microbatches: int, totals: Mapping[str, Items] | None) -> None:
-        self._owner = owner
-        self._scaler = owner._update.scaler
+    def __init__(self, update: Update, totals: Mapping[str, Items] | None) -> None:
+        self._update = update
         self._started_s = time.perf_counter()
         self._num_microbatches = 0
-        parameters = [p for group in owner.optimizer.param_groups for p in group["params"]]
-        float16 = self._scaler is not None or any(p.dtype == torch.float16 for p in parameters)
-        self._ledger = Ledger(totals, expected_microbatches=num_microbatches, prescale=float16)
+        self._loss_scale = update.loss_scale()
+        parameters = update.parameters()
+        float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
+        self._ledger = Ledger(totals, prescale=float16)
         self._sums = GradientSums(parameters).__enter__()
 
     def add(self, loss_sum: Any, items: Items | None) -> None:
         self._num_microbatches += 1
         loss = self._ledger.record(as_terms(loss_sum if items is None else (loss_sum, items)))
         if loss is not None:
-            self._sums.backward(loss if self._scaler is None else self._scaler.scale(loss))
+            self._sums.backward(loss if self._loss_scale is None else loss * self._loss_scale)
 
     def apply(self) -> WindowReport:
-        outcome = self._owner._update.apply(self._sums, self._ledger)
+        outcome = self._update.apply(self._sums, self._ledger, loss_scale=self._loss_scale)
         self.undo()
-        if outcome.skipped is None:
-            self._owner.num_steps += 1
         return WindowReport(
-            step=self._owner.num_steps,
+            step=self._update.num_steps,
             items=self._ledger.items(),
             grad_norm=outcome.grad_norm,
             num_microbatches=self._num_microbatches,
             tokens=None,
-            peak_bytes=peak_bytes(self._owner.device),
+            peak_bytes=peak_bytes(self._update.device),
             elapsed_s=time.perf_counter() - self._started_s,
             skipped=outcome.skipped,
             _read_terms=self._ledger.terms,
@@ -229,7 +224,7 @@ class Engine:
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
     ) -> None:
-        check_microbatch(microbatch)
+        check_count("microbatch", microbatch, "the samples of one micro-batch")
         self.accumulator = Accumulator(
             model, optimizer, max_grad_norm=max_grad_norm, scheduler=scheduler, scaler=scaler
         )
@@ -253,16 +248,16 @@ class Engine:
             TypeError: The batch cannot be cut, or ``loss_fn`` returned something else than sums and items.
             ValueError: A loss or a count is not what it must be; the message says which.
         """
+        tokens = None if self.lengths is None else int(sum(self.lengths(batch)))
         microbatches = split(batch, self.microbatch, device=self.accumulator.device, collate=self.collate)
         totals = None if self.count_items is None else self.count_items(batch)
-        window = self.accumulator.window(microbatches, num_microbatches=len(microbatches), totals=totals)
+        window = self.accumulator.window(microbatches, totals=totals)
         try:
             for microbatch in window:
                 window.backward(self.loss_fn(self.model, microbatch))
-            report = window.step()
+            return replace(window.step(), tokens=tokens)
         finally:
             window.abort()
-        return report if self.lengths is None else replace(report, tokens=sum(self.lengths(batch)))
 
 
 def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:

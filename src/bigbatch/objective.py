@@ -6,18 +6,22 @@ total before it is differentiated, and the totals N_t have to be known first.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from bigbatch.accumulate import NARROW_DTYPES
 from bigbatch.report import TermReport
 
 Items: TypeAlias = int | float | Tensor
 Terms: TypeAlias = Mapping[str, tuple[Tensor, Items]]
 
 WEIGHTS_ROUNDING = 1e-5  # items may be weights: their sum depends on the order in float32, where counts are exact
+_PAIR, _NUMBER = (tuple, list), (int, float, Real)
 SINGLE = "loss"  # the name of the term of a loss that has only one
 
 
@@ -31,9 +35,10 @@ def as_terms(result: object) -> Terms:
         TypeError: It is neither of the two.
         ValueError: A loss is not a 0-d tensor, or items are not one non-negative number.
     """
-    terms: Mapping[str, Any] = result if isinstance(result, Mapping) else {SINGLE: result}
+    single = isinstance(result, tuple) or not isinstance(result, Mapping)
+    terms: Mapping[str, Any] = {SINGLE: result} if single else result  # type: ignore[assignment]
     for name, term in terms.items():
-        if not isinstance(term, tuple | list) or len(term) != 2:
+        if not isinstance(term, _PAIR) or len(term) != 2:
             raise TypeError(
                 f"the term {name!r} of the loss is {_describe(term)}: give the pair (loss_sum, items), the sum of the "
                 "item losses and how many items it runs over, for example "
@@ -62,19 +67,24 @@ def _check_loss(name: str, loss_sum: object) -> None:
 
 def _check_items(name: str, items: object) -> None:
     if isinstance(items, Tensor):
+        if items.dtype in NARROW_DTYPES:
+            raise ValueError(
+                f"the items of the term {name!r} are in {items.dtype}, which cannot count past "
+                f"{2 / torch.finfo(items.dtype).eps:g}. Sum the mask as it is (bool), or in float32."
+            )
         if items.numel() != 1:
             raise ValueError(
                 f"the items of the term {name!r} have shape {tuple(items.shape)}: they must be one number, the count "
                 "of the micro-batch. Call .sum() on the mask."
             )
-        if items.device.type != "cpu":  # looking at its value would make the host wait for the device
+        if not items.is_cpu:  # looking at its value would make the host wait for the device
             return
         items = items.item()
-    if not isinstance(items, int | float):
+    if not isinstance(items, _NUMBER):
         raise TypeError(
             f"the items of the term {name!r} are {_describe(items)}: they must be a number or a 0-d tensor."
         )
-    if not 0 <= items < math.inf:
+    if not 0 <= float(items) < math.inf:
         raise ValueError(f"the items of the term {name!r} are {items}: they must be a finite count, 0 or more.")
 
 
@@ -83,9 +93,9 @@ class Ledger:
 
     Args:
         totals: Items of the whole window by term, where they are known before the first backward.
-        expected_microbatches: How many micro-batches the window is likely to have.
-        prescale: Differentiate a single term divided by a power of two near its total, for float16: gradients then
-            have the range of a mean loss instead of a sum's. Exact, since powers of two only move the exponent.
+        prescale: Differentiate a single term divided by a power of two near the items of the first micro-batch, for
+            float16: gradients then have the range of a mean loss instead of a sum's. Exact, since powers of two only
+            move the exponent.
     """
 
     def __init__(
@@ -96,11 +106,10 @@ class Ledger:
         prescale: bool = False,
     ) -> None:
         self.totals = None if totals is None else {name: _host(items) for name, items in totals.items()}
-        self._expected_microbatches = expected_microbatches
         self._prescale = prescale
-        self._prescaled_by: float | Tensor = 1.0
-        self._sums: dict[str, list[Tensor]] = {}
-        self._items: dict[str, list[Items]] = {}
+        self._prescaled_by: float | Tensor | None = None
+        self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
+        self._items: defaultdict[str, list[Items]] = defaultdict(list)
 
     def record(self, terms: Terms) -> Tensor | None:
         """Note one micro-batch; return the 0-d loss to differentiate, or None where it has no item at all."""
@@ -131,20 +140,21 @@ class Ledger:
         if not self._note(name, loss_sum, items):
             return None
         if self._prescale:
-            if self._prescaled_by == 1.0:
-                self._prescaled_by = _power_of_two_near(items, self._expected_microbatches)
+            if self._prescaled_by is None:
+                self._prescaled_by = _power_of_two_near(items)
             loss_sum = loss_sum / self._prescaled_by
         return loss_sum
 
     def _note(self, name: str, loss_sum: Tensor, items: Items) -> bool:
         """Enter one term of one micro-batch; tell whether it may have items."""
         items = _host(items)
-        self._items.setdefault(name, []).append(items)
-        sums = self._sums.setdefault(name, [])
-        if isinstance(items, Tensor) or items:
-            sums.append(loss_sum.detach())
-            return True
-        return False
+        self._items[name].append(items)
+        sums = self._sums[name]
+        if not isinstance(items, Tensor) and not items:
+            return False
+        # A copy: the loss is the caller's, who may go on to change it in place.
+        sums.append(loss_sum.item() if loss_sum.is_cpu else loss_sum.detach().clone())
+        return True
 
     def items(self, name: str | None = None) -> float:
         """Items so far of one term, by default of the first; reads the device where the counts live there."""
@@ -164,12 +174,14 @@ class Ledger:
         micro-batches held: terms would have been divided by the wrong number.
         """
         if self.totals is None:
-            return self.items() / float(self._prescaled_by)
+            return self.items() / (1.0 if self._prescaled_by is None else float(self._prescaled_by))
         for name, total in self.totals.items():
-            if not math.isclose(seen := self.items(name), total, rel_tol=WEIGHTS_ROUNDING):
+            seen = self.items(name)
+            counts = isinstance(seen, int) and isinstance(total, int)
+            if seen != total if counts else not math.isclose(seen, total, rel_tol=WEIGHTS_ROUNDING):
                 raise ValueError(
                     f"count_items told {total} items for the term {name!r}, and the micro-batches held {seen}: the "
-                    "two must count the same things."
+                    "two must count the same things, and all micro-batches of the window must run before its step()."
                 )
         return 1.0 if any(self.totals.values()) else 0.0
 
@@ -178,21 +190,24 @@ class Ledger:
         reports = {}
         for name, sums in self._sums.items():
             items = self.items(name)
-            total = torch.stack(sums).sum(dtype=_sum_dtype(sums[0])).item() if sums else 0.0
+            on_device = [loss_sum for loss_sum in sums if isinstance(loss_sum, Tensor)]
+            total = math.fsum(loss_sum for loss_sum in sums if not isinstance(loss_sum, Tensor))
+            if on_device:
+                total += torch.stack(on_device).sum(dtype=_sum_dtype(on_device[0])).item()  # waits for the device
             reports[name] = TermReport(loss=total / items if items else math.nan, items=items)
         return reports
 
 
 def _host(items: Items) -> Items:
     """Turn counts that are on the CPU into numbers, which no device has to be asked for."""
-    return items.item() if isinstance(items, Tensor) and items.device.type == "cpu" else items
+    return items.item() if isinstance(items, Tensor) and items.is_cpu else items
 
 
-def _power_of_two_near(items: Items, expected_microbatches: int) -> float | Tensor:
+def _power_of_two_near(items: Items) -> float | Tensor:
     if isinstance(items, Tensor):
-        likely = items.detach().float() * expected_microbatches
-        return torch.where(likely > 0, torch.exp2(torch.ceil(torch.log2(likely))), 1.0)
-    return 2.0 ** math.ceil(math.log2(items * expected_microbatches))
+        count = items.detach().float().reshape(())
+        return torch.where(count > 0, torch.exp2(torch.ceil(torch.log2(count))), 1.0)
+    return 2.0 ** math.ceil(math.log2(items))
 
 
 def _sum_dtype(loss_sum: Tensor) -> torch.dtype:

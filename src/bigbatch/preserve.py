@@ -19,9 +19,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     copies = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may bind other ones
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     random_states = _random_states()
+    for parameter in model.parameters():
+        parameter.grad = None  # what is added meanwhile must not reach the tensors that come back
     try:
         yield
     finally:
@@ -29,6 +32,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for tensor, copy in zip(tensors, copies, strict=True):
                 if not torch.equal(tensor.cpu(), copy):
                     tensor.copy_(copy)
+        for module, bound in buffers:
+            module._buffers.update(bound)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes:

@@ -13,24 +13,23 @@ Collate: TypeAlias = Callable[[Sequence[Any]], Any]
 
 @dataclass(frozen=True)
 class Split:
-    """A global batch and the size of its micro-batches; iterates over these, on the device.
+    """A global batch in micro-batches; iterates over these, on the device.
 
     Attributes:
         num_samples: Samples of the batch.
-        microbatch: Samples of each micro-batch; the last one takes what is left.
-        take: Gives the micro-batch of samples ``start`` to ``stop``.
+        num_microbatches: How many micro-batches they make; 0 for an empty batch.
+        pick: Gives the micro-batch of an index.
     """
 
     num_samples: int
-    microbatch: int
-    take: Callable[[int, int], Any]
+    num_microbatches: int
+    pick: Callable[[int], Any]
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.microbatch)
+        return self.num_microbatches
 
     def __iter__(self) -> Iterator[Any]:
-        for start in range(0, self.num_samples, self.microbatch):
-            yield self.take(start, min(start + self.microbatch, self.num_samples))
+        return map(self.pick, range(self.num_microbatches))
 
 
 def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate | None = None) -> Split:
@@ -47,45 +46,56 @@ def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate
         TypeError: The batch holds something that cannot be cut.
         ValueError: Tensors disagree on the number of samples, or ``microbatch`` is below 1.
     """
-    check_microbatch(microbatch)
+    check_count("microbatch", microbatch, "the samples of one micro-batch")
     if collate is None:
         return _split_tensors(_plain(batch), microbatch, device)
     if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
         raise TypeError(f"with collate= the batch must be a list of samples, and it is a {type(batch).__name__}.")
 
-    def take(start: int, stop: int) -> Any:
-        part = _plain(collate([batch[i] for i in range(start, stop)]))
+    def pick(index: int) -> Any:
+        stop = min((index + 1) * microbatch, len(batch))
+        part = _plain(collate([batch[i] for i in range(index * microbatch, stop)]))
         return pytree.tree_map(lambda leaf: _move(leaf, device), part)
 
-    return Split(len(batch), microbatch, take)
+    return Split(len(batch), -(-len(batch) // microbatch), pick)
 
 
 def _split_tensors(batch: Any, microbatch: int, device: torch.device) -> Split:
     num_samples = _count_samples(batch)
+    num_microbatches = -(-num_samples // microbatch)
     leaves, structure = pytree.tree_flatten(batch)
+    columns = [
+        leaf.split(microbatch) if leaf is not None and leaf.ndim else [leaf] * num_microbatches for leaf in leaves
+    ]
 
-    def take(start: int, stop: int) -> Any:
-        rows = [leaf[start:stop] if leaf is not None and leaf.ndim else leaf for leaf in leaves]
-        return pytree.tree_unflatten([_move(leaf, device) for leaf in rows], structure)
+    def pick(index: int) -> Any:
+        return pytree.tree_unflatten([_move(column[index], device) for column in columns], structure)
 
-    return Split(num_samples, microbatch, take)
+    return Split(num_samples, num_microbatches, pick)
 
 
-def check_microbatch(microbatch: int) -> None:
-    """Refuse what is no number of samples."""
-    if isinstance(microbatch, bool) or not isinstance(microbatch, int):
-        raise TypeError(f"microbatch is {microbatch!r}: it must be an int, the samples of one micro-batch.")
-    if microbatch < 1:
-        raise ValueError(f"microbatch is {microbatch}: it must be at least 1 sample.")
+def check_count(name: str, value: int, what: str) -> None:
+    """Refuse what is no number of at least 1.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}: it must be an int, {what}.")
+    if value < 1:
+        raise ValueError(f"{name} is {value}: it must be at least 1, {what}.")
 
 
 def _plain(batch: Any) -> Any:
     """Turn mappings that torch cannot take apart, such as a tokenizer's output, into dicts."""
-    return dict(batch) if isinstance(batch, Mapping) and type(batch) is not dict else batch
+    return pytree.tree_map(lambda leaf: dict(leaf) if isinstance(leaf, Mapping) else leaf, batch)
 
 
 def _move(leaf: Any, device: torch.device) -> Any:
-    return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+    if not isinstance(leaf, Tensor) or leaf.device == device:
+        return leaf
+    return leaf.to(device, non_blocking=True)
 
 
 def _count_samples(batch: Any) -> int:

@@ -101,14 +101,16 @@ def _ratio(difference: float, size: float) -> float:
 
 
 def _norm(tensors: Any) -> float:
-    wide = [tensor.float() if tensor.device.type == "mps" else tensor.double() for tensor in tensors]
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    wide = [tensor.float() if tensor.device.type == "mps" else tensor.double() for tensor in real]
     return torch.nn.utils.get_total_norm(wide).item()
 
 
 @contextmanager
 def narrowest_dtype(model: nn.Module) -> Iterator[list[torch.dtype]]:
     """Collect, as the last element of a list, the narrowest floating dtype that any module gives meanwhile."""
-    found = [max((p.dtype for p in model.parameters()), key=_width)]
+    inexact = {_real(p.dtype) for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+    found = [max(inexact, key=_width)]
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and _width(output.dtype) > _width(found[-1]):
@@ -120,6 +122,11 @@ def narrowest_dtype(model: nn.Module) -> Iterator[list[torch.dtype]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of a complex number, and any other as it is."""
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def _width(dtype: torch.dtype) -> float:

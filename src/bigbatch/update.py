@@ -41,6 +41,9 @@ class Update:
         scheduler: Stepped once after each update that was applied.
         scaler: A gradient scaler for float16 autocast over float32 parameters.
         max_grad_norm: Largest 2-norm of the divided gradient, over all parameters of the optimizer; None to not clip.
+
+    Attributes:
+        num_steps: Updates applied so far.
     """
 
     def __init__(
@@ -52,37 +55,61 @@ class Update:
         max_grad_norm: float | None = None,
     ) -> None:
         _check_optimizer(optimizer)
-        _check_scheduler(scheduler)
+        _check_scheduler(scheduler, optimizer)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.max_grad_norm = max_grad_norm
+        self.num_steps = 0
         if self.scaler is not None:
             _check_scalable(optimizer)
 
-    def apply(self, sums: GradientSums, ledger: "Ledger") -> Outcome:
+    def parameters(self) -> list[Tensor]:
+        """Give the parameters of all groups of the optimizer, as they are now."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return self.parameters()[0].device
+
+    def apply(self, sums: GradientSums, ledger: "Ledger", *, loss_scale: Tensor | None = None) -> Outcome:
         """Turn the sums of a window into one update, or into none if they cannot be one.
+
+        Args:
+            sums: Of the optimizer's parameters.
+            ledger: What they are to be divided by.
+            loss_scale: What the losses were multiplied by: what `loss_scale` gave when the window opened.
 
         Waits for the device once, for the count and the norm that decide whether there is an update at all.
         """
         gradients = sums.tensors()
-        norm_of_sums = torch.nn.utils.get_total_norm(gradients)
-        divisor = ledger.divisor()  # waits for the device, where it counted the items
-        if self.scaler is None or not gradients:
-            return self._apply(sums, gradients, ledger, norm_of_sums, divisor)
+        if loss_scale is None or not gradients:
+            return self._apply(sums, gradients, ledger)
+        assert self.scaler is not None, "it made the loss scale"
+        # The scale is this window's own: another window with the same scaler may have changed it meanwhile.
+        torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
+        self.scaler.unscale_(self.optimizer)
         try:
-            self.scaler.unscale_(self.optimizer)
-            return self._apply(sums, gradients, ledger, torch.nn.utils.get_total_norm(gradients), divisor)
+            return self._apply(sums, gradients, ledger)
         finally:
             self.scaler.update()
 
-    def _apply(
-        self, sums: GradientSums, gradients: list[Tensor], ledger: "Ledger", norm_of_sums: Tensor, divisor: float
-    ) -> Outcome:
+    def loss_scale(self) -> Tensor | None:
+        """Give the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
+        return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
+
+    def _apply(self, sums: GradientSums, gradients: list[Tensor], ledger: "Ledger") -> Outcome:
+        norm_of_sums = torch.nn.utils.get_total_norm(gradients)
+        divisor = ledger.divisor()  # waits for the device, where it counted the items
         if not divisor:
             return Outcome(math.nan, skipped="no items")
+        if not gradients:
+            raise ValueError(
+                "none of the optimizer's parameters received a gradient: the loss does not depend on them."
+            )
         grad_norm = norm_of_sums.item() / divisor
         if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
             _scale(gradients, 1 / divisor)
@@ -105,6 +132,7 @@ class Update:
             self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
         else:
             self.optimizer.step()
+        self.num_steps += 1
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -127,7 +155,13 @@ def _check_optimizer(optimizer: "Optimizer") -> None:
             )
 
 
-def _check_scheduler(scheduler: "LRScheduler | None") -> None:
+def _check_scheduler(scheduler: "LRScheduler | None", optimizer: "Optimizer") -> None:
+    owner = getattr(scheduler, "optimizer", optimizer)
+    if isinstance(owner, torch.optim.Optimizer) and owner.param_groups is not optimizer.param_groups:
+        raise ValueError(
+            "the scheduler belongs to another optimizer: its steps would change rates that this one never reads. "
+            "Make it from the optimizer that is passed here."
+        )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise TypeError(
             "ReduceLROnPlateau needs a validation loss at each step, which an update does not have. "

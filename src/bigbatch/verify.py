@@ -15,7 +15,7 @@ from torch import nn
 from bigbatch.diagnose import find_causes
 from bigbatch.memory import is_out_of_memory, release_memory
 from bigbatch.preserve import preserved
-from bigbatch.split import Collate, check_microbatch
+from bigbatch.split import Collate, check_count
 from bigbatch.trial import Gradients, Trial, narrowest_dtype, parameter_differences, relative_difference
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # float16 every activation is rounded, to 2⁻⁸ and 2⁻¹¹ relative, and other shapes round otherwise: a few units each.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 NUM_WORST = 5
+CUT_ERRORS = (ArithmeticError, IndexError, RuntimeError, ValueError)  # what a model may say to a shape it cannot take
 DEFAULT_CUTS = (16, 5, 2)  # micro-batches; 5 leaves a short last one for most sizes
 
 
@@ -38,7 +39,7 @@ class Cut:
         num_microbatches: How many the batch makes.
         relative_error: ‖gradient − reference‖ / ‖reference‖ over all parameters.
         mean_of_means_error: The same for the mean of the micro-batches' mean losses, as textbook loops compute it;
-            NaN where a micro-batch has no item.
+            NaN where the mean over a micro-batch without items is 0/0.
     """
 
     microbatch: int
@@ -175,10 +176,14 @@ def _try_cut(trial: Trial, size: int, reference: Gradients) -> _Outcome:
     num_microbatches = len(trial.split(size))
     try:
         gradient = trial.gradient(size)
-        naive = relative_difference(trial.mean_of_means(size), reference)
-    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
-        failure = f"micro-batches of {size} cannot run, though the full batch can: {type(error).__name__}: {error}"
+    except CUT_ERRORS as error:
+        why = "do not fit in memory" if is_out_of_memory(error) else "cannot run, though larger ones can"
+        failure = f"micro-batches of {size} {why}: {type(error).__name__}: {error}"
         return _Outcome(Cut(size, num_microbatches, math.nan, math.nan), failure=failure)
+    try:
+        naive = relative_difference(trial.mean_of_means(size), reference)
+    except CUT_ERRORS:  # a micro-batch without items may have no mean at all
+        naive = math.nan
     cut = Cut(size, num_microbatches, relative_difference(gradient, reference), naive)
     errors = sorted(parameter_differences(gradient, reference).items(), key=lambda pair: -_badness(pair[1]))
     return _Outcome(cut, tuple(ParameterError(name, error) for name, error in errors[:NUM_WORST]))
@@ -214,11 +219,11 @@ def _sizes(microbatch: int | Sequence[int] | None, num_samples: int, *, largest:
     if microbatch is None:
         smallest = 2 if num_samples >= 4 else 1  # some layers cannot run on one sample, for reasons of their own
         return sorted({min(max(-(-num_samples // parts), smallest), largest) for parts in DEFAULT_CUTS})
-    sizes = [microbatch] if isinstance(microbatch, int) else list(microbatch)
+    sizes = list(microbatch) if isinstance(microbatch, Sequence) else [microbatch]
     if not sizes:
         raise ValueError("microbatch is an empty list: give at least one number of samples.")
     for size in sizes:
-        check_microbatch(size)
+        check_count("microbatch", size, "the samples of one micro-batch")
     return sizes
 
 

@@ -57,7 +57,12 @@ class Window:
         self._num_microbatches = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return self._microbatches
+        while self.is_open:
+            try:
+                microbatch = next(self._microbatches)
+            except StopIteration:
+                return
+            yield microbatch
 
     @property
     def state(self) -> WindowState:

@@ -1,7 +1,5 @@
 """Two accumulators do not know of each other: a GAN with both windows open equals two full-batch references."""
 
-import contextlib
-import copy
 import threading
 
 import pytest
@@ -61,75 +59,19 @@ def mean_of_means(gan, noise, real):
     ]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("generator_first", [True, False])
-def test_two_open_windows_with_interleaved_micro_batches_equal_two_references(dtype, bound, generator_first):
-    """In bfloat16 the activations of the reference itself are rounded, to 2⁻⁹ each; four layers deep."""
-    gan, noise, real = gan_setup(dtype)
-    full = two_references(gan, noise, real)
-    naive = mean_of_means(gan, noise, real)
-    recorders = optimizers(gan)
-    one, other = (bigbatch.Accumulator(gan, optimizer).window() for optimizer in recorders)
-    for some_noise, some_real in zip(noise.split(SIZES), real.split(SIZES), strict=True):
-        steps = [
-            lambda z=some_noise: one.backward(gan.generator_loss(z), items=len(z)),
-            lambda z=some_noise, x=some_real: other.backward(gan.discriminator_loss(z, x), items=len(z) + len(x)),
-        ]
-        for step in steps if generator_first else reversed(steps):
-            step()
-    for window in (one, other) if generator_first else (other, one):
-        assert window.step().skipped is None
-    for model in (0, 1):
-        assert ref.relative_error(recorders[model].recorded[0], full[model]) <= bound
-        assert ref.relative_error(naive[model], full[model]) > max(bound, WRONG)
-    assert all(p.grad is None for p in gan.parameters())
-    assert ref.hooks_of(gan) == 0
-
-
-def test_five_updates_of_both_equal_full_batch_training():
-    gan, noise, real = gan_setup(torch.float64)
-    reference, naive = copy.deepcopy(gan), copy.deepcopy(gan)
-    accumulators = [bigbatch.Accumulator(gan, optimizer) for optimizer in optimizers(gan)]
-    for _ in range(5):
-        windows = (accumulator.windows(range(4), num_microbatches=4) for accumulator in accumulators)
-        for one, other in zip(*windows, strict=True):
-            for index, same in zip(one, other, strict=True):
-                assert index == same
-                z, x = noise.split(SIZES)[index], real.split(SIZES)[index]
-                other.backward(gan.discriminator_loss(z, x), items=len(x) * 2)
-                one.backward(gan.generator_loss(z), items=len(z))
-            one.step()
-            other.step()
-    for copied, gradients in ((reference, two_references), (naive, mean_of_means)):
-        for _ in range(5):
-            pairs = zip((copied.generator, copied.discriminator), gradients(copied, noise, real), strict=True)
-            with torch.no_grad():
-                for module, gradient in pairs:
-                    for name, p in module.named_parameters():
-                        p -= gradient[name]
-    assert ref.relative_error(ref.parameters_of(gan), ref.parameters_of(reference)) <= 1e-10
-    assert ref.relative_error(ref.parameters_of(naive), ref.parameters_of(reference)) > WRONG
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_window_of_one_leaves_the_gradients_of_the_other_alone(dtype):
-    gan, noise, _ = gan_setup(dtype)
-    kept = {p: torch.ones_like(p) for p in gan.discriminator.parameters()}
-    for p, gradient in kept.items():
-        p.grad = gradient
-    generator, _ = optimizers(gan)
-    accumulator = bigbatch.Accumulator(gan, generator)
-    for window in accumulator.windows(noise.split(SIZES), num_microbatches=4):
-        for z in window:
-            window.backward(gan.generator_loss(z), items=len(z))
-        window.step()
-    assert all(p.grad is gradient and bool((gradient == 1).all()) for p, gradient in kept.items())
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
-def test_a_later_micro_batch_that_reaches_the_other_model_leaves_its_gradients_alone(dtype, bound):
+def test_a_later_micro_batch_that_reaches_an_open_window_of_another_model_makes_that_window_refuse():
     """The adversarial term of a generator often starts after a warm-up of the reconstruction term."""
-    gan, noise, real = gan_setup(dtype)
+    gan, noise, real = gan_setup(torch.float64)
+    one, other = (bigbatch.Accumulator(gan, optimizer).window() for optimizer in optimizers(gan))
+    other.backward(gan.discriminator_loss(noise, real), items=24)
+    one.backward(wide(gan.generator(noise)).square().sum(), items=12)
+    one.backward(gan.generator_loss(noise), items=12)
+    with pytest.raises(bigbatch.WindowStateError, match="by another window"):
+        other.step()
+
+
+def test_a_later_micro_batch_that_reaches_an_open_bf16_window_of_another_model_adds_nothing_to_it():
+    gan, noise, real = gan_setup(torch.bfloat16)
     _, full = two_references(gan, noise, real)
     recorders = optimizers(gan)
     one, other = (bigbatch.Accumulator(gan, optimizer).window() for optimizer in recorders)
@@ -138,21 +80,17 @@ def test_a_later_micro_batch_that_reaches_the_other_model_leaves_its_gradients_a
     one.backward(gan.generator_loss(noise), items=12)
     one.abort()
     other.step()
-    assert ref.relative_error(recorders[1].recorded[0], full) <= bound
+    assert ref.relative_error(recorders[1].recorded[0], full) <= 2e-2
 
 
-def test_a_reentrant_checkpoint_in_one_model_leaves_the_open_window_of_the_other_alone_or_is_refused():
+def test_a_reentrant_checkpoint_that_reaches_an_open_window_of_another_model_makes_that_window_refuse():
     gan, noise, real = gan_setup(torch.float64)
-    _, full = two_references(gan, noise, real)
-    recorders = optimizers(gan)
-    one, other = (bigbatch.Accumulator(gan, optimizer).window() for optimizer in recorders)
+    one, other = (bigbatch.Accumulator(gan, optimizer).window() for optimizer in optimizers(gan))
     other.backward(gan.discriminator_loss(noise, real), items=24)
     judged = gan.discriminator(checkpoint(gan.generator, noise.clone().requires_grad_(), use_reentrant=True))
-    with contextlib.suppress(ValueError, RuntimeError):
-        one.backward(F.softplus(-judged).sum(), items=12)
-    one.abort()
-    other.step()
-    assert ref.relative_error(recorders[1].recorded[0], full) <= 1e-12
+    one.backward(F.softplus(-judged).sum(), items=12)
+    with pytest.raises(bigbatch.WindowStateError, match="by another window"):
+        other.step()
 
 
 def test_accumulators_in_two_threads_do_not_mix():
