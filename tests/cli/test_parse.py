@@ -103,7 +103,7 @@ def test_a_flag_replaces_the_other_name_of_its_quantity_in_the_file(folder: Path
 
 
 def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
-    assert config_of("--gradient-accumulation-steps", "4").microbatch == 16
+    assert config_of("--gradient-accumulation-steps", "4").microbatch == 8
     assert config_of("--global-batch", "10", "--gradient-accumulation-steps", "4").microbatch == 3
     assert config_of("--global-batch", "2", "--gradient-accumulation-steps", "4").microbatch == 1
     write(folder, "global_batch = 100\nmicrobatch = 1\n")
@@ -123,6 +123,11 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ("--global-batch many", "--global-batch is 'many': it must be a whole number."),
         ("--global-batch 3000000000", "--global-batch is 3000000000: it must be at most 2147483647."),
         ("--global-batch= --steps 3", "--global-batch is '': it must be a whole number."),
+        ("--lora-alpha 8", "--lora-alpha does nothing without --lora-rank: give both."),
+        (
+            "--steps 3 --warmup-steps 4",
+            "--warmup-steps is more than --steps: the learning rate would never reach its peak.",
+        ),
         ("--lr fast", "--lr is 'fast': it must be a number."),
         ("--lr=fast", "--lr is 'fast': it must be a number."),
         ("--lr 0", "--lr is 0: it must be more than 0."),

@@ -89,10 +89,15 @@ def test_one_quantity_has_one_name(names: tuple[str, str]):
 
 def test_resolved_writes_out_the_main_job():
     config = TrainConfig().resolved()
-    assert (config.global_batch, config.global_batch_tokens) == (64, None)
+    assert (config.global_batch, config.global_batch_tokens) == (32, None)
     assert (config.steps, config.epochs) == (DEFAULT_STEPS, None)
-    assert (config.lr, config.lora_alpha) == (3e-3, None)
+    assert (config.lr, config.lora_alpha) == (5e-3, None)
     assert config.resolved() == config
+
+
+@pytest.mark.parametrize("idle", [{"lora_alpha": 8.0}, {"steps": 3, "warmup_steps": 4}])
+def test_settings_that_would_do_nothing_are_refused(idle: dict[str, float]):
+    assert error_types(**idle) == ["idle"]
 
 
 def test_resolved_trains_other_data_and_other_models_for_an_epoch():
@@ -107,12 +112,12 @@ def test_resolved_learning_rate_follows_the_model():
 
 
 def test_resolved_keeps_what_was_asked():
-    asked = TrainConfig(global_batch_tokens=4096, epochs=2, lr=1.0, lora_rank=4, lora_alpha=1.0)
+    asked = TrainConfig(global_batch_tokens=4096, epochs=2, lr=1.0, max_length=64, lora_rank=4, lora_alpha=1.0)
     assert asked.resolved() == asked
 
 
 def test_warmup_and_validation_scale_with_the_run_unless_asked():
-    assert [TrainConfig().warmup_steps_of(steps) for steps in (1, 19, 20, 300)] == [0, 0, 1, 15]
+    assert [TrainConfig().warmup_steps_of(steps) for steps in (1, 19, 20, 300)] == [0, 1, 2, 30]
     assert TrainConfig(warmup_steps=0).warmup_steps_of(300) == 0
     assert [TrainConfig().validation_every_of(steps) for steps in (1, 9, 300)] == [1, 1, 30]
     assert TrainConfig(validation_every=7).validation_every_of(300) == 7

@@ -197,7 +197,7 @@ def test_the_counts_are_one_line_that_names_every_piece_left_out() -> None:
     documents = [Document("a", text="ab"), Document("b", prompt="x" * 9, completion="y")]
     _, counts = encode(documents, tokenizer_with(), max_length=4)
     assert counts.describe() == (
-        "2 documents with 16 tokens, 5 of them learned; 2 samples; 1 long document cut into pieces; "
+        "2 documents with 16 tokens, 5 of them learned; 2 sequences; 1 long document cut into pieces; "
         "2 pieces with nothing to learn left out"
     )
 

@@ -1,14 +1,23 @@
 """What a run shows: a live line on a terminal, plain lines elsewhere."""
 
-import sys
-import time
-from typing import Any
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from bigbatch.cli.pace import Pace
+
+if TYPE_CHECKING:
+    from bigbatch.lm.prepare import Say
+
 PLAIN_LINES = 20  # lines that a run without a terminal prints about its updates
+SAMPLE_LINES = 12
+STATUS_COLUMNS = 68  # of a terminal: "update 350/350", loss, speed, time left and memory
+NARROWEST_BAR, WIDEST_BAR = 8, 32
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -24,35 +33,58 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+@contextmanager
+def preparing(console: Console | None) -> "Iterator[Say]":
+    """Show what a preparation is at: one line that changes on a terminal, a line for each kind of work elsewhere.
+
+    Args:
+        console: Where to show it; None for nowhere.
+    """
+    last = ""
+
+    def print_once(words: str, done: int = 0, total: int = 0) -> None:
+        nonlocal last
+        if console is not None and words != last:
+            console.print(f"{words} …")
+        last = words
+
+    if console is None or not console.is_terminal:
+        yield print_once
+        return
+    with console.status("starting …") as status:
+
+        def replace(words: str, done: int = 0, total: int = 0) -> None:
+            progress = f": {done:,} of {total:,}" if total else ""
+            status.update(f"{words}{progress} …")
+
+        yield replace
+
+
 class TrainingDisplay:
     """Listens to a run and shows it; a context, so that the terminal is left in order.
 
     Args:
         console: Where to print.
         total_steps: Updates of the run.
+        validation_every: Updates between two validations, or None where there is no validation.
         entropy: Unigram entropy of the validation text in nats per token, or None.
         prompt: What samples of text begin with, to tell the model's words from it.
     """
 
-    def __init__(self, console: Console, *, total_steps: int, entropy: float | None, prompt: str) -> None:
+    def __init__(
+        self, console: Console, *, total_steps: int, validation_every: int | None, entropy: float | None, prompt: str
+    ) -> None:
         self._console = console
         self._total_steps = total_steps
         self._entropy = entropy
         self._prompt = prompt
-        self._started_s = time.perf_counter()
-        self._tokens = 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("update", total=total_steps, status="")
+        self._pace = Pace(total_steps=total_steps, validation_every=validation_every)
+        self._progress = Progress(*_columns(console.width), console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=total_steps, status="")
 
     def __enter__(self) -> "TrainingDisplay":
         self._progress.start()
+        self._pace.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,13 +92,11 @@ class TrainingDisplay:
 
     def updated(self, row: dict[str, Any]) -> None:
         """Show loss, speed, time left and memory."""
-        self._tokens += row["tokens"]
-        elapsed_s = time.perf_counter() - self._started_s
+        self._pace.updated(row["tokens"])
         step = row["step"]
-        left_s = elapsed_s / step * (self._total_steps - step)
         status = (
-            f"loss {row['loss']:.3f} · {self._tokens / elapsed_s:,.0f} tokens/s · {duration(left_s)} left · "
-            f"{_gibibytes(row['peak_bytes'])}"
+            f"loss {row['loss']:.3f} · {self._pace.tokens_per_s:,.0f} tokens/s · "
+            f"{duration(self._pace.left_s)} left · {_gibibytes(row['peak_bytes'])}"
         )
         self._progress.update(self._task, completed=step, status=status)
         every = max(1, self._total_steps // PLAIN_LINES)
@@ -77,20 +107,47 @@ class TrainingDisplay:
 
     def validated(self, step: int, loss: float) -> None:
         """Show a validation loss beside what knowing only token frequencies would reach."""
+        self._pace.validated()
         beside = "" if self._entropy is None else f" (token frequencies alone: {self._entropy:.3f})"
         self._console.print(f"update {step}: validation loss {loss:.3f}{beside}")
 
     def sampled(self, step: int, text: str) -> None:
-        """Show what the model writes."""
-        shown = Text("\n".join(f"    │ {line}" for line in text.rstrip().splitlines()), style="dim")
-        self._console.print(shown)
+        """Show what the model writes, the prompt set off from it where the terminal can."""
+        self._pace.paused()
+        self._console.print(f"update {step}: the model writes")
+        self._console.print(quote(text, self._prompt))
+
+
+def _columns(width: int) -> list[TextColumn | BarColumn]:
+    """Lay out the live line: the bar takes what is left of the width, or goes where there is too little."""
+    bar = min(WIDEST_BAR, width - STATUS_COLUMNS)
+    if bar < NARROWEST_BAR:
+        return [TextColumn("{task.completed}/{task.total} · {task.fields[status]}")]
+    return [
+        TextColumn("update {task.completed}/{task.total}"),
+        BarColumn(bar_width=bar),
+        TextColumn("{task.fields[status]}"),
+    ]
+
+
+def quote(text: str, prompt: str) -> Text:
+    """Set a sample apart from what is around it: its first lines, indented behind a bar, without runs of empty ones."""
+    shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", text.rstrip().rstrip("\ufffd"))  # a character may be cut in the middle
+    lines = shown.splitlines() or [""]
+    if len(lines) > SAMPLE_LINES:
+        lines = [*lines[:SAMPLE_LINES], "…"]
+    quoted = Text("\n".join(f"    │ {line}" for line in lines), style="dim")
+    first = prompt.splitlines()[0] if prompt else ""
+    if first and lines[0].startswith(first):
+        quoted.stylize("not dim bold", 6, 6 + len(first))
+    return quoted
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as 42 s, 3:07 or 1:02:03."""
+    """Write seconds as 0.4 s, 42 s, 3:07 or 1:02:03."""
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{whole} s"
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -98,8 +155,3 @@ def duration(seconds: float) -> str:
 
 def _gibibytes(peak_bytes: int | None) -> str:
     return "memory unknown" if peak_bytes is None else f"{peak_bytes / 2**30:.2f} GiB"
-
-
-def warn(message: str) -> None:
-    """Print a line to stderr."""
-    print(message, file=sys.stderr, flush=True)

@@ -17,26 +17,25 @@ def run(options: GenerateOptions) -> int:
     import torch
     from transformers import TextStreamer
 
+    from bigbatch.lm.continuation import continue_text
     from bigbatch.lm.device import find_machine
     from bigbatch.lm.model import load_model
     from bigbatch.lm.tokenizer import load_tokenizer
-    from bigbatch.lm.trainer import continue_text
 
     quiet_libraries()
     machine = find_machine(options.device, "float32")
     tokenizer = load_tokenizer(str(folder))
     model = load_model(str(folder), dtype=machine.weights_dtype).to(machine.device).eval()
     torch.manual_seed(options.seed)
-    with torch.no_grad():
-        continue_text(
-            model,
-            tokenizer,
-            options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        )
+    continue_text(
+        model,
+        tokenizer,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
     return DONE
 
 

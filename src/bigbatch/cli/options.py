@@ -36,8 +36,8 @@ class VerifyOptions(BaseModel):
 
     cuts: Annotated[tuple[Count, ...], BeforeValidator(_split_commas)] | None = Field(
         default=None,
-        description="micro-batch sizes to compare, in sequences, such as 1,2,4 (default: 1, 2, 4 and so on, up "
-        "to the whole batch)",
+        description="micro-batch sizes to compare, in sequences, such as 1,2,4 (default: powers of two "
+        "below the batch, and 3)",
     )
     samples: Count = Field(default=16, description="sequences in the batch that is cut")
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of a table")

@@ -9,12 +9,10 @@ Nothing here writes, or loads more than pydantic.
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 import shutil
 import textwrap
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -24,12 +22,12 @@ from pydantic.fields import FieldInfo
 
 from bigbatch.cli.options import (
     COMMANDS,
-    ELSEWHERE,
     GenerateOptions,
     SourceOptions,
     VerifyOptions,
     flag_key,
 )
+from bigbatch.cli.sentences import hint, nearest, sentence, short
 from bigbatch.errors import InputError
 from bigbatch.lm.config import EXCLUSIVE, TrainConfig
 
@@ -153,12 +151,12 @@ def _read_words(command: str, words: Sequence[str]) -> dict[str, object]:
     for word in extras:
         if word.startswith("-") and word != "-":
             flag = word.partition("=")[0]
-            near = _nearest(flag, [*(key for key in spec.fields() if key not in spec.positionals), "help"])
-            raise InputError(f"unknown flag {_short(flag)}: {_hint(command, near and _flag(near))}")
+            near = nearest(flag, [*(key for key in spec.fields() if key not in spec.positionals), "help"])
+            raise InputError(f"unknown flag {short(flag)}: {hint(command, near and _flag(near))}")
     positionals = [*extras, *after_dashes]
     if len(positionals) > len(spec.positionals):
         takes = "RUN and one PROMPT, in quotes if it holds spaces" if spec.positionals else "flags alone"
-        stray = _short(repr(positionals[len(spec.positionals)]))
+        stray = short(repr(positionals[len(spec.positionals)]))
         raise InputError(f"{stray} is not expected: {command} takes {takes}.")
     if spec.positionals and not positionals:
         raise InputError("RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib.")
@@ -244,13 +242,10 @@ def _read_toml(command: str, path: Path) -> dict[str, object]:
         if key in TrainConfig.model_fields:
             continue
         if isinstance(value, dict):
-            raise InputError(f"{path} has the table [{_short(key)}]: write the settings at its top, without tables.")
-        near = _nearest(key, TrainConfig.model_fields)
-        raise InputError(f"{path} has the unknown key {_short(repr(key))}: {_hint(command, near and repr(near))}")
+            raise InputError(f"{path} has the table [{short(key)}]: write the settings at its top, without tables.")
+        near = nearest(key, TrainConfig.model_fields)
+        raise InputError(f"{path} has the unknown key {short(repr(key))}: {hint(command, near and repr(near))}")
     return table
-
-
-# sentences -------------------------------------------------------------------------------------------------------
 
 
 def _validate(model: type[Model], given: Mapping[str, object], spelled: Mapping[str, str] | None = None) -> Model:
@@ -264,71 +259,3 @@ def _validate(model: type[Model], given: Mapping[str, object], spelled: Mapping[
         return model.model_validate({key: value for key, value in given.items() if key in keys})
     except ValidationError as error:
         raise InputError(sentence(error, names)) from None
-
-
-def sentence(error: ValidationError, spelled: Mapping[str, str]) -> str:
-    """Return the first thing that ``error`` complains about as one sentence, in the user's names of the fields."""
-    first = error.errors(include_url=False)[0]
-    context = first.get("ctx", {})
-    if first["type"] == "exclusive":
-        names = " and ".join(spelled.get(context[which], context[which]) for which in ("first", "second"))
-        return f"{names} exclude each other: give one of them."
-    key, *inside = map(str, first["loc"])
-    verb = "holds" if inside else "is"
-    return f"{spelled.get(key, key)} {verb} {_shown(first['input'])}: {_demand(first['type'], first['msg'], context)}."
-
-
-_DEMANDS = {
-    "int": "it must be a whole number",
-    "int_parsing_size": "it is too large",
-    "float": "it must be a number",
-    "finite_number": "it must be a finite number",
-    "greater_than_equal": "it must be at least {ge:g}",
-    "greater_than": "it must be more than {gt:g}",
-    "less_than_equal": "it must be at most {le}",
-    "less_than": "it must be less than {lt:g}",
-    "string_type": "it must be text",
-    "string_too_short": "it must not be empty",
-    "string_unicode": "it must be valid UTF-8 text",
-    "tuple_type": "it must be a list of numbers",
-}
-
-
-def _demand(kind: str, message: str, context: Mapping[str, object]) -> str:
-    """What a value must be, from pydantic's error type; our own validators' messages say it already."""
-    if kind == "literal_error":
-        return "it must be " + str(context["expected"]).replace("'", "")
-    if kind.startswith(("int_", "float_")) and kind not in _DEMANDS:
-        kind = kind.partition("_")[0]
-    return _DEMANDS[kind].format(**context) if kind in _DEMANDS else message[0].lower() + message[1:]
-
-
-def _shown(value: object) -> str:
-    """A value as the user wrote it: numbers bare, text in quotes, TOML's words for the rest."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "a table"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    if isinstance(value, str) and not re.fullmatch(
-        r"[+-]?([\d.][\d_.]*(e[+-]?\d+)?|nan|inf(inity)?)", value, re.IGNORECASE
-    ):
-        return _short(repr(value))
-    return _short(str(value))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    """The field that the user probably meant: nearest by spelling, to its name here or elsewhere."""
-    names = {key: key for key in known}
-    names |= {theirs: ours for theirs, ours in ELSEWHERE.items() if ours in names}
-    near = difflib.get_close_matches(word.strip("-").replace("-", "_").lower(), names, n=1)
-    return names[near[0]] if near else None
-
-
-def _hint(command: str, near: str | None) -> str:
-    return f"did you mean {near}?" if near else f"bigbatch {command} --help lists them."

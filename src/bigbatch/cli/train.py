@@ -1,17 +1,20 @@
 """``bigbatch train``: prepare, explain the batch, train, say where everything lies."""
 
+import os
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.cli.console import TrainingDisplay, duration, make_console, quiet_libraries, warn
+from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quiet_libraries
 from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.documents import count
 from bigbatch.lm.rundir import RunDirectory, check_free, default_path
 
 if TYPE_CHECKING:
     from bigbatch.lm.prepare import Prepared
-    from bigbatch.lm.trainer import Trainer
+    from bigbatch.lm.trainer import Outcome, Trainer
 
 DONE = 0
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving
@@ -22,44 +25,59 @@ def run(config: TrainConfig) -> int:
     path = config.out or default_path(config.model, config.data)
     check_free(path)
     console = make_console()
+    with preparing(console) as say:
+        from bigbatch.lm.prepare import prepare
+        from bigbatch.lm.trainer import Trainer
 
-    from bigbatch.lm.prepare import prepare
-    from bigbatch.lm.trainer import Trainer
-
-    quiet_libraries()
-    with console.status("") as status:
-        prepared = prepare(config, say=lambda words: status.update(f"{words} …"))
-    trainer = Trainer(prepared)
+        quiet_libraries()
+        prepared = prepare(config.model_copy(update={"out": path}), say=say)
+        trainer = Trainer(prepared)
     for line in (*prepared.notes, *explain(trainer)):
         console.print(line)
     directory = RunDirectory.create(path, prepared.config.model_dump(mode="json"))
-    entropy = None if prepared.validation is None else prepared.validation.unigram_entropy()
+    validation, total_steps = prepared.validation, trainer.total_steps
     display = TrainingDisplay(
-        console, total_steps=trainer.total_steps, entropy=entropy, prompt=prepared.config.sample_prompt
+        console,
+        total_steps=total_steps,
+        validation_every=None if validation is None else prepared.config.validation_every_of(total_steps),
+        entropy=None if validation is None else validation.unigram_entropy(),
+        prompt=prepared.config.sample_prompt,
     )
     with _stop_on_signals() as stop, display:
         outcome = trainer.run(directory, listener=display, should_stop=lambda: bool(stop))
-    console.print(f"{outcome.step} updates in {duration(outcome.elapsed_s)}; everything is in {path}/")
-    console.print("  model/         the model and its tokenizer, for AutoModelForCausalLM.from_pretrained")
-    console.print("  metrics.jsonl  a line for each update")
-    console.print("  config.json    every setting")
     if not outcome.finished:
-        console.print(f"stopped by {stop[0]} after update {outcome.step} of {trainer.total_steps}; the model is saved.")
-        return STOPPED
-    console.print(f'next: bigbatch generate {path} "{prepared.config.sample_prompt}"')
-    console.print("      bigbatch verify   proves that no cut of the batch changes the gradient")
-    return DONE
+        console.print(f"stopped by {stop[0]} after update {outcome.step} of {total_steps}; the model is saved")
+    for line in farewell(config, directory, outcome):
+        console.print(line)
+    return DONE if outcome.finished else STOPPED
 
 
 def explain(trainer: "Trainer") -> tuple[str, str, str]:
     """Say in three lines what is behind one update, how it is computed, and how many there are."""
     config, prepared = trainer.config, trainer.prepared
+    passes = trainer.total_steps / trainer.steps_per_epoch()
+    warmup = f"{count(trainer.warmup_steps, 'update')} of warm-up" if trainer.warmup_steps else "no warm-up"
     return (
         f"global batch: {_batch(prepared)}, behind every update",
         f"computed as {_cut(trainer)}, on {prepared.machine}: a matter of memory that does not change the update",
-        f"{trainer.total_steps:,} updates, {_epochs(trainer):.2f} passes over {len(prepared.training):,} sequences; "
-        f"learning rate {config.lr:g}, {trainer.warmup_steps} updates of warm-up, then {config.schedule}",
+        f"{count(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
+        f"{count(len(prepared.training), 'sequence')}; learning rate {config.lr:g}, {warmup}, then {config.schedule}",
     )
+
+
+def farewell(config: TrainConfig, directory: RunDirectory, outcome: "Outcome") -> list[str]:
+    """Say where everything lies, and what to run next; ``config`` is what was asked for."""
+    skipped = f", {outcome.skipped:,} of them skipped," if outcome.skipped else ""
+    path = shlex.quote(str(directory.path))
+    return [
+        f"{count(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; everything is in "
+        f"{directory.path}{os.sep}",
+        "  model/         the model and its tokenizer, for AutoModelForCausalLM.from_pretrained",
+        "  metrics.jsonl  a line for each update",
+        "  config.json    every setting",
+        f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
+        f"      bigbatch verify{_same_job(config)}   proves that no cut of the batch changes the gradient",
+    ]
 
 
 def _batch(prepared: "Prepared") -> str:
@@ -67,23 +85,35 @@ def _batch(prepared: "Prepared") -> str:
     mean = sum(lengths) / len(lengths)
     if config.global_batch is not None:
         sequences = min(config.global_batch, len(lengths))
-        return f"{sequences:,} sequences, about {sequences * mean:,.0f} tokens"
+        all_there_are = f" (all there are, of the {config.global_batch:,} asked for)"
+        return (
+            f"{count(sequences, 'sequence')}{all_there_are if sequences < config.global_batch else ''}, "
+            f"about {count(round(sequences * mean), 'token')}"
+        )
     assert config.global_batch_tokens is not None, "resolved() gives one of the two"
-    return (
-        f"{config.global_batch_tokens:,} tokens, about {max(1, round(config.global_batch_tokens / mean)):,} sequences"
-    )
+    sequences = min(len(lengths), max(1, round(config.global_batch_tokens / mean)))
+    return f"{count(config.global_batch_tokens, 'token')}, about {count(sequences, 'sequence')}"
 
 
 def _cut(trainer: "Trainer") -> str:
-    config, window = trainer.config, trainer.first_window()
-    num_microbatches = -(-len(window) // config.microbatch)
+    window, microbatch = trainer.first_window(), trainer.config.microbatch
+    num_microbatches = -(-len(window) // microbatch)
     if num_microbatches == 1:
-        return f"1 micro-batch of {len(window)} sequences"
-    return f"{num_microbatches} micro-batches of up to {config.microbatch} sequences"
+        return f"1 micro-batch of {count(len(window), 'sequence')}"
+    up_to = "" if len(window) % microbatch == 0 else "up to "
+    return f"{count(num_microbatches, 'micro-batch')} of {up_to}{count(microbatch, 'sequence')}"
 
 
-def _epochs(trainer: "Trainer") -> float:
-    return trainer.total_steps / trainer.steps_per_epoch()
+def _quoted(prompt: str) -> str:
+    """Write a prompt as a word of a shell, in the quotes of the documentation where they do."""
+    return f'"{prompt}"' if prompt.isprintable() and not set(prompt) & set('"$`\\!') else shlex.quote(prompt)
+
+
+def _same_job(config: TrainConfig) -> str:
+    """Give the flags of a command that prepares the same model and data."""
+    default = TrainConfig()
+    names = [name for name in ("data", "model", "max_length") if getattr(config, name) != getattr(default, name)]
+    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(config, name)))}" for name in names)
 
 
 @contextmanager
@@ -95,7 +125,8 @@ def _stop_on_signals() -> Iterator[list[str]]:
         if names:
             raise KeyboardInterrupt
         names.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        warn("\nstopping after this update and saving; once more to stop at once")
+        # Not print(): the signal may have come in the middle of another one, which cannot be entered twice.
+        os.write(2, b"\nstopping after this update and saving; once more to stop at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

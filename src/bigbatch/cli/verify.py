@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bigbatch.cli.console import make_console, quiet_libraries
+from bigbatch.cli.console import make_console, preparing, quiet_libraries
 from bigbatch.cli.options import VerifyOptions
 from bigbatch.errors import InputError
 from bigbatch.lm.config import TrainConfig
@@ -19,20 +19,18 @@ NOT_EXACT = 1
 def run(config: TrainConfig, options: VerifyOptions) -> int:
     """Print the proof; return 0 only if every cut is exact."""
     console = make_console()
-    notes = make_console(stderr=True)
+    with preparing(None if options.as_json else console) as say:
+        from bigbatch.lm.loss import CausalLMLoss
+        from bigbatch.lm.order import epoch_order
+        from bigbatch.lm.prepare import prepare
+        from bigbatch.verify import verify
 
-    from bigbatch.lm.loss import CausalLMLoss
-    from bigbatch.lm.order import epoch_order
-    from bigbatch.lm.prepare import prepare
-    from bigbatch.verify import verify
-
-    quiet_libraries()
-    with notes.status("") as status:
-        prepared = prepare(config, say=lambda words: status.update(f"{words} …"))
+        quiet_libraries()
+        prepared = prepare(config, say=say)
         order = epoch_order(len(prepared.training), seed=config.seed, epoch=0)[: options.samples]
         if len(order) < 2:
             raise InputError(f"a batch of {len(order)} sequence cannot be cut: pass --samples 2 or more, or more data.")
-        status.update("taking gradients …")
+        say("taking gradients")
         verification = verify(
             prepared.model,
             CausalLMLoss(prepared.machine),

@@ -208,6 +208,18 @@ class TrainConfig(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_what_would_do_nothing(self) -> Self:
+        if self.lora_alpha is not None and not self.lora_rank:
+            names = {"first": "lora_alpha", "second": "lora_rank"}
+            raise PydanticCustomError("idle", "{first} does nothing without {second}: give both", names)
+        if self.warmup_steps is not None and self.steps is not None and self.warmup_steps > self.steps:
+            names = {"first": "warmup_steps", "second": "steps"}
+            raise PydanticCustomError(
+                "idle", "{first} is more than {second}: the learning rate would never reach its peak", names
+            )
+        return self
+
     def resolved(self) -> TrainConfig:
         """Return the same run with every default written out that the fields alone decide.
 

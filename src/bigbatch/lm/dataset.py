@@ -50,7 +50,7 @@ class Counts:
         parts = [
             f"{count(self.documents, 'document')} with {count(self.tokens, 'token')}, "
             f"{self.label_tokens:,} of them learned",
-            f"{count(self.samples, 'sample')}",
+            f"{count(self.samples, 'sequence')}",
         ]
         if self.cut_documents:
             parts.append(f"{count(self.cut_documents, 'long document')} cut into pieces")

@@ -62,4 +62,5 @@ class Corpus:
 
 def count(number: int, noun: str) -> str:
     """Return ``1,234 files`` or ``1 file``: a number with its noun, for notes."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    ending = "" if number == 1 else "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{number:,} {noun}{ending}"

@@ -1,5 +1,6 @@
 """One quick question to the hub before a library asks it slowly."""
 
+from pathlib import Path
 from typing import Literal
 
 from bigbatch.errors import InputError
@@ -29,6 +30,15 @@ def hub_answers(name: str, kind: Literal["dataset", "model"]) -> bool:
     except Exception:  # noqa: BLE001  the hub's client, and so its network errors, differs between versions
         return False
     return True
+
+
+def is_local(model: str) -> bool:
+    """Return whether a model must come from this machine: it is a folder, or the hub cannot be reached.
+
+    Raises:
+        InputError: As :func:`hub_answers`.
+    """
+    return Path(model).is_dir() or not hub_answers(model, "model")
 
 
 def first_line(error: BaseException) -> str:

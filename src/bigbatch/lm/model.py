@@ -1,11 +1,16 @@
 """The model: a tiny Llama from a config, or any causal language model that transformers loads; LoRA through peft."""
 
+import copy
+import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bigbatch.errors import InputError
+from bigbatch.lm.documents import count
+from bigbatch.lm.hub import first_line, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,25 +55,25 @@ def load_model(name: str, *, dtype: torch.dtype) -> "PreTrainedModel":
     """Load a causal language model from a folder or by its name, without running code that comes with it.
 
     Raises:
-        InputError: There is no such model, or it is not a causal language model.
+        InputError: There is no such model, it is not a causal language model, or its weights are not whole.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if Path(name).is_dir():
-            raise InputError(
-                f"--model {name} does not load as a causal language model: {_first_line(error)}"
-            ) from error
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, local_files_only=is_local(name), output_loading_info=True
+        )
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} does not load as a causal language model: {first_line(error)}.") from error
+    if found["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(found["missing_keys"])
         raise InputError(
-            f"--model {name} is neither a folder here nor a model that can be had from the hub: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{text[0].rstrip('.')}." if text else f"{type(error).__name__}."
+            f"{name} does not load as a causal language model: its weights lack {count(len(missing), 'tensor')}, "
+            f"such as {missing[0]}."
+        )
+    return model
 
 
 def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:
@@ -78,8 +83,15 @@ def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) ->
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's linear layers
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, about names of theirs
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
@@ -89,9 +101,6 @@ def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -
 
     Written aside and renamed, so that a folder of that name is always whole; an older one is replaced.
     """
-    import copy
-    import shutil
-
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     if hasattr(model, "merge_and_unload"):

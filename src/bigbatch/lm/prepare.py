@@ -1,22 +1,31 @@
 """Everything that a run needs before its first update, from its configuration: checked first, written never."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bigbatch.errors import InputError
 from bigbatch.lm.config import DEFAULT_MAX_LENGTH, TrainConfig
+from bigbatch.lm.continuation import prompt_tokens
 from bigbatch.lm.dataset import TokenDataset, collate, encode, split_documents
 from bigbatch.lm.device import Machine, find_machine
 from bigbatch.lm.model import TINY, TINY_VOCABULARY, add_lora, load_model, tiny_model
-from bigbatch.lm.sources import read_corpus
+from bigbatch.lm.sources import Document, read_corpus
 from bigbatch.lm.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
+
+class Say(Protocol):
+    """Whom a preparation tells what goes on."""
+
+    def __call__(self, words: str, done: int = 0, total: int = 0) -> None:
+        """Hear in a few words of work that takes seconds; of some work, also how much of it is done."""
+
+
+def _say_nothing(words: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -48,48 +57,65 @@ class Prepared:
         return partial(collate, pad_id=self.tokenizer.eos_token_id if pad is None else pad)
 
 
-def prepare(config: TrainConfig, *, say: Say = lambda _: None) -> Prepared:
+def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
     """Read the data, make or load tokenizer and model, and put them on the device.
 
     Args:
         config: What is asked for.
-        say: Told in a few words what goes on, for work that takes seconds.
+        say: Told what goes on.
 
     Raises:
         InputError: Something that the configuration names is not there or not usable.
     """
     config = config.resolved()
     machine = find_machine(config.device, config.precision)
-    tokenizer = model = None
+    config = config.model_copy(update={"device": str(machine.device), "precision": machine.precision})
     if config.model != TINY:
-        tokenizer = load_tokenizer(config.model)
         say(f"loading {config.model}")
-        model = load_model(config.model, dtype=machine.weights_dtype)
+        tokenizer, model = load_tokenizer(config.model), load_model(config.model, dtype=machine.weights_dtype)
         config = _fit(config, model, tokenizer)
     say(f"reading {config.data}")
     corpus = read_corpus(config.data)
     documents, held_out = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
-    if tokenizer is None:
+    if config.model == TINY:
         say("training a tokenizer")
-        texts = [text for document in documents for text in document.texts]
-        tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
-    assert config.max_length is not None, "resolved() gives the tiny model's, _fit() that of any other"
-    if model is None:
-        model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed).to(machine.weights_dtype)
-    say("encoding the documents")
-    training, counts = encode(documents, tokenizer, max_length=config.max_length)
-    notes = [*corpus.notes, f"to learn from: {counts.describe()}"]
-    validation = None
-    if held_out:
-        validation, counts = encode(held_out, tokenizer, max_length=config.max_length)
-        notes.append(f"held out for validation: {counts.describe()}")
-    elif config.validation_fraction:
-        notes.append("held out for validation: nothing, the data is too short to spare any")
+        tokenizer, model = _make_tiny(config, machine, documents)
+    prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
+    training, validation, notes = _encode(config, tokenizer, documents, held_out, say)
     if config.lora_rank:
         assert config.lora_alpha is not None, "resolved() gives it a value"
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     model = model.to(machine.device).train()
-    return Prepared(config, machine, tokenizer, model, training, validation, tuple(notes))
+    return Prepared(config, machine, tokenizer, model, training, validation, (*corpus.notes, *notes))
+
+
+def _make_tiny(config: TrainConfig, machine: Machine, documents: Sequence[Document]) -> tuple[Any, Any]:
+    assert config.max_length is not None, "resolved() gives it a value"
+    texts = [text for document in documents for text in document.texts]
+    tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
+    model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed)
+    return tokenizer, model.to(machine.weights_dtype)
+
+
+def _encode(
+    config: TrainConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[Document],
+    held_out: Sequence[Document],
+    say: Say,
+) -> tuple[TokenDataset, TokenDataset | None, list[str]]:
+    """Encode both sides of the split; tell in sentences what became of them."""
+    assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
+    progress = partial(say, "encoding the documents")
+    progress()
+    training, counts = encode(documents, tokenizer, max_length=config.max_length, progress=progress)
+    notes = [f"to learn from: {counts.describe()}"]
+    if not held_out:
+        if config.validation_fraction:
+            notes.append("held out for validation: nothing, the data is too short to spare any")
+        return training, None, notes
+    validation, counts = encode(held_out, tokenizer, max_length=config.max_length)
+    return training, validation, [*notes, f"held out for validation: {counts.describe()}"]
 
 
 def _fit(config: TrainConfig, model: Any, tokenizer: "PreTrainedTokenizerBase") -> TrainConfig:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,17 +26,19 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunDirectory":
-        """Make the folder and write config.json.
+        """Make the folder and write config.json; a failure leaves nothing behind.
 
         Raises:
             InputError: It holds something already, or cannot be written.
         """
         check_free(path)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"--out {path} cannot be written: {error.strerror}.") from error
+            _remove(path, made)
+            raise InputError(_cannot_be_written(path, error)) from error
         return cls(path)
 
     @property
@@ -62,16 +66,37 @@ class RunDirectory:
 
 
 def check_free(path: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that holds something, or that cannot be made where it is wanted; writes nothing.
 
     Raises:
-        InputError: It does, or it is a file.
+        InputError: It does, or cannot.
     """
-    if path.is_dir() and any(path.iterdir()):
-        kind = "another run" if (path / "config.json").exists() else "other files"
-        raise InputError(f"--out {path} holds {kind}: name a folder that is empty or not there yet.")
-    if path.exists() and not path.is_dir():
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            kind = "another run" if (path / "config.json").exists() else "other files"
+            raise InputError(f"--out {path} holds {kind}: name a folder that is empty or not there yet.")
+        place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise InputError(_cannot_be_written(path, error)) from error
+    if place == path and not path.is_dir():
         raise InputError(f"--out {path} is a file: name a folder that is empty or not there yet.")
+    if not place.is_dir():
+        raise InputError(f"--out {path} cannot be written: {place} is a file.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"--out {path} cannot be written: {place} is not yours to write in.")
+
+
+def _remove(path: Path, made: list[Path]) -> None:
+    """Take back what a failed `RunDirectory.create` made: the folders from ``path`` upwards that were not there."""
+    with suppress(OSError):
+        (path / "config.json").unlink(missing_ok=True)
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _cannot_be_written(path: Path, error: OSError) -> str:
+    return f"--out {path} cannot be written: {error.strerror or error}."
 
 
 def default_path(model: str, data: str) -> Path:

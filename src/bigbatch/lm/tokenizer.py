@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bigbatch.errors import InputError
-from bigbatch.lm.hub import first_line, hub_answers
+from bigbatch.lm.hub import first_line, is_local
 
 BEGIN = "<|begin|>"
 END = "<|end|>"
@@ -97,7 +97,7 @@ def load_tokenizer(folder_or_name: str) -> AnyTokenizer:
             "Save the model's own into it with tokenizer.save_pretrained(folder)."
         )
     # The hub is asked first: transformers would retry an unreachable one for most of a minute.
-    local_only = is_folder or not hub_answers(folder_or_name, "model")
+    local_only = is_local(folder_or_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder_or_name, trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # noqa: BLE001  the tokenizers library raises bare Exception for a file it cannot read

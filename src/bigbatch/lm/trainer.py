@@ -6,12 +6,16 @@ Counts, schedule and metrics go by updates. Nothing here prints: a `Listener` is
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from bigbatch.engine import Engine
+from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.continuation import continue_text
+from bigbatch.lm.documents import count
 from bigbatch.lm.loss import CausalLMLoss
 from bigbatch.lm.model import save_model
 from bigbatch.lm.order import epoch_windows
@@ -23,15 +27,16 @@ MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the held-out ones: enough t
 SAMPLE_TOKENS = 64
 FINAL_LR_FACTOR = 0.1  # of the peak rate, at the end of the cosine
 BETAS = (0.9, 0.95)
+MOST_SKIPPED = 50  # updates in a row: a float16 scaler that halves from 2^16 each time is long at its end by then
 
 Row = dict[str, Any]
 
 
 class Listener(Protocol):
-    """Whom a run tells what happens."""
+    """Whom a run tells what happens, when it happens."""
 
     def updated(self, row: Row) -> None:
-        """Hear of one update: a line of metrics.jsonl."""
+        """Hear of one update: what its line of metrics.jsonl will hold, without a validation loss."""
 
     def validated(self, step: int, loss: float) -> None:
         """Hear of a validation: the mean loss in nats per token."""
@@ -45,13 +50,15 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        step: Updates done.
+        step: Updates done, the skipped ones included: each had its batch.
+        skipped: How many of them changed nothing, for want of items or of finite gradients.
         finished: Whether that is all; False if it was told to stop.
         validation_loss: The last one, in nats per token, or None.
         elapsed_s: Seconds of the whole loop.
     """
 
     step: int
+    skipped: int
     finished: bool
     validation_loss: float | None
     elapsed_s: float
@@ -64,6 +71,9 @@ class Trainer:
 
     Args:
         prepared: Model, data and settings; the model is trained in place.
+
+    Raises:
+        InputError: The warm-up is longer than the run.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -71,6 +81,12 @@ class Trainer:
         self.config = prepared.config
         self.total_steps = self.config.steps or self._count_steps(self.config.epochs or 0)
         self.warmup_steps = self.config.warmup_steps_of(self.total_steps)
+        if self.warmup_steps > self.total_steps:
+            raise InputError(
+                f"--warmup-steps {self.warmup_steps:,} is more than the {count(self.total_steps, 'update')} of the "
+                "run: the learning rate would never reach its peak."
+            )
+        self._skipped_in_a_row = 0
         self.loss_fn = CausalLMLoss(prepared.machine)
         self.optimizer = self._make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
@@ -127,28 +143,52 @@ class Trainer:
     ) -> Outcome:
         """Train to the end, or until ``should_stop()`` is true after an update; then save the model.
 
+        The seed decides about dropout too; the caller's random state is left as it was.
+
         Args:
             directory: Receives metrics and model.
             listener: Told of updates, validations and samples.
-            should_stop: Asked after every update.
+            should_stop: Asked after every update, and again after what was validated and written then.
+
+        Raises:
+            BigbatchError: Update after update is skipped.
         """
         started_s = time.perf_counter()
-        step, validation_loss = 0, None
-        every = self.config.validation_every_of(self.total_steps)
-        with directory:
+        step, skipped, validation_loss = 0, 0, None
+        with directory, self._seeded():
             for step, window in enumerate(self._all_windows(), start=1):
-                lr = float(self.scheduler.get_last_lr()[0])
-                report = self.engine.step(self._samples(window))
-                row = metrics_row(step, report, lr=lr)
+                row = self._update(step, window)
+                skipped = self._count_skipped(row, skipped)
+                listener.updated(row)
                 stopping = step < self.total_steps and should_stop()
-                if self.prepared.validation is not None and (step % every == 0 or step == self.total_steps):
+                if self._validates_after(step) and not stopping:
                     row["validation_loss"] = validation_loss = self.validate()
                 directory.write_metrics(row)
-                self._tell(listener, step, row, sample=step in (self.total_steps // 2, self.total_steps))
-                if stopping:
+                if "validation_loss" in row:
+                    listener.validated(step, row["validation_loss"])
+                if step in (self.total_steps // 2, self.total_steps) and not stopping:
+                    listener.sampled(step, self.write(self.config.sample_prompt))
+                if step < self.total_steps and (stopping or should_stop()):
                     break
             save_model(self.prepared.model, self.prepared.tokenizer, directory.model)
-        return Outcome(step, step == self.total_steps, validation_loss, time.perf_counter() - started_s)
+        return Outcome(step, skipped, step == self.total_steps, validation_loss, time.perf_counter() - started_s)
+
+    def _update(self, step: int, window: list[int]) -> Row:
+        lr = float(self.scheduler.get_last_lr()[0])
+        return metrics_row(step, self.engine.step(self._samples(window)), lr=lr)
+
+    def _validates_after(self, step: int) -> bool:
+        every = self.config.validation_every_of(self.total_steps)
+        return self.prepared.validation is not None and (step % every == 0 or step == self.total_steps)
+
+    def _count_skipped(self, row: Row, skipped: int) -> int:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if row["skipped"] else 0
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise BigbatchError(
+                f"the last {MOST_SKIPPED} updates were skipped ({row['skipped']}), so the model does not learn any "
+                "more: try a lower --lr, or another --precision."
+            )
+        return skipped + bool(row["skipped"])
 
     def _all_windows(self) -> Iterator[list[int]]:
         step, epoch = 0, 0
@@ -165,13 +205,6 @@ class Trainer:
         lengths = self.prepared.training.lengths
         return [self.prepared.training[i] for i in sorted(window, key=lambda i: -lengths[i])]
 
-    def _tell(self, listener: Listener, step: int, row: Row, *, sample: bool) -> None:
-        listener.updated(row)
-        if "validation_loss" in row:
-            listener.validated(step, row["validation_loss"])
-        if sample:
-            listener.sampled(step, self.write(self.config.sample_prompt))
-
     @torch.no_grad()
     def validate(self) -> float:
         """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token."""
@@ -179,66 +212,37 @@ class Trainer:
         assert held_out is not None, "asked for only where there is validation data"
         chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
         chosen.sort(key=lambda i: held_out.lengths[i])
-        model, device = self.prepared.model.eval(), self.prepared.machine.device
+        device = self.prepared.machine.device
         total, items = 0.0, 0
-        for start in range(0, len(chosen), self.config.microbatch):
-            samples = [held_out[i] for i in chosen[start : start + self.config.microbatch]]
-            microbatch = {name: tensor.to(device) for name, tensor in self.prepared.collate(samples).items()}
-            loss_sum, count = self.loss_fn(model, microbatch)
-            total += loss_sum.item()
-            items += int(count.item())
-        model.train()
+        with self._evaluating() as model:
+            for start in range(0, len(chosen), self.config.microbatch):
+                samples = [held_out[i] for i in chosen[start : start + self.config.microbatch]]
+                microbatch = {name: tensor.to(device) for name, tensor in self.prepared.collate(samples).items()}
+                loss_sum, num_items = self.loss_fn(model, microbatch)
+                total += loss_sum.item()
+                items += int(num_items.item())
         return total / items
 
-    @torch.no_grad()
     def write(self, prompt: str) -> str:
         """Let the model go on with a text; the random state of training is left as it was."""
-        tokenizer, model = self.prepared.tokenizer, self.prepared.model.eval()
+        with self._evaluating() as model, self._seeded(), self.prepared.machine.autocast():
+            return continue_text(model, self.prepared.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[Any]:
+        model = self.prepared.model
+        training = model.training
+        try:
+            yield model.eval()
+        finally:
+            model.train(training)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
         device = self.prepared.machine.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
-            with self.prepared.machine.autocast():
-                text = continue_text(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
-        model.train()
-        return text
-
-
-def continue_text(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    streamer: Any = None,
-) -> str:
-    """Write on from a prompt.
-
-    Args:
-        model: A transformers causal language model, in evaluation mode.
-        tokenizer: Its tokenizer.
-        prompt: The text to go on from; may be empty where the tokenizer has a token to begin with.
-        max_new_tokens: Tokens to write at most.
-        temperature: 0 takes the likeliest token; higher is freer.
-        top_k: Choose among that many likeliest tokens; 0 among all.
-        streamer: A transformers streamer that is given the tokens as they come.
-
-    Returns:
-        The prompt and what follows it, without special tokens.
-    """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    tokens = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        streamer=streamer,
-        **sampling,
-    )
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+            yield
 
 
 def metrics_row(step: int, report: WindowReport, *, lr: float) -> Row:

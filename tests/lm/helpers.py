@@ -1,0 +1,80 @@
+"""Small data, models and listeners for the tests of the product."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.prepare import Prepared, prepare
+from bigbatch.lm.rundir import RunDirectory
+from bigbatch.lm.tokenizer import train_tokenizer
+from bigbatch.lm.trainer import Outcome, Trainer
+
+WORDS = ["def", "return", "class", "für", "日本語", "value", "self", "None", "import", "x"]
+
+
+def records(count: int) -> list[dict[str, str]]:
+    """Ragged prompts and completions."""
+    return [
+        {
+            "prompt": " ".join(WORDS[(i + j) % 10] for j in range(1 + i % 7)),
+            "completion": " ".join(WORDS[(3 * i + j) % 10] for j in range(1 + (5 * i) % 13)) + f" {i}",
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def save_model_folder(folder: Path, *, kind: str = "llama", dropout: float = 0.0) -> Path:
+    """A model of a few thousand weights with a tokenizer of its own."""
+    tokenizer = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)
+    size = {"vocab_size": len(tokenizer) + 8, "bos_token_id": 0, "eos_token_id": 1}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "gpt2":
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **size, **drops))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, **size, num_key_value_heads=1, tie_word_embeddings=True))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape, **size, max_position_embeddings=64))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Heard:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.validations: list[tuple[int, float]] = []
+        self.samples: list[tuple[int, str]] = []
+
+    def updated(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def validated(self, step: int, loss: float) -> None:
+        self.validations.append((step, loss))
+
+    def sampled(self, step: int, text: str) -> None:
+        self.samples.append((step, text))
+
+
+def run(folder: Path, **settings: Any) -> tuple[Prepared, Heard, Outcome]:
+    """Train as the settings say, with the run directory at ``folder``."""
+    prepared = prepare(TrainConfig(device="cpu", **settings))
+    heard = Heard()
+    directory = RunDirectory.create(folder, prepared.config.model_dump(mode="json"))
+    return prepared, heard, Trainer(prepared).run(directory, listener=heard)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    return [json.loads(line) for line in text.splitlines()]

@@ -1,0 +1,172 @@
+"""The training loop: the same update for every micro-batch, honest metrics, a model folder that loads."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.prepare import prepare
+from bigbatch.lm.trainer import Trainer, evenly_spaced, lr_factor
+from lm.helpers import metrics, records, run, save_model_folder, write_jsonl
+
+KEYS = {
+    "step", "loss", "items", "grad_norm", "lr", "num_microbatches", "tokens", "tokens_per_s", "peak_bytes",
+    "elapsed_s", "skipped",
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "data": str(write_jsonl(tmp_path / "data.jsonl", records(40))),
+        "model": str(save_model_folder(tmp_path / "base")),
+        "global_batch": 12,
+        "steps": 3,
+        "lr": 1e-2,
+        "max_length": 32,
+    }
+
+
+def parameters(prepared: Any) -> torch.Tensor:
+    return torch.cat([p.detach().double().flatten() for p in prepared.model.parameters()])
+
+
+def test_every_microbatch_gives_the_same_parameters(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings |= {"precision": "float64", "max_grad_norm": 0.5, "warmup_steps": 2}
+    runs = {size: run(tmp_path / f"run{size}", **settings, microbatch=size) for size in (1, 5, 8, 100)}
+    expected = parameters(runs[100][0])
+    for size, (prepared, heard, _) in runs.items():
+        assert torch.linalg.norm(parameters(prepared) - expected) / torch.linalg.norm(expected) < 1e-10
+        assert [row["num_microbatches"] for row in heard.rows] == [math.ceil(12 / size)] * 3
+        assert [row["loss"] for row in heard.rows] == pytest.approx(
+            [row["loss"] for row in runs[100][1].rows], rel=1e-9
+        )
+
+
+def test_an_epoch_uses_every_sequence_once_and_its_last_window_is_shorter(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings |= {"steps": None, "epochs": 1, "validation_fraction": 0.0}
+    prepared, heard, outcome = run(tmp_path / "run", **settings)
+    assert outcome.step == len(heard.rows) == 4  # 40 sequences: 12 + 12 + 12 + 4
+    assert sum(row["items"] for row in heard.rows) == sum(prepared.training.label_counts)
+    assert sum(row["tokens"] for row in heard.rows) == sum(prepared.training.lengths)
+    assert heard.rows[-1]["num_microbatches"] == 1
+
+
+def test_a_batch_in_tokens_takes_the_whole_sequences_that_come_closest(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings |= {"global_batch": None, "global_batch_tokens": 100}
+    prepared, heard, _ = run(tmp_path / "run", **settings)
+    longest = max(prepared.training.lengths)
+    assert all(abs(row["tokens"] - 100) <= longest / 2 for row in heard.rows)
+
+
+def test_metrics_have_one_line_an_update_with_the_keys_that_are_promised(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    _, heard, outcome = run(tmp_path / "run", **settings, validation_every=2)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row.keys() - KEYS for row in rows] == [set(), {"validation_loss"}, {"validation_loss"}]
+    assert all(row.keys() >= KEYS for row in rows)
+    assert [row["skipped"] for row in rows] == [None] * 3
+    assert rows == heard.rows
+    assert outcome.validation_loss == rows[-1]["validation_loss"] == heard.validations[-1][1]
+    assert [step for step, _ in heard.samples] == [1, 3]
+
+
+def test_the_learning_rate_goes_by_updates(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings |= {"steps": 6, "warmup_steps": 2}
+    rates = {
+        size: [row["lr"] for row in run(tmp_path / f"{size}", **settings, microbatch=size)[1].rows] for size in (2, 12)
+    }
+    assert rates[2] == rates[12] == pytest.approx([0.01 * f for f in (1 / 3, 2 / 3, 1, 0.775, 0.325, 0.1)])
+
+
+def test_a_constant_schedule_stays_after_its_warmup() -> None:
+    factors = [lr_factor(step, total_steps=5, warmup_steps=1, schedule="constant") for step in range(5)]
+    assert factors == [0.5, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_saved_model_is_the_trained_one(
+    tmp_path: Path, settings: dict[str, Any], kind: str, lora_rank: int
+) -> None:
+    base = save_model_folder(tmp_path / kind, kind=kind)
+    before = (base / "model.safetensors").read_bytes()
+    prepared, _, _ = run(tmp_path / "run", **settings | {"model": str(base), "lora_rank": lora_rank})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("def für 日本語", return_tensors="pt")
+    with torch.no_grad():
+        expected = prepared.model.eval()(input_ids=tokens["input_ids"]).logits
+        assert torch.allclose(loaded.eval()(input_ids=tokens["input_ids"]).logits, expected, atol=1e-5)
+        untrained = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=tokens["input_ids"]).logits
+    assert not torch.allclose(untrained, expected, atol=1e-3)
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-weights", torch.bfloat16), ("float64", torch.float64), ("bf16", torch.float32)]
+)
+def test_every_precision_trains_and_saves_its_weights(
+    tmp_path: Path, settings: dict[str, Any], precision: str, dtype: torch.dtype
+) -> None:
+    _, heard, _ = run(tmp_path / "run", **settings, precision=precision)
+    assert heard.rows[-1]["loss"] < heard.rows[0]["loss"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").dtype == dtype
+
+
+def test_float16_trains_with_its_scaler(tmp_path: Path, settings: dict[str, Any]) -> None:
+    _, heard, _ = run(tmp_path / "run", **settings, precision="fp16")
+    assert [row["skipped"] for row in heard.rows] == [None] * 3
+
+
+def test_validation_and_samples_leave_training_as_it_was(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings["model"] = str(save_model_folder(tmp_path / "dropping", kind="gpt2", dropout=0.2))
+    often, rare = (run(tmp_path / f"{n}", **settings, validation_every=n)[0] for n in (1, 3))
+    assert torch.equal(parameters(often), parameters(rare)), "dropout drew other masks"
+    assert often.model.training
+
+
+def test_the_seed_decides(tmp_path: Path, settings: dict[str, Any]) -> None:
+    once, again, other = (run(tmp_path / f"run{i}", **settings, seed=seed)[1].rows for i, seed in enumerate((1, 1, 2)))
+    clock = {"elapsed_s", "tokens_per_s", "peak_bytes"}
+    plain = [[{k: v for k, v in row.items() if k not in clock} for row in rows] for rows in (once, again, other)]
+    assert plain[0] == plain[1] != plain[2]
+
+
+def test_a_run_that_is_told_to_stop_saves_its_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    from bigbatch.lm.rundir import RunDirectory
+    from lm.helpers import Heard
+
+    heard = Heard()
+    directory = RunDirectory.create(tmp_path / "run", {})
+    outcome = Trainer(prepare(TrainConfig(**settings))).run(
+        directory, listener=heard, should_stop=lambda: len(heard.rows) == 1
+    )
+    assert (outcome.step, outcome.finished) == (1, False)
+    assert len(metrics(tmp_path / "run")) == 1
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.vocab_size
+
+
+def test_conversations_train_on_the_turns_of_the_assistant(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"here is {i}"}]}
+        for i in range(20)
+    ]
+    data = write_jsonl(tmp_path / "chat.jsonl", rows)
+    prepared, heard, _ = run(tmp_path / "run", data=str(data), steps=2, global_batch=4, max_length=128)
+    assert 0 < heard.rows[0]["items"] < heard.rows[0]["tokens"]
+    assert heard.rows[0]["items"] <= max(prepared.training.label_counts) * 4
+
+
+def test_evenly_spaced_indices_reach_over_the_whole_set() -> None:
+    assert evenly_spaced(3, 5) == [0, 1, 2]
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
