@@ -189,6 +189,7 @@ def test_the_report_holds_what_the_window_did():
         "elapsed_s",
         "syncs",
         "skipped",
+        "retries",
     ]
     full = ref.full_gradient(engine.model, batch)
     assert report.step == 2

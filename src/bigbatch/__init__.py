@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from bigbatch.engine import Engine as Engine
     from bigbatch.errors import BigbatchError as BigbatchError
     from bigbatch.errors import InputError as InputError
+    from bigbatch.errors import MemoryLimitError as MemoryLimitError
     from bigbatch.errors import WindowStateError as WindowStateError
+    from bigbatch.plan import Plan as Plan
+    from bigbatch.plan import plan as plan
     from bigbatch.report import TermReport as TermReport
     from bigbatch.report import WindowReport as WindowReport
     from bigbatch.verify import Verification as Verification
@@ -36,12 +39,15 @@ _PUBLIC = {
     "BigbatchError": "bigbatch.errors",
     "Engine": "bigbatch.engine",
     "InputError": "bigbatch.errors",
+    "MemoryLimitError": "bigbatch.errors",
+    "Plan": "bigbatch.plan",
     "TermReport": "bigbatch.report",
     "Verification": "bigbatch.verify",
     "Window": "bigbatch.window",
     "WindowReport": "bigbatch.report",
     "WindowState": "bigbatch.window",
     "WindowStateError": "bigbatch.errors",
+    "plan": "bigbatch.plan",
     "verify": "bigbatch.verify",
 }
 

@@ -6,9 +6,10 @@ thousand that agree. A hook moves every micro-gradient into its sum as soon as a
 than the one in flight exists in the narrow dtype.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 from weakref import WeakMethod, finalize
 
 import torch
@@ -18,6 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from bigbatch.errors import WindowStateError
 
 NARROW_DTYPES = frozenset({torch.bfloat16, torch.float16})
+
+
+# Each sum of a list of parameters, and the version it had; None where there was none yet.
+_Versions: TypeAlias = tuple[list[Tensor | None], list[int | None]]
 
 
 class GradientSums:
@@ -38,8 +43,9 @@ class GradientSums:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = tuple(parameters)
         self._wide: dict[Tensor, Tensor] = {}
+        self._all_sums: list[Tensor | None] = []
         self._unhook: Callable[[], object] = lambda: None
-        self._name_leaves: bool | None = None
+        self._leaves: _Leaves | None = None
         self._adding = False
         # The first gradient that is summed natively, as the last backward left it; tells whether others touched it.
         self._witness: tuple[Tensor, Tensor, int] | None = None
@@ -74,8 +80,13 @@ class GradientSums:
             total.add_(gradient)
         parameter.grad = None
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None) -> None:
         """Add ∂loss/∂parameters to the sums; no other leaf of the graph receives a gradient.
+
+        Args:
+            loss: 0-d, of one micro-batch.
+            only: Some of the parameters, where the others have had their share of this micro-batch before an attempt
+                ran out of memory.
 
         Naming the leaves costs a few per cent on small models, so it is done where the first graph reaches others:
         a discriminator behind a generator, say. Reentrant checkpointing cannot be told which leaves to differentiate;
@@ -91,15 +102,47 @@ class GradientSums:
                 "the loss does not depend on any parameter that requires a gradient: was it detached, or computed "
                 "under torch.no_grad()?"
             )
-        if self._name_leaves is None:
-            self._name_leaves = _reaches_others(loss, set(self.parameters))
-        leaves = [p for p in self.parameters if p.requires_grad] if self._name_leaves else None
+        if self._leaves is None:
+            self._leaves = _find_leaves(loss, set(self.parameters))
+        leaves = only
+        if only is None and self._leaves is _Leaves.OTHERS:
+            leaves = [p for p in self.parameters if p.requires_grad]
         self._adding = True
         try:
             torch.autograd.backward(loss, inputs=leaves)
         finally:
             self._adding = False
+            self._witness = self._find_witness()
+
+    @property
+    def can_name_leaves(self) -> bool:
+        """Whether ``only`` can be honoured: reentrant checkpoints hide their leaves."""
+        return self._leaves is not _Leaves.HIDDEN
+
+    def versions(self) -> _Versions:
+        """Remember every sum as it is now, for `unchanged_since`."""
+        sums = self._all_sums
+        if not sums:
+            sums = [self._wide.get(p, p.grad) for p in self.parameters]
+            if all(total is not None and not total.is_sparse for total in sums):
+                self._all_sums = sums  # from now on they are added to in place, and stay the same tensors
+        return sums, [None if total is None else total._version for total in sums]
+
+    def unchanged_since(self, versions: _Versions) -> list[Tensor]:
+        """Give the parameters that require a gradient and to whose sums nothing was added since `versions`.
+
+        Autograd adds to a parameter once in a backward, when all its shares are there: a sum is as it was, or complete.
+        """
+        unchanged = []
+        for parameter, before, version in zip(self.parameters, *versions, strict=True):
+            if parameter.dtype in NARROW_DTYPES:
+                parameter.grad = None  # what autograd wrote and the hook had no memory to move
+            total = self._wide.get(parameter, parameter.grad)
+            same = total is before and (total is None or total._version == version)
+            if same and parameter.requires_grad:
+                unchanged.append(parameter)
         self._witness = self._find_witness()
+        return unchanged
 
     def _find_witness(self) -> tuple[Tensor, Tensor, int] | None:
         for parameter in self.parameters:
@@ -157,6 +200,7 @@ class GradientSums:
     def clear(self) -> None:
         """Drop the sums and the gradients."""
         self._wide.clear()
+        self._all_sums = []
         self._witness = None
         for parameter in self.parameters:
             parameter.grad = None
@@ -176,21 +220,30 @@ def _remove(handles: Iterable[RemovableHandle]) -> None:
         handle.remove()
 
 
-def _reaches_others(loss: Tensor, own: set[Tensor]) -> bool:
-    """Walk the graph once: tell whether it ends in leaves that are not ``own`` and can be left out."""
-    others = False
+class _Leaves(Enum):
+    """Where a graph ends."""
+
+    OWN = "in the parameters alone"
+    OTHERS = "in other leaves too, which backward can be told to leave out"
+    HIDDEN = "inside reentrant checkpoints, where backward cannot be told anything"
+
+
+def _find_leaves(loss: Tensor, own: set[Tensor]) -> _Leaves:
+    """Walk the graph once."""
+    found = _Leaves.OWN
     seen = {loss.grad_fn}
     todo = [loss.grad_fn]
     while todo:
         node = todo.pop()
         assert node is not None, "only nodes are put on the list"
-        name = node.name()
-        if name == "torch::autograd::AccumulateGrad":
-            others = others or node.variable not in own  # type: ignore[attr-defined]
-        elif name == "CheckpointFunctionBackward":  # what checkpoint(use_reentrant=True) leaves in the graph
-            return False
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            if node.variable not in own:  # type: ignore[attr-defined]
+                found = _Leaves.OTHERS
+        elif kind == "CheckpointFunctionBackward":  # what checkpoint(use_reentrant=True) leaves in the graph
+            return _Leaves.HIDDEN
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 todo.append(child)
-    return others
+    return found

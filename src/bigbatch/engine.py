@@ -3,6 +3,7 @@
 split → window (forward, backward, accumulate) → update → report
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from bigbatch.accumulate import GradientSums
 from bigbatch.errors import WindowStateError
 from bigbatch.memory import peak_bytes
 from bigbatch.objective import Items, Ledger, Terms, as_terms
+from bigbatch.recover import Recovery
 from bigbatch.report import WindowReport
 from bigbatch.split import Collate, check_count, split
 from bigbatch.update import Update
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 LossFunction: TypeAlias = Callable[[Any, Any], "tuple[Tensor, Items] | Terms"]
 CountItems: TypeAlias = Callable[[Any], Mapping[str, Items]]
+
+
+SHRINK = 0.93  # of the micro-batch, after a window that ran out of memory
+GROW_AFTER = 20  # windows without running out, before the micro-batch grows back by a step
 
 
 class Accumulator:
@@ -128,9 +134,14 @@ class Accumulator:
         Raises:
             WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
         """
+        return self.open(microbatches, totals)[0]
+
+    def open(self, microbatches: Iterable[Any], totals: Mapping[str, Items] | None) -> "tuple[Window, Transaction]":
+        """Open one window and give its transaction with it. For `Engine`, not for loops."""
         self._finish_previous()
-        self._open = Window(iter(microbatches), _Transaction(self._update, totals))
-        return self._open
+        transaction = Transaction(self._update, totals)
+        self._open = Window(iter(microbatches), transaction)
+        return self._open, transaction
 
     def _finish_previous(self) -> None:
         if self._open is None or not self._open.is_open:
@@ -143,7 +154,7 @@ class Accumulator:
         self._open.abort()
 
 
-class _Transaction:
+class Transaction:
     """One window's sums and counts, and how they become an update."""
 
     def __init__(self, update: Update, totals: Mapping[str, Items] | None) -> None:
@@ -153,32 +164,35 @@ class _Transaction:
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
         float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
-        self._ledger = Ledger(totals, prescale=float16)
-        self._sums = GradientSums(parameters).__enter__()
+        self.ledger = Ledger(totals, prescale=float16)
+        self.sums = GradientSums(parameters).__enter__()
 
-    def add(self, loss_sum: Any, items: Items | None) -> None:
+    def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
+        """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
+        loss = self.ledger.record(as_terms(loss_sum if items is None else (loss_sum, items)))
+        if loss is not None and (only is None or only):
+            self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
         self._num_microbatches += 1
-        loss = self._ledger.record(as_terms(loss_sum if items is None else (loss_sum, items)))
-        if loss is not None:
-            self._sums.backward(loss if self._loss_scale is None else loss * self._loss_scale)
 
     def apply(self) -> WindowReport:
-        outcome = self._update.apply(self._sums, self._ledger, loss_scale=self._loss_scale)
+        """Update once, clear, and tell."""
+        outcome = self._update.apply(self.sums, self.ledger, loss_scale=self._loss_scale)
         self.undo()
         return WindowReport(
             step=self._update.num_steps,
-            items=self._ledger.items(),
+            items=self.ledger.items(),
             grad_norm=outcome.grad_norm,
             num_microbatches=self._num_microbatches,
             tokens=None,
             peak_bytes=peak_bytes(self._update.device),
             elapsed_s=time.perf_counter() - self._started_s,
             skipped=outcome.skipped,
-            _read_terms=self._ledger.terms,
+            _read_terms=self.ledger.terms,
         )
 
     def undo(self) -> None:
-        self._sums.__exit__(None, None, None)
+        """Drop sums and gradients."""
+        self.sums.__exit__(None, None, None)
 
 
 class Engine:
@@ -231,6 +245,9 @@ class Engine:
         self.model = model
         self.loss_fn = loss_fn
         self.microbatch = microbatch
+        self._microbatch_in_use = microbatch
+        self._good_windows = 0
+        self._recovery = Recovery(model, self.accumulator.device)
         self.collate = collate
         self.lengths = lengths
         self.count_items = count_items
@@ -241,23 +258,42 @@ class Engine:
         Args:
             batch: A pytree of tensors ``[samples, ...]`` on any device, or with ``collate`` a list of samples.
 
-        Whatever ``loss_fn`` raises passes through, with the window aborted and the gradients cleared. An empty batch
-        is a window without items.
+        Where memory runs out in mid-window, the micro-batch that failed is run again, then in halves, and every sample
+        still counts once; the next windows use micro-batches smaller by 7 %, which grow back after 20 good windows.
+        Whatever else ``loss_fn`` raises passes through, with the window aborted and the gradients cleared. An empty
+        batch is a window without items.
 
         Raises:
+            MemoryLimitError: A single sample does not fit in memory.
             TypeError: The batch cannot be cut, or ``loss_fn`` returned something else than sums and items.
             ValueError: A loss or a count is not what it must be; the message says which.
         """
         tokens = None if self.lengths is None else int(sum(self.lengths(batch)))
-        microbatches = split(batch, self.microbatch, device=self.accumulator.device, collate=self.collate)
+        parts = split(batch, self._microbatch_in_use, device=self.accumulator.device, collate=self.collate)
         totals = None if self.count_items is None else self.count_items(batch)
-        window = self.accumulator.window(microbatches, totals=totals)
+        window, transaction = self.accumulator.open((), totals)
+        recovery = self._recovery
+        recovery.begin(transaction)
+
+        def forward(rows: Sequence[int]) -> Any:
+            return self.loss_fn(self.model, parts.take(rows))
+
         try:
-            for microbatch in window:
-                window.backward(self.loss_fn(self.model, microbatch))
-            return replace(window.step(), tokens=tokens)
+            for rows in parts.groups:
+                window.run(recovery.add, forward, rows)
+            report = window.step()
         finally:
             window.abort()
+        self._adapt(recovery.num_failures)
+        return replace(report, tokens=tokens, retries=recovery.num_failures)
+
+    def _adapt(self, num_failures: int) -> None:
+        """Take smaller micro-batches after a window that ran out of memory, and larger ones again after many good."""
+        self._good_windows = 0 if num_failures else self._good_windows + 1
+        if num_failures:
+            self._microbatch_in_use = max(1, min(self._microbatch_in_use - 1, int(self._microbatch_in_use * SHRINK)))
+        elif self._good_windows % GROW_AFTER == 0 and self._microbatch_in_use < self.microbatch:
+            self._microbatch_in_use = min(self.microbatch, math.ceil(self._microbatch_in_use / SHRINK))
 
 
 def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:

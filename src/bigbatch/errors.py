@@ -17,5 +17,9 @@ class InputError(BigbatchError, ValueError):
     """
 
 
+class MemoryLimitError(BigbatchError, RuntimeError):
+    """A single sample does not fit in memory, so that no smaller micro-batch can help; the message says what may."""
+
+
 class WindowStateError(BigbatchError, RuntimeError):
     """An operation that the window's state does not allow; the message names the state and the legal calls."""

@@ -108,11 +108,15 @@ class Ledger:
         self.totals = None if totals is None else {name: _host(items) for name, items in totals.items()}
         self._prescale = prescale
         self._prescaled_by: float | Tensor | None = None
+        self.num_recorded = 0
+        self._last: list[tuple[str, bool]] = []  # what the last micro-batch entered: terms, and whether they had items
         self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
         self._items: defaultdict[str, list[Items]] = defaultdict(list)
 
     def record(self, terms: Terms) -> Tensor | None:
         """Note one micro-batch; return the 0-d loss to differentiate, or None where it has no item at all."""
+        self.num_recorded += 1
+        self._last.clear()
         if self.totals is None:
             return self._record_single(terms)
         weighted: Tensor | None = None
@@ -150,11 +154,23 @@ class Ledger:
         items = _host(items)
         self._items[name].append(items)
         sums = self._sums[name]
-        if not isinstance(items, Tensor) and not items:
+        has_items = isinstance(items, Tensor) or items != 0
+        self._last.append((name, has_items))
+        if not has_items:
             return False
         # A copy: the loss is the caller's, who may go on to change it in place.
         sums.append(loss_sum.item() if loss_sum.is_cpu else loss_sum.detach().clone())
         return True
+
+    def rollback(self, num_recorded: int) -> None:
+        """Forget the micro-batch that was recorded when ``num_recorded`` was one less; nothing if it never was."""
+        if self.num_recorded == num_recorded:
+            return
+        self.num_recorded = num_recorded
+        for name, has_items in self._last:
+            self._items[name].pop()
+            if has_items:
+                self._sums[name].pop()
 
     def items(self, name: str | None = None) -> float:
         """Items so far of one term, by default of the first; reads the device where the counts live there."""

@@ -32,6 +32,7 @@ class WindowReport:
         elapsed_s: Seconds on the host's clock from the opening of the window to the end of the update.
         syncs: Gradient synchronisations between ranks; 0 in one process.
         skipped: Why the window changed nothing ("no items", "non-finite gradient"), or None if it was applied.
+        retries: Attempts at micro-batches that ran out of memory and were made again in pieces.
     """
 
     step: int
@@ -43,6 +44,7 @@ class WindowReport:
     elapsed_s: float
     syncs: int = 0
     skipped: str | None = None
+    retries: int = 0
     _read_terms: Callable[[], dict[str, TermReport]] = field(default=dict, repr=False, compare=False)
 
     @property

@@ -17,19 +17,19 @@ class Split:
 
     Attributes:
         num_samples: Samples of the batch.
-        num_microbatches: How many micro-batches they make; 0 for an empty batch.
-        pick: Gives the micro-batch of an index.
+        groups: The indices of the samples of each micro-batch.
+        take: Gives the micro-batch of some samples, on the device.
     """
 
     num_samples: int
-    num_microbatches: int
-    pick: Callable[[int], Any]
+    groups: Sequence[Sequence[int]]
+    take: Callable[[Sequence[int]], Any]
 
     def __len__(self) -> int:
-        return self.num_microbatches
+        return len(self.groups)
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.pick, range(self.num_microbatches))
+        return map(self.take, self.groups)
 
 
 def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate | None = None) -> Split:
@@ -47,31 +47,38 @@ def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate
         ValueError: Tensors disagree on the number of samples, or ``microbatch`` is below 1.
     """
     check_count("microbatch", microbatch, "the samples of one micro-batch")
+    num_samples, take = _taker(batch, device, collate)
+    return Split(num_samples, _ranges(num_samples, microbatch), take)
+
+
+def _ranges(num_samples: int, microbatch: int) -> list[range]:
+    return [range(start, min(start + microbatch, num_samples)) for start in range(0, num_samples, microbatch)]
+
+
+def _taker(batch: Any, device: torch.device, collate: Collate | None) -> tuple[int, Callable[[Sequence[int]], Any]]:
+    """Count the samples of a batch; give what makes a micro-batch of some of them."""
     if collate is None:
-        return _split_tensors(_plain(batch), microbatch, device)
+        return _tensor_taker(_plain(batch), device)
     if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
         raise TypeError(f"with collate= the batch must be a list of samples, and it is a {type(batch).__name__}.")
 
-    def pick(index: int) -> Any:
-        stop = min((index + 1) * microbatch, len(batch))
-        part = _plain(collate([batch[i] for i in range(index * microbatch, stop)]))
+    def take(rows: Sequence[int]) -> Any:
+        part = _plain(collate([batch[i] for i in rows]))
         return pytree.tree_map(lambda leaf: _move(leaf, device), part)
 
-    return Split(len(batch), -(-len(batch) // microbatch), pick)
+    return len(batch), take
 
 
-def _split_tensors(batch: Any, microbatch: int, device: torch.device) -> Split:
+def _tensor_taker(batch: Any, device: torch.device) -> tuple[int, Callable[[Sequence[int]], Any]]:
     num_samples = _count_samples(batch)
-    num_microbatches = -(-num_samples // microbatch)
     leaves, structure = pytree.tree_flatten(batch)
-    columns = [
-        leaf.split(microbatch) if leaf is not None and leaf.ndim else [leaf] * num_microbatches for leaf in leaves
-    ]
 
-    def pick(index: int) -> Any:
-        return pytree.tree_unflatten([_move(column[index], device) for column in columns], structure)
+    def take(rows: Sequence[int]) -> Any:
+        index = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)  # a view, or a copy
+        parts = [leaf[index] if leaf is not None and leaf.ndim else leaf for leaf in leaves]
+        return pytree.tree_unflatten([_move(part, device) for part in parts], structure)
 
-    return Split(num_samples, num_microbatches, pick)
+    return num_samples, take
 
 
 def check_count(name: str, value: int, what: str) -> None:

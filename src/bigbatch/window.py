@@ -6,7 +6,7 @@
 This file holds the states alone. What a backward or an update does is handed in as a `Transaction`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -95,10 +95,14 @@ class Window:
                 any error of the backward itself, this aborts the window.
             WindowStateError: The window is closed or aborted.
         """
+        self.run(self._transaction.add, loss_sum, items)
+
+    def run(self, add: Callable[..., None], *arguments: Any) -> None:
+        """Let ``add`` bring in one micro-batch; whatever it raises aborts the window. For `Engine`, not for loops."""
         self._require_open("backward")
         self._state = WindowState.ACCUMULATING
         try:
-            self._transaction.add(loss_sum, items)
+            add(*arguments)
         except BaseException:
             self.abort()  # a backward that failed half-way has added to some parameters and not to others
             raise
