@@ -390,8 +390,8 @@ def test_ctrl_c_ends_with_a_sentence_and_130(folder: Path):
                 writer = os.open("run.toml", os.O_WRONLY | os.O_NONBLOCK)
             except OSError:  # not opened for reading yet
                 continue
+        assert writer is not None
         process.send_signal(signal.SIGINT)
+        os.close(writer)  # if the signal came just before the read, this ends it, and the signal is handled then
         _, said = process.communicate(timeout=60)
-    assert writer is not None
-    os.close(writer)
     assert (process.returncode, said) == (130, "\nbigbatch train: interrupted.\n")

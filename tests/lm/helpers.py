@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.prepare import Prepared, prepare
@@ -31,6 +32,14 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Short chats."""
+    return [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"here is {i}"}]}
+        for i in range(count)
+    ]
+
+
 def save_model_folder(folder: Path, *, kind: str = "llama", dropout: float = 0.0) -> Path:
     """A model of a few thousand weights with a tokenizer of its own."""
     tokenizer = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)
@@ -43,6 +52,7 @@ def save_model_folder(folder: Path, *, kind: str = "llama", dropout: float = 0.0
         model = Qwen2ForCausalLM(Qwen2Config(**shape, **size, num_key_value_heads=1, tie_word_embeddings=True))
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape, **size, max_position_embeddings=64))
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

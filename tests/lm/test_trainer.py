@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.prepare import prepare
+from bigbatch.lm.rundir import RunDirectory
 from bigbatch.lm.trainer import Trainer, evenly_spaced, lr_factor
-from lm.helpers import metrics, records, run, save_model_folder, write_jsonl
+from lm.helpers import Heard, conversations, metrics, records, run, save_model_folder, write_jsonl
 
 KEYS = {
     "step", "loss", "items", "grad_norm", "lr", "num_microbatches", "tokens", "tokens_per_s", "peak_bytes",
@@ -37,7 +39,7 @@ def parameters(prepared: Any) -> torch.Tensor:
 
 def test_every_microbatch_gives_the_same_parameters(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"precision": "float64", "max_grad_norm": 0.5, "warmup_steps": 2}
-    runs = {size: run(tmp_path / f"run{size}", **settings, microbatch=size) for size in (1, 5, 8, 100)}
+    runs = {size: run(tmp_path / f"run{size}", **settings, microbatch=size) for size in (1, 3, 8, 100)}
     expected = parameters(runs[100][0])
     for size, (prepared, heard, _) in runs.items():
         assert torch.linalg.norm(parameters(prepared) - expected) / torch.linalg.norm(expected) < 1e-10
@@ -118,9 +120,12 @@ def test_the_saved_model_is_the_trained_one(
 def test_every_precision_trains_and_saves_its_weights(
     tmp_path: Path, settings: dict[str, Any], precision: str, dtype: torch.dtype
 ) -> None:
-    _, heard, _ = run(tmp_path / "run", **settings, precision=precision)
+    prepared, heard, _ = run(tmp_path / "run", **settings, precision=precision)
     assert heard.rows[-1]["loss"] < heard.rows[0]["loss"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").dtype == dtype
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.dtype == dtype
+    trained = dict(prepared.model.named_parameters())
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in loaded.named_parameters())
 
 
 def test_float16_trains_with_its_scaler(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -143,9 +148,6 @@ def test_the_seed_decides(tmp_path: Path, settings: dict[str, Any]) -> None:
 
 
 def test_a_run_that_is_told_to_stop_saves_its_model(tmp_path: Path, settings: dict[str, Any]) -> None:
-    from bigbatch.lm.rundir import RunDirectory
-    from lm.helpers import Heard
-
     heard = Heard()
     directory = RunDirectory.create(tmp_path / "run", {})
     outcome = Trainer(prepare(TrainConfig(**settings))).run(
@@ -157,11 +159,7 @@ def test_a_run_that_is_told_to_stop_saves_its_model(tmp_path: Path, settings: di
 
 
 def test_conversations_train_on_the_turns_of_the_assistant(tmp_path: Path) -> None:
-    rows = [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"here is {i}"}]}
-        for i in range(20)
-    ]
-    data = write_jsonl(tmp_path / "chat.jsonl", rows)
+    data = write_jsonl(tmp_path / "chat.jsonl", conversations(20))
     prepared, heard, _ = run(tmp_path / "run", data=str(data), steps=2, global_batch=4, max_length=128)
     assert 0 < heard.rows[0]["items"] < heard.rows[0]["tokens"]
     assert heard.rows[0]["items"] <= max(prepared.training.label_counts) * 4
@@ -170,3 +168,64 @@ def test_conversations_train_on_the_turns_of_the_assistant(tmp_path: Path) -> No
 def test_evenly_spaced_indices_reach_over_the_whole_set() -> None:
     assert evenly_spaced(3, 5) == [0, 1, 2]
     assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+
+
+def test_every_document_is_used_once_an_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings |= {"steps": None, "epochs": 2, "validation_fraction": 0.0, "global_batch": 7}
+    trainer = Trainer(prepare(TrainConfig(**settings)))
+    windows = list(trainer._all_windows())
+    assert trainer.total_steps == len(windows) == 12
+    assert [len(window) for window in windows] == [7, 7, 7, 7, 7, 5] * 2
+    used = [[i for window in windows[start : start + 6] for i in window] for start in (0, 6)]
+    assert sorted(used[0]) == sorted(used[1]) == list(range(40))
+    assert used[0] != used[1]
+
+
+def test_a_warmup_longer_than_the_run_is_refused(settings: dict[str, Any]) -> None:
+    prepared = prepare(TrainConfig(**settings | {"steps": None, "epochs": 1, "warmup_steps": 5}))
+    with pytest.raises(InputError, match=r"^--warmup-steps 5 is more than the 4 updates of the run: "):
+        Trainer(prepared)
+
+
+def test_a_skipped_update_keeps_its_number_and_the_rate_waits(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings |= {"steps": 4, "warmup_steps": 4, "validation_fraction": 0.0}
+    prepared = prepare(TrainConfig(**settings))
+    trainer = Trainer(prepared)
+    first = next(prepared.model.parameters())
+    calls: list[None] = []
+
+    def spoil_the_second(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return gradient * math.inf if len(calls) == 3 else gradient  # two micro-batches an update
+
+    first.register_hook(spoil_the_second)
+    outcome = trainer.run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["skipped"] for row in rows] == [None, "non-finite gradient", None, None]
+    assert rows[2]["lr"] == rows[1]["lr"] > rows[0]["lr"]
+    assert (outcome.step, outcome.skipped, outcome.finished) == (4, 1, True)
+
+
+def test_a_run_that_only_skips_is_given_up(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings |= {"steps": 100, "validation_fraction": 0.0, "global_batch": 1}
+    prepared = prepare(TrainConfig(**settings))
+    next(prepared.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(BigbatchError, match=r"^the last 50 updates were skipped \(non-finite gradient\), so the model"):
+        Trainer(prepared).run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
+    assert len(metrics(tmp_path / "run")) == 49
+
+
+def test_training_leaves_the_random_state_of_the_caller(tmp_path: Path, settings: dict[str, Any]) -> None:
+    before = torch.random.get_rng_state()
+    run(tmp_path / "run", **settings)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_sample_and_a_validation_draw_nothing_and_put_the_mode_back(settings: dict[str, Any]) -> None:
+    trainer = Trainer(prepare(TrainConfig(**settings)))
+    before = torch.random.get_rng_state()
+    assert trainer.write("def ") == trainer.write("def ")
+    trainer.validate()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(module.training for module in trainer.prepared.model.modules())

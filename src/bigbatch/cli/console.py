@@ -132,7 +132,9 @@ def _columns(width: int) -> list[TextColumn | BarColumn]:
 
 def quote(text: str, prompt: str) -> Text:
     """Set a sample apart from what is around it: its first lines, indented behind a bar, without runs of empty ones."""
-    shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", text.rstrip().rstrip("\ufffd"))  # a character may be cut in the middle
+    # An untrained model also writes what would move the cursor or ring the bell.
+    visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", visible.rstrip("\ufffd \n"))  # a character may be cut in the middle
     lines = shown.splitlines() or [""]
     if len(lines) > SAMPLE_LINES:
         lines = [*lines[:SAMPLE_LINES], "…"]
@@ -147,7 +149,7 @@ def duration(seconds: float) -> str:
     """Write seconds as 0.4 s, 42 s, 3:07 or 1:02:03."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{whole} s"
+        return f"{seconds:.1f} s" if 0.05 <= seconds < 9.95 else f"{whole} s"
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

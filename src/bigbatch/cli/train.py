@@ -112,7 +112,11 @@ def _quoted(prompt: str) -> str:
 def _same_job(config: TrainConfig) -> str:
     """Give the flags of a command that prepares the same model and data."""
     default = TrainConfig()
-    names = [name for name in ("data", "model", "max_length") if getattr(config, name) != getattr(default, name)]
+    names = [
+        name
+        for name in ("data", "model", "max_length", "lora_rank", "precision")
+        if getattr(config, name) != getattr(default, name)
+    ]
     return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(config, name)))}" for name in names)
 
 

@@ -18,8 +18,8 @@ NOT_EXACT = 1
 
 def run(config: TrainConfig, options: VerifyOptions) -> int:
     """Print the proof; return 0 only if every cut is exact."""
-    console = make_console()
-    with preparing(None if options.as_json else console) as say:
+    console, notes = make_console(), make_console(stderr=True)
+    with preparing(console if not options.as_json else notes if notes.is_terminal else None) as say:
         from bigbatch.lm.loss import CausalLMLoss
         from bigbatch.lm.order import epoch_order
         from bigbatch.lm.prepare import prepare

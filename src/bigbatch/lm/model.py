@@ -61,19 +61,33 @@ def load_model(name: str, *, dtype: torch.dtype) -> "PreTrainedModel":
 
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, local_files_only=is_local(name), output_loading_info=True
+            name,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=is_local(name),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one sentence and not in a table
         )
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{name} does not load as a causal language model: {first_line(error)}.") from error
-    if found["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(found["missing_keys"])
-        raise InputError(
-            f"{name} does not load as a causal language model: its weights lack {count(len(missing), 'tensor')}, "
-            f"such as {missing[0]}."
-        )
+    _check_whole(name, found)
     return model
+
+
+def _check_whole(name: str, found: dict[str, Any]) -> None:
+    """Refuse weights that do not fit the configuration: transformers would fill in random numbers."""
+    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    problem = f"{name} does not load as a causal language model: its weights"
+    if mismatched:
+        key, theirs, ours = mismatched[0]
+        raise InputError(
+            f"{problem} have another shape than its configuration in {count(len(mismatched), 'tensor')}, such as "
+            f"{key}: {list(theirs)} and not {list(ours)}."
+        )
+    if missing:
+        raise InputError(f"{problem} lack {count(len(missing), 'tensor')}, such as {missing[0]}.")
 
 
 def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:

@@ -70,16 +70,17 @@ def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
     config = config.resolved()
     machine = find_machine(config.device, config.precision)
     config = config.model_copy(update={"device": str(machine.device), "precision": machine.precision})
-    if config.model != TINY:
-        say(f"loading {config.model}")
-        tokenizer, model = load_tokenizer(config.model), load_model(config.model, dtype=machine.weights_dtype)
-        config = _fit(config, model, tokenizer)
+    tokenizer = None if config.model == TINY else load_tokenizer(config.model)
     say(f"reading {config.data}")
     corpus = read_corpus(config.data)
     documents, held_out = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
-    if config.model == TINY:
+    if tokenizer is None:
         say("training a tokenizer")
         tokenizer, model = _make_tiny(config, machine, documents)
+    else:
+        say(f"loading {config.model}")
+        model = load_model(config.model, dtype=machine.weights_dtype)
+        config = _fit(config, model, tokenizer)
     prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
     training, validation, notes = _encode(config, tokenizer, documents, held_out, say)
     if config.lora_rank:

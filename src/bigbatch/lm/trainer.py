@@ -111,7 +111,9 @@ class Trainer:
         return len(self._windows(0))
 
     def _count_steps(self, epochs: int) -> int:
-        return sum(len(self._windows(epoch)) for epoch in range(epochs))
+        if self.config.global_batch is not None:
+            return epochs * self.steps_per_epoch()
+        return sum(len(self._windows(epoch)) for epoch in range(epochs))  # windows of tokens depend on the order
 
     def _windows(self, epoch: int) -> list[list[int]]:
         return epoch_windows(

@@ -1,0 +1,160 @@
+"""What a run shows, on a terminal and off it."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quote
+from bigbatch.cli.pace import Pace
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 2.5, "tokens": 1, "peak_bytes": 2**30, "skipped": None} | changes
+
+
+def shown(*, terminal: bool, width: int = 100, total_steps: int = 100, skipped: int = 0) -> str:
+    """What a run of that many updates prints, with a validation at half of them and a sample at the end."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width, soft_wrap=True, highlight=False, markup=False)
+    half = max(1, total_steps // 2)
+    with TrainingDisplay(
+        console, total_steps=total_steps, validation_every=half, entropy=6.5, prompt="def "
+    ) as display:
+        for step in range(1, total_steps + 1):
+            display.updated(row(step, skipped="no items" if step == skipped else None))
+            if step == half:
+                display.validated(step, 3.25)
+        display.sampled(total_steps, "def [red]f():\n    pass")
+    return out.getvalue()
+
+
+def test_off_a_terminal_there_are_about_twenty_plain_lines() -> None:
+    printed = shown(terminal=False)
+    lines = [line for line in printed.splitlines() if re.match(r"update \d+/100 · ", line)]
+    assert len(lines) == 21  # the first, and every fifth
+    assert re.fullmatch(r"update 1/100 · loss 2\.500 · [\d,]+ tokens/s · .+ left · 1\.00 GiB", lines[0])
+    assert "\nupdate 50: validation loss 3.250 (token frequencies alone: 6.500)\n" in printed
+    assert printed.endswith("update 100: the model writes\n    │ def [red]f():\n    │     pass\n")
+    assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 120, 300])
+def test_on_a_terminal_the_live_line_fits(width: int) -> None:
+    printed = shown(terminal=True, width=width)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed)
+    live = [line for line in re.split(r"[\r\n]", plain) if re.match(r"(update )?\d+/100 ", line)]
+    assert live
+    assert max(map(len, live)) <= width
+    assert ("━" in plain) == (width >= 80)
+    if width >= 60:
+        assert "loss 2.500 · " in live[-1]
+    if width >= 80:
+        assert live[-1].rstrip().endswith("GiB")
+
+
+def test_a_skipped_update_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "update 7 was skipped and changed nothing: no items\n" in shown(terminal=False, skipped=7)
+    assert "update 7 was skipped and changed nothing: no items" in shown(terminal=True, skipped=7)
+
+
+def test_a_run_of_one_update_shows_it_once() -> None:
+    assert shown(terminal=False, total_steps=1).count("update 1/1 · ") == 1
+
+
+def test_unknown_memory_is_said() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=False, width=100)
+    with TrainingDisplay(console, total_steps=1, validation_every=None, entropy=None, prompt="") as display:
+        display.updated(row(1, peak_bytes=None))
+        display.validated(1, 3.0)
+    assert "memory unknown" in out.getvalue()
+    assert "validation loss 3.000\n" in out.getvalue()
+
+
+def test_preparation_prints_each_kind_of_work_once_off_a_terminal() -> None:
+    out = io.StringIO()
+    with preparing(Console(file=out, force_terminal=False)) as say:
+        say("reading a")
+        say("encoding")
+        say("encoding", 5, 10)
+    assert out.getvalue() == "reading a …\nencoding …\n"
+
+
+def test_preparation_shows_how_far_it_is_on_a_terminal_and_leaves_nothing() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80)
+    with preparing(console) as say:
+        say("encoding", 5, 1000)
+        console.print("in between")
+    assert "encoding: 5 of 1,000 …" in out.getvalue()
+    assert out.getvalue().endswith("\x1b[2K")
+
+
+def test_preparation_may_be_silent() -> None:
+    with preparing(None) as say:
+        say("reading a")
+
+
+def test_a_sample_keeps_its_first_lines_and_no_half_character() -> None:
+    assert quote("def f\n\n\n \nx\ufffd\n", "def ").plain == "    │ def f\n    │ \n    │ x"
+    assert quote("", "").plain == "    │ "
+    assert quote("a\x1b[2J\x07b\tc", "").plain == "    │ a\ufffd[2J\ufffdb\tc"
+    long = quote("\n".join("abcdefghijklmnopqrstuvwxyz"), "a").plain.splitlines()
+    assert (len(long), long[-1]) == (13, "    │ …")
+
+
+def test_the_prompt_of_a_sample_is_set_off() -> None:
+    spans = quote("def f(x)", "def ").spans
+    assert [("bold" in str(span.style), span.start, span.end) for span in spans] == [(True, 6, 10)]
+    assert quote("other", "def ").spans == []
+
+
+def test_the_console_reads_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console().print("[bold]x[/bold] " * 40)
+    assert capsys.readouterr().out == "[bold]x[/bold] " * 40 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0 s"), (0.04, "0 s"), (0.4, "0.4 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1:00"), (3723, "1:02:03")],
+)
+def test_durations_are_short(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
+
+
+def test_validations_and_samples_do_not_count_as_training() -> None:
+    now = 0.0
+    pace = Pace(total_steps=10, validation_every=5, clock=lambda: now)
+    now = 100.0  # before the start: nothing
+    pace.start()
+    for _ in range(5):
+        now += 2.0
+        pace.updated(1000)
+    assert pace.tokens_per_s == 500
+    assert pace.left_s == 5 * 2  # how long a validation takes is not known yet
+    now += 7.0
+    pace.validated()
+    now += 50.0
+    pace.paused()
+    assert pace.tokens_per_s == 500
+    assert pace.left_s == 5 * 2 + 7
+    for _ in range(5):
+        now += 2.0
+        pace.updated(1000)
+    now += 7.0
+    pace.validated()
+    assert pace.left_s == 0
+
+
+def test_a_validation_after_a_last_shorter_stretch_is_foreseen() -> None:
+    now = 0.0
+    pace = Pace(total_steps=5, validation_every=4, clock=lambda: now)
+    for _ in range(4):
+        now += 1.0
+        pace.updated(1)
+    now += 3.0
+    pace.validated()
+    assert pace.left_s == 1 + 3

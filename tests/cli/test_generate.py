@@ -1,0 +1,94 @@
+"""``bigbatch generate``: text from a run, or one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from bigbatch.cli import main
+from cli.helpers import SENTENCE, command
+from lm.helpers import records, run, save_model_folder, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    data = str(write_jsonl(folder / "data.jsonl", records(40)))
+    run(folder / "runs" / "mine", data=data, model=str(save_model_folder(folder / "base")), steps=2, global_batch=8)
+    return folder / "runs" / "mine"
+
+
+def written(capfd: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    assert main(["generate", *map(str, words)]) == 0
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    return printed
+
+
+def test_the_process_prints_the_prompt_and_what_follows(trained: Path, tmp_path: Path) -> None:
+    done = command("generate", str(trained), "def ", "--max-new-tokens", "20", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("def ")
+    assert len(done.stdout) > len("def \n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_seed_writes_the_same_text(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    one, again, other = (written(capfd, trained, "def ", "--seed", seed) for seed in ("3", "3", "4"))
+    assert one == again != other
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_the_seed(
+    trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    greedy = {written(capfd, trained, "def ", "--temperature", "0", "--seed", seed) for seed in ("0", "1")}
+    assert len(greedy) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("prompt", ["", "für 日本語 ", "--x"])
+def test_any_prompt_is_gone_on_from(tmp_path: Path, kind: str, prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = save_model_folder(tmp_path, kind=kind)
+    assert written(capfd, folder, "--max-new-tokens", "9", "--top-k", "0", "--", prompt).startswith(prompt)
+
+
+def test_writing_ends_where_the_positions_of_the_model_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = save_model_folder(tmp_path, kind="gpt2")
+    written(capfd, folder, "☃" * 15, "--max-new-tokens", "500")
+
+
+def refused(capfd: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    assert main(["generate", *map(str, words)]) == 2
+    printed, complained = capfd.readouterr()
+    assert printed == ""
+    assert SENTENCE.fullmatch(complained)
+    return complained.removeprefix("bigbatch generate: ").rstrip("\n")
+
+
+def test_a_prompt_that_fills_the_model_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = refused(capfd, save_model_folder(tmp_path, kind="gpt2"), "☃" * 40)
+    assert said.startswith("the prompt has ")
+    assert said.endswith(" tokens and the model knows 64 positions: shorten it, so that there is room to go on.")
+
+
+def test_a_run_that_is_not_there_leads_to_the_nearest(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    near = trained.with_name("mien")
+    assert refused(capfd, near) == f"there is no run {near}: did you mean {trained}?"
+    far = trained / "nowhere" / "at-all"
+    assert refused(capfd, far) == f"there is no run {far}: bigbatch train makes one."
+
+
+def test_a_run_without_a_model_yet_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert refused(capfd, tmp_path) == (
+        f"{tmp_path} holds no trained model: a run has one in {tmp_path / 'model'} once it has ended."
+    )
+
+
+def test_a_run_with_a_broken_model_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_model_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
+    assert "does not load as a causal language model" in refused(capfd, tmp_path)
+
+
+def test_a_device_that_is_not_there_is_refused(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert refused(capfd, trained, "--device", "cuda:77").startswith("--device cuda:77 is not there: ")
