@@ -39,7 +39,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens [rows, length] to logits [rows, length, VOCABULARY]."""
         hidden = self.embedding(tokens)
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=tokens.device)
         for layer in self.layers:
             hidden = layer(hidden, src_mask=mask, is_causal=True)
         return self.head(hidden)

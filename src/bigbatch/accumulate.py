@@ -96,7 +96,8 @@ class GradientSums:
             ValueError: The loss does not depend on anything that requires a gradient.
             WindowStateError: Somebody cleared the gradients since the last backward.
         """
-        self._check_witness()
+        if self._witness is not None:
+            self._check_witness()
         if not loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on any parameter that requires a gradient: was it detached, or computed "

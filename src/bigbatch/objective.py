@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,8 +44,11 @@ def as_terms(result: object) -> Terms:
                 "item losses and how many items it runs over, for example "
                 "(F.cross_entropy(logits, labels, reduction='sum'), labels.numel())."
             )
-        _check_loss(name, term[0])
-        _check_items(name, term[1])
+        loss_sum, items = term
+        if not isinstance(loss_sum, Tensor) or loss_sum.ndim:
+            _refuse_loss(name, loss_sum)
+        if type(items) is not int or items < 0:  # most are counts, of which there is nothing more to check
+            _check_items(name, items)
     return terms
 
 
@@ -55,14 +58,13 @@ def _describe(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _check_loss(name: str, loss_sum: object) -> None:
+def _refuse_loss(name: str, loss_sum: object) -> NoReturn:
     if not isinstance(loss_sum, Tensor):
         raise TypeError(f"the loss of the term {name!r} is {_describe(loss_sum)}: it must be a 0-d tensor.")
-    if loss_sum.ndim:
-        raise ValueError(
-            f"the loss of the term {name!r} has shape {tuple(loss_sum.shape)}: it must be the 0-d sum of the item "
-            "losses. Use reduction='sum', or call .sum() on it."
-        )
+    raise ValueError(
+        f"the loss of the term {name!r} has shape {tuple(loss_sum.shape)}: it must be the 0-d sum of the item losses. "
+        "Use reduction='sum', or call .sum() on it."
+    )
 
 
 def _check_items(name: str, items: object) -> None:
@@ -134,13 +136,13 @@ class Ledger:
     def _record_single(self, terms: Terms) -> Tensor | None:
         if not terms:
             raise ValueError("the loss has no term: give at least one (loss_sum, items).")
-        if len(terms) > 1 or (self._sums and not terms.keys() <= self._sums.keys()):
+        name, (loss_sum, items) = next(iter(terms.items()))
+        if len(terms) > 1 or (self._sums and name not in self._sums):
             names = ", ".join(repr(name) for name in {**self._sums, **terms})
             raise ValueError(
                 f"the loss has the terms {names}: several terms need their totals before the first backward. Pass "
                 "count_items=, a function that gives {name: items} for these names."
             )
-        ((name, (loss_sum, items)),) = terms.items()
         if not self._note(name, loss_sum, items):
             return None
         if self._prescale:
@@ -151,7 +153,8 @@ class Ledger:
 
     def _note(self, name: str, loss_sum: Tensor, items: Items) -> bool:
         """Enter one term of one micro-batch; tell whether it may have items."""
-        items = _host(items)
+        if isinstance(items, Tensor):
+            items = _host(items)
         self._items[name].append(items)
         sums = self._sums[name]
         has_items = isinstance(items, Tensor) or items != 0
