@@ -4,7 +4,7 @@
 
 A decoder of 4 layers of width 512 in float32 takes 64 sequences of 512 tokens in one micro-batch, first with all memory
 (3.9 GiB at its peak), then limited by `set_per_process_memory_fraction` to less than that. The second run meets real
-out-of-memory errors, and the table compares the gradients that the optimizer was given. float32 kernels round differently
+out-of-memory errors, and the table compares the gradients that the optimizer was given. float32 kernels round otherwise
 for other shapes, so the bound is that of `verify`, 2e-5.
 """
 
