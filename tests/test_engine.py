@@ -272,3 +272,80 @@ def test_a_copied_engine_trains_its_own_model():
     assert all(torch.equal(before[name], p) for name, p in ref.parameters_of(engine.model).items())
     moved = {name: before[name] - after for name, after in ref.parameters_of(other.model).items()}
     assert ref.relative_error(moved, ref.full_gradient(engine.model, batch)) <= EXACT
+
+
+def ragged(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [torch.randn(length, generator=generator, dtype=torch.float64) for length in lengths]
+
+
+def budgeted(budget, seen, **settings):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1).double()
+    optimizer = ref.RecordingSGD(model)
+
+    def loss_fn(model, padded):
+        seen.append(tuple(padded.shape))
+        mask = padded != 0
+        return ((model(padded[..., None])[..., 0] - 1).square() * mask).sum(), mask.sum()
+
+    engine = bigbatch.Engine(
+        model,
+        optimizer,
+        loss_fn,
+        microbatch=budget,
+        collate=lambda samples: torch.nn.utils.rnn.pad_sequence(samples, batch_first=True),
+        **{"lengths": lambda samples: [len(sample) for sample in samples], **settings},
+    )
+    return engine, optimizer
+
+
+@pytest.mark.parametrize("tokens", [39, 64, 200, 5000])
+def test_a_token_budget_is_never_exceeded_and_gives_the_full_batch_gradient(tokens):
+    samples, whole, seen = ragged(30), [], []
+    engine, full = budgeted(len(samples), whole)
+    engine.step(samples)
+    engine, optimizer = budgeted(bigbatch.TokenBudget(tokens), seen)
+    report = engine.step(samples)
+    assert max(rows * longest for rows, longest in seen) <= tokens
+    assert seen == sorted(seen, key=lambda shape: -shape[0] * shape[1])
+    assert report.tokens == sum(map(len, samples))
+    assert report.num_microbatches == len(seen)
+    assert ref.relative_error(optimizer.recorded[0], full.recorded[0]) <= 1e-12
+
+
+def test_a_sample_longer_than_the_budget_is_named():
+    engine, _ = budgeted(bigbatch.TokenBudget(20), [])
+    with pytest.raises(ValueError, match=r"^lengths\[10\] is 39, .* token_budget=20, .* Pass token_budget=39"):
+        engine.step(ragged(30))
+
+
+def test_a_token_budget_needs_lengths():
+    with pytest.raises(ValueError, match="a TokenBudget needs the length of each sample: pass lengths="):
+        budgeted(bigbatch.TokenBudget(20), [], lengths=None)
+
+
+@pytest.mark.parametrize(("tokens", "kind"), [(0, ValueError), (-4, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_a_token_budget_is_a_positive_int(tokens, kind):
+    with pytest.raises(kind, match="the token budget is"):
+        bigbatch.TokenBudget(tokens)
+
+
+def test_a_token_budget_that_runs_out_of_memory_shrinks_but_takes_the_longest_sample():
+    samples, seen = ragged(30), []
+    engine, _ = budgeted(bigbatch.TokenBudget(200), seen)
+    loss_fn, limit = engine.loss_fn, [100]
+
+    def limited(model, padded):
+        if padded.numel() > limit[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss_fn(model, padded)
+
+    engine.loss_fn = limited
+    reports = [engine.step(samples) for _ in range(15)]
+    assert reports[0].retries > 0
+    assert reports[-1].retries == 0
+    assert all(report.items == reports[0].items for report in reports)
+    limit[0] = 45
+    assert [engine.step(samples).retries for _ in range(20)][-1] == 0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bigbatch.errors import MemoryLimitError as MemoryLimitError
     from bigbatch.errors import WindowStateError as WindowStateError
     from bigbatch.plan import Plan as Plan
+    from bigbatch.plan import TokenBudget as TokenBudget
     from bigbatch.plan import plan as plan
     from bigbatch.report import TermReport as TermReport
     from bigbatch.report import WindowReport as WindowReport
@@ -42,6 +43,7 @@ _PUBLIC = {
     "MemoryLimitError": "bigbatch.errors",
     "Plan": "bigbatch.plan",
     "TermReport": "bigbatch.report",
+    "TokenBudget": "bigbatch.plan",
     "Verification": "bigbatch.verify",
     "Window": "bigbatch.window",
     "WindowReport": "bigbatch.report",

@@ -17,9 +17,10 @@ from bigbatch.accumulate import GradientSums
 from bigbatch.errors import WindowStateError
 from bigbatch.memory import peak_bytes
 from bigbatch.objective import Items, Ledger, Terms, as_terms
+from bigbatch.plan import TokenBudget, plan
 from bigbatch.recover import Recovery
 from bigbatch.report import WindowReport
-from bigbatch.split import Collate, check_count, split
+from bigbatch.split import Collate, Split, check_count, split, split_into
 from bigbatch.update import Update
 from bigbatch.window import Window
 
@@ -210,10 +211,11 @@ class Engine:
         optimizer: As for `Accumulator`.
         loss_fn: ``loss_fn(model, microbatch) → (loss_sum, items)``: the 0-d **sum** of the item losses and how many
             items it runs over; or ``{term: (loss_sum, items)}``, whose total is Σ_term sum / items.
-        microbatch: Samples of one forward and backward.
+        microbatch: Samples of one forward and backward; or a `TokenBudget`, under which samples of like length come
+            together so that little is padded, the largest micro-batch first.
         collate: For batches that are lists of samples: makes one micro-batch of a list. Padding is then that of the
             micro-batch.
-        lengths: ``lengths(batch) → one length per sample``, in tokens, for ``report.tokens``.
+        lengths: ``lengths(batch) → one length per sample``, in tokens, for a `TokenBudget` and ``report.tokens``.
         count_items: ``count_items(batch) → {term: items}``, needed for a loss of several terms.
         max_grad_norm: As for `Accumulator`.
         scheduler: As for `Accumulator`.
@@ -230,7 +232,7 @@ class Engine:
         optimizer: "Optimizer",
         loss_fn: LossFunction,
         *,
-        microbatch: int,
+        microbatch: int | TokenBudget,
         collate: Collate | None = None,
         lengths: Callable[[Any], Sequence[int]] | None = None,
         count_items: CountItems | None = None,
@@ -238,14 +240,19 @@ class Engine:
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
     ) -> None:
-        check_count("microbatch", microbatch, "the samples of one micro-batch")
+        if not isinstance(microbatch, TokenBudget):
+            check_count("microbatch", microbatch, "the samples of one micro-batch")
+        elif lengths is None:
+            raise ValueError(
+                "a TokenBudget needs the length of each sample: pass lengths=, a function from the batch to them."
+            )
         self.accumulator = Accumulator(
             model, optimizer, max_grad_norm=max_grad_norm, scheduler=scheduler, scaler=scaler
         )
         self.model = model
         self.loss_fn = loss_fn
         self.microbatch = microbatch
-        self._microbatch_in_use = microbatch
+        self._size = self._size_in_use = microbatch.tokens if isinstance(microbatch, TokenBudget) else microbatch
         self._good_windows = 0
         self._recovery = Recovery(model, self.accumulator.device)
         self.collate = collate
@@ -268,8 +275,8 @@ class Engine:
             TypeError: The batch cannot be cut, or ``loss_fn`` returned something else than sums and items.
             ValueError: A loss or a count is not what it must be; the message says which.
         """
-        tokens = None if self.lengths is None else int(sum(self.lengths(batch)))
-        parts = split(batch, self._microbatch_in_use, device=self.accumulator.device, collate=self.collate)
+        lengths = None if self.lengths is None else [int(length) for length in self.lengths(batch)]
+        parts = self._split(batch, lengths)
         totals = None if self.count_items is None else self.count_items(batch)
         window, transaction = self.accumulator.open((), totals)
         recovery = self._recovery
@@ -285,15 +292,24 @@ class Engine:
         finally:
             window.abort()
         self._adapt(recovery.num_failures)
-        return replace(report, tokens=tokens, retries=recovery.num_failures)
+        return replace(report, tokens=None if lengths is None else sum(lengths), retries=recovery.num_failures)
+
+    def _split(self, batch: Any, lengths: list[int] | None) -> Split:
+        device = self.accumulator.device
+        if lengths is None or isinstance(self.microbatch, int):
+            return split(batch, self._size_in_use, device=device, collate=self.collate)
+        # A budget that shrank still takes the longest sample, as long as the budget that was asked for does.
+        budget = max(self._size_in_use, min(self.microbatch.tokens, max(lengths, default=1)))
+        groups = plan(lengths, token_budget=budget).microbatches[0]
+        return split_into(batch, groups, device=device, collate=self.collate)
 
     def _adapt(self, num_failures: int) -> None:
         """Take smaller micro-batches after a window that ran out of memory, and larger ones again after many good."""
         self._good_windows = 0 if num_failures else self._good_windows + 1
         if num_failures:
-            self._microbatch_in_use = max(1, min(self._microbatch_in_use - 1, int(self._microbatch_in_use * SHRINK)))
-        elif self._good_windows % GROW_AFTER == 0 and self._microbatch_in_use < self.microbatch:
-            self._microbatch_in_use = min(self.microbatch, math.ceil(self._microbatch_in_use / SHRINK))
+            self._size_in_use = max(1, min(self._size_in_use - 1, int(self._size_in_use * SHRINK)))
+        elif self._good_windows % GROW_AFTER == 0 and self._size_in_use < self._size:
+            self._size_in_use = min(self._size, math.ceil(self._size_in_use / SHRINK))
 
 
 def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:

@@ -23,6 +23,27 @@ BAR_CELLS = 30
 
 
 @dataclass(frozen=True)
+class TokenBudget:
+    """The largest number of tokens, padding included, in one micro-batch: rows × longest.
+
+    Attributes:
+        tokens: At least 1, and at least the longest sample that will come.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is below 1.
+    """
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int):
+            raise TypeError(f"the token budget is {self.tokens!r}: it must be an int, the tokens of one micro-batch.")
+        if self.tokens < 1:
+            raise ValueError(f"the token budget is {self.tokens}: it must be at least 1 token.")
+
+
+@dataclass(frozen=True)
 class Plan:
     """Who runs which samples in which micro-batch; ``print(plan)`` draws it, ``==`` compares it.
 

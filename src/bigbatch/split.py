@@ -51,6 +51,21 @@ def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate
     return Split(num_samples, _ranges(num_samples, microbatch), take)
 
 
+def split_into(
+    batch: Any, groups: Sequence[Sequence[int]], *, device: torch.device, collate: Collate | None = None
+) -> Split:
+    """Cut a batch as a plan says; arguments and errors are those of `split`.
+
+    Args:
+        batch: As for `split`. Tensors keep the padding that they came with: pass a list with ``collate`` to pad less.
+        groups: The indices of the samples of each micro-batch.
+        device: As for `split`.
+        collate: As for `split`.
+    """
+    num_samples, take = _taker(batch, device, collate)
+    return Split(num_samples, groups, take)
+
+
 def _ranges(num_samples: int, microbatch: int) -> list[range]:
     return [range(start, min(start + microbatch, num_samples)) for start in range(0, num_samples, microbatch)]
 
