@@ -3,12 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from bigbatch.errors import InputError
 from bigbatch.lm.documents import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SPACE_MARKS = "Ġ▁"  # how byte-level and SentencePiece vocabularies write a space at the beginning of a token
 
 
 def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, model: Any, name: str) -> list[int]:
@@ -62,7 +65,9 @@ def continue_text(
     Raises:
         InputError: The prompt fills the model.
     """
-    tokens = prompt_tokens(tokenizer, prompt, model=model, name="the prompt")
+    tokens, first = _without_last_space(
+        tokenizer, prompt, prompt_tokens(tokenizer, prompt, model=model, name="the prompt")
+    )
     room = (_positions(model) or len(tokens) + max_new_tokens) - len(tokens)
     input_ids = torch.tensor([tokens], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
@@ -72,9 +77,39 @@ def continue_text(
         max_new_tokens=min(max_new_tokens, room),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         streamer=streamer,
+        logits_processor=[] if first is None else [_FirstToken(first, len(tokens), model.device)],
         **sampling,
     )
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+class _FirstToken:
+    """Lets only some tokens follow the prompt; a logits processor of transformers."""
+
+    def __init__(self, allowed: list[int], num_prompt_tokens: int, device: torch.device) -> None:
+        self._allowed = torch.tensor(allowed, device=device)
+        self._num_prompt_tokens = num_prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > self._num_prompt_tokens:
+            return scores
+        return torch.full_like(scores, -torch.inf).index_copy(1, self._allowed, scores[:, self._allowed])
+
+
+def _without_last_space(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: list[int]
+) -> tuple[list[int], list[int] | None]:
+    """Give the prompt's tokens, and those that may come first after them; None for any.
+
+    Words bring the space before them, so a model has hardly seen a token that ends in one space: the word after "def "
+    begins with it. The space is taken off, and the first token has to begin with it.
+    """
+    if not prompt.endswith(" ") or prompt.endswith("  ") or not prompt.strip():
+        return tokens, None
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    with_space = [token for token, piece in enumerate(pieces) if piece and piece[0] in SPACE_MARKS and len(piece) > 1]
+    shorter: list[int] = tokenizer(prompt[:-1], verbose=False)["input_ids"]
+    return (shorter, with_space) if with_space and len(shorter) < len(tokens) else (tokens, None)
 
 
 def _positions(model: Any) -> int | None:
