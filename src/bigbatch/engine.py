@@ -4,7 +4,6 @@ split → window (forward, backward, accumulate) → update → report
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bigbatch.accumulate import GradientSums
 from bigbatch.errors import WindowStateError
-from bigbatch.memory import peak_bytes
-from bigbatch.objective import Items, Ledger, Terms, as_terms
+from bigbatch.objective import Items, Terms
 from bigbatch.plan import TokenBudget, plan
 from bigbatch.recover import Recovery
 from bigbatch.report import WindowReport
 from bigbatch.split import Collate, Split, check_count, split, split_into
+from bigbatch.transaction import Transaction
 from bigbatch.update import Update
 from bigbatch.window import Window
 
@@ -153,47 +151,6 @@ class Accumulator:
                 "Call its step(), or its abort() to drop them, before going on."
             )
         self._open.abort()
-
-
-class Transaction:
-    """One window's sums and counts, and how they become an update."""
-
-    def __init__(self, update: Update, totals: Mapping[str, Items] | None) -> None:
-        self._update = update
-        self._started_s = time.perf_counter()
-        self._num_microbatches = 0
-        self._loss_scale = update.loss_scale()
-        parameters = update.parameters()
-        float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
-        self.ledger = Ledger(totals, prescale=float16)
-        self.sums = GradientSums(parameters).__enter__()
-
-    def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
-        """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
-        loss = self.ledger.record(as_terms(loss_sum if items is None else (loss_sum, items)))
-        if loss is not None and (only is None or only):
-            self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
-        self._num_microbatches += 1
-
-    def apply(self) -> WindowReport:
-        """Update once, clear, and tell."""
-        outcome = self._update.apply(self.sums, self.ledger, loss_scale=self._loss_scale)
-        self.undo()
-        return WindowReport(
-            step=self._update.num_steps,
-            items=self.ledger.items(),
-            grad_norm=outcome.grad_norm,
-            num_microbatches=self._num_microbatches,
-            tokens=None,
-            peak_bytes=peak_bytes(self._update.device),
-            elapsed_s=time.perf_counter() - self._started_s,
-            skipped=outcome.skipped,
-            _read_terms=self.ledger.terms,
-        )
-
-    def undo(self) -> None:
-        """Drop sums and gradients."""
-        self.sums.__exit__(None, None, None)
 
 
 class Engine:

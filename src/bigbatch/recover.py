@@ -16,7 +16,7 @@ from bigbatch.errors import MemoryLimitError
 from bigbatch.memory import is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
-    from bigbatch.engine import Transaction
+    from bigbatch.transaction import Transaction
 
 
 # Random states of the CPU and of the CUDA device; each buffer with its copy.
