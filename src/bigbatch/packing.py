@@ -26,8 +26,8 @@ class Cost:
     The defaults make a token cost as much as 8,192 pairs and a micro-batch as much as 1,024 tokens. A transformer layer
     of width d does 72·d² operations for a token and 12·d for a pair of query and key, 6·d where masked pairs are
     skipped: a token costs 6·d to 12·d pairs, here for d around 1,024 (fitted on two CPU cores, no pair skipped: 1,400
-    at width 256 and 2,000 at 384). Starting a micro-batch cost 30 to 70 tokens in that fit; on a GPU, where the launching
-    of kernels bounds small micro-batches, it costs more: the default stands between, and is no measurement. Too high a
+    at width 256 and 2,000 at 384). Starting a micro-batch cost 30 to 70 tokens in that fit. On a GPU it costs more,
+    since launching kernels bounds small micro-batches: the default stands between, and is no measurement. Too high a
     figure costs a little padding, too low a one costs micro-batches.
 
     Attributes:
