@@ -23,7 +23,7 @@ TINY_SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
-    "initializer_range": 0.05,  # at this width 0.02, the usual of wide models, needs half as many updates again
+    "initializer_range": 0.05,  # ends 0.4 nats lower than the usual 0.02: docs/explanation/decisions.md
 }
 
 
