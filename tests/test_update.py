@@ -138,3 +138,45 @@ def test_step_hooks_of_the_optimizer_see_the_divided_gradient_once():
     ref.step_by_engine(model, optimizer, batch, 3)
     assert len(seen) == 1
     assert ref.relative_error(seen[0], full) <= 1e-12
+
+
+class RunningOut(torch.optim.AdamW):
+    """Has no memory left when the first parameter has moved."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.param_groups[0]["params"][0].add_(1.0)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_out_of_memory_within_the_step_says_that_the_parameters_are_lost(scaled):
+    model = nn.Linear(2, 1)
+    optimizer = RunningOut(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    engine = bigbatch.Engine(
+        model, optimizer, lambda m, x: (m(x).sum(), len(x)), microbatch=2, scheduler=scheduler, scaler=scaler
+    )
+    with pytest.raises(
+        bigbatch.MemoryLimitError,
+        match=r"^memory ran out within the step of RunningOut \(CUDA out of memory. Tried to allocate 20.00 MiB.\): "
+        "some parameters may be updated and others not. Go back to a checkpoint, and leave more memory",
+    ) as raised:
+        engine.step(torch.ones(3, 2))
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    assert "\n" not in str(raised.value)
+    assert engine.accumulator.num_steps == 0
+    assert scheduler.last_epoch == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_other_errors_of_a_step_pass_through():
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("shapes do not match")
+
+    model = nn.Linear(2, 1)
+    engine = bigbatch.Engine(model, Broken(model.parameters()), lambda m, x: (m(x).sum(), len(x)), microbatch=2)
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        engine.step(torch.ones(3, 2))

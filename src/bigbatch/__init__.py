@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigbatch.engine import Accumulator as Accumulator
+    from bigbatch.accumulator import Accumulator as Accumulator
     from bigbatch.engine import Engine as Engine
     from bigbatch.errors import BigbatchError as BigbatchError
     from bigbatch.errors import InputError as InputError
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 
 # Public name → module. Loaded at first use: `bigbatch --help` must not pay for torch.
 _PUBLIC = {
-    "Accumulator": "bigbatch.engine",
+    "Accumulator": "bigbatch.accumulator",
     "BigbatchError": "bigbatch.errors",
     "Engine": "bigbatch.engine",
     "InputError": "bigbatch.errors",

@@ -193,8 +193,19 @@ class GradientSums:
             for total in [self._wide.get(p, p.grad)]
         }
 
+    def fill(self) -> None:
+        """Make every sum, of zeros: what a window holds after a micro-batch that reached all parameters."""
+        for parameter in self.parameters:
+            if not parameter.requires_grad:
+                continue
+            if parameter.dtype in NARROW_DTYPES:
+                self._wide[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+            else:
+                parameter.grad = torch.zeros_like(parameter)
+
     def hand_over(self) -> None:
         """Put the float32 sums into ``.grad`` in the parameters' own dtype, where optimizers expect them."""
+        self._all_sums = []  # each sum is freed before the next is narrowed
         for parameter in list(self._wide):
             parameter.grad = self._wide.pop(parameter).to(parameter.dtype)
 

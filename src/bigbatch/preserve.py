@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
     """Restore on leaving: parameters, gradients, buffers, training modes, and the random states of this process.
 
     Keeps a copy of the parameters and buffers on the host meanwhile. Random states are those of torch on the CPU and on
     every CUDA device in use, of ``random``, and of NumPy where it is loaded.
+
+    Args:
+        model: Whose state is restored.
+        parameters: Whether the parameters are, too; without an update in between they stay as they are.
     """
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    tensors: list[Tensor] = [*(model.parameters() if parameters else ()), *model.buffers()]
     copies = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may bind other ones
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]

@@ -46,13 +46,18 @@ class Recovery:
         self._random = True
         self.num_failures = 0
 
-    def begin(self, transaction: "Transaction") -> None:
+    def begin(self, transaction: "Transaction", lengths: Sequence[int] | None = None) -> None:
         """Begin with a window.
+
+        Args:
+            transaction: What the micro-batches are added to.
+            lengths: Tokens of each sample of the batch, for the message about one that does not fit.
 
         Its first micro-batch shows what a forward changes, and that alone is remembered from then on: most models draw
         no random numbers and write no buffers. Learned anew when the model goes in or out of training mode.
         """
         self._transaction = transaction
+        self._lengths = lengths
         self.num_failures = 0
         if self._learned_in_training is not self._model.training:
             self._learned_in_training = None
@@ -85,7 +90,9 @@ class Recovery:
                 self._forget_what_stays(state)
             return
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not self._transaction.sums.can_name_leaves:
+            # Only a forward that came through is recorded. One that did not has added nothing, and all want its share.
+            came_through = self._transaction.ledger.num_recorded != num_recorded
+            if not is_out_of_memory(error) or (came_through and not self._transaction.sums.can_name_leaves):
                 raise
             message = str(error).partition("\n")[0]
         # Outside the except block: in there, the traceback holds the tensors of the attempt.
@@ -93,18 +100,18 @@ class Recovery:
         self._transaction.ledger.rollback(num_recorded)
         if state is not None:
             self._put_back(state)
-        wanting = self._transaction.sums.unchanged_since(versions)
-        if only is not None:
-            earlier = {id(parameter) for parameter in only}
-            wanting = [parameter for parameter in wanting if id(parameter) in earlier]
+        if came_through:
+            earlier = None if only is None else {id(parameter) for parameter in only}
+            unchanged = self._transaction.sums.unchanged_since(versions)
+            only = [parameter for parameter in unchanged if earlier is None or id(parameter) in earlier]
         release_memory()
-        self._add_smaller(forward, rows, wanting, again, message)
+        self._add_smaller(forward, rows, only, again, message)
 
     def _add_smaller(
         self,
         forward: Callable[[Sequence[int]], Any],
         rows: Sequence[int],
-        wanting: list[Tensor],
+        wanting: list[Tensor] | None,
         again: bool,
         message: str,
     ) -> None:
@@ -115,9 +122,10 @@ class Recovery:
             self.add(forward, rows[:middle], only=wanting, again=False)
             self.add(forward, rows[middle:], only=wanting, again=False)
         else:
+            length = "" if self._lengths is None else f", {self._lengths[rows[0]]:,} tokens long,"
             raise MemoryLimitError(
-                f"sample {rows[0]} of the batch does not fit in memory by itself ({message}). Shorten it, or use "
-                "activation checkpointing, narrower weights or fewer trained parameters."
+                f"sample {rows[0]} of the batch{length} does not fit in memory by itself ({message}). Shorten it, or "
+                "use activation checkpointing, narrower weights or fewer trained parameters."
             )
 
     def _remember(self) -> _State:

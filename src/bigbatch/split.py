@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 Collate: TypeAlias = Callable[[Sequence[Any]], Any]
 
 
+Gather: TypeAlias = Callable[[Sequence[int]], tuple[list[Any], pytree.TreeSpec]]
+
+
 @dataclass(frozen=True)
 class Split:
     """A global batch in micro-batches; iterates over these, on the device.
@@ -18,12 +21,22 @@ class Split:
     Attributes:
         num_samples: Samples of the batch.
         groups: The indices of the samples of each micro-batch.
-        take: Gives the micro-batch of some samples, on the device.
+        device: Where micro-batches are wanted.
+        gather: Gives the micro-batch of some samples where the batch is, as its leaves and their structure.
     """
 
     num_samples: int
     groups: Sequence[Sequence[int]]
-    take: Callable[[Sequence[int]], Any]
+    device: torch.device
+    gather: Gather
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """Give the micro-batch of some samples, on the device."""
+        return self.assemble(*self.gather(rows))
+
+    def assemble(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> Any:
+        """Make a micro-batch of its leaves, moved to the device where they are not yet there."""
+        return pytree.tree_unflatten([_move(leaf, self.device) for leaf in leaves], structure)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -47,8 +60,8 @@ def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate
         ValueError: Tensors disagree on the number of samples, or ``microbatch`` is below 1.
     """
     check_count("microbatch", microbatch, "the samples of one micro-batch")
-    num_samples, take = _taker(batch, device, collate)
-    return Split(num_samples, _ranges(num_samples, microbatch), take)
+    num_samples, gather = _gatherer(batch, collate)
+    return Split(num_samples, _ranges(num_samples, microbatch), device, gather)
 
 
 def split_into(
@@ -62,38 +75,36 @@ def split_into(
         device: As for `split`.
         collate: As for `split`.
     """
-    num_samples, take = _taker(batch, device, collate)
-    return Split(num_samples, groups, take)
+    num_samples, gather = _gatherer(batch, collate)
+    return Split(num_samples, groups, device, gather)
 
 
 def _ranges(num_samples: int, microbatch: int) -> list[range]:
     return [range(start, min(start + microbatch, num_samples)) for start in range(0, num_samples, microbatch)]
 
 
-def _taker(batch: Any, device: torch.device, collate: Collate | None) -> tuple[int, Callable[[Sequence[int]], Any]]:
-    """Count the samples of a batch; give what makes a micro-batch of some of them."""
+def _gatherer(batch: Any, collate: Collate | None) -> tuple[int, Gather]:
+    """Count the samples of a batch; give what gathers a micro-batch of some of them."""
     if collate is None:
-        return _tensor_taker(_plain(batch), device)
+        return _tensor_gatherer(_plain(batch))
     if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
         raise TypeError(f"with collate= the batch must be a list of samples, and it is a {type(batch).__name__}.")
 
-    def take(rows: Sequence[int]) -> Any:
-        part = _plain(collate([batch[i] for i in rows]))
-        return pytree.tree_map(lambda leaf: _move(leaf, device), part)
+    def gather(rows: Sequence[int]) -> tuple[list[Any], pytree.TreeSpec]:
+        return pytree.tree_flatten(_plain(collate([batch[i] for i in rows])))
 
-    return len(batch), take
+    return len(batch), gather
 
 
-def _tensor_taker(batch: Any, device: torch.device) -> tuple[int, Callable[[Sequence[int]], Any]]:
+def _tensor_gatherer(batch: Any) -> tuple[int, Gather]:
     num_samples = _count_samples(batch)
     leaves, structure = pytree.tree_flatten(batch)
 
-    def take(rows: Sequence[int]) -> Any:
+    def gather(rows: Sequence[int]) -> tuple[list[Any], pytree.TreeSpec]:
         index = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)  # a view, or a copy
-        parts = [leaf[index] if leaf is not None and leaf.ndim else leaf for leaf in leaves]
-        return pytree.tree_unflatten([_move(part, device) for part in parts], structure)
+        return [leaf[index] if leaf is not None and leaf.ndim else leaf for leaf in leaves], structure
 
-    return num_samples, take
+    return num_samples, gather
 
 
 def check_count(name: str, value: int, what: str) -> None:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from bigbatch.accumulate import NARROW_DTYPES, GradientSums
+from bigbatch.errors import MemoryLimitError
+from bigbatch.memory import is_out_of_memory
+from bigbatch.optimizer_state import make_state
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -63,8 +66,19 @@ class Update:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
+        self._prepared = False
         if self.scaler is not None:
             _check_scalable(optimizer)
+
+    def prepare(self) -> None:
+        """Make the optimizer's state where that can be done ahead; from the second call on, do nothing.
+
+        Raises:
+            MemoryLimitError: The state does not fit in memory.
+        """
+        if not self._prepared:
+            make_state(self.optimizer)
+            self._prepared = True
 
     def parameters(self) -> list[Tensor]:
         """Give the parameters of all groups of the optimizer, as they are now."""
@@ -84,6 +98,9 @@ class Update:
             loss_scale: What the losses were multiplied by: what `loss_scale` gave when the window opened.
 
         Waits for the device once, for the count and the norm that decide whether there is an update at all.
+
+        Raises:
+            MemoryLimitError: Memory ran out within the optimizer's step. Some parameters may have moved, others not.
         """
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
@@ -117,6 +134,7 @@ class Update:
             if not math.isfinite(grad_norm):
                 return Outcome(grad_norm, skipped="non-finite gradient")
         _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
+        gradients.clear()  # float32 sums are then freed one by one as they are handed over
         sums.hand_over()
         self._step(ledger)
         return Outcome(grad_norm)
@@ -127,11 +145,21 @@ class Update:
         return min(1.0, self.max_grad_norm / (grad_norm + CLIP_EPSILON))
 
     def _step(self, ledger: "Ledger") -> None:
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            loss = sum(term.loss for term in ledger.terms().values() if term.items)
-            self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
-        else:
-            self.optimizer.step()
+        try:
+            if isinstance(self.optimizer, torch.optim.LBFGS):
+                loss = sum(term.loss for term in ledger.terms().values() if term.items)
+                self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
+            else:
+                self.optimizer.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).partition("\n")[0]
+            raise MemoryLimitError(
+                f"memory ran out within the step of {type(self.optimizer).__name__} ({message}): some parameters may "
+                "be updated and others not. Go back to a checkpoint, and leave more memory to the step: train fewer or "
+                "narrower parameters, or give the optimizer fused=True or foreach=False if it takes them."
+            ) from error
         self.num_steps += 1
         if self.scheduler is not None:
             self.scheduler.step()

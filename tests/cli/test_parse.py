@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from bigbatch.cli import COMMANDS, main
 from bigbatch.cli import options as cli_options
-from bigbatch.cli.options import ELSEWHERE, GenerateOptions, VerifyOptions
+from bigbatch.cli.options import ELSEWHERE, GenerateOptions, PlanOptions, VerifyOptions
 from bigbatch.cli.parse import help_text, parse
 from bigbatch.errors import InputError
 from bigbatch.lm.config import DEFAULT_STEPS, TrainConfig
@@ -45,6 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_words_are_the_defaults():
     assert parse("train", []) == (TrainConfig(),)
+    assert parse("plan", []) == (TrainConfig(), PlanOptions())
     assert parse("verify", []) == (TrainConfig(), VerifyOptions())
 
 
@@ -56,6 +57,14 @@ def test_flags_of_every_kind_reach_their_fields():
     assert config == TrainConfig(
         global_batch=512, lr=1e-3, precision="bf16", out=Path("runs/a"), max_grad_norm=None, sample_prompt="-x = 3"
     )
+
+
+def test_how_much_is_in_memory_at_once_is_said_in_several_ways():
+    assert config_of("--microbatch", "Auto") == TrainConfig(microbatch="auto")
+    assert config_of("--microbatch=4", "--memory", "80%") == TrainConfig(microbatch=4, memory="80%")
+    assert config_of("--memory", "24 GiB").memory == "24 GiB"
+    config = config_of("--token-budget", "4096", "--gpu", "A100-40GB", "--gradient-checkpointing", "--steps", "3")
+    assert config == TrainConfig(token_budget=4096, gpu="a100-40gb", gradient_checkpointing=True, steps=3)
 
 
 def test_a_value_may_hold_an_equals_sign():
@@ -73,6 +82,14 @@ def test_verify_takes_the_flags_of_train_and_its_own():
     assert config == TrainConfig(model="gpt2")
     assert options == VerifyOptions.model_validate({"cuts": (1, 2, 4), "samples": 4, "json": True})
     assert isinstance(options, VerifyOptions)
+    assert options.as_json
+
+
+def test_plan_takes_the_flags_of_train_and_its_own():
+    config, options = parse("plan", ["--gpu", "h100", "--json", "--out", "runs/a", "--global-batch", "512"])
+    assert config == TrainConfig(gpu="h100", out=Path("runs/a"), global_batch=512)
+    assert options == PlanOptions.model_validate({"json": True})
+    assert isinstance(options, PlanOptions)
     assert options.as_json
 
 
@@ -100,6 +117,17 @@ def test_a_flag_replaces_the_other_name_of_its_quantity_in_the_file(folder: Path
     write(folder, "global_batch = 32\nsteps = 10\n")
     config = config_of("--config", "run.toml", "--global-batch-tokens", "4096", "--epochs", "2")
     assert config == TrainConfig(global_batch_tokens=4096, epochs=2)
+    write(folder, 'microbatch = "auto"\nmemory = "24GiB"\n')
+    config = config_of("--config", "run.toml", "--token-budget", "4096", "--gpu", "t4")
+    assert config == TrainConfig(token_budget=4096, gpu="t4")
+
+
+def test_a_file_gives_memory_and_switches(folder: Path):
+    write(folder, 'microbatch = 4\nmemory = "80%"\ngradient_checkpointing = true\n')
+    assert config_of("--config", "run.toml") == TrainConfig(microbatch=4, memory="80%", gradient_checkpointing=True)
+    write(folder, 'token_budget = 4096\ngpu = "h100"\ngradient_checkpointing = false\n')
+    assert config_of("--config", "run.toml") == TrainConfig(token_budget=4096, gpu="h100")
+    assert config_of("--config", "run.toml", "--gradient-checkpointing").gradient_checkpointing
 
 
 def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
@@ -108,6 +136,9 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
     assert config_of("--global-batch", "2", "--gradient-accumulation-steps", "4").microbatch == 1
     write(folder, "global_batch = 100\nmicrobatch = 1\n")
     assert config_of("--config", "run.toml", "--gradient-accumulation-steps", "2").microbatch == 50
+    write(folder, "global_batch = 100\ntoken_budget = 4096\n")
+    config = config_of("--config", "run.toml", "--gradient-accumulation-steps", "2")
+    assert (config.microbatch, config.token_budget) == (50, None)
 
 
 # what is not -----------------------------------------------------------------------------------------------------
@@ -123,6 +154,33 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ("--global-batch many", "--global-batch is 'many': it must be a whole number."),
         ("--global-batch 3000000000", "--global-batch is 3000000000: it must be at most 2147483647."),
         ("--global-batch= --steps 3", "--global-batch is '': it must be a whole number."),
+        ("--microbatch 0", "--microbatch is 0: it must be at least 1."),
+        ("--microbatch -1", "--microbatch is -1: it must be at least 1."),
+        ("--microbatch 2.5", "--microbatch is 2.5: it must be auto or a whole number."),
+        ("--microbatch fast", "--microbatch is 'fast': it must be auto or a whole number."),
+        ("--microbatch=", "--microbatch is '': it must be auto or a whole number."),
+        ("--microbatch 3000000000", "--microbatch is 3000000000: it must be at most 2147483647."),
+        ("--microbatch", "--microbatch needs a value: --microbatch auto|N."),
+        ("--token-budget 0", "--token-budget is 0: it must be at least 1."),
+        ("--token-budget auto", "--token-budget is 'auto': it must be a whole number."),
+        (
+            "--microbatch auto --token-budget 4096",
+            "--microbatch and --token-budget exclude each other: give one of them.",
+        ),
+        ("--memory 24", "--memory is 24: it needs a unit, such as 24GiB."),
+        ("--memory 0GiB", "--memory is '0GiB': it must be more than 0, such as 24GiB or 80%."),
+        ("--memory -24GiB", "--memory is '-24GiB': it must be more than 0, such as 24GiB or 80%."),
+        ("--memory 120%", "--memory is '120%': a share must be at most 100%, such as 80%."),
+        ("--memory 24XB", "--memory is '24XB': its unit must be KiB, MiB, GiB, TiB or %, such as 24GiB."),
+        ("--memory nan", "--memory is nan: it must be an amount such as 24GiB or a share such as 80%."),
+        ("--memory=", "--memory is '': it must be an amount such as 24GiB or a share such as 80%."),
+        ("--memory {}", "--memory is '{}': it must be an amount such as 24GiB or a share such as 80%."),
+        ("--memory", "--memory needs a value: --memory MEMORY."),
+        ("--gpu a100", "--gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
+        ("--gpu voodoo", "--gpu is 'voodoo': it is not a known card; give its memory instead, such as 24GiB."),
+        ("--memory 24GiB --gpu t4", "--memory and --gpu exclude each other: give one of them."),
+        ("--gradient-checkpointing=true", "--gradient-checkpointing is a switch: it takes no value."),
+        ("--gradient-checkpointing true", "'true' is not expected: train takes flags alone."),
         ("--lora-alpha 8", "--lora-alpha does nothing without --lora-rank: give both."),
         (
             "--steps 3 --warmup-steps 4",
@@ -156,6 +214,15 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ("--global 3", "unknown flag --global: did you mean --global-batch?"),
         ("--global_batch 3", "unknown flag --global_batch: did you mean --global-batch?"),
         ("--learning-rate 3", "unknown flag --learning-rate: did you mean --lr?"),
+        ("--max-tokens 3", "unknown flag --max-tokens: did you mean --token-budget?"),
+        ("--batch-tokens 3", "unknown flag --batch-tokens: did you mean --token-budget?"),
+        ("--auto-find-batch-size", "unknown flag --auto-find-batch-size: did you mean --microbatch?"),
+        ("--gpu-memory 3", "unknown flag --gpu-memory: did you mean --memory?"),
+        ("--vram 3", "unknown flag --vram: did you mean --memory?"),
+        (
+            "--activation-checkpointing",
+            "unknown flag --activation-checkpointing: did you mean --gradient-checkpointing?",
+        ),
         ("-lr 3", "unknown flag -lr: did you mean --lr?"),
         ("--hlp", "unknown flag --hlp: did you mean --help?"),
         ("--zzz 3", "unknown flag --zzz: bigbatch train --help lists them."),
@@ -174,6 +241,10 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         (
             "--gradient-accumulation-steps 2 --microbatch 4",
             "--gradient-accumulation-steps and --microbatch exclude each other: give one of them.",
+        ),
+        (
+            "--gradient-accumulation-steps 2 --token-budget 4096",
+            "--gradient-accumulation-steps and --token-budget exclude each other: give one of them.",
         ),
         (
             "--gradient-accumulation-steps 2 --global-batch-tokens 4",
@@ -202,6 +273,10 @@ def test_train_says_in_one_sentence_what_is_wrong(
         ("verify", ["--cut", "1"], "unknown flag --cut: did you mean --cuts?"),
         ("verify", ["--samples", "0"], "--samples is 0: it must be at least 1."),
         ("verify", ["--lr", "x"], "--lr is 'x': it must be a number."),
+        ("plan", ["--json=yes"], "--json is a switch: it takes no value."),
+        ("plan", ["--memory", "24"], "--memory is 24: it needs a unit, such as 24GiB."),
+        ("plan", ["--cuts", "1"], "unknown flag --cuts: bigbatch plan --help lists them."),
+        ("train", ["--json"], "unknown flag --json: bigbatch train --help lists them."),
         ("train", ["--cuts", "1"], "unknown flag --cuts: bigbatch train --help lists them."),
         ("generate", [], "RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib."),
         ("generate", [""], "RUN is '': it must not be empty."),
@@ -237,6 +312,24 @@ def test_verify_and_generate_complain_alike(command: str, words: list[str], expe
         ("global_batch = true", "global_batch in run.toml is true: it must be a number."),
         ("global_batch = 2.5", "global_batch in run.toml is 2.5: it must be a whole number."),
         ("global_batch = 0", "global_batch in run.toml is 0: it must be at least 1."),
+        ("microbatch = true", "microbatch in run.toml is true: it must be auto or a whole number."),
+        ('microbatch = "fast"', "microbatch in run.toml is 'fast': it must be auto or a whole number."),
+        ("microbatch = 0", "microbatch in run.toml is 0: it must be at least 1."),
+        ("microbatch = 4\ntoken_budget = 4096", "microbatch in run.toml and token_budget in run.toml exclude each "
+         "other: give one of them."),
+        ("memory = 24", "memory in run.toml is 24: it needs a unit, such as 24GiB."),
+        ("memory = 24.5", "memory in run.toml is 24.5: it needs a unit, such as 24.5GiB."),
+        ("memory = true", "memory in run.toml is true: it must be text."),
+        ('memory = "120%"', "memory in run.toml is '120%': a share must be at most 100%, such as 80%."),
+        ("gpu = 4090", "gpu in run.toml is 4090: it must be text."),
+        ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known card; nearest are v100-16gb and v100-32gb."),
+        ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
+         "them."),
+        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be true or false."),
+        ('gradient_checkpointing = "true"', "gradient_checkpointing in run.toml is 'true': it must be true or false."),
+        ("max_tokens_per_batch = 1", "run.toml has the unknown key 'max_tokens_per_batch': did you mean "
+         "'token_budget'?"),
+        ("max_memory = 1", "run.toml has the unknown key 'max_memory': did you mean 'memory'?"),
         ("data = 3", "data in run.toml is 3: it must be text."),
         ("data = false", "data in run.toml is false: it must be text."),
         ("out = 3", "out in run.toml is 3: it must be the name of a folder."),
@@ -335,6 +428,16 @@ def test_defaults_that_depend_on_other_fields_are_told_truly():
         TrainConfig(model=model, lora_rank=rank).resolved().lr for model, rank in (("tiny", 0), ("m", 0), ("m", 1))
     ]
     assert "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA)".format(*rates) in shown
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "verify"])
+def test_help_teaches_how_much_is_in_memory_at_once(command: str):
+    shown = " ".join(help_text(command).split())
+    assert "--microbatch auto|N auto = the fastest that fits the memory: predicted, then tried; or " in shown
+    assert "--token-budget N tokens, padding included, in one forward and backward; " in shown
+    assert "--memory MEMORY memory that the run may use, such as 24GiB or 80% (default: what is free" in shown
+    assert "--gpu GPU the same by the name of a card, such as a100-40gb" in shown
+    assert "--gradient-checkpointing recompute activations in the backward" in shown
 
 
 def test_help_wins_over_what_else_is_wrong(capsys: pytest.CaptureFixture[str]):

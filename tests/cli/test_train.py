@@ -41,9 +41,16 @@ def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) ->
     done = command("train", "--steps", "2", "--global-batch", "4", "--validation-every", "2", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[:3] == ["reading python-stdlib …", "training a tokenizer …", "encoding the documents …"]
+    assert lines[:4] == [
+        "reading python-stdlib …",
+        "training a tokenizer …",
+        "encoding the documents …",
+        "choosing the micro-batch …",
+    ]
     assert "global batch: 4 sequences, about 5" in done.stdout
-    assert "computed as 1 micro-batch of 4 sequences, on " in done.stdout
+    assert re.search(
+        r"computed as (1 micro-batch of 4 sequences|\d micro-batches of at most \d+ tokens), on ", done.stdout
+    )
     assert "2 updates, 0.00" in done.stdout
     assert "update 2: validation loss " in done.stdout
     assert lines[-2:] == [
@@ -51,7 +58,7 @@ def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) ->
         "      bigbatch verify   proves that no cut of the batch changes the gradient",
     ]
     run = tmp_path / "runs" / "tiny-python-stdlib"
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "model"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "microbatch.json", "model"}
     assert AutoTokenizer.from_pretrained(run / "model")("def ").input_ids
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 2e6
 

@@ -132,7 +132,7 @@ def test_parameters_that_no_micro_batch_used_keep_their_state_and_values():
         engine.step(batch)
     full = ref.train_reference(start, make, ref.batches(5))
     assert ref.relative_error(ref.parameters_of(model), full.parameters) <= 1e-10
-    assert model.experts[2].weight not in optimizer.state
+    assert all(not value.any() for value in optimizer.state[model.experts[2].weight].values())
     assert torch.equal(model.experts[2].weight, start.experts[2].weight)
 
 

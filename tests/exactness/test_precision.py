@@ -278,7 +278,7 @@ def test_a_found_inf_skips_the_window_lowers_the_scale_and_leaves_the_schedule()
     assert report.step == 0
     assert report.loss == pytest.approx(regression_loss(model, inputs)[0].item() / 64, rel=1e-3)
     assert ours.get_scale() == 2.0**59
-    assert not optimizer.state_dict()["state"]
+    assert all(not value.any() for state in optimizer.state.values() for value in state.values())
     assert scheduler.last_epoch == 0
     assert all(torch.equal(before[name], p) for name, p in ref.parameters_of(model).items())
     while (report := engine.step(inputs)).skipped:

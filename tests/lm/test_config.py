@@ -37,7 +37,10 @@ def test_whole_numbers_come_as_numbers_or_text(value: object):
 
 
 @pytest.mark.parametrize("value", [2.5, "2.5", True, "true", "", [1], {}, "nan", "9" * 6000, 2**31, 0, -1])
-@pytest.mark.parametrize("name", ["global_batch", "global_batch_tokens", "microbatch", "steps", "epochs", "max_length"])
+@pytest.mark.parametrize(
+    "name",
+    ["global_batch", "global_batch_tokens", "microbatch", "token_budget", "steps", "epochs", "max_length"],
+)
 def test_counts_refuse_what_is_no_whole_number_of_at_least_one(name: str, value: object):
     assert len(error_types(**{name: value})) == 1
 
@@ -84,7 +87,49 @@ def test_names_are_not_empty(name: str):
 
 @pytest.mark.parametrize("names", EXCLUSIVE)
 def test_one_quantity_has_one_name(names: tuple[str, str]):
-    assert error_types(**dict.fromkeys(names, 4)) == ["exclusive"]
+    given: dict[str, object] = {"memory": "4GiB", "gpu": "t4"}
+    assert error_types(**{name: given.get(name, 4) for name in names}) == ["exclusive"]
+
+
+@pytest.mark.parametrize("value", ["auto", "Auto", " AUTO "])
+def test_auto_is_a_microbatch_however_it_is_written(value: str):
+    assert TrainConfig.model_validate({"microbatch": value}).microbatch == "auto"
+
+
+def test_microbatch_is_auto_or_a_count():
+    assert TrainConfig.model_validate({"microbatch": "4"}).microbatch == 4
+    for wrong in ("fast", 2.5, True, "", [1]):
+        assert error_types(microbatch=wrong) == ["auto_or_count"]
+    assert error_types(microbatch=0) == ["greater_than_equal"]
+    assert error_types(microbatch=2**31) == ["less_than_equal"]
+    assert error_types(microbatch="9" * 6000) == ["int_parsing_size"]
+
+
+@pytest.mark.parametrize("memory", ["24GiB", "24 gb", "80%", "1.5TiB"])
+def test_memory_is_kept_as_it_was_written(memory: str):
+    assert TrainConfig(memory=memory).memory == memory
+
+
+@pytest.mark.parametrize("memory", ["", "24", 24, 2.5, "0GiB", "-1GiB", "101%", "nan", "24XB", "a\0b", "\udcff"])
+def test_memory_that_means_nothing_is_refused(memory: object):
+    assert error_types(memory=memory) == ["memory"]
+
+
+@pytest.mark.parametrize("memory", [True, ["24GiB"], {}])
+def test_memory_is_text(memory: object):
+    assert error_types(memory=memory) == ["string_type"]
+
+
+def test_a_card_is_kept_by_its_known_name():
+    assert TrainConfig(gpu="NVIDIA A100 40GB").gpu == "a100-40gb"
+    assert error_types(gpu="a100") == ["gpu"]
+    assert error_types(gpu=4090) == ["string_type"]
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", "yes", None])
+def test_a_switch_is_true_or_false_alone(value: object):
+    assert error_types(gradient_checkpointing=value) == ["bool_type"]
+    assert TrainConfig(gradient_checkpointing=True).gradient_checkpointing is True
 
 
 def test_resolved_writes_out_the_main_job():
@@ -92,6 +137,8 @@ def test_resolved_writes_out_the_main_job():
     assert (config.global_batch, config.global_batch_tokens) == (32, None)
     assert (config.steps, config.epochs) == (DEFAULT_STEPS, None)
     assert (config.lr, config.lora_alpha) == (5e-3, None)
+    assert (config.microbatch, config.token_budget) == ("auto", None)
+    assert (config.memory, config.gpu, config.gradient_checkpointing) == (None, None, False)
     assert config.resolved() == config
 
 
@@ -113,7 +160,11 @@ def test_resolved_learning_rate_follows_the_model():
 
 def test_resolved_keeps_what_was_asked():
     asked = TrainConfig(global_batch_tokens=4096, epochs=2, lr=1.0, max_length=64, lora_rank=4, lora_alpha=1.0)
-    assert asked.resolved() == asked
+    assert asked.resolved() == asked.model_copy(update={"microbatch": "auto"})
+    assert TrainConfig(microbatch=3).resolved().microbatch == 3
+    budget = TrainConfig(token_budget=4096).resolved()
+    assert (budget.microbatch, budget.token_budget) == (None, 4096)
+    assert budget.resolved() == budget
 
 
 def test_warmup_and_validation_scale_with_the_run_unless_asked():
@@ -129,6 +180,9 @@ def test_warmup_and_validation_scale_with_the_run_unless_asked():
         TrainConfig(),
         TrainConfig().resolved(),
         TrainConfig(out=Path("runs/ä"), max_grad_norm=None, precision="bf16-weights", sample_prompt="", lora_rank=2),
+        TrainConfig(token_budget=4096, memory="80 %", gradient_checkpointing=True).resolved(),
+        TrainConfig(microbatch=4, gpu="RTX 4090"),
+        TrainConfig(microbatch="auto"),
     ],
 )
 def test_json_loads_back_equal(config: TrainConfig):

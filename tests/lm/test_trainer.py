@@ -27,6 +27,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "data": str(write_jsonl(tmp_path / "data.jsonl", records(40))),
         "model": str(save_model_folder(tmp_path / "base")),
         "global_batch": 12,
+        "microbatch": 8,
         "steps": 3,
         "lr": 1e-2,
         "max_length": 32,
@@ -39,7 +40,7 @@ def parameters(prepared: Any) -> torch.Tensor:
 
 def test_every_microbatch_gives_the_same_parameters(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"precision": "float64", "max_grad_norm": 0.5, "warmup_steps": 2}
-    runs = {size: run(tmp_path / f"run{size}", **settings, microbatch=size) for size in (1, 3, 8, 100)}
+    runs = {size: run(tmp_path / f"run{size}", **settings | {"microbatch": size}) for size in (1, 3, 8, 100)}
     expected = parameters(runs[100][0])
     for size, (prepared, heard, _) in runs.items():
         assert torch.linalg.norm(parameters(prepared) - expected) / torch.linalg.norm(expected) < 1e-10
@@ -86,7 +87,8 @@ def test_metrics_have_one_line_an_update_with_the_keys_that_are_promised(
 def test_the_learning_rate_goes_by_updates(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": 6, "warmup_steps": 2}
     rates = {
-        size: [row["lr"] for row in run(tmp_path / f"{size}", **settings, microbatch=size)[1].rows] for size in (2, 12)
+        size: [row["lr"] for row in run(tmp_path / f"{size}", **settings | {"microbatch": size})[1].rows]
+        for size in (2, 12)
     }
     assert rates[2] == rates[12] == pytest.approx([0.01 * f for f in (1 / 3, 2 / 3, 1, 0.775, 0.325, 0.1)])
 

@@ -28,6 +28,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 COMMANDS = {
     "train": "pretrain or fine-tune a causal language model with the batch you want",
+    "plan": "memory, micro-batches and time, before spending anything",
     "verify": "prove on your model, loss and data that every cut gives the full-batch gradient",
     "generate": "let a trained run go on with a text",
 }

@@ -43,6 +43,14 @@ class VerifyOptions(BaseModel):
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of a table")
 
 
+class PlanOptions(BaseModel):
+    """How ``bigbatch plan`` answers. ``as_json`` is ``--json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of sentences")
+
+
 class SourceOptions(BaseModel):
     """Where a configuration comes from beside its own flags; a TOML file may hold neither of these."""
 
@@ -83,6 +91,10 @@ ELSEWHERE = {
     "per_device_train_batch_size": "microbatch",
     "micro_batch_size": "microbatch",
     "device_batch_size": "microbatch",
+    "auto_find_batch_size": "microbatch",
+    "max_tokens": "token_budget",
+    "max_tokens_per_batch": "token_budget",
+    "batch_tokens": "token_budget",
     "accumulate_grad_batches": "gradient_accumulation_steps",
     "grad_accum_steps": "gradient_accumulation_steps",
     "max_steps": "steps",
@@ -100,6 +112,10 @@ ELSEWHERE = {
     "eval_steps": "validation_every",
     "output_dir": "out",
     "dtype": "precision",
+    "gpu_memory": "memory",
+    "max_memory": "memory",
+    "vram": "memory",
+    "activation_checkpointing": "gradient_checkpointing",
 }
 """What other tools call our settings, for the suggestion beside an unknown one; never accepted as input."""
 
@@ -140,9 +156,18 @@ COMMANDS = {
         "standard library, minutes on a CPU.",
         examples=(
             "bigbatch train",
-            "bigbatch train --data texts/ --global-batch 512 --microbatch 4 --epochs 2",
+            "bigbatch train --data texts/ --global-batch 512 --memory 24GiB --epochs 2",
         ),
         sections=_CONFIG,
+    ),
+    "plan": Command(
+        about="Say what a run would take in memory, micro-batches and time before anything is spent, for this machine "
+        "or, by --memory or --gpu, for another. Takes the flags of train; trains and writes nothing.",
+        examples=(
+            "bigbatch plan",
+            "bigbatch plan --model meta/llama-folder --gpu a100-40gb --global-batch 512 --json",
+        ),
+        sections=((PlanOptions, FieldGroup("plan", "How it answers.", tuple(PlanOptions.model_fields))), *_CONFIG),
     ),
     "verify": Command(
         about="Prove on this model, loss and data that every way of cutting the batch gives the gradient of the "

@@ -20,13 +20,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from bigbatch.cli.options import (
-    COMMANDS,
-    GenerateOptions,
-    SourceOptions,
-    VerifyOptions,
-    flag_key,
-)
+from bigbatch.cli.options import COMMANDS, SourceOptions, flag_key
 from bigbatch.cli.sentences import hint, nearest, sentence, short
 from bigbatch.errors import InputError
 from bigbatch.lm.config import EXCLUSIVE, TrainConfig
@@ -37,17 +31,17 @@ Model = TypeVar("Model", bound=BaseModel)
 def parse(command: str, words: Sequence[str]) -> tuple[BaseModel, ...]:
     """Return what the command's ``run`` takes: its models, validated, in order.
 
-    train: ``(TrainConfig,)``; verify: ``(TrainConfig, VerifyOptions)``; generate: ``(GenerateOptions,)``.
+    train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; verify: ``(TrainConfig, VerifyOptions)``;
+    generate: ``(GenerateOptions,)``.
 
     Raises:
         InputError: anything wrong in the words or in the TOML file that they name; one sentence.
 
     """
     given = _read_words(command, words)
-    if command == "generate":
-        return (_validate(GenerateOptions, given),)
-    config = train_config(command, given)
-    return (config,) if command == "train" else (config, _validate(VerifyOptions, given))
+    models = COMMANDS[command].models()
+    config = (train_config(command, given),) if TrainConfig in models else ()
+    return (*config, *(_validate(model, given) for model in models if model not in (TrainConfig, SourceOptions)))
 
 
 def train_config(command: str, given: Mapping[str, object]) -> TrainConfig:
@@ -65,8 +59,9 @@ def train_config(command: str, given: Mapping[str, object]) -> TrainConfig:
     config = _validate(TrainConfig, table | flags, spelled)
     if source.gradient_accumulation_steps is None:
         return config
-    if "microbatch" in flags:
-        raise InputError("--gradient-accumulation-steps and --microbatch exclude each other: give one of them.")
+    for name in ("microbatch", "token_budget"):
+        if name in flags:
+            raise InputError(f"--gradient-accumulation-steps and {_flag(name)} exclude each other: give one of them.")
     global_batch = config.resolved().global_batch
     if global_batch is None:
         raise InputError(
@@ -74,7 +69,7 @@ def train_config(command: str, given: Mapping[str, object]) -> TrainConfig:
             "or --microbatch beside the batch in tokens."
         )
     microbatch = -(-global_batch // source.gradient_accumulation_steps)
-    return config.model_copy(update={"microbatch": microbatch})
+    return config.model_copy(update={"microbatch": microbatch, "token_budget": None})
 
 
 def help_text(command: str) -> str:
@@ -201,7 +196,10 @@ def _help(info: FieldInfo) -> str:
 
 
 def _metavar(key: str, info: FieldInfo) -> str:
-    kind = _base_type(info.annotation)
+    return "|".join(_placeholder(key, kind) for kind in _base_types(info.annotation))
+
+
+def _placeholder(key: str, kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if kind is Path:
@@ -211,11 +209,13 @@ def _metavar(key: str, info: FieldInfo) -> str:
     return {int: "N", float: "X"}.get(kind, key.split("_")[-1].upper())
 
 
-def _base_type(annotation: Any) -> Any:
-    """``int`` behind ``Annotated[int, ...] | None``."""
-    if get_origin(annotation) in (Annotated, Union, UnionType):
-        return _base_type(get_args(annotation)[0])
-    return annotation
+def _base_types(annotation: Any) -> list[Any]:
+    """``[int]`` behind ``Annotated[int, ...] | None``."""
+    if get_origin(annotation) is Annotated:
+        return _base_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for side in get_args(annotation) if side is not type(None) for kind in _base_types(side)]
+    return [annotation]
 
 
 # file ------------------------------------------------------------------------------------------------------------

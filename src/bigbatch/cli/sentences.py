@@ -35,6 +35,7 @@ _DEMANDS = {
     "string_type": "it must be text",
     "string_too_short": "it must not be empty",
     "string_unicode": "it must be valid UTF-8 text",
+    "bool_type": "it must be true or false",
     "tuple_type": "it must be a list of numbers",
 }
 

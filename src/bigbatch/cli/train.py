@@ -5,6 +5,7 @@ import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quiet_libraries
@@ -32,7 +33,11 @@ def run(config: TrainConfig) -> int:
         quiet_libraries()
         prepared = prepare(config.model_copy(update={"out": path}), say=say)
         trainer = Trainer(prepared)
-    for line in (*prepared.notes, *explain(trainer)):
+        origin = None
+        if trainer.config.microbatch == "auto":
+            say("choosing the micro-batch")
+            origin = trainer.tune(beside=path)
+    for line in (*prepared.notes, *explain(trainer), *_reasons(trainer, origin)):
         console.print(line)
     directory = RunDirectory.create(path, prepared.config.model_dump(mode="json"))
     validation, total_steps = prepared.validation, trainer.total_steps
@@ -95,13 +100,26 @@ def _batch(prepared: "Prepared") -> str:
     return f"{count(config.global_batch_tokens, 'token')}, about {count(sequences, 'sequence')}"
 
 
+def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
+    """Say why the micro-batch is what it is, where nobody gave it."""
+    choice = trainer.engine.choice
+    if choice is None:
+        return []
+    taken = "" if origin is None else f" (as {origin} found for the same model, device and settings)"
+    unpredicted = "" if choice.unpredicted is None else f"; found by trying, since {choice.unpredicted}"
+    return [f"{choice}{taken}{unpredicted}"]
+
+
 def _cut(trainer: "Trainer") -> str:
-    window, microbatch = trainer.first_window(), trainer.config.microbatch
-    num_microbatches = -(-len(window) // microbatch)
-    if num_microbatches == 1:
-        return f"1 micro-batch of {count(len(window), 'sequence')}"
-    up_to = "" if len(window) % microbatch == 0 else "up to "
-    return f"{count(num_microbatches, 'micro-batch')} of {up_to}{count(microbatch, 'sequence')}"
+    lengths = [trainer.prepared.training.lengths[i] for i in trainer.first_window()]
+    groups = trainer.engine.groups(sorted(lengths, reverse=True))
+    budget = trainer.engine.token_budget
+    if len(groups) == 1:
+        return f"1 micro-batch of {count(len(lengths), 'sequence')}"
+    if budget is not None:
+        return f"{count(len(groups), 'micro-batch')} of at most {count(budget, 'token')}"
+    up_to = "" if len(lengths) % len(groups[0]) == 0 else "up to "
+    return f"{count(len(groups), 'micro-batch')} of {up_to}{count(len(groups[0]), 'sequence')}"
 
 
 def _quoted(prompt: str) -> str:

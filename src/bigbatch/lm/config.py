@@ -11,8 +11,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from bigbatch.limit import known_gpu, read_memory
 
 DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
@@ -27,7 +38,12 @@ VALIDATIONS_A_RUN = 10
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
 
-EXCLUSIVE = (("global_batch", "global_batch_tokens"), ("steps", "epochs"))
+EXCLUSIVE = (
+    ("global_batch", "global_batch_tokens"),
+    ("microbatch", "token_budget"),
+    ("steps", "epochs"),
+    ("memory", "gpu"),
+)
 """Fields of which at most one is given: two names for one quantity."""
 
 
@@ -82,6 +98,37 @@ def _zero_is_none(value: float | None) -> float | None:
     return value or None
 
 
+def _auto_or_count(value: object) -> object:
+    """Complain about a count as a count; a union would complain about each of its sides."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    try:
+        return _COUNT.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] in ("greater_than_equal", "less_than_equal", "int_parsing_size"):
+            raise PydanticCustomError(first["type"], first["msg"], first.get("ctx")) from None
+        raise PydanticCustomError("auto_or_count", "it must be auto or a whole number") from None
+
+
+def _memory_text(value: object) -> object:
+    """Hold memory to what :func:`bigbatch.limit.parse_memory` understands; TOML's numbers have no unit."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        try:
+            read_memory(text)
+        except ValueError as error:
+            raise PydanticCustomError("memory", "{demand}", {"demand": str(error)}) from None
+    return text
+
+
+def _gpu_name(value: str) -> str:
+    try:
+        return known_gpu(value)
+    except ValueError as error:
+        raise PydanticCustomError("gpu", "{demand}", {"demand": str(error)}) from None
+
+
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
 """A whole number; text such as "64" counts, 2.5 and true do not."""
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=LARGEST_COUNT)]
@@ -90,7 +137,12 @@ Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fal
 Text = Annotated[str, AfterValidator(_usable_text)]
 Folder = Annotated[Path, BeforeValidator(_folder_text)]
 Device = Annotated[str, AfterValidator(_known_device)]
+Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]
+MemoryText = Annotated[str, BeforeValidator(_memory_text)]
+Gpu = Annotated[str, AfterValidator(_gpu_name)]
 NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_none_word), AfterValidator(_zero_is_none)]
+
+_COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
 
 class TrainConfig(BaseModel):
@@ -147,10 +199,16 @@ class TrainConfig(BaseModel):
         description="the same in tokens: every update takes the whole sequences that come closest "
         "(default: none, the batch is counted in sequences)",
     )
-    microbatch: Count = Field(
-        default=8,
-        description="sequences in one forward and backward: a matter of memory alone, the update is the same for "
-        "every value; larger than the batch means one micro-batch",
+    microbatch: Microbatch | None = Field(
+        default=None,
+        description="auto = the fastest that fits the memory: predicted, then tried; or sequences in one forward and "
+        "backward, a matter of memory alone: the update is the same for every value, and larger than the batch means "
+        "one micro-batch (default: auto, unless --token-budget is given)",
+    )
+    token_budget: Count | None = Field(
+        default=None,
+        description="tokens, padding included, in one forward and backward; sequences of like length come together "
+        "(default: none, --microbatch decides)",
     )
     steps: Count | None = Field(
         default=None,
@@ -188,6 +246,20 @@ class TrainConfig(BaseModel):
         description="bf16 and fp16 = autocast over float32 weights; bf16-weights = weights in bf16, gradient sums "
         "in float32; auto = bf16 on CUDA, float32 elsewhere",
     )
+    memory: MemoryText | None = Field(
+        default=None,
+        description="memory that the run may use, such as 24GiB or 80% (default: what is free when it begins, less a "
+        "margin)",
+    )
+    gpu: Gpu | None = Field(
+        default=None, description="the same by the name of a card, such as a100-40gb (default: none)"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        strict=True,
+        description="recompute activations in the backward instead of keeping them: less memory, about a third more "
+        "time",
+    )
     out: Folder | None = Field(
         default=None, description="the run directory (default: runs/MODEL-DATA, numbered when that exists)"
     )
@@ -224,14 +296,16 @@ class TrainConfig(BaseModel):
         """Return the same run with every default written out that the fields alone decide.
 
         After it ``lr``, ``max_length`` of the tiny model, exactly one of ``global_batch`` and ``global_batch_tokens``,
-        exactly one of ``steps`` and ``epochs``, and ``lora_alpha`` (when ``lora_rank`` is not 0) are numbers.
-        Resolving twice changes nothing.
+        exactly one of ``steps`` and ``epochs``, and ``lora_alpha`` (when ``lora_rank`` is not 0) are numbers, and
+        ``microbatch`` is ``"auto"`` or a number unless ``token_budget`` is one. Resolving twice changes nothing.
         """
-        decided: dict[str, int | float] = {}
+        decided: dict[str, int | float | str] = {}
         if self.max_length is None and self.model == "tiny":
             decided["max_length"] = DEFAULT_MAX_LENGTH_TINY
         if self.global_batch is None and self.global_batch_tokens is None:
             decided["global_batch"] = DEFAULT_GLOBAL_BATCH
+        if self.microbatch is None and self.token_budget is None:
+            decided["microbatch"] = "auto"
         if self.steps is None and self.epochs is None:
             if self.data == "python-stdlib" and self.model == "tiny":
                 decided["steps"] = DEFAULT_STEPS
@@ -260,7 +334,7 @@ GROUPS = (
         "batch",
         "How much is behind one update, and how much of it is in memory at once. Only the global batch changes the "
         "result.",
-        ("global_batch", "global_batch_tokens", "microbatch"),
+        ("global_batch", "global_batch_tokens", "microbatch", "token_budget"),
     ),
     FieldGroup("length", "How long: updates or passes, one of the two.", ("steps", "epochs")),
     FieldGroup(
@@ -268,7 +342,11 @@ GROUPS = (
         "AdamW. Everything here counts in updates, never in micro-batches.",
         ("lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
     ),
-    FieldGroup("machine", "Where it runs.", ("device", "precision")),
+    FieldGroup(
+        "machine",
+        "Where it runs, and in how much memory.",
+        ("device", "precision", "memory", "gpu", "gradient_checkpointing"),
+    ),
     FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt")),
 )
 """Every field of :class:`TrainConfig` in the order of ``--help``."""

@@ -13,10 +13,14 @@ class CausalLMLoss:
 
     Args:
         machine: Decides about autocast.
+        needs_mask: Whether the model is given the attention mask. Without one, attention takes its causal kernels,
+            whose memory grows with the tokens of a row and not with their square. Right only for a model of which
+            `ignores_right_padding` holds.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, needs_mask: bool = True) -> None:
         self._machine = machine
+        self._needs_mask = needs_mask
 
     def __call__(self, model: nn.Module, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the summed loss of one micro-batch.
@@ -31,9 +35,8 @@ class CausalLMLoss:
         """
         labels = microbatch["labels"]
         with self._machine.autocast():
-            logits = model(
-                input_ids=microbatch["input_ids"], attention_mask=microbatch["attention_mask"], use_cache=False
-            ).logits
+            mask = {"attention_mask": microbatch["attention_mask"]} if self._needs_mask else {}
+            logits = model(input_ids=microbatch["input_ids"], **mask, use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss_sum, (labels != IGNORED).sum()

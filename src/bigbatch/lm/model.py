@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigbatch.errors import InputError
+from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.hub import first_line, is_local
 
@@ -35,9 +36,18 @@ def tiny_model(tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: i
         max_length: Positions that the model can tell apart, at least 1,024.
         seed: Decides the weights; the caller's random state is left as it was.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(tiny_config(tokenizer, max_length=max_length))
+
+
+def tiny_config(tokenizer: "PreTrainedTokenizerBase", *, max_length: int) -> Any:
+    """Make the configuration of `tiny_model`."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         **TINY_SHAPE,
         vocab_size=len(tokenizer),
         max_position_embeddings=max(max_length, 1024),
@@ -46,9 +56,33 @@ def tiny_model(tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: i
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+
+
+def load_config(name: str) -> Any:
+    """Load the configuration of a model from a folder or by its name; its weights need not be there.
+
+    Raises:
+        InputError: There is none, or it is not one of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=is_local(name))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} has no configuration that transformers knows: {first_line(error)}.") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(f"{name} is a {config.model_type} model, which is no causal language model.")
+    return config
+
+
+def model_of(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """Make the model of a configuration, with random weights; on the device ``meta`` it has none, and no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_model(name: str, *, dtype: torch.dtype) -> "PreTrainedModel":
@@ -88,6 +122,25 @@ def _check_whole(name: str, found: dict[str, Any]) -> None:
         )
     if missing:
         raise InputError(f"{problem} lack {count(len(missing), 'tensor')}, such as {missing[0]}.")
+
+
+def equip(model: Any, config: TrainConfig) -> Any:
+    """Give a model what a configuration asks for on top of its weights: activation checkpointing, LoRA.
+
+    Raises:
+        InputError: The model cannot have it.
+    """
+    if config.gradient_checkpointing:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # that transformers will rename the method
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise InputError(f"--gradient-checkpointing is not there for {config.model}: {first_line(error)}") from None
+    if not config.lora_rank:
+        return model
+    assert config.lora_alpha is not None, "resolved() gives it a value"
+    return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
 
 
 def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:

@@ -6,11 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bigbatch.errors import InputError
+from bigbatch.lm.attention import leave_out_mask
 from bigbatch.lm.config import DEFAULT_MAX_LENGTH, TrainConfig
 from bigbatch.lm.continuation import prompt_tokens
 from bigbatch.lm.dataset import TokenDataset, collate, encode, split_documents
 from bigbatch.lm.device import Machine, find_machine
-from bigbatch.lm.model import TINY, TINY_VOCABULARY, add_lora, load_model, tiny_model
+from bigbatch.lm.model import TINY, TINY_VOCABULARY, equip, load_model, tiny_model
 from bigbatch.lm.sources import Document, read_corpus
 from bigbatch.lm.tokenizer import load_tokenizer, train_tokenizer
 
@@ -39,6 +40,7 @@ class Prepared:
         model: In training mode, on the device, in the precision's dtype.
         training: What is learned from.
         validation: What is not; None where there is too little data to keep any apart.
+        needs_mask: Whether the model wants the attention mask of padded rows.
         notes: Sentences with the counts of what was read, cut and left out.
     """
 
@@ -48,6 +50,7 @@ class Prepared:
     model: Any
     training: TokenDataset
     validation: TokenDataset | None
+    needs_mask: bool
     notes: tuple[str, ...]
 
     @property
@@ -83,11 +86,11 @@ def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
         config = _fit(config, model, tokenizer)
     prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
     training, validation, notes = _encode(config, tokenizer, documents, held_out, say)
-    if config.lora_rank:
-        assert config.lora_alpha is not None, "resolved() gives it a value"
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-    model = model.to(machine.device).train()
-    return Prepared(config, machine, tokenizer, model, training, validation, (*corpus.notes, *notes))
+    assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
+    model = model.to(machine.device)
+    needs_mask = not leave_out_mask(model, machine, max_length=config.max_length)
+    model = equip(model, config).to(machine.device).train()
+    return Prepared(config, machine, tokenizer, model, training, validation, needs_mask, (*corpus.notes, *notes))
 
 
 def _make_tiny(config: TrainConfig, machine: Machine, documents: Sequence[Document]) -> tuple[Any, Any]:

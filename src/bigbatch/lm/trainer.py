@@ -3,30 +3,32 @@
 Counts, schedule and metrics go by updates. Nothing here prints: a `Listener` is told what happened.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 
 from bigbatch.engine import Engine
-from bigbatch.errors import BigbatchError, InputError
+from bigbatch.errors import BigbatchError, InputError, MemoryLimitError
+from bigbatch.limit import gpu_limit
 from bigbatch.lm.continuation import continue_text
 from bigbatch.lm.documents import count
 from bigbatch.lm.loss import CausalLMLoss
 from bigbatch.lm.model import save_model
+from bigbatch.lm.optimization import lr_factor, make_optimizer
 from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared
+from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.rundir import RunDirectory
+from bigbatch.plan import TokenBudget
 from bigbatch.report import WindowReport
 
 MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the held-out ones: enough to see learning, a second on two cores
 SAMPLE_TOKENS = 64
-FINAL_LR_FACTOR = 0.1  # of the peak rate, at the end of the cosine
-BETAS = (0.9, 0.95)
 MOST_SKIPPED = 50  # updates in a row: a float16 scaler that halves from 2^16 each time is long at its end by then
 
 Row = dict[str, Any]
@@ -87,20 +89,84 @@ class Trainer:
                 "run: the learning rate would never reach its peak."
             )
         self._skipped_in_a_row = 0
-        self.loss_fn = CausalLMLoss(prepared.machine)
-        self.optimizer = self._make_optimizer()
+        self.loss_fn = CausalLMLoss(prepared.machine, needs_mask=prepared.needs_mask)
+        self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.engine = Engine(
             prepared.model,
             self.optimizer,
             self.loss_fn,
-            microbatch=self.config.microbatch,
+            microbatch=self._microbatch(),
+            memory=self._memory(),
             collate=prepared.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
             max_grad_norm=self.config.max_grad_norm,
             scheduler=self.scheduler,
             scaler=prepared.machine.scaler(),
         )
+
+    def _microbatch(self) -> "int | TokenBudget | Literal['auto']":
+        if self.config.token_budget is not None:
+            longest = max(self.prepared.training.lengths)
+            if longest > self.config.token_budget:
+                raise InputError(
+                    f"--token-budget {self.config.token_budget} is less than the longest sequence, which has "
+                    f"{longest} tokens and is never cut: pass --token-budget {longest} or more, or a smaller "
+                    "--max-length."
+                )
+            return TokenBudget(self.config.token_budget)
+        assert self.config.microbatch is not None, "resolved() gives one of the two"
+        return self.config.microbatch
+
+    def _memory(self) -> str | int | None:
+        """Give what ``auto`` may use."""
+        name = "memory" if self.config.memory is not None else "gpu" if self.config.gpu is not None else None
+        if name is None:
+            return None
+        if self.config.microbatch != "auto":
+            decided = "token_budget" if self.config.token_budget is not None else "microbatch"
+            raise InputError(
+                f"--{name} decides about the micro-batch, and --{decided.replace('_', '-')} "
+                f"{getattr(self.config, decided)} has decided: leave one of them out."
+            )
+        if self.config.gpu is None:
+            return self.config.memory
+        if self.prepared.machine.device.type != "cuda":
+            raise InputError(
+                f"--gpu {self.config.gpu} is about a card, and this run is on {self.prepared.machine.device}: pass "
+                "--memory."
+            )
+        return gpu_limit(self.config.gpu)
+
+    def tune(self, beside: Path | None = None) -> Path | None:
+        """Choose the micro-batch where that is asked for, or take what a run before chose for the same.
+
+        Args:
+            beside: A run directory; it and those beside it are looked through. None to choose anew.
+
+        Returns:
+            The run directory that the choice comes from, where it is not a new one.
+
+        Raises:
+            InputError: A single sequence does not fit in memory.
+        """
+        if self.config.microbatch != "auto":
+            return None
+        if beside is not None and (found := recall(beside, fingerprint(self.prepared))) is not None:
+            self.engine.use(found[0])
+            return found[1]
+        lengths = self.prepared.training.lengths
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        try:
+            self.engine.tune(self._samples(list({*self.first_window(), longest})))
+        except MemoryLimitError as error:
+            raise InputError(
+                f"{error} Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and "
+                "--lora-rank."
+            ) from error
+        except ValueError as error:  # about the memory that was asked for
+            raise InputError(f"--{error}") from error
+        return None
 
     def first_window(self) -> list[int]:
         """Give the samples of the first update."""
@@ -124,17 +190,6 @@ class Trainer:
             epoch=epoch,
         )
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        trained = [p for p in self.prepared.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        assert self.config.lr is not None, "resolved() gives it a value"
-        fused = self.prepared.machine.device.type in ("cuda", "cpu")
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=BETAS, fused=fused)
-
     def _lr_factor(self, step: int) -> float:
         return lr_factor(
             step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.schedule
@@ -156,6 +211,10 @@ class Trainer:
             BigbatchError: Update after update is skipped.
         """
         started_s = time.perf_counter()
+        if self.engine.choice is None:
+            self.tune()
+        if self.engine.choice is not None:
+            remember(directory.path, self.engine.choice, fingerprint(self.prepared))
         step, skipped, validation_loss = 0, 0, None
         with directory, self._seeded():
             for step, window in enumerate(self._all_windows(), start=1):
@@ -217,8 +276,8 @@ class Trainer:
         device = self.prepared.machine.device
         total, items = 0.0, 0
         with self._evaluating() as model:
-            for start in range(0, len(chosen), self.config.microbatch):
-                samples = [held_out[i] for i in chosen[start : start + self.config.microbatch]]
+            for rows in self.engine.groups([held_out.lengths[i] for i in chosen]):
+                samples = [held_out[chosen[row]] for row in rows]
                 microbatch = {name: tensor.to(device) for name, tensor in self.prepared.collate(samples).items()}
                 loss_sum, num_items = self.loss_fn(model, microbatch)
                 total += loss_sum.item()
@@ -263,23 +322,6 @@ def metrics_row(step: int, report: WindowReport, *, lr: float) -> Row:
         "elapsed_s": report.elapsed_s,
         "skipped": report.skipped,
     }
-
-
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Compute the learning rate of an update, as a share of the peak.
-
-    Args:
-        step: Updates done before.
-        total_steps: Updates of the run.
-        warmup_steps: Updates over which the rate rises linearly to the peak.
-        schedule: ``cosine`` falls to a tenth at the last update; ``constant`` stays.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return 1.0
-    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return FINAL_LR_FACTOR + (1 - FINAL_LR_FACTOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def evenly_spaced(length: int, most: int) -> list[int]:

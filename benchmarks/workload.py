@@ -1,0 +1,67 @@
+"""Workload W: a Qwen2 of 494 million parameters, and a global batch of 256 sequences of 32 to 2,048 tokens.
+
+float32 weights under bf16 autocast, fused AdamW, random token ids, every token a label: 92,493 tokens an update.
+Imported by the benchmarks that measure on it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONGEST, SHORTEST = 2_048, 32
+IGNORED = -100
+
+Sample = Tensor
+
+
+def make_model(device: str = "cuda", *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Make the model with random weights."""
+    import transformers
+
+    config = transformers.Qwen2Config(
+        **{
+            "hidden_size": 896,
+            "intermediate_size": 4_864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151_936,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": LONGEST,
+            **changes,
+        }
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def make_batch(vocabulary: int = 151_936, *, seed: int = 0) -> list[Sample]:
+    """Make the global batch: int64 token ids ``[length]``; seed 0 is the workload's."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (torch.randn(256, generator=generator) * 0.8 + 5.6).exp().clamp(SHORTEST, LONGEST).long()
+    return [torch.randint(vocabulary, (length,), generator=generator) for length in lengths.tolist()]
+
+
+def lengths(samples: Sequence[Sample]) -> list[int]:
+    """Give the tokens of each sample."""
+    return [len(sample) for sample in samples]
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Pad on the right to the longest; every token is a label of its own position."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True, padding_value=IGNORED)
+    return {"input_ids": ids, "labels": labels}
+
+
+def loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum the cross entropy of all labels, from the whole logits in float32."""
+    labels = microbatch["labels"]
+    with torch.autocast(labels.device.type, dtype=torch.bfloat16):
+        logits = model(input_ids=microbatch["input_ids"], use_cache=False).logits
+    loss_sum = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss_sum, (labels != IGNORED).sum()

@@ -1,0 +1,177 @@
+"""Accumulation windows for a loop of one's own: whose gradients they take, and when each begins and ends."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from bigbatch.errors import WindowStateError
+from bigbatch.objective import Items
+from bigbatch.split import check_count
+from bigbatch.transaction import Transaction
+from bigbatch.update import Update
+from bigbatch.window import Window
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+CountItems: TypeAlias = Callable[[Any], Mapping[str, Items]]
+
+
+class Accumulator:
+    """Exact accumulation windows in a loop of your own.
+
+        accumulator = Accumulator(model, optimizer, max_grad_norm=1.0)
+        for window in accumulator.windows(loader, num_microbatches=4):
+            for inputs, labels in window:
+                loss_sum = F.mse_loss(model(inputs), labels, reduction="sum")
+                window.backward(loss_sum, items=labels.numel())
+            report = window.step()
+
+    Each window updates the optimizer's parameters with Σ_i ∇loss_sum_i / Σ_i items_i. Only these parameters receive a
+    gradient, so accumulators over different parameters may share a graph and be open at the same time. Their ``.grad``
+    is cleared when a window opens and when it ends.
+
+    Args:
+        model: The module being trained, in one process.
+        optimizer: A ``torch.optim.Optimizer`` over its parameters, of any dtypes; bfloat16 parameters sum in float32.
+        max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
+        scheduler: A learning-rate scheduler, stepped once after each update.
+        scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
+
+    Raises:
+        TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
+        ValueError: None of the optimizer's parameters belongs to the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: "Optimizer",
+        *,
+        max_grad_norm: float | None = None,
+        scheduler: "LRScheduler | None" = None,
+        scaler: "GradScaler | None" = None,
+    ) -> None:
+        self._update = Update(optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm)
+        _check_model(model, optimizer)
+        self.model = model
+        self.optimizer = optimizer
+        self._open: Window | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Updates applied so far."""
+        return self._update.num_steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return self._update.device
+
+    def prepare(self) -> None:
+        """Make the optimizer's state where it can be made ahead; the first window does it by itself.
+
+        Raises:
+            MemoryLimitError: It does not fit.
+        """
+        self._update.prepare()
+
+    def windows(
+        self, loader: Iterable[Any], *, num_microbatches: int, count_items: CountItems | None = None
+    ) -> Iterator[Window]:
+        """Group a loader's micro-batches into windows; the last one holds what is left.
+
+        Args:
+            loader: Gives micro-batches, of any sizes. Drawn lazily, one at a time.
+            num_microbatches: How many make a window, at least 1.
+            count_items: For a loss of several terms, ``count_items(microbatch) → {term: items}``. The window's
+                micro-batches are then drawn before its first backward.
+
+        Raises:
+            TypeError: ``num_microbatches`` is no int.
+            ValueError: ``num_microbatches`` is below 1.
+            WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
+        """
+        check_count("num_microbatches", num_microbatches, "the micro-batches of one window")
+        return self._windows(iter(loader), num_microbatches, count_items)
+
+    def _windows(
+        self, microbatches: Iterator[Any], num_microbatches: int, count_items: CountItems | None
+    ) -> Iterator[Window]:
+        window = None
+        try:
+            for first in microbatches:
+                taken: Iterable[Any] = chain([first], islice(microbatches, num_microbatches - 1))
+                totals = None
+                if count_items is not None:
+                    taken = list(taken)
+                    totals = _total_items(map(count_items, taken))
+                window = self.window(taken, totals=totals)
+                yield window
+            self._finish_previous()
+        finally:
+            if window is not None:
+                window.abort()
+
+    def window(self, microbatches: Iterable[Any] = (), *, totals: Mapping[str, Items] | None = None) -> Window:
+        """Open one window.
+
+        Args:
+            microbatches: What iterating over the window gives. May be left empty: ``window.backward`` takes any loss.
+            totals: Items of the whole window by term, for a loss of several terms.
+
+        Raises:
+            WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
+        """
+        return self.open(microbatches, totals)[0]
+
+    def open(self, microbatches: Iterable[Any], totals: Mapping[str, Items] | None) -> "tuple[Window, Transaction]":
+        """Open one window and give its transaction with it. For `Engine`, not for loops."""
+        self._finish_previous()
+        self.prepare()
+        transaction = Transaction(self._update, totals)
+        self._open = Window(iter(microbatches), transaction)
+        return self._open, transaction
+
+    def _finish_previous(self) -> None:
+        if self._open is None or not self._open.is_open:
+            return
+        if self._open.num_microbatches:
+            raise WindowStateError(
+                f"a window is still open and holds the gradients of {self._open.num_microbatches} micro-batches. "
+                "Call its step(), or its abort() to drop them, before going on."
+            )
+        self._open.abort()
+
+
+def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:
+    totals: dict[str, Items] = {}
+    for count in counts:
+        for name, items in count.items():
+            totals[name] = totals.get(name, 0) + items
+    return totals
+
+
+def _check_model(model: nn.Module, optimizer: "Optimizer") -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is being trained.")
+    wrapper = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _RANK_WRAPPERS), None)
+    if wrapper is not None:
+        raise TypeError(
+            f"the model is wrapped in {wrapper}, which averages gradients over ranks at every backward, and so gives "
+            "ranks with few items too much weight. This version trains in one process: pass the module itself."
+        )
+    own = set(model.parameters())
+    if own and not any(p in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "none of the optimizer's parameters belongs to the model: it would never change. Make the optimizer from "
+            "model.parameters(), after the model has its final form and device."
+        )
+
+
+_RANK_WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})

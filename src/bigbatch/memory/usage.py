@@ -1,0 +1,131 @@
+"""Memory: what there is, what has been used so far, and whether it ran out."""
+
+import gc
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigbatch.limit import MemoryLimit, default_limit, describe_bytes, parse_memory
+
+HEADROOM_PERCENT = 5  # of a limit: for the gaps between allocations, which nobody else can use
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Highest memory in bytes so far in this process, or None where the platform does not tell.
+
+    For CUDA, what torch allocated on ``device``; elsewhere the resident set of the process. No counter is reset: other
+    readers of the same statistics see what they would have seen.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that an allocation failed, on a device or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def release_memory() -> None:
+    """Give back what nobody holds any more. Call it outside the ``except`` block, whose traceback holds tensors."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that a training step may use.
+
+    Attributes:
+        limit_bytes: What was asked for, or what is free less a margin.
+        usable_bytes: What of it tensors may take at the peak: less 5 % for the gaps between them, and on the CPU less
+            what the process holds besides.
+        asked: How it was asked for; None where nobody did.
+    """
+
+    limit_bytes: int
+    usable_bytes: int
+    asked: str | None = None
+
+    @classmethod
+    def of(cls, limit_bytes: int, asked: str | None, *, others_bytes: int = 0) -> "Room":
+        """Make room of a limit, of which something else takes ``others_bytes``."""
+        usable_bytes = (limit_bytes - others_bytes) * (100 - HEADROOM_PERCENT) // 100
+        return cls(limit_bytes, max(0, usable_bytes), asked)
+
+    def __str__(self) -> str:
+        limit = describe_bytes(self.limit_bytes)
+        source = f"memory is limited to {self.asked}" if self.asked else f"{limit} are free, less a margin"
+        return f"{source}, of which tensors may take {describe_bytes(self.usable_bytes)}"
+
+
+def find_room(memory: str | int | MemoryLimit | None, device: torch.device, held: Iterable[Tensor]) -> Room:
+    """Find how much memory a training step may use.
+
+    Args:
+        memory: An amount, a share such as ``"80%"``, or None for what is free now less a margin. On CUDA it covers the
+            tensors of this process on that device; on the CPU the whole process.
+        device: Where the training is.
+        held: Tensors of the training that are there already.
+
+    Raises:
+        ValueError: It is no amount, or more than there is.
+    """
+    if memory is not None and not isinstance(memory, MemoryLimit):
+        memory = parse_memory(memory)
+    held_bytes = sum(_storages(held).values())
+    if device.type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        free_bytes += torch.cuda.memory_reserved(device)
+        cap_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes)
+        others_bytes = 0
+    else:
+        free_bytes, total_bytes = _host_memory()
+        free_bytes, cap_bytes = free_bytes + held_bytes, total_bytes
+        others_bytes = max(0, _resident_bytes() - held_bytes)
+    if memory is None:
+        limit_bytes = min(default_limit(free_bytes, total_bytes), cap_bytes)
+        others_bytes = 0  # they are not free, and so not in the limit
+    else:
+        limit_bytes = min(memory.bytes_of(total_bytes), cap_bytes)
+    return Room.of(limit_bytes, None if memory is None else str(memory), others_bytes=others_bytes)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided}
+
+
+def _host_memory() -> tuple[int, int]:
+    """Give what is free and all there is, for this process: of the machine, or of the container around it."""
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free_bytes = total_bytes // 2
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free_bytes = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):  # "max" where a container has no limit
+        group = Path("/sys/fs/cgroup")
+        most_bytes = int((group / "memory.max").read_text())
+        used_bytes = int((group / "memory.current").read_text())
+        total_bytes = min(total_bytes, most_bytes)
+        free_bytes = min(free_bytes, most_bytes - used_bytes)
+    return free_bytes, total_bytes
+
+
+def _resident_bytes() -> int:
+    """What the process holds of the host's memory now; its highest so far where the platform tells only that."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_bytes(torch.device("cpu")) or 0
