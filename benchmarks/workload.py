@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigbatch.lm.device import Machine
+from bigbatch.lm.head import ChunkedCausalLMLoss
+
 LONGEST, SHORTEST = 2_048, 32
 IGNORED = -100
 
@@ -65,3 +68,9 @@ def loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits = model(input_ids=microbatch["input_ids"], use_cache=False).logits
     loss_sum = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss_sum, (labels != IGNORED).sum()
+
+
+def chunked_loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum the same from chunks of logits, as `bigbatch train` does."""
+    machine = Machine(microbatch["labels"].device, "bf16")
+    return ChunkedCausalLMLoss(machine, needs_mask=False)(model, microbatch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bigbatch.accumulator import Accumulator as Accumulator
 from bigbatch.accumulator import CountItems as CountItems
 from bigbatch.feed import Feed
+from bigbatch.grouping import group_by_tokens
 from bigbatch.memory.choice import Choice, Step, choose
 from bigbatch.memory.usage import find_room
 from bigbatch.objective import Items, Terms
@@ -133,24 +134,38 @@ class Engine:
 
         Raises:
             MemoryLimitError: A single sample does not fit.
-            ValueError: The batch is empty, or ``memory`` is no amount.
+            ValueError: The batch is empty, ``memory`` is no amount, there is not one length for each sample, or the
+                micro-batch is decided.
         """
+        if self.microbatch != "auto":
+            raise ValueError(f'microbatch={self.microbatch!r} is decided: pass microbatch="auto" to have it chosen.')
         lengths = self._lengths_of(batch)
         everything = split(batch, 1, device=self.accumulator.device, collate=self.collate)
+        if lengths is not None:
+            _check_lengths(lengths, everything.num_samples)
         self.accumulator.prepare()
-        step = Step(
-            self.model, self.accumulator.optimizer, self.loss_fn, everything.take, everything.num_samples, lengths
-        )
+        alike = self.collate is None
+        step = Step(self.model, self.accumulator.optimizer, self.loss_fn, everything, lengths, alike=alike)
         room = find_room(self.memory, self.accumulator.device, step.held())
         self.use(choose(step, room))
         assert self.choice is not None, "just taken"
         return self.choice
 
     def use(self, choice: Choice) -> None:
-        """Take a choice that `tune` made before, for the same model and settings, instead of making it again."""
+        """Take a choice that `tune` made before, for the same model and settings, instead of making it again.
+
+        Raises:
+            ValueError: The micro-batch of this engine is decided, or is not limited in what the choice counts.
+        """
+        unit = "samples" if self.lengths is None else "tokens"
+        if self.microbatch != "auto":
+            raise ValueError(f'microbatch={self.microbatch!r} is decided: pass microbatch="auto" to take a choice.')
+        if choice.unit != unit:
+            change = "leave lengths= out" if self.lengths is not None else "pass lengths="
+            raise ValueError(f"the choice is in {choice.unit}, and this engine counts {unit}: {change}, or tune anew.")
         self.choice = choice
         self._size = self._size_in_use = choice.size
-        self._cost = choice.timing.cost()
+        self._cost = choice.timing.cost(choice.size)
         self._good_windows = 0
 
     def step(self, batch: Any) -> WindowReport:
@@ -206,16 +221,16 @@ class Engine:
         """Group samples of some lengths as the micro-batches of `step` would, those in use at the moment.
 
         Raises:
-            ValueError: A length is above the token budget.
+            ValueError: A length is above the token budget; or no micro-batch is chosen yet.
         """
+        if not self._size_in_use:
+            raise ValueError("no micro-batch is chosen yet: call tune(batch) first, or step(batch), which does it.")
         if self.token_budget is None:
             size = self._size_in_use
             return [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
-        # A budget that shrank, or was chosen, still takes the longest sample; one that was asked for is a limit.
-        longest = max(lengths, default=1)
-        if isinstance(self.microbatch, TokenBudget):
-            longest = min(self.microbatch.tokens, longest)
-        return plan(lengths, token_budget=max(self._size_in_use, longest), cost=self._cost).microbatches[0]
+        if isinstance(self.microbatch, TokenBudget) and max(lengths, default=1) > self.microbatch.tokens:
+            plan(lengths, token_budget=self.microbatch.tokens)  # names the sample: this budget was asked for
+        return group_by_tokens(lengths, self._size_in_use, cost=self._cost)
 
     def _adapt(self, num_failures: int) -> None:
         """Take smaller micro-batches after a window that ran out of memory, and larger ones again after many good."""
@@ -224,6 +239,15 @@ class Engine:
             self._size_in_use = max(1, min(self._size_in_use - 1, int(self._size_in_use * SHRINK)))
         elif self._good_windows % GROW_AFTER == 0 and self._size_in_use < self._size:
             self._size_in_use = min(self._size, math.ceil(self._size_in_use / SHRINK))
+
+
+def _check_lengths(lengths: Sequence[int], num_samples: int) -> None:
+    if len(lengths) != num_samples:
+        raise ValueError(
+            f"lengths= gave {len(lengths)} lengths for a batch of {num_samples} samples: it must give one for each, in "
+            "their order."
+        )
+    plan(lengths, token_budget=max(lengths, default=1))  # names a sample without tokens
 
 
 def _size_of(microbatch: int | TokenBudget | str) -> int:

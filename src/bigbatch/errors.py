@@ -18,7 +18,10 @@ class InputError(BigbatchError, ValueError):
 
 
 class MemoryLimitError(BigbatchError, RuntimeError):
-    """A single sample does not fit in memory, so that no smaller micro-batch can help; the message says what may."""
+    """Memory does not suffice and no smaller micro-batch can help; the message says what may.
+
+    It was too little for a single sample, for the optimizer's state, or within the optimizer's step.
+    """
 
 
 class WindowStateError(BigbatchError, RuntimeError):

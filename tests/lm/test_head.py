@@ -280,6 +280,19 @@ def test_precision_is_that_of_all_logits(precision: str) -> None:
     assert difference(chunked, exact) <= 1.5 * difference(full, exact) + torch.finfo(torch.float32).eps
 
 
+def test_products_are_those_of_autocast() -> None:
+    model = build(KNOWN["llama"]()).float()
+    single, full, chunked = (
+        loss_fn(model, collated(samples()))[0].item()
+        for loss_fn in (
+            ChunkedCausalLMLoss(Machine(CPU, "float32")),
+            CausalLMLoss(Machine(CPU, "bf16")),
+            ChunkedCausalLMLoss(Machine(CPU, "bf16")),
+        )
+    )
+    assert abs(chunked - full) <= 4 * torch.finfo(torch.float32).eps * full < abs(single - full)
+
+
 class TestPrediction:
     """Memory of a step with a vocabulary of 50,000, predicted without data."""
 
@@ -307,7 +320,10 @@ class TestPrediction:
         chunked = self.predict(
             ChunkedCausalLMLoss(machine, needs_mask=False, chunk_tokens=self.CHUNK), machine, lora=lora
         )
-        head = self.VOCABULARY * self.WIDTH
-        gradients = 4 * self.ROWS * self.LENGTH * self.WIDTH + (0 if lora else 4 * head)
+        head, hidden = self.VOCABULARY * self.WIDTH, self.ROWS * self.LENGTH * self.WIDTH
+        gradients = 4 * hidden + (0 if lora else 4 * head)
+        narrow_head = 0 if precision in ("float32", "bf16-weights") else 2 * head  # the copy that autocast makes
         rows = 5 * 4 * self.CHUNK * self.WIDTH
-        assert chunked.parts["loss"] <= 8 * self.CHUNK * self.VOCABULARY + gradients + 2 * head + rows
+        assert chunked.parts["loss"] <= 8 * self.CHUNK * self.VOCABULARY + gradients + narrow_head + rows
+        rest, rest_of_full = (found.peak_bytes - found.parts["loss"] for found in (chunked, full))
+        assert rest <= rest_of_full - narrow_head + 5 * hidden

@@ -1,6 +1,7 @@
 """The training loop: the same update for every micro-batch, honest metrics, a model folder that loads."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.prepare import prepare
+from bigbatch.lm.remembered import fingerprint, recall
 from bigbatch.lm.rundir import RunDirectory
 from bigbatch.lm.trainer import Trainer, evenly_spaced, lr_factor
 from lm.helpers import Heard, conversations, metrics, records, run, save_model_folder, write_jsonl
@@ -231,3 +233,103 @@ def test_a_sample_and_a_validation_draw_nothing_and_put_the_mode_back(settings: 
     trainer.validate()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(module.training for module in trainer.prepared.model.modules())
+
+
+# how much is in memory at once -----------------------------------------------------------------------------------
+
+
+def cut(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
+    return settings | {"microbatch": None if "token_budget" in how else "auto"} | how
+
+
+@pytest.mark.parametrize("how", [{}, {"memory": "100%"}, {"token_budget": 70}], ids=str)
+def test_a_cut_in_tokens_gives_the_same_parameters_and_validation(
+    tmp_path: Path, settings: dict[str, Any], how: dict[str, Any]
+) -> None:
+    settings |= {"precision": "float64", "validation_every": 1, "validation_fraction": 0.2}
+    prepared, heard, _ = run(tmp_path / "run", **cut(settings, **how))
+    whole, expected, _ = run(tmp_path / "whole", **settings | {"microbatch": 100})
+    difference = torch.linalg.norm(parameters(prepared) - parameters(whole)) / torch.linalg.norm(parameters(whole))
+    assert difference < 1e-10
+    assert [loss for _, loss in heard.validations] == pytest.approx([loss for _, loss in expected.validations])
+    assert [row["items"] for row in heard.rows] == [row["items"] for row in expected.rows]
+
+
+def test_no_micro_batch_is_above_the_token_budget(settings: dict[str, Any]) -> None:
+    trainer = Trainer(prepare(TrainConfig(**cut(settings, token_budget=40))))
+    for window in trainer._all_windows():
+        lengths = [len(sample["input_ids"]) for sample in trainer._samples(window)]
+        groups = trainer.engine.groups(lengths)
+        assert sorted(i for rows in groups for i in rows) == list(range(len(window)))
+        assert all(len(rows) * max(lengths[i] for i in rows) <= 40 for rows in groups)
+
+
+def test_auto_says_what_it_chose_and_keeps_it(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer = Trainer(prepare(TrainConfig(**cut(settings))))
+    assert trainer.engine.choice is None
+    before = parameters(trainer.prepared)
+    random_state = torch.random.get_rng_state()
+    assert trainer.tune() is None
+    choice = trainer.engine.choice
+    assert choice is not None
+    assert torch.equal(parameters(trainer.prepared), before)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert choice.unit == "tokens"
+    assert choice.peak_bytes <= choice.limit_bytes
+    trainer.run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
+    assert trainer.engine.choice is choice
+    assert recall(tmp_path / "run", fingerprint(trainer.prepared)) == (choice, tmp_path / "run")
+
+
+def test_checkpointing_changes_no_parameter(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings["precision"] = "float64"
+    runs = [run(tmp_path / f"{on}", **settings, gradient_checkpointing=on)[0] for on in (False, True)]
+    assert any(getattr(module, "gradient_checkpointing", False) for module in runs[1].model.modules())
+    expected = parameters(runs[0])
+    assert torch.linalg.norm(parameters(runs[1]) - expected) / torch.linalg.norm(expected) < 1e-10
+
+
+def refused(settings: dict[str, Any]) -> str:
+    """What is said of settings that cannot be trained with."""
+    with pytest.raises(InputError) as caught:
+        Trainer(prepare(TrainConfig(device="cpu", **settings))).tune()
+    return str(caught.value)
+
+
+def test_memory_beside_a_micro_batch_that_is_given_is_refused(settings: dict[str, Any]) -> None:
+    assert refused(settings | {"memory": "1GiB"}) == (
+        "--memory decides about the micro-batch, and --microbatch 8 has decided: leave one of them out."
+    )
+    assert refused(settings | {"gpu": "t4", "microbatch": None, "token_budget": 70}) == (
+        "--gpu decides about the micro-batch, and --token-budget 70 has decided: leave one of them out."
+    )
+
+
+def test_a_card_is_refused_where_there_is_none(settings: dict[str, Any]) -> None:
+    assert refused(cut(settings, gpu="t4")) == "--gpu t4 is about a card, and this run is on cpu: pass --memory."
+
+
+def test_a_token_budget_below_the_longest_sequence_is_refused(settings: dict[str, Any]) -> None:
+    assert refused(cut(settings, token_budget=31)) == (
+        "--token-budget 31 is less than the longest sequence, which has 32 tokens and is never cut: pass "
+        "--token-budget 32 or more, or a smaller --max-length."
+    )
+    assert Trainer(prepare(TrainConfig(**cut(settings, token_budget=32)))).engine.token_budget == 32
+
+
+def test_memory_that_is_not_there_is_refused(settings: dict[str, Any]) -> None:
+    said = refused(cut(settings, memory="100TiB"))
+    assert re.fullmatch(
+        r"--memory 100TiB is more than the [\d.]+GiB that the device has: pass [\d.]+GiB or less, or a share such as "
+        r"90%\.",
+        said,
+    )
+
+
+def test_memory_for_less_than_one_sequence_is_refused(settings: dict[str, Any]) -> None:
+    said = refused(cut(settings, memory="1MiB"))
+    assert said.startswith("a sample of 32 tokens needs ")
+    assert ", and memory is limited to 1MiB, of which " in said
+    assert said.endswith(
+        "Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and --lora-rank."
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigbatch
 from bigbatch.memory import Part, PredictionError, Rehearsal, Tracker
@@ -199,3 +200,12 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
     model = Uncopied()
     with pytest.raises(PredictionError, match=r"^the model or its optimizer cannot be copied \(I am the only one\)$"):
         Rehearsal.of(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn)
+
+
+def test_a_wide_product_into_a_matrix_that_is_there_allocates_nothing() -> None:
+    cuda = torch.device("cuda")
+    with FakeTensorMode(), Tracker(cuda) as tracker:
+        total, left = torch.empty(64, 64, device=cuda), torch.empty(64, 64, device=cuda, dtype=torch.bfloat16)
+        before = tracker.peak_bytes
+        torch.addmm(total, left, left, out_dtype=torch.float32, out=total)
+        assert tracker.peak_bytes == before == 64 * 64 * (4 + 2)

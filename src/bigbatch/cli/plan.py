@@ -8,6 +8,7 @@ from bigbatch.cli.console import duration, make_console, preparing, quiet_librar
 from bigbatch.cli.options import PlanOptions
 from bigbatch.limit import describe_bytes
 from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.documents import count
 
 if TYPE_CHECKING:
     from bigbatch.lm.forecast import Forecast
@@ -17,7 +18,7 @@ DOES_NOT_FIT = 1
 
 
 def run(config: TrainConfig, options: PlanOptions) -> int:
-    """Print the forecast; return 1 only if a single micro-batch does not fit in the memory."""
+    """Print the forecast; return 1 only if a micro-batch does not fit in the memory."""
     console, notes = make_console(), make_console(stderr=True)
     with preparing(console if not options.as_json else notes if notes.is_terminal else None) as say:
         from bigbatch.lm.forecast import forecast
@@ -34,34 +35,54 @@ def run(config: TrainConfig, options: PlanOptions) -> int:
 
 def describe(found: "Forecast") -> Iterator[str]:
     """Yield the lines of a forecast."""
-    config, prediction = found.config, found.prediction
+    config = found.config
     trained = "all trained" if found.num_trained == found.num_parameters else f"{found.num_trained:,} of them trained"
     yield f"{config.model}, {found.num_parameters:,} parameters, {trained}, on {found.target.name}"
     yield from found.notes
     yield ""
-    yield f"peak of an update, in {prediction.phase}, with micro-batches of at most {found.size:,} {_unit(found)}"
-    for name, num_bytes in prediction.parts.items():
-        yield f"  {name:<14}{describe_bytes(num_bytes):>12}"
-    yield f"  {'in all':<14}{describe_bytes(prediction.peak_bytes):>12}"
-    room = found.target.room
-    if room is None:
-        yield "  of how much is not known: name a card, such as --gpu h100, or an amount, such as --memory 24GiB"
-    elif found.fits:
-        yield f"  which fits: {room}"
-    else:
-        yield f"  which does NOT fit: {room}"
+    yield from _memory(found)
     yield ""
     yield "the first update"
     yield str(found.plan)
     yield ""
-    if found.update_s is not None:
-        yield f"an update takes about {duration(found.update_s)}, measured with random weights"
+    yield _time(found)
+    yield from _levers(found)
+
+
+def _memory(found: "Forecast") -> Iterator[str]:
+    prediction, room = found.prediction, found.target.room
+    size = count(found.size, "token" if found.unit == "tokens" else "sequence")
+    alone = ", longer sequences alone" if found.unit == "tokens" and found.size < found.longest else ""
+    yield f"micro-batches of at most {size}{alone}: {found.reason}"
+    yield f"memory at the peak of an update, in {prediction.phase}"
+    for name, num_bytes in prediction.parts.items():
+        yield f"  {name:<14}{describe_bytes(num_bytes):>12}"
+    yield f"  {'in all':<14}{describe_bytes(prediction.peak_bytes):>12}"
+    if room is None:
+        yield "  of how much is not known: name a card, such as --gpu h100, or an amount, such as --memory 24GiB"
     else:
-        yield "how long an update takes was not measured: the run could not begin here within seconds"
-    if found.levers:
-        yield "what one setting more would make of the peak, with the same micro-batch:"
-    for flags, peak_bytes in found.levers:
-        yield f"  {flags:<26}{describe_bytes(peak_bytes):>12}  ({_change(peak_bytes - prediction.peak_bytes)})"
+        yield f"  which {'fits' if found.fits else 'does NOT fit'}: {room}"
+
+
+def _time(found: "Forecast") -> str:
+    updates = count(found.num_updates, "update")
+    if found.update_s is None:
+        return f"{updates}; how long one takes was not measured: {found.untimed}"
+    return (
+        f"an update takes {_about(found.update_s)}, measured with random weights; {updates} "
+        f"{_about(found.update_s * found.num_updates)}, validation not counted"
+    )
+
+
+def _levers(found: "Forecast") -> Iterator[str]:
+    if not found.levers:
+        return
+    yield "what would lower the peak of the same micro-batch:"
+    width = max(26, *(len(lever.flags) for lever in found.levers))
+    for lever in found.levers:
+        change = _change(lever.peak_bytes - found.prediction.peak_bytes)
+        fits = ", which fits" if lever.fits and not found.fits else ""
+        yield f"  {lever.flags:<{width}}{describe_bytes(lever.peak_bytes):>12}  ({change}){fits}"
 
 
 def as_json(found: "Forecast") -> dict[str, Any]:
@@ -78,22 +99,25 @@ def as_json(found: "Forecast") -> dict[str, Any]:
         "peak_bytes": found.prediction.peak_bytes,
         "peak_phase": found.prediction.phase,
         "parts": dict(found.prediction.parts),
-        "microbatch": {"unit": found.unit, "size": found.size},
+        "microbatch": {"unit": found.unit, "size": found.size, "reason": found.reason},
         "first_update": {
             "sequences": len(plan.lengths),
             "tokens": plan.tokens,
             "padded_tokens": plan.padded_tokens,
             "num_microbatches": plan.num_microbatches,
-            "microbatches": [list(rows) for rows in plan.microbatches[0]],
+            "microbatches": [[plan.lengths[i] for i in rows] for rows in plan.microbatches[0]],
         },
+        "updates": found.num_updates,
         "update_s": found.update_s,
-        "levers": [{"flags": flags, "peak_bytes": peak_bytes} for flags, peak_bytes in found.levers],
+        "levers": [
+            {"flags": lever.flags, "peak_bytes": lever.peak_bytes, "fits": lever.fits} for lever in found.levers
+        ],
         "notes": list(found.notes),
     }
 
 
-def _unit(found: "Forecast") -> str:
-    return "tokens" if found.unit == "tokens" else "sequences"
+def _about(seconds: float) -> str:
+    return f"about {duration(seconds)}" if seconds >= 0.05 else "less than 0.1 s"
 
 
 def _change(num_bytes: int) -> str:

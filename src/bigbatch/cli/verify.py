@@ -20,7 +20,6 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
     """Print the proof; return 0 only if every cut is exact."""
     console, notes = make_console(), make_console(stderr=True)
     with preparing(console if not options.as_json else notes if notes.is_terminal else None) as say:
-        from bigbatch.lm.loss import CausalLMLoss
         from bigbatch.lm.order import epoch_order
         from bigbatch.lm.prepare import prepare
         from bigbatch.verify import verify
@@ -33,7 +32,7 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
         say("taking gradients")
         verification = verify(
             prepared.model,
-            CausalLMLoss(prepared.machine),
+            prepared.loss_fn,
             [prepared.training[i] for i in order],
             microbatch=options.cuts or default_cuts(len(order)),
             collate=prepared.collate,

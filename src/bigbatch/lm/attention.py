@@ -45,6 +45,11 @@ def attends_to_all(config: Any, *, max_length: int) -> bool:
     return all(limit is None or limit >= max_length for limit in limits)
 
 
+def looks_causal(model: Any) -> bool:
+    """Tell from its layers whether a model is causal, where it has no weights to try it with."""
+    return all(getattr(module, "is_causal", True) is not False for module in model.modules())
+
+
 def use_causal_attention(model: Any) -> None:
     """Let every layer of a model attend causally, without a mask."""
     from transformers import AttentionInterface

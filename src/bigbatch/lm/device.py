@@ -34,6 +34,12 @@ class Machine:
         """Make the gradient scaler that float16 needs; None for other precisions."""
         return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Let this process take no more of a CUDA device than that; elsewhere nothing holds a limit."""
+        if self.device.type == "cuda":
+            total_bytes = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), self.device)
+
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return f"{name}, {self.precision}"

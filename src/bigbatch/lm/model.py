@@ -136,11 +136,18 @@ def equip(model: Any, config: TrainConfig) -> Any:
                 warnings.simplefilter("ignore", FutureWarning)  # that transformers will rename the method
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
-            raise InputError(f"--gradient-checkpointing is not there for {config.model}: {first_line(error)}") from None
+            raise InputError(_not_there("--gradient-checkpointing", config, error)) from error
     if not config.lora_rank:
         return model
     assert config.lora_alpha is not None, "resolved() gives it a value"
-    return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    try:
+        return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    except ValueError as error:
+        raise InputError(_not_there("--lora-rank", config, error)) from error
+
+
+def _not_there(flag: str, config: TrainConfig, error: ValueError) -> str:
+    return f"{flag} is not there for {config.model}: {first_line(error)}."
 
 
 def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:

@@ -11,6 +11,8 @@ from bigbatch.lm.config import DEFAULT_MAX_LENGTH, TrainConfig
 from bigbatch.lm.continuation import prompt_tokens
 from bigbatch.lm.dataset import TokenDataset, collate, encode, split_documents
 from bigbatch.lm.device import Machine, find_machine
+from bigbatch.lm.head import ChunkedCausalLMLoss, chunked_loss_is_exact, head_of, is_worth_chunks
+from bigbatch.lm.loss import CausalLMLoss
 from bigbatch.lm.model import TINY, TINY_VOCABULARY, equip, load_model, tiny_model
 from bigbatch.lm.sources import Document, read_corpus
 from bigbatch.lm.tokenizer import load_tokenizer, train_tokenizer
@@ -40,7 +42,7 @@ class Prepared:
         model: In training mode, on the device, in the precision's dtype.
         training: What is learned from.
         validation: What is not; None where there is too little data to keep any apart.
-        needs_mask: Whether the model wants the attention mask of padded rows.
+        loss_fn: What the model is trained with, as `bigbatch.Engine` takes it.
         notes: Sentences with the counts of what was read, cut and left out.
     """
 
@@ -50,7 +52,7 @@ class Prepared:
     model: Any
     training: TokenDataset
     validation: TokenDataset | None
-    needs_mask: bool
+    loss_fn: CausalLMLoss | ChunkedCausalLMLoss
     notes: tuple[str, ...]
 
     @property
@@ -89,8 +91,13 @@ def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
     assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
     model = model.to(machine.device)
     needs_mask = not leave_out_mask(model, machine, max_length=config.max_length)
+    chunks = is_worth_chunks(head_of(model)) and chunked_loss_is_exact(model, machine)
+    loss = ChunkedCausalLMLoss if chunks else CausalLMLoss
     model = equip(model, config).to(machine.device).train()
-    return Prepared(config, machine, tokenizer, model, training, validation, needs_mask, (*corpus.notes, *notes))
+    notes = [*corpus.notes, *notes]
+    return Prepared(
+        config, machine, tokenizer, model, training, validation, loss(machine, needs_mask=needs_mask), tuple(notes)
+    )
 
 
 def _make_tiny(config: TrainConfig, machine: Machine, documents: Sequence[Document]) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bigbatch import __version__
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.prepare import Prepared
 from bigbatch.memory import Choice
@@ -30,29 +31,40 @@ def fingerprint(prepared: Prepared) -> str:
         "trained": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         "device": str(prepared.machine),
         "threads": torch.get_num_threads(),
+        "loss": type(prepared.loss_fn).__name__,
         "checkpointing": config.gradient_checkpointing,
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "lengths": [len(prepared.training.lengths), sum(prepared.training.lengths), max(prepared.training.lengths)],
-        "versions": [torch.__version__, transformers.__version__],
+        "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def remember(folder: Path, choice: Choice, key: str) -> None:
-    """Write a choice into a run directory."""
-    (folder / FILE).write_text(json.dumps({"key": key, **asdict(choice)}, indent=2) + "\n", encoding="utf-8")
+    """Write a choice into a run directory; where that cannot be, the next run chooses for itself."""
+    with suppress(OSError):
+        (folder / FILE).write_text(json.dumps({"key": key, **asdict(choice)}, indent=2) + "\n", encoding="utf-8")
 
 
-def recall(folder: Path, key: str) -> tuple[Choice, Path] | None:
+def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> tuple[Choice, Path] | None:
     """Find a choice that was made for the same, in a run directory or in those beside it; give it with its directory.
 
     What is there and cannot be read counts as not there.
+
+    Args:
+        folder: The run directory, which need not be there.
+        key: The `fingerprint` of the run.
+        usable_bytes: What tensors may take now, where a choice whose peak is above does not count: memory that was free
+            when it was made need not be free any more.
     """
     for place in _places(folder):
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             kept = json.loads((place / FILE).read_text(encoding="utf-8"))
-            if kept.pop("key") == key:
-                return _choice(kept), place
+            if not isinstance(kept, dict) or kept.pop("key") != key:
+                continue
+            choice = _choice(kept)
+            if usable_bytes is None or choice.peak_bytes <= usable_bytes:
+                return choice, place
     return None
 
 

@@ -17,13 +17,13 @@ from bigbatch.errors import BigbatchError, InputError, MemoryLimitError
 from bigbatch.limit import gpu_limit
 from bigbatch.lm.continuation import continue_text
 from bigbatch.lm.documents import count
-from bigbatch.lm.loss import CausalLMLoss
 from bigbatch.lm.model import save_model
 from bigbatch.lm.optimization import lr_factor, make_optimizer
 from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.rundir import RunDirectory
+from bigbatch.memory import find_room
 from bigbatch.plan import TokenBudget
 from bigbatch.report import WindowReport
 
@@ -89,7 +89,7 @@ class Trainer:
                 "run: the learning rate would never reach its peak."
             )
         self._skipped_in_a_row = 0
-        self.loss_fn = CausalLMLoss(prepared.machine, needs_mask=prepared.needs_mask)
+        self.loss_fn = prepared.loss_fn
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.engine = Engine(
@@ -158,6 +158,9 @@ class Trainer:
         lengths = self.prepared.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         try:
+            if self.engine.memory is not None:
+                machine = self.prepared.machine
+                machine.limit_memory(find_room(self.engine.memory, machine.device, ()).limit_bytes)
             self.engine.tune(self._samples(list({*self.first_window(), longest})))
         except MemoryLimitError as error:
             raise InputError(

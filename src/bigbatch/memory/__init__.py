@@ -5,6 +5,8 @@ tracker     every allocation of a stretch of code, with or without data behind t
 prediction  the peak of a training step, from one forward and backward without data
 probe       the time and the peak of a real micro-batch, gradients thrown away
 timing      the time of a micro-batch by its size
+step        what is trained, and the micro-batches that its batch can bring
+search      the largest size that fits
 choice      the micro-batch that is fastest in the memory that is there
 """
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from bigbatch.accumulate import GradientSums
 from bigbatch.errors import BigbatchError
-from bigbatch.memory.tracker import CUDA_UNIT, Part, Tracker
+from bigbatch.memory.tracker import CUDA_UNIT, Part, Tracker, tensors_in
 from bigbatch.objective import as_terms
 
 if TYPE_CHECKING:
@@ -50,12 +50,18 @@ class Prediction:
         parts: The bytes of that moment by what they are for: parameters, gradients, optimizer, activations, loss, and
             for CUDA the workspaces of its libraries.
         phases: The peak in bytes of each phase.
+        running_bytes: The peak of forward and backward without what `bigbatch.Engine` holds besides the micro-batch
+            that runs: a copy of the buffers, for when memory runs out, and for CUDA the inputs that come next.
+        held_bytes: Of that, what is there between micro-batches: parameters, buffers, gradients, optimizer state, and
+            the workspaces.
     """
 
     peak_bytes: int
     phase: str
     parts: Mapping[str, int] = field(hash=False)
     phases: Mapping[str, int] = field(hash=False)
+    running_bytes: int
+    held_bytes: int
 
 
 class Rehearsal:
@@ -70,6 +76,9 @@ class Rehearsal:
         optimizer: Over its parameters; its state is made here where there is none.
         loss_fn: As for `bigbatch.Engine`.
         device: What the prediction is for, where model and optimizer stand in for it on the CPU.
+
+    Attributes:
+        state_bytes: What the optimizer's state takes once it is made.
     """
 
     def __init__(
@@ -88,8 +97,11 @@ class Rehearsal:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._runs_on = self._parameters[0].device
         self.device = device or self._runs_on
-        with self._failing_clearly(), mode, Tracker(self._runs_on):
+        self._unit = CUDA_UNIT if self.device.type == "cuda" else None
+        with self._failing_clearly(), mode, Tracker(self._runs_on, unit=self._unit) as tracker:
             self._make_state()
+            tracker.hold(state_of(optimizer), Part.OPTIMIZER)
+        self.state_bytes = tracker.live_bytes[Part.OPTIMIZER]
 
     @classmethod
     def of(
@@ -113,16 +125,17 @@ class Rehearsal:
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         runs_on = None if device is None else stand_in_for(device)
-        state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-        held = [p for group in optimizer.param_groups for p in group["params"]]
         copies: dict[int, Any] = {}
         try:
-            for tensor in [*model.parameters(), *model.buffers(), *held, *state]:
+            for tensor in [*model.parameters(), *model.buffers(), *tensors_in(vars(optimizer))]:
                 if id(tensor) not in copies:
                     copies[id(tensor)] = _without_data(mode, tensor, runs_on)
                     if tensor.grad is not None:
                         copies[id(tensor.grad)] = None
             twin, optimizer_twin = copy.deepcopy((model, optimizer), copies)
+            for name, value in vars(optimizer).items():  # what the optimizers of torch leave out of their copies
+                if name not in vars(optimizer_twin) and name != "step":  # a scheduler's, around that of the original
+                    setattr(optimizer_twin, name, copy.deepcopy(value, copies))
         except Exception as error:  # whatever a user's module raises when it is copied
             raise PredictionError(f"the model or its optimizer cannot be copied ({_first_line(error)})") from error
         return cls(mode, twin, optimizer_twin, loss_fn, device=device)
@@ -136,44 +149,78 @@ class Rehearsal:
         Raises:
             PredictionError: The step needs the data itself.
         """
-        unit = CUDA_UNIT if self.device.type == "cuda" else None
-        pinned = _attention_without_dropout() if self._runs_on.type != self.device.type else nullcontext()
-        with self._failing_clearly(), self._mode, pinned, Tracker(self._runs_on, unit=unit) as tracker:
-            inputs = pytree.tree_map(self._stand_in, microbatch)
-            tracker.hold([*self._model.parameters(), *self._model.buffers(), *self._parameters], Part.PARAMETERS)
-            tracker.hold(_tensors(self._optimizer.state.values()), Part.OPTIMIZER)
-            with GradientSums(self._parameters) as sums:
-                tracker.part = Part.GRADIENTS
-                sums.fill()
-                phases = self._run(tracker, sums, inputs)
-        libraries = CUDA_LIBRARIES_BYTES if self.device.type == "cuda" else 0
+        with self._rehearsing() as tracker, GradientSums(self._parameters) as sums:
+            self._hold(tracker, sums)
+            held_bytes = tracker.live_bytes.total()
+            phases, waiting_bytes = self._differentiate(tracker, sums, microbatch)
+            phases["update"] = self._update(tracker, sums)
+        libraries = self._libraries_bytes
         phase = max(phases, key=lambda name: phases[name].peak_bytes)
         parts = {part.value: phases[phase].parts[part] for part in Part}
         if libraries:
             parts["libraries"] = libraries
         peaks = {name: recorded.peak_bytes + libraries for name, recorded in phases.items()}
-        return Prediction(peaks[phase], phase, parts, peaks)
+        running_bytes = max(peaks["forward"], peaks["backward"]) - waiting_bytes
+        return Prediction(peaks[phase], phase, parts, peaks, running_bytes, held_bytes + libraries)
 
-    def _run(self, tracker: Tracker, sums: GradientSums, inputs: Any) -> "dict[str, _Phase]":
+    def predict_update(self) -> int:
+        """Give the peak in bytes of an update alone, which no micro-batch matters to."""
+        with self._rehearsing() as tracker, GradientSums(self._parameters) as sums:
+            self._hold(tracker, sums)
+            return self._update(tracker, sums).peak_bytes + self._libraries_bytes
+
+    @property
+    def _libraries_bytes(self) -> int:
+        return CUDA_LIBRARIES_BYTES if self.device.type == "cuda" else 0
+
+    @contextmanager
+    def _rehearsing(self) -> Iterator[Tracker]:
+        pinned = _attention_without_dropout() if self._runs_on.type != self.device.type else nullcontext()
+        with self._failing_clearly(), self._mode, pinned, Tracker(self._runs_on, unit=self._unit) as tracker:
+            yield tracker
+
+    def _hold(self, tracker: Tracker, sums: GradientSums) -> None:
+        """Count what is there before a micro-batch begins."""
+        tracker.hold([*self._model.parameters(), *self._model.buffers(), *self._parameters], Part.PARAMETERS)
+        tracker.hold(state_of(self._optimizer), Part.OPTIMIZER)
+        tracker.part = Part.GRADIENTS
+        sums.fill()
+
+    def _differentiate(self, tracker: Tracker, sums: GradientSums, microbatch: Any) -> "tuple[dict[str, _Phase], int]":
+        """Run forward and backward; give their peaks, and the bytes of what only waits meanwhile."""
+        tracker.part = Part.ACTIVATIONS
+        held_bytes = tracker.live_bytes.total()
+        waiting: list[Any] = [buffer.clone() for buffer in self._model.buffers()]
+        if self.device.type == "cuda":
+            waiting.append(self._stand_ins(microbatch))
+        waiting_bytes = tracker.live_bytes.total() - held_bytes
         phases = {}
         with _parts_of_the_step(tracker, self._model):
             tracker.reset_peak()
-            terms = as_terms(self._loss_fn(self._model, inputs))
+            terms = as_terms(self._loss_fn(self._model, self._stand_ins(microbatch)))
             loss = reduce(add, (loss_sum for loss_sum, _ in terms.values()))
             phases["forward"] = _Phase.of(tracker)
             del terms
+            versions = sums.versions()
             sums.backward(loss)
             del loss
             phases["backward"] = _Phase.of(tracker)
+        if len(sums.unchanged_since(versions)) == sum(p.requires_grad for p in self._parameters):
+            raise PredictionError(
+                "loss_fn does not use the model that it is given, or none of its parameters that are trained"
+            )
+        return phases, waiting_bytes
+
+    def _update(self, tracker: Tracker, sums: GradientSums) -> "_Phase":
         tracker.part = Part.OPTIMIZER
+        tracker.reset_peak()
         gradients = sums.tensors()
         torch.nn.utils.get_total_norm(gradients)
         torch._foreach_mul_(gradients, 0.5)
         del gradients
         sums.hand_over()
         self._optimizer.step()
-        phases["update"] = _Phase.of(tracker)
-        return phases
+        return _Phase.of(tracker)
 
     def _make_state(self) -> None:
         """Let the optimizer make its state, and count no step."""
@@ -182,15 +229,20 @@ class Rehearsal:
             sums.hand_over()
             self._optimizer.step()
 
-    def _stand_in(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device=self._runs_on)
+    def _stand_ins(self, microbatch: Any) -> Any:
+        def stand_in(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=self._runs_on)
+
+        return pytree.tree_map(stand_in, microbatch)
 
     @contextmanager
     def _failing_clearly(self) -> Iterator[None]:
         try:
             yield
+        except PredictionError:
+            raise
         except Exception as error:  # whatever a user's model does with data that is not there
             raise PredictionError(f"the step cannot run without data ({_first_line(error)})") from error
 
@@ -238,7 +290,7 @@ def _parts_of_the_step(tracker: Tracker, model: nn.Module) -> Iterator[None]:
     last_of_model = [-1]
 
     def after_forward(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        tensors = _tensors([outputs])
+        tensors = tensors_in(outputs)
         tracker.hold(tensors, Part.LOSS)
         tracker.part = part
         nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
@@ -258,18 +310,9 @@ def _parts_of_the_step(tracker: Tracker, model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    todo = [tree]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, Mapping):
-            todo.extend(value.values())
-        elif not isinstance(value, str | bytes) and hasattr(value, "__iter__"):
-            todo.extend(value)
-    return found
+def state_of(optimizer: "Optimizer") -> list[Tensor]:
+    """Give the tensors of an optimizer's state."""
+    return tensors_in(optimizer.state)
 
 
 def _without_data(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The time and the peak of a real micro-batch, its gradients thrown away."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bigbatch.accumulate import GradientSums
+from bigbatch.memory.prediction import PredictionError
 from bigbatch.memory.tracker import Part, Tracker
-from bigbatch.objective import as_terms
+from bigbatch.objective import Items, as_terms
 from bigbatch.preserve import preserved
 
 if TYPE_CHECKING:
     from bigbatch.engine import LossFunction
 
-SHORTEST_S = 0.05  # of timing: small micro-batches are timed often
+SHORTEST_S = 0.1  # of timing: small micro-batches are timed often
 LEAST_TIMES = 2  # whatever they take: machines have other work, too
 
 
@@ -41,32 +43,34 @@ def probe(
     loss_fn: "LossFunction",
     take: Callable[[], Any],
     *,
-    measure_memory: bool = True,
+    held: Iterable[Tensor] | None = None,
 ) -> Probe:
-    """Run forward and backward of a micro-batch a few times, with gradient sums there, as in the middle of a window.
+    """Run one micro-batch several times, as within a window, and throw its gradients away.
 
-    Random states, buffers and gradients are put back; nothing is learned. On CUDA the statistics of the peak are reset
-    and the device is waited for. On the CPU the peak is that of a `Tracker`, in a run that is not timed.
+    Random states, buffers and gradients are put back. On CUDA the device is waited for. Elsewhere the peak is that of a
+    `Tracker`, in a run that is not timed.
 
     Args:
         model: In training mode.
         parameters: Those of the optimizer.
         loss_fn: As for `bigbatch.Engine`.
         take: Makes the micro-batch, on the device.
-        measure_memory: Whether the peak is asked for: on the CPU it costs one more run.
+        held: What is there already and counts, where the peak is asked for.
 
     Raises:
+        PredictionError: ``loss_fn`` kept a tensor of the rehearsal.
         torch.OutOfMemoryError: It does not fit.
     """
     device = parameters[0].device
     with preserved(model, parameters=False), GradientSums(parameters) as sums:
 
         def run() -> None:
-            terms = as_terms(loss_fn(model, take()))
-            sums.backward(reduce(add, (loss_sum for loss_sum, _ in terms.values())))
+            losses = _losses(loss_fn(model, take()))
+            if losses:
+                sums.backward(reduce(add, losses))
 
         run()  # makes the sums, and whatever else is made once
-        peak_bytes = _measure(model, parameters, sums, run, device) if measure_memory else None
+        peak_bytes = None if held is None else _measure(held, sums, run, device)
         spent_s, best_s, times = 0.0, float("inf"), 0
         while spent_s < SHORTEST_S or times < LEAST_TIMES:
             _wait(device)
@@ -78,22 +82,34 @@ def probe(
     return Probe(best_s, peak_bytes)
 
 
-def _measure(
-    model: nn.Module, parameters: list[Tensor], sums: GradientSums, run: Callable[[], None], device: torch.device
-) -> int | None:
+def _losses(result: Any) -> list[Tensor]:
+    """Give the losses that have items, as a window differentiates them."""
+    losses = [loss_sum for loss_sum, items in as_terms(result).values() if not _is_zero(items)]
+    if any(isinstance(loss_sum, FakeTensor) for loss_sum in losses):
+        raise PredictionError(
+            "loss_fn keeps tensors from one call to the next, in a cache outside of the model, and kept one of those "
+            "without data that memory is predicted with. Keep them in the model; or start again, and pass a number or "
+            'a TokenBudget instead of microbatch="auto".'
+        )
+    return losses
+
+
+def _is_zero(items: Items) -> bool:
+    return items == 0 if not isinstance(items, Tensor) else items.is_cpu and items.item() == 0
+
+
+def _measure(held: Iterable[Tensor], sums: GradientSums, run: Callable[[], None], device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
         on_device: int = torch.cuda.max_memory_allocated(device)
         return on_device
-    if device.type != "cpu":
-        return None
     with Tracker(device) as tracker:
-        tracker.hold([*model.parameters(), *model.buffers(), *parameters], Part.PARAMETERS)
-        tracker.hold(sums.tensors(), Part.GRADIENTS)
+        tracker.hold(held, Part.PARAMETERS)
+        tracker.hold((total for total in sums.versions()[0] if total is not None), Part.GRADIENTS)
         run()
-    on_host: int = tracker.peak_bytes
-    return on_host
+    elsewhere: int = tracker.peak_bytes
+    return elsewhere
 
 
 def _wait(device: torch.device) -> None:

@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bigbatch.errors import MemoryLimitError
 from bigbatch.limit import MemoryLimit, default_limit, describe_bytes, parse_memory
+from bigbatch.memory.tracker import storages
 
 HEADROOM_PERCENT = 5  # of a limit: for the gaps between allocations, which nobody else can use
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -33,7 +36,12 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that an allocation failed, on a device or on the host."""
+    """Tell whether an error says that an allocation failed, on a device or on the host.
+
+    Not so a `MemoryLimitError`, which may quote such an error: it says that nothing smaller can help.
+    """
+    if isinstance(error, MemoryLimitError):
+        return False
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -86,7 +94,7 @@ def find_room(memory: str | int | MemoryLimit | None, device: torch.device, held
     """
     if memory is not None and not isinstance(memory, MemoryLimit):
         memory = parse_memory(memory)
-    held_bytes = sum(_storages(held).values())
+    held_bytes = _bytes_of(held, device)
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         free_bytes += torch.cuda.memory_reserved(device)
@@ -104,28 +112,52 @@ def find_room(memory: str | int | MemoryLimit | None, device: torch.device, held
     return Room.of(limit_bytes, None if memory is None else str(memory), others_bytes=others_bytes)
 
 
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided}
+def _bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:
+    on_device = (tensor for tensor in tensors if tensor.device.type == device.type)
+    return sum({memory._cdata: memory.nbytes() for tensor in on_device for memory in storages(tensor)}.values())
 
 
-def _host_memory() -> tuple[int, int]:
-    """Give what is free and all there is, for this process: of the machine, or of the container around it."""
+def _host_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> tuple[int, int]:
+    """Give what is free and all there is, for this process: of the machine, or of the tightest container around it."""
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free_bytes = total_bytes // 2
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+    with suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = (proc / "meminfo").read_text().splitlines()
         free_bytes = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    with suppress(OSError, ValueError):  # "max" where a container has no limit
-        group = Path("/sys/fs/cgroup")
-        most_bytes = int((group / "memory.max").read_text())
-        used_bytes = int((group / "memory.current").read_text())
+    for most_bytes, used_bytes in _containers(proc, cgroup):
         total_bytes = min(total_bytes, most_bytes)
         free_bytes = min(free_bytes, most_bytes - used_bytes)
-    return free_bytes, total_bytes
+    return max(0, free_bytes), total_bytes
 
 
-def _resident_bytes() -> int:
+def _containers(proc: Path, cgroup: Path) -> Iterator[tuple[int, int]]:
+    """Yield the limit of every control group around this process, and what it uses; of either version.
+
+    A group may lie where the process says, or where a container shows its own: at the root.
+    """
+    paths = {"": "", "memory": ""}
+    with suppress(OSError, ValueError):
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+        paths |= {kinds: path.strip("/") for _, kinds, path in (line.split(":", 2) for line in lines)}
+    for root, path, *names in (
+        (cgroup, paths[""], "memory.max", "memory.current", ""),
+        (cgroup / "memory", paths["memory"], "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        for group in (root / path, *(root / parent for parent in Path(path).parents)):
+            with suppress(OSError, ValueError):  # not there, or "max": no limit
+                yield _read_group(group, *names)
+
+
+def _read_group(group: Path, most: str, used: str, prefix: str) -> tuple[int, int]:
+    most_bytes, used_bytes = (int((group / name).read_text()) for name in (most, used))
+    with suppress(OSError, ValueError):  # files that the kernel keeps for want of a better use of the memory
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used_bytes -= sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return most_bytes, max(0, used_bytes)
+
+
+def _resident_bytes(proc: Path = PROC) -> int:
     """What the process holds of the host's memory now; its highest so far where the platform tells only that."""
-    with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, IndexError):
+        return int((proc / "self" / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_bytes(torch.device("cpu")) or 0

@@ -1,0 +1,347 @@
+"""What memory there is: of the machine, of containers around the process, and as it is asked for."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bigbatch
+from bigbatch.limit import MIB, parse_memory
+from bigbatch.memory import Room, find_room, is_out_of_memory, peak_bytes, usage
+
+CPU = torch.device("cpu")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+TOTAL = PAGE * os.sysconf("SC_PHYS_PAGES")
+NOWHERE = Path("/nowhere at all")
+
+
+# Room -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_room_keeps_five_percent_free() -> None:
+    assert Room.of(1000, "1000B") == Room(1000, 950, "1000B")
+    assert Room.of(1000, None, others_bytes=200) == Room(1000, 760, None)
+
+
+@pytest.mark.parametrize("others_bytes", [1000, 1001, 10**15])
+def test_a_room_is_never_negative(others_bytes: int) -> None:
+    assert Room.of(1000, "1000B", others_bytes=others_bytes).usable_bytes == 0
+    assert Room.of(0, None).usable_bytes == 0
+
+
+def test_a_room_says_where_it_comes_from() -> None:
+    assert str(Room.of(2**31, "2GiB")) == "memory is limited to 2GiB, of which tensors may take 1.9 GiB"
+    assert str(Room.of(2**31, None)) == "2.0 GiB are free, less a margin, of which tensors may take 1.9 GiB"
+
+
+# find_room --------------------------------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Of this process, now: the bound of what others can be."""
+    return usage._resident_bytes()
+
+
+def tensors(num_bytes: int) -> list[torch.Tensor]:
+    """Held tensors that are really there."""
+    return [torch.ones(num_bytes, dtype=torch.uint8)]
+
+
+def test_an_amount_is_for_the_whole_process() -> None:
+    room = find_room("2GiB", CPU, ())
+    others_bytes = 2**31 - room.usable_bytes * 100 / 95
+    assert (room.limit_bytes, room.asked) == (2**31, "2GiB")
+    assert others_bytes == pytest.approx(resident(), rel=0.05)
+
+
+def test_held_tensors_are_none_of_the_others() -> None:
+    held = tensors(200 * MIB)
+    without, with_held = find_room("4GiB", CPU, ()), find_room("4GiB", CPU, held)
+    assert with_held.limit_bytes == without.limit_bytes
+    assert with_held.usable_bytes - without.usable_bytes == pytest.approx(0.95 * 200 * MIB, rel=0.05)
+
+
+def test_held_tensors_count_once_and_where_they_are() -> None:
+    held = tensors(200 * MIB)
+    elsewhere = torch.empty(2**33, device="meta")
+    once = find_room("4GiB", CPU, held)
+    assert find_room("4GiB", CPU, [*held, *held, held[0][5:], elsewhere]).usable_bytes == pytest.approx(
+        once.usable_bytes, rel=0.01
+    )
+
+
+def test_held_tensors_may_be_sparse_or_not_made_yet() -> None:
+    lazy = nn.LazyLinear(3)
+    assert find_room("4GiB", CPU, [*lazy.parameters(), torch.eye(4).to_sparse()]).usable_bytes > 0
+
+
+def test_held_tensors_that_take_more_than_the_process_leave_no_less_than_nothing_to_others() -> None:
+    untouched = torch.empty(2**31, dtype=torch.uint8)  # the kernel has not given this memory
+    room = find_room("1GiB", CPU, [untouched])
+    assert room == Room.of(2**30, "1GiB")
+
+
+@pytest.mark.parametrize("memory", ["1MiB", 2000, "0.001%"])
+def test_less_than_the_process_takes_leaves_nothing(memory: str | int) -> None:
+    room = find_room(memory, CPU, ())
+    assert room.usable_bytes == 0
+    assert 0 < room.limit_bytes < resident()
+
+
+def test_a_share_is_one_of_all_that_there_is() -> None:
+    total = usage._host_memory()[1]
+    assert find_room("50%", CPU, ()).limit_bytes == total // 2
+    assert find_room("100%", CPU, ()).limit_bytes == total
+
+
+@pytest.mark.parametrize("memory", [2**31, "2GiB", "2147483648B", parse_memory("2 GiB")])
+def test_an_amount_may_be_written_in_several_ways(memory: Any) -> None:
+    room = find_room(memory, CPU, ())
+    assert room.limit_bytes == 2**31
+    assert room.asked in {"2GiB", "2147483648B", "2 GiB"}
+
+
+def test_without_an_amount_the_limit_is_what_is_free_less_a_margin() -> None:
+    room = find_room(None, CPU, ())
+    free, total = usage._host_memory()
+    assert room.asked is None
+    assert room.usable_bytes == room.limit_bytes * 95 // 100, "what others take is not free"
+    assert room.limit_bytes == pytest.approx(free - max(total // 50, 256 * MIB), abs=total // 4)  # others run meanwhile
+    assert 0 <= room.limit_bytes < total
+
+
+def test_more_than_there_is_is_refused_in_a_sentence() -> None:
+    total = usage._host_memory()[1]
+    most = f"{total * 100 // 2**30 // 100}.{total * 100 // 2**30 % 100:02}GiB"
+    with pytest.raises(ValueError, match="memory") as raised:
+        find_room("1000TiB", CPU, ())
+    assert str(raised.value) == (
+        f"memory 1000TiB is more than the {most} that the device has: pass {most} or less, or a share such as 90%."
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ("many", "memory is 'many': it must be an amount such as 24GiB or a share such as 80%."),
+        ("", "memory is '': it must be an amount such as 24GiB or a share such as 80%."),
+        (24, "memory is 24: a number alone is in bytes; write text with a unit, such as '24GiB'."),
+        ("120%", "memory is '120%': a share must be at most 100%, such as 80%."),
+        (-1, "memory is -1: it must be more than 0, such as 24GiB or 80%."),
+        (2.5, "memory is 2.5: it must be an amount such as 24GiB or a share such as 80%."),
+    ],
+)
+def test_what_is_no_amount_is_refused_in_a_sentence(memory: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="memory") as raised:
+        find_room(memory, CPU, ())
+    assert str(raised.value) == message
+
+
+# machine and containers -------------------------------------------------------------------------------------------
+
+
+def write(root: Path, files: dict[str, object]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(str(text))
+    return root
+
+
+def meminfo(available_kib: object) -> str:
+    return f"MemTotal:       99999999 kB\nMemFree:        1 kB\nMemAvailable:   {available_kib} kB\nBuffers: 5 kB\n"
+
+
+def test_what_is_free_is_what_the_kernel_says_is_available(tmp_path: Path) -> None:
+    proc = write(tmp_path, {"meminfo": meminfo(4096)})
+    assert usage._host_memory(proc, NOWHERE) == (4 * MIB, TOTAL)
+
+
+@pytest.mark.parametrize("text", [None, "", "MemTotal: 5 kB\n", "MemAvailable:\n", "MemAvailable: lots kB\n", "\udcff"])
+def test_where_the_kernel_says_nothing_half_of_all_counts_as_free(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "meminfo").write_bytes(text.encode(errors="surrogateescape"))
+    assert usage._host_memory(tmp_path, NOWHERE) == (TOTAL // 2, TOTAL)
+
+
+def host(root: Path, files: dict[str, object], group: str | None = "0::/\n") -> tuple[int, int]:
+    """Free and total, in MiB, of a machine with 64 MiB available."""
+    proc = write(root / "proc", {"meminfo": meminfo(64 * 1024)} | ({} if group is None else {"self/cgroup": group}))
+    free, total = usage._host_memory(proc, write(root / "cgroup", files))
+    assert free % MIB == 0
+    return free // MIB, (total // MIB if total != TOTAL else -1)
+
+
+def version_2(most: object, current: object, stat: str | None = None, *, at: str = "") -> dict[str, object]:
+    more = {} if stat is None else {f"{at}memory.stat": stat}
+    return {f"{at}memory.max": most, f"{at}memory.current": current} | more
+
+
+def version_1(most: object, used: object, stat: str | None = None, *, at: str = "") -> dict[str, object]:
+    more = {} if stat is None else {f"memory/{at}memory.stat": stat}
+    return {f"memory/{at}memory.limit_in_bytes": most, f"memory/{at}memory.usage_in_bytes": used} | more
+
+
+def test_a_container_limits_what_is_free_and_what_there_is(tmp_path: Path) -> None:
+    assert host(tmp_path, version_2(f"{48 * MIB}\n", f"{8 * MIB}\n")) == (40, 48)
+
+
+def test_a_container_with_more_than_the_machine_has_free_limits_nothing(tmp_path: Path) -> None:
+    assert host(tmp_path, version_2(2**62, 8 * MIB)) == (64, -1)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        version_2("max\n", 8 * MIB),
+        version_2("", 8 * MIB),
+        version_2(8 * MIB, "much"),
+        {"memory.max": 48 * MIB},
+        {"memory.current": 8 * MIB},
+        {},
+    ],
+)
+def test_a_container_that_has_no_limit_or_does_not_tell_limits_nothing(
+    tmp_path: Path, files: dict[str, object]
+) -> None:
+    assert host(tmp_path, files) == (64, -1)
+
+
+def test_a_container_that_is_over_its_limit_has_nothing_free(tmp_path: Path) -> None:
+    assert host(tmp_path, version_2(8 * MIB, 9 * MIB)) == (0, 8)
+
+
+def test_files_that_the_kernel_keeps_in_a_container_count_as_free(tmp_path: Path) -> None:
+    stat = f"anon {5 * MIB}\nfile {30 * MIB}\nshmem 0\ninactive_file {20 * MIB}\nactive_file {10 * MIB}\n"
+    assert host(tmp_path, version_2(48 * MIB, 40 * MIB, stat)) == (48 - 10, 48)
+
+
+@pytest.mark.parametrize("stat", ["", "inactive_file\n", "inactive_file many\n", "a b c\n"])
+def test_statistics_that_cannot_be_read_free_nothing(tmp_path: Path, stat: str) -> None:
+    assert host(tmp_path, version_2(48 * MIB, 40 * MIB, stat)) == (8, 48)
+
+
+def test_files_do_not_make_the_use_negative(tmp_path: Path) -> None:
+    assert host(tmp_path, version_2(48 * MIB, 4 * MIB, f"inactive_file {5 * MIB}\n")) == (48, 48)
+
+
+@pytest.mark.parametrize("group", ["0::/batch/job_7/step\n", "1:name=systemd:/\n0::/batch/job_7/step\n"])
+def test_of_groups_in_one_another_the_tightest_counts(tmp_path: Path, group: str) -> None:
+    files = version_2(50 * MIB, 40 * MIB, at="batch/") | version_2("max", 1, at="batch/job_7/step/")
+    assert host(tmp_path, files | version_2(48 * MIB, 8 * MIB, at="batch/job_7/"), group) == (10, 48)
+
+
+def test_another_group_than_the_process_is_in_limits_nothing(tmp_path: Path) -> None:
+    assert host(tmp_path, version_2(8 * MIB, 0, at="other/"), "0::/mine\n") == (64, -1)
+
+
+@pytest.mark.parametrize("group", [None, "", "nonsense\n", "4:memory\n", "0::/not/there:even\n"])
+def test_where_the_process_does_not_say_its_group_the_root_counts(tmp_path: Path, group: str | None) -> None:
+    assert host(tmp_path, version_2(48 * MIB, 8 * MIB), group) == (40, 48)
+
+
+def test_groups_of_the_first_version_count_too(tmp_path: Path) -> None:
+    group = "9:name=systemd:/\n5:devices:/elsewhere\n4:memory:/docker/abc\n1:cpu:/\n"
+    stat = f"inactive_file 0\ntotal_inactive_file {2 * MIB}\ntotal_active_file {1 * MIB}\n"
+    inside = version_1(48 * MIB, 11 * MIB, stat, at="docker/abc/")
+    assert host(tmp_path / "on the machine", inside | version_1(2**63 - 4096, 90 * MIB), group) == (40, 48)
+    assert host(tmp_path / "in the container", version_1(48 * MIB, 8 * MIB), group) == (40, 48)
+
+
+def test_what_the_process_holds_is_read_in_pages(tmp_path: Path) -> None:
+    proc = write(tmp_path, {"self/statm": "99999 1234 77 1 0 500 0\n"})
+    assert usage._resident_bytes(proc) == 1234 * PAGE
+
+
+@pytest.mark.parametrize("text", [None, "", "7", "many pages"])
+def test_where_the_process_does_not_say_what_it_holds_the_most_so_far_counts(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        write(tmp_path, {"self/statm": text})
+    assert usage._resident_bytes(tmp_path) == peak_bytes(CPU)
+
+
+def test_what_the_process_holds_grows_with_what_is_allocated() -> None:
+    before = resident()
+    held = tensors(300 * MIB)
+    assert resident() - before == pytest.approx(held[0].nbytes, rel=0.1)
+
+
+# out of memory ----------------------------------------------------------------------------------------------------
+
+
+def allocate_too_much() -> torch.Tensor:
+    return torch.empty(2**60, dtype=torch.uint8)
+
+
+def caught() -> RuntimeError:
+    with pytest.raises(RuntimeError) as raised:
+        allocate_too_much()
+    return raised.value
+
+
+def out_of_memory() -> Iterable[tuple[BaseException, bool]]:
+    quoted = "the state of AdamW does not fit in memory (DefaultCPUAllocator: can't allocate memory: you tried …)"
+    yield caught(), True
+    yield torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True
+    yield RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True
+    yield bigbatch.MemoryLimitError(quoted), False
+    yield RuntimeError("shapes do not match"), False
+    yield ValueError("can't allocate memory"), False
+    yield KeyboardInterrupt(), False
+
+
+@pytest.mark.parametrize(("error", "expected"), list(out_of_memory()), ids=lambda value: type(value).__name__)
+def test_a_failed_allocation_is_told_from_other_errors(error: BaseException, *, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def huge() -> nn.Module:
+    """A parameter that fits, since nothing of it is there, and whose optimizer's state never does."""
+    model = nn.Linear(1, 1, bias=False)
+    model.weight = nn.Parameter(torch.zeros(1, 1).expand(2**29, 2**29), requires_grad=True)
+    return model
+
+
+def test_state_that_does_not_fit_is_the_last_word() -> None:
+    model = huge()
+    accumulator = bigbatch.Accumulator(model, torch.optim.RMSprop(model.parameters(), momentum=0.9))
+    with pytest.raises(bigbatch.MemoryLimitError, match="can't allocate memory") as raised:
+        accumulator.prepare()
+    assert not is_out_of_memory(raised.value)
+
+
+def last_word(calls: list[int]) -> Any:
+    def loss_fn(model: nn.Module, inputs: torch.Tensor) -> Any:
+        calls.append(len(inputs))
+        raise bigbatch.MemoryLimitError("no sample fits (DefaultCPUAllocator: can't allocate memory)")
+
+    return loss_fn
+
+
+def test_a_window_tries_no_pieces_after_the_last_word() -> None:
+    model, calls = nn.Linear(2, 1), []
+    engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters()), last_word(calls), microbatch=8)
+    with pytest.raises(bigbatch.MemoryLimitError, match=r"^no sample fits"):
+        engine.step(torch.ones(8, 2))
+    assert calls == [8]
+
+
+def test_verify_tries_no_smaller_reference_after_the_last_word() -> None:
+    calls: list[int] = []
+    with pytest.raises(bigbatch.MemoryLimitError, match=r"^no sample fits"):
+        bigbatch.verify(nn.Linear(2, 1), last_word(calls), torch.ones(8, 2))
+    assert calls == [8]
+
+
+def test_an_update_passes_the_last_word_on() -> None:
+    class Final(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            raise bigbatch.MemoryLimitError("no state fits (can't allocate memory)")
+
+    model = nn.Linear(2, 1)
+    engine = bigbatch.Engine(model, Final(model.parameters()), lambda m, x: (m(x).sum(), len(x)), microbatch=8)
+    with pytest.raises(bigbatch.MemoryLimitError, match=r"^no state fits \(can't allocate memory\)$"):
+        engine.step(torch.ones(8, 2))
