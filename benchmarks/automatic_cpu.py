@@ -25,7 +25,7 @@ from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared, prepare
 from bigbatch.memory import Part, Tracker
 
-SIZES = (1, 2, 4, 8, 16, 32)
+SIZES = (1, 2, 4, 8, 16)
 GLOBAL_BATCH = 64
 
 

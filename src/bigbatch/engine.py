@@ -221,10 +221,11 @@ class Engine:
         """Group samples of some lengths as the micro-batches of `step` would, those in use at the moment.
 
         Raises:
-            ValueError: A length is above the token budget; or no micro-batch is chosen yet.
+            RuntimeError: No micro-batch is chosen yet.
+            ValueError: A length is above the token budget.
         """
         if not self._size_in_use:
-            raise ValueError("no micro-batch is chosen yet: call tune(batch) first, or step(batch), which does it.")
+            raise RuntimeError("no micro-batch is chosen yet: call tune(batch) first, or step(batch), which does it.")
         if self.token_budget is None:
             size = self._size_in_use
             return [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]

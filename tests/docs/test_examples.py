@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/tutorial.md", "docs/how-to/own-loop.md", "docs/how-to/fit-memory.md", "docs/explanation/exactness.md"]
+PAGES = [
+    "README.md",
+    "docs/tutorial.md",
+    "docs/how-to/own-loop.md",
+    "docs/how-to/fit-memory.md",
+    "docs/explanation/exactness.md",
+]
 
 
 def blocks(page: str) -> list[str]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from bigbatch.lm.config import DEFAULT_STEPS, EXCLUSIVE, GROUPS, LARGEST_SEED, TrainConfig
+from bigbatch.lm.config import DEFAULT_STEPS, EXCLUSIVE, GROUPS, TrainConfig
+from bigbatch.lm.fields import LARGEST_SEED
 
 
 def error_types(**given: object) -> list[str]:

@@ -21,8 +21,8 @@ NARROWEST_BAR, WIDEST_BAR = 8, 32
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Make a console that neither invents colours nor reads markup in what it is given."""
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    """Make a console that neither invents colours nor reads markup or :emoji: in what it is given."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:

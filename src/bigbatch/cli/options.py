@@ -7,19 +7,8 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from bigbatch.lm.config import (
-    GROUPS,
-    LARGEST_COUNT,
-    Count,
-    Device,
-    FieldGroup,
-    Folder,
-    Number,
-    Seed,
-    Text,
-    TrainConfig,
-    Whole,
-)
+from bigbatch.lm.config import GROUPS, FieldGroup, TrainConfig
+from bigbatch.lm.fields import LARGEST_COUNT, Count, Device, Folder, Number, Seed, Text, Whole
 
 
 def _split_commas(value: object) -> object:

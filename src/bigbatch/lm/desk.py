@@ -3,9 +3,6 @@
 Models are made on the device ``meta``, without weights; only `Desk.measure` makes one that runs.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -120,8 +117,7 @@ class Desk:
         """Predict the peak of a window of micro-batches of a size."""
         for shape in self._fullest(size):
             if shape not in self._predicted:
-                with _quietly():
-                    self._predicted[shape] = self._rehearsal.predict(_rows(shape))
+                self._predicted[shape] = self._rehearsal.predict(_rows(shape))
         return max((self._predicted[shape] for shape in self._fullest(size)), key=lambda found: found.peak_bytes)
 
     def _fullest(self, size: int) -> list[tuple[int, int]]:
@@ -169,9 +165,8 @@ class Desk:
         changes = {name: value for flags in names for name, value in LEVERS[flags].items()}
         config = self._config.model_copy(update=changes)
         try:
-            with _quietly():
-                rehearsal = self._rehearse(config, self._model(config, torch.device("meta")))
-                peak_bytes = rehearsal.predict(_rows(shape)).peak_bytes
+            rehearsal = self._rehearse(config, self._model(config, torch.device("meta")))
+            peak_bytes = rehearsal.predict(_rows(shape)).peak_bytes
         except (InputError, PredictionError):  # the model cannot have it
             return None
         return Lever(" ".join(names), peak_bytes, self.fits(peak_bytes))
@@ -250,15 +245,3 @@ def _rows(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
 def _samples(lengths: list[int]) -> list[dict[str, torch.Tensor]]:
     names = ("input_ids", "labels")
     return [{name: torch.zeros(length, dtype=torch.int64) for name in names} for length in lengths]
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep torch from writing a traceback for what becomes a sentence."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

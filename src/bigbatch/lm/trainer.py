@@ -152,23 +152,26 @@ class Trainer:
         """
         if self.config.microbatch != "auto":
             return None
-        if beside is not None and (found := recall(beside, fingerprint(self.prepared))) is not None:
+        machine, model = self.prepared.machine, self.prepared.model
+        try:
+            room = find_room(self.engine.memory, machine.device, [*model.parameters(), *model.buffers()])
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+        if self.engine.memory is not None:
+            machine.limit_memory(room.limit_bytes)
+        key = fingerprint(self.prepared)
+        if beside is not None and (found := recall(beside, key, usable_bytes=room.usable_bytes)) is not None:
             self.engine.use(found[0])
             return found[1]
         lengths = self.prepared.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         try:
-            if self.engine.memory is not None:
-                machine = self.prepared.machine
-                machine.limit_memory(find_room(self.engine.memory, machine.device, ()).limit_bytes)
             self.engine.tune(self._samples(list({*self.first_window(), longest})))
         except MemoryLimitError as error:
             raise InputError(
                 f"{error} Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and "
                 "--lora-rank."
             ) from error
-        except ValueError as error:  # about the memory that was asked for
-            raise InputError(f"--{error}") from error
         return None
 
     def first_window(self) -> list[int]:

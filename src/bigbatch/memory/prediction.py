@@ -9,6 +9,7 @@ docs/explanation/memory.md has both beside what an H200 measured.
 """
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -240,7 +241,8 @@ class Rehearsal:
     @contextmanager
     def _failing_clearly(self) -> Iterator[None]:
         try:
-            yield
+            with _quiet_log():
+                yield
         except PredictionError:
             raise
         except Exception as error:  # whatever a user's model does with data that is not there
@@ -325,4 +327,16 @@ def _without_data(mode: FakeTensorMode, tensor: Tensor, device: torch.device | N
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Keep torch from writing a traceback about what becomes a sentence."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -77,6 +77,8 @@ class Room:
     def __str__(self) -> str:
         limit = describe_bytes(self.limit_bytes)
         source = f"memory is limited to {self.asked}" if self.asked else f"{limit} are free, less a margin"
+        if not self.usable_bytes:
+            return f"{source}, and this process holds as much without its tensors"
         return f"{source}, of which tensors may take {describe_bytes(self.usable_bytes)}"
 
 
