@@ -170,7 +170,10 @@ def test_one_short_document_is_planned_in_the_singular(folder: Path, capfd: pyte
 
 def test_a_micro_batch_that_does_not_fit_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = planned(capfd, *SMALL, "--memory", "1MiB", code=1)
-    assert "\n  which does NOT fit: memory is limited to 1MiB, of which tensors may take " in printed
+    assert (
+        "\n  which does NOT fit: memory is limited to 1MiB, and this process holds as much without its tensors\n"
+        in printed
+    )
     assert "; how long one takes was not measured: it does not fit\n" in printed
     assert "which fits" not in printed
 

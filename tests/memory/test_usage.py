@@ -345,3 +345,9 @@ def test_an_update_passes_the_last_word_on() -> None:
     engine = bigbatch.Engine(model, Final(model.parameters()), lambda m, x: (m(x).sum(), len(x)), microbatch=8)
     with pytest.raises(bigbatch.MemoryLimitError, match=r"^no state fits \(can't allocate memory\)$"):
         engine.step(torch.ones(8, 2))
+
+
+def test_a_process_that_holds_the_limit_already_is_told_so() -> None:
+    room = Room.of(2**20, "1MiB", others_bytes=2**30)
+    assert room.usable_bytes == 0
+    assert str(room) == "memory is limited to 1MiB, and this process holds as much without its tensors"
