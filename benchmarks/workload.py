@@ -1,7 +1,7 @@
 """Workload W: a Qwen2 of 494 million parameters, and a global batch of 256 sequences of 32 to 2,048 tokens.
 
 float32 weights under bf16 autocast, fused AdamW, random token ids, every token a label: 92,493 tokens an update.
-Imported by the benchmarks that measure on it.
+Imported by the benchmarks that measure on it; `bigbatch bench` runs the same (`bigbatch.lm.bench.workload.W`).
 """
 
 from collections.abc import Sequence
@@ -11,42 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigbatch.lm.bench.workload import W
+from bigbatch.lm.dataset import IGNORED
 from bigbatch.lm.device import Machine
 from bigbatch.lm.head import ChunkedCausalLMLoss
 
-LONGEST, SHORTEST = 2_048, 32
-IGNORED = -100
+LONGEST, SHORTEST = W.longest, W.shortest
 
 Sample = Tensor
 
 
 def make_model(device: str = "cuda", *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Make the model with random weights."""
-    import transformers
-
-    config = transformers.Qwen2Config(
-        **{
-            "hidden_size": 896,
-            "intermediate_size": 4_864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "vocab_size": 151_936,
-            "tie_word_embeddings": True,
-            "max_position_embeddings": LONGEST,
-            **changes,
-        }
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    return W.make_model(device, dtype=dtype, **changes)
 
 
 def make_batch(vocabulary: int = 151_936, *, seed: int = 0) -> list[Sample]:
     """Make the global batch: int64 token ids ``[length]``; seed 0 is the workload's."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = (torch.randn(256, generator=generator) * 0.8 + 5.6).exp().clamp(SHORTEST, LONGEST).long()
-    return [torch.randint(vocabulary, (length,), generator=generator) for length in lengths.tolist()]
+    return W.make_sequences(vocabulary=vocabulary, seed=seed)
 
 
 def lengths(samples: Sequence[Sample]) -> list[int]:

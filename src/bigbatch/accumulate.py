@@ -6,7 +6,7 @@ thousand that agree. A hook moves every micro-gradient into its sum as soon as a
 than the one in flight exists in the narrow dtype.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -38,10 +38,13 @@ class GradientSums:
     Args:
         parameters: Leaf tensors of any floating dtype, on any devices. Those that do not require a gradient are left
             alone for as long as they do not.
+        kept: Sums of windows before, by parameter, to begin with as zeros and to leave in place: whoever recorded where
+            they are may add to them. Only of parameters that sum natively.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], *, kept: Mapping[Tensor, Tensor] | None = None) -> None:
         self.parameters = tuple(parameters)
+        self._kept = kept or {}
         self._wide: dict[Tensor, Tensor] = {}
         self._all_sums: list[Tensor | None] = []
         self._unhook: Callable[[], object] = lambda: None
@@ -52,6 +55,10 @@ class GradientSums:
 
     def __enter__(self) -> Self:
         self.clear()
+        if self._kept:
+            torch._foreach_zero_(list(self._kept.values()))
+            for parameter, total in self._kept.items():
+                parameter.grad = total
         widen = WeakMethod(self._widen)
         narrow = (p for p in self.parameters if p.dtype in NARROW_DTYPES and p.requires_grad)
         handles = [_on_accumulated(p, widen) for p in narrow]
@@ -183,6 +190,13 @@ class GradientSums:
             else:
                 parameter.grad = total
         return total._values()
+
+    def native(self) -> dict[Tensor, Tensor] | None:
+        """Give the dense sums that parameters hold themselves, by parameter; None where there are others, too."""
+        found = {p: p.grad for p in self.parameters if p.grad is not None}
+        if self._wide or any(total.is_sparse for total in found.values()):
+            return None
+        return found
 
     def named_by(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
         """The sums by the names given for the parameters, zeros for those that received no gradient."""

@@ -5,7 +5,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.errors import WindowStateError
 from bigbatch.objective import Items
@@ -130,11 +130,17 @@ class Accumulator:
         """
         return self.open(microbatches, totals)[0]
 
-    def open(self, microbatches: Iterable[Any], totals: Mapping[str, Items] | None) -> "tuple[Window, Transaction]":
-        """Open one window and give its transaction with it. For `Engine`, not for loops."""
+    def open(
+        self,
+        microbatches: Iterable[Any],
+        totals: Mapping[str, Items] | None,
+        *,
+        kept: Mapping[Tensor, Tensor] | None = None,
+    ) -> "tuple[Window, Transaction]":
+        """Open one window and give its transaction with it, on sums that are kept. For `Engine`, not for loops."""
         self._finish_previous()
         self.prepare()
-        transaction = Transaction(self._update, totals)
+        transaction = Transaction(self._update, totals, kept=kept)
         self._open = Window(iter(microbatches), transaction)
         return self._open, transaction
 

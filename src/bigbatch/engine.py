@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulator import Accumulator as Accumulator
 from bigbatch.accumulator import CountItems as CountItems
 from bigbatch.feed import Feed
-from bigbatch.grouping import group_by_tokens
+from bigbatch.graphs import Recorder
+from bigbatch.grouping import Layout, group_by_tokens, round_down, round_up
 from bigbatch.memory.choice import Choice, Step, choose
+from bigbatch.memory.prediction import why_unpredictable
 from bigbatch.memory.usage import find_room
 from bigbatch.objective import Items, Terms
 from bigbatch.plan import Cost, TokenBudget, plan
@@ -57,6 +60,11 @@ class Engine:
         collate: For batches that are lists of samples: makes one micro-batch of a list. Padding is then that of the
             micro-batch.
         lengths: ``lengths(batch) → one length per sample``, in tokens, for a `TokenBudget` and ``report.tokens``.
+        layout: ``"padded"``, or ``"packed"`` where ``collate`` makes one row of a list of samples, none of them padded,
+            and the loss keeps them apart: a micro-batch is then limited by the sum of its ``lengths``.
+        cuda_graphs: Whether micro-batches of shapes that were seen before are launched as one, see `bigbatch.graphs`:
+            the same gradients, with the host out of the way. Only for a ``loss_fn`` of one term that depends on the
+            micro-batch and the model alone, and never reads a value back.
         count_items: ``count_items(batch) → {term: items}``, needed for a loss of several terms.
         max_grad_norm: As for `Accumulator`.
         scheduler: As for `Accumulator`.
@@ -77,6 +85,8 @@ class Engine:
         memory: str | int | None = None,
         collate: Collate | None = None,
         lengths: Callable[[Any], Sequence[int]] | None = None,
+        layout: Layout = "padded",
+        cuda_graphs: bool = False,
         count_items: CountItems | None = None,
         max_grad_norm: float | None = None,
         scheduler: "LRScheduler | None" = None,
@@ -90,6 +100,8 @@ class Engine:
         self.loss_fn = loss_fn
         self.microbatch = microbatch
         self.memory = memory
+        self.layout = _check_layout(layout, lengths, collate)
+        self.recorder = Recorder(model, loss_fn) if _check_device(cuda_graphs, self.accumulator.device) else None
         self.choice: Choice | None = None
         self._size = self._size_in_use = _size_of(microbatch)
         self._cost = Cost()
@@ -144,8 +156,18 @@ class Engine:
         if lengths is not None:
             _check_lengths(lengths, everything.num_samples)
         self.accumulator.prepare()
-        alike = self.collate is None
-        step = Step(self.model, self.accumulator.optimizer, self.loss_fn, everything, lengths, alike=alike)
+        self.release()
+        step = Step(
+            self.model,
+            self.accumulator.optimizer,
+            self.loss_fn,
+            everything,
+            lengths,
+            alike=self.collate is None,
+            layout=self.layout,
+            records=self.recorder is not None,
+            unpredictable=why_unpredictable(self.model),
+        )
         room = find_room(self.memory, self.accumulator.device, step.held())
         self.use(choose(step, room))
         assert self.choice is not None, "just taken"
@@ -189,24 +211,36 @@ class Engine:
         lengths = self._lengths_of(batch)
         parts = self._split(batch, lengths)
         totals = None if self.count_items is None else self.count_items(batch)
-        window, transaction = self.accumulator.open((), totals)
-        recovery = self._recovery
+        recorder, recovery = self.recorder, self._recovery
+        if recorder is not None:
+            recorder.prepare()
+        window, transaction = self.accumulator.open((), totals, kept=None if recorder is None else recorder.kept)
         recovery.begin(transaction, lengths)
-
         feed = Feed(parts)
 
         def forward(rows: Sequence[int]) -> Any:
             return self.loss_fn(self.model, feed.take(rows))
 
+        def add(rows: Sequence[int]) -> None:
+            if recorder is None or not recorder.is_ready or not recorder.run(feed.take(rows), transaction):
+                recovery.add(forward, rows)
+
         try:
             with feed:
                 for rows in parts.groups:
-                    window.run(recovery.add, forward, rows)
+                    window.run(add, rows)
+            if recorder is not None and not recovery.num_failures:
+                recorder.keep(transaction.sums)
             report = window.step()
         finally:
             window.abort()
         self._adapt(recovery.num_failures)
         return replace(report, tokens=None if lengths is None else sum(lengths), retries=recovery.num_failures)
+
+    def release(self) -> None:
+        """Give back the memory of recorded micro-batches, for work between updates; they are recorded again."""
+        if self.recorder is not None:
+            self.recorder.drop()
 
     def _lengths_of(self, batch: Any) -> list[int] | None:
         return None if self.lengths is None else [int(length) for length in self.lengths(batch)]
@@ -231,15 +265,33 @@ class Engine:
             return [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
         if isinstance(self.microbatch, TokenBudget) and max(lengths, default=1) > self.microbatch.tokens:
             plan(lengths, token_budget=self.microbatch.tokens)  # names the sample: this budget was asked for
-        return group_by_tokens(lengths, self._size_in_use, cost=self._cost)
+        return group_by_tokens(lengths, self._size_in_use, cost=self._cost, layout=self.layout)
 
     def _adapt(self, num_failures: int) -> None:
         """Take smaller micro-batches after a window that ran out of memory, and larger ones again after many good."""
         self._good_windows = 0 if num_failures else self._good_windows + 1
+        now = self._size_in_use
         if num_failures:
-            self._size_in_use = max(1, min(self._size_in_use - 1, int(self._size_in_use * SHRINK)))
-        elif self._good_windows % GROW_AFTER == 0 and self._size_in_use < self._size:
-            self._size_in_use = min(self._size, math.ceil(self._size_in_use / SHRINK))
+            smaller = max(1, min(now - 1, int(now * SHRINK)))
+            self._size_in_use = smaller if self.layout == "padded" else round_down(smaller)
+        elif self._good_windows % GROW_AFTER == 0 and now < self._size:
+            larger = math.ceil(now / SHRINK) if self.layout == "padded" else round_up(now + 1)
+            self._size_in_use = min(self._size, larger)
+
+
+def _check_layout(layout: str, lengths: object, collate: object) -> Layout:
+    if layout == "packed" and (lengths is None or collate is None):
+        missing = "lengths=, a function from the batch to the tokens of each sample" if lengths is None else "collate="
+        raise ValueError(f'layout="packed" needs {missing}: rows are packed of samples, by their tokens.')
+    if layout not in ("padded", "packed"):
+        raise ValueError(f'layout is {layout!r}: it must be "padded" or "packed".')
+    return layout  # type: ignore[return-value]
+
+
+def _check_device(cuda_graphs: bool, device: torch.device) -> bool:
+    if cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
+    return cuda_graphs
 
 
 def _check_lengths(lengths: Sequence[int], num_samples: int) -> None:

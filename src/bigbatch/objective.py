@@ -115,6 +115,11 @@ class Ledger:
         self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
         self._items: defaultdict[str, list[Items]] = defaultdict(list)
 
+    @property
+    def differentiates_sums(self) -> bool:
+        """Whether losses are differentiated undivided, as they are recorded."""
+        return self.totals is None and not self._prescale
+
     def record(self, terms: Terms) -> Tensor | None:
         """Note one micro-batch; return the 0-d loss to differentiate, or None where it has no item at all."""
         self.num_recorded += 1

@@ -17,7 +17,9 @@ from bigbatch.update import Update
 class Transaction:
     """One window's sums and counts, and how they become an update."""
 
-    def __init__(self, update: Update, totals: Mapping[str, Items] | None) -> None:
+    def __init__(
+        self, update: Update, totals: Mapping[str, Items] | None, *, kept: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
         self._update = update
         self._started_s = time.perf_counter()
         self._num_microbatches = 0
@@ -25,13 +27,23 @@ class Transaction:
         parameters = update.parameters()
         float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
         self.ledger = Ledger(totals, prescale=float16)
-        self.sums = GradientSums(parameters).__enter__()
+        self.sums = GradientSums(parameters, kept=kept).__enter__()
 
     def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
         """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
         loss = self.ledger.record(as_terms(loss_sum if items is None else (loss_sum, items)))
         if loss is not None and (only is None or only):
             self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
+        self._num_microbatches += 1
+
+    @property
+    def differentiates_sums(self) -> bool:
+        """Whether losses are differentiated as they come, with no factor of this window's own."""
+        return self._loss_scale is None and self.ledger.differentiates_sums
+
+    def note(self, loss_sum: Tensor, items: Items) -> None:
+        """Enter one micro-batch whose gradient is in the sums already."""
+        self.ledger.record(as_terms((loss_sum, items)))
         self._num_microbatches += 1
 
     def apply(self) -> WindowReport:

@@ -29,6 +29,8 @@ def test_the_overview_loads_not_even_pydantic(words: list[str]):
         ["train", "--help"],
         ["verify", "--help"],
         ["generate", "--help"],
+        ["bench", "--help"],
+        ["bench", "--only", "trianer"],
         ["train", "--global-batch", "0"],
         ["train", "--config", "/nonexistent.toml"],
         ["generate"],
@@ -38,12 +40,17 @@ def test_help_and_complaints_of_a_command_load_no_heavy_library(words: list[str]
     assert loaded_after(f"from bigbatch.cli import main; main({words!r})", HEAVY) == set()
 
 
+def test_a_file_that_cannot_be_written_is_told_before_torch_is_loaded():
+    code = "from bigbatch.cli import main; main(['bench', '--save', '/nonexistent/folder/file'])"
+    assert loaded_after(code, ("torch", "transformers")) == set()
+
+
 def test_importing_the_package_loads_no_terminal_data_or_model_library():
     watched = ("transformers", "rich", "pydantic", "datasets", "tokenizers", "peft", "psutil")
     assert loaded_after("import bigbatch", watched) == set()
 
 
-@pytest.mark.parametrize("words", [["train", "--help"], ["train"], ["verify"], ["generate", "RUN"]])
+@pytest.mark.parametrize("words", [["train", "--help"], ["train"], ["verify"], ["generate", "RUN"], ["bench"]])
 def test_a_missing_extra_is_one_sentence(words: list[str]):
     script = f"import sys; sys.modules['pydantic'] = None; from bigbatch.cli import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

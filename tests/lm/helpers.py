@@ -7,11 +7,32 @@ from typing import Any
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from bigbatch.lm.bench.workload import Workload
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.prepare import Prepared, prepare
 from bigbatch.lm.rundir import RunDirectory
 from bigbatch.lm.tokenizer import train_tokenizer
 from bigbatch.lm.trainer import Outcome, Trainer
+
+TINY_WORKLOAD = Workload(
+    name="w-small",
+    device="cpu",
+    precision="float32",
+    model={
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 100,
+        "tie_word_embeddings": True,
+    },
+    sequences=8,
+    mean=2.5,
+    shortest=4,
+    longest=64,
+)
+"""What the small workload of the comparison is, in a second."""
 
 WORDS = ["def", "return", "class", "für", "日本語", "value", "self", "None", "import", "x"]
 

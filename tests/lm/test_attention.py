@@ -23,7 +23,7 @@ from transformers import (
 from bigbatch.lm.attention import NAME, attends_to_all, leave_out_mask, looks_causal, use_causal_attention
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.device import Machine
-from bigbatch.lm.model import equip, load_model
+from bigbatch.lm.model import load_model
 from lm.helpers import records, run, save_model_folder, write_jsonl
 
 CPU = torch.device("cpu")

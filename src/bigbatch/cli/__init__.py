@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "memory, micro-batches and time, before spending anything",
     "verify": "prove on your model, loss and data that every cut gives the full-batch gradient",
     "generate": "let a trained run go on with a text",
+    "bench": "this package beside what you would pick instead, in one run",
 }
 """The commands, each a module of this package with ``run(...) -> int``, and their line in ``--help``."""
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
+from bigbatch.lm.bench.names import SAMPLES, read_entry
 from bigbatch.lm.config import GROUPS, FieldGroup, TrainConfig
-from bigbatch.lm.fields import LARGEST_COUNT, Count, Device, Folder, Number, Seed, Text, Whole
+from bigbatch.lm.fields import LARGEST_COUNT, Count, Device, Folder, MemoryText, Number, Seed, Text, Whole
 
 
 def _split_commas(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def _contestant(value: str) -> str:
+    try:
+        read_entry(value)
+    except ValueError as error:
+        raise PydanticCustomError("contestant", "{demand}", {"demand": str(error)}) from None
+    return value.strip()
 
 
 class VerifyOptions(BaseModel):
@@ -70,6 +80,36 @@ class GenerateOptions(BaseModel):
     )
     seed: Seed = Field(default=0, description="the same seed writes the same text")
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = the best there is")
+
+
+class BenchOptions(BaseModel):
+    """What ``bigbatch bench`` compares. ``as_json`` is ``--json``; ``only`` is None for everyone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workload: Literal["auto", "w", "w-small"] = Field(
+        default="auto",
+        description="the update that everyone takes. w, on CUDA: Qwen2 of 494M parameters, 256 sequences of 92,493 "
+        "tokens in all, bf16. w-small, on the CPU: one of 4M, 32 sequences of 1,444, float32, about a minute. "
+        "auto = w where there is CUDA",
+    )
+    memory: MemoryText | None = Field(
+        default=None,
+        description="what this process may take of the GPU, such as 24GiB or 30%; on the CPU only bigbatch keeps to it "
+        "(default: 24GiB for w, none for w-small)",
+    )
+    rounds: Count = Field(default=2, description="timed updates of each; the table has the median")
+    only: Annotated[tuple[Annotated[str, AfterValidator(_contestant)], ...], BeforeValidator(_split_commas)] | None = (
+        Field(
+            default=None,
+            description="who takes part, NAME or NAME:SAMPLES for another number of samples at a time, such as "
+            f"bigbatch,trainer:4 (default: all, which are {', '.join(SAMPLES)})",
+        )
+    )
+    save: Folder | None = Field(
+        default=None, description="a file to write the table to, with the command above it (default: none)"
+    )
+    as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of a table")
 
 
 ELSEWHERE = {
@@ -173,5 +213,19 @@ COMMANDS = {
         examples=("bigbatch generate runs/tiny-python-stdlib", 'bigbatch generate RUN "class Tree" --temperature 0'),
         sections=((GenerateOptions, FieldGroup("writing", "How it writes.", tuple(GenerateOptions.model_fields))),),
         positionals=("run", "prompt"),
+    ),
+    "bench": Command(
+        about="Take one update with bigbatch, with transformers' Trainer, accelerate and Lightning, on the same model, "
+        "batch, optimizer and memory, and compare: tokens a second, peak memory, and how near the gradient that the "
+        "optimizer was given is to that of the whole batch (cosine 1 and norm 1: the same update; a mean of the "
+        "micro-batches' means is another one). Everyone begins from the same weights and takes turns; who is not "
+        "installed or runs out of memory gets a row that says so.\n"
+        'Needs pip install "bigbatch[train,bench]"; with liger-kernel beside it, trainer-expert uses that as well. '
+        "Writes nothing but what --save names.",
+        examples=(
+            "bigbatch bench",
+            "bigbatch bench --workload w --memory 24GiB --only bigbatch,trainer-expert:8 --json",
+        ),
+        sections=((BenchOptions, FieldGroup("race", "What is compared.", tuple(BenchOptions.model_fields))),),
     ),
 }

@@ -27,12 +27,15 @@ from bigbatch.lm.config import EXCLUSIVE, TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 
+FILES = ("config", "save")
+"""Fields that name a file."""
+
 
 def parse(command: str, words: Sequence[str]) -> tuple[BaseModel, ...]:
     """Return what the command's ``run`` takes: its models, validated, in order.
 
     train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; verify: ``(TrainConfig, VerifyOptions)``;
-    generate: ``(GenerateOptions,)``.
+    generate: ``(GenerateOptions,)``; bench: ``(BenchOptions,)``.
 
     Raises:
         InputError: anything wrong in the words or in the TOML file that they name; one sentence.
@@ -175,10 +178,18 @@ def _bind_values(command: str, words: Sequence[str]) -> tuple[list[str], list[st
             tokens.append(word)
         elif not rest or rest[0].startswith("--"):
             key = valued[word]
+            if (alone := _alone(spec.fields()[key])) is not None:
+                tokens.append(f"{word}={alone}")
+                continue
             raise InputError(f"{word} needs a value: {word} {_metavar(key, spec.fields()[key])}.")
         else:
             tokens.append(f"{word}={rest.pop(0)}")
     return tokens, []
+
+
+def _alone(info: FieldInfo) -> object:
+    """What a flag means without a value; None where it needs one."""
+    return info.json_schema_extra.get("alone") if isinstance(info.json_schema_extra, dict) else None
 
 
 def _flag(key: str) -> str:
@@ -202,10 +213,12 @@ def _metavar(key: str, info: FieldInfo) -> str:
 def _placeholder(key: str, kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    if key in FILES:
+        return "FILE"
     if kind is Path:
-        return "FILE" if key == "config" else "FOLDER"
+        return "FOLDER"
     if get_origin(kind) is tuple:
-        return "N,N,..."
+        return "N,N,..." if _base_types(get_args(kind)[0]) == [int] else "NAME,NAME,..."
     return {int: "N", float: "X"}.get(kind, key.split("_")[-1].upper())
 
 

@@ -14,14 +14,16 @@ above frozen layers, multiplies the gradients again in a second backward, and wa
 tests/lm/test_chunked.py and benchmarks/loss.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bigbatch.accumulate import NARROW_DTYPES
 from bigbatch.lm.dataset import IGNORED
@@ -40,6 +42,7 @@ def linear_cross_entropy(
     chunk_tokens: int = CHUNK_TOKENS,
     softcap: float | None = None,
     scale: float = 1.0,
+    fused: bool = False,
 ) -> Tensor:
     """Sum the cross entropy of next tokens: what the full logits give, without them.
 
@@ -61,6 +64,8 @@ def linear_cross_entropy(
         chunk_tokens: Tokens whose logits are held at a time.
         softcap: What logits stay below in absolute value; None for no bound.
         scale: Factor of the logits.
+        fused: Whether to compile what happens to a chunk of logits between the products: two passes over it instead of
+            six, the same but for rounding. Takes some seconds when it is first used.
 
     Returns:
         The 0-d sum in float32, or in float64 for float64.
@@ -71,7 +76,7 @@ def linear_cross_entropy(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: the logits of at least 1 token have to be held.")
-    recipe = _Recipe(chunk_tokens, softcap, scale, _matmul_dtype(hidden))
+    recipe = _Recipe(chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, recipe)  # type: ignore[no-untyped-call]
         return loss_sum
@@ -84,6 +89,7 @@ class _Recipe:
     softcap: float | None
     scale: float
     dtype: torch.dtype  # of the matrix products' operands
+    fused: bool
 
     @property
     def waits_for_backward(self) -> bool:
@@ -182,6 +188,9 @@ class _Run:
         ignored = labels[chunk] == IGNORED
         targets = labels[chunk].masked_fill(ignored, 0)[:, None]
         rows = self.hidden[chunk].to(self.recipe.dtype).masked_fill(ignored[:, None], 0)
+        if self.recipe.fused:
+            self._add_fused(chunk, rows, targets, ignored)
+            return
         log_probabilities, capped = self._log_softmax(rows)
         of_targets = log_probabilities.gather(1, targets)
         self.loss_sum -= of_targets.squeeze(1).masked_fill(ignored, 0).sum()
@@ -193,6 +202,18 @@ class _Run:
         if self.factor is not None:
             slopes.mul_(torch.where(ignored, 0, self.factor)[:, None])
         self._add_gradients(chunk, rows, slopes, ignored)
+
+    def _add_fused(self, chunk: slice, rows: Tensor, targets: Tensor, ignored: Tensor) -> None:
+        products = _multiply(rows, self.weight.T)
+        recipe = self.recipe
+        dtype = recipe.dtype if _has_wide_products(rows) and self.grad_bias is None else self.loss_sum.dtype
+        loss_sum, slopes = _fused()(
+            products, self.bias, targets, ignored, self.factor, scale=recipe.scale, softcap=recipe.softcap, dtype=dtype
+        )
+        del products
+        self.loss_sum += loss_sum
+        if any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):
+            self._add_gradients(chunk, rows, slopes, ignored)
 
     def _log_softmax(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the logarithms of all probabilities, and with soft-capping the tanh on the way to them."""
@@ -219,6 +240,43 @@ class _Run:
             torch.addmm(self.grad_weight, narrow.T, rows, out_dtype=torch.float32, out=self.grad_weight)
         else:
             self.grad_weight.addmm_(slopes.T, rows.to(slopes.dtype))
+
+
+@cache
+def _fused() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_slopes, dynamic=True)
+
+
+def _loss_and_slopes(
+    products: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignored: Tensor,
+    factor: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss sum of some tokens, and in ``dtype`` its slopes by their products, but for the factor ``scale``."""
+    logits = products if products.dtype == torch.float64 else products.float()
+    if bias is not None:
+        logits = logits + bias
+    capped = None
+    if softcap is not None:
+        capped = torch.tanh(logits * (scale / softcap))
+        logits = capped * softcap
+    elif scale != 1:
+        logits = logits * scale
+    log_sum = torch.logsumexp(logits, 1, keepdim=True)
+    losses = (log_sum - logits.gather(1, targets)).masked_fill(ignored[:, None], 0)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    slopes = torch.exp(logits - log_sum) - (columns == targets).to(logits.dtype)
+    if capped is not None:
+        slopes = slopes * (1 - capped * capped)
+    if factor is not None:
+        slopes = slopes * torch.where(ignored, 0, factor)[:, None]
+    return losses.sum(), slopes.to(dtype)
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:

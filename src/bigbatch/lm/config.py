@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from bigbatch.lm.fields import (
     LARGEST_COUNT,
+    Checkpointing,
     Count,
     Device,
     Folder,
@@ -164,11 +165,22 @@ class TrainConfig(BaseModel):
     gpu: Gpu | None = Field(
         default=None, description="the same by the name of a card, such as a100-40gb (default: none)"
     )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        strict=True,
-        description="recompute activations in the backward instead of keeping them: less memory, about a third more "
-        "time",
+    gradient_checkpointing: Checkpointing = Field(
+        default="auto",
+        json_schema_extra={"alone": "full"},
+        description="layers whose activations are computed once more in backward instead of kept, in less memory and "
+        "about a third more time: none, selective (every second layer) or full; auto = what is fastest in the memory "
+        "where --microbatch is auto, else none; without a value: full",
+    )
+    layout: Literal["auto", "padded", "packed"] = Field(
+        default="auto",
+        description="padded = a row for each sequence; packed = one row without padding, whose sequences do not see "
+        "one another; auto = packed on CUDA, where the model itself shows that it makes no difference",
+    )
+    compile: Literal["auto", "none", "layers", "graphs"] = Field(
+        default="auto",
+        description="layers = compile the layers of the model, in some seconds; graphs = and launch each micro-batch "
+        "as one CUDA graph; auto = graphs on CUDA, none elsewhere",
     )
     out: Folder | None = Field(
         default=None, description="the run directory (default: runs/MODEL-DATA, numbered when that exists)"
@@ -255,7 +267,7 @@ GROUPS = (
     FieldGroup(
         "machine",
         "Where it runs, and in how much memory.",
-        ("device", "precision", "memory", "gpu", "gradient_checkpointing"),
+        ("device", "precision", "memory", "gpu", "gradient_checkpointing", "layout", "compile"),
     ),
     FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt")),
 )

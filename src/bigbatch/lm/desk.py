@@ -4,7 +4,6 @@ Models are made on the device ``meta``, without weights; only `Desk.measure` mak
 """
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -12,16 +11,18 @@ import torch
 
 from bigbatch.engine import Engine
 from bigbatch.errors import InputError, MemoryLimitError
-from bigbatch.grouping import DEFAULT_COST, group_by_tokens
-from bigbatch.lm.attention import attends_to_all, looks_causal, use_causal_attention
+from bigbatch.grouping import DEFAULT_COST, Layout, group_by_tokens, round_down, round_up
+from bigbatch.lm.arrangement import arrange
+from bigbatch.lm.attention import NAME, attends_to_all, looks_causal, use_causal_attention
 from bigbatch.lm.config import TrainConfig
-from bigbatch.lm.dataset import collate
 from bigbatch.lm.device import Machine
 from bigbatch.lm.head import ChunkedCausalLMLoss, head_of, is_worth_chunks
 from bigbatch.lm.hub import first_line
+from bigbatch.lm.layers import Layers
 from bigbatch.lm.loss import CausalLMLoss
-from bigbatch.lm.model import equip, model_of
+from bigbatch.lm.model import add_lora, model_of
 from bigbatch.lm.optimization import make_optimizer
+from bigbatch.lm.packed import FEWEST_PLACES
 from bigbatch.lm.survey import Survey
 from bigbatch.lm.target import Target
 from bigbatch.memory import Prediction, PredictionError, Rehearsal
@@ -32,7 +33,7 @@ from bigbatch.plan import Cost, Plan, TokenBudget, plan
 PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # in one update: seconds on two cores, and on a card of today
 PROBE_UPDATES = 10  # that measuring may take in all
 LEVERS: dict[str, dict[str, Any]] = {
-    "--gradient-checkpointing": {"gradient_checkpointing": True},
+    "--gradient-checkpointing full": {"gradient_checkpointing": "full"},
     "--precision bf16-weights": {"precision": "bf16-weights"},
     "--lora-rank 16": {"lora_rank": 16, "lora_alpha": 32.0},
 }
@@ -81,7 +82,9 @@ class Desk:
         self._target = target
         self._data = data
         self.unit = "samples" if isinstance(config.microbatch, int) else "tokens"
+        self.layout: Layout = "padded"
         model = self._model(config, torch.device("meta"))
+        self.layout = self._layout_of(model)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._rehearsal = self._rehearse(config, model)
@@ -107,7 +110,8 @@ class Desk:
         def peak_of(rows: int) -> int:
             return self.predict(rows * longest).peak_bytes
 
-        return largest_below(peak_of, 1, self._data.most_rows, room.usable_bytes) * longest, LARGEST
+        largest = largest_below(peak_of, 1, self._data.most_rows, room.usable_bytes) * longest
+        return (largest if self.layout == "padded" else max(longest, round_down(largest))), LARGEST
 
     def fits(self, peak_bytes: int) -> bool | None:
         """Whether a peak is within the memory."""
@@ -117,7 +121,7 @@ class Desk:
         """Predict the peak of a window of micro-batches of a size."""
         for shape in self._fullest(size):
             if shape not in self._predicted:
-                self._predicted[shape] = self._rehearsal.predict(_rows(shape))
+                self._predicted[shape] = self._rehearsal.predict(self._rows(shape))
         return max((self._predicted[shape] for shape in self._fullest(size)), key=lambda found: found.peak_bytes)
 
     def _fullest(self, size: int) -> list[tuple[int, int]]:
@@ -126,6 +130,9 @@ class Desk:
         As many as fit of the longest; and, under a limit in tokens, of those that fill it best.
         """
         longest, most_rows = self._data.longest, self._data.most_rows
+        if self.layout == "packed":
+            tokens = min(size, most_rows) * longest if self.unit == "samples" else max(size, longest)
+            return [(1, round_up(tokens))]
         if self.unit == "samples":
             return [(min(size, most_rows), longest)]
         shapes = [(min(max(size, longest) // length, most_rows), length) for length in self._data.lengths]
@@ -137,10 +144,10 @@ class Desk:
         """Cut the first update into micro-batches of a size, as training would."""
         window = self._data.window
         if self.unit == "samples":
-            return plan(window, microbatch_size=size)
-        groups = group_by_tokens(window, size, cost=cost)
+            return plan(window, microbatch_size=size, layout=self.layout)
+        groups = group_by_tokens(window, size, cost=cost, layout=self.layout)
         most = min(max(size, *window), len(window) * max(window))
-        return Plan((groups,), window, "padded", most, None, 1)
+        return Plan((groups,), window, self.layout, most, None, 1)
 
     def levers(self, size: int) -> list[Lever]:
         """Predict the same with other settings; those that are set already, or that do not help, are left out.
@@ -166,7 +173,7 @@ class Desk:
         config = self._config.model_copy(update=changes)
         try:
             rehearsal = self._rehearse(config, self._model(config, torch.device("meta")))
-            peak_bytes = rehearsal.predict(_rows(shape)).peak_bytes
+            peak_bytes = rehearsal.predict(self._rows(shape)).peak_bytes
         except (InputError, PredictionError):  # the model cannot have it
             return None
         return Lever(" ".join(names), peak_bytes, self.fits(peak_bytes))
@@ -186,16 +193,19 @@ class Desk:
     def measure(self, size: int) -> Timed | None:
         """Run two updates with random weights and samples; None where they do not fit after all."""
         machine, config = self._target.machine, self._config
-        model = self._model(config, machine.device)
+        model = self._bare_model(config, machine.device)
+        run = arrange(model, config, machine, pad_id=0, longest=self._data.longest)
         chosen: Any = size if self.unit == "samples" else TokenBudget(size)
         engine = Engine(
-            model,
-            make_optimizer(model, config, machine),
-            self._loss(machine, model),
+            run.model,
+            make_optimizer(run.model, config, machine),
+            run.loss_fn,
             microbatch="auto" if config.microbatch == "auto" else chosen,
             memory=config.memory if config.microbatch == "auto" else None,
-            collate=partial(collate, pad_id=0),
+            collate=run.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
+            layout=run.layout,
+            cuda_graphs=run.records,
             max_grad_norm=config.max_grad_norm,
             scaler=machine.scaler(),
         )
@@ -210,15 +220,53 @@ class Desk:
             return Timed(size, DEFAULT_COST, seconds)
         return Timed(choice.size, choice.timing.cost(choice.size), seconds)
 
-    def _model(self, config: TrainConfig, device: torch.device) -> Any:
+    def _bare_model(self, config: TrainConfig, device: torch.device) -> Any:
         dtype = Machine(self._target.machine.device, config.precision).weights_dtype
         try:
-            model = model_of(self._data.model_config, dtype=dtype, device=device)
+            return model_of(self._data.model_config, dtype=dtype, device=device)
         except Exception as error:  # whatever a model says to numbers that do not go together
             raise InputError(f"the configuration of {config.model} makes no model: {first_line(error)}.") from error
+
+    def _model(self, config: TrainConfig, device: torch.device) -> Any:
+        model = self._bare_model(config, device)
         if looks_causal(model) and attends_to_all(model.config, max_length=self._data.max_length):
             use_causal_attention(model)
-        return equip(model, config).train()
+        return self._equipped(model, config).train()
+
+    def _equipped(self, model: Any, config: TrainConfig) -> Any:
+        name = "--lora-rank"
+        try:
+            if config.lora_rank:
+                assert config.lora_alpha is not None, "resolved() gives it a value"
+                model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+            level = config.gradient_checkpointing
+            if level != "auto" and level != "none":
+                name = "--gradient-checkpointing"
+                Layers(model).recompute(level)
+        except ValueError as error:
+            raise InputError(f"{name} is not there for {config.model}: {first_line(error)}.") from error
+        return model
+
+    def _layout_of(self, model: Any) -> Layout:
+        """Take the layout that training would take, as far as it shows without weights."""
+        config, device = self._config, self._target.device
+        if config.layout == "packed" or (
+            config.layout == "auto"
+            and device.type == "cuda"
+            and config.precision in ("bf16", "bf16-weights", "fp16")
+            and getattr(model.config, "_attn_implementation", None) == NAME
+            and not any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+        ):
+            return "packed"
+        return "padded"
+
+    def _rows(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Make a micro-batch without data."""
+        names = ("input_ids", "labels", "attention_mask" if self.layout == "padded" else "position_ids")
+        rows = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
+        if self.layout == "packed":
+            rows["offsets"] = torch.empty(FEWEST_PLACES + 1, dtype=torch.int32, device="meta")
+        return rows
 
     def _rehearse(self, config: TrainConfig, model: Any) -> Rehearsal:
         machine = Machine(self._target.machine.device, config.precision)
@@ -228,18 +276,13 @@ class Desk:
     def _loss(self, machine: Machine, model: Any) -> CausalLMLoss | ChunkedCausalLMLoss:
         """Take the loss that training would take, as far as it shows without weights."""
         kind = ChunkedCausalLMLoss if is_worth_chunks(head_of(model)) else CausalLMLoss
-        return kind(machine, needs_mask=not looks_causal(model))
+        return kind(machine, needs_mask=not looks_causal(model), longest=self._data.longest)
 
 
 def _is_set(config: TrainConfig, flags: str) -> bool:
     name, value = next(iter(LEVERS[flags].items()))
     now = getattr(config, name)
     return bool(now == value if isinstance(value, str) else now)
-
-
-def _rows(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-    names = ("input_ids", "labels", "attention_mask")
-    return {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
 
 
 def _samples(lengths: list[int]) -> list[dict[str, torch.Tensor]]:

@@ -71,6 +71,11 @@ def _auto_or_count(value: object) -> object:
         raise PydanticCustomError("auto_or_count", "it must be auto or a whole number") from None
 
 
+def _switch(value: object) -> object:
+    """Take what once was all there was: TOML's true and false."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 def _memory_text(value: object) -> object:
     """Hold memory to what :func:`bigbatch.limit.parse_memory` understands; TOML's numbers have no unit."""
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -99,6 +104,7 @@ Folder = Annotated[Path, BeforeValidator(_folder_text)]
 Device = Annotated[str, AfterValidator(_known_device)]
 Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]
 MemoryText = Annotated[str, BeforeValidator(_memory_text)]
+Checkpointing = Annotated[Literal["auto", "none", "selective", "full"], BeforeValidator(_switch)]
 Gpu = Annotated[str, AfterValidator(_gpu_name)]
 NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_none_word), AfterValidator(_zero_is_none)]
 

@@ -19,6 +19,7 @@ from bigbatch.lm.chunked import CHUNK_TOKENS, linear_cross_entropy
 from bigbatch.lm.dataset import IGNORED
 from bigbatch.lm.device import Machine
 from bigbatch.lm.loss import CausalLMLoss
+from bigbatch.lm.packed import model_inputs
 from bigbatch.preserve import preserved
 from bigbatch.trial import narrowest_dtype
 from bigbatch.verify import TOLERANCES
@@ -92,13 +93,25 @@ class ChunkedCausalLMLoss:
     Args:
         machine: Decides about autocast.
         needs_mask: Whether the model is given the attention mask.
+        longest: As for `CausalLMLoss`.
         chunk_tokens: Tokens whose logits are held at a time.
+        fused: As for `linear_cross_entropy`.
     """
 
-    def __init__(self, machine: Machine, *, needs_mask: bool = True, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        needs_mask: bool = True,
+        longest: int | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        fused: bool = False,
+    ) -> None:
         self._machine = machine
         self._needs_mask = needs_mask
+        self._longest = longest
         self._chunk_tokens = chunk_tokens
+        self._fused = fused
 
     def __call__(self, model: nn.Module, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the summed loss of one micro-batch.
@@ -117,9 +130,9 @@ class ChunkedCausalLMLoss:
         if head is None:
             raise ValueError(f"the head of this {type(model).__name__} is not known: use CausalLMLoss.")
         labels = microbatch["labels"]
-        mask = {"attention_mask": microbatch["attention_mask"]} if self._needs_mask else {}
+        inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
         with self._machine.autocast():
-            hidden = hidden_states(model, head, input_ids=microbatch["input_ids"], **mask)
+            hidden = hidden_states(model, head, **inputs)
         with self._machine.autocast():  # another one: the first would keep its own copy of the head's weight
             loss_sum = linear_cross_entropy(
                 hidden.flatten(0, 1),
@@ -129,11 +142,12 @@ class ChunkedCausalLMLoss:
                 chunk_tokens=self._chunk_tokens,
                 softcap=head.softcap,
                 scale=head.scale,
+                fused=self._fused,
             )
         return loss_sum, (labels != IGNORED).sum()
 
 
-def hidden_states(model: nn.Module, head: Head, *, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+def hidden_states(model: nn.Module, head: Head, *, input_ids: Tensor, **inputs: Any) -> Tensor:
     """Run a model and give what its head was to be given, ``[rows, length, width]``.
 
     Raises:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bigbatch.lm.dataset import IGNORED
 from bigbatch.lm.device import Machine
+from bigbatch.lm.packed import model_inputs
 
 
 class CausalLMLoss:
@@ -16,11 +17,13 @@ class CausalLMLoss:
         needs_mask: Whether the model is given the attention mask. Without one, attention takes its causal kernels,
             whose memory grows with the tokens of a row and not with their square. Right only for a model of which
             `ignores_right_padding` holds.
+        longest: Tokens of the longest sequence of all packed rows.
     """
 
-    def __init__(self, machine: Machine, *, needs_mask: bool = True) -> None:
+    def __init__(self, machine: Machine, *, needs_mask: bool = True, longest: int | None = None) -> None:
         self._machine = machine
         self._needs_mask = needs_mask
+        self._longest = longest
 
     def __call__(self, model: nn.Module, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the summed loss of one micro-batch.
@@ -28,15 +31,16 @@ class CausalLMLoss:
         Args:
             model: A transformers causal language model.
             microbatch: ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, length]; ``labels[r, t]`` is the
-                token that follows ``input_ids[r, t]``, or -100 where it is not trained on.
+                token that follows ``input_ids[r, t]``, or -100 where it is not trained on. Or a row of
+                `bigbatch.lm.packed.pack`.
 
         Returns:
             The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.
         """
         labels = microbatch["labels"]
         with self._machine.autocast():
-            mask = {"attention_mask": microbatch["attention_mask"]} if self._needs_mask else {}
-            logits = model(input_ids=microbatch["input_ids"], **mask, use_cache=False).logits
+            inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
+            logits = model(**inputs, use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss_sum, (labels != IGNORED).sum()

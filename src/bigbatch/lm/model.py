@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigbatch.errors import InputError
-from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.hub import first_line, is_local
 
@@ -122,32 +121,6 @@ def _check_whole(name: str, found: dict[str, Any]) -> None:
         )
     if missing:
         raise InputError(f"{problem} lack {count(len(missing), 'tensor')}, such as {missing[0]}.")
-
-
-def equip(model: Any, config: TrainConfig) -> Any:
-    """Give a model what a configuration asks for on top of its weights: activation checkpointing, LoRA.
-
-    Raises:
-        InputError: The model cannot have it.
-    """
-    if config.gradient_checkpointing:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # that transformers will rename the method
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except ValueError as error:
-            raise InputError(_not_there("--gradient-checkpointing", config, error)) from error
-    if not config.lora_rank:
-        return model
-    assert config.lora_alpha is not None, "resolved() gives it a value"
-    try:
-        return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-    except ValueError as error:
-        raise InputError(_not_there("--lora-rank", config, error)) from error
-
-
-def _not_there(flag: str, config: TrainConfig, error: ValueError) -> str:
-    return f"{flag} is not there for {config.model}: {first_line(error)}."
 
 
 def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:

@@ -6,14 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bigbatch.errors import InputError
-from bigbatch.lm.attention import leave_out_mask
+from bigbatch.lm.arrangement import Arrangement, arrange
 from bigbatch.lm.config import DEFAULT_MAX_LENGTH, TrainConfig
 from bigbatch.lm.continuation import prompt_tokens
-from bigbatch.lm.dataset import TokenDataset, collate, encode, split_documents
+from bigbatch.lm.dataset import TokenDataset, encode, split_documents
 from bigbatch.lm.device import Machine, find_machine
-from bigbatch.lm.head import ChunkedCausalLMLoss, chunked_loss_is_exact, head_of, is_worth_chunks
+from bigbatch.lm.head import ChunkedCausalLMLoss
 from bigbatch.lm.loss import CausalLMLoss
-from bigbatch.lm.model import TINY, TINY_VOCABULARY, equip, load_model, tiny_model
+from bigbatch.lm.model import TINY, TINY_VOCABULARY, load_model, tiny_model
 from bigbatch.lm.sources import Document, read_corpus
 from bigbatch.lm.tokenizer import load_tokenizer, train_tokenizer
 
@@ -39,27 +39,34 @@ class Prepared:
         config: With every default written out.
         machine: Device and precision.
         tokenizer: Of the model.
-        model: In training mode, on the device, in the precision's dtype.
+        arrangement: The model, in training mode and on the device, and how it is run.
         training: What is learned from.
         validation: What is not; None where there is too little data to keep any apart.
-        loss_fn: What the model is trained with, as `bigbatch.Engine` takes it.
         notes: Sentences with the counts of what was read, cut and left out.
     """
 
     config: TrainConfig
     machine: Machine
     tokenizer: "PreTrainedTokenizerBase"
-    model: Any
+    arrangement: Arrangement
     training: TokenDataset
     validation: TokenDataset | None
-    loss_fn: CausalLMLoss | ChunkedCausalLMLoss
     notes: tuple[str, ...]
 
     @property
+    def model(self) -> Any:
+        """In training mode, on the device, in the precision's dtype, with its adapters."""
+        return self.arrangement.model
+
+    @property
+    def loss_fn(self) -> CausalLMLoss | ChunkedCausalLMLoss:
+        """What the model is trained with, as `bigbatch.Engine` takes it."""
+        return self.arrangement.loss_fn
+
+    @property
     def collate(self) -> Callable[..., Any]:
-        """Pads a list of samples to its longest."""
-        pad = self.tokenizer.pad_token_id
-        return partial(collate, pad_id=self.tokenizer.eos_token_id if pad is None else pad)
+        """Makes a micro-batch of a list of samples."""
+        return self.arrangement.collate
 
 
 def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
@@ -90,14 +97,12 @@ def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
     training, validation, notes = _encode(config, tokenizer, documents, held_out, say)
     assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
     model = model.to(machine.device)
-    needs_mask = not leave_out_mask(model, machine, max_length=config.max_length)
-    chunks = is_worth_chunks(head_of(model)) and chunked_loss_is_exact(model, machine)
-    loss = ChunkedCausalLMLoss if chunks else CausalLMLoss
-    model = equip(model, config).to(machine.device).train()
-    notes = [*corpus.notes, *notes]
-    return Prepared(
-        config, machine, tokenizer, model, training, validation, loss(machine, needs_mask=needs_mask), tuple(notes)
-    )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max(max(part.lengths) for part in (training, validation) if part is not None)
+    say("trying how the model runs best")
+    arrangement = arrange(model, config, machine, pad_id=pad, longest=longest)
+    notes = [*corpus.notes, *notes, *arrangement.notes]
+    return Prepared(config, machine, tokenizer, arrangement, training, validation, tuple(notes))
 
 
 def _make_tiny(config: TrainConfig, machine: Machine, documents: Sequence[Document]) -> tuple[Any, Any]:

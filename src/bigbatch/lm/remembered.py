@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from bigbatch import __version__
 from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.layers import LEVELS, Recompute
 from bigbatch.lm.prepare import Prepared
 from bigbatch.memory import Choice
 from bigbatch.memory.choice import Tried
@@ -33,6 +34,7 @@ def fingerprint(prepared: Prepared) -> str:
         "threads": torch.get_num_threads(),
         "loss": type(prepared.loss_fn).__name__,
         "checkpointing": config.gradient_checkpointing,
+        "arrangement": [prepared.arrangement.layout, prepared.arrangement.records, _is_compiled(prepared)],
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "lengths": [len(prepared.training.lengths), sum(prepared.training.lengths), max(prepared.training.lengths)],
         "versions": [__version__, torch.__version__, transformers.__version__],
@@ -40,14 +42,36 @@ def fingerprint(prepared: Prepared) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def remember(folder: Path, choice: Choice, key: str) -> None:
+@dataclass(frozen=True)
+class Remembered:
+    """What an earlier run chose.
+
+    Attributes:
+        choice: The micro-batch.
+        level: What was computed anew in backward.
+        folder: The run directory that it comes from.
+    """
+
+    choice: Choice
+    level: Recompute
+    folder: Path
+
+
+def _is_compiled(prepared: Prepared) -> bool:
+    layers = prepared.arrangement.layers
+    return layers is not None and layers.is_compiled
+
+
+def remember(folder: Path, choice: Choice, key: str, *, level: Recompute) -> None:
     """Write a choice into a run directory; where that cannot be, the next run chooses for itself."""
     with suppress(OSError):
-        (folder / FILE).write_text(json.dumps({"key": key, **asdict(choice)}, indent=2) + "\n", encoding="utf-8")
+        (folder / FILE).write_text(
+            json.dumps({"key": key, "level": level, **asdict(choice)}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
-def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> tuple[Choice, Path] | None:
-    """Find a choice that was made for the same, in a run directory or in those beside it; give it with its directory.
+def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> Remembered | None:
+    """Find a choice that was made for the same, in a run directory or in those beside it.
 
     What is there and cannot be read counts as not there.
 
@@ -62,9 +86,10 @@ def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> tuple[
             kept = json.loads((place / FILE).read_text(encoding="utf-8"))
             if not isinstance(kept, dict) or kept.pop("key") != key:
                 continue
+            level = kept.pop("level")
             choice = _choice(kept)
-            if usable_bytes is None or choice.peak_bytes <= usable_bytes:
-                return choice, place
+            if level in LEVELS and (usable_bytes is None or choice.peak_bytes <= usable_bytes):
+                return Remembered(choice, level, place)
     return None
 
 

@@ -5,7 +5,7 @@ Counts, schedule and metrics go by updates. Nothing here prints: a `Listener` is
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,12 +17,14 @@ from bigbatch.errors import BigbatchError, InputError, MemoryLimitError
 from bigbatch.limit import gpu_limit
 from bigbatch.lm.continuation import continue_text
 from bigbatch.lm.documents import count
+from bigbatch.lm.layers import Recompute
 from bigbatch.lm.model import save_model
 from bigbatch.lm.optimization import lr_factor, make_optimizer
 from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.rundir import RunDirectory
+from bigbatch.lm.tuning import take, tune
 from bigbatch.memory import find_room
 from bigbatch.plan import TokenBudget
 from bigbatch.report import WindowReport
@@ -89,6 +91,7 @@ class Trainer:
                 "run: the learning rate would never reach its peak."
             )
         self._skipped_in_a_row = 0
+        self.arrangement = prepared.arrangement
         self.loss_fn = prepared.loss_fn
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
@@ -100,6 +103,8 @@ class Trainer:
             memory=self._memory(),
             collate=prepared.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
+            layout=self.arrangement.layout,
+            cuda_graphs=self.arrangement.records,
             max_grad_norm=self.config.max_grad_norm,
             scheduler=self.scheduler,
             scaler=prepared.machine.scaler(),
@@ -141,6 +146,9 @@ class Trainer:
     def tune(self, beside: Path | None = None) -> Path | None:
         """Choose the micro-batch where that is asked for, or take what a run before chose for the same.
 
+        Where memory is what limits it, and nobody decided about it, activations are also tried computed anew in every
+        second layer, and in all; what is fastest is taken.
+
         Args:
             beside: A run directory; it and those beside it are looked through. None to choose anew.
 
@@ -152,7 +160,7 @@ class Trainer:
         """
         if self.config.microbatch != "auto":
             return None
-        machine, model = self.prepared.machine, self.prepared.model
+        machine, model, layers = self.prepared.machine, self.prepared.model, self.arrangement.layers
         try:
             room = find_room(self.engine.memory, machine.device, [*model.parameters(), *model.buffers()])
         except ValueError as error:
@@ -161,18 +169,24 @@ class Trainer:
             machine.limit_memory(room.limit_bytes)
         key = fingerprint(self.prepared)
         if beside is not None and (found := recall(beside, key, usable_bytes=room.usable_bytes)) is not None:
-            self.engine.use(found[0])
-            return found[1]
+            take(self.engine, layers, found.level, found.choice)
+            return found.folder
         lengths = self.prepared.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
+        samples = self._samples(list({*self.first_window(), longest}))
         try:
-            self.engine.tune(self._samples(list({*self.first_window(), longest})))
+            tune(self.engine, layers, samples, levels=self.config.gradient_checkpointing == "auto")
         except MemoryLimitError as error:
             raise InputError(
                 f"{error} Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and "
                 "--lora-rank."
             ) from error
         return None
+
+    @property
+    def level(self) -> Recompute:
+        """What is computed anew in backward."""
+        return "none" if self.arrangement.layers is None else self.arrangement.layers.level
 
     def first_window(self) -> list[int]:
         """Give the samples of the first update."""
@@ -220,7 +234,7 @@ class Trainer:
         if self.engine.choice is None:
             self.tune()
         if self.engine.choice is not None:
-            remember(directory.path, self.engine.choice, fingerprint(self.prepared))
+            remember(directory.path, self.engine.choice, fingerprint(self.prepared), level=self.level)
         step, skipped, validation_loss = 0, 0, None
         with directory, self._seeded():
             for step, window in enumerate(self._all_windows(), start=1):
@@ -297,10 +311,12 @@ class Trainer:
 
     @contextmanager
     def _evaluating(self) -> Iterator[Any]:
-        model = self.prepared.model
+        model, layers = self.prepared.model, self.arrangement.layers
         training = model.training
+        self.engine.release()
         try:
-            yield model.eval()
+            with nullcontext() if layers is None else layers.paused():
+                yield model.eval()
         finally:
             model.train(training)
 

@@ -60,6 +60,7 @@ class Choice:
         tried: The sizes that were run, smallest first.
         timing: What a micro-batch takes by its size.
         unpredicted: Why the memory was found by trying instead of by prediction; None where it was predicted.
+        limited: Whether it was memory that kept the micro-batch from being larger.
     """
 
     size: int
@@ -72,6 +73,7 @@ class Choice:
     tried: tuple[Tried, ...]
     timing: Timing = field(repr=False)
     unpredicted: str | None = None
+    limited: bool = False
 
     @property
     def microbatch(self) -> int | TokenBudget:
@@ -109,10 +111,12 @@ def choose(step: Step, room: Room) -> Choice:
     gradients = [(parameter, parameter.grad) for parameter in step.parameters]  # they need not be the model's
     try:
         with preserved(step.model, parameters=False):
-            try:
-                return _Search(step, room).choose()
-            except PredictionError as error:
-                unpredicted = str(error)
+            unpredicted = step.unpredictable
+            if unpredicted is None:
+                try:
+                    return _Search(step, room).choose()
+                except PredictionError as error:
+                    unpredicted = str(error)
             return _Search(step, room, unpredicted=unpredicted).choose()
     finally:
         for parameter, gradient in gradients:
@@ -130,9 +134,10 @@ class _Search:
         self._unmade_bytes = 0  # what a window makes and a probe does not: state of the optimizer, copies of buffers
         self._unknown_bytes = 0  # what was measured beyond the prediction
         self._least_bytes = 0  # where nothing but the update is predicted, what that takes
-        self._peaks: dict[tuple[int, int], float] = {}
+        self._peaks: dict[tuple[int, int, int], float] = {}
         self._points: dict[int, float] = {}
         self._timing = Timing(())
+        self._pays = True  # whether the last doubling was worth its memory
 
     def choose(self) -> Choice:
         """Find the largest size that fits, time some up to it, and weigh them."""
@@ -141,7 +146,8 @@ class _Search:
             self._predict_and_correct()
         else:
             self._predict_the_update()
-        tried, largest = self._time_up_to(step.filled(self._largest()))
+        fits = step.filled(self._largest())
+        tried, largest = self._time_up_to(fits)
         sizes = _sizes_between(step.smallest, tried[-1])
         seconds = {size: self._batch_seconds(size) for size in sizes}
         size = step.filled(next(size for size in sizes if seconds[size] <= WITHIN * min(seconds.values())))
@@ -156,6 +162,7 @@ class _Search:
             tried=tuple(Tried(size, step.total / self._batch_seconds(size)) for size in tried),
             timing=self._timing,
             unpredicted=self._unpredicted,
+            limited=self._pays and size * 2 ** (1 / STEPS_BETWEEN) > largest and largest < step.everything,
         )
 
     def _predict_and_correct(self) -> None:
@@ -196,7 +203,7 @@ class _Search:
         return max(map(self._peak_of_samples, self._step.fullest(size)))
 
     def _peak_of_samples(self, rows: Sequence[int]) -> float:
-        shape = (rows[0], len(rows))
+        shape = (rows[0], len(rows), self._step.size_of(rows))
         if shape not in self._peaks:
             if self._rehearsal is None:
                 self._peaks[shape] = max(self._measure(rows) + self._unmade_bytes, self._least_bytes)
@@ -217,11 +224,21 @@ class _Search:
         if self._rehearsal is None:  # nothing is tried that is far from what fitted
             while low < high and peak_of_rows(min(high, 2 * low)) <= usable:
                 low = min(high, 2 * low)
+                self._pays = self._still_pays()
+                if not self._pays:
+                    return low * least
             high = min(high, 2 * low)
         rows = largest_below(peak_of_rows, low, high, usable)
         if rows == self._step.num_samples:
             return rows * least
         return largest_below(self._peak_of, rows * least, (rows + 1) * least - 1, usable)
+
+    def _still_pays(self) -> bool:
+        """Tell whether one of the two largest sizes that were run in the search for the largest was the fastest."""
+        if self._step.unpredictable is None or len(self._points) < 3:
+            return True
+        seconds = [self._batch_seconds(size) for size in sorted(self._points)]
+        return min(seconds[-2:]) * WITHIN <= min(seconds[:-2])
 
     def _time_up_to(self, largest: int) -> tuple[list[int], int]:
         """Time sizes that double, until they are not faster any more; give them, and the largest that fits then."""
@@ -257,9 +274,12 @@ class _Search:
         if size not in self._points:
             if (found := self._probe(rows)) is None:
                 return False
-            self._points[size] = found.seconds
-            self._timing = Timing(tuple(sorted(self._points.items())))
+            self._note(size, found)
         return True
+
+    def _note(self, size: int, found: Probe) -> None:
+        self._points[size] = found.seconds
+        self._timing = Timing(tuple(sorted(self._points.items())))
 
     def _measure(self, rows: Sequence[int]) -> float:
         """Run a micro-batch and give its peak; infinite where memory ran out."""
@@ -267,12 +287,15 @@ class _Search:
         if found is None:
             return math.inf
         assert found.peak_bytes is not None, "it was asked for"
+        if self._step.unpredictable is not None:
+            self._note(self._step.size_of(rows), found)
         return found.peak_bytes
 
     def _probe(self, rows: Sequence[int], *, held: list[Tensor] | None = None) -> Probe | None:
         step = self._step
         try:
-            return probe(step.model, step.parameters, step.loss_fn, partial(step.batch.take, rows), held=held)
+            take = partial(step.batch.take, rows)
+            return probe(step.model, step.parameters, step.loss_fn, take, held=held, records=step.records)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -249,6 +249,13 @@ class Rehearsal:
             raise PredictionError(f"the step cannot run without data ({_first_line(error)})") from error
 
 
+def why_unpredictable(model: nn.Module) -> str | None:
+    """Say why a model cannot show without data what it keeps, where that is known; else None."""
+    if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()):
+        return "it is compiled, and what it keeps is decided when it runs"
+    return None
+
+
 def stand_in_for(device: torch.device) -> torch.device:
     """Give where a prediction for a device runs: there, or on the CPU where torch finds no CUDA."""
     return torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bigbatch.accumulate import GradientSums
+from bigbatch.launch import record
 from bigbatch.memory.prediction import PredictionError
 from bigbatch.memory.tracker import Part, Tracker
+from bigbatch.memory.usage import is_out_of_memory
 from bigbatch.objective import Items, as_terms
 from bigbatch.preserve import preserved
 
@@ -44,6 +46,7 @@ def probe(
     take: Callable[[], Any],
     *,
     held: Iterable[Tensor] | None = None,
+    records: bool = False,
 ) -> Probe:
     """Run one micro-batch several times, as within a window, and throw its gradients away.
 
@@ -56,6 +59,7 @@ def probe(
         loss_fn: As for `bigbatch.Engine`.
         take: Makes the micro-batch, on the device.
         held: What is there already and counts, where the peak is asked for.
+        records: Whether to time what will be timed in training: a recording of it, where it can be recorded.
 
     Raises:
         PredictionError: ``loss_fn`` kept a tensor of the rehearsal.
@@ -71,6 +75,8 @@ def probe(
 
         run()  # makes the sums, and whatever else is made once
         peak_bytes = None if held is None else _measure(held, sums, run, device)
+        if records and sums.native() is not None:
+            run = _recorded(sums, partial(loss_fn, model, take())) or run
         spent_s, best_s, times = 0.0, float("inf"), 0
         while spent_s < SHORTEST_S or times < LEAST_TIMES:
             _wait(device)
@@ -80,6 +86,22 @@ def probe(
             took_s = time.perf_counter() - started_s
             spent_s, best_s, times = spent_s + took_s, min(best_s, took_s), times + 1
     return Probe(best_s, peak_bytes)
+
+
+def _recorded(sums: GradientSums, loss_of: Callable[[], Any]) -> Callable[[], None] | None:
+    """Record forward and backward; None where that cannot be."""
+
+    def run() -> None:
+        if losses := _losses(loss_of()):
+            sums.backward(reduce(add, losses))
+
+    try:
+        replay: Callable[[], None] = record(run).replay
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    return replay
 
 
 def _losses(result: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bigbatch.grouping import DEFAULT_COST, group_by_tokens
+from bigbatch.grouping import DEFAULT_COST, Layout, group_by_tokens, round_down, round_up
 from bigbatch.memory.prediction import state_of
 from bigbatch.memory.tracker import tensors_in
 from bigbatch.plan import Cost
@@ -35,6 +35,9 @@ class Step:
         lengths: Tokens of each sample, where the micro-batch is limited in tokens.
         alike: Whether all samples are laid out alike, as in tensors, which keep the padding that they came with;
             otherwise micro-batches are collated, and padded to their longest sample.
+        layout: ``"packed"`` where micro-batches are collated into one row, whose sizes are those of `round_up`.
+        records: Whether micro-batches will be launched from recordings, see `bigbatch.graphs`.
+        unpredictable: Why the step cannot run without data, where that is known.
     """
 
     model: nn.Module
@@ -43,6 +46,9 @@ class Step:
     batch: Split
     lengths: Sequence[int] | None
     alike: bool = False
+    layout: Layout = "padded"
+    records: bool = False
+    unpredictable: str | None = None
 
     @property
     def num_samples(self) -> int:
@@ -72,6 +78,8 @@ class Step:
         """The smallest size that is timed: under it, samples that are longer run alone."""
         if self.lengths is None:
             return 1
+        if self.layout == "packed":
+            return round_up(max(self.lengths))
         middling = sorted(self.lengths, reverse=True)[self.num_samples // 2]
         return max(middling, max(self.lengths) // SMALLEST_SHARE)
 
@@ -93,12 +101,24 @@ class Step:
             return [range(self._most_rows(size))]
         if self.lengths is None:
             return [[self._heaviest] * size]
+        if self.layout == "packed":
+            return [self._fill_row(size)]
         filled = FULL_ENOUGH * self.filled(size)
         fullest = max(length for length in self._where if size // length * length >= filled)
         return [[self._where[length]] * (size // length) for length in dict.fromkeys((self.least, fullest))]
 
+    def _fill_row(self, size: int) -> list[int]:
+        """Samples that fill a row of so many tokens, the longest first."""
+        rows: list[int] = []
+        for length in sorted(self._where, reverse=True):
+            rows += [self._where[length]] * (size // length)
+            size %= length
+        return rows
+
     def filled(self, size: int) -> int:
         """Of a size, what a micro-batch of such samples can use: between it and the size, all cuts are the same."""
+        if self.layout == "packed":
+            return max(round_up(self.least), round_down(size))
         if self.lengths is None or self.alike or size < self.least:
             return size
         return max(size // length * length for length in self._where)
@@ -123,10 +143,19 @@ class Step:
         """The batch in micro-batches of at most that size."""
         if self.lengths is None:
             return [range(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
-        return group_by_tokens(self.lengths, size, cost=cost)
+        return group_by_tokens(self.lengths, size, cost=cost, layout=self.layout)
+
+    @property
+    def everything(self) -> int:
+        """The size from which on the whole batch is one micro-batch, about."""
+        if self.lengths is None:
+            return self.num_samples
+        return sum(self.lengths) if self.layout == "packed" else self.num_samples * max(self.lengths)
 
     def size_of(self, rows: Sequence[int]) -> int:
         """Tokens with padding, or samples, of a micro-batch."""
+        if self.lengths is not None and self.layout == "packed":
+            return round_up(sum(self.lengths[i] for i in rows))
         return len(rows) if self.lengths is None else len(rows) * max(self.lengths[i] for i in rows)
 
     @property

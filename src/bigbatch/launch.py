@@ -1,0 +1,22 @@
+"""Many launches as one: what a function puts on a CUDA device, recorded to be put there again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def record(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Record what a function launches on the current CUDA device, which does not run it.
+
+    Args:
+        run: Works on tensors that stay where they are. What it allocates stays with the recording.
+        pool: Memory that recordings share which never run at the same time; their own by default.
+
+    Raises:
+        RuntimeError: It does what cannot be recorded, such as to wait for the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph

@@ -1,0 +1,198 @@
+"""How a model is run: attention, loss, layout, compiled layers and recorded launches, each tried on the model itself.
+
+model → attention without a mask → loss in chunks → LoRA → packed rows → compiled layers → Arrangement
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbatch.errors import InputError
+from bigbatch.grouping import Layout
+from bigbatch.lm.attention import leave_out_mask, use_causal_attention
+from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.dataset import collate
+from bigbatch.lm.device import Machine
+from bigbatch.lm.head import ChunkedCausalLMLoss, chunked_loss_is_exact, head_of, is_worth_chunks
+from bigbatch.lm.hub import first_line
+from bigbatch.lm.layers import Layers
+from bigbatch.lm.loss import CausalLMLoss
+from bigbatch.lm.model import add_lora
+from bigbatch.lm.packed import pack, why_not_packed
+from bigbatch.preserve import preserved, seed_everything
+from bigbatch.verify import TOLERANCES
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a model is run.
+
+    Attributes:
+        model: In training mode, with its adapters.
+        loss_fn: As `bigbatch.Engine` takes it.
+        collate: Makes a micro-batch of a list of samples.
+        layout: Of the micro-batches.
+        layers: What can be computed anew in backward; None where the model has no such layers.
+        records: Whether micro-batches are launched from recordings.
+        notes: Sentences about what is not there, and why.
+    """
+
+    model: Any
+    loss_fn: CausalLMLoss | ChunkedCausalLMLoss
+    collate: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
+    layout: Layout
+    layers: Layers | None
+    records: bool
+    notes: tuple[str, ...]
+
+
+def arrange(model: Any, config: TrainConfig, machine: Machine, *, pad_id: int, longest: int) -> Arrangement:
+    """Find out how a model is run best, of what was not decided.
+
+    Args:
+        model: A transformers language model on its device, without adapters.
+        config: With every default written out.
+        machine: Device and precision.
+        pad_id: Token that rows are filled up with.
+        longest: Tokens of the longest sequence that will come.
+
+    Raises:
+        InputError: The model cannot have what the configuration asks for.
+    """
+    notes: list[str] = []
+    needs_mask = not leave_out_mask(model, machine, max_length=longest)
+    chunks = is_worth_chunks(head_of(model)) and chunked_loss_is_exact(model, machine)
+    layout = _layout(model, config, machine, longest, needs_mask, notes)
+    if config.lora_rank:
+        model = _with_lora(model, config)
+    model = model.to(machine.device).train()
+    layers = _layers(model, config)
+    compiles = config.compile in ("layers", "graphs") or (config.compile == "auto" and machine.device.type == "cuda")
+    if chunks:
+        loss: Any = partial(ChunkedCausalLMLoss, fused=compiles)
+    else:
+        loss = CausalLMLoss
+    loss_fn = loss(machine, needs_mask=needs_mask, longest=longest)
+    if layout == "packed":
+        collator: Any = partial(pack, pad_id=pad_id, longest=longest, most=config.token_budget)
+    else:
+        collator = partial(collate, pad_id=pad_id)
+    if compiles:
+        _compile(model, config, layers, loss_fn, collator, machine, longest, notes)
+    records = machine.device.type == "cuda" and config.compile in ("auto", "graphs")
+    if config.compile == "graphs" and not records:
+        raise InputError(f"--compile graphs is for CUDA, and this run is on {machine.device}: say layers or none.")
+    return Arrangement(model, loss_fn, collator, layout, layers, records, tuple(notes))
+
+
+def _layout(
+    model: Any, config: TrainConfig, machine: Machine, longest: int, needs_mask: bool, notes: list[str]
+) -> Layout:
+    """Decide between packed and padded rows; a model that packs attends by offsets from then on."""
+    wanted = config.layout == "packed" or (config.layout == "auto" and machine.device.type == "cuda")
+    if not wanted:
+        return "padded"
+    before = getattr(model.config, "_attn_implementation", None)
+    why = "it needs a mask for padding" if needs_mask else None
+    if why is None:
+        use_causal_attention(model)
+        why = why_not_packed(model, machine, longest=longest)
+    if why is None:
+        return "packed"
+    if before is not None and getattr(model.config, "_attn_implementation", None) != before:
+        model.set_attn_implementation(before)
+    if config.layout == "packed":
+        raise InputError(f"--layout packed is not there for {config.model}: {why}. Leave it to auto, or say padded.")
+    notes.append(f"rows are padded and not packed: {why}")
+    return "padded"
+
+
+def _with_lora(model: Any, config: TrainConfig) -> Any:
+    assert config.lora_alpha is not None, "resolved() gives it a value"
+    try:
+        return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    except ValueError as error:
+        raise InputError(f"--lora-rank is not there for {config.model}: {first_line(error)}.") from error
+
+
+def _layers(model: Any, config: TrainConfig) -> Layers | None:
+    try:
+        layers = Layers(model)
+    except ValueError as error:
+        if config.gradient_checkpointing in ("auto", "none"):
+            return None
+        raise InputError(f"--gradient-checkpointing is not there for {config.model}: {first_line(error)}.") from error
+    if config.gradient_checkpointing != "auto":
+        layers.recompute(config.gradient_checkpointing)
+    return layers
+
+
+def _compile(
+    model: Any,
+    config: TrainConfig,
+    layers: Layers | None,
+    loss_fn: Any,
+    collator: Any,
+    machine: Machine,
+    longest: int,
+    notes: list[str],
+) -> None:
+    """Compile the layers, and hold them to what they gave before."""
+    why = "its layers are not those of transformers" if layers is None else None
+    if layers is not None:
+        microbatch = _trial(model, collator, machine, longest)
+        level = layers.level
+        layers.recompute("full")  # least memory, and what recomputes is tried as well
+        before = _loss_and_norm(model, loss_fn, microbatch)
+        layers.compile()
+        try:
+            after = _loss_and_norm(model, loss_fn, microbatch)
+        except Exception as error:  # noqa: BLE001 - whatever the compiler says, the model runs without it
+            why = first_line(error)
+        else:
+            errors = [abs(new - old) / abs(old) if old else abs(new) for new, old in zip(after, before, strict=True)]
+            why = None if max(errors) <= TOLERANCES[torch.bfloat16] else f"compiled, it differs by {max(errors):.0e}"
+        layers.recompute(level)
+        if why is not None:
+            layers.interpret()
+    if why is None:
+        return
+    if config.compile != "auto":
+        raise InputError(
+            f"--compile {config.compile} is not there for {config.model}: {why}. Leave it to auto, or none."
+        )
+    notes.append(f"layers are not compiled: {why}")
+
+
+def _trial(model: Any, collator: Any, machine: Machine, longest: int) -> dict[str, Tensor]:
+    """Make a micro-batch of some sequences, the longest among them."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for length in (longest, max(1, longest // 2), max(1, longest // 3)):
+        tokens = torch.randint(vocabulary, (length,), generator=generator)
+        samples.append({"input_ids": tokens, "labels": tokens.roll(-1)})
+    return {name: tensor.to(machine.device) for name, tensor in collator(samples).items()}
+
+
+def _loss_and_norm(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) -> tuple[float, float]:
+    """Compute the loss and the norm of its gradient by the embedded tokens; nothing stays."""
+    given: list[Tensor] = []
+
+    def watch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        given.append(output.detach().requires_grad_())
+        return given[-1]
+
+    with preserved(model, parameters=False):
+        seed_everything(0)
+        handle = model.get_input_embeddings().register_forward_hook(watch)
+        try:
+            loss_sum = loss_fn(model, microbatch)[0]
+            (gradient,) = torch.autograd.grad(loss_sum, given[0])
+        finally:
+            handle.remove()
+    return loss_sum.item(), gradient.double().norm().item()

@@ -1,0 +1,98 @@
+"""The other contestants: what is common to them, and which there are."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from bigbatch.lm.bench.meter import Meter, NoMeter
+from bigbatch.lm.bench.names import OURS, Entry
+from bigbatch.lm.bench.ours import Ours
+from bigbatch.lm.bench.stage import Stage
+from bigbatch.lm.bench.workload import Sample
+from bigbatch.lm.dataset import collate
+
+WARM_SAMPLES = 8
+
+
+class Contestant(Protocol):
+    """Takes the update of a stage.
+
+    Attributes:
+        notes: What a reader of its row should know.
+    """
+
+    notes: list[str]
+
+    def turn(self, stage: Stage, meter: Meter) -> None:
+        """Warm up, then take one whole update from the first weights, between ``meter.start`` and ``meter.stop``."""
+
+
+class Peer:
+    """A contestant that takes a fixed number of samples at a time, whatever their length.
+
+    Args:
+        samples: Of a micro-batch.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.notes: list[str] = []
+
+    def turn(self, stage: Stage, meter: Meter) -> None:
+        """Warm up with the longest sequences, so that the memory is there, then take the whole update."""
+        longest = sorted(stage.samples, key=lambda sample: -len(sample["input_ids"]))
+        self.update(stage, longest[: max(WARM_SAMPLES, self.samples)], NoMeter())
+        stage.reset()
+        self.update(stage, stage.samples, meter)
+
+    def update(self, stage: Stage, samples: Sequence[Sample], meter: Meter) -> None:
+        """Take one update of the stage's model, by its optimizer, on some samples."""
+        raise NotImplementedError
+
+    def num_microbatches(self, samples: Sequence[Sample]) -> int:
+        """Count the micro-batches of some samples."""
+        return -(-len(samples) // self.samples)
+
+    def loader(self, stage: Stage, samples: Sequence[Sample]) -> "DataLoader[Any]":
+        """Make the loader of a training script."""
+        return DataLoader(
+            list(samples),  # type: ignore[arg-type]
+            batch_size=self.samples,
+            shuffle=True,
+            collate_fn=pad,
+            pin_memory=stage.device.type == "cuda",
+        )
+
+
+def pad(samples: Sequence[Sample]) -> Sample:
+    """Pad on the right to the longest; the attention mask says where."""
+    return collate(samples, pad_id=0)
+
+
+def liger_runs(device: torch.device) -> str | None:
+    """Say why Liger Kernel cannot be used; None if it can."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "it is not installed"
+    return None if device.type == "cuda" else "it needs a GPU"
+
+
+def make_contestant(entry: Entry) -> Contestant:
+    """Make what is called by that name; imports no other library yet."""
+    if entry.name == OURS:
+        return Ours()
+    from bigbatch.lm.bench.with_accelerate import Accumulate
+    from bigbatch.lm.bench.with_lightning import LightningTrainer
+    from bigbatch.lm.bench.with_trainer import Checkpointing, Expert, Plain
+
+    kinds: dict[str, type[Peer]] = {
+        "trainer": Plain,
+        "trainer-checkpointing": Checkpointing,
+        "trainer-expert": Expert,
+        "accelerate": Accumulate,
+        "lightning": LightningTrainer,
+    }
+    assert entry.samples is not None, "names.SAMPLES gives every peer its own"
+    return kinds[entry.name](entry.samples)

@@ -1,0 +1,97 @@
+"""The layers that a model repeats: compiled once for all of them, and computed anew in backward to save memory.
+
+    none         backward finds all activations
+    selective    every second layer keeps its input alone, and computes the rest once more in backward
+    full         every layer does
+
+Compiling one layer serves all: they run the same code on other weights. It takes seconds, where a whole model takes
+minutes.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+Recompute: TypeAlias = Literal["none", "selective", "full"]
+LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+class Layers:
+    """The repeated layers of one model, found by transformers' base class for them.
+
+    Args:
+        model: A transformers language model, or peft's wrapper of one.
+
+    Attributes:
+        level: What is computed anew.
+
+    Raises:
+        ValueError: It has no such layers; the message is what transformers says to activation checkpointing.
+    """
+
+    def __init__(self, model: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that transformers will rename the method
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._model = model
+        self._layers = _repeated(model)
+        self._compiled: list[Any] = []
+        self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.level: Recompute = "full"
+        self.recompute("none")
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether they are compiled."""
+        return bool(self._compiled)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile them for rows of any length; done when the first micro-batch runs."""
+        self._compiled = [torch.compile(layer._call_impl, dynamic=True, backend=backend) for layer in self._layers]
+        self.recompute(self.level)
+
+    def interpret(self) -> None:
+        """Run them operation by operation again."""
+        self._compiled = []
+        for layer in self._layers:
+            layer._compiled_call_impl = None
+        self.recompute(self.level)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run them operation by operation for a while: generation would be compiled for each of its lengths."""
+        calls = [layer._compiled_call_impl for layer in self._layers]
+        for layer in self._layers:
+            layer._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for layer, call in zip(self._layers, calls, strict=True):
+                layer._compiled_call_impl = call
+
+    def recompute(self, level: Recompute) -> None:
+        """Choose what is computed anew in backward."""
+        self.level = level
+        for index, layer in enumerate(self._layers):
+            anew = level == "full" or (level == "selective" and index % 2 == 0)
+            layer.gradient_checkpointing = anew and not self._compiled
+            if self._compiled:
+                run = self._compiled[index]
+                # the random state cannot be looked at while a graph is recorded
+                again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=self._draws)
+                layer._compiled_call_impl = again if anew else run
+
+
+def _repeated(model: Any) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError("it has no layers that transformers can checkpoint")
+    return layers
