@@ -104,7 +104,7 @@ NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, ac
             "--only holds 'bigbatch:4': bigbatch chooses its micro-batch; only the others take a number of samples.",
         ),
         (["--rounds", "0"], "--rounds is 0: it must be at least 1."),
-        (["--workload", "x"], "--workload is 'x': it must be auto, w or w-small."),
+        (["--workload", "x"], "--workload is 'x': it must be auto, w, w-lora or w-small."),
         (["--memory", "24"], "--memory is 24: it needs a unit, such as 24GiB."),
         (["--save", ""], "--save is '': it must not be empty."),
         (["--save", "."], "--save . is a folder: name a file in it, such as bench.txt."),

@@ -1,5 +1,6 @@
 """The comparison with what others would pick: the same update for everyone, checked, timed, and nothing left behind."""
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
@@ -305,3 +306,43 @@ def test_warming_up_does_not_change_where_the_update_begins(stage: Stage) -> Non
     with stage.turn():
         Loop(share_of_labels).turn(stage, meter)
     assert all(torch.equal(a, b) for a, b in zip(meter.found, first, strict=True))
+
+
+# adapters over weights in bfloat16 --------------------------------------------------------------------------------
+
+TINY_LORA = dataclasses.replace(TINY_WORKLOAD, name="w-lora", precision="bf16", lora_rank=2)
+
+
+def test_the_reference_of_adapters_is_computed_with_their_base_in_float32_and_puts_it_back() -> None:
+    stage = Stage(TINY_LORA, None)
+    base = {name: p for name, p in stage.model.named_parameters() if not p.requires_grad}
+    before = {name: (p.data_ptr(), p.dtype, p.clone()) for name, p in base.items()}
+    reference = reference_gradient(stage)
+    assert {tensor.dtype for tensor in reference} == {torch.float32}
+    assert len(reference) == len(stage.parameters)
+    assert all((p.data_ptr(), p.dtype) == before[name][:2] for name, p in base.items())
+    assert all(torch.equal(p, before[name][2]) for name, p in base.items())
+    assert {p.dtype for p in base.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", [OURS, "trainer", "trainer-checkpointing", "trainer-expert"])
+def test_adapters_get_the_gradient_of_the_whole_batch_from_everyone(name: str) -> None:
+    if (why := missing(name)) is not None:
+        pytest.skip(why)
+    (row,) = race(TINY_LORA, [read_entry(name)], memory=None, rounds=1, say=lambda *_, **__: None).rows
+    assert row.problem is None
+    assert row.similarity is not None
+    assert row.similarity.cosine > 0.999  # bfloat16
+    assert row.similarity.norm_ratio == pytest.approx(1, abs=0.02)
+
+
+def test_a_turn_can_begin_anew_with_the_model_as_it_was_made(stage: Stage) -> None:
+    with stage.turn():
+        layer = stage.model.model.layers[0]
+        layer.forward = lambda *_, **__: None
+        stage.model.mark = True
+        stage.parameters[0].data.zero_()
+        stage.renew()
+        assert "forward" not in vars(layer)
+        assert not hasattr(stage.model, "mark")
+        assert stage.parameters[0].abs().sum() > 0

@@ -53,8 +53,8 @@ def find_workload(name: str) -> "Workload":
     from bigbatch.lm.bench.workload import WORKLOADS
 
     cuda = torch.cuda.is_available()
-    if name == "w" and not cuda:
-        raise InputError("--workload w needs a CUDA device, and torch finds none: use --workload w-small.")
+    if name in ("w", "w-lora") and not cuda:
+        raise InputError(f"--workload {name} needs a CUDA device, and torch finds none: use --workload w-small.")
     return WORKLOADS[("w" if cuda else "w-small") if name == "auto" else name]
 
 

@@ -87,16 +87,16 @@ class BenchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workload: Literal["auto", "w", "w-small"] = Field(
+    workload: Literal["auto", "w", "w-lora", "w-small"] = Field(
         default="auto",
         description="the update that everyone takes. w, on CUDA: Qwen2 of 494M parameters, 256 sequences of 92,493 "
-        "tokens in all, bf16. w-small, on the CPU: one of 4M, 32 sequences of 1,444, float32, about a minute. "
-        "auto = w where there is CUDA",
+        "tokens in all, bf16. w-lora, on CUDA: adapters on a Qwen2 of 1.5B, 64 such sequences. w-small, on the CPU: one "
+        "of 4M, 32 sequences of 1,444, float32, about a minute. auto = w where there is CUDA, else w-small",
     )
     memory: MemoryText | None = Field(
         default=None,
         description="what this process may take of the GPU, such as 24GiB or 30%; on the CPU only bigbatch keeps to it "
-        "(default: 24GiB for w, none for w-small)",
+        "(default: 24GiB for w, 16GiB for w-lora, none for w-small)",
     )
     rounds: Count = Field(default=2, description="timed updates of each; the table has the median")
     only: Annotated[tuple[Annotated[str, AfterValidator(_contestant)], ...], BeforeValidator(_split_commas)] | None = (

@@ -103,6 +103,7 @@ def as_json(found: "Forecast") -> dict[str, Any]:
         "first_update": {
             "sequences": len(plan.lengths),
             "tokens": plan.tokens,
+            "layout": plan.layout,
             "padded_tokens": plan.padded_tokens,
             "num_microbatches": plan.num_microbatches,
             "microbatches": [[plan.lengths[i] for i in rows] for rows in plan.microbatches[0]],

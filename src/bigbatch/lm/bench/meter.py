@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,28 +43,40 @@ class Timer:
 
     Attributes:
         elapsed_s: None before the end.
-        peak_bytes: The most that torch allocated on the device; None on others than CUDA, and before the end.
+        peak_bytes: The most that torch allocated on the device since the stage last forgot it; None on others than
+            CUDA, and before the end.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._started_s = 0.0
+        self._started_s = self._paused_s = 0.0
         self.elapsed_s: float | None = None
         self.peak_bytes: int | None = None
 
     def start(self) -> None:
         """Begin."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        self._started_s = time.perf_counter()
+        self._paused_s = 0.0
+        self._started_s = self._now_s()
 
     def stop(self) -> None:
         """End."""
+        self.elapsed_s = self._now_s() - self._started_s - self._paused_s
+        if self._device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave something out."""
+        began_s = self._now_s()
+        try:
+            yield
+        finally:
+            self._paused_s += self._now_s() - began_s
+
+    def _now_s(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
-        self.elapsed_s = time.perf_counter() - self._started_s
+        return time.perf_counter()
 
 
 class Similarity(NamedTuple):
@@ -79,23 +92,33 @@ class GradientMeter:
     Args:
         stage: Whose optimizer is watched between start and stop.
         reference: As from `reference_gradient`.
+        timer: Told of start and stop as well, and paused while the two are compared.
 
     Attributes:
         similarity: Of the first step; None if there was none.
     """
 
-    def __init__(self, stage: Stage, reference: Sequence[Tensor]) -> None:
+    def __init__(self, stage: Stage, reference: Sequence[Tensor], *, timer: Timer | None = None) -> None:
         self._stage = stage
         self._reference = reference
+        self._timer = timer
         self._handle: Any = None
         self.similarity: Similarity | None = None
 
     def start(self) -> None:
         """Watch the optimizer."""
         self._handle = self._stage.optimizer.register_step_pre_hook(self._look)
+        if self._timer is not None:
+            self._timer.start()
 
     def stop(self) -> None:
-        """Watch it no longer; nothing to do where it was never watched."""
+        """Watch it no longer."""
+        if self._timer is not None:
+            self._timer.stop()
+        self.close()
+
+    def close(self) -> None:
+        """Watch it no longer, whether the update came to its end or not."""
         if self._handle is not None:
             self._handle.remove()
 
@@ -114,7 +137,8 @@ class GradientMeter:
 
     def _compare(self) -> None:
         if self.similarity is None:
-            self.similarity = similarity((p.grad for p in self._stage.parameters), self._reference)
+            with nullcontext() if self._timer is None else self._timer.paused():
+                self.similarity = similarity((p.grad for p in self._stage.parameters), self._reference)
 
 
 def reference_gradient(stage: Stage) -> list[Tensor]:
@@ -126,7 +150,7 @@ def reference_gradient(stage: Stage) -> list[Tensor]:
         On the CPU, one tensor for each parameter.
     """
     num_labels = sum(len(sample["labels"]) - 1 for sample in stage.samples)
-    with stage.turn():
+    with stage.turn(), stage.in_float32():
         for sample in stage.samples:
             ids = sample["input_ids"].to(stage.device)
             logits = stage.model(input_ids=ids[None], use_cache=False).logits[0, :-1]

@@ -26,7 +26,7 @@ def arranged(model: Any, workload: Workload) -> Arrangement:
         model: On its device. It is changed.
         workload: Tells precision and lengths.
     """
-    config = TrainConfig(model=workload.name, max_length=workload.longest).resolved()
+    config = TrainConfig(model=workload.name, max_length=workload.longest).resolved()  # adapters are there already
     return arrange(model, config, workload.machine(), pad_id=0, longest=workload.longest)
 
 
@@ -80,6 +80,7 @@ class Ours:
             self.notes += run.notes
         else:
             take(engine, run.layers, *self._chosen)
+        stage.forget_peak()  # of the sizes that were tried
         for _ in range(WARM_UPDATES):
             engine.step(samples)
         stage.reset()

@@ -45,7 +45,7 @@ class Peer:
         """Warm up with the longest sequences, so that the memory is there, then take the whole update."""
         longest = sorted(stage.samples, key=lambda sample: -len(sample["input_ids"]))
         self.update(stage, longest[: max(WARM_SAMPLES, self.samples)], NoMeter())
-        stage.reset()
+        stage.renew()
         self.update(stage, stage.samples, meter)
 
     def update(self, stage: Stage, samples: Sequence[Sample], meter: Meter) -> None:

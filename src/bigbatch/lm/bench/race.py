@@ -1,4 +1,4 @@
-"""The race: a checked update from everyone, then rounds in which each takes a timed one, in turn."""
+"""The race: rounds in which each takes a timed update, in turn; the first is compared with the reference."""
 
 import contextlib
 import io
@@ -92,7 +92,7 @@ class Race:
 
 
 def race(workload: Workload, entries: Sequence[Entry], *, memory: str | None, rounds: int, say: "Say") -> Race:
-    """Let everyone take the update of a workload: once checked, then timed in each of the rounds.
+    """Let everyone take the update of a workload, in turn, in each of the rounds; the first is compared as well.
 
     Args:
         workload: What an update is.
@@ -111,13 +111,10 @@ def race(workload: Workload, entries: Sequence[Entry], *, memory: str | None, ro
         say("computing the reference gradient, in float32")
         reference = reference_gradient(stage)
         lanes = [_Lane(entry) for entry in entries]
-        for lane in lanes:
-            say(f"checking the gradient of {lane.title}")
-            lane.check(stage, reference)
         for number in range(1, rounds + 1):
             for lane in lanes:
                 say(f"round {number} of {rounds}: {lane.title}")
-                lane.time(stage)
+                lane.time(stage, reference)
     return Race(
         workload=workload,
         machine=machine,
@@ -145,19 +142,20 @@ class _Lane:
     def title(self) -> str:
         return self._entry.name if self._entry.samples is None else f"{self._entry.name}:{self._entry.samples}"
 
-    def check(self, stage: Stage, reference: Sequence[Tensor]) -> None:
-        meter = GradientMeter(stage, reference)
-        try:
-            self._take_turn(stage, meter)
-        finally:
-            meter.stop()
-        self._similarity = meter.similarity
-        if self._problem is None and meter.similarity is None:
-            self._problem = "its optimizer took no step"
-
-    def time(self, stage: Stage) -> None:
+    def time(self, stage: Stage, reference: Sequence[Tensor]) -> None:
+        """Take a timed update; the gradient of the first is compared meanwhile, which does not count as time."""
         timer = Timer(stage.device)
-        self._take_turn(stage, timer)
+        if self._speeds:
+            self._take_turn(stage, timer)
+        else:
+            meter = GradientMeter(stage, reference, timer=timer)
+            try:
+                self._take_turn(stage, meter)
+            finally:
+                meter.close()
+            self._similarity = meter.similarity
+            if self._problem is None and meter.similarity is None:
+                self._problem = "its optimizer took no step"
         if timer.elapsed_s is not None:
             self._speeds.append(count_tokens(stage.samples) / timer.elapsed_s)
         if timer.peak_bytes is not None:

@@ -37,8 +37,8 @@ class Stage:
         self.machine = workload.machine()
         self.device = self.machine.device
         self.samples = workload.make_samples()
-        self.model = workload.make_model(self.device)
-        self.parameters = list(self.model.parameters())
+        self.model = workload.make_trained_model(self.device)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=workload.lr, fused=True)
         self._first = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
@@ -48,15 +48,42 @@ class Stage:
         if self.device.type == "cuda":
             release_memory()
         self.model.to(self.device)  # a peer may have left it elsewhere
-        found = _Found(self.model)
+        self._found = _Found(self.model)
         make_state(self.optimizer)
         self.reset()
+        self.forget_peak()
         try:
             yield
         finally:
-            found.put_back()
+            self._found.put_back()
             self.optimizer.zero_grad()
             self.optimizer.state.clear()
+
+    def renew(self) -> None:
+        """Undo what was done to the model in this turn, and go back to the first weights.
+
+        What a library wraps twice need not be what it wraps once: accelerate leaves a model alone that it has prepared
+        before, and after Liger Kernel has replaced its forward again, it would run without autocast.
+        """
+        self._found.put_back()
+        self.reset()
+
+    def forget_peak(self) -> None:
+        """Count the peak of the device's memory from here."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Hold parameters that are in a narrower dtype in float32 for a while."""
+        narrow = [(parameter, parameter.data) for parameter in self.model.parameters() if parameter.itemsize < 4]
+        for parameter, data in narrow:
+            parameter.data = data.float()
+        try:
+            yield
+        finally:
+            for parameter, data in narrow:
+                parameter.data = data
 
     @torch.no_grad()
     def reset(self) -> None:

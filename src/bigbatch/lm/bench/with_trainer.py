@@ -64,7 +64,7 @@ class Checkpointing(Plain):
 
     def options(self, stage: Stage) -> dict[str, Any]:
         """Give what is set besides the micro-batch."""
-        return {_checkpointing(): True}
+        return _checkpointing()
 
 
 class Expert(Plain):
@@ -75,15 +75,16 @@ class Expert(Plain):
         why_not = liger_runs(stage.device)
         self.notes = ["Liger Kernel was used" if why_not is None else f"Liger Kernel was not used: {why_not}"]
         return {
-            _checkpointing(): True,
+            **_checkpointing(),
             "train_sampling_strategy": "group_by_length",
             "use_liger_kernel": why_not is None,
         }
 
 
-def _checkpointing() -> str:
-    """Give the argument's name: it changed after transformers 5.17, and the old one warns."""
+def _checkpointing() -> dict[str, Any]:
+    """Give the arguments by their names, which changed after transformers 5.17; the old ones warn."""
     import transformers
 
     names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bigbatch.lm.dataset import IGNORED
 from bigbatch.lm.device import Machine, find_machine
+from bigbatch.lm.model import add_lora
 
 Sample: TypeAlias = dict[str, Tensor]
 
@@ -31,6 +32,7 @@ class Workload:
         memory: What a process may use of the device where nobody says; None for no limit.
         deviation: Of the logarithm of the lengths.
         lr: Of AdamW.
+        lora_rank: Of adapters, which alone are trained then, over weights in bfloat16; 0 for none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Workload:
     memory: str | None = None
     deviation: float = 0.8
     lr: float = 1e-5
+    lora_rank: int = 0
 
     def machine(self) -> Machine:
         """Find the device.
@@ -61,6 +64,13 @@ class Workload:
         torch.manual_seed(0)
         with torch.device(device):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+    def make_trained_model(self, device: torch.device | str) -> Any:
+        """Make the model with what is trained of it."""
+        if not self.lora_rank:
+            return self.make_model(device)
+        model = self.make_model(device, dtype=torch.bfloat16)
+        return add_lora(model, rank=self.lora_rank, alpha=2.0 * self.lora_rank, seed=0).to(device)
 
     def make_sequences(self, *, vocabulary: int | None = None, seed: int = 0) -> list[Tensor]:
         """Make the global batch: random token ids, int64 ``[length]``; seed 0 is the workload's."""
@@ -127,4 +137,27 @@ W_SMALL = Workload(
 )
 """The same lengths divided by 8, an eighth of the sequences, and a model of 4 million parameters in float32."""
 
-WORKLOADS = {workload.name: workload for workload in (W, W_SMALL)}
+W_LORA = Workload(
+    name="w-lora",
+    device="cuda",
+    precision="bf16",
+    model={
+        "hidden_size": 1_536,
+        "intermediate_size": 8_960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    sequences=64,
+    mean=5.6,
+    shortest=32,
+    longest=2_048,
+    memory="16GiB",
+    lr=1e-4,
+    lora_rank=16,
+)
+"""Adapters of rank 16 on a Qwen2 of 1.5 billion parameters in bfloat16, 64 sequences of the lengths of w."""
+
+WORKLOADS = {workload.name: workload for workload in (W, W_LORA, W_SMALL)}
