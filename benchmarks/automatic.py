@@ -1,13 +1,14 @@
-"""The micro-batch that ``auto`` chooses beside every fixed number of samples that fits, under a memory limit.
+"""``auto`` as `bigbatch train` runs it, beside every fixed number of samples that fits, under a memory limit.
 
-    PYTORCH_ALLOC_CONF=expandable_segments:True python benchmarks/automatic.py [--memory 24] [--rounds 5] [--updates 50]
+    python benchmarks/automatic.py [--memory 24] [--rounds 3] [--updates 50]
 
 Workload W (benchmarks/workload.py) on one CUDA device, this process limited to so many GiB by
-`set_per_process_memory_fraction`. One model and optimizer for all. In every round each takes an update of its own
-share of the batch, in turn, so that whatever else the machine does meets them alike: the first 64 sequences for fixed
-numbers of samples in the order of the batch, all 256 for ``auto``. The table has medians over the rounds. What runs
-out of memory, even once, does not fit. Both with a loss that makes all logits and with one that makes them in chunks.
-Then ``auto`` with chunks runs its updates, each on a batch of its own with the same distribution of lengths.
+`set_per_process_memory_fraction`. One model and optimizer for all. Fixed numbers of samples are padded rows in the
+order of the batch, operation by operation, with a loss that makes all logits and with one that makes them in chunks;
+each takes the first 32 sequences of the batch. ``auto`` takes all 256, packed, compiled and recorded where the model
+allows. In every round each takes an update, in turn, so that whatever else the machine does meets them alike; the table
+has medians. What runs out of memory, even once, does not fit. Then ``auto`` runs its updates, each on a batch of its
+own with the same distribution of lengths.
 """
 
 import argparse
@@ -21,11 +22,14 @@ import torch
 
 import bigbatch
 import workload
-from bigbatch.lm.attention import use_causal_attention
+from bigbatch.lm.arrangement import arrange
+from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.device import Machine
+from bigbatch.lm.tuning import describe, tune
 
-SIZES = (1, 2, 3, 4, 5, 6)
+SIZES = {"all logits": (1, 2), "chunks": (1, 2, 4, 6)}
 LOSSES = {"chunks": workload.chunked_loss_fn, "all logits": workload.loss_fn}
-SHARE = 64  # sequences of the batch that a fixed number of samples takes in a round
+SHARE = 32  # sequences of the batch that a fixed number of samples takes in a round
 
 
 class Contestant:
@@ -36,18 +40,22 @@ class Contestant:
         self.engine = engine
         self.batch = batch
         self.speeds: list[float] = []
+        self.tokens = sum(len(sample["input_ids"] if isinstance(sample, dict) else sample) for sample in batch)
         self.peak_bytes = self.retries = self.num_microbatches = 0
 
-    def take_turn(self) -> None:
-        """Make one update; nothing any more for one that does not fit."""
+    def take_turn(self, *, warm_updates: int) -> None:
+        """Make one update after some that do not count; nothing any more for one that does not fit."""
         if self.retries:
             return
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        for _ in range(warm_updates):
+            self.engine.step(self.batch)
+        torch.cuda.synchronize()
         started_s = time.perf_counter()
         report = self.engine.step(self.batch)
         torch.cuda.synchronize()
-        self.speeds.append(sum(map(len, self.batch)) / (time.perf_counter() - started_s))
+        self.speeds.append(self.tokens / (time.perf_counter() - started_s))
+        self.engine.release()
         self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
         self.retries += report.retries
         self.num_microbatches = report.num_microbatches
@@ -68,7 +76,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", type=float, default=24.0, help="GiB that this process may use")
-    parser.add_argument("--rounds", type=int, default=5, help="updates that each takes, in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="updates that each takes, in turn")
     parser.add_argument("--updates", type=int, default=50, help="of auto on other batches, afterwards")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -81,52 +89,50 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{len(batch)} sequences, {sum(map(len, batch)):,} tokens an update; limit {options.memory:g} GiB")
     model = workload.make_model()
-    use_causal_attention(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def engine(loss: str, microbatch: Any) -> bigbatch.Engine:
-        return bigbatch.Engine(
-            model,
-            optimizer,
-            LOSSES[loss],
-            microbatch=microbatch,
-            memory=f"{options.memory}GiB" if microbatch == "auto" else None,
-            collate=workload.collate,
-            lengths=workload.lengths,
-            max_grad_norm=1.0,
-        )
-
-    contestants = []
-    for loss in LOSSES:
-        automatic = Contestant(f"auto, {loss}", engine(loss, "auto"), batch)
-        started_s = time.perf_counter()
-        choice = automatic.engine.tune(batch)
-        print(f"{automatic.name}, chosen in {time.perf_counter() - started_s:.1f} s: {choice}")
-        print("  tried", ", ".join(f"{tried.size:,}: {tried.per_s:,.0f}/s" for tried in choice.tried))
-        print("  predicted" if choice.unpredicted is None else f"  not predicted: {choice.unpredicted}")
-        contestants.append(automatic)
-        contestants += [Contestant(f"{n} samples, {loss}", engine(loss, n), batch[:SHARE]) for n in SIZES]
-    for contestant in contestants:
-        contestant.engine.step(contestant.batch[:SHARE][:8])  # warms up
-    for _ in range(options.rounds):
-        for contestant in contestants:
-            contestant.take_turn()
+    started_s = time.perf_counter()
+    config = TrainConfig(model="w", max_length=workload.LONGEST).resolved()
+    run = arrange(model, config, Machine(torch.device("cuda", 0), "bf16"), pad_id=0, longest=workload.LONGEST)
+    samples = [{"input_ids": ids, "labels": ids} for ids in batch]
+    engine = bigbatch.Engine(
+        model,
+        optimizer,
+        run.loss_fn,
+        microbatch="auto",
+        memory=f"{options.memory}GiB",
+        collate=run.collate,
+        lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
+        layout=run.layout,
+        cuda_graphs=run.records,
+        max_grad_norm=1.0,
+    )
+    level, choice = tune(engine, run.layers, samples, levels=True)
+    print(f"auto, from a cold start in {time.perf_counter() - started_s:.1f} s: {choice}{describe(level)}", flush=True)
+    contestants = [Contestant("auto", engine, samples)]
+    for loss, sizes in SIZES.items():
+        for size in sizes:
+            fixed = bigbatch.Engine(
+                model, optimizer, LOSSES[loss], microbatch=size, collate=workload.collate, max_grad_norm=1.0
+            )
+            contestants.append(Contestant(f"{size} samples, {loss}", fixed, batch[:SHARE]))
+    for number in range(options.rounds):
+        contestants[0].take_turn(warm_updates=1 if number else 2)  # one that runs as it is, one that records
+        with run.layers.paused():
+            for contestant in contestants[1:]:
+                contestant.take_turn(warm_updates=0 if number else 1)
     print(f"{'micro-batch':<24}{'tokens/s':>10}  {'from … to':<20}{'GiB':>8}{'micro-batches':>16}")
     for contestant in contestants:
         print(contestant)
-    fixed = [contestant for contestant in contestants if "auto" not in contestant.name and not contestant.retries]
-    best = max(fixed, key=lambda contestant: contestant.speed)
-    for automatic in contestants:
-        if "auto" in automatic.name:
-            print(f"{automatic.name} is {automatic.speed / best.speed:.2f} times the best that fits, {best.name}")
-    automatic = contestants[0]
-    reports = [automatic.engine.step(workload.make_batch(seed=seed)) for seed in range(1, options.updates + 1)]
+    fitting = [contestant for contestant in contestants[1:] if not contestant.retries]
+    best = max(fitting, key=lambda contestant: contestant.speed)
+    print(f"auto is {contestants[0].speed / best.speed:.2f} times the best that fits, {best.name}", flush=True)
+    batches = (workload.make_batch(seed=seed) for seed in range(1, options.updates + 1))
+    reports = [engine.step([{"input_ids": ids, "labels": ids} for ids in batch]) for batch in batches]
     retries = [report.retries for report in reports]
     speed = sum(report.tokens for report in reports) / sum(report.elapsed_s for report in reports)
-    print(f"{options.updates} updates of {automatic.name} on other batches: {speed:,.0f} tokens/s,", end=" ")
+    print(f"{options.updates} updates of auto on other batches: {speed:,.0f} tokens/s,", end=" ")
     print(f"{sum(retries)} out of memory, {sum(retries[1:])} after the first window;", end=" ")
-    print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB,", end=" ")
-    print(f"{automatic.engine.choice.peak_bytes / 2**30:.2f} expected")
+    print(f"reserved at most {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB of {options.memory:g}")
 
 
 if __name__ == "__main__":

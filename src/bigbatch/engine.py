@@ -240,7 +240,7 @@ class Engine:
     def release(self) -> None:
         """Give back the memory of recorded micro-batches, for work between updates; they are recorded again."""
         if self.recorder is not None:
-            self.recorder.drop()
+            self.recorder.release()
 
     def _lengths_of(self, batch: Any) -> list[int] | None:
         return None if self.lengths is None else [int(length) for length in self.lengths(batch)]

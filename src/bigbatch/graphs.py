@@ -49,7 +49,8 @@ class Recorder:
             was when it was recorded.
 
     Attributes:
-        kept: The gradient sums by parameter, once a window has shown which there are; they stay where they are.
+        kept: The gradient sums by parameter, once a window has shown which there are; they stay where they are until
+            they are released.
         why_not: Why nothing is recorded any more, in a few words; None while it is.
     """
 
@@ -58,6 +59,7 @@ class Recorder:
         self._loss_fn = loss_fn
         self._recordings: dict[Hashable, _Recording] = {}
         self._pool: Any = None
+        self._reached: tuple[Tensor, ...] = ()  # parameters that received a gradient
         self.kept: dict[Tensor, Tensor] | None = None
         self.why_not: str | None = None
 
@@ -76,12 +78,16 @@ class Recorder:
         self.kept = sums.native()
         if self.kept is None:
             self.why_not = "gradients are sparse, or of parameters in bfloat16 or float16"
+        else:
+            self._reached = tuple(self.kept)
 
     def prepare(self) -> None:
         """Begin a window: let go of what was recorded if other parameters are trained than before."""
-        if self.kept and not all(parameter.requires_grad for parameter in self.kept):
-            self.drop()
-            self.kept = None
+        if not all(parameter.requires_grad for parameter in self._reached):
+            self.release()
+            self._reached = ()
+        if self.kept is None and self._reached and self.why_not is None:
+            self.kept = {parameter: torch.zeros_like(parameter) for parameter in self._reached}
 
     @property
     def is_ready(self) -> bool:
@@ -106,8 +112,12 @@ class Recorder:
         transaction.note(recording.loss_sum.clone(), recording.items.clone())
         return True
 
-    def drop(self) -> None:
-        """Give back the memory of all recordings; shapes that come again are recorded again."""
+    def release(self) -> None:
+        """Give back, between two windows, the memory of all recordings and of the sums."""
+        self.kept = None
+        self._drop()
+
+    def _drop(self) -> None:
         if self._pool is not None:
             torch.cuda.synchronize()
             self._recordings.clear()
@@ -140,7 +150,7 @@ class Recorder:
             self._recordings[key] = _Recording(graph, recorded, loss_sum.detach(), items)
             return self._recordings[key]
         found.clear()
-        self.drop()
+        self._drop()
         for parameter, total in (self.kept or {}).items():
             parameter.grad = total
         return None

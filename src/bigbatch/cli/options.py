@@ -90,8 +90,8 @@ class BenchOptions(BaseModel):
     workload: Literal["auto", "w", "w-lora", "w-small"] = Field(
         default="auto",
         description="the update that everyone takes. w, on CUDA: Qwen2 of 494M parameters, 256 sequences of 92,493 "
-        "tokens in all, bf16. w-lora, on CUDA: adapters on a Qwen2 of 1.5B, 64 such sequences. w-small, on the CPU: one "
-        "of 4M, 32 sequences of 1,444, float32, about a minute. auto = w where there is CUDA, else w-small",
+        "tokens in all, bf16. w-lora, on CUDA: adapters on a Qwen2 of 1.5B, 64 such sequences. w-small, on the CPU: "
+        "one of 4M, 32 sequences of 1,444, float32, about a minute. auto = w where there is CUDA, else w-small",
     )
     memory: MemoryText | None = Field(
         default=None,

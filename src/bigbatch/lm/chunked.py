@@ -258,7 +258,7 @@ def _loss_and_slopes(
     softcap: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss sum of some tokens, and in ``dtype`` its slopes by their products, but for the factor ``scale``."""
+    """Compute the loss sum of some tokens and, in ``dtype``, its slopes by their products, but for ``scale``."""
     logits = products if products.dtype == torch.float64 else products.float()
     if bias is not None:
         logits = logits + bias

@@ -52,8 +52,15 @@ class Layers:
         return bool(self._compiled)
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile them for rows of any length; done when the first micro-batch runs."""
-        self._compiled = [torch.compile(layer._call_impl, dynamic=True, backend=backend) for layer in self._layers]
+        """Compile them for rows of any length; done when the first micro-batch runs.
+
+        Inductor is told to round where operations would that run one by one, so that compiling changes no number but by
+        the order of sums.
+        """
+        options: Any = {"emulate_precision_casts": True} if backend == "inductor" else None
+        self._compiled = [
+            torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options) for layer in self._layers
+        ]
         self.recompute(self.level)
 
     def interpret(self) -> None:
