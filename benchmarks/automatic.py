@@ -5,14 +5,16 @@
 Workload W (benchmarks/workload.py) on one CUDA device, this process limited to so many GiB by
 `set_per_process_memory_fraction`. One model and optimizer for all. Fixed numbers of samples are padded rows in the
 order of the batch, operation by operation, with a loss that makes all logits and with one that makes them in chunks;
-each takes the first 32 sequences of the batch. ``auto`` takes all 256, packed, compiled and recorded where the model
+each takes the first 16 sequences of the batch. ``auto`` takes all 256, packed, compiled and recorded where the model
 allows. In every round each takes an update, in turn, so that whatever else the machine does meets them alike; the table
 has medians. What runs out of memory, even once, does not fit. Then ``auto`` runs its updates, each on a batch of its
-own with the same distribution of lengths.
+own with the same distribution of lengths; and last, with all memory, it takes turns with a loop written by hand that
+launches the same recordings of the same micro-batches.
 """
 
 import argparse
 import logging
+import math
 import statistics
 import time
 import warnings
@@ -22,14 +24,15 @@ import torch
 
 import bigbatch
 import workload
-from bigbatch.lm.arrangement import arrange
+from bigbatch.launch import record
+from bigbatch.lm.arrangement import Arrangement, arrange
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.device import Machine
 from bigbatch.lm.tuning import describe, tune
 
 SIZES = {"all logits": (1, 2), "chunks": (1, 2, 4, 6)}
 LOSSES = {"chunks": workload.chunked_loss_fn, "all logits": workload.loss_fn}
-SHARE = 32  # sequences of the batch that a fixed number of samples takes in a round
+SHARE = 16  # sequences of the batch that a fixed number of samples takes in a round
 
 
 class Contestant:
@@ -132,7 +135,62 @@ def main() -> None:
     speed = sum(report.tokens for report in reports) / sum(report.elapsed_s for report in reports)
     print(f"{options.updates} updates of auto on other batches: {speed:,.0f} tokens/s,", end=" ")
     print(f"{sum(retries)} out of memory, {sum(retries[1:])} after the first window;", end=" ")
-    print(f"reserved at most {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB of {options.memory:g}")
+    print(f"reserved at most {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB of {options.memory:g}", flush=True)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    print(f"auto takes {beside_a_loop(engine, run, optimizer, samples):.3f} of a loop by hand over the same recordings")
+
+
+def beside_a_loop(engine: bigbatch.Engine, run: Arrangement, optimizer: torch.optim.Optimizer, samples: Any) -> float:
+    """Time updates of the engine and of a loop by hand with the same plan and kernels, in turn; give their ratio."""
+    parameters = list(run.model.parameters())
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    groups = engine.groups([len(sample["input_ids"]) for sample in samples])
+    recordings: dict[Any, tuple[Any, dict[str, torch.Tensor], torch.Tensor]] = {}
+
+    def by_hand() -> None:
+        torch._foreach_zero_(sums)
+        losses, items = [], 0
+        for rows in groups:
+            microbatch = run.collate([samples[i] for i in rows])
+            items += int((microbatch["labels"] != workload.IGNORED).sum())
+            key = tuple(tensor.shape for tensor in microbatch.values())
+            if key not in recordings:
+                recordings[key] = recorded({name: tensor.cuda() for name, tensor in microbatch.items()})
+            graph, inputs, loss_sum = recordings[key]
+            for name, tensor in microbatch.items():
+                inputs[name].copy_(tensor.pin_memory(), non_blocking=True)
+            graph.replay()
+            losses.append(loss_sum.clone())
+        torch._foreach_div_(sums, items)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if math.isfinite(norm.item()):
+            optimizer.step()
+        (torch.stack(losses).sum() / items).item()
+
+    def recorded(inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
+        found: list[torch.Tensor] = []
+
+        def differentiate() -> None:
+            found.append(run.loss_fn(run.model, inputs)[0])
+            found[-1].backward()
+
+        return record(differentiate), inputs, found[0].detach()
+
+    seconds: dict[str, list[float]] = {"engine": [], "by hand": []}
+    for number in range(9):
+        for name in seconds:
+            for parameter, total in zip(parameters, sums, strict=True):
+                parameter.grad = total if name == "by hand" else None
+            torch.cuda.synchronize()
+            started_s = time.perf_counter()
+            if name == "engine":
+                _ = engine.step(samples).loss
+            else:
+                by_hand()
+            torch.cuda.synchronize()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - started_s)
+    return statistics.median(seconds["engine"]) / statistics.median(seconds["by hand"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bigbatch.preserve import preserved, seed_everything
+from bigbatch.preserve import preserved
+from bigbatch.randomness import seed_everything
 
 numpy = pytest.importorskip("numpy")
 

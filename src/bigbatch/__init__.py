@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from bigbatch.accumulator import Accumulator as Accumulator
     from bigbatch.engine import Engine as Engine
     from bigbatch.errors import BigbatchError as BigbatchError
+    from bigbatch.errors import CheckpointError as CheckpointError
     from bigbatch.errors import InputError as InputError
     from bigbatch.errors import MemoryLimitError as MemoryLimitError
+    from bigbatch.errors import NonFiniteError as NonFiniteError
+    from bigbatch.errors import WindowAbandonedError as WindowAbandonedError
     from bigbatch.errors import WindowStateError as WindowStateError
     from bigbatch.plan import Plan as Plan
     from bigbatch.plan import TokenBudget as TokenBudget
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Accumulator": "bigbatch.accumulator",
     "BigbatchError": "bigbatch.errors",
+    "CheckpointError": "bigbatch.errors",
     "Engine": "bigbatch.engine",
     "InputError": "bigbatch.errors",
     "MemoryLimitError": "bigbatch.errors",
@@ -48,6 +52,8 @@ _PUBLIC = {
     "Window": "bigbatch.window",
     "WindowReport": "bigbatch.report",
     "WindowState": "bigbatch.window",
+    "NonFiniteError": "bigbatch.errors",
+    "WindowAbandonedError": "bigbatch.errors",
     "WindowStateError": "bigbatch.errors",
     "plan": "bigbatch.plan",
     "verify": "bigbatch.verify",

@@ -69,6 +69,7 @@ class GradientSums:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._unhook()
+        self._kept = {}  # whoever keeps them decides how long
         self.clear()
 
     def _widen(self, parameter: Tensor) -> None:

@@ -11,7 +11,7 @@ from bigbatch.errors import WindowStateError
 from bigbatch.objective import Items
 from bigbatch.split import check_count
 from bigbatch.transaction import Transaction
-from bigbatch.update import Update
+from bigbatch.update import NonFinite, Update
 from bigbatch.window import Window
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Accumulator:
         max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
         scheduler: A learning-rate scheduler, stepped once after each update.
         scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
+        nonfinite: What a window does whose loss or gradient is not finite. ``"skip"``: nothing, no parameter, optimizer
+            state or schedule changes, and its report says so; ``"raise"``: the same, and a `NonFiniteError`.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -56,12 +58,20 @@ class Accumulator:
         max_grad_norm: float | None = None,
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
+        nonfinite: NonFinite = "skip",
     ) -> None:
-        self._update = Update(optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm)
+        self._update = Update(
+            optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm, nonfinite=nonfinite
+        )
         _check_model(model, optimizer)
         self.model = model
         self.optimizer = optimizer
         self._open: Window | None = None
+
+    @property
+    def update(self) -> Update:
+        """How windows become updates, and what steps with them."""
+        return self._update
 
     @property
     def num_steps(self) -> int:

@@ -4,8 +4,8 @@ split → window (forward, backward, accumulate) → update → report
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigbatch.accumulator import Accumulator as Accumulator
 from bigbatch.accumulator import CountItems as CountItems
+from bigbatch.errors import WindowAbandonedError
 from bigbatch.feed import Feed
 from bigbatch.graphs import Recorder
 from bigbatch.grouping import Layout, group_by_tokens, round_down, round_up
@@ -24,6 +25,8 @@ from bigbatch.plan import Cost, TokenBudget, plan
 from bigbatch.recover import Recovery
 from bigbatch.report import WindowReport
 from bigbatch.split import Collate, Split, check_count, split, split_into
+from bigbatch.state import capture, restore
+from bigbatch.update import NonFinite
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -69,6 +72,7 @@ class Engine:
         max_grad_norm: As for `Accumulator`.
         scheduler: As for `Accumulator`.
         scaler: As for `Accumulator`.
+        nonfinite: As for `Accumulator`.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -91,10 +95,11 @@ class Engine:
         max_grad_norm: float | None = None,
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
+        nonfinite: NonFinite = "skip",
     ) -> None:
         self._check_microbatch(microbatch, memory, lengths)
         self.accumulator = Accumulator(
-            model, optimizer, max_grad_norm=max_grad_norm, scheduler=scheduler, scaler=scaler
+            model, optimizer, max_grad_norm=max_grad_norm, scheduler=scheduler, scaler=scaler, nonfinite=nonfinite
         )
         self.model = model
         self.loss_fn = loss_fn
@@ -190,11 +195,12 @@ class Engine:
         self._cost = choice.timing.cost(choice.size)
         self._good_windows = 0
 
-    def step(self, batch: Any) -> WindowReport:
+    def step(self, batch: Any, *, give_up: Callable[[], bool] | None = None) -> WindowReport:
         """Apply the gradient of the whole batch, once.
 
         Args:
             batch: A pytree of tensors ``[samples, ...]`` on any device, or with ``collate`` a list of samples.
+            give_up: Asked before each micro-batch; once it says True, the window ends there and changes nothing.
 
         Where memory runs out in mid-window, the micro-batch that failed is run again, then in halves, and every sample
         still counts once; the next windows use micro-batches smaller by 7 %, which grow back after 20 good windows.
@@ -203,8 +209,10 @@ class Engine:
 
         Raises:
             MemoryLimitError: A single sample does not fit in memory.
+            NonFiniteError: The loss or the gradient is not finite, and that is to be an error.
             TypeError: The batch cannot be cut, or ``loss_fn`` returned something else than sums and items.
             ValueError: A loss or a count is not what it must be; the message says which.
+            WindowAbandonedError: ``give_up`` said so. Random numbers that were drawn are drawn.
         """
         if not self._size:
             self.tune(batch)
@@ -228,6 +236,10 @@ class Engine:
         try:
             with feed:
                 for rows in parts.groups:
+                    if give_up is not None and give_up():
+                        raise WindowAbandonedError(
+                            f"the window was given up before its micro-batch of {len(rows)} samples."
+                        )
                     window.run(add, rows)
             if recorder is not None and not recovery.num_failures:
                 recorder.keep(transaction.sums)
@@ -241,6 +253,38 @@ class Engine:
         """Give back the memory of recorded micro-batches, for work between updates; they are recorded again."""
         if self.recorder is not None:
             self.recorder.release()
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the micro-batches of the next windows depend on, as plain values."""
+        return {
+            "size": self._size,
+            "size_in_use": self._size_in_use,
+            "good_windows": self._good_windows,
+            "choice": None if self.choice is None else asdict(self.choice),
+        }
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on with micro-batches as an engine left them; where this one's are limited otherwise, keep to its own."""
+        if self.microbatch == "auto" and progress["choice"] is not None:
+            self.use(Choice.of(progress["choice"]))
+        if self._size == progress["size"]:
+            self._size_in_use, self._good_windows = progress["size_in_use"], progress["good_windows"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collect everything that the next windows depend on, but their data: see `bigbatch.state.capture`.
+
+        Tensors are those in use: save them, or copy them, before the next `step`. State exists between windows alone.
+        """
+        return capture(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, to the last bit: `bigbatch.state.restore`.
+
+        Raises:
+            ValueError: It is of another model, optimizer, scheduler or scaler; nothing is changed then.
+        """
+        restore(self, state)
 
     def _lengths_of(self, batch: Any) -> list[int] | None:
         return None if self.lengths is None else [int(length) for length in self.lengths(batch)]

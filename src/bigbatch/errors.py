@@ -9,6 +9,14 @@ class BigbatchError(Exception):
     """Base of every error that this package defines."""
 
 
+class CheckpointError(BigbatchError, RuntimeError):
+    """A checkpoint that cannot be written, read or trusted.
+
+    The message is one sentence that names the checkpoint, the file where it is one, the reason, and after a failed
+    write what stays valid.
+    """
+
+
 class InputError(BigbatchError, ValueError):
     """Bad input to a product command: flags, configuration, data or folders.
 
@@ -22,6 +30,14 @@ class MemoryLimitError(BigbatchError, RuntimeError):
 
     It was too little for a single sample, for the optimizer's state, or within the optimizer's step.
     """
+
+
+class NonFiniteError(BigbatchError, ArithmeticError):
+    """A window whose loss or gradient is not finite, where that is to be an error. Nothing was changed by it."""
+
+
+class WindowAbandonedError(BigbatchError, RuntimeError):
+    """A window that was to be given up in the middle. Nothing was changed by it."""
 
 
 class WindowStateError(BigbatchError, RuntimeError):

@@ -60,6 +60,7 @@ class Recorder:
         self._recordings: dict[Hashable, _Recording] = {}
         self._pool: Any = None
         self._reached: tuple[Tensor, ...] = ()  # parameters that received a gradient
+        self._trained: dict[Tensor, bool] = {}  # which were to receive one then
         self.kept: dict[Tensor, Tensor] | None = None
         self.why_not: str | None = None
 
@@ -80,13 +81,15 @@ class Recorder:
             self.why_not = "gradients are sparse, or of parameters in bfloat16 or float16"
         else:
             self._reached = tuple(self.kept)
+            self._trained = {parameter: parameter.requires_grad for parameter in sums.parameters}
 
     def prepare(self) -> None:
-        """Begin a window: let go of what was recorded if other parameters are trained than before."""
-        if not all(parameter.requires_grad for parameter in self._reached):
+        """Begin a window: let go of what was recorded if other parameters are trained than before, or for good."""
+        changed = any(parameter.requires_grad != before for parameter, before in self._trained.items())
+        if changed or self.why_not is not None:
             self.release()
-            self._reached = ()
-        if self.kept is None and self._reached and self.why_not is None:
+            self._reached, self._trained = (), {}
+        if self.kept is None and self._reached:
             self.kept = {parameter: torch.zeros_like(parameter) for parameter in self._reached}
 
     @property
@@ -101,7 +104,11 @@ class Recorder:
         leaves, structure = pytree.tree_flatten(microbatch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (structure, self._model.training, *map(_describe, leaves))
-        recording = self._recordings.get(key)
+        try:
+            recording = self._recordings.get(key)
+        except TypeError:
+            self.why_not = "a micro-batch holds more than tensors and plain values"
+            return False
         if recording is None:
             recording = self._record(key, leaves, structure, transaction.sums)
             if recording is None:
@@ -138,10 +145,11 @@ class Recorder:
             found.append(_only_term(self._loss_fn(self._model, pytree.tree_unflatten(inputs, structure))))
             sums.backward(found[0][0])
 
+        versions = sums.versions()
         try:
             graph = record(add, self._pool)
-            if (reached := sums.native()) is None or reached.keys() != (self.kept or {}).keys():
-                raise RuntimeError("a micro-batch reached other parameters than those before")
+            if not self._reaches_the_same(sums, versions):
+                raise RuntimeError("micro-batches reach different parameters")
         except Exception as error:  # noqa: BLE001 - whatever cannot be recorded is run as it is
             out_of_memory = is_out_of_memory(error)
             self.why_not = "memory ran out" if out_of_memory else str(error).strip().partition("\n")[0]
@@ -150,10 +158,17 @@ class Recorder:
             self._recordings[key] = _Recording(graph, recorded, loss_sum.detach(), items)
             return self._recordings[key]
         found.clear()
+        for parameter in sums.parameters:  # one that was new would keep what was never written
+            parameter.grad = (self.kept or {}).get(parameter)
         self._drop()
-        for parameter, total in (self.kept or {}).items():
-            parameter.grad = total
         return None
+
+    def _reaches_the_same(self, sums: "GradientSums", versions: Any) -> bool:
+        """Tell whether a recording adds to every sum that is kept, and to no other."""
+        reached = sums.native()
+        if reached is None or self.kept is None or reached.keys() != self.kept.keys():
+            return False
+        return not any(parameter in self.kept for parameter in sums.unchanged_since(versions))
 
 
 def _describe(leaf: Any) -> Hashable:

@@ -8,6 +8,7 @@ total before it is differentiated, and the totals N_t have to be known first.
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from numbers import Real
 from typing import Any, NoReturn, TypeAlias
 
@@ -179,6 +180,25 @@ class Ledger:
             self._items[name].pop()
             if has_items:
                 self._sums[name].pop()
+
+    def marked(self, value: Tensor) -> Tensor:
+        """Give the value, or NaN where a loss is not a finite number; nothing is waited for."""
+        for loss_sum in chain.from_iterable(self._sums.values()):
+            mark = loss_sum.detach().to(value) if isinstance(loss_sum, Tensor) else loss_sum
+            value = value + 0.0 * mark
+        return value
+
+    def is_finite(self) -> bool:
+        """Whether the loss of every term is a finite number; waits for the device."""
+        on_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for loss_sum in chain.from_iterable(self._sums.values()):
+            if isinstance(loss_sum, Tensor):
+                on_device[loss_sum.device].append(loss_sum)
+            elif not math.isfinite(loss_sum):
+                return False
+        return all(
+            math.isfinite(torch.stack(sums).sum(dtype=_sum_dtype(sums[0])).item()) for sums in on_device.values()
+        )
 
     def items(self, name: str | None = None) -> float:
         """Items so far of one term, by default of the first; reads the device where the counts live there."""

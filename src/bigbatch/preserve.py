@@ -1,13 +1,12 @@
 """Put a model and the random generators back as they were."""
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bigbatch.randomness import random_states, set_random_states
 
 
 @contextmanager
@@ -26,7 +25,8 @@ def preserved(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may bind other ones
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    random_states = _random_states()
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    states = random_states(devices)
     for parameter in model.parameters():
         parameter.grad = None  # what is added meanwhile must not reach the tensors that come back
     try:
@@ -42,27 +42,4 @@ def preserved(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
-        _set_random_states(*random_states)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every generator that `preserved` restores."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
-
-
-def _random_states() -> tuple[Tensor, list[Tensor], Any, Any]:
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-    return torch.get_rng_state(), on_cuda, random.getstate(), numpy
-
-
-def _set_random_states(on_cpu: Tensor, on_cuda: list[Tensor], python: Any, numpy: Any) -> None:
-    torch.set_rng_state(on_cpu)
-    if on_cuda:
-        torch.cuda.set_rng_state_all(on_cuda)
-    random.setstate(python)
-    if numpy is not None:
-        sys.modules["numpy"].random.set_state(numpy)
+        set_random_states(states, devices)

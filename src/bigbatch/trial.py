@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigbatch.accumulate import GradientSums
 from bigbatch.objective import Ledger, as_terms
-from bigbatch.preserve import seed_everything
+from bigbatch.randomness import seed_everything
 from bigbatch.split import Collate, Split, split
 
 if TYPE_CHECKING:

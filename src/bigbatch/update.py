@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bigbatch.accumulate import NARROW_DTYPES, GradientSums
-from bigbatch.errors import MemoryLimitError
+from bigbatch.errors import MemoryLimitError, NonFiniteError
 from bigbatch.memory import is_out_of_memory
 from bigbatch.optimizer_state import make_state
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from bigbatch.objective import Ledger
+
+NonFinite: TypeAlias = Literal["skip", "raise"]
 
 # Added to the norm in the clip coefficient, as torch.nn.utils.clip_grad_norm_ does, so that both clip alike.
 CLIP_EPSILON = 1e-6
@@ -44,6 +46,7 @@ class Update:
         scheduler: Stepped once after each update that was applied.
         scaler: A gradient scaler for float16 autocast over float32 parameters.
         max_grad_norm: Largest 2-norm of the divided gradient, over all parameters of the optimizer; None to not clip.
+        nonfinite: Whether a window whose loss or gradient is not finite is skipped in silence, or raised.
 
     Attributes:
         num_steps: Updates applied so far.
@@ -56,6 +59,7 @@ class Update:
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
         max_grad_norm: float | None = None,
+        nonfinite: NonFinite = "skip",
     ) -> None:
         _check_optimizer(optimizer)
         _check_scheduler(scheduler, optimizer)
@@ -64,7 +68,10 @@ class Update:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f'nonfinite is {nonfinite!r}: it must be "skip" or "raise".')
         self.max_grad_norm = max_grad_norm
+        self.nonfinite = nonfinite
         self.num_steps = 0
         self._prepared = False
         if self.scaler is not None:
@@ -127,17 +134,27 @@ class Update:
             raise ValueError(
                 "none of the optimizer's parameters received a gradient: the loss does not depend on them."
             )
-        grad_norm = norm_of_sums.item() / divisor
+        grad_norm = ledger.marked(norm_of_sums).item() / divisor
         if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
             _scale(gradients, 1 / divisor)
             grad_norm, divisor = torch.nn.utils.get_total_norm(gradients).item(), 1.0
             if not math.isfinite(grad_norm):
-                return Outcome(grad_norm, skipped="non-finite gradient")
+                return self._refuse(grad_norm, "non-finite gradient")
+            if not ledger.is_finite():
+                return self._refuse(grad_norm, "non-finite loss")
         _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
         gradients.clear()  # float32 sums are then freed one by one as they are handed over
         sums.hand_over()
         self._step(ledger)
         return Outcome(grad_norm)
+
+    def _refuse(self, grad_norm: float, why: str) -> Outcome:
+        if self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"the window after update {self.num_steps} has a {why}, and changed nothing: look at its samples, "
+                'lower the learning rate, or pass nonfinite="skip" to go on without such windows.'
+            )
+        return Outcome(grad_norm, skipped=why)
 
     def _clip_coefficient(self, grad_norm: float) -> float:
         if self.max_grad_norm is None:

@@ -58,7 +58,7 @@ def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureF
     assert " tokens a micro-batch: " not in printed
     assert not (folder / "run" / "microbatch.json").exists()
     config = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
-    assert (config["token_budget"], config["microbatch"], config["gradient_checkpointing"]) == (64, None, True)
+    assert (config["token_budget"], config["microbatch"], config["gradient_checkpointing"]) == (64, None, "full")
 
 
 @pytest.mark.parametrize(

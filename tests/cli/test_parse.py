@@ -124,10 +124,33 @@ def test_a_flag_replaces_the_other_name_of_its_quantity_in_the_file(folder: Path
 
 def test_a_file_gives_memory_and_switches(folder: Path):
     write(folder, 'microbatch = 4\nmemory = "80%"\ngradient_checkpointing = true\n')
-    assert config_of("--config", "run.toml") == TrainConfig(microbatch=4, memory="80%", gradient_checkpointing=True)
+    assert config_of("--config", "run.toml") == TrainConfig(microbatch=4, memory="80%", gradient_checkpointing="full")
     write(folder, 'token_budget = 4096\ngpu = "h100"\ngradient_checkpointing = false\n')
-    assert config_of("--config", "run.toml") == TrainConfig(token_budget=4096, gpu="h100")
-    assert config_of("--config", "run.toml", "--gradient-checkpointing").gradient_checkpointing
+    config = config_of("--config", "run.toml")
+    assert config == TrainConfig(token_budget=4096, gpu="h100", gradient_checkpointing="none")
+    assert config_of("--config", "run.toml", "--gradient-checkpointing").gradient_checkpointing == "full"
+    write(folder, 'gradient_checkpointing = "selective"\nlayout = "packed"\ncompile = "layers"\n')
+    config = config_of("--config", "run.toml", "--compile", "none")
+    assert config == TrainConfig(gradient_checkpointing="selective", layout="packed", compile="none")
+
+
+@pytest.mark.parametrize("words", ["", "--gradient-checkpointing auto", "--layout auto --compile auto"])
+def test_what_is_left_to_the_run_is_auto(words: str):
+    assert config_of(*words.split()) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--gradient-checkpointing",
+        "--gradient-checkpointing --steps 3",
+        "--gradient-checkpointing full",
+        "--gradient-checkpointing=full",
+        "--gradient-checkpointing none --gradient-checkpointing",
+    ],
+)
+def test_checkpointing_without_a_value_is_full(words: str):
+    assert config_of(*words.split()).gradient_checkpointing == "full"
 
 
 def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
@@ -179,8 +202,19 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ("--gpu a100", "--gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
         ("--gpu voodoo", "--gpu is 'voodoo': it is not a known card; give its memory instead, such as 24GiB."),
         ("--memory 24GiB --gpu t4", "--memory and --gpu exclude each other: give one of them."),
-        ("--gradient-checkpointing=true", "--gradient-checkpointing is a switch: it takes no value."),
-        ("--gradient-checkpointing true", "'true' is not expected: train takes flags alone."),
+        (
+            "--gradient-checkpointing=true",
+            "--gradient-checkpointing is 'true': it must be auto, none, selective or full.",
+        ),
+        (
+            "--gradient-checkpointing true",
+            "--gradient-checkpointing is 'true': it must be auto, none, selective or full.",
+        ),
+        ("--gradient-checkpointing=", "--gradient-checkpointing is '': it must be auto, none, selective or full."),
+        ("--layout dense", "--layout is 'dense': it must be auto, padded or packed."),
+        ("--layout", "--layout needs a value: --layout auto|padded|packed."),
+        ("--compile true", "--compile is 'true': it must be auto, none, layers or graphs."),
+        ("--compile --steps 3", "--compile needs a value: --compile auto|none|layers|graphs."),
         ("--lora-alpha 8", "--lora-alpha does nothing without --lora-rank: give both."),
         (
             "--steps 3 --warmup-steps 4",
@@ -325,8 +359,12 @@ def test_verify_and_generate_complain_alike(command: str, words: list[str], expe
         ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known card; nearest are v100-16gb and v100-32gb."),
         ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
          "them."),
-        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be true or false."),
-        ('gradient_checkpointing = "true"', "gradient_checkpointing in run.toml is 'true': it must be true or false."),
+        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective or "
+         "full."),
+        ('gradient_checkpointing = "true"', "gradient_checkpointing in run.toml is 'true': it must be auto, none, "
+         "selective or full."),
+        ('layout = "dense"', "layout in run.toml is 'dense': it must be auto, padded or packed."),
+        ("compile = true", "compile in run.toml is true: it must be auto, none, layers or graphs."),
         ("max_tokens_per_batch = 1", "run.toml has the unknown key 'max_tokens_per_batch': did you mean "
          "'token_budget'?"),
         ("max_memory = 1", "run.toml has the unknown key 'max_memory': did you mean 'memory'?"),
@@ -437,7 +475,10 @@ def test_help_teaches_how_much_is_in_memory_at_once(command: str):
     assert "--token-budget N tokens, padding included, in one forward and backward; " in shown
     assert "--memory MEMORY memory that the run may use, such as 24GiB or 80% (default: what is free" in shown
     assert "--gpu GPU the same by the name of a card, such as a100-40gb" in shown
-    assert "--gradient-checkpointing recompute activations in the backward" in shown
+    assert "--gradient-checkpointing auto|none|selective|full layers whose activations are computed once more" in shown
+    assert "without a value: full" in shown
+    assert "--layout auto|padded|packed padded = a row for each sequence; packed = one row without padding" in shown
+    assert "--compile auto|none|layers|graphs layers = compile the layers of the model" in shown
 
 
 def test_help_wins_over_what_else_is_wrong(capsys: pytest.CaptureFixture[str]):

@@ -79,7 +79,7 @@ the largest micro-batch has \d+ tokens
 
 an update takes .*\d( s)?, measured with random weights; 6 updates .*\d( s)?, validation not counted
 what would lower the peak of the same micro-batch:
-  --gradient-checkpointing  +[\d.]+ .iB  \(−[\d.]+ .iB\)
+  --gradient-checkpointing full  +[\d.]+ .iB  \(−[\d.]+ .iB\)
   --precision bf16-weights  +[\d.]+ .iB  \(−[\d.]+ .iB\)
 """
     pattern = expected.splitlines()
@@ -92,15 +92,17 @@ what would lower the peak of the same micro-batch:
 
 
 @pytest.mark.parametrize(
-    ("words", "unit", "size"),
+    ("words", "unit", "size", "layout"),
     [
-        ("--microbatch 4 --lora-rank 2", "samples", 4),
-        ("--token-budget 70 --gradient-checkpointing --precision bf16-weights", "tokens", 70),
-        ("--gpu a100-40gb --global-batch-tokens 200", "tokens", None),
+        ("--microbatch 4 --lora-rank 2", "samples", 4, "padded"),
+        ("--token-budget 70 --gradient-checkpointing full --precision bf16-weights", "tokens", 70, "padded"),
+        ("--gpu a100-40gb --global-batch-tokens 200", "tokens", None, "packed"),
+        ("--gpu a100-40gb --global-batch-tokens 200 --layout padded", "tokens", None, "padded"),
+        ("--gpu a100-40gb --global-batch-tokens 200 --precision float32", "tokens", None, "padded"),
     ],
 )
 def test_json_and_sentences_have_the_same_figures(
-    folder: Path, words: str, unit: str, size: int | None, capfd: pytest.CaptureFixture[str]
+    folder: Path, words: str, unit: str, size: int | None, layout: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found: dict[str, Any] = json.loads(planned(capfd, *SMALL, *words.split(), "--json"))
     told = planned(capfd, *SMALL, *words.split())
@@ -116,15 +118,17 @@ def test_json_and_sentences_have_the_same_figures(
         assert re.search(rf"\n  {name} +{re.escape(describe_bytes(num_bytes))}\n", told)
     assert sum(found["parts"].values()) == found["peak_bytes"] <= found["usable_bytes"] <= found["limit_bytes"]
     first = found["first_update"]
-    assert (
-        f"\n{first['sequences']} sequences, {first['tokens']} tokens, padded\n{first['num_microbatches']} micro" in told
-    )
-    assert f": {first['padded_tokens']:,} tokens with padding " in told
+    assert first["layout"] == layout
+    counts = f"\n{first['sequences']} sequences, {first['tokens']} tokens, {layout}\n"
+    assert f"{counts}{first['num_microbatches']} micro" in told
+    assert (f": {first['padded_tokens']:,} tokens with padding " in told) == (layout == "padded")
     microbatches = first["microbatches"]
     assert len(microbatches) == first["num_microbatches"]
     assert sum(map(len, microbatches)) == first["sequences"]
     assert sum(map(sum, microbatches)) == first["tokens"]
-    assert sum(len(rows) * max(rows) for rows in microbatches) == first["padded_tokens"]
+    laid_out = [sum(rows) if layout == "packed" else len(rows) * max(rows) for rows in microbatches]
+    assert sum(laid_out) == first["padded_tokens"]
+    assert unit == "samples" or max(laid_out) <= found["microbatch"]["size"]
     assert f"{found['updates']} updates" in told
     assert (found["update_s"] is None) == ("how long one takes was not measured: that device is not here" in told)
     for lever in found["levers"]:

@@ -41,10 +41,11 @@ def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) ->
     done = command("train", "--steps", "2", "--global-batch", "4", "--validation-every", "2", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[:4] == [
+    assert lines[:5] == [
         "reading python-stdlib …",
         "training a tokenizer …",
         "encoding the documents …",
+        "trying how the model runs best …",
         "choosing the micro-batch …",
     ]
     assert "global batch: 4 sequences, about 5" in done.stdout
@@ -58,7 +59,8 @@ def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) ->
         "      bigbatch verify   proves that no cut of the batch changes the gradient",
     ]
     run = tmp_path / "runs" / "tiny-python-stdlib"
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "microbatch.json", "model"}
+    names = {".lock", "checkpoints", "config.json", "metrics.jsonl", "microbatch.json", "model"}
+    assert {path.name for path in run.iterdir()} == names
     assert AutoTokenizer.from_pretrained(run / "model")("def ").input_ids
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 2e6
 
@@ -74,6 +76,7 @@ def test_a_small_model_is_tuned_and_everything_is_told(
 reading ../data.jsonl …
 loading {base} …
 encoding the documents …
+trying how the model runs best …
 40 records in 1 file from ../data.jsonl
 to learn from: 39 documents with """
     assert printed.startswith(expected), printed

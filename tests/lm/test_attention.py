@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from bigbatch.lm.attention import NAME, attends_to_all, leave_out_mask, looks_causal, use_causal_attention
-from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.device import Machine
-from bigbatch.lm.model import load_model
+from bigbatch.lm.layers import Layers
+from bigbatch.lm.model import add_lora, load_model
 from lm.helpers import records, run, save_model_folder, write_jsonl
 
 CPU = torch.device("cpu")
@@ -98,9 +98,8 @@ def test_the_text_that_is_written_is_that_of_before(kind: str) -> None:
 def test_adapters_and_checkpoints_go_on_top(kind: str) -> None:
     plain, swapped = build(kind), build(kind)
     leave_out_mask(swapped, Machine(CPU, "float64"), max_length=LENGTH)
-    lora = TrainConfig(lora_rank=2).resolved()
-    plain = equip(plain, lora).train()
-    swapped = equip(swapped, lora.model_copy(update={"gradient_checkpointing": True})).train()
+    plain, swapped = (add_lora(model, rank=2, alpha=4.0, seed=0).train() for model in (plain, swapped))
+    Layers(swapped).recompute("full")
     for model in (plain, swapped):
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from bigbatch.lm import chunked
 from bigbatch.lm.chunked import linear_cross_entropy
 from bigbatch.lm.dataset import IGNORED
 from bigbatch.memory import Part, Tracker
@@ -380,19 +383,151 @@ class TestTorchs:
         assert all(a <= ROOM * b for a, b in zip(ours, theirs, strict=True))
 
 
+# what is compiled -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what is compiled operation by operation: the same code, in no time."""
+    monkeypatch.setattr(chunked, "_fused", lambda: chunked._loss_and_slopes)
+
+
+@pytest.mark.parametrize("options", MAPS, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_loss_and_slopes_are_those_of_all_logits(options: dict[str, float], biased: bool, factor: float | None) -> None:
+    hidden, weight, bias, labels = make()
+    ignored = labels == IGNORED
+    products = (hidden @ weight.T).detach().requires_grad_()
+    logits = (products + bias if biased else products) * options.get("scale", 1.0)
+    if "softcap" in options:
+        logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, products)
+    loss_sum, slopes = chunked._loss_and_slopes(
+        products.detach(),
+        bias.detach() if biased else None,
+        labels.masked_fill(ignored, 0)[:, None],
+        ignored,
+        None if factor is None else torch.tensor(factor, dtype=torch.float64),
+        scale=options.get("scale", 1.0),
+        softcap=options.get("softcap"),
+        dtype=torch.float64,
+    )
+    assert torch.allclose(loss_sum, expected, rtol=1e-12)
+    slopes = slopes * options.get("scale", 1.0) / (1 if factor is None else factor)
+    assert torch.allclose(slopes[~ignored], gradient[~ignored], rtol=1e-12, atol=1e-14)
+    assert factor is None or not slopes[ignored].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slopes_of_narrow_products_are_computed_in_float32(dtype: torch.dtype) -> None:
+    hidden, weight, _, labels = make()
+    products = (hidden @ weight.T).detach().to(dtype)
+    arguments: Any = (None, labels.clamp(min=0)[:, None], labels == IGNORED, None)
+    exact_sum, exact = chunked._loss_and_slopes(
+        products.double(), *arguments, scale=1.0, softcap=3.0, dtype=torch.float64
+    )
+    loss_sum, slopes = chunked._loss_and_slopes(products, *arguments, scale=1.0, softcap=3.0, dtype=dtype)
+    assert (loss_sum.dtype, slopes.dtype) == (torch.float32, dtype)
+    assert torch.allclose(loss_sum.double(), exact_sum, rtol=1e-6)
+    assert errors([slopes], [exact])[0] <= torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("options", MAPS, ids=str)
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fused_sum_and_gradients_are_those_of_all_logits(
+    options: dict[str, float], chunk_tokens: int, biased: bool
+) -> None:
+    hidden, weight, bias, labels = make()
+    leaves = (hidden, weight, bias) if biased else (hidden, weight)
+    arguments = (hidden, weight, bias if biased else None, labels)
+    loss = linear_cross_entropy(*arguments, chunk_tokens=chunk_tokens, fused=True, **options)
+    expected = full(*arguments, **options)
+    assert max(errors(with_gradients(-0.3 * loss, *leaves), with_gradients(-0.3 * expected, *leaves))) <= 1e-12
+    with torch.no_grad():
+        without = linear_cross_entropy(*arguments, chunk_tokens=chunk_tokens, fused=True, **options)
+    assert torch.allclose(without, expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_stands_at_ignored_positions_reaches_nothing_fused_either(dtype: torch.dtype) -> None:
+    hidden, weight, bias, labels = make(dtype=dtype)
+    ignored = labels == IGNORED
+    broken = hidden.detach().masked_fill(ignored[:, None], float("nan")).requires_grad_()
+    found, expected = (
+        with_gradients(linear_cross_entropy(rows, weight, bias, labels, chunk_tokens=5, fused=True), rows, weight, bias)
+        for rows in (broken, hidden)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not found[1][ignored].any()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_gradients_are_no_further_off_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    *narrow, labels = make(300, 32, 400, dtype=dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
+    expected = with_gradients(full(*exact, labels, softcap=3.0), *exact)  # type: ignore[arg-type]
+    ours, theirs = (
+        errors(with_gradients(loss_fn(*narrow, labels, softcap=3.0, **extra), *narrow), expected)  # type: ignore[operator]
+        for loss_fn, extra in ((linear_cross_entropy, {"chunk_tokens": 32, "fused": True}), (full, {}))
+    )
+    assert ours[0] <= LOSS_ROUNDINGS * torch.finfo(dtype).eps
+    assert all(a <= ROOM * b for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
+def test_nothing_is_compiled_where_tensors_have_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_fused", lambda: pytest.fail("was compiled"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        hidden, weight, bias = (mode.from_tensor(tensor.detach()).requires_grad_() for tensor in make()[:3])
+        labels = mode.from_tensor(make()[3])
+        loss = linear_cross_entropy(hidden, weight, bias, labels, chunk_tokens=5, fused=True)
+        assert [g.shape for g in torch.autograd.grad(loss, (hidden, weight, bias))] == [
+            hidden.shape, weight.shape, bias.shape
+        ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_compiled_sum_and_gradients_are_those_of_all_logits() -> None:
+    """Once for all lengths: the last chunk is shorter than the others."""
+    hidden, weight, bias, labels = make()
+    chunked._fused.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        loss = linear_cross_entropy(hidden, weight, bias, labels, chunk_tokens=15, fused=True, softcap=3.0, scale=0.3)
+        expected = full(hidden, weight, bias, labels, softcap=3.0, scale=0.3)
+        assert counters["stats"]["unique_graphs"] == 1
+    finally:
+        chunked._fused.cache_clear()
+        torch._dynamo.reset()
+    leaves = (hidden, weight, bias)
+    assert max(errors(with_gradients(3 * loss, *leaves), with_gradients(3 * expected, *leaves))) <= 1e-12
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_on_cuda_gradients_are_no_further_off_than_those_of_all_logits(dtype: torch.dtype, autocast: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_on_cuda_gradients_are_no_further_off_than_those_of_all_logits(
+    dtype: torch.dtype, autocast: bool, fused: bool, biased: bool
+) -> None:
     *leaves, labels = make(3000, 64, 900, dtype=torch.float32 if autocast else dtype)
-    narrow = [leaf.detach().cuda().requires_grad_() for leaf in leaves]
+    narrow = [leaf.detach().cuda().requires_grad_() for leaf in leaves[: 3 if biased else 2]]
     exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
-    expected = with_gradients(full(*exact, labels.cuda()), *exact)  # type: ignore[arg-type]
+    nothing = () if biased else (None,)
+    expected = with_gradients(full(*exact, *nothing, labels.cuda()), *exact)  # type: ignore[arg-type]
     found = []
     for loss_fn in (linear_cross_entropy, full):
-        extra = {"chunk_tokens": 256} if loss_fn is linear_cross_entropy else {}
+        extra = {"chunk_tokens": 256, "fused": fused} if loss_fn is linear_cross_entropy else {}
         with torch.autocast("cuda", dtype=dtype, enabled=autocast and dtype != torch.float32):
-            loss = loss_fn(*narrow, labels.cuda(), **extra)  # type: ignore[arg-type, operator]
+            loss = loss_fn(*narrow, *nothing, labels.cuda(), **extra)  # type: ignore[arg-type, operator]
         found.append(errors(with_gradients(loss, *narrow), expected))
     ours, theirs = found
     assert ours[0] <= LOSS_ROUNDINGS * torch.finfo(dtype).eps
@@ -400,13 +535,15 @@ def test_on_cuda_gradients_are_no_further_off_than_those_of_all_logits(dtype: to
 
 
 @pytest.mark.gpu
-def test_on_cuda_the_host_never_waits() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_on_cuda_the_host_never_waits(fused: bool) -> None:
     *leaves, labels = make(300, 32, 400, dtype=torch.bfloat16)
     narrow = [leaf.detach().cuda().requires_grad_() for leaf in leaves]
     labels = labels.cuda()
-    with_gradients(linear_cross_entropy(*narrow, labels, chunk_tokens=64), *narrow)  # type: ignore[misc, arg-type]
+    with_gradients(linear_cross_entropy(*narrow, labels, chunk_tokens=64, fused=fused), *narrow)  # type: ignore[misc, arg-type]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with_gradients(linear_cross_entropy(*narrow, labels, chunk_tokens=64), *narrow)  # type: ignore[misc, arg-type]
+        with_gradients(linear_cross_entropy(*narrow, labels, chunk_tokens=64, fused=fused), *narrow)  # type: ignore[misc, arg-type]
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -127,10 +127,17 @@ def test_a_card_is_kept_by_its_known_name():
     assert error_types(gpu=4090) == ["string_type"]
 
 
-@pytest.mark.parametrize("value", [1, 0, "true", "yes", None])
-def test_a_switch_is_true_or_false_alone(value: object):
-    assert error_types(gradient_checkpointing=value) == ["bool_type"]
-    assert TrainConfig(gradient_checkpointing=True).gradient_checkpointing is True
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "layout", "compile"])
+@pytest.mark.parametrize("value", [1, 0, 1.0, "true", "yes", "", "Full", None, ["full"]])
+def test_a_word_is_one_of_those_there_are(name: str, value: object):
+    assert error_types(**{name: value}) == ["literal_error"]
+
+
+def test_checkpointing_may_be_written_as_a_switch_and_nothing_else_may():
+    words = {True: "full", False: "none", "auto": "auto", "none": "none", "selective": "selective", "full": "full"}
+    for value, word in words.items():
+        assert TrainConfig(gradient_checkpointing=value).gradient_checkpointing == word
+    assert error_types(layout=True) == error_types(compile=False) == ["literal_error"]
 
 
 def test_resolved_writes_out_the_main_job():
@@ -139,7 +146,8 @@ def test_resolved_writes_out_the_main_job():
     assert (config.steps, config.epochs) == (DEFAULT_STEPS, None)
     assert (config.lr, config.lora_alpha) == (5e-3, None)
     assert (config.microbatch, config.token_budget) == ("auto", None)
-    assert (config.memory, config.gpu, config.gradient_checkpointing) == (None, None, False)
+    assert (config.memory, config.gpu) == (None, None)
+    assert (config.gradient_checkpointing, config.layout, config.compile) == ("auto", "auto", "auto")
     assert config.resolved() == config
 
 

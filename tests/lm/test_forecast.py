@@ -226,18 +226,20 @@ def test_a_forecast_has_all_of_it(place: Path) -> None:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model so wide that adapters are a small part of it."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     return configured(tmp_path_factory.mktemp("wide") / "m", LlamaConfig(**shape, vocab_size=308))
 
 
-CHECKPOINTING, NARROW, LORA = "--gradient-checkpointing", "--precision bf16-weights", "--lora-rank 16"
+CHECKPOINTING, NARROW, LORA = "--gradient-checkpointing full", "--precision bf16-weights", "--lora-rank 16"
 
 
 @pytest.mark.parametrize(
     ("settings", "offered"),
     [
         ({}, {CHECKPOINTING, NARROW, LORA}),
-        ({"gradient_checkpointing": True}, {NARROW, LORA}),
+        ({"gradient_checkpointing": "full"}, {NARROW, LORA}),
+        ({"gradient_checkpointing": "selective"}, {CHECKPOINTING, NARROW, LORA}),
+        ({"gradient_checkpointing": "none"}, {CHECKPOINTING, NARROW, LORA}),
         ({"precision": "bf16-weights"}, {CHECKPOINTING, LORA}),
         ({"lora_rank": 2}, {CHECKPOINTING, NARROW}),
     ],
@@ -253,7 +255,7 @@ def test_what_is_set_is_not_offered(place: Path, wide: str, settings: dict[str, 
 
 def test_a_setting_is_offered_with_the_peak_that_it_has(place: Path, wide: str) -> None:
     changes = {
-        CHECKPOINTING: {"gradient_checkpointing": True},
+        CHECKPOINTING: {"gradient_checkpointing": "full"},
         NARROW: {"precision": "bf16-weights"},
         LORA: {"lora_rank": 16},
     }

@@ -69,7 +69,12 @@ def test_a_folder_of_markdown_is_a_document_a_file(tmp_path: Path) -> None:
     assert learned(prepared) == {f"# Größe {i}\n\nПривет, 日本語 {i}\n" for i in range(6)}
     assert prepared.notes[0] == f"6 text files from {tmp_path}"
     assert prepared.notes[1].startswith("to learn from: 6 documents with ")
-    assert list(dict.fromkeys(heard)) == [f"reading {tmp_path}", "training a tokenizer", "encoding the documents"]
+    assert list(dict.fromkeys(heard)) == [
+        f"reading {tmp_path}",
+        "training a tokenizer",
+        "encoding the documents",
+        "trying how the model runs best",
+    ]
 
 
 def test_what_is_held_out_is_told(tmp_path: Path, model: str) -> None:

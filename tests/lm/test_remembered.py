@@ -10,8 +10,9 @@ import torch
 
 from bigbatch.lm import remembered
 from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.layers import LEVELS, Recompute
 from bigbatch.lm.prepare import prepare
-from bigbatch.lm.remembered import FILE, fingerprint, recall, remember
+from bigbatch.lm.remembered import FILE, Remembered, fingerprint, recall, remember
 from bigbatch.lm.rundir import RunDirectory
 from bigbatch.lm.trainer import Trainer
 from bigbatch.memory import Choice
@@ -35,18 +36,40 @@ CHOICE = Choice(
 PLAIN = {name: value for name, value in vars(CHOICE).items() if name not in ("tried", "timing")}
 
 
-def kept(folder: Path, choice: Choice = CHOICE, key: str = "this job") -> Path:
+def written(**changes: object) -> bytes:
+    """A file whose choice is whole but for some changes; ``...`` leaves a key out."""
+    whole = {"key": "this job", "level": "none", **PLAIN, "tried": [], "timing": {"points": []}} | changes
+    return json.dumps({name: value for name, value in whole.items() if value is not ...}).encode()
+
+
+def test_a_whole_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE).write_bytes(written())
+    assert recall(tmp_path / "run", "this job") is not None
+
+
+def kept(folder: Path, choice: Choice = CHOICE, key: str = "this job", level: Recompute = "selective") -> Path:
     folder.mkdir(parents=True)
-    remember(folder, choice, key)
+    remember(folder, choice, key, level=level)
     return folder
+
+
+def found(folder: Path, choice: Choice = CHOICE) -> Remembered:
+    return Remembered(choice, "selective", folder)
 
 
 def test_a_choice_comes_back_as_it_was(tmp_path: Path) -> None:
     folder = kept(tmp_path / "run")
-    assert recall(folder, "this job") == (CHOICE, folder)
-    unpredicted = Choice(**vars(CHOICE) | {"unpredicted": "the step cannot run without data (für)"})
+    assert recall(folder, "this job") == found(folder)
+    unpredicted = Choice(**vars(CHOICE) | {"unpredicted": "the step cannot run without data (für)", "limited": True})
     again = kept(tmp_path / "again", unpredicted)
-    assert recall(again, "this job") == (unpredicted, again)
+    assert recall(again, "this job") == found(again, unpredicted)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_was_computed_anew_comes_back_with_it(tmp_path: Path, level: Recompute) -> None:
+    folder = kept(tmp_path / "run", level=level)
+    assert recall(folder, "this job") == Remembered(CHOICE, level, folder)
 
 
 def test_runs_beside_are_looked_through_the_latest_first(tmp_path: Path) -> None:
@@ -58,8 +81,8 @@ def test_runs_beside_are_looked_through_the_latest_first(tmp_path: Path) -> None
         path = tmp_path / name / FILE
         stamp = path.stat().st_mtime - 10 * age
         os.utime(path, (stamp, stamp))
-    assert recall(tmp_path / "not there yet", "this job") == (CHOICE, tmp_path / "one")
-    assert recall(tmp_path / "two", "this job") == (CHOICE, tmp_path / "two")
+    assert recall(tmp_path / "not there yet", "this job") == found(tmp_path / "one")
+    assert recall(tmp_path / "two", "this job") == found(tmp_path / "two")
     assert recall(tmp_path / "not there yet", "a third job") is None
     assert recall(tmp_path / "no" / "folder", "this job") is None
 
@@ -84,9 +107,13 @@ def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Pa
         b"[" * 100_000,
         b'{"key": "this job"}',
         b'{"key": "this job", "size": 3}',
-        json.dumps({"key": "this job", **PLAIN, "tried": None, "timing": None}).encode(),
-        json.dumps({"key": "this job", **PLAIN, "tried": [], "timing": {"points": [[1, "x"]]}}).encode(),
-        json.dumps({"key": "this job", **PLAIN, "tried": [], "timing": {"points": []}, "new": 1}).encode(),
+        written(tried=None, timing=None),
+        written(timing={"points": [[1, "x"]]}),
+        written(new=1),
+        written(level="some"),
+        written(level=True),
+        written(level=["full"]),
+        written(level=...),
     ],
 )
 def test_what_cannot_be_read_is_not_there_and_hides_nothing(tmp_path: Path, content: bytes) -> None:
@@ -94,13 +121,13 @@ def test_what_cannot_be_read_is_not_there_and_hides_nothing(tmp_path: Path, cont
     (tmp_path / "run" / FILE).write_bytes(content)
     assert recall(tmp_path / "run", "this job") is None
     beside = kept(tmp_path / "beside")
-    assert recall(tmp_path / "run", "this job") == (CHOICE, beside)
+    assert recall(tmp_path / "run", "this job") == found(beside)
 
 
 def test_a_folder_that_cannot_be_written_to_does_not_end_the_run(tmp_path: Path) -> None:
-    remember(tmp_path / "not there", CHOICE, "this job")
+    remember(tmp_path / "not there", CHOICE, "this job", level="none")
     (tmp_path / FILE).mkdir()
-    remember(tmp_path, CHOICE, "this job")
+    remember(tmp_path, CHOICE, "this job", level="none")
     assert recall(tmp_path, "this job") is None
 
 
@@ -133,7 +160,10 @@ def test_another_job_has_another_fingerprint(job: dict[str, Any], tmp_path: Path
         {"precision": "bf16-weights"},
         {"lora_rank": 2},
         {"lora_rank": 4},
-        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": "full"},
+        {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": "none"},
+        {"layout": "packed"},
         {"max_length": 20},
         {"global_batch": 9},
         {"global_batch": None, "global_batch_tokens": 100},

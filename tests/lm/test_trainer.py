@@ -11,10 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.evaluation import evenly_spaced
+from bigbatch.lm.keeper import Progress
+from bigbatch.lm.layers import LEVELS
+from bigbatch.lm.optimization import lr_factor
 from bigbatch.lm.prepare import prepare
-from bigbatch.lm.remembered import fingerprint, recall
+from bigbatch.lm.remembered import Remembered, fingerprint, recall
 from bigbatch.lm.rundir import RunDirectory
-from bigbatch.lm.trainer import Trainer, evenly_spaced, lr_factor
+from bigbatch.lm.trainer import Trainer
 from lm.helpers import Heard, conversations, metrics, records, run, save_model_folder, write_jsonl
 
 KEYS = {
@@ -177,7 +181,7 @@ def test_evenly_spaced_indices_reach_over_the_whole_set() -> None:
 def test_every_document_is_used_once_an_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": None, "epochs": 2, "validation_fraction": 0.0, "global_batch": 7}
     trainer = Trainer(prepare(TrainConfig(**settings)))
-    windows = list(trainer._all_windows())
+    windows = list(trainer.windows_from(Progress()))
     assert trainer.total_steps == len(windows) == 12
     assert [len(window) for window in windows] == [7, 7, 7, 7, 7, 5] * 2
     used = [[i for window in windows[start : start + 6] for i in window] for start in (0, 6)]
@@ -217,7 +221,7 @@ def test_a_run_that_only_skips_is_given_up(tmp_path: Path, settings: dict[str, A
     next(prepared.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(BigbatchError, match=r"^the last 50 updates were skipped \(non-finite gradient\), so the model"):
         Trainer(prepared).run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
-    assert len(metrics(tmp_path / "run")) == 49
+    assert len(metrics(tmp_path / "run")) == 50
 
 
 def test_training_leaves_the_random_state_of_the_caller(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -257,7 +261,7 @@ def test_a_cut_in_tokens_gives_the_same_parameters_and_validation(
 
 def test_no_micro_batch_is_above_the_token_budget(settings: dict[str, Any]) -> None:
     trainer = Trainer(prepare(TrainConfig(**cut(settings, token_budget=40))))
-    for window in trainer._all_windows():
+    for window in trainer.windows_from(Progress()):
         lengths = [len(sample["input_ids"]) for sample in trainer._samples(window)]
         groups = trainer.engine.groups(lengths)
         assert sorted(i for rows in groups for i in rows) == list(range(len(window)))
@@ -278,15 +282,17 @@ def test_auto_says_what_it_chose_and_keeps_it(tmp_path: Path, settings: dict[str
     assert choice.peak_bytes <= choice.limit_bytes
     trainer.run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
     assert trainer.engine.choice is choice
-    assert recall(tmp_path / "run", fingerprint(trainer.prepared)) == (choice, tmp_path / "run")
+    assert recall(tmp_path / "run", fingerprint(trainer.prepared)) == Remembered(choice, "none", tmp_path / "run")
 
 
 def test_checkpointing_changes_no_parameter(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings["precision"] = "float64"
-    runs = [run(tmp_path / f"{on}", **settings, gradient_checkpointing=on)[0] for on in (False, True)]
-    assert any(getattr(module, "gradient_checkpointing", False) for module in runs[1].model.modules())
+    runs = [run(tmp_path / level, **settings, gradient_checkpointing=level)[0] for level in LEVELS]
+    layers = [each.model.model.layers for each in runs]
+    assert [[layer.gradient_checkpointing for layer in each] for each in layers] == [[0, 0], [1, 0], [1, 1]]
     expected = parameters(runs[0])
-    assert torch.linalg.norm(parameters(runs[1]) - expected) / torch.linalg.norm(expected) < 1e-10
+    for each in runs[1:]:
+        assert torch.linalg.norm(parameters(each) - expected) / torch.linalg.norm(expected) < 1e-10
 
 
 def refused(settings: dict[str, Any]) -> str:

@@ -28,9 +28,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 COMMANDS = {
     "train": "pretrain or fine-tune a causal language model with the batch you want",
+    "resume": "go on with a run that was stopped or killed, as if it never had been",
     "plan": "memory, micro-batches and time, before spending anything",
     "verify": "prove on your model, loss and data that every cut gives the full-batch gradient",
     "generate": "let a trained run go on with a text",
+    "checkpoints": "which checkpoints a run has, and which of them are whole",
     "bench": "this package beside what you would pick instead, in one run",
 }
 """The commands, each a module of this package with ``run(...) -> int``, and their line in ``--help``."""
@@ -106,7 +108,7 @@ def _unknown_command(word: str) -> str:
 def _overview() -> str:
     """Return ``bigbatch --help``, wrapped to the terminal; written by hand because it must load nothing."""
     width = min(100, shutil.get_terminal_size().columns) - 2
-    indent = " " * 12
+    indent = " " * 15
     return "\n".join(
         [
             "usage: bigbatch COMMAND [--flag value ...]",
@@ -119,7 +121,7 @@ def _overview() -> str:
             "",
             "commands:",
             *(
-                textwrap.fill(about, width, initial_indent=f"  {name:<10}", subsequent_indent=indent)
+                textwrap.fill(about, width, initial_indent=f"  {name:<13}", subsequent_indent=indent)
                 for name, about in COMMANDS.items()
             ),
             "",

@@ -69,18 +69,26 @@ class TrainingDisplay:
         validation_every: Updates between two validations, or None where there is no validation.
         entropy: Unigram entropy of the validation text in nats per token, or None.
         prompt: What samples of text begin with, to tell the model's words from it.
+        done: Updates that an earlier process made.
     """
 
     def __init__(
-        self, console: Console, *, total_steps: int, validation_every: int | None, entropy: float | None, prompt: str
+        self,
+        console: Console,
+        *,
+        total_steps: int,
+        validation_every: int | None,
+        entropy: float | None,
+        prompt: str,
+        done: int = 0,
     ) -> None:
         self._console = console
         self._total_steps = total_steps
         self._entropy = entropy
         self._prompt = prompt
-        self._pace = Pace(total_steps=total_steps, validation_every=validation_every)
+        self._pace = Pace(total_steps=total_steps - done, validation_every=validation_every)
         self._progress = Progress(*_columns(console.width), console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=total_steps, status="")
+        self._task = self._progress.add_task("", total=total_steps, completed=done, status="")
 
     def __enter__(self) -> "TrainingDisplay":
         self._progress.start()

@@ -1,10 +1,10 @@
 """``bigbatch generate``: let the model of a run go on with a text."""
 
-import difflib
 from pathlib import Path
 
 from bigbatch.cli.console import quiet_libraries
 from bigbatch.cli.options import GenerateOptions
+from bigbatch.cli.runs import check_run
 from bigbatch.errors import InputError
 
 DONE = 0
@@ -44,9 +44,5 @@ def _model_folder(run: Path) -> Path:
     for folder in (run / "model", run):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
-    if not run.is_dir():
-        siblings = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
-        near = difflib.get_close_matches(run.name, siblings, n=1)
-        hint = f"did you mean {run.parent / near[0]}?" if near else "bigbatch train makes one."
-        raise InputError(f"there is no run {run}: {hint}")
+    check_run(run)
     raise InputError(f"{run} holds no trained model: a run has one in {run / 'model'} once it has ended.")

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from bigbatch.lm.bench.names import SAMPLES, read_entry
-from bigbatch.lm.config import GROUPS, FieldGroup, TrainConfig
+from bigbatch.lm.config import CHANGED, FREE, GROUPS, FieldGroup, TrainConfig
 from bigbatch.lm.fields import LARGEST_COUNT, Count, Device, Folder, MemoryText, Number, Seed, Text, Whole
 
 
@@ -50,6 +50,25 @@ class PlanOptions(BaseModel):
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of sentences")
 
 
+class ResumeOptions(BaseModel):
+    """Which run ``bigbatch resume`` goes on with, and what of it may be otherwise than it was."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Folder = Field(description="the folder of the run")
+    allow_batch_change: bool = Field(
+        default=False, description="go on with another global batch: schedule and order of the data change"
+    )
+    allow_data_change: bool = Field(default=False, description="go on with other data")
+    allow_seed_change: bool = Field(default=False, description="go on in another order of the data")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """What may be changed."""
+        kinds = {"batch": self.allow_batch_change, "data": self.allow_data_change, "seed": self.allow_seed_change}
+        return tuple(kind for kind, allowed in kinds.items() if allowed)
+
+
 class SourceOptions(BaseModel):
     """Where a configuration comes from beside its own flags; a TOML file may hold neither of these."""
 
@@ -80,6 +99,15 @@ class GenerateOptions(BaseModel):
     )
     seed: Seed = Field(default=0, description="the same seed writes the same text")
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = the best there is")
+
+
+class CheckpointsOptions(BaseModel):
+    """Whose checkpoints ``bigbatch checkpoints`` lists. ``as_json`` is ``--json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Folder = Field(description="the folder of a run")
+    as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of lines")
 
 
 class BenchOptions(BaseModel):
@@ -159,12 +187,16 @@ Section = tuple[type[BaseModel], FieldGroup]
 
 
 class Command(NamedTuple):
-    """What one command takes, and what its ``--help`` says around the flags."""
+    """What one command takes, and what its ``--help`` says around the flags.
+
+    ``words`` says to somebody who gave more than the ``positionals`` which words there are beside flags.
+    """
 
     about: str
     examples: tuple[str, ...]
     sections: tuple[Section, ...]
     positionals: tuple[str, ...] = ()
+    words: str = "flags alone"
 
     def models(self) -> tuple[type[BaseModel], ...]:
         """Return the models behind the flags, each once, in order."""
@@ -172,11 +204,22 @@ class Command(NamedTuple):
 
     def fields(self) -> dict[str, FieldInfo]:
         """Return every field by the name that its flag has, underscores for dashes."""
-        return {flag_key(name, info): info for model in self.models() for name, info in model.model_fields.items()}
+        return {
+            flag_key(name, model.model_fields[name]): model.model_fields[name]
+            for model, group in self.sections
+            for name in group.fields
+        }
 
 
 _SOURCE: Section = (SourceOptions, FieldGroup("file", "Settings from elsewhere.", tuple(SourceOptions.model_fields)))
 _CONFIG: tuple[Section, ...] = (*((TrainConfig, group) for group in GROUPS), _SOURCE)
+
+RESUMED = tuple(
+    group._replace(fields=fields)
+    for group in GROUPS
+    if (fields := tuple(name for name in group.fields if name in FREE or name in CHANGED))
+)
+"""The settings that ``resume`` takes: those that a run may go on with, some of them only where that is allowed."""
 
 COMMANDS = {
     "train": Command(
@@ -188,6 +231,17 @@ COMMANDS = {
             "bigbatch train --data texts/ --global-batch 512 --memory 24GiB --epochs 2",
         ),
         sections=_CONFIG,
+    ),
+    "resume": Command(
+        about="Go on with a run that was stopped or killed, as if it never had been: from the newest checkpoint that "
+        "verifies, with the same samples in the same order. What the run learns from and how cannot change; how it is "
+        "computed can: flags given here replace the run's own.",
+        examples=("bigbatch resume runs/tiny-python-stdlib", "bigbatch resume RUN --memory 16GiB"),
+        sections=(
+            (ResumeOptions, FieldGroup("run", "What is gone on with.", tuple(ResumeOptions.model_fields))),
+            *((TrainConfig, group) for group in RESUMED),
+        ),
+        positionals=("run",),
     ),
     "plan": Command(
         about="Say what a run would take in memory, micro-batches and time before anything is spent, for this machine "
@@ -213,6 +267,15 @@ COMMANDS = {
         examples=("bigbatch generate runs/tiny-python-stdlib", 'bigbatch generate RUN "class Tree" --temperature 0'),
         sections=((GenerateOptions, FieldGroup("writing", "How it writes.", tuple(GenerateOptions.model_fields))),),
         positionals=("run", "prompt"),
+        words="RUN and one PROMPT, in quotes if it holds spaces",
+    ),
+    "checkpoints": Command(
+        about="List the checkpoints of a run with step, size and time, and say which are whole: every byte is read and "
+        "held to what was written. Loads and changes nothing; the exit code is 0 if at least one is whole.",
+        examples=("bigbatch checkpoints runs/tiny-python-stdlib", "bigbatch checkpoints RUN --json"),
+        sections=((CheckpointsOptions, FieldGroup("list", "How it answers.", tuple(CheckpointsOptions.model_fields))),),
+        positionals=("run",),
+        words="one RUN",
     ),
     "bench": Command(
         about="Take one update with bigbatch, with transformers' Trainer, accelerate and Lightning, on the same model, "

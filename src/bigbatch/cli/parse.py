@@ -35,7 +35,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[BaseModel, ...]:
     """Return what the command's ``run`` takes: its models, validated, in order.
 
     train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; verify: ``(TrainConfig, VerifyOptions)``;
-    generate: ``(GenerateOptions,)``; bench: ``(BenchOptions,)``.
+    generate: ``(GenerateOptions,)``; checkpoints: ``(CheckpointsOptions,)``; bench: ``(BenchOptions,)``.
 
     Raises:
         InputError: anything wrong in the words or in the TOML file that they name; one sentence.
@@ -153,9 +153,8 @@ def _read_words(command: str, words: Sequence[str]) -> dict[str, object]:
             raise InputError(f"unknown flag {short(flag)}: {hint(command, near and _flag(near))}")
     positionals = [*extras, *after_dashes]
     if len(positionals) > len(spec.positionals):
-        takes = "RUN and one PROMPT, in quotes if it holds spaces" if spec.positionals else "flags alone"
         stray = short(repr(positionals[len(spec.positionals)]))
-        raise InputError(f"{stray} is not expected: {command} takes {takes}.")
+        raise InputError(f"{stray} is not expected: {command} takes {spec.words}.")
     if spec.positionals and not positionals:
         raise InputError("RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib.")
     return vars(namespace) | dict(zip(spec.positionals, positionals, strict=False))

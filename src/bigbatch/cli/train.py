@@ -2,18 +2,19 @@
 
 import os
 import shlex
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quiet_libraries
+from bigbatch.cli.signals import stop_on_signals
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
+from bigbatch.lm.lock import RunLock
 from bigbatch.lm.rundir import RunDirectory, check_free, default_path
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bigbatch.lm.prepare import Prepared
     from bigbatch.lm.trainer import Outcome, Trainer
 
@@ -26,6 +27,7 @@ def run(config: TrainConfig) -> int:
     path = config.out or default_path(config.model, config.data)
     check_free(path)
     console = make_console()
+    repeat_exactly(config)
     with preparing(console) as say:
         from bigbatch.lm.prepare import prepare
         from bigbatch.lm.trainer import Trainer
@@ -40,21 +42,37 @@ def run(config: TrainConfig) -> int:
     for line in (*prepared.notes, *explain(trainer), *_reasons(trainer, origin)):
         console.print(line)
     directory = RunDirectory.create(path, prepared.config.model_dump(mode="json"))
-    validation, total_steps = prepared.validation, trainer.total_steps
+    with RunLock(path):
+        return train(trainer, directory, console, config=config)
+
+
+def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:
+    """Run a trainer to its end, or until a signal; ``config`` is what was asked for. Returns the exit code."""
+    prepared, total_steps = trainer.prepared, trainer.total_steps
     display = TrainingDisplay(
         console,
         total_steps=total_steps,
-        validation_every=None if validation is None else prepared.config.validation_every_of(total_steps),
-        entropy=None if validation is None else validation.unigram_entropy(),
+        validation_every=None if prepared.validation is None else prepared.config.validation_every_of(total_steps),
+        entropy=None if prepared.validation is None else prepared.validation.unigram_entropy(),
         prompt=prepared.config.sample_prompt,
+        done=0 if trainer.saved is None else trainer.saved.progress.step,
     )
-    with _stop_on_signals() as stop, display:
-        outcome = trainer.run(directory, listener=display, should_stop=lambda: bool(stop))
+    with stop_on_signals(prepared.config.grace_s) as stop, display:
+        outcome = trainer.run(directory, listener=display, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue)
     if not outcome.finished:
-        console.print(f"stopped by {stop[0]} after update {outcome.step} of {total_steps}; the model is saved")
+        console.print(f"stopped by {stop.signal} after update {outcome.step} of {total_steps}; the model is saved")
+        console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
+    if (recorder := trainer.engine.recorder) is not None and recorder.why_not is not None:
+        console.print(f"without CUDA graphs: {recorder.why_not}")
     for line in farewell(config, directory, outcome):
         console.print(line)
     return DONE if outcome.finished else STOPPED
+
+
+def repeat_exactly(config: TrainConfig) -> None:
+    """Let CUDA's libraries compute in one order, where that is asked for; before they are loaded."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def explain(trainer: "Trainer") -> tuple[str, str, str]:
@@ -79,6 +97,7 @@ def farewell(config: TrainConfig, directory: RunDirectory, outcome: "Outcome") -
         f"{directory.path}{os.sep}",
         "  model/         the model and its tokenizer, for AutoModelForCausalLM.from_pretrained",
         "  metrics.jsonl  a line for each update",
+        "  checkpoints/   where bigbatch resume goes on",
         "  config.json    every setting",
         f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
         f"      bigbatch verify{_same_job(config)}   proves that no cut of the batch changes the gradient",
@@ -102,12 +121,14 @@ def _batch(prepared: "Prepared") -> str:
 
 def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
     """Say why the micro-batch is what it is, where nobody gave it."""
+    from bigbatch.lm.tuning import describe
+
     choice = trainer.engine.choice
     if choice is None:
         return []
     taken = "" if origin is None else f" (as {origin} found for the same model, device and settings)"
     unpredicted = "" if choice.unpredicted is None else f"; found by trying, since {choice.unpredicted}"
-    return [f"{choice}{taken}{unpredicted}"]
+    return [f"{choice}{describe(trainer.level)}{taken}{unpredicted}"]
 
 
 def _cut(trainer: "Trainer") -> str:
@@ -136,23 +157,3 @@ def _same_job(config: TrainConfig) -> str:
         if getattr(config, name) != getattr(default, name)
     ]
     return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(config, name)))}" for name in names)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[list[str]]:
-    """Collect the name of the first SIGINT or SIGTERM; a second one interrupts at once."""
-    names: list[str] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if names:
-            raise KeyboardInterrupt
-        names.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        # Not print(): the signal may have come in the middle of another one, which cannot be entered twice.
-        os.write(2, b"\nstopping after this update and saving; once more to stop at once\n")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield names
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

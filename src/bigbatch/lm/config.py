@@ -48,6 +48,36 @@ EXCLUSIVE = (
 """Fields of which at most one is given: two names for one quantity."""
 
 
+CHANGED = {
+    "global_batch": "batch",
+    "global_batch_tokens": "batch",
+    "seed": "seed",
+    "data": "data",
+    "skip_broken": "data",
+}
+"""Settings that change what a run learns, by what ``bigbatch resume`` must be allowed to change them."""
+
+FREE = (
+    "microbatch",
+    "token_budget",
+    "device",
+    "precision",
+    "memory",
+    "gpu",
+    "gradient_checkpointing",
+    "layout",
+    "compile",
+    "sample_prompt",
+    "checkpoint_every",
+    "keep",
+    "async_checkpoint",
+    "max_skipped",
+    "grace_s",
+    "deterministic",
+)
+"""Settings that a run may go on with whatever they were: how it is computed and shown, not what is learned."""
+
+
 class FieldGroup(NamedTuple):
     """Fields that ``--help`` shows together, under a title and a sentence about what they decide."""
 
@@ -87,6 +117,11 @@ class TrainConfig(BaseModel):
         default=None,
         description="tokens of the longest sequence; longer documents are cut into pieces, not dropped "
         f"(default: {DEFAULT_MAX_LENGTH_TINY} for tiny, else {DEFAULT_MAX_LENGTH} or what the model can take)",
+    )
+    skip_broken: bool = Field(
+        default=False,
+        strict=True,
+        description="leave out and count records that cannot be learned, instead of refusing",
     )
     model: Text = Field(
         default="tiny",
@@ -190,6 +225,30 @@ class TrainConfig(BaseModel):
         description=f"updates between two validations (default: about {VALIDATIONS_A_RUN} validations a run)",
     )
     sample_prompt: Text = Field(default="def ", description="start of the text that a validation lets the model write")
+    checkpoint_every: Count = Field(
+        default=50, description="updates between two checkpoints, from which bigbatch resume goes on"
+    )
+    keep: Count = Field(default=2, description="checkpoints to keep; older ones go when a new one verifies")
+    async_checkpoint: bool = Field(
+        default=False,
+        strict=True,
+        description="write checkpoints beside the training, from a copy in the memory of the host",
+    )
+    max_skipped: Count = Field(
+        default=50, description="updates in a row that may be skipped, for want of finite numbers, before the run fails"
+    )
+    grace_s: Number = Field(
+        default=30.0,
+        ge=0,
+        description="seconds after a signal in which the update is finished; then it is given up, and the run saved as "
+        "it was before",
+    )
+    deterministic: bool = Field(
+        default=False,
+        strict=True,
+        description="the same bytes from every run on the same machine: kernels that add in one order, no clock in "
+        "metrics.jsonl, and no auto, which depends on the clock",
+    )
 
     @model_validator(mode="after")
     def _name_each_quantity_once(self) -> Self:
@@ -250,7 +309,7 @@ class TrainConfig(BaseModel):
 
 
 GROUPS = (
-    FieldGroup("data", "What is learned from.", ("data", "validation_fraction", "max_length")),
+    FieldGroup("data", "What is learned from.", ("data", "validation_fraction", "max_length", "skip_broken")),
     FieldGroup("model", "What learns it.", ("model", "lora_rank", "lora_alpha")),
     FieldGroup(
         "batch",
@@ -270,5 +329,10 @@ GROUPS = (
         ("device", "precision", "memory", "gpu", "gradient_checkpointing", "layout", "compile"),
     ),
     FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt")),
+    FieldGroup(
+        "safety",
+        "What holds when something happens.",
+        ("checkpoint_every", "keep", "async_checkpoint", "max_skipped", "grace_s", "deterministic"),
+    ),
 )
 """Every field of :class:`TrainConfig` in the order of ``--help``."""

@@ -5,6 +5,7 @@ documents → split_documents → encode → TokenDataset → samples → collat
 
 from __future__ import annotations
 
+import hashlib
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -99,6 +100,13 @@ class TokenDataset:
     def document_of(self, index: int) -> int:
         """Return the index, among the encoded documents, of the one that a sample is a piece of."""
         return self._samples[index][2]
+
+    def fingerprint(self) -> str:
+        """Give the SHA-256, in hex, of every token, what is learned of it, and where samples begin and end."""
+        digest = hashlib.sha256(self.tokens.numpy().tobytes())
+        digest.update(self.trained.numpy().tobytes())
+        digest.update(torch.tensor(self._samples, dtype=torch.int64).numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def label_tokens(self) -> Tensor:

@@ -8,15 +8,47 @@ with random weights.
 
 from dataclasses import dataclass
 
-from bigbatch.errors import BigbatchError
+from bigbatch.errors import BigbatchError, InputError
 from bigbatch.grouping import DEFAULT_COST
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.desk import FASTEST, LARGEST, Desk, Lever
 from bigbatch.lm.prepare import Say
-from bigbatch.lm.survey import survey
+from bigbatch.lm.survey import Survey, survey
 from bigbatch.lm.target import Target, find_target
 from bigbatch.memory import Prediction, PredictionError
 from bigbatch.plan import Plan
+
+
+def _desk(config: TrainConfig, target: Target, data: Survey) -> tuple[TrainConfig, Desk]:
+    """Plan at the first level of recomputation at which the longest sequence fits, where training would choose it."""
+    desk = Desk(config, target, data)
+    if config.gradient_checkpointing != "auto" or config.microbatch != "auto":
+        return config, desk
+    for level in ("selective", "full"):
+        if desk.fits(desk.predict(data.longest).peak_bytes):
+            break
+        more = config.model_copy(update={"gradient_checkpointing": level})
+        try:
+            found = Desk(more, target, data)
+        except InputError:  # the model cannot have it
+            break
+        if level == "full" and not found.fits(found.predict(data.longest).peak_bytes):
+            break  # then what helps is told beside what is needed without
+        config, desk = more, found
+    return config, desk
+
+
+def _notes(config: TrainConfig, asked: TrainConfig, target: Target) -> list[str]:
+    """Say what a user would not expect of the figures."""
+    notes = []
+    if config.gradient_checkpointing != asked.gradient_checkpointing:
+        layers = "all layers are" if config.gradient_checkpointing == "full" else "every second layer is"
+        notes.append(f"{layers} computed anew in backward: the longest sequence does not fit otherwise")
+    if target.device.type == "cuda" and config.compile != "none":
+        notes.append(
+            "training compiles the layers there, which keep less than is predicted here, operation by operation"
+        )
+    return notes
 
 
 @dataclass(frozen=True)
@@ -73,7 +105,8 @@ def forecast(config: TrainConfig, *, say: Say) -> Forecast:
     config = config.model_copy(update={"precision": target.machine.precision, "max_length": data.max_length})
     say("predicting the memory")
     try:
-        desk = Desk(config, target, data)
+        asked = config
+        config, desk = _desk(config, target, data)
         size, reason = desk.microbatch()
         timed, untimed = None, desk.why_untimed(size)
         if untimed is None:
@@ -106,5 +139,5 @@ def forecast(config: TrainConfig, *, say: Say) -> Forecast:
         levers=tuple(levers),
         update_s=None if timed is None else timed.seconds,
         untimed=untimed,
-        notes=(*data.notes, *target.notes),
+        notes=(*data.notes, *target.notes, *_notes(config, asked, target)),
     )

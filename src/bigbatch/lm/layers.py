@@ -10,12 +10,13 @@ minutes.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
@@ -39,10 +40,12 @@ class Layers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # that transformers will rename the method
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with suppress(AttributeError):  # where a release of transformers has not asked for them
+            model.disable_input_require_grads()  # of embedded tokens, which only reentrant checkpoints need
         self._model = model
         self._layers = _repeated(model)
         self._compiled: list[Any] = []
-        self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self._draws = _draws(model)
         self.level: Recompute = "full"
         self.recompute("none")
 
@@ -54,10 +57,12 @@ class Layers:
     def compile(self, backend: str = "inductor") -> None:
         """Compile them for rows of any length; done when the first micro-batch runs.
 
-        Inductor is told to round where operations would that run one by one, so that compiling changes no number but by
-        the order of sums.
+        Inductor is told to round where operations would that run one by one, and to draw the random numbers that they
+        would, so that compiling changes no number but by the order of sums.
         """
-        options: Any = {"emulate_precision_casts": True} if backend == "inductor" else None
+        options: Any = None
+        if backend == "inductor":
+            options = {"emulate_precision_casts": True, "fallback_random": self._draws}
         self._compiled = [
             torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options) for layer in self._layers
         ]
@@ -93,6 +98,17 @@ class Layers:
                 # the random state cannot be looked at while a graph is recorded
                 again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=self._draws)
                 layer._compiled_call_impl = again if anew else run
+
+
+def _draws(model: nn.Module) -> bool:
+    """Tell whether layers draw random numbers: by dropout modules, or by rates that modules keep as numbers."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            return True
+        for name, value in vars(module).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+                return True
+    return False
 
 
 def _repeated(model: Any) -> list[Any]:

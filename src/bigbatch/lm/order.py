@@ -38,6 +38,7 @@ def epoch_windows(
     global_batch_tokens: int | None,
     seed: int,
     epoch: int,
+    position: int = 0,
 ) -> list[list[int]]:
     """Cut the order of an epoch into the samples of each update; every sample is in exactly one.
 
@@ -51,6 +52,8 @@ def epoch_windows(
         global_batch_tokens: Tokens behind one update, at least 1, or None. Exactly one of the two is given.
         seed: As for :func:`epoch_order`.
         epoch: As for :func:`epoch_order`.
+        position: Samples of the epoch that are left out from its beginning; where that is the end of a window, those
+            after it are the same as without.
 
     Raises:
         ValueError: Both or none of the two sizes are given, or a number is out of range.
@@ -60,7 +63,7 @@ def epoch_windows(
             f"global_batch={global_batch} and global_batch_tokens={global_batch_tokens}: the batch is counted in "
             "sequences or in tokens. Give exactly one of them."
         )
-    order = epoch_order(len(lengths), seed=seed, epoch=epoch)
+    order = epoch_order(len(lengths), seed=seed, epoch=epoch)[position:]
     if global_batch is not None:
         _check_positive("global_batch", global_batch)
         return [order[i : i + global_batch] for i in range(0, len(order), global_batch)]

@@ -3,7 +3,8 @@
 samples → pack → input_ids, labels, position_ids, offsets → the model, whose attention keeps the sequences apart
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,8 +89,10 @@ def why_not_packed(model: Any, machine: Machine, *, longest: int) -> str | None:
     """Say why a model cannot run packed rows, in a few words; None where it can.
 
         logits(packed row) = logits(each sequence alone)                                    within rounding
-        other tokens in one sequence of the row change nothing in the next
+        ∂ logits of one sequence / ∂ embedded tokens of the others = 0                      exactly
+        other tokens in one sequence of the row change nothing in the next                  within rounding
 
+    The gradient tells what rounding hides: a convolution over three tokens moves the logits by less than bfloat16 does.
     Tried on the model itself, in evaluation mode and once in training mode. Training modes, random states and buffers
     are put back.
 
@@ -108,47 +111,92 @@ def why_not_packed(model: Any, machine: Machine, *, longest: int) -> str | None:
     if getattr(model.config, "attention_chunk_size", None) is not None:
         return "the model attends in chunks"
     try:
-        with preserved(model, parameters=False), torch.no_grad(), narrowest_dtype(model) as dtypes:
+        with preserved(model, parameters=False), narrowest_dtype(model) as dtypes, _windows_handed_over() as windows:
+            model.train()
+            _logits(model, machine, longest, _samples(model, longest))  # dropout in attention may have no kernel
+            model.eval()
             by_layout, by_neighbour, by_own = _changes(model, machine, longest)
+            leaks = _leaks(model, machine, longest)
     except Exception as error:  # noqa: BLE001 - whatever a model says to a packed row, it can have padded ones
         return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    if 0 < (getattr(model.config, "sliding_window", None) or 0) < longest and not any(windows):
+        return "its window is in a mask alone"
     dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
     if machine.device.type == "cuda" and dtype not in VARLEN_DTYPES:
         dtype = torch.bfloat16
-    if by_neighbour > LEAK * by_own:
+    if leaks or by_neighbour > LEAK * by_own:
         return "its sequences see one another in a packed row"
     tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
     return None if by_layout <= tolerance else f"its logits in a packed row differ by {by_layout:.0e}"
 
 
+@contextmanager
+def _windows_handed_over() -> Iterator[list[int]]:
+    """Collect the sliding windows that layers hand to attention; a mask, which tells them too, is left out here."""
+    from transformers import AttentionInterface
+
+    attend, windows = AttentionInterface()[NAME], list[int]()
+
+    def look(module: Any, *tensors: Any, **options: Any) -> Any:
+        windows.append(options.get("sliding_window") or 0)
+        return attend(module, *tensors, **options)
+
+    AttentionInterface.register(NAME, look)
+    try:
+        yield windows
+    finally:
+        AttentionInterface.register(NAME, attend)
+
+
+def _logits(model: Any, machine: Machine, longest: int, samples: Sequence[list[int]]) -> Tensor:
+    """Give the logits of samples in one row, ``[tokens, vocabulary]``."""
+    rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in samples]
+    row = {name: tensor.to(machine.device) for name, tensor in pack(rows, pad_id=0, longest=longest).items()}
+    with machine.autocast():
+        given: Tensor = model(**model_inputs(row, longest=longest, needs_mask=False), use_cache=False).logits
+    return given[0, : sum(map(len, samples))]
+
+
+@torch.no_grad()
 def _changes(model: Any, machine: Machine, longest: int) -> tuple[float, float, float]:
     """Measure how far packing moves the logits, a neighbour's token those of the next sequence, and one of its own."""
-    samples = _samples(model, longest)
 
-    def logits(*chosen: list[int]) -> Tensor:
-        rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in chosen]
-        row = {name: tensor.to(machine.device) for name, tensor in pack(rows, pad_id=0, longest=longest).items()}
-        with machine.autocast():
-            given = model(**model_inputs(row, longest=longest, needs_mask=False), use_cache=False).logits
-        found: Tensor = given[0, : sum(map(len, chosen))].cpu().double()
-        return found
+    def logits(*samples: list[int]) -> Tensor:
+        return _logits(model, machine, longest, samples).cpu().double()
 
     def alone(row: list[int]) -> Tensor:
         with machine.autocast():
             given: Tensor = model(input_ids=torch.tensor([row], device=machine.device), use_cache=False).logits
         return given[0].cpu().double()
 
-    model.train()
-    logits(*samples)  # what is there in training alone, such as dropout in attention, may have no kernel
-    model.eval()
+    samples = _samples(model, longest)
     together = logits(*samples)
     apart = torch.cat([alone(row) for row in samples])
     first, second, *others = samples
-    start = len(first)
-    part = slice(start, start + len(second))
+    part = slice(len(first), len(first) + len(second))
     by_neighbour = logits(first[::-1], second, *others)[part] - together[part]
     by_own = logits(first, [*second[1:2], *second[1:]], *others)[part] - together[part]
     return float((together - apart).norm() / apart.norm()), float(by_neighbour.norm()), float(by_own.norm())
+
+
+def _leaks(model: Any, machine: Machine, longest: int) -> bool:
+    """Tell whether the logits of one sequence have a gradient by the embedded tokens of others."""
+    embedded: list[Tensor] = []
+
+    def watch(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    first, second, *others = _samples(model, longest)
+    part = slice(len(first), len(first) + len(second))
+    handle = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        logits = _logits(model, machine, longest, [first, second, *others])[part].float()
+        (gradient,) = torch.autograd.grad(logits.sum(), embedded[0])
+    finally:
+        handle.remove()
+    reached = gradient[0].abs().sum(-1) > 0  # [tokens]
+    return bool(reached[: part.start].any() or reached[part.stop :].any() or not reached[part].any())
 
 
 def _samples(model: Any, longest: int) -> list[list[int]]:

@@ -84,7 +84,7 @@ def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
     config = config.model_copy(update={"device": str(machine.device), "precision": machine.precision})
     tokenizer = None if config.model == TINY else load_tokenizer(config.model)
     say(f"reading {config.data}")
-    corpus = read_corpus(config.data)
+    corpus = read_corpus(config.data, skip_broken=config.skip_broken)
     documents, held_out = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
     if tokenizer is None:
         say("training a tokenizer")

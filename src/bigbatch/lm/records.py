@@ -6,7 +6,8 @@ record (a dict and the place it stands) → checked → Document
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,25 @@ EXPECTED = "A record holds 'text', or 'prompt' and 'completion', or 'messages'."
 NO_TOKEN = "yields no training token"
 
 
-def read_records(path: Path, source: str) -> Iterator[Document]:
+def read_records(path: Path, source: str, *, broken: list[str] | None = None) -> Iterator[Document]:
     """Yield a document for each record of a file of ``RECORD_SUFFIXES``; ``source`` names the file in messages.
+
+    Args:
+        path: The file.
+        source: What it is called in messages.
+        broken: Takes what is wrong with each record that cannot be learned, which is then left out; None to raise it.
 
     Raises:
         InputError: The file cannot be read, or a record is not what :func:`to_document` takes.
         OSError: The operating system refuses the file.
     """
-    return _read_parquet(path, source) if path.suffix.lower() == ".parquet" else _read_json_lines(path, source)
+    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_json_lines
+    return read(path, source, broken)
 
 
-def rows_to_documents(rows: Iterable[Mapping[str, Any]], names: Iterable[str], source: str) -> Iterator[Document]:
+def rows_to_documents(
+    rows: Iterable[Mapping[str, Any]], names: Iterable[str], source: str, *, broken: list[str] | None = None
+) -> Iterator[Document]:
     """Yield a document for each row of a table with the columns ``names``.
 
     A table has every column in every row, so a null stands for a field that is not there. ``source`` with the
@@ -44,7 +53,19 @@ def rows_to_documents(rows: Iterable[Mapping[str, Any]], names: Iterable[str], s
     if not set(names) & set(FIELDS):
         raise InputError(f"{source} has the columns {_listing(names)} and none to learn from. {EXPECTED}")
     for number, row in enumerate(rows, 1):
-        yield to_document({name: value for name, value in row.items() if value is not None}, f"{source}:{number}")
+        record = {name: value for name, value in row.items() if value is not None}
+        yield from _learnable(partial(to_document, record, f"{source}:{number}"), broken)
+
+
+def _learnable(read: Callable[[], Document], broken: list[str] | None) -> Iterator[Document]:
+    try:
+        document = read()
+    except InputError as error:
+        if broken is None:
+            raise
+        broken.append(str(error))
+    else:
+        yield document
 
 
 def to_document(record: object, source: str) -> Document:
@@ -134,18 +155,19 @@ def _listing(names: Iterable[Any]) -> str:
     return listed or "no field"
 
 
-def _read_json_lines(path: Path, source: str) -> Iterator[Document]:
+def _read_json_lines(path: Path, source: str, broken: list[str] | None) -> Iterator[Document]:
     with path.open("rb") as file:
         offset = 0
         # Lines end at \n alone: JSON strings may hold the other separators that str.splitlines knows.
         for number, raw in enumerate(file, 1):
-            place = f"{source}:{number}"
-            line = decode_utf8(raw, place, offset)
+            if raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
+                yield from _learnable(partial(_read_line, raw, f"{source}:{number}", offset), broken)
             offset += len(raw)
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            if line.strip():
-                yield to_document(_parse(line, place), place)
+
+
+def _read_line(raw: bytes, place: str, offset: int) -> Document:
+    line = decode_utf8(raw, place, offset)
+    return to_document(_parse(line.removeprefix("\ufeff") if offset == 0 else line, place), place)
 
 
 def _parse(line: str, place: str) -> object:
@@ -157,7 +179,7 @@ def _parse(line: str, place: str) -> object:
         raise InputError(f"{place}: JSON that Python does not read: {first_line(error)}.") from None
 
 
-def _read_parquet(path: Path, source: str) -> Iterator[Document]:
+def _read_parquet(path: Path, source: str, broken: list[str] | None) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -166,7 +188,7 @@ def _read_parquet(path: Path, source: str) -> Iterator[Document]:
             names: list[str] = file.schema_arrow.names
             columns = [name for name in names if name in FIELDS]
             rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-            yield from rows_to_documents(rows, names, source)
+            yield from rows_to_documents(rows, names, source, broken=broken)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{source} is not a Parquet file that can be read: {first_line(error)}.") from None
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,8 +14,6 @@ from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.layers import LEVELS, Recompute
 from bigbatch.lm.prepare import Prepared
 from bigbatch.memory import Choice
-from bigbatch.memory.choice import Tried
-from bigbatch.memory.timing import Timing
 
 FILE = "microbatch.json"
 SETTINGS = ("max_length", "global_batch", "global_batch_tokens", "memory", "gpu", "precision", "lora_rank")
@@ -87,7 +84,7 @@ def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> Rememb
             if not isinstance(kept, dict) or kept.pop("key") != key:
                 continue
             level = kept.pop("level")
-            choice = _choice(kept)
+            choice = Choice.of(kept)
             if level in LEVELS and (usable_bytes is None or choice.peak_bytes <= usable_bytes):
                 return Remembered(choice, level, place)
     return None
@@ -98,9 +95,3 @@ def _places(folder: Path) -> Iterator[Path]:
     with suppress(OSError):
         beside = [path for path in folder.parent.iterdir() if (path / FILE).is_file()]
         yield from sorted(beside, key=lambda path: (path / FILE).stat().st_mtime, reverse=True)
-
-
-def _choice(kept: dict[str, Any]) -> Choice:
-    kept["tried"] = tuple(Tried(**tried) for tried in kept["tried"])
-    kept["timing"] = Timing(tuple((int(size), float(seconds)) for size, seconds in kept["timing"]["points"]))
-    return Choice(**kept)

@@ -1,14 +1,18 @@
-"""The run directory: config.json, metrics.jsonl (one line an update, flushed), model/."""
+"""The run directory: config.json, metrics.jsonl (one line an update, flushed), quarantine.jsonl, checkpoints, model."""
 
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from bigbatch.errors import InputError
+from bigbatch.errors import BigbatchError, InputError
+
+METRICS, QUARANTINE = "metrics.jsonl", "quarantine.jsonl"
+CONFIG_ASIDE = "config.json.partial"
 
 
 class RunDirectory:
@@ -22,7 +26,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metrics: TextIO | None = None
+        self._files: dict[str, BinaryIO] = {}
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunDirectory":
@@ -35,7 +39,12 @@ class RunDirectory:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            aside = path / CONFIG_ASIDE
+            with aside.open("wb") as file:
+                file.write((json.dumps(config, indent=2) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(path / "config.json")
         except OSError as error:
             _remove(path, made)
             raise InputError(_cannot_be_written(path, error)) from error
@@ -46,23 +55,99 @@ class RunDirectory:
         """The folder of the trained model and its tokenizer."""
         return self.path / "model"
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
     def __enter__(self) -> "RunDirectory":
-        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._files = {METRICS: self._open(METRICS)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        for file in self._files.values():
+            with suppress(OSError):  # closing tries once more to write what could not be written, which was told
+                file.close()
+        self._files = {}
+
+    def discard_model(self) -> None:
+        """Take its name from a model that was saved when the run was stopped.
+
+        Raises:
+            BigbatchError: The folder cannot be written.
+        """
+        aside = self.model.with_name(self.model.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            with suppress(FileNotFoundError):
+                self.model.rename(aside)
+        except OSError as error:
+            raise BigbatchError(f"{self.model} cannot be written: {error.strerror or error}.") from error
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one line and flush it; numbers that JSON cannot hold become null."""
-        assert self._metrics is not None, "used outside its context"
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self._metrics.write(json.dumps(finite) + "\n")
-        self._metrics.flush()
+        self._append(METRICS, row)
+
+    def write_quarantine(self, row: Mapping[str, Any]) -> None:
+        """Append one line about samples that changed nothing, and flush it."""
+        self._append(QUARANTINE, row)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        assert self._files, "used outside its context"
+        if name not in self._files:
+            self._files[name] = self._open(name)
+        try:
+            self._files[name].write(as_line(row))
+            self._files[name].flush()
+        except OSError as error:
+            raise BigbatchError(f"{self.path / name} cannot be written: {error.strerror or error}.") from error
+
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return (self.path / name).open("ab")
+        except OSError as error:
+            raise BigbatchError(f"{self.path / name} cannot be written: {error.strerror or error}.") from error
+
+    def sync(self) -> tuple[int, int]:
+        """Bring all lines to the disk; give the bytes of metrics.jsonl and of quarantine.jsonl."""
+        try:
+            for file in self._files.values():
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise BigbatchError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+        # Not tell(): it is where the last line ended that this process wrote, also after the file was cut.
+        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        return sizes.get(METRICS, 0), sizes.get(QUARANTINE, 0)
+
+    def rewind(self, metrics_bytes: int, quarantine_bytes: int) -> None:
+        """Cut the lines off that were written after a point of the run; opens what is left of them.
+
+        Raises:
+            BigbatchError: There are fewer than were there at that point, or they cannot be cut.
+        """
+        for name, num_bytes in ((METRICS, metrics_bytes), (QUARANTINE, quarantine_bytes)):
+            path = self.path / name
+            there = path.stat().st_size if path.exists() else 0
+            if there < num_bytes:
+                raise BigbatchError(
+                    f"{path} has {there:,} bytes, and had {num_bytes:,} when the checkpoint was made: lines are "
+                    "missing. Put the file back."
+                )
+            try:
+                if path.exists():
+                    os.truncate(path, num_bytes)
+            except OSError as error:
+                raise BigbatchError(f"{path} cannot be written: {error.strerror or error}.") from error
+            if num_bytes and self._files and name not in self._files:
+                self._files[name] = self._open(name)
+
+
+def as_line(row: Mapping[str, Any]) -> bytes:
+    """Write a row as a line of JSON; numbers that it cannot hold become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+    return (json.dumps(finite) + "\n").encode()
 
 
 def check_free(path: Path) -> None:
@@ -72,7 +157,7 @@ def check_free(path: Path) -> None:
         InputError: It does, or cannot.
     """
     try:
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(entry.name != CONFIG_ASIDE for entry in path.iterdir()):
             kind = "another run" if (path / "config.json").exists() else "other files"
             raise InputError(f"--out {path} holds {kind}: name a folder that is empty or not there yet.")
         place = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -89,7 +174,7 @@ def check_free(path: Path) -> None:
 def _remove(path: Path, made: list[Path]) -> None:
     """Take back what a failed `RunDirectory.create` made: the folders from ``path`` upwards that were not there."""
     with suppress(OSError):
-        (path / "config.json").unlink(missing_ok=True)
+        (path / CONFIG_ASIDE).unlink(missing_ok=True)
     for folder in made:
         with suppress(OSError):
             folder.rmdir()

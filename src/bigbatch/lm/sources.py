@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = (*RECORD_SUFFIXES, ".txt", ".text", ".md", ".rst", ".py", ".json", ".csv")
 
 
-def read_corpus(data: str) -> Corpus:
+def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
     """Return every document that ``data`` names, in an order that depends on the data alone.
 
     Args:
@@ -40,20 +41,32 @@ def read_corpus(data: str) -> Corpus:
             folder of such files, read with the folders in it, hidden entries and ``__pycache__`` left out; a folder
             that ``datasets`` saved; or the name of a dataset on the hub. Of the last two ``train`` is read. Text is
             UTF-8, with or without a byte-order mark.
+        skip_broken: Whether records that cannot be learned are left out and counted, instead of refused.
 
     Raises:
         InputError: There is no such thing, it cannot be read, it is empty, or a document in it has nothing to learn.
     """
     if data in BUILT_IN:
         return BUILT_IN[data]()
+    broken: list[str] | None = [] if skip_broken else None
+    corpus = _read(data, broken)
+    if not broken:
+        return corpus
+    note = f"{count(len(broken), 'broken record')} left out; the first: {broken[0]}"
+    return replace(corpus, notes=(*corpus.notes, note))
+
+
+def _read(data: str, broken: list[str] | None) -> Corpus:
     path = Path(data)
     if not data or not _exists(path):
-        return _read_hub(_hub_name(data))
+        return _read_hub(_hub_name(data), broken)
     try:
         if path.is_dir():
-            return _read_saved_dataset(path, data) if _is_saved_dataset(path) else _read_folder(path, data)
+            return (
+                _read_saved_dataset(path, data, broken) if _is_saved_dataset(path) else _read_folder(path, data, broken)
+            )
         if path.is_file():
-            return _read_files([(path, data)], data, [])
+            return _read_files([(path, data)], data, [], broken)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or data}: {error.strerror or first_line(error)}.") from None
     raise InputError(f"{data} is neither a file nor a folder.")
@@ -66,7 +79,7 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _read_folder(root: Path, data: str) -> Corpus:
+def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
     files: list[Path] = []
     left_out = 0
 
@@ -86,19 +99,19 @@ def _read_folder(root: Path, data: str) -> Corpus:
         raise InputError(f"the folder {data} holds no file to learn from.")
     files.sort(key=lambda path: path.relative_to(root).as_posix())
     hidden = f"{left_out:,} hidden or __pycache__ {'entry' if left_out == 1 else 'entries'} left out"
-    return _read_files([(path, str(path)) for path in files], data, [hidden] if left_out else [])
+    return _read_files([(path, str(path)) for path in files], data, [hidden] if left_out else [], broken)
 
 
-def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str]) -> Corpus:
+def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], broken: list[str] | None) -> Corpus:
     """Read (path, name in messages) pairs: record files by their suffix, everything else as text."""
     documents: list[Document] = []
     texts = 0
     records: Counter[str] = Counter()
     for path, source in files:
         if path.suffix.lower() in RECORD_SUFFIXES:
-            read = list(read_records(path, source))
+            read = list(read_records(path, source, broken=broken))
             if not read:
-                raise InputError(f"{source} is empty: it {NO_TOKEN}.")
+                raise InputError(broken[0] if broken else f"{source} is empty: it {NO_TOKEN}.")
             records[source] += len(read)
             documents += read
         else:
@@ -127,7 +140,7 @@ def _is_saved_dataset(folder: Path) -> bool:
     return has["dataset_dict.json"] or (has["state.json"] and has["dataset_info.json"])
 
 
-def _read_saved_dataset(folder: Path, data: str) -> Corpus:
+def _read_saved_dataset(folder: Path, data: str, broken: list[str] | None) -> Corpus:
     import datasets
     import pyarrow as pa
 
@@ -137,14 +150,14 @@ def _read_saved_dataset(folder: Path, data: str) -> Corpus:
             if "train" not in loaded:
                 raise InputError(f"the saved dataset {data} has no split 'train'; it has {', '.join(loaded)}.")
             loaded = loaded["train"]
-        return _from_dataset(loaded, data, f"the saved dataset {data}")
+        return _from_dataset(loaded, data, f"the saved dataset {data}", broken)
     except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the saved dataset {data} cannot be read: {first_line(error)}.") from None
 
 
-def _read_hub(name: str) -> Corpus:
+def _read_hub(name: str, broken: list[str] | None) -> Corpus:
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -160,15 +173,15 @@ def _read_hub(name: str) -> Corpus:
         raise InputError(
             f"{name!r} is no path here, and as a dataset of the hub it cannot be loaded: {first_line(error)}."
         ) from None
-    return _from_dataset(loaded, name, f"the hub's dataset {name}, split train")
+    return _from_dataset(loaded, name, f"the hub's dataset {name}, split train", broken)
 
 
-def _from_dataset(dataset: Any, source: str, about: str) -> Corpus:
+def _from_dataset(dataset: Any, source: str, about: str, broken: list[str] | None) -> Corpus:
     names: list[str] = dataset.column_names
     rows = dataset.select_columns([name for name in names if name in FIELDS])
-    documents = tuple(rows_to_documents(rows, names, source))
+    documents = tuple(rows_to_documents(rows, names, source, broken=broken))
     if not documents:
-        raise InputError(f"{about} is empty: it {NO_TOKEN}.")
+        raise InputError(broken[0] if broken else f"{about} is empty: it {NO_TOKEN}.")
     return Corpus(documents, (f"{count(len(documents), 'record')} of {about}",))
 
 

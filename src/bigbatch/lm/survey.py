@@ -71,7 +71,10 @@ def survey(config: TrainConfig, *, say: Say) -> Survey:
         except InputError as error:
             notes.append(f"lengths are estimated, {BYTES_A_TOKEN} bytes a token: {error}")
     say(f"reading {config.data}")
-    documents, _ = split_documents(read_corpus(config.data).documents, validation_fraction=config.validation_fraction)
+    documents, _ = split_documents(
+        read_corpus(config.data, skip_broken=config.skip_broken).documents,
+        validation_fraction=config.validation_fraction,
+    )
     if config.model == TINY:
         say("training a tokenizer")
         texts = [text for document in documents for text in document.texts]

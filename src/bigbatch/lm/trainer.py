@@ -5,33 +5,36 @@ Counts, schedule and metrics go by updates. Nothing here prints: a `Listener` is
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from bigbatch.engine import Engine
-from bigbatch.errors import BigbatchError, InputError, MemoryLimitError
+from bigbatch.errors import BigbatchError, InputError, MemoryLimitError, WindowAbandonedError
 from bigbatch.limit import gpu_limit
-from bigbatch.lm.continuation import continue_text
 from bigbatch.lm.documents import count
+from bigbatch.lm.evaluation import seeded, validation_loss, written
+from bigbatch.lm.keeper import Keeper, Progress, Saved
 from bigbatch.lm.layers import Recompute
 from bigbatch.lm.model import save_model
 from bigbatch.lm.optimization import lr_factor, make_optimizer
 from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.remembered import fingerprint, recall, remember
-from bigbatch.lm.rundir import RunDirectory
+from bigbatch.lm.resumption import facts_of
+from bigbatch.lm.rundir import RunDirectory, as_line
 from bigbatch.lm.tuning import take, tune
 from bigbatch.memory import find_room
 from bigbatch.plan import TokenBudget
+from bigbatch.randomness import random_states, set_random_states
 from bigbatch.report import WindowReport
 
-MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the held-out ones: enough to see learning, a second on two cores
-SAMPLE_TOKENS = 64
-MOST_SKIPPED = 50  # updates in a row: a float16 scaler that halves from 2^16 each time is long at its end by then
+REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
 
 Row = dict[str, Any]
 
@@ -75,14 +78,16 @@ class Trainer:
 
     Args:
         prepared: Model, data and settings; the model is trained in place.
+        saved: Where to go on; None to begin.
 
     Raises:
         InputError: The warm-up is longer than the run.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, *, saved: Saved | None = None) -> None:
         self.prepared = prepared
         self.config = prepared.config
+        self.saved = saved
         self.total_steps = self.config.steps or self._count_steps(self.config.epochs or 0)
         self.warmup_steps = self.config.warmup_steps_of(self.total_steps)
         if self.warmup_steps > self.total_steps:
@@ -90,7 +95,6 @@ class Trainer:
                 f"--warmup-steps {self.warmup_steps:,} is more than the {count(self.total_steps, 'update')} of the "
                 "run: the learning rate would never reach its peak."
             )
-        self._skipped_in_a_row = 0
         self.arrangement = prepared.arrangement
         self.loss_fn = prepared.loss_fn
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
@@ -121,6 +125,8 @@ class Trainer:
                 )
             return TokenBudget(self.config.token_budget)
         assert self.config.microbatch is not None, "resolved() gives one of the two"
+        if self.config.microbatch == "auto" and self.config.deterministic:
+            return TokenBudget(REPEATABLE * max(self.prepared.training.lengths))
         return self.config.microbatch
 
     def _memory(self) -> str | int | None:
@@ -158,7 +164,7 @@ class Trainer:
         Raises:
             InputError: A single sequence does not fit in memory.
         """
-        if self.config.microbatch != "auto":
+        if self.engine.microbatch != "auto":
             return None
         machine, model, layers = self.prepared.machine, self.prepared.model, self.arrangement.layers
         try:
@@ -197,17 +203,22 @@ class Trainer:
         return len(self._windows(0))
 
     def _count_steps(self, epochs: int) -> int:
-        if self.config.global_batch is not None:
+        """Count the updates of a run of so many passes: those made, with whatever batch, and those that are left."""
+        done = Progress() if self.saved is None else self.saved.progress
+        first, position = divmod(done.cursor, len(self.prepared.training))
+        if self.config.global_batch is not None and not done.step:
             return epochs * self.steps_per_epoch()
-        return sum(len(self._windows(epoch)) for epoch in range(epochs))  # windows of tokens depend on the order
+        left = sum(len(self._windows(epoch, position * (epoch == first))) for epoch in range(first, epochs))
+        return done.step + left  # windows of tokens depend on the order
 
-    def _windows(self, epoch: int) -> list[list[int]]:
+    def _windows(self, epoch: int, position: int = 0) -> list[list[int]]:
         return epoch_windows(
             self.prepared.training.lengths,
             global_batch=self.config.global_batch,
             global_batch_tokens=self.config.global_batch_tokens,
             seed=self.config.seed,
             epoch=epoch,
+            position=position,
         )
 
     def _lr_factor(self, step: int) -> float:
@@ -216,120 +227,191 @@ class Trainer:
         )
 
     def run(
-        self, directory: RunDirectory, *, listener: Listener, should_stop: Callable[[], bool] = lambda: False
+        self,
+        directory: RunDirectory,
+        *,
+        listener: Listener,
+        should_stop: Callable[[], bool] = lambda: False,
+        give_up: Callable[[], bool] = lambda: False,
     ) -> Outcome:
         """Train to the end, or until ``should_stop()`` is true after an update; then save the model.
 
-        The seed decides about dropout too; the caller's random state is left as it was.
+        The seed decides about dropout too; the caller's random state is left as it was. State is saved between updates
+        alone: what is given up in the middle of one has not been.
 
         Args:
-            directory: Receives metrics and model.
+            directory: Receives metrics, checkpoints and model.
             listener: Told of updates, validations and samples.
             should_stop: Asked after every update, and again after what was validated and written then.
+            give_up: Asked within an update: whether to drop it and to stop as after the one before.
 
         Raises:
-            BigbatchError: Update after update is skipped.
+            BigbatchError: Update after update is skipped, or something cannot be written.
         """
         started_s = time.perf_counter()
-        if self.engine.choice is None:
-            self.tune()
-        if self.engine.choice is not None:
-            remember(directory.path, self.engine.choice, fingerprint(self.prepared), level=self.level)
-        step, skipped, validation_loss = 0, 0, None
-        with directory, self._seeded():
-            for step, window in enumerate(self._all_windows(), start=1):
-                row = self._update(step, window)
-                skipped = self._count_skipped(row, skipped)
-                listener.updated(row)
-                stopping = step < self.total_steps and should_stop()
-                if self._validates_after(step) and not stopping:
-                    row["validation_loss"] = validation_loss = self.validate()
-                directory.write_metrics(row)
-                if "validation_loss" in row:
-                    listener.validated(step, row["validation_loss"])
-                if step in (self.total_steps // 2, self.total_steps) and not stopping:
-                    listener.sampled(step, self.write(self.config.sample_prompt))
-                if step < self.total_steps and (stopping or should_stop()):
-                    break
-            save_model(self.prepared.model, self.prepared.tokenizer, directory.model)
-        return Outcome(step, skipped, step == self.total_steps, validation_loss, time.perf_counter() - started_s)
+        if self.engine.choice is None and (self.saved is None or self.saved.engine["engine"]["choice"] is None):
+            self.tune(None if self.saved is None else directory.path)
+        keeper = Keeper(
+            directory,
+            keep=self.config.keep,
+            beside=self.config.async_checkpoint,
+            total_steps=self.total_steps,
+            facts=self.facts,
+        )
+        with directory, seeded(self.prepared), self._repeatable():
+            now = self._begin(directory)
+            if self.engine.choice is not None:
+                remember(directory.path, self.engine.choice, fingerprint(self.prepared), level=self.level)
+            with keeper.open():
+                if now.owed is not None:
+                    self._look(now.owed, now, directory, listener)
+                    now.owed = None
+                stopping = False
+                for window in self.windows_from(now):
+                    stopping = not self._try_step(window, now, directory, listener, should_stop, give_up)
+                    if now.step == self.total_steps:
+                        directory.discard_model()  # one beside the last checkpoint is taken for the last
+                    if now.step % self.config.checkpoint_every == 0 or now.step == self.total_steps or stopping:
+                        keeper.save(self.engine, now, self.level)
+                    if stopping:
+                        break
+            self.engine.release()
+            self._save_model(directory)
+        finished = now.step == self.total_steps
+        return Outcome(now.step, now.skipped, finished, now.validation_loss, time.perf_counter() - started_s)
 
-    def _update(self, step: int, window: list[int]) -> Row:
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the run is made of, for whoever goes on with it."""
+        return facts_of(self.prepared)
+
+    def _begin(self, directory: RunDirectory) -> Progress:
+        """Take up a run where it was saved, or begin."""
+        saved = self.saved
+        if saved is None:
+            directory.rewind(0, 0)
+            return Progress()
+        chosen = saved.engine["engine"]["choice"] is not None and self.config.gradient_checkpointing == "auto"
+        if self.arrangement.layers is not None and chosen:
+            self.arrangement.layers.recompute(saved.level)
+        try:
+            self.engine.load_state_dict(saved.engine)
+        except ValueError as error:
+            raise InputError(f"{saved.path} is not of this model: {error}") from error
+        now = replace(saved.progress)
+        written_again = 0 if now.owed is None else len(as_line(now.owed))
+        directory.rewind(now.metrics_bytes - written_again, now.quarantine_bytes)
+        return now
+
+    def _try_step(
+        self,
+        window: list[int],
+        now: Progress,
+        directory: RunDirectory,
+        listener: Listener,
+        should_stop: Callable[[], bool],
+        give_up: Callable[[], bool],
+    ) -> bool:
+        """Make one update and what belongs to it; tell whether to go on."""
+        devices = [self.prepared.machine.device]
+        before = random_states(devices)
+        try:
+            row = self._update(now.step + 1, window, give_up)
+        except WindowAbandonedError:
+            set_random_states(before, devices)
+            return False
+        now.step += 1
+        now.cursor += len(window)
+        self._count_skipped(row, now)
+        if row["skipped"] and row["skipped"] != "no items":
+            directory.write_quarantine({"step": now.step, "reason": row["skipped"], "samples": sorted(window)})
+        listener.updated(row)
+        last = now.step == self.total_steps
+        stopping = not last and should_stop()
+        if stopping:
+            now.owed = row
+            directory.write_metrics(row)
+        else:
+            self._look(row, now, directory, listener)
+        if now.skipped_in_a_row >= self.config.max_skipped:
+            raise BigbatchError(
+                f"the last {now.skipped_in_a_row} updates were skipped ({row['skipped']}), so the model does not learn "
+                "any more: try a lower --lr, or another --precision."
+            )
+        return last or not (stopping or should_stop())
+
+    def _look(self, row: Row, now: Progress, directory: RunDirectory, listener: Listener) -> None:
+        """Validate and write where it is time to, and enter the update into the metrics."""
+        if self._validates_after(now.step):
+            row["validation_loss"] = now.validation_loss = self.validate()
+        directory.write_metrics(row)
+        if "validation_loss" in row:
+            listener.validated(now.step, row["validation_loss"])
+        if now.step in (self.total_steps // 2, self.total_steps):
+            listener.sampled(now.step, self.write(self.config.sample_prompt))
+
+    def _save_model(self, directory: RunDirectory) -> None:
+        try:
+            save_model(self.prepared.model, self.prepared.tokenizer, directory.model)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BigbatchError(
+                f"{directory.model} cannot be written: {reason}. The checkpoints are whole: bigbatch resume "
+                f"{directory.path} goes on from there."
+            ) from error
+
+    def _update(self, step: int, window: list[int], give_up: Callable[[], bool]) -> Row:
         lr = float(self.scheduler.get_last_lr()[0])
-        return metrics_row(step, self.engine.step(self._samples(window)), lr=lr)
+        report = self.engine.step(self._samples(window), give_up=give_up)
+        return metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validation_every_of(self.total_steps)
         return self.prepared.validation is not None and (step % every == 0 or step == self.total_steps)
 
-    def _count_skipped(self, row: Row, skipped: int) -> int:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if row["skipped"] else 0
-        if self._skipped_in_a_row == MOST_SKIPPED:
-            raise BigbatchError(
-                f"the last {MOST_SKIPPED} updates were skipped ({row['skipped']}), so the model does not learn any "
-                "more: try a lower --lr, or another --precision."
-            )
-        return skipped + bool(row["skipped"])
+    @staticmethod
+    def _count_skipped(row: Row, now: Progress) -> None:
+        now.skipped_in_a_row = now.skipped_in_a_row + 1 if row["skipped"] else 0
+        now.skipped += bool(row["skipped"])
 
-    def _all_windows(self) -> Iterator[list[int]]:
-        step, epoch = 0, 0
+    def windows_from(self, now: Progress) -> Iterator[list[int]]:
+        """Give the windows that are left, from the place in the data on."""
+        step = now.step
+        epoch, position = divmod(now.cursor, len(self.prepared.training))
         while True:
-            for window in self._windows(epoch):
+            for window in self._windows(epoch, position):
                 if step == self.total_steps:
                     return
                 step += 1
                 yield window
-            epoch += 1
+            epoch, position = epoch + 1, 0
 
     def _samples(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
         """Fetch the samples of a window, longest first: neighbours of like length waste least on padding."""
         lengths = self.prepared.training.lengths
         return [self.prepared.training[i] for i in sorted(window, key=lambda i: -lengths[i])]
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token."""
-        held_out = self.prepared.validation
-        assert held_out is not None, "asked for only where there is validation data"
-        chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
-        chosen.sort(key=lambda i: held_out.lengths[i])
-        device = self.prepared.machine.device
-        total, items = 0.0, 0
-        with self._evaluating() as model:
-            for rows in self.engine.groups([held_out.lengths[i] for i in chosen]):
-                samples = [held_out[chosen[row]] for row in rows]
-                microbatch = {name: tensor.to(device) for name, tensor in self.prepared.collate(samples).items()}
-                loss_sum, num_items = self.loss_fn(model, microbatch)
-                total += loss_sum.item()
-                items += int(num_items.item())
-        return total / items
+        return validation_loss(self.prepared, self.engine)
 
     def write(self, prompt: str) -> str:
         """Let the model go on with a text; the random state of training is left as it was."""
-        with self._evaluating() as model, self._seeded(), self.prepared.machine.autocast():
-            return continue_text(model, self.prepared.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
+        return written(self.prepared, self.engine, prompt)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[Any]:
-        model, layers = self.prepared.model, self.arrangement.layers
-        training = model.training
-        self.engine.release()
+    def _repeatable(self) -> Iterator[None]:
+        """Let torch add in one order, where the same bytes are asked for."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(before or self.config.deterministic)
         try:
-            with nullcontext() if layers is None else layers.paused():
-                yield model.eval()
-        finally:
-            model.train(training)
-
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        device = self.prepared.machine.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.config.seed)
             yield
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
-def metrics_row(step: int, report: WindowReport, *, lr: float) -> Row:
-    """Make the line of metrics.jsonl for one update."""
+def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> Row:
+    """Make the line of metrics.jsonl for one update; without ``clock``, what differs from run to run is None."""
     tokens = report.tokens or 0
     return {
         "step": step,
@@ -339,15 +421,8 @@ def metrics_row(step: int, report: WindowReport, *, lr: float) -> Row:
         "lr": lr,
         "num_microbatches": report.num_microbatches,
         "tokens": tokens,
-        "tokens_per_s": tokens / report.elapsed_s,
-        "peak_bytes": report.peak_bytes,
-        "elapsed_s": report.elapsed_s,
+        "tokens_per_s": tokens / report.elapsed_s if clock else None,
+        "peak_bytes": report.peak_bytes if clock else None,
+        "elapsed_s": report.elapsed_s if clock else None,
         "skipped": report.skipped,
     }
-
-
-def evenly_spaced(length: int, most: int) -> list[int]:
-    """Give at most ``most`` indices below ``length``, as far apart as they can be."""
-    if length <= most:
-        return list(range(length))
-    return [i * length // most for i in range(most)]

@@ -6,10 +6,11 @@ predict the smallest → run it, for its time and for what the prediction did no
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -74,6 +75,13 @@ class Choice:
     timing: Timing = field(repr=False)
     unpredicted: str | None = None
     limited: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Choice":
+        """Make a choice of what `dataclasses.asdict` made of one, which JSON may have kept."""
+        tried = tuple(Tried(**each) for each in values["tried"])
+        points = tuple((int(size), float(seconds)) for size, seconds in values["timing"]["points"])
+        return cls(**{**values, "tried": tried, "timing": Timing(points)})
 
     @property
     def microbatch(self) -> int | TokenBudget:

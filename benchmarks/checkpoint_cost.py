@@ -1,0 +1,101 @@
+"""What checkpoints cost: the updates of `bigbatch train` without arguments, with one after every 50 and with none.
+
+    python benchmarks/checkpoint_cost.py [--rounds 5] [--every 50] [--threads 2]
+
+Each round times, in an order that changes, so many updates of the tiny model on Python's standard library with a
+checkpoint at their end, with one that is written beside the next updates, and with none. The ratio is that of the
+medians of the whole; a checkpoint is model, optimizer and random states, hashed, synced, renamed, the older ones
+verified and all but two removed. Exits with 1 if a checkpoint costs 3 % or more.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+
+from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.keeper import Keeper, Progress
+from bigbatch.lm.prepare import prepare
+from bigbatch.lm.rundir import RunDirectory
+from bigbatch.lm.trainer import Trainer
+
+MOST = 1.03
+WAYS = ("none", "at the end", "beside")
+
+
+class Job:
+    """The updates of a run, one after the other, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.trainer = Trainer(prepare(TrainConfig(device="cpu", microbatch=8, steps=100_000)))
+        self.progress = Progress()
+        config = self.trainer.config.model_dump(mode="json")
+        self.directories = {way: RunDirectory.create(folder / way, config) for way in WAYS}
+        self._windows = self.trainer._windows_from(self.progress)
+
+    def update(self) -> None:
+        """Do one update."""
+        self.trainer.engine.step(self.trainer._samples(next(self._windows)))
+        self.progress.step += 1
+
+    def timed(self, way: str, every: int) -> tuple[float, float]:
+        """Give the seconds of so many updates with what they save, and those that the saving is waited for."""
+        keeper = Keeper(
+            self.directories[way],
+            keep=2,
+            beside=way == "beside",
+            total_steps=self.trainer.total_steps,
+            facts=self.trainer.facts,
+        )
+        with self.directories[way], keeper.open():
+            if way == "beside":  # what the updates before have left to write is written beside these
+                keeper.save(self.trainer.engine, self.progress, "none")
+            started_s = time.perf_counter()
+            for _ in range(every):
+                self.update()
+            saving_s = time.perf_counter()
+            if way != "none":
+                keeper.save(self.trainer.engine, self.progress, "none")
+            ended_s = time.perf_counter()
+        return ended_s - started_s, ended_s - saving_s
+
+
+def main() -> int:
+    """Time, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--every", type=int, default=50, help="updates between two checkpoints")
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    print(f"$ python benchmarks/checkpoint_cost.py --rounds {asked.rounds} --every {asked.every}")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, CPU, {asked.threads} thread(s)")
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Path(folder))
+        for _ in range(3):
+            job.update()
+        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+        for number in range(asked.rounds):
+            for way in WAYS[number % 3 :] + WAYS[: number % 3]:
+                seconds[way].append(job.timed(way, asked.every))
+        checkpoints = sorted((Path(folder) / "at the end" / "checkpoints").iterdir())
+        num_bytes = sum(path.stat().st_size for path in checkpoints[-1].iterdir())
+    print(f"{asked.every} updates, a checkpoint of {num_bytes / 2**20:.1f} MiB")
+    print(f"{'checkpoint':<12}{'s/whole':>9}{'ms waited':>11}{'ratio':>8}")
+    whole = {way: statistics.median(total for total, _ in times) for way, times in seconds.items()}
+    for way, times in seconds.items():
+        waited_ms = 1000 * statistics.median(waited for _, waited in times)
+        print(f"{way:<12}{whole[way]:>9.2f}{waited_ms:>11.0f}{whole[way] / whole['none']:>8.3f}")
+    return 1 if whole["at the end"] / whole["none"] >= MOST else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""``bigbatch resume``: go on with a run from its newest checkpoint that can be trusted."""
+
+from bigbatch.cli.console import make_console, preparing, quiet_libraries
+from bigbatch.cli.options import ResumeOptions
+from bigbatch.cli.train import DONE, explain, repeat_exactly, train
+from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.lock import RunLock
+from bigbatch.lm.resumption import as_changed, check_facts, continued, stored_config
+from bigbatch.lm.rundir import RunDirectory
+
+
+def run(asked: TrainConfig, options: ResumeOptions) -> int:
+    """Go on with one run; return 0, or 75 when a signal stopped it after saving."""
+    path = options.run
+    stored = stored_config(path)
+    console = make_console()
+    repeat_exactly(asked if "deterministic" in asked.model_fields_set else stored)
+    with RunLock(path):
+        with preparing(console) as say:
+            say("looking for the newest checkpoint")
+            from bigbatch.lm.keeper import load
+
+            saved, rejected = load(path)
+            stored = as_changed(stored, None if saved is None else saved.facts)
+            config = continued(stored, asked, allowed=options.allowed)
+            for folder, why in rejected:
+                console.print(f"passed over {folder}: {why}")
+            directory = RunDirectory(path)
+            if saved is not None and saved.progress.step >= saved.total_steps and directory.model.is_dir():
+                console.print(f"{path} is finished: all its {saved.total_steps:,} updates are made, its model is saved")
+                return DONE
+            from bigbatch.lm.prepare import prepare
+            from bigbatch.lm.trainer import Trainer
+
+            quiet_libraries()
+            prepared = prepare(config, say=say)
+            trainer = Trainer(prepared, saved=saved)
+            if saved is not None:
+                check_facts(path, config.data, saved.facts, trainer.facts, allowed=options.allowed)
+        where = "there is no checkpoint, so it begins anew" if saved is None else f"after update {saved.progress.step}"
+        console.print(f"going on with {path}: {where}")
+        if saved is None and trainer.config.microbatch == "auto":
+            trainer.tune(beside=path)
+        for line in (*prepared.notes, *(explain(trainer) if saved is None else ())):
+            console.print(line)
+        return train(trainer, directory, console, config=config)

@@ -1,0 +1,15 @@
+"""Checkpoints of a run: folders of safetensors and JSON files that are whole or are not there.
+
+    write: parts → step-N.partial/ (hashed, synced) → manifest.json → step-N/ → parent synced
+    read:  manifest.json → names, sizes and SHA-256 of the very bytes that are loaded → Contents
+
+``folder`` is everywhere the ``checkpoints`` of a run directory. No file is a pickle, and nothing that is read can run.
+Verifying and listing load no torch. One process at a time may write to a run: `bigbatch.lm.lock.RunLock` sees to that.
+"""
+
+from bigbatch.lm.checkpoint.reading import Contents, read
+from bigbatch.lm.checkpoint.shelf import Kept, list_all, newest, prune
+from bigbatch.lm.checkpoint.trust import verify
+from bigbatch.lm.checkpoint.writing import write
+
+__all__ = ["Contents", "Kept", "list_all", "newest", "prune", "read", "verify", "write"]

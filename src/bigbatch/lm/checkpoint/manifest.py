@@ -1,0 +1,133 @@
+"""The manifest of a checkpoint: what belongs to it, down to the last bit, its own included.
+
+content → canonical JSON → SHA-256 → manifest.json, which counts only if it is, byte for byte, what would be written
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+FORMAT = 1
+FILE = "manifest.json"
+
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.(safetensors|json)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a file must be: its size in bytes and its SHA-256 in hex."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        version: Of the bigbatch that wrote it.
+        step: Updates that were done.
+        run_id: Of the run that wrote it.
+        written_at: When, in UTC, to the second.
+        files: What each file must be, by name, without the manifest's own.
+    """
+
+    version: str
+    step: int
+    run_id: str
+    written_at: datetime
+    files: Mapping[str, Stamp]
+
+    def to_bytes(self) -> bytes:
+        """Write the file: indented for people, with the SHA-256 of its canonical content as ``digest``."""
+        content = {
+            "format": FORMAT,
+            "bigbatch": self.version,
+            "step": self.step,
+            "run_id": self.run_id,
+            "written_at": self.written_at.isoformat(timespec="seconds"),
+            "files": {
+                name: {"bytes": stamp.num_bytes, "sha256": stamp.sha256} for name, stamp in sorted(self.files.items())
+            },
+        }
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        signed = {**content, "digest": hashlib.sha256(canonical.encode("ascii")).hexdigest()}
+        return json.dumps(signed, indent=2).encode("ascii") + b"\n"
+
+
+def parse(data: bytes) -> Manifest:
+    """Read what `Manifest.to_bytes` wrote.
+
+    Raises:
+        ValueError: It is anything else; the message is a clause that begins with ``manifest.json``.
+    """
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{FILE} is not JSON") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{FILE} is not the manifest of a checkpoint")
+    if content["format"] != FORMAT:
+        shown = repr(content["format"])
+        raise ValueError(f"{FILE} has format {shown[:40]}, and this bigbatch reads format {FORMAT}")
+    try:
+        manifest = _from_content(content)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"{FILE} is garbled") from None
+    if manifest.to_bytes() != data:
+        raise ValueError(f"{FILE} differs from what was written (SHA-256)")
+    return manifest
+
+
+def _from_content(content: Mapping[str, Any]) -> Manifest:
+    files = {_file_name(name): Stamp(_whole(file["bytes"]), _text(file["sha256"])) for name, file in _items(content)}
+    return Manifest(
+        version=_text(content["bigbatch"]),
+        step=_whole(content["step"]),
+        run_id=_text(content["run_id"]),
+        written_at=datetime.fromisoformat(_text(content["written_at"])),
+        files=files,
+    )
+
+
+def _items(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if not isinstance(content["files"], dict):
+        raise TypeError
+    return list(content["files"].items())
+
+
+def _file_name(name: str) -> str:
+    if name == FILE or not _FILE_NAME.fullmatch(name):  # never a path that leads out of the folder
+        raise ValueError
+    return name
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def file_name(name: str, ending: str) -> str:
+    """Give the file of a part: ``model`` and ``safetensors`` → ``model.safetensors``.
+
+    Raises:
+        ValueError: The name could not be told from another on every system, or is the manifest's.
+    """
+    file = f"{name}.{ending}"
+    if file == FILE or not _FILE_NAME.fullmatch(file):
+        raise ValueError(
+            f"a part of a checkpoint cannot be called {name!r}: take up to 64 of a-z, 0-9, - and _, and not manifest."
+        )
+    return file

@@ -1,0 +1,87 @@
+"""Read a checkpoint: what is checked are the very bytes that are loaded."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import fstat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.manifest import Stamp
+from bigbatch.lm.checkpoint.trust import UntrustedError, check_digest, check_size, opened, trusted_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a checkpoint holds; compared by identity.
+
+    Attributes:
+        step: Updates that were done.
+        run_id: Of the run that wrote it.
+        tensors: By part, then by name; on the CPU, each with memory of its own.
+        values: By part.
+    """
+
+    step: int
+    run_id: str
+    tensors: "Mapping[str, Mapping[str, Tensor]]"
+    values: Mapping[str, Any]
+
+
+def read(path: Path) -> Contents:
+    """Load a checkpoint onto the CPU.
+
+        bytes = the file, once → size and SHA-256 of these bytes → tensors or values of these bytes
+
+    so that a file that changes in between is noticed. The peak in memory is the whole content, and its largest file
+    once more.
+
+    Args:
+        path: The folder ``…/step-N``.
+
+    Raises:
+        CheckpointError: It cannot be trusted; the message names the file and the reason.
+    """
+    tensors, values = {}, {}
+    try:
+        manifest = trusted_manifest(path)
+        for name, stamp in manifest.files.items():
+            part, _, ending = name.rpartition(".")
+            data = _checked_bytes(path, name, stamp)
+            if ending == "json":
+                values[part] = _values(name, data)
+            else:
+                tensors[part] = _tensors(name, data)
+    except UntrustedError as reason:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {reason}.") from reason
+    return Contents(manifest.step, manifest.run_id, tensors, values)
+
+
+def _checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
+    with opened(path, name) as file:
+        check_size(name, stamp, fstat(file.fileno()).st_size)
+        data = file.read(stamp.num_bytes + 1)
+    check_size(name, stamp, len(data))
+    check_digest(name, stamp, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _values(name: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UntrustedError(f"{name} is not JSON: {error}") from error
+
+
+def _tensors(name: str, data: bytes) -> "dict[str, Tensor]":
+    from bigbatch.lm.checkpoint.tensors import read_tensors  # brings torch
+
+    try:
+        return read_tensors(data)
+    except ValueError as error:
+        raise UntrustedError(f"{name} is not a safetensors file: {error}") from error

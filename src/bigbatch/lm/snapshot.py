@@ -1,0 +1,80 @@
+"""State as files can hold it: tensors apart from plain values, and back.
+
+tree → values with a mark where a tensor was, tensors by the place of the mark → tree
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
+
+
+def take_apart(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Split a tree of dictionaries, lists and tuples into what JSON can hold and its tensors.
+
+    Tuples and dictionaries whose keys are no strings are marked, so that `put_together` gives them back as they were.
+
+    Raises:
+        TypeError: A leaf is neither a tensor nor None, a bool, a number or a string.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _values(tree, "", tensors), tensors
+
+
+def _values(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        while place in tensors:  # keys such as 1 and "1", or one with a slash in it
+            place += "'"
+        tensors[place] = node
+        return {_TENSOR: place}
+    if isinstance(node, Mapping):
+        named = {key: _values(value, f"{place}/{key}", tensors) for key, value in node.items()}
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in named)
+        return named if plain else {_PAIRS: [[key, value] for key, value in named.items()]}
+    if isinstance(node, list | tuple):
+        values = [_values(value, f"{place}/{index}", tensors) for index, value in enumerate(node)]
+        return values if isinstance(node, list) else {_TUPLE: values}
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(f"{place or 'the state'} is a {type(node).__name__}, which a checkpoint cannot hold.")
+
+
+def put_together(values: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Give back the tree that `take_apart` split."""
+    if isinstance(values, dict):
+        if _TENSOR in values:
+            return tensors[values[_TENSOR]]
+        if _TUPLE in values:
+            return tuple(put_together(value, tensors) for value in values[_TUPLE])
+        if _PAIRS in values:
+            return {key: put_together(value, tensors) for key, value in values[_PAIRS]}
+        return {key: put_together(value, tensors) for key, value in values.items()}
+    if isinstance(values, list):
+        return [put_together(value, tensors) for value in values]
+    return values
+
+
+def copies(tree: Any) -> Any:
+    """Copy the tensors of a tree to the CPU, so that later updates do not reach them."""
+    values, tensors = take_apart(tree)
+    return put_together(values, {place: t.detach().to("cpu", copy=True) for place, t in tensors.items()})
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Tell whether two trees are the same to the last bit."""
+    (values, tensors), (others, theirs) = take_apart(one), take_apart(other)
+    return (
+        repr(values) == repr(others)
+        and tensors.keys() == theirs.keys()
+        and all(
+            t.dtype == theirs[place].dtype and torch.equal(_bits(t), _bits(theirs[place]))
+            for place, t in tensors.items()
+        )
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

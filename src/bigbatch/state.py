@@ -1,0 +1,97 @@
+"""What a run between two windows consists of: everything that its next windows depend on, but their data.
+
+capture(engine) → a dictionary of tensors and plain values → restore(engine, dictionary)
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.randomness import random_states, set_random_states
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from bigbatch.engine import Engine
+
+
+def capture(engine: "Engine") -> dict[str, Any]:
+    """Collect the state of an engine, its model and its optimizer; tensors are those in use, not copies.
+
+    Returns:
+        ``model`` (trained parameters and persistent buffers by name, each once), ``optimizer``, ``scheduler`` and
+        ``scaler`` (None without one), ``engine`` (steps, micro-batch and choice) and ``random``.
+    """
+    update = engine.accumulator.update
+    return {
+        "model": dict(trained_tensors(engine.model)),
+        "optimizer": update.optimizer.state_dict(),
+        "scheduler": None if update.scheduler is None else update.scheduler.state_dict(),
+        "scaler": None if update.scaler is None else update.scaler.state_dict(),
+        "engine": {"num_steps": update.num_steps, **engine.progress},
+        "random": random_states([engine.accumulator.device]),
+    }
+
+
+def restore(engine: "Engine", state: Mapping[str, Any]) -> None:
+    """Put an engine, its model and its optimizer back to a state that `capture` gave, of the same model and settings.
+
+    Raises:
+        ValueError: It is the state of another model, optimizer or engine; nothing is changed then.
+    """
+    update = engine.accumulator.update
+    own = dict(trained_tensors(engine.model))
+    _check_tensors(own, state["model"])
+    _check_groups(update.optimizer, state["optimizer"])
+    for name, part in (("scheduler", update.scheduler), ("scaler", update.scaler)):
+        if (part is None) != (state[name] is None):
+            has, had = ("no", "one") if part is None else ("a", "none")
+            raise ValueError(f"this engine has {has} {name}, and the state is of one with {had}: make them alike.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state["model"][name])
+    update.optimizer.load_state_dict(state["optimizer"])
+    _own(update.optimizer, state["optimizer"])
+    if update.scheduler is not None:
+        update.scheduler.load_state_dict(state["scheduler"])
+    if update.scaler is not None:
+        update.scaler.load_state_dict(state["scaler"])
+    update.num_steps = state["engine"]["num_steps"]
+    engine.resume(state["engine"])
+    set_random_states(state["random"], [engine.accumulator.device])
+
+
+def _own(optimizer: "Optimizer", given: Mapping[str, Any]) -> None:
+    """Copy the tensors that torch took as they are: the next step would write to those of the caller."""
+    theirs = {id(value) for values in given["state"].values() for value in values.values()}
+    for values in optimizer.state.values():
+        values.update({k: v.clone() for k, v in values.items() if isinstance(v, Tensor) and id(v) in theirs})
+
+
+def trained_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Give the parameters that are trained and the buffers that are saved with a model, each once, by name."""
+    saved = model.state_dict(keep_vars=True)
+    named = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]
+    return [(name, t.detach()) for name, t in named if t.requires_grad or not isinstance(t, nn.Parameter)]
+
+
+def _check_groups(optimizer: "Optimizer", found: Mapping[str, Any]) -> None:
+    own, theirs = (
+        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, found["param_groups"])
+    )
+    if own != theirs:
+        raise ValueError(
+            f"the state is of an optimizer with groups of {theirs} parameters, and this one has {own}: make them alike."
+        )
+
+
+def _check_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    if missing := own.keys() - found.keys():
+        raise ValueError(f"the state lacks {len(missing)} tensors of this model, such as {min(missing)}.")
+    if foreign := found.keys() - own.keys():
+        raise ValueError(f"the state has {len(foreign)} tensors that this model has not, such as {min(foreign)}.")
+    for name, tensor in own.items():
+        if tensor.shape != found[name].shape:
+            raise ValueError(f"{name} has the shape {list(found[name].shape)} in the state, not {list(tensor.shape)}.")
