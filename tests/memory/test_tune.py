@@ -407,7 +407,9 @@ def test_frozen_parameters_take_neither_gradients_nor_state() -> None:
     engine = engine_of(model, **BY_LENGTH)
     chosen = engine.tune(batch)
     assert chosen.unpredicted is None
-    assert chosen.peak_bytes < engine_of(make(width=64), **BY_LENGTH).tune(batch).peak_bytes
+    one = samples(40)  # of which there is but one micro-batch, whatever the clock says
+    peaks = [engine_of(kind, **BY_LENGTH).tune(one).peak_bytes for kind in (adapted(64), make(width=64))]
+    assert peaks[0] < peaks[1]
     engine.step(batch)
     assert peak_of_a_step(engine, batch) <= 1.01 * chosen.peak_bytes
     assert all(p.grad is None for p in model.parameters())
