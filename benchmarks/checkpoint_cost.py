@@ -39,7 +39,7 @@ class Job:
         self.progress = Progress()
         config = self.trainer.config.model_dump(mode="json")
         self.directories = {way: RunDirectory.create(folder / way, config) for way in WAYS}
-        self._windows = self.trainer._windows_from(self.progress)
+        self._windows = self.trainer.windows_from(self.progress)
 
     def update(self) -> None:
         """Do one update."""

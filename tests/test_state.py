@@ -106,6 +106,7 @@ def test_another_engine_goes_on_to_the_last_bit(
     assert [(r.step, r.loss, r.grad_norm) for r in again] == [(r.step, r.loss, r.grad_norm) for r in reports]
     assert again[-1].step == 8
     assert equal(one.state_dict(), other.state_dict())
+    assert equal(one.model.state_dict(), other.model.state_dict()), "statistics of batch norm are state as well"
 
 
 def test_state_that_was_loaded_stays_as_it_is_so_that_it_can_be_loaded_again() -> None:

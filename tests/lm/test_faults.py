@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -286,11 +288,10 @@ def test_a_second_signal_ends_the_run_at_once_and_resume_goes_on_to_the_last_bit
 
 
 def test_the_random_state_of_the_caller_is_left_by_a_run_that_goes_on(folder: Path, base: Path) -> None:
-    import random
-
-    import numpy as np
-
     begin(folder / "run", folder, base, until=lambda step: step == 4)
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     go_on(folder / "run")
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before

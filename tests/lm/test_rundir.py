@@ -20,7 +20,10 @@ def test_each_line_is_on_disk_when_it_was_written_and_holds_no_nan(tmp_path: Pat
 
 def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "run", {})
-    with pytest.raises(InputError, match=r"run holds another run: name a folder that is empty or not there yet\.$"):
+    with pytest.raises(
+        InputError,
+        match=r"run holds another run: name a folder that is empty or not there yet, or go on with it: bigbatch",
+    ):
         RunDirectory.create(tmp_path / "run", {"other": 1})
     assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == "{}\n"
     (tmp_path / "notes").mkdir()

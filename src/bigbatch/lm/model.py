@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigbatch.errors import InputError
+from bigbatch.lm.checkpoint.files import sync_folder
 from bigbatch.lm.documents import count
 from bigbatch.lm.hub import first_line, is_local
 
@@ -146,13 +147,20 @@ def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) ->
 def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write an ordinary model folder with its tokenizer; LoRA adapters are merged into a copy of the weights.
 
-    Written aside and renamed, so that a folder of that name is always whole; an older one is replaced.
+    Written aside, brought to the disk and renamed, so that a folder of that name is always whole; an older one steps
+    aside before, and is removed after.
     """
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, older = (folder.with_name(folder.name + ending) for ending in (".partial", ".older"))
+    for left_over in (aside, older):
+        shutil.rmtree(left_over, ignore_errors=True)
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in (*aside.rglob("*"), aside):
+        sync_folder(path)
+    if folder.exists():
+        folder.rename(older)
     aside.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(older, ignore_errors=True)

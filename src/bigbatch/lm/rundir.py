@@ -158,8 +158,12 @@ def check_free(path: Path) -> None:
     """
     try:
         if path.is_dir() and any(entry.name != CONFIG_ASIDE for entry in path.iterdir()):
-            kind = "another run" if (path / "config.json").exists() else "other files"
-            raise InputError(f"--out {path} holds {kind}: name a folder that is empty or not there yet.")
+            run = (path / "config.json").exists()
+            go_on = f", or go on with it: bigbatch resume {path}" if run else ""
+            raise InputError(
+                f"--out {path} holds {'another run' if run else 'other files'}: name a folder that is empty or not "
+                f"there yet{go_on}."
+            )
         place = next(place for place in (path, *path.absolute().parents) if place.exists())
     except OSError as error:
         raise InputError(_cannot_be_written(path, error)) from error

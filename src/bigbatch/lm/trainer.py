@@ -29,7 +29,7 @@ from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.resumption import facts_of
 from bigbatch.lm.rundir import RunDirectory, as_line
 from bigbatch.lm.tuning import take, tune
-from bigbatch.memory import find_room
+from bigbatch.memory import Room, find_room
 from bigbatch.plan import TokenBudget
 from bigbatch.randomness import random_states, set_random_states
 from bigbatch.report import WindowReport
@@ -166,13 +166,7 @@ class Trainer:
         """
         if self.engine.microbatch != "auto":
             return None
-        machine, model, layers = self.prepared.machine, self.prepared.model, self.arrangement.layers
-        try:
-            room = find_room(self.engine.memory, machine.device, [*model.parameters(), *model.buffers()])
-        except ValueError as error:
-            raise InputError(f"--{error}") from error
-        if self.engine.memory is not None:
-            machine.limit_memory(room.limit_bytes)
+        layers, room = self.arrangement.layers, self._room()
         key = fingerprint(self.prepared)
         if beside is not None and (found := recall(beside, key, usable_bytes=room.usable_bytes)) is not None:
             take(self.engine, layers, found.level, found.choice)
@@ -188,6 +182,17 @@ class Trainer:
                 "--lora-rank."
             ) from error
         return None
+
+    def _room(self) -> Room:
+        """Find what may be used, and hold this process to it where it was asked for."""
+        machine, model = self.prepared.machine, self.prepared.model
+        try:
+            room = find_room(self.engine.memory, machine.device, [*model.parameters(), *model.buffers()])
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+        if self.engine.memory is not None:
+            machine.limit_memory(room.limit_bytes)
+        return room
 
     @property
     def level(self) -> Recompute:
@@ -249,7 +254,9 @@ class Trainer:
             BigbatchError: Update after update is skipped, or something cannot be written.
         """
         started_s = time.perf_counter()
-        if self.engine.choice is None and (self.saved is None or self.saved.engine["engine"]["choice"] is None):
+        if self.saved is not None and self.saved.engine["engine"]["choice"] is not None:
+            self._room()  # the choice comes with the rest of the state, and the limit stands
+        elif self.engine.choice is None:
             self.tune(None if self.saved is None else directory.path)
         keeper = Keeper(
             directory,
