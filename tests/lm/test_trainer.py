@@ -339,3 +339,11 @@ def test_memory_for_less_than_one_sequence_is_refused(settings: dict[str, Any]) 
     assert said.endswith(
         "Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and --lora-rank."
     )
+
+
+def test_a_limit_that_would_choose_by_the_clock_is_refused_where_the_clock_is_left_out(
+    settings: dict[str, Any],
+) -> None:
+    prepared = prepare(TrainConfig(**settings | {"microbatch": "auto", "memory": "4GiB", "deterministic": True}))
+    with pytest.raises(InputError, match=r"^--memory is for a micro-batch that is chosen by the clock, which --determ"):
+        Trainer(prepared)

@@ -6,21 +6,21 @@ Counts, schedule and metrics go by updates. Nothing here prints: a `Listener` is
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from bigbatch.engine import Engine
 from bigbatch.errors import BigbatchError, InputError, MemoryLimitError, WindowAbandonedError
-from bigbatch.limit import gpu_limit
 from bigbatch.lm.documents import count
 from bigbatch.lm.evaluation import seeded, validation_loss, written
 from bigbatch.lm.keeper import Keeper, Progress, Saved
 from bigbatch.lm.layers import Recompute
+from bigbatch.lm.limits import held_room, memory_of, microbatch_of
 from bigbatch.lm.model import save_model
 from bigbatch.lm.optimization import lr_factor, make_optimizer
 from bigbatch.lm.order import epoch_windows
@@ -28,47 +28,12 @@ from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.resumption import facts_of
 from bigbatch.lm.rundir import RunDirectory, as_line
+from bigbatch.lm.telling import Listener, Row, metrics_row
+from bigbatch.lm.telling import Outcome as Outcome
 from bigbatch.lm.tuning import take, tune
-from bigbatch.memory import Room, find_room
-from bigbatch.plan import TokenBudget
 from bigbatch.randomness import random_states, set_random_states
-from bigbatch.report import WindowReport
 
 REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
-
-Row = dict[str, Any]
-
-
-class Listener(Protocol):
-    """Whom a run tells what happens, when it happens."""
-
-    def updated(self, row: Row) -> None:
-        """Hear of one update: what its line of metrics.jsonl will hold, without a validation loss."""
-
-    def validated(self, step: int, loss: float) -> None:
-        """Hear of a validation: the mean loss in nats per token."""
-
-    def sampled(self, step: int, text: str) -> None:
-        """Hear what the model writes by now."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        step: Updates done, the skipped ones included: each had its batch.
-        skipped: How many of them changed nothing, for want of items or of finite gradients.
-        finished: Whether that is all; False if it was told to stop.
-        validation_loss: The last one, in nats per token, or None.
-        elapsed_s: Seconds of the whole loop.
-    """
-
-    step: int
-    skipped: int
-    finished: bool
-    validation_loss: float | None
-    elapsed_s: float
 
 
 class Trainer:
@@ -103,8 +68,8 @@ class Trainer:
             prepared.model,
             self.optimizer,
             self.loss_fn,
-            microbatch=self._microbatch(),
-            memory=self._memory(),
+            microbatch=microbatch_of(self.config, longest=max(prepared.training.lengths)),
+            memory=memory_of(self.config, prepared.machine),
             collate=prepared.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
             layout=self.arrangement.layout,
@@ -113,41 +78,6 @@ class Trainer:
             scheduler=self.scheduler,
             scaler=prepared.machine.scaler(),
         )
-
-    def _microbatch(self) -> "int | TokenBudget | Literal['auto']":
-        if self.config.token_budget is not None:
-            longest = max(self.prepared.training.lengths)
-            if longest > self.config.token_budget:
-                raise InputError(
-                    f"--token-budget {self.config.token_budget} is less than the longest sequence, which has "
-                    f"{longest} tokens and is never cut: pass --token-budget {longest} or more, or a smaller "
-                    "--max-length."
-                )
-            return TokenBudget(self.config.token_budget)
-        assert self.config.microbatch is not None, "resolved() gives one of the two"
-        if self.config.microbatch == "auto" and self.config.deterministic:
-            return TokenBudget(REPEATABLE * max(self.prepared.training.lengths))
-        return self.config.microbatch
-
-    def _memory(self) -> str | int | None:
-        """Give what ``auto`` may use."""
-        name = "memory" if self.config.memory is not None else "gpu" if self.config.gpu is not None else None
-        if name is None:
-            return None
-        if self.config.microbatch != "auto":
-            decided = "token_budget" if self.config.token_budget is not None else "microbatch"
-            raise InputError(
-                f"--{name} decides about the micro-batch, and --{decided.replace('_', '-')} "
-                f"{getattr(self.config, decided)} has decided: leave one of them out."
-            )
-        if self.config.gpu is None:
-            return self.config.memory
-        if self.prepared.machine.device.type != "cuda":
-            raise InputError(
-                f"--gpu {self.config.gpu} is about a card, and this run is on {self.prepared.machine.device}: pass "
-                "--memory."
-            )
-        return gpu_limit(self.config.gpu)
 
     def tune(self, beside: Path | None = None) -> Path | None:
         """Choose the micro-batch where that is asked for, or take what a run before chose for the same.
@@ -166,7 +96,7 @@ class Trainer:
         """
         if self.engine.microbatch != "auto":
             return None
-        layers, room = self.arrangement.layers, self._room()
+        layers, room = self.arrangement.layers, held_room(self.engine.memory, self.prepared)
         key = fingerprint(self.prepared)
         if beside is not None and (found := recall(beside, key, usable_bytes=room.usable_bytes)) is not None:
             take(self.engine, layers, found.level, found.choice)
@@ -182,17 +112,6 @@ class Trainer:
                 "--lora-rank."
             ) from error
         return None
-
-    def _room(self) -> Room:
-        """Find what may be used, and hold this process to it where it was asked for."""
-        machine, model = self.prepared.machine, self.prepared.model
-        try:
-            room = find_room(self.engine.memory, machine.device, [*model.parameters(), *model.buffers()])
-        except ValueError as error:
-            raise InputError(f"--{error}") from error
-        if self.engine.memory is not None:
-            machine.limit_memory(room.limit_bytes)
-        return room
 
     @property
     def level(self) -> Recompute:
@@ -255,7 +174,9 @@ class Trainer:
         """
         started_s = time.perf_counter()
         if self.saved is not None and self.saved.engine["engine"]["choice"] is not None:
-            self._room()  # the choice comes with the rest of the state, and the limit stands
+            held_room(
+                self.engine.memory, self.prepared
+            )  # the choice comes with the rest of the state, and the limit stands
         elif self.engine.choice is None:
             self.tune(None if self.saved is None else directory.path)
         keeper = Keeper(
@@ -415,21 +336,3 @@ class Trainer:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-
-
-def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> Row:
-    """Make the line of metrics.jsonl for one update; without ``clock``, what differs from run to run is None."""
-    tokens = report.tokens or 0
-    return {
-        "step": step,
-        "loss": report.loss,
-        "items": int(report.items),
-        "grad_norm": report.grad_norm,
-        "lr": lr,
-        "num_microbatches": report.num_microbatches,
-        "tokens": tokens,
-        "tokens_per_s": tokens / report.elapsed_s if clock else None,
-        "peak_bytes": report.peak_bytes if clock else None,
-        "elapsed_s": report.elapsed_s if clock else None,
-        "skipped": report.skipped,
-    }

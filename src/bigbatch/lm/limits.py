@@ -1,0 +1,79 @@
+"""What limits the micro-batch of a run, as its settings say."""
+
+from typing import Literal
+
+from bigbatch.errors import InputError
+from bigbatch.limit import gpu_limit
+from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.device import Machine
+from bigbatch.lm.prepare import Prepared
+from bigbatch.memory import Room, find_room
+from bigbatch.plan import TokenBudget
+
+REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
+
+
+def microbatch_of(config: TrainConfig, *, longest: int) -> "int | TokenBudget | Literal['auto']":
+    """Give what `bigbatch.Engine` takes.
+
+    Args:
+        config: With every default written out.
+        longest: Tokens of the longest sequence.
+
+    Raises:
+        InputError: The longest sequence is above the budget that was asked for.
+    """
+    if config.token_budget is not None:
+        if longest > config.token_budget:
+            raise InputError(
+                f"--token-budget {config.token_budget} is less than the longest sequence, which has {longest} tokens "
+                f"and is never cut: pass --token-budget {longest} or more, or a smaller --max-length."
+            )
+        return TokenBudget(config.token_budget)
+    assert config.microbatch is not None, "resolved() gives one of the two"
+    if config.microbatch == "auto" and config.deterministic:
+        return TokenBudget(REPEATABLE * longest)
+    return config.microbatch
+
+
+def memory_of(config: TrainConfig, machine: Machine) -> str | int | None:
+    """Give what ``auto`` may use; None where nobody said.
+
+    Raises:
+        InputError: Memory was given, and the micro-batch is decided; or a card, and the run is not on one.
+    """
+    name = "memory" if config.memory is not None else "gpu" if config.gpu is not None else None
+    if name is None:
+        return None
+    decided = "token_budget" if config.token_budget is not None else "microbatch"
+    if config.microbatch != "auto":
+        raise InputError(
+            f"--{name} decides about the micro-batch, and --{decided.replace('_', '-')} {getattr(config, decided)} has "
+            "decided: leave one of them out."
+        )
+    if config.deterministic:
+        raise InputError(
+            f"--{name} is for a micro-batch that is chosen by the clock, which --deterministic leaves out: pass "
+            f"--token-budget instead of --{name}."
+        )
+    if config.gpu is None:
+        return config.memory
+    if machine.device.type != "cuda":
+        raise InputError(f"--gpu {config.gpu} is about a card, and this run is on {machine.device}: pass --memory.")
+    return gpu_limit(config.gpu)
+
+
+def held_room(memory: str | int | None, prepared: Prepared) -> Room:
+    """Find what a run may use, and hold this process to it where it was asked for.
+
+    Raises:
+        InputError: It is no amount, or more than there is.
+    """
+    machine, model = prepared.machine, prepared.model
+    try:
+        room = find_room(memory, machine.device, [*model.parameters(), *model.buffers()])
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    if memory is not None:
+        machine.limit_memory(room.limit_bytes)
+    return room
