@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulator import Accumulator as Accumulator
 from bigbatch.accumulator import CountItems as CountItems
+from bigbatch.engine_settings import check_graphs, check_layout, check_lengths, check_microbatch, size_of
 from bigbatch.errors import WindowAbandonedError
 from bigbatch.feed import Feed
 from bigbatch.graphs import Recorder
@@ -24,7 +24,7 @@ from bigbatch.objective import Items, Terms
 from bigbatch.plan import Cost, TokenBudget, plan
 from bigbatch.recover import Recovery
 from bigbatch.report import WindowReport
-from bigbatch.split import Collate, Split, check_count, split, split_into
+from bigbatch.split import Collate, Split, split, split_into
 from bigbatch.state import capture, restore
 from bigbatch.update import NonFinite
 
@@ -97,7 +97,7 @@ class Engine:
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
     ) -> None:
-        self._check_microbatch(microbatch, memory, lengths)
+        check_microbatch(microbatch, memory, lengths)
         self.accumulator = Accumulator(
             model, optimizer, max_grad_norm=max_grad_norm, scheduler=scheduler, scaler=scaler, nonfinite=nonfinite
         )
@@ -105,34 +105,16 @@ class Engine:
         self.loss_fn = loss_fn
         self.microbatch = microbatch
         self.memory = memory
-        self.layout = _check_layout(layout, lengths, collate)
-        self.recorder = Recorder(model, loss_fn) if _check_device(cuda_graphs, self.accumulator.device) else None
+        self.layout = check_layout(layout, lengths, collate)
+        self.recorder = Recorder(model, loss_fn) if check_graphs(cuda_graphs, self.accumulator.device) else None
         self.choice: Choice | None = None
-        self._size = self._size_in_use = _size_of(microbatch)
+        self._size = self._size_in_use = size_of(microbatch)
         self._cost = Cost()
         self._good_windows = 0
         self._recovery = Recovery(model, self.accumulator.device)
         self.collate = collate
         self.lengths = lengths
         self.count_items = count_items
-
-    @staticmethod
-    def _check_microbatch(microbatch: object, memory: object, lengths: object) -> None:
-        if microbatch == "auto":
-            return
-        if memory is not None:
-            raise ValueError(
-                f"memory={memory!r} decides about the micro-batch, and microbatch={microbatch!r} is decided: pass "
-                'microbatch="auto", or leave memory= out.'
-            )
-        if isinstance(microbatch, str):
-            raise ValueError(f'microbatch is {microbatch!r}: it must be "auto", an int, or a TokenBudget.')
-        if not isinstance(microbatch, TokenBudget):
-            check_count("microbatch", microbatch, "the samples of one micro-batch")  # type: ignore[arg-type]
-        elif lengths is None:
-            raise ValueError(
-                "a TokenBudget needs the length of each sample: pass lengths=, a function from the batch to them."
-            )
 
     @property
     def token_budget(self) -> int | None:
@@ -159,7 +141,7 @@ class Engine:
         lengths = self._lengths_of(batch)
         everything = split(batch, 1, device=self.accumulator.device, collate=self.collate)
         if lengths is not None:
-            _check_lengths(lengths, everything.num_samples)
+            check_lengths(lengths, everything.num_samples)
         self.accumulator.prepare()
         self.release()
         step = Step(
@@ -203,7 +185,8 @@ class Engine:
             give_up: Asked before each micro-batch; once it says True, the window ends there and changes nothing.
 
         Where memory runs out in mid-window, the micro-batch that failed is run again, then in halves, and every sample
-        still counts once; the next windows use micro-batches smaller by 7 %, which grow back after 20 good windows.
+        still counts once; the next windows use micro-batches smaller by 7 % (packed rows: by one of their sizes), which
+        grow back after 20 good windows.
         Whatever else ``loss_fn`` raises passes through, with the window aborted and the gradients cleared. An empty
         batch is a window without items.
 
@@ -321,34 +304,3 @@ class Engine:
         elif self._good_windows % GROW_AFTER == 0 and now < self._size:
             larger = math.ceil(now / SHRINK) if self.layout == "padded" else round_up(now + 1)
             self._size_in_use = min(self._size, larger)
-
-
-def _check_layout(layout: str, lengths: object, collate: object) -> Layout:
-    if layout == "packed" and (lengths is None or collate is None):
-        missing = "lengths=, a function from the batch to the tokens of each sample" if lengths is None else "collate="
-        raise ValueError(f'layout="packed" needs {missing}: rows are packed of samples, by their tokens.')
-    if layout not in ("padded", "packed"):
-        raise ValueError(f'layout is {layout!r}: it must be "padded" or "packed".')
-    return layout  # type: ignore[return-value]
-
-
-def _check_device(cuda_graphs: bool, device: torch.device) -> bool:
-    if cuda_graphs and device.type != "cuda":
-        raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
-    return cuda_graphs
-
-
-def _check_lengths(lengths: Sequence[int], num_samples: int) -> None:
-    if len(lengths) != num_samples:
-        raise ValueError(
-            f"lengths= gave {len(lengths)} lengths for a batch of {num_samples} samples: it must give one for each, in "
-            "their order."
-        )
-    plan(lengths, token_budget=max(lengths, default=1))  # names a sample without tokens
-
-
-def _size_of(microbatch: int | TokenBudget | str) -> int:
-    """Tokens or samples of a micro-batch; 0 where they are still to be chosen."""
-    if isinstance(microbatch, TokenBudget):
-        return microbatch.tokens
-    return 0 if isinstance(microbatch, str) else microbatch

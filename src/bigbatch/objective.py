@@ -183,22 +183,23 @@ class Ledger:
 
     def marked(self, value: Tensor) -> Tensor:
         """Give the value, or NaN where a loss is not a finite number; nothing is waited for."""
-        for loss_sum in chain.from_iterable(self._sums.values()):
-            mark = loss_sum.detach().to(value) if isinstance(loss_sum, Tensor) else loss_sum
-            value = value + 0.0 * mark
+        for total in self._totals_where_they_are():
+            value = value + 0.0 * (total.to(value) if isinstance(total, Tensor) else total)
         return value
 
     def is_finite(self) -> bool:
         """Whether the loss of every term is a finite number; waits for the device."""
-        on_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        return all(math.isfinite(float(total)) for total in self._totals_where_they_are())
+
+    def _totals_where_they_are(self) -> list[float | Tensor]:
+        """Sum the losses of all terms on the host, and on each device."""
+        on_host, on_device = 0.0, defaultdict[torch.device, list[Tensor]](list)
         for loss_sum in chain.from_iterable(self._sums.values()):
             if isinstance(loss_sum, Tensor):
                 on_device[loss_sum.device].append(loss_sum)
-            elif not math.isfinite(loss_sum):
-                return False
-        return all(
-            math.isfinite(torch.stack(sums).sum(dtype=_sum_dtype(sums[0])).item()) for sums in on_device.values()
-        )
+            else:
+                on_host += loss_sum
+        return [on_host, *(torch.stack(sums).sum(dtype=_sum_dtype(sums[0])) for sums in on_device.values())]
 
     def items(self, name: str | None = None) -> float:
         """Items so far of one term, by default of the first; reads the device where the counts live there."""

@@ -17,6 +17,7 @@ from bigbatch.lm.attention import leave_out_mask, use_causal_attention
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.dataset import collate
 from bigbatch.lm.device import Machine
+from bigbatch.lm.embedded import embedded_tokens
 from bigbatch.lm.head import ChunkedCausalLMLoss, chunked_loss_is_exact, head_of, is_worth_chunks
 from bigbatch.lm.hub import first_line
 from bigbatch.lm.layers import Layers
@@ -68,14 +69,17 @@ def arrange(model: Any, config: TrainConfig, machine: Machine, *, pad_id: int, l
         InputError: The model cannot have what the configuration asks for.
     """
     notes: list[str] = []
+    on_cuda = machine.device.type == "cuda"
+    if config.compile == "graphs" and not on_cuda:
+        raise InputError(f"--compile graphs is for CUDA, and this run is on {machine.device}: say layers or none.")
     needs_mask = not leave_out_mask(model, machine, max_length=longest)
     chunks = is_worth_chunks(head_of(model)) and chunked_loss_is_exact(model, machine)
     layout = _layout(model, config, machine, longest, needs_mask, notes)
     if config.lora_rank:
-        model = _with_lora(model, config)
+        model = with_lora(model, config)
     model = model.to(machine.device).train()
-    layers = _layers(model, config)
-    compiles = config.compile in ("layers", "graphs") or (config.compile == "auto" and machine.device.type == "cuda")
+    layers = layers_of(model, config)
+    compiles = config.compile in ("layers", "graphs") or (config.compile == "auto" and on_cuda)
     if chunks:
         loss: Any = partial(ChunkedCausalLMLoss, fused=compiles)
     else:
@@ -87,9 +91,7 @@ def arrange(model: Any, config: TrainConfig, machine: Machine, *, pad_id: int, l
         collator = partial(collate, pad_id=pad_id)
     if compiles:
         _compile(model, config, layers, loss_fn, collator, machine, longest, notes)
-    records = machine.device.type == "cuda" and config.compile in ("auto", "graphs")
-    if config.compile == "graphs" and not records:
-        raise InputError(f"--compile graphs is for CUDA, and this run is on {machine.device}: say layers or none.")
+    records = on_cuda and config.compile in ("auto", "graphs")
     return Arrangement(model, loss_fn, collator, layout, layers, records, tuple(notes))
 
 
@@ -115,7 +117,12 @@ def _layout(
     return "padded"
 
 
-def _with_lora(model: Any, config: TrainConfig) -> Any:
+def with_lora(model: Any, config: TrainConfig) -> Any:
+    """Give a model the adapters that are asked for.
+
+    Raises:
+        InputError: It cannot have them.
+    """
     assert config.lora_alpha is not None, "resolved() gives it a value"
     try:
         return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
@@ -123,7 +130,12 @@ def _with_lora(model: Any, config: TrainConfig) -> Any:
         raise InputError(f"--lora-rank is not there for {config.model}: {first_line(error)}.") from error
 
 
-def _layers(model: Any, config: TrainConfig) -> Layers | None:
+def layers_of(model: Any, config: TrainConfig) -> Layers | None:
+    """Find the layers of a model, and let them compute anew what is asked for; None where it has no such layers.
+
+    Raises:
+        InputError: It has none, and they are asked for.
+    """
     try:
         layers = Layers(model)
     except ValueError as error:
@@ -159,7 +171,7 @@ def _compile(
             why = first_line(error)
         else:
             difference = max(_difference(new, old) for new, old in zip(after, before, strict=True))
-            same = NARROW_SAME if machine.precision in ("bf16", "bf16-weights", "fp16") else WIDE_SAME
+            same = NARROW_SAME if machine.is_narrow else WIDE_SAME
             why = None if difference <= same else f"compiled, it differs by {difference:.0e}"
         layers.recompute(level)
         if why is not None:
@@ -186,20 +198,10 @@ def _trial(model: Any, collator: Any, machine: Machine, longest: int) -> dict[st
 
 def _loss_and_gradient(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Compute the loss and its gradient by the embedded tokens; nothing else stays."""
-    given: list[Tensor] = []
-
-    def watch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-        given.append(output.detach().requires_grad_())
-        return given[-1]
-
-    with preserved(model, parameters=False):
+    with preserved(model, parameters=False), embedded_tokens(model) as embedded:
         seed_everything(0)
-        handle = model.get_input_embeddings().register_forward_hook(watch)
-        try:
-            loss_sum = loss_fn(model, microbatch)[0]
-            (gradient,) = torch.autograd.grad(loss_sum, given[0])
-        finally:
-            handle.remove()
+        loss_sum = loss_fn(model, microbatch)[0]
+        (gradient,) = torch.autograd.grad(loss_sum, embedded[0])
     return loss_sum.detach(), gradient
 
 

@@ -12,15 +12,15 @@ import torch
 from bigbatch.engine import Engine
 from bigbatch.errors import InputError, MemoryLimitError
 from bigbatch.grouping import DEFAULT_COST, Layout, group_by_tokens, round_down, round_up
-from bigbatch.lm.arrangement import arrange
+from bigbatch.lm.arrangement import arrange, layers_of, with_lora
 from bigbatch.lm.attention import NAME, attends_to_all, looks_causal, use_causal_attention
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.device import Machine
 from bigbatch.lm.head import ChunkedCausalLMLoss, head_of, is_worth_chunks
 from bigbatch.lm.hub import first_line
-from bigbatch.lm.layers import Layers
+from bigbatch.lm.layers import draws
 from bigbatch.lm.loss import CausalLMLoss
-from bigbatch.lm.model import add_lora, model_of
+from bigbatch.lm.model import model_of
 from bigbatch.lm.optimization import make_optimizer
 from bigbatch.lm.packed import FEWEST_PLACES
 from bigbatch.lm.survey import Survey
@@ -231,21 +231,11 @@ class Desk:
         model = self._bare_model(config, device)
         if looks_causal(model) and attends_to_all(model.config, max_length=self._data.max_length):
             use_causal_attention(model)
-        return self._equipped(model, config).train()
-
-    def _equipped(self, model: Any, config: TrainConfig) -> Any:
-        name = "--lora-rank"
-        try:
-            if config.lora_rank:
-                assert config.lora_alpha is not None, "resolved() gives it a value"
-                model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-            level = config.gradient_checkpointing
-            if level != "auto" and level != "none":
-                name = "--gradient-checkpointing"
-                Layers(model).recompute(level)
-        except ValueError as error:
-            raise InputError(f"{name} is not there for {config.model}: {first_line(error)}.") from error
-        return model
+        if config.lora_rank:
+            model = with_lora(model, config)
+        if config.gradient_checkpointing not in ("auto", "none"):
+            layers_of(model, config)
+        return model.train()
 
     def _layout_of(self, model: Any) -> Layout:
         """Take the layout that training would take, as far as it shows without weights."""
@@ -253,9 +243,9 @@ class Desk:
         if config.layout == "packed" or (
             config.layout == "auto"
             and device.type == "cuda"
-            and config.precision in ("bf16", "bf16-weights", "fp16")
+            and Machine(device, config.precision).is_narrow
             and getattr(model.config, "_attn_implementation", None) == NAME
-            and not any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+            and not draws(model)
         ):
             return "packed"
         return "padded"

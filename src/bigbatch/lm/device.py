@@ -21,6 +21,11 @@ class Machine:
     precision: str
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether matrices are multiplied in 16 bits."""
+        return self.precision in ("bf16", "bf16-weights", "fp16")
+
+    @property
     def weights_dtype(self) -> torch.dtype:
         """The dtype of parameters: float32 but for float64 and bf16-weights."""
         return {"float64": torch.float64, "bf16-weights": torch.bfloat16}.get(self.precision, torch.float32)

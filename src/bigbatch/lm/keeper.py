@@ -11,14 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from bigbatch.engine import Engine
 from bigbatch.lm.checkpoint import newest, prune, read, write
 from bigbatch.lm.layers import Recompute
 from bigbatch.lm.rundir import RunDirectory
-from bigbatch.lm.snapshot import copies, put_together, take_apart
+from bigbatch.lm.snapshot import bits, copies, put_together, take_apart
 
 FILES = {"/engine/model/": "model", "/engine/optimizer/": "optimizer"}  # tensors of the rest are random states
 OTHERS = "random"
@@ -178,13 +177,5 @@ def frozen_fingerprint(model: nn.Module) -> str | None:
     digest = sha256()
     for name, parameter in frozen:
         digest.update(name.encode())
-        digest.update(
-            parameter.detach()
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)
-            .view(-1)
-            .view(torch.uint8)
-            .numpy()
-            .tobytes()
-        )
+        digest.update(bits(parameter).numpy().tobytes())
     return digest.hexdigest()

@@ -42,10 +42,9 @@ class Layers:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with suppress(AttributeError):  # where a release of transformers has not asked for them
             model.disable_input_require_grads()  # of embedded tokens, which only reentrant checkpoints need
-        self._model = model
         self._layers = _repeated(model)
         self._compiled: list[Any] = []
-        self._draws = _draws(model)
+        self._draws = draws(model)
         self.level: Recompute = "full"
         self.recompute("none")
 
@@ -100,7 +99,7 @@ class Layers:
                 layer._compiled_call_impl = again if anew else run
 
 
-def _draws(model: nn.Module) -> bool:
+def draws(model: nn.Module) -> bool:
     """Tell whether layers draw random numbers: by dropout modules, or by rates that modules keep as numbers."""
     for module in model.modules():
         if isinstance(module, _DropoutNd) and module.p > 0:

@@ -14,6 +14,7 @@ from bigbatch.grouping import round_up
 from bigbatch.lm.attention import NAME, VARLEN_DTYPES
 from bigbatch.lm.dataset import IGNORED
 from bigbatch.lm.device import Machine
+from bigbatch.lm.embedded import embedded_tokens
 from bigbatch.preserve import preserved
 from bigbatch.trial import narrowest_dtype
 from bigbatch.verify import TOLERANCES
@@ -102,7 +103,7 @@ def why_not_packed(model: Any, machine: Machine, *, longest: int) -> str | None:
             that for float32.
         longest: Tokens of the longest sequence there is.
     """
-    if machine.device.type == "cuda" and machine.precision not in ("bf16", "bf16-weights", "fp16"):
+    if machine.device.type == "cuda" and not machine.is_narrow:
         return f"attention has no kernel for packed rows in {machine.precision}"
     if machine.device.type not in ("cuda", "cpu"):
         return f"attention has no kernel for packed rows on {machine.device.type}"
@@ -181,20 +182,11 @@ def _changes(model: Any, machine: Machine, longest: int) -> tuple[float, float, 
 
 def _leaks(model: Any, machine: Machine, longest: int) -> bool:
     """Tell whether the logits of one sequence have a gradient by the embedded tokens of others."""
-    embedded: list[Tensor] = []
-
-    def watch(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
     first, second, *others = _samples(model, longest)
     part = slice(len(first), len(first) + len(second))
-    handle = model.get_input_embeddings().register_forward_hook(watch)
-    try:
+    with embedded_tokens(model) as embedded:
         logits = _logits(model, machine, longest, [first, second, *others])[part].float()
         (gradient,) = torch.autograd.grad(logits.sum(), embedded[0])
-    finally:
-        handle.remove()
     reached = gradient[0].abs().sum(-1) > 0  # [tokens]
     return bool(reached[: part.start].any() or reached[part.stop :].any() or not reached[part].any())
 

@@ -70,11 +70,11 @@ def equal(one: Any, other: Any) -> bool:
         repr(values) == repr(others)
         and tensors.keys() == theirs.keys()
         and all(
-            t.dtype == theirs[place].dtype and torch.equal(_bits(t), _bits(theirs[place]))
-            for place, t in tensors.items()
+            t.dtype == theirs[place].dtype and torch.equal(bits(t), bits(theirs[place])) for place, t in tensors.items()
         )
     )
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """Give the bytes of a tensor, uint8 ``[bytes]`` on the CPU."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

@@ -1,6 +1,7 @@
 """The other contestants: what is common to them, and which there are."""
 
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ class Contestant(Protocol):
         """Warm up, then take one whole update from the first weights, between ``meter.start`` and ``meter.stop``."""
 
 
-class Peer:
+class Peer(ABC):
     """A contestant that takes a fixed number of samples at a time, whatever their length.
 
     Args:
@@ -48,9 +49,9 @@ class Peer:
         stage.renew()
         self.update(stage, stage.samples, meter)
 
+    @abstractmethod
     def update(self, stage: Stage, samples: Sequence[Sample], meter: Meter) -> None:
         """Take one update of the stage's model, by its optimizer, on some samples."""
-        raise NotImplementedError
 
     def num_microbatches(self, samples: Sequence[Sample]) -> int:
         """Count the micro-batches of some samples."""
