@@ -387,7 +387,7 @@ def test_a_micro_batch_that_reaches_other_parameters_is_run_as_it_is() -> None:
     pair = Pair(TwoHeads().to(DEVICE, torch.float64), loss_fn, collate=collate)
     for window, head in enumerate((0, 0, 0, 1, 0, 1)):
         assert pair.step(samples(head, window)) <= 1e-12
-    assert pair.recorder.why_not == "a micro-batch reached other parameters than those before"
+    assert pair.recorder.why_not == "micro-batches reach different parameters"
 
 
 # what cannot be recorded -----------------------------------------------------------------------------------------
@@ -433,6 +433,19 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_counts_once(why: str) -> No
     assert pair.recorder.why_not
     assert "\n" not in pair.recorder.why_not
     assert said is None or pair.recorder.why_not == said
+
+
+@pytest.mark.parametrize("loss_fn", [reads_a_value, fails_after_backward_began])
+def test_memory_can_be_given_back_after_a_recording_that_failed(loss_fn: Callable[..., Any]) -> None:
+    pair = Pair(mlp(torch.float64), loss_fn)
+    for window in range(3):
+        pair.step(masked_batch(10, window, torch.float64))
+    assert pair.recorder.why_not
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
 
 
 def test_losses_of_several_terms_are_run_as_they_are() -> None:

@@ -109,7 +109,8 @@ def race(workload: Workload, entries: Sequence[Entry], *, memory: str | None, ro
         say("making the model")
         stage = Stage(workload, memory)
         say("computing the reference gradient, in float32")
-        reference = reference_gradient(stage)
+        with _unlimited(machine):  # it takes no part
+            reference = reference_gradient(stage)
         lanes = [_Lane(entry) for entry in entries]
         for number in range(1, rounds + 1):
             for lane in lanes:
@@ -209,6 +210,21 @@ def _limited(machine: Machine, memory: str | None) -> Iterator[None]:
     try:
         yield
     finally:
+        torch.cuda.set_per_process_memory_fraction(before, machine.device)
+
+
+@contextlib.contextmanager
+def _unlimited(machine: Machine) -> Iterator[None]:
+    """Lift the limit of this process on CUDA for a while."""
+    if machine.device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(machine.device)
+    torch.cuda.set_per_process_memory_fraction(1.0, machine.device)
+    try:
+        yield
+    finally:
+        release_memory()
         torch.cuda.set_per_process_memory_fraction(before, machine.device)
 
 
