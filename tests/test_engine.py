@@ -201,6 +201,7 @@ def test_the_report_holds_what_the_window_did():
         "syncs",
         "skipped",
         "retries",
+        "ranks",
     ]
     full = ref.full_gradient(engine.model, batch)
     assert report.step == 2

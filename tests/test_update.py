@@ -58,15 +58,16 @@ def test_a_scheduler_of_another_optimizer_is_refused():
         bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), scheduler=scheduler)
 
 
-class DistributedDataParallel(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
+@pytest.mark.parametrize("kind", ["FullyShardedDataParallel", "DataParallel"])
+def test_a_wrapper_whose_gradients_no_window_can_add_to_is_refused(kind):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
 
-
-def test_a_wrapper_that_averages_over_ranks_is_refused():
-    model = DistributedDataParallel(ref.make_model())
-    with pytest.raises(TypeError, match="wrapped in DistributedDataParallel, which averages gradients over ranks"):
+    Wrapper.__name__ = kind
+    model = Wrapper(ref.make_model())
+    with pytest.raises(TypeError, match=f"wrapped in {kind}"):
         bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()))
 
 

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from bigbatch.errors import InputError as InputError
     from bigbatch.errors import MemoryLimitError as MemoryLimitError
     from bigbatch.errors import NonFiniteError as NonFiniteError
+    from bigbatch.errors import RankFailedError as RankFailedError
     from bigbatch.errors import WindowAbandonedError as WindowAbandonedError
     from bigbatch.errors import WindowStateError as WindowStateError
     from bigbatch.plan import Plan as Plan
     from bigbatch.plan import TokenBudget as TokenBudget
     from bigbatch.plan import plan as plan
+    from bigbatch.report import RanksReport as RanksReport
     from bigbatch.report import TermReport as TermReport
     from bigbatch.report import WindowReport as WindowReport
+    from bigbatch.sync import Replicated as Replicated
+    from bigbatch.sync import SyncPolicy as SyncPolicy
     from bigbatch.verify import Verification as Verification
     from bigbatch.verify import verify as verify
     from bigbatch.window import Window as Window
@@ -46,6 +50,10 @@ _PUBLIC = {
     "InputError": "bigbatch.errors",
     "MemoryLimitError": "bigbatch.errors",
     "Plan": "bigbatch.plan",
+    "RankFailedError": "bigbatch.errors",
+    "RanksReport": "bigbatch.report",
+    "Replicated": "bigbatch.sync",
+    "SyncPolicy": "bigbatch.sync",
     "TermReport": "bigbatch.report",
     "TokenBudget": "bigbatch.plan",
     "Verification": "bigbatch.verify",

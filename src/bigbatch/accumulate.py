@@ -40,15 +40,22 @@ class GradientSums:
             alone for as long as they do not.
         kept: Sums of windows before, by parameter, to begin with as zeros and to leave in place: whoever recorded where
             they are may add to them. Only of parameters that sum natively.
+        hides_leaves: Whether graphs end in other tensors than these, which a wrapper of the model stands between.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], *, kept: Mapping[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        kept: Mapping[Tensor, Tensor] | None = None,
+        hides_leaves: bool = False,
+    ) -> None:
         self.parameters = tuple(parameters)
         self._kept = kept or {}
         self._wide: dict[Tensor, Tensor] = {}
         self._all_sums: list[Tensor | None] = []
         self._unhook: Callable[[], object] = lambda: None
-        self._leaves: _Leaves | None = None
+        self._leaves: _Leaves | None = _Leaves.HIDDEN if hides_leaves else None
         self._adding = False
         # The first gradient that is summed natively, as the last backward left it; tells whether others touched it.
         self._witness: tuple[Tensor, Tensor, int] | None = None
@@ -208,10 +215,24 @@ class GradientSums:
             for total in [self._wide.get(p, p.grad)]
         }
 
-    def fill(self) -> None:
-        """Make every sum, of zeros: what a window holds after a micro-batch that reached all parameters."""
-        for parameter in self.parameters:
-            if not parameter.requires_grad:
+    def reached(self) -> list[bool]:
+        """Tell of each parameter whether it has received a gradient."""
+        return [self._wide.get(parameter, parameter.grad) is not None for parameter in self.parameters]
+
+    def accept(self) -> None:
+        """Take the sums as they are now, after they were summed over ranks."""
+        self._witness = self._find_witness()
+
+    def fill(self, wanted: Iterable[bool] | None = None) -> None:
+        """Make the sums that are not there, of zeros.
+
+        Args:
+            wanted: Of which parameters. By default of all that require a gradient: what a window holds after a
+                micro-batch that reached every one.
+        """
+        trained = [parameter.requires_grad for parameter in self.parameters]
+        for parameter, is_wanted, has in zip(self.parameters, wanted or trained, self.reached(), strict=True):
+            if has or not is_wanted:
                 continue
             if parameter.dtype in NARROW_DTYPES:
                 self._wide[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
@@ -252,7 +273,7 @@ class _Leaves(Enum):
 
     OWN = "in the parameters alone"
     OTHERS = "in other leaves too, which backward can be told to leave out"
-    HIDDEN = "inside reentrant checkpoints, where backward cannot be told anything"
+    HIDDEN = "inside reentrant checkpoints or shards, where backward cannot be told anything"
 
 
 def _find_leaves(loss: Tensor, own: set[Tensor]) -> _Leaves:

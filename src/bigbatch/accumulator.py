@@ -1,6 +1,6 @@
 """Accumulation windows for a loop of one's own: whose gradients they take, and when each begins and ends."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bigbatch.errors import WindowStateError
 from bigbatch.objective import Items
 from bigbatch.split import check_count
+from bigbatch.sync import Sync, SyncPolicy, sync_of
 from bigbatch.transaction import Transaction
 from bigbatch.update import NonFinite, Update
 from bigbatch.window import Window
@@ -36,14 +37,19 @@ class Accumulator:
     gradient, so accumulators over different parameters may share a graph and be open at the same time. Their ``.grad``
     is cleared when a window opens and when it ends.
 
+    Under several ranks the sums run over all of them, which may have different micro-batches, items, or none; opening a
+    window and its ``step`` are collective.
+
     Args:
-        model: The module being trained, in one process.
+        model: The module being trained: plain, in ``DistributedDataParallel``, or with `fully_shard` applied to it.
         optimizer: A ``torch.optim.Optimizer`` over its parameters, of any dtypes; bfloat16 parameters sum in float32.
         max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
         scheduler: A learning-rate scheduler, stepped once after each update.
         scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
         nonfinite: What a window does whose loss or gradient is not finite. ``"skip"``: nothing, no parameter, optimizer
             state or schedule changes, and its report says so; ``"raise"``: the same, and a `NonFiniteError`.
+        sync: When the gradients of a sharded model cross ranks, a `SyncPolicy`; or a `Replicated` of a plain model that
+            every rank holds. By default what the model is wrapped in decides.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -59,14 +65,18 @@ class Accumulator:
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
+        sync: Sync | SyncPolicy | None = None,
     ) -> None:
         self._update = Update(
             optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm, nonfinite=nonfinite
         )
         _check_model(model, optimizer)
+        self.sync = sync_of(model, sync)
+        _check_float16(self.sync, self._update)
         self.model = model
         self.optimizer = optimizer
         self._open: Window | None = None
+        self.spare: Any = None  # a micro-batch of before, to keep step with other ranks where this one has none
 
     @property
     def update(self) -> Update:
@@ -96,6 +106,10 @@ class Accumulator:
     ) -> Iterator[Window]:
         """Group a loader's micro-batches into windows; the last one holds what is left.
 
+        Under several ranks there are as many windows on each as on the one that has most: where a loader has ended,
+        they hold nothing. Of a sharded model the ranks also run as many micro-batches: a window then gives some again,
+        whose backward counts nothing. Beginning one is collective.
+
         Args:
             loader: Gives micro-batches, of any sizes. Drawn lazily, one at a time.
             num_microbatches: How many make a window, at least 1.
@@ -114,19 +128,57 @@ class Accumulator:
         self, microbatches: Iterator[Any], num_microbatches: int, count_items: CountItems | None
     ) -> Iterator[Window]:
         window = None
+        names: tuple[str, ...] = ()
+        at_once = count_items is not None or self.sync.needs_equal_counts
         try:
-            for first in microbatches:
-                taken: Iterable[Any] = chain([first], islice(microbatches, num_microbatches - 1))
+            while True:
+                drawn = list(islice(microbatches, num_microbatches if at_once else 1))
+                if self.sync.needs_equal_counts and drawn:
+                    self.spare = drawn[-1]
+                num_everywhere = self.agree_on_count(len(drawn))
+                if not num_everywhere:
+                    break
                 totals = None
                 if count_items is not None:
-                    taken = list(taken)
-                    totals = _total_items(map(count_items, taken))
-                window = self.window(taken, totals=totals)
+                    totals = {**dict.fromkeys(names, 0), **_total_items(map(count_items, drawn))}
+                    names = tuple(totals)
+                window, transaction = self.open((), totals)
+                if self.sync.needs_equal_counts:
+                    window.give(self.in_step(transaction, drawn, self.spare, num_everywhere))
+                else:
+                    window.give(drawn if at_once else chain(drawn, islice(microbatches, num_microbatches - 1)))
                 yield window
             self._finish_previous()
         finally:
             if window is not None:
                 window.abort()
+
+    def agree_on_count(self, num_microbatches: int) -> int:
+        """Give the most micro-batches that any rank has in the next window. Collective under several.
+
+        Args:
+            num_microbatches: On this rank.
+
+        Raises:
+            ValueError: Of a sharded model, a rank has none to keep step with the others.
+        """
+        if self.sync.size == 1:
+            return num_microbatches
+        rows = self.sync.gather([float(num_microbatches), float(self.spare is not None)])
+        most = int(max(number for number, _ in rows))
+        if self.sync.needs_equal_counts and most and (lacking := [r for r, row in enumerate(rows) if not row[1]]):
+            raise ValueError(
+                f"rank {lacking[0]} has had no micro-batch yet, and layers of a sharded model run on all ranks or on "
+                "none: give every rank at least one sample in the first window."
+            )
+        return most
+
+    def in_step(self, transaction: Transaction, own: Sequence[Any], spare: Any, num_everywhere: int) -> Iterator[Any]:
+        """Give this rank's micro-batches, and others after them that do not count, as many as on every other rank."""
+        for index in range(num_everywhere):
+            transaction.counts = index < len(own)
+            self.sync.before(is_last=index == num_everywhere - 1)
+            yield own[index] if transaction.counts else spare
 
     def window(self, microbatches: Iterable[Any] = (), *, totals: Mapping[str, Items] | None = None) -> Window:
         """Open one window.
@@ -150,7 +202,7 @@ class Accumulator:
         """Open one window and give its transaction with it, on sums that are kept. For `Engine`, not for loops."""
         self._finish_previous()
         self.prepare()
-        transaction = Transaction(self._update, totals, kept=kept)
+        transaction = Transaction(self._update, totals, kept=kept, sync=self.sync)
         self._open = Window(iter(microbatches), transaction)
         return self._open, transaction
 
@@ -176,12 +228,6 @@ def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:
 def _check_model(model: nn.Module, optimizer: "Optimizer") -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is being trained.")
-    wrapper = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _RANK_WRAPPERS), None)
-    if wrapper is not None:
-        raise TypeError(
-            f"the model is wrapped in {wrapper}, which averages gradients over ranks at every backward, and so gives "
-            "ranks with few items too much weight. This version trains in one process: pass the module itself."
-        )
     own = set(model.parameters())
     if own and not any(p in own for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
@@ -190,4 +236,11 @@ def _check_model(model: nn.Module, optimizer: "Optimizer") -> None:
         )
 
 
-_RANK_WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
+def _check_float16(sync: Sync, update: Update) -> None:
+    if sync.needs_equal_counts and (
+        update.scaler is not None or any(p.dtype == torch.float16 for p in update.parameters())
+    ):
+        raise TypeError(
+            "a sharded model averages gradients over ranks before a window could scale them for float16: use bfloat16, "
+            "and leave scaler= out."
+        )

@@ -1,10 +1,12 @@
 """The conductor: a batch goes in, one update comes out.
 
-split → window (forward, backward, accumulate) → update → report
+split → window (forward, backward, accumulate) → sync → update → report
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -12,8 +14,15 @@ from torch import Tensor, nn
 
 from bigbatch.accumulator import Accumulator as Accumulator
 from bigbatch.accumulator import CountItems as CountItems
-from bigbatch.engine_settings import check_graphs, check_layout, check_lengths, check_microbatch, size_of
-from bigbatch.errors import WindowAbandonedError
+from bigbatch.engine_settings import (
+    check_graphs,
+    check_layout,
+    check_lengths,
+    check_microbatch,
+    check_sharded,
+    size_of,
+)
+from bigbatch.errors import MemoryLimitError, WindowAbandonedError
 from bigbatch.feed import Feed
 from bigbatch.graphs import Recorder
 from bigbatch.grouping import Layout, group_by_tokens, round_down, round_up
@@ -22,10 +31,12 @@ from bigbatch.memory.prediction import why_unpredictable
 from bigbatch.memory.usage import find_room
 from bigbatch.objective import Items, Terms
 from bigbatch.plan import Cost, TokenBudget, plan
-from bigbatch.recover import Recovery
+from bigbatch.recover import Recovery, add_sharded
 from bigbatch.report import WindowReport
 from bigbatch.split import Collate, Split, split, split_into
 from bigbatch.state import capture, restore
+from bigbatch.sync import Sync, SyncPolicy
+from bigbatch.transaction import Wishes
 from bigbatch.update import NonFinite
 
 if TYPE_CHECKING:
@@ -73,6 +84,8 @@ class Engine:
         scheduler: As for `Accumulator`.
         scaler: As for `Accumulator`.
         nonfinite: As for `Accumulator`.
+        sync: As for `Accumulator`. Under several ranks the batch is this rank's share of it, and may be empty; `step`
+            is collective, and so is `tune`, which measures on the first rank.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -96,11 +109,20 @@ class Engine:
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
+        sync: Sync | SyncPolicy | None = None,
     ) -> None:
         check_microbatch(microbatch, memory, lengths)
         self.accumulator = Accumulator(
-            model, optimizer, max_grad_norm=max_grad_norm, scheduler=scheduler, scaler=scaler, nonfinite=nonfinite
+            model,
+            optimizer,
+            max_grad_norm=max_grad_norm,
+            scheduler=scheduler,
+            scaler=scaler,
+            nonfinite=nonfinite,
+            sync=sync,
         )
+        self.sync = self.accumulator.sync
+        check_sharded(self.sync, microbatch, cuda_graphs)
         self.model = model
         self.loss_fn = loss_fn
         self.microbatch = microbatch
@@ -138,6 +160,22 @@ class Engine:
         """
         if self.microbatch != "auto":
             raise ValueError(f'microbatch={self.microbatch!r} is decided: pass microbatch="auto" to have it chosen.')
+        if self.sync.size == 1:
+            return self._measure(batch)
+        choice, problem = None, None
+        if self.sync.rank == 0:
+            try:
+                choice = self._measure(batch)
+            except MemoryLimitError as error:
+                problem = str(error)
+        told = json.loads(self.sync.tell(json.dumps([None if choice is None else asdict(choice), problem])))
+        if told[1] is not None:
+            raise MemoryLimitError(told[1])
+        self.use(Choice.of(told[0]))
+        assert self.choice is not None, "just taken"
+        return self.choice
+
+    def _measure(self, batch: Any) -> Choice:
         lengths = self._lengths_of(batch)
         everything = split(batch, 1, device=self.accumulator.device, collate=self.collate)
         if lengths is not None:
@@ -145,7 +183,7 @@ class Engine:
         self.accumulator.prepare()
         self.release()
         step = Step(
-            self.model,
+            self.sync.module,
             self.accumulator.optimizer,
             self.loss_fn,
             everything,
@@ -153,7 +191,7 @@ class Engine:
             alike=self.collate is None,
             layout=self.layout,
             records=self.recorder is not None,
-            unpredictable=why_unpredictable(self.model),
+            unpredictable=why_unpredictable(self.sync.module),
         )
         room = find_room(self.memory, self.accumulator.device, step.held())
         self.use(choose(step, room))
@@ -177,12 +215,21 @@ class Engine:
         self._cost = choice.timing.cost(choice.size)
         self._good_windows = 0
 
-    def step(self, batch: Any, *, give_up: Callable[[], bool] | None = None) -> WindowReport:
+    def step(
+        self,
+        batch: Any,
+        *,
+        give_up: Callable[[], bool] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> WindowReport:
         """Apply the gradient of the whole batch, once.
 
         Args:
             batch: A pytree of tensors ``[samples, ...]`` on any device, or with ``collate`` a list of samples.
-            give_up: Asked before each micro-batch; once it says True, the window ends there and changes nothing.
+            give_up: Asked before each micro-batch; once it says True, the window ends there and changes nothing. Under
+                several ranks it ends on all once they have told one another; of a sharded model, after all
+                micro-batches.
+            stopping: Asked at the end: whether to stop after this update. What any rank says is in ``report.ranks``.
 
         Where memory runs out in mid-window, the micro-batch that failed is run again, then in halves, and every sample
         still counts once; the next windows use micro-batches smaller by 7 % (packed rows: by one of their sizes), which
@@ -193,36 +240,46 @@ class Engine:
         Raises:
             MemoryLimitError: A single sample does not fit in memory.
             NonFiniteError: The loss or the gradient is not finite, and that is to be an error.
+            RankFailedError: Another rank failed in this window, which changed nothing.
             TypeError: The batch cannot be cut, or ``loss_fn`` returned something else than sums and items.
             ValueError: A loss or a count is not what it must be; the message says which.
             WindowAbandonedError: ``give_up`` said so. Random numbers that were drawn are drawn.
         """
         if not self._size:
             self.tune(batch)
-        lengths = self._lengths_of(batch)
-        parts = self._split(batch, lengths)
-        totals = None if self.count_items is None else self.count_items(batch)
-        recorder, recovery = self.recorder, self._recovery
-        if recorder is not None:
-            recorder.prepare()
+        recorder, recovery, sync = self.recorder, self._recovery, self.sync
+        with self._failing_together():
+            lengths = self._lengths_of(batch)
+            parts = self._split(batch, lengths)
+            totals = None if self.count_items is None else self.count_items(batch)
+            if recorder is not None:
+                recorder.prepare()
+        num_everywhere = self._count_everywhere(parts)
         window, transaction = self.accumulator.open((), totals, kept=None if recorder is None else recorder.kept)
+        transaction.wishes = wishes = Wishes(tokens=None if lengths is None else sum(lengths), stopping=stopping)
         recovery.begin(transaction, lengths)
         feed = Feed(parts)
 
         def forward(rows: Sequence[int]) -> Any:
-            return self.loss_fn(self.model, feed.take(rows))
+            return self.loss_fn(self.model, feed.take(rows) if transaction.counts else self.accumulator.spare)
 
         def add(rows: Sequence[int]) -> None:
-            if recorder is None or not recorder.is_ready or not recorder.run(feed.take(rows), transaction):
+            if sync.needs_equal_counts:
+                add_sharded(transaction, forward, rows)
+            elif recorder is None or not recorder.is_ready or not recorder.run(feed.take(rows), transaction):
                 recovery.add(forward, rows)
 
         try:
             with feed:
-                for rows in parts.groups:
+                for rows in self.accumulator.in_step(transaction, parts.groups, (), num_everywhere):
                     if give_up is not None and give_up():
-                        raise WindowAbandonedError(
-                            f"the window was given up before its micro-batch of {len(rows)} samples."
-                        )
+                        wishes.gave_up = True
+                        if sync.size == 1:
+                            raise WindowAbandonedError(
+                                f"the window was given up before its micro-batch of {len(rows)} samples."
+                            )
+                        if not sync.needs_equal_counts:
+                            break
                     window.run(add, rows)
             if recorder is not None and not recovery.num_failures:
                 recorder.keep(transaction.sums)
@@ -230,7 +287,25 @@ class Engine:
         finally:
             window.abort()
         self._adapt(recovery.num_failures)
-        return replace(report, tokens=None if lengths is None else sum(lengths), retries=recovery.num_failures)
+        return replace(report, retries=recovery.num_failures)
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Let what fails before a window end the window of the other ranks, too; they would wait for this one."""
+        try:
+            yield
+        except BaseException:
+            if self.sync.size > 1 and not self.sync.needs_equal_counts:
+                self.accumulator.window().abort()
+            raise
+
+    def _count_everywhere(self, parts: Split) -> int:
+        """Give the micro-batches that this rank has to run. Collective for a sharded model."""
+        if not self.sync.needs_equal_counts:
+            return len(parts.groups)
+        if self.accumulator.spare is None and parts.groups:
+            self.accumulator.spare = parts.take(parts.groups[-1][:1])
+        return self.accumulator.agree_on_count(len(parts.groups))
 
     def release(self) -> None:
         """Give back the memory of recorded micro-batches, for work between updates; they are recorded again."""

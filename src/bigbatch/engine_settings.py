@@ -7,6 +7,7 @@ import torch
 from bigbatch.grouping import Layout
 from bigbatch.plan import TokenBudget, plan
 from bigbatch.split import check_count
+from bigbatch.sync import Sync
 
 
 def check_microbatch(microbatch: object, memory: object, lengths: object) -> None:
@@ -56,6 +57,23 @@ def check_graphs(cuda_graphs: bool, device: torch.device) -> bool:
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
     return cuda_graphs
+
+
+def check_sharded(sync: Sync, microbatch: object, cuda_graphs: bool) -> None:
+    """Refuse what a model whose layers run on all ranks or on none cannot have.
+
+    Raises:
+        ValueError: It is asked for.
+    """
+    if not sync.needs_equal_counts:
+        return
+    if microbatch == "auto":
+        raise ValueError(
+            'microbatch="auto" tries sizes until one does not fit, and the ranks of a sharded model cannot go on after '
+            "that: pass a number of samples, or a TokenBudget."
+        )
+    if cuda_graphs:
+        raise ValueError("cuda_graphs=True is not there for sharded models: leave it out.")
 
 
 def check_lengths(lengths: Sequence[int], num_samples: int) -> None:

@@ -36,6 +36,14 @@ class NonFiniteError(BigbatchError, ArithmeticError):
     """A window whose loss or gradient is not finite, where that is to be an error. Nothing was changed by it."""
 
 
+class RankFailedError(BigbatchError, RuntimeError):
+    """Another rank ended the window by an error of its own. Nothing was changed by the window."""
+
+
+class ShardedMemoryError(MemoryLimitError):
+    """Memory ran out on one rank of a sharded model, where the others cannot wait for a smaller micro-batch."""
+
+
 class WindowAbandonedError(BigbatchError, RuntimeError):
     """A window that was to be given up in the middle. Nothing was changed by it."""
 

@@ -76,11 +76,12 @@ class Recorder:
         """Take over the sums of a window that is about to end, for all later ones."""
         if self.kept is not None or self.why_not is not None:
             return
-        self.kept = sums.native()
-        if self.kept is None:
+        found = sums.native()
+        self.kept = found or None
+        if found is None:
             self.why_not = "gradients are sparse, or of parameters in bfloat16 or float16"
-        else:
-            self._reached = tuple(self.kept)
+        elif found:  # a rank without samples has reached none
+            self._reached = tuple(found)
             self._trained = {parameter: parameter.requires_grad for parameter in sums.parameters}
 
     def prepare(self) -> None:

@@ -7,7 +7,7 @@ total before it is differentiated, and the totals N_t have to be known first.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from numbers import Real
 from typing import Any, NoReturn, TypeAlias
@@ -105,7 +105,6 @@ class Ledger:
         self,
         totals: Mapping[str, Items] | None = None,
         *,
-        expected_microbatches: int = 1,
         prescale: bool = False,
     ) -> None:
         self.totals = None if totals is None else {name: _host(items) for name, items in totals.items()}
@@ -115,6 +114,7 @@ class Ledger:
         self._last: list[tuple[str, bool]] = []  # what the last micro-batch entered: terms, and whether they had items
         self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
         self._items: defaultdict[str, list[Items]] = defaultdict(list)
+        self._settled: dict[str, TermReport] | None = None  # over all ranks, once they have told one another
 
     @property
     def differentiates_sums(self) -> bool:
@@ -181,20 +181,56 @@ class Ledger:
             if has_items:
                 self._sums[name].pop()
 
+    def shares(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
+        """Give ``(items, loss_sum)`` of each term so far, where they are; nothing is waited for."""
+        shares: dict[str, tuple[float | Tensor, float | Tensor]] = {}
+        for name, counts in self._items.items():
+            sums = self._totals_where_they_are([name])
+            shares[name] = _added(counts), _added(sums)
+        return shares
+
+    def take_back_prescale(self, gradients: list[Tensor]) -> None:
+        """Multiply gradients by what this rank divided its losses by, which other ranks chose otherwise."""
+        if self._prescaled_by is not None:
+            torch._foreach_mul_(gradients, self._prescaled_by)
+            self._prescaled_by = None
+
+    def settle(self, totals: Sequence[tuple[float, float]]) -> None:
+        """Take what all ranks have of each term, ``(items, loss_sum)``, by the places of the sorted names.
+
+        Raises:
+            ValueError: There are several, and no micro-batch and no ``count_items`` told their names on this rank.
+        """
+        names = sorted(self._items or self.totals or [SINGLE])
+        if len(names) != len(totals) and totals:
+            raise ValueError(
+                f"other ranks have {len(totals)} terms of the loss, and this one knows {', '.join(names)} alone: "
+                "count_items has to tell all names, also of a batch without samples."
+            )
+        self._settled = {}
+        for name, (count, total) in zip(names, totals, strict=False):
+            items = int(count) if float(count).is_integer() else count
+            self._settled[name] = TermReport(loss=total / items if items else math.nan, items=items)
+
     def marked(self, value: Tensor) -> Tensor:
         """Give the value, or NaN where a loss is not a finite number; nothing is waited for."""
+        if self._settled is not None:
+            return value if self.is_finite() else value * math.nan
         for total in self._totals_where_they_are():
             value = value + 0.0 * (total.to(value) if isinstance(total, Tensor) else total)
         return value
 
     def is_finite(self) -> bool:
         """Whether the loss of every term is a finite number; waits for the device."""
+        if self._settled is not None:
+            return all(math.isfinite(term.loss) for term in self._settled.values() if term.items)
         return all(math.isfinite(float(total)) for total in self._totals_where_they_are())
 
-    def _totals_where_they_are(self) -> list[float | Tensor]:
-        """Sum the losses of all terms on the host, and on each device."""
+    def _totals_where_they_are(self, names: Iterable[str] | None = None) -> list[float | Tensor]:
+        """Sum the losses of some terms, or of all, on the host and on each device."""
         on_host, on_device = 0.0, defaultdict[torch.device, list[Tensor]](list)
-        for loss_sum in chain.from_iterable(self._sums.values()):
+        chosen = self._sums if names is None else names
+        for loss_sum in chain.from_iterable(self._sums[name] for name in chosen):
             if isinstance(loss_sum, Tensor):
                 on_device[loss_sum.device].append(loss_sum)
             else:
@@ -205,6 +241,8 @@ class Ledger:
         """Items so far of one term, by default of the first; reads the device where the counts live there."""
         if name is None:
             name = next(iter(self.totals or self._items), SINGLE)
+        if self._settled is not None:
+            return self._settled[name].items if name in self._settled else 0
         counts = self._items.get(name, [])
         on_device = [count.reshape(()) for count in counts if isinstance(count, Tensor)]
         total = sum(count for count in counts if not isinstance(count, Tensor))
@@ -232,6 +270,8 @@ class Ledger:
 
     def terms(self) -> dict[str, TermReport]:
         """Loss and items of each term over the window; waits for the device."""
+        if self._settled is not None:
+            return dict(self._settled)
         reports = {}
         for name, sums in self._sums.items():
             items = self.items(name)
@@ -241,6 +281,13 @@ class Ledger:
                 total += torch.stack(on_device).sum(dtype=_sum_dtype(on_device[0])).item()  # waits for the device
             reports[name] = TermReport(loss=total / items if items else math.nan, items=items)
         return reports
+
+
+def _added(values: Iterable[float | Tensor]) -> float | Tensor:
+    """Add numbers and 0-d tensors, in float64."""
+    total = math.fsum(value for value in values if not isinstance(value, Tensor))
+    on_device = [value.reshape(()).to(torch.float64) for value in values if isinstance(value, Tensor)]
+    return total + torch.stack(on_device).sum() if on_device else total
 
 
 def _host(items: Items) -> Items:

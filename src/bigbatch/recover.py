@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bigbatch.errors import MemoryLimitError
+from bigbatch.errors import MemoryLimitError, ShardedMemoryError
 from bigbatch.memory import is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
@@ -21,6 +21,26 @@ if TYPE_CHECKING:
 
 # Random states of the CPU and of the CUDA device; each buffer with its copy.
 _State: TypeAlias = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
+
+
+def add_sharded(transaction: "Transaction", forward: Callable[[Sequence[int]], Any], rows: Sequence[int]) -> None:
+    """Add the gradient of the samples ``rows`` of a sharded model, whose other ranks run the same layer at that time.
+
+    Raises:
+        ShardedMemoryError: Memory ran out.
+    """
+    try:
+        transaction.add(forward(rows), None)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        message = str(error).partition("\n")[0]
+    release_memory()
+    raise ShardedMemoryError(
+        f"memory ran out in a micro-batch of {len(rows)} samples ({message}), and the other ranks of a sharded model "
+        "cannot wait for it to be cut: begin again from a checkpoint with smaller micro-batches."
+    )
 
 
 class Recovery:

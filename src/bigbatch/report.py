@@ -18,21 +18,43 @@ class TermReport:
 
 
 @dataclass(frozen=True)
+class RanksReport:
+    """What the ranks of a window did.
+
+    Attributes:
+        size: Ranks that hold different data.
+        num_microbatches: Of each rank.
+        slowest: The rank whose gradients were there last.
+        slowest_share: Its time until then, divided by the mean over the ranks: 1 where none waits for another.
+        stopping: Whether any rank was told to stop after this update.
+    """
+
+    size: int
+    num_microbatches: tuple[int, ...]
+    slowest: int
+    slowest_share: float
+    stopping: bool = False
+
+
+@dataclass(frozen=True)
 class WindowReport:
     """What one window did.
 
     Attributes:
         step: Optimizer updates done so far, this one included. A skipped window does not count.
-        items: Items of the window: of the only term, or of the first where there are several (see ``terms``).
+        items: Items of the window, over all ranks: of the only term, or of the first where there are several (see
+            ``terms``).
         grad_norm: 2-norm of the divided gradient before clipping; NaN for a window without items.
         num_microbatches: Micro-batches of this rank in this window.
-        tokens: Tokens of the window without padding, where ``Engine(lengths=...)`` can tell; None elsewhere.
+        tokens: Tokens of the window without padding, over all ranks, where ``Engine(lengths=...)`` can tell; None
+            elsewhere.
         peak_bytes: Highest memory in bytes so far in this process: what torch allocated on the device for CUDA,
-            the resident set on the CPU. None where the platform does not tell.
+            the resident set on the CPU. Of the rank that took most; None where the platform does not tell.
         elapsed_s: Seconds on the host's clock from the opening of the window to the end of the update.
-        syncs: Gradient synchronisations between ranks; 0 in one process.
+        syncs: How often gradients crossed ranks; 0 in one process.
         skipped: Why the window changed nothing ("no items", "non-finite gradient"), or None if it was applied.
-        retries: Attempts at micro-batches that ran out of memory and were made again in pieces.
+        retries: Attempts at micro-batches of this rank that ran out of memory and were made again in pieces.
+        ranks: What the ranks did; None in one process.
     """
 
     step: int
@@ -45,6 +67,7 @@ class WindowReport:
     syncs: int = 0
     skipped: str | None = None
     retries: int = 0
+    ranks: RanksReport | None = None
     _read_terms: Callable[[], dict[str, TermReport]] = field(default=dict, repr=False, compare=False)
 
     @property

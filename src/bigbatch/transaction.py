@@ -1,40 +1,82 @@
 """One window's sums and counts, and how they become an update: what stands behind a `Window`."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigbatch.accumulate import GradientSums
+from bigbatch.errors import RankFailedError, WindowAbandonedError
 from bigbatch.memory import peak_bytes
 from bigbatch.objective import Items, Ledger, as_terms
-from bigbatch.report import WindowReport
+from bigbatch.report import RanksReport, WindowReport
+from bigbatch.sync import Sync
 from bigbatch.update import Update
+from bigbatch.vote import Ballot, Tally, decode, decode_terms, encode, encode_terms
+
+
+@dataclass
+class Wishes:
+    """What a rank has to say when the window ends, besides its gradients.
+
+    Attributes:
+        gave_up: Whether it was told to drop the window.
+        tokens: It ran over, without padding; None where nobody counts.
+        stopping: Asked at the end: whether to stop after this update.
+    """
+
+    gave_up: bool = False
+    tokens: int | None = None
+    stopping: Callable[[], bool] = lambda: False
 
 
 class Transaction:
-    """One window's sums and counts, and how they become an update."""
+    """One window's sums and counts, and how they become an update.
+
+    Args:
+        update: What divides and steps.
+        totals: Items of the whole window on this rank, by term, for a loss of several.
+        kept: As for `GradientSums`.
+        sync: How gradients cross ranks. Opening a window with totals is collective under several.
+    """
 
     def __init__(
-        self, update: Update, totals: Mapping[str, Items] | None, *, kept: Mapping[Tensor, Tensor] | None = None
+        self,
+        update: Update,
+        totals: Mapping[str, Items] | None,
+        *,
+        kept: Mapping[Tensor, Tensor] | None = None,
+        sync: Sync,
     ) -> None:
         self._update = update
+        self._sync = sync
         self._started_s = time.perf_counter()
         self._num_microbatches = 0
+        self._num_syncs = 0
+        self._has_voted = sync.size == 1
+        self.wishes = Wishes()
+        self.counts = True  # what is added next; False for what is run for the sake of the other ranks
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
         float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
-        self.ledger = Ledger(totals, prescale=float16)
-        self.sums = GradientSums(parameters, kept=kept).__enter__()
+        self.ledger = Ledger(_over_ranks(totals, sync), prescale=float16)
+        sync.begin()
+        self.sums = GradientSums(parameters, kept=kept, hides_leaves=sync.hides_leaves).__enter__()
 
     def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
         """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
-        loss = self.ledger.record(as_terms(loss_sum if items is None else (loss_sum, items)))
+        terms = as_terms(loss_sum if items is None else (loss_sum, items))
+        loss = self.ledger.record(terms) if self.counts else None
+        if loss is None and self._sync.needs_equal_counts:
+            loss = self._sync.zero(next(iter(terms.values()))[0])
         if loss is not None and (only is None or only):
             self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
-        self._num_microbatches += 1
+        self._num_microbatches += self.counts
+        self._num_syncs += self._sync.crosses
 
     @property
     def differentiates_sums(self) -> bool:
@@ -47,21 +89,109 @@ class Transaction:
         self._num_microbatches += 1
 
     def apply(self) -> WindowReport:
-        """Update once, clear, and tell."""
-        outcome = self._update.apply(self.sums, self.ledger, loss_scale=self._loss_scale)
+        """Update once, clear, and tell. Collective.
+
+        Raises:
+            RankFailedError: Another rank failed in this window.
+            WindowAbandonedError: A rank was told to drop it.
+        """
+        tally = None if self._sync.size == 1 else self._vote()
+        if tally is not None:
+            self._agree(tally)
+        outcome = self._update.apply(self.sums, self.ledger, loss_scale=self._loss_scale, sync=self._sync)
         self.undo()
+        peak = peak_bytes(self._update.device)
         return WindowReport(
             step=self._update.num_steps,
             items=self.ledger.items(),
             grad_norm=outcome.grad_norm,
             num_microbatches=self._num_microbatches,
-            tokens=None,
-            peak_bytes=peak_bytes(self._update.device),
+            tokens=self.wishes.tokens if tally is None else _sum_of_tokens(self.wishes.tokens, tally),
+            peak_bytes=peak if tally is None or peak is None else max(peak, *(b.peak_bytes for b in tally.ballots)),
             elapsed_s=time.perf_counter() - self._started_s,
+            syncs=self._num_syncs,
             skipped=outcome.skipped,
+            ranks=None if tally is None else _report(tally),
             _read_terms=self.ledger.terms,
         )
 
+    def _vote(self, *, failed: bool = False) -> Tally:
+        """Tell the other ranks, before anything could hang, and hear them. Collective; waits for the device."""
+        device = self._update.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the gather would wait as long; this way the time is that of the window
+        if any(p.grad is not None and p.grad.is_sparse for p in self.sums.parameters) and not failed:
+            raise TypeError("a gradient is sparse, and those of ranks are summed dense: make embeddings sparse=False.")
+        ballot = Ballot(
+            failed=failed,
+            gave_up=self.wishes.gave_up,
+            stopping=self.wishes.stopping(),
+            num_microbatches=self._num_microbatches,
+            tokens=self.wishes.tokens or 0,
+            peak_bytes=peak_bytes(device) or 0,
+            elapsed_s=time.perf_counter() - self._started_s,
+        )
+        parameters = [] if self._sync.needs_equal_counts else self.sums.parameters
+        reached = self.sums.reached() if parameters else []
+        values = encode(ballot, {} if failed else self.ledger.shares(), reached)
+        self._has_voted = True
+        return decode(self._sync.gather(values), len(parameters))
+
+    def _agree(self, tally: Tally) -> None:
+        """Go on with what all ranks have, or not at all."""
+        if failed := tally.ranks_with("failed"):
+            raise RankFailedError(
+                f"{_ranks(failed)} failed in the window after update {self._update.num_steps}, and it changed nothing "
+                "on any rank: see what was said there. A window also counts as failed that ends without its step()."
+            )
+        if tally.ranks_with("gave_up"):
+            raise WindowAbandonedError(f"the window was given up on {_ranks(tally.ranks_with('gave_up'))}.")
+        self.ledger.settle(tally.terms)
+        self.ledger.take_back_prescale(self.sums.tensors())
+        self.sums.accept()
+        self._num_syncs += self._sync.reduce(self.sums, tally.reached)
+
     def undo(self) -> None:
-        """Drop sums and gradients."""
+        """Drop sums and gradients. Collective where the window ends without a vote: the other ranks wait for one."""
+        if not self._has_voted:
+            self._has_voted = True
+            if not self._sync.needs_equal_counts:  # of a sharded model they wait elsewhere, for what never comes
+                with suppress(Exception):  # they may be gone
+                    self._vote(failed=True)
         self.sums.__exit__(None, None, None)
+        self._sync.end()
+
+
+def _over_ranks(totals: Mapping[str, Items] | None, sync: Sync) -> Mapping[str, Items] | None:
+    """Add up the items of each term over ranks. Collective where there are totals and several ranks."""
+    if totals is None or sync.size == 1:
+        return totals
+    rows = sync.gather(encode_terms({name: (items, 0.0) for name, items in totals.items()}))
+    over_ranks = [items for items, _ in decode_terms(rows)]
+    if lacking := [rank for rank, row in enumerate(rows) if row[0] != len(over_ranks)]:
+        raise ValueError(
+            f"the loss has {len(over_ranks)} terms, and count_items told none of them on {_ranks(lacking)}: it has to "
+            "tell all of them, also of a batch without samples."
+        )
+    by_name = {name: int(n) if float(n).is_integer() else n for name, n in zip(sorted(totals), over_ranks, strict=True)}
+    return {name: by_name[name] for name in totals}
+
+
+def _sum_of_tokens(own: int | None, tally: Tally) -> int | None:
+    return None if own is None else sum(ballot.tokens for ballot in tally.ballots)
+
+
+def _report(tally: Tally) -> RanksReport:
+    times = [ballot.elapsed_s for ballot in tally.ballots]
+    slowest = max(range(len(times)), key=times.__getitem__)
+    return RanksReport(
+        size=len(times),
+        num_microbatches=tuple(ballot.num_microbatches for ballot in tally.ballots),
+        slowest=slowest,
+        slowest_share=times[slowest] * len(times) / sum(times) if sum(times) else 1.0,
+        stopping=bool(tally.ranks_with("stopping")),
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from bigbatch.objective import Ledger
+    from bigbatch.sync import Sync
 
 NonFinite: TypeAlias = Literal["skip", "raise"]
 
@@ -96,13 +97,16 @@ class Update:
         """Where the first parameter is."""
         return self.parameters()[0].device
 
-    def apply(self, sums: GradientSums, ledger: "Ledger", *, loss_scale: Tensor | None = None) -> Outcome:
+    def apply(
+        self, sums: GradientSums, ledger: "Ledger", *, loss_scale: Tensor | None = None, sync: "Sync | None" = None
+    ) -> Outcome:
         """Turn the sums of a window into one update, or into none if they cannot be one.
 
         Args:
             sums: Of the optimizer's parameters.
             ledger: What they are to be divided by.
             loss_scale: What the losses were multiplied by: what `loss_scale` gave when the window opened.
+            sync: How the sums crossed ranks, which then all do the same; None in one process.
 
         Waits for the device once, for the count and the norm that decide whether there is an update at all.
 
@@ -111,13 +115,13 @@ class Update:
         """
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
-            return self._apply(sums, gradients, ledger)
+            return self._apply(sums, gradients, ledger, sync)
         assert self.scaler is not None, "it made the loss scale"
         # The scale is this window's own: another window with the same scaler may have changed it meanwhile.
         torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
         self.scaler.unscale_(self.optimizer)
         try:
-            return self._apply(sums, gradients, ledger)
+            return self._apply(sums, gradients, ledger, sync)
         finally:
             self.scaler.update()
 
@@ -125,9 +129,11 @@ class Update:
         """Give the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
-    def _apply(self, sums: GradientSums, gradients: list[Tensor], ledger: "Ledger") -> Outcome:
-        norm_of_sums = torch.nn.utils.get_total_norm(gradients)
-        divisor = ledger.divisor()  # waits for the device, where it counted the items
+    def _apply(self, sums: GradientSums, gradients: list[Tensor], ledger: "Ledger", sync: "Sync | None") -> Outcome:
+        norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
+        averaged_over = 1.0 if sync is None else sync.averaged_over
+        norm_of_sums = norm_of(gradients)
+        divisor = ledger.divisor() / averaged_over  # waits for the device, where it counted the items
         if not divisor:
             return Outcome(math.nan, skipped="no items")
         if not gradients:
@@ -137,7 +143,7 @@ class Update:
         grad_norm = ledger.marked(norm_of_sums).item() / divisor
         if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
             _scale(gradients, 1 / divisor)
-            grad_norm, divisor = torch.nn.utils.get_total_norm(gradients).item(), 1.0
+            grad_norm, divisor = norm_of(gradients).item(), 1.0
             if not math.isfinite(grad_norm):
                 return self._refuse(grad_norm, "non-finite gradient")
             if not ledger.is_finite():

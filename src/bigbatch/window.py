@@ -6,7 +6,7 @@
 This file holds the states alone. What a backward or an update does is handed in as a `Transaction`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,6 +55,10 @@ class Window:
         self._transaction = transaction
         self._state = WindowState.EMPTY
         self._num_microbatches = 0
+
+    def give(self, microbatches: Iterable[Any]) -> None:
+        """Set what iterating over the window gives. For `Accumulator`, not for loops."""
+        self._microbatches = iter(microbatches)
 
     def __iter__(self) -> Iterator[Any]:
         while self.is_open:

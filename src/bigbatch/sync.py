@@ -1,0 +1,272 @@
+"""How gradients cross ranks: in one process, under DDP or none, under FSDP2 and HSDP. The only collectives.
+
+    open a window: defer → micro-batches → vote (one small gather) → reduce → update → restore
+
+Ranks may hold different samples, items and micro-batches, or none. What each brings is summed, and the sum divided once
+by the items of all ranks: no mean of means.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigbatch.vote import Number, as_tensor
+
+if TYPE_CHECKING:
+    from bigbatch.accumulate import GradientSums
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that cross together; as many as DDP takes
+BUCKETS_IN_FLIGHT = 4
+
+
+class SyncPolicy(Enum):
+    """When gradients cross ranks.
+
+    A replicated model (DDP) knows ``LAST`` alone: its sums cross once, when all micro-batches have been added.
+
+    Attributes:
+        LAST: With the last micro-batch of a window. Least communication; a sharded model keeps whole gradients until
+            then.
+        EVERY: With every micro-batch. A sharded model then keeps its shards of the gradients alone.
+        SHARD: HSDP: between the ranks that shard with every micro-batch, between the replicas with the last.
+    """
+
+    LAST = "last"
+    EVERY = "every"
+    SHARD = "shard"
+
+
+class Sync:
+    """One process: nothing crosses anything. What there is to override for more.
+
+    Attributes:
+        size: Ranks that hold different data.
+        rank: Of this process among them.
+        module: The model itself, without what it is wrapped in.
+        averaged_over: What the gradients were divided by on their way across ranks.
+        needs_equal_counts: Whether every rank has to run as many micro-batches as every other.
+        hides_leaves: Whether graphs end in other tensors than the parameters.
+        crosses: Whether the next backward brings gradients across ranks.
+    """
+
+    size = 1
+    rank = 0
+    averaged_over = 1.0
+    needs_equal_counts = False
+    hides_leaves = False
+    crosses = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def begin(self) -> None:
+        """Defer whatever would cross ranks by itself, for one window."""
+
+    def end(self) -> None:
+        """Put back what `begin` found."""
+
+    def before(self, *, is_last: bool) -> None:
+        """Prepare for the forward and backward of one micro-batch."""
+
+    def gather(self, values: Sequence[Number]) -> list[list[float]]:
+        """Give the values of every rank, as many on each. Collective; waits for the device."""
+        raise NotImplementedError
+
+    def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
+        """Bring across what has not crossed in backward, of the parameters that any rank reached. Collective.
+
+        Returns:
+            Whether there was anything to bring.
+        """
+        raise NotImplementedError
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """Compute the 2-norm of whole gradients, 0-d. Collective where they are sharded."""
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def tell(self, text: str) -> str:
+        """Give the text of the first rank to all. Collective."""
+        return text
+
+    def zero(self, loss: Tensor) -> Tensor:
+        """Give a 0-d loss that has a gradient of zero everywhere, by the graph of the micro-batch that was just run."""
+        return loss * 0.0
+
+
+class Replicated(Sync):
+    """The whole model on every rank: under ``DistributedDataParallel``, or plain.
+
+        engine = bigbatch.Engine(model, optimizer, loss_fn, sync=bigbatch.Replicated(model))
+
+    Gradient sums are added up over the ranks once a window, in the dtype that they are summed in (float32 for bfloat16
+    parameters), in buckets of 25 MiB. DDP's own reduction, which happens within a backward and averages over ranks, is
+    off from the opening of a window to its end. Of a plain model the constructor makes all ranks begin with the
+    parameters and buffers of the first, as DDP does; it needs no buckets of its own beside the gradients.
+
+    Args:
+        model: On its device; the same on every rank.
+        group: Ranks that hold different data; by default those of the DDP wrapper, or all. NCCL for CUDA, gloo for CPU.
+
+    Constructing it is collective for a plain model.
+    """
+
+    def __init__(self, model: nn.Module, *, group: Any = None) -> None:
+        wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        super().__init__(model if wrapper is None else wrapper.module)
+        self._wrapper = wrapper
+        self._found: tuple[bool, bool] | None = None
+        self.group = group if wrapper is None else wrapper.process_group
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self._device = collective_device(self.group, self.module)
+        if wrapper is None:
+            self._send([*self.module.parameters(), *self.module.buffers()])
+
+    def begin(self) -> None:
+        """Keep DDP from reducing, and from sending buffers at a forward that other ranks may not run."""
+        if self._wrapper is not None:
+            wrapper = self._wrapper
+            self._found = wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync
+            wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+
+    def end(self) -> None:
+        """Put DDP's flags back."""
+        if self._wrapper is not None and self._found is not None:
+            self._wrapper.require_backward_grad_sync, self._wrapper.require_forward_param_sync = self._found
+            self._found = None
+
+    def gather(self, values: Sequence[Number]) -> list[list[float]]:
+        """Give the values of every rank, as many on each. Collective; waits for the device."""
+        return gather(values, self._device, self.group)
+
+    def tell(self, text: str) -> str:
+        """Give the text of the first rank to all. Collective."""
+        return tell(text, self._device, self.group)
+
+    def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
+        """Sum gradients over ranks; take the statistics of the first rank's batch norms, as DDP does. Collective."""
+        sums.fill(reached)
+        in_flight: list[_Bucket] = []
+        for tensors in _buckets(sums.tensors()):
+            if len(in_flight) == BUCKETS_IN_FLIGHT:
+                in_flight.pop(0).finish()
+            in_flight.append(_Bucket(tensors, self.group))
+        for bucket in in_flight:
+            bucket.finish()
+        sums.accept()
+        learning = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
+        self._send([buffer for module in learning for buffer in module.buffers(recurse=False)])
+        return True
+
+    def _send(self, tensors: Sequence[Tensor]) -> None:
+        """Let every rank have these tensors of the first."""
+        if self.size == 1:
+            return
+        with torch.no_grad():
+            for same in _buckets([tensor.detach() for tensor in tensors]):
+                flat = torch.cat([tensor.reshape(-1) for tensor in same]).to(self._device)
+                dist.broadcast(flat, group=self.group, group_src=0)
+                for tensor, part in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+
+class _Bucket:
+    """Some gradients on their way across ranks."""
+
+    def __init__(self, tensors: list[Tensor], group: Any) -> None:
+        self._tensors = tensors
+        alone = len(tensors) == 1 and tensors[0].is_contiguous()
+        self._flat = tensors[0] if alone else torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._work = dist.all_reduce(self._flat, group=group, async_op=True)
+
+    def finish(self) -> None:
+        """Wait until they are summed, on the device where it can; put them back."""
+        self._work.wait()
+        if self._flat is not self._tensors[0]:
+            parts = torch.split(self._flat, [tensor.numel() for tensor in self._tensors])
+            torch._foreach_copy_(self._tensors, [p.view_as(t) for p, t in zip(parts, self._tensors, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Group tensors of one device and dtype, in their order, up to so many bytes; the same on every rank."""
+    buckets: list[list[Tensor]] = []
+    filled: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        bucket, num_bytes = filled.get((tensor.device, tensor.dtype), ([], BUCKET_BYTES))
+        if num_bytes + tensor.nbytes > BUCKET_BYTES:
+            bucket, num_bytes = [], 0
+            buckets.append(bucket)
+        bucket.append(tensor)
+        filled[tensor.device, tensor.dtype] = bucket, num_bytes + tensor.nbytes
+    return buckets
+
+
+def gather(values: Sequence[Number], device: torch.device, group: Any) -> list[list[float]]:
+    """Give the values of every rank of a group, as many on each. Collective; waits for the device."""
+    own = as_tensor(values, device)
+    everyone = own.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(everyone, own, group=group)
+    rows: list[list[float]] = everyone.view(-1, len(own)).tolist()  # waits for the device
+    return rows
+
+
+def tell(text: str, device: torch.device, group: Any) -> str:
+    """Give the text of the first rank of a group to all of them. Collective; waits for the device."""
+    data = text.encode()
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, group=group, group_src=0)
+    received = torch.zeros(int(size.item()), dtype=torch.uint8, device=device)
+    if dist.get_rank(group) == 0:
+        received.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(received, group=group, group_src=0)
+    return bytes(received.tolist()).decode()
+
+
+def collective_device(group: Any, module: nn.Module) -> torch.device:
+    """Give the device whose tensors a group can carry: that of the model where it can, else the host."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    config = dist.get_backend_config(group)
+    with suppress(Exception):
+        if device.type in str(config):
+            return device
+    return device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+
+
+def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
+    """Recognise how a model is spread over ranks.
+
+    Args:
+        model: Plain, wrapped in ``DistributedDataParallel``, or with `fully_shard` applied to it.
+        sync: A policy for a sharded model, or what is to be used instead of what is recognised.
+
+    Raises:
+        TypeError: It is spread in a way that cannot be accumulated exactly.
+        ValueError: The policy is not one for this model.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(sync, Sync):
+        return sync
+    if sync is not None and not isinstance(sync, SyncPolicy):
+        raise TypeError(f"sync is {sync!r}: pass a bigbatch.SyncPolicy, a bigbatch.Replicated(model), or nothing.")
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "FullyShardedDataParallel" in kinds:
+        raise TypeError(
+            "the model is wrapped in FullyShardedDataParallel, which keeps gradients where a window cannot add to "
+            "them. Use torch.distributed.fsdp.fully_shard on the model instead."
+        )
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        from bigbatch.sharded import Sharded
+
+        return Sharded(model, policy=sync)
+    if sync not in (None, SyncPolicy.LAST):
+        raise ValueError(f"sync is {sync}, which is for models that are sharded: leave it out.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return Replicated(model)
+    if "DataParallel" in kinds:
+        raise TypeError("the model is wrapped in DataParallel: use one process a GPU, and DistributedDataParallel.")
+    return Sync(model)

@@ -1,0 +1,96 @@
+"""Ranks that stay: gloo processes that run one function after another, so that torch is loaded once for all of them.
+
+pool = Pool(2)
+results = pool.run(function, argument)      # function(argument) on every rank → one result a rank
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 60.0
+
+
+class RankError(AssertionError):
+    """What a function raised on a rank, with its traceback."""
+
+
+class Pool:
+    """Some ranks of one process group.
+
+    Args:
+        size: Ranks.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded"])
+        self._ranks: list[tuple[Any, Any]] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+        """Run a function of a module on every rank; give what each returned.
+
+        A rank that raises, hangs or dies ends the processes of all: the next run begins with new ones.
+
+        Raises:
+            RankError: A rank raised, did not come back in time, or died.
+        """
+        if not self._ranks:
+            self._start()
+        for _, pipe in self._ranks:
+            pipe.send((function, arguments))
+        outcomes = [self._receive(rank, timeout_s) for rank in range(self.size)]
+        problems = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+        if problems:
+            self.close()
+            raise RankError("\n".join(problems))
+        return [result for _, result in outcomes]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, _ in self._ranks:
+            process.kill()
+            process.join()
+        self._ranks = []
+
+    def _start(self) -> None:
+        store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+        for rank in range(self.size):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs, rank, self.size, str(store)), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+    def _receive(self, rank: int, timeout_s: float) -> tuple[bool, Any]:
+        _, pipe = self._ranks[rank]
+        if not pipe.poll(timeout_s):
+            return False, f"nothing came back within {timeout_s} s"
+        try:
+            return pipe.recv()
+        except EOFError:
+            return False, "died"
+
+
+def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            outcome = True, function(*arguments)
+        except BaseException:  # noqa: BLE001 - whatever it is, it goes to the test
+            outcome = False, traceback.format_exc()
+        pipe.send(outcome)
