@@ -20,9 +20,9 @@ STATUS_COLUMNS = 68  # of a terminal: "update 350/350", loss, speed, time left a
 NARROWEST_BAR, WIDEST_BAR = 8, 32
 
 
-def make_console(*, stderr: bool = False) -> Console:
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Make a console that neither invents colours nor reads markup or :emoji: in what it is given."""
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:

@@ -74,6 +74,8 @@ FREE = (
     "max_skipped",
     "grace_s",
     "deterministic",
+    "parallel",
+    "timeout_s",
 )
 """Settings that a run may go on with whatever they were: how it is computed and shown, not what is learned."""
 
@@ -217,6 +219,17 @@ class TrainConfig(BaseModel):
         description="layers = compile the layers of the model, in some seconds; graphs = and launch each micro-batch "
         "as one CUDA graph; auto = graphs on CUDA, none elsewhere",
     )
+    parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
+        default="ddp",
+        description="ddp = the whole model on every rank; fsdp = each rank holds a shard of weights, gradients and "
+        "optimizer state; hsdp = shards within a machine, and each machine a replica",
+    )
+    timeout_s: Number = Field(
+        default=600.0,
+        gt=0,
+        description="seconds without an update after which a rank takes the others for lost, writes where it stands, "
+        "and ends",
+    )
     out: Folder | None = Field(
         default=None, description="the run directory (default: runs/MODEL-DATA, numbered when that exists)"
     )
@@ -327,6 +340,12 @@ GROUPS = (
         "machine",
         "Where it runs, and in how much memory.",
         ("device", "precision", "memory", "gpu", "gradient_checkpointing", "layout", "compile"),
+    ),
+    FieldGroup(
+        "ranks",
+        "How the processes that torchrun starts share the work; without torchrun there is one. The update is the same "
+        "for every number of them.",
+        ("parallel", "timeout_s"),
     ),
     FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt")),
     FieldGroup(

@@ -41,9 +41,12 @@ class Outcome:
 
 
 def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> Row:
-    """Make the line of metrics.jsonl for one update; without ``clock``, what differs from run to run is None."""
+    """Make the line of metrics.jsonl for one update; without ``clock``, what differs from run to run is None.
+
+    All of it is over all ranks: loss, items, tokens a second, micro-batches, and the peak of the rank that took most.
+    """
     tokens = report.tokens or 0
-    return {
+    row = {
         "step": step,
         "loss": report.loss,
         "items": int(report.items),
@@ -56,3 +59,9 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
         "elapsed_s": report.elapsed_s if clock else None,
         "skipped": report.skipped,
     }
+    if (ranks := report.ranks) is not None:
+        row["num_microbatches"] = sum(ranks.num_microbatches)
+        row["ranks"] = ranks.size
+        row["slowest_rank"] = ranks.slowest if clock else None
+        row["slowest_share"] = ranks.slowest_share if clock else None
+    return row

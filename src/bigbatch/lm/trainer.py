@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +23,7 @@ from bigbatch.lm.model import save_model
 from bigbatch.lm.optimization import lr_factor, make_optimizer
 from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared
+from bigbatch.lm.ranks import ALONE, Ranks, gathered, hollow
 from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.resumption import facts_of
 from bigbatch.lm.rundir import RunDirectory, as_line
@@ -44,13 +43,15 @@ class Trainer:
     Args:
         prepared: Model, data and settings; the model is trained in place.
         saved: Where to go on; None to begin.
+        ranks: The processes of the run, all of which do this at the same time.
 
     Raises:
-        InputError: The warm-up is longer than the run.
+        InputError: The warm-up is longer than the run, or the model cannot be spread over the ranks.
     """
 
-    def __init__(self, prepared: Prepared, *, saved: Saved | None = None) -> None:
+    def __init__(self, prepared: Prepared, *, saved: Saved | None = None, ranks: Ranks = ALONE) -> None:
         self.prepared = prepared
+        self.ranks = ranks
         self.config = prepared.config
         self.saved = saved
         self.total_steps = self.config.steps or self._count_steps(self.config.epochs or 0)
@@ -62,21 +63,25 @@ class Trainer:
             )
         self.arrangement = prepared.arrangement
         self.loss_fn = prepared.loss_fn
+        self.facts = facts_of(prepared)
+        self._hollow = hollow(prepared.model) if ranks.are_sharded else None
+        sync = ranks.spread(prepared.model)
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.engine = Engine(
             prepared.model,
             self.optimizer,
             self.loss_fn,
-            microbatch=microbatch_of(self.config, longest=max(prepared.training.lengths)),
-            memory=memory_of(self.config, prepared.machine),
+            microbatch=microbatch_of(self.config, longest=max(prepared.training.lengths), ranks=ranks),
+            memory=memory_of(self.config, prepared.machine, ranks=ranks),
             collate=prepared.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
             layout=self.arrangement.layout,
-            cuda_graphs=self.arrangement.records,
+            cuda_graphs=self.arrangement.records and not ranks.are_sharded,
             max_grad_norm=self.config.max_grad_norm,
             scheduler=self.scheduler,
             scaler=prepared.machine.scaler(),
+            sync=sync,
         )
 
     def tune(self, beside: Path | None = None) -> Path | None:
@@ -98,12 +103,14 @@ class Trainer:
             return None
         layers, room = self.arrangement.layers, held_room(self.engine.memory, self.prepared)
         key = fingerprint(self.prepared)
-        if beside is not None and (found := recall(beside, key, usable_bytes=room.usable_bytes)) is not None:
+        kept = None if beside is None else recall(beside, key, usable_bytes=room.usable_bytes)
+        found = self.ranks.tell(kept)
+        if found is not None:
             take(self.engine, layers, found.level, found.choice)
-            return found.folder
+            return Path(found.folder)
         lengths = self.prepared.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        samples = self._samples(list({*self.first_window(), longest}))
+        samples = self._samples(list({*self.share(self.first_window()), longest}))
         try:
             tune(self.engine, layers, samples, levels=self.config.gradient_checkpointing == "auto")
         except MemoryLimitError as error:
@@ -117,6 +124,10 @@ class Trainer:
     def level(self) -> Recompute:
         """What is computed anew in backward."""
         return "none" if self.arrangement.layers is None else self.arrangement.layers.level
+
+    def share(self, window: list[int]) -> list[int]:
+        """Give the samples of a window that this rank runs."""
+        return self.ranks.share(window, self.prepared.training.lengths)
 
     def first_window(self) -> list[int]:
         """Give the samples of the first update."""
@@ -185,10 +196,11 @@ class Trainer:
             beside=self.config.async_checkpoint,
             total_steps=self.total_steps,
             facts=self.facts,
+            ranks=self.ranks,
         )
-        with directory, seeded(self.prepared), self._repeatable():
+        with directory, seeded(self.prepared, rank=self.ranks.rank), self._repeatable():
             now = self._begin(directory)
-            if self.engine.choice is not None:
+            if self.engine.choice is not None and self.ranks.is_first:
                 remember(directory.path, self.engine.choice, fingerprint(self.prepared), level=self.level)
             with keeper.open():
                 if now.owed is not None:
@@ -208,11 +220,6 @@ class Trainer:
         finished = now.step == self.total_steps
         return Outcome(now.step, now.skipped, finished, now.validation_loss, time.perf_counter() - started_s)
 
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What the run is made of, for whoever goes on with it."""
-        return facts_of(self.prepared)
-
     def _begin(self, directory: RunDirectory) -> Progress:
         """Take up a run where it was saved, or begin."""
         saved = self.saved
@@ -223,7 +230,7 @@ class Trainer:
         if self.arrangement.layers is not None and chosen:
             self.arrangement.layers.recompute(saved.level)
         try:
-            self.engine.load_state_dict(saved.engine)
+            self.engine.load_state_dict(saved.engine_of(self.ranks, [self.prepared.machine.device]))
         except ValueError as error:
             raise InputError(f"{saved.path} is not of this model: {error}") from error
         now = replace(saved.progress)
@@ -244,7 +251,7 @@ class Trainer:
         devices = [self.prepared.machine.device]
         before = random_states(devices)
         try:
-            row = self._update(now.step + 1, window, give_up)
+            row, told_to_stop = self._update(now.step + 1, window, should_stop, give_up)
         except WindowAbandonedError:
             set_random_states(before, devices)
             return False
@@ -255,7 +262,7 @@ class Trainer:
             directory.write_quarantine({"step": now.step, "reason": row["skipped"], "samples": sorted(window)})
         listener.updated(row)
         last = now.step == self.total_steps
-        stopping = not last and should_stop()
+        stopping = not last and told_to_stop()
         if stopping:
             now.owed = row
             directory.write_metrics(row)
@@ -266,7 +273,7 @@ class Trainer:
                 f"the last {now.skipped_in_a_row} updates were skipped ({row['skipped']}), so the model does not learn "
                 "any more: try a lower --lr, or another --precision."
             )
-        return last or not (stopping or should_stop())
+        return last or not (stopping or told_to_stop())
 
     def _look(self, row: Row, now: Progress, directory: RunDirectory, listener: Listener) -> None:
         """Validate and write where it is time to, and enter the update into the metrics."""
@@ -275,12 +282,17 @@ class Trainer:
         directory.write_metrics(row)
         if "validation_loss" in row:
             listener.validated(now.step, row["validation_loss"])
-        if now.step in (self.total_steps // 2, self.total_steps):
+        if now.step in (self.total_steps // 2, self.total_steps) and (self.ranks.is_first or self.ranks.are_sharded):
             listener.sampled(now.step, self.write(self.config.sample_prompt))
 
     def _save_model(self, directory: RunDirectory) -> None:
+        model = self.prepared.model
+        if self._hollow is not None:
+            model = gathered(model, self._hollow)
+        if not self.ranks.is_first:
+            return
         try:
-            save_model(self.prepared.model, self.prepared.tokenizer, directory.model)
+            save_model(model, self.prepared.tokenizer, directory.model)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise BigbatchError(
@@ -288,10 +300,15 @@ class Trainer:
                 f"{directory.path} goes on from there."
             ) from error
 
-    def _update(self, step: int, window: list[int], give_up: Callable[[], bool]) -> Row:
+    def _update(
+        self, step: int, window: list[int], should_stop: Callable[[], bool], give_up: Callable[[], bool]
+    ) -> tuple[Row, Callable[[], bool]]:
+        """Make one update; give its line, and what to ask whether to stop: of several ranks, all have decided."""
         lr = float(self.scheduler.get_last_lr()[0])
-        report = self.engine.step(self._samples(window), give_up=give_up)
-        return metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
+        report = self.engine.step(self._samples(self.share(window)), give_up=give_up, stopping=should_stop)
+        row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
+        ranks = report.ranks
+        return row, should_stop if ranks is None else lambda: ranks.stopping
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validation_every_of(self.total_steps)
