@@ -61,12 +61,11 @@ def attempt(function: Callable[..., Any], size: int, *args: Any, timeout_s: floa
                     process.kill()
                     process.join()
                 ours.close()
-    return [
-        Outcome(value, error, returned=error is None, exitcode=process.exitcode) if given else Outcome(exitcode=code)
-        for (process, _), given in zip(started, received, strict=True)
-        for code in [process.exitcode]
-        for value, error in [given or (None, None)]
-    ]
+    outcomes = []
+    for (process, _), given in zip(started, received, strict=True):
+        value, error = given or (None, None)
+        outcomes.append(Outcome(value, error, given is not None and error is None, process.exitcode))
+    return outcomes
 
 
 def _received(connections: list[Connection], until: float) -> list[tuple[Any, str | None] | None]:
@@ -103,7 +102,7 @@ def _child(
         finally:
             dist.destroy_process_group()
         result.send((value, None))
-    except BaseException:
+    except BaseException:  # noqa: BLE001, the parent raises it
         result.send((None, traceback.format_exc()))
     finally:
         result.close()

@@ -133,8 +133,8 @@ class _Loading:
             if name.endswith(".json"):
                 self._values[name.removesuffix(".json")] = parsed(name, checked_bytes(self._path, name, stamp))
             else:
-                for tensor, piece in _pieces(self._path, name):
-                    held[tensor].append(piece)
+                for held_name, piece in _pieces(self._path, name):
+                    held[held_name].append(piece)
         for name, tensor in self._tensors.items():
             self._check(name, tensor, held.get(name, []))
         metadata = _metadata({name: held[name] for name in self._tensors})
