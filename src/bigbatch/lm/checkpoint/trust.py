@@ -15,7 +15,7 @@ from bigbatch.lm.checkpoint import manifest as manifests
 from bigbatch.lm.checkpoint.files import why
 from bigbatch.lm.checkpoint.manifest import Manifest, Stamp
 
-LARGEST_MANIFEST = 2**20  # bytes; it names a handful of files
+LARGEST_MANIFEST = 2**24  # bytes; about 150 for each file, of which every rank may write a few
 
 
 class UntrustedError(Exception):
