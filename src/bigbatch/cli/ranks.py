@@ -175,4 +175,5 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
 
 
 def _first(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+    """Give the first sentence of an error of a library."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")

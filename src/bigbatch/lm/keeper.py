@@ -16,6 +16,7 @@ from torch import nn
 
 from bigbatch.engine import Engine
 from bigbatch.lm.checkpoint import newest, prune, read, write
+from bigbatch.lm.checkpoint.sharded import write_sharded
 from bigbatch.lm.evaluation import seed_of
 from bigbatch.lm.layers import Recompute
 from bigbatch.lm.ranks import ALONE, Ranks
@@ -99,7 +100,7 @@ class Keeper:
     Args:
         directory: The run's.
         keep: Checkpoints that are kept.
-        beside: Whether to write beside the training, from a copy on the host.
+        beside: Whether to write beside the training, from a copy on the host; not of shards, which all ranks write.
         total_steps: Updates of the whole run.
         facts: What the run is made of, for whoever goes on with it.
         ranks: The processes of the run; the first writes.
@@ -160,6 +161,9 @@ class Keeper:
             "total_steps": self._total_steps,
             "facts": dict(self._facts),
         }
+        if self._ranks.are_sharded:
+            self._write(progress.step, state)
+            return
         if not self._ranks.is_first:
             return
         if self._pool is None:
@@ -179,8 +183,10 @@ class Keeper:
             file = next((file for prefix, file in FILES.items() if place.startswith(prefix)), OTHERS)
             files.setdefault(file, {})[place] = tensor
         folder = self._directory.checkpoints
-        write(folder, step, run_id=run_id(self._directory.path), tensors=files, values={"state": values})
-        prune(folder, keep=self._keep)
+        together = write_sharded if self._ranks.are_sharded else write
+        together(folder, step, run_id=run_id(self._directory.path), tensors=files, values={"state": values})
+        if self._ranks.is_first:
+            prune(folder, keep=self._keep)
 
 
 def load(directory: Path) -> tuple[Saved | None, tuple[tuple[Path, str], ...]]:

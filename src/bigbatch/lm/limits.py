@@ -36,6 +36,11 @@ def microbatch_of(config: TrainConfig, *, longest: int, ranks: Ranks = ALONE) ->
     assert config.microbatch is not None, "resolved() gives one of the two"
     if config.microbatch == "auto" and config.deterministic:
         return TokenBudget(REPEATABLE * longest)
+    if config.async_checkpoint and ranks.are_sharded:
+        raise InputError(
+            f"--async-checkpoint writes from one process, and with --parallel {config.parallel} every rank writes its "
+            "shards: leave it out."
+        )
     if config.microbatch == "auto" and ranks.are_sharded:
         raise InputError(
             f"--parallel {config.parallel} cannot try micro-batches until one does not fit, since its ranks cannot go "

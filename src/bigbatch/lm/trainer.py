@@ -8,12 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
 
 from bigbatch.engine import Engine
-from bigbatch.errors import BigbatchError, InputError, MemoryLimitError, WindowAbandonedError
+from bigbatch.errors import (
+    BigbatchError,
+    InputError,
+    MemoryLimitError,
+    RestartError,
+    ShardedMemoryError,
+    WindowAbandonedError,
+)
 from bigbatch.lm.documents import count
 from bigbatch.lm.evaluation import seeded, validation_loss, written
 from bigbatch.lm.keeper import Keeper, Progress, Saved
@@ -27,9 +35,11 @@ from bigbatch.lm.ranks import ALONE, Ranks, gathered, hollow
 from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.resumption import facts_of
 from bigbatch.lm.rundir import RunDirectory, as_line
+from bigbatch.lm.smaller import keep, kept, smaller_than
 from bigbatch.lm.telling import Listener, Row, metrics_row
 from bigbatch.lm.telling import Outcome as Outcome
 from bigbatch.lm.tuning import take, tune
+from bigbatch.plan import TokenBudget
 from bigbatch.randomness import random_states, set_random_states
 
 REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
@@ -66,13 +76,17 @@ class Trainer:
         self.facts = facts_of(prepared)
         self._hollow = hollow(prepared.model) if ranks.are_sharded else None
         sync = ranks.spread(prepared.model)
+        longest = max(prepared.training.lengths)
+        microbatch = microbatch_of(self.config, longest=longest, ranks=ranks)
+        if ranks.are_sharded and microbatch != "auto":
+            microbatch = kept(self.config.out, microbatch)
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.engine = Engine(
             prepared.model,
             self.optimizer,
             self.loss_fn,
-            microbatch=microbatch_of(self.config, longest=max(prepared.training.lengths), ranks=ranks),
+            microbatch=microbatch,
             memory=memory_of(self.config, prepared.machine, ranks=ranks),
             collate=prepared.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
@@ -305,10 +319,34 @@ class Trainer:
     ) -> tuple[Row, Callable[[], bool]]:
         """Make one update; give its line, and what to ask whether to stop: of several ranks, all have decided."""
         lr = float(self.scheduler.get_last_lr()[0])
-        report = self.engine.step(self._samples(self.share(window)), give_up=give_up, stopping=should_stop)
+        try:
+            report = self.engine.step(self._samples(self.share(window)), give_up=give_up, stopping=should_stop)
+        except ShardedMemoryError as error:
+            self._begin_again(error)
         row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
         ranks = report.ranks
         return row, should_stop if ranks is None else lambda: ranks.stopping
+
+    def _begin_again(self, error: ShardedMemoryError) -> NoReturn:
+        """Keep a smaller micro-batch for the processes that go on after this one has ended.
+
+        Raises:
+            RestartError: It is kept.
+            ShardedMemoryError: There is no smaller one.
+        """
+        now, folder = self.engine.microbatch, self.config.out
+        assert now != "auto", "sharded runs are told their micro-batch"
+        assert folder is not None, "a run has its folder by now"
+        smaller = smaller_than(now, longest=max(self.prepared.training.lengths))
+        if smaller is None:
+            raise error
+        keep(folder, smaller)
+        unit = "tokens" if isinstance(now, TokenBudget) else "sequences"
+        raise RestartError(
+            f"{str(error).partition(',')[0]} on rank {self.ranks.rank}: started again, the run goes on from its last "
+            f"checkpoint with {smaller:,} {unit} a micro-batch, by torchrun with --max-restarts, or bigbatch resume "
+            f"{folder}."
+        ) from error
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validation_every_of(self.total_steps)
