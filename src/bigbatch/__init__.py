@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bigbatch.errors import RankFailedError as RankFailedError
     from bigbatch.errors import WindowAbandonedError as WindowAbandonedError
     from bigbatch.errors import WindowStateError as WindowStateError
+    from bigbatch.noise import NoiseScale as NoiseScale
     from bigbatch.plan import Plan as Plan
     from bigbatch.plan import TokenBudget as TokenBudget
     from bigbatch.plan import plan as plan
@@ -49,6 +50,7 @@ _PUBLIC = {
     "Engine": "bigbatch.engine",
     "InputError": "bigbatch.errors",
     "MemoryLimitError": "bigbatch.errors",
+    "NoiseScale": "bigbatch.noise",
     "Plan": "bigbatch.plan",
     "RankFailedError": "bigbatch.errors",
     "RanksReport": "bigbatch.report",
