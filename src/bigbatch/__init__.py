@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bigbatch.plan import plan as plan
     from bigbatch.report import TermReport as TermReport
     from bigbatch.report import WindowReport as WindowReport
+    from bigbatch.scaling import rescale as rescale
     from bigbatch.verify import Verification as Verification
     from bigbatch.verify import verify as verify
     from bigbatch.window import Window as Window
@@ -56,6 +57,7 @@ _PUBLIC = {
     "WindowAbandonedError": "bigbatch.errors",
     "WindowStateError": "bigbatch.errors",
     "plan": "bigbatch.plan",
+    "rescale": "bigbatch.scaling",
     "verify": "bigbatch.verify",
 }
 
