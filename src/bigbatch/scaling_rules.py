@@ -124,7 +124,7 @@ def moves(group: Mapping[str, Any], factor: float, rule: Rule, *, owner: str, no
         found.append(Move(name, value, *_decay(name, value, factor, rule)))
     eps = group.get("eps")
     if rule == "sde" and isinstance(eps, int | float):
-        why = "it stands beside the root mean square of the gradient, which shrinks as 1/√k where noise dominates"
+        why = "it keeps its share beside the gradients' size"
         found.append(Move("eps", float(eps), eps / math.sqrt(factor), why, MALLADI))
     return found + _kept(group, factor)
 
@@ -172,10 +172,10 @@ def nearest_factor(factor: float, works: Callable[[float], bool]) -> float:
 
 def _decay(name: str, value: float, factor: float, rule: Rule) -> tuple[float, str, str]:
     if rule == "sde":
-        why = "1 − k·(1 − β): the running mean then remembers as many samples as before"
+        why = "1 − k·(1 − β), a memory of as many samples as before"
         return value - (factor - 1) * (1 - value), why, MALLADI
     if rule in _HALF_LIFE and name != "beta1":
-        return value**factor, "β^k: a squared gradient loses half of its weight after as many samples as before", MAREK
+        return value**factor, "β^k, a half-life of as many samples as before", MAREK
     if rule in _HALF_LIFE:
         return value, "kept: the half-life is held for the second moment alone", MAREK
     return value, "kept: the rule is about the learning rate; its memory becomes k times as many samples", ""
@@ -191,7 +191,7 @@ def _about_lr(kind: Kind, rule: Rule, owner: str) -> tuple[str, str]:
     elif rule == "adascale":
         why = "one update is worth as many of the old ones as the noise in them lets it"
     else:
-        why = "gradients are divided by their own size, which shrinks as 1/√k where noise dominates: √k is left to do"
+        why = "gradients are divided by their own size, which noise makes 1/√k as large: √k of the k is left to do"
     source = {"linear": GOYAL, "adascale": JOHNSON}.get(rule, MALLADI)
     if kind is Kind.OTHER:
         return f"warning: no rule was derived for {owner}, this is the bare multiplication", source

@@ -26,6 +26,7 @@ from bigbatch.lm.optimization import lr_factor, make_optimizer
 from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.remembered import fingerprint, recall, remember
+from bigbatch.lm.rescaling import apply_rule
 from bigbatch.lm.resumption import facts_of
 from bigbatch.lm.rundir import RunDirectory, as_line
 from bigbatch.lm.telling import Listener, Row, metrics_row
@@ -63,6 +64,8 @@ class Trainer:
         self.arrangement = prepared.arrangement
         self.loss_fn = prepared.loss_fn
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
+        if saved is None:  # what was saved has been through it
+            apply_rule(self.optimizer, self.config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.engine = Engine(
             prepared.model,
