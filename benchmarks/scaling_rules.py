@@ -1,6 +1,6 @@
 """Whether loss against samples stays what it was when the batch grows k-fold and a rule moves the hyper-parameters.
 
-    python benchmarks/scaling_rules.py            # a minute; writes docs/explanation/scaling-rules.svg as well
+    python benchmarks/scaling_rules.py            # half a minute; writes docs/explanation/scaling-rules.svg as well
 
 A noisy quadratic, L = h·θ²/2 with the gradient h·θ + σ·ξ/√B, in float64: thousands of independent copies in one tensor,
 torch's own optimizers, `bigbatch.rescale` alone in between. Each experiment runs k = 1, 4 and 16 with the rule that

@@ -120,7 +120,7 @@ def test_the_settings_are_kept_in_config_json(tmp_path: Path, settings: dict[str
 
 
 def test_the_command_tells_and_applies(tmp_path: Path, settings: dict[str, Any], capfd: Any) -> None:
-    words = [w for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["train", *words, "--out", str(tmp_path / "told"), "--scale-from", "2"]) == 0
     printed = capfd.readouterr().out
     assert "tuned at a global batch of 2 sequences, and this one is 8: k = 4; nothing is changed unless" in printed
