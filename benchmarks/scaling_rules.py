@@ -41,7 +41,7 @@ class Experiment:
         bound: Deviation that the derivation allows at factor k, without the standard errors.
         start: θ at the beginning.
         sigma: Standard deviation of the noise of one sample, after so many samples.
-        noise_scale: Makes the noise as large as the gradient, √noise_scale times; 0 for the noise above.
+        noise_scale: Makes the noise of a sample √noise_scale times as large as the gradient; 0 for the noise above.
     """
 
     title: str
@@ -149,7 +149,7 @@ EXPERIMENTS = {
         sigma=lambda samples: 8.0 if samples < 1024 else 1.0,
     ),
     "adascale": Experiment(
-        title="SGD, noise as large as the gradient: adascale",
+        title="SGD, noise in step with the gradient: adascale",
         rule="adascale",
         wrong=("none", "linear"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=GAIN_C * GAIN_X),
