@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
@@ -158,10 +159,10 @@ def test_every_optimizer_takes_the_rules_that_suit_it_and_keeps_what_is_not_thei
 
 def test_a_rule_of_another_kind_of_optimizer_says_that_it_is():
     linear_on_adam = changes(make("AdamW"), 4, rule="linear")[0]
-    assert linear_on_adam.reason.startswith("warning: this is the rule of SGD, and AdamW is another")
+    assert linear_on_adam.reason.startswith("warning: a rule of SGD; AdamW divides by the size of its gradients")
     assert changes(make("SGD"), 4, rule="sqrt")[0].reason.startswith("warning")
     assert changes(make("Adagrad"), 4, rule="sqrt")[0].reason.startswith("warning: no rule was derived for Adagrad")
-    assert "analogy" in changes(make("Muon"), 4, rule="sqrt")[0].reason
+    assert all("analogy" in changes(make(name), 4, rule="sqrt")[0].reason for name in ("Muon", "Adafactor", "NAdam"))
     assert not changes(make("SGD"), 4, rule="linear")[0].reason.startswith("warning")
 
 
@@ -314,6 +315,7 @@ def test_what_does_not_belong_together_is_refused():
         changes(make("SGD"), 4, rule="linear", noise_scale=1)
 
 
+thoroughly = hypothesis_settings(max_examples=100, deadline=None)
 betas = st.floats(0, 0.99999)
 factors = st.floats(1e-3, 1e3)
 rules = st.sampled_from(RULES)
@@ -323,6 +325,7 @@ def noise(rule, batch=3.0):
     return {"noise_scale": 40.0, "batch": batch} if rule == "adascale" else {}
 
 
+@thoroughly
 @given(rule=rules, name=st.sampled_from(["AdamW", "RMSprop", "SGD"]), lr=st.floats(0, 10), beta=betas)
 def test_a_factor_of_one_changes_nothing(rule, name, lr, beta):
     own = {"AdamW": {"betas": (beta, beta)}, "RMSprop": {"alpha": beta}, "SGD": {"momentum": beta}}[name]
@@ -334,6 +337,7 @@ def test_a_factor_of_one_changes_nothing(rule, name, lr, beta):
     assert settings(optimizer) == before
 
 
+@thoroughly
 @given(rule=rules, a=st.floats(0.05, 8), b=st.floats(0.05, 8), beta=st.floats(0.99, 0.999))
 def test_two_changes_of_the_batch_are_one(rule, a, b, beta):
     twice, once = make("AdamW", betas=(beta, beta)), make("AdamW", betas=(beta, beta))
@@ -344,6 +348,7 @@ def test_two_changes_of_the_batch_are_one(rule, a, b, beta):
         assert group(twice)[key] == pytest.approx(group(once)[key], rel=1e-9)
 
 
+@thoroughly
 @given(factor=st.floats(1e-300, 1e300), beta1=betas, beta2=betas, rule=rules)
 def test_out_of_range_changes_nothing_and_the_nearest_factor_works(factor, beta1, beta2, rule):
     optimizer = make("AdamW", betas=(beta1, beta2))

@@ -40,6 +40,7 @@ JOHNSON = "Johnson et al. 2020, arXiv 2007.05105"
 _SQRT = ("sqrt", "sde", "sqrt+half-life")
 _HALF_LIFE = ("half-life", "sqrt+half-life")
 _FOR_SGD = ("linear", "adascale")
+_LIKE_ADAM = ("NAdam", "RAdam", "Adamax")
 
 
 class Kind(Enum):
@@ -79,7 +80,7 @@ class Move(NamedTuple):
 
 def kind_of(group: Mapping[str, Any]) -> Kind:
     """Tell the kind of an optimizer from one of its groups."""
-    if ("betas" in group and "eps" in group) or ("alpha" in group and "centered" in group):
+    if (len(group.get("betas", ())) == 2 and "eps" in group) or ("alpha" in group and "centered" in group):
         return Kind.ADAPTIVE
     if "beta2_decay" in group or "ns_steps" in group:
         return Kind.NORMALIZED
@@ -120,7 +121,7 @@ def moves(group: Mapping[str, Any], factor: float, rule: Rule, *, owner: str, no
     kind = kind_of(group)
     lr = float(group["lr"])
     found = [Move("lr", lr, lr * lr_multiplier(factor, rule, noise), *_about_lr(kind, rule, owner))]
-    for name, value in decay_rates(group).items():
+    for name, value in _decay_rates(group).items():
         found.append(Move(name, value, *_decay(name, value, factor, rule)))
     eps = group.get("eps")
     if rule == "sde" and isinstance(eps, int | float):
@@ -129,13 +130,13 @@ def moves(group: Mapping[str, Any], factor: float, rule: Rule, *, owner: str, no
     return found + _kept(group, factor)
 
 
-def decay_rates(group: Mapping[str, Any]) -> dict[str, float]:
+def _decay_rates(group: Mapping[str, Any]) -> dict[str, float]:
     """Give the decay rates of a group's running means by name: ``beta1`` and ``beta2``, or ``alpha`` of RMSprop."""
     if kind_of(group) is not Kind.ADAPTIVE:
         return {}
     if "betas" not in group:
         return {"alpha": float(group["alpha"])}
-    return {f"beta{i}": float(beta) for i, beta in enumerate(group["betas"][:2], start=1)}
+    return {f"beta{i}": float(beta) for i, beta in enumerate(group["betas"], start=1)}
 
 
 def out_of_range(name: str, old: float, new: float) -> str | None:
@@ -195,12 +196,12 @@ def _about_lr(kind: Kind, rule: Rule, owner: str) -> tuple[str, str]:
     source = {"linear": GOYAL, "adascale": JOHNSON}.get(rule, MALLADI)
     if kind is Kind.OTHER:
         return f"warning: no rule was derived for {owner}, this is the bare multiplication", source
-    if kind is Kind.NORMALIZED and rule in _SQRT:
+    if (kind is Kind.NORMALIZED or owner in _LIKE_ADAM) and rule in _SQRT:
         return f"{why}; derived for Adam, and taken over to {owner} by analogy", source
     if (kind is Kind.PLAIN) != (rule in _FOR_SGD):
-        suits = "linear" if kind is Kind.PLAIN else "sqrt"
-        whose = "of SGD" if rule in _FOR_SGD else "of optimizers that divide by the size of their gradients"
-        return f"warning: this is the rule {whose}, and {owner} is another: {suits} suits it", source
+        if kind is Kind.PLAIN:
+            return f"warning: for division by the size of gradients, which {owner} does not do: linear suits it", source
+        return f"warning: a rule of SGD; {owner} divides by the size of its gradients: sqrt suits it", source
     return why, source
 
 

@@ -151,7 +151,7 @@ def test_what_a_rule_cannot_do_is_told_beside_what_others_can() -> None:
 
 
 def test_the_rule_of_sgd_is_applied_with_a_warning() -> None:
-    assert "warning: this is the rule of SGD" in rule_lines(resolved(scale_from=8, lr_rule="linear"))[1]
+    assert "warning: a rule of SGD; AdamW" in rule_lines(resolved(scale_from=8, lr_rule="linear"))[1]
     assert rule_lines(resolved(scale_from=32, lr_rule="linear"))[1].endswith("nothing: the batch is the same")
     assert rule_lines(resolved()) == []
 
