@@ -373,7 +373,7 @@ def test_it_is_a_public_name():
     assert bigbatch.rescale is rescale
 
 
-def test_the_figure_is_what_the_benchmark_draws():
+def test_the_figure_has_every_experiment_in_the_style_of_the_benchmark():
     drawn = (ROOT / "docs" / "explanation" / "scaling-rules.svg").read_text(encoding="utf-8")
     assert lab.STYLE in drawn
     assert all(experiment.title in drawn for experiment in lab.EXPERIMENTS.values())
