@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bigbatch.report import RanksReport as RanksReport
     from bigbatch.report import TermReport as TermReport
     from bigbatch.report import WindowReport as WindowReport
+    from bigbatch.scaling import rescale as rescale
     from bigbatch.sync import Replicated as Replicated
     from bigbatch.sync import SyncPolicy as SyncPolicy
     from bigbatch.verify import Verification as Verification
@@ -66,6 +67,7 @@ _PUBLIC = {
     "WindowAbandonedError": "bigbatch.errors",
     "WindowStateError": "bigbatch.errors",
     "plan": "bigbatch.plan",
+    "rescale": "bigbatch.scaling",
     "verify": "bigbatch.verify",
 }
 

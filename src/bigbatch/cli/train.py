@@ -22,6 +22,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.lock import RunLock
+from bigbatch.lm.rescaling import rule_lines
 from bigbatch.lm.rundir import ReadDirectory, RunDirectory, check_free, default_path
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _run(config: TrainConfig, ranks: "Ranks") -> int:
         if trainer.config.microbatch == "auto":
             say("choosing the micro-batch")
             origin = trainer.tune(beside=path)
-    for line in (*prepared.notes, *explain(trainer), *_reasons(trainer, origin)):
+    for line in (*prepared.notes, *explain(trainer), *rule_lines(trainer.config), *_reasons(trainer, origin)):
         console.print(line)
     if not ranks.is_first:
         return train(trainer, ReadDirectory(path), console, config=config)
@@ -138,6 +139,7 @@ def explain(trainer: "Trainer") -> tuple[str, str, str]:
     """Say in three lines what is behind one update, how it is computed, and how many there are."""
     config, prepared = trainer.config, trainer.prepared
     passes = trainer.total_steps / trainer.steps_per_epoch()
+    peak = trainer.scheduler.base_lrs[0]
     warmup = f"{count(trainer.warmup_steps, 'update')} of warm-up" if trainer.warmup_steps else "no warm-up"
     ranks = trainer.ranks
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
@@ -146,7 +148,7 @@ def explain(trainer: "Trainer") -> tuple[str, str, str]:
         f"computed as {_cut(trainer)}{on_ranks}, on {prepared.machine}: a matter of memory that does not change the "
         "update",
         f"{count(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
-        f"{count(len(prepared.training), 'sequence')}; learning rate {config.lr:g}, {warmup}, then {config.schedule}",
+        f"{count(len(prepared.training), 'sequence')}; learning rate {peak:g}, {warmup}, then {config.schedule}",
     )
 
 

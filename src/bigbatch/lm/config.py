@@ -19,6 +19,7 @@ from bigbatch.lm.fields import (
     Device,
     Folder,
     Gpu,
+    LrRule,
     MemoryText,
     Microbatch,
     NormLimit,
@@ -27,6 +28,7 @@ from bigbatch.lm.fields import (
     Text,
     Whole,
 )
+from bigbatch.lm.rescaling import complaint
 
 DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
@@ -174,6 +176,17 @@ class TrainConfig(BaseModel):
         description=f"peak learning rate (default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, "
         f"{DEFAULT_LR_LORA:g} with LoRA)",
     )
+    scale_from: Count | None = Field(
+        default=None,
+        description="global batch, in the unit of this run's, that --lr and AdamW's betas were tuned at: prints what "
+        "each rule would change, and changes nothing without --lr-rule (default: none)",
+    )
+    lr_rule: LrRule = Field(
+        default="none",
+        description="change them, for k times the batch of --scale-from: sqrt = lr by √k; sde = that, 1 − k·(1 − β) "
+        "for both betas and epsilon by 1/√k; half-life = β2 to the power of k; sqrt+half-life = both; linear = lr by "
+        "k, the rule of SGD",
+    )
     schedule: Literal["cosine", "constant"] = Field(
         default="cosine", description="learning rate after the warm-up, by step"
     )
@@ -286,6 +299,15 @@ class TrainConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_a_rule_that_cannot_be_applied(self) -> Self:
+        names = {"first": "lr_rule", "second": "scale_from"}
+        if self.lr_rule != "none" and self.scale_from is None:
+            raise PydanticCustomError("idle", "{first} does nothing without {second}: give both", names)
+        if (why := complaint(self.resolved())) is not None:
+            raise PydanticCustomError("out_of_range", "{why}", names | {"why": why})
+        return self
+
     def resolved(self) -> TrainConfig:
         """Return the same run with every default written out that the fields alone decide.
 
@@ -334,7 +356,7 @@ GROUPS = (
     FieldGroup(
         "optimization",
         "AdamW. Everything here counts in updates, never in micro-batches.",
-        ("lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+        ("lr", "scale_from", "lr_rule", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
     ),
     FieldGroup(
         "machine",

@@ -33,6 +33,7 @@ from bigbatch.lm.order import epoch_windows
 from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.ranks import ALONE, Ranks, gathered, hollow
 from bigbatch.lm.remembered import fingerprint, recall, remember
+from bigbatch.lm.rescaling import apply_rule
 from bigbatch.lm.resumption import facts_of
 from bigbatch.lm.rundir import RunDirectory, as_line
 from bigbatch.lm.smaller import keep, kept, smaller_than
@@ -81,6 +82,8 @@ class Trainer:
         if ranks.are_sharded and microbatch != "auto":
             microbatch = kept(self.config.out, microbatch)
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
+        if saved is None:  # what was saved has been through it
+            apply_rule(self.optimizer, self.config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.engine = Engine(
             prepared.model,
