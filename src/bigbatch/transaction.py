@@ -120,11 +120,12 @@ class Transaction:
             self.sums, self.ledger, loss_scale=self._loss_scale, sync=self._sync, beside=beside
         )
         self.undo()
-        noise = self._observe(outcome, squares, counts, tally)
+        items = self.ledger.items()
+        noise = self._observe(outcome, squares, counts, tally, items=items)
         peak = peak_bytes(self._update.device)
         return WindowReport(
             step=self._update.num_steps,
-            items=self.ledger.items(),
+            items=items,
             grad_norm=outcome.grad_norm,
             num_microbatches=self._num_microbatches,
             tokens=self.wishes.tokens if tally is None else _sum_of_tokens(self.wishes.tokens, tally),
@@ -147,7 +148,9 @@ class Transaction:
             return own
         return sum(float(b.squares) for b in tally.ballots), sum(float(b.items_squared) for b in tally.ballots)
 
-    def _observe(self, outcome: Outcome, squares: Number, counts: Number, tally: Tally | None) -> NoiseScale | None:
+    def _observe(
+        self, outcome: Outcome, squares: Number, counts: Number, tally: Tally | None, *, items: float
+    ) -> NoiseScale | None:
         """Take the noise of this window in; give what is known by now."""
         if self._noise is None:
             return None
@@ -155,7 +158,7 @@ class Transaction:
             read = iter(outcome.read)
             squares, counts = (next(read) if isinstance(value, Tensor) else value for value in (squares, counts))
             samples = self.wishes.samples or 0 if tally is None else sum(b.samples for b in tally.ballots)
-            self._noise.observe(outcome.grad_norm**2, squares, self.ledger.items(), counts, samples=samples)
+            self._noise.observe(outcome.grad_norm**2, squares, items, counts, samples=samples)
         return self._noise.read()
 
     def _vote(self, *, failed: bool = False) -> Tally:
