@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from bigbatch.lm.checkpoint import newest, read, verify
+from bigbatch.lm.checkpoint import newest, read, verify, write
 from bigbatch.lm.checkpoint.files import HashedFile
 from bigbatch.lm.checkpoint.loading import read_into
 from bigbatch.lm.checkpoint.sharded import write_sharded
@@ -118,23 +119,24 @@ def read_by_the_reader_of_dcp(folder: Path) -> bool:
 # what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def no_space_at_every_point(root: Path, failing: int) -> tuple[int, list[str]]:
-    """Fail one rank at one point after the other; give how many there are, and those that did no harm."""
+def no_space_at_every_point(root: Path, failing: int) -> tuple[list[str], list[str]]:
+    """Fail one rank at one point after the other; give the points there are, and those that did no harm."""
     survived: list[str] = []
     number = 0
     while True:
-        folder = root / str(number)
+        folder = root / str(number) / "run" / "checkpoints"
         if dist.get_rank() == 0:
-            folder.mkdir()
-        dist.barrier()
+            folder.parent.mkdir(parents=True)
         save(folder, 1)
+        tensors = shards_of(2)
         with pytest.MonkeyPatch.context() as patch:
             points = Points(patch, no_space, at=number if dist.get_rank() == failing else -1)
-            said = caught(lambda folder=folder: save(folder, 2))
+            words = {"run_id": RUN_ID, "tensors": tensors, "values": values_of(2)}
+            said = caught(lambda folder=folder, words=words: write_sharded(folder, 2, **words))
         told: list[Any] = [points.seen]
         dist.broadcast_object_list(told, src=failing)
         if number >= len(told[0]):
-            return number, survived
+            return told[0], survived
         point = told[0][number]
         if said is None:
             survived.append(point)
@@ -205,6 +207,18 @@ def refuse(folder: Path) -> list[Any]:
         dist.barrier()
         assert not folder.exists()
     return said
+
+
+def apart(two: Path, root: Path) -> list[Any]:
+    """Ranks that are given the same names on what may as well be different disks."""
+    own = root / str(dist.get_rank())
+    shutil.copytree(two, own)
+    if dist.get_rank() == 1:
+        shutil.rmtree(own / "step-2")
+        write(own, 2, run_id="other", tensors=tensors_of(2), values=values_of(2))
+        (own / "step-3.partial").mkdir()
+    dist.barrier()
+    return [caught(lambda: save(own, 3)), caught(lambda: read_into(own / "step-2", {}))]
 
 
 def refuse_another_run(folder: Path) -> Any:
