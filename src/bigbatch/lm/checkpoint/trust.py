@@ -62,7 +62,9 @@ def trusted_manifest(path: Path) -> Manifest:
     """
     names = _names(path)
     with opened(path, manifests.FILE) as file:
-        data = file.read(LARGEST_MANIFEST)
+        data = file.read(
+            min(fstat(file.fileno()).st_size, LARGEST_MANIFEST)
+        )  # read takes the memory for what it is told
     try:
         manifest = manifests.parse(data)
     except ValueError as reason:
