@@ -27,7 +27,7 @@ from bigbatch.lm.checkpoint.sharded import write_sharded
 from distributed.shards import caught, save, shards_of
 from lm.saved import RUN_ID, Points, values_of
 
-LIMIT_S = 30
+LIMIT_S = 60
 
 
 def write(folder: Path, rank: int, notes: Path, kill_at: int | None) -> None:

@@ -33,7 +33,7 @@ def test_two_ranks_go_on_as_if_nothing_had_been(two) -> None:
 def test_two_ranks_become_four_and_four_become_two(two, tmp_path: Path) -> None:
     folder, saved, _ = two
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
-    assert run(load_and_save, 4, copy, "fsdp", 3) == [saved] * 4
+    assert run(load_and_save, 4, copy, "fsdp", 3, timeout_s=180) == [saved] * 4
     assert "model-rank-3-of-4.safetensors" in names_in(copy / "step-3")
     assert run(load_and_save, 2, copy, "fsdp", 4) == [saved] * 2
 
@@ -58,7 +58,7 @@ def test_one_process_becomes_two_ranks(tmp_path: Path) -> None:
 
 
 def test_four_ranks_with_replicas_become_two_and_every_shard_is_written_once(tmp_path: Path) -> None:
-    saved, _ = run(save, 4, tmp_path, "hsdp")[0]
+    saved, _ = run(save, 4, tmp_path, "hsdp", timeout_s=180)[0]
     assert verify(tmp_path / "step-2") is None
     num_bytes = sum(len(data) for _, _, data in saved.values())
     files = list((tmp_path / "step-2").glob("*.safetensors"))

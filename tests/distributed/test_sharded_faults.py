@@ -129,7 +129,7 @@ def killed(two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, lis
         template = root / str(rank) / "template"
         shutil.copytree(two / "step-1", template / "step-1")
         script = [sys.executable, "-m", "distributed.killed", str(template), str(rank)]
-        done = subprocess.run(script, cwd=TESTS, capture_output=True, text=True, check=False, timeout=180)
+        done = subprocess.run(script, cwd=TESTS, capture_output=True, text=True, check=False, timeout=400)
         assert done.returncode == 0, done.stderr
         found[rank] = [(point, said, Path(left)) for point, said, left in map(json.loads, done.stdout.splitlines())]
     return found
