@@ -4,13 +4,14 @@ pool = Pool(2)
 results = pool.run(function, argument)      # function(argument) on every rank → one result a rank
 """
 
-import multiprocessing
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.distributed.spawn import forking_context
 
 TIMEOUT_S = 60.0
 
@@ -28,8 +29,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded"])
+        self._context = forking_context()
         self._ranks: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
