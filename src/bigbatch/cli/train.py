@@ -19,6 +19,7 @@ from bigbatch.cli.ranks import (
 )
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.errors import InputError
+from bigbatch.lm.batch_schedule import read
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.lock import RunLock
@@ -138,7 +139,7 @@ def repeat_exactly(config: TrainConfig) -> None:
 def explain(trainer: "Trainer") -> tuple[str, str, str]:
     """Say in three lines what is behind one update, how it is computed, and how many there are."""
     config, prepared = trainer.config, trainer.prepared
-    passes = trainer.total_steps / trainer.steps_per_epoch()
+    passes = trainer.total_steps / trainer.course.updates_a_pass()
     peak = trainer.scheduler.base_lrs[0]
     warmup = f"{count(trainer.warmup_steps, 'update')} of warm-up" if trainer.warmup_steps else "no warm-up"
     ranks = trainer.ranks
@@ -170,6 +171,10 @@ def farewell(config: TrainConfig, directory: RunDirectory, outcome: "Outcome") -
 
 def _batch(prepared: "Prepared") -> str:
     config, lengths = prepared.config, prepared.training.lengths
+    if config.global_batch_schedule is not None:
+        schedule = read(config.global_batch_schedule)
+        start = "" if schedule.first is not None else f"{count(config.global_batch or 0, 'sequence')}, "
+        return f"{start}{schedule}"
     mean = sum(lengths) / len(lengths)
     if config.global_batch is not None:
         sequences = min(config.global_batch, len(lengths))
@@ -196,7 +201,7 @@ def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
 
 
 def _cut(trainer: "Trainer") -> str:
-    lengths = [trainer.prepared.training.lengths[i] for i in trainer.share(trainer.first_window())]
+    lengths = [trainer.prepared.training.lengths[i] for i in trainer.share(trainer.course.first_window())]
     if not lengths:
         return "no micro-batch"
     groups = trainer.engine.groups(sorted(lengths, reverse=True))

@@ -12,8 +12,10 @@ from typing import Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from bigbatch.lm.batch_schedule import read
 from bigbatch.lm.fields import (
     LARGEST_COUNT,
+    BatchScheduleText,
     Checkpointing,
     Count,
     Device,
@@ -43,6 +45,7 @@ VALIDATIONS_A_RUN = 10
 
 EXCLUSIVE = (
     ("global_batch", "global_batch_tokens"),
+    ("global_batch_schedule", "global_batch_tokens"),
     ("microbatch", "token_budget"),
     ("steps", "epochs"),
     ("memory", "gpu"),
@@ -53,6 +56,7 @@ EXCLUSIVE = (
 CHANGED = {
     "global_batch": "batch",
     "global_batch_tokens": "batch",
+    "global_batch_schedule": "batch",
     "seed": "seed",
     "data": "data",
     "skip_broken": "data",
@@ -148,6 +152,17 @@ class TrainConfig(BaseModel):
         default=None,
         description="the same in tokens: every update takes the whole sequences that come closest "
         "(default: none, the batch is counted in sequences)",
+    )
+    global_batch_schedule: BatchScheduleText | None = Field(
+        default=None,
+        description='a batch that changes at updates: "0:64 2e6:128" = from so many tokens on, so many sequences; '
+        '"ramp 64 256 8e6" = in a straight line over so many tokens; "seesaw 0.5" = where the learning rate would fall '
+        "to half, it falls to its root and the batch doubles (default: none, one batch)",
+    )
+    rebase_second_moment: bool = Field(
+        default=False,
+        strict=True,
+        description="when the batch changes, multiply AdamW's second moment by old batch / new batch",
     )
     microbatch: Microbatch | None = Field(
         default=None,
@@ -300,6 +315,22 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _begin_with_one_batch(self) -> Self:
+        if self.global_batch_schedule is None:
+            if self.rebase_second_moment:
+                names = {"first": "rebase_second_moment", "second": "global_batch_schedule"}
+                raise PydanticCustomError("idle", "{first} does nothing without {second}: give both", names)
+            return self
+        first = read(self.global_batch_schedule).first
+        if first is not None and self.global_batch not in (None, first):
+            raise PydanticCustomError(
+                "exclusive",
+                "{first} and {second} exclude each other: give one of them",
+                {"first": "global_batch", "second": "global_batch_schedule"},
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refuse_a_rule_that_cannot_be_applied(self) -> Self:
         names = {"first": "lr_rule", "second": "scale_from"}
         if self.lr_rule != "none" and self.scale_from is None:
@@ -319,7 +350,10 @@ class TrainConfig(BaseModel):
         if self.max_length is None and self.model == "tiny":
             decided["max_length"] = DEFAULT_MAX_LENGTH_TINY
         if self.global_batch is None and self.global_batch_tokens is None:
-            decided["global_batch"] = DEFAULT_GLOBAL_BATCH
+            schedule = None if self.global_batch_schedule is None else read(self.global_batch_schedule)
+            decided["global_batch"] = (
+                DEFAULT_GLOBAL_BATCH if schedule is None else schedule.first or DEFAULT_GLOBAL_BATCH
+            )
         if self.microbatch is None and self.token_budget is None:
             decided["microbatch"] = "auto"
         if self.steps is None and self.epochs is None:
@@ -350,7 +384,14 @@ GROUPS = (
         "batch",
         "How much is behind one update, and how much of it is in memory at once. Only the global batch changes the "
         "result.",
-        ("global_batch", "global_batch_tokens", "microbatch", "token_budget"),
+        (
+            "global_batch",
+            "global_batch_tokens",
+            "global_batch_schedule",
+            "rebase_second_moment",
+            "microbatch",
+            "token_budget",
+        ),
     ),
     FieldGroup("length", "How long: updates or passes, one of the two.", ("steps", "epochs")),
     FieldGroup(

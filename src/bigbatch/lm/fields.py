@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from pydantic_core import PydanticCustomError
 
 from bigbatch.limit import known_gpu, read_memory
+from bigbatch.lm.batch_schedule import read
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
@@ -98,6 +99,14 @@ def _no_adascale(value: object) -> object:
     return value
 
 
+def _batch_schedule(value: str) -> str:
+    try:
+        read(value)
+    except ValueError as error:
+        raise PydanticCustomError("batch_schedule", "{demand}", {"demand": str(error)}) from None
+    return value
+
+
 def _gpu_name(value: str) -> str:
     try:
         return known_gpu(value)
@@ -114,6 +123,7 @@ Text = Annotated[str, AfterValidator(_usable_text)]
 Folder = Annotated[Path, BeforeValidator(_folder_text)]
 Device = Annotated[str, AfterValidator(_known_device)]
 Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]
+BatchScheduleText = Annotated[str, AfterValidator(_batch_schedule)]
 MemoryText = Annotated[str, BeforeValidator(_memory_text)]
 Checkpointing = Annotated[Literal["auto", "none", "selective", "full"], BeforeValidator(_switch)]
 LrRule = Annotated[

@@ -25,7 +25,17 @@ def make_optimizer(model: Any, config: TrainConfig, machine: Machine) -> torch.o
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=fused)
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
+def rebase(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply Adam's second moments, which noise makes up most of, by old batch / new batch when the batch changes.
+
+    They would otherwise take 1 / (1 − β2) updates to come down to the smaller noise of a larger batch.
+    """
+    moments = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
+    if moments:
+        torch._foreach_mul_(moments, factor)
+
+
+def lr_factor(step: float, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
     """Compute the learning rate of an update, as a share of the peak.
 
     Args:
