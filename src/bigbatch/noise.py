@@ -32,7 +32,7 @@ class NoiseScale:
         signal: |G|², the squared 2-norm of the true gradient.
         noise: tr Σ, the variance of the gradient of one item, summed over all parameters.
         num_windows: Windows that were averaged.
-        scale_samples: The noise scale in samples of the batch, where `bigbatch.Engine` counts them; None elsewhere.
+        items_per_sample: Of the batch, where `bigbatch.Engine` counts its samples; None elsewhere.
     """
 
     scale_items: float
@@ -41,7 +41,12 @@ class NoiseScale:
     signal: float
     noise: float
     num_windows: int
-    scale_samples: float | None = None
+    items_per_sample: float | None = None
+
+    @property
+    def scale_samples(self) -> float | None:
+        """The noise scale in samples of the batch, where they are counted."""
+        return None if self.items_per_sample is None else self.scale_items / self.items_per_sample
 
 
 @dataclass
@@ -136,7 +141,7 @@ class NoiseMeter:
             signal=signal,
             noise=noise,
             num_windows=sums.num_windows,
-            scale_samples=None if per_sample is None else max(0.0, scale) / per_sample,
+            items_per_sample=per_sample,
         )
 
     def _interval(self, signal: float, noise: float) -> tuple[float, float]:

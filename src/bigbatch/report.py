@@ -27,7 +27,7 @@ class RanksReport:
         size: Ranks that hold different data.
         num_microbatches: Of each rank.
         slowest: The rank whose gradients were there last.
-        slowest_share: Its time until then, divided by the mean over the ranks: 1 where none waits for another.
+        slowest_share: What of its time until then the others waited for it, on average: 0 where all were as fast.
         stopping: Whether any rank was told to stop after this update.
     """
 

@@ -237,7 +237,7 @@ def _report(tally: Tally) -> RanksReport:
         size=len(times),
         num_microbatches=tuple(ballot.num_microbatches for ballot in tally.ballots),
         slowest=slowest,
-        slowest_share=times[slowest] * len(times) / sum(times) if sum(times) else 1.0,
+        slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
         stopping=bool(tally.ranks_with("stopping")),
     )
 

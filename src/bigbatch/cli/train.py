@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from bigbatch.cli.ranks import (
 )
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.errors import InputError
+from bigbatch.lm.advice import gather, in_one_line
 from bigbatch.lm.batch_schedule import read
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
@@ -109,9 +111,19 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
         console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
     if (recorder := trainer.engine.recorder) is not None and recorder.why_not is not None:
         console.print(f"without CUDA graphs: {recorder.why_not}")
+    if (advice := _last_word(directory)) is not None:
+        console.print(advice)
     for line in farewell(config, directory, outcome):
         console.print(line)
     return DONE if outcome.finished else STOPPED
+
+
+def _last_word(directory: RunDirectory) -> str | None:
+    """Give one line about the batch of a run that has ended, where it is known how large a batch pays."""
+    with suppress(InputError):
+        line = in_one_line(gather(directory.path))
+        return line and f"{line} (bigbatch advise {shlex.quote(str(directory.path))})"
+    return None
 
 
 def check_alike(facts: Mapping[str, Any], ranks: "Ranks") -> None:

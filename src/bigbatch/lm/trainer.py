@@ -238,6 +238,7 @@ class Trainer:
             return False
         now.step += 1
         now.cursor += len(window)
+        row["sequences"] = len(window)
         if self.course.schedule is not None:
             row["global_batch"] = now.batch
         self._count_skipped(row, now)
