@@ -10,6 +10,7 @@ from bigbatch.cli.signals import stop_on_signals
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.lock import RunLock
+from bigbatch.lm.report.journal import Journal
 from bigbatch.lm.rundir import RunDirectory, check_free, default_path
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
         prompt=prepared.config.sample_prompt,
         done=0 if trainer.saved is None else trainer.saved.progress.step,
     )
-    with stop_on_signals(prepared.config.grace_s) as stop, display:
+    with Journal(trainer, directory.path) as journal, stop_on_signals(prepared.config.grace_s) as stop, display:
         outcome = trainer.run(directory, listener=display, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue)
+        journal.ended(outcome, signal=stop.signal)
     if not outcome.finished:
         console.print(f"stopped by {stop.signal} after update {outcome.step} of {total_steps}; the model is saved")
         console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")

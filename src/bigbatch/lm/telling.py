@@ -43,6 +43,7 @@ class Outcome:
 def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> Row:
     """Make the line of metrics.jsonl for one update; without ``clock``, what differs from run to run is None."""
     tokens = report.tokens or 0
+    retries = {"retries": report.retries} if report.retries else {}
     return {
         "step": step,
         "loss": report.loss,
@@ -55,4 +56,5 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
         "peak_bytes": report.peak_bytes if clock else None,
         "elapsed_s": report.elapsed_s if clock else None,
         "skipped": report.skipped,
+        **retries,
     }
