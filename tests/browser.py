@@ -1,8 +1,8 @@
 """A headless Chromium, driven through a pipe: no driver, no port, no library.
 
-    with Browser.found() as browser:
-        with browser.page(url, dark=True, width=375) as page:
-            page.value("document.title"), page.requests, page.complaints
+with Browser.found() as browser:
+    with browser.page(url, dark=True, width=375) as page:
+        page.value("document.title"), page.requests, page.complaints
 """
 
 import base64
@@ -115,7 +115,12 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", session, media="print" if paper else "screen", features=scheme)
         self.call(
-            "Emulation.setDeviceMetricsOverride", session, width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+            "Emulation.setDeviceMetricsOverride",
+            session,
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 500,
         )
         self.call("Page.navigate", session, url=path.absolute().as_uri())
         self.wait_for("Page.loadEventFired", session)

@@ -54,7 +54,9 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def rows(number: int, *, seed: int = 0, scale: float = 1.0, validation_every: int | None = None) -> list[dict[str, Any]]:
+def rows(
+    number: int, *, seed: int = 0, scale: float = 1.0, validation_every: int | None = None
+) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, as a run of so many updates would write them."""
     source = random.Random(seed)
     found = []
@@ -130,7 +132,8 @@ def make_rich_run(folder: Path, number: int = 300, **options: Any) -> Path:
         BEGIN
         | total
         | {
-            "event": "resume", "at": "2025-05-01T10:31:00+00:00", "step": number // 3, "checkpoint": f"step-{number // 3}",
+            "event": "resume", "at": "2025-05-01T10:31:00+00:00", "step": number // 3,
+            "checkpoint": f"step-{number // 3}",
             "passed_over": [[f"step-{number // 2}", "model.safetensors has 1 bytes, and the manifest says 2,048"]],
             "settings": {"memory": "16GiB"}, "window": None,
         },

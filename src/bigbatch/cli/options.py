@@ -299,12 +299,14 @@ COMMANDS = {
         words="one RUN",
     ),
     "report": Command(
-        about="Write one HTML page of a run: loss and validation, learning rate, gradient norm, noise scale, speed, memory "
-        "predicted beside measured, the micro-batches of a window, what was skipped and resumed, the proof of verify, settings "
-        "and versions. It needs nothing else: no network, no other file. Several runs are compared. A run that is going on "
-        "is reported as far as it is.",
+        about="Write one HTML page of a run: loss and validation, learning rate, gradient norm, noise scale, speed, "
+        "memory predicted beside measured, the micro-batches of a window, what was skipped and resumed, the proof of "
+        "verify, settings and versions. It needs nothing else: no network, no other file. Several runs are compared. A "
+        "run that is going on is reported as far as it is.",
         examples=("bigbatch report runs/tiny-python-stdlib --watch", "bigbatch report RUN RUN --out side-by-side.html"),
-        sections=((ReportOptions, FieldGroup("page", "What it is of, and where it goes.", tuple(ReportOptions.model_fields))),),
+        sections=(
+            (ReportOptions, FieldGroup("page", "What it is of, and where it goes.", tuple(ReportOptions.model_fields))),
+        ),
         positionals=("runs",),
         words="the folders of runs",
         gathers=True,

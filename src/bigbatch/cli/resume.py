@@ -7,6 +7,7 @@ from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.lock import RunLock
 from bigbatch.lm.resumption import as_changed, check_facts, continued, stored_config
 from bigbatch.lm.rundir import RunDirectory
+from bigbatch.lm.scalars import check_log
 
 
 def run(asked: TrainConfig, options: ResumeOptions) -> int:
@@ -23,6 +24,7 @@ def run(asked: TrainConfig, options: ResumeOptions) -> int:
             saved, rejected = load(path)
             stored = as_changed(stored, None if saved is None else saved.facts)
             config = continued(stored, asked, allowed=options.allowed)
+            check_log(config.log)
             for folder, why in rejected:
                 console.print(f"passed over {folder}: {why}")
             directory = RunDirectory(path)

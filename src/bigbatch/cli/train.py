@@ -12,6 +12,7 @@ from bigbatch.lm.documents import count
 from bigbatch.lm.lock import RunLock
 from bigbatch.lm.report.journal import Journal
 from bigbatch.lm.rundir import RunDirectory, check_free, default_path
+from bigbatch.lm.scalars import check_log, heard_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ def run(config: TrainConfig) -> int:
     """Train one model; return 0, or 75 when a signal stopped it after saving."""
     path = config.out or default_path(config.model, config.data)
     check_free(path)
+    check_log(config.log)
     console = make_console()
     repeat_exactly(config)
     with preparing(console) as say:
@@ -50,16 +52,24 @@ def run(config: TrainConfig) -> int:
 def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:
     """Run a trainer to its end, or until a signal; ``config`` is what was asked for. Returns the exit code."""
     prepared, total_steps = trainer.prepared, trainer.total_steps
+    done = 0 if trainer.saved is None else trainer.saved.progress.step
     display = TrainingDisplay(
         console,
         total_steps=total_steps,
         validation_every=None if prepared.validation is None else prepared.config.validation_every_of(total_steps),
         entropy=None if prepared.validation is None else prepared.validation.unigram_entropy(),
         prompt=prepared.config.sample_prompt,
-        done=0 if trainer.saved is None else trainer.saved.progress.step,
+        done=done,
     )
-    with Journal(trainer, directory.path) as journal, stop_on_signals(prepared.config.grace_s) as stop, display:
-        outcome = trainer.run(directory, listener=display, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue)
+    with (
+        Journal(trainer, directory.path) as journal,
+        stop_on_signals(prepared.config.grace_s) as stop,
+        heard_by(display, config.log, directory.path, done=done, settings=config.model_dump(mode="json")) as listener,
+        display,
+    ):
+        outcome = trainer.run(
+            directory, listener=listener, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue
+        )
         journal.ended(outcome, signal=stop.signal)
     if not outcome.finished:
         console.print(f"stopped by {stop.signal} after update {outcome.step} of {total_steps}; the model is saved")

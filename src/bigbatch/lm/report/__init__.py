@@ -9,6 +9,7 @@ reduction   many updates as few points that keep every spike
 scales      axes: linear or logarithmic, their ticks, and numbers with units
 drawing     a chart as SVG; blocks draws the micro-batches of a window
 markup      text that cannot become markup
-sections    what is told of a run; comparison, of several
+charts      which charts there are; figures, what stands beside them
+sections    what else is told of a run; proof, comparison
 page        the whole page; writing puts it in its place at once
 """

@@ -59,11 +59,9 @@ class Window:
         """Say what is drawn."""
         budget = "" if self.token_budget is None else f" of at most {self.token_budget:,} tokens"
         padding = self.laid_out_tokens - self.tokens
-        waste = (
-            f"{padding:,} of {self.laid_out_tokens:,} tokens as laid out are padding ({padding / self.laid_out_tokens:.1%})"
-            if padding
-            else "there is no padding"
-        )
+        share = padding / self.laid_out_tokens
+        told = f"{padding:,} of {self.laid_out_tokens:,} tokens as laid out are padding ({share:.1%})"
+        waste = told if padding else "there is no padding"
         batches = "1 micro-batch" if self.num_microbatches == 1 else f"{self.num_microbatches:,} micro-batches"
         return f"{self.num_samples:,} sequences, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
 
@@ -75,14 +73,19 @@ def window_of(told: object) -> Window | None:
     try:
         first, last = _microbatches(told["first"]), _microbatches(told["last"])
         budget = told["token_budget"]
-        counts = [_count(told[key]) for key in ("num_samples", "tokens", "laid_out_tokens", "num_microbatches")]
-        layout = str(told["layout"])
-        budget = None if budget is None else _count(budget)
+        window = Window(
+            layout=str(told["layout"]),
+            token_budget=None if budget is None else _count(budget),
+            num_samples=_count(told["num_samples"]),
+            tokens=_count(told["tokens"]),
+            laid_out_tokens=_count(told["laid_out_tokens"]),
+            num_microbatches=_count(told["num_microbatches"]),
+            first=first,
+            last=last,
+        )
     except (KeyError, TypeError, ValueError):
         return None
-    if not first or counts[3] < len(first) + len(last):
-        return None
-    return Window(layout, budget, *counts, first, last)
+    return window if first and window.num_hidden >= 0 else None
 
 
 def _microbatches(told: Any) -> tuple[tuple[int, ...], ...]:
@@ -105,7 +108,7 @@ def _draw(window: Window, size: Size) -> str:
     budget = window.token_budget
     height = HEAD + rows * ROW + 6
     number_width = 10 + CHARACTER * len(f"{window.num_microbatches:,}")
-    beside = 96 if size.name == "narrow" else 190
+    beside = 96 if size.name == "narrow" else 216
     left, right = number_width, size.width - beside
     unit = (right - left) / window.scale
     parts = [*_head(window, left, right, unit, height, budget)]
@@ -120,7 +123,7 @@ def _draw(window: Window, size: Size) -> str:
     name = f"window-{size.name}"
     return tag(
         "svg",
-        tag("title", "The micro-batches of the first window", id=f"{name}-title")
+        tag("title", "Plan of the first window", id=f"{name}-title")
         + tag("desc", text(window.describe()), id=f"{name}-desc")
         + "".join(parts),
         class_=f"plot {size.name}",
@@ -130,9 +133,7 @@ def _draw(window: Window, size: Size) -> str:
     )
 
 
-def _head(
-    window: Window, left: float, right: float, unit: float, height: float, budget: int | None
-) -> Iterator[str]:
+def _head(window: Window, left: float, right: float, unit: float, height: float, budget: int | None) -> Iterator[str]:
     yield tag("text", "0", class_="tick", x=left, y=14)
     end = left + unit * (budget or window.scale)
     label = f"{budget:,} tokens at most" if budget else f"{window.scale:,} tokens"
@@ -158,7 +159,7 @@ def _bar(
     sequences = "sequence" if len(lengths) == 1 else "sequences"
     share = f"{tokens / laid_out:.0%}" if window.layout == "padded" else ""
     words = f"{len(lengths):,} × {max(lengths):,}" if short else f"{len(lengths):,} {sequences}, {tokens:,} tokens"
-    full = f" {share}" if share and not short and tokens != laid_out else ""
+    full = f", {share} full" if share and not short and tokens != laid_out else ""
     yield tag("text", text(words + full), class_="tick", x=_short(right + 10), y=middle, dy="0.35em")
 
 
@@ -166,14 +167,14 @@ def _samples(window: Window, lengths: tuple[int, ...], left: float, y: float, un
     """Draw the samples of a bar, each with its padding behind it; or all as one, where they are too many to be seen."""
     laid_out = window.laid_out(lengths)
     if laid_out * unit / len(lengths) < FEWEST_PIXELS:
-        yield _block("sample even", left, y, sum(lengths) * unit)
+        yield _block("even", left, y, sum(lengths) * unit)
         if laid_out > sum(lengths):
             yield _block("padding", left + sum(lengths) * unit, y, (laid_out - sum(lengths)) * unit)
         return
     width = laid_out / len(lengths) if window.layout == "padded" else 0
     x = left
     for place, length in enumerate(lengths):
-        yield _block("sample odd" if place % 2 else "sample even", x, y, length * unit)
+        yield _block("odd" if place % 2 else "even", x, y, length * unit)
         if width > length:
             yield _block("padding", x + length * unit, y, (width - length) * unit)
         x += max(width, length) * unit

@@ -66,7 +66,13 @@ class Gallery:
                 lines.append(Line(name, tokens, run.columns["loss"], place))
         summary = "The same losses by the tokens that were learned from: the batches of the runs differ in size."
         return Chart(
-            "loss-by-tokens", "Loss by tokens", "nats per token", tuple(lines), x_label="tokens", summary=summary, wide=True
+            "loss-by-tokens",
+            "Loss by tokens",
+            "nats per token",
+            tuple(lines),
+            x_label="tokens",
+            summary=summary,
+            wide=True,
         )
 
     def _rate(self) -> Chart | None:
@@ -78,7 +84,8 @@ class Gallery:
             top, step = max((y, -x) for x, y in zip(run.columns.steps, run.columns["lr"], strict=True) if y == y)
             last = number(run.columns.last("lr"))
             parts.append(
-                f"The learning rate{self._of(name)} is highest, {number(top)}, at update {-step:,}, and {last} at the end."
+                f"The learning rate{self._of(name)} is highest, {number(top)}, at update {-step:,}, and {last} at the "
+                "end."
             )
         return Chart("lr", "Learning rate", "", tuple(lines), from_zero=True, summary=" ".join(parts))
 
@@ -87,7 +94,9 @@ class Gallery:
         if not lines:
             return None
         summary = self._courses("grad_norm", "The norm of the gradient of the whole batch, before clipping,")
-        limits = {limit for run, _ in self._each_with("grad_norm") if (limit := _positive(run.settings, "max_grad_norm"))}
+        limits = {
+            limit for run, _ in self._each_with("grad_norm") if (limit := _positive(run.settings, "max_grad_norm"))
+        }
         levels: tuple[Level, ...] = ()
         if len(limits) == 1:
             limit = limits.pop()
@@ -110,9 +119,17 @@ class Gallery:
             if last and items and last > 0 and items > 0:
                 ratio = last / items
                 word += f", {number(ratio)} times the batch of {number(items, 'count')}"
-                word += ": larger batches would still make better updates" if ratio > 1 else ": a smaller batch would do"
+                word += ": larger batches would " + ("need fewer updates" if ratio > 1 else "save few updates")
             parts.append(f"{word}.")
-        return Chart("noise", "Noise scale against the batch", "items", (*batch, *noise), kind="count", summary=" ".join(parts), wide=True)
+        return Chart(
+            "noise",
+            "Noise scale against the batch",
+            "items",
+            (*batch, *noise),
+            kind="count",
+            summary=" ".join(parts),
+            wide=True,
+        )
 
     def _global_batch(self) -> Chart | None:
         varies = [run for run, _ in self._each_with("global_batch") if len(_distinct(run.columns["global_batch"])) > 1]
@@ -131,7 +148,9 @@ class Gallery:
             "tokens a second or more."
             for run, name in self._each_with("tokens_per_s")
         ]
-        return Chart("speed", "Speed", "tokens a second", tuple(lines), kind="count", from_zero=True, summary=" ".join(parts))
+        return Chart(
+            "speed", "Speed", "tokens a second", tuple(lines), kind="count", from_zero=True, summary=" ".join(parts)
+        )
 
     def _memory(self) -> Chart | None:
         lines = self._lines("peak_bytes", "measured")
@@ -147,7 +166,16 @@ class Gallery:
             if predicted is not None:
                 colour = 1 if self._alone else place
                 levels.append(Level("predicted" if self._alone else f"{name}: predicted", predicted, colour))
-        return Chart("memory", "Memory", "highest so far", tuple(lines), tuple(levels), kind="bytes", from_zero=True, summary=" ".join(parts))
+        return Chart(
+            "memory",
+            "Memory",
+            "highest so far",
+            tuple(lines),
+            tuple(levels),
+            kind="bytes",
+            from_zero=True,
+            summary=" ".join(parts),
+        )
 
     def _ranks(self) -> Chart | None:
         lines = self._lines("slowest_share", "slowest rank")
@@ -159,7 +187,10 @@ class Gallery:
             who = f" Rank {slowest[0][0]} was the slowest most often." if slowest else ""
             ranks = number(run.columns.last("ranks"), "count")
             half = number(_median(run.columns["slowest_share"]), "share")
-            parts.append(f"Of {ranks} ranks{self._of(name)}, the slowest took a share of {half} in the middle of all updates.{who}")
+            parts.append(
+                f"Of {ranks} ranks{self._of(name)}, the slowest took a share of {half} in the middle of all "
+                f"updates.{who}"
+            )
         return Chart("ranks", "The slowest rank", "share", tuple(lines), kind="share", summary=" ".join(parts))
 
     def _lines(self, column: str, what: str, colour: int = 0, *, style: str = "line") -> list[Line]:
@@ -190,8 +221,9 @@ class Gallery:
             (first, begin), (last, end) = values[0], values[-1]
             (low, lowest), (high, highest) = min(values), max(values)
             parts.append(
-                f"{subject}{self._of(name)} is {number(first, kind)} at update {begin:,} and {number(last, kind)} at update "
-                f"{end:,}; it is least at {lowest:,} ({number(low, kind)}) and greatest at {highest:,} ({number(high, kind)})."
+                f"{subject}{self._of(name)} is {number(first, kind)} at update {begin:,} and {number(last, kind)} at "
+                f"update {end:,}; it is least at {lowest:,} ({number(low, kind)}) and greatest at {highest:,} "
+                f"({number(high, kind)})."
             )
         return " ".join(parts)
 

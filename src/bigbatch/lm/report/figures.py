@@ -40,14 +40,15 @@ def _legend(chart: Chart) -> str:
     entries += [(marks.name, marks.kind) for marks in chart.marks]
     if len(entries) < 2:
         return ""
-    return tag("ul", "".join(tag("li", _sample(kind) + text(name)) for name, kind in entries), class_="legend")
+    return tag("ul", "".join(tag("li", swatch_of(kind) + text(name)) for name, kind in entries), class_="legend")
 
 
 def _colour(colour: int | None) -> str:
     return "neutral" if colour is None else f"s{colour}"
 
 
-def _sample(kind: str) -> str:
+def swatch_of(kind: str) -> str:
+    """Draw a piece of a line, as a legend has it."""
     if kind == "skip":
         inside = tag("path", class_="skip", d="M14 1l5 9h-10Z")
     elif kind == "resume":
@@ -58,7 +59,7 @@ def _sample(kind: str) -> str:
         inside = tag("path", class_=f"line {kind}", d="M0 6H28")
         if kind.startswith("dots"):
             inside += tag("circle", class_=f"dot {kind.partition(' ')[2]}", cx=14, cy=6, r=3.4)
-    return tag("svg", inside, viewBox="0 0 28 12", class_="sample", aria_hidden="true")
+    return tag("svg", inside, viewBox="0 0 28 12", class_="swatch", aria_hidden="true")
 
 
 def _figures(chart: Chart) -> str:

@@ -14,7 +14,9 @@ def text(value: object) -> str:
 def tag(name: str, inside: str = "", **attributes: object) -> str:
     """Write an element; ``class_`` is class, underscores are dashes, None leaves an attribute out."""
     words = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items() if value is not None
+        f' {key.rstrip("_").replace("_", "-")}="{text(value)}"'
+        for key, value in attributes.items()
+        if value is not None
     )
     return f"<{name}{words}>{inside}</{name}>"
 

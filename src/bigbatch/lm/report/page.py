@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from bigbatch import __version__
 from bigbatch.errors import InputError
-from bigbatch.lm.report import sections
+from bigbatch.lm.report import comparison, proof, sections
 from bigbatch.lm.report.charts import Gallery
 from bigbatch.lm.report.drawing import Chart
 from bigbatch.lm.report.figures import figure
@@ -66,14 +66,14 @@ def _one(run: Run) -> Iterator[str]:
     yield _section("Batch", batch, "", _missing_noise(run) + sections.window(run))
     yield _section("Speed and memory", gallery.cost(), "")
     yield _section("What happened", (), "", sections.happened(run))
-    yield _section("Proof", (), "", sections.proof(run))
+    yield _section("Proof", (), "", proof.proof(run))
     both = tag("div", sections.settings(run) + sections.surroundings(run), class_="tables")
     yield _section("Settings and versions", (), "", both)
 
 
 def _several(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
     gallery = Gallery(runs, names)
-    yield _section("Side by side", (), "", sections.side_by_side(runs, names))
+    yield _section("Side by side", (), "", comparison.side_by_side(runs, names))
     yield _section("Learning", gallery.learning(), "No update is written yet.")
     yield _section("Batch", gallery.batch(), "")
     yield _section("Speed and memory", gallery.cost(), "")

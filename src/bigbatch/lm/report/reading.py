@@ -1,7 +1,6 @@
 """A run directory as it lies there: whole or not, running or not, of this version or another."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ except ImportError:  # Windows
 
 METRICS, CONFIG, CHOICE, PROOF = "metrics.jsonl", "config.json", "microbatch.json", "verify.json"
 State = Literal["running", "finished", "stopped", "failed", "ended"]
+ENDS: Mapping[Any, State] = {"finished": "finished", "stopped": "stopped", "failed": "failed"}
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def is_running(folder: Path) -> bool:
 
 def _state(folder: Path, stored: Mapping[str, Any], columns: Columns, events: Sequence[Mapping[str, Any]]) -> State:
     last = events[-1].get("event") if events else None
-    if last in ("finished", "stopped", "failed"):
-        return last  # type: ignore[return-value]
+    if last in ENDS:
+        return ENDS[last]
     made = columns.steps[-1] if columns.steps else 0
     whole = not events and (folder / "model").is_dir() and stored.get("steps") in (made, None)
     return "finished" if made and whole else "ended"
@@ -137,7 +137,7 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    found = []
+    found: list[Mapping[str, Any]] = []
     for line in data.splitlines():
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
@@ -158,5 +158,5 @@ def _object(path: Path) -> dict[str, Any]:
 def size_of_metrics(folder: Path) -> int:
     """Give the bytes of metrics.jsonl; 0 where there is none."""
     with suppress(OSError):
-        return os.stat(folder / METRICS).st_size
+        return (folder / METRICS).stat().st_size
     return 0

@@ -39,7 +39,7 @@ class Points:
 def reduced(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> Points:
     """Let each point stand for the same number of updates in a row, the fewest that leave at most ``most`` points.
 
-        each = ⌈len / most⌉;  point i = min, mean, max of y[i·each : (i+1)·each], NaN left out
+    each = ⌈len / most⌉;  point i = min, mean, max of y[i·each : (i+1)·each], NaN left out
     """
     each = max(1, -(-len(y) // most))
     if each == 1:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Kind = Literal["plain", "bytes", "share", "count"]
@@ -77,7 +78,7 @@ def step_scale(first: float, last: float, *, most_ticks: int) -> Scale:
 
 
 def _step(span: float, most_ticks: int, *, whole: bool) -> float:
-    rough = span / max(1, most_ticks - 1)
+    rough = span / most_ticks
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((factor * power for factor in (1, 2, 2.5, 5) if factor * power >= rough * 0.999), 10 * power)
     return max(1.0, math.ceil(step - 1e-9)) if whole else step
@@ -133,7 +134,7 @@ def _scientific(value: float) -> str:
 
 
 def _smallest_gap(ticks: Sequence[float]) -> float:
-    return min((abs(b - a) for a, b in zip(ticks, ticks[1:], strict=False)), default=abs(ticks[0]) or 1.0)
+    return min((abs(b - a) for a, b in pairwise(ticks)), default=abs(ticks[0]) or 1.0)
 
 
 def _digits(value: float, gap: float) -> str:
@@ -158,3 +159,14 @@ def number(value: float | None, kind: Kind = "plain") -> str:
     if 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}".replace("-", "−")
     return _scientific(value) if abs(value) < 1e-3 or abs(value) >= 1e15 else f"{value:.4g}".replace("-", "−")
+
+
+def written(value: object) -> str:
+    """Write a setting as TOML would, as far as it can; a dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value if value == value.strip() and value else repr(value)
+    return number(value) if type(value) is float else str(value)

@@ -1,6 +1,5 @@
-"""What is told of a run besides its charts: how it stands, what happened, the proof, the settings and versions."""
+"""What is told of a run besides its charts: how it stands, what happened, settings and versions."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -9,8 +8,8 @@ from bigbatch.lm.report.blocks import draw_window, window_of
 from bigbatch.lm.report.charts import median
 from bigbatch.lm.report.columns import Columns
 from bigbatch.lm.report.markup import table, tag, text
-from bigbatch.lm.report.reading import PROOF, Run
-from bigbatch.lm.report.scales import number
+from bigbatch.lm.report.reading import Run
+from bigbatch.lm.report.scales import number, written
 
 MOST_LINES = 60  # of what happened; the rest is counted
 STATES = {
@@ -40,7 +39,9 @@ def standing(run: Run) -> str:
     if run.columns.num_unreadable:
         count = run.columns.num_unreadable
         lines = "1 line" if count == 1 else f"{count:,} lines"
-        sentences.append(text(f"{lines} of metrics.jsonl could not be read and {'is' if count == 1 else 'are'} left out."))
+        sentences.append(
+            text(f"{lines} of metrics.jsonl could not be read and {'is' if count == 1 else 'are'} left out.")
+        )
     return tag("p", " ".join(sentences), class_="standing")
 
 
@@ -85,13 +86,15 @@ def window(run: Run) -> str:
     ]
     head = ["micro-batch", "sequences", "longest", "tokens", "as laid out"]
     rows = table(head, shares, caption="The micro-batches that are drawn", numeric=range(1, 5))
-    entries = [("sample even", "a sequence"), ("sample odd", "the next one")]
+    entries = [("even", "a sequence"), ("odd", "the next one")]
     entries += [("padding", "padding")] if found.laid_out_tokens > found.tokens else []
-    swatch = '<svg viewBox="0 0 28 12" class="sample" aria-hidden="true"><rect class="{}" width="28" height="12"/></svg>'
+    swatch = (
+        '<svg viewBox="0 0 28 12" class="swatch" aria-hidden="true"><rect class="{}" width="28" height="12"/></svg>'
+    )
     legend = "".join(tag("li", swatch.format(kind) + name) for kind, name in entries)
     return tag(
         "figure",
-        tag("h3", f"The first window, cut {tag('span', 'tokens', class_='unit')}", id="window-heading")
+        tag("h3", f"Plan of the first window {tag('span', 'tokens', class_='unit')}", id="window-heading")
         + tag("ul", legend, class_="legend")
         + tag("div", draw_window(found), class_="plots")
         + tag("figcaption", tag("p", text(found.describe())))
@@ -106,7 +109,7 @@ def happened(run: Run) -> str:
     parts = []
     processes = list(_processes(run.events))
     if processes:
-        head = ["when", "update", "what happened"]
+        head = ["when (UTC)", "update", "what happened"]
         parts.append(table(head, _first(processes, 3), caption="Processes of this run", numeric=(1,)))
     else:
         parts.append(tag("p", "When it began, stopped and went on is not in this run's directory.", class_="missing"))
@@ -137,11 +140,15 @@ def _processes(events: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         else:
             continue
         step = event.get("step")
-        yield [text(_when(event.get("at"))), f"{step:,}" if type(step) is int else "–", text(_sentence(event))]
+        yield [
+            tag("span", text(_when(event.get("at"))), class_="when"),
+            f"{step:,}" if type(step) is int else "–",
+            text(_sentence(event)),
+        ]
 
 
 def _when(at: object) -> str:
-    return str(at).replace("T", " ").replace("+00:00", " UTC") if at else "–"
+    return str(at).replace("T", " ").removesuffix("+00:00") if at else "–"
 
 
 def _sentence(event: Mapping[str, Any]) -> str:
@@ -156,7 +163,7 @@ def _sentence(event: Mapping[str, Any]) -> str:
                 words += f"; passed over {pair[0]}: {pair[1]}"
         settings = event.get("settings")
         if isinstance(settings, dict) and settings:
-            words += "; with " + ", ".join(f"{name} = {_value(value)}" for name, value in settings.items())
+            words += "; with " + ", ".join(f"{name} = {written(value)}" for name, value in settings.items())
         return words
     if kind == "stopped":
         return f"stopped by {why}, after saving" if why else "stopped, after saving"
@@ -179,95 +186,15 @@ def _updates(columns: Columns) -> Iterator[list[str]]:
         yield row
 
 
-def proof(run: Run) -> str:
-    """Write the table of ``bigbatch verify``, where its JSON was kept beside the run."""
-    found = run.proof
-    cuts = found.get("cuts")
-    if not isinstance(cuts, list) or not all(isinstance(cut, dict) for cut in cuts) or not cuts:
-        return tag(
-            "p",
-            f"No proof is kept with this run: {tag('code', 'bigbatch verify --json > RUN/' + PROOF)}, with the flags of the "
-            "run, puts it here.",
-            class_="missing",
-        )
-    tolerance = _float(found.get("tolerance"))
-    rows = [
-        [
-            text(_whole(cut.get("microbatch"))),
-            text(_whole(cut.get("num_microbatches"))),
-            text(_error(cut.get("relative_error"))) + _mark(_float(cut.get("relative_error")), tolerance),
-            text(_error(cut.get("mean_of_means_error"))),
-        ]
-        for cut in cuts
-    ]
-    exact = found.get("exact") is True
-    verdict = (
-        "Exact: every cut gives the full-batch gradient, up to rounding." if exact else "NOT exact: a cut changes the gradient."
-    )
-    return (
-        tag("p", tag("strong", text(verdict), class_=f"state {'finished' if exact else 'failed'}") + _proved(run))
-        + table(
-            ["micro-batch", "micro-batches", "bigbatch", "mean of means"],
-            rows,
-            caption="Relative error of the gradient against the full batch",
-            numeric=range(4),
-        )
-        + "".join(tag("p", text(f"Cause: {cause}")) for cause in _strings(found.get("causes")))
-    )
-
-
-def _proved(run: Run) -> str:
-    """Say what was proved on, and whether that is what this run trains."""
-    found = run.proof
-    on = [str(found[name]) for name in ("model", "data", "machine") if found.get(name)]
-    size = _whole(found.get("num_samples"))
-    words = f" {size} sequences" + (f" of {on[1]} with {on[0]}, on {on[2]}" if len(on) == 3 else "")
-    words += f", {found.get('dtype')}, tolerance {_error(found.get('tolerance'))}."
-    others = [
-        name for name in ("model", "data") if found.get(name) and found[name] != run.settings.get(name, found[name])
-    ]
-    if others:
-        words += f" This is another {' and other '.join(others)} than the run's."
-    return text(words)
-
-
-def _mark(error: float, tolerance: float) -> str:
-    return "" if error <= tolerance else " " + tag("strong", "not exact")
-
-
-def _strings(value: object) -> list[str]:
-    return [part for part in value if isinstance(part, str)] if isinstance(value, list) else []
-
-
-def _float(value: object) -> float:
-    return float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
-
-
-def _error(value: object) -> str:
-    found = _float(value)
-    return "–" if math.isnan(found) else f"{found:.1e}"
-
-
-def _whole(value: object) -> str:
-    return f"{value:,}" if type(value) is int else "–"
-
-
-def _value(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return value if value == value.strip() and value else repr(value)
-    return number(value) if type(value) is float else str(value)
-
-
 def settings(run: Run) -> str:
     """List every setting, those marked that a resume changed."""
     if not run.settings:
         return tag("p", "config.json is not there or cannot be read, so the settings are not known.", class_="missing")
     rows = [
-        [text(name), text(_value(value)) + (" " + tag("em", "(changed since it began)") if name in run.changed else "")]
+        [
+            text(name),
+            text(written(value)) + (" " + tag("em", "(changed since it began)") if name in run.changed else ""),
+        ]
         for name, value in run.settings.items()
     ]
     return table(["setting", "value"], rows, caption="Settings, as flags and TOML name them")
@@ -277,7 +204,12 @@ def surroundings(run: Run) -> str:
     """List machine, model and versions."""
     rows = [
         [name, text(shown)]
-        for name, key in (("machine", "machine"), ("parameters", "parameters"), ("of them trained", "trained"), ("computed anew", "recomputed"))
+        for name, key in (
+            ("machine", "machine"),
+            ("parameters", "parameters"),
+            ("of them trained", "trained"),
+            ("computed anew", "recomputed"),
+        )
         if (told := run.told(key)) is not None and (shown := f"{told:,}" if type(told) is int else str(told))
     ]
     versions = run.told("versions")
@@ -286,43 +218,3 @@ def surroundings(run: Run) -> str:
     if not rows:
         return tag("p", "Machine and versions are not in this run's directory.", class_="missing")
     return table(["what", "which"], rows, caption="Machine, model and versions")
-
-
-def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Compare runs in a table, and list the settings in which they differ."""
-    rows = []
-    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
-        columns = run.columns
-        best = min((value for value in columns["validation_loss"] if value == value), default=None)
-        peak = max((value for value in columns["peak_bytes"] if value == value), default=None)
-        swatch = f'<svg viewBox="0 0 28 12" class="sample" aria-hidden="true"><path class="line line s{place}" d="M0 6H28"/></svg>'
-        rows.append(
-            [
-                swatch + text(name),
-                text(STATES[run.state]),
-                text(f"{run.steps:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")),
-                text(number(columns.last("loss"))),
-                text(number(best)),
-                text(number(median(run, "tokens_per_s"), "count")),
-                text(number(peak, "bytes")),
-                f"{len(columns.skipped):,}",
-                f"{len(run.resumes):,}" if run.events else "–",
-            ]
-        )
-    head = ["run", "state", "updates", "last loss", "best validation", "tokens a second", "peak memory", "skipped", "resumes"]
-    whole = table(head, rows, caption="The runs", numeric=range(2, 9))
-    differing = [key for key in _all_settings(runs) if key != "out" and len({_value(_of(run, key)) for run in runs}) > 1]
-    if not differing:
-        return whole + tag("p", "Their settings are the same.")
-    rows = [[text(key), *(text(_value(_of(run, key))) for run in runs)] for key in differing]
-    return whole + table(["setting", *map(text, names)], rows, caption="Settings in which they differ")
-
-
-def _of(run: Run, key: str) -> object:
-    return run.settings.get(key)
-
-
-def _all_settings(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in run.settings))
-
-
