@@ -128,13 +128,15 @@ def _first(rows: list[list[str]], width: int) -> list[list[str]]:
 
 
 def _processes(events: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    is_open = False
+    is_open = began = False
     for event in events:
         kind = event.get("event")
         if kind in ("begin", "resume"):
             if is_open:
                 yield ["–", "–", "the process ended without a word, as when it is killed"]
             is_open = True
+            event = {**event, "again": began}
+            began = True
         elif kind in ("stopped", "failed", "finished"):
             is_open = False
         else:
@@ -154,7 +156,8 @@ def _when(at: object) -> str:
 def _sentence(event: Mapping[str, Any]) -> str:
     kind, why = event["event"], str(event.get("why") or "")
     if kind == "begin":
-        return f"began on {event.get('machine', 'a machine that it does not name')}"
+        began = "began anew, without a checkpoint," if event.get("again") else "began"
+        return f"{began} on {event.get('machine', 'a machine that it does not name')}"
     if kind == "resume":
         words = f"went on from checkpoint {event.get('checkpoint')}, on {event.get('machine')}"
         passed = event.get("passed_over")
