@@ -1,20 +1,20 @@
 """A headless Chromium, driven through a pipe: no driver, no port, no library.
 
-with Browser.found() as browser:
+with Browser(find_chromium()) as browser:
     with browser.page(url, dark=True, width=375) as page:
         page.value("document.title"), page.requests, page.complaints
 """
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,13 @@ class Browser:
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
             "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={self._folder.name}",
         ]  # fmt: skip
-        # Chromium reads commands from descriptor 3 and answers on 4.
-        words = ["sh", "-c", f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"', "sh", program, *flags, "about:blank"]
-        self._process = subprocess.Popen(
-            words,
-            pass_fds=(to_browser, from_browser),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_browser)
-        os.close(from_browser)
+        # Chromium reads commands from descriptor 3 and answers on 4; copies from 10 on cannot be one of these.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser)]
+        actions = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
+        actions += [(os.POSIX_SPAWN_DUP2, end, n) for end, n in zip(ends, (3, 4), strict=True)]
+        self._process = os.posix_spawn(program, [program, *flags, "about:blank"], os.environ, file_actions=actions)
+        for end in (to_browser, from_browser, *ends):
+            os.close(end)
         self._rest = b""
         self._numbers = itertools.count(1)
         self._events: list[dict[str, Any]] = []
@@ -57,13 +53,11 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError, AssertionError):
+            self.call("Browser.close")
         os.close(self._to)
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         os.close(self._from)
+        os.waitpid(self._process, 0)
         self._folder.cleanup()
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:

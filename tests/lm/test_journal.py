@@ -61,9 +61,10 @@ def test_what_happened_before_stays_when_a_run_goes_on(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(BigbatchError):
+    with monkeypatch.context() as patch:
         interrupt(patch, 4, BigbatchError("the disk is on fire."))
-        train.run(TrainConfig(out=run, **settings))
+        with pytest.raises(BigbatchError):
+            train.run(TrainConfig(out=run, **settings))
     assert events(run)[-1]["why"] == "the disk is on fire."
     assert read_run(run).state == "failed"
     with (run / "events.jsonl").open("a") as file:

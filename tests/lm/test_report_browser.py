@@ -28,7 +28,8 @@ CHARTS = """
   };
   const labels = [...shown[0].querySelectorAll("text")].map((text) => {
     const box = text.getBoundingClientRect();
-    return {left: box.left, right: box.right, top: box.top, bottom: box.bottom, size: box.height, words: text.textContent};
+    const {left, right, top, bottom, height} = box;
+    return {left, right, top, bottom, size: height, words: text.textContent};
   });
   return {
     id: figure.id, drawings: shown.length, labels,
