@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigbatch.cli.console import make_console
 from bigbatch.cli.options import ReportOptions
@@ -11,6 +12,9 @@ from bigbatch.lm.report.page import page
 from bigbatch.lm.report.reading import Run, is_running, read_run, size_of_metrics
 from bigbatch.lm.report.sections import STATES
 from bigbatch.lm.report.writing import check_place, put
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DONE = 0
 LOOK_EVERY_S = 1.0
@@ -30,16 +34,16 @@ def run(options: ReportOptions) -> int:
     num_bytes = put(target, page(runs, refresh=watched))
     console.print(f"{target}: {describe_bytes(num_bytes)}, {_states(runs)}")
     if watched:
-        console.print("writing it again whenever an update is made; Ctrl-C ends that")
-        runs = _watch(folders, target, runs)
+        runs = _watch(folders, target, console)
         console.print(f"{target}: {_states(runs)}")
     return DONE
 
 
-def _watch(folders: tuple[Path, ...], target: Path, runs: list[Run]) -> list[Run]:
+def _watch(folders: tuple[Path, ...], target: Path, console: "Console") -> list[Run]:
     """Write the page whenever metrics grow; in the end once more, as a page that does not load itself again."""
     try:
-        shown = [-1 for _ in runs]
+        console.print("writing it again whenever an update is made; Ctrl-C ends that")
+        shown = [-1 for _ in folders]
         pause_s = LOOK_EVERY_S
         while any(is_running(folder) for folder in folders):
             time.sleep(pause_s)
