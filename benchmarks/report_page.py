@@ -2,9 +2,9 @@
 
     python benchmarks/report_page.py [--updates 100000]
 
-The run directories are made up: every chart has its data, with skipped updates, a retry, spikes and resumes. Seconds are
-those of this process alone, reading and writing included; the peak is its resident set, Python and all. A point of the
-page stands for so many updates.
+The run directories are made up: every chart has its data, with skipped updates, a retry, spikes and resumes. Seconds
+are those of this process alone, reading and writing included; the peak is its resident set, Python and all. A point of
+the page stands for so many updates.
 """
 
 import argparse

@@ -47,11 +47,12 @@ def _watch(folders: tuple[Path, ...], target: Path, console: "Console") -> list[
         pause_s = LOOK_EVERY_S
         while any(is_running(folder) for folder in folders):
             time.sleep(pause_s)
-            if [size_of_metrics(folder) for folder in folders] == shown:
+            now = [size_of_metrics(folder) for folder in folders]
+            if now == shown:
                 continue
+            shown = now
             started_s = time.perf_counter()
             runs = [read_run(folder) for folder in folders]
-            shown = [size_of_metrics(folder) for folder in folders]
             put(target, page(runs, refresh=_any_running(runs)))
             pause_s = max(LOOK_EVERY_S, SHARE * (time.perf_counter() - started_s))
     except KeyboardInterrupt:
