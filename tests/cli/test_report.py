@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_a_place_that_is_not_to_be_written_is_told(
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Wait for something that the process does."""
+    last_s = time.monotonic() + LIMIT_S
     while not condition():
+        assert time.monotonic() < last_s, "it did not"
         assert process.poll() is None, process.communicate()
 
 

@@ -172,6 +172,16 @@ def test_one_update_is_a_dot_in_every_chart(tmp_path: Path) -> None:
     assert "nan" not in Parsed(html).text
 
 
+def test_numbers_of_any_size_are_drawn(tmp_path: Path) -> None:
+    values = [1e308, -1e308, 1e300, -1e300, 5e-324, 0.0, math.inf, math.nan]
+    lines = [
+        row | {"loss": value, "lr": value, "grad_norm": abs(value)} for row, value in zip(rows(8), values, strict=True)
+    ]
+    html = written(make_run(tmp_path / "run", lines))
+    assert figures(Parsed(html)) >= {"loss", "lr", "grad-norm"}
+    assert not re.search(r'(d|cx|cy|x1|y1)="[^"]*(nan|inf)', html)
+
+
 def test_a_chart_without_any_finite_value_is_left_out(tmp_path: Path) -> None:
     lines = [row | {"grad_norm": None, "tokens_per_s": float("nan")} for row in rows(5)]
     assert figures(parsed(make_run(tmp_path / "run", lines))) == {"loss", "lr", "memory", "window"}
@@ -225,6 +235,7 @@ def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
         assert len(scripts) == len(found.all("script"))
         assert "alert" not in scripts[-1]
         for script in scripts[:-1]:
+            assert "<" not in script
             json.loads(script)  # what a chart holds is data, whatever the names in it
         assert "\u202e" not in html  # it would turn what stands behind it around
         assert "日本語" in found.text
@@ -248,14 +259,15 @@ def test_lines_that_are_none_are_counted_and_a_half_written_last_one_is_not(tmp_
         '{"step": 2, "loss": 5, "skipped": "no items"}',
         '{"step": 3, "loss": 1e308, "grad_norm": "7"}',
         '{"step": 3, "loss": 4.5, "grad_norm": true}',
-        '{"step": 4, "loss": 9.0, "lr',
+        '{"step": 4, "loss": 1e305}',
+        '{"step": 5, "loss": 9.0, "lr',
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     found = read_columns(path)
-    assert list(found.steps) == [1, 2, 3]
+    assert list(found.steps) == [1, 2, 3, 4]
     assert found.num_unreadable == 5
-    assert [value if value == value else None for value in found["loss"]] == [None, 5.0, 4.5]
-    assert [value if value == value else None for value in found["grad_norm"]] == [1.0, None, None]
+    assert [value if value == value else None for value in found["loss"]] == [None, 5.0, 4.5, None]
+    assert [value if value == value else None for value in found["grad_norm"]] == [1.0, None, None, None]
     assert not found.has("lr")
     assert math.isnan(found["lr"][0])
     assert [(skip.step, skip.reason) for skip in found.skipped] == [(2, "no items")]

@@ -86,11 +86,9 @@ def test_tensorboard_has_every_update_once_also_after_a_resume(settings: dict[st
 
 @needs_trackio
 def test_trackio_hears_a_run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trackio
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is loaded, which is now
     from trackio.sqlite_storage import SQLiteStorage
 
-    for module in (trackio, trackio.sqlite_storage):
-        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio", raising=False)
     assert train.run(TrainConfig(log="trackio", **settings)) == 0
     logged = SQLiteStorage.get_logs("bigbatch", "run")
     assert [row["train/loss"] for row in logged if "train/loss" in row] == pytest.approx(

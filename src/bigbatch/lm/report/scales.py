@@ -62,7 +62,7 @@ def value_scale(values: Sequence[float], *, is_log: bool, from_zero: bool, kind:
         room = abs(high) * 0.1 or 1.0
         low, high = (low if from_zero and low == 0 else low - room), high + room
     unit = byte_unit(high)[0] if kind == "bytes" else 1.0
-    step = _step((high - low) / unit, most_ticks, whole=kind == "count") * unit
+    step = _step((high - low) / unit, most_ticks, whole=kind == "count" and high - low >= 2) * unit
     room = 0.05 * (high - low)
     low = low if low == 0 and from_zero else low - room
     high += room
