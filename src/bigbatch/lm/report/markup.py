@@ -34,7 +34,8 @@ def table(
     body = "".join(
         "<tr>"
         + "".join(
-            tag("th", cell, scope="row") if i == 0 else tag("td", cell, class_=kind(i)) for i, cell in enumerate(row)
+            tag("th", cell, scope="row", class_=kind(i)) if i == 0 else tag("td", cell, class_=kind(i))
+            for i, cell in enumerate(row)
         )
         + "</tr>"
         for row in rows

@@ -51,7 +51,8 @@ def _proved(run: Run) -> str:
     on = [str(found[name]) for name in ("model", "data", "machine") if found.get(name)]
     size = _whole(found.get("num_samples"))
     words = f" {size} sequences" + (f" of {on[1]} with {on[0]}, on {on[2]}" if len(on) == 3 else "")
-    words += f", {found.get('dtype')}, tolerance {_error(found.get('tolerance'))}."
+    words += "" if len(on) == 3 else f", {found.get('dtype')}"  # a machine names its precision
+    words += f", tolerance {_error(found.get('tolerance'))}."
     others = [
         name for name in ("model", "data") if found.get(name) and found[name] != run.settings.get(name, found[name])
     ]

@@ -86,7 +86,8 @@ def window(run: Run) -> str:
     ]
     head = ["micro-batch", "sequences", "longest", "tokens", "as laid out"]
     rows = table(head, shares, caption="The micro-batches that are drawn", numeric=range(1, 5))
-    entries = [("even", "a sequence"), ("odd", "the next one")]
+    entries = [("even", "a sequence")]
+    entries += [("odd", "the next one")] if any(len(lengths) > 1 for _, lengths in found.shown) else []
     entries += [("padding", "padding")] if found.laid_out_tokens > found.tokens else []
     swatch = (
         '<svg viewBox="0 0 28 12" class="swatch" aria-hidden="true"><rect class="{}" width="28" height="12"/></svg>'
