@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,10 @@ from bigbatch.lm.batch_schedule import read
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.lock import RunLock
+from bigbatch.lm.report.journal import Journal
 from bigbatch.lm.rescaling import rule_lines
 from bigbatch.lm.rundir import ReadDirectory, RunDirectory, check_free, default_path
+from bigbatch.lm.scalars import check_log, heard_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +59,7 @@ def run(config: TrainConfig) -> int:
 def _run(config: TrainConfig, ranks: "Ranks") -> int:
     console = make_console(quiet=not ranks.is_first)
     config = each_its_own_device(config, ranks)
+    check_log(config.log)
     repeat_exactly(config)
     with speaking_for_all(ranks):
         path = ranks.tell(config.out or default_path(config.model, config.data))
@@ -88,23 +91,34 @@ def _run(config: TrainConfig, ranks: "Ranks") -> int:
 def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:
     """Run a trainer to its end, or until a signal; ``config`` is what was asked for. Returns the exit code."""
     prepared, total_steps, ranks = trainer.prepared, trainer.total_steps, trainer.ranks
+    done = 0 if trainer.saved is None else trainer.saved.progress.step
     display = TrainingDisplay(
         console,
         total_steps=total_steps,
         validation_every=None if prepared.validation is None else prepared.config.validation_every_of(total_steps),
         entropy=None if prepared.validation is None else prepared.validation.unigram_entropy(),
         prompt=prepared.config.sample_prompt,
-        done=0 if trainer.saved is None else trainer.saved.progress.step,
+        done=done,
     )
     with (
         watched(ranks, prepared.config.timeout_s) as watch,
+        _journal(trainer, directory) as journal,
         stop_on_signals(prepared.config.grace_s, quiet=not ranks.is_first) as stop,
+        heard_by(
+            display,
+            config.log if ranks.is_first else "none",
+            directory.path,
+            done=done,
+            settings=config.model_dump(mode="json"),
+        ) as heard,
         display,
     ):
-        listener = WatchedListener(display if ranks.is_first else None, watch)
+        listener = WatchedListener(heard if ranks.is_first else None, watch)
         outcome = trainer.run(
             directory, listener=listener, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue
         )
+        if journal is not None:
+            journal.ended(outcome, signal=stop.signal)
     if not outcome.finished:
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
@@ -116,6 +130,11 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
     for line in farewell(config, directory, outcome):
         console.print(line)
     return DONE if outcome.finished else STOPPED
+
+
+def _journal(trainer: "Trainer", directory: RunDirectory) -> "AbstractContextManager[Journal | None]":
+    """Give what notes when a run begins and ends, on the rank that writes."""
+    return Journal(trainer, directory.path) if trainer.ranks.is_first else nullcontext()
 
 
 def _last_word(directory: RunDirectory) -> str | None:

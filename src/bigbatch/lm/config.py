@@ -74,6 +74,7 @@ FREE = (
     "layout",
     "compile",
     "sample_prompt",
+    "log",
     "checkpoint_every",
     "keep",
     "async_checkpoint",
@@ -266,6 +267,11 @@ class TrainConfig(BaseModel):
         description=f"updates between two validations (default: about {VALIDATIONS_A_RUN} validations a run)",
     )
     sample_prompt: Text = Field(default="def ", description="start of the text that a validation lets the model write")
+    log: Literal["none", "tensorboard", "trackio"] = Field(
+        default="none",
+        description="a dashboard that hears every update beside metrics.jsonl, where it is installed: tensorboard "
+        "writes to tensorboard/ in the run directory, trackio to a folder of its own",
+    )
     checkpoint_every: Count = Field(
         default=50, description="updates between two checkpoints, from which bigbatch resume goes on"
     )
@@ -410,7 +416,7 @@ GROUPS = (
         "for every number of them.",
         ("parallel", "timeout_s"),
     ),
-    FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt")),
+    FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt", "log")),
     FieldGroup(
         "safety",
         "What holds when something happens.",

@@ -48,6 +48,7 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
     All of it is over all ranks: loss, items, tokens a second, micro-batches, and the peak of the rank that took most.
     """
     tokens = report.tokens or 0
+    retries = {"retries": report.retries} if report.retries else {}
     row = {
         "step": step,
         "loss": report.loss,
@@ -60,6 +61,7 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
         "peak_bytes": report.peak_bytes if clock else None,
         "elapsed_s": report.elapsed_s if clock else None,
         "skipped": report.skipped,
+        **retries,
     }
     row |= _noise(report.noise)
     if (ranks := report.ranks) is not None:
