@@ -519,12 +519,10 @@ def main() -> None:
     times = measure(options.rounds)
     middle = {name: statistics.median(values) for name, values in times.items()}
     least = {name: min(values) for name, values in times.items()}
-    print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()} CPU, {os.cpu_count()} cores"
-    )
-    print(
-        f"2 gloo processes of 1 thread, {options.rounds} rounds; load {before:.1f} before: above 0, others use the cores too"
-    )
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{versions}, {platform.machine()} CPU, {os.cpu_count()} cores")
+    others = f"load {before:.1f} before: above 0, others use the cores too"
+    print(f"2 gloo processes of 1 thread, {options.rounds} rounds; {others}")
     _print_measured(middle, least)
     cpu = replace(machine_of(middle), name="this CPU, medians")
     _print_check(cpu, middle, "medians")
