@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from bigbatch.accumulate import NARROW_DTYPES
+from bigbatch.errors import WindowStateError
 from bigbatch.sync import Sync, SyncPolicy, collective_device, gather, tell
 from bigbatch.vote import Number
 
@@ -58,18 +59,29 @@ class Sharded(Sync):
         self._device = collective_device(self.group, model)
         self.averaged_over = self._find_divisor()
         self._check_dtypes()
-        self._outputs: list[Tensor] = []
         self._unhook: Any = None
 
     def begin(self) -> None:
-        """Note what the model gives, and let every micro-batch reduce that nothing else is said of."""
+        """Stand by where the model gives something, and let every micro-batch reduce that nothing else is said of.
+
+        Raises:
+            WindowStateError: Another window over it is open: what FSDP holds for that one would be dropped.
+        """
+        if vars(self.module).setdefault("_bigbatch_window", self) is not self:
+            raise WindowStateError(
+                "another window over the same sharded model is open, and FSDP adds up the gradients of one at a time. "
+                "End it, by its step() or its abort(), before this one begins."
+            )
         self._found = [(group, group.reduce_grads, group.all_reduce_grads) for group in self._parameter_groups()]
-        self._unhook = self.module.register_forward_hook(self._keep_outputs)
+        self._unhook = self.module.register_forward_hook(self._stand_by)
         self._forget()
         self.before(is_last=True)
 
     def end(self) -> None:
         """Put the flags back, and drop what a window that was given up left inside FSDP."""
+        if vars(self.module).get("_bigbatch_window") is not self:
+            return
+        del vars(self.module)["_bigbatch_window"]
         for group, reduces, all_reduces in self._found:
             group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
         if self._unhook is not None:
@@ -90,9 +102,9 @@ class Sharded(Sync):
         """Give the values of every rank, as many on each. Collective; waits for the device."""
         return gather(values, self._device, self.group)
 
-    def tell(self, text: str) -> str:
-        """Give the text of the first rank to all. Collective."""
-        return tell(text, self._device, self.group)
+    def tell(self, text: str, *, source: int = 0) -> str:
+        """Give the text of one rank to all. Collective."""
+        return tell(text, self._device, self.group, source)
 
     def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
         """Do nothing: FSDP has done it."""
@@ -103,22 +115,22 @@ class Sharded(Sync):
         total = torch.nn.utils.get_total_norm(gradients)
         return total.full_tensor() if isinstance(total, DTensor) else total
 
-    def zero(self, loss: Tensor) -> Tensor:
-        """Give a loss of zero gradient from what the model gave, whatever the loss made of it."""
-        if not self._outputs:
-            return loss * 0.0
-        return torch.stack([output.sum() * 0.0 for output in self._outputs]).sum()
+    def _stand_by(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Be there where gradients enter the model; outputs are not kept, which may be large."""
+        for leaf in pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._silence)  # type: ignore[no-untyped-call]
 
-    def _keep_outputs(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        leaves = pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs)
-        self._outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    def _silence(self, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self.is_silent else None
 
     def _forget(self) -> None:
-        self._outputs = []
         for group in self._parameter_groups():
             group._partial_reduce_output = None
             for parameter in group.fsdp_params:
                 parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):  # from the first forward on
+                    parameter._unsharded_param.grad = None
 
     def _parameter_groups(self) -> Iterator[Any]:
         for root in self._roots:
