@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.distributed.pool import Pool
+
+from distributed.pool import Pool
 
 
 @pytest.fixture(scope="session")
