@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -230,3 +230,30 @@ def plain(report: bigbatch.WindowReport) -> bigbatch.WindowReport:
     """Give a report that can be sent, with its terms read."""
     terms = report.terms
     return replace(report, _read_terms=partial(dict, terms))
+
+
+def local(value: Any) -> Any:
+    """Give the part of a tensor that is here; anything else as it is."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Give a model without its wrapper."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def flags(model: nn.Module) -> dict[str, Any]:
+    """Give the settings of a wrapper, or of FSDP's parameter groups, that windows change and have to put back."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        names = ("require_backward_grad_sync", "require_forward_param_sync", "_static_graph_delay_allreduce_enqueued")
+        return {name: getattr(model, name) for name in names if hasattr(model, name)}
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            found[f"{name} flags"] = (group.reduce_grads, group.all_reduce_grads)
+            found[f"{name} left over"] = [p for p in group.fsdp_params if p.unsharded_accumulated_grad is not None]
+    found["hooks"] = len(model._forward_hooks)
+    return found

@@ -6,9 +6,11 @@ import pytest
 
 from distributed.pool import Pool
 
+Pools = Callable[[int], Pool]
+
 
 @pytest.fixture(scope="session")
-def pools() -> Iterator[Callable[[int], Pool]]:
+def pools() -> Iterator[Pools]:
     """Give the pool of so many ranks."""
     made: dict[int, Pool] = {}
 

@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 20.0
 
 
 class RankError(AssertionError):
@@ -82,6 +83,8 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # of what this package calls; FSDP warns of the models themselves
+    warnings.simplefilter("error", DeprecationWarning)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     while True:

@@ -1,15 +1,11 @@
 """The gradient of ranks beside that of one process with the whole batch, in float64."""
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distributed import cases
-from distributed.pool import Pool
-
-Pools = Callable[[int], Pool]
+from distributed.conftest import Pools
 
 TOLERANCE = 1e-12
 
