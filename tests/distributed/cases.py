@@ -41,10 +41,10 @@ class Collectives(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def spread(model: nn.Module, how: str) -> tuple[nn.Module, Any]:
+def spread(model: nn.Module, how: str, **settings: bool) -> tuple[nn.Module, Any]:
     """Give the model as it is spread over ranks, and what an accumulator is told about it."""
     if how == "ddp":
-        return nn.parallel.DistributedDataParallel(model), None
+        return nn.parallel.DistributedDataParallel(model, **settings), None
     if how == "plain":
         return model, bigbatch.Replicated(model)
     if how == "one process":
