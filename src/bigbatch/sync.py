@@ -113,9 +113,16 @@ class Replicated(Sync):
         group: Ranks that hold different data; by default those of the DDP wrapper, or all. NCCL for CUDA, gloo for CPU.
 
     Constructing it is collective for a plain model.
+
+    Raises:
+        TypeError: The model is sharded.
     """
 
     def __init__(self, model: nn.Module, *, group: Any = None) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise TypeError("the model is sharded by fully_shard: leave sync= out, or pass a bigbatch.SyncPolicy.")
         wrapper = _ddp_of(model)
         super().__init__(model, model if wrapper is None else wrapper.module)
         self._wrapper = wrapper
