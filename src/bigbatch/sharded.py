@@ -4,6 +4,7 @@ policy → flags before each micro-batch → FSDP reduces within its backward �
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,13 +61,20 @@ class Sharded(Sync):
         self.averaged_over = self._find_divisor()
         self._check_dtypes()
         self._unhook: Any = None
+        self._is_broken = False
 
     def begin(self) -> None:
         """Stand by where the model gives something, and let every micro-batch reduce that nothing else is said of.
 
         Raises:
-            WindowStateError: Another window over it is open: what FSDP holds for that one would be dropped.
+            WindowStateError: Another window over it is open: what FSDP holds for that one would be dropped. Or an
+                earlier backward was broken off.
         """
+        if self._is_broken:
+            raise WindowStateError(
+                "a backward of the sharded model was broken off, and FSDP cannot go on after that: begin again from a "
+                "checkpoint, with a model that fully_shard was newly applied to."
+            )
         if vars(self.module).setdefault("_bigbatch_window", self) is not self:
             raise WindowStateError(
                 "another window over the same sharded model is open, and FSDP adds up the gradients of one at a time. "
@@ -97,6 +105,13 @@ class Sharded(Sync):
             if self.policy is SyncPolicy.SHARD:
                 root.set_requires_all_reduce(is_last, recurse=False)
         self.crosses = reduces
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Note a backward that was broken off; speak again after one that was silent."""
+        self._is_broken = True
+        yield
+        self._is_broken = self.is_silent = False
 
     def gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Give the values of every rank, as many on each. Collective; waits for the device."""

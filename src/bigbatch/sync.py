@@ -6,7 +6,8 @@ Ranks may hold different samples, items and micro-batches, or none. What each br
 by the items of all ranks: no mean of means.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,11 @@ class Sync:
 
     def before(self, *, is_last: bool) -> None:
         """Prepare for the forward and backward of one micro-batch."""
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Stand around the backward of one micro-batch."""
+        yield
 
     def gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Give the values of every rank, as many on each. Collective; waits for the device."""

@@ -80,10 +80,8 @@ class Transaction:
             self._sync.is_silent = loss is None
             loss = _with_idle(loss, terms)
         if loss is not None and (only is None or only):
-            try:
+            with self._sync.backward():
                 self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
-            finally:
-                self._sync.is_silent = False
         self._num_microbatches += self.counts
         self._num_syncs += self._sync.crosses
 

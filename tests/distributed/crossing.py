@@ -270,3 +270,87 @@ def reports(how: str) -> bigbatch.WindowReport:
     for _ in range(2):
         report = engine.step(cases.rows_of(batch, rows), stopping=lambda: dist.get_rank() == 1)
     return cases.plain(report)
+
+
+class TwoHeads(nn.Module):
+    """Answers two questions, each with a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.trunk(inputs))
+        return self.left(hidden), self.right(hidden)
+
+
+def _questions(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+    left, right = model(batch["inputs"])
+    asks = batch["asks"]
+    return {
+        "left": (left[asks].square().sum(), int(asks.sum())),
+        "right": (right[~asks].square().sum(), int((~asks).sum())),
+    }
+
+
+def _count_questions(batch: dict[str, Tensor]) -> dict[str, int]:
+    return {"left": int(batch["asks"].sum()), "right": int((~batch["asks"]).sum())}
+
+
+def two_heads(how: str) -> float:
+    """Ask one question on the first rank and another on the second; give the error."""
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    reference = copy.deepcopy(model)
+    batch = {"inputs": torch.randn(6, 3, dtype=torch.float64), "asks": torch.arange(6) % 2 == 0}
+    expected = ref.gradients_of(reference, cases.total(_questions(reference, batch)))
+    spread_model, sync = cases.spread(model, how)
+    optimizer = cases.Recorder(spread_model)
+    engine = bigbatch.Engine(spread_model, optimizer, _questions, microbatch=2, sync=sync, count_items=_count_questions)
+    engine.step(_own(batch | {"tokens": batch["inputs"]}))
+    return ref.relative_error(optimizer.seen[0], expected)
+
+
+def called_twice(how: str) -> float:
+    """Call the model twice for each micro-batch, some of them without an item, whose loss is 0/0; give the error."""
+    model = ref.make_model()
+    reference = copy.deepcopy(model)
+    batch = ref.ragged_batch(12)
+
+    def loss_fn(model: nn.Module, part: ref.Batch) -> tuple[Tensor, int]:
+        loss, items = ref.mean_times_items(model, part)
+        again, _ = ref.mean_times_items(model, {**part, "tokens": part["tokens"].flip(1)})
+        return loss + again, items
+
+    expected = ref.gradients_of(reference, loss_fn(reference, batch)[0] / ref.count(batch))
+    spread_model, sync = cases.spread(model, how)
+    optimizer = cases.Recorder(spread_model)
+    bigbatch.Engine(spread_model, optimizer, loss_fn, microbatch=1, sync=sync).step(_own(batch))
+    return ref.relative_error(optimizer.seen[0], expected)
+
+
+def failing_on_all(how: str, place: str) -> list[float] | str:
+    """Raise in mid-layer on all ranks, in forward or backward; give the errors of the windows after it."""
+    model = ref.make_model()
+    reference = copy.deepcopy(model)
+    spread_model, sync = cases.spread(model, how)
+    optimizer = cases.Recorder(spread_model)
+    engine = bigbatch.Engine(spread_model, optimizer, ref.loss_and_items, microbatch=2, sync=sync)
+    at = {"forward": _raise, "backward": lambda output: output.register_hook(_raise) and None}[place]
+    handle = model.hidden.register_forward_hook(lambda module, inputs, output: at(output))
+    try:
+        engine.step(_own(ref.ragged_batch(12)))
+    except ArithmeticError:
+        handle.remove()
+    errors = []
+    try:
+        for batch in ref.batches(2, 12):
+            engine.step(_own(batch))
+            errors.append(ref.relative_error(optimizer.seen[-1], ref.full_gradient(reference, batch)))
+    except bigbatch.WindowStateError as error:
+        return str(error)
+    return errors
+
+
+def _raise(gradient: Tensor) -> None:
+    raise ArithmeticError("half-way")

@@ -4,6 +4,7 @@ pool = Pool(2)
 results = pool.run(function, argument)      # function(argument) on every rank → one result a rank
 """
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -83,6 +84,7 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # running out of memory collects garbage: faster without the objects of imports
     warnings.simplefilter("error", FutureWarning)  # of what this package calls; FSDP warns of the models themselves
     warnings.simplefilter("error", DeprecationWarning)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -168,3 +168,28 @@ def test_reports_of_all_ranks_tell_of_all_ranks(pools: Pools, how: str) -> None:
     assert ours.ranks.stopping
     assert ours.ranks.slowest in (0, 1)
     assert 1 <= ours.ranks.slowest_share <= 2
+
+
+@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+def test_ranks_that_ask_different_layers_run_backward_through_both(pools: Pools, how: str) -> None:
+    assert max(pools(2).run(crossing.two_heads, how)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+def test_a_model_called_twice_a_micro_batch_is_exact_where_some_have_no_item(pools: Pools, how: str) -> None:
+    assert max(pools(2).run(crossing.called_twice, how)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_pass_that_fails_in_mid_layer_on_all_ranks_leaves_nothing_to_the_next_window(
+    pools: Pools, how: str, place: str
+) -> None:
+    for errors in pools(2).run(crossing.failing_on_all, how, place):
+        if how.startswith("fsdp") and place == "backward":
+            assert errors == (
+                "a backward of the sharded model was broken off, and FSDP cannot go on after that: begin again from a "
+                "checkpoint, with a model that fully_shard was newly applied to."
+            )
+        else:
+            assert max(errors) <= TOLERANCE
