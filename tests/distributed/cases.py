@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,13 +51,15 @@ def spread(model: nn.Module, how: str, **settings: bool) -> tuple[nn.Module, Any
         return model, None
     name, _, policy = how.partition("-")
     size = dist.get_world_size()
-    if name == "fsdp":
+    mixed = {"mixed": MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)}
+    precision = mixed.get(name, MixedPrecisionPolicy())
+    if name != "hsdp":
         mesh = init_device_mesh("cpu", (size,))
     else:
         mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicas", "shards"))
     for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
     return model, bigbatch.SyncPolicy(policy) if policy else None
 
 
@@ -254,6 +256,7 @@ def flags(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, FSDPModule):
             group = module._get_fsdp_state()._fsdp_param_group
             found[f"{name} flags"] = (group.reduce_grads, group.all_reduce_grads)
-            found[f"{name} left over"] = [p for p in group.fsdp_params if p.unsharded_accumulated_grad is not None]
+            found[f"{name} left over"] = any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+            found[f"{name} in part"] = group._partial_reduce_output is not None
     found["hooks"] = len(model._forward_hooks)
     return found

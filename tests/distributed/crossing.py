@@ -155,6 +155,10 @@ def _fsdp(**settings: Any) -> nn.Module:
     return cases.spread(ref.make_model(), "fsdp", **settings)[0]
 
 
+def _narrow() -> nn.Module:
+    return cases.spread(ref.make_model(dtype=torch.bfloat16), "fsdp")[0]
+
+
 def _nothing_at_first() -> None:
     model, _ = cases.spread(ref.make_model(), "fsdp")
     engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), ref.loss_and_items, microbatch=2)
@@ -208,6 +212,7 @@ REFUSED: dict[str, Callable[[], None]] = {
     "a name": lambda: _accumulate(ref.make_model(), "ddp"),
     "replicated of a sharded model": lambda: _replicated(_fsdp()),
     "scaler for shards": lambda: _scaler(_fsdp()),
+    "narrow sums": lambda: _accumulate(_narrow(), bigbatch.SyncPolicy.LAST),
     "nothing at first": _nothing_at_first,
     "two windows": _two_windows,
     "nine terms": _nine_terms,

@@ -239,3 +239,27 @@ def going_on_in_the_loop(how: str) -> tuple[list[str], list[dict[str, Tensor]], 
         except bigbatch.RankFailedError:
             ended.append("told")
     return ended, optimizer.seen, accumulator.num_steps
+
+
+def aborting_on_all(how: str) -> tuple[list[str], float]:
+    """Abort a window half-way on all ranks; give what it changed, and the error of the window after it."""
+    model, sync = cases.spread(ref.make_model(), how)
+    optimizer = Adam(model)
+    accumulator = bigbatch.Accumulator(model, optimizer, sync=sync)
+    accumulator.prepare()
+    watch = Watch(model, optimizer)
+    parts = ref.cut(_own_rows(), 2)
+    windows = accumulator.windows(parts, num_microbatches=3)
+    window = next(windows)
+    for part in window:
+        window.backward(ref.loss_and_items(model, part))
+        window.abort()
+    assert window.num_microbatches == 1
+    changed = watch.changed()
+    windows.close()
+    for window in accumulator.windows(parts, num_microbatches=3):
+        for part in window:
+            window.backward(ref.loss_and_items(model, part))
+        window.step()
+    expected = ref.full_gradient(ref.make_model(), ref.ragged_batch(12))
+    return changed, ref.relative_error(optimizer.recorder.seen[-1], expected)

@@ -99,6 +99,20 @@ def test_an_aborted_window_of_one_rank_changes_nothing_on_any(pools: Pools, how:
         assert ending.next_error <= TOLERANCE
 
 
+@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last", "mixed", "mixed-last"])
+def test_a_window_that_all_ranks_abort_half_way_leaves_nothing_behind(pools: Pools, how: str) -> None:
+    for changed, error in pools(2).run(failing.aborting_on_all, how):
+        assert changed == []
+        assert error <= (1e-6 if how.startswith("mixed") else TOLERANCE)  # layers then compute in float32
+
+
+@pytest.mark.parametrize("how", ["hsdp-shard", "hsdp-last"])
+def test_a_window_over_replicas_of_shards_that_all_ranks_abort_leaves_nothing_behind(pools: Pools, how: str) -> None:
+    for changed, error in pools(4).run(failing.aborting_on_all, how):
+        assert changed == []
+        assert error <= TOLERANCE
+
+
 @pytest.mark.parametrize("how", REPLICATED)
 def test_a_loop_goes_on_after_a_window_that_one_rank_aborted(pools: Pools, how: str) -> None:
     (first, seen, num_steps), (second, *_) = pools(2).run(failing.going_on_in_the_loop, how)

@@ -63,6 +63,13 @@ def test_bfloat16_gradients_are_summed_over_ranks_in_float32(pools: Pools, how: 
         assert all(torch.equal(found[name], gradient) for name, gradient in results[0][2].items())
 
 
+def test_bfloat16_gradients_of_shards_are_summed_over_micro_batches_in_float32(pools: Pools) -> None:
+    for error, naive_error, _ in pools(2).run(training.narrow_sums, "fsdp"):
+        # FSDP rounds each mean over the two ranks by up to 2**-9, so that some sums round to the next bfloat16.
+        assert error < 2**-8
+        assert naive_error > 2**-8
+
+
 @pytest.mark.parametrize("how", REPLICATED)
 def test_a_scaler_backs_off_on_all_ranks_and_prescales_that_differ_do_not_matter(pools: Pools, how: str) -> None:
     results = pools(2).run(training.scaled, how)
