@@ -40,6 +40,10 @@ class RankFailedError(BigbatchError, RuntimeError):
     """Another rank ended the window by an error of its own. Nothing was changed by the window."""
 
 
+class RestartError(BigbatchError, RuntimeError):
+    """A run that has to be started again, and then goes on otherwise: torchrun does it with ``--max-restarts``."""
+
+
 class ShardedMemoryError(MemoryLimitError):
     """Memory ran out on one rank of a sharded model, where the others cannot wait for a smaller micro-batch."""
 

@@ -44,6 +44,16 @@ def set_random_states(states: Mapping[str, Any], devices: Sequence[torch.device]
         numpy.random.set_state({**states["numpy"], "state": {**states["numpy"]["state"], "key": key}})
 
 
+def states_of_seed(seed: int, devices: Sequence[torch.device] = ()) -> dict[str, Any]:
+    """Give the states that all generators have after `seed_everything`; they stay as they are."""
+    before = random_states(devices)
+    seed_everything(seed)
+    try:
+        return random_states(devices)
+    finally:
+        set_random_states(before, devices)
+
+
 def seed_everything(seed: int) -> None:
     """Seed every generator."""
     torch.manual_seed(seed)

@@ -26,7 +26,7 @@ def capture(engine: "Engine") -> dict[str, Any]:
     """
     update = engine.accumulator.update
     return {
-        "model": dict(trained_tensors(engine.model)),
+        "model": dict(trained_tensors(engine.sync.module)),
         "optimizer": update.optimizer.state_dict(),
         "scheduler": None if update.scheduler is None else update.scheduler.state_dict(),
         "scaler": None if update.scaler is None else update.scaler.state_dict(),
@@ -42,7 +42,7 @@ def restore(engine: "Engine", state: Mapping[str, Any]) -> None:
         ValueError: It is the state of another model, optimizer or engine; nothing is changed then.
     """
     update = engine.accumulator.update
-    own = dict(trained_tensors(engine.model))
+    own = dict(trained_tensors(engine.sync.module))
     _check_tensors(own, state["model"])
     _check_groups(update.optimizer, state["optimizer"])
     for name, part in (("scheduler", update.scheduler), ("scaler", update.scaler)):
@@ -51,8 +51,8 @@ def restore(engine: "Engine", state: Mapping[str, Any]) -> None:
             raise ValueError(f"this engine has {has} {name}, and the state is of one with {had}: make them alike.")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state["model"][name])
-    update.optimizer.load_state_dict(state["optimizer"])
+            tensor.copy_(spread_like(tensor, state["model"][name]))
+    update.optimizer.load_state_dict(_spread(update.optimizer, state["optimizer"]))
     _own(update.optimizer, state["optimizer"])
     if update.scheduler is not None:
         update.scheduler.load_state_dict(state["scheduler"])
@@ -61,6 +61,30 @@ def restore(engine: "Engine", state: Mapping[str, Any]) -> None:
     update.num_steps = state["engine"]["num_steps"]
     engine.resume(state["engine"])
     set_random_states(state["random"], [engine.accumulator.device])
+
+
+def spread_like(own: Tensor, found: Tensor) -> Tensor:
+    """Give the part of a whole tensor that one's own shard is; every rank has the whole, so nothing is sent."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(own, DTensor) or isinstance(found, DTensor):
+        return found
+    return distribute_tensor(found.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def _spread(optimizer: "Optimizer", state: Mapping[str, Any]) -> dict[str, Any]:
+    """Shard the states of sharded parameters, in the form of ``Optimizer.state_dict``."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = {
+        index: {
+            name: spread_like(parameters[index], value)
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape and value.ndim
+            else value
+            for name, value in of_parameter.items()
+        }
+        for index, of_parameter in state["state"].items()
+    }
+    return {**state, "state": values}
 
 
 def _own(optimizer: "Optimizer", given: Mapping[str, Any]) -> None:

@@ -247,10 +247,9 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 def gather(values: Sequence[Number], device: torch.device, group: Any) -> list[list[float]]:
     """Give the values of every rank of a group, as many on each. Collective; waits for the device."""
     own = as_tensor(values, device)
-    everyone = own.new_empty(dist.get_world_size(group) * len(own))
-    gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
-    gather_single(everyone, own, group=group)
-    rows: list[list[float]] = everyone.view(-1, len(own)).tolist()  # waits for the device
+    everyone = own.new_empty(dist.get_world_size(group), len(own))
+    dist.all_gather(list(everyone.unbind()), own, group=group)
+    rows: list[list[float]] = everyone.tolist()  # waits for the device
     return rows
 
 

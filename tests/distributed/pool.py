@@ -5,7 +5,6 @@ results = pool.run(function, argument)      # function(argument) on every rank â
 """
 
 import gc
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -13,6 +12,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from distributed.spawn import forking_context
 
 TIMEOUT_S = 30.0
 
@@ -30,8 +31,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded"])
+        self._context = forking_context()
         self._ranks: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
@@ -77,6 +77,9 @@ class Pool:
             return pipe.recv()
         except EOFError:
             return False, "died"
+
+
+Pools = Callable[[int], Pool]
 
 
 def _serve(pipe: Any, rank: int, size: int, store: str) -> None:

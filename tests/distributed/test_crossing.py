@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from distributed import crossing
-from distributed.conftest import Pools
+from distributed.pool import Pools
 from exactness import reference as ref
 
 TOLERANCE = 1e-12
@@ -172,7 +172,7 @@ def test_reports_of_all_ranks_tell_of_all_ranks(pools: Pools, how: str) -> None:
     assert ours.ranks.size == 2
     assert ours.ranks.stopping
     assert ours.ranks.slowest in (0, 1)
-    assert 1 <= ours.ranks.slowest_share <= 2
+    assert 0 <= ours.ranks.slowest_share < 1
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])

@@ -3,7 +3,7 @@
 import pytest
 
 from distributed import cases, failing
-from distributed.conftest import Pools
+from distributed.pool import Pools
 from exactness import reference as ref
 
 TOLERANCE = 1e-12

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distributed import cases
-from distributed.conftest import Pools
+from distributed.pool import Pools
 
 TOLERANCE = 1e-12
 

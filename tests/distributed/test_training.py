@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distributed import training
-from distributed.conftest import Pools
+from distributed.pool import Pools
 
 EXACT = 1e-10  # of parameters after some updates of AdamW, which amplifies rounding by the inverse of small gradients
 TOLERANCE = 1e-12

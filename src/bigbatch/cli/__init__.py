@@ -19,11 +19,12 @@ import textwrap
 from collections.abc import Sequence
 
 from bigbatch import __version__
-from bigbatch.errors import BigbatchError, InputError
+from bigbatch.errors import BigbatchError, InputError, RestartError
 
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
+START_AGAIN = 76  # of a sharded run out of memory: started again, it goes on with smaller micro-batches
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 COMMANDS = {
@@ -33,6 +34,7 @@ COMMANDS = {
     "verify": "prove on your model, loss and data that every cut gives the full-batch gradient",
     "generate": "let a trained run go on with a text",
     "checkpoints": "which checkpoints a run has, and which of them are whole",
+    "report": "one HTML page of a run, or of several side by side",
     "bench": "this package beside what you would pick instead, in one run",
 }
 """The commands, each a module of this package with ``run(...) -> int``, and their line in ``--help``."""
@@ -44,7 +46,7 @@ TRAIN_EXTRA = frozenset(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 75 stopped after saving.
+    """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 75 stopped after saving, 76 start again.
 
     Args:
         argv: the words after the program's name; ``None`` takes those of this process.
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except InputError as error:
         return _complain(speaker, str(error), BAD_INPUT)
+    except RestartError as error:
+        return _complain(speaker, str(error), START_AGAIN)
     except BigbatchError as error:
         return _complain(speaker, str(error), FAILED)
     except ModuleNotFoundError as error:
@@ -131,6 +135,7 @@ def _overview() -> str:
             "",
             "exit codes:",
             "  0 done    1 failed    2 bad input    75 stopped by a signal after saving",
+            "  76 a sharded run is out of memory: started again, it goes on with smaller micro-batches",
         ]
     )
 

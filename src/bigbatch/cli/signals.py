@@ -46,14 +46,15 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signals(grace_s: float) -> Iterator[Stop]:
-    """Collect the first SIGINT or SIGTERM; handlers that were there come back."""
+def stop_on_signals(grace_s: float, *, quiet: bool = False) -> Iterator[Stop]:
+    """Collect the first SIGINT or SIGTERM; handlers that were there come back. ``quiet``: where another rank speaks."""
     stop = Stop(grace_s)
 
     def note(number: int, _frame: Any) -> None:
         stop.ask(number)
         # Not print(): the signal may have come in the middle of another one, which cannot be entered twice.
-        os.write(2, b"\nstopping after this update and saving; once more to stop at once\n")
+        if not quiet:
+            os.write(2, b"\nstopping after this update and saving; once more to stop at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,20 +2,39 @@
 
 import os
 import shlex
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quiet_libraries
+from bigbatch.cli.options import ResumeOptions
+from bigbatch.cli.ranks import (
+    WatchedListener,
+    each_its_own_device,
+    is_restarted,
+    joined,
+    may_be_restarted,
+    speaking_for_all,
+    watched,
+)
 from bigbatch.cli.signals import stop_on_signals
+from bigbatch.errors import InputError
+from bigbatch.lm.advice import gather, in_one_line
+from bigbatch.lm.batch_schedule import read
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.lock import RunLock
-from bigbatch.lm.rundir import RunDirectory, check_free, default_path
+from bigbatch.lm.report.journal import Journal
+from bigbatch.lm.rescaling import rule_lines
+from bigbatch.lm.rundir import ReadDirectory, RunDirectory, check_free, default_path
+from bigbatch.lm.scalars import check_log, heard_by
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from bigbatch.lm.prepare import Prepared
+    from bigbatch.lm.ranks import Ranks
     from bigbatch.lm.trainer import Outcome, Trainer
 
 DONE = 0
@@ -23,24 +42,47 @@ STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving
 
 
 def run(config: TrainConfig) -> int:
-    """Train one model; return 0, or 75 when a signal stopped it after saving."""
-    path = config.out or default_path(config.model, config.data)
-    check_free(path)
-    console = make_console()
+    """Train one model; return 0, or 75 when a signal stopped it after saving.
+
+    Where torchrun has started the processes again after one was lost, go on with the run that they had begun.
+    """
+    if config.out is None and may_be_restarted():
+        raise InputError("torchrun may start this run again, which then has to find it: name its folder by --out.")
+    if is_restarted() and config.out is not None and (config.out / "config.json").exists():
+        from bigbatch.cli.resume import run as resume
+
+        return resume(config, ResumeOptions(run=config.out))
+    with joined(config) as ranks:
+        return _run(config, ranks)
+
+
+def _run(config: TrainConfig, ranks: "Ranks") -> int:
+    console = make_console(quiet=not ranks.is_first)
+    config = each_its_own_device(config, ranks)
+    check_log(config.log)
     repeat_exactly(config)
-    with preparing(console) as say:
+    with speaking_for_all(ranks):
+        path = ranks.tell(config.out or default_path(config.model, config.data))
+        if ranks.is_first:
+            check_free(path)
+    with speaking_for_all(ranks), preparing(console) as say:
         from bigbatch.lm.prepare import prepare
-        from bigbatch.lm.trainer import Trainer
 
         quiet_libraries()
         prepared = prepare(config.model_copy(update={"out": path}), say=say)
-        trainer = Trainer(prepared)
+    with speaking_for_all(ranks), preparing(console) as say:
+        from bigbatch.lm.trainer import Trainer
+
+        trainer = Trainer(prepared, ranks=ranks)
+        check_alike(trainer.facts, ranks)
         origin = None
         if trainer.config.microbatch == "auto":
             say("choosing the micro-batch")
             origin = trainer.tune(beside=path)
-    for line in (*prepared.notes, *explain(trainer), *_reasons(trainer, origin)):
+    for line in (*prepared.notes, *explain(trainer), *rule_lines(trainer.config), *_reasons(trainer, origin)):
         console.print(line)
+    if not ranks.is_first:
+        return train(trainer, ReadDirectory(path), console, config=config)
     directory = RunDirectory.create(path, prepared.config.model_dump(mode="json"))
     with RunLock(path):
         return train(trainer, directory, console, config=config)
@@ -48,25 +90,75 @@ def run(config: TrainConfig) -> int:
 
 def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:
     """Run a trainer to its end, or until a signal; ``config`` is what was asked for. Returns the exit code."""
-    prepared, total_steps = trainer.prepared, trainer.total_steps
+    prepared, total_steps, ranks = trainer.prepared, trainer.total_steps, trainer.ranks
+    done = 0 if trainer.saved is None else trainer.saved.progress.step
     display = TrainingDisplay(
         console,
         total_steps=total_steps,
         validation_every=None if prepared.validation is None else prepared.config.validation_every_of(total_steps),
         entropy=None if prepared.validation is None else prepared.validation.unigram_entropy(),
         prompt=prepared.config.sample_prompt,
-        done=0 if trainer.saved is None else trainer.saved.progress.step,
+        done=done,
     )
-    with stop_on_signals(prepared.config.grace_s) as stop, display:
-        outcome = trainer.run(directory, listener=display, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue)
+    with (
+        watched(ranks, prepared.config.timeout_s) as watch,
+        _journal(trainer, directory) as journal,
+        stop_on_signals(prepared.config.grace_s, quiet=not ranks.is_first) as stop,
+        heard_by(
+            display,
+            config.log if ranks.is_first else "none",
+            directory.path,
+            done=done,
+            settings=config.model_dump(mode="json"),
+        ) as heard,
+        display,
+    ):
+        listener = WatchedListener(heard if ranks.is_first else None, watch)
+        outcome = trainer.run(
+            directory, listener=listener, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue
+        )
+        if journal is not None:
+            journal.ended(outcome, signal=stop.signal)
     if not outcome.finished:
-        console.print(f"stopped by {stop.signal} after update {outcome.step} of {total_steps}; the model is saved")
+        by = stop.signal or "a signal to another rank"
+        console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
         console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
     if (recorder := trainer.engine.recorder) is not None and recorder.why_not is not None:
         console.print(f"without CUDA graphs: {recorder.why_not}")
+    if (advice := _last_word(directory)) is not None:
+        console.print(advice)
     for line in farewell(config, directory, outcome):
         console.print(line)
     return DONE if outcome.finished else STOPPED
+
+
+def _journal(trainer: "Trainer", directory: RunDirectory) -> "AbstractContextManager[Journal | None]":
+    """Give what notes when a run begins and ends, on the rank that writes."""
+    return Journal(trainer, directory.path) if trainer.ranks.is_first else nullcontext()
+
+
+def _last_word(directory: RunDirectory) -> str | None:
+    """Give one line about the batch of a run that has ended, where it is known how large a batch pays."""
+    with suppress(InputError):
+        line = in_one_line(gather(directory.path))
+        return line and f"{line} (bigbatch advise {shlex.quote(str(directory.path))})"
+    return None
+
+
+def check_alike(facts: Mapping[str, Any], ranks: "Ranks") -> None:
+    """Refuse ranks that have read other data or another model than one another. Collective.
+
+    Raises:
+        InputError: They have.
+    """
+    everyone = ranks.everyone(dict(facts))
+    other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    if other is not None:
+        what = next(name for name in facts if everyone[other].get(name) != everyone[0].get(name))
+        raise InputError(
+            f"rank {other} has read something else than rank 0 ({what.replace('_', ' ')} differs): give every machine "
+            "the same data, model and versions."
+        )
 
 
 def repeat_exactly(config: TrainConfig) -> None:
@@ -78,13 +170,17 @@ def repeat_exactly(config: TrainConfig) -> None:
 def explain(trainer: "Trainer") -> tuple[str, str, str]:
     """Say in three lines what is behind one update, how it is computed, and how many there are."""
     config, prepared = trainer.config, trainer.prepared
-    passes = trainer.total_steps / trainer.steps_per_epoch()
+    passes = trainer.total_steps / trainer.course.updates_a_pass()
+    peak = trainer.scheduler.base_lrs[0]
     warmup = f"{count(trainer.warmup_steps, 'update')} of warm-up" if trainer.warmup_steps else "no warm-up"
+    ranks = trainer.ranks
+    on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
         f"global batch: {_batch(prepared)}, behind every update",
-        f"computed as {_cut(trainer)}, on {prepared.machine}: a matter of memory that does not change the update",
+        f"computed as {_cut(trainer)}{on_ranks}, on {prepared.machine}: a matter of memory that does not change the "
+        "update",
         f"{count(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
-        f"{count(len(prepared.training), 'sequence')}; learning rate {config.lr:g}, {warmup}, then {config.schedule}",
+        f"{count(len(prepared.training), 'sequence')}; learning rate {peak:g}, {warmup}, then {config.schedule}",
     )
 
 
@@ -106,6 +202,10 @@ def farewell(config: TrainConfig, directory: RunDirectory, outcome: "Outcome") -
 
 def _batch(prepared: "Prepared") -> str:
     config, lengths = prepared.config, prepared.training.lengths
+    if config.global_batch_schedule is not None:
+        schedule = read(config.global_batch_schedule)
+        start = "" if schedule.first is not None else f"{count(config.global_batch or 0, 'sequence')}, "
+        return f"{start}{schedule}"
     mean = sum(lengths) / len(lengths)
     if config.global_batch is not None:
         sequences = min(config.global_batch, len(lengths))
@@ -132,7 +232,9 @@ def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
 
 
 def _cut(trainer: "Trainer") -> str:
-    lengths = [trainer.prepared.training.lengths[i] for i in trainer.first_window()]
+    lengths = [trainer.prepared.training.lengths[i] for i in trainer.share(trainer.course.first_window())]
+    if not lengths:
+        return "no micro-batch"
     groups = trainer.engine.groups(sorted(lengths, reverse=True))
     budget = trainer.engine.token_budget
     if len(groups) == 1:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -29,13 +30,20 @@ def validation_loss(prepared: Prepared, engine: Engine) -> float:
     chosen.sort(key=lambda i: held_out.lengths[i])
     device = prepared.machine.device
     total, items = 0.0, 0
+    sync = engine.sync
     with _evaluating(prepared, engine) as model:
-        for rows in engine.groups([held_out.lengths[i] for i in chosen]):
+        groups = list(engine.groups([held_out.lengths[i] for i in chosen]))
+        for turn in range(-(-len(groups) // sync.size)):  # as many on every rank
+            place = turn * sync.size + sync.rank
+            rows = groups[min(place, len(groups) - 1)]
             samples = [held_out[chosen[row]] for row in rows]
             microbatch = {name: tensor.to(device) for name, tensor in prepared.collate(samples).items()}
             loss_sum, num_items = prepared.loss_fn(model, microbatch)
-            total += loss_sum.item()
-            items += int(num_items.item())
+            if place < len(groups):
+                total += loss_sum.item()
+                items += int(num_items.item())
+    if sync.size > 1:
+        total, items = (sum(column) for column in zip(*sync.gather([total, float(items)]), strict=True))
     return total / items
 
 
@@ -58,15 +66,22 @@ def _evaluating(prepared: Prepared, engine: Engine) -> Iterator[Any]:
 
 
 @contextmanager
-def seeded(prepared: Prepared) -> Iterator[None]:
-    """Draw the numbers that the seed of the run decides, and put the random state back."""
+def seeded(prepared: Prepared, *, rank: int = 0) -> Iterator[None]:
+    """Draw the numbers that the seed of the run decides, others on each rank, and put the random state back."""
     devices = [prepared.machine.device]
     before = random_states(devices)
-    seed_everything(prepared.config.seed)
+    seed_everything(seed_of(prepared.config.seed, rank))
     try:
         yield
     finally:
         set_random_states(before, devices)
+
+
+def seed_of(seed: int, rank: int, step: int = 0) -> int:
+    """Give the seed of a rank that goes on after an update; that of the run itself for the first rank's beginning."""
+    if not rank and not step:
+        return seed
+    return int.from_bytes(sha256(f"seed {seed} rank {rank} step {step}".encode()).digest()[:4], "big")
 
 
 def evenly_spaced(length: int, most: int) -> list[int]:

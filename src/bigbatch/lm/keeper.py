@@ -3,7 +3,7 @@
 engine, progress → state → a checkpoint beside the training → the newest that verifies → engine, progress
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,16 +11,22 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bigbatch.engine import Engine
 from bigbatch.lm.checkpoint import newest, prune, read, write
+from bigbatch.lm.checkpoint.sharded import write_sharded
+from bigbatch.lm.evaluation import seed_of
 from bigbatch.lm.layers import Recompute
+from bigbatch.lm.ranks import ALONE, Ranks
 from bigbatch.lm.rundir import RunDirectory
 from bigbatch.lm.snapshot import bits, copies, put_together, take_apart
+from bigbatch.randomness import states_of_seed
 
 FILES = {"/engine/model/": "model", "/engine/optimizer/": "optimizer"}  # tensors of the rest are random states
 OTHERS = "random"
+BY_RANK = ("random", "engine")  # of an engine's state; the rest is the same on every rank
 
 
 @dataclass
@@ -36,6 +42,7 @@ class Progress:
         validation_loss: The last one, in nats per token, or None.
         metrics_bytes: Of metrics.jsonl at this point.
         quarantine_bytes: Of quarantine.jsonl.
+        batch: Sequences of the last window as its schedule had it; 0 without one.
         owed: The last line of metrics.jsonl, where the run was stopped before what comes after that update: it is
             written again with the validation loss; None otherwise.
     """
@@ -47,6 +54,7 @@ class Progress:
     validation_loss: float | None = None
     metrics_bytes: int = 0
     quarantine_bytes: int = 0
+    batch: int = 0
     owed: dict[str, Any] | None = None
 
 
@@ -56,7 +64,8 @@ class Saved:
 
     Attributes:
         progress: How far the run had come.
-        engine: As `bigbatch.Engine.load_state_dict` takes it.
+        engine: As `bigbatch.Engine.load_state_dict` takes it, of the first rank.
+        ranks: What of it differs by rank, of each: random states, and the micro-batch in use. Empty of a single one.
         level: What was computed anew in backward.
         total_steps: Updates of the whole run.
         facts: What the run was made of: see `bigbatch.lm.resumption`.
@@ -66,11 +75,22 @@ class Saved:
 
     progress: Progress
     engine: Mapping[str, Any]
+    ranks: tuple[Mapping[str, Any], ...]
     level: Recompute
     total_steps: int
     facts: Mapping[str, Any]
     path: Path
     rejected: tuple[tuple[Path, str], ...]
+
+    def engine_of(self, ranks: Ranks, devices: Sequence[torch.device]) -> Mapping[str, Any]:
+        """Give the state of the engine on this rank; on another number of ranks, the others draw new random numbers."""
+        of_ranks = self.ranks or ({},)
+        if len(of_ranks) == ranks.size:
+            return {**self.engine, **of_ranks[ranks.rank]}
+        if ranks.is_first:
+            return self.engine
+        seed = seed_of(self.facts["settings"]["seed"], ranks.rank, self.progress.step)
+        return {**self.engine, "random": states_of_seed(seed, devices)}
 
 
 class Keeper:
@@ -82,14 +102,23 @@ class Keeper:
     Args:
         directory: The run's.
         keep: Checkpoints that are kept.
-        beside: Whether to write beside the training, from a copy on the host.
+        beside: Whether to write beside the training, from a copy on the host; not of shards, which all ranks write.
         total_steps: Updates of the whole run.
         facts: What the run is made of, for whoever goes on with it.
+        ranks: The processes of the run; the first writes.
     """
 
     def __init__(
-        self, directory: RunDirectory, *, keep: int, beside: bool, total_steps: int, facts: Mapping[str, Any]
+        self,
+        directory: RunDirectory,
+        *,
+        keep: int,
+        beside: bool,
+        total_steps: int,
+        facts: Mapping[str, Any],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._directory = directory
         self._keep = keep
         self._beside = beside
@@ -116,18 +145,29 @@ class Keeper:
     def save(self, engine: Engine, progress: Progress, level: str) -> None:
         """Save the run as it is between two updates; the lines of its files up to here are on the disk before.
 
+        Collective: every rank brings what is its own.
+
         Raises:
             CheckpointError: This one or the one before could not be written.
         """
         self._wait()
         progress.metrics_bytes, progress.quarantine_bytes = self._directory.sync()
+        whole = engine.state_dict()
+        own = {name: whole[name] for name in BY_RANK}
+        of_ranks = [] if self._ranks.size == 1 else self._ranks.everyone(copies(own))
         state = {
-            "engine": engine.state_dict(),
+            "engine": whole,
+            "ranks": of_ranks,
             "progress": asdict(progress),
             "level": level,
             "total_steps": self._total_steps,
             "facts": dict(self._facts),
         }
+        if self._ranks.are_sharded:
+            self._write(progress.step, state)
+            return
+        if not self._ranks.is_first:
+            return
         if self._pool is None:
             self._write(progress.step, state)
         else:
@@ -145,8 +185,10 @@ class Keeper:
             file = next((file for prefix, file in FILES.items() if place.startswith(prefix)), OTHERS)
             files.setdefault(file, {})[place] = tensor
         folder = self._directory.checkpoints
-        write(folder, step, run_id=run_id(self._directory.path), tensors=files, values={"state": values})
-        prune(folder, keep=self._keep)
+        together = write_sharded if self._ranks.are_sharded else write
+        together(folder, step, run_id=run_id(self._directory.path), tensors=files, values={"state": values})
+        if self._ranks.is_first:
+            prune(folder, keep=self._keep)
 
 
 def load(directory: Path) -> tuple[Saved | None, tuple[tuple[Path, str], ...]]:
@@ -159,7 +201,14 @@ def load(directory: Path) -> tuple[Saved | None, tuple[tuple[Path, str], ...]]:
     state = put_together(contents.values["state"], tensors)
     progress = Progress(**state["progress"])
     saved = Saved(
-        progress, state["engine"], state["level"], state["total_steps"], state["facts"], path, tuple(rejected)
+        progress,
+        state["engine"],
+        tuple(state.get("ranks", ())),
+        state["level"],
+        state["total_steps"],
+        state["facts"],
+        path,
+        tuple(rejected),
     )
     return saved, saved.rejected
 

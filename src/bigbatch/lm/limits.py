@@ -7,21 +7,24 @@ from bigbatch.limit import gpu_limit
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.device import Machine
 from bigbatch.lm.prepare import Prepared
+from bigbatch.lm.ranks import ALONE, Ranks
 from bigbatch.memory import Room, find_room
 from bigbatch.plan import TokenBudget
 
+SHARED_PERCENT = 80  # of a machine's memory, for all ranks on its processors together
 REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
 
 
-def microbatch_of(config: TrainConfig, *, longest: int) -> "int | TokenBudget | Literal['auto']":
+def microbatch_of(config: TrainConfig, *, longest: int, ranks: Ranks = ALONE) -> "int | TokenBudget | Literal['auto']":
     """Give what `bigbatch.Engine` takes.
 
     Args:
         config: With every default written out.
         longest: Tokens of the longest sequence.
+        ranks: The processes of the run.
 
     Raises:
-        InputError: The longest sequence is above the budget that was asked for.
+        InputError: The longest sequence is above the budget that was asked for, or the micro-batch cannot be chosen.
     """
     if config.token_budget is not None:
         if longest > config.token_budget:
@@ -33,18 +36,29 @@ def microbatch_of(config: TrainConfig, *, longest: int) -> "int | TokenBudget | 
     assert config.microbatch is not None, "resolved() gives one of the two"
     if config.microbatch == "auto" and config.deterministic:
         return TokenBudget(REPEATABLE * longest)
+    if config.async_checkpoint and ranks.are_sharded:
+        raise InputError(
+            f"--async-checkpoint writes from one process, and with --parallel {config.parallel} every rank writes its "
+            "shards: leave it out."
+        )
+    if config.microbatch == "auto" and ranks.are_sharded:
+        raise InputError(
+            f"--parallel {config.parallel} cannot try micro-batches until one does not fit, since its ranks cannot go "
+            "on after that: pass --token-budget or --microbatch."
+        )
     return config.microbatch
 
 
-def memory_of(config: TrainConfig, machine: Machine) -> str | int | None:
-    """Give what ``auto`` may use; None where nobody said.
+def memory_of(config: TrainConfig, machine: Machine, *, ranks: Ranks = ALONE) -> str | int | None:
+    """Give what ``auto`` may use; None where nobody said. Ranks on the processors of one machine share its memory.
 
     Raises:
         InputError: Memory was given, and the micro-batch is decided; or a card, and the run is not on one.
     """
     name = "memory" if config.memory is not None else "gpu" if config.gpu is not None else None
     if name is None:
-        return None
+        shares = config.microbatch == "auto" and not config.deterministic and machine.device.type == "cpu"
+        return f"{SHARED_PERCENT // ranks.local_size}%" if shares and ranks.local_size > 1 else None
     decided = "token_budget" if config.token_budget is not None else "microbatch"
     if config.microbatch != "auto":
         raise InputError(

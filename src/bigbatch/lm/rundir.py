@@ -142,6 +142,26 @@ class RunDirectory:
                 self._files[name] = self._open(name)
 
 
+class ReadDirectory(RunDirectory):
+    """The folder of a run that another process writes to: nothing is written from here."""
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def discard_model(self) -> None:
+        """Do nothing."""
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def sync(self) -> tuple[int, int]:
+        """Do nothing; what is written is not this process's to count."""
+        return 0, 0
+
+    def rewind(self, metrics_bytes: int, quarantine_bytes: int) -> None:
+        """Do nothing."""
+
+
 def as_line(row: Mapping[str, Any]) -> bytes:
     """Write a row as a line of JSON; numbers that it cannot hold become null."""
     finite = {

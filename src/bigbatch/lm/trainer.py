@@ -7,30 +7,39 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
 
 from bigbatch.engine import Engine
-from bigbatch.errors import BigbatchError, InputError, MemoryLimitError, WindowAbandonedError
-from bigbatch.lm.documents import count
+from bigbatch.errors import (
+    BigbatchError,
+    InputError,
+    MemoryLimitError,
+    RestartError,
+    ShardedMemoryError,
+    WindowAbandonedError,
+)
+from bigbatch.lm.course import Course
 from bigbatch.lm.evaluation import seeded, validation_loss, written
 from bigbatch.lm.keeper import Keeper, Progress, Saved
 from bigbatch.lm.layers import Recompute
 from bigbatch.lm.limits import held_room, memory_of, microbatch_of
 from bigbatch.lm.model import save_model
-from bigbatch.lm.optimization import lr_factor, make_optimizer
-from bigbatch.lm.order import epoch_windows
+from bigbatch.lm.optimization import make_optimizer, rebase
 from bigbatch.lm.prepare import Prepared
+from bigbatch.lm.ranks import ALONE, Ranks, gathered, hollow
 from bigbatch.lm.remembered import fingerprint, recall, remember
+from bigbatch.lm.rescaling import apply_rule
 from bigbatch.lm.resumption import facts_of
 from bigbatch.lm.rundir import RunDirectory, as_line
+from bigbatch.lm.smaller import keep, kept, smaller_than
 from bigbatch.lm.telling import Listener, Row, metrics_row
 from bigbatch.lm.telling import Outcome as Outcome
 from bigbatch.lm.tuning import take, tune
+from bigbatch.plan import TokenBudget
 from bigbatch.randomness import random_states, set_random_states
 
 REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
@@ -44,39 +53,47 @@ class Trainer:
     Args:
         prepared: Model, data and settings; the model is trained in place.
         saved: Where to go on; None to begin.
+        ranks: The processes of the run, all of which do this at the same time.
 
     Raises:
-        InputError: The warm-up is longer than the run.
+        InputError: The warm-up is longer than the run, or the model cannot be spread over the ranks.
     """
 
-    def __init__(self, prepared: Prepared, *, saved: Saved | None = None) -> None:
+    def __init__(self, prepared: Prepared, *, saved: Saved | None = None, ranks: Ranks = ALONE) -> None:
         self.prepared = prepared
+        self.ranks = ranks
         self.config = prepared.config
         self.saved = saved
-        self.total_steps = self.config.steps or self._count_steps(self.config.epochs or 0)
-        self.warmup_steps = self.config.warmup_steps_of(self.total_steps)
-        if self.warmup_steps > self.total_steps:
-            raise InputError(
-                f"--warmup-steps {self.warmup_steps:,} is more than the {count(self.total_steps, 'update')} of the "
-                "run: the learning rate would never reach its peak."
-            )
+        done = Progress() if saved is None else saved.progress
+        self.course = Course(self.config, prepared.training.lengths, step=done.step, cursor=done.cursor)
+        self.total_steps, self.warmup_steps = self.course.total_steps, self.course.warmup_steps
         self.arrangement = prepared.arrangement
         self.loss_fn = prepared.loss_fn
+        self.facts = facts_of(prepared)
+        self._hollow = hollow(prepared.model) if ranks.are_sharded else None
+        sync = ranks.spread(prepared.model)
+        longest = max(prepared.training.lengths)
+        microbatch = microbatch_of(self.config, longest=longest, ranks=ranks)
+        if ranks.are_sharded and microbatch != "auto":
+            microbatch = kept(self.config.out, microbatch)
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        if saved is None:  # what was saved has been through it
+            apply_rule(self.optimizer, self.config)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.course.lr_factor)
         self.engine = Engine(
             prepared.model,
             self.optimizer,
             self.loss_fn,
-            microbatch=microbatch_of(self.config, longest=max(prepared.training.lengths)),
-            memory=memory_of(self.config, prepared.machine),
+            microbatch=microbatch,
+            memory=memory_of(self.config, prepared.machine, ranks=ranks),
             collate=prepared.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
             layout=self.arrangement.layout,
-            cuda_graphs=self.arrangement.records,
+            cuda_graphs=self.arrangement.records and not ranks.are_sharded,
             max_grad_norm=self.config.max_grad_norm,
             scheduler=self.scheduler,
             scaler=prepared.machine.scaler(),
+            sync=sync,
         )
 
     def tune(self, beside: Path | None = None) -> Path | None:
@@ -98,12 +115,14 @@ class Trainer:
             return None
         layers, room = self.arrangement.layers, held_room(self.engine.memory, self.prepared)
         key = fingerprint(self.prepared)
-        if beside is not None and (found := recall(beside, key, usable_bytes=room.usable_bytes)) is not None:
+        kept = None if beside is None else recall(beside, key, usable_bytes=room.usable_bytes)
+        found = self.ranks.tell(kept)
+        if found is not None:
             take(self.engine, layers, found.level, found.choice)
-            return found.folder
+            return Path(found.folder)
         lengths = self.prepared.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        samples = self._samples(list({*self.first_window(), longest}))
+        samples = self._samples(list({*self.share(self.course.first_window()), longest}))
         try:
             tune(self.engine, layers, samples, levels=self.config.gradient_checkpointing == "auto")
         except MemoryLimitError as error:
@@ -118,37 +137,9 @@ class Trainer:
         """What is computed anew in backward."""
         return "none" if self.arrangement.layers is None else self.arrangement.layers.level
 
-    def first_window(self) -> list[int]:
-        """Give the samples of the first update."""
-        return self._windows(0)[0]
-
-    def steps_per_epoch(self) -> int:
-        """Count the updates of the first pass over the data."""
-        return len(self._windows(0))
-
-    def _count_steps(self, epochs: int) -> int:
-        """Count the updates of a run of so many passes: those made, with whatever batch, and those that are left."""
-        done = Progress() if self.saved is None else self.saved.progress
-        first, position = divmod(done.cursor, len(self.prepared.training))
-        if self.config.global_batch is not None and not done.step:
-            return epochs * self.steps_per_epoch()
-        left = sum(len(self._windows(epoch, position * (epoch == first))) for epoch in range(first, epochs))
-        return done.step + left  # windows of tokens depend on the order
-
-    def _windows(self, epoch: int, position: int = 0) -> list[list[int]]:
-        return epoch_windows(
-            self.prepared.training.lengths,
-            global_batch=self.config.global_batch,
-            global_batch_tokens=self.config.global_batch_tokens,
-            seed=self.config.seed,
-            epoch=epoch,
-            position=position,
-        )
-
-    def _lr_factor(self, step: int) -> float:
-        return lr_factor(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.schedule
-        )
+    def share(self, window: list[int]) -> list[int]:
+        """Give the samples of a window that this rank runs."""
+        return self.ranks.share(window, self.prepared.training.lengths)
 
     def run(
         self,
@@ -185,17 +176,18 @@ class Trainer:
             beside=self.config.async_checkpoint,
             total_steps=self.total_steps,
             facts=self.facts,
+            ranks=self.ranks,
         )
-        with directory, seeded(self.prepared), self._repeatable():
+        with directory, seeded(self.prepared, rank=self.ranks.rank), self._repeatable():
             now = self._begin(directory)
-            if self.engine.choice is not None:
+            if self.engine.choice is not None and self.ranks.is_first:
                 remember(directory.path, self.engine.choice, fingerprint(self.prepared), level=self.level)
             with keeper.open():
                 if now.owed is not None:
                     self._look(now.owed, now, directory, listener)
                     now.owed = None
                 stopping = False
-                for window in self.windows_from(now):
+                for window in self.course.windows(now.step, now.cursor):
                     stopping = not self._try_step(window, now, directory, listener, should_stop, give_up)
                     if now.step == self.total_steps:
                         directory.discard_model()  # one beside the last checkpoint is taken for the last
@@ -208,11 +200,6 @@ class Trainer:
         finished = now.step == self.total_steps
         return Outcome(now.step, now.skipped, finished, now.validation_loss, time.perf_counter() - started_s)
 
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What the run is made of, for whoever goes on with it."""
-        return facts_of(self.prepared)
-
     def _begin(self, directory: RunDirectory) -> Progress:
         """Take up a run where it was saved, or begin."""
         saved = self.saved
@@ -223,7 +210,7 @@ class Trainer:
         if self.arrangement.layers is not None and chosen:
             self.arrangement.layers.recompute(saved.level)
         try:
-            self.engine.load_state_dict(saved.engine)
+            self.engine.load_state_dict(saved.engine_of(self.ranks, [self.prepared.machine.device]))
         except ValueError as error:
             raise InputError(f"{saved.path} is not of this model: {error}") from error
         now = replace(saved.progress)
@@ -243,19 +230,23 @@ class Trainer:
         """Make one update and what belongs to it; tell whether to go on."""
         devices = [self.prepared.machine.device]
         before = random_states(devices)
+        self._change_batch(now)
         try:
-            row = self._update(now.step + 1, window, give_up)
+            row, told_to_stop = self._update(now.step + 1, window, should_stop, give_up)
         except WindowAbandonedError:
             set_random_states(before, devices)
             return False
         now.step += 1
         now.cursor += len(window)
+        row["sequences"] = len(window)
+        if self.course.schedule is not None:
+            row["global_batch"] = now.batch
         self._count_skipped(row, now)
         if row["skipped"] and row["skipped"] != "no items":
             directory.write_quarantine({"step": now.step, "reason": row["skipped"], "samples": sorted(window)})
         listener.updated(row)
         last = now.step == self.total_steps
-        stopping = not last and should_stop()
+        stopping = not last and told_to_stop()
         if stopping:
             now.owed = row
             directory.write_metrics(row)
@@ -266,7 +257,17 @@ class Trainer:
                 f"the last {now.skipped_in_a_row} updates were skipped ({row['skipped']}), so the model does not learn "
                 "any more: try a lower --lr, or another --precision."
             )
-        return last or not (stopping or should_stop())
+        return last or not (stopping or told_to_stop())
+
+    def _change_batch(self, now: Progress) -> None:
+        """Note the batch of the next window, where a schedule decides it; re-base Adam's second moment at a change."""
+        if self.course.schedule is None:
+            return
+        batch = self.course.batch_after(now.cursor)
+        assert batch is not None, "a schedule is in sequences"
+        if self.config.rebase_second_moment and now.batch and batch != now.batch:
+            rebase(self.optimizer, now.batch / batch)
+        now.batch = batch
 
     def _look(self, row: Row, now: Progress, directory: RunDirectory, listener: Listener) -> None:
         """Validate and write where it is time to, and enter the update into the metrics."""
@@ -275,12 +276,17 @@ class Trainer:
         directory.write_metrics(row)
         if "validation_loss" in row:
             listener.validated(now.step, row["validation_loss"])
-        if now.step in (self.total_steps // 2, self.total_steps):
+        if now.step in (self.total_steps // 2, self.total_steps) and (self.ranks.is_first or self.ranks.are_sharded):
             listener.sampled(now.step, self.write(self.config.sample_prompt))
 
     def _save_model(self, directory: RunDirectory) -> None:
+        model = self.prepared.model
+        if self._hollow is not None:
+            model = gathered(model, self._hollow)
+        if not self.ranks.is_first:
+            return
         try:
-            save_model(self.prepared.model, self.prepared.tokenizer, directory.model)
+            save_model(model, self.prepared.tokenizer, directory.model)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise BigbatchError(
@@ -288,10 +294,39 @@ class Trainer:
                 f"{directory.path} goes on from there."
             ) from error
 
-    def _update(self, step: int, window: list[int], give_up: Callable[[], bool]) -> Row:
+    def _update(
+        self, step: int, window: list[int], should_stop: Callable[[], bool], give_up: Callable[[], bool]
+    ) -> tuple[Row, Callable[[], bool]]:
+        """Make one update; give its line, and what to ask whether to stop: of several ranks, all have decided."""
         lr = float(self.scheduler.get_last_lr()[0])
-        report = self.engine.step(self._samples(window), give_up=give_up)
-        return metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
+        try:
+            report = self.engine.step(self._samples(self.share(window)), give_up=give_up, stopping=should_stop)
+        except ShardedMemoryError as error:
+            self._begin_again(error)
+        row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
+        ranks = report.ranks
+        return row, should_stop if ranks is None else lambda: ranks.stopping
+
+    def _begin_again(self, error: ShardedMemoryError) -> NoReturn:
+        """Keep a smaller micro-batch for the processes that go on after this one has ended.
+
+        Raises:
+            RestartError: It is kept.
+            ShardedMemoryError: There is no smaller one.
+        """
+        now, folder = self.engine.microbatch, self.config.out
+        assert now != "auto", "sharded runs are told their micro-batch"
+        assert folder is not None, "a run has its folder by now"
+        smaller = smaller_than(now, longest=max(self.prepared.training.lengths))
+        if smaller is None:
+            raise error
+        keep(folder, smaller)
+        unit = "tokens" if isinstance(now, TokenBudget) else "sequences"
+        raise RestartError(
+            f"{str(error).partition(',')[0]} on rank {self.ranks.rank}: started again, the run goes on from its last "
+            f"checkpoint with {smaller:,} {unit} a micro-batch, by torchrun with --max-restarts, or bigbatch resume "
+            f"{folder}."
+        ) from error
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validation_every_of(self.total_steps)
@@ -301,18 +336,6 @@ class Trainer:
     def _count_skipped(row: Row, now: Progress) -> None:
         now.skipped_in_a_row = now.skipped_in_a_row + 1 if row["skipped"] else 0
         now.skipped += bool(row["skipped"])
-
-    def windows_from(self, now: Progress) -> Iterator[list[int]]:
-        """Give the windows that are left, from the place in the data on."""
-        step = now.step
-        epoch, position = divmod(now.cursor, len(self.prepared.training))
-        while True:
-            for window in self._windows(epoch, position):
-                if step == self.total_steps:
-                    return
-                step += 1
-                yield window
-            epoch, position = epoch + 1, 0
 
     def _samples(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
         """Fetch the samples of a window, longest first: neighbours of like length waste least on padding."""

@@ -15,6 +15,8 @@ from bigbatch.lm.checkpoint.trust import UntrustedError, check_digest, check_siz
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bigbatch.lm.checkpoint.pieces import Place
+
 
 @dataclass(frozen=True, eq=False)
 class Contents:
@@ -39,7 +41,7 @@ def read(path: Path) -> Contents:
         bytes = the file, once → size and SHA-256 of these bytes → tensors or values of these bytes
 
     so that a file that changes in between is noticed. The peak in memory is the whole content, and its largest file
-    once more.
+    once more. Of a checkpoint that several ranks wrote, the tensors are put together.
 
     Args:
         path: The folder ``…/step-N``.
@@ -47,22 +49,59 @@ def read(path: Path) -> Contents:
     Raises:
         CheckpointError: It cannot be trusted; the message names the file and the reason.
     """
-    tensors, values = {}, {}
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    values, pieces = {}, _Pieces()
     try:
         manifest = trusted_manifest(path)
         for name, stamp in manifest.files.items():
             part, _, ending = name.rpartition(".")
-            data = _checked_bytes(path, name, stamp)
+            data = checked_bytes(path, name, stamp)
             if ending == "json":
-                values[part] = _values(name, data)
-            else:
-                tensors[part] = _tensors(name, data)
+                values[part] = parsed(name, data)
+            elif not pieces.take(name, named := _tensors(name, data), data):
+                tensors[part] = named
+        tensors |= pieces.joined()
     except UntrustedError as reason:
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}.") from reason
     return Contents(manifest.step, manifest.run_id, tensors, values)
 
 
-def _checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
+class _Pieces:
+    """Pieces of tensors, by part and name, until all of them are there."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, list[tuple[Place, Tensor]]]] = {}
+
+    def take(self, file: str, tensors: "Mapping[str, Tensor]", data: bytes) -> bool:
+        """Keep the tensors of a file if they are pieces."""
+        from bigbatch.lm.checkpoint.pieces import from_notes, part_of  # brings torch
+        from bigbatch.lm.checkpoint.tensors import read_notes
+
+        places = from_notes(file, read_notes(data), tensors)
+        if places is None:
+            return False
+        part = self._parts.setdefault(part_of(file), {})
+        for name, piece in tensors.items():
+            part.setdefault(name, []).append((places[name], piece))
+        return True
+
+    def joined(self) -> "dict[str, dict[str, Tensor]]":
+        """Put them together, one by one; what was put together is not kept in pieces."""
+        if not self._parts:
+            return {}
+        from bigbatch.lm.checkpoint.pieces import joined  # brings torch
+
+        return {
+            part: {name: joined(name, named.pop(name)) for name in list(named)} for part, named in self._parts.items()
+        }
+
+
+def checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
+    """Read a file of a checkpoint, once.
+
+    Raises:
+        UntrustedError: It is not what the manifest says.
+    """
     with opened(path, name) as file:
         check_size(name, stamp, fstat(file.fileno()).st_size)
         data = file.read(stamp.num_bytes + 1)
@@ -71,7 +110,12 @@ def _checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
     return data
 
 
-def _values(name: str, data: bytes) -> Any:
+def parsed(name: str, data: bytes) -> Any:
+    """Read values.
+
+    Raises:
+        UntrustedError: They are no JSON.
+    """
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -71,16 +71,22 @@ def _check_name(part: str, name: str) -> None:
         raise ValueError(f"{part} has a tensor called __metadata__, a name that safetensors keeps for itself.")
 
 
-def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
     """Write checked tensors from any device; at most one of them is copied at a time.
 
     Strides are not kept. Names that share a storage are written one by one and come back as tensors of their own.
+
+    Args:
+        file: Where to.
+        tensors: By name.
+        notes: Text for the header, which `read_notes` gives back; what safetensors calls metadata.
 
     Raises:
         OSError: The file cannot take them.
     """
     order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
+    end = 0
     for name, tensor in order:
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -112,3 +118,10 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(str(error)) from error
     return loaded
+
+
+def read_notes(data: bytes) -> dict[str, str]:
+    """Give the text in the header of a safetensors file that `read_tensors` can load; nothing if it has none."""
+    size = int.from_bytes(data[:8], "little")
+    notes: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return notes

@@ -15,7 +15,7 @@ from bigbatch.lm.checkpoint import manifest as manifests
 from bigbatch.lm.checkpoint.files import why
 from bigbatch.lm.checkpoint.manifest import Manifest, Stamp
 
-LARGEST_MANIFEST = 2**20  # bytes; it names a handful of files
+LARGEST_MANIFEST = 2**24  # bytes; about 150 for each file, of which every rank may write a few
 
 
 class UntrustedError(Exception):
@@ -62,7 +62,8 @@ def trusted_manifest(path: Path) -> Manifest:
     """
     names = _names(path)
     with opened(path, manifests.FILE) as file:
-        data = file.read(LARGEST_MANIFEST)
+        num_bytes = fstat(file.fileno()).st_size  # reading takes the memory for what it is told to read
+        data = file.read(min(num_bytes, LARGEST_MANIFEST))
     try:
         manifest = manifests.parse(data)
     except ValueError as reason:

@@ -55,15 +55,12 @@ def write(
         CheckpointError: The system would not take it, or the place is another run's; what stays valid is said, and
             nothing is left of what was begun, where that can be.
     """
-    if step < 0:
-        raise ValueError(f"step={step} cannot be the number of updates done: pass 0 or more.")
-    if not (run_id and run_id.isprintable()):
-        raise ValueError(f"run_id={run_id!r} names no run: pass printable text.")
+    check_names(step, run_id)
     parts = _parts(tensors, values)
     target = folder / f"step-{step}"
     try:
         sweep(folder)
-        if not _is_there(target, run_id):
+        if not is_there(target, run_id):
             folder.mkdir(exist_ok=True)
             _write_aside(target, parts, step=step, run_id=run_id)
         sync_folder(folder)
@@ -73,11 +70,21 @@ def write(
     return target
 
 
+def check_names(step: int, run_id: str) -> None:
+    """Refuse a step or a run that no checkpoint can be of.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if step < 0:
+        raise ValueError(f"step={step} cannot be the number of updates done: pass 0 or more.")
+    if not (run_id and run_id.isprintable()):
+        raise ValueError(f"run_id={run_id!r} names no run: pass printable text.")
+
+
 def _parts(tensors: "Mapping[str, Mapping[str, Tensor]]", values: Mapping[str, Any]) -> Parts:
     """Check everything that is to be written, and say how."""
-    parts: dict[str, Callable[[HashedFile], None]] = {}
-    for name, value in values.items():
-        parts[file_name(name, "json")] = partial(HashedFile.write, data=to_json(name, value))
+    parts = dict(value_parts(values))
     if tensors:
         from bigbatch.lm.checkpoint.tensors import check_tensors, write_tensors  # brings torch
 
@@ -87,7 +94,23 @@ def _parts(tensors: "Mapping[str, Mapping[str, Tensor]]", values: Mapping[str, A
     return parts
 
 
-def _is_there(target: Path, run_id: str) -> bool:
+def value_parts(values: Mapping[str, Any]) -> Parts:
+    """Check the values that are to be written, and say how.
+
+    Raises:
+        TypeError, ValueError: JSON would change one, or it has a name that no file can have.
+    """
+    return {
+        file_name(name, "json"): partial(HashedFile.write, data=to_json(name, value)) for name, value in values.items()
+    }
+
+
+def is_there(target: Path, run_id: str) -> bool:
+    """Tell whether a checkpoint is there already, whole and of this run.
+
+    Raises:
+        CheckpointError: It is whole, and of another run.
+    """
     try:
         owner = verified(target).run_id
     except UntrustedError:
@@ -105,19 +128,33 @@ def _write_aside(target: Path, parts: Parts, *, step: int, run_id: str) -> None:
     aside = target.with_name(f"{target.name}.partial")
     try:
         aside.mkdir()
-        stamps = {name: _write_file(aside / name, write_part) for name, write_part in parts.items()}
-        now = datetime.now(UTC).replace(microsecond=0)
-        manifest = Manifest(version=__version__, step=step, run_id=run_id, written_at=now, files=stamps)
-        _write_file(aside / manifests.FILE, partial(HashedFile.write, data=manifest.to_bytes()))
-        sync_folder(aside)
-        _put_in_place(aside, target)
+        stamps = {name: write_file(aside / name, write_part) for name, write_part in parts.items()}
+        complete(aside, target, stamps, step=step, run_id=run_id)
     except BaseException:
         with suppress(OSError):
             remove(aside)
         raise
 
 
-def _write_file(path: Path, write_part: Callable[[HashedFile], None]) -> Stamp:
+def complete(aside: Path, target: Path, stamps: Mapping[str, Stamp], *, step: int, run_id: str) -> None:
+    """Write the manifest of files that are on disk, and give their folder its name.
+
+    Raises:
+        OSError: The system would not take it; the folder may still have its old name.
+    """
+    now = datetime.now(UTC).replace(microsecond=0)
+    manifest = Manifest(version=__version__, step=step, run_id=run_id, written_at=now, files=stamps)
+    write_file(aside / manifests.FILE, partial(HashedFile.write, data=manifest.to_bytes()))
+    sync_folder(aside)
+    _put_in_place(aside, target)
+
+
+def write_file(path: Path, write_part: Callable[[HashedFile], None]) -> Stamp:
+    """Write a file that is not there yet, bring it to the disk, and say what it must be.
+
+    Raises:
+        OSError: The system would not take it; what there is of it stays.
+    """
     with new_file(path) as file:
         write_part(file)
     return file.stamp

@@ -1,0 +1,130 @@
+"""A small model for ranks: rows that no number of ranks divides, a shard that is empty, two dtypes, tied parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from bigbatch.lm.checkpoint import newest, read
+from bigbatch.lm.checkpoint.loading import read_into
+from bigbatch.lm.checkpoint.sharded import write_sharded
+from bigbatch.lm.snapshot import put_together, take_apart
+from lm.saved import RUN_ID, bits
+
+Bits = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows5 = nn.Linear(3, 5)
+        self.tied = nn.Linear(3, 5, bias=False)
+        self.tied.weight = self.rows5.weight
+        self.bf16 = nn.Linear(5, 7, dtype=torch.bfloat16)
+        self.row1 = nn.Linear(7, 1)
+        self.register_buffer("seen", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        hidden = self.rows5(x) * self.tied(x)
+        return self.row1(self.bf16(hidden.bfloat16()).float())
+
+
+class Run:
+    """A model and its optimizer, ``kind`` being plain, fsdp or hsdp, and what is saved of them."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = Small()
+        if kind != "plain":
+            size = torch.distributed.get_world_size()
+            shape, names = ((2, size // 2), ("replicate", "shard")) if kind == "hsdp" else ((size,), ("shard",))
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            fully_shard(self.model.bf16, mesh=mesh)
+            fully_shard(self.model.row1, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.train(seed)
+
+    def train(self, seed: int) -> None:
+        inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+        self.model(inputs).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        named = {name: p.detach() for name, p in self.model.named_parameters()}
+        return {"model": named | dict(self.model.named_buffers()), "optimizer": self.optimizer.state_dict()}
+
+    def write(self, folder: Path, step: int) -> Path:
+        return write_sharded(folder, step, run_id=RUN_ID, **parts_of(self.state()))
+
+    def load(self, path: Path) -> None:
+        _, tensors = take_apart(self.state())
+        contents = read_into(path, tensors)
+        state = put_together(contents.values["state"], tensors)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def load_whole(self, path: Path) -> None:
+        contents = read(path)
+        tensors = {place: t for part in contents.tensors.values() for place, t in part.items()}
+        state = put_together(contents.values["state"], tensors)
+        for name, tensor in self.state()["model"].items():
+            tensor.copy_(state["model"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def bits(self) -> Bits:
+        """Everything in the state, whole."""
+        return bits_of(take_apart(self.state())[1])
+
+
+def parts_of(state: dict[str, Any]) -> dict[str, Any]:
+    values, tensors = take_apart(state)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for place, tensor in tensors.items():
+        parts["model" if place.startswith("/model/") else "optimizer"][place] = tensor
+    return {"tensors": parts, "values": {"state": values}}
+
+
+def bits_of(tensors: dict[str, Tensor]) -> Bits:
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return {name: (str(t.dtype), tuple(t.shape), bits(t)) for name, t in whole.items()}
+
+
+# what ranks do ---------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, kind: str) -> tuple[Bits, Bits]:
+    """Train, write step-2, and give the state as it was then and after another update."""
+    run = Run(kind, 0)
+    run.train(1)
+    run.write(folder, 2)
+    saved = run.bits()
+    run.train(2)
+    return saved, run.bits()
+
+
+def load(folder: Path, kind: str) -> tuple[Bits, Bits]:
+    """Load the newest into a run that was another, and give the state as it is then and after another update."""
+    run = Run(kind, 7)
+    path, rejected = newest(folder)
+    assert path is not None
+    assert not rejected
+    run.load(path)
+    loaded = run.bits()
+    run.train(2)
+    return loaded, run.bits()
+
+
+def load_and_save(folder: Path, kind: str, step: int) -> Bits:
+    """Load the newest, write it again as another step, and give what it was."""
+    run = Run(kind, 8)
+    path, _ = newest(folder)
+    assert path is not None
+    run.load(path)
+    run.write(folder, step)
+    return run.bits()
