@@ -227,7 +227,7 @@ class Engine:
         batch: Any,
         *,
         give_up: Callable[[], bool] | None = None,
-        stopping: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool] | None = None,
     ) -> WindowReport:
         """Apply the gradient of the whole batch, once.
 
@@ -271,7 +271,9 @@ class Engine:
             num_to_run = num_everywhere if sync.needs_equal_counts else num_to_run
         window, transaction = self.accumulator.open((), totals, kept=None if recorder is None else recorder.kept)
         transaction.wishes = wishes = Wishes(
-            tokens=None if lengths is None else sum(lengths), samples=parts.num_samples, stopping=stopping
+            tokens=None if lengths is None else sum(lengths),
+            samples=parts.num_samples,
+            stopping=stopping or (lambda: False),
         )
         recovery.begin(transaction, lengths)
         feed = Feed(parts)
