@@ -110,6 +110,23 @@ class CheckpointsOptions(BaseModel):
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of lines")
 
 
+class AdviseOptions(BaseModel):
+    """Which run ``bigbatch advise`` looks at, and how closely. ``as_json`` is ``--json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Folder = Field(description="the folder of a run")
+    branch: bool = Field(
+        default=False,
+        description="train short branches from the last checkpoint at 1, 2, 4 and 8 times the batch, over the same "
+        "samples, and report the largest without loss penalty; the run stays as it is",
+    )
+    branch_updates: Count = Field(
+        default=8, description="updates of the branch with the largest batch; the others take as many samples"
+    )
+    as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of sentences")
+
+
 class ReportOptions(BaseModel):
     """Of which runs ``bigbatch report`` makes a page, and where it puts it."""
 
@@ -297,6 +314,16 @@ COMMANDS = {
         sections=((CheckpointsOptions, FieldGroup("list", "How it answers.", tuple(CheckpointsOptions.model_fields))),),
         positionals=("run",),
         words="one RUN",
+    ),
+    "advise": Command(
+        about="Say in plain words whether the batch of a run is far below, near or far above its gradient noise scale, "
+        "what accumulating costs here, and whether a smaller batch would reach the same loss sooner. A guide and not "
+        "an oracle: --branch tries.",
+        examples=("bigbatch advise runs/tiny-python-stdlib", "bigbatch advise RUN --branch"),
+        sections=(
+            (AdviseOptions, FieldGroup("advice", "Of which run, and how closely.", tuple(AdviseOptions.model_fields))),
+        ),
+        positionals=("run",),
     ),
     "report": Command(
         about="Write one HTML page of a run: loss and validation, learning rate, gradient norm, noise scale, speed, "

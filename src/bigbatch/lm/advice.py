@@ -193,7 +193,7 @@ def _of_a_smaller_one(found: Evidence, smaller: int, gain: float) -> str:
         f"On this machine, where samples cost the same in any batch, a batch of {smaller:,} would reach the same loss "
         f"about {gain:.2g} times sooner, with beta2 {found.beta2:g} → {found.beta2**factor:.4g} (the same half-life in "
         f"samples) and the learning rate × {math.sqrt(factor):.2g}: bigbatch train --global-batch {smaller} "
-        f"--scale-from {_rounded(found.batch)} --lr-rule sqrt+half-life. The larger batch pays where it is spread over "
+        f"--scale-from {round(found.batch)} --lr-rule sqrt+half-life. The larger batch pays where it is spread over "
         "more machines."
     )
 

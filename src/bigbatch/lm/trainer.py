@@ -122,7 +122,7 @@ class Trainer:
             return Path(found.folder)
         lengths = self.prepared.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        samples = self._samples(list({*self.share(self.course.first_window()), longest}))
+        samples = self.fetch(list({*self.share(self.course.first_window()), longest}))
         try:
             tune(self.engine, layers, samples, levels=self.config.gradient_checkpointing == "auto")
         except MemoryLimitError as error:
@@ -300,7 +300,7 @@ class Trainer:
         """Make one update; give its line, and what to ask whether to stop: of several ranks, all have decided."""
         lr = float(self.scheduler.get_last_lr()[0])
         try:
-            report = self.engine.step(self._samples(self.share(window)), give_up=give_up, stopping=should_stop)
+            report = self.engine.step(self.fetch(self.share(window)), give_up=give_up, stopping=should_stop)
         except ShardedMemoryError as error:
             self._begin_again(error)
         row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
@@ -337,7 +337,7 @@ class Trainer:
         now.skipped_in_a_row = now.skipped_in_a_row + 1 if row["skipped"] else 0
         now.skipped += bool(row["skipped"])
 
-    def _samples(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
+    def fetch(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
         """Fetch the samples of a window, longest first: neighbours of like length waste least on padding."""
         lengths = self.prepared.training.lengths
         return [self.prepared.training[i] for i in sorted(window, key=lambda i: -lengths[i])]
