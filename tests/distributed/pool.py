@@ -15,6 +15,17 @@ from typing import Any
 TIMEOUT_S = 60.0
 
 
+def preload() -> list[str]:
+    """Name what ranks have loaded before they are forked, in all tests alike: there is one server of forks."""
+    product = [
+        "bigbatch.cli.resume",
+        "bigbatch.lm.trainer",
+        "bigbatch.lm.keeper",
+        "transformers.models.llama.modeling_llama",
+    ]
+    return ["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded", *product]
+
+
 class RankError(AssertionError):
     """What a function raised on a rank, with its traceback."""
 
@@ -29,7 +40,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded"])
+        self._context.set_forkserver_preload(preload())
         self._ranks: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
