@@ -28,13 +28,14 @@ class Launch:
 
     Args:
         words: Of the command.
-        size: Processes; 1 for one without torchrun.
+        size: Processes.
         folder: Receives what they print, and is where they run.
         patch: See `Patch`.
-        restart: How often torchrun has started them before.
+        restart: How often torchrun has started them before; on each rank, where machines count differently.
         max_restarts: How often it may.
         local_size: Processes of a machine; by default all are on one.
         words_of: Words of ranks that are given others.
+        alone: Whether to run without torchrun.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Launch:
         *,
         folder: Path,
         patch: Patch | None = None,
-        restart: int = 0,
+        restart: int | Sequence[int] = 0,
         max_restarts: int = 0,
         local_size: int | None = None,
         words_of: Mapping[int, Sequence[str]] | None = None,
@@ -59,12 +60,13 @@ class Launch:
         (folder / f"out-{self._number}").mkdir()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(preload())
+        restarts = [restart] * size if isinstance(restart, int) else restart
         self.processes = []
         for rank in range(size):
             environment = {
                 "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % (local_size or size),
                 "LOCAL_WORLD_SIZE": local_size or size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._store.port,
-                "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": restart,
+                "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": restarts[rank],
                 "TORCHELASTIC_MAX_RESTARTS": max_restarts, "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "GLOO_SOCKET_IFNAME": "lo",
             } if self._store is not None else {}  # fmt: skip

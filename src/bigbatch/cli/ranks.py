@@ -112,7 +112,8 @@ def speaking_for_all(ranks: "Ranks", command: str) -> Iterator[None]:
         return
     alike = [rank for rank, theirs in enumerate(endings) if theirs == ending]
     if ending is not None and ranks.rank == alike[0]:
-        where = "" if ranks.is_first else f"rank {', '.join(map(str, alike))}: "  # the first one speaks for all
+        numbers = f"rank{'s' if len(alike) > 1 else ''} {', '.join(map(str, alike))}"
+        where = "" if ranks.is_first else f"{numbers}: "  # the first one speaks for all
         print(f"bigbatch {command}: {where}{ending[0]}", file=sys.stderr, flush=True)
     ranks.everyone(None)
     raise SystemExit(first[1])
