@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -133,3 +134,14 @@ def fail_in_window(step: int) -> Patch:
 
 def _fail() -> None:
     raise ArithmeticError("something of its own")
+
+
+def hold_in_window(step: int, reached: Path, until: Path) -> Patch:
+    """Let a rank wait in an update, after its first micro-batch: it makes a file, and goes on once there is another."""
+    return partial(_at_update, step, partial(_at_microbatch, partial(_hold, reached, until)))
+
+
+def _hold(reached: Path, until: Path) -> None:
+    reached.touch()
+    while not until.exists():
+        time.sleep(0.02)

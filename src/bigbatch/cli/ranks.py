@@ -42,8 +42,8 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
     """Join the process group of the run, and leave it in the end. Without torchrun, there is one rank and no group.
 
     Raises:
-        InputError: The processes do not find one another, or torchrun started more of them than there are devices.
-        BigbatchError: Another rank was lost.
+        InputError: torchrun started more processes than there are devices.
+        BigbatchError: The processes do not find one another, or one was lost.
     """
     from bigbatch.lm.ranks import ALONE, Ranks
 
@@ -53,6 +53,9 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    from bigbatch.lm.meeting import meet
 
     local = int(os.environ["LOCAL_RANK"])
     on_cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
@@ -63,13 +66,15 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
                 "devices: pass it that many as --nproc-per-node."
             )
         torch.cuda.set_device(local)
+    rank, patience_s = int(os.environ["RANK"]), config.timeout_s + SPARE_S
+    waits = timedelta(seconds=patience_s)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(seconds=config.timeout_s + SPARE_S)
-        )
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
-    rank = dist.get_rank()
+        store, _, _ = next(rendezvous("env://", timeout=waits))
+        store = meet(store, rank, size, timeout_s=patience_s)
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise BigbatchError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
     try:
         yield Ranks(size, rank, int(os.environ["LOCAL_WORLD_SIZE"]), config.parallel)
     except RuntimeError as error:
