@@ -1,5 +1,6 @@
 """Two machines, each a network namespace with an address of its own, and a wire between them that is cut."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -71,8 +72,9 @@ def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
     machines: tuple[Machine, Machine],
 ) -> None:
     words = ground.words("cut", *DROPPING, "--timeout-s", "10")
-    reached, cut = ground.folder / "reached", ground.folder / "cut-now"
-    trouble = f"trouble.on({{1}}, trouble.hold_in_window(6, *map(trouble.Path, {[str(reached), str(cut)]})))(rank)"
+    reached, pipe = ground.folder / "reached", ground.folder / "pipe"
+    os.mkfifo(pipe)
+    trouble = f"trouble.on({{1}}, trouble.hold_in_window(6, *map(trouble.Path, {[str(reached), str(pipe)]})))(rank)"
     logs = [ground.folder / f"machine-{number}" for number in (0, 1)]
     with ExitStack() as stack:
         agents = []
@@ -88,7 +90,7 @@ def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
             agents.append(stack.enter_context(agent))
         wait_for(agents[0], reached.exists)
         machines[0].do("ip", "link", "set", WIRE, "down")
-        cut.touch()
+        pipe.write_bytes(b"!")
         wait_for(agents[0], lambda: all("Timeout (0:00:10)!" in log.read_text() for log in logs))
         machines[0].do("ip", "link", "set", WIRE, "up")
         codes = [agent.wait(timeout=240) for agent in agents]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,7 +111,7 @@ def _out_of_memory() -> None:
 
 
 def note_windows(folder: Path) -> Patch:
-    """Write down which samples each rank runs in each update, a line for each in FOLDER/RANK.jsonl."""
+    """Write down which samples each rank runs in each update, a line for each and under which budget."""
     return partial(_note_windows, folder)
 
 
@@ -121,7 +120,7 @@ def _note_windows(folder: Path, rank: int) -> None:
 
     def noted(self: Trainer, step: int, window: list[int], *words: Any) -> Any:
         with (folder / f"{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([step, window, self.share(window)]) + "\n")
+            file.write(json.dumps([step, window, self.share(window), self.engine.token_budget]) + "\n")
         return update(self, step, window, *words)
 
     Trainer._update = noted  # type: ignore[method-assign]
@@ -136,12 +135,12 @@ def _fail() -> None:
     raise ArithmeticError("something of its own")
 
 
-def hold_in_window(step: int, reached: Path, until: Path) -> Patch:
-    """Let a rank wait in an update, after its first micro-batch: it makes a file, and goes on once there is another."""
-    return partial(_at_update, step, partial(_at_microbatch, partial(_hold, reached, until)))
+def hold_in_window(step: int, reached: Path, pipe: Path) -> Patch:
+    """Let a rank wait in an update, after its first micro-batch, until a pipe was written to; it does so once."""
+    return partial(_at_update, step, partial(_at_microbatch, partial(_hold, reached, pipe)))
 
 
-def _hold(reached: Path, until: Path) -> None:
-    reached.touch()
-    while not until.exists():
-        time.sleep(0.02)
+def _hold(reached: Path, pipe: Path) -> None:
+    if not reached.exists():
+        reached.touch()
+        pipe.read_bytes()
