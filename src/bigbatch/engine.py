@@ -220,7 +220,7 @@ class Engine:
         batch: Any,
         *,
         give_up: Callable[[], bool] | None = None,
-        stopping: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool] | None = None,
     ) -> WindowReport:
         """Apply the gradient of the whole batch, once.
 
@@ -256,7 +256,8 @@ class Engine:
                 recorder.prepare()
         num_everywhere = self._count_everywhere(parts)
         window, transaction = self.accumulator.open((), totals, kept=None if recorder is None else recorder.kept)
-        transaction.wishes = wishes = Wishes(tokens=None if lengths is None else sum(lengths), stopping=stopping)
+        transaction.wishes = wishes = Wishes(tokens=None if lengths is None else sum(lengths))
+        wishes.stopping = stopping or wishes.stopping
         recovery.begin(transaction, lengths)
         feed = Feed(parts)
 
