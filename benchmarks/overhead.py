@@ -83,7 +83,7 @@ def contenders(*, layers: int, width: int, microbatch: int) -> dict[str, Callabl
 
     def accumulator() -> Callable[[Tensor], float]:
         model, optimizer = fresh()
-        windows = bigbatch.Accumulator(model, optimizer, max_grad_norm=1.0)
+        windows = bigbatch.Accumulator(model, optimizer, max_grad_norm=1.0, noise=False)
 
         def run(tokens: Tensor) -> float:
             parts = tokens.split(microbatch)
@@ -99,7 +99,7 @@ def contenders(*, layers: int, width: int, microbatch: int) -> dict[str, Callabl
 
     def engine() -> Callable[[Tensor], float]:
         model, optimizer = fresh()
-        whole = bigbatch.Engine(model, optimizer, loss_fn, microbatch=microbatch, max_grad_norm=1.0)
+        whole = bigbatch.Engine(model, optimizer, loss_fn, microbatch=microbatch, max_grad_norm=1.0, noise=False)
         return lambda tokens: whole.step(tokens).loss
 
     return {"by hand": hand(), "by hand, again": hand(), "Accumulator": accumulator(), "Engine": engine()}

@@ -7,7 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COLUMNS", "120")
 
+from collections.abc import Callable, Iterator
+
 import pytest
+from tests.distributed.pool import Pool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,3 +23,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], Pool]]:
+    """Give the pool of so many ranks; one of each size for all tests of a session."""
+    made: dict[int, Pool] = {}
+
+    def pool_of(size: int) -> Pool:
+        if size not in made:
+            made[size] = Pool(size)
+        return made[size]
+
+    yield pool_of
+    for pool in made.values():
+        pool.close()

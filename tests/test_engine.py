@@ -202,6 +202,7 @@ def test_the_report_holds_what_the_window_did():
         "skipped",
         "retries",
         "ranks",
+        "noise",
     ]
     full = ref.full_gradient(engine.model, batch)
     assert report.step == 2

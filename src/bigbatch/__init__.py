@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from bigbatch.errors import RankFailedError as RankFailedError
     from bigbatch.errors import WindowAbandonedError as WindowAbandonedError
     from bigbatch.errors import WindowStateError as WindowStateError
+    from bigbatch.noise import NoiseScale as NoiseScale
     from bigbatch.plan import Plan as Plan
     from bigbatch.plan import TokenBudget as TokenBudget
     from bigbatch.plan import plan as plan
     from bigbatch.report import RanksReport as RanksReport
     from bigbatch.report import TermReport as TermReport
     from bigbatch.report import WindowReport as WindowReport
+    from bigbatch.scaling import rescale as rescale
     from bigbatch.sync import Replicated as Replicated
     from bigbatch.sync import SyncPolicy as SyncPolicy
     from bigbatch.verify import Verification as Verification
@@ -49,6 +51,7 @@ _PUBLIC = {
     "Engine": "bigbatch.engine",
     "InputError": "bigbatch.errors",
     "MemoryLimitError": "bigbatch.errors",
+    "NoiseScale": "bigbatch.noise",
     "Plan": "bigbatch.plan",
     "RankFailedError": "bigbatch.errors",
     "RanksReport": "bigbatch.report",
@@ -64,6 +67,7 @@ _PUBLIC = {
     "WindowAbandonedError": "bigbatch.errors",
     "WindowStateError": "bigbatch.errors",
     "plan": "bigbatch.plan",
+    "rescale": "bigbatch.scaling",
     "verify": "bigbatch.verify",
 }
 

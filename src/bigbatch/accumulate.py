@@ -41,6 +41,8 @@ class GradientSums:
         kept: Sums of windows before, by parameter, to begin with as zeros and to leave in place: whoever recorded where
             they are may add to them. Only of parameters that sum natively.
         hides_leaves: Whether graphs end in other tensors than these, which a wrapper of the model stands between.
+        squares: 0-d, to which the squared norm of each micro-gradient is added, of all parameters together; None not to
+            measure it. It is read once, before it is added to its sum; nothing is kept of it, and nothing waited for.
     """
 
     def __init__(
@@ -49,7 +51,10 @@ class GradientSums:
         *,
         kept: Mapping[Tensor, Tensor] | None = None,
         hides_leaves: bool = False,
+        squares: Tensor | None = None,
     ) -> None:
+        self._squares = squares
+        self._norms: list[Tensor] = []
         self.parameters = tuple(parameters)
         self._kept = kept or {}
         self._wide: dict[Tensor, Tensor] = {}
@@ -69,6 +74,9 @@ class GradientSums:
         widen = WeakMethod(self._widen)
         narrow = (p for p in self.parameters if p.dtype in NARROW_DTYPES and p.requires_grad)
         handles = [_on_accumulated(p, widen) for p in narrow]
+        if self._squares is not None:
+            measure = WeakMethod(self._measure)
+            handles += [_on_gradient(p, measure) for p in self.parameters if p.requires_grad]
         self._unhook = finalize(self, _remove, handles)  # also for a window that was forgotten half-way
         return self
 
@@ -94,6 +102,12 @@ class GradientSums:
         else:
             total.add_(gradient)
         parameter.grad = None
+
+    def _measure(self, gradient: Tensor) -> None:
+        if self._adding:
+            values = gradient.coalesce()._values() if gradient.is_sparse else gradient
+            norm = torch.linalg.vector_norm(values, dtype=_norm_dtype(values.dtype))
+            self._norms.append(norm if self._squares is None else norm.to(self._squares))
 
     def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None) -> None:
         """Add ∂loss/∂parameters to the sums; no other leaf of the graph receives a gradient.
@@ -126,7 +140,10 @@ class GradientSums:
         self._adding = True
         try:
             torch.autograd.backward(loss, inputs=leaves)
+            if self._squares is not None and self._norms:
+                self._squares.add_(torch.stack(self._norms).square().sum())
         finally:
+            self._norms.clear()
             self._adding = False
             self._witness = self._find_witness()
 
@@ -261,6 +278,21 @@ def _on_accumulated(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHand
 
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
     return handle
+
+
+def _on_gradient(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHandle:
+    """Call a hook with each whole gradient of a leaf, before it is added."""
+
+    def call(gradient: Tensor) -> None:
+        if (method := hook()) is not None:
+            method(gradient)
+
+    handle: RemovableHandle = parameter.register_hook(call)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in NARROW_DTYPES else dtype
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

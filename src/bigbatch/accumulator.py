@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.errors import WindowStateError
+from bigbatch.noise import NoiseMeter
 from bigbatch.objective import Items
 from bigbatch.split import check_count
 from bigbatch.sync import Sync, SyncPolicy, sync_of
@@ -50,6 +51,8 @@ class Accumulator:
             state or schedule changes, and its report says so; ``"raise"``: the same, and a `NonFiniteError`.
         sync: When the gradients of a sharded model cross ranks, a `SyncPolicy`; or a `Replicated` of a plain model that
             every rank holds. By default what the model is wrapped in decides.
+        noise: Whether to measure the gradient noise scale, see `bigbatch.noise`: of losses of one term, parameters on
+            one device, without float16, and not of sharded models.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -66,6 +69,7 @@ class Accumulator:
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
         sync: Sync | SyncPolicy | None = None,
+        noise: bool = True,
     ) -> None:
         self._update = Update(
             optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm, nonfinite=nonfinite
@@ -76,7 +80,13 @@ class Accumulator:
         self.model = model
         self.optimizer = optimizer
         self._open: Window | None = None
+        self.noise = NoiseMeter() if noise and self._can_measure() else None
+        self._squares: Tensor | None = None  # stays where it is: recorded micro-batches add to it
         self.spare: Any = None  # a micro-batch of before, to keep step with other ranks where this one has none
+
+    def _can_measure(self) -> bool:
+        parameters = self._update.parameters()
+        return not self.sync.needs_equal_counts and len({parameter.device for parameter in parameters}) == 1
 
     @property
     def update(self) -> Update:
@@ -202,7 +212,12 @@ class Accumulator:
         """Open one window and give its transaction with it, on sums that are kept. For `Engine`, not for loops."""
         self._finish_previous()
         self.prepare()
-        transaction = Transaction(self._update, totals, kept=kept, sync=self.sync)
+        if self.noise is not None and (self._squares is None or self._squares.device != self.device):
+            wide = any(parameter.dtype == torch.float64 for parameter in self._update.parameters())
+            self._squares = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self.device)
+        transaction = Transaction(
+            self._update, totals, kept=kept, sync=self.sync, noise=self.noise, squares=self._squares
+        )
         self._open = Window(iter(microbatches), transaction)
         return self._open, transaction
 

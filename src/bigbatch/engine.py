@@ -86,6 +86,7 @@ class Engine:
         nonfinite: As for `Accumulator`.
         sync: As for `Accumulator`. Under several ranks the batch is this rank's share of it, and may be empty; `step`
             is collective, and so is `tune`, which measures on the first rank.
+        noise: As for `Accumulator`.
 
     Raises:
         TypeError: A wrapper, optimizer or scheduler of a kind that cannot work this way.
@@ -110,6 +111,7 @@ class Engine:
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
         sync: Sync | SyncPolicy | None = None,
+        noise: bool = True,
     ) -> None:
         check_microbatch(microbatch, memory, lengths)
         self.accumulator = Accumulator(
@@ -120,6 +122,7 @@ class Engine:
             scaler=scaler,
             nonfinite=nonfinite,
             sync=sync,
+            noise=noise,
         )
         self.sync = self.accumulator.sync
         check_sharded(self.sync, microbatch, cuda_graphs)
@@ -256,7 +259,9 @@ class Engine:
                 recorder.prepare()
         num_everywhere = self._count_everywhere(parts)
         window, transaction = self.accumulator.open((), totals, kept=None if recorder is None else recorder.kept)
-        transaction.wishes = wishes = Wishes(tokens=None if lengths is None else sum(lengths))
+        transaction.wishes = wishes = Wishes(
+            tokens=None if lengths is None else sum(lengths), samples=parts.num_samples
+        )
         wishes.stopping = stopping or wishes.stopping
         recovery.begin(transaction, lengths)
         feed = Feed(parts)
@@ -282,6 +287,7 @@ class Engine:
                         if not sync.needs_equal_counts:
                             break
                     window.run(add, rows)
+            wishes.measures = not recovery.num_failures
             if recorder is not None and not recovery.num_failures:
                 recorder.keep(transaction.sums)
             report = window.step()
@@ -321,12 +327,15 @@ class Engine:
             "size_in_use": self._size_in_use,
             "good_windows": self._good_windows,
             "choice": None if self.choice is None else asdict(self.choice),
+            "noise": None if self.accumulator.noise is None else self.accumulator.noise.state(),
         }
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on with micro-batches as an engine left them; where this one's are limited otherwise, keep to its own."""
         if self.microbatch == "auto" and progress["choice"] is not None:
             self.use(Choice.of(progress["choice"]))
+        if self.accumulator.noise is not None and progress.get("noise") is not None:
+            self.accumulator.noise.go_on(progress["noise"])
         if self._size == progress["size"]:
             self._size_in_use, self._good_windows = progress["size_in_use"], progress["good_windows"]
 

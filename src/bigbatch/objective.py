@@ -189,6 +189,11 @@ class Ledger:
             shares[name] = _added(counts), _added(sums)
         return shares
 
+    def items_squared(self) -> float | Tensor:
+        """Give Σ n_i² over the micro-batches of a loss of one term, where they are; nothing is waited for."""
+        counts = next(iter(self._items.values()), [])
+        return _added([float(count * count) if not isinstance(count, Tensor) else count * count for count in counts])
+
     def take_back_prescale(self, gradients: list[Tensor]) -> None:
         """Multiply gradients by what this rank divided its losses by, which other ranks chose otherwise."""
         if self._prescaled_by is not None:

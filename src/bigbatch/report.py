@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from bigbatch.noise import NoiseScale
+
 
 @dataclass(frozen=True)
 class TermReport:
@@ -25,7 +27,7 @@ class RanksReport:
         size: Ranks that hold different data.
         num_microbatches: Of each rank.
         slowest: The rank whose gradients were there last.
-        slowest_share: Its time until then, divided by the mean over the ranks: 1 where none waits for another.
+        slowest_share: What of its time until then the others waited for it, on average: 0 where all were as fast.
         stopping: Whether any rank was told to stop after this update.
     """
 
@@ -55,6 +57,7 @@ class WindowReport:
         skipped: Why the window changed nothing ("no items", "non-finite gradient"), or None if it was applied.
         retries: Attempts at micro-batches of this rank that ran out of memory and were made again in pieces.
         ranks: What the ranks did; None in one process.
+        noise: The gradient noise scale, as averaged so far; None before it is known, and where it is not measured.
     """
 
     step: int
@@ -68,6 +71,7 @@ class WindowReport:
     skipped: str | None = None
     retries: int = 0
     ranks: RanksReport | None = None
+    noise: NoiseScale | None = None
     _read_terms: Callable[[], dict[str, TermReport]] = field(default=dict, repr=False, compare=False)
 
     @property

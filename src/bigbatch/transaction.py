@@ -1,9 +1,10 @@
 """One window's sums and counts, and how they become an update: what stands behind a `Window`."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from bigbatch.accumulate import GradientSums
 from bigbatch.errors import RankFailedError, WindowAbandonedError
 from bigbatch.memory import peak_bytes
+from bigbatch.noise import NoiseMeter, NoiseScale
 from bigbatch.objective import Items, Ledger, as_terms
 from bigbatch.report import RanksReport, WindowReport
 from bigbatch.sync import Sync
-from bigbatch.update import Update
-from bigbatch.vote import Ballot, Tally, decode, decode_terms, encode, encode_terms
+from bigbatch.update import Outcome, Update
+from bigbatch.vote import Ballot, Number, Tally, decode, decode_terms, encode, encode_terms
 
 
 @dataclass
@@ -26,11 +28,15 @@ class Wishes:
     Attributes:
         gave_up: Whether it was told to drop the window.
         tokens: It ran over, without padding; None where nobody counts.
+        samples: Of the batch; None where nobody counts.
+        measures: Whether the noise of this window can be told.
         stopping: Asked at the end: whether to stop after this update.
     """
 
     gave_up: bool = False
     tokens: int | None = None
+    samples: int | None = None
+    measures: bool = True
     stopping: Callable[[], bool] = lambda: False
 
 
@@ -42,6 +48,8 @@ class Transaction:
         totals: Items of the whole window on this rank, by term, for a loss of several.
         kept: As for `GradientSums`.
         sync: How gradients cross ranks. Opening a window with totals is collective under several.
+        noise: Takes in the noise of the window; None where nobody wants it, or it cannot be measured.
+        squares: Where the squared norms of micro-gradients are summed, for ``noise``.
     """
 
     def __init__(
@@ -51,8 +59,11 @@ class Transaction:
         *,
         kept: Mapping[Tensor, Tensor] | None = None,
         sync: Sync,
+        noise: NoiseMeter | None = None,
+        squares: Tensor | None = None,
     ) -> None:
         self._update = update
+        self._noise = noise
         self._sync = sync
         self._started_s = time.perf_counter()
         self._num_microbatches = 0
@@ -63,9 +74,14 @@ class Transaction:
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
         float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
+        self._squares = None if noise is None or float16 or totals is not None else squares
+        if self._squares is not None:
+            self._squares.zero_()
         self.ledger = Ledger(_over_ranks(totals, sync), prescale=float16)
         sync.begin()
-        self.sums = GradientSums(parameters, kept=kept, hides_leaves=sync.hides_leaves).__enter__()
+        self.sums = GradientSums(
+            parameters, kept=kept, hides_leaves=sync.hides_leaves, squares=self._squares
+        ).__enter__()
 
     def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
         """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
@@ -98,12 +114,18 @@ class Transaction:
         tally = None if self._sync.size == 1 else self._vote()
         if tally is not None:
             self._agree(tally)
-        outcome = self._update.apply(self.sums, self.ledger, loss_scale=self._loss_scale, sync=self._sync)
+        squares, counts = self._told_apart(tally)
+        beside = [value for value in (squares, counts) if isinstance(value, Tensor)]
+        outcome = self._update.apply(
+            self.sums, self.ledger, loss_scale=self._loss_scale, sync=self._sync, beside=beside
+        )
         self.undo()
+        items = self.ledger.items()
+        noise = self._observe(outcome, squares, counts, tally, items=items)
         peak = peak_bytes(self._update.device)
         return WindowReport(
             step=self._update.num_steps,
-            items=self.ledger.items(),
+            items=items,
             grad_norm=outcome.grad_norm,
             num_microbatches=self._num_microbatches,
             tokens=self.wishes.tokens if tally is None else _sum_of_tokens(self.wishes.tokens, tally),
@@ -112,8 +134,32 @@ class Transaction:
             syncs=self._num_syncs,
             skipped=outcome.skipped,
             ranks=None if tally is None else _report(tally),
+            noise=noise,
             _read_terms=self.ledger.terms,
         )
+
+    def _told_apart(self, tally: Tally | None) -> tuple[Number, Number]:
+        """Give Σ |S_i|² and Σ n_i² over the micro-batches of all ranks, where they are; NaN where nobody measured."""
+        if self._squares is None or not self.wishes.measures or not self.sums.can_name_leaves:
+            own: tuple[Number, Number] = math.nan, 0.0
+        else:
+            own = self._squares, self.ledger.items_squared()
+        if tally is None:
+            return own
+        return sum(float(b.squares) for b in tally.ballots), sum(float(b.items_squared) for b in tally.ballots)
+
+    def _observe(
+        self, outcome: Outcome, squares: Number, counts: Number, tally: Tally | None, *, items: float
+    ) -> NoiseScale | None:
+        """Take the noise of this window in; give what is known by now."""
+        if self._noise is None:
+            return None
+        if outcome.skipped is None:
+            read = iter(outcome.read)
+            squares, counts = (next(read) if isinstance(value, Tensor) else value for value in (squares, counts))
+            samples = self.wishes.samples or 0 if tally is None else sum(b.samples for b in tally.ballots)
+            self._noise.observe(outcome.grad_norm**2, squares, items, counts, samples=samples)
+        return self._noise.read()
 
     def _vote(self, *, failed: bool = False) -> Tally:
         """Tell the other ranks, before anything could hang, and hear them. Collective; waits for the device."""
@@ -130,7 +176,10 @@ class Transaction:
             tokens=self.wishes.tokens or 0,
             peak_bytes=peak_bytes(device) or 0,
             elapsed_s=time.perf_counter() - self._started_s,
+            samples=self.wishes.samples or 0,
         )
+        squares, items_squared = self._told_apart(None)
+        ballot = replace(ballot, squares=squares, items_squared=items_squared)
         parameters = [] if self._sync.needs_equal_counts else self.sums.parameters
         reached = self.sums.reached() if parameters else []
         values = encode(ballot, {} if failed else self.ledger.shares(), reached)
@@ -188,7 +237,7 @@ def _report(tally: Tally) -> RanksReport:
         size=len(times),
         num_microbatches=tuple(ballot.num_microbatches for ballot in tally.ballots),
         slowest=slowest,
-        slowest_share=times[slowest] * len(times) / sum(times) if sum(times) else 1.0,
+        slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
         stopping=bool(tally.ranks_with("stopping")),
     )
 

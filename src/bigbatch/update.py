@@ -1,6 +1,7 @@
 """The update: unscale, divide, check, clip, step, schedule. Once per window, on the total."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -33,10 +34,12 @@ class Outcome:
     Attributes:
         grad_norm: 2-norm of the divided gradient before clipping; NaN without items.
         skipped: Why nothing was updated, or None.
+        read: Values that were read from the device together with the norm.
     """
 
     grad_norm: float
     skipped: str | None = None
+    read: tuple[float, ...] = ()
 
 
 class Update:
@@ -98,7 +101,13 @@ class Update:
         return self.parameters()[0].device
 
     def apply(
-        self, sums: GradientSums, ledger: "Ledger", *, loss_scale: Tensor | None = None, sync: "Sync | None" = None
+        self,
+        sums: GradientSums,
+        ledger: "Ledger",
+        *,
+        loss_scale: Tensor | None = None,
+        sync: "Sync | None" = None,
+        beside: Sequence[Tensor] = (),
     ) -> Outcome:
         """Turn the sums of a window into one update, or into none if they cannot be one.
 
@@ -107,6 +116,7 @@ class Update:
             ledger: What they are to be divided by.
             loss_scale: What the losses were multiplied by: what `loss_scale` gave when the window opened.
             sync: How the sums crossed ranks, which then all do the same; None in one process.
+            beside: Other 0-d values to read at the same time, for the outcome.
 
         Waits for the device once, for the count and the norm that decide whether there is an update at all.
 
@@ -115,13 +125,13 @@ class Update:
         """
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
-            return self._apply(sums, gradients, ledger, sync)
+            return self._apply(sums, gradients, ledger, sync, beside)
         assert self.scaler is not None, "it made the loss scale"
         # The scale is this window's own: another window with the same scaler may have changed it meanwhile.
         torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
         self.scaler.unscale_(self.optimizer)
         try:
-            return self._apply(sums, gradients, ledger, sync)
+            return self._apply(sums, gradients, ledger, sync, beside)
         finally:
             self.scaler.update()
 
@@ -129,7 +139,14 @@ class Update:
         """Give the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
-    def _apply(self, sums: GradientSums, gradients: list[Tensor], ledger: "Ledger", sync: "Sync | None") -> Outcome:
+    def _apply(
+        self,
+        sums: GradientSums,
+        gradients: list[Tensor],
+        ledger: "Ledger",
+        sync: "Sync | None",
+        beside: Sequence[Tensor],
+    ) -> Outcome:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
         averaged_over = 1.0 if sync is None else sync.averaged_over
         norm_of_sums = norm_of(gradients)
@@ -140,7 +157,9 @@ class Update:
             raise ValueError(
                 "none of the optimizer's parameters received a gradient: the loss does not depend on them."
             )
-        grad_norm = ledger.marked(norm_of_sums).item() / divisor
+        together = [value.to(norm_of_sums) for value in (ledger.marked(norm_of_sums), *beside)]
+        norm, *read = torch.stack(together).tolist()  # waits for the device
+        grad_norm = norm / divisor
         if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
             _scale(gradients, 1 / divisor)
             grad_norm, divisor = norm_of(gradients).item(), 1.0
@@ -152,7 +171,7 @@ class Update:
         gradients.clear()  # float32 sums are then freed one by one as they are handed over
         sums.hand_over()
         self._step(ledger)
-        return Outcome(grad_norm)
+        return Outcome(grad_norm, read=tuple(read))
 
     def _refuse(self, grad_norm: float, why: str) -> Outcome:
         if self.nonfinite == "raise":

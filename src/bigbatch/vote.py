@@ -6,8 +6,8 @@ each rank's Ballot, terms and reached parameters → numbers → gathered → Ta
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
-from typing import TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Ballot:
         tokens: Of the window, on this rank, without padding; 0 where nobody counts.
         peak_bytes: Highest memory so far; 0 where the platform does not tell.
         elapsed_s: From the opening of the window until its gradients were there.
+        samples: Behind the window, on this rank; 0 where nobody counts.
+        squares: Sum of the squared norms of its micro-gradients; NaN where they were not measured.
+        items_squared: Sum of the squared items of its micro-batches.
     """
 
     failed: bool = False
@@ -40,6 +43,9 @@ class Ballot:
     tokens: int = 0
     peak_bytes: int = 0
     elapsed_s: float = 0.0
+    samples: int = 0
+    squares: Number = 0.0
+    items_squared: Number = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def encode(ballot: Ballot, terms: Mapping[str, tuple[Number, Number]], reached: 
     bits: list[Number] = []
     for start in range(0, len(reached), BITS):
         bits.append(float(sum(1 << i for i, flag in enumerate(reached[start : start + BITS]) if flag)))
-    values: list[Number] = [float(value) for value in astuple(ballot)]
+    values: list[Number] = [getattr(ballot, field.name) for field in fields(Ballot)]
     return [*values, *encode_terms(terms), *bits]
 
 
@@ -89,9 +95,9 @@ def decode(rows: Sequence[Sequence[float]], num_parameters: int) -> Tally:
     end = width + 2 + 2 * MOST_TERMS
     ballots = []
     for row in rows:
-        failed, gave_up, stopping, num_microbatches, tokens, peak_bytes, elapsed_s = row[:width]
-        flags = bool(failed), bool(gave_up), bool(stopping)
-        ballots.append(Ballot(*flags, int(num_microbatches), int(tokens), int(peak_bytes), elapsed_s))
+        kinds: list[Any] = [type(field.default) for field in fields(Ballot)]
+        told: list[Any] = [kind(value) for kind, value in zip(kinds, row[:width], strict=True)]
+        ballots.append(Ballot(*told))
     reached = tuple(any(int(row[end + i // BITS]) >> (i % BITS) & 1 for row in rows) for i in range(num_parameters))
     return Tally(tuple(ballots), decode_terms([row[width:end] for row in rows]), reached)
 

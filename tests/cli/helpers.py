@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SENTENCE = re.compile(r"bigbatch (train|resume|verify|plan|generate|checkpoints|bench): [^\n]+[.?]\n")
+SENTENCE = re.compile(r"bigbatch (train|resume|verify|plan|generate|checkpoints|advise|report|bench): [^\n]+[.?]\n")
 LIMIT_S = 120
 
 

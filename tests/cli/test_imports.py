@@ -29,6 +29,8 @@ def test_the_overview_loads_not_even_pydantic(words: list[str]):
         ["train", "--help"],
         ["verify", "--help"],
         ["generate", "--help"],
+        ["report", "--help"],
+        ["report"],
         ["bench", "--help"],
         ["bench", "--only", "trianer"],
         ["train", "--global-batch", "0"],

@@ -220,6 +220,23 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
             "--steps 3 --warmup-steps 4",
             "--warmup-steps is more than --steps: the learning rate would never reach its peak.",
         ),
+        ("--lr-rule sde", "--lr-rule does nothing without --scale-from: give both."),
+        ("--scale-from 0 --lr-rule sde", "--scale-from is 0: it must be at least 1."),
+        (
+            "--scale-from 8 --lr-rule cubic",
+            "--lr-rule is 'cubic': it must be none, linear, sqrt, sde, half-life or sqrt+half-life.",
+        ),
+        (
+            "--scale-from 8 --lr-rule adascale",
+            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, and bigbatch train has "
+            'AdamW: in a loop of your own, bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, '
+            "batch=B) applies it.",
+        ),
+        (
+            "--scale-from 8 --lr-rule sde --global-batch 128",
+            "--lr-rule sde at 16 times the batch of --scale-from would make beta1 -0.6, which is below 0: the nearest "
+            "--scale-from that works is 13.",
+        ),
         ("--lr fast", "--lr is 'fast': it must be a number."),
         ("--lr=fast", "--lr is 'fast': it must be a number."),
         ("--lr 0", "--lr is 0: it must be more than 0."),

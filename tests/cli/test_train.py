@@ -59,7 +59,7 @@ def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) ->
         "      bigbatch verify   proves that no cut of the batch changes the gradient",
     ]
     run = tmp_path / "runs" / "tiny-python-stdlib"
-    names = {".lock", "checkpoints", "config.json", "metrics.jsonl", "microbatch.json", "model"}
+    names = {".lock", "checkpoints", "config.json", "events.jsonl", "metrics.jsonl", "microbatch.json", "model"}
     assert {path.name for path in run.iterdir()} == names
     assert AutoTokenizer.from_pretrained(run / "model")("def ").input_ids
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 2e6

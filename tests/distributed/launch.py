@@ -6,7 +6,6 @@
 The environment is torchrun's, and the store is here, as it is in its agent. What real agents do is in test_torchrun.py.
 """
 
-import multiprocessing
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.pool import preload
+from tests.distributed.spawn import forking_context
 
 LIMIT_S = 120.0
 
@@ -58,8 +57,7 @@ class Launch:
         self._store = None if alone else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._number = len(list(folder.glob("out-*")))
         (folder / f"out-{self._number}").mkdir()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(preload())
+        context = forking_context()
         restarts = [restart] * size if isinstance(restart, int) else restart
         self.processes = []
         for rank in range(size):

@@ -4,7 +4,6 @@ pool = Pool(2)
 results = pool.run(function, argument)      # function(argument) on every rank → one result a rank
 """
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -12,18 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.spawn import forking_context
+
 TIMEOUT_S = 60.0
-
-
-def preload() -> list[str]:
-    """Name what ranks have loaded before they are forked, in all tests alike: there is one server of forks."""
-    product = [
-        "bigbatch.cli.resume",
-        "bigbatch.lm.trainer",
-        "bigbatch.lm.keeper",
-        "transformers.models.llama.modeling_llama",
-    ]
-    return ["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded", *product]
 
 
 class RankError(AssertionError):
@@ -39,8 +29,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(preload())
+        self._context = forking_context()
         self._ranks: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:

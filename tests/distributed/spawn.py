@@ -6,6 +6,7 @@ The function is one of a module; in it, torch.distributed is initialised. Warnin
 """
 
 import multiprocessing
+import multiprocessing.context
 import os
 import tempfile
 import time
@@ -17,6 +18,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+
+def forking_context() -> multiprocessing.context.ForkServerContext:
+    """Give what starts ranks as forks of one process that has loaded torch already, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    product = ["bigbatch.cli.resume", "bigbatch.lm.trainer", "transformers.models.llama.modeling_llama"]
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded", *product])
+    return context
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 
 
 def attempt(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 60) -> list[Outcome]:
     """Call a function on every rank, and give how each ended; only ranks that hang fail the test."""
-    context = multiprocessing.get_context("spawn")
+    context = forking_context()
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(size):

@@ -1,12 +1,13 @@
 """Checkpoints of several ranks: what goes in comes out on any number of them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from bigbatch.lm.checkpoint import read, verify
 from distributed.spawn import run
-from distributed.trained import Run, bits_of, load, parts_of, save
+from distributed.trained import Run, bits_of, load, load_and_save, parts_of, save
 from lm.saved import RUN_ID, names_in
 
 
@@ -29,9 +30,12 @@ def test_two_ranks_go_on_as_if_nothing_had_been(two) -> None:
     }
 
 
-def test_two_ranks_become_four(two) -> None:
+def test_two_ranks_become_four_and_four_become_two(two, tmp_path: Path) -> None:
     folder, saved, _ = two
-    assert [loaded for loaded, _ in run(load, 4, folder, "fsdp")] == [saved] * 4
+    copy = shutil.copytree(folder, tmp_path / "checkpoints")
+    assert run(load_and_save, 4, copy, "fsdp", 3, timeout_s=180) == [saved] * 4
+    assert "model-rank-3-of-4.safetensors" in names_in(copy / "step-3")
+    assert run(load_and_save, 2, copy, "fsdp", 4) == [saved] * 2
 
 
 def test_two_ranks_become_one_process_without_a_group(two) -> None:
@@ -54,15 +58,10 @@ def test_one_process_becomes_two_ranks(tmp_path: Path) -> None:
 
 
 def test_four_ranks_with_replicas_become_two_and_every_shard_is_written_once(tmp_path: Path) -> None:
-    saved, _ = run(save, 4, tmp_path, "hsdp")[0]
+    saved, _ = run(save, 4, tmp_path, "hsdp", timeout_s=180)[0]
     assert verify(tmp_path / "step-2") is None
     num_bytes = sum(len(data) for _, _, data in saved.values())
     files = list((tmp_path / "step-2").glob("*.safetensors"))
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
     assert sum(file.stat().st_size for file in files) == num_bytes + headers
-    assert [loaded for loaded, _ in run(load, 2, tmp_path, "fsdp")] == [saved] * 2
-
-
-def test_four_ranks_become_two(tmp_path: Path) -> None:
-    saved, _ = run(save, 4, tmp_path, "fsdp")[0]
     assert [loaded for loaded, _ in run(load, 2, tmp_path, "fsdp")] == [saved] * 2

@@ -313,7 +313,7 @@ def test_a_line_is_about_all_ranks(ground: Ground) -> None:
         assert row["ranks"] == other["ranks"] == 3
         assert row["num_microbatches"] >= 3
         assert row["slowest_rank"] in (0, 1, 2)
-        assert 1 <= row["slowest_share"] <= 3
+        assert 0 <= row["slowest_share"] < 1
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["elapsed_s"])
         assert row["peak_bytes"] is None or row["peak_bytes"] > 0
         clocks = ("slowest_rank", "slowest_share", "tokens_per_s", "elapsed_s", "peak_bytes")

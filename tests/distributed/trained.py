@@ -118,3 +118,13 @@ def load(folder: Path, kind: str) -> tuple[Bits, Bits]:
     loaded = run.bits()
     run.train(2)
     return loaded, run.bits()
+
+
+def load_and_save(folder: Path, kind: str, step: int) -> Bits:
+    """Load the newest, write it again as another step, and give what it was."""
+    run = Run(kind, 8)
+    path, _ = newest(folder)
+    assert path is not None
+    run.load(path)
+    run.write(folder, step)
+    return run.bits()

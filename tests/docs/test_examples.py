@@ -13,6 +13,7 @@ PAGES = [
     "docs/how-to/own-loop.md",
     "docs/how-to/fit-memory.md",
     "docs/explanation/exactness.md",
+    "docs/explanation/scaling-rules.md",
 ]
 
 

@@ -49,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16-weights": {"precision": "bf16-weights"},
     "auto": {"microbatch": "auto"},
     "tokens": {"global_batch": None, "global_batch_tokens": 160},
+    "schedule": {"global_batch": None, "global_batch_schedule": "0:4 60:8 150:12", "rebase_second_moment": True},
     "poisoned": {},
 }
 """Runs of ten updates or so, of two passes, with dropout; some windows of the last one are not finite."""

@@ -83,6 +83,8 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_had_been(server: Serv
         ("bf16-weights", "before optimizer", 8),
         ("auto", "before optimizer", 8),
         ("tokens", "after optimizer", 7),
+        ("schedule", "before optimizer", 4),
+        ("schedule", "after optimizer", 6),
         ("poisoned", "middle of quarantine.jsonl", 3),
     ],
 )

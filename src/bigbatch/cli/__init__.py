@@ -34,6 +34,8 @@ COMMANDS = {
     "verify": "prove on your model, loss and data that every cut gives the full-batch gradient",
     "generate": "let a trained run go on with a text",
     "checkpoints": "which checkpoints a run has, and which of them are whole",
+    "advise": "how the batch of a run stands to its gradient noise, and what a smaller one would cost",
+    "report": "one HTML page of a run, or of several side by side",
     "bench": "this package beside what you would pick instead, in one run",
 }
 """The commands, each a module of this package with ``run(...) -> int``, and their line in ``--help``."""

@@ -1,5 +1,6 @@
 """What a run shows: a live line on a terminal, plain lines elsewhere."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,7 @@ class TrainingDisplay:
             f"loss {row['loss']:.3f} · {self._pace.tokens_per_s:,.0f} tokens/s · "
             f"{duration(self._pace.left_s)} left · {_gibibytes(row['peak_bytes'])}"
         )
+        status += noise(row)
         self._progress.update(self._task, completed=step, status=status)
         every = max(1, self._total_steps // PLAIN_LINES)
         if not self._console.is_terminal and (step == 1 or step % every == 0 or step == self._total_steps):
@@ -124,6 +126,14 @@ class TrainingDisplay:
         self._pace.paused()
         self._console.print(f"update {step}: the model writes")
         self._console.print(quote(text, self._prompt))
+
+
+def noise(row: dict[str, Any]) -> str:
+    """Say the noise scale of a line of metrics.jsonl, where it is known."""
+    scale = row.get("noise_scale_sequences")
+    if scale is None:
+        return ""
+    return f" · noise scale {scale:,.0f} seq" if math.isfinite(scale) else " · noise scale not to be told yet"
 
 
 def _columns(width: int) -> list[TextColumn | BarColumn]:

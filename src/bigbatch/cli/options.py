@@ -110,6 +110,42 @@ class CheckpointsOptions(BaseModel):
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of lines")
 
 
+class AdviseOptions(BaseModel):
+    """Which run ``bigbatch advise`` looks at, and how closely. ``as_json`` is ``--json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Folder = Field(description="the folder of a run")
+    branch: bool = Field(
+        default=False,
+        description="train short branches from the last checkpoint at 1, 2, 4 and 8 times the batch, over the same "
+        "samples, and report the largest without loss penalty; the run stays as it is",
+    )
+    branch_updates: Count = Field(
+        default=8, description="updates of the branch with the largest batch; the others take as many samples"
+    )
+    as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of sentences")
+
+
+class ReportOptions(BaseModel):
+    """Of which runs ``bigbatch report`` makes a page, and where it puts it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    runs: Annotated[tuple[Folder, ...], Field(min_length=1)] = Field(
+        description="the folder of a run; several are compared on one page"
+    )
+    out: Folder | None = Field(
+        default=None,
+        json_schema_extra={"placeholder": "FILE"},
+        description="the page (default: report.html in RUN, or comparison.html in the first of several)",
+    )
+    watch: bool = Field(
+        default=False,
+        description="write the page again whenever the run makes an update, until it ends; the page reloads itself",
+    )
+
+
 class BenchOptions(BaseModel):
     """What ``bigbatch bench`` compares. ``as_json`` is ``--json``; ``only`` is None for everyone."""
 
@@ -189,7 +225,8 @@ Section = tuple[type[BaseModel], FieldGroup]
 class Command(NamedTuple):
     """What one command takes, and what its ``--help`` says around the flags.
 
-    ``words`` says to somebody who gave more than the ``positionals`` which words there are beside flags.
+    ``words`` says to somebody who gave more than the ``positionals`` which words there are beside flags; where the
+    command ``gathers``, its only positional takes all of them.
     """
 
     about: str
@@ -197,6 +234,7 @@ class Command(NamedTuple):
     sections: tuple[Section, ...]
     positionals: tuple[str, ...] = ()
     words: str = "flags alone"
+    gathers: bool = False
 
     def models(self) -> tuple[type[BaseModel], ...]:
         """Return the models behind the flags, each once, in order."""
@@ -276,6 +314,29 @@ COMMANDS = {
         sections=((CheckpointsOptions, FieldGroup("list", "How it answers.", tuple(CheckpointsOptions.model_fields))),),
         positionals=("run",),
         words="one RUN",
+    ),
+    "advise": Command(
+        about="Say in plain words whether the batch of a run is far below, near or far above its gradient noise scale, "
+        "what accumulating costs here, and whether a smaller batch would reach the same loss sooner. A guide and not "
+        "an oracle: --branch tries.",
+        examples=("bigbatch advise runs/tiny-python-stdlib", "bigbatch advise RUN --branch"),
+        sections=(
+            (AdviseOptions, FieldGroup("advice", "Of which run, and how closely.", tuple(AdviseOptions.model_fields))),
+        ),
+        positionals=("run",),
+    ),
+    "report": Command(
+        about="Write one HTML page of a run: loss and validation, learning rate, gradient norm, noise scale, speed, "
+        "memory predicted beside measured, the micro-batches of a window, what was skipped and resumed, the proof of "
+        "verify, settings and versions. It needs nothing else: no network, no other file. Several runs are compared. A "
+        "run that is going on is reported as far as it is.",
+        examples=("bigbatch report runs/tiny-python-stdlib --watch", "bigbatch report RUN RUN --out side-by-side.html"),
+        sections=(
+            (ReportOptions, FieldGroup("page", "What it is of, and where it goes.", tuple(ReportOptions.model_fields))),
+        ),
+        positionals=("runs",),
+        words="the folders of runs",
+        gathers=True,
     ),
     "bench": Command(
         about="Take one update with bigbatch, with transformers' Trainer, accelerate and Lightning, on the same model, "

@@ -35,7 +35,8 @@ def parse(command: str, words: Sequence[str]) -> tuple[BaseModel, ...]:
     """Return what the command's ``run`` takes: its models, validated, in order.
 
     train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; verify: ``(TrainConfig, VerifyOptions)``;
-    generate: ``(GenerateOptions,)``; checkpoints: ``(CheckpointsOptions,)``; bench: ``(BenchOptions,)``.
+    generate: ``(GenerateOptions,)``; checkpoints: ``(CheckpointsOptions,)``; report: ``(ReportOptions,)``;
+    bench: ``(BenchOptions,)``.
 
     Raises:
         InputError: anything wrong in the words or in the TOML file that they name; one sentence.
@@ -115,7 +116,7 @@ def _parser(command: str) -> _Parser:
     spec = COMMANDS[command]
     usage = " ".join([f"bigbatch {command}", *(f"[{key.upper()}]" for key in spec.positionals), "[--flag value ...]"])
     parser = _Parser(
-        usage=usage.replace("[RUN]", "RUN"),
+        usage=usage.replace("[RUN]", "RUN").replace("[RUNS]", "RUN ..."),
         description=spec.about,
         epilog="\n".join(["examples:", *(f"  {example}" for example in spec.examples)]),
         formatter_class=_Formatter,
@@ -152,6 +153,8 @@ def _read_words(command: str, words: Sequence[str]) -> dict[str, object]:
             near = nearest(flag, [*(key for key in spec.fields() if key not in spec.positionals), "help"])
             raise InputError(f"unknown flag {short(flag)}: {hint(command, near and _flag(near))}")
     positionals = [*extras, *after_dashes]
+    if spec.gathers and positionals:
+        return vars(namespace) | {spec.positionals[0]: positionals}
     if len(positionals) > len(spec.positionals):
         stray = short(repr(positionals[len(spec.positionals)]))
         raise InputError(f"{stray} is not expected: {command} takes {spec.words}.")
@@ -206,6 +209,8 @@ def _help(info: FieldInfo) -> str:
 
 
 def _metavar(key: str, info: FieldInfo) -> str:
+    if isinstance(info.json_schema_extra, dict) and "placeholder" in info.json_schema_extra:
+        return str(info.json_schema_extra["placeholder"])
     return "|".join(_placeholder(key, kind) for kind in _base_types(info.annotation))
 
 
@@ -266,7 +271,7 @@ def _validate(model: type[Model], given: Mapping[str, object], spelled: Mapping[
     ``spelled`` is what the user called a field; a flag or, for what argparse had no flag for, a word in capitals.
     """
     keys = {flag_key(name, info) for name, info in model.model_fields.items()}
-    names = {key: _flag(key) for key in keys} | {"run": "RUN", "prompt": "PROMPT"} | dict(spelled or {})
+    names = {key: _flag(key) for key in keys} | {"run": "RUN", "runs": "RUN", "prompt": "PROMPT"} | dict(spelled or {})
     try:
         return model.model_validate({key: value for key, value in given.items() if key in keys})
     except ValidationError as error:

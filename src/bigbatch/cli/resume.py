@@ -14,6 +14,7 @@ from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.lock import RunLock
 from bigbatch.lm.resumption import as_changed, check_facts, continued, stored_config
 from bigbatch.lm.rundir import ReadDirectory, RunDirectory
+from bigbatch.lm.scalars import check_log
 
 if TYPE_CHECKING:
     from bigbatch.lm.ranks import Ranks
@@ -49,6 +50,7 @@ def go_on(asked: TrainConfig, options: ResumeOptions, ranks: "Ranks") -> int:
         with speaking_for_all(ranks, "resume"), preparing(console) as say:
             stored = as_changed(stored, None if saved is None else saved.facts)
             config = each_its_own_device(continued(stored, asked, allowed=options.allowed), ranks)
+            check_log(config.log)
             for folder, why in rejected:
                 console.print(f"passed over {folder}: {why}")
             directory = RunDirectory(path) if ranks.is_first else ReadDirectory(path)

@@ -16,7 +16,7 @@ def sentence(error: ValidationError, spelled: Mapping[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
     if not first["loc"]:  # about several fields, which the message names
-        names = "|".join(map(str, context.values()))
+        names = "|".join(re.escape(str(value)) for value in context.values())
         return re.sub(rf"\b({names})\b", lambda found: spelled.get(found[0], found[0]), first["msg"]) + "."
     key, *inside = map(str, first["loc"])
     verb = "holds" if inside else "is"

@@ -1,8 +1,8 @@
 """``bigbatch train``: prepare, explain the batch, train, say where everything lies."""
 
-import contextlib
 import os
 import shlex
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,15 @@ from bigbatch.cli.ranks import (
 )
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.errors import InputError
+from bigbatch.lm.advice import gather, in_one_line
+from bigbatch.lm.batch_schedule import read
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.documents import count
 from bigbatch.lm.lock import RunLock
+from bigbatch.lm.report.journal import Journal
+from bigbatch.lm.rescaling import rule_lines
 from bigbatch.lm.rundir import ReadDirectory, RunDirectory, check_free, default_path
+from bigbatch.lm.scalars import check_log, heard_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,6 +73,7 @@ def _run(config: TrainConfig, ranks: "Ranks") -> int:
     repeat_exactly(config)
     path = ranks.tell(config.out or default_path(config.model, config.data))
     with speaking_for_all(ranks, "train"):
+        check_log(config.log)
         if ranks.is_first:
             check_free(path)
     with speaking_for_all(ranks, "train"), preparing(console) as say:
@@ -83,9 +89,9 @@ def _run(config: TrainConfig, ranks: "Ranks") -> int:
         if trainer.config.microbatch == "auto":
             say("choosing the micro-batch")
             origin = trainer.tune(beside=path)
-    for line in (*prepared.notes, *explain(trainer), *_reasons(trainer, origin)):
+    for line in (*prepared.notes, *explain(trainer), *rule_lines(trainer.config), *_reasons(trainer, origin)):
         console.print(line)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         directory: RunDirectory = ReadDirectory(path)
         with speaking_for_all(ranks, "train"):
             if ranks.is_first:
@@ -97,34 +103,60 @@ def _run(config: TrainConfig, ranks: "Ranks") -> int:
 def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:
     """Run a trainer to its end, or until a signal; ``config`` is what was asked for. Returns the exit code."""
     prepared, total_steps, ranks = trainer.prepared, trainer.total_steps, trainer.ranks
+    done = 0 if trainer.saved is None else trainer.saved.progress.step
     display = TrainingDisplay(
         console,
         total_steps=total_steps,
         validation_every=None if prepared.validation is None else prepared.config.validation_every_of(total_steps),
         entropy=None if prepared.validation is None else prepared.validation.unigram_entropy(),
         prompt=prepared.config.sample_prompt,
-        done=0 if trainer.saved is None else trainer.saved.progress.step,
+        done=done,
     )
     with (
         watched(ranks, prepared.config.timeout_s) as watch,
+        _journal(trainer, directory) as journal,
         stop_on_signals(
             prepared.config.grace_s, echo_s=ECHO_S if ranks.size > 1 else 0.0, quiet=not ranks.is_first
         ) as stop,
+        heard_by(
+            display,
+            config.log if ranks.is_first else "none",
+            directory.path,
+            done=done,
+            settings=config.model_dump(mode="json"),
+        ) as heard,
         display,
     ):
-        listener = WatchedListener(display if ranks.is_first else None, watch)
+        listener = WatchedListener(heard if ranks.is_first else None, watch)
         outcome = trainer.run(
             directory, listener=listener, should_stop=lambda: stop.asked, give_up=lambda: stop.overdue
         )
+        if journal is not None:
+            journal.ended(outcome, signal=stop.signal)
     if not outcome.finished:
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
         console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
     if (recorder := trainer.engine.recorder) is not None and recorder.why_not is not None:
         console.print(f"without CUDA graphs: {recorder.why_not}")
+    if ranks.is_first and (advice := _last_word(directory)) is not None:
+        console.print(advice)
     for line in farewell(config, directory, outcome):
         console.print(line)
     return DONE if outcome.finished else STOPPED
+
+
+def _journal(trainer: "Trainer", directory: RunDirectory) -> "AbstractContextManager[Journal | None]":
+    """Give what notes when a run begins and ends, on the rank that writes."""
+    return Journal(trainer, directory.path) if trainer.ranks.is_first else nullcontext()
+
+
+def _last_word(directory: RunDirectory) -> str | None:
+    """Give one line about the batch of a run that has ended, where it is known how large a batch pays."""
+    with suppress(InputError):
+        line = in_one_line(gather(directory.path))
+        return line and f"{line} (bigbatch advise {shlex.quote(str(directory.path))})"
+    return None
 
 
 def repeat_exactly(config: TrainConfig) -> None:
@@ -136,7 +168,8 @@ def repeat_exactly(config: TrainConfig) -> None:
 def explain(trainer: "Trainer") -> tuple[str, str, str]:
     """Say in three lines what is behind one update, how it is computed, and how many there are."""
     config, prepared = trainer.config, trainer.prepared
-    passes = trainer.total_steps / trainer.steps_per_epoch()
+    passes = trainer.total_steps / trainer.course.updates_a_pass()
+    peak = trainer.scheduler.base_lrs[0]
     warmup = f"{count(trainer.warmup_steps, 'update')} of warm-up" if trainer.warmup_steps else "no warm-up"
     ranks = trainer.ranks
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
@@ -145,7 +178,7 @@ def explain(trainer: "Trainer") -> tuple[str, str, str]:
         f"computed as {_cut(trainer)}{on_ranks}, on {prepared.machine}: a matter of memory that does not change the "
         "update",
         f"{count(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
-        f"{count(len(prepared.training), 'sequence')}; learning rate {config.lr:g}, {warmup}, then {config.schedule}",
+        f"{count(len(prepared.training), 'sequence')}; learning rate {peak:g}, {warmup}, then {config.schedule}",
     )
 
 
@@ -167,6 +200,10 @@ def farewell(config: TrainConfig, directory: RunDirectory, outcome: "Outcome") -
 
 def _batch(prepared: "Prepared") -> str:
     config, lengths = prepared.config, prepared.training.lengths
+    if config.global_batch_schedule is not None:
+        schedule = read(config.global_batch_schedule)
+        start = "" if schedule.first is not None else f"{count(config.global_batch or 0, 'sequence')}, "
+        return f"{start}{schedule}"
     mean = sum(lengths) / len(lengths)
     if config.global_batch is not None:
         sequences = min(config.global_batch, len(lengths))
@@ -193,7 +230,7 @@ def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
 
 
 def _cut(trainer: "Trainer") -> str:
-    lengths = [trainer.prepared.training.lengths[i] for i in trainer.share(trainer.first_window())]
+    lengths = [trainer.prepared.training.lengths[i] for i in trainer.share(trainer.course.first_window())]
     if not lengths:
         return "no micro-batch"
     groups = trainer.engine.groups(sorted(lengths, reverse=True))

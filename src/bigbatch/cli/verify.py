@@ -38,7 +38,8 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
             collate=prepared.collate,
         )
     if options.as_json:
-        console.print(json.dumps(as_json(verification)))
+        on = {"model": config.model, "data": config.data, "machine": str(prepared.machine)}
+        console.print(json.dumps(on | as_json(verification)))
     else:
         console.print(f"{config.model} on {config.data}, {prepared.machine}")
         console.print(str(verification))

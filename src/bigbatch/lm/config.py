@@ -12,13 +12,16 @@ from typing import Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from bigbatch.lm.batch_schedule import read
 from bigbatch.lm.fields import (
     LARGEST_COUNT,
+    BatchScheduleText,
     Checkpointing,
     Count,
     Device,
     Folder,
     Gpu,
+    LrRule,
     MemoryText,
     Microbatch,
     NormLimit,
@@ -27,6 +30,7 @@ from bigbatch.lm.fields import (
     Text,
     Whole,
 )
+from bigbatch.lm.rescaling import complaint
 
 DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
@@ -41,6 +45,7 @@ VALIDATIONS_A_RUN = 10
 
 EXCLUSIVE = (
     ("global_batch", "global_batch_tokens"),
+    ("global_batch_schedule", "global_batch_tokens"),
     ("microbatch", "token_budget"),
     ("steps", "epochs"),
     ("memory", "gpu"),
@@ -51,6 +56,7 @@ EXCLUSIVE = (
 CHANGED = {
     "global_batch": "batch",
     "global_batch_tokens": "batch",
+    "global_batch_schedule": "batch",
     "seed": "seed",
     "data": "data",
     "skip_broken": "data",
@@ -68,6 +74,7 @@ FREE = (
     "layout",
     "compile",
     "sample_prompt",
+    "log",
     "checkpoint_every",
     "keep",
     "async_checkpoint",
@@ -147,6 +154,17 @@ class TrainConfig(BaseModel):
         description="the same in tokens: every update takes the whole sequences that come closest "
         "(default: none, the batch is counted in sequences)",
     )
+    global_batch_schedule: BatchScheduleText | None = Field(
+        default=None,
+        description='a batch that changes at updates: "0:64 2e6:128" = from so many tokens on, so many sequences; '
+        '"ramp 64 256 8e6" = in a straight line over so many tokens; "seesaw 0.5" = where the learning rate would fall '
+        "to half, it falls to its root and the batch doubles (default: none, one batch)",
+    )
+    rebase_second_moment: bool = Field(
+        default=False,
+        strict=True,
+        description="when the batch changes, multiply AdamW's second moment by old batch / new batch",
+    )
     microbatch: Microbatch | None = Field(
         default=None,
         description="auto = the fastest that fits the memory: predicted, then tried; or sequences in one forward and "
@@ -173,6 +191,17 @@ class TrainConfig(BaseModel):
         gt=0,
         description=f"peak learning rate (default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, "
         f"{DEFAULT_LR_LORA:g} with LoRA)",
+    )
+    scale_from: Count | None = Field(
+        default=None,
+        description="global batch, in the unit of this run's, that --lr and AdamW's betas were tuned at: prints what "
+        "each rule would change, and changes nothing without --lr-rule (default: none)",
+    )
+    lr_rule: LrRule = Field(
+        default="none",
+        description="change them, for k times the batch of --scale-from: sqrt = lr by √k; sde = that, 1 − k·(1 − β) "
+        "for both betas and epsilon by 1/√k; half-life = β2 to the power of k; sqrt+half-life = both; linear = lr by "
+        "k, the rule of SGD",
     )
     schedule: Literal["cosine", "constant"] = Field(
         default="cosine", description="learning rate after the warm-up, by step"
@@ -238,6 +267,11 @@ class TrainConfig(BaseModel):
         description=f"updates between two validations (default: about {VALIDATIONS_A_RUN} validations a run)",
     )
     sample_prompt: Text = Field(default="def ", description="start of the text that a validation lets the model write")
+    log: Literal["none", "tensorboard", "trackio"] = Field(
+        default="none",
+        description="a dashboard that hears every update beside metrics.jsonl, where it is installed: tensorboard "
+        "writes to tensorboard/ in the run directory, trackio to a folder of its own",
+    )
     checkpoint_every: Count = Field(
         default=50, description="updates between two checkpoints, from which bigbatch resume goes on"
     )
@@ -286,6 +320,31 @@ class TrainConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _begin_with_one_batch(self) -> Self:
+        if self.global_batch_schedule is None:
+            if self.rebase_second_moment:
+                names = {"first": "rebase_second_moment", "second": "global_batch_schedule"}
+                raise PydanticCustomError("idle", "{first} does nothing without {second}: give both", names)
+            return self
+        first = read(self.global_batch_schedule).first
+        if first is not None and self.global_batch not in (None, first):
+            raise PydanticCustomError(
+                "exclusive",
+                "{first} and {second} exclude each other: give one of them",
+                {"first": "global_batch", "second": "global_batch_schedule"},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_a_rule_that_cannot_be_applied(self) -> Self:
+        names = {"first": "lr_rule", "second": "scale_from"}
+        if self.lr_rule != "none" and self.scale_from is None:
+            raise PydanticCustomError("idle", "{first} does nothing without {second}: give both", names)
+        if (why := complaint(self.resolved())) is not None:
+            raise PydanticCustomError("out_of_range", "{why}", names | {"why": why})
+        return self
+
     def resolved(self) -> TrainConfig:
         """Return the same run with every default written out that the fields alone decide.
 
@@ -297,7 +356,10 @@ class TrainConfig(BaseModel):
         if self.max_length is None and self.model == "tiny":
             decided["max_length"] = DEFAULT_MAX_LENGTH_TINY
         if self.global_batch is None and self.global_batch_tokens is None:
-            decided["global_batch"] = DEFAULT_GLOBAL_BATCH
+            schedule = None if self.global_batch_schedule is None else read(self.global_batch_schedule)
+            decided["global_batch"] = (
+                DEFAULT_GLOBAL_BATCH if schedule is None else schedule.first or DEFAULT_GLOBAL_BATCH
+            )
         if self.microbatch is None and self.token_budget is None:
             decided["microbatch"] = "auto"
         if self.steps is None and self.epochs is None:
@@ -328,13 +390,20 @@ GROUPS = (
         "batch",
         "How much is behind one update, and how much of it is in memory at once. Only the global batch changes the "
         "result.",
-        ("global_batch", "global_batch_tokens", "microbatch", "token_budget"),
+        (
+            "global_batch",
+            "global_batch_tokens",
+            "global_batch_schedule",
+            "rebase_second_moment",
+            "microbatch",
+            "token_budget",
+        ),
     ),
     FieldGroup("length", "How long: updates or passes, one of the two.", ("steps", "epochs")),
     FieldGroup(
         "optimization",
         "AdamW. Everything here counts in updates, never in micro-batches.",
-        ("lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+        ("lr", "scale_from", "lr_rule", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
     ),
     FieldGroup(
         "machine",
@@ -347,7 +416,7 @@ GROUPS = (
         "for every number of them.",
         ("parallel", "timeout_s"),
     ),
-    FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt")),
+    FieldGroup("output", "What it leaves behind and shows.", ("out", "validation_every", "sample_prompt", "log")),
     FieldGroup(
         "safety",
         "What holds when something happens.",

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from pydantic_core import PydanticCustomError
 
 from bigbatch.limit import known_gpu, read_memory
+from bigbatch.lm.batch_schedule import read
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
@@ -87,6 +88,25 @@ def _memory_text(value: object) -> object:
     return text
 
 
+def _no_adascale(value: object) -> object:
+    """Say where the rule is to be had that a command cannot apply."""
+    if isinstance(value, str) and value.strip() == "adascale":
+        raise PydanticCustomError(
+            "adascale",
+            "it is derived for SGD and needs a measured noise scale, and bigbatch train has AdamW: in a loop of your "
+            'own, bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, batch=B) applies it',
+        )
+    return value
+
+
+def _batch_schedule(value: str) -> str:
+    try:
+        read(value)
+    except ValueError as error:
+        raise PydanticCustomError("batch_schedule", "{demand}", {"demand": str(error)}) from None
+    return value
+
+
 def _gpu_name(value: str) -> str:
     try:
         return known_gpu(value)
@@ -103,8 +123,12 @@ Text = Annotated[str, AfterValidator(_usable_text)]
 Folder = Annotated[Path, BeforeValidator(_folder_text)]
 Device = Annotated[str, AfterValidator(_known_device)]
 Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]
+BatchScheduleText = Annotated[str, AfterValidator(_batch_schedule)]
 MemoryText = Annotated[str, BeforeValidator(_memory_text)]
 Checkpointing = Annotated[Literal["auto", "none", "selective", "full"], BeforeValidator(_switch)]
+LrRule = Annotated[
+    Literal["none", "linear", "sqrt", "sde", "half-life", "sqrt+half-life"], BeforeValidator(_no_adascale)
+]
 Gpu = Annotated[str, AfterValidator(_gpu_name)]
 NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_none_word), AfterValidator(_zero_is_none)]
 

@@ -42,6 +42,7 @@ class Progress:
         validation_loss: The last one, in nats per token, or None.
         metrics_bytes: Of metrics.jsonl at this point.
         quarantine_bytes: Of quarantine.jsonl.
+        batch: Sequences of the last window as its schedule had it; 0 without one.
         owed: The last line of metrics.jsonl, where the run was stopped before what comes after that update: it is
             written again with the validation loss; None otherwise.
     """
@@ -53,6 +54,7 @@ class Progress:
     validation_loss: float | None = None
     metrics_bytes: int = 0
     quarantine_bytes: int = 0
+    batch: int = 0
     owed: dict[str, Any] | None = None
 
 

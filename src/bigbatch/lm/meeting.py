@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 PAUSE_S = 0.02  # between two looks into the store
 PREFIX = "bigbatch"
@@ -40,13 +40,13 @@ def meet(store: Store, rank: int, size: int, *, timeout_s: float) -> Store:
 
 def _gathered(store: Store, size: int, timeout_s: float) -> str:
     name = uuid.uuid4().hex
-    answered: dict[int, bytes] = {}
+    answered: dict[int, str] = {}
     missing = set(range(1, size))
 
     def all_confirmed() -> bool:
         for rank in sorted(missing):
-            if (asked := _read(store, f"asked/{rank}")) is not None and answered.get(rank) != asked:
-                store.set(f"answered/{rank}", asked + name.encode())
+            if (asked := _read(store, f"asked/{rank}")) and answered.get(rank) != asked:
+                store.set(f"answered/{rank}", asked + name)
                 answered[rank] = asked
             if store.check([f"confirmed/{name}/{rank}"]):
                 missing.discard(rank)
@@ -60,24 +60,24 @@ def _gathered(store: Store, size: int, timeout_s: float) -> str:
 
 
 def _answered(store: Store, rank: int, timeout_s: float) -> str:
-    number = uuid.uuid4().hex.encode()
+    number = uuid.uuid4().hex
     store.set(f"asked/{rank}", number)
-    answer = b""
+    answer = ""
 
     def has_come() -> bool:
         nonlocal answer
-        answer = _read(store, f"answered/{rank}") or b""
+        answer = _read(store, f"answered/{rank}")
         return answer.startswith(number)
 
     if not _until(has_come, timeout_s):
         raise TimeoutError(f"rank {rank} has waited {timeout_s:g} s for rank 0")
-    name = answer.removeprefix(number).decode()
-    store.set(f"confirmed/{name}/{rank}", b"")
+    name = answer.removeprefix(number)
+    store.set(f"confirmed/{name}/{rank}", "")
     return name
 
 
-def _read(store: Store, key: str) -> bytes | None:
-    return store.get(key) if store.check([key]) else None
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _until(happened: Callable[[], bool], timeout_s: float) -> bool:

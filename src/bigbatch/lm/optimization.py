@@ -7,9 +7,9 @@ import torch
 
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.device import Machine
+from bigbatch.lm.rescaling import BETAS, EPS
 
 FINAL_LR_FACTOR = 0.1  # of the peak rate, at the end of the cosine
-BETAS = (0.9, 0.95)
 
 
 def make_optimizer(model: Any, config: TrainConfig, machine: Machine) -> torch.optim.AdamW:
@@ -21,10 +21,21 @@ def make_optimizer(model: Any, config: TrainConfig, machine: Machine) -> torch.o
     ]
     assert config.lr is not None, "resolved() gives it a value"
     fused = machine.device.type in ("cuda", "cpu")
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=BETAS, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=fused)
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
+def rebase(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply Adam's second moments, which noise makes up most of, by old batch / new batch when the batch changes.
+
+    They would otherwise take 1 / (1 − β2) updates to come down to the smaller noise of a larger batch.
+    """
+    moments = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
+    if moments:
+        torch._foreach_mul_(moments, factor)
+
+
+def lr_factor(step: float, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
     """Compute the learning rate of an update, as a share of the peak.
 
     Args:

@@ -1,8 +1,10 @@
 """What a run tells: whom, when, the line of each update, and how it ended."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from bigbatch.noise import NoiseScale
 from bigbatch.report import WindowReport
 
 Row = dict[str, Any]
@@ -46,6 +48,7 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
     All of it is over all ranks: loss, items, tokens a second, micro-batches, and the peak of the rank that took most.
     """
     tokens = report.tokens or 0
+    retries = {"retries": report.retries} if report.retries else {}
     row = {
         "step": step,
         "loss": report.loss,
@@ -58,10 +61,25 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
         "peak_bytes": report.peak_bytes if clock else None,
         "elapsed_s": report.elapsed_s if clock else None,
         "skipped": report.skipped,
+        **retries,
     }
+    row |= _noise(report.noise)
     if (ranks := report.ranks) is not None:
         row["num_microbatches"] = sum(ranks.num_microbatches)
         row["ranks"] = ranks.size
         row["slowest_rank"] = ranks.slowest if clock else None
         row["slowest_share"] = ranks.slowest_share if clock else None
     return row
+
+
+def _noise(noise: NoiseScale | None) -> Row:
+    """Tell of the noise scale, in items and in sequences; infinite ends become null in the file."""
+    if noise is None:
+        return {"noise_scale_items": None}
+    per_sequence = noise.items_per_sample or math.nan
+    return {
+        "noise_scale_items": noise.scale_items,
+        "noise_scale_sequences": noise.scale_items / per_sequence,
+        "noise_low_sequences": noise.low_items / per_sequence,
+        "noise_high_sequences": noise.high_items / per_sequence,
+    }

@@ -22,17 +22,17 @@ from bigbatch.errors import (
     ShardedMemoryError,
     WindowAbandonedError,
 )
-from bigbatch.lm.documents import count
+from bigbatch.lm.course import Course
 from bigbatch.lm.evaluation import seeded, validation_loss, written
 from bigbatch.lm.keeper import Keeper, Progress, Saved
 from bigbatch.lm.layers import Recompute
 from bigbatch.lm.limits import held_room, memory_of, microbatch_of
 from bigbatch.lm.model import save_model
-from bigbatch.lm.optimization import lr_factor, make_optimizer
-from bigbatch.lm.order import epoch_windows
+from bigbatch.lm.optimization import make_optimizer, rebase
 from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.ranks import ALONE, Ranks, gathered, hollow
 from bigbatch.lm.remembered import fingerprint, recall, remember
+from bigbatch.lm.rescaling import apply_rule
 from bigbatch.lm.resumption import facts_of, shared_facts
 from bigbatch.lm.rundir import RunDirectory, as_line
 from bigbatch.lm.smaller import keep, kept, smaller_than, unit_of
@@ -64,13 +64,9 @@ class Trainer:
         self.facts = facts_of(prepared)
         if ranks.size > 1:
             ranks.check_alike(shared_facts(prepared, self.facts))
-        self.total_steps = self.config.steps or self._count_steps(self.config.epochs or 0)
-        self.warmup_steps = self.config.warmup_steps_of(self.total_steps)
-        if self.warmup_steps > self.total_steps:
-            raise InputError(
-                f"--warmup-steps {self.warmup_steps:,} is more than the {count(self.total_steps, 'update')} of the "
-                "run: the learning rate would never reach its peak."
-            )
+        done = Progress() if saved is None else saved.progress
+        self.course = Course(self.config, prepared.training.lengths, step=done.step, cursor=done.cursor)
+        self.total_steps, self.warmup_steps = self.course.total_steps, self.course.warmup_steps
         self.arrangement = prepared.arrangement
         self.loss_fn = prepared.loss_fn
         self._hollow = hollow(prepared.model) if ranks.are_sharded else None
@@ -80,7 +76,9 @@ class Trainer:
         if ranks.are_sharded and microbatch != "auto":
             microbatch = kept(self.config.out, microbatch, longest=longest)
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        if saved is None:  # what was saved has been through it
+            apply_rule(self.optimizer, self.config)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.course.lr_factor)
         self.engine = Engine(
             prepared.model,
             self.optimizer,
@@ -132,7 +130,7 @@ class Trainer:
             return Path(found.folder)
         lengths = self.prepared.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        samples = self._samples(list({*self.share(self.first_window()), longest}))
+        samples = self.fetch(list({*self.share(self.course.first_window()), longest}))
         try:
             tune(self.engine, layers, samples, levels=self.config.gradient_checkpointing == "auto")
         except MemoryLimitError as error:
@@ -150,38 +148,6 @@ class Trainer:
     def share(self, window: list[int]) -> list[int]:
         """Give the samples of a window that this rank runs."""
         return self.ranks.share(window, self.prepared.training.lengths)
-
-    def first_window(self) -> list[int]:
-        """Give the samples of the first update."""
-        return self._windows(0)[0]
-
-    def steps_per_epoch(self) -> int:
-        """Count the updates of the first pass over the data."""
-        return len(self._windows(0))
-
-    def _count_steps(self, epochs: int) -> int:
-        """Count the updates of a run of so many passes: those made, with whatever batch, and those that are left."""
-        done = Progress() if self.saved is None else self.saved.progress
-        first, position = divmod(done.cursor, len(self.prepared.training))
-        if self.config.global_batch is not None and not done.step:
-            return epochs * self.steps_per_epoch()
-        left = sum(len(self._windows(epoch, position * (epoch == first))) for epoch in range(first, epochs))
-        return done.step + left  # windows of tokens depend on the order
-
-    def _windows(self, epoch: int, position: int = 0) -> list[list[int]]:
-        return epoch_windows(
-            self.prepared.training.lengths,
-            global_batch=self.config.global_batch,
-            global_batch_tokens=self.config.global_batch_tokens,
-            seed=self.config.seed,
-            epoch=epoch,
-            position=position,
-        )
-
-    def _lr_factor(self, step: int) -> float:
-        return lr_factor(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.schedule
-        )
 
     def run(
         self,
@@ -229,7 +195,7 @@ class Trainer:
                     self._look(now.owed, now, directory, listener)
                     now.owed = None
                 stopping = False
-                for window in self.windows_from(now):
+                for window in self.course.windows(now.step, now.cursor):
                     stopping = not self._try_step(window, now, directory, listener, should_stop, give_up)
                     if now.step == self.total_steps:
                         directory.discard_model()  # one beside the last checkpoint is taken for the last
@@ -272,6 +238,7 @@ class Trainer:
         """Make one update and what belongs to it; tell whether to go on."""
         devices = [self.prepared.machine.device]
         before = random_states(devices)
+        self._change_batch(now)
         try:
             row, told_to_stop = self._update(now.step + 1, window, should_stop, give_up)
         except WindowAbandonedError:
@@ -279,6 +246,9 @@ class Trainer:
             return False
         now.step += 1
         now.cursor += len(window)
+        row["sequences"] = len(window)
+        if self.course.schedule is not None:
+            row["global_batch"] = now.batch
         self._count_skipped(row, now)
         if row["skipped"] and row["skipped"] != "no items":
             directory.write_quarantine({"step": now.step, "reason": row["skipped"], "samples": sorted(window)})
@@ -296,6 +266,16 @@ class Trainer:
                 "any more: try a lower --lr, or another --precision."
             )
         return last or not (stopping or told_to_stop())
+
+    def _change_batch(self, now: Progress) -> None:
+        """Note the batch of the next window, where a schedule decides it; re-base Adam's second moment at a change."""
+        if self.course.schedule is None:
+            return
+        batch = self.course.batch_after(now.cursor)
+        assert batch is not None, "a schedule is in sequences"
+        if self.config.rebase_second_moment and now.batch and batch != now.batch:
+            rebase(self.optimizer, now.batch / batch)
+        now.batch = batch
 
     def _look(self, row: Row, now: Progress, directory: RunDirectory, listener: Listener) -> None:
         """Validate and write where it is time to, and enter the update into the metrics."""
@@ -328,7 +308,7 @@ class Trainer:
         """Make one update; give its line, and what to ask whether to stop: of several ranks, all have decided."""
         lr = float(self.scheduler.get_last_lr()[0])
         try:
-            report = self.engine.step(self._samples(self.share(window)), give_up=give_up, stopping=should_stop)
+            report = self.engine.step(self.fetch(self.share(window)), give_up=give_up, stopping=should_stop)
         except ShardedMemoryError as error:
             self._begin_again(error)
         row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
@@ -365,19 +345,7 @@ class Trainer:
         now.skipped_in_a_row = now.skipped_in_a_row + 1 if row["skipped"] else 0
         now.skipped += bool(row["skipped"])
 
-    def windows_from(self, now: Progress) -> Iterator[list[int]]:
-        """Give the windows that are left, from the place in the data on."""
-        step = now.step
-        epoch, position = divmod(now.cursor, len(self.prepared.training))
-        while True:
-            for window in self._windows(epoch, position):
-                if step == self.total_steps:
-                    return
-                step += 1
-                yield window
-            epoch, position = epoch + 1, 0
-
-    def _samples(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
+    def fetch(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
         """Fetch the samples of a window, longest first: neighbours of like length waste least on padding."""
         lengths = self.prepared.training.lengths
         return [self.prepared.training[i] for i in sorted(window, key=lambda i: -lengths[i])]

@@ -5,6 +5,8 @@
 
 ``folder`` is everywhere the ``checkpoints`` of a run directory. No file is a pickle, and nothing that is read can run.
 Verifying and listing load no torch. One process at a time may write to a run: `bigbatch.lm.lock.RunLock` sees to that.
+Several ranks write one checkpoint together with `bigbatch.lm.checkpoint.sharded`, and any number of them loads it with
+`bigbatch.lm.checkpoint.loading`; what is here takes such checkpoints like any other.
 """
 
 from bigbatch.lm.checkpoint.reading import Contents, read

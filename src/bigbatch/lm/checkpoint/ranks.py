@@ -137,5 +137,4 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of whatever kind the backend has for a peer that is gone
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConnectionError(f"another rank cannot be reached: {reason}") from error
+        raise ConnectionError("another rank cannot be reached") from error

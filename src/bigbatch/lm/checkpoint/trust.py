@@ -62,7 +62,8 @@ def trusted_manifest(path: Path) -> Manifest:
     """
     names = _names(path)
     with opened(path, manifests.FILE) as file:
-        data = file.read(LARGEST_MANIFEST)
+        num_bytes = fstat(file.fileno()).st_size  # reading takes the memory for what it is told to read
+        data = file.read(min(num_bytes, LARGEST_MANIFEST))
     try:
         manifest = manifests.parse(data)
     except ValueError as reason:

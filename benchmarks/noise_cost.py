@@ -1,0 +1,101 @@
+"""What measuring the gradient noise scale adds to an update, interleaved in one run.
+
+    python benchmarks/noise_cost.py [--workload w-small] [--rounds 6] [--turns 3]
+
+The workloads are those of `bigbatch bench`, arranged and cut as `bigbatch train` does; both engines run the same model
+and micro-batches in turns, the order alternates, and the ratio is that of the medians. Without it twice is the floor:
+what differs from 1.000 there is the machine.
+"""
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from typing import Any
+
+import torch
+
+import bigbatch
+from bigbatch.lm.bench.ours import arranged
+from bigbatch.lm.bench.workload import WORKLOADS, count_tokens, shift
+from bigbatch.lm.tuning import tune
+from bigbatch.memory import release_memory
+
+NAMES = {"without": False, "with": True, "without, again": False}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", default="w-small", choices=[*WORKLOADS])
+    parser.add_argument("--rounds", type=int, default=6, help="timed updates a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    workload = WORKLOADS[options.workload]
+    machine = workload.machine()
+    if machine.device.type == "cuda" and workload.memory is not None:
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(workload.memory.removesuffix("GiB")) * 2**30 / total_bytes, 0)
+    samples = shift(workload.make_samples())
+    run = arranged(workload.make_trained_model(machine.device), workload)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+
+    def engine(**settings: Any) -> bigbatch.Engine:
+        return bigbatch.Engine(
+            run.model,
+            optimizer,
+            run.loss_fn,
+            collate=run.collate,
+            lengths=lambda batch: [len(sample["input_ids"]) for sample in batch],
+            layout=run.layout,
+            cuda_graphs=run.records,
+            **settings,
+        )
+
+    memory = workload.memory if machine.device.type == "cuda" else None
+    automatic = engine(microbatch="auto", memory=memory)
+    _, choice = tune(automatic, run.layers, samples, levels=True)
+    automatic.release()
+    engines = {name: engine(microbatch=bigbatch.TokenBudget(choice.size), noise=noise) for name, noise in NAMES.items()}
+    times: dict[str, list[float]] = {name: [] for name in NAMES}
+    for turn in range(options.turns):
+        for name in [*NAMES] if turn % 2 == 0 else [*reversed(NAMES)]:
+            times[name] += take_turn(engines[name], samples, options.rounds, machine.device)
+    print(
+        f"{machine}, torch {torch.__version__}; {workload.name}: {count_tokens(samples):,} tokens an update, {choice}"
+    )
+    known = engines["with"].accumulator.noise
+    print(f"noise scale of these random tokens at the first weights: {known and known.read()}")
+    floor = statistics.median(times["without"])
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f"{name:<16}{1e3 * median:>10.1f} ms{median / floor:>8.3f}   ({len(seconds)} updates)")
+
+
+def take_turn(engine: bigbatch.Engine, samples: Any, rounds: int, device: torch.device) -> list[float]:
+    """Warm up with two updates, one of which records, and time some."""
+    seconds = []
+    for number in range(2 + rounds):
+        wait(device)
+        started_s = time.perf_counter()
+        engine.step(samples)
+        wait(device)
+        if number >= 2:
+            seconds.append(time.perf_counter() - started_s)
+    engine.release()
+    release_memory()
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
