@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.distributed.agents import torchrun, wait_for
-from tests.distributed.test_train import DROPPING, Ground, ground, undisturbed  # noqa: F401 - two are fixtures
+from tests.distributed.runs import DROPPING, Ground
 
 from lm.killing import unlike
 
@@ -67,8 +67,8 @@ def hold(stack: ExitStack, inside: list[str]) -> "subprocess.Popen[str]":
 
 
 def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
-    ground: Ground,  # noqa: F811
-    undisturbed: dict[str, Path],  # noqa: F811
+    ground: Ground,
+    undisturbed: dict[str, Path],
     machines: tuple[Machine, Machine],
 ) -> None:
     words = ground.words("cut", *DROPPING, "--timeout-s", "10")

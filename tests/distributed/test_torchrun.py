@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.distributed.agents import LIMIT_S, torchrun, torchrun_to_its_end, wait_for
-from tests.distributed.test_train import DROPPING, Ground, ground, undisturbed  # noqa: F401 - two are fixtures
+from tests.distributed.runs import DROPPING, Ground
 
 from lm.helpers import metrics
 from lm.killing import unlike
@@ -18,7 +18,7 @@ def ours(complained: str) -> list[str]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_kill_9_of_a_rank_leaves_no_trace(ground: Ground, undisturbed: dict[str, Path], parallel: str) -> None:  # noqa: F811
+def test_kill_9_of_a_rank_leaves_no_trace(ground: Ground, undisturbed: dict[str, Path], parallel: str) -> None:
     out = f"torchrun-{parallel}"
     words = ground.words(out, *DROPPING, "--parallel", parallel)
     flags = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
@@ -31,7 +31,7 @@ def test_kill_9_of_a_rank_leaves_no_trace(ground: Ground, undisturbed: dict[str,
     assert unlike(ground.folder / out, undisturbed[parallel]) == []
 
 
-def test_ctrl_c_reaches_every_rank_once_and_all_save(ground: Ground, undisturbed: dict[str, Path]) -> None:  # noqa: F811
+def test_ctrl_c_reaches_every_rank_once_and_all_save(ground: Ground, undisturbed: dict[str, Path]) -> None:
     out = ground.folder / "interrupted"
     words = ground.words("interrupted", *DROPPING, "--steps", "2000", "--checkpoint-every", "500")
     with torchrun(["--standalone", "--nproc-per-node", "2"], words, ground.folder) as process:

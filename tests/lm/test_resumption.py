@@ -12,8 +12,8 @@ FULL: dict[str, Any] = {
     "data": "data.jsonl", "validation_fraction": 0.1, "max_length": 64, "skip_broken": True, "model": "folder",
     "lora_rank": 4, "lora_alpha": 3.0, "global_batch": 16, "lr": 0.1, "schedule": "constant", "weight_decay": 0.0,
     "max_grad_norm": 2.0, "seed": 3, "device": "cpu", "precision": "float64", "gradient_checkpointing": "full",
-    "parallel": "fsdp", "timeout_s": 20.0, "validation_every": 7, "sample_prompt": "x", "checkpoint_every": 5, "keep": 3,
-    "async_checkpoint": True, "max_skipped": 9, "grace_s": 3.0, "deterministic": True, "layout": "padded",
+    "parallel": "fsdp", "timeout_s": 20.0, "validation_every": 7, "sample_prompt": "x", "checkpoint_every": 5,
+    "keep": 3, "async_checkpoint": True, "max_skipped": 9, "grace_s": 3.0, "deterministic": True, "layout": "padded",
     "compile": "none",
 }  # fmt: skip
 
