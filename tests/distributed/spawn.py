@@ -23,7 +23,8 @@ from typing import Any
 def forking_context() -> multiprocessing.context.ForkServerContext:
     """Give what starts ranks as forks of one process that has loaded torch already, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded"])
+    product = ["bigbatch.cli.resume", "bigbatch.lm.trainer", "transformers.models.llama.modeling_llama"]
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded", *product])
     return context
 
 

@@ -1,6 +1,7 @@
 """The Python in the README, the documents and the docstrings runs, and does what the text around it says."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,31 @@ def test_the_loop_in_a_docstring_runs(name: str) -> None:
     exec(textwrap.dedent(code.group(1)), names)
     assert names["report"].step >= 1
     assert not torch.equal(model.weight, before)
+
+
+def launches() -> list[str]:
+    page = (ROOT / "docs/how-to/several-machines.md").read_text(encoding="utf-8")
+    found = re.findall(r"^(torchrun .*|bigbatch .*)$", page, flags=re.MULTILINE)
+    assert len(found) >= 8
+    return found
+
+
+@pytest.mark.parametrize("line", launches())
+def test_a_line_about_several_machines_is_one_that_torchrun_and_bigbatch_take(line: str) -> None:
+    from torch.distributed.run import get_args_parser
+
+    from bigbatch.cli import parse
+
+    words = shlex.split(line)[1:]
+    if line.startswith("torchrun"):
+        parsed = get_args_parser().parse_args(words)
+        assert (parsed.module, parsed.training_script) == (True, "bigbatch")
+        words = parsed.training_script_args
+    parse.parse(words[0], words[1:])
+
+
+def test_every_test_that_the_faults_name_is_there() -> None:
+    page = (ROOT / "docs/explanation/faults.md").read_text(encoding="utf-8")
+    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    missing = [name for name in re.findall(r"`(test_\w+)`", page) if f"def {name}(" not in there]
+    assert not missing

@@ -58,17 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _dispatch(words)
         sys.stdout.flush()
-    except InputError as error:
-        return _complain(speaker, str(error), BAD_INPUT)
-    except RestartError as error:
-        return _complain(speaker, str(error), START_AGAIN)
-    except BigbatchError as error:
-        return _complain(speaker, str(error), FAILED)
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in TRAIN_EXTRA:
+    except (BigbatchError, ModuleNotFoundError) as error:
+        ending = ending_of(error)
+        if ending is None:
             raise
-        return _complain(speaker, f'{module} is not installed: pip install "bigbatch[train]".', BAD_INPUT)
+        return _complain(speaker, *ending)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal has just written ^C
         return _complain(speaker, "interrupted.", INTERRUPTED)
@@ -96,10 +90,24 @@ def _dispatch(words: Sequence[str]) -> int:
     if "-h" in asked or "--help" in asked:
         print(parse.help_text(first), end="")
         return DONE
-    arguments = parse.parse(first, rest)
+    from bigbatch.cli.ranks import refusing_together
+
+    with refusing_together(first):
+        arguments = parse.parse(first, rest)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     code: int = importlib.import_module(f"bigbatch.cli.{first}").run(*arguments)
     return code
+
+
+def ending_of(error: BigbatchError | ModuleNotFoundError) -> tuple[str, int] | None:
+    """Give the sentence and the exit code that a command ends with; None for what deserves a traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").partition(".")[0]
+        return (
+            (f'{module} is not installed: pip install "bigbatch[train]".', BAD_INPUT) if module in TRAIN_EXTRA else None
+        )
+    code = BAD_INPUT if isinstance(error, InputError) else START_AGAIN if isinstance(error, RestartError) else FAILED
+    return str(error), code
 
 
 def _unknown_command(word: str) -> str:

@@ -5,11 +5,13 @@ environment of torchrun → process group → Ranks → train or resume on each 
 
 import faulthandler
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from bigbatch.cli import ending_of
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config import TrainConfig
 
@@ -27,12 +29,12 @@ def launched_size() -> int:
 
 def is_restarted() -> bool:
     """Tell whether torchrun has started the processes again after one was lost."""
-    return launched_size() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def may_be_restarted() -> bool:
     """Tell whether torchrun would start the processes again."""
-    return launched_size() > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 @contextmanager
@@ -40,7 +42,8 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
     """Join the process group of the run, and leave it in the end. Without torchrun, there is one rank and no group.
 
     Raises:
-        InputError: The processes do not find one another, or torchrun started more of them than there are devices.
+        InputError: torchrun started more processes than there are devices.
+        BigbatchError: The processes do not find one another, or one was lost.
     """
     from bigbatch.lm.ranks import ALONE, Ranks
 
@@ -50,6 +53,9 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    from bigbatch.lm.meeting import meet
 
     local = int(os.environ["LOCAL_RANK"])
     on_cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
@@ -60,42 +66,79 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
                 "devices: pass it that many as --nproc-per-node."
             )
         torch.cuda.set_device(local)
+    rank, patience_s = int(os.environ["RANK"]), config.timeout_s + SPARE_S
+    waits = timedelta(seconds=patience_s)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(seconds=config.timeout_s + SPARE_S)
-        )
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
+        store, _, _ = next(rendezvous("env://", timeout=waits))
+        store = meet(store, rank, size, timeout_s=patience_s)
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise BigbatchError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
     try:
-        yield Ranks(size, dist.get_rank(), int(os.environ["LOCAL_WORLD_SIZE"]), config.parallel)
+        yield Ranks(size, rank, int(os.environ["LOCAL_WORLD_SIZE"]), config.parallel)
+    except RuntimeError as error:
+        if isinstance(error, BigbatchError) or not _is_of_a_collective(error):
+            raise
+        raise BigbatchError(
+            f"rank {rank} has lost another rank ({_first(error)}): see what that one said. A run that had begun goes "
+            "on from its last checkpoint by bigbatch resume, and by itself under torchrun with --max-restarts."
+        ) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
         dist.destroy_process_group()
 
 
 @contextmanager
-def speaking_for_all(ranks: "Ranks") -> Iterator[None]:
-    """Let the ranks fail together while they get ready: one says what is wrong with the same input, not all of them.
+def speaking_for_all(ranks: "Ranks", command: str) -> Iterator[None]:
+    """Let the ranks fail together while they get ready, with what is the same for several of them said by one.
 
-    Collective.
+    Whoever has something to say has said it before any of them ends: torchrun ends all others when the first one does.
+    Collective; what is within and may fail on one rank alone comes before what is collective.
+
+    Args:
+        ranks: That get ready.
+        command: Which they run, for the message.
 
     Raises:
-        BigbatchError: It is what was raised here, or another rank could not begin.
+        BigbatchError: Without other ranks, what was raised.
+        SystemExit: Of several ranks, one could not begin.
     """
-    problem: BaseException | None = None
+    ending: tuple[str, int] | None = None
     try:
         yield
     except (BigbatchError, ModuleNotFoundError) as error:
-        if ranks.size == 1:
+        ending = ending_of(error)
+        if ranks.size == 1 or ending is None:
             raise
-        problem = error
-    said = ranks.everyone(None if problem is None else str(problem))
-    if not any(said):
+    endings = ranks.everyone(ending)
+    first = next((theirs for theirs in endings if theirs is not None), None)
+    if first is None:
         return
-    first = next(rank for rank, sentence in enumerate(said) if sentence is not None)
-    if problem is not None and (ranks.rank == first or said[ranks.rank] != said[first]):
-        raise problem
-    raise SystemExit(2 if isinstance(problem, InputError) or problem is None else 1)
+    alike = [rank for rank, theirs in enumerate(endings) if theirs == ending]
+    if ending is not None and ranks.rank == alike[0]:
+        numbers = f"rank{'s' if len(alike) > 1 else ''} {', '.join(map(str, alike))}"
+        where = "" if ranks.is_first else f"{numbers}: "  # the first one speaks for all
+        print(f"bigbatch {command}: {where}{ending[0]}", file=sys.stderr, flush=True)
+    ranks.everyone(None)
+    raise SystemExit(first[1])
+
+
+@contextmanager
+def refusing_together(command: str) -> Iterator[None]:
+    """Let the processes say once what all of them refuse before they have found one another.
+
+    Raises:
+        InputError: Without other ranks, what was raised.
+        SystemExit: Of several.
+    """
+    try:
+        yield
+    except InputError:
+        if launched_size() == 1:
+            raise
+        with joined(TrainConfig()) as ranks, speaking_for_all(ranks, command):
+            raise
 
 
 @contextmanager
@@ -108,13 +151,6 @@ def watched(ranks: "Ranks", timeout_s: float) -> "Iterator[Watch | None]":
     watch.moved()
     try:
         yield watch
-    except RuntimeError as error:
-        if isinstance(error, BigbatchError) or not _is_of_a_collective(error):
-            raise
-        raise BigbatchError(
-            f"rank {ranks.rank} has lost another rank ({_first(error)}): see what that one said. bigbatch resume goes "
-            "on from the last checkpoint, and so does torchrun with --max-restarts."
-        ) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
 

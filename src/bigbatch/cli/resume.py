@@ -1,12 +1,15 @@
 """``bigbatch resume``: go on with a run from its newest checkpoint that can be trusted."""
 
 import contextlib
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import make_console, preparing, quiet_libraries
 from bigbatch.cli.options import ResumeOptions
-from bigbatch.cli.ranks import each_its_own_device, joined, speaking_for_all
-from bigbatch.cli.train import DONE, check_alike, explain, repeat_exactly, train
+from bigbatch.cli.ranks import each_its_own_device, joined, refusing_together, speaking_for_all
+from bigbatch.cli.train import DONE, explain, repeat_exactly, train
+from bigbatch.errors import InputError
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.lock import RunLock
 from bigbatch.lm.resumption import as_changed, check_facts, continued, stored_config
@@ -19,26 +22,32 @@ if TYPE_CHECKING:
 
 def run(asked: TrainConfig, options: ResumeOptions) -> int:
     """Go on with one run; return 0, or 75 when a signal stopped it after saving."""
-    stored = stored_config(options.run)
+    with refusing_together("resume"):
+        stored = stored_config(options.run)
     given = asked.model_fields_set & {"device", "parallel", "timeout_s"}
     now: dict[str, Any] = {name: getattr(asked, name) for name in given}
     with joined(stored.model_copy(update=now)) as ranks:
-        return _run(asked, options, stored, ranks)
+        return go_on(asked, options, ranks)
 
 
-def _run(asked: TrainConfig, options: ResumeOptions, stored: TrainConfig, ranks: "Ranks") -> int:
+def go_on(asked: TrainConfig, options: ResumeOptions, ranks: "Ranks") -> int:
+    """Go on with one run on ranks that have found one another. Collective; returns as `run` does."""
     path = options.run
     console = make_console(quiet=not ranks.is_first)
-    repeat_exactly(asked if "deterministic" in asked.model_fields_set else stored)
     with contextlib.ExitStack() as stack:
-        with speaking_for_all(ranks):
+        with speaking_for_all(ranks, "resume"):
+            stored = stored_config(path)
             if ranks.is_first:
                 stack.enter_context(RunLock(path))
-        with speaking_for_all(ranks), preparing(console) as say:
+        repeat_exactly(asked if "deterministic" in asked.model_fields_set else stored)
+        with speaking_for_all(ranks, "resume"), preparing(console) as say:
             say("looking for the newest checkpoint")
             from bigbatch.lm.keeper import load
 
             saved, rejected = load(path)
+        with speaking_for_all(ranks, "resume"):
+            check_same(None if saved is None else saved.path.name, path, ranks)
+        with speaking_for_all(ranks, "resume"), preparing(console) as say:
             stored = as_changed(stored, None if saved is None else saved.facts)
             config = each_its_own_device(continued(stored, asked, allowed=options.allowed), ranks)
             check_log(config.log)
@@ -53,9 +62,8 @@ def _run(asked: TrainConfig, options: ResumeOptions, stored: TrainConfig, ranks:
 
             quiet_libraries()
             prepared = prepare(config, say=say)
-        with speaking_for_all(ranks):
-            trainer = Trainer(prepared, saved=saved, ranks=ranks)
-            check_alike(trainer.facts, ranks)
+        with speaking_for_all(ranks, "resume"):
+            trainer = Trainer(prepared, saved=saved, ranks=replace(ranks, parallel=config.parallel))
             if saved is not None:
                 check_facts(path, config.data, saved.facts, trainer.facts, allowed=options.allowed)
         where = "there is no checkpoint, so it begins anew" if saved is None else f"after update {saved.progress.step}"
@@ -65,3 +73,18 @@ def _run(asked: TrainConfig, options: ResumeOptions, stored: TrainConfig, ranks:
         for line in (*prepared.notes, *(explain(trainer) if saved is None else ())):
             console.print(line)
         return train(trainer, directory, console, config=config)
+
+
+def check_same(checkpoint: str | None, path: Path, ranks: "Ranks") -> None:
+    """Refuse ranks that would go on from different checkpoints. Collective.
+
+    Raises:
+        InputError: They would.
+    """
+    found = ranks.everyone(checkpoint)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise InputError(
+            f"rank {other} finds {found[other] or 'no checkpoint'} in {path}, and rank 0 {found[0] or 'none'}: the run "
+            "directory has to be one folder that all machines see, with one content."
+        )

@@ -13,26 +13,31 @@ class Stop:
 
     Args:
         grace_s: Seconds after the signal in which the update may be finished.
+        echo_s: Seconds after the signal in which others count as the same.
 
     Attributes:
         signal: The name of the first signal; None before it.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, *, echo_s: float = 0.0) -> None:
         self._grace_s = grace_s
+        self._echo_s = echo_s
         self._since_s = 0.0
         self.signal: str | None = None
 
-    def ask(self, number: int) -> None:
-        """Hear of a signal.
+    def ask(self, number: int) -> bool:
+        """Hear of a signal; tell whether it is the first.
 
         Raises:
-            KeyboardInterrupt: It is not the first.
+            KeyboardInterrupt: It is another one.
         """
         if self.signal is not None:
+            if time.monotonic() - self._since_s < self._echo_s:
+                return False
             raise KeyboardInterrupt
         self._since_s = time.monotonic()
         self.signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        return True
 
     @property
     def asked(self) -> bool:
@@ -46,14 +51,19 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signals(grace_s: float, *, quiet: bool = False) -> Iterator[Stop]:
-    """Collect the first SIGINT or SIGTERM; handlers that were there come back. ``quiet``: where another rank speaks."""
-    stop = Stop(grace_s)
+def stop_on_signals(grace_s: float, *, echo_s: float = 0.0, quiet: bool = False) -> Iterator[Stop]:
+    """Collect the first SIGINT or SIGTERM; handlers that were there come back.
+
+    Args:
+        grace_s: As for `Stop`.
+        echo_s: As for `Stop`.
+        quiet: Whether another rank speaks.
+    """
+    stop = Stop(grace_s, echo_s=echo_s)
 
     def note(number: int, _frame: Any) -> None:
-        stop.ask(number)
         # Not print(): the signal may have come in the middle of another one, which cannot be entered twice.
-        if not quiet:
+        if stop.ask(number) and not quiet:
             os.write(2, b"\nstopping after this update and saving; once more to stop at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

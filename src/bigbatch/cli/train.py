@@ -2,10 +2,9 @@
 
 import os
 import shlex
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quiet_libraries
 from bigbatch.cli.options import ResumeOptions
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from bigbatch.lm.trainer import Outcome, Trainer
 
 DONE = 0
+ECHO_S = 5.0  # in which a scheduler that signals every process, and torchrun, which passes it on, come to the same rank
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving
 
 
@@ -46,45 +46,57 @@ def run(config: TrainConfig) -> int:
 
     Where torchrun has started the processes again after one was lost, go on with the run that they had begun.
     """
-    if config.out is None and may_be_restarted():
-        raise InputError("torchrun may start this run again, which then has to find it: name its folder by --out.")
-    if is_restarted() and config.out is not None and (config.out / "config.json").exists():
-        from bigbatch.cli.resume import run as resume
-
-        return resume(config, ResumeOptions(run=config.out))
     with joined(config) as ranks:
+        with speaking_for_all(ranks, "train"):
+            if config.out is None and may_be_restarted():
+                raise InputError(
+                    "torchrun may start this run again, which then has to find it: name its folder by --out."
+                )
+        if _has_begun(config, ranks):
+            from bigbatch.cli.resume import go_on
+
+            assert config.out is not None, "found there"
+            return go_on(config, ResumeOptions(run=config.out), ranks)
         return _run(config, ranks)
+
+
+def _has_begun(config: TrainConfig, ranks: "Ranks") -> bool:
+    """Tell whether this is a run that was started again. Collective: torchrun counts restarts by machine."""
+    again = any(ranks.everyone(is_restarted()))
+    begun: bool = ranks.tell(config.out is not None and (config.out / "config.json").exists())
+    return again and begun
 
 
 def _run(config: TrainConfig, ranks: "Ranks") -> int:
     console = make_console(quiet=not ranks.is_first)
     config = each_its_own_device(config, ranks)
-    check_log(config.log)
     repeat_exactly(config)
-    with speaking_for_all(ranks):
-        path = ranks.tell(config.out or default_path(config.model, config.data))
+    path = ranks.tell(config.out or default_path(config.model, config.data))
+    with speaking_for_all(ranks, "train"):
+        check_log(config.log)
         if ranks.is_first:
             check_free(path)
-    with speaking_for_all(ranks), preparing(console) as say:
+    with speaking_for_all(ranks, "train"), preparing(console) as say:
         from bigbatch.lm.prepare import prepare
 
         quiet_libraries()
         prepared = prepare(config.model_copy(update={"out": path}), say=say)
-    with speaking_for_all(ranks), preparing(console) as say:
+    with speaking_for_all(ranks, "train"), preparing(console) as say:
         from bigbatch.lm.trainer import Trainer
 
         trainer = Trainer(prepared, ranks=ranks)
-        check_alike(trainer.facts, ranks)
         origin = None
         if trainer.config.microbatch == "auto":
             say("choosing the micro-batch")
             origin = trainer.tune(beside=path)
     for line in (*prepared.notes, *explain(trainer), *rule_lines(trainer.config), *_reasons(trainer, origin)):
         console.print(line)
-    if not ranks.is_first:
-        return train(trainer, ReadDirectory(path), console, config=config)
-    directory = RunDirectory.create(path, prepared.config.model_dump(mode="json"))
-    with RunLock(path):
+    with ExitStack() as stack:
+        directory: RunDirectory = ReadDirectory(path)
+        with speaking_for_all(ranks, "train"):
+            if ranks.is_first:
+                directory = RunDirectory.create(path, prepared.config.model_dump(mode="json"))
+                stack.enter_context(RunLock(path))
         return train(trainer, directory, console, config=config)
 
 
@@ -103,7 +115,9 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
     with (
         watched(ranks, prepared.config.timeout_s) as watch,
         _journal(trainer, directory) as journal,
-        stop_on_signals(prepared.config.grace_s, quiet=not ranks.is_first) as stop,
+        stop_on_signals(
+            prepared.config.grace_s, echo_s=ECHO_S if ranks.size > 1 else 0.0, quiet=not ranks.is_first
+        ) as stop,
         heard_by(
             display,
             config.log if ranks.is_first else "none",
@@ -125,7 +139,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
         console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
     if (recorder := trainer.engine.recorder) is not None and recorder.why_not is not None:
         console.print(f"without CUDA graphs: {recorder.why_not}")
-    if (advice := _last_word(directory)) is not None:
+    if ranks.is_first and (advice := _last_word(directory)) is not None:
         console.print(advice)
     for line in farewell(config, directory, outcome):
         console.print(line)
@@ -143,22 +157,6 @@ def _last_word(directory: RunDirectory) -> str | None:
         line = in_one_line(gather(directory.path))
         return line and f"{line} (bigbatch advise {shlex.quote(str(directory.path))})"
     return None
-
-
-def check_alike(facts: Mapping[str, Any], ranks: "Ranks") -> None:
-    """Refuse ranks that have read other data or another model than one another. Collective.
-
-    Raises:
-        InputError: They have.
-    """
-    everyone = ranks.everyone(dict(facts))
-    other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
-    if other is not None:
-        what = next(name for name in facts if everyone[other].get(name) != everyone[0].get(name))
-        raise InputError(
-            f"rank {other} has read something else than rank 0 ({what.replace('_', ' ')} differs): give every machine "
-            "the same data, model and versions."
-        )
 
 
 def repeat_exactly(config: TrainConfig) -> None:

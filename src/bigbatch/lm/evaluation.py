@@ -32,14 +32,18 @@ def validation_loss(prepared: Prepared, engine: Engine) -> float:
     total, items = 0.0, 0
     sync = engine.sync
     with _evaluating(prepared, engine) as model:
-        groups = list(engine.groups([held_out.lengths[i] for i in chosen]))
-        for turn in range(-(-len(groups) // sync.size)):  # as many on every rank
-            place = turn * sync.size + sync.rank
-            rows = groups[min(place, len(groups) - 1)]
-            samples = [held_out[chosen[row]] for row in rows]
+        own = chosen[sync.rank :: sync.size]  # micro-batches may have another size on each rank
+        cut = engine.groups([held_out.lengths[i] for i in own]) if own else []
+        groups = [[own[row] for row in rows] for rows in cut]
+        num_own, num_everywhere = len(groups), len(groups)
+        if sync.needs_equal_counts:
+            num_everywhere = int(max(number for (number,) in sync.gather([float(num_own)])))
+        for place in range(num_everywhere):
+            rows = groups[place] if place < num_own else chosen[:1]
+            samples = [held_out[i] for i in rows]
             microbatch = {name: tensor.to(device) for name, tensor in prepared.collate(samples).items()}
             loss_sum, num_items = prepared.loss_fn(model, microbatch)
-            if place < len(groups):
+            if place < num_own:
                 total += loss_sum.item()
                 items += int(num_items.item())
     if sync.size > 1:

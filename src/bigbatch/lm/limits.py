@@ -24,8 +24,14 @@ def microbatch_of(config: TrainConfig, *, longest: int, ranks: Ranks = ALONE) ->
         ranks: The processes of the run.
 
     Raises:
-        InputError: The longest sequence is above the budget that was asked for, or the micro-batch cannot be chosen.
+        InputError: The longest sequence is above the budget that was asked for, or the ranks of a sharded model cannot
+            do what is asked.
     """
+    if config.async_checkpoint and ranks.are_sharded:
+        raise InputError(
+            f"--async-checkpoint writes from one process, and with --parallel {config.parallel} every rank writes its "
+            "shards: leave it out."
+        )
     if config.token_budget is not None:
         if longest > config.token_budget:
             raise InputError(
@@ -36,11 +42,6 @@ def microbatch_of(config: TrainConfig, *, longest: int, ranks: Ranks = ALONE) ->
     assert config.microbatch is not None, "resolved() gives one of the two"
     if config.microbatch == "auto" and config.deterministic:
         return TokenBudget(REPEATABLE * longest)
-    if config.async_checkpoint and ranks.are_sharded:
-        raise InputError(
-            f"--async-checkpoint writes from one process, and with --parallel {config.parallel} every rank writes its "
-            "shards: leave it out."
-        )
     if config.microbatch == "auto" and ranks.are_sharded:
         raise InputError(
             f"--parallel {config.parallel} cannot try micro-batches until one does not fit, since its ranks cannot go "

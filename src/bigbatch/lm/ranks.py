@@ -5,7 +5,7 @@ global window → share → this rank's samples;    model → spread → how its
 
 import copy
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,6 +63,26 @@ class Ranks:
             if rank == self.rank:
                 own.append(sample)
         return own
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Refuse ranks that would not train the same model on the same data. Collective.
+
+        Args:
+            facts: What has to be the same on all of them, by the name that a user knows it by.
+
+        Raises:
+            InputError: Something is not; all raise the same.
+        """
+        per_machine = {"--nproc-per-node": self.local_size} if self.parallel == "hsdp" else {}
+        everyone = self.everyone({**facts, **per_machine})
+        for name, own in everyone[0].items():
+            other = next((rank for rank, theirs in enumerate(everyone) if theirs[name] != own), None)
+            if other is not None:
+                differs = f"{name} {everyone[other][name]}, not {own}" if name.startswith("--") else f"{name} differ"
+                raise InputError(
+                    f"rank {other} has read something else than rank 0 ({differs}): give every machine the same "
+                    "settings, data, model and versions."
+                )
 
     def spread(self, model: Any) -> Sync | SyncPolicy | None:
         """Spread a model over the ranks, before its optimizer is made; give what an engine is told. Collective.

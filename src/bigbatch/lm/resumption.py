@@ -9,8 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
+from bigbatch import __version__
 from bigbatch.errors import InputError
 from bigbatch.lm.config import CHANGED, EXCLUSIVE, FREE, TrainConfig
 from bigbatch.lm.keeper import frozen_fingerprint
@@ -91,6 +93,25 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
         "vocabulary_sha256": sha256(json.dumps(sorted(prepared.tokenizer.get_vocab().items())).encode()).hexdigest(),
         "weights_dtype": str(prepared.machine.weights_dtype),
         "frozen_sha256": frozen_fingerprint(prepared.model),
+    }
+
+
+def shared_facts(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what has to be the same on all ranks of a run, by the name that a user knows it by.
+
+    Args:
+        prepared: On this rank.
+        facts: What `facts_of` gave of it.
+    """
+    settings = prepared.config.model_dump(mode="json", exclude={"device", "out"})
+    tensors = [(n, str(t.dtype), list(t.shape), t.requires_grad) for n, t in prepared.model.named_parameters()]
+    return {
+        **{f"--{name.replace('_', '-')}": value for name, value in settings.items()},
+        "the samples": facts["data_sha256"],
+        "the tokenizers": facts["vocabulary_sha256"],
+        "the parameters of the models": sha256(json.dumps(tensors).encode()).hexdigest(),
+        "the weights that are not trained": facts["frozen_sha256"],
+        "the versions": [__version__, torch.__version__],
     }
 
 

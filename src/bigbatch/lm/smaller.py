@@ -24,23 +24,36 @@ def smaller_than(microbatch: int | TokenBudget, *, longest: int) -> int | None:
     return smaller if smaller < now else None
 
 
-def keep(folder: Path, size: int) -> None:
-    """Write it into a run directory, so that it is whole or not there."""
+def keep(folder: Path, size: int, unit: str) -> None:
+    """Write it into a run directory, so that it is whole or not there; ``unit`` is tokens or sequences."""
     aside = folder / f"{FILE}.{os.getpid()}"
     with aside.open("wb") as file:
-        file.write(json.dumps({"size": size}).encode() + b"\n")
+        file.write(json.dumps({"size": size, "unit": unit}).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
     aside.replace(folder / FILE)
 
 
-def kept(folder: Path | None, microbatch: int | TokenBudget) -> int | TokenBudget:
-    """Give a micro-batch, or the smaller one that a run directory holds."""
+def kept(folder: Path | None, microbatch: int | TokenBudget, *, longest: int) -> int | TokenBudget:
+    """Give a micro-batch, or the smaller one that a run directory holds where that counts in the same.
+
+    Args:
+        folder: The run directory; None where there is none yet.
+        microbatch: That is asked for.
+        longest: As for `smaller_than`.
+    """
     if folder is None:
         return microbatch
     with suppress(OSError, ValueError, TypeError, KeyError):
-        size = int(json.loads((folder / FILE).read_text(encoding="utf-8"))["size"])
-        if isinstance(microbatch, TokenBudget):
-            return TokenBudget(min(size, microbatch.tokens))
-        return min(size, microbatch)
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        size = int(found["size"])
+        if found["unit"] == unit_of(microbatch) and size > 0:
+            if isinstance(microbatch, TokenBudget):
+                return TokenBudget(max(longest, min(size, microbatch.tokens)))
+            return min(size, microbatch)
     return microbatch
+
+
+def unit_of(microbatch: int | TokenBudget) -> str:
+    """Give what a micro-batch is counted in."""
+    return "tokens" if isinstance(microbatch, TokenBudget) else "sequences"

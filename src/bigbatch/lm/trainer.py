@@ -33,16 +33,13 @@ from bigbatch.lm.prepare import Prepared
 from bigbatch.lm.ranks import ALONE, Ranks, gathered, hollow
 from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.rescaling import apply_rule
-from bigbatch.lm.resumption import facts_of
+from bigbatch.lm.resumption import facts_of, shared_facts
 from bigbatch.lm.rundir import RunDirectory, as_line
-from bigbatch.lm.smaller import keep, kept, smaller_than
+from bigbatch.lm.smaller import keep, kept, smaller_than, unit_of
 from bigbatch.lm.telling import Listener, Row, metrics_row
 from bigbatch.lm.telling import Outcome as Outcome
 from bigbatch.lm.tuning import take, tune
-from bigbatch.plan import TokenBudget
 from bigbatch.randomness import random_states, set_random_states
-
-REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
 
 
 class Trainer:
@@ -64,18 +61,20 @@ class Trainer:
         self.ranks = ranks
         self.config = prepared.config
         self.saved = saved
+        self.facts = facts_of(prepared)
+        if ranks.size > 1:
+            ranks.check_alike(shared_facts(prepared, self.facts))
         done = Progress() if saved is None else saved.progress
         self.course = Course(self.config, prepared.training.lengths, step=done.step, cursor=done.cursor)
         self.total_steps, self.warmup_steps = self.course.total_steps, self.course.warmup_steps
         self.arrangement = prepared.arrangement
         self.loss_fn = prepared.loss_fn
-        self.facts = facts_of(prepared)
         self._hollow = hollow(prepared.model) if ranks.are_sharded else None
         sync = ranks.spread(prepared.model)
         longest = max(prepared.training.lengths)
         microbatch = microbatch_of(self.config, longest=longest, ranks=ranks)
         if ranks.are_sharded and microbatch != "auto":
-            microbatch = kept(self.config.out, microbatch)
+            microbatch = kept(self.config.out, microbatch, longest=longest)
         self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
         if saved is None:  # what was saved has been through it
             apply_rule(self.optimizer, self.config)
@@ -95,6 +94,15 @@ class Trainer:
             scaler=prepared.machine.scaler(),
             sync=sync,
         )
+        if ranks.are_sharded:
+            self.engine.accumulator.spare = self._spare()
+
+    def _spare(self) -> dict[str, torch.Tensor]:
+        """Give what a rank runs for the sake of the others that has fewer micro-batches than they, or none."""
+        training = self.prepared.training
+        shortest = min(range(len(training)), key=training.lengths.__getitem__)
+        microbatch = self.prepared.collate([training[shortest]])
+        return {name: tensor.to(self.prepared.machine.device) for name, tensor in microbatch.items()}
 
     def tune(self, beside: Path | None = None) -> Path | None:
         """Choose the micro-batch where that is asked for, or take what a run before chose for the same.
@@ -320,8 +328,8 @@ class Trainer:
         smaller = smaller_than(now, longest=max(self.prepared.training.lengths))
         if smaller is None:
             raise error
-        keep(folder, smaller)
-        unit = "tokens" if isinstance(now, TokenBudget) else "sequences"
+        unit = unit_of(now)
+        keep(folder, smaller, unit)
         raise RestartError(
             f"{str(error).partition(',')[0]} on rank {self.ranks.rank}: started again, the run goes on from its last "
             f"checkpoint with {smaller:,} {unit} a micro-batch, by torchrun with --max-restarts, or bigbatch resume "

@@ -1,0 +1,146 @@
+"""What happens to a rank in the tests: done on it before the command, as `tests.distributed.launch.Patch`."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.distributed.launch import Patch
+
+from bigbatch.lm.keeper import Keeper
+from bigbatch.lm.trainer import Trainer
+from bigbatch.transaction import Transaction
+
+
+def all_of(*patches: Patch) -> Patch:
+    """Do all of them."""
+    return partial(_all_of, patches)
+
+
+def _all_of(patches: tuple[Patch, ...], rank: int) -> None:
+    for patch in patches:
+        patch(rank)
+
+
+def on(ranks: set[int], patch: Patch) -> Patch:
+    """Do it on these ranks alone."""
+    return partial(_on, ranks, patch)
+
+
+def _on(ranks: set[int], patch: Patch, rank: int) -> None:
+    if rank in ranks:
+        patch(rank)
+
+
+def signal_in_update(step: int, number: int = signal.SIGTERM) -> Patch:
+    """Let a rank get a signal as an update begins."""
+    return partial(_at_update, step, partial(_signal, number))
+
+
+def signal_in_window(step: int, number: int = signal.SIGTERM, *, twice: bool = False) -> Patch:
+    """Let a rank get a signal in an update, after its first micro-batch."""
+    return partial(_at_update, step, partial(_at_microbatch, partial(_signal, number, twice=twice)))
+
+
+def kill_in_window(step: int) -> Patch:
+    """Let a rank be killed in an update, after its first micro-batch."""
+    return signal_in_window(step, signal.SIGKILL)
+
+
+def kill_at_checkpoint(number: int) -> Patch:
+    """Let a rank be killed as it comes to a checkpoint, the number-th."""
+    return partial(_kill_at_checkpoint, number)
+
+
+def _kill_at_checkpoint(number: int, _rank: int) -> None:
+    write, counted = Keeper._write, iter(range(1, 1000))
+
+    def patched(self: Keeper, *words: Any) -> None:
+        if next(counted) == number:
+            _signal(signal.SIGKILL)
+        write(self, *words)
+
+    Keeper._write = patched  # type: ignore[method-assign]
+
+
+def _signal(number: int, *, twice: bool = False) -> None:
+    for _ in range(1 + twice):
+        os.kill(os.getpid(), number)
+
+
+def _at_update(step: int, act: Callable[[], None], _rank: int) -> None:
+    update = Trainer._update
+
+    def patched(self: Trainer, now: int, *words: Any) -> Any:
+        if now == step:
+            act()
+        return update(self, now, *words)
+
+    Trainer._update = patched  # type: ignore[method-assign]
+
+
+def _at_microbatch(act: Callable[[], None]) -> None:
+    """Do something once, after the next micro-batch."""
+    add = Transaction.add
+
+    def patched(self: Transaction, *words: Any, **options: Any) -> None:
+        Transaction.add = add  # type: ignore[method-assign]
+        add(self, *words, **options)
+        act()
+
+    Transaction.add = patched  # type: ignore[method-assign]
+
+
+def out_of_memory(step: int) -> Patch:
+    """Let memory run out in the forward of an update, once."""
+    return partial(_at_update, step, _out_of_memory)
+
+
+def _out_of_memory() -> None:
+    forward = torch.nn.Embedding.forward
+
+    def patched(self: Any, *words: Any) -> Any:
+        torch.nn.Embedding.forward = forward  # type: ignore[method-assign]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    torch.nn.Embedding.forward = patched  # type: ignore[method-assign]
+
+
+def note_windows(folder: Path) -> Patch:
+    """Write down which samples each rank runs in each update, a line for each and under which budget."""
+    return partial(_note_windows, folder)
+
+
+def _note_windows(folder: Path, rank: int) -> None:
+    update = Trainer._update
+
+    def noted(self: Trainer, step: int, window: list[int], *words: Any) -> Any:
+        with (folder / f"{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([step, window, self.share(window), self.engine.token_budget]) + "\n")
+        return update(self, step, window, *words)
+
+    Trainer._update = noted  # type: ignore[method-assign]
+
+
+def fail_in_window(step: int) -> Patch:
+    """Let a rank raise something of its own in an update."""
+    return partial(_at_update, step, partial(_at_microbatch, _fail))
+
+
+def _fail() -> None:
+    raise ArithmeticError("something of its own")
+
+
+def hold_in_window(step: int, reached: Path, pipe: Path) -> Patch:
+    """Let a rank wait in an update, after its first micro-batch, until a pipe was written to; it does so once."""
+    return partial(_at_update, step, partial(_at_microbatch, partial(_hold, reached, pipe)))
+
+
+def _hold(reached: Path, pipe: Path) -> None:
+    if not reached.exists():
+        reached.touch()
+        pipe.read_bytes()
