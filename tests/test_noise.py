@@ -164,6 +164,26 @@ def test_old_windows_count_less_by_the_half_life_in_items() -> None:
     assert meter.read().signal == pytest.approx((before + after) / 2)  # type: ignore[union-attr]
 
 
+def test_after_the_first_windows_one_in_four_is_measured_and_the_others_still_make_the_past_count_less() -> None:
+    model = Line()
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert accumulator.noise is not None
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for _ in range(20):
+        window = accumulator.window()
+        for _ in range(2):
+            window.backward(model(items_of(5, generator)).sum(), items=5)
+        window.step()
+        counts.append(accumulator.noise.state()["num_windows"])
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 10, 10, 10, 10, 11, 11, 11, 11]
+    meter = NoiseMeter(half_life_items=10)
+    meter.observe(1.0, 90.0, 10, 50)
+    meter.pass_by(10)
+    meter.observe(3.0, 90.0, 10, 50)
+    assert meter.state()["weight"] == pytest.approx(10 / 4 + 10)
+
+
 def run(model: nn.Module, loss_fn: Callable[..., object], **settings: object) -> bigbatch.WindowReport:
     engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn, microbatch=2, **settings)
     generator = torch.Generator().manual_seed(0)

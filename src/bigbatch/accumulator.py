@@ -83,6 +83,7 @@ class Accumulator:
         self.optimizer = optimizer
         self._open: Window | None = None
         self.noise = NoiseMeter() if noise and self._can_measure() else None
+        self.records = False  # whether micro-batches are launched from recordings, which measure or do not for good
         self._squares: Tensor | None = None  # stays where it is: recorded micro-batches add to it
         self.spare: Any = None  # a micro-batch of before, to keep step with other ranks where this one has none
 
@@ -236,9 +237,9 @@ class Accumulator:
         if self.noise is not None and (self._squares is None or self._squares.device != self.device):
             wide = any(parameter.dtype == torch.float64 for parameter in self._update.parameters())
             self._squares = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self.device)
-        transaction = Transaction(
-            self._update, totals, kept=kept, sync=self.sync, noise=self.noise, squares=self._squares
-        )
+        measures = self.noise is not None and (self.records or self.noise.wants_next)
+        squares = self._squares if measures else None
+        transaction = Transaction(self._update, totals, kept=kept, sync=self.sync, noise=self.noise, squares=squares)
         self._open = Window(iter(microbatches), transaction)
         return self._open, transaction
 

@@ -131,6 +131,7 @@ class Engine:
         self.memory = memory
         self.layout = check_layout(layout, lengths, collate)
         self.recorder = Recorder(model, loss_fn) if check_graphs(cuda_graphs, self.accumulator.device) else None
+        self.accumulator.records = self.recorder is not None
         self.choice: Choice | None = None
         self._size = self._size_in_use = size_of(microbatch)
         self._cost = Cost()

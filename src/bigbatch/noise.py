@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 HALF_LIFE_WINDOWS = 32  # of the average, counted in the items of the first window
 FEWEST_WINDOWS = 4  # before anything is said
+FIRST, EVERY = 8, 4  # the first eight windows are measured, then one in four: the average moves no faster
 WIDTH = 1.96  # standard errors on either side: 95 % where many windows have been averaged
 
 
@@ -64,6 +65,8 @@ class _Averages:
     half_life_items: float = 0.0
     items: float = 0.0
     samples: float = 0.0
+    num_seen: int = 0
+    items_unmeasured: float = 0.0
 
 
 def split(square_of_mean: float, squares: float, items: float, items_squared: float) -> tuple[float, float] | None:
@@ -98,17 +101,30 @@ class NoiseMeter:
         self._half_life_items = half_life_items
         self._sums = _Averages()
 
+    @property
+    def wants_next(self) -> bool:
+        """Whether the next window is to be measured."""
+        return self._sums.num_seen < FIRST or self._sums.num_seen % EVERY == 0
+
+    def pass_by(self, items: float) -> None:
+        """Take note of a window that was not measured: what came before it counts less."""
+        self._sums.num_seen += 1
+        self._sums.items_unmeasured += items
+
     def observe(
         self, square_of_mean: float, squares: float, items: float, items_squared: float, *, samples: float = 0.0
     ) -> None:
         """Take in one window; the arguments are those of `split`, and the samples behind it where they are known."""
         found = split(square_of_mean, squares, items, items_squared)
         if found is None:
+            self.pass_by(items)
             return
         sums = self._sums
+        sums.num_seen += 1
         if not sums.half_life_items:
             sums.half_life_items = self._half_life_items or HALF_LIFE_WINDOWS * items
-        keep = 0.5 ** (items / sums.half_life_items)
+        keep = 0.5 ** ((items + sums.items_unmeasured) / sums.half_life_items)
+        sums.items_unmeasured = 0.0
         signal, noise = found
         sums.weight = keep * sums.weight + items
         sums.weight_squared = keep * keep * sums.weight_squared + items * items

@@ -162,7 +162,9 @@ class Transaction:
         """Take the noise of this window in; give what is known by now."""
         if self._noise is None:
             return None
-        if outcome.skipped is None:
+        if outcome.skipped is not None or self._squares is None:
+            self._noise.pass_by(items)
+        else:
             read = iter(outcome.read)
             squares, counts = (next(read) if isinstance(value, Tensor) else value for value in (squares, counts))
             samples = self.wishes.samples or 0 if tally is None else sum(b.samples for b in tally.ballots)
