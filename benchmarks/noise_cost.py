@@ -4,8 +4,8 @@
 
 The workloads are those of `bigbatch bench`, arranged and cut as `bigbatch train` does; both engines run the same model
 and micro-batches in turns, the order alternates, and the ratio is that of the means: without CUDA graphs one window in
-four is measured. Without it twice is the floor: what differs from 1.000 there is the machine. On a CPU it is the time of
-the process, on one thread, in which others do not count.
+four is measured. Without it twice is the floor: what differs from 1.000 there is the machine. On a CPU it is the time
+of the process, on one thread, in which others do not count.
 """
 
 import argparse
