@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from tests.distributed.pool import Pool
 from torch import Tensor, nn
 
 import bigbatch
 from bigbatch.noise import FEWEST_WINDOWS, NoiseMeter
+from distributed.pool import Pool
 
 SIGNAL = torch.tensor([0.6, -0.3, 0.0, 0.2, 0.5], dtype=torch.float64)
 DEVIATION = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0], dtype=torch.float64)

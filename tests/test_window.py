@@ -141,6 +141,22 @@ def test_an_exception_in_the_loop_body_leaves_the_next_epoch_clean():
     assert ref.relative_error(ref.mean_of_means_gradient(model, parts), full) > 1e-3
 
 
+def test_a_loader_that_fails_in_mid_window_aborts_it_at_once():
+    model, optimizer, accumulator, parts = setup()
+
+    def loader():
+        yield parts[0]
+        raise OSError("the disk is gone")
+
+    windows = accumulator.windows(loader(), num_microbatches=2)
+    window = next(windows)
+    with pytest.raises(OSError, match="the disk is gone"):
+        fill(window, model)
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+    assert optimizer.recorded == []
+
+
 def test_leaving_the_loop_in_mid_window_drops_that_window():
     model, optimizer, accumulator, parts = setup()
     for window in accumulator.windows(parts, num_microbatches=4):

@@ -1,6 +1,7 @@
 """Accumulation windows for a loop of one's own: whose gradients they take, and when each begins and ends."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from bigbatch.errors import WindowStateError
 from bigbatch.noise import NoiseMeter
 from bigbatch.objective import Items
+from bigbatch.opening import Opening, agree, tell_failure
 from bigbatch.split import check_count
 from bigbatch.sync import Sync, SyncPolicy, sync_of
 from bigbatch.transaction import Transaction
@@ -142,46 +144,54 @@ class Accumulator:
         at_once = count_items is not None or self.sync.needs_equal_counts
         try:
             while True:
-                drawn = list(islice(microbatches, num_microbatches if at_once else 1))
+                self._finish_previous()
+                totals = None
+                with self.failing_together():
+                    self.prepare()
+                    drawn = list(islice(microbatches, num_microbatches if at_once else 1))
+                    if count_items is not None:
+                        totals = {**dict.fromkeys(names, 0), **_total_items(map(count_items, drawn))}
                 if self.sync.needs_equal_counts and drawn:
                     self.spare = drawn[-1]
-                num_everywhere = self.agree_on_count(len(drawn))
+                num_everywhere, totals_everywhere = self.agree(len(drawn), totals)
                 if not num_everywhere:
                     break
-                totals = None
-                if count_items is not None:
-                    totals = {**dict.fromkeys(names, 0), **_total_items(map(count_items, drawn))}
-                    names = tuple(totals)
-                window, transaction = self.open((), totals)
+                names = tuple(totals_everywhere or ())
+                window, transaction = self.open((), totals_everywhere)
                 if self.sync.needs_equal_counts:
                     window.give(self.in_step(transaction, drawn, self.spare, num_everywhere))
                 else:
                     window.give(drawn if at_once else chain(drawn, islice(microbatches, num_microbatches - 1)))
                 yield window
-            self._finish_previous()
         finally:
             if window is not None:
                 window.abort()
 
-    def agree_on_count(self, num_microbatches: int) -> int:
-        """Give the most micro-batches that any rank has in the next window. Collective under several.
+    def agree(
+        self, num_microbatches: int, totals: Mapping[str, Items] | None = None
+    ) -> tuple[int, Mapping[str, Items] | None]:
+        """Give the most micro-batches that any rank has in the next window, and the items of each term over all.
+
+        Collective under several ranks; arguments and errors are those of `bigbatch.opening.agree`.
+        """
+        return agree(self.sync, Opening(False, self.spare is not None, num_microbatches), totals)
+
+    @contextmanager
+    def failing_together(self, *, opens: bool = True) -> Iterator[None]:
+        """Let what fails before a window end the window of the other ranks, too, who would wait for this one.
 
         Args:
-            num_microbatches: On this rank.
-
-        Raises:
-            ValueError: Of a sharded model, a rank has none to keep step with the others.
+            opens: Whether they wait in `agree`; else it is in the vote at the window's end.
         """
-        if self.sync.size == 1:
-            return num_microbatches
-        rows = self.sync.gather([float(num_microbatches), float(self.spare is not None)])
-        most = int(max(number for number, _ in rows))
-        if self.sync.needs_equal_counts and most and (lacking := [r for r, row in enumerate(rows) if not row[1]]):
-            raise ValueError(
-                f"rank {lacking[0]} has had no micro-batch yet, and layers of a sharded model run on all ranks or on "
-                "none: give every rank at least one sample in the first window."
-            )
-        return most
+        try:
+            yield
+        except BaseException:
+            if self.sync.size > 1:
+                if opens:
+                    tell_failure(self.sync)
+                else:
+                    Transaction(self._update, None, sync=self.sync).undo()
+            raise
 
     def in_step(self, transaction: Transaction, own: Sequence[Any], spare: Any, num_everywhere: int) -> Iterator[Any]:
         """Give this rank's micro-batches, and others after them that do not count, as many as on every other rank."""
@@ -189,18 +199,26 @@ class Accumulator:
             transaction.counts = index < len(own)
             self.sync.before(is_last=index == num_everywhere - 1)
             yield own[index] if transaction.counts else spare
+        transaction.is_complete = True
 
     def window(self, microbatches: Iterable[Any] = (), *, totals: Mapping[str, Items] | None = None) -> Window:
         """Open one window.
 
         Args:
             microbatches: What iterating over the window gives. May be left empty: ``window.backward`` takes any loss.
-            totals: Items of the whole window by term, for a loss of several terms.
+            totals: Items of the whole window on this rank, by term, for a loss of several terms. Opening it is then
+                collective.
 
         Raises:
             WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
         """
-        return self.open(microbatches, totals)[0]
+        self._finish_previous()
+        totals_everywhere = totals
+        if totals is not None:
+            with self.failing_together():
+                self.prepare()
+            _, totals_everywhere = self.agree(0, totals)
+        return self.open(microbatches, totals_everywhere)[0]
 
     def open(
         self,
@@ -209,7 +227,10 @@ class Accumulator:
         *,
         kept: Mapping[Tensor, Tensor] | None = None,
     ) -> "tuple[Window, Transaction]":
-        """Open one window and give its transaction with it, on sums that are kept. For `Engine`, not for loops."""
+        """Open one window and give its transaction with it, on sums that are kept. For `Engine`, not for loops.
+
+        ``totals`` run over all ranks here.
+        """
         self._finish_previous()
         self.prepare()
         if self.noise is not None and (self._squares is None or self._squares.device != self.device):

@@ -5,8 +5,7 @@ split → window (forward, backward, accumulate) → sync → update → report
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -22,7 +21,7 @@ from bigbatch.engine_settings import (
     check_sharded,
     size_of,
 )
-from bigbatch.errors import MemoryLimitError, WindowAbandonedError
+from bigbatch.errors import MemoryLimitError, RankFailedError, WindowAbandonedError
 from bigbatch.feed import Feed
 from bigbatch.graphs import Recorder
 from bigbatch.grouping import Layout, group_by_tokens, round_down, round_up
@@ -158,6 +157,7 @@ class Engine:
 
         Raises:
             MemoryLimitError: A single sample does not fit.
+            RankFailedError: Measuring raised something else on the first rank.
             ValueError: The batch is empty, ``memory`` is no amount, there is not one length for each sample, or the
                 micro-batch is decided.
         """
@@ -165,18 +165,22 @@ class Engine:
             raise ValueError(f'microbatch={self.microbatch!r} is decided: pass microbatch="auto" to have it chosen.')
         if self.sync.size == 1:
             return self._measure(batch)
-        choice, problem = None, None
         if self.sync.rank == 0:
             try:
                 choice = self._measure(batch)
-            except MemoryLimitError as error:
-                problem = str(error)
-        told = json.loads(self.sync.tell(json.dumps([None if choice is None else asdict(choice), problem])))
-        if told[1] is not None:
-            raise MemoryLimitError(told[1])
-        self.use(Choice.of(told[0]))
-        assert self.choice is not None, "just taken"
-        return self.choice
+            except BaseException as error:
+                self.sync.tell(json.dumps({"problem": str(error), "memory": isinstance(error, MemoryLimitError)}))
+                raise
+            self.sync.tell(json.dumps({"choice": asdict(choice)}))
+            return choice
+        told = json.loads(self.sync.tell(""))
+        if "problem" in told:
+            if told["memory"]:
+                raise MemoryLimitError(told["problem"])
+            raise RankFailedError(f"rank 0 failed while it chose the micro-batch for all ranks: {told['problem']}")
+        choice = Choice.of(told["choice"])
+        self.use(choice)
+        return choice
 
     def _measure(self, batch: Any) -> Choice:
         lengths = self._lengths_of(batch)
@@ -251,18 +255,26 @@ class Engine:
         if not self._size:
             self.tune(batch)
         recorder, recovery, sync = self.recorder, self._recovery, self.sync
-        with self._failing_together():
+        opens = sync.needs_equal_counts or self.count_items is not None
+        with self.accumulator.failing_together(opens=opens):
+            self.accumulator.prepare()
             lengths = self._lengths_of(batch)
             parts = self._split(batch, lengths)
             totals = None if self.count_items is None else self.count_items(batch)
             if recorder is not None:
                 recorder.prepare()
-        num_everywhere = self._count_everywhere(parts)
+            if sync.needs_equal_counts and self.accumulator.spare is None and parts.groups:
+                self.accumulator.spare = parts.take(parts.groups[-1][:1])
+        num_to_run = len(parts.groups)
+        if opens:
+            num_everywhere, totals = self.accumulator.agree(num_to_run, totals)
+            num_to_run = num_everywhere if sync.needs_equal_counts else num_to_run
         window, transaction = self.accumulator.open((), totals, kept=None if recorder is None else recorder.kept)
         transaction.wishes = wishes = Wishes(
-            tokens=None if lengths is None else sum(lengths), samples=parts.num_samples
+            tokens=None if lengths is None else sum(lengths),
+            samples=parts.num_samples,
+            stopping=stopping or (lambda: False),
         )
-        wishes.stopping = stopping or wishes.stopping
         recovery.begin(transaction, lengths)
         feed = Feed(parts)
 
@@ -277,7 +289,7 @@ class Engine:
 
         try:
             with feed:
-                for rows in self.accumulator.in_step(transaction, parts.groups, (), num_everywhere):
+                for rows in self.accumulator.in_step(transaction, parts.groups, (), num_to_run):
                     if give_up is not None and give_up():
                         wishes.gave_up = True
                         if sync.size == 1:
@@ -295,24 +307,6 @@ class Engine:
             window.abort()
         self._adapt(recovery.num_failures)
         return replace(report, retries=recovery.num_failures)
-
-    @contextmanager
-    def _failing_together(self) -> Iterator[None]:
-        """Let what fails before a window end the window of the other ranks, too; they would wait for this one."""
-        try:
-            yield
-        except BaseException:
-            if self.sync.size > 1 and not self.sync.needs_equal_counts:
-                self.accumulator.window().abort()
-            raise
-
-    def _count_everywhere(self, parts: Split) -> int:
-        """Give the micro-batches that this rank has to run. Collective for a sharded model."""
-        if not self.sync.needs_equal_counts:
-            return len(parts.groups)
-        if self.accumulator.spare is None and parts.groups:
-            self.accumulator.spare = parts.take(parts.groups[-1][:1])
-        return self.accumulator.agree_on_count(len(parts.groups))
 
     def release(self) -> None:
         """Give back the memory of recorded micro-batches, for work between updates; they are recorded again."""

@@ -163,7 +163,7 @@ class Ledger:
             items = _host(items)
         self._items[name].append(items)
         sums = self._sums[name]
-        has_items = isinstance(items, Tensor) or items != 0
+        has_items = may_have_items(items)
         self._last.append((name, has_items))
         if not has_items:
             return False
@@ -184,9 +184,8 @@ class Ledger:
     def shares(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
         """Give ``(items, loss_sum)`` of each term so far, where they are; nothing is waited for."""
         shares: dict[str, tuple[float | Tensor, float | Tensor]] = {}
-        for name, counts in self._items.items():
-            sums = self._totals_where_they_are([name])
-            shares[name] = _added(counts), _added(sums)
+        for name in self.totals or list(self._items):
+            shares[name] = _added(self._items.get(name, [])), _added(self._totals_where_they_are([name]))
         return shares
 
     def items_squared(self) -> float | Tensor:
@@ -201,17 +200,9 @@ class Ledger:
             self._prescaled_by = None
 
     def settle(self, totals: Sequence[tuple[float, float]]) -> None:
-        """Take what all ranks have of each term, ``(items, loss_sum)``, by the places of the sorted names.
-
-        Raises:
-            ValueError: There are several, and no micro-batch and no ``count_items`` told their names on this rank.
-        """
-        names = sorted(self._items or self.totals or [SINGLE])
-        if len(names) != len(totals) and totals:
-            raise ValueError(
-                f"other ranks have {len(totals)} terms of the loss, and this one knows {', '.join(names)} alone: "
-                "count_items has to tell all names, also of a batch without samples."
-            )
+        """Take what all ranks have of each term, ``(items, loss_sum)``, by the places of the sorted names."""
+        names = sorted(self.totals or self._items or [SINGLE])
+        assert not totals or len(totals) == len(names), "ranks have the same terms, or one that this rank never saw"
         self._settled = {}
         for name, (count, total) in zip(names, totals, strict=False):
             items = int(count) if float(count).is_integer() else count
@@ -286,6 +277,12 @@ class Ledger:
                 total += torch.stack(on_device).sum(dtype=_sum_dtype(on_device[0])).item()  # waits for the device
             reports[name] = TermReport(loss=total / items if items else math.nan, items=items)
         return reports
+
+
+def may_have_items(items: Items) -> bool:
+    """Whether there are items, or may be: a count on a device is not waited for."""
+    items = _host(items)
+    return isinstance(items, Tensor) or items != 0
 
 
 def _added(values: Iterable[float | Tensor]) -> float | Tensor:

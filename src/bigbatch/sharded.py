@@ -4,6 +4,7 @@ policy → flags before each micro-batch → FSDP reduces within its backward �
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from bigbatch.accumulate import NARROW_DTYPES
+from bigbatch.errors import WindowStateError
 from bigbatch.sync import Sync, SyncPolicy, collective_device, gather, tell
 from bigbatch.vote import Number
 
@@ -58,18 +60,36 @@ class Sharded(Sync):
         self._device = collective_device(self.group, model)
         self.averaged_over = self._find_divisor()
         self._check_dtypes()
-        self._outputs: list[Tensor] = []
         self._unhook: Any = None
+        self._is_broken = False
 
     def begin(self) -> None:
-        """Note what the model gives, and let every micro-batch reduce that nothing else is said of."""
+        """Stand by where the model gives something, and let every micro-batch reduce that nothing else is said of.
+
+        Raises:
+            WindowStateError: Another window over it is open: what FSDP holds for that one would be dropped. Or an
+                earlier backward was broken off.
+        """
+        if self._is_broken:
+            raise WindowStateError(
+                "a backward of the sharded model was broken off, and FSDP cannot go on after that: begin again from a "
+                "checkpoint, with a model that fully_shard was newly applied to."
+            )
+        if vars(self.module).setdefault("_bigbatch_window", self) is not self:
+            raise WindowStateError(
+                "another window over the same sharded model is open, and FSDP adds up the gradients of one at a time. "
+                "End it, by its step() or its abort(), before this one begins."
+            )
         self._found = [(group, group.reduce_grads, group.all_reduce_grads) for group in self._parameter_groups()]
-        self._unhook = self.module.register_forward_hook(self._keep_outputs)
+        self._unhook = self.module.register_forward_hook(self._stand_by)
         self._forget()
         self.before(is_last=True)
 
     def end(self) -> None:
         """Put the flags back, and drop what a window that was given up left inside FSDP."""
+        if vars(self.module).get("_bigbatch_window") is not self:
+            return
+        del vars(self.module)["_bigbatch_window"]
         for group, reduces, all_reduces in self._found:
             group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
         if self._unhook is not None:
@@ -86,13 +106,20 @@ class Sharded(Sync):
                 root.set_requires_all_reduce(is_last, recurse=False)
         self.crosses = reduces
 
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Note a backward that was broken off; speak again after one that was silent."""
+        self._is_broken = True
+        yield
+        self._is_broken = self.is_silent = False
+
     def gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Give the values of every rank, as many on each. Collective; waits for the device."""
         return gather(values, self._device, self.group)
 
-    def tell(self, text: str) -> str:
-        """Give the text of the first rank to all. Collective."""
-        return tell(text, self._device, self.group)
+    def tell(self, text: str, *, source: int = 0) -> str:
+        """Give the text of one rank to all. Collective."""
+        return tell(text, self._device, self.group, source)
 
     def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
         """Do nothing: FSDP has done it."""
@@ -103,22 +130,22 @@ class Sharded(Sync):
         total = torch.nn.utils.get_total_norm(gradients)
         return total.full_tensor() if isinstance(total, DTensor) else total
 
-    def zero(self, loss: Tensor) -> Tensor:
-        """Give a loss of zero gradient from what the model gave, whatever the loss made of it."""
-        if not self._outputs:
-            return loss * 0.0
-        return torch.stack([output.sum() * 0.0 for output in self._outputs]).sum()
+    def _stand_by(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Be there where gradients enter the model; outputs are not kept, which may be large."""
+        for leaf in pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._silence)  # type: ignore[no-untyped-call]
 
-    def _keep_outputs(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        leaves = pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs)
-        self._outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    def _silence(self, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self.is_silent else None
 
     def _forget(self) -> None:
-        self._outputs = []
         for group in self._parameter_groups():
             group._partial_reduce_output = None
             for parameter in group.fsdp_params:
                 parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):  # from the first forward on
+                    parameter._unsharded_param.grad = None
 
     def _parameter_groups(self) -> Iterator[Any]:
         for root in self._roots:

@@ -6,8 +6,8 @@ Ranks may hold different samples, items and micro-batches, or none. What each br
 by the items of all ranks: no mean of means.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,14 @@ class Sync:
     Attributes:
         size: Ranks that hold different data.
         rank: Of this process among them.
+        model: What it was made of.
         module: The model itself, without what it is wrapped in.
         averaged_over: What the gradients were divided by on their way across ranks.
         needs_equal_counts: Whether every rank has to run as many micro-batches as every other.
         hides_leaves: Whether graphs end in other tensors than the parameters.
         crosses: Whether the next backward brings gradients across ranks.
+        is_silent: Whether the next backward is for the sake of the other ranks alone: the gradient that enters the
+            model is then zero, whatever the loss made of it.
     """
 
     size = 1
@@ -60,9 +63,11 @@ class Sync:
     needs_equal_counts = False
     hides_leaves = False
     crosses = False
+    is_silent = False
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, model: nn.Module, module: nn.Module | None = None) -> None:
+        self.model = model
+        self.module = model if module is None else module
 
     def begin(self) -> None:
         """Defer whatever would cross ranks by itself, for one window."""
@@ -72,6 +77,11 @@ class Sync:
 
     def before(self, *, is_last: bool) -> None:
         """Prepare for the forward and backward of one micro-batch."""
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Stand around the backward of one micro-batch."""
+        yield
 
     def gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Give the values of every rank, as many on each. Collective; waits for the device."""
@@ -89,13 +99,9 @@ class Sync:
         """Compute the 2-norm of whole gradients, 0-d. Collective where they are sharded."""
         return torch.nn.utils.get_total_norm(gradients)
 
-    def tell(self, text: str) -> str:
-        """Give the text of the first rank to all. Collective."""
+    def tell(self, text: str, *, source: int = 0) -> str:
+        """Give the text of one rank to all. Collective."""
         return text
-
-    def zero(self, loss: Tensor) -> Tensor:
-        """Give a 0-d loss that has a gradient of zero everywhere, by the graph of the micro-batch that was just run."""
-        return loss * 0.0
 
 
 class Replicated(Sync):
@@ -113,13 +119,20 @@ class Replicated(Sync):
         group: Ranks that hold different data; by default those of the DDP wrapper, or all. NCCL for CUDA, gloo for CPU.
 
     Constructing it is collective for a plain model.
+
+    Raises:
+        TypeError: The model is sharded.
     """
 
     def __init__(self, model: nn.Module, *, group: Any = None) -> None:
-        wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        super().__init__(model if wrapper is None else wrapper.module)
+        from torch.distributed.fsdp import FSDPModule
+
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise TypeError("the model is sharded by fully_shard: leave sync= out, or pass a bigbatch.SyncPolicy.")
+        wrapper = _ddp_of(model)
+        super().__init__(model, model if wrapper is None else wrapper.module)
         self._wrapper = wrapper
-        self._found: tuple[bool, bool] | None = None
+        self._is_open = False
         self.group = group if wrapper is None else wrapper.process_group
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self._device = collective_device(self.group, self.module)
@@ -128,24 +141,23 @@ class Replicated(Sync):
 
     def begin(self) -> None:
         """Keep DDP from reducing, and from sending buffers at a forward that other ranks may not run."""
-        if self._wrapper is not None:
-            wrapper = self._wrapper
-            self._found = wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync
-            wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+        if self._wrapper is not None and not self._is_open:
+            self._is_open = True
+            vars(self._wrapper).setdefault("_bigbatch_deferral", _Deferral()).enter(self._wrapper)
 
     def end(self) -> None:
-        """Put DDP's flags back."""
-        if self._wrapper is not None and self._found is not None:
-            self._wrapper.require_backward_grad_sync, self._wrapper.require_forward_param_sync = self._found
-            self._found = None
+        """Put DDP's flags back, when no other window over the same model is open."""
+        if self._wrapper is not None and self._is_open:
+            self._is_open = False
+            vars(self._wrapper)["_bigbatch_deferral"].leave(self._wrapper)
 
     def gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Give the values of every rank, as many on each. Collective; waits for the device."""
         return gather(values, self._device, self.group)
 
-    def tell(self, text: str) -> str:
-        """Give the text of the first rank to all. Collective."""
-        return tell(text, self._device, self.group)
+    def tell(self, text: str, *, source: int = 0) -> str:
+        """Give the text of one rank to all. Collective."""
+        return tell(text, self._device, self.group, source)
 
     def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
         """Sum gradients over ranks; take the statistics of the first rank's batch norms, as DDP does. Collective."""
@@ -172,6 +184,33 @@ class Replicated(Sync):
                 dist.broadcast(flat, group=self.group, group_src=0)
                 for tensor, part in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
                     tensor.copy_(part.view_as(tensor))
+
+
+class _Deferral:
+    """DDP's own reduction, off for as long as any window is open, of whatever accumulator; kept on the wrapper."""
+
+    # The last is not among the public settings: with static_graph=True the first backward of all reduces, whatever the
+    # first two say, until this flag tells that it has.
+    _FLAGS = {  # noqa: RUF012
+        "require_backward_grad_sync": False,
+        "require_forward_param_sync": False,
+        "_static_graph_delay_allreduce_enqueued": True,
+    }
+
+    def __init__(self) -> None:
+        self._num_open = 0
+        self._found: dict[str, bool] = {}
+
+    def enter(self, wrapper: nn.Module) -> None:
+        self._num_open += 1
+        if self._num_open == 1:
+            self._found = {name: vars(wrapper)[name] for name in self._FLAGS if name in vars(wrapper)}
+            vars(wrapper).update({name: self._FLAGS[name] for name in self._found})
+
+    def leave(self, wrapper: nn.Module) -> None:
+        self._num_open -= 1
+        if not self._num_open:
+            vars(wrapper).update(self._found)
 
 
 class _Bucket:
@@ -214,26 +253,29 @@ def gather(values: Sequence[Number], device: torch.device, group: Any) -> list[l
     return rows
 
 
-def tell(text: str, device: torch.device, group: Any) -> str:
-    """Give the text of the first rank of a group to all of them. Collective; waits for the device."""
+def tell(text: str, device: torch.device, group: Any, source: int) -> str:
+    """Give the text of one rank of a group to all of them. Collective; waits for the device."""
     data = text.encode()
     size = torch.tensor([len(data)], device=device)
-    dist.broadcast(size, group=group, group_src=0)
+    dist.broadcast(size, group=group, group_src=source)
     received = torch.zeros(int(size.item()), dtype=torch.uint8, device=device)
-    if dist.get_rank(group) == 0:
+    if dist.get_rank(group) == source:
         received.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(received, group=group, group_src=0)
+    dist.broadcast(received, group=group, group_src=source)
     return bytes(received.tolist()).decode()
 
 
 def collective_device(group: Any, module: nn.Module) -> torch.device:
     """Give the device whose tensors a group can carry: that of the model where it can, else the host."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    config = dist.get_backend_config(group)
-    with suppress(Exception):
-        if device.type in str(config):
-            return device
-    return device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    carried = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]  # "cpu:gloo,…"
+    return device if device.type in carried else torch.device(carried[0])
+
+
+def _ddp_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """Find the wrapper of a model, compiled or not."""
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
@@ -250,23 +292,34 @@ def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(sync, Sync):
+        if sync.model is not model:
+            raise ValueError(
+                f"sync= was made of another object than the model ({type(sync.model).__name__}, and this is a "
+                f"{type(model).__name__}): make it of what is passed here."
+            )
         return sync
     if sync is not None and not isinstance(sync, SyncPolicy):
         raise TypeError(f"sync is {sync!r}: pass a bigbatch.SyncPolicy, a bigbatch.Replicated(model), or nothing.")
-    kinds = {kind.__name__ for kind in type(model).__mro__}
+    modules = list(model.modules())
+    kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
     if "FullyShardedDataParallel" in kinds:
         raise TypeError(
             "the model is wrapped in FullyShardedDataParallel, which keeps gradients where a window cannot add to "
             "them. Use torch.distributed.fsdp.fully_shard on the model instead."
         )
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if any(isinstance(module, FSDPModule) for module in modules):
         from bigbatch.sharded import Sharded
 
         return Sharded(model, policy=sync)
     if sync not in (None, SyncPolicy.LAST):
         raise ValueError(f"sync is {sync}, which is for models that are sharded: leave it out.")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if _ddp_of(model) is not None:
         return Replicated(model)
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+        raise TypeError(
+            "a part of the model is wrapped in DistributedDataParallel, and the rest is not: wrap the whole model, or "
+            "make an accumulator for each part."
+        )
     if "DataParallel" in kinds:
         raise TypeError("the model is wrapped in DataParallel: use one process a GPU, and DistributedDataParallel.")
     return Sync(model)

@@ -14,11 +14,11 @@ from bigbatch.accumulate import GradientSums
 from bigbatch.errors import RankFailedError, WindowAbandonedError
 from bigbatch.memory import peak_bytes
 from bigbatch.noise import NoiseMeter, NoiseScale
-from bigbatch.objective import Items, Ledger, as_terms
+from bigbatch.objective import Items, Ledger, as_terms, may_have_items
 from bigbatch.report import RanksReport, WindowReport
 from bigbatch.sync import Sync
 from bigbatch.update import Outcome, Update
-from bigbatch.vote import Ballot, Number, Tally, decode, decode_terms, encode, encode_terms
+from bigbatch.vote import Ballot, Number, Tally, decode, encode, name_ranks
 
 
 @dataclass
@@ -45,11 +45,15 @@ class Transaction:
 
     Args:
         update: What divides and steps.
-        totals: Items of the whole window on this rank, by term, for a loss of several.
+        totals: Items of the whole window over all ranks, by term, for a loss of several.
         kept: As for `GradientSums`.
-        sync: How gradients cross ranks. Opening a window with totals is collective under several.
+        sync: How gradients cross ranks.
         noise: Takes in the noise of the window; None where nobody wants it, or it cannot be measured.
         squares: Where the squared norms of micro-gradients are summed, for ``noise``.
+
+    Attributes:
+        counts: Whether what is added next counts; False for what is run for the sake of the other ranks.
+        is_complete: Whether this rank has run all that the other ranks of a sharded model could wait for.
     """
 
     def __init__(
@@ -70,27 +74,30 @@ class Transaction:
         self._num_syncs = 0
         self._has_voted = sync.size == 1
         self.wishes = Wishes()
-        self.counts = True  # what is added next; False for what is run for the sake of the other ranks
+        self.counts = True
+        self.is_complete = not sync.needs_equal_counts
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
         float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
         self._squares = None if noise is None or float16 or totals is not None else squares
         if self._squares is not None:
             self._squares.zero_()
-        self.ledger = Ledger(_over_ranks(totals, sync), prescale=float16)
-        sync.begin()
+        self.ledger = Ledger(totals, prescale=float16)
         self.sums = GradientSums(
             parameters, kept=kept, hides_leaves=sync.hides_leaves, squares=self._squares
         ).__enter__()
+        sync.begin()
 
     def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
         """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
         terms = as_terms(loss_sum if items is None else (loss_sum, items))
         loss = self.ledger.record(terms) if self.counts else None
-        if loss is None and self._sync.needs_equal_counts:
-            loss = self._sync.zero(next(iter(terms.values()))[0])
+        if self._sync.needs_equal_counts:
+            self._sync.is_silent = loss is None
+            loss = _with_idle(loss, terms)
         if loss is not None and (only is None or only):
-            self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
+            with self._sync.backward():
+                self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
         self._num_microbatches += self.counts
         self._num_syncs += self._sync.crosses
 
@@ -111,6 +118,7 @@ class Transaction:
             RankFailedError: Another rank failed in this window.
             WindowAbandonedError: A rank was told to drop it.
         """
+        self.is_complete = True
         tally = None if self._sync.size == 1 else self._vote()
         if tally is not None:
             self._agree(tally)
@@ -171,7 +179,7 @@ class Transaction:
         ballot = Ballot(
             failed=failed,
             gave_up=self.wishes.gave_up,
-            stopping=self.wishes.stopping(),
+            stopping=not failed and self.wishes.stopping(),
             num_microbatches=self._num_microbatches,
             tokens=self.wishes.tokens or 0,
             peak_bytes=peak_bytes(device) or 0,
@@ -190,11 +198,11 @@ class Transaction:
         """Go on with what all ranks have, or not at all."""
         if failed := tally.ranks_with("failed"):
             raise RankFailedError(
-                f"{_ranks(failed)} failed in the window after update {self._update.num_steps}, and it changed nothing "
-                "on any rank: see what was said there. A window also counts as failed that ends without its step()."
+                f"{name_ranks(failed)} failed in the window after update {self._update.num_steps}, and it changed "
+                "nothing on any rank: see what was said there. A window that ends without its step() has failed, too."
             )
         if tally.ranks_with("gave_up"):
-            raise WindowAbandonedError(f"the window was given up on {_ranks(tally.ranks_with('gave_up'))}.")
+            raise WindowAbandonedError(f"the window was given up on {name_ranks(tally.ranks_with('gave_up'))}.")
         self.ledger.settle(tally.terms)
         self.ledger.take_back_prescale(self.sums.tensors())
         self.sums.accept()
@@ -204,26 +212,19 @@ class Transaction:
         """Drop sums and gradients. Collective where the window ends without a vote: the other ranks wait for one."""
         if not self._has_voted:
             self._has_voted = True
-            if not self._sync.needs_equal_counts:  # of a sharded model they wait elsewhere, for what never comes
+            if self.is_complete:  # else they are in a layer of the sharded model, and wait for what never comes
                 with suppress(Exception):  # they may be gone
                     self._vote(failed=True)
         self.sums.__exit__(None, None, None)
         self._sync.end()
 
 
-def _over_ranks(totals: Mapping[str, Items] | None, sync: Sync) -> Mapping[str, Items] | None:
-    """Add up the items of each term over ranks. Collective where there are totals and several ranks."""
-    if totals is None or sync.size == 1:
-        return totals
-    rows = sync.gather(encode_terms({name: (items, 0.0) for name, items in totals.items()}))
-    over_ranks = [items for items, _ in decode_terms(rows)]
-    if lacking := [rank for rank, row in enumerate(rows) if row[0] != len(over_ranks)]:
-        raise ValueError(
-            f"the loss has {len(over_ranks)} terms, and count_items told none of them on {_ranks(lacking)}: it has to "
-            "tell all of them, also of a batch without samples."
-        )
-    by_name = {name: int(n) if float(n).is_integer() else n for name, n in zip(sorted(totals), over_ranks, strict=True)}
-    return {name: by_name[name] for name in totals}
+def _with_idle(loss: Tensor | None, terms: Mapping[str, tuple[Tensor, Items]]) -> Tensor:
+    """Add, as zeros, the terms that count nothing here: other ranks may run backward through their layers."""
+    for idle in (loss_sum for loss_sum, items in terms.values() if loss is None or not may_have_items(items)):
+        loss = idle * 0.0 if loss is None else loss + idle * 0.0
+    assert loss is not None, "there is at least one term"
+    return loss
 
 
 def _sum_of_tokens(own: int | None, tally: Tally) -> int | None:
@@ -240,7 +241,3 @@ def _report(tally: Tally) -> RanksReport:
         slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
         stopping=bool(tally.ranks_with("stopping")),
     )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -136,6 +136,11 @@ def decode_terms(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, float], 
     return tuple((math.fsum(row[i] for row in rows), math.fsum(row[i + 1] for row in rows)) for i in places)
 
 
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Name some ranks in a sentence."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
 def as_tensor(values: Sequence[Number], device: torch.device) -> Tensor:
     """Bring numbers and 0-d tensors together, float64 ``[values]``; nothing is waited for on the device itself."""
     plain = torch.tensor([0.0 if isinstance(value, Tensor) else float(value) for value in values], dtype=torch.float64)

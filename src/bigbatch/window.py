@@ -66,6 +66,9 @@ class Window:
                 microbatch = next(self._microbatches)
             except StopIteration:
                 return
+            except BaseException:
+                self.abort()  # other ranks wait to hear of it
+                raise
             yield microbatch
 
     @property

@@ -3,19 +3,20 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.exactness import reference as ref
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch
+from exactness import reference as ref
 
 SMALL = 64  # values: what counts as scalar-sized
 
@@ -40,21 +41,25 @@ class Collectives(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def spread(model: nn.Module, how: str) -> tuple[nn.Module, Any]:
+def spread(model: nn.Module, how: str, **settings: bool) -> tuple[nn.Module, Any]:
     """Give the model as it is spread over ranks, and what an accumulator is told about it."""
     if how == "ddp":
-        return nn.parallel.DistributedDataParallel(model), None
+        return nn.parallel.DistributedDataParallel(model, **settings), None
     if how == "plain":
         return model, bigbatch.Replicated(model)
+    if how == "one process":
+        return model, None
     name, _, policy = how.partition("-")
     size = dist.get_world_size()
-    if name == "fsdp":
+    mixed = {"mixed": MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)}
+    precision = mixed.get(name, MixedPrecisionPolicy())
+    if name != "hsdp":
         mesh = init_device_mesh("cpu", (size,))
     else:
         mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicas", "shards"))
     for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
     return model, bigbatch.SyncPolicy(policy) if policy else None
 
 
@@ -105,50 +110,153 @@ def rows_of(batch: ref.Batch, rows: Sequence[int]) -> ref.Batch:
     return {name: column[list(rows)] for name, column in batch.items()}
 
 
+def terms_and_items(model: nn.Module, batch: ref.Batch) -> dict[str, tuple[Tensor, int]]:
+    """Give a loss of two terms that average over different things: tokens with a label, and samples of odd labels."""
+    logits = model(batch["tokens"])
+    odd = batch["labels"][:, 0] % 2 == 1
+    labels = batch["labels"].flatten()
+    loss_sum = nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=ref.IGNORED, reduction="sum")
+    return {"tokens": (loss_sum, ref.count(batch)), "odd": (logits[odd].square().mean((1, 2)).sum(), int(odd.sum()))}
+
+
+def count_terms(batch: ref.Batch) -> dict[str, int]:
+    """Count the items of both terms."""
+    return {"tokens": ref.count(batch), "odd": int((batch["labels"][:, 0] % 2 == 1).sum())}
+
+
+def total(terms: dict[str, tuple[Tensor, int]]) -> Tensor:
+    """Give the loss of several terms over a whole batch."""
+    return torch.stack([loss_sum / items for loss_sum, items in terms.values() if items]).sum()
+
+
+def mean_of(model: nn.Module, batch: ref.Batch, loss: str) -> Tensor:
+    """Give the loss of a whole batch in one process."""
+    return total(terms_and_items(model, batch)) if loss == "terms_and_items" else ref.loss_mean(model, batch)
+
+
+def loss_named(name: str) -> ref.LossFunction:
+    """Find a loss function here or among those of the reference."""
+    return terms_and_items if name == "terms_and_items" else getattr(ref, name)
+
+
 def window_of(how: str, cut: Cut, loss: str = "loss_and_items", num_samples: int = 12) -> Found:
     """Run one window of an accumulator on this rank's part of a cut, through ``windows``."""
     model = ref.make_model()
     reference = copy.deepcopy(model)
     batch = ref.ragged_batch(num_samples)
-    used = [row for rank in cut for rows in rank for row in rows]
-    expected = ref.full_gradient(reference, rows_of(batch, used))
+    used = rows_of(batch, [row for rank in cut for rows in rank for row in rows])
     spread_model, sync = spread(model, how)
     optimizer = Recorder(spread_model)
     accumulator = bigbatch.Accumulator(spread_model, optimizer, sync=sync)
     own = [rows_of(batch, rows) for rows in cut[dist.get_rank()]]
     most = max(1, *(len(rank) for rank in cut))
-    loss_fn = getattr(ref, loss)
     accumulator.spare = rows_of(batch, [0])  # what a rank without samples runs that has had some before
+    count_items = count_terms if loss == "terms_and_items" else None
     reports = []
     with Collectives() as collectives:
-        for window in accumulator.windows(own, num_microbatches=most):
+        for window in accumulator.windows(own, num_microbatches=most, count_items=count_items):
             for part in window:
-                result = loss_fn(spread_model, part)
-                window.backward(result[0], items=result[1])
+                result = loss_named(loss)(spread_model, part)
+                window.backward(result)
             reports.append(window.step())
     (report,), (found,) = reports, optimizer.seen
-    return _compare(found, expected, ref.loss_mean(reference, rows_of(batch, used)), report, collectives)
+    return compare(found, mean_of(reference, used, loss), reference, report, collectives)
 
 
-def _compare(
+def engine_of(
+    how: str, rows: Sequence[Sequence[int]], sizes: Sequence[int], loss: str = "loss_and_items", limit: str = "samples"
+) -> Found:
+    """Run one step of an engine on this rank's rows, in micro-batches of this rank's size, of samples or of tokens."""
+    model = ref.make_model()
+    reference = copy.deepcopy(model)
+    batch = ref.ragged_batch(12)
+    rank = dist.get_rank()
+    spread_model, sync = spread(model, how)
+    optimizer = Recorder(spread_model)
+    settings: dict[str, Any] = {"microbatch": sizes[rank]}
+    own: Any = rows_of(batch, rows[rank])
+    if limit != "samples":
+        own = [rows_of(batch, [row]) for row in rows[rank]]
+        settings = {
+            "microbatch": bigbatch.TokenBudget(sizes[rank]),
+            "lengths": lambda samples: [max(1, ref.count(sample)) for sample in samples],
+            "collate": pack if limit == "packed" else pad,
+            "layout": limit,
+        }
+    if loss == "terms_and_items":
+        settings["count_items"] = count_terms
+    engine = bigbatch.Engine(spread_model, optimizer, loss_named(loss), sync=sync, **settings)
+    engine.accumulator.spare = rows_of(batch, [0])
+    with Collectives() as collectives:
+        report = engine.step(own)
+    (found,) = optimizer.seen
+    used = rows_of(batch, [row for part in rows for row in part])
+    return compare(found, mean_of(reference, used, loss), reference, report, collectives)
+
+
+def pad(samples: Sequence[ref.Batch]) -> ref.Batch:
+    """Bring samples together as rows."""
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def pack(samples: Sequence[ref.Batch]) -> ref.Batch:
+    """Bring samples together as one row without padding; the model mixes no tokens."""
+    kept = [sample["labels"] != ref.IGNORED for sample in samples]
+    return {
+        name: torch.cat([sample[name][mask] for sample, mask in zip(samples, kept, strict=True)])[None]
+        for name in samples[0]
+    }
+
+
+def compare(
     found: dict[str, Tensor],
-    expected: dict[str, Tensor],
     loss: Tensor,
+    reference: nn.Module,
     report: bigbatch.WindowReport,
     collectives: Collectives,
 ) -> Found:
+    """Compare with the gradient of a loss in one process."""
+    expected = ref.gradients_of(reference, loss)
     norm = float(torch.nn.utils.get_total_norm(list(expected.values())))
     return Found(
         error=ref.relative_error(found, expected),
         norm_error=abs(report.grad_norm / norm - 1),
         loss_error=abs(report.loss / float(loss) - 1),
-        report=_plain(report),
+        report=plain(report),
         large=collectives.large,
         small=collectives.small,
     )
 
 
-def _plain(report: bigbatch.WindowReport) -> bigbatch.WindowReport:
-    from dataclasses import replace
+def plain(report: bigbatch.WindowReport) -> bigbatch.WindowReport:
+    """Give a report that can be sent, with its terms read."""
+    terms = report.terms
+    return replace(report, _read_terms=partial(dict, terms))
 
-    return replace(report, _read_terms=dict)
+
+def local(value: Any) -> Any:
+    """Give the part of a tensor that is here; anything else as it is."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Give a model without its wrapper."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def flags(model: nn.Module) -> dict[str, Any]:
+    """Give the settings of a wrapper, or of FSDP's parameter groups, that windows change and have to put back."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        names = ("require_backward_grad_sync", "require_forward_param_sync", "_static_graph_delay_allreduce_enqueued")
+        return {name: getattr(model, name) for name in names if hasattr(model, name)}
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            found[f"{name} flags"] = (group.reduce_grads, group.all_reduce_grads)
+            found[f"{name} left over"] = any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+            found[f"{name} in part"] = group._partial_reduce_output is not None
+    found["hooks"] = len(model._forward_hooks)
+    return found

@@ -4,16 +4,18 @@ pool = Pool(2)
 results = pool.run(function, argument)      # function(argument) on every rank → one result a rank
 """
 
+import gc
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.spawn import forking_context
+from distributed.spawn import forking_context
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 
 
 class RankError(AssertionError):
@@ -77,11 +79,17 @@ class Pool:
             return False, "died"
 
 
+Pools = Callable[[int], Pool]
+
+
 def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # running out of memory collects garbage: faster without the objects of imports
+    warnings.simplefilter("error", FutureWarning)  # of what this package calls; FSDP warns of the models themselves
+    warnings.simplefilter("error", DeprecationWarning)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     while True:

@@ -1,10 +1,11 @@
 """The gradient of ranks beside that of one process with the whole batch, in float64."""
 
-from collections.abc import Callable
-
 import pytest
-from tests.distributed import cases
-from tests.distributed.pool import Pool
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distributed import cases
+from distributed.pool import Pools
 
 TOLERANCE = 1e-12
 
@@ -15,16 +16,76 @@ CUTS: dict[str, cases.Cut] = {
     "a rank with nothing": [[], [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]],
     "the first rank alone": [[[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]], []],
 }
+OVER_FOUR: cases.Cut = [[[0], [1, 2]], [], [[3, 4, 5, 6, 7]], [[8], [9], [10], [11]]]
 KINDS = ("ddp", "plain", "fsdp", "fsdp-last")
+LOSSES = ("loss_and_items", "mean_times_items", "terms_and_items")
 
 
-@pytest.mark.parametrize("how", KINDS)
-@pytest.mark.parametrize("name", CUTS)
-def test_every_cut_over_two_ranks_gives_the_gradient_of_the_whole_batch(
-    pools: Callable[[int], Pool], how: str, name: str
-) -> None:
-    for found in pools(2).run(cases.window_of, how, CUTS[name]):
+def check(found_by_rank: list[cases.Found]) -> None:
+    first = found_by_rank[0].report
+    for found in found_by_rank:
         assert found.error <= TOLERANCE
         assert found.norm_error <= TOLERANCE
         assert found.loss_error <= TOLERANCE
-        assert found.report.items == found.report.items
+        assert (
+            found.report.items,
+            found.report.grad_norm,
+            found.report.terms,
+            found.report.ranks.num_microbatches,
+        ) == (
+            first.items,
+            first.grad_norm,
+            first.terms,
+            first.ranks.num_microbatches,
+        )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("name", CUTS)
+def test_every_cut_over_two_ranks_gives_the_gradient_of_the_whole_batch(
+    pools: Pools, how: str, name: str, loss: str
+) -> None:
+    check(pools(2).run(cases.window_of, how, CUTS[name], loss))
+
+
+@pytest.mark.parametrize("how", [*KINDS, "hsdp", "hsdp-shard", "hsdp-every", "hsdp-last"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_cut_over_four_ranks_gives_the_gradient_of_the_whole_batch(pools: Pools, how: str, loss: str) -> None:
+    check(pools(4).run(cases.window_of, how, OVER_FOUR, loss))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("how", KINDS)
+def test_three_against_eight_micro_batches_of_an_engine_are_exact(pools: Pools, how: str, loss: str) -> None:
+    found = pools(2).run(cases.engine_of, how, [range(3), range(3, 11)], (1, 1), loss)
+    check(found)
+    assert found[0].report.ranks.num_microbatches == (3, 8)
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("limit", ["padded", "packed"])
+def test_token_budgets_that_differ_by_rank_give_the_gradient_of_the_whole_batch(
+    pools: Pools, how: str, limit: str
+) -> None:
+    check(
+        pools(2).run(cases.engine_of, how, [[0, 3, 5], [1, 2, 4, 6, 7, 8, 9, 10, 11]], (6, 9), "loss_and_items", limit)
+    )
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_engine_whose_rank_has_an_empty_batch_is_exact(pools: Pools, how: str, loss: str) -> None:
+    check(pools(2).run(cases.engine_of, how, [[], range(12)], (4, 5), loss))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), how=st.sampled_from(["plain", "ddp", "fsdp", "fsdp-last"]), loss=st.sampled_from(LOSSES))
+def test_any_assignment_of_samples_to_ranks_and_micro_batches_gives_the_gradient(
+    pools: Pools, data: st.DataObject, how: str, loss: str
+) -> None:
+    places = data.draw(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), min_size=12, max_size=12))
+    cut: list[list[list[int]]] = [[[] for _ in range(4)] for _ in range(2)]
+    for row, (rank, microbatch) in enumerate(places):
+        cut[rank][microbatch].append(row)
+    check(pools(2).run(cases.window_of, how, [[rows for rows in rank if rows] for rank in cut], loss))

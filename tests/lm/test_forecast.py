@@ -104,7 +104,7 @@ def tracked_peak(config: TrainConfig) -> int:
     """What the second update of a run allocates at its peak."""
     prepared = prepare(config)
     trainer = Trainer(prepared)
-    samples = trainer._samples(trainer.first_window())
+    samples = trainer.fetch(trainer.course.first_window())
     assert trainer.engine.step(samples).num_microbatches == 2
     with Tracker(CPU) as tracker:
         tracker.hold([*prepared.model.parameters(), *prepared.model.buffers()], Part.PARAMETERS)
@@ -200,7 +200,7 @@ def test_the_first_update_is_the_one_that_a_run_makes(place: Path, settings: dic
         settings.get("token_budget", settings.get("microbatch")), DEFAULT_COST
     )
     trainer = Trainer(prepare(asked(place, **settings)))
-    samples = trainer._samples(trainer.first_window())
+    samples = trainer.fetch(trainer.course.first_window())
     lengths = [len(sample["input_ids"]) for sample in samples]
     made = [[lengths[i] for i in rows] for rows in trainer.engine.groups(lengths)]
     assert [[found.lengths[i] for i in rows] for rows in found.microbatches[0]] == made

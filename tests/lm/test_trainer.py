@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config import TrainConfig
 from bigbatch.lm.evaluation import evenly_spaced
-from bigbatch.lm.keeper import Progress
 from bigbatch.lm.layers import LEVELS
 from bigbatch.lm.optimization import lr_factor
 from bigbatch.lm.prepare import prepare
@@ -23,7 +22,7 @@ from lm.helpers import Heard, conversations, metrics, records, run, save_model_f
 
 KEYS = {
     "step", "loss", "items", "grad_norm", "lr", "num_microbatches", "tokens", "tokens_per_s", "peak_bytes",
-    "elapsed_s", "skipped",
+    "elapsed_s", "skipped", "sequences", "noise_scale_items",
 }  # fmt: skip
 
 
@@ -181,7 +180,7 @@ def test_evenly_spaced_indices_reach_over_the_whole_set() -> None:
 def test_every_document_is_used_once_an_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": None, "epochs": 2, "validation_fraction": 0.0, "global_batch": 7}
     trainer = Trainer(prepare(TrainConfig(**settings)))
-    windows = list(trainer.windows_from(Progress()))
+    windows = list(trainer.course.windows(0, 0))
     assert trainer.total_steps == len(windows) == 12
     assert [len(window) for window in windows] == [7, 7, 7, 7, 7, 5] * 2
     used = [[i for window in windows[start : start + 6] for i in window] for start in (0, 6)]
@@ -261,8 +260,8 @@ def test_a_cut_in_tokens_gives_the_same_parameters_and_validation(
 
 def test_no_micro_batch_is_above_the_token_budget(settings: dict[str, Any]) -> None:
     trainer = Trainer(prepare(TrainConfig(**cut(settings, token_budget=40))))
-    for window in trainer.windows_from(Progress()):
-        lengths = [len(sample["input_ids"]) for sample in trainer._samples(window)]
+    for window in trainer.course.windows(0, 0):
+        lengths = [len(sample["input_ids"]) for sample in trainer.fetch(window)]
         groups = trainer.engine.groups(lengths)
         assert sorted(i for rows in groups for i in rows) == list(range(len(window)))
         assert all(len(rows) * max(lengths[i] for i in rows) <= 40 for rows in groups)

@@ -1,0 +1,98 @@
+"""What ranks run in the tests of memory that runs out: on the last rank, at a parameter or in a forward."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import bigbatch
+from distributed import cases
+from exactness import reference as ref
+
+MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"
+
+
+class Failing:
+    """Runs out of memory at some of its calls."""
+
+    def __init__(self, *at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, gradient: Tensor | None = None) -> None:
+        self.calls += 1
+        if self.calls in self.at:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+
+def _is_last() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def in_backward(how: str, name: str, *at: int) -> tuple[float, int, bool]:
+    """Fail where the gradient of a parameter is made; give the error, the attempts, and whether it was clean after."""
+    model = ref.make_model()
+    reference = copy.deepcopy(model)
+    spread_model, sync = cases.spread(model, how)
+    before = cases.flags(spread_model)
+    optimizer = cases.Recorder(spread_model)
+    engine = bigbatch.Engine(spread_model, optimizer, ref.loss_and_items, microbatch=3, sync=sync)
+    failing = Failing(*at if _is_last() else ())
+    handle = dict(model.named_parameters())[name].register_hook(failing)
+    batch = ref.ragged_batch(13)
+    report = engine.step(_share(batch))
+    handle.remove()
+    clean = before == cases.flags(spread_model) and all(p.grad is None for p in model.parameters())
+    return ref.relative_error(optimizer.seen[0], ref.full_gradient(reference, batch)), report.retries, clean
+
+
+def _share(batch: ref.Batch) -> ref.Batch:
+    number = ref.num_samples(batch)
+    return cases.rows_of(batch, range(number)[2:] if _is_last() else range(2))
+
+
+def in_forward(how: str, *at: int) -> tuple[str, str, float, int]:
+    """Fail in some forwards of the last rank; give the error if one came, and what the next window was like."""
+    model = ref.make_model()
+    reference = copy.deepcopy(model)
+    spread_model, sync = cases.spread(model, how)
+    optimizer = cases.Recorder(spread_model)
+    failing = Failing(*at if _is_last() else ())
+
+    def loss_fn(model: nn.Module, batch: ref.Batch) -> tuple[Tensor, int]:
+        result = ref.loss_and_items(model, batch)
+        failing()
+        return result
+
+    engine = bigbatch.Engine(spread_model, optimizer, loss_fn, microbatch=3, sync=sync)
+    batch = ref.ragged_batch(13)
+    kind = message = ""
+    retries = 0
+    try:
+        retries = engine.step(_share(batch)).retries
+    except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it
+        kind, message = type(error).__name__, str(error)
+        engine.step(_share(batch))
+    return kind, message, ref.relative_error(optimizer.seen[0], ref.full_gradient(reference, batch)), retries
+
+
+def of_shards(how: str) -> tuple[str, str]:
+    """Fail before the first layer of a sharded model runs on the last rank; give the error."""
+    spread_model, _ = cases.spread(ref.make_model(), how)
+    failing = Failing(*(1,) if _is_last() else ())
+
+    def loss_fn(model: nn.Module, batch: ref.Batch) -> tuple[Tensor, int]:
+        if _is_last():
+            failing()
+        return ref.loss_and_items(model, batch)
+
+    engine = bigbatch.Engine(spread_model, cases.Recorder(spread_model), loss_fn, microbatch=7)
+    if not _is_last():
+        engine.accumulator.spare = _share(ref.ragged_batch(9))
+        engine.accumulator.agree(1)  # and no further: it would wait for a layer that never runs, until it is ended
+        return "", ""
+    try:
+        engine.step(_share(ref.ragged_batch(9)))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it
+        return type(error).__name__, str(error)
+    return "", ""
