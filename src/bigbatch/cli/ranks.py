@@ -51,30 +51,10 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
     if size == 1:
         yield ALONE
         return
-    import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
-    from bigbatch.lm.meeting import meet
-
-    local = int(os.environ["LOCAL_RANK"])
-    on_cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
-    if on_cuda:
-        if local >= torch.cuda.device_count():
-            raise InputError(
-                f"torchrun started process {local} of this machine, which has {torch.cuda.device_count()} CUDA "
-                "devices: pass it that many as --nproc-per-node."
-            )
-        torch.cuda.set_device(local)
-    rank, patience_s = int(os.environ["RANK"]), config.timeout_s + SPARE_S
-    waits = timedelta(seconds=patience_s)
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=waits))
-        store = meet(store, rank, size, timeout_s=patience_s)
-        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
-    except (RuntimeError, ValueError, TimeoutError) as error:
-        raise BigbatchError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
+    rank = int(os.environ["RANK"])
+    _find_the_others(rank, size, on_cuda=_takes_its_device(config), patience_s=config.timeout_s + SPARE_S)
     try:
         yield Ranks(size, rank, int(os.environ["LOCAL_WORLD_SIZE"]), config.parallel)
     except RuntimeError as error:
@@ -87,6 +67,38 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
     finally:
         faulthandler.cancel_dump_traceback_later()
         dist.destroy_process_group()
+
+
+def _takes_its_device(config: TrainConfig) -> bool:
+    """Let this process use the CUDA device of its number, where the run is on such; tell whether it is."""
+    import torch
+
+    if not (config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())):
+        return False
+    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= there:
+        raise InputError(
+            f"torchrun started process {local} of this machine, which has {there} CUDA devices: pass it that many as "
+            "--nproc-per-node."
+        )
+    torch.cuda.set_device(local)
+    return True
+
+
+def _find_the_others(rank: int, size: int, *, on_cuda: bool, patience_s: float) -> None:
+    """Make the process group, of the processes that were started with this one."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    from bigbatch.lm.meeting import meet
+
+    backend, waits = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=patience_s)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=waits))
+        store = meet(store, rank, size, timeout_s=patience_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise BigbatchError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
 
 
 @contextmanager
