@@ -127,7 +127,7 @@ def test_a_rank_that_raises_something_ends_the_others_with_a_sentence(ground: Gr
     assert launch.complained(1).endswith("ArithmeticError: something of its own\n")
     assert launch.complained(0) == (
         "bigbatch train: rank 1 failed in the window after update 1, and it changed nothing on any rank: see what was "
-        "said there. A window also counts as failed that ends without its step().\n"
+        "said there. A window that ends without its step() has failed, too.\n"
     )
 
 

@@ -34,10 +34,10 @@ def events(run: Path) -> list[dict[str, Any]]:
 def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException) -> None:
     real = trainer.Trainer._update
 
-    def failing(self: Any, step: int, window: Any, give_up: Any) -> Any:
+    def failing(self: Any, step: int, *rest: Any) -> Any:
         if step == at:
             raise error
-        return real(self, step, window, give_up)
+        return real(self, step, *rest)
 
     monkeypatch.setattr(trainer.Trainer, "_update", failing)
 
