@@ -32,7 +32,8 @@ def run(options: AdviseOptions) -> int:
         print(json.dumps(_finite({**asdict(found), **asdict(advice), "branches": [asdict(b) for b in branched]})))
         return DONE
     for sentence in advice.sentences:
-        console.print(textwrap.fill(sentence, min(WIDEST, console.width), subsequent_indent="  "))
+        width = min(WIDEST, console.width)
+        console.print(textwrap.fill(sentence, width, subsequent_indent="  ", break_on_hyphens=False))
     if branched:
         _show(branched, console)
     return DONE

@@ -154,7 +154,7 @@ def _beside_the_scale(found: Evidence, verdict: Verdict) -> str:
         return f"After {found.step:,} updates the gradient noise scale {why}."
     means = {
         "far below": "nearly every sample counts in full, and twice the batch would need about half the updates",
-        "near": "half the samples and half the updates more than the least would do, which is the usual compromise",
+        "near": "it takes about twice the fewest samples and twice the fewest updates, which is the usual compromise",
         "far above": "most of its samples repeat what the others say: a smaller batch would need fewer samples",
     }[verdict]
     return (
