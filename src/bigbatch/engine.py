@@ -1,6 +1,8 @@
 """The conductor: a batch goes in, one update comes out.
 
 split → window (forward, backward, accumulate) → sync → update → report
+
+It is long because every setting is explained here once, for those who have no other page open.
 """
 
 import json

@@ -69,7 +69,9 @@ class _Averages:
     items_unmeasured: float = 0.0
 
 
-def split(square_of_mean: float, squares: float, items: float, items_squared: float) -> tuple[float, float] | None:
+def signal_and_noise(
+    square_of_mean: float, squares: float, items: float, items_squared: float
+) -> tuple[float, float] | None:
     """Estimate signal and noise from one window, without bias.
 
     Args:
@@ -114,8 +116,8 @@ class NoiseMeter:
     def observe(
         self, square_of_mean: float, squares: float, items: float, items_squared: float, *, samples: float = 0.0
     ) -> None:
-        """Take in one window; the arguments are those of `split`, and the samples behind it where they are known."""
-        found = split(square_of_mean, squares, items, items_squared)
+        """Take in one window; the arguments are those of `signal_and_noise`, and samples where they are known."""
+        found = signal_and_noise(square_of_mean, squares, items, items_squared)
         if found is None:
             self.pass_by(items)
             return
@@ -128,17 +130,13 @@ class NoiseMeter:
         signal, noise = found
         sums.weight = keep * sums.weight + items
         sums.weight_squared = keep * keep * sums.weight_squared + items * items
-        for name, value in (
-            ("signal", signal),
-            ("noise", noise),
-            ("signal_squared", signal * signal),
-            ("noise_squared", noise * noise),
-            ("product", signal * noise),
-            ("items", items),
-            ("samples", samples),
-        ):
-            weight = 1.0 if name in ("items", "samples") else items
-            setattr(sums, name, keep * getattr(sums, name) + weight * value)
+        sums.signal = keep * sums.signal + items * signal
+        sums.noise = keep * sums.noise + items * noise
+        sums.signal_squared = keep * sums.signal_squared + items * signal * signal
+        sums.noise_squared = keep * sums.noise_squared + items * noise * noise
+        sums.product = keep * sums.product + items * signal * noise
+        sums.items = keep * sums.items + items
+        sums.samples = keep * sums.samples + samples
         sums.num_windows += 1
 
     def read(self) -> NoiseScale | None:

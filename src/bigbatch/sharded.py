@@ -3,7 +3,7 @@
 policy → flags before each micro-batch → FSDP reduces within its backward → shards of the mean over ranks
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,13 @@ from torch.utils import _pytree as pytree
 
 from bigbatch.accumulate import NARROW_DTYPES
 from bigbatch.errors import WindowStateError
-from bigbatch.sync import Sync, SyncPolicy, collective_device, gather, tell
-from bigbatch.vote import Number
+from bigbatch.sync import Spread, SyncPolicy
 
 if TYPE_CHECKING:
-    from bigbatch.accumulate import GradientSums
+    pass
 
 
-class Sharded(Sync):
+class Sharded(Spread):
     """Parameters in shards, whole only while a layer runs: every forward and backward is collective.
 
     FSDP averages gradients over ranks on their way; the update undoes that, and divides by items alone. All ranks run
@@ -43,7 +42,6 @@ class Sharded(Sync):
     hides_leaves = True
 
     def __init__(self, model: nn.Module, *, policy: SyncPolicy | None = None) -> None:
-        super().__init__(model)
         self._roots = [module for module in model.modules() if isinstance(module, FSDPModule)]
         meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
@@ -51,13 +49,11 @@ class Sharded(Sync):
             what = f"{whole[0]} is not sharded" if whole else f"its parameters are sharded in {len(meshes)} ways"
             raise TypeError(f"{what}: call fully_shard on the layers and then on the model itself, over one mesh.")
         (mesh,) = meshes
+        super().__init__(model, None, _group_of(mesh))
         replicas = mesh.ndim > 1
         self.policy = policy or (SyncPolicy.SHARD if replicas else SyncPolicy.EVERY)
         if self.policy is SyncPolicy.SHARD and not replicas:
             raise ValueError(f"sync is {policy}, and this model has no replicas: use LAST or EVERY.")
-        self.group = _group_of(mesh)
-        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        self._device = collective_device(self.group, model)
         self.averaged_over = self._find_divisor()
         self._check_dtypes()
         self._unhook: Any = None
@@ -112,18 +108,6 @@ class Sharded(Sync):
         self._is_broken = True
         yield
         self._is_broken = self.is_silent = False
-
-    def gather(self, values: Sequence[Number]) -> list[list[float]]:
-        """Give the values of every rank, as many on each. Collective; waits for the device."""
-        return gather(values, self._device, self.group)
-
-    def tell(self, text: str, *, source: int = 0) -> str:
-        """Give the text of one rank to all. Collective."""
-        return tell(text, self._device, self.group, source)
-
-    def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
-        """Do nothing: FSDP has done it."""
-        return False
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Compute the 2-norm of whole gradients from their shards, 0-d. Collective."""

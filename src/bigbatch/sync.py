@@ -85,7 +85,7 @@ class Sync:
 
     def gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Give the values of every rank, as many on each. Collective; waits for the device."""
-        raise NotImplementedError
+        return [[float(value) for value in values]]
 
     def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
         """Bring across what has not crossed in backward, of the parameters that any rank reached. Collective.
@@ -93,7 +93,7 @@ class Sync:
         Returns:
             Whether there was anything to bring.
         """
-        raise NotImplementedError
+        return False
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Compute the 2-norm of whole gradients, 0-d. Collective where they are sharded."""
@@ -104,7 +104,42 @@ class Sync:
         return text
 
 
-class Replicated(Sync):
+class Spread(Sync):
+    """Several ranks: what they all reach one another by.
+
+    Args:
+        model: As for `Sync`.
+        module: As for `Sync`.
+        group: The ranks that hold different data.
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module | None, group: Any) -> None:
+        super().__init__(model, module)
+        self.group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self._device = collective_device(group, self.module)
+
+    def gather(self, values: Sequence[Number]) -> list[list[float]]:
+        """Give the values of every rank, as many on each. Collective; waits for the device."""
+        own = as_tensor(values, self._device)
+        everyone = own.new_empty(self.size, len(own))
+        dist.all_gather(list(everyone.unbind()), own, group=self.group)
+        rows: list[list[float]] = everyone.tolist()  # waits for the device
+        return rows
+
+    def tell(self, text: str, *, source: int = 0) -> str:
+        """Give the text of one rank to all. Collective; waits for the device."""
+        data = text.encode()
+        size = torch.tensor([len(data)], device=self._device)
+        dist.broadcast(size, group=self.group, group_src=source)
+        received = torch.zeros(int(size.item()), dtype=torch.uint8, device=self._device)
+        if self.rank == source:
+            received.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(received, group=self.group, group_src=source)
+        return bytes(received.tolist()).decode()
+
+
+class Replicated(Spread):
     """The whole model on every rank: under ``DistributedDataParallel``, or plain.
 
         engine = bigbatch.Engine(model, optimizer, loss_fn, sync=bigbatch.Replicated(model))
@@ -130,12 +165,12 @@ class Replicated(Sync):
         if any(isinstance(module, FSDPModule) for module in model.modules()):
             raise TypeError("the model is sharded by fully_shard: leave sync= out, or pass a bigbatch.SyncPolicy.")
         wrapper = _ddp_of(model)
-        super().__init__(model, model if wrapper is None else wrapper.module)
+        if wrapper is None:
+            super().__init__(model, model, group)
+        else:
+            super().__init__(model, wrapper.module, wrapper.process_group)
         self._wrapper = wrapper
         self._is_open = False
-        self.group = group if wrapper is None else wrapper.process_group
-        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        self._device = collective_device(self.group, self.module)
         if wrapper is None:
             self._send([*self.module.parameters(), *self.module.buffers()])
 
@@ -150,14 +185,6 @@ class Replicated(Sync):
         if self._wrapper is not None and self._is_open:
             self._is_open = False
             vars(self._wrapper)["_bigbatch_deferral"].leave(self._wrapper)
-
-    def gather(self, values: Sequence[Number]) -> list[list[float]]:
-        """Give the values of every rank, as many on each. Collective; waits for the device."""
-        return gather(values, self._device, self.group)
-
-    def tell(self, text: str, *, source: int = 0) -> str:
-        """Give the text of one rank to all. Collective."""
-        return tell(text, self._device, self.group, source)
 
     def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
         """Sum gradients over ranks; take the statistics of the first rank's batch norms, as DDP does. Collective."""
@@ -242,27 +269,6 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         bucket.append(tensor)
         filled[tensor.device, tensor.dtype] = bucket, num_bytes + tensor.nbytes
     return buckets
-
-
-def gather(values: Sequence[Number], device: torch.device, group: Any) -> list[list[float]]:
-    """Give the values of every rank of a group, as many on each. Collective; waits for the device."""
-    own = as_tensor(values, device)
-    everyone = own.new_empty(dist.get_world_size(group), len(own))
-    dist.all_gather(list(everyone.unbind()), own, group=group)
-    rows: list[list[float]] = everyone.tolist()  # waits for the device
-    return rows
-
-
-def tell(text: str, device: torch.device, group: Any, source: int) -> str:
-    """Give the text of one rank of a group to all of them. Collective; waits for the device."""
-    data = text.encode()
-    size = torch.tensor([len(data)], device=device)
-    dist.broadcast(size, group=group, group_src=source)
-    received = torch.zeros(int(size.item()), dtype=torch.uint8, device=device)
-    if dist.get_rank(group) == source:
-        received.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(received, group=group, group_src=source)
-    return bytes(received.tolist()).decode()
 
 
 def collective_device(group: Any, module: nn.Module) -> torch.device:

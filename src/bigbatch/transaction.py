@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -178,6 +178,7 @@ class Transaction:
             torch.cuda.synchronize(device)  # the gather would wait as long; this way the time is that of the window
         if any(p.grad is not None and p.grad.is_sparse for p in self.sums.parameters) and not failed:
             raise TypeError("a gradient is sparse, and those of ranks are summed dense: make embeddings sparse=False.")
+        squares, items_squared = self._told_apart(None)
         ballot = Ballot(
             failed=failed,
             gave_up=self.wishes.gave_up,
@@ -187,9 +188,9 @@ class Transaction:
             peak_bytes=peak_bytes(device) or 0,
             elapsed_s=time.perf_counter() - self._started_s,
             samples=self.wishes.samples or 0,
+            squares=squares,
+            items_squared=items_squared,
         )
-        squares, items_squared = self._told_apart(None)
-        ballot = replace(ballot, squares=squares, items_squared=items_squared)
         parameters = [] if self._sync.needs_equal_counts else self.sums.parameters
         reached = self.sums.reached() if parameters else []
         values = encode(ballot, {} if failed else self.ledger.shares(), reached)

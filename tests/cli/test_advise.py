@@ -74,6 +74,14 @@ def test_an_infinite_scale_is_read_back_from_its_null() -> None:
     assert evidence([row], TrainConfig().resolved()).scale is None
 
 
+def test_the_last_shorter_window_of_a_pass_is_not_taken_for_the_batch() -> None:
+    rows = [{"step": i, "num_microbatches": n, "sequences": s} for i, (n, s) in enumerate([(4, 30), (4, 30), (1, 7)])]
+    asked = TrainConfig(global_batch=30).resolved()
+    assert (evidence(rows, asked).batch, evidence(rows, asked).microbatches) == (30, 4)
+    assert evidence(rows, TrainConfig(global_batch_tokens=900).resolved()).batch == 30
+    assert evidence([*rows[:2], {**rows[2], "global_batch": 60}], asked).batch == 60
+
+
 # the command -----------------------------------------------------------------------------------------------------
 
 

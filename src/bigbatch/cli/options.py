@@ -1,4 +1,7 @@
-"""What each command takes: the small frozen models beside the training configuration, and the table of commands."""
+"""What each command takes: the small frozen models beside the training configuration, and the table of commands.
+
+It is long because every flag and every command stands here once, with the sentence that --help has for it.
+"""
 
 from __future__ import annotations
 

@@ -93,13 +93,19 @@ def evidence(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> Evidence
     times = [row["elapsed_s"] for row in latest if row.get("elapsed_s")]
     return Evidence(
         step=int(last["step"]),
-        batch=float(last.get("sequences") or config.global_batch or 0),
-        microbatches=max(1, int(last["num_microbatches"])),
+        batch=_batch(latest, config),
+        microbatches=max(1, round(statistics.median(int(row["num_microbatches"]) for row in latest))),
         update_s=statistics.median(times) if times else None,
         scale=_number(last.get("noise_scale_sequences"), last),
         low=last.get("noise_low_sequences"),
         high=last.get("noise_high_sequences"),
     )
+
+
+def _batch(latest: Sequence[Mapping[str, Any]], config: TrainConfig) -> float:
+    """Give the batch by now, in sequences: as asked for, where the last window of a pass took what was left."""
+    asked = latest[-1].get("global_batch") or config.global_batch
+    return float(asked or statistics.median(row.get("sequences") or 0 for row in latest))
 
 
 def advise(found: Evidence) -> Advice:

@@ -2,7 +2,8 @@
 
     flags and TOML → TrainConfig → resolved() → the trainer, and config.json in the run directory
 
-No torch here: the command line builds its help and its errors from these fields.
+No torch here: the command line builds its help and its errors from these fields. It is long because every setting
+stands here once, with the sentence that --help has for it.
 """
 
 from __future__ import annotations

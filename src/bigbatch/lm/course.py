@@ -5,6 +5,7 @@ order of the data, global batch or its schedule → windows → how many updates
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 
 from bigbatch.errors import InputError
 from bigbatch.lm.batch_schedule import Schedule, Seesaw, read
@@ -37,6 +38,7 @@ class Course:
         self._step, self._cursor = step, cursor
         text = config.global_batch_schedule
         self.schedule: Schedule | None = None if text is None else read(text)
+        self._place: tuple[int, list[int], list[int]] = (-1, [], [])  # a pass, its order, and the tokens before each
         self._base_steps = config.steps or self._count_steps(config.epochs or 0)
         self.warmup_steps = config.warmup_steps_of(self._base_steps)
         if isinstance(self.schedule, Seesaw):
@@ -45,9 +47,6 @@ class Course:
                     f'--global-batch-schedule "{text}" grows the batch where the learning rate would fall, and '
                     "--schedule constant never falls: say cosine."
                 )
-            if config.steps is None:  # as many as there would be with the first batch, however far the run has come
-                self._base_steps = (config.epochs or 0) * -(-len(lengths) // self._first_batch)
-                self.warmup_steps = config.warmup_steps_of(self._base_steps)
             self.total_steps = len(self._samples_before)
         else:
             self.total_steps = self._base_steps
@@ -81,9 +80,7 @@ class Course:
         if self.schedule is None:
             return self._config.global_batch
         epoch, position = divmod(cursor, len(self._lengths))
-        order = epoch_order(len(self._lengths), seed=self._config.seed, epoch=epoch)
-        tokens = epoch * sum(self._lengths) + sum(self._lengths[i] for i in order[:position])
-        return self._batch_at(tokens, cursor)
+        return self._batch_at(self._order_of(epoch)[1][position], cursor)
 
     def lr_factor(self, step: int) -> float:
         """Give the learning rate of an update, as a share of the peak."""
@@ -122,11 +119,13 @@ class Course:
         return befores
 
     def _count_steps(self, epochs: int) -> int:
-        """Count the updates of a run of so many passes: those made, with whatever batch, and those that are left."""
-        if isinstance(self.schedule, Seesaw):
-            return 1  # decided below
-        if self.schedule is None and self._config.global_batch is not None and not self._step:
-            return epochs * -(-len(self._lengths) // self._config.global_batch)
+        """Count the updates of a run of so many passes: those made, with whatever batch, and those that are left.
+
+        Under `Seesaw`, those that there would be with the first batch, however far the run has come.
+        """
+        in_one_batch = self.schedule is None and self._config.global_batch is not None and not self._step
+        if in_one_batch or isinstance(self.schedule, Seesaw):
+            return epochs * -(-len(self._lengths) // self._first_batch)
         first, position = divmod(self._cursor, len(self._lengths))
         left = (self._pass(epoch, position * (epoch == first)) for epoch in range(first, epochs))
         return self._step + sum(map(len, left))  # windows of tokens depend on the order
@@ -147,12 +146,18 @@ class Course:
                 epoch=epoch,
                 position=position,
             )
-        order = epoch_order(len(self._lengths), seed=self._config.seed, epoch=epoch)
-        tokens = epoch * sum(self._lengths) + sum(self._lengths[i] for i in order[:position])
+        order, tokens_before = self._order_of(epoch)
         windows = []
         while position < len(order):
-            size = self._batch_at(tokens, epoch * len(order) + position)
+            size = self._batch_at(tokens_before[position], epoch * len(order) + position)
             windows.append(order[position : position + size])
-            tokens += sum(self._lengths[i] for i in windows[-1])
             position += size
         return windows
+
+    def _order_of(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Give the order of a pass, and the tokens of the run before each of its samples; the last one is kept."""
+        if self._place[0] != epoch:
+            order = epoch_order(len(self._lengths), seed=self._config.seed, epoch=epoch)
+            tokens = accumulate((self._lengths[i] for i in order), initial=epoch * sum(self._lengths))
+            self._place = epoch, order, list(tokens)
+        return self._place[1:]

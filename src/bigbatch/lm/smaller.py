@@ -4,11 +4,39 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+from bigbatch.errors import RestartError, ShardedMemoryError
 from bigbatch.plan import TokenBudget
 
 FILE = "smaller.json"
 SHRINK = 0.8  # a restart costs minutes: fewer and larger steps than an engine takes that goes on in place
+
+
+def begin_again(
+    error: ShardedMemoryError, microbatch: int | TokenBudget, folder: Path, *, longest: int, rank: int
+) -> NoReturn:
+    """Keep a smaller micro-batch for the processes that go on after this one has ended.
+
+    Args:
+        error: That of this rank.
+        microbatch: In which memory ran out.
+        folder: The run directory.
+        longest: As for `smaller_than`.
+        rank: This one.
+
+    Raises:
+        RestartError: It is kept.
+        ShardedMemoryError: There is no smaller one.
+    """
+    smaller, unit = smaller_than(microbatch, longest=longest), unit_of(microbatch)
+    if smaller is None:
+        raise error
+    keep(folder, smaller, unit)
+    raise RestartError(
+        f"{str(error).partition(',')[0]} on rank {rank}: started again, the run goes on from its last checkpoint with "
+        f"{smaller:,} {unit} a micro-batch, by torchrun with --max-restarts, or bigbatch resume {folder}."
+    ) from error
 
 
 def smaller_than(microbatch: int | TokenBudget, *, longest: int) -> int | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +17,6 @@ from bigbatch.errors import (
     BigbatchError,
     InputError,
     MemoryLimitError,
-    RestartError,
     ShardedMemoryError,
     WindowAbandonedError,
 )
@@ -35,7 +33,7 @@ from bigbatch.lm.remembered import fingerprint, recall, remember
 from bigbatch.lm.rescaling import apply_rule
 from bigbatch.lm.resumption import facts_of, shared_facts
 from bigbatch.lm.rundir import RunDirectory, as_line
-from bigbatch.lm.smaller import keep, kept, smaller_than, unit_of
+from bigbatch.lm.smaller import begin_again, kept
 from bigbatch.lm.telling import Listener, Row, metrics_row
 from bigbatch.lm.telling import Outcome as Outcome
 from bigbatch.lm.tuning import take, tune
@@ -173,9 +171,7 @@ class Trainer:
         """
         started_s = time.perf_counter()
         if self.saved is not None and self.saved.engine["engine"]["choice"] is not None:
-            held_room(
-                self.engine.memory, self.prepared
-            )  # the choice comes with the rest of the state, and the limit stands
+            held_room(self.engine.memory, self.prepared)  # the limit stands; the choice comes with the state
         elif self.engine.choice is None:
             self.tune(None if self.saved is None else directory.path)
         keeper = Keeper(
@@ -310,31 +306,14 @@ class Trainer:
         try:
             report = self.engine.step(self.fetch(self.share(window)), give_up=give_up, stopping=should_stop)
         except ShardedMemoryError as error:
-            self._begin_again(error)
+            now, folder = self.engine.microbatch, self.config.out
+            assert now != "auto", "sharded runs are told their micro-batch"
+            assert folder is not None, "a run has its folder by now"
+            longest = max(self.prepared.training.lengths)
+            begin_again(error, now, folder, longest=longest, rank=self.ranks.rank)
         row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
         ranks = report.ranks
         return row, should_stop if ranks is None else lambda: ranks.stopping
-
-    def _begin_again(self, error: ShardedMemoryError) -> NoReturn:
-        """Keep a smaller micro-batch for the processes that go on after this one has ended.
-
-        Raises:
-            RestartError: It is kept.
-            ShardedMemoryError: There is no smaller one.
-        """
-        now, folder = self.engine.microbatch, self.config.out
-        assert now != "auto", "sharded runs are told their micro-batch"
-        assert folder is not None, "a run has its folder by now"
-        smaller = smaller_than(now, longest=max(self.prepared.training.lengths))
-        if smaller is None:
-            raise error
-        unit = unit_of(now)
-        keep(folder, smaller, unit)
-        raise RestartError(
-            f"{str(error).partition(',')[0]} on rank {self.ranks.rank}: started again, the run goes on from its last "
-            f"checkpoint with {smaller:,} {unit} a micro-batch, by torchrun with --max-restarts, or bigbatch resume "
-            f"{folder}."
-        ) from error
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validation_every_of(self.total_steps)

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.conference import Conference
 from bigbatch.lm.checkpoint.files import why
 from bigbatch.lm.checkpoint.manifest import Manifest
 from bigbatch.lm.checkpoint.pieces import Place, check_cover, from_notes, part_of
-from bigbatch.lm.checkpoint.ranks import Ranks
 from bigbatch.lm.checkpoint.reading import Contents, checked_bytes, parsed
 from bigbatch.lm.checkpoint.sharded import check_shards
 from bigbatch.lm.checkpoint.tensors import NAMES
@@ -66,7 +66,7 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | 
             a file became unreadable after it had been checked.
         TypeError, ValueError: A tensor is not in it, or has another shape or dtype there. No tensor was changed.
     """
-    ranks = Ranks(group)
+    ranks = Conference(group)
     loading = _Loading(path, tensors, ranks)
     try:
         ranks.confer(loading.verify, loading.agree, loading.give_up)
@@ -91,7 +91,7 @@ class _Piece:
 class _Loading:
     """One checkpoint that is being read, as one rank sees it."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], ranks: Conference) -> None:
         self._path, self._tensors, self._ranks = path, dict(tensors), ranks
         self._manifest: Manifest
         self._values: dict[str, Any] = {}

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
 from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.conference import Conference
 from bigbatch.lm.checkpoint.files import remove, sync_folder
 from bigbatch.lm.checkpoint.manifest import Stamp, file_name
 from bigbatch.lm.checkpoint.pieces import Place, piece_name, to_notes
-from bigbatch.lm.checkpoint.ranks import Ranks
 from bigbatch.lm.checkpoint.shelf import failure, sweep
 from bigbatch.lm.checkpoint.tensors import check_tensors, write_tensors
 from bigbatch.lm.checkpoint.writing import Parts, check_names, complete, is_there, value_parts, write_file
@@ -68,7 +68,7 @@ def write_sharded(
         CheckpointError: A rank could not write, or the place is another run's. The message names the rank and what
             stays valid; nothing is left of what was begun, where that can be.
     """
-    ranks = Ranks(group)
+    ranks = Conference(group)
     writing = _Writing(folder, step, run_id, tensors, values, ranks)
     try:
         plan = ranks.confer(writing.propose, writing.begin, writing.give_up)
@@ -92,7 +92,7 @@ class _Writing:
         run_id: str,
         tensors: Mapping[str, Mapping[str, Tensor]],
         values: Mapping[str, Any],
-        ranks: Ranks,
+        ranks: Conference,
     ) -> None:
         self.target = folder / f"step-{step}"
         self._folder, self._step, self._run_id = folder, step, run_id

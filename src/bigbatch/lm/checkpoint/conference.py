@@ -30,7 +30,7 @@ _BY_KIND: dict[str, type[Exception]] = {
 _Outcome = tuple[Any, "tuple[str, str] | None"]  # what was given, or the kind and the sentence of a failure
 
 
-class Ranks:
+class Conference:
     """The ranks of a process group; without torch.distributed there is one.
 
     Args:
