@@ -84,6 +84,16 @@ def test_the_batch_changes_at_the_first_window_that_begins_after_so_many_tokens(
             return
 
 
+def test_tokens_are_counted_over_passes() -> None:
+    of_a_pass = sum(LENGTHS)
+    one = course(global_batch_schedule=f"0:10 {of_a_pass + 400}:40", epochs=2)
+    sizes = [len(window) for window in one.windows(0, 0)]
+    assert sizes[:20] == [10] * 20
+    second = sizes[20:]
+    assert second[:3] == [10] * 3
+    assert second.index(40) * 10 * of_a_pass / len(LENGTHS) == pytest.approx(400, abs=100)
+
+
 @pytest.mark.parametrize("text", ["0:3 200:10 900:40", "ramp 2 60 2000", "seesaw 0.5 8"])
 def test_a_run_that_goes_on_anywhere_takes_the_windows_that_it_would_have_taken(text: str) -> None:
     settings = {"global_batch_schedule": text, "steps": 40}
