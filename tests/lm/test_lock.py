@@ -67,12 +67,12 @@ def test_the_kernel_frees_it_when_the_holder_is_killed(tmp_path: Path) -> None:
 
 def test_a_child_that_outlives_its_killed_parent_does_not_hold_it(tmp_path: Path) -> None:
     forking = HOLD.replace("    print(", "    import os\n    child = os.fork()\n    print(").replace(
-        'print("held", flush=True)', 'child and print("held", child, flush=True)'
+        'print("held", flush=True)', 'print("held", child, flush=True)'
     )
     words = [sys.executable, "-c", forking, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        child = int(process.stdout.readline().split()[1])
+        child = max(int(process.stdout.readline().split()[1]) for _ in range(2))  # it runs as well, and says 0
         process.kill()
         process.wait()
         os.kill(child, 0)  # it lives
