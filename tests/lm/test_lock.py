@@ -67,7 +67,7 @@ def test_the_kernel_frees_it_when_the_holder_is_killed(tmp_path: Path) -> None:
 
 def test_a_child_that_outlives_its_killed_parent_does_not_hold_it(tmp_path: Path) -> None:
     forking = HOLD.replace("    print(", "    import os\n    child = os.fork()\n    print(").replace(
-        'print("held", flush=True)', 'print("held", child, flush=True)'
+        'print("held", flush=True)', 'os.write(1, f"held {child}\\n".encode())'
     )
     words = [sys.executable, "-c", forking, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
