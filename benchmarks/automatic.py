@@ -24,11 +24,11 @@ import torch
 
 import bigbatch
 import workload
-from bigbatch.launch import record
-from bigbatch.lm.arrangement import Arrangement, arrange
-from bigbatch.lm.config import TrainConfig
+from bigbatch.execution.cuda_graphs import record
+from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import Machine
-from bigbatch.lm.tuning import describe, tune
+from bigbatch.lm.model.setup import Arrangement, arrange
+from bigbatch.lm.training.autotune import describe, tune
 
 SIZES = {"all logits": (1, 2), "chunks": (1, 2, 4, 6)}
 LOSSES = {"chunks": workload.chunked_loss_fn, "all logits": workload.loss_fn}

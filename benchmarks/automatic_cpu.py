@@ -5,8 +5,8 @@
 The tiny model of `bigbatch train` on `python-stdlib-functions` (docstring as prompt, body as completion), sequences of
 up to 1,024 tokens, 64 of them in an update. Fixed numbers of samples are cut from the batch in its own order, as users
 run them, and from the batch sorted by length. All take the same updates in turn, so that whatever else the machine does
-meets them alike; the table has medians. The peak is that of all tensors, counted by `bigbatch.memory.Tracker` in an
-update of its own.
+meets them alike; the table has medians. The peak is that of all tensors, counted by
+`bigbatch.memory.allocation_tracker.Tracker` in an update of its own.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 import bigbatch
-from bigbatch.lm.config import TrainConfig
-from bigbatch.lm.optimization import make_optimizer
-from bigbatch.lm.order import epoch_windows
-from bigbatch.lm.prepare import Prepared, prepare
-from bigbatch.memory import Part, Tracker
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.sampling_order import epoch_windows
+from bigbatch.lm.training.optimizer import make_optimizer
+from bigbatch.lm.training.setup import Prepared, prepare
+from bigbatch.memory.allocation_tracker import Part, Tracker
 
 SIZES = (1, 2, 4, 8, 16)
 GLOBAL_BATCH = 64

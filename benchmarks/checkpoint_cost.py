@@ -21,11 +21,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 
-from bigbatch.lm.config import TrainConfig
-from bigbatch.lm.keeper import Keeper, Progress
-from bigbatch.lm.prepare import prepare
-from bigbatch.lm.rundir import RunDirectory
-from bigbatch.lm.trainer import Trainer
+from bigbatch.lm.checkpoint.manager import Keeper, Progress
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.trainer import Trainer
 
 MOST = 1.03
 WAYS = ("none", "at the end", "beside")

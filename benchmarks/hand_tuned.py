@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bigbatch
-from bigbatch.lm.arrangement import Arrangement, arrange
 from bigbatch.lm.bench.meter import similarity
 from bigbatch.lm.bench.workload import W
-from bigbatch.lm.config import TrainConfig
+from bigbatch.lm.config.field_types import Recompute
+from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import Machine
-from bigbatch.lm.layers import Recompute
-from bigbatch.lm.tuning import describe, tune
-from bigbatch.memory import release_memory
+from bigbatch.lm.model.setup import Arrangement, arrange
+from bigbatch.lm.training.autotune import describe, tune
+from bigbatch.memory.usage import release_memory
 
 BY_HAND = {"w": (9_216, 10_240, 11_264, 12_288), "gpt2": (12_288, 16_384, 20_480, 24_576)}
 MEMORY_GIB = {"w": 24, "gpt2": 12}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbatch.lm.chunked import linear_cross_entropy
+from bigbatch.lm.model.linear_cross_entropy import linear_cross_entropy
 
 SHAPES = {"GPT-2": (768, 50257), "Qwen2 0.5B": (896, 151936), "Llama 3 1B": (2048, 128256)}
 PRECISIONS = ("float32", "bf16", "bf16-weights")

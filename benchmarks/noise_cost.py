@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 import bigbatch
-from bigbatch.lm.bench.ours import arranged
+from bigbatch.lm.bench.bigbatch_runner import arranged
 from bigbatch.lm.bench.workload import WORKLOADS, count_tokens, shift
-from bigbatch.lm.tuning import tune
-from bigbatch.memory import release_memory
-from bigbatch.noise import FIRST
+from bigbatch.lm.training.autotune import tune
+from bigbatch.memory.usage import release_memory
+from bigbatch.scaling.noise_scale import FIRST
 
 NAMES = {"without": False, "with": True, "without, again": False}
 

@@ -14,8 +14,8 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 
-from bigbatch.packing import Cost, SortedBatch, cut_cheapest, cut_full, pack_best_fit
-from bigbatch.plan import Plan, plan
+from bigbatch.batching.packing import Cost, SortedBatch, cut_cheapest, cut_full, pack_best_fit
+from bigbatch.batching.plan import Plan, plan
 
 SIZE = 8  # samples of a micro-batch of fixed size
 

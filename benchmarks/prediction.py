@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigbatch
-from bigbatch.lm.attention import use_causal_attention
-from bigbatch.memory import Rehearsal
+from bigbatch.autotune.peak_prediction import Rehearsal
+from bigbatch.lm.model.causal_attention import use_causal_attention
 
 PRECISIONS = ("float32", "bf16", "bf16-weights")
 LARGE = {"length": 512, "rows": (4, 8, 16), "scale": "large"}

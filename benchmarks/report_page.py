@@ -18,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from bigbatch.lm.report.downsampling import MOST_POINTS  # noqa: E402
+from bigbatch.lm.report.output_file import put  # noqa: E402
 from bigbatch.lm.report.page import page  # noqa: E402
-from bigbatch.lm.report.reading import read_run  # noqa: E402
-from bigbatch.lm.report.reduction import MOST_POINTS  # noqa: E402
-from bigbatch.lm.report.writing import put  # noqa: E402
+from bigbatch.lm.report.run_reader import read_run  # noqa: E402
 from lm.made import make_rich_run  # noqa: E402
 
 

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.sync import BUCKET_BYTES
-from bigbatch.vote import Ballot, decode, encode
+from bigbatch.distributed.replicated import BUCKET_BYTES
+from bigbatch.distributed.window_vote import Ballot, decode, encode
 
 FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling.svg"
 RANKS = (1, 2, 4, 8, 16, 32, 64)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.scaling import rescale
+from bigbatch.scaling.hyperparameters import rescale
 
 FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling-rules.svg"
 FACTORS = (1, 4, 16)

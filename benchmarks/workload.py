@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbatch.lm.bench.workload import W
-from bigbatch.lm.dataset import IGNORED
+from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import Machine
-from bigbatch.lm.head import ChunkedCausalLMLoss
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 
 LONGEST, SHORTEST = W.longest, W.shortest
 

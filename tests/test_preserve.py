@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bigbatch.preserve import preserved
-from bigbatch.randomness import seed_everything
+from bigbatch.rng import seed_everything
 
 numpy = pytest.importorskip("numpy")
 

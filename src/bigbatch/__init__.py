@@ -11,13 +11,18 @@ loop, `Engine` takes the whole batch, and `verify` proves it on a model, a loss 
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigbatch.accumulator import Accumulator as Accumulator
-    from bigbatch.engine import Engine as Engine
+    from bigbatch.accumulation.accumulator import Accumulator as Accumulator
+    from bigbatch.accumulation.window import Window as Window
+    from bigbatch.accumulation.window import WindowState as WindowState
+    from bigbatch.batching.plan import Plan as Plan
+    from bigbatch.batching.plan import TokenBudget as TokenBudget
+    from bigbatch.batching.plan import plan as plan
+    from bigbatch.distributed.gradient_sync import SyncPolicy as SyncPolicy
+    from bigbatch.distributed.replicated import Replicated as Replicated
+    from bigbatch.engine.engine import Engine as Engine
     from bigbatch.errors import BigbatchError as BigbatchError
     from bigbatch.errors import CheckpointError as CheckpointError
     from bigbatch.errors import InputError as InputError
@@ -26,63 +31,45 @@ if TYPE_CHECKING:
     from bigbatch.errors import RankFailedError as RankFailedError
     from bigbatch.errors import WindowAbandonedError as WindowAbandonedError
     from bigbatch.errors import WindowStateError as WindowStateError
-    from bigbatch.noise import NoiseScale as NoiseScale
-    from bigbatch.plan import Plan as Plan
-    from bigbatch.plan import TokenBudget as TokenBudget
-    from bigbatch.plan import plan as plan
-    from bigbatch.report import RanksReport as RanksReport
-    from bigbatch.report import TermReport as TermReport
-    from bigbatch.report import WindowReport as WindowReport
-    from bigbatch.scaling import rescale as rescale
-    from bigbatch.sync import Replicated as Replicated
-    from bigbatch.sync import SyncPolicy as SyncPolicy
-    from bigbatch.verify import Verification as Verification
-    from bigbatch.verify import verify as verify
-    from bigbatch.window import Window as Window
-    from bigbatch.window import WindowState as WindowState
+    from bigbatch.scaling.hyperparameters import rescale as rescale
+    from bigbatch.scaling.noise_scale import NoiseScale as NoiseScale
+    from bigbatch.verification.verify import Verification as Verification
+    from bigbatch.verification.verify import verify as verify
+    from bigbatch.window_report import RanksReport as RanksReport
+    from bigbatch.window_report import TermReport as TermReport
+    from bigbatch.window_report import WindowReport as WindowReport
 
 __version__ = "0.1.0"
 
 # Public name → module. Loaded at first use: `bigbatch --help` must not pay for torch.
 _PUBLIC = {
-    "Accumulator": "bigbatch.accumulator",
+    "Accumulator": "bigbatch.accumulation.accumulator",
     "BigbatchError": "bigbatch.errors",
     "CheckpointError": "bigbatch.errors",
-    "Engine": "bigbatch.engine",
+    "Engine": "bigbatch.engine.engine",
     "InputError": "bigbatch.errors",
     "MemoryLimitError": "bigbatch.errors",
-    "NoiseScale": "bigbatch.noise",
-    "Plan": "bigbatch.plan",
+    "NoiseScale": "bigbatch.scaling.noise_scale",
+    "Plan": "bigbatch.batching.plan",
     "RankFailedError": "bigbatch.errors",
-    "RanksReport": "bigbatch.report",
-    "Replicated": "bigbatch.sync",
-    "SyncPolicy": "bigbatch.sync",
-    "TermReport": "bigbatch.report",
-    "TokenBudget": "bigbatch.plan",
-    "Verification": "bigbatch.verify",
-    "Window": "bigbatch.window",
-    "WindowReport": "bigbatch.report",
-    "WindowState": "bigbatch.window",
+    "RanksReport": "bigbatch.window_report",
+    "Replicated": "bigbatch.distributed.replicated",
+    "SyncPolicy": "bigbatch.distributed.gradient_sync",
+    "TermReport": "bigbatch.window_report",
+    "TokenBudget": "bigbatch.batching.plan",
+    "Verification": "bigbatch.verification.verify",
+    "Window": "bigbatch.accumulation.window",
+    "WindowReport": "bigbatch.window_report",
+    "WindowState": "bigbatch.accumulation.window",
     "NonFiniteError": "bigbatch.errors",
     "WindowAbandonedError": "bigbatch.errors",
     "WindowStateError": "bigbatch.errors",
-    "plan": "bigbatch.plan",
-    "rescale": "bigbatch.scaling",
-    "verify": "bigbatch.verify",
+    "plan": "bigbatch.batching.plan",
+    "rescale": "bigbatch.scaling.hyperparameters",
+    "verify": "bigbatch.verification.verify",
 }
 
 __all__ = ["__version__", *_PUBLIC]
-
-
-class _Package(ModuleType):
-    """Keeps ``bigbatch.verify`` the function: importing the submodule of that name must not rebind it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

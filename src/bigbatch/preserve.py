@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bigbatch.randomness import random_states, set_random_states
+from bigbatch.rng import random_states, set_random_states
 
 
 @contextmanager

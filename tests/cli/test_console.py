@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quote
-from bigbatch.cli.pace import Pace
+from bigbatch.cli.eta import Pace
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:

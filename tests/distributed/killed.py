@@ -22,8 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bigbatch.lm.checkpoint.files import HashedFile
-from bigbatch.lm.checkpoint.sharded import write_sharded
+from bigbatch.lm.checkpoint.hashed_file import HashedFile
+from bigbatch.lm.checkpoint.sharded_writer import write_sharded
 from distributed.shards import caught, save, shards_of
 from lm.saved import RUN_ID, Points, values_of
 

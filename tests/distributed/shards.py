@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from bigbatch.lm.checkpoint import newest, read, verify, write
-from bigbatch.lm.checkpoint.files import HashedFile
-from bigbatch.lm.checkpoint.loading import read_into
-from bigbatch.lm.checkpoint.sharded import write_sharded
-from bigbatch.lm.checkpoint.tensors import NAMES
+from bigbatch.lm.checkpoint.hashed_file import HashedFile
+from bigbatch.lm.checkpoint.safetensors_file import NAMES
+from bigbatch.lm.checkpoint.sharded_reader import read_into
+from bigbatch.lm.checkpoint.sharded_writer import write_sharded
 from lm.saved import RUN_ID, Points, bits, names_in, no_space, tensors_of, values_of
 
 PARTS = [f"{part}-rank-{rank}-of-2.safetensors" for part in ("model", "optimizer") for rank in (0, 1)]
@@ -285,7 +285,7 @@ def unpickled(path: Path) -> tuple[Any, int, int]:
 
 def counted(folder: Path) -> dict[str, Any]:
     """The messages of a write and of a read, the largest slice that was read, and the files that were hashed."""
-    from bigbatch.lm.checkpoint import loading
+    from bigbatch.lm.checkpoint import sharded_reader
 
     sent: list[str] = []
     hashed: list[str] = []
@@ -295,14 +295,14 @@ def counted(folder: Path) -> dict[str, Any]:
         for collective in ("gather_object", "scatter_object_list"):
             real = getattr(dist, collective)
             patch.setattr(dist, collective, lambda *a, r=real, n=collective, **k: (sent.append(n), r(*a, **k))[1])
-        digest = loading.check_digest
-        patch.setattr(loading, "check_digest", lambda name, *rest: (hashed.append(name), digest(name, *rest))[1])
-        real_header = loading._header
+        digest = sharded_reader.check_digest
+        patch.setattr(sharded_reader, "check_digest", lambda name, *rest: (hashed.append(name), digest(name, *rest))[1])
+        real_header = sharded_reader._header
 
         def header(path: Path, name: str) -> Any:
             return Watched(real_header(path, name), slices)
 
-        patch.setattr(loading, "_header", header)
+        patch.setattr(sharded_reader, "_header", header)
         path = save(folder, 1)
         written, sent[:] = list(sent), []
         read_into(path, named)

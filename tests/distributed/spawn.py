@@ -23,8 +23,14 @@ from typing import Any
 def forking_context() -> multiprocessing.context.ForkServerContext:
     """Give what starts ranks as forks of one process that has loaded torch already, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    product = ["bigbatch.cli.resume", "bigbatch.lm.trainer", "transformers.models.llama.modeling_llama"]
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bigbatch.engine", "bigbatch.sharded", *product])
+    product = [
+        "bigbatch.cli.commands.resume",
+        "bigbatch.lm.training.trainer",
+        "transformers.models.llama.modeling_llama",
+    ]
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed.fsdp", "bigbatch.engine.engine", "bigbatch.distributed.sharded", *product]
+    )
     return context
 
 

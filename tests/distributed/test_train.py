@@ -24,7 +24,7 @@ from tests.distributed.trouble import (
 )
 
 from bigbatch.lm.checkpoint import newest
-from bigbatch.lm.lock import RunLock
+from bigbatch.lm.runs.lock import RunLock
 from cli.helpers import files_below
 from lm.helpers import metrics, records, write_jsonl
 from lm.killing import unlike

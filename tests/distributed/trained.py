@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from bigbatch.lm.checkpoint import newest, read
-from bigbatch.lm.checkpoint.loading import read_into
-from bigbatch.lm.checkpoint.sharded import write_sharded
-from bigbatch.lm.snapshot import put_together, take_apart
+from bigbatch.lm.checkpoint.sharded_reader import read_into
+from bigbatch.lm.checkpoint.sharded_writer import write_sharded
+from bigbatch.lm.checkpoint.state_tree import put_together, take_apart
 from lm.saved import RUN_ID, bits
 
 Bits = dict[str, tuple[str, tuple[int, ...], bytes]]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tests.distributed.launch import Patch
 
-from bigbatch.lm.keeper import Keeper
-from bigbatch.lm.trainer import Trainer
-from bigbatch.transaction import Transaction
+from bigbatch.accumulation.pending_update import Transaction
+from bigbatch.lm.checkpoint.manager import Keeper
+from bigbatch.lm.training.trainer import Trainer
 
 
 def all_of(*patches: Patch) -> Patch:

@@ -82,14 +82,14 @@ def launches() -> list[str]:
 def test_a_line_about_several_machines_is_one_that_torchrun_and_bigbatch_take(line: str) -> None:
     from torch.distributed.run import get_args_parser
 
-    from bigbatch.cli import parse
+    from bigbatch.cli import arguments
 
     words = shlex.split(line)[1:]
     if line.startswith("torchrun"):
         parsed = get_args_parser().parse_args(words)
         assert (parsed.module, parsed.training_script) == (True, "bigbatch")
         words = parsed.training_script_args
-    parse.parse(words[0], words[1:])
+    arguments.parse(words[0], words[1:])
 
 
 def test_every_test_that_the_faults_name_is_there() -> None:

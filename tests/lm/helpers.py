@@ -8,11 +8,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils import logging
 
 from bigbatch.lm.bench.workload import Workload
-from bigbatch.lm.config import TrainConfig
-from bigbatch.lm.prepare import Prepared, prepare
-from bigbatch.lm.rundir import RunDirectory
-from bigbatch.lm.tokenizer import train_tokenizer
-from bigbatch.lm.trainer import Outcome, Trainer
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.tokenizer import train_tokenizer
+from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.training.setup import Prepared, prepare
+from bigbatch.lm.training.trainer import Outcome, Trainer
 
 TINY_WORKLOAD = Workload(
     name="w-small",

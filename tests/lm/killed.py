@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from bigbatch.lm.checkpoint import prune
-from bigbatch.lm.checkpoint.files import HashedFile
+from bigbatch.lm.checkpoint.hashed_file import HashedFile
 from lm.saved import Points, save
 
 ACTIONS = {

@@ -25,18 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigbatch.cli import resume, train
+from bigbatch.accumulation.pending_update import Transaction
+from bigbatch.cli.commands import resume, train
 from bigbatch.cli.options import ResumeOptions
-from bigbatch.lm import keeper, trainer
-from bigbatch.lm.checkpoint import newest, read
-from bigbatch.lm.checkpoint.files import HashedFile
-from bigbatch.lm.config import TrainConfig
-from bigbatch.lm.optimization import lr_factor
-from bigbatch.lm.remembered import FILE as REMEMBERED
-from bigbatch.lm.rundir import RunDirectory, as_line
-from bigbatch.lm.trainer import Trainer
-from bigbatch.recover import Recovery
-from bigbatch.transaction import Transaction
+from bigbatch.execution.oom_retry import Recovery
+from bigbatch.lm.checkpoint import manager, newest, read
+from bigbatch.lm.checkpoint.hashed_file import HashedFile
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.runs.directory import RunDirectory, as_line
+from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
+from bigbatch.lm.training import trainer
+from bigbatch.lm.training.optimizer import lr_factor
+from bigbatch.lm.training.trainer import Trainer
 from lm.helpers import metrics, records, save_model_folder, write_jsonl
 
 CLOCK = {"tokens_per_s", "elapsed_s", "peak_bytes"}
@@ -110,8 +110,8 @@ class Points:
         self.around(Transaction, "add", "backward")
         self.around(torch.optim.AdamW, "step", "optimizer")
         self.around(torch.optim.lr_scheduler.LambdaLR, "step", "scheduler")
-        self.around(keeper, "write", "checkpoint")
-        self.around(keeper, "prune", "prune")
+        self.around(manager, "write", "checkpoint")
+        self.around(manager, "prune", "prune")
         self.around(trainer, "validation_loss", "validation")
         self.around(trainer, "written", "sample")
         self.around(trainer, "save_model", "model")
@@ -212,7 +212,7 @@ class Ground:
                 break
             num_died += 1
             if kind == "auto" and newest(path / "checkpoints")[0] is not None:
-                (path / REMEMBERED).unlink(missing_ok=True)  # the checkpoint has to know
+                (path / TUNED_MICROBATCH).unlink(missing_ok=True)  # the checkpoint has to know
         return num_died, differences(path, reference)
 
     def live(self, kind: str, path: Path, kill: Kill) -> bool:

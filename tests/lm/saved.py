@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.lm.checkpoint import read, write
-from bigbatch.lm.checkpoint.files import HashedFile
+from bigbatch.lm.checkpoint.hashed_file import HashedFile
 
 RUN_ID = "a-run"
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "order.json", "manifest.json"]

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbatch.memory import Part, Step, Tracker
-from bigbatch.memory.prediction import state_of
-from bigbatch.split import split
+from bigbatch.autotune.choice import Step
+from bigbatch.autotune.peak_prediction import state_of
+from bigbatch.batching.split import split
+from bigbatch.memory.allocation_tracker import Part, Tracker
 
 CPU = torch.device("cpu")
 VOCABULARY = 128

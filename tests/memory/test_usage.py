@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import bigbatch
-from bigbatch.limit import MIB, parse_memory
-from bigbatch.memory import Room, find_room, is_out_of_memory, peak_bytes, usage
+from bigbatch.memory import usage
+from bigbatch.memory.limit import MIB, parse_memory
+from bigbatch.memory.usage import Room, find_room, is_out_of_memory, peak_bytes
 
 CPU = torch.device("cpu")
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""The ``bigbatch`` command: names the command, lets :mod:`~bigbatch.cli.parse` read its words, and runs it.
+"""The ``bigbatch`` command: names the command, lets :mod:`~bigbatch.cli.arguments` read its words, and runs it.
 
     words → parse (pydantic) → the command's module, imported only now → its exit code
 
@@ -19,13 +19,8 @@ import textwrap
 from collections.abc import Sequence
 
 from bigbatch import __version__
-from bigbatch.errors import BigbatchError, InputError, RestartError
-
-DONE = 0
-FAILED = 1
-BAD_INPUT = 2
-START_AGAIN = 76  # of a sharded run out of memory: started again, it goes on with smaller micro-batches
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+from bigbatch.cli.exit_codes import DONE, FAILED, INTERRUPTED, ending_of
+from bigbatch.errors import BigbatchError, InputError
 
 COMMANDS = {
     "train": "pretrain or fine-tune a causal language model with the batch you want",
@@ -39,11 +34,6 @@ COMMANDS = {
     "bench": "this package beside what you would pick instead, in one run",
 }
 """The commands, each a module of this package with ``run(...) -> int``, and their line in ``--help``."""
-
-TRAIN_EXTRA = frozenset(
-    ["transformers", "tokenizers", "datasets", "safetensors", "peft", "pydantic", "pydantic_core", "rich", "psutil"]
-)
-"""Modules that the extra ``train`` installs; one that is missing is a sentence, not a traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,30 +74,19 @@ def _dispatch(words: Sequence[str]) -> int:
     if first not in COMMANDS:
         raise InputError(_unknown_command(first))
 
-    from bigbatch.cli import parse
+    from bigbatch.cli.arguments import help_text, parse
 
     asked = rest[: rest.index("--")] if "--" in rest else rest
     if "-h" in asked or "--help" in asked:
-        print(parse.help_text(first), end="")
+        print(help_text(first), end="")
         return DONE
-    from bigbatch.cli.ranks import refusing_together
+    from bigbatch.cli.torchrun import refusing_together
 
     with refusing_together(first):
-        arguments = parse.parse(first, rest)
+        arguments = parse(first, rest)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    code: int = importlib.import_module(f"bigbatch.cli.{first}").run(*arguments)
+    code: int = importlib.import_module(f"bigbatch.cli.commands.{first}").run(*arguments)
     return code
-
-
-def ending_of(error: BigbatchError | ModuleNotFoundError) -> tuple[str, int] | None:
-    """Give the sentence and the exit code that a command ends with; None for what deserves a traceback."""
-    if isinstance(error, ModuleNotFoundError):
-        module = (error.name or "").partition(".")[0]
-        return (
-            (f'{module} is not installed: pip install "bigbatch[train]".', BAD_INPUT) if module in TRAIN_EXTRA else None
-        )
-    code = BAD_INPUT if isinstance(error, InputError) else START_AGAIN if isinstance(error, RestartError) else FAILED
-    return str(error), code
 
 
 def _unknown_command(word: str) -> str:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from bigbatch.cli.pace import Pace
+from bigbatch.cli.eta import Pace
 
 if TYPE_CHECKING:
-    from bigbatch.lm.prepare import Say
+    from bigbatch.lm.training.setup import Say
 
 PLAIN_LINES = 20  # lines that a run without a terminal prints about its updates
 SAMPLE_LINES = 12

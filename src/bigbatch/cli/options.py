@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from bigbatch.lm.bench.names import SAMPLES, read_entry
-from bigbatch.lm.config import CHANGED, FREE, GROUPS, FieldGroup, TrainConfig
-from bigbatch.lm.fields import LARGEST_COUNT, Count, Device, Folder, MemoryText, Number, Seed, Text, Whole
+from bigbatch.lm.bench.entries import SAMPLES, read_entry
+from bigbatch.lm.config.field_types import LARGEST_COUNT, Count, Device, Folder, MemoryText, Number, Seed, Text, Whole
+from bigbatch.lm.config.train_config import CHANGED, FREE, GROUPS, FieldGroup, TrainConfig
 
 
 def _split_commas(value: object) -> object:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bigbatch.errors import MemoryLimitError
-from bigbatch.limit import MemoryLimit, default_limit, describe_bytes, parse_memory
-from bigbatch.memory.tracker import storages
+from bigbatch.memory.allocation_tracker import storages
+from bigbatch.memory.limit import MemoryLimit, default_limit, describe_bytes, parse_memory
 
 HEADROOM_PERCENT = 5  # of a limit: for the gaps between allocations, which nobody else can use
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")

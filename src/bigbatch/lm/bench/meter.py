@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbatch.lm.bench.stage import Stage
+from bigbatch.lm.bench.shared_model import Stage
 
 PIECE = 2**22  # values compared at a time, so that no second gradient is needed on the device
 

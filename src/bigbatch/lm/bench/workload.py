@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bigbatch.lm.dataset import IGNORED
+from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import Machine, find_machine
-from bigbatch.lm.model import add_lora
+from bigbatch.lm.model.pretrained import add_lora
 
 Sample: TypeAlias = dict[str, Tensor]
 
@@ -91,7 +91,7 @@ def count_tokens(samples: Sequence[Sample]) -> int:
 
 
 def shift(samples: Sequence[Sample]) -> list[Sample]:
-    """Give each position the token after it as its label, as `bigbatch.lm.dataset` does; the last one has none."""
+    """Give each position the token after it as its label, as `bigbatch.lm.data.dataset` does; the last one has none."""
     none = torch.tensor([IGNORED])
     return [{**sample, "labels": torch.cat([sample["labels"][1:], none])} for sample in samples]
 

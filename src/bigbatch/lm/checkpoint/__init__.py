@@ -4,14 +4,14 @@
     read:  manifest.json → names, sizes and SHA-256 of the very bytes that are loaded → Contents
 
 ``folder`` is everywhere the ``checkpoints`` of a run directory. No file is a pickle, and nothing that is read can run.
-Verifying and listing load no torch. One process at a time may write to a run: `bigbatch.lm.lock.RunLock` sees to that.
-Several ranks write one checkpoint together with `bigbatch.lm.checkpoint.sharded`, and any number of them loads it with
-`bigbatch.lm.checkpoint.loading`; what is here takes such checkpoints like any other.
+Verifying and listing load no torch. One process at a time may write to a run: `bigbatch.lm.runs.lock.RunLock` sees to
+that. Several ranks write one checkpoint together with `bigbatch.lm.checkpoint.sharded_writer`, and any number of them
+loads it with `bigbatch.lm.checkpoint.sharded_reader`; what is here takes such checkpoints like any other.
 """
 
-from bigbatch.lm.checkpoint.reading import Contents, read
-from bigbatch.lm.checkpoint.shelf import Kept, list_all, newest, prune
-from bigbatch.lm.checkpoint.trust import verify
-from bigbatch.lm.checkpoint.writing import write
+from bigbatch.lm.checkpoint.catalog import Kept, list_all, newest, prune
+from bigbatch.lm.checkpoint.integrity import verify
+from bigbatch.lm.checkpoint.reader import Contents, read
+from bigbatch.lm.checkpoint.writer import write
 
 __all__ = ["Contents", "Kept", "list_all", "newest", "prune", "read", "verify", "write"]

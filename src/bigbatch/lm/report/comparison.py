@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from bigbatch.lm.report.charts import median
-from bigbatch.lm.report.figures import swatch_of
-from bigbatch.lm.report.markup import table, tag, text
-from bigbatch.lm.report.reading import Run
-from bigbatch.lm.report.scales import number, written
+from bigbatch.lm.report.axes import number, written
+from bigbatch.lm.report.html import table, tag, text
+from bigbatch.lm.report.html_figures import swatch_of
+from bigbatch.lm.report.run_charts import median
+from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.sections import STATES
 
 

@@ -7,12 +7,12 @@ from importlib.resources import files
 
 from bigbatch import __version__
 from bigbatch.errors import InputError
-from bigbatch.lm.report import comparison, proof, sections
-from bigbatch.lm.report.charts import Gallery
-from bigbatch.lm.report.drawing import Chart
-from bigbatch.lm.report.figures import figure
-from bigbatch.lm.report.markup import tag, text
-from bigbatch.lm.report.reading import Run
+from bigbatch.lm.report import comparison, sections, verification_section
+from bigbatch.lm.report.html import tag, text
+from bigbatch.lm.report.html_figures import figure
+from bigbatch.lm.report.run_charts import Gallery
+from bigbatch.lm.report.run_reader import Run
+from bigbatch.lm.report.svg_chart import Chart
 
 MOST_RUNS = 8  # that colours tell apart
 REFRESH_S = 10
@@ -66,7 +66,7 @@ def _one(run: Run) -> Iterator[str]:
     yield _section("Batch", batch, "", _missing_noise(run) + sections.window(run))
     yield _section("Speed and memory", gallery.cost(), "")
     yield _section("What happened", (), "", sections.happened(run))
-    yield _section("Proof", (), "", proof.proof(run))
+    yield _section("Proof", (), "", verification_section.proof(run))
     both = tag("div", sections.settings(run) + sections.surroundings(run), class_="tables")
     yield _section("Settings and versions", (), "", both)
 

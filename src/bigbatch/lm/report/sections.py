@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from bigbatch.lm.report.blocks import draw_window, window_of
-from bigbatch.lm.report.charts import median
-from bigbatch.lm.report.columns import Columns
-from bigbatch.lm.report.markup import table, tag, text
-from bigbatch.lm.report.reading import Run
-from bigbatch.lm.report.scales import number, written
+from bigbatch.lm.report.axes import number, written
+from bigbatch.lm.report.html import table, tag, text
+from bigbatch.lm.report.metrics_table import Columns
+from bigbatch.lm.report.run_charts import median
+from bigbatch.lm.report.run_reader import Run
+from bigbatch.lm.report.window_plan_chart import draw_window, window_of
 
 MOST_LINES = 60  # of what happened; the rest is counted
 STATES = {

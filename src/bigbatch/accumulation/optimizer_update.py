@@ -1,0 +1,256 @@
+"""The update: unscale, divide, check, clip, step, schedule. Once per window, on the total."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bigbatch.accumulation.optimizer_state import make_state
+from bigbatch.errors import MemoryLimitError, NonFiniteError
+from bigbatch.gradients.gradient_sums import NARROW_DTYPES, GradientSums
+from bigbatch.memory.usage import is_out_of_memory
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from bigbatch.distributed.gradient_sync import Sync
+    from bigbatch.gradients.loss_totals import Ledger
+
+NonFinite: TypeAlias = Literal["skip", "raise"]
+
+# Added to the norm in the clip coefficient, as torch.nn.utils.clip_grad_norm_ does, so that both clip alike.
+CLIP_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did.
+
+    Attributes:
+        grad_norm: 2-norm of the divided gradient before clipping; NaN without items.
+        skipped: Why nothing was updated, or None.
+        read: Values that were read from the device together with the norm.
+    """
+
+    grad_norm: float
+    skipped: str | None = None
+    read: tuple[float, ...] = ()
+
+
+class Update:
+    """Apply the gradient of a whole window.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer`` that evaluates the loss at most once in a step.
+        scheduler: Stepped once after each update that was applied.
+        scaler: A gradient scaler for float16 autocast over float32 parameters.
+        max_grad_norm: Largest 2-norm of the divided gradient, over all parameters of the optimizer; None to not clip.
+        nonfinite: Whether a window whose loss or gradient is not finite is skipped in silence, or raised.
+
+    Attributes:
+        num_steps: Updates applied so far.
+    """
+
+    def __init__(
+        self,
+        optimizer: "Optimizer",
+        *,
+        scheduler: "LRScheduler | None" = None,
+        scaler: "GradScaler | None" = None,
+        max_grad_norm: float | None = None,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        _check_optimizer(optimizer)
+        _check_scheduler(scheduler, optimizer)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f'nonfinite is {nonfinite!r}: it must be "skip" or "raise".')
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite = nonfinite
+        self.num_steps = 0
+        self._prepared = False
+        if self.scaler is not None:
+            _check_scalable(optimizer)
+
+    def prepare(self) -> None:
+        """Make the optimizer's state where that can be done ahead; from the second call on, do nothing.
+
+        Raises:
+            MemoryLimitError: The state does not fit in memory.
+        """
+        if not self._prepared:
+            make_state(self.optimizer)
+            self._prepared = True
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Continue to count updates after ``num_steps``."""
+        self.num_steps = num_steps
+
+    def parameters(self) -> list[Tensor]:
+        """Give the parameters of all groups of the optimizer, as they are now."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return self.parameters()[0].device
+
+    def apply(
+        self,
+        sums: GradientSums,
+        ledger: "Ledger",
+        *,
+        loss_scale: Tensor | None = None,
+        sync: "Sync | None" = None,
+        beside: Sequence[Tensor] = (),
+    ) -> Outcome:
+        """Turn the sums of a window into one update, or into none if they cannot be one.
+
+        Args:
+            sums: Of the optimizer's parameters.
+            ledger: What they are to be divided by.
+            loss_scale: What the losses were multiplied by: what `loss_scale` gave when the window opened.
+            sync: How the sums crossed ranks, which then all do the same; None in one process.
+            beside: Other 0-d values to read at the same time, for the outcome.
+
+        Waits for the device once, for the count and the norm that decide whether there is an update at all.
+
+        Raises:
+            MemoryLimitError: Memory ran out within the optimizer's step. Some parameters may have moved, others not.
+        """
+        gradients = sums.tensors()
+        if loss_scale is None or not gradients:
+            return self._apply(sums, gradients, ledger, sync, beside)
+        assert self.scaler is not None, "it made the loss scale"
+        # The scale is this window's own: another window with the same scaler may have changed it meanwhile.
+        torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
+        self.scaler.unscale_(self.optimizer)
+        try:
+            return self._apply(sums, gradients, ledger, sync, beside)
+        finally:
+            self.scaler.update()
+
+    def loss_scale(self) -> Tensor | None:
+        """Give the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
+        return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
+
+    def _apply(
+        self,
+        sums: GradientSums,
+        gradients: list[Tensor],
+        ledger: "Ledger",
+        sync: "Sync | None",
+        beside: Sequence[Tensor],
+    ) -> Outcome:
+        norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
+        averaged_over = 1.0 if sync is None else sync.averaged_over
+        norm_of_sums = norm_of(gradients)
+        divisor = ledger.divisor() / averaged_over  # waits for the device, where it counted the items
+        if not divisor:
+            return Outcome(math.nan, skipped="no items")
+        if not gradients:
+            raise ValueError(
+                "none of the optimizer's parameters received a gradient: the loss does not depend on them."
+            )
+        together = [value.to(norm_of_sums) for value in (ledger.marked(norm_of_sums), *beside)]
+        norm, *read = torch.stack(together).tolist()  # waits for the device
+        grad_norm = norm / divisor
+        if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
+            _scale(gradients, 1 / divisor)
+            grad_norm, divisor = norm_of(gradients).item(), 1.0
+            if not math.isfinite(grad_norm):
+                return self._refuse(grad_norm, "non-finite gradient")
+            if not ledger.is_finite():
+                return self._refuse(grad_norm, "non-finite loss")
+        _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
+        gradients.clear()  # float32 sums are then freed one by one as they are handed over
+        sums.hand_over()
+        self._step(ledger)
+        return Outcome(grad_norm, read=tuple(read))
+
+    def _refuse(self, grad_norm: float, why: str) -> Outcome:
+        if self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"the window after update {self.num_steps} has a {why}, and changed nothing: look at its samples, "
+                'lower the learning rate, or pass nonfinite="skip" to go on without such windows.'
+            )
+        return Outcome(grad_norm, skipped=why)
+
+    def _clip_coefficient(self, grad_norm: float) -> float:
+        if self.max_grad_norm is None:
+            return 1.0
+        return min(1.0, self.max_grad_norm / (grad_norm + CLIP_EPSILON))
+
+    def _step(self, ledger: "Ledger") -> None:
+        try:
+            if isinstance(self.optimizer, torch.optim.LBFGS):
+                loss = sum(term.loss for term in ledger.terms().values() if term.items)
+                self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
+            else:
+                self.optimizer.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).partition("\n")[0]
+            raise MemoryLimitError(
+                f"memory ran out within the step of {type(self.optimizer).__name__} ({message}): some parameters may "
+                "be updated and others not. Go back to a checkpoint, and leave more memory to the step: train fewer or "
+                "narrower parameters, or give the optimizer fused=True or foreach=False if it takes them."
+            ) from error
+        self.num_steps += 1
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+
+def _scale(gradients: list[Tensor], factor: float) -> None:
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+
+
+def _check_optimizer(optimizer: "Optimizer") -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass a torch.optim.Optimizer.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        group = optimizer.param_groups[0]
+        if group["max_iter"] != 1 or group["line_search_fn"] is not None:
+            raise TypeError(
+                f"LBFGS with max_iter={group['max_iter']} and line_search_fn={group['line_search_fn']!r} evaluates the "
+                "loss again within one update, when the micro-batches of the window are gone. "
+                "Use LBFGS(max_iter=1, line_search_fn=None), or another optimizer."
+            )
+
+
+def _check_scheduler(scheduler: "LRScheduler | None", optimizer: "Optimizer") -> None:
+    owner = getattr(scheduler, "optimizer", optimizer)
+    if isinstance(owner, torch.optim.Optimizer) and owner.param_groups is not optimizer.param_groups:
+        raise ValueError(
+            "the scheduler belongs to another optimizer: its steps would change rates that this one never reads. "
+            "Make it from the optimizer that is passed here."
+        )
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            "ReduceLROnPlateau needs a validation loss at each step, which an update does not have. "
+            "Leave scheduler= out and call scheduler.step(validation_loss) after each validation."
+        )
+
+
+def _check_scalable(optimizer: "Optimizer") -> None:
+    narrow = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype in NARROW_DTYPES}
+    if narrow:
+        raise TypeError(
+            f"a GradScaler is for float16 autocast over float32 parameters, and these are {_names(narrow)}. "
+            "Keep the parameters in float32, or leave scaler= out."
+        )
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

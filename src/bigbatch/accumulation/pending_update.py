@@ -1,0 +1,247 @@
+"""One window's sums and counts, and how they become an update: what stands behind a `Window`."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbatch.accumulation.optimizer_update import Outcome, Update
+from bigbatch.distributed.gradient_sync import Sync
+from bigbatch.distributed.window_vote import Ballot, Number, Tally, decode, encode, name_ranks
+from bigbatch.errors import RankFailedError, WindowAbandonedError
+from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.gradients.loss_totals import Ledger, as_terms, may_have_items
+from bigbatch.memory.usage import peak_bytes
+from bigbatch.scaling.noise_scale import NoiseMeter, NoiseScale
+from bigbatch.types import Items
+from bigbatch.window_report import RanksReport, WindowReport
+
+
+@dataclass
+class Wishes:
+    """What a rank has to say when the window ends, besides its gradients.
+
+    Attributes:
+        gave_up: Whether it was told to drop the window.
+        tokens: It ran over, without padding; None where nobody counts.
+        samples: Of the batch; None where nobody counts.
+        measures: Whether the noise of this window can be told.
+        stopping: Asked at the end: whether to stop after this update.
+    """
+
+    gave_up: bool = False
+    tokens: int | None = None
+    samples: int | None = None
+    measures: bool = True
+    stopping: Callable[[], bool] = lambda: False
+
+
+class Transaction:
+    """One window's sums and counts, and how they become an update.
+
+    Args:
+        update: What divides and steps.
+        totals: Items of the whole window over all ranks, by term, for a loss of several.
+        kept: As for `GradientSums`.
+        sync: How gradients cross ranks.
+        noise: Takes in the noise of the window; None where nobody wants it, or it cannot be measured.
+        squares: Where the squared norms of micro-gradients are summed, for ``noise``.
+
+    Attributes:
+        counts: Whether what is added next counts; False for what is run for the sake of the other ranks.
+        is_complete: Whether this rank has run all that the other ranks of a sharded model could wait for.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        totals: Mapping[str, Items] | None,
+        *,
+        kept: Mapping[Tensor, Tensor] | None = None,
+        sync: Sync,
+        noise: NoiseMeter | None = None,
+        squares: Tensor | None = None,
+    ) -> None:
+        self._update = update
+        self._noise = noise
+        self._sync = sync
+        self._started_s = time.perf_counter()
+        self._num_microbatches = 0
+        self._num_syncs = 0
+        self._has_voted = sync.size == 1
+        self.wishes = Wishes()
+        self.counts = True
+        self.is_complete = not sync.needs_equal_counts
+        self._loss_scale = update.loss_scale()
+        parameters = update.parameters()
+        float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
+        self._squares = None if noise is None or float16 or totals is not None else squares
+        if self._squares is not None:
+            self._squares.zero_()
+        self.ledger = Ledger(totals, prescale=float16)
+        self.sums = GradientSums(
+            parameters, kept=kept, hides_leaves=sync.hides_leaves, squares=self._squares
+        ).__enter__()
+        sync.begin()
+
+    def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
+        """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
+        terms = as_terms(loss_sum if items is None else (loss_sum, items))
+        loss = self.ledger.record(terms) if self.counts else None
+        if self._sync.needs_equal_counts:
+            self._sync.is_silent = loss is None
+            loss = _with_idle(loss, terms)
+        if loss is not None and (only is None or only):
+            with self._sync.backward():
+                self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
+        self._num_microbatches += self.counts
+        self._num_syncs += self._sync.crosses
+
+    @property
+    def differentiates_sums(self) -> bool:
+        """Whether losses are differentiated as they come, with no factor of this window's own."""
+        return self._loss_scale is None and self.ledger.differentiates_sums
+
+    def note(self, loss_sum: Tensor, items: Items) -> None:
+        """Enter one micro-batch whose gradient is in the sums already."""
+        self.ledger.record(as_terms((loss_sum, items)))
+        self._num_microbatches += 1
+
+    def apply(self) -> WindowReport:
+        """Update once, clear, and tell. Collective.
+
+        Raises:
+            RankFailedError: Another rank failed in this window.
+            WindowAbandonedError: A rank was told to drop it.
+        """
+        self.is_complete = True
+        tally = None if self._sync.size == 1 else self._vote()
+        if tally is not None:
+            self._agree(tally)
+        squares, counts = self._told_apart(tally)
+        beside = [value for value in (squares, counts) if isinstance(value, Tensor)]
+        outcome = self._update.apply(
+            self.sums, self.ledger, loss_scale=self._loss_scale, sync=self._sync, beside=beside
+        )
+        self.undo()
+        items = self.ledger.items()
+        noise = self._observe(outcome, squares, counts, tally, items=items)
+        peak = peak_bytes(self._update.device)
+        return WindowReport(
+            step=self._update.num_steps,
+            items=items,
+            grad_norm=outcome.grad_norm,
+            num_microbatches=self._num_microbatches,
+            tokens=self.wishes.tokens if tally is None else _sum_of_tokens(self.wishes.tokens, tally),
+            peak_bytes=peak if tally is None or peak is None else max(peak, *(b.peak_bytes for b in tally.ballots)),
+            elapsed_s=time.perf_counter() - self._started_s,
+            syncs=self._num_syncs,
+            skipped=outcome.skipped,
+            ranks=None if tally is None else _report(tally),
+            noise=noise,
+            _read_terms=self.ledger.terms,
+        )
+
+    def _told_apart(self, tally: Tally | None) -> tuple[Number, Number]:
+        """Give Σ |S_i|² and Σ n_i² over the micro-batches of all ranks, where they are; NaN where nobody measured."""
+        if self._squares is None or not self.wishes.measures or not self.sums.can_name_leaves:
+            own: tuple[Number, Number] = math.nan, 0.0
+        else:
+            own = self._squares, self.ledger.items_squared()
+        if tally is None:
+            return own
+        return sum(float(b.squares) for b in tally.ballots), sum(float(b.items_squared) for b in tally.ballots)
+
+    def _observe(
+        self, outcome: Outcome, squares: Number, counts: Number, tally: Tally | None, *, items: float
+    ) -> NoiseScale | None:
+        """Take the noise of this window in; give what is known by now."""
+        if self._noise is None:
+            return None
+        if outcome.skipped is not None or self._squares is None:
+            self._noise.pass_by(items)
+        else:
+            read = iter(outcome.read)
+            squares, counts = (next(read) if isinstance(value, Tensor) else value for value in (squares, counts))
+            samples = self.wishes.samples or 0 if tally is None else sum(b.samples for b in tally.ballots)
+            self._noise.observe(outcome.grad_norm**2, squares, items, counts, samples=samples)
+        return self._noise.read()
+
+    def _vote(self, *, failed: bool = False) -> Tally:
+        """Tell the other ranks, before anything could hang, and hear them. Collective; waits for the device."""
+        device = self._update.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the gather would wait as long; this way the time is that of the window
+        if any(p.grad is not None and p.grad.is_sparse for p in self.sums.parameters) and not failed:
+            raise TypeError("a gradient is sparse, and those of ranks are summed dense: make embeddings sparse=False.")
+        squares, items_squared = self._told_apart(None)
+        ballot = Ballot(
+            failed=failed,
+            gave_up=self.wishes.gave_up,
+            stopping=not failed and self.wishes.stopping(),
+            num_microbatches=self._num_microbatches,
+            tokens=self.wishes.tokens or 0,
+            peak_bytes=peak_bytes(device) or 0,
+            elapsed_s=time.perf_counter() - self._started_s,
+            samples=self.wishes.samples or 0,
+            squares=squares,
+            items_squared=items_squared,
+        )
+        parameters = [] if self._sync.needs_equal_counts else self.sums.parameters
+        reached = self.sums.reached() if parameters else []
+        values = encode(ballot, {} if failed else self.ledger.shares(), reached)
+        self._has_voted = True
+        return decode(self._sync.gather(values), len(parameters))
+
+    def _agree(self, tally: Tally) -> None:
+        """Go on with what all ranks have, or not at all."""
+        if failed := tally.ranks_with("failed"):
+            raise RankFailedError(
+                f"{name_ranks(failed)} failed in the window after update {self._update.num_steps}, and it changed "
+                "nothing on any rank: see what was said there. A window that ends without its step() has failed, too."
+            )
+        if tally.ranks_with("gave_up"):
+            raise WindowAbandonedError(f"the window was given up on {name_ranks(tally.ranks_with('gave_up'))}.")
+        self.ledger.settle(tally.terms)
+        self.ledger.take_back_prescale(self.sums.tensors())
+        self.sums.accept()
+        self._num_syncs += self._sync.reduce(self.sums, tally.reached)
+
+    def undo(self) -> None:
+        """Drop sums and gradients. Collective where the window ends without a vote: the other ranks wait for one."""
+        if not self._has_voted:
+            self._has_voted = True
+            if self.is_complete:  # else they are in a layer of the sharded model, and wait for what never comes
+                with suppress(Exception):  # they may be gone
+                    self._vote(failed=True)
+        self.sums.__exit__(None, None, None)
+        self._sync.end()
+
+
+def _with_idle(loss: Tensor | None, terms: Mapping[str, tuple[Tensor, Items]]) -> Tensor:
+    """Add, as zeros, the terms that count nothing here: other ranks may run backward through their layers."""
+    for idle in (loss_sum for loss_sum, items in terms.values() if loss is None or not may_have_items(items)):
+        loss = idle * 0.0 if loss is None else loss + idle * 0.0
+    assert loss is not None, "there is at least one term"
+    return loss
+
+
+def _sum_of_tokens(own: int | None, tally: Tally) -> int | None:
+    return None if own is None else sum(ballot.tokens for ballot in tally.ballots)
+
+
+def _report(tally: Tally) -> RanksReport:
+    times = [ballot.elapsed_s for ballot in tally.ballots]
+    slowest = max(range(len(times)), key=times.__getitem__)
+    return RanksReport(
+        size=len(times),
+        num_microbatches=tuple(ballot.num_microbatches for ballot in tally.ballots),
+        slowest=slowest,
+        slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
+        stopping=bool(tally.ranks_with("stopping")),
+    )

@@ -1,0 +1,1 @@
+"""Plan which samples run together, and split a batch into micro-batches."""

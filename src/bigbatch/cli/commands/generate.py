@@ -1,0 +1,47 @@
+"""``bigbatch generate``: let the model of a run go on with a text."""
+
+from pathlib import Path
+
+from bigbatch.cli.console import quiet_libraries
+from bigbatch.cli.exit_codes import DONE
+from bigbatch.cli.options import GenerateOptions
+from bigbatch.cli.run_lookup import check_run
+from bigbatch.errors import InputError
+
+
+def run(options: GenerateOptions) -> int:
+    """Print the prompt and what the model writes after it, as it comes."""
+    folder = _model_folder(options.run)
+
+    import torch
+    from transformers import TextStreamer
+
+    from bigbatch.lm.data.tokenizer import load_tokenizer
+    from bigbatch.lm.device import find_machine
+    from bigbatch.lm.model.generation import continue_text
+    from bigbatch.lm.model.pretrained import load_model
+
+    quiet_libraries()
+    machine = find_machine(options.device, "float32")
+    tokenizer = load_tokenizer(str(folder))
+    model = load_model(str(folder), dtype=machine.weights_dtype).to(machine.device).eval()
+    torch.manual_seed(options.seed)
+    continue_text(
+        model,
+        tokenizer,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+    return DONE
+
+
+def _model_folder(run: Path) -> Path:
+    """Find the model of a run; a model folder by itself will do."""
+    for folder in (run / "model", run):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    check_run(run)
+    raise InputError(f"{run} holds no trained model: a run has one in {run / 'model'} once it has ended.")

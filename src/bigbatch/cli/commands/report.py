@@ -1,0 +1,72 @@
+"""``bigbatch report``: one self-contained HTML page of a run, or of several beside one another."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigbatch.cli.console import make_console
+from bigbatch.cli.exit_codes import DONE
+from bigbatch.cli.options import ReportOptions
+from bigbatch.cli.run_lookup import check_run
+from bigbatch.lm.report.output_file import check_place, put
+from bigbatch.lm.report.page import page
+from bigbatch.lm.report.run_reader import Run, is_running, read_run, size_of_metrics
+from bigbatch.lm.report.sections import STATES
+from bigbatch.memory.limit import describe_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOOK_EVERY_S = 1.0
+SHARE = 10  # of its time that --watch may spend on writing is one in so many
+
+
+def run(options: ReportOptions) -> int:
+    """Write the page; under ``--watch`` again and again, until no run is running any more or Ctrl-C."""
+    folders = options.runs
+    for folder in folders:
+        check_run(folder)
+    target = options.out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
+    runs = [read_run(folder) for folder in folders]
+    check_place(target)
+    console = make_console()
+    watched = options.watch and _any_running(runs)
+    num_bytes = put(target, page(runs, refresh=watched))
+    console.print(f"{target}: {describe_bytes(num_bytes)}, {_states(runs)}")
+    if watched:
+        runs = _watch(folders, target, console)
+        console.print(f"{target}: {_states(runs)}")
+    return DONE
+
+
+def _watch(folders: tuple[Path, ...], target: Path, console: "Console") -> list[Run]:
+    """Write the page whenever metrics grow; in the end once more, as a page that does not load itself again."""
+    try:
+        console.print("writing it again whenever an update is made; Ctrl-C ends that")
+        shown = [-1 for _ in folders]
+        pause_s = LOOK_EVERY_S
+        while any(is_running(folder) for folder in folders):
+            time.sleep(pause_s)
+            now = [size_of_metrics(folder) for folder in folders]
+            if now == shown:
+                continue
+            shown = now
+            started_s = time.perf_counter()
+            runs = [read_run(folder) for folder in folders]
+            put(target, page(runs, refresh=_any_running(runs)))
+            pause_s = max(LOOK_EVERY_S, SHARE * (time.perf_counter() - started_s))
+    except KeyboardInterrupt:
+        print()  # the terminal has just written ^C
+    runs = [read_run(folder) for folder in folders]
+    put(target, page(runs))
+    return runs
+
+
+def _any_running(runs: list[Run]) -> bool:
+    return any(run.state == "running" for run in runs)
+
+
+def _states(runs: list[Run]) -> str:
+    if len(runs) == 1:
+        return f"{STATES[runs[0].state]} after {runs[0].steps:,} updates"
+    return ", ".join(f"{run.name} {STATES[run.state]}" for run in runs)

@@ -1,0 +1,69 @@
+"""``bigbatch verify``: every cut of one batch against the whole, on the model, data and loss of a run."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from bigbatch.cli.console import make_console, preparing, quiet_libraries
+from bigbatch.cli.options import VerifyOptions
+from bigbatch.errors import InputError
+from bigbatch.lm.config.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from bigbatch.verification.verify import Verification
+
+EXACT = 0
+NOT_EXACT = 1
+
+
+def run(config: TrainConfig, options: VerifyOptions) -> int:
+    """Print the proof; return 0 only if every cut is exact."""
+    console, notes = make_console(), make_console(stderr=True)
+    with preparing(console if not options.as_json else notes if notes.is_terminal else None) as say:
+        from bigbatch.lm.data.sampling_order import epoch_order
+        from bigbatch.lm.training.setup import prepare
+        from bigbatch.verification.verify import verify
+
+        quiet_libraries()
+        prepared = prepare(config, say=say)
+        order = epoch_order(len(prepared.training), seed=config.seed, epoch=0)[: options.samples]
+        if len(order) < 2:
+            raise InputError(f"a batch of {len(order)} sequence cannot be cut: pass --samples 2 or more, or more data.")
+        say("taking gradients")
+        verification = verify(
+            prepared.model,
+            prepared.loss_fn,
+            [prepared.training[i] for i in order],
+            microbatch=options.cuts or default_cuts(len(order)),
+            collate=prepared.collate,
+        )
+    if options.as_json:
+        on = {"model": config.model, "data": config.data, "machine": str(prepared.machine)}
+        console.print(json.dumps(on | as_json(verification)))
+    else:
+        console.print(f"{config.model} on {config.data}, {prepared.machine}")
+        console.print(str(verification))
+    return EXACT if verification.exact else NOT_EXACT
+
+
+def default_cuts(num_samples: int) -> list[int]:
+    """Give powers of two below the batch, and one that leaves a shorter last micro-batch."""
+    sizes = {2**power for power in range(num_samples.bit_length()) if 2**power < num_samples}
+    return sorted(sizes | ({3} if num_samples > 3 else set()))
+
+
+def as_json(verification: "Verification") -> dict[str, object]:
+    """Turn a verification into what JSON can hold: dtypes by name, NaN and infinity as null."""
+    record = asdict(verification)
+    record["dtype"] = str(verification.dtype).removeprefix("torch.")
+    return {name: _finite(value) for name, value in record.items()}
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value

@@ -1,0 +1,1 @@
+"""Gradient synchronization over ranks, and the collectives that it needs."""

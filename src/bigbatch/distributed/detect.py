@@ -1,0 +1,53 @@
+"""Detect how a model is distributed over ranks."""
+
+from torch import nn
+
+from bigbatch.distributed.gradient_sync import Sync, SyncPolicy
+from bigbatch.distributed.replicated import Replicated, _ddp_of
+
+
+def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
+    """Recognise how a model is spread over ranks.
+
+    Args:
+        model: Plain, wrapped in ``DistributedDataParallel``, or with `fully_shard` applied to it.
+        sync: A policy for a sharded model, or what is to be used instead of what is recognised.
+
+    Raises:
+        TypeError: It is spread in a way that cannot be accumulated exactly.
+        ValueError: The policy is not one for this model.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(sync, Sync):
+        if sync.model is not model:
+            raise ValueError(
+                f"sync= was made of another object than the model ({type(sync.model).__name__}, and this is a "
+                f"{type(model).__name__}): make it of what is passed here."
+            )
+        return sync
+    if sync is not None and not isinstance(sync, SyncPolicy):
+        raise TypeError(f"sync is {sync!r}: pass a bigbatch.SyncPolicy, a bigbatch.Replicated(model), or nothing.")
+    modules = list(model.modules())
+    kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
+    if "FullyShardedDataParallel" in kinds:
+        raise TypeError(
+            "the model is wrapped in FullyShardedDataParallel, which keeps gradients where a window cannot add to "
+            "them. Use torch.distributed.fsdp.fully_shard on the model instead."
+        )
+    if any(isinstance(module, FSDPModule) for module in modules):
+        from bigbatch.distributed.sharded import Sharded
+
+        return Sharded(model, policy=sync)
+    if sync not in (None, SyncPolicy.LAST):
+        raise ValueError(f"sync is {sync}, which is for models that are sharded: leave it out.")
+    if _ddp_of(model) is not None:
+        return Replicated(model)
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+        raise TypeError(
+            "a part of the model is wrapped in DistributedDataParallel, and the rest is not: wrap the whole model, or "
+            "make an accumulator for each part."
+        )
+    if "DataParallel" in kinds:
+        raise TypeError("the model is wrapped in DataParallel: use one process a GPU, and DistributedDataParallel.")
+    return Sync(model)

@@ -1,0 +1,1 @@
+"""The engine: a whole batch in, one update out."""

@@ -1,0 +1,1 @@
+"""How one micro-batch is run: directly, retried after out-of-memory, or replayed as a CUDA graph."""

@@ -1,0 +1,1 @@
+"""Gradient sums and the only divisor."""

@@ -1,0 +1,306 @@
+"""What a loss function returns: sums and items. The only divisor of the package is made here.
+
+For one term the gradient is Σ_i ∇s_i / Σ_i n_i: micro-batches are differentiated undivided, and the total is divided
+once, when its items are known. A loss of several terms is Σ_t (Σ_i s_ti / N_t), so each term is divided by its own
+total before it is differentiated, and the totals N_t have to be known first.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from numbers import Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from bigbatch.gradients.gradient_sums import NARROW_DTYPES
+from bigbatch.types import Items, Terms
+from bigbatch.window_report import TermReport
+
+WEIGHTS_ROUNDING = 1e-5  # items may be weights: their sum depends on the order in float32, where counts are exact
+_PAIR, _NUMBER = (tuple, list), (int, float, Real)
+SINGLE = "loss"  # the name of the term of a loss that has only one
+
+
+def as_terms(result: object) -> Terms:
+    """Bring ``(loss_sum, items)`` or ``{name: (loss_sum, items)}`` to the second form, and check it.
+
+    Args:
+        result: What a loss function returned.
+
+    Raises:
+        TypeError: It is neither of the two.
+        ValueError: A loss is not a 0-d tensor, or items are not one non-negative number.
+    """
+    single = isinstance(result, tuple) or not isinstance(result, Mapping)
+    terms: Mapping[str, Any] = {SINGLE: result} if single else result  # type: ignore[assignment]
+    for name, term in terms.items():
+        if not isinstance(term, _PAIR) or len(term) != 2:
+            raise TypeError(
+                f"the term {name!r} of the loss is {_describe(term)}: give the pair (loss_sum, items), the sum of the "
+                "item losses and how many items it runs over, for example "
+                "(F.cross_entropy(logits, labels, reduction='sum'), labels.numel())."
+            )
+        loss_sum, items = term
+        if not isinstance(loss_sum, Tensor) or loss_sum.ndim:
+            _refuse_loss(name, loss_sum)
+        if type(items) is not int or items < 0:  # most are counts, of which there is nothing more to check
+            _check_items(name, items)
+    return terms
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _refuse_loss(name: str, loss_sum: object) -> NoReturn:
+    if not isinstance(loss_sum, Tensor):
+        raise TypeError(f"the loss of the term {name!r} is {_describe(loss_sum)}: it must be a 0-d tensor.")
+    raise ValueError(
+        f"the loss of the term {name!r} has shape {tuple(loss_sum.shape)}: it must be the 0-d sum of the item losses. "
+        "Use reduction='sum', or call .sum() on it."
+    )
+
+
+def _check_items(name: str, items: object) -> None:
+    if isinstance(items, Tensor):
+        if items.dtype in NARROW_DTYPES:
+            raise ValueError(
+                f"the items of the term {name!r} are in {items.dtype}, which cannot count past "
+                f"{2 / torch.finfo(items.dtype).eps:g}. Sum the mask as it is (bool), or in float32."
+            )
+        if items.numel() != 1:
+            raise ValueError(
+                f"the items of the term {name!r} have shape {tuple(items.shape)}: they must be one number, the count "
+                "of the micro-batch. Call .sum() on the mask."
+            )
+        if not items.is_cpu:  # looking at its value would make the host wait for the device
+            return
+        items = items.item()
+    if not isinstance(items, _NUMBER):
+        raise TypeError(
+            f"the items of the term {name!r} are {_describe(items)}: they must be a number or a 0-d tensor."
+        )
+    if not 0 <= float(items) < math.inf:
+        raise ValueError(f"the items of the term {name!r} are {items}: they must be a finite count, 0 or more.")
+
+
+class Ledger:
+    """Loss sums and items of one window, by term; tells what to differentiate and what to divide by.
+
+    Args:
+        totals: Items of the whole window by term, where they are known before the first backward.
+        prescale: Differentiate a single term divided by a power of two near the items of the first micro-batch, for
+            float16: gradients then have the range of a mean loss instead of a sum's. Exact, since powers of two only
+            move the exponent.
+    """
+
+    def __init__(
+        self,
+        totals: Mapping[str, Items] | None = None,
+        *,
+        prescale: bool = False,
+    ) -> None:
+        self.totals = None if totals is None else {name: _host(items) for name, items in totals.items()}
+        self._prescale = prescale
+        self._prescaled_by: float | Tensor | None = None
+        self.num_recorded = 0
+        self._last: list[tuple[str, bool]] = []  # what the last micro-batch entered: terms, and whether they had items
+        self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
+        self._items: defaultdict[str, list[Items]] = defaultdict(list)
+        self._settled: dict[str, TermReport] | None = None  # over all ranks, once they have told one another
+
+    @property
+    def differentiates_sums(self) -> bool:
+        """Whether losses are differentiated undivided, as they are recorded."""
+        return self.totals is None and not self._prescale
+
+    def record(self, terms: Terms) -> Tensor | None:
+        """Note one micro-batch; return the 0-d loss to differentiate, or None where it has no item at all."""
+        self.num_recorded += 1
+        self._last.clear()
+        if self.totals is None:
+            return self._record_single(terms)
+        weighted: Tensor | None = None
+        for name, (loss_sum, items) in terms.items():
+            if name not in self.totals:
+                raise ValueError(
+                    f"the loss has the term {name!r}, and count_items told the totals of "
+                    f"{', '.join(map(repr, self.totals))}: count it there too."
+                )
+            if self._note(name, loss_sum, items):
+                part = loss_sum / self.totals[name]
+                weighted = part if weighted is None else weighted + part
+        return weighted
+
+    def _record_single(self, terms: Terms) -> Tensor | None:
+        if not terms:
+            raise ValueError("the loss has no term: give at least one (loss_sum, items).")
+        name, (loss_sum, items) = next(iter(terms.items()))
+        if len(terms) > 1 or (self._sums and name not in self._sums):
+            names = ", ".join(repr(name) for name in {**self._sums, **terms})
+            raise ValueError(
+                f"the loss has the terms {names}: several terms need their totals before the first backward. Pass "
+                "count_items=, a function that gives {name: items} for these names."
+            )
+        if not self._note(name, loss_sum, items):
+            return None
+        if self._prescale:
+            if self._prescaled_by is None:
+                self._prescaled_by = _power_of_two_near(items)
+            loss_sum = loss_sum / self._prescaled_by
+        return loss_sum
+
+    def _note(self, name: str, loss_sum: Tensor, items: Items) -> bool:
+        """Enter one term of one micro-batch; tell whether it may have items."""
+        if isinstance(items, Tensor):
+            items = _host(items)
+        self._items[name].append(items)
+        sums = self._sums[name]
+        has_items = may_have_items(items)
+        self._last.append((name, has_items))
+        if not has_items:
+            return False
+        # A copy: the loss is the caller's, who may go on to change it in place.
+        sums.append(loss_sum.item() if loss_sum.is_cpu else loss_sum.detach().clone())
+        return True
+
+    def rollback(self, num_recorded: int) -> None:
+        """Forget the micro-batch that was recorded when ``num_recorded`` was one less; nothing if it never was."""
+        if self.num_recorded == num_recorded:
+            return
+        self.num_recorded = num_recorded
+        for name, has_items in self._last:
+            self._items[name].pop()
+            if has_items:
+                self._sums[name].pop()
+
+    def shares(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
+        """Give ``(items, loss_sum)`` of each term so far, where they are; nothing is waited for."""
+        shares: dict[str, tuple[float | Tensor, float | Tensor]] = {}
+        for name in self.totals or list(self._items):
+            shares[name] = _added(self._items.get(name, [])), _added(self._totals_where_they_are([name]))
+        return shares
+
+    def items_squared(self) -> float | Tensor:
+        """Give Σ n_i² over the micro-batches of a loss of one term, where they are; nothing is waited for."""
+        counts = next(iter(self._items.values()), [])
+        return _added([float(count * count) if not isinstance(count, Tensor) else count * count for count in counts])
+
+    def take_back_prescale(self, gradients: list[Tensor]) -> None:
+        """Multiply gradients by what this rank divided its losses by, which other ranks chose otherwise."""
+        if self._prescaled_by is not None:
+            torch._foreach_mul_(gradients, self._prescaled_by)
+            self._prescaled_by = None
+
+    def settle(self, totals: Sequence[tuple[float, float]]) -> None:
+        """Take what all ranks have of each term, ``(items, loss_sum)``, by the places of the sorted names."""
+        names = sorted(self.totals or self._items or [SINGLE])
+        assert not totals or len(totals) == len(names), "ranks have the same terms, or one that this rank never saw"
+        self._settled = {}
+        for name, (count, total) in zip(names, totals, strict=False):
+            items = int(count) if float(count).is_integer() else count
+            self._settled[name] = TermReport(loss=total / items if items else math.nan, items=items)
+
+    def marked(self, value: Tensor) -> Tensor:
+        """Give the value, or NaN where a loss is not a finite number; nothing is waited for."""
+        if self._settled is not None:
+            return value if self.is_finite() else value * math.nan
+        for total in self._totals_where_they_are():
+            value = value + 0.0 * (total.to(value) if isinstance(total, Tensor) else total)
+        return value
+
+    def is_finite(self) -> bool:
+        """Whether the loss of every term is a finite number; waits for the device."""
+        if self._settled is not None:
+            return all(math.isfinite(term.loss) for term in self._settled.values() if term.items)
+        return all(math.isfinite(float(total)) for total in self._totals_where_they_are())
+
+    def _totals_where_they_are(self, names: Iterable[str] | None = None) -> list[float | Tensor]:
+        """Sum the losses of some terms, or of all, on the host and on each device."""
+        on_host, on_device = 0.0, defaultdict[torch.device, list[Tensor]](list)
+        chosen = self._sums if names is None else names
+        for loss_sum in chain.from_iterable(self._sums[name] for name in chosen):
+            if isinstance(loss_sum, Tensor):
+                on_device[loss_sum.device].append(loss_sum)
+            else:
+                on_host += loss_sum
+        return [on_host, *(torch.stack(sums).sum(dtype=_sum_dtype(sums[0])) for sums in on_device.values())]
+
+    def items(self, name: str | None = None) -> float:
+        """Items so far of one term, by default of the first; reads the device where the counts live there."""
+        if name is None:
+            name = next(iter(self.totals or self._items), SINGLE)
+        if self._settled is not None:
+            return self._settled[name].items if name in self._settled else 0
+        counts = self._items.get(name, [])
+        on_device = [count.reshape(()) for count in counts if isinstance(count, Tensor)]
+        total = sum(count for count in counts if not isinstance(count, Tensor))
+        if on_device:
+            total += torch.stack(on_device).sum().item()  # waits for the device
+        return total
+
+    def divisor(self) -> float:
+        """What the summed gradient is still to be divided by; 0 for a window without items.
+
+        Reads the device where the counts live there. Raises ValueError if ``count_items`` told other totals than the
+        micro-batches held: terms would have been divided by the wrong number.
+        """
+        if self.totals is None:
+            return self.items() / (1.0 if self._prescaled_by is None else float(self._prescaled_by))
+        for name, total in self.totals.items():
+            seen = self.items(name)
+            counts = isinstance(seen, int) and isinstance(total, int)
+            if seen != total if counts else not math.isclose(seen, total, rel_tol=WEIGHTS_ROUNDING):
+                raise ValueError(
+                    f"count_items told {total} items for the term {name!r}, and the micro-batches held {seen}: the "
+                    "two must count the same things, and all micro-batches of the window must run before its step()."
+                )
+        return 1.0 if any(self.totals.values()) else 0.0
+
+    def terms(self) -> dict[str, TermReport]:
+        """Loss and items of each term over the window; waits for the device."""
+        if self._settled is not None:
+            return dict(self._settled)
+        reports = {}
+        for name, sums in self._sums.items():
+            items = self.items(name)
+            on_device = [loss_sum for loss_sum in sums if isinstance(loss_sum, Tensor)]
+            total = math.fsum(loss_sum for loss_sum in sums if not isinstance(loss_sum, Tensor))
+            if on_device:
+                total += torch.stack(on_device).sum(dtype=_sum_dtype(on_device[0])).item()  # waits for the device
+            reports[name] = TermReport(loss=total / items if items else math.nan, items=items)
+        return reports
+
+
+def may_have_items(items: Items) -> bool:
+    """Whether there are items, or may be: a count on a device is not waited for."""
+    items = _host(items)
+    return isinstance(items, Tensor) or items != 0
+
+
+def _added(values: Iterable[float | Tensor]) -> float | Tensor:
+    """Add numbers and 0-d tensors, in float64."""
+    total = math.fsum(value for value in values if not isinstance(value, Tensor))
+    on_device = [value.reshape(()).to(torch.float64) for value in values if isinstance(value, Tensor)]
+    return total + torch.stack(on_device).sum() if on_device else total
+
+
+def _host(items: Items) -> Items:
+    """Turn counts that are on the CPU into numbers, which no device has to be asked for."""
+    return items.item() if isinstance(items, Tensor) and items.is_cpu else items
+
+
+def _power_of_two_near(items: Items) -> float | Tensor:
+    if isinstance(items, Tensor):
+        count = items.detach().float().reshape(())
+        return torch.where(count > 0, torch.exp2(torch.ceil(torch.log2(count))), 1.0)
+    return 2.0 ** math.ceil(math.log2(items))
+
+
+def _sum_dtype(loss_sum: Tensor) -> torch.dtype:
+    return torch.float32 if loss_sum.device.type == "mps" else torch.float64

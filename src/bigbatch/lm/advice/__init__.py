@@ -1,0 +1,1 @@
+"""Whether the global batch of a run is the right one."""

@@ -1,0 +1,242 @@
+"""The race: rounds in which each takes a timed update, in turn; the first is compared with the reference."""
+
+import contextlib
+import io
+import logging
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bigbatch.errors import InputError, MemoryLimitError
+from bigbatch.lm.bench.entries import ABOUT, OURS, Entry, missing
+from bigbatch.lm.bench.meter import GradientMeter, Meter, Similarity, Timer, reference_gradient
+from bigbatch.lm.bench.peer import Contestant
+from bigbatch.lm.bench.registry import make_contestant
+from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.workload import Workload, count_tokens
+from bigbatch.lm.device import Machine
+from bigbatch.memory.limit import parse_memory
+from bigbatch.memory.usage import is_out_of_memory, release_memory
+
+if TYPE_CHECKING:
+    from bigbatch.lm.training.setup import Say
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one contestant.
+
+    Attributes:
+        name: Its name.
+        about: What it is.
+        samples: Of its micro-batches; None for one that chooses.
+        speeds: Tokens a second, of each round.
+        peak_bytes: The most that torch allocated on the device in any round; None where there is no CUDA.
+        similarity: Of the gradient that its optimizer was given to that of the whole batch.
+        problem: Why it has no figures, in a few words; None where it has.
+        notes: What a reader should know.
+    """
+
+    name: str
+    about: str
+    samples: int | None
+    speeds: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    similarity: Similarity | None = None
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The median over the rounds."""
+        return statistics.median(self.speeds) if self.speeds and self.problem is None else None
+
+
+@dataclass(frozen=True)
+class Race:
+    """All rows, and what they were measured on.
+
+    Attributes:
+        workload: What an update was.
+        machine: Device and precision.
+        memory: The limit, as it was asked for; None for none.
+        rounds: Timed updates of each contestant.
+        num_parameters: Of the model.
+        num_sequences: Of the global batch.
+        num_tokens: Of the global batch.
+        rows: In the order asked for.
+    """
+
+    workload: Workload
+    machine: Machine
+    memory: str | None
+    rounds: int
+    num_parameters: int
+    num_sequences: int
+    num_tokens: int
+    rows: tuple[Row, ...]
+
+    @property
+    def ours(self) -> Row | None:
+        """The row of this package; None where it was not asked for."""
+        return next((row for row in self.rows if row.name == OURS), None)
+
+    def ratio(self, row: Row) -> float | None:
+        """How many times the tokens a second of a row this package made; None where either made none."""
+        ours = None if self.ours is None else self.ours.tokens_per_s
+        return ours / row.tokens_per_s if ours and row.tokens_per_s else None
+
+
+def race(workload: Workload, entries: Sequence[Entry], *, memory: str | None, rounds: int, say: "Say") -> Race:
+    """Let everyone take the update of a workload, in turn, in each of the rounds; the first is compared as well.
+
+    Args:
+        workload: What an update is.
+        entries: Who takes part.
+        memory: What the process may use of a CUDA device, which it is held to. On the CPU only this package knows it.
+        rounds: Timed updates of each contestant.
+        say: Told what goes on.
+
+    Raises:
+        InputError: The device is not there, or has less memory.
+    """
+    machine = workload.machine()
+    with _limited(machine, memory):
+        say("making the model")
+        stage = Stage(workload, memory)
+        say("computing the reference gradient, in float32")
+        with _unlimited(machine):  # it takes no part
+            reference = reference_gradient(stage)
+        lanes = [_Lane(entry) for entry in entries]
+        for number in range(1, rounds + 1):
+            for lane in lanes:
+                say(f"round {number} of {rounds}: {lane.title}")
+                lane.time(stage, reference)
+    return Race(
+        workload=workload,
+        machine=machine,
+        memory=memory,
+        rounds=rounds,
+        num_parameters=sum(parameter.numel() for parameter in stage.parameters),
+        num_sequences=len(stage.samples),
+        num_tokens=count_tokens(stage.samples),
+        rows=tuple(lane.row() for lane in lanes),
+    )
+
+
+class _Lane:
+    """One contestant on its way: what was measured so far, or what stopped it."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._problem = missing(entry.name)
+        self._contestant: Contestant | None = None if self._problem else make_contestant(entry)
+        self._speeds: list[float] = []
+        self._peaks: list[int] = []
+        self._similarity: Similarity | None = None
+
+    @property
+    def title(self) -> str:
+        return self._entry.name if self._entry.samples is None else f"{self._entry.name}:{self._entry.samples}"
+
+    def time(self, stage: Stage, reference: Sequence[Tensor]) -> None:
+        """Take a timed update; the gradient of the first is compared meanwhile, which does not count as time."""
+        timer = Timer(stage.device)
+        if self._speeds:
+            self._take_turn(stage, timer)
+        else:
+            meter = GradientMeter(stage, reference, timer=timer)
+            try:
+                self._take_turn(stage, meter)
+            finally:
+                meter.close()
+            self._similarity = meter.similarity
+            if self._problem is None and meter.similarity is None:
+                self._problem = "its optimizer took no step"
+        if timer.elapsed_s is not None:
+            self._speeds.append(count_tokens(stage.samples) / timer.elapsed_s)
+        if timer.peak_bytes is not None:
+            self._peaks.append(timer.peak_bytes)
+
+    def _take_turn(self, stage: Stage, meter: Meter) -> None:
+        if self._contestant is None or self._problem is not None:
+            return
+        try:
+            with stage.turn(), _quiet():
+                self._contestant.turn(stage, meter)
+        except Exception as error:
+            self._problem = _describe(error)
+            if self._entry.name == OURS and self._problem.startswith("failed"):
+                raise
+        if self._problem is not None:
+            release_memory()  # outside the except block, whose traceback holds tensors
+
+    def row(self) -> Row:
+        return Row(
+            name=self._entry.name,
+            about=ABOUT[self._entry.name],
+            samples=self._entry.samples,
+            speeds=tuple(self._speeds),
+            peak_bytes=max(self._peaks, default=None),
+            similarity=self._similarity,
+            problem=self._problem,
+            notes=() if self._contestant is None else tuple(self._contestant.notes),
+        )
+
+
+def _describe(error: Exception) -> str:
+    if is_out_of_memory(error) or isinstance(error, MemoryLimitError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@contextlib.contextmanager
+def _limited(machine: Machine, memory: str | None) -> Iterator[None]:
+    """Hold this process to a limit on CUDA."""
+    if memory is None or machine.device.type != "cuda":
+        yield
+        return
+    total_bytes = torch.cuda.get_device_properties(machine.device).total_memory
+    try:
+        limit_bytes = parse_memory(memory).bytes_of(total_bytes)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    before = torch.cuda.get_per_process_memory_fraction(machine.device)
+    machine.limit_memory(limit_bytes)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, machine.device)
+
+
+@contextlib.contextmanager
+def _unlimited(machine: Machine) -> Iterator[None]:
+    """Lift the limit of this process on CUDA for a while."""
+    if machine.device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(machine.device)
+    torch.cuda.set_per_process_memory_fraction(1.0, machine.device)
+    try:
+        yield
+    finally:
+        release_memory()
+        torch.cuda.set_per_process_memory_fraction(before, machine.device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep warnings, logs and prints of libraries away from the table."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,90 @@
+"""transformers' Trainer: one update from a data set that is exactly the batch."""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from bigbatch.lm.bench.meter import Meter
+from bigbatch.lm.bench.peer import Peer, liger_runs, pad
+from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.workload import Sample
+
+
+class Plain(Peer):
+    """The Trainer as it comes. Its construction is not measured, nor the loading of the batch."""
+
+    def options(self, stage: Stage) -> dict[str, Any]:
+        """Give what is set besides the micro-batch."""
+        return {}
+
+    def update(self, stage: Stage, samples: Sequence[Sample], meter: Meter) -> None:
+        """Train for one step."""
+        import transformers
+
+        class Between(transformers.TrainerCallback):  # type: ignore[misc]
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                meter.start()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                meter.stop()
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = transformers.TrainingArguments(
+                folder,
+                max_steps=1,
+                per_device_train_batch_size=self.samples,
+                gradient_accumulation_steps=self.num_microbatches(samples),
+                max_grad_norm=0.0,
+                lr_scheduler_type="constant",
+                bf16=stage.machine.precision == "bf16",
+                use_cpu=stage.device.type == "cpu",
+                dataloader_pin_memory=stage.device.type == "cuda",
+                remove_unused_columns=False,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                **self.options(stage),
+            )
+            arguments._n_gpu = min(1, arguments.n_gpu)  # it would spread over all that it sees
+            trainer = transformers.Trainer(
+                stage.model,
+                arguments,
+                train_dataset=list(samples),
+                data_collator=pad,
+                optimizers=(stage.optimizer, None),
+                callbacks=[Between()],
+            )
+            trainer.train()
+
+
+class Checkpointing(Plain):
+    """The Trainer with activation checkpointing."""
+
+    def options(self, stage: Stage) -> dict[str, Any]:
+        """Give what is set besides the micro-batch."""
+        return _checkpointing()
+
+
+class Expert(Plain):
+    """The Trainer with every option that makes it faster or smaller."""
+
+    def options(self, stage: Stage) -> dict[str, Any]:
+        """Give what is set besides the micro-batch."""
+        why_not = liger_runs(stage.device)
+        self.notes = ["Liger Kernel was used" if why_not is None else f"Liger Kernel was not used: {why_not}"]
+        return {
+            **_checkpointing(),
+            "train_sampling_strategy": "group_by_length",
+            "use_liger_kernel": why_not is None,
+        }
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Give the arguments by their names, which changed after transformers 5.17; the old ones warn."""
+    import transformers
+
+    names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -1,0 +1,188 @@
+"""The checkpoints in a folder: which there are, which is the newest whole one, which may go.
+
+    step-N            a checkpoint, under this name only when it is complete
+    step-N.partial    one that was being written when its process ended
+    step-N.deleted    one that was being removed when its process ended
+
+Any other name is nobody's and left alone.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.integrity import UntrustedError, trusted_manifest, verify
+from bigbatch.lm.files import remove, sync_folder, why
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+_LEFT_OVER = re.compile(r"step-(0|[1-9][0-9]*)\.(partial|deleted)")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One checkpoint of a folder.
+
+    Attributes:
+        path: Its folder.
+        step: Updates that were done.
+        num_bytes: What its files take, whole or not.
+        written_at: When, in UTC; None if the manifest cannot be read.
+        reason: Why it cannot be trusted, as `verify` says it; None if it is whole.
+    """
+
+    path: Path
+    step: int
+    num_bytes: int
+    written_at: datetime | None
+    reason: str | None
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Give the checkpoints in a folder, the oldest first, whole or not.
+
+    Raises:
+        CheckpointError: The folder cannot be listed. One that is not there has none.
+    """
+    try:
+        found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints in {folder} cannot be listed: {why(error)}.") from error
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Give the step in the name of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _judged(paths: list[Path]) -> Iterator[tuple[Path, str | None]]:
+    """Verify one after the other; one that another process removed meanwhile was never there."""
+    for path in paths:
+        reason = verify(path)
+        if reason is None or os.path.lexists(path):
+            yield path, reason
+
+
+def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Find the newest checkpoint that is whole, and the newer ones that are not.
+
+    Returns:
+        Its folder, or None; then the rejected ones with reasons, the newest first.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+    """
+    rejected: list[tuple[Path, str]] = []
+    for path, reason in _judged(numbered(folder)[::-1]):
+        if reason is None:
+            return path, rejected
+        rejected.append((path, reason))
+    return None, rejected
+
+
+def list_all(folder: Path) -> list[Kept]:
+    """Verify every checkpoint in a folder; the newest comes last.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+    """
+    return [kept for path in numbered(folder) if (kept := examine(path)) is not None]
+
+
+def examine(path: Path) -> Kept | None:
+    """Verify one checkpoint and describe it; None if it is gone by now."""
+    reason = verify(path)
+    if reason is not None and not os.path.lexists(path):
+        return None
+    written_at = None
+    with suppress(UntrustedError):
+        written_at = trusted_manifest(path).written_at
+    return Kept(path, step_of(path), _size_of(path), written_at, reason)
+
+
+def _size_of(path: Path) -> int:
+    num_bytes = 0
+    with suppress(OSError):
+        for file in path.iterdir():
+            num_bytes += file.stat().st_size
+    return num_bytes
+
+
+def prune(folder: Path, *, keep: int) -> list[Path]:
+    """Remove the checkpoints that are older than the ``keep`` newest whole ones; reads those ``keep``.
+
+    Broken ones do not count, and nothing goes while the very newest is broken. Each is renamed to ``step-N.deleted``
+    first, so that what a killed process leaves never looks like a checkpoint.
+
+    Args:
+        folder: Of the checkpoints.
+        keep: How many whole ones stay, at least 1.
+
+    Returns:
+        What was removed, the oldest first.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
+        CheckpointError: One cannot be removed; the newest stays valid.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep} would leave no checkpoint: pass 1 or more.")
+    sweep(folder)
+    paths = numbered(folder)
+    old = paths[: paths.index(_oldest_kept(paths, keep))] if paths else []
+    for path in old:
+        try:
+            path.rename(path.with_name(f"{path.name}.deleted"))
+        except OSError as error:
+            raise CheckpointError(failure(folder, path, "removed from", error)) from error
+    if old:
+        _remove_renamed(folder, old)
+    return old
+
+
+def _oldest_kept(paths: list[Path], keep: int) -> Path:
+    """Give the oldest that stays: the keep-th whole one, or the first of all."""
+    num_whole = 0
+    for path, reason in _judged(paths[::-1]):
+        if reason is not None and path == paths[-1]:
+            break
+        num_whole += reason is None
+        if num_whole == keep:
+            return path
+    return paths[0]
+
+
+def _remove_renamed(folder: Path, old: list[Path]) -> None:
+    """Empty the folders only once their new names are on disk: a power cut could bring the old names back."""
+    path = old[0]
+    try:
+        sync_folder(folder)
+        for path in old:
+            remove(path.with_name(f"{path.name}.deleted"))
+    except OSError as error:
+        raise CheckpointError(failure(folder, path, "removed from", error)) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left; what cannot be removed stays and is no harm."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                with suppress(OSError):
+                    remove(path)
+
+
+def failure(folder: Path, path: Path, done: str, error: OSError) -> str:
+    """Make the sentence about a checkpoint that could not be written or removed, and what stays valid."""
+    good = None
+    with suppress(CheckpointError):
+        good = next((p for p in numbered(folder)[::-1] if p != path and verify(p) is None), None)
+    stays = "there is no other good one" if good is None else f"the last good one is {good.name}"
+    return f"checkpoint {path.name} could not be {done} {folder}: {why(error)}; {stays}."

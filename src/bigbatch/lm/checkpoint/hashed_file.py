@@ -1,0 +1,43 @@
+"""Files that count once they are on disk: hashed while they are written, synced, removed without a trace."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from bigbatch.lm.checkpoint.manifest import Stamp
+
+
+class HashedFile:
+    """A file being written; what goes into it is counted and hashed on its way, not read back afterwards."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self._digest.update(data)
+        self._num_bytes += len(data)
+
+    @property
+    def stamp(self) -> Stamp:
+        """Size and SHA-256 of what was written so far."""
+        return Stamp(self._num_bytes, self._digest.hexdigest())
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[HashedFile]:
+    """Open a file that is not there yet; at the end of the block it is on disk.
+
+    Raises:
+        OSError: It cannot be made, written or synced; what there is of it stays.
+    """
+    with path.open("xb") as file:
+        yield HashedFile(file)
+        file.flush()
+        os.fsync(file.fileno())

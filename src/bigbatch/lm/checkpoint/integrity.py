@@ -1,0 +1,129 @@
+"""Whether a checkpoint can be trusted: nothing missing, nothing added, every byte as it was written.
+
+folder → manifest → names → for each file: size → SHA-256
+"""
+
+import hashlib
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from os import fstat
+from pathlib import Path
+
+from bigbatch.lm.checkpoint import manifest as manifests
+from bigbatch.lm.checkpoint.manifest import Manifest, Stamp
+from bigbatch.lm.files import why
+
+LARGEST_MANIFEST = 2**24  # bytes; about 150 for each file, of which every rank may write a few
+
+
+class UntrustedError(Exception):
+    """Why a checkpoint cannot be trusted: a clause that names the file."""
+
+
+def verify(path: Path) -> str | None:
+    """Say why a checkpoint cannot be trusted, or None if it is whole.
+
+    Every byte is read, in constant memory; nothing is loaded.
+
+    Args:
+        path: The folder ``…/step-N``; it counts only under the name that its manifest has.
+
+    Returns:
+        A clause that names the file, such as ``model.safetensors has 1,024 bytes, and the manifest says 2,048``.
+    """
+    try:
+        verified(path)
+    except UntrustedError as reason:
+        return str(reason)
+    return None
+
+
+def verified(path: Path) -> Manifest:
+    """Do what `verify` does, and give the manifest.
+
+    Raises:
+        UntrustedError: The checkpoint cannot be trusted.
+    """
+    manifest = trusted_manifest(path)
+    for name, stamp in manifest.files.items():
+        with opened(path, name) as file:
+            check_size(name, stamp, fstat(file.fileno()).st_size)
+            check_digest(name, stamp, hashlib.file_digest(file, "sha256").hexdigest())
+    return manifest
+
+
+def trusted_manifest(path: Path) -> Manifest:
+    """Read the manifest of a checkpoint and hold the names in its folder to it; the files are not read yet.
+
+    Raises:
+        UntrustedError: It is broken, of another step, or the folder holds more or fewer files.
+    """
+    names = _names(path)
+    with opened(path, manifests.FILE) as file:
+        num_bytes = fstat(file.fileno()).st_size  # reading takes the memory for what it is told to read
+        data = file.read(min(num_bytes, LARGEST_MANIFEST))
+    try:
+        manifest = manifests.parse(data)
+    except ValueError as reason:
+        raise UntrustedError(str(reason)) from None
+    if path.absolute().name != f"step-{manifest.step}":
+        raise UntrustedError(
+            f"{manifests.FILE} is of step {manifest.step}, and the folder is called {path.absolute().name}"
+        )
+    for name in manifest.files:
+        if name not in names:
+            raise UntrustedError(f"{name} is missing")
+    for name in sorted(names - {*manifest.files, manifests.FILE}):
+        raise UntrustedError(f"{name} does not belong to it")
+    return manifest
+
+
+def _names(path: Path) -> set[str]:
+    try:
+        return {entry.name for entry in path.iterdir()}
+    except FileNotFoundError:
+        raise UntrustedError(f"there is no folder {path}") from None
+    except NotADirectoryError:
+        raise UntrustedError(f"{path} is not a folder") from None
+    except OSError as error:
+        raise UntrustedError(f"{path} cannot be read: {why(error)}") from error
+
+
+@contextmanager
+def opened(path: Path, name: str) -> Iterator[BufferedReader]:
+    """Open a file of a checkpoint for reading.
+
+    Raises:
+        UntrustedError: It is missing, not a file, or cannot be read, be it in the block.
+    """
+    try:
+        if not stat.S_ISREG((path / name).stat().st_mode):  # opening a pipe would wait for its writer
+            raise UntrustedError(f"{name} is not a file")
+        with (path / name).open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise UntrustedError(f"{name} is missing") from None
+    except OSError as error:
+        raise UntrustedError(f"{name} cannot be read: {why(error)}") from error
+
+
+def check_size(name: str, stamp: Stamp, num_bytes: int) -> None:
+    """Hold the size of a file to the manifest.
+
+    Raises:
+        UntrustedError: It has another.
+    """
+    if num_bytes != stamp.num_bytes:
+        raise UntrustedError(f"{name} has {num_bytes:,} bytes, and the manifest says {stamp.num_bytes:,}")
+
+
+def check_digest(name: str, stamp: Stamp, sha256: str) -> None:
+    """Hold the SHA-256 of a file to the manifest.
+
+    Raises:
+        UntrustedError: It has another.
+    """
+    if sha256 != stamp.sha256:
+        raise UntrustedError(f"{name} differs from what was written (SHA-256)")

@@ -1,0 +1,131 @@
+"""Read a checkpoint: what is checked are the very bytes that are loaded."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import fstat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.integrity import UntrustedError, check_digest, check_size, opened, trusted_manifest
+from bigbatch.lm.checkpoint.manifest import Stamp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bigbatch.lm.checkpoint.shards import Place
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a checkpoint holds; compared by identity.
+
+    Attributes:
+        step: Updates that were done.
+        run_id: Of the run that wrote it.
+        tensors: By part, then by name; on the CPU, each with memory of its own.
+        values: By part.
+    """
+
+    step: int
+    run_id: str
+    tensors: "Mapping[str, Mapping[str, Tensor]]"
+    values: Mapping[str, Any]
+
+
+def read(path: Path) -> Contents:
+    """Load a checkpoint onto the CPU.
+
+        bytes = the file, once → size and SHA-256 of these bytes → tensors or values of these bytes
+
+    so that a file that changes in between is noticed. The peak in memory is the whole content, and its largest file
+    once more. Of a checkpoint that several ranks wrote, the tensors are put together.
+
+    Args:
+        path: The folder ``…/step-N``.
+
+    Raises:
+        CheckpointError: It cannot be trusted; the message names the file and the reason.
+    """
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    values, pieces = {}, _Pieces()
+    try:
+        manifest = trusted_manifest(path)
+        for name, stamp in manifest.files.items():
+            part, _, ending = name.rpartition(".")
+            data = checked_bytes(path, name, stamp)
+            if ending == "json":
+                values[part] = parsed(name, data)
+            elif not pieces.take(name, named := _tensors(name, data), data):
+                tensors[part] = named
+        tensors |= pieces.joined()
+    except UntrustedError as reason:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {reason}.") from reason
+    return Contents(manifest.step, manifest.run_id, tensors, values)
+
+
+class _Pieces:
+    """Pieces of tensors, by part and name, until all of them are there."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, list[tuple[Place, Tensor]]]] = {}
+
+    def take(self, file: str, tensors: "Mapping[str, Tensor]", data: bytes) -> bool:
+        """Keep the tensors of a file if they are pieces."""
+        from bigbatch.lm.checkpoint.safetensors_file import read_notes
+        from bigbatch.lm.checkpoint.shards import from_notes, part_of  # brings torch
+
+        places = from_notes(file, read_notes(data), tensors)
+        if places is None:
+            return False
+        part = self._parts.setdefault(part_of(file), {})
+        for name, piece in tensors.items():
+            part.setdefault(name, []).append((places[name], piece))
+        return True
+
+    def joined(self) -> "dict[str, dict[str, Tensor]]":
+        """Put them together, one by one; what was put together is not kept in pieces."""
+        if not self._parts:
+            return {}
+        from bigbatch.lm.checkpoint.shards import joined  # brings torch
+
+        return {
+            part: {name: joined(name, named.pop(name)) for name in list(named)} for part, named in self._parts.items()
+        }
+
+
+def checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
+    """Read a file of a checkpoint, once.
+
+    Raises:
+        UntrustedError: It is not what the manifest says.
+    """
+    with opened(path, name) as file:
+        check_size(name, stamp, fstat(file.fileno()).st_size)
+        data = file.read(stamp.num_bytes + 1)
+    check_size(name, stamp, len(data))
+    check_digest(name, stamp, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def parsed(name: str, data: bytes) -> Any:
+    """Read values.
+
+    Raises:
+        UntrustedError: They are no JSON.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UntrustedError(f"{name} is not JSON: {error}") from error
+
+
+def _tensors(name: str, data: bytes) -> "dict[str, Tensor]":
+    from bigbatch.lm.checkpoint.safetensors_file import read_tensors  # brings torch
+
+    try:
+        return read_tensors(data)
+    except ValueError as error:
+        raise UntrustedError(f"{name} is not a safetensors file: {error}") from error

@@ -1,0 +1,219 @@
+"""Fill tensors from a checkpoint, each rank its own shards, whatever number of ranks wrote it.
+
+manifest → every file hashed by one rank → agreed → headers: which file holds what → agreed → slices → tensors
+
+The planner of `torch.distributed.checkpoint` says which slice of which piece belongs where.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from os import fstat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+
+from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.collective import Conference
+from bigbatch.lm.checkpoint.integrity import UntrustedError, check_digest, check_size, opened, trusted_manifest
+from bigbatch.lm.checkpoint.manifest import Manifest
+from bigbatch.lm.checkpoint.reader import Contents, checked_bytes, parsed
+from bigbatch.lm.checkpoint.safetensors_file import NAMES
+from bigbatch.lm.checkpoint.sharded_writer import check_shards
+from bigbatch.lm.checkpoint.shards import Place, check_cover, from_notes, part_of
+from bigbatch.lm.files import why
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+def read_into(path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | None" = None) -> Contents:
+    """Fill tensors in place, every rank what it holds of them. Collective.
+
+        read_into(path, tensors).values → what the values of the checkpoint say
+        tensors[name] is then what was written under that name, cut as it is cut here
+
+    It takes checkpoints of any number of ranks, and of `bigbatch.lm.checkpoint.write`. No rank reads more of a tensor
+    than it holds, but to hash files: each is hashed by one rank. A file that is changed between its hash and its
+    reading is not noticed; `bigbatch.lm.checkpoint.read` notices. Six messages a rank, none of them a tensor.
+
+    Args:
+        path: The folder ``…/step-N``, the same on all ranks.
+        tensors: What is to be filled, by the name it has in its part: DTensors, and plain tensors, which every rank
+            fills whole. Others that the checkpoint holds are left alone.
+        group: All ranks that hold a shard; None for all there are.
+
+    Returns:
+        What the checkpoint holds, on every rank; of its tensors those that were filled.
+
+    Raises:
+        CheckpointError: It cannot be trusted; the message names the file and the reason. No tensor was changed, unless
+            a file became unreadable after it had been checked.
+        TypeError, ValueError: A tensor is not in it, or has another shape or dtype there. No tensor was changed.
+    """
+    ranks = Conference(group)
+    loading = _Loading(path, tensors, ranks)
+    try:
+        ranks.confer(loading.verify, loading.agree, loading.give_up)
+        ranks.confer(loading.plan, list, loading.give_up)
+        ranks.confer(loading.fill, list, loading.give_up)
+    except (UntrustedError, ConnectionError) as error:
+        raise CheckpointError(loading.give_up(str(error))) from error
+    return loading.contents()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What the header of a file says of a tensor in it."""
+
+    part: str
+    file: str
+    place: Place
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Loading:
+    """One checkpoint that is being read, as one rank sees it."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], ranks: Conference) -> None:
+        self._path, self._tensors, self._ranks = path, dict(tensors), ranks
+        self._manifest: Manifest
+        self._values: dict[str, Any] = {}
+        self._parts: dict[str, str] = {}
+        self._items: dict[str, list[ReadItem]] = {}
+        self._planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def verify(self) -> str:
+        """Hold this rank's share of the files to the manifest, and give the SHA-256 of the latter."""
+        check_shards("what is to be filled", self._tensors)
+        self._manifest = trusted_manifest(self._path)
+        for name in self._share():
+            stamp = self._manifest.files[name]
+            with opened(self._path, name) as file:
+                check_size(name, stamp, fstat(file.fileno()).st_size)
+                check_digest(name, stamp, file_digest(file, "sha256").hexdigest())
+        return sha256(self._manifest.to_bytes()).hexdigest()
+
+    def _share(self) -> list[str]:
+        """Share out the files, the largest first, each to the rank with the fewest bytes so far."""
+        loads, own = [0] * self._ranks.size, []
+        for name, stamp in sorted(self._manifest.files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
+            rank = loads.index(min(loads))
+            loads[rank] += stamp.num_bytes
+            if rank == self._ranks.rank:
+                own.append(name)
+        return own
+
+    def agree(self, digests: list[str]) -> list[None]:
+        """Make sure that all ranks have seen one manifest. First rank."""
+        if len(set(digests)) > 1:
+            raise UntrustedError("manifest.json is not the same on all ranks")
+        return [None] * len(digests)
+
+    def plan(self) -> None:
+        """Read the values and the headers, and find what this rank needs; nothing is filled yet."""
+        held: dict[str, list[_Piece]] = defaultdict(list)
+        for name, stamp in self._manifest.files.items():
+            if name.endswith(".json"):
+                self._values[name.removesuffix(".json")] = parsed(name, checked_bytes(self._path, name, stamp))
+            else:
+                for held_name, piece in _pieces(self._path, name):
+                    held[held_name].append(piece)
+        for name, tensor in self._tensors.items():
+            self._check(name, tensor, held.get(name, []))
+        metadata = _metadata({name: held[name] for name in self._tensors})
+        self._parts = {name: held[name][0].part for name in self._tensors}
+        self._planner.set_up_planner(self._tensors, metadata, is_coordinator=self._ranks.rank == 0)
+        for item in self._planner.finish_plan(self._planner.create_local_plan()).items:
+            self._items.setdefault(metadata.storage_data[item.storage_index], []).append(item)
+
+    def _check(self, name: str, tensor: Tensor, pieces: list[_Piece]) -> None:
+        if not pieces:
+            raise ValueError(f"checkpoint {self._path.name} has no tensor called {name}: it is of another model.")
+        if len({piece.part for piece in pieces}) > 1:
+            raise UntrustedError(f"{name} is in two parts of it")
+        check_cover(name, [(piece.place, piece.sizes) for piece in pieces])
+        if pieces[0].place.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{name} has the shape {list(pieces[0].place.shape)} in checkpoint {self._path.name}, not "
+                f"{list(tensor.shape)}."
+            )
+        if dtypes := {piece.dtype for piece in pieces} - {tensor.dtype}:
+            raise ValueError(f"{name} is {dtypes.pop()} in checkpoint {self._path.name}, not {tensor.dtype}.")
+
+    def fill(self) -> None:
+        """Copy the slices."""
+        for name, items in self._items.items():
+            with _header(self._path, name) as file:
+                for item in items:
+                    lengths = zip(item.storage_offsets, item.lengths, strict=True)
+                    slices = tuple(slice(start, start + length) for start, length in lengths)
+                    piece = file.get_slice(item.storage_index.fqn)[slices]
+                    self._planner.resolve_tensor(item).detach().copy_(piece)
+
+    def contents(self) -> Contents:
+        """Give what the checkpoint holds."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, part in self._parts.items():
+            tensors.setdefault(part, {})[name] = self._tensors[name]
+        return Contents(self._manifest.step, self._manifest.run_id, tensors, self._values)
+
+    def give_up(self, reason: str) -> str:
+        """Make the sentence."""
+        return f"checkpoint {self._path} cannot be used: {reason}."
+
+
+@contextmanager
+def _header(path: Path, name: str) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path / name, framework="pt") as file:
+            yield file
+    except (SafetensorError, KeyError) as error:
+        raise UntrustedError(f"{name} is not a safetensors file: {error}") from error
+    except OSError as error:
+        raise UntrustedError(f"{name} cannot be read: {why(error)}") from error
+
+
+def _pieces(path: Path, name: str) -> Iterator[tuple[str, _Piece]]:
+    with _header(path, name) as file:
+        tensors = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118, it is no mapping
+        places = from_notes(name, file.metadata(), tensors)
+        part = name.removesuffix(".safetensors") if places is None else part_of(name)
+        for tensor, view in tensors.items():
+            sizes = tuple(view.get_shape())
+            place = Place(sizes, (0,) * len(sizes)) if places is None else places[tensor]
+            yield tensor, _Piece(part, name, place, sizes, _DTYPES[view.get_dtype()])
+
+
+def _metadata(held: Mapping[str, list[_Piece]]) -> Metadata:
+    """Say it in the words of DCP; pieces without elements hold nothing."""
+    tensors: dict[str, Any] = {}
+    files: dict[MetadataIndex, str] = {}
+    for name, pieces in held.items():
+        chunks = []
+        for piece in pieces:
+            if 0 not in piece.sizes:
+                offsets = torch.Size(piece.place.saved_offsets)
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.sizes)))
+                files[MetadataIndex(name, offsets)] = piece.file
+        size = torch.Size(pieces[0].place.shape)
+        tensors[name] = TensorStorageMetadata(TensorProperties(pieces[0].dtype), size, chunks)
+    return Metadata(tensors, storage_data=files)

@@ -1,0 +1,194 @@
+"""Write a checkpoint from several ranks, each its own shards: whole, or not there, and every rank knows which.
+
+every rank: what it holds → first rank: who writes what (DCP's planner), step-N.partial/
+every rank: its files, hashed and synced → first rank: values, manifest.json → step-N/ → parent synced
+
+The planner of `torch.distributed.checkpoint` says who writes which shard, each once. The files are our own: its writers
+give no digest of what they meant to write, and hold a rank's share in memory several times. So is what the ranks tell
+each other: its `save` sends pickled exceptions with tracebacks, and raises a BaseException of all of them.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
+
+from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.catalog import failure, sweep
+from bigbatch.lm.checkpoint.collective import Conference
+from bigbatch.lm.checkpoint.manifest import Stamp, file_name
+from bigbatch.lm.checkpoint.safetensors_file import check_tensors, write_tensors
+from bigbatch.lm.checkpoint.shards import Place, piece_name, to_notes
+from bigbatch.lm.checkpoint.writer import Parts, check_names, complete, is_there, value_parts, write_file
+from bigbatch.lm.files import remove, sync_folder
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_Stamps = dict[str, tuple[int, str]]
+
+
+def write_sharded(
+    folder: Path,
+    step: int,
+    *,
+    run_id: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    values: Mapping[str, Any],
+    group: "ProcessGroup | None" = None,
+) -> Path:
+    """Write ``folder/step-N`` together; it is there with everything in it, durably, or it is not there. Collective.
+
+        read(write_sharded(folder, step, run_id=run_id, tensors=tensors, values=values)) gives whole tensors
+
+    What `bigbatch.lm.checkpoint.write` promises holds here, with one file for each part and rank, such as
+    model-rank-0-of-2.safetensors. Replicas are written once. A rank that cannot write makes all of them raise the same
+    sentence. Four messages a rank; none waits for a rank that failed, and one that was killed is the launcher's to end.
+
+    Args:
+        folder: Of the checkpoints, the same on all ranks and on a file system that all of them see.
+        step: Updates that were done.
+        run_id: Of the run; a checkpoint of another is not overwritten.
+        tensors: ``tensors["model"][name]``: DTensors, of which every rank writes what it holds, and plain tensors, of
+            which the first rank's are written. No name is in two parts.
+        values: As `bigbatch.lm.checkpoint.write` takes them; the first rank's are written.
+        group: All ranks that hold a shard; None for all there are.
+
+    Returns:
+        The folder of the checkpoint, on every rank.
+
+    Raises:
+        TypeError, ValueError: Something cannot be stored so that it comes back the same; nothing was written.
+        CheckpointError: A rank could not write, or the place is another run's. The message names the rank and what
+            stays valid; nothing is left of what was begun, where that can be.
+    """
+    ranks = Conference(group)
+    writing = _Writing(folder, step, run_id, tensors, values, ranks)
+    try:
+        plan = ranks.confer(writing.propose, writing.begin, writing.give_up)
+        if plan is not None:
+            ranks.confer(partial(writing.write_own, plan), writing.finish, writing.give_up)
+    except ConnectionError as error:
+        raise CheckpointError(writing.give_up(str(error))) from error
+    except BaseException:
+        writing.clear()
+        raise
+    return writing.target
+
+
+class _Writing:
+    """One checkpoint that is being written, as one rank sees it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        run_id: str,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        values: Mapping[str, Any],
+        ranks: Conference,
+    ) -> None:
+        self.target = folder / f"step-{step}"
+        self._folder, self._step, self._run_id = folder, step, run_id
+        self._aside = self.target.with_name(f"{self.target.name}.partial")
+        self._tensors, self._values, self._ranks = tensors, values, ranks
+        self._parts: Parts = {}
+        self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def propose(self) -> SavePlan:
+        """Check everything that this rank is to write, and say which shards it holds."""
+        check_names(self._step, self._run_id)
+        held: dict[str, Tensor] = {}
+        for part, named in self._tensors.items():
+            file_name(piece_name(part, self._ranks.rank, self._ranks.size), "safetensors")
+            check_shards(part, named)
+            for name, tensor in named.items():
+                if name in held:
+                    raise ValueError(f"{name} is in two parts, of which one is {part}: give each tensor one name.")
+                held[name] = tensor
+        if self._ranks.rank == 0:
+            self._parts = value_parts(self._values)
+        own = {name: t for name, t in held.items() if isinstance(t, DTensor) or self._ranks.rank == 0}
+        self._planner.set_up_planner(own, is_coordinator=self._ranks.rank == 0)
+        return self._planner.create_local_plan()
+
+    def begin(self, plans: list[SavePlan]) -> list[SavePlan | None]:
+        """Decide who writes what, and make the folder; nobody writes what is there already. First rank."""
+        try:
+            decided, _ = self._planner.create_global_plan(plans)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"the shards of the ranks do not make whole tensors: {error}.") from error
+        sweep(self._folder)
+        if is_there(self.target, self._run_id):
+            self._sync()
+            return [None] * self._ranks.size
+        self._folder.mkdir(exist_ok=True)
+        self._aside.mkdir()
+        return list(decided)
+
+    def write_own(self, plan: SavePlan) -> _Stamps:
+        """Write the shards of this rank, a file for each part, and say what the files must be."""
+        pieces: dict[str, Tensor] = {}
+        places: dict[str, Place] = {}
+        for item in self._planner.finish_plan(plan).items:
+            assert item.tensor_data is not None
+            piece, chunk = self._planner.resolve_data(item), item.tensor_data.chunk
+            assert isinstance(piece, Tensor)
+            assert piece.shape == chunk.sizes
+            pieces[item.index.fqn] = piece
+            places[item.index.fqn] = Place(tuple(item.tensor_data.size), tuple(chunk.offsets))
+        stamps: _Stamps = {}
+        for part, named in self._tensors.items():
+            own = {name: pieces[name] for name in named if name in pieces}
+            if not own and self._ranks.rank > 0:
+                continue
+            file = file_name(piece_name(part, self._ranks.rank, self._ranks.size), "safetensors")
+            notes = to_notes({name: places[name] for name in own})
+            stamp = write_file(self._aside / file, partial(write_tensors, tensors=own, notes=notes))
+            stamps[file] = (stamp.num_bytes, stamp.sha256)
+        return stamps
+
+    def finish(self, written: list[_Stamps]) -> list[None]:
+        """Write the values and the manifest of what all ranks wrote, and give the folder its name. First rank."""
+        stamps = {file: Stamp(*stamp) for own in written for file, stamp in own.items()}
+        for file, stamp in stamps.items():
+            if not (self._aside / file).is_file() or (self._aside / file).stat().st_size != stamp.num_bytes:
+                raise OSError(f"{file} cannot be seen by the first rank: all ranks need one file system")
+        stamps |= {file: write_file(self._aside / file, write_part) for file, write_part in self._parts.items()}
+        complete(self._aside, self.target, stamps, step=self._step, run_id=self._run_id)
+        self._sync()
+        return [None] * self._ranks.size
+
+    def give_up(self, reason: str) -> str:
+        """Remove what was begun and make the sentence about it."""
+        self.clear()
+        return failure(self._folder, self.target, "written to", OSError(reason))
+
+    def clear(self) -> None:
+        """Remove what was begun. First rank; the others leave it to that one."""
+        if self._ranks.rank == 0:
+            with suppress(OSError):
+                remove(self._aside)
+
+    def _sync(self) -> None:
+        sync_folder(self._folder)
+        sync_folder(self._folder.parent)
+
+
+def check_shards(part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of which this rank's piece cannot be stored or filled; none is read.
+
+    Raises:
+        TypeError, ValueError: As `bigbatch.lm.checkpoint.safetensors_file.check_tensors` raises them for the local
+            pieces, or a DTensor is a sum that is not finished.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
+            raise ValueError(f"{part}: {name} is a sum over ranks that is not finished: redistribute it first.")
+    check_tensors(part, {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()})

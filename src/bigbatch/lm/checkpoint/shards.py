@@ -1,0 +1,130 @@
+"""Tensors in pieces: where each piece belongs, in the header of its file, and whole tensors from them.
+
+The header is what `torch.distributed.checkpoint.HuggingFaceStorageReader` reads, and the shape of the whole beside it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from bigbatch.lm.checkpoint.integrity import UntrustedError
+
+_PLACES = "DCP_SHARDING_INFO"
+_FILE = re.compile(r"(.+)-rank-[0-9]+-of-[0-9]+\.safetensors", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece of a tensor belongs.
+
+    Attributes:
+        shape: Of the whole tensor.
+        saved_offsets: Of the first element of the piece in it, for each dimension.
+    """
+
+    shape: tuple[int, ...]
+    saved_offsets: tuple[int, ...]
+
+
+def piece_name(part: str, rank: int, size: int) -> str:
+    """Name the file of one rank, without its ending: ``model`` → ``model-rank-0-of-2``."""
+    return f"{part}-rank-{rank}-of-{size}"
+
+
+def part_of(file: str) -> str:
+    """Give the part that a file of one rank belongs to.
+
+    Raises:
+        UntrustedError: It has no such name.
+    """
+    if not (match := _FILE.fullmatch(file)):
+        raise UntrustedError(f"{file} holds pieces of tensors and has no name of such a file")
+    return match[1]
+
+
+def to_notes(places: Mapping[str, Place]) -> dict[str, str]:
+    """Make the notes in the header of a file of pieces."""
+    described = {name: asdict(place) for name, place in sorted(places.items())}
+    return {"format": "pt", "DCP_VERSION": "1.0", _PLACES: json.dumps(described, ensure_ascii=False)}
+
+
+def from_notes(file: str, notes: Mapping[str, str] | None, names: Iterable[str]) -> dict[str, Place] | None:
+    """Read where the tensors of a file belong; None if they are whole.
+
+    Raises:
+        UntrustedError: The header says it in no way that can be understood.
+    """
+    if not notes or _PLACES not in notes:
+        return None
+    try:
+        described = json.loads(notes[_PLACES])
+        return {
+            name: Place(_whole(described[name]["shape"]), _whole(described[name]["saved_offsets"])) for name in names
+        }
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UntrustedError(f"{file} does not say where its pieces belong") from None
+
+
+def _whole(numbers: Sequence[int]) -> tuple[int, ...]:
+    if not (isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)):
+        raise TypeError
+    return tuple(numbers)
+
+
+def check_cover(name: str, pieces: Sequence[tuple[Place, Sequence[int]]]) -> None:
+    """Make sure that pieces, each with its own shape, fill a tensor exactly.
+
+    Raises:
+        UntrustedError: Some of it is missing, or there twice, or outside, or the pieces are of several tensors.
+    """
+    shape = pieces[0][0].shape
+    boxes = []
+    for place, sizes in pieces:
+        ends = [start + length for start, length in zip(place.saved_offsets, sizes, strict=False)]
+        if (
+            place.shape != shape
+            or not len(shape) == len(sizes) == len(place.saved_offsets)
+            or any(end > length for end, length in zip(ends, shape, strict=True))
+        ):
+            raise UntrustedError(f"{name} has pieces that do not belong together")
+        if prod(sizes):
+            boxes.append(list(zip(place.saved_offsets, ends, strict=True)))
+    held = sum(prod(sizes) for _, sizes in pieces)
+    if held != prod(shape):
+        raise UntrustedError(f"{name} has {prod(shape):,} elements, and its pieces hold {held:,}")
+    boxes.sort()
+    for index, box in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            if other and other[0][0] >= box[0][1]:
+                break  # so do all that come after it
+            if all(start < end for start, end in _shared(box, other)):
+                raise UntrustedError(f"{name} has pieces that overlap")
+
+
+def _shared(box: list[tuple[int, int]], other: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True)]
+
+
+def joined(name: str, pieces: Sequence[tuple[Place, Tensor]]) -> Tensor:
+    """Put a tensor together on the CPU.
+
+    Raises:
+        UntrustedError: The pieces do not fill it exactly, or have several dtypes.
+    """
+    check_cover(name, [(place, piece.shape) for place, piece in pieces])
+    if len({piece.dtype for _, piece in pieces}) > 1:
+        raise UntrustedError(f"{name} has pieces of several dtypes")
+    if len(pieces) == 1:
+        return pieces[0][1]
+    whole = torch.empty(pieces[0][0].shape, dtype=pieces[0][1].dtype)
+    for place, piece in pieces:
+        own = whole
+        for dim, (start, length) in enumerate(zip(place.saved_offsets, piece.shape, strict=True)):
+            own = own.narrow(dim, start, length)
+        own.copy_(piece)
+    return whole

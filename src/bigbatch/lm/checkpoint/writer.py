@@ -1,0 +1,174 @@
+"""Write a checkpoint: aside, synced, and under its name only when all of it is on disk."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigbatch import __version__
+from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint import manifest as manifests
+from bigbatch.lm.checkpoint.catalog import failure, sweep
+from bigbatch.lm.checkpoint.hashed_file import HashedFile, new_file
+from bigbatch.lm.checkpoint.integrity import UntrustedError, verified
+from bigbatch.lm.checkpoint.json_values import to_json
+from bigbatch.lm.checkpoint.manifest import Manifest, Stamp, file_name
+from bigbatch.lm.files import remove, sync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, Callable[[HashedFile], None]]
+"""What writes each file of a checkpoint, by the name of the file."""
+
+
+def write(
+    folder: Path,
+    step: int,
+    *,
+    run_id: str,
+    tensors: "Mapping[str, Mapping[str, Tensor]]",
+    values: Mapping[str, Any],
+) -> Path:
+    """Write ``folder/step-N``; it is there with everything in it, durably, or it is not there.
+
+        read(write(folder, step, run_id=run_id, tensors=tensors, values=values)) gives the same back
+
+    One that is there already, whole and of this run, is left alone, whatever it was to hold now; one that is broken is
+    replaced. What killed processes left is removed first.
+
+    Args:
+        folder: Of the checkpoints; the one that it lies in is there.
+        step: Updates that were done.
+        run_id: Of the run; a checkpoint of another is not overwritten.
+        tensors: ``tensors["model"]`` becomes model.safetensors: plain tensors of any device, shape and strides, copied
+            to the CPU one at a time. Names that share a storage come back as tensors of their own.
+        values: ``values["state"]`` becomes state.json, as `to_json` takes it: floats to the last bit, keys that are
+            str, no tuples.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        TypeError, ValueError: Something cannot be stored so that it comes back the same; nothing was written.
+        CheckpointError: The system would not take it, or the place is another run's; what stays valid is said, and
+            nothing is left of what was begun, where that can be.
+    """
+    check_names(step, run_id)
+    parts = _parts(tensors, values)
+    target = folder / f"step-{step}"
+    try:
+        sweep(folder)
+        if not is_there(target, run_id):
+            folder.mkdir(exist_ok=True)
+            _write_aside(target, parts, step=step, run_id=run_id)
+        sync_folder(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise CheckpointError(failure(folder, target, "written to", error)) from error
+    return target
+
+
+def check_names(step: int, run_id: str) -> None:
+    """Refuse a step or a run that no checkpoint can be of.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if step < 0:
+        raise ValueError(f"step={step} cannot be the number of updates done: pass 0 or more.")
+    if not (run_id and run_id.isprintable()):
+        raise ValueError(f"run_id={run_id!r} names no run: pass printable text.")
+
+
+def _parts(tensors: "Mapping[str, Mapping[str, Tensor]]", values: Mapping[str, Any]) -> Parts:
+    """Check everything that is to be written, and say how."""
+    parts = dict(value_parts(values))
+    if tensors:
+        from bigbatch.lm.checkpoint.safetensors_file import check_tensors, write_tensors  # brings torch
+
+        for name, named in tensors.items():
+            check_tensors(name, named)
+            parts[file_name(name, "safetensors")] = partial(write_tensors, tensors=named)
+    return parts
+
+
+def value_parts(values: Mapping[str, Any]) -> Parts:
+    """Check the values that are to be written, and say how.
+
+    Raises:
+        TypeError, ValueError: JSON would change one, or it has a name that no file can have.
+    """
+    return {
+        file_name(name, "json"): partial(HashedFile.write, data=to_json(name, value)) for name, value in values.items()
+    }
+
+
+def is_there(target: Path, run_id: str) -> bool:
+    """Tell whether a checkpoint is there already, whole and of this run.
+
+    Raises:
+        CheckpointError: It is whole, and of another run.
+    """
+    try:
+        owner = verified(target).run_id
+    except UntrustedError:
+        return False
+    if owner != run_id:
+        raise CheckpointError(
+            f"checkpoint {target} is there already, of run {owner} and not of run {run_id}: remove it, or write to "
+            "another folder."
+        )
+    return True
+
+
+def _write_aside(target: Path, parts: Parts, *, step: int, run_id: str) -> None:
+    """Write step-N.partial and give it its name; whatever fails, it does not stay behind."""
+    aside = target.with_name(f"{target.name}.partial")
+    try:
+        aside.mkdir()
+        stamps = {name: write_file(aside / name, write_part) for name, write_part in parts.items()}
+        complete(aside, target, stamps, step=step, run_id=run_id)
+    except BaseException:
+        with suppress(OSError):
+            remove(aside)
+        raise
+
+
+def complete(aside: Path, target: Path, stamps: Mapping[str, Stamp], *, step: int, run_id: str) -> None:
+    """Write the manifest of files that are on disk, and give their folder its name.
+
+    Raises:
+        OSError: The system would not take it; the folder may still have its old name.
+    """
+    now = datetime.now(UTC).replace(microsecond=0)
+    manifest = Manifest(version=__version__, step=step, run_id=run_id, written_at=now, files=stamps)
+    write_file(aside / manifests.FILE, partial(HashedFile.write, data=manifest.to_bytes()))
+    sync_folder(aside)
+    _put_in_place(aside, target)
+
+
+def write_file(path: Path, write_part: Callable[[HashedFile], None]) -> Stamp:
+    """Write a file that is not there yet, bring it to the disk, and say what it must be.
+
+    Raises:
+        OSError: The system would not take it; what there is of it stays.
+    """
+    with new_file(path) as file:
+        write_part(file)
+    return file.stamp
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    """Rename; a broken one of the same name steps aside first, and goes last."""
+    broken = target.with_name(f"{target.name}.deleted")
+    try:
+        target.rename(broken)
+    except FileNotFoundError:
+        aside.rename(target)
+        return
+    aside.rename(target)
+    with suppress(OSError):  # the next write or prune tries again
+        remove(broken)

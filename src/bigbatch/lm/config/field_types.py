@@ -1,0 +1,141 @@
+"""Types of settings: what flags and TOML may hold, and what is said where they hold something else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from bigbatch.lm.config.batch_schedule import read
+from bigbatch.memory.limit import known_gpu, read_memory
+
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1
+
+
+def _refuse_bool(value: object) -> object:
+    """TOML's ``true`` is no number, although Python would take it for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_for_number", "it must be a number")
+    return value
+
+
+def _usable_text(value: str) -> str:
+    """Hold text to what ``config.json`` can store and what an operating system takes in a name."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text_encoding", "it must be valid UTF-8 text") from None
+    if "\0" in value:
+        raise PydanticCustomError("nul_in_text", "it must not hold a NUL character")
+    return value
+
+
+def _folder_text(value: object) -> object:
+    """Hold a folder to the same; ``Path("")`` would quietly be the current one."""
+    text = str(value) if isinstance(value, Path) else value
+    if not isinstance(text, str):
+        raise PydanticCustomError("folder_type", "it must be the name of a folder")
+    if not text:
+        raise PydanticCustomError("folder_empty", "it must not be empty")
+    return _usable_text(text)
+
+
+def _known_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value):
+        raise PydanticCustomError("device_name", "it must be auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+def _none_word(value: object) -> object:
+    """TOML and flags have no None, so the word stands for it."""
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def _zero_is_none(value: float | None) -> float | None:
+    return value or None
+
+
+def _auto_or_count(value: object) -> object:
+    """Complain about a count as a count; a union would complain about each of its sides."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    try:
+        return _COUNT.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] in ("greater_than_equal", "less_than_equal", "int_parsing_size"):
+            raise PydanticCustomError(first["type"], first["msg"], first.get("ctx")) from None
+        raise PydanticCustomError("auto_or_count", "it must be auto or a whole number") from None
+
+
+def _switch(value: object) -> object:
+    """Take what once was all there was: TOML's true and false."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
+def _memory_text(value: object) -> object:
+    """Hold memory to what :func:`bigbatch.memory.limit.parse_memory` understands; TOML's numbers have no unit."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        try:
+            read_memory(text)
+        except ValueError as error:
+            raise PydanticCustomError("memory", "{demand}", {"demand": str(error)}) from None
+    return text
+
+
+def _no_adascale(value: object) -> object:
+    """Say where the rule is to be had that a command cannot apply."""
+    if isinstance(value, str) and value.strip() == "adascale":
+        raise PydanticCustomError(
+            "adascale",
+            "it is derived for SGD and needs a measured noise scale, and bigbatch train has AdamW: in a loop of your "
+            'own, bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, batch=B) applies it',
+        )
+    return value
+
+
+def _batch_schedule(value: str) -> str:
+    try:
+        read(value)
+    except ValueError as error:
+        raise PydanticCustomError("batch_schedule", "{demand}", {"demand": str(error)}) from None
+    return value
+
+
+def _gpu_name(value: str) -> str:
+    try:
+        return known_gpu(value)
+    except ValueError as error:
+        raise PydanticCustomError("gpu", "{demand}", {"demand": str(error)}) from None
+
+
+Whole = Annotated[int, BeforeValidator(_refuse_bool)]
+"""A whole number; text such as "64" counts, 2.5 and true do not."""
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=LARGEST_COUNT)]
+Seed = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=LARGEST_SEED)]
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(_usable_text)]
+Folder = Annotated[Path, BeforeValidator(_folder_text)]
+Device = Annotated[str, AfterValidator(_known_device)]
+Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]
+BatchScheduleText = Annotated[str, AfterValidator(_batch_schedule)]
+MemoryText = Annotated[str, BeforeValidator(_memory_text)]
+Checkpointing = Annotated[Literal["auto", "none", "selective", "full"], BeforeValidator(_switch)]
+LrRule = Annotated[
+    Literal["none", "linear", "sqrt", "sde", "half-life", "sqrt+half-life"], BeforeValidator(_no_adascale)
+]
+Gpu = Annotated[str, AfterValidator(_gpu_name)]
+NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_none_word), AfterValidator(_zero_is_none)]
+
+_COUNT: TypeAdapter[int] = TypeAdapter(Count)
+
+
+Recompute: TypeAlias = Literal["none", "selective", "full"]
+
+
+LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")

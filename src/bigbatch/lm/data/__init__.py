@@ -1,0 +1,1 @@
+"""From files to tokenized samples, their validation split and their order."""

@@ -1,0 +1,227 @@
+"""Where documents come from: a word, a file, a folder or a hub name → a corpus. No torch, no model library.
+
+data: str → _find → text files, record files, saved datasets, the hub, the built-in sources → Corpus
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bigbatch.errors import InputError
+from bigbatch.lm.data.documents import Corpus, Document
+from bigbatch.lm.data.hub import hub_answers
+from bigbatch.lm.data.python_stdlib import read_standard_library, read_standard_library_functions
+from bigbatch.lm.data.record_files import (
+    FIELDS,
+    NO_TOKEN,
+    RECORD_SUFFIXES,
+    decode_utf8,
+    read_records,
+    rows_to_documents,
+)
+from bigbatch.lm.text import count, first_line
+
+__all__ = ["BUILT_IN", "Corpus", "Document", "read_corpus"]
+
+BUILT_IN = {
+    "python-stdlib": read_standard_library,
+    "python-stdlib-functions": read_standard_library_functions,
+}
+SUGGESTED = 3
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_LOCAL_SUFFIXES = (*RECORD_SUFFIXES, ".txt", ".text", ".md", ".rst", ".py", ".json", ".csv")
+
+
+def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
+    """Return every document that ``data`` names, in an order that depends on the data alone.
+
+    Args:
+        data: ``python-stdlib`` or ``python-stdlib-functions``; a file of text, which is one document; a ``.jsonl`` or
+            ``.parquet`` file, each record of which is a document (see
+            :func:`bigbatch.lm.data.record_files.to_document`); a folder of such files, read with the folders in it,
+            hidden entries and ``__pycache__`` left out; a folder that ``datasets`` saved; or the name of a dataset on
+            the hub. Of the last two ``train`` is read. Text is UTF-8, with or without a byte-order mark.
+        skip_broken: Whether records that cannot be learned are left out and counted, instead of refused.
+
+    Raises:
+        InputError: There is no such thing, it cannot be read, it is empty, or a document in it has nothing to learn.
+    """
+    if data in BUILT_IN:
+        return BUILT_IN[data]()
+    broken: list[str] | None = [] if skip_broken else None
+    corpus = _read(data, broken)
+    if not broken:
+        return corpus
+    note = f"{count(len(broken), 'broken record')} left out; the first: {broken[0]}"
+    return replace(corpus, notes=(*corpus.notes, note))
+
+
+def _read(data: str, broken: list[str] | None) -> Corpus:
+    path = Path(data)
+    if not data or not _exists(path):
+        return _read_hub(_hub_name(data), broken)
+    try:
+        if path.is_dir():
+            return (
+                _read_saved_dataset(path, data, broken) if _is_saved_dataset(path) else _read_folder(path, data, broken)
+            )
+        if path.is_file():
+            return _read_files([(path, data)], data, [], broken)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or data}: {error.strerror or first_line(error)}.") from None
+    raise InputError(f"{data} is neither a file nor a folder.")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, or one with a NUL
+        return False
+
+
+def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
+    files: list[Path] = []
+    left_out = 0
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it may not read
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        here = Path(folder)
+        entries = {name: not name.startswith(".") and name != "__pycache__" for name in (*folders, *names)}
+        linked = [name for name in folders if entries[name] and (here / name).is_symlink()]
+        if linked:
+            raise InputError(f"{here / linked[0]} is a link to a folder. Name the folder itself, or remove the link.")
+        left_out += sum(not kept for kept in entries.values())
+        folders[:] = [name for name in folders if entries[name]]
+        files += [here / name for name in names if entries[name]]
+    if not files:
+        raise InputError(f"the folder {data} holds no file to learn from.")
+    files.sort(key=lambda path: path.relative_to(root).as_posix())
+    hidden = f"{left_out:,} hidden or __pycache__ {'entry' if left_out == 1 else 'entries'} left out"
+    return _read_files([(path, str(path)) for path in files], data, [hidden] if left_out else [], broken)
+
+
+def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], broken: list[str] | None) -> Corpus:
+    """Read (path, name in messages) pairs: record files by their suffix, everything else as text."""
+    documents: list[Document] = []
+    texts = 0
+    records: Counter[str] = Counter()
+    for path, source in files:
+        if path.suffix.lower() in RECORD_SUFFIXES:
+            read = list(read_records(path, source, broken=broken))
+            if not read:
+                raise InputError(broken[0] if broken else f"{source} is empty: it {NO_TOKEN}.")
+            records[source] += len(read)
+            documents += read
+        else:
+            documents.append(Document(source, text=_read_text(path, source)))
+            texts += 1
+    about = []
+    if texts:
+        about.append(f"{count(texts, 'text file')} from {data}")
+    if records:
+        about.append(f"{count(records.total(), 'record')} in {count(len(records), 'file')} from {data}")
+    return Corpus(tuple(documents), (*about, *notes))
+
+
+def _read_text(path: Path, source: str) -> str:
+    data = path.read_bytes()
+    if not data:
+        raise InputError(f"{source} is empty: it {NO_TOKEN}.")
+    text = decode_utf8(data, source).removeprefix("\ufeff")
+    if not text.strip():
+        raise InputError(f"{source} holds nothing but white space: it {NO_TOKEN}.")
+    return text
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    has = {name: (folder / name).is_file() for name in ("state.json", "dataset_info.json", "dataset_dict.json")}
+    return has["dataset_dict.json"] or (has["state.json"] and has["dataset_info.json"])
+
+
+def _read_saved_dataset(folder: Path, data: str, broken: list[str] | None) -> Corpus:
+    import datasets
+    import pyarrow as pa
+
+    try:
+        loaded: Any = datasets.load_from_disk(str(folder))
+        if isinstance(loaded, datasets.DatasetDict):
+            if "train" not in loaded:
+                raise InputError(f"the saved dataset {data} has no split 'train'; it has {', '.join(loaded)}.")
+            loaded = loaded["train"]
+        return _from_dataset(loaded, data, f"the saved dataset {data}", broken)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the saved dataset {data} cannot be read: {first_line(error)}.") from None
+
+
+def _read_hub(name: str, broken: list[str] | None) -> Corpus:
+    import datasets
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    # In offline mode the library reads its cache and fails at once; without it, it would retry for half a minute.
+    if not hub_answers(name, "dataset") and not HF_HUB_OFFLINE:
+        raise InputError(
+            f"there is no file or folder {name!r} here, and the hub that may have such a dataset cannot be reached. "
+            "Check the path or the network; HF_HUB_OFFLINE=1 reads what an earlier run left in the cache."
+        )
+    try:
+        loaded = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"{name!r} is no path here, and as a dataset of the hub it cannot be loaded: {first_line(error)}."
+        ) from None
+    return _from_dataset(loaded, name, f"the hub's dataset {name}, split train", broken)
+
+
+def _from_dataset(dataset: Any, source: str, about: str, broken: list[str] | None) -> Corpus:
+    names: list[str] = dataset.column_names
+    rows = dataset.select_columns([name for name in names if name in FIELDS])
+    documents = tuple(rows_to_documents(rows, names, source, broken=broken))
+    if not documents:
+        raise InputError(broken[0] if broken else f"{about} is empty: it {NO_TOKEN}.")
+    return Corpus(documents, (f"{count(len(documents), 'record')} of {about}",))
+
+
+def _hub_name(data: str) -> str:
+    """Return ``data`` if it can be a dataset's name; what reads like a path or nearly like a known name is refused."""
+    path = Path(data)
+    near = _near(data)
+    looks_local = (
+        not _HUB_NAME.fullmatch(data)
+        or path.suffix.lower() in _LOCAL_SUFFIXES
+        or data.startswith(".")
+        or (len(path.parts) > 1 and _exists(path.parent))
+    )
+    if not looks_local and not near:
+        return data
+    remedy = f"Did you mean {' or '.join(near)}?" if near else f"The built-in sources are {' and '.join(BUILT_IN)}."
+    raise InputError(f"there is no file or folder {data!r}. {remedy}")
+
+
+def _near(data: str) -> list[str]:
+    """Return existing paths and built-in names that ``data`` may have meant, the nearest first."""
+    path = Path(data)
+    # Where several folders of the path are missing, the first of them is the misspelt one.
+    while path.name and not _exists(path.parent):
+        path = path.parent
+    siblings = {entry.name: str(path.parent / entry.name) for entry in _entries(path.parent)}
+    names = siblings if len(path.parts) > 1 else {**siblings, **{name: name for name in BUILT_IN}}
+    return [names[name] for name in difflib.get_close_matches(path.name, names, n=SUGGESTED, cutoff=0.75)]
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    try:
+        return list(islice(folder.iterdir(), 10_000))
+    except OSError:
+        return []

@@ -1,0 +1,69 @@
+"""Which documents are held out for validation: decided by their content, so it survives reordering and additions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import StringIO
+
+from bigbatch.lm.data.documents import Document
+
+SMALLEST_CUT_LINES = 20
+"""Lines that a single text must have to give some of them for validation."""
+
+
+def split_documents(
+    documents: Sequence[Document], *, validation_fraction: float
+) -> tuple[list[Document], list[Document]]:
+    """Split documents into (training, validation), each in the given order.
+
+        held out  ⇔  first 64 bits of the SHA-256 of the content < validation_fraction × 2^64
+
+    so equal documents are always on one side, and a document stays on its side when others come or go. Where that
+    leaves one side empty, the nearest document, with its equals, moves over. A single document of text with at least
+    ``SMALLEST_CUT_LINES`` lines gives its last lines; any other single document is for training.
+
+    Args:
+        documents: Any number of them.
+        validation_fraction: From 0, which holds nothing out, to below 1.
+
+    Raises:
+        ValueError: ``validation_fraction`` is out of range.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} must be at least 0 and below 1: it is a share of the "
+            "documents, and training needs some of them."
+        )
+    keys = {document.key for document in documents}
+    if validation_fraction == 0 or not keys:
+        return list(documents), []
+    if len(keys) == 1:
+        return _cut_single(documents, validation_fraction)
+    held_out = {key for key in keys if _position(key) < validation_fraction}
+    if not held_out:
+        held_out = {min(keys)}
+    elif held_out == keys:
+        held_out = keys - {max(keys)}
+    training = [document for document in documents if document.key not in held_out]
+    return training, [document for document in documents if document.key in held_out]
+
+
+def _position(key: str) -> float:
+    """Return where in [0, 1) a key lies; 64 bits are far more than there are documents."""
+    return int(key[:16], 16) / 2**64
+
+
+def _cut_single(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Hold out the last lines of the only document, if it is a text long enough for it."""
+    whole = list(documents)
+    text = whole[0].text
+    # Lines end at \n alone, so that the number in the source is the one that an editor shows.
+    lines = StringIO(text, newline="\n").readlines() if text is not None else []
+    if len(whole) > 1 or len(lines) < SMALLEST_CUT_LINES:
+        return whole, []
+    kept = min(len(lines) - 1, max(1, len(lines) - round(len(lines) * fraction)))
+    first = Document(whole[0].source, text="".join(lines[:kept]))
+    last = Document(f"{whole[0].source}:{kept + 1}", text="".join(lines[kept:]))
+    if first.key == last.key or not (first.text or "").strip() or not (last.text or "").strip():
+        return whole, []
+    return [first], [last]

@@ -1,0 +1,158 @@
+"""The processes of one run: which samples each takes, how the model is spread over them, what they tell each other.
+
+global window → share → this rank's samples;    model → spread → how its gradients cross ranks
+"""
+
+import copy
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+
+from bigbatch.distributed.detect import sync_of
+from bigbatch.distributed.gradient_sync import Sync, SyncPolicy
+from bigbatch.distributed.replicated import Replicated
+from bigbatch.errors import InputError
+from bigbatch.lm.text import first_line
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one run.
+
+    Attributes:
+        size: How many there are; 1 without a process group.
+        rank: Of this one.
+        local_size: How many of them are on this machine.
+        parallel: How the model is spread: whole on every rank; in shards; in shards within a machine, and each machine
+            a replica.
+    """
+
+    size: int = 1
+    rank: int = 0
+    local_size: int = 1
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    @property
+    def are_sharded(self) -> bool:
+        """Whether no rank holds the whole model."""
+        return self.size > 1 and self.parallel != "ddp"
+
+    def share(self, window: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Give the samples of a window that this rank runs: the same computation on every rank, and nothing is sent.
+
+        Longest first, each sample goes to the rank that has the fewest tokens so far.
+
+        Args:
+            window: Samples of one update.
+            lengths: Tokens of every sample there is.
+        """
+        if self.size == 1:
+            return list(window)
+        filled = [(0, rank) for rank in range(self.size)]
+        own = []
+        for sample in sorted(window, key=lambda i: (-lengths[i], i)):
+            tokens, rank = filled[0]
+            heapq.heapreplace(filled, (tokens + lengths[sample], rank))
+            if rank == self.rank:
+                own.append(sample)
+        return own
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Refuse ranks that would not train the same model on the same data. Collective.
+
+        Args:
+            facts: What has to be the same on all of them, by the name that a user knows it by.
+
+        Raises:
+            InputError: Something is not; all raise the same.
+        """
+        per_machine = {"--nproc-per-node": self.local_size} if self.parallel == "hsdp" else {}
+        everyone = self.everyone({**facts, **per_machine})
+        for name, own in everyone[0].items():
+            other = next((rank for rank, theirs in enumerate(everyone) if theirs[name] != own), None)
+            if other is not None:
+                differs = f"{name} {everyone[other][name]}, not {own}" if name.startswith("--") else f"{name} differ"
+                raise InputError(
+                    f"rank {other} has read something else than rank 0 ({differs}): give every machine the same "
+                    "settings, data, model and versions."
+                )
+
+    def spread(self, model: Any) -> Sync | SyncPolicy | None:
+        """Spread a model over the ranks, before its optimizer is made; give what an engine is told. Collective.
+
+        Raises:
+            InputError: It cannot be sharded.
+        """
+        if self.size == 1:
+            return None
+        if not self.are_sharded:
+            return Replicated(model)
+        try:
+            _shard(model, self)
+            return sync_of(model)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise InputError(f"--parallel {self.parallel} is not there for this model: {first_line(error)}.") from error
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Give what every rank has, in their order. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def tell(self, value: Any) -> Any:
+        """Give what the first rank has. Collective."""
+        return self.everyone(value if self.is_first else None)[0]
+
+
+ALONE = Ranks()
+
+
+def hollow(model: Any) -> Any:
+    """Copy a model without its weights, to put them in again after it was sharded."""
+    weights = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo=dict(weights))
+
+
+def gathered(model: Any, empty: Any) -> Any:
+    """Give a sharded model whole, on the host of the first rank; elsewhere what is given is empty. Collective.
+
+    Args:
+        model: With shards of its weights.
+        empty: A `hollow` of it, which receives them.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if state:
+        empty.load_state_dict(state, assign=True)
+        empty.tie_weights()
+    return empty
+
+
+def _shard(model: Any, ranks: Ranks) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    kind = next(model.parameters()).device.type
+    if ranks.parallel == "fsdp":
+        mesh = init_device_mesh(kind, (ranks.size,))
+    else:
+        machines = ranks.size // ranks.local_size
+        if machines < 2:
+            raise ValueError("it shards within each machine and there is one, so say fsdp")
+        mesh = init_device_mesh(kind, (machines, ranks.local_size), mesh_dim_names=("replicas", "shards"))
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in (*layers, model):
+        fully_shard(layer, mesh=mesh)

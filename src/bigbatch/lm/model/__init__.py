@@ -1,0 +1,1 @@
+"""Load a causal language model and set up how it runs."""

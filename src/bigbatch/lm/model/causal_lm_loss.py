@@ -1,0 +1,46 @@
+"""The causal language-modelling loss: the sum over the trained tokens, and how many they are."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigbatch.lm.data.dataset import IGNORED
+from bigbatch.lm.device import Machine
+from bigbatch.lm.model.packed_rows import model_inputs
+
+
+class CausalLMLoss:
+    """A loss function for `bigbatch.Engine`: next-token cross entropy, summed.
+
+    Args:
+        machine: Decides about autocast.
+        needs_mask: Whether the model is given the attention mask. Without one, attention takes its causal kernels,
+            whose memory grows with the tokens of a row and not with their square. Right only for a model of which
+            `ignores_right_padding` holds.
+        longest: Tokens of the longest sequence of all packed rows.
+    """
+
+    def __init__(self, machine: Machine, *, needs_mask: bool = True, longest: int | None = None) -> None:
+        self._machine = machine
+        self._needs_mask = needs_mask
+        self._longest = longest
+
+    def __call__(self, model: nn.Module, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute the summed loss of one micro-batch.
+
+        Args:
+            model: A transformers causal language model.
+            microbatch: ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, length]; ``labels[r, t]`` is the
+                token that follows ``input_ids[r, t]``, or -100 where it is not trained on. Or a row of
+                `bigbatch.lm.model.packed_rows.pack`.
+
+        Returns:
+            The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.
+        """
+        labels = microbatch["labels"]
+        with self._machine.autocast():
+            inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
+            logits = model(**inputs, use_cache=False).logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return loss_sum, (labels != IGNORED).sum()

@@ -1,0 +1,305 @@
+"""Next-token cross entropy from hidden states, never with more than a chunk of logits.
+
+    hidden, weight, labels → for each chunk: logits → loss, slopes → gradients of hidden and weight → loss sum
+
+The gradient of a sum of losses is known up to the factor that backward brings, so forward turns each chunk of logits
+into its share of the gradients and lets go of it. Source: Hsu et al., "Liger Kernel", 2024, on its fused linear cross
+entropy.
+
+Libraries have it too, and none of them serves here. `torch.nn.functional.linear_cross_entropy` (torch 2.13) sums the
+loss in the dtype of the hidden states, which in bfloat16 was wrong by 0.5 to 4 % for two thousand tokens; it ignores
+autocast, knows no soft-capping, and is a single operation to `bigbatch.memory.allocation_tracker.Tracker`, so that
+predictions would miss its logits. Liger Kernel (0.8.5) runs on Triton alone, makes the host wait for the device, gives
+no gradient to a head above frozen layers, multiplies the gradients again in a second backward, and was slower on an
+H200. Compared in tests/lm/test_chunked.py and benchmarks/loss.py.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from bigbatch.gradients.gradient_sums import NARROW_DTYPES
+from bigbatch.lm.data.dataset import IGNORED
+
+CHUNK_TOKENS = 1024
+"""On an H200, 0.85 to 1.04 times the time of all logits of 8,192 tokens, in a fifth of the memory or less:
+benchmarks/results/loss-h200.txt."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    fused: bool = False,
+) -> Tensor:
+    """Sum the cross entropy of next tokens: what the full logits give, without them.
+
+        logits = scale · F.linear(hidden, weight, bias)
+        logits = softcap · tanh(logits / softcap)                                       where there is a softcap
+        F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+    Matrices are multiplied in the dtype of autocast where that is on; everything else is computed in float32. The
+    gradient of the weight is summed over the chunks in float32, and then rounded to the weight's dtype. What is held at
+    a time is twice a chunk of logits in float32, with soft-capping three times, and from forward to backward the
+    gradients of hidden states and weight. In float16 they are made in backward, from logits computed once more: they
+    vanish there unless the factor of the gradient scaler comes first.
+
+    Args:
+        hidden: ``[tokens, width]``. Rows whose label is ignored may hold anything, NaN included; their gradient is 0.
+        weight: Of the head, ``[vocabulary, width]``.
+        bias: ``[vocabulary]``, or None.
+        labels: The next tokens, int64 ``[tokens]``; -100 where there is nothing to learn.
+        chunk_tokens: Tokens whose logits are held at a time.
+        softcap: What logits stay below in absolute value; None for no bound.
+        scale: Factor of the logits.
+        fused: Whether to compile what happens to a chunk of logits between the products: two passes over it instead of
+            six, the same but for rounding. Takes some seconds when it is first used.
+
+    Returns:
+        The 0-d sum in float32, or in float64 for float64.
+
+    Raises:
+        ValueError: ``chunk_tokens`` is below 1.
+        RuntimeError: In backward, under ``create_graph=True``.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: the logits of at least 1 token have to be held.")
+    recipe = _Recipe(chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, recipe)  # type: ignore[no-untyped-call]
+        return loss_sum
+    return _run(hidden, weight, bias, labels, recipe, (False, False, False))[0]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    chunk_tokens: int
+    softcap: float | None
+    scale: float
+    dtype: torch.dtype  # of the matrix products' operands
+    fused: bool
+
+    @property
+    def waits_for_backward(self) -> bool:
+        return self.dtype == torch.float16
+
+
+_Gradients = list[Tensor | None]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, recipe: _Recipe
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.recipe = recipe
+        ctx.gradients = None
+        if recipe.waits_for_backward:
+            return _run(hidden, weight, bias, labels, recipe, (False, False, False))[0]
+        loss_sum, ctx.gradients = _run(hidden, weight, bias, labels, recipe, ctx.needs_input_grad[:3])
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy cannot be differentiated twice: leave create_graph out, or use "
+                "F.cross_entropy on all logits."
+            )
+        gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward makes them anew
+        if gradients is None:
+            hidden, weight, bias, labels = ctx.saved_tensors
+            wanted = ctx.needs_input_grad[:3]
+            gradients = _run(hidden, weight, bias, labels, ctx.recipe, wanted, factor=grad_output)[1]
+        else:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_output * ctx.recipe.scale)
+        return (*gradients, None, None)
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    recipe: _Recipe,
+    wanted: Sequence[bool],
+    *,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, _Gradients]:
+    """Go over the chunks once; give the sum, and of hidden, weight and bias the gradients that are wanted.
+
+    They are those of ``factor · sum``, or without a factor those of ``sum / scale``.
+    """
+    with _without_autocast(hidden.device):
+        run = _Run(hidden, weight, bias, recipe, wanted, factor)
+        for start in range(0, len(hidden), recipe.chunk_tokens):
+            run.add(slice(start, start + recipe.chunk_tokens), labels)
+        return run.loss_sum, run.gradients()
+
+
+class _Run:
+    """Sums and operands of one pass over the chunks."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        recipe: _Recipe,
+        wanted: Sequence[bool],
+        factor: Tensor | None,
+    ) -> None:
+        self.hidden = hidden
+        self.weight = weight.to(recipe.dtype)
+        self.bias = None if bias is None else bias.to(recipe.dtype)
+        self.recipe = recipe
+        self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        self.factor = None if factor is None else factor * recipe.scale
+        sums = torch.float64 if recipe.dtype == torch.float64 else torch.float32
+        self.loss_sum = hidden.new_zeros((), dtype=sums)
+        self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=sums) if wanted[1] else None
+        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=sums) if wanted[2] else None
+
+    def gradients(self) -> _Gradients:
+        weight, bias = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip((self.grad_weight, self.grad_bias), self.dtypes, strict=True)
+        )
+        return [self.grad_hidden, weight, bias]
+
+    def add(self, chunk: slice, labels: Tensor) -> None:
+        """Add the share of some tokens."""
+        ignored = labels[chunk] == IGNORED
+        targets = labels[chunk].masked_fill(ignored, 0)[:, None]
+        rows = self.hidden[chunk].to(self.recipe.dtype).masked_fill(ignored[:, None], 0)
+        if self.recipe.fused:
+            self._add_fused(chunk, rows, targets, ignored)
+            return
+        log_probabilities, capped = self._log_softmax(rows)
+        of_targets = log_probabilities.gather(1, targets)
+        self.loss_sum -= of_targets.squeeze(1).masked_fill(ignored, 0).sum()
+        if all(gradient is None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):
+            return
+        slopes = log_probabilities.exp_().scatter_(1, targets, of_targets.expm1_())  # softmax − one-hot
+        if capped is not None:
+            slopes.mul_(capped.square_().neg_().add_(1))  # tanh′ = 1 − tanh²
+        if self.factor is not None:
+            slopes.mul_(torch.where(ignored, 0, self.factor)[:, None])
+        self._add_gradients(chunk, rows, slopes, ignored)
+
+    def _add_fused(self, chunk: slice, rows: Tensor, targets: Tensor, ignored: Tensor) -> None:
+        products = _multiply(rows, self.weight.T)
+        recipe = self.recipe
+        dtype = recipe.dtype if _has_wide_products(rows) and self.grad_bias is None else self.loss_sum.dtype
+        loss_sum, slopes = _fused()(
+            products, self.bias, targets, ignored, self.factor, scale=recipe.scale, softcap=recipe.softcap, dtype=dtype
+        )
+        del products
+        self.loss_sum += loss_sum
+        if any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):
+            self._add_gradients(chunk, rows, slopes, ignored)
+
+    def _log_softmax(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the logarithms of all probabilities, and with soft-capping the tanh on the way to them."""
+        products = _multiply(rows, self.weight.T)
+        logits = products if products.dtype == torch.float64 else products.float()
+        del products
+        if self.bias is not None:
+            logits += self.bias
+        scale, softcap = self.recipe.scale, self.recipe.softcap
+        if softcap is not None:
+            capped = logits.mul_(scale / softcap).tanh_()
+            return F.log_softmax(capped * softcap, 1), capped
+        return F.log_softmax(logits if scale == 1 else logits.mul_(scale), 1), None
+
+    def _add_gradients(self, chunk: slice, rows: Tensor, slopes: Tensor, ignored: Tensor) -> None:
+        if self.grad_bias is not None:
+            self.grad_bias += (~ignored).to(slopes.dtype) @ slopes
+        narrow = slopes.to(self.recipe.dtype)
+        if self.grad_hidden is not None:
+            self.grad_hidden[chunk] = _multiply(narrow, self.weight).masked_fill_(ignored[:, None], 0)
+        if self.grad_weight is None:
+            return
+        if _has_wide_products(rows):
+            torch.addmm(self.grad_weight, narrow.T, rows, out_dtype=torch.float32, out=self.grad_weight)
+        else:
+            self.grad_weight.addmm_(slopes.T, rows.to(slopes.dtype))
+
+
+@cache
+def _fused() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_slopes, dynamic=True)
+
+
+def _loss_and_slopes(
+    products: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignored: Tensor,
+    factor: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss sum of some tokens and, in ``dtype``, its slopes by their products, but for ``scale``."""
+    logits = products if products.dtype == torch.float64 else products.float()
+    if bias is not None:
+        logits = logits + bias
+    capped = None
+    if softcap is not None:
+        capped = torch.tanh(logits * (scale / softcap))
+        logits = capped * softcap
+    elif scale != 1:
+        logits = logits * scale
+    log_sum = torch.logsumexp(logits, 1, keepdim=True)
+    losses = (log_sum - logits.gather(1, targets)).masked_fill(ignored[:, None], 0)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    slopes = torch.exp(logits - log_sum) - (columns == targets).to(logits.dtype)
+    if capped is not None:
+        slopes = slopes * (1 - capped * capped)
+    if factor is not None:
+        slopes = slopes * torch.where(ignored, 0, factor)[:, None]
+    return losses.sum(), slopes.to(dtype)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices; what narrow ones give is not rounded to their dtype where the device can leave it."""
+    return torch.mm(left, right, out_dtype=torch.float32) if _has_wide_products(left) else left @ right
+
+
+def _has_wide_products(operand: Tensor) -> bool:
+    """Tell whether the device multiplies matrices of this narrow dtype into float32."""
+    if not operand.is_cuda or operand.dtype not in NARROW_DTYPES or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(operand.device) >= (8, 0)
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Tell in which dtype `F.linear` would multiply, here and now."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return hidden.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

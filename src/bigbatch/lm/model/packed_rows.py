@@ -1,0 +1,201 @@
+"""Packed rows: the samples of a micro-batch one after the other in a single row, none of them padded.
+
+samples → pack → input_ids, labels, position_ids, offsets → the model, whose attention keeps the sequences apart
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.batching.token_groups import round_up
+from bigbatch.lm.data.dataset import IGNORED
+from bigbatch.lm.device import Machine
+from bigbatch.lm.model.causal_attention import NAME, VARLEN_DTYPES
+from bigbatch.lm.model.embedding_hook import embedded_tokens
+from bigbatch.preserve import preserved
+from bigbatch.verification.cut_gradients import narrowest_dtype
+from bigbatch.verification.verify import TOLERANCES
+
+FEWEST_PLACES = 64  # for offsets: a row of more sequences has the next power of two
+LEAK = 0.1  # of what a token of its own moves a sequence: what those of a neighbour may, which is rounding
+CHECKED_LENGTHS = (7, 5, 4)
+
+
+def pack(
+    samples: Sequence[dict[str, Tensor]], *, pad_id: int, longest: int, most: int | None = None
+) -> dict[str, Tensor]:
+    """Put samples into one row of a size that `token_groups.round_up` gives, so that rows have few sizes.
+
+    Args:
+        samples: With ``input_ids`` and ``labels``, int64 ``[length]``; at least one.
+        pad_id: Token that fills the row up. The filling is sequences of its own without labels, none above ``longest``:
+            attention leaves no token of a row out.
+        longest: Tokens of the longest sequence there is.
+        most: Tokens that the row does not exceed where the samples do not.
+
+    Returns:
+        ``input_ids``, ``labels`` and ``position_ids``, int64 ``[1, tokens]``; ``offsets``, int32 ``[places + 1]``,
+        where sequences begin, repeated at the end for as many empty ones as make the places a power of two.
+
+    Raises:
+        ValueError: There is no sample.
+    """
+    if not samples:
+        raise ValueError("there is no sample to pack. Give at least one.")
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    tokens = sum(lengths)
+    size = round_up(tokens) if most is None else max(tokens, min(round_up(tokens), most))
+    while (filling := min(longest, size - sum(lengths))) > 0:
+        lengths.append(filling)
+    padding = (0, size - tokens)
+    ends = torch.tensor(lengths).cumsum(0)
+    offsets = torch.full((_places(len(lengths)) + 1,), size, dtype=torch.int32)
+    offsets[0] = 0
+    offsets[1 : len(lengths) + 1] = ends
+    starts = torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths))
+    input_ids = torch.cat([sample["input_ids"] for sample in samples])
+    labels = torch.cat([sample["labels"] for sample in samples])
+    return {
+        "input_ids": nn.functional.pad(input_ids, padding, value=pad_id)[None],
+        "labels": nn.functional.pad(labels, padding, value=IGNORED)[None],
+        "position_ids": (torch.arange(size) - starts)[None],
+        "offsets": offsets,
+    }
+
+
+def _places(sequences: int) -> int:
+    return max(FEWEST_PLACES, 1 << (sequences - 1).bit_length())
+
+
+def model_inputs(microbatch: dict[str, Tensor], *, longest: int | None, needs_mask: bool) -> dict[str, Any]:
+    """Give what a model is called with for a micro-batch, padded or packed."""
+    if "offsets" not in microbatch:
+        names = ("input_ids", "attention_mask") if needs_mask else ("input_ids",)
+        return {name: microbatch[name] for name in names}
+    offsets = microbatch["offsets"]
+    return {
+        "input_ids": microbatch["input_ids"],
+        "position_ids": microbatch["position_ids"],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def why_not_packed(model: Any, machine: Machine, *, longest: int) -> str | None:
+    """Say why a model cannot run packed rows, in a few words; None where it can.
+
+        logits(packed row) = logits(each sequence alone)                                    within rounding
+        ∂ logits of one sequence / ∂ embedded tokens of the others = 0                      exactly
+        other tokens in one sequence of the row change nothing in the next                  within rounding
+
+    The gradient tells what rounding hides: a convolution over three tokens moves the logits by less than bfloat16 does.
+    Tried on the model itself, in evaluation mode and once in training mode. Training modes, random states and buffers
+    are put back.
+
+    Args:
+        model: A transformers language model on its device, whose attention is that of `use_causal_attention`.
+        machine: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at least
+            that for float32.
+        longest: Tokens of the longest sequence there is.
+    """
+    if machine.device.type == "cuda" and not machine.is_narrow:
+        return f"attention has no kernel for packed rows in {machine.precision}"
+    if machine.device.type not in ("cuda", "cpu"):
+        return f"attention has no kernel for packed rows on {machine.device.type}"
+    if getattr(model.config, "_attn_implementation", None) != NAME:
+        return "the model attends in a way of its own"
+    if getattr(model.config, "attention_chunk_size", None) is not None:
+        return "the model attends in chunks"
+    try:
+        with preserved(model, parameters=False), narrowest_dtype(model) as dtypes, _windows_handed_over() as windows:
+            model.train()
+            _logits(model, machine, longest, _samples(model, longest))  # dropout in attention may have no kernel
+            model.eval()
+            by_layout, by_neighbour, by_own = _changes(model, machine, longest)
+            leaks = _leaks(model, machine, longest)
+    except Exception as error:  # noqa: BLE001 - whatever a model says to a packed row, it can have padded ones
+        return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    if 0 < (getattr(model.config, "sliding_window", None) or 0) < longest and not any(windows):
+        return "its window is in a mask alone"
+    dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
+    if machine.device.type == "cuda" and dtype not in VARLEN_DTYPES:
+        dtype = torch.bfloat16
+    if leaks or by_neighbour > LEAK * by_own:
+        return "its sequences see one another in a packed row"
+    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    return None if by_layout <= tolerance else f"its logits in a packed row differ by {by_layout:.0e}"
+
+
+@contextmanager
+def _windows_handed_over() -> Iterator[list[int]]:
+    """Collect the sliding windows that layers hand to attention; a mask, which tells them too, is left out here."""
+    from transformers import AttentionInterface
+
+    attend, windows = AttentionInterface()[NAME], list[int]()
+
+    def look(module: Any, *tensors: Any, **options: Any) -> Any:
+        windows.append(options.get("sliding_window") or 0)
+        return attend(module, *tensors, **options)
+
+    AttentionInterface.register(NAME, look)
+    try:
+        yield windows
+    finally:
+        AttentionInterface.register(NAME, attend)
+
+
+def _logits(model: Any, machine: Machine, longest: int, samples: Sequence[list[int]]) -> Tensor:
+    """Give the logits of samples in one row, ``[tokens, vocabulary]``."""
+    rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in samples]
+    row = {name: tensor.to(machine.device) for name, tensor in pack(rows, pad_id=0, longest=longest).items()}
+    with machine.autocast():
+        given: Tensor = model(**model_inputs(row, longest=longest, needs_mask=False), use_cache=False).logits
+    return given[0, : sum(map(len, samples))]
+
+
+@torch.no_grad()
+def _changes(model: Any, machine: Machine, longest: int) -> tuple[float, float, float]:
+    """Measure how far packing moves the logits, a neighbour's token those of the next sequence, and one of its own."""
+
+    def logits(*samples: list[int]) -> Tensor:
+        return _logits(model, machine, longest, samples).cpu().double()
+
+    def alone(row: list[int]) -> Tensor:
+        with machine.autocast():
+            given: Tensor = model(input_ids=torch.tensor([row], device=machine.device), use_cache=False).logits
+        return given[0].cpu().double()
+
+    samples = _samples(model, longest)
+    together = logits(*samples)
+    apart = torch.cat([alone(row) for row in samples])
+    first, second, *others = samples
+    part = slice(len(first), len(first) + len(second))
+    by_neighbour = logits(first[::-1], second, *others)[part] - together[part]
+    by_own = logits(first, [*second[1:2], *second[1:]], *others)[part] - together[part]
+    return float((together - apart).norm() / apart.norm()), float(by_neighbour.norm()), float(by_own.norm())
+
+
+def _leaks(model: Any, machine: Machine, longest: int) -> bool:
+    """Tell whether the logits of one sequence have a gradient by the embedded tokens of others."""
+    first, second, *others = _samples(model, longest)
+    part = slice(len(first), len(first) + len(second))
+    with embedded_tokens(model) as embedded:
+        logits = _logits(model, machine, longest, [first, second, *others])[part].float()
+        (gradient,) = torch.autograd.grad(logits.sum(), embedded[0])
+    reached = gradient[0].abs().sum(-1) > 0  # [tokens]
+    return bool(reached[: part.start].any() or reached[part.stop :].any() or not reached[part].any())
+
+
+def _samples(model: Any, longest: int) -> list[list[int]]:
+    """Make a few sequences of distinct tokens from all over the vocabulary."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    lengths = [min(length, longest) for length in CHECKED_LENGTHS]
+    if longest < 2 or vocabulary <= sum(lengths):
+        raise ValueError("the model has too few tokens or positions to try it")
+    tokens = [1 + i * (vocabulary - 2) // sum(lengths) for i in range(sum(lengths))]
+    return [[tokens.pop() for _ in range(length)] for length in lengths]

@@ -1,0 +1,210 @@
+"""How a model is run: attention, loss, layout, compiled layers and recorded launches, each tried on the model itself.
+
+model → attention without a mask → loss in chunks → LoRA → packed rows → compiled layers → Arrangement
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbatch.errors import InputError
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.dataset import collate
+from bigbatch.lm.device import Machine
+from bigbatch.lm.model.causal_attention import leave_out_mask, use_causal_attention
+from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, head_of, is_worth_chunks
+from bigbatch.lm.model.decoder_layers import Layers
+from bigbatch.lm.model.embedding_hook import embedded_tokens
+from bigbatch.lm.model.packed_rows import pack, why_not_packed
+from bigbatch.lm.model.pretrained import add_lora
+from bigbatch.lm.text import first_line
+from bigbatch.preserve import preserved
+from bigbatch.rng import seed_everything
+from bigbatch.types import Layout
+
+NARROW_SAME, WIDE_SAME = 0.1, 1e-3
+"""How far compiled layers may move a gradient. Rounding moves it by some hundredths over many layers in bfloat16, and
+by less than a thousandth in float32; wrong code moves it by as much as it is."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a model is run.
+
+    Attributes:
+        model: In training mode, with its adapters.
+        loss_fn: As `bigbatch.Engine` takes it.
+        collate: Makes a micro-batch of a list of samples.
+        layout: Of the micro-batches.
+        layers: What can be computed anew in backward; None where the model has no such layers.
+        records: Whether micro-batches are launched from recordings.
+        notes: Sentences about what is not there, and why.
+    """
+
+    model: Any
+    loss_fn: CausalLMLoss | ChunkedCausalLMLoss
+    collate: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
+    layout: Layout
+    layers: Layers | None
+    records: bool
+    notes: tuple[str, ...]
+
+
+def arrange(model: Any, config: TrainConfig, machine: Machine, *, pad_id: int, longest: int) -> Arrangement:
+    """Find out how a model is run best, of what was not decided.
+
+    Args:
+        model: A transformers language model on its device, without adapters.
+        config: With every default written out.
+        machine: Device and precision.
+        pad_id: Token that rows are filled up with.
+        longest: Tokens of the longest sequence that will come.
+
+    Raises:
+        InputError: The model cannot have what the configuration asks for.
+    """
+    notes: list[str] = []
+    on_cuda = machine.device.type == "cuda"
+    if config.compile == "graphs" and not on_cuda:
+        raise InputError(f"--compile graphs is for CUDA, and this run is on {machine.device}: say layers or none.")
+    needs_mask = not leave_out_mask(model, machine, max_length=longest)
+    chunks = is_worth_chunks(head_of(model)) and chunked_loss_is_exact(model, machine)
+    layout = _layout(model, config, machine, longest, needs_mask, notes)
+    if config.lora_rank:
+        model = with_lora(model, config)
+    model = model.to(machine.device).train()
+    layers = layers_of(model, config)
+    compiles = config.compile in ("layers", "graphs") or (config.compile == "auto" and on_cuda)
+    if chunks:
+        loss: Any = partial(ChunkedCausalLMLoss, fused=compiles)
+    else:
+        loss = CausalLMLoss
+    loss_fn = loss(machine, needs_mask=needs_mask, longest=longest)
+    if layout == "packed":
+        collator: Any = partial(pack, pad_id=pad_id, longest=longest, most=config.token_budget)
+    else:
+        collator = partial(collate, pad_id=pad_id)
+    if compiles:
+        _compile(model, config, layers, loss_fn, collator, machine, longest, notes)
+    records = on_cuda and config.compile in ("auto", "graphs")
+    return Arrangement(model, loss_fn, collator, layout, layers, records, tuple(notes))
+
+
+def _layout(
+    model: Any, config: TrainConfig, machine: Machine, longest: int, needs_mask: bool, notes: list[str]
+) -> Layout:
+    """Decide between packed and padded rows; a model that packs attends by offsets from then on."""
+    wanted = config.layout == "packed" or (config.layout == "auto" and machine.device.type == "cuda")
+    if not wanted:
+        return "padded"
+    before = getattr(model.config, "_attn_implementation", None)
+    why = "it needs a mask for padding" if needs_mask else None
+    if why is None:
+        use_causal_attention(model)
+        why = why_not_packed(model, machine, longest=longest)
+    if why is None:
+        return "packed"
+    if before is not None and getattr(model.config, "_attn_implementation", None) != before:
+        model.set_attn_implementation(before)
+    if config.layout == "packed":
+        raise InputError(f"--layout packed is not there for {config.model}: {why}. Leave it to auto, or say padded.")
+    notes.append(f"rows are padded and not packed: {why}")
+    return "padded"
+
+
+def with_lora(model: Any, config: TrainConfig) -> Any:
+    """Give a model the adapters that are asked for.
+
+    Raises:
+        InputError: It cannot have them.
+    """
+    assert config.lora_alpha is not None, "resolved() gives it a value"
+    try:
+        return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    except ValueError as error:
+        raise InputError(f"--lora-rank is not there for {config.model}: {first_line(error)}.") from error
+
+
+def layers_of(model: Any, config: TrainConfig) -> Layers | None:
+    """Find the layers of a model, and let them compute anew what is asked for; None where it has no such layers.
+
+    Raises:
+        InputError: It has none, and they are asked for.
+    """
+    try:
+        layers = Layers(model)
+    except ValueError as error:
+        if config.gradient_checkpointing in ("auto", "none"):
+            return None
+        raise InputError(f"--gradient-checkpointing is not there for {config.model}: {first_line(error)}.") from error
+    if config.gradient_checkpointing != "auto":
+        layers.recompute(config.gradient_checkpointing)
+    return layers
+
+
+def _compile(
+    model: Any,
+    config: TrainConfig,
+    layers: Layers | None,
+    loss_fn: Any,
+    collator: Any,
+    machine: Machine,
+    longest: int,
+    notes: list[str],
+) -> None:
+    """Compile the layers, and hold them to what they gave before."""
+    why = "its layers are not those of transformers" if layers is None else None
+    if layers is not None:
+        microbatch = _trial(model, collator, machine, longest)
+        level = layers.level
+        layers.recompute("full")  # least memory, and what recomputes is tried as well
+        before = _loss_and_gradient(model, loss_fn, microbatch)
+        layers.compile()
+        try:
+            after = _loss_and_gradient(model, loss_fn, microbatch)
+        except Exception as error:  # noqa: BLE001 - whatever the compiler says, the model runs without it
+            why = first_line(error)
+        else:
+            difference = max(_difference(new, old) for new, old in zip(after, before, strict=True))
+            same = NARROW_SAME if machine.is_narrow else WIDE_SAME
+            why = None if difference <= same else f"compiled, it differs by {difference:.0e}"
+        layers.recompute(level)
+        if why is not None:
+            layers.interpret()
+    if why is None:
+        return
+    if config.compile != "auto":
+        raise InputError(
+            f"--compile {config.compile} is not there for {config.model}: {why}. Leave it to auto, or none."
+        )
+    notes.append(f"layers are not compiled: {why}")
+
+
+def _trial(model: Any, collator: Any, machine: Machine, longest: int) -> dict[str, Tensor]:
+    """Make a micro-batch of some sequences, the longest among them."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for length in (longest, max(1, longest // 2), max(1, longest // 3)):
+        tokens = torch.randint(vocabulary, (length,), generator=generator)
+        samples.append({"input_ids": tokens, "labels": tokens.roll(-1)})
+    return {name: tensor.to(machine.device) for name, tensor in collator(samples).items()}
+
+
+def _loss_and_gradient(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute the loss and its gradient by the embedded tokens; nothing else stays."""
+    with preserved(model, parameters=False), embedded_tokens(model) as embedded:
+        seed_everything(0)
+        loss_sum = loss_fn(model, microbatch)[0]
+        (gradient,) = torch.autograd.grad(loss_sum, embedded[0])
+    return loss_sum.detach(), gradient
+
+
+def _difference(new: Tensor, old: Tensor) -> float:
+    size, difference = float(old.double().norm()), float((new.double() - old.double()).norm())
+    return difference / size if size else difference

@@ -1,0 +1,1 @@
+"""Memory, micro-batches and time of a run before it starts."""

@@ -1,0 +1,162 @@
+"""What a plan needs to know of the data: how long the sequences are, without keeping any of them.
+
+documents → at most 2,000 of them, the longest included → tokens of each sequence
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+from bigbatch.errors import InputError
+from bigbatch.lm.config.train_config import DEFAULT_MAX_LENGTH, TrainConfig
+from bigbatch.lm.data.dataset import encode, split_documents
+from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.sampling_order import epoch_windows
+from bigbatch.lm.data.sources import read_corpus
+from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
+from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config, tiny_config
+from bigbatch.lm.text import count
+from bigbatch.lm.training.setup import Say
+
+MOST_DOCUMENTS = 2_000  # that are encoded for their lengths: evenly spaced, if there are more
+BYTES_A_TOKEN = 4  # where there is no tokenizer: of English text and of code, about
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of the data, and of the model that is to learn it.
+
+    Attributes:
+        model_config: Of transformers.
+        max_length: Tokens of the longest sequence that there may be.
+        lengths: Every number of tokens that a sequence has, the longest first.
+        window: Tokens of each sequence of the first update.
+        most_rows: Sequences of the largest update.
+        num_updates: Of the run; about, where updates are counted in tokens or not all documents were measured.
+        notes: Sentences about what was estimated.
+    """
+
+    model_config: Any
+    max_length: int
+    lengths: tuple[int, ...]
+    window: tuple[int, ...]
+    most_rows: int
+    num_updates: int
+    notes: tuple[str, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that there is."""
+        return self.lengths[0]
+
+
+def survey(config: TrainConfig, *, say: Say) -> Survey:
+    """Read the data of a run and measure it.
+
+    Args:
+        config: With every default written out.
+        say: Told what goes on.
+
+    Raises:
+        InputError: Data, model or length is not there or not usable.
+    """
+    notes = []
+    model_config: Any = None
+    tokenizer: Any = None
+    if config.model != TINY:
+        model_config = load_config(config.model)
+        _check_length(config, model_config)
+        try:
+            tokenizer = load_tokenizer(config.model)
+        except InputError as error:
+            notes.append(f"lengths are estimated, {BYTES_A_TOKEN} bytes a token: {error}")
+    say(f"reading {config.data}")
+    documents, _ = split_documents(
+        read_corpus(config.data, skip_broken=config.skip_broken).documents,
+        validation_fraction=config.validation_fraction,
+    )
+    if config.model == TINY:
+        say("training a tokenizer")
+        texts = [text for document in documents for text in document.texts]
+        tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
+        assert config.max_length is not None, "resolved() gives it a value"
+        model_config = tiny_config(tokenizer, max_length=config.max_length)
+    max_length = config.max_length or min(DEFAULT_MAX_LENGTH, _positions(model_config) or DEFAULT_MAX_LENGTH)
+    measured = some_of(documents, MOST_DOCUMENTS)
+    if len(measured) < len(documents):
+        notes.append(f"lengths are those of {len(measured):,} of {count(len(documents), 'document')}")
+    say("measuring the documents")
+    if tokenizer is None:
+        lengths = estimated_lengths(measured, max_length)
+    else:
+        lengths = encode(measured, tokenizer, max_length=max_length)[0].lengths
+    if not lengths:
+        raise InputError(f"{config.data} holds nothing to learn from.")
+    windows, num_updates = _windows(config, lengths, len(documents) / len(measured))
+    return Survey(
+        model_config=model_config,
+        max_length=max_length,
+        lengths=tuple(sorted(set(lengths), reverse=True)),
+        window=windows[0],
+        most_rows=max(map(len, windows)),
+        num_updates=num_updates,
+        notes=tuple(notes),
+    )
+
+
+def _positions(model_config: Any) -> int | None:
+    """Give how many a model can tell apart; None where it knows no limit."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _check_length(config: TrainConfig, model_config: Any) -> None:
+    positions = _positions(model_config)
+    if config.max_length is not None and positions is not None and config.max_length > positions:
+        raise InputError(
+            f"--max-length {config.max_length} is more than the {positions} positions of {config.model}: pass "
+            f"--max-length {positions} or less."
+        )
+
+
+def some_of(documents: Sequence[Document], most: int) -> Sequence[Document]:
+    """Give the documents if there are no more than that, else so many: evenly spaced, and the longest."""
+    if len(documents) <= most:
+        return documents
+    longest = max(range(len(documents)), key=lambda i: sum(map(len, documents[i].texts)))
+    chosen = [i * len(documents) // most for i in range(most)]
+    if longest not in chosen:
+        chosen[longest * most // len(documents)] = longest
+    return [documents[i] for i in chosen]
+
+
+def estimated_lengths(documents: Sequence[Document], max_length: int) -> list[int]:
+    """Give the tokens of each sequence by the bytes of the documents, where there is no tokenizer to count them."""
+    lengths = []
+    for document in documents:
+        tokens = max(1, sum(len(text.encode()) for text in document.texts) // BYTES_A_TOKEN)
+        lengths += [max_length] * (tokens // max_length) + [tokens % max_length] * bool(tokens % max_length)
+    return lengths
+
+
+def _windows(config: TrainConfig, lengths: list[int], share: float) -> tuple[list[tuple[int, ...]], int]:
+    """Give the lengths of each update of a pass, and how many updates the run has.
+
+    Where ``lengths`` are those of one document in ``share``, they stand for as many others as an update takes.
+    """
+    there_are = round(len(lengths) * share)
+    wanted = config.global_batch or -(-(config.global_batch_tokens or 0) * len(lengths) // sum(lengths))
+    standing_in = list(islice(cycle(lengths), min(there_are, max(len(lengths), wanted))))
+    windows = epoch_windows(
+        standing_in,
+        global_batch=config.global_batch,
+        global_batch_tokens=config.global_batch_tokens,
+        seed=config.seed,
+        epoch=0,
+    )
+    if config.global_batch is not None:
+        a_pass = -(-there_are // config.global_batch)
+    else:
+        a_pass = max(1, round(len(windows) * there_are / len(standing_in)))
+    return [tuple(standing_in[i] for i in window) for window in windows], config.steps or (config.epochs or 0) * a_pass

@@ -1,0 +1,143 @@
+"""What a run is going to need, before anything is spent: from the configuration, the data and a limit.
+
+    configuration → a model without weights → the peak of a step → the micro-batch that fits → the first update's plan
+
+No weights are read and no GPU is needed. Where the run could begin here and now, the time of an update is measured too,
+with random weights.
+"""
+
+from dataclasses import dataclass
+
+from bigbatch.autotune.peak_prediction import Prediction, PredictionError
+from bigbatch.batching.plan import Plan
+from bigbatch.batching.token_groups import DEFAULT_COST
+from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.planning.data_statistics import Survey, survey
+from bigbatch.lm.planning.device_target import Target, find_target
+from bigbatch.lm.planning.estimator import FASTEST, LARGEST, Desk, Lever
+from bigbatch.lm.training.setup import Say
+
+
+def _desk(config: TrainConfig, target: Target, data: Survey) -> tuple[TrainConfig, Desk]:
+    """Plan at the first level of recomputation at which the longest sequence fits, where training would choose it."""
+    desk = Desk(config, target, data)
+    if config.gradient_checkpointing != "auto" or config.microbatch != "auto":
+        return config, desk
+    for level in ("selective", "full"):
+        if desk.fits(desk.predict(data.longest).peak_bytes):
+            break
+        more = config.model_copy(update={"gradient_checkpointing": level})
+        try:
+            found = Desk(more, target, data)
+        except InputError:  # the model cannot have it
+            break
+        if level == "full" and not found.fits(found.predict(data.longest).peak_bytes):
+            break  # then what helps is told beside what is needed without
+        config, desk = more, found
+    return config, desk
+
+
+def _notes(config: TrainConfig, asked: TrainConfig, target: Target) -> list[str]:
+    """Say what a user would not expect of the figures."""
+    notes = []
+    if config.gradient_checkpointing != asked.gradient_checkpointing:
+        layers = "all layers are" if config.gradient_checkpointing == "full" else "every second layer is"
+        notes.append(f"{layers} computed anew in backward: the longest sequence does not fit otherwise")
+    if target.device.type == "cuda" and config.compile != "none":
+        notes.append(
+            "training compiles the layers there, which keep less than is predicted here, operation by operation"
+        )
+    return notes
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is going to need.
+
+    Attributes:
+        config: With every default written out.
+        target: What it is planned for.
+        num_parameters: Of the model.
+        num_trained: Those of them that are trained.
+        num_updates: Of the run; about, where they are counted in tokens or not all documents were measured.
+        unit: What ``size`` counts: ``"tokens"`` or ``"samples"``.
+        size: The most of a micro-batch; a sequence that is longer is one by itself.
+        longest: Tokens of the longest sequence.
+        reason: Why that size, in a few words.
+        prediction: The peak at the fullest micro-batch of that size.
+        fits: Whether it is within the memory; None where that is not known.
+        plan: The micro-batches of the first update.
+        levers: What would lower the peak, the least first: one setting more, or several where it takes them to fit.
+        update_s: Seconds of an update, where they were measured.
+        untimed: Why not, where they were not.
+        notes: Sentences about what was estimated.
+    """
+
+    config: TrainConfig
+    target: Target
+    num_parameters: int
+    num_trained: int
+    num_updates: int
+    unit: str
+    size: int
+    longest: int
+    reason: str
+    prediction: Prediction
+    fits: bool | None
+    plan: Plan
+    levers: tuple[Lever, ...]
+    update_s: float | None
+    untimed: str | None
+    notes: tuple[str, ...]
+
+
+def forecast(config: TrainConfig, *, say: Say) -> Forecast:
+    """Predict memory, micro-batches and, where possible, time of a run.
+
+    Raises:
+        InputError: Something that the configuration names is not there or not usable.
+        BigbatchError: The memory of this model cannot be predicted.
+    """
+    config = config.resolved()
+    target = find_target(config)
+    data = survey(config, say=say)
+    config = config.model_copy(update={"precision": target.machine.precision, "max_length": data.max_length})
+    say("predicting the memory")
+    try:
+        asked = config
+        config, desk = _desk(config, target, data)
+        size, reason = desk.microbatch()
+        timed, untimed = None, desk.why_untimed(size)
+        if untimed is None:
+            say("timing an update with random weights")
+            timed = desk.measure(size)
+            untimed = "it does not fit after all" if timed is None else None
+        if timed is not None and reason == LARGEST:
+            size, reason = timed.size, FASTEST
+        prediction = desk.predict(size)
+        say("looking for what would help")
+        levers = desk.levers(size)
+    except PredictionError as error:
+        raise BigbatchError(
+            f"the memory of {config.model} cannot be predicted: {error}. bigbatch train finds the micro-batch by "
+            "trying, where it is to run."
+        ) from error
+    return Forecast(
+        config=config,
+        target=target,
+        num_parameters=desk.num_parameters,
+        num_trained=desk.num_trained,
+        num_updates=data.num_updates,
+        unit=desk.unit,
+        size=size,
+        longest=data.longest,
+        reason=reason,
+        prediction=prediction,
+        fits=desk.fits(prediction.peak_bytes),
+        plan=desk.plan(size, DEFAULT_COST if timed is None else timed.cost),
+        levers=tuple(levers),
+        update_s=None if timed is None else timed.seconds,
+        untimed=untimed,
+        notes=(*data.notes, *target.notes, *_notes(config, asked, target)),
+    )

@@ -1,0 +1,189 @@
+"""The micro-batches of a window as packed blocks: a bar for each, a block for each sample, padding beside it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bigbatch.lm.report.html import tag, text
+from bigbatch.lm.report.svg_chart import CHARACTER, SIZES, Size
+
+ROW, BAR, HEAD = 24, 16, 26  # pixels
+FEWEST_PIXELS = 3.0  # of a block on average; below, the samples of a bar are drawn as one
+
+
+@dataclass(frozen=True)
+class Window:
+    """The first window of a run.
+
+    Attributes:
+        layout: ``padded`` or ``packed``.
+        token_budget: Tokens that no micro-batch exceeds; None where samples were the limit.
+        num_samples: In all.
+        tokens: In all, without padding.
+        laid_out_tokens: In all, padding included.
+        num_microbatches: In all.
+        first: Tokens of each sample of the first micro-batches.
+        last: Of the last ones, where there are more between.
+    """
+
+    layout: str
+    token_budget: int | None
+    num_samples: int
+    tokens: int
+    laid_out_tokens: int
+    num_microbatches: int
+    first: tuple[tuple[int, ...], ...]
+    last: tuple[tuple[int, ...], ...]
+
+    @property
+    def shown(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The micro-batches that are drawn, by number from 1 on."""
+        end = self.num_microbatches - len(self.last)
+        return [*enumerate(self.first, 1), *enumerate(self.last, end + 1)]
+
+    @property
+    def num_hidden(self) -> int:
+        """Those that are not."""
+        return self.num_microbatches - len(self.first) - len(self.last)
+
+    def laid_out(self, lengths: Sequence[int]) -> int:
+        """Tokens of a micro-batch, padding included."""
+        return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths)
+
+    @property
+    def scale(self) -> int:
+        """Tokens that the width of the drawing stands for."""
+        return max(self.token_budget or 0, *(self.laid_out(lengths) for _, lengths in self.shown))
+
+    def describe(self) -> str:
+        """Say what is drawn."""
+        budget = "" if self.token_budget is None else f" of at most {self.token_budget:,} tokens"
+        padding = self.laid_out_tokens - self.tokens
+        share = padding / self.laid_out_tokens
+        told = f"{padding:,} of {self.laid_out_tokens:,} tokens as laid out are padding ({share:.1%})"
+        waste = told if padding else "there is no padding"
+        batches = "1 micro-batch" if self.num_microbatches == 1 else f"{self.num_microbatches:,} micro-batches"
+        return f"{self.num_samples:,} sequences, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
+
+
+def window_of(told: object) -> Window | None:
+    """Read what an event holds; None where it holds no window that could be drawn."""
+    if not isinstance(told, Mapping):
+        return None
+    try:
+        first, last = _microbatches(told["first"]), _microbatches(told["last"])
+        budget = told["token_budget"]
+        window = Window(
+            layout=str(told["layout"]),
+            token_budget=None if budget is None else _count(budget),
+            num_samples=_count(told["num_samples"]),
+            tokens=_count(told["tokens"]),
+            laid_out_tokens=_count(told["laid_out_tokens"]),
+            num_microbatches=_count(told["num_microbatches"]),
+            first=first,
+            last=last,
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+    return window if first and window.num_hidden >= 0 else None
+
+
+def _microbatches(told: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(_count(length) for length in lengths) for lengths in told if lengths)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 < value < 2**53:
+        raise ValueError
+    return value
+
+
+def draw_window(window: Window) -> str:
+    """Draw a window in every width."""
+    return "".join(_draw(window, size) for size in SIZES)
+
+
+def _draw(window: Window, size: Size) -> str:
+    rows = len(window.shown) + bool(window.num_hidden)
+    budget = window.token_budget
+    height = HEAD + rows * ROW + 6
+    number_width = 10 + CHARACTER * len(f"{window.num_microbatches:,}")
+    beside = 96 if size.name == "narrow" else 216
+    left, right = number_width, size.width - beside
+    unit = (right - left) / window.scale
+    parts = [*_head(window, left, right, unit, height, budget)]
+    y = float(HEAD)
+    for place, (number, lengths) in enumerate(window.shown):
+        if window.num_hidden and place == len(window.first):
+            hidden = f"… {window.num_hidden:,} more"
+            parts.append(tag("text", text(hidden), class_="tick", x=left, y=y + BAR - 3))
+            y += ROW
+        parts += _bar(window, number, lengths, left=left, right=right, y=y, unit=unit, short=size.name == "narrow")
+        y += ROW
+    name = f"window-{size.name}"
+    return tag(
+        "svg",
+        tag("title", "Plan of the first window", id=f"{name}-title")
+        + tag("desc", text(window.describe()), id=f"{name}-desc")
+        + "".join(parts),
+        class_=f"plot {size.name}",
+        viewBox=f"0 0 {size.width} {height}",
+        role="img",
+        aria_labelledby=f"{name}-title {name}-desc",
+    )
+
+
+def _head(window: Window, left: float, right: float, unit: float, height: float, budget: int | None) -> Iterator[str]:
+    yield tag("text", "0", class_="tick", x=left, y=14)
+    end = left + unit * (budget or window.scale)
+    label = f"{budget:,} tokens at most" if budget else f"{window.scale:,} tokens"
+    yield tag("text", text(label), class_="tick end", x=_short(end), y=14)
+    yield tag("line", class_="capacity", x1=_short(end), x2=_short(end), y1=HEAD - 6, y2=height - 4)
+
+
+def _bar(
+    window: Window,
+    number: int,
+    lengths: tuple[int, ...],
+    *,
+    left: float,
+    right: float,
+    y: float,
+    unit: float,
+    short: bool,
+) -> Iterator[str]:
+    tokens, laid_out = sum(lengths), window.laid_out(lengths)
+    middle = y + BAR / 2
+    yield tag("text", f"{number:,}", class_="tick end", x=_short(left - 7), y=middle, dy="0.35em")
+    yield from _samples(window, lengths, left, y, unit)
+    sequences = "sequence" if len(lengths) == 1 else "sequences"
+    share = f"{tokens / laid_out:.0%}" if window.layout == "padded" else ""
+    words = f"{len(lengths):,} × {max(lengths):,}" if short else f"{len(lengths):,} {sequences}, {tokens:,} tokens"
+    full = f", {share} full" if share and not short and tokens != laid_out else ""
+    yield tag("text", text(words + full), class_="tick", x=_short(right + 10), y=middle, dy="0.35em")
+
+
+def _samples(window: Window, lengths: tuple[int, ...], left: float, y: float, unit: float) -> Iterator[str]:
+    """Draw the samples of a bar, each with its padding behind it; or all as one, where they are too many to be seen."""
+    laid_out = window.laid_out(lengths)
+    if laid_out * unit / len(lengths) < FEWEST_PIXELS:
+        yield _block("even", left, y, sum(lengths) * unit)
+        if laid_out > sum(lengths):
+            yield _block("padding", left + sum(lengths) * unit, y, (laid_out - sum(lengths)) * unit)
+        return
+    width = laid_out / len(lengths) if window.layout == "padded" else 0
+    x = left
+    for place, length in enumerate(lengths):
+        yield _block("odd" if place % 2 else "even", x, y, length * unit)
+        if width > length:
+            yield _block("padding", x + length * unit, y, (width - length) * unit)
+        x += max(width, length) * unit
+
+
+def _block(kind: str, x: float, y: float, width: float) -> str:
+    gap = 1.0 if width > 3 else 0.0
+    return tag("rect", class_=kind, x=_short(x), y=_short(y), width=_short(max(width - gap, 0.5)), height=BAR)
+
+
+def _short(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")

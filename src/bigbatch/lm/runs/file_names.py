@@ -1,0 +1,13 @@
+"""Names of the files and folders of a run directory."""
+
+CONFIG = "config.json"  # every setting, written once
+METRICS = "metrics.jsonl"  # one line for each update
+EVENTS = "events.jsonl"  # starts, stops and errors, for the report
+QUARANTINE = "quarantine.jsonl"  # samples of skipped updates
+TUNED_MICROBATCH = "microbatch.json"  # the micro-batch that `auto` chose
+SMALLER_MICROBATCH = "smaller.json"  # the micro-batch to restart with after out-of-memory
+VERIFICATION = "verify.json"  # the result of `bigbatch verify --out`
+LOCK = ".lock"
+MODEL = "model"  # the trained model and its tokenizer
+CHECKPOINTS = "checkpoints"
+PARTIAL = ".partial"  # suffix of what is being written

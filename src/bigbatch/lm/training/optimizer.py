@@ -1,0 +1,52 @@
+"""AdamW over what is trained, and the learning rate of each update."""
+
+import math
+from typing import Any
+
+import torch
+
+from bigbatch.lm.config.scale_from import BETAS, EPS
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.device import Machine
+
+FINAL_LR_FACTOR = 0.1  # of the peak rate, at the end of the cosine
+
+
+def make_optimizer(model: Any, config: TrainConfig, machine: Machine) -> torch.optim.AdamW:
+    """Make AdamW over what is trained, without weight decay of biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    assert config.lr is not None, "resolved() gives it a value"
+    fused = machine.device.type in ("cuda", "cpu")
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=fused)
+
+
+def rebase(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply Adam's second moments, which noise makes up most of, by old batch / new batch when the batch changes.
+
+    They would otherwise take 1 / (1 − β2) updates to come down to the smaller noise of a larger batch.
+    """
+    moments = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
+    if moments:
+        torch._foreach_mul_(moments, factor)
+
+
+def lr_factor(step: float, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
+    """Compute the learning rate of an update, as a share of the peak.
+
+    Args:
+        step: Updates done before.
+        total_steps: Updates of the run.
+        warmup_steps: Updates over which the rate rises linearly to the peak.
+        schedule: ``cosine`` falls to a tenth at the last update; ``constant`` stays.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return FINAL_LR_FACTOR + (1 - FINAL_LR_FACTOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -1,0 +1,145 @@
+"""Going on with a run: what it was made of, and what may be otherwise now.
+
+config.json and flags → the configuration to go on with → prepared → facts beside those of the checkpoint
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from bigbatch import __version__
+from bigbatch.errors import InputError
+from bigbatch.lm.checkpoint.manager import frozen_fingerprint
+from bigbatch.lm.config.train_config import CHANGED, EXCLUSIVE, FREE, TrainConfig
+from bigbatch.lm.runs.file_names import CONFIG
+from bigbatch.lm.training.setup import Prepared
+
+
+def stored_config(folder: Path) -> TrainConfig:
+    """Read the configuration of a run.
+
+    Raises:
+        InputError: There is no run, or its configuration is not one.
+    """
+    path = folder / CONFIG
+    try:
+        return TrainConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_copy(
+            update={"out": folder}
+        )
+    except OSError as error:
+        raise InputError(f"{folder} is no run: {path} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, ValidationError) as error:
+        raise InputError(f"{path} is not the configuration of a run: {str(error).splitlines()[0]}.") from error
+
+
+def as_changed(stored: TrainConfig, facts: Mapping[str, Any] | None) -> TrainConfig:
+    """Give the configuration of a run as it was when a checkpoint was made: an earlier resume may have changed it."""
+    return stored if facts is None else stored.model_copy(update=facts["settings"])
+
+
+def continued(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[str]) -> TrainConfig:
+    """Combine a run's own settings with those asked for now.
+
+    Args:
+        stored: As the run began.
+        asked: Its fields that were given count.
+        allowed: Which of ``batch``, ``seed`` and ``data`` may be changed.
+
+    Raises:
+        InputError: A setting is asked for otherwise that makes the run what it is.
+    """
+    allowed = set(allowed)
+    changes: dict[str, Any] = {}
+    for name in asked.model_fields_set - {"out"}:
+        now, before = getattr(asked, name), getattr(stored, name)
+        if name in FREE or (name in CHANGED and CHANGED[name] in allowed):
+            changes[name] = now
+        elif now != before:
+            raise InputError(_refusal(stored.out, name, before, now))
+    if changes.get("token_budget") is not None or changes.get("microbatch", "auto") != "auto":
+        changes = dict.fromkeys(("memory", "gpu")) | changes  # they decided about auto
+    for first, second in EXCLUSIVE:
+        for one, other in ((first, second), (second, first)):
+            if changes.get(one) is not None and other not in changes:
+                changes[other] = None
+    return stored.model_copy(update=changes)
+
+
+def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    if name not in CHANGED:
+        return (
+            f"{folder} was begun with {flag} {before}, and this asks for {now}: it would not be the run that it is. "
+            "Leave the flag out, or begin another run."
+        )
+    changed = {"batch": "the schedule and the order of the data", "seed": "the order of the data", "data": "the data"}
+    kind = CHANGED[name]
+    return (
+        f"{folder} was begun with {flag} {before}, and this asks for {now}: {changed[kind]} would change. Leave the "
+        f"flag out to go on, or pass --allow-{kind}-change."
+    )
+
+
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """Give what a run is made of besides its settings, as a checkpoint keeps it."""
+    return {
+        "settings": {name: getattr(prepared.config, name) for name in CHANGED},
+        "data_sha256": prepared.training.fingerprint(),
+        "num_samples": len(prepared.training),
+        "vocabulary_sha256": sha256(json.dumps(sorted(prepared.tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "weights_dtype": str(prepared.machine.weights_dtype),
+        "frozen_sha256": frozen_fingerprint(prepared.model),
+    }
+
+
+def shared_facts(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what has to be the same on all ranks of a run, by the name that a user knows it by.
+
+    Args:
+        prepared: On this rank.
+        facts: What `facts_of` gave of it.
+    """
+    settings = prepared.config.model_dump(mode="json", exclude={"device", "out"})
+    tensors = [(n, str(t.dtype), list(t.shape), t.requires_grad) for n, t in prepared.model.named_parameters()]
+    return {
+        **{f"--{name.replace('_', '-')}": value for name, value in settings.items()},
+        "the samples": facts["data_sha256"],
+        "the tokenizers": facts["vocabulary_sha256"],
+        "the parameters of the models": sha256(json.dumps(tensors).encode()).hexdigest(),
+        "the weights that are not trained": facts["frozen_sha256"],
+        "the versions": [__version__, torch.__version__],
+    }
+
+
+def check_facts(
+    folder: Path, data: str, before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Iterable[str]
+) -> None:
+    """Refuse to go on with other data, another vocabulary or other frozen weights than a run was begun with.
+
+    Frozen weights are not compared where another precision rounds them otherwise.
+
+    Raises:
+        InputError: They are others, and nobody allowed it.
+    """
+    alike = now["weights_dtype"] == before["weights_dtype"]
+    if alike and now["frozen_sha256"] != before["frozen_sha256"]:
+        raise InputError(
+            f"the weights that {folder} does not train are not those that it was begun with: its adapters would not "
+            "fit them. Put the model back."
+        )
+    if now["data_sha256"] != before["data_sha256"] and "data" not in allowed:
+        raise InputError(
+            f"the data of {folder} is not what it was when the run began: {data} gives {now['num_samples']:,} "
+            f"sequences now and gave {before['num_samples']:,}, or they read otherwise. Put it back, or pass "
+            "--allow-data-change."
+        )
+    if now["vocabulary_sha256"] != before["vocabulary_sha256"]:
+        raise InputError(
+            f"the tokenizer of {folder} is not the one that it was begun with, so its model would not know the words: "
+            "--model tiny makes one from the data. Put the data back, or begin another run."
+        )

@@ -1,0 +1,163 @@
+"""The course of a run: the samples of every window and the learning rate of every update, decided before the first.
+
+order of the data, global batch or its schedule → windows → how many updates → the rate of each
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+
+from bigbatch.errors import InputError
+from bigbatch.lm.config.batch_schedule import Schedule, Seesaw, read
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.sampling_order import epoch_order, epoch_windows
+from bigbatch.lm.text import count
+from bigbatch.lm.training.optimizer import lr_factor
+
+
+class Course:
+    """The windows of a run and their learning rates; the same on every rank and after every resume.
+
+    Args:
+        config: With every default written out.
+        lengths: Tokens of every sample.
+        step: Updates that were made before this process, with whatever batch.
+        cursor: Samples that they took.
+
+    Attributes:
+        total_steps: Updates of the whole run.
+        warmup_steps: Of them, with a rising rate.
+
+    Raises:
+        InputError: The warm-up is longer than the run, or the schedule of the batch does not go with that of the rate.
+    """
+
+    def __init__(self, config: TrainConfig, lengths: Sequence[int], *, step: int = 0, cursor: int = 0) -> None:
+        self._config = config
+        self._lengths = lengths
+        self._step, self._cursor = step, cursor
+        text = config.global_batch_schedule
+        self.schedule: Schedule | None = None if text is None else read(text)
+        self._place: tuple[int, list[int], list[int]] = (-1, [], [])  # a pass, its order, and the tokens before each
+        self._base_steps = config.steps or self._count_steps(config.epochs or 0)
+        self.warmup_steps = config.warmup_steps_of(self._base_steps)
+        if isinstance(self.schedule, Seesaw):
+            if config.schedule == "constant":
+                raise InputError(
+                    f'--global-batch-schedule "{text}" grows the batch where the learning rate would fall, and '
+                    "--schedule constant never falls: say cosine."
+                )
+            self.total_steps = len(self._samples_before)
+        else:
+            self.total_steps = self._base_steps
+        if self.warmup_steps > self.total_steps:
+            raise InputError(
+                f"--warmup-steps {self.warmup_steps:,} is more than the {count(self.total_steps, 'update')} of the "
+                "run: the learning rate would never reach its peak."
+            )
+
+    def windows(self, step: int, cursor: int) -> Iterator[list[int]]:
+        """Give the windows that are left after so many updates and samples."""
+        epoch, position = divmod(cursor, len(self._lengths))
+        while True:
+            for window in self._pass(epoch, position):
+                if step == self.total_steps:
+                    return
+                step += 1
+                yield window
+            epoch, position = epoch + 1, 0
+
+    def first_window(self) -> list[int]:
+        """Give the samples of the first update."""
+        return self._pass(0)[0]
+
+    def updates_a_pass(self) -> int:
+        """Count the updates of the first pass over the data."""
+        return len(self._pass(0))
+
+    def batch_after(self, cursor: int) -> int | None:
+        """Give the sequences of the window after so many samples; None where the batch is counted in tokens."""
+        if self.schedule is None:
+            return self._config.global_batch
+        epoch, position = divmod(cursor, len(self._lengths))
+        return self._batch_at(self._order_of(epoch)[1][position], cursor)
+
+    def lr_factor(self, step: int) -> float:
+        """Give the learning rate of an update, as a share of the peak."""
+        if isinstance(self.schedule, Seesaw) and step >= self.warmup_steps:
+            return self.schedule.factor(self._plain_factor(self._samples_before[min(step, self.total_steps - 1)]))
+        return lr_factor(
+            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self._config.schedule
+        )
+
+    def _plain_factor(self, samples: int) -> float:
+        """Give the share of the peak that the rate would have after so many samples, with the first batch all along."""
+        step = samples / self._first_batch
+        if step < self.warmup_steps:
+            return 1.0
+        return lr_factor(
+            step, total_steps=self._base_steps, warmup_steps=self.warmup_steps, schedule=self._config.schedule
+        )
+
+    @property
+    def _first_batch(self) -> int:
+        assert self._config.global_batch is not None, "a schedule is in sequences"
+        return self._config.global_batch
+
+    @cached_property
+    def _samples_before(self) -> list[int]:
+        """Samples before each update of a run that ends with as many as it would take with the first batch."""
+        befores, samples, wanted = [], 0, self._base_steps * self._first_batch
+        epoch = 0
+        while samples < wanted:
+            for window in self._pass(epoch):
+                if samples >= wanted:
+                    break
+                befores.append(samples)
+                samples += len(window)
+            epoch += 1
+        return befores
+
+    def _count_steps(self, epochs: int) -> int:
+        """Count the updates of a run of so many passes: those made, with whatever batch, and those that are left.
+
+        Under `Seesaw`, those that there would be with the first batch, however far the run has come.
+        """
+        in_one_batch = self.schedule is None and self._config.global_batch is not None and not self._step
+        if in_one_batch or isinstance(self.schedule, Seesaw):
+            return epochs * -(-len(self._lengths) // self._first_batch)
+        first, position = divmod(self._cursor, len(self._lengths))
+        left = (self._pass(epoch, position * (epoch == first)) for epoch in range(first, epochs))
+        return self._step + sum(map(len, left))  # windows of tokens depend on the order
+
+    def _batch_at(self, tokens: int, samples: int) -> int:
+        if isinstance(self.schedule, Seesaw):
+            return self.schedule.batch(self._first_batch, self._plain_factor(samples))
+        assert self.schedule is not None, "asked for only where there is one"
+        return self.schedule.batch_at(tokens)
+
+    def _pass(self, epoch: int, position: int = 0) -> list[list[int]]:
+        if self.schedule is None:
+            return epoch_windows(
+                self._lengths,
+                global_batch=self._config.global_batch,
+                global_batch_tokens=self._config.global_batch_tokens,
+                seed=self._config.seed,
+                epoch=epoch,
+                position=position,
+            )
+        order, tokens_before = self._order_of(epoch)
+        windows = []
+        while position < len(order):
+            size = self._batch_at(tokens_before[position], epoch * len(order) + position)
+            windows.append(order[position : position + size])
+            position += size
+        return windows
+
+    def _order_of(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Give the order of a pass, and the tokens of the run before each of its samples; the last one is kept."""
+        if self._place[0] != epoch:
+            order = epoch_order(len(self._lengths), seed=self._config.seed, epoch=epoch)
+            tokens = accumulate((self._lengths[i] for i in order), initial=epoch * sum(self._lengths))
+            self._place = epoch, order, list(tokens)
+        return self._place[1:]

@@ -1,0 +1,97 @@
+"""The micro-batch that earlier runs chose: kept in each run directory, and taken again where everything is the same."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bigbatch import __version__
+from bigbatch.autotune.choice import Choice
+from bigbatch.lm.config.field_types import LEVELS, Recompute
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
+from bigbatch.lm.training.setup import Prepared
+
+SETTINGS = ("max_length", "global_batch", "global_batch_tokens", "memory", "gpu", "precision", "lora_rank")
+
+
+def fingerprint(prepared: Prepared) -> str:
+    """Give what a choice depends on as one word: model, device, settings, lengths of the data, and versions."""
+    import transformers
+
+    config: TrainConfig = prepared.config
+    facts = {
+        "model": prepared.model.config.to_json_string(),
+        "trained": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        "device": str(prepared.machine),
+        "threads": torch.get_num_threads(),
+        "loss": type(prepared.loss_fn).__name__,
+        "checkpointing": config.gradient_checkpointing,
+        "arrangement": [prepared.arrangement.layout, prepared.arrangement.records, _is_compiled(prepared)],
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "lengths": [len(prepared.training.lengths), sum(prepared.training.lengths), max(prepared.training.lengths)],
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What an earlier run chose.
+
+    Attributes:
+        choice: The micro-batch.
+        level: What was computed anew in backward.
+        folder: The run directory that it comes from.
+    """
+
+    choice: Choice
+    level: Recompute
+    folder: Path
+
+
+def _is_compiled(prepared: Prepared) -> bool:
+    layers = prepared.arrangement.layers
+    return layers is not None and layers.is_compiled
+
+
+def remember(folder: Path, choice: Choice, key: str, *, level: Recompute) -> None:
+    """Write a choice into a run directory; where that cannot be, the next run chooses for itself."""
+    with suppress(OSError):
+        (folder / TUNED_MICROBATCH).write_text(
+            json.dumps({"key": key, "level": level, **asdict(choice)}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> Remembered | None:
+    """Find a choice that was made for the same, in a run directory or in those beside it.
+
+    What is there and cannot be read counts as not there.
+
+    Args:
+        folder: The run directory, which need not be there.
+        key: The `fingerprint` of the run.
+        usable_bytes: What tensors may take now, where a choice whose peak is above does not count: memory that was free
+            when it was made need not be free any more.
+    """
+    for place in _places(folder):
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            kept = json.loads((place / TUNED_MICROBATCH).read_text(encoding="utf-8"))
+            if not isinstance(kept, dict) or kept.pop("key") != key:
+                continue
+            level = kept.pop("level")
+            choice = Choice.of(kept)
+            if level in LEVELS and (usable_bytes is None or choice.peak_bytes <= usable_bytes):
+                return Remembered(choice, level, place)
+    return None
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    yield folder
+    with suppress(OSError):
+        beside = [path for path in folder.parent.iterdir() if (path / TUNED_MICROBATCH).is_file()]
+        yield from sorted(beside, key=lambda path: (path / TUNED_MICROBATCH).stat().st_mtime, reverse=True)

@@ -1,0 +1,134 @@
+"""Gradients of one batch under different cuts, each from the same random state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.batching.split import Split, split
+from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.gradients.loss_totals import Ledger, as_terms
+from bigbatch.rng import seed_everything
+from bigbatch.types import Collate
+
+if TYPE_CHECKING:
+    from bigbatch.types import CountItems, LossFunction
+
+Gradients: TypeAlias = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model, a loss and a batch to take gradients of; `preserve.preserved` is the caller's business.
+
+    Attributes:
+        model: On its device, in the mode to be tried.
+        loss_fn: As for `Engine`.
+        batch: As for `Engine`.
+        collate: As for `Engine`.
+        count_items: As for `Engine`.
+    """
+
+    model: nn.Module
+    loss_fn: "LossFunction"
+    batch: Any
+    collate: Collate | None = None
+    count_items: "CountItems | None" = None
+
+    def names(self) -> dict[Tensor, str]:
+        """Names of the parameters that require a gradient."""
+        return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def split(self, microbatch: int) -> Split:
+        """Cut the batch; micro-batches come on the model's device."""
+        return split(self.batch, microbatch, device=next(self.model.parameters()).device, collate=self.collate)
+
+    def gradient(self, microbatch: int, *, seed: int = 0) -> Gradients:
+        """Compute Σ∇s / Σn over the micro-batches, by parameter name.
+
+        Raises:
+            ValueError: The batch has no item.
+        """
+        ledger = Ledger(None if self.count_items is None else self.count_items(self.batch))
+        names = self.names()
+        seed_everything(seed)
+        with GradientSums(names) as sums:
+            for part in self.split(microbatch):
+                if (loss := ledger.record(as_terms(self.loss_fn(self.model, part)))) is not None:
+                    sums.backward(loss)
+            if not (divisor := ledger.divisor()):
+                raise ValueError("the batch has no item: its loss averages over nothing, so there is no gradient.")
+            return {name: gradient / divisor for name, gradient in sums.named_by(names).items()}
+
+    def mean_of_means(self, microbatch: int) -> Gradients:
+        """Compute what textbook loops do: the mean of the mean losses. NaN where a micro-batch has no item."""
+        names = self.names()
+        parts = self.split(microbatch)
+        seed_everything(0)
+        with GradientSums(names) as sums:
+            for part in parts:
+                terms = as_terms(self.loss_fn(self.model, part)).values()
+                sums.backward(torch.stack([loss_sum / items for loss_sum, items in terms]).sum() / len(parts))
+            return {name: gradient.clone() for name, gradient in sums.named_by(names).items()}
+
+    def terms(self, microbatch: int) -> list[dict[str, tuple[float, float]]]:
+        """Evaluate each micro-batch's loss sums and items, without gradients."""
+        seed_everything(0)
+        with torch.no_grad():
+            return [
+                {name: (float(loss), float(items)) for name, (loss, items) in terms.items()}
+                for terms in (as_terms(self.loss_fn(self.model, part)) for part in self.split(microbatch))
+            ]
+
+
+def relative_difference(gradients: Gradients, reference: Gradients) -> float:
+    """Compute ‖gradients − reference‖ / ‖reference‖ over all parameters; 0 if both are 0."""
+    difference = [gradients[name] - tensor for name, tensor in reference.items()]
+    return _ratio(_norm(difference), _norm(reference.values()))
+
+
+def parameter_differences(gradients: Gradients, reference: Gradients) -> dict[str, float]:
+    """Compute `relative_difference` for each parameter by itself."""
+    return {name: relative_difference({name: gradients[name]}, {name: reference[name]}) for name in reference}
+
+
+def _ratio(difference: float, size: float) -> float:
+    if not size:
+        return 0.0 if not difference else float("inf")
+    return difference / size
+
+
+def _norm(tensors: Any) -> float:
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    wide = [tensor.float() if tensor.device.type == "mps" else tensor.double() for tensor in real]
+    return torch.nn.utils.get_total_norm(wide).item()
+
+
+@contextmanager
+def narrowest_dtype(model: nn.Module) -> Iterator[list[torch.dtype]]:
+    """Collect, as the last element of a list, the narrowest floating dtype that any module gives meanwhile."""
+    inexact = {_real(p.dtype) for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+    found = [max(inexact, key=_width)]
+
+    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and _width(output.dtype) > _width(found[-1]):
+            found.append(output.dtype)
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of a complex number, and any other as it is."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _width(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps

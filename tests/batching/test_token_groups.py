@@ -1,0 +1,134 @@
+"""Sizes of packed rows, and which samples of a window run together."""
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bigbatch.batching.plan import plan
+from bigbatch.batching.token_groups import FINEST, SIZES_A_DOUBLING, group_by_tokens, round_down, round_up
+
+TOKENS = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
+LENGTHS = st.lists(st.integers(1, 900), max_size=60)
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "packed"])
+
+
+def laid_out(lengths: list[int], group: tuple[int, ...], layout: str) -> int:
+    taken = [lengths[i] for i in group]
+    return sum(taken) if layout == "packed" else len(taken) * max(taken)
+
+
+# sizes -----------------------------------------------------------------------------------------------------------
+
+
+@given(TOKENS)
+@example(1)
+@example(64)
+@example(511)
+@example(512)
+@example(1023)
+@example(2**40 - 1)
+def test_a_size_holds_its_tokens_with_less_than_an_eighth_of_filling(tokens: int) -> None:
+    size = round_up(tokens)
+    assert tokens <= size < tokens + max(FINEST, tokens / SIZES_A_DOUBLING + 1)
+    assert size % FINEST == 0
+
+
+@given(TOKENS)
+def test_a_size_is_its_own_size_in_both_directions(tokens: int) -> None:
+    size = round_up(tokens)
+    assert round_up(size) == round_down(size) == size
+
+
+@given(TOKENS)
+@example(63)
+@example(64)
+@example(512)
+def test_the_size_below_is_the_largest_that_is_no_more(tokens: int) -> None:
+    below = round_down(tokens)
+    if tokens < FINEST:
+        assert below == tokens
+        return
+    assert below <= tokens < round_up(below + 1)
+    assert below == round_up(below)
+    assert tokens - below < max(FINEST, tokens / SIZES_A_DOUBLING)
+
+
+@given(TOKENS, TOKENS)
+def test_more_tokens_never_have_a_smaller_size(one: int, other: int) -> None:
+    fewer, more = sorted((one, other))
+    assert round_up(fewer) <= round_up(more)
+    assert round_down(fewer) <= round_down(more)
+
+
+def test_the_sizes_are_those_of_the_docstring_and_few() -> None:
+    sizes = sorted({round_up(tokens) for tokens in range(1, 2**16 + 1)})
+    assert sizes == sorted({round_down(tokens) for tokens in range(FINEST, 2**16 + 1)})
+    assert sizes[:9] == [64, 128, 192, 256, 320, 384, 448, 512, 576]
+    assert [size for size in sizes if 1024 <= size <= 4608] == [
+        *(1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920),
+        *(2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840),
+        *(4096, 4608),
+    ]
+    assert all(sum(size <= most < 2 * size for size in sizes) == SIZES_A_DOUBLING for most in (1024, 5000, 2**16 - 1))
+
+
+# groups ----------------------------------------------------------------------------------------------------------
+
+
+@LAYOUTS
+@given(lengths=LENGTHS, size=st.integers(1, 1200))
+def test_every_sample_is_in_one_group_and_none_is_above_the_size_but_a_single_one(
+    layout: str, lengths: list[int], size: int
+) -> None:
+    groups = group_by_tokens(lengths, size, layout=layout)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(groups)
+    for group in groups:
+        assert laid_out(lengths, group, layout) <= size or len(group) == 1
+
+
+@LAYOUTS
+@given(lengths=LENGTHS, size=st.integers(1, 1200))
+def test_longer_samples_come_first_each_alone_and_change_nothing_for_the_others(
+    layout: str, lengths: list[int], size: int
+) -> None:
+    groups = group_by_tokens(lengths, size, layout=layout)
+    longer = [i for i, length in enumerate(lengths) if length > size]
+    alone, others = groups[: len(longer)], groups[len(longer) :]
+    assert alone == tuple((i,) for i in sorted(longer, key=lambda i: (-lengths[i], i)))
+    kept = [i for i, length in enumerate(lengths) if length <= size]
+    expected = group_by_tokens([lengths[i] for i in kept], size, layout=layout)
+    assert others == tuple(tuple(kept[i] for i in group) for group in expected)
+
+
+@LAYOUTS
+@given(lengths=LENGTHS, size=st.integers(1, 1200), seed=st.integers(0, 9))
+def test_the_same_lengths_in_any_order_are_grouped_alike(layout: str, lengths: list[int], size: int, seed: int) -> None:
+    groups = group_by_tokens(lengths, size, layout=layout)
+    assert group_by_tokens(tuple(lengths), size, layout=layout) == groups
+    shuffled = random.Random(seed).sample(lengths, len(lengths))
+    again = group_by_tokens(shuffled, size, layout=layout)
+    assert [[shuffled[i] for i in group] for group in again] == [[lengths[i] for i in group] for group in groups]
+
+
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=60), size=st.integers(400, 1200))
+def test_packed_groups_come_largest_first_and_are_not_many(lengths: list[int], size: int) -> None:
+    groups = group_by_tokens(lengths, size, layout="packed")
+    tokens = [laid_out(lengths, group, "packed") for group in groups]
+    assert tokens == sorted(tokens, reverse=True)
+    assert all(one + other > size for one, other in pairwise(tokens))  # none had fitted in
+    assert groups == plan(lengths, token_budget=size, layout="packed").microbatches[0]
+
+
+@settings(max_examples=30)
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=60), size=st.integers(400, 1200))
+def test_packed_rows_are_no_more_than_padded_ones(lengths: list[int], size: int) -> None:
+    packed, padded = (group_by_tokens(lengths, size, layout=layout) for layout in ("packed", "padded"))
+    assert len(packed) <= len(padded)
+
+
+def test_no_samples_are_no_groups() -> None:
+    assert group_by_tokens([], 8, layout="packed") == group_by_tokens([], 8) == ()

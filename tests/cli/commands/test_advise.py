@@ -1,0 +1,146 @@
+"""``bigbatch advise``: verdicts beside the noise scale in plain words, and branches that leave the run as it is."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigbatch.cli import main
+from bigbatch.lm.advice.batch_advice import Evidence, advise, evidence, in_one_line, judge
+from bigbatch.lm.config.train_config import TrainConfig
+from cli.helpers import files_below
+
+
+def found(**changes: Any) -> Evidence:
+    usual: dict[str, Any] = {
+        "step": 100, "batch": 64.0, "microbatches": 8, "update_s": 4.0, "scale": 64.0, "low": 50.0, "high": 80.0
+    }  # fmt: skip
+    return Evidence(**usual | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "near"),
+        ({"batch": 8.0}, "far below"),
+        ({"batch": 1000.0}, "far above"),
+        ({"batch": 17.0}, "near"),
+        ({"scale": None, "low": None, "high": None}, "unknown"),
+        ({"scale": math.inf, "low": 0.0, "high": None}, "unknown"),
+        ({"scale": math.inf, "low": 4000.0, "high": None}, "far below"),
+        ({"scale": 64.0, "low": 0.0, "high": None}, "unknown"),
+        ({"batch": 1000.0, "scale": 64.0, "low": 0.0, "high": 100.0}, "far above"),
+        ({"batch": 0.0}, "unknown"),
+    ],
+)
+def test_the_batch_is_judged_by_the_scale_and_its_interval(changes: dict[str, Any], verdict: str) -> None:
+    assert judge(found(**changes)) == verdict
+
+
+def test_the_words_have_the_numbers_and_the_way_to_a_smaller_batch() -> None:
+    text = " ".join(advise(found(batch=1024.0, microbatches=16)).sentences)
+    assert "The batch of 1,020 sequences is far above the gradient noise scale, about 64 sequences (50 to 80)" in text
+    assert "An update takes 16 micro-batches and 4 s here" in text
+    assert "a batch of 64 would reach the same loss about 8.5 times sooner" in text  # (1 + 16) / (1 + 1)
+    assert "beta2 0.95 → 0.9968" in text
+    assert "--global-batch 64 --scale-from 1,020" not in text, "a command takes no commas"
+    assert "a guide and not an oracle" in text
+
+
+def test_where_the_batch_is_far_below_the_scale_a_smaller_one_gains_nothing() -> None:
+    advice = advise(found(batch=8.0, microbatches=4, scale=4000.0, low=3000.0, high=5000.0))
+    assert (advice.verdict, advice.smaller_batch) == ("far below", None)
+    assert "no sooner than 5 % earlier: the batch costs nothing" in " ".join(advice.sentences)
+
+
+def test_one_micro_batch_accumulates_nothing() -> None:
+    assert "nothing is accumulated" in advise(found(microbatches=1)).sentences[1]
+
+
+def test_a_run_ends_with_one_line_only_where_something_is_known() -> None:
+    assert in_one_line(found(scale=None, low=None, high=None)) is None
+    assert in_one_line(found(batch=8.0)) == (
+        "batch: 8 sequences, far below the gradient noise scale about 64 sequences (50 to 80): a larger batch would "
+        "lose few samples"
+    )
+
+
+def test_an_infinite_scale_is_read_back_from_its_null() -> None:
+    row = {"step": 9, "num_microbatches": 2, "sequences": 32, "elapsed_s": 1.0}
+    noise = {"noise_scale_items": None, "noise_scale_sequences": None, "noise_low_sequences": 5.0}
+    assert evidence([{**row, **noise}], TrainConfig().resolved()).scale == math.inf
+    assert evidence([row], TrainConfig().resolved()).scale is None
+
+
+def test_the_last_shorter_window_of_a_pass_is_not_taken_for_the_batch() -> None:
+    rows = [{"step": i, "num_microbatches": n, "sequences": s} for i, (n, s) in enumerate([(4, 30), (4, 30), (1, 7)])]
+    asked = TrainConfig(global_batch=30).resolved()
+    assert (evidence(rows, asked).batch, evidence(rows, asked).microbatches) == (30, 4)
+    assert evidence(rows, TrainConfig(global_batch_tokens=900).resolved()).batch == 30
+    assert evidence([*rows[:2], {**rows[2], "global_batch": 60}], asked).batch == 60
+
+
+# the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("advised")
+    data = folder / "data.jsonl"
+    words = ("alpha", "beta", "gamma", "delta", "epsilon")
+    texts = [" ".join(words[(i * j + j) % 5] for j in range(3 + i % 9)) for i in range(120)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    flags = {
+        "data": data, "out": folder / "run", "steps": 6, "global-batch": 8, "microbatch": 2, "max-length": 16,
+        "checkpoint-every": 3, "validation-fraction": 0.1, "device": "cpu",
+    }  # fmt: skip
+    assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0
+    return folder / "run"
+
+
+def test_the_command_says_it_in_sentences_and_writes_nothing(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = files_below(run)
+    assert main(["advise", str(run)]) == 0
+    out, complained = capfd.readouterr()
+    assert complained == ""
+    assert "gradient noise scale" in out
+    assert "An update takes 4 micro-batches" in out
+    assert files_below(run) == before
+
+
+def test_as_json_it_is_one_object(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", str(run), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["batch"] == 8
+    assert told["verdict"] in ("far below", "near", "far above", "unknown")
+
+
+def test_branches_take_the_same_samples_and_leave_the_run_as_it_is(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["advise", str(run), "--branch", "--branch-updates", "1", "--json"]) == 0
+    branches = json.loads(capfd.readouterr().out)["branches"]
+    assert [(branch["batch"], branch["updates"]) for branch in branches] == [(8, 8), (16, 4), (32, 2), (64, 1)]
+    assert branches[0]["penalty"] == 0
+    assert len({branch["loss"] for branch in branches}) == 4
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", str(tmp_path / "none")]) == 2
+    assert "there is no run" in capfd.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["advise", str(tmp_path / "empty")]) == 2
+    assert "is no run that can be read" in capfd.readouterr().err
+
+
+def test_without_a_checkpoint_there_are_no_branches(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    assert main(["advise", str(tmp_path), "--branch"]) == 2
+    assert f"--branch begins at a checkpoint, and {tmp_path} has none that is whole." in capfd.readouterr().err

@@ -1,0 +1,135 @@
+"""``bigbatch bench``: a table or JSON, a file only where one is asked for, and one sentence where it cannot begin."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigbatch.cli import main
+from bigbatch.cli.commands import bench
+from bigbatch.errors import MemoryLimitError
+from bigbatch.lm.bench import bigbatch_runner
+from bigbatch.lm.bench.entries import missing
+from bigbatch.lm.bench.workload import WORKLOADS
+from cli.helpers import SENTENCE, files_below
+from lm.helpers import TINY_WORKLOAD
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, and a workload that takes a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(WORKLOADS, "w-small", TINY_WORKLOAD)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    return tmp_path
+
+
+SMALL = ("bench", "--workload", "w-small", "--rounds", "1")
+
+
+def test_the_table_has_a_row_for_everyone_and_nothing_is_written(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL]) == 0
+    printed, said = capfd.readouterr()
+    first, second, *_ = printed.splitlines()
+    assert re.fullmatch(r"CPU \(.+ threads\), torch .+, transformers .+, bigbatch .+, Python 3.+", first)
+    assert re.fullmatch(
+        r"w-small: Qwen2, 0\.\dM parameters, float32; 8 sequences, \d+ tokens an update; no limit of .+; 1 round",
+        second,
+    )
+    assert re.search(r"^bigbatch +auto +[\d,]+ +× 1\.00 +1\.00000 +1\.000$", printed, re.MULTILINE)
+    for name in ("trainer", "trainer-checkpointing", "trainer-expert", "accelerate", "lightning"):
+        figures = r"[\d,]+ +× [\d.]+ +[01]\.\d{5} +\d\.\d{3}"
+        expected = re.escape(reason) if (reason := missing(name)) else figures
+        assert re.search(rf"^{name} +\d+ +{expected}$", printed, re.MULTILINE), name
+        assert f"\n{name}: " in printed
+    assert "GiB" not in printed.partition("\n\n")[2].partition("\n\n")[0]  # no peak where nothing counts it
+    assert said.splitlines()[0] == "loading torch and transformers …"
+    assert "round 1 of 1: trainer:1 …" in said.splitlines()
+    assert files_below(folder) == set()
+
+
+def test_json_is_one_object_and_the_file_has_the_table_under_its_command(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert main([*SMALL, "--only", "bigbatch,accelerate:3,bigbatch", "--json", "--save", "a table.txt"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    command = (
+        "PYTORCH_ALLOC_CONF=expandable_segments:True bigbatch bench --workload w-small --rounds 1 "
+        "--only bigbatch,accelerate:3,bigbatch --save 'a table.txt'"
+    )
+    assert (found["command"], found["workload"], found["sequences"], found["memory"]) == (command, "w-small", 8, None)
+    assert found["versions"]["torch"] == torch.__version__
+    ours, theirs = found["rows"]
+    assert (ours["name"], ours["samples"], ours["ratio"], ours["problem"]) == ("bigbatch", None, 1.0, None)
+    assert (theirs["name"], theirs["samples"]) == ("accelerate", 3)
+    assert theirs["ratio"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"])
+    assert ours["cosine"] > 1 - 1e-6
+    assert theirs["cosine"] < 0.99
+    assert files_below(folder) == {"a table.txt"}
+    lines = (folder / "a table.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"$ {command}"
+    assert lines[1].startswith("CPU (")
+    assert any(line.startswith("accelerate ") for line in lines)
+
+
+def test_the_exit_code_says_that_ours_has_no_figures(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_little(*_: object) -> None:
+        raise MemoryLimitError("a single sample does not fit")
+
+    monkeypatch.setattr(bigbatch_runner, "ours", too_little)
+    assert main([*SMALL, "--only", "bigbatch"]) == 1
+    assert re.search(r"^bigbatch +auto  out of memory$", capfd.readouterr().out, re.MULTILINE)
+
+
+NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, accelerate or lightning"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--only", "trianer"], f"--only holds 'trianer': {NAMES}."),
+        (["--only", "trainer,"], f"--only holds '': {NAMES}."),
+        (
+            ["--only", "trainer:0"],
+            "--only holds 'trainer:0': after the colon comes a number of samples, such as trainer:4.",
+        ),
+        (
+            ["--only", "bigbatch:4"],
+            "--only holds 'bigbatch:4': bigbatch chooses its micro-batch; only the others take a number of samples.",
+        ),
+        (["--rounds", "0"], "--rounds is 0: it must be at least 1."),
+        (["--workload", "x"], "--workload is 'x': it must be auto, w, w-lora or w-small."),
+        (["--memory", "24"], "--memory is 24: it needs a unit, such as 24GiB."),
+        (["--save", ""], "--save is '': it must not be empty."),
+        (["--save", "."], "--save . is a folder: name a file in it, such as bench.txt."),
+        (
+            ["--save", "no/file"],
+            "--save no/file cannot be written: there is no folder no. Make it, or name another file.",
+        ),
+        (["--samples", "4"], "unknown flag --samples: bigbatch bench --help lists them."),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(
+    words: list[str], expected: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words]) == 2
+    printed, said = capfd.readouterr()
+    assert printed == ""
+    assert SENTENCE.fullmatch(said)
+    assert said == f"bigbatch bench: {expected}\n"
+    assert files_below(folder) == set()
+
+
+def test_the_large_workload_needs_cuda(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.find_workload("auto") is TINY_WORKLOAD
+    assert main(["bench", "--workload", "w"]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == ("bigbatch bench: --workload w needs a CUDA device, and torch finds none: use --workload w-small.")

@@ -1,0 +1,279 @@
+"""``bigbatch plan``: sentences or JSON about what a run will need, and an exit code that says whether it fits."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+
+from bigbatch.cli import main
+from bigbatch.memory.limit import describe_bytes
+from cli.helpers import command, files_below
+from lm.helpers import records, save_model_folder, write_jsonl
+
+SMALL = ("plan", "--data", "../data.jsonl", "--model", "../base")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    write_jsonl(folder / "data.jsonl", records(40))
+    save_model_folder(folder / "base")
+    return folder
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, with data and a model beside it; nothing may be written anywhere."""
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def planned(capfd: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    """What a plan prints, which writes nothing."""
+    around = Path.cwd().parent
+    before = files_below(around)
+    assert main([*words]) == code
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    assert files_below(around) == before
+    return printed
+
+
+def test_a_plan_is_told_from_top_to_bottom(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    printed = planned(capfd, *SMALL, "--microbatch", "10", "--global-batch", "24", "--memory", "4GiB", "--epochs", "3")
+    expected = r"""reading \.\./data\.jsonl …
+measuring the documents …
+predicting the memory …
+timing an update with random weights …
+looking for what would help …
+\.\./base, 15,056 parameters, all trained, on cpu, float32
+
+micro-batches of at most 10 sequences: as asked
+memory at the peak of an update, in (forward|backward)
+  parameters +58\.8 KiB
+  gradients +58\.8 KiB
+  optimizer +117\.7 KiB
+  activations +[\d.]+ .iB
+  loss +[\d.]+ .i?B
+  in all +[\d.]+ .iB
+  which fits: memory is limited to 4GiB, of which tensors may take [\d.]+ GiB
+
+the first update
+24 sequences, \d+ tokens, padded
+3 micro-batches, at most 10 sequences each
+
+       # .*
+       0  █.*
+       1  █.*
+       2  █.*
+
+fill [\d.]+%, waste [\d.]+%: \d+ tokens with padding \(█ tokens, ░ padding\)
+the largest micro-batch has \d+ tokens
+
+an update takes .*\d( s)?, measured with random weights; 6 updates .*\d( s)?, validation not counted
+what would lower the peak of the same micro-batch:
+  --gradient-checkpointing full  +[\d.]+ .iB  \(−[\d.]+ .iB\)
+  --precision bf16-weights  +[\d.]+ .iB  \(−[\d.]+ .iB\)
+"""
+    pattern = expected.splitlines()
+    lines = printed.splitlines()
+    assert len(lines) == len(pattern), printed
+    levers = pattern[-2:]
+    for line, expected_line in zip(lines[:-2], pattern[:-2], strict=True):
+        assert re.fullmatch(expected_line, line), line
+    assert all(any(re.fullmatch(lever, line) for lever in levers) for line in lines[-2:])
+
+
+@pytest.mark.parametrize(
+    ("words", "unit", "size", "layout"),
+    [
+        ("--microbatch 4 --lora-rank 2", "samples", 4, "padded"),
+        ("--token-budget 70 --gradient-checkpointing full --precision bf16-weights", "tokens", 70, "padded"),
+        ("--gpu a100-40gb --global-batch-tokens 200", "tokens", None, "packed"),
+        ("--gpu a100-40gb --global-batch-tokens 200 --layout padded", "tokens", None, "padded"),
+        ("--gpu a100-40gb --global-batch-tokens 200 --precision float32", "tokens", None, "padded"),
+    ],
+)
+def test_json_and_sentences_have_the_same_figures(
+    folder: Path, words: str, unit: str, size: int | None, layout: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found: dict[str, Any] = json.loads(planned(capfd, *SMALL, *words.split(), "--json"))
+    told = planned(capfd, *SMALL, *words.split())
+    assert found["microbatch"]["unit"] == unit
+    assert found["microbatch"]["size"] == size or size is None
+    counted = f"{found['microbatch']['size']:,} {'tokens' if unit == 'tokens' else 'sequences'}"
+    assert f"\nmicro-batches of at most {counted}: {found['microbatch']['reason']}\n" in told
+    assert f"\n../base, {found['parameters']:,} parameters, " in told
+    if found["trained_parameters"] != found["parameters"]:
+        assert f" {found['trained_parameters']:,} of them trained, on {found['device']}\n" in told
+    assert f", in {found['peak_phase']}\n" in told
+    for name, num_bytes in (found["parts"] | {"in all": found["peak_bytes"]}).items():
+        assert re.search(rf"\n  {name} +{re.escape(describe_bytes(num_bytes))}\n", told)
+    assert sum(found["parts"].values()) == found["peak_bytes"] <= found["usable_bytes"] <= found["limit_bytes"]
+    first = found["first_update"]
+    assert first["layout"] == layout
+    counts = f"\n{first['sequences']} sequences, {first['tokens']} tokens, {layout}\n"
+    assert f"{counts}{first['num_microbatches']} micro" in told
+    assert (f": {first['padded_tokens']:,} tokens with padding " in told) == (layout == "padded")
+    microbatches = first["microbatches"]
+    assert len(microbatches) == first["num_microbatches"]
+    assert sum(map(len, microbatches)) == first["sequences"]
+    assert sum(map(sum, microbatches)) == first["tokens"]
+    laid_out = [sum(rows) if layout == "packed" else len(rows) * max(rows) for rows in microbatches]
+    assert sum(laid_out) == first["padded_tokens"]
+    assert unit == "samples" or max(laid_out) <= found["microbatch"]["size"]
+    assert f"{found['updates']} updates" in told
+    assert (found["update_s"] is None) == ("how long one takes was not measured: that device is not here" in told)
+    for lever in found["levers"]:
+        assert re.search(rf"\n  {lever['flags']} +{re.escape(describe_bytes(lever['peak_bytes']))}  \(−", told)
+    assert all(note in told for note in found["notes"])
+    assert found["fits"] is True
+
+
+def test_the_process_prints_one_object_and_nothing_else(folder: Path) -> None:
+    before = files_below(folder.parent)
+    done = command(*SMALL, "--json", folder=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert found["microbatch"]["reason"] == "the fastest that fits"
+    assert files_below(folder.parent) == before
+
+
+def test_seven_billion_parameters_need_their_configuration_alone(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    LlamaConfig().save_pretrained(folder.parent / "llama")
+    words = ["--gpu", "t4", "--lora-rank", "16", "--precision", "bf16-weights", "--gradient-checkpointing"]
+    printed = planned(capfd, "plan", "--data", "../data.jsonl", "--model", "../llama", *words, code=1)
+    assert "../llama, 6,778,392,576 parameters, 39,976,960 of them trained, on t4, bf16-weights\n" in printed
+    assert (
+        "\nlengths are estimated, 4 bytes a token: the folder ../llama holds no tokenizer. Save the model's own into "
+        "it with tokenizer.save_pretrained(folder).\n" in printed
+    )
+    assert re.search(r"\nmicro-batches of at most \d+ tokens: the longest sequence alone\n", printed)
+    assert re.search(r"\n  parameters +12\.\d GiB\n", printed)
+    assert "\n  which does NOT fit: memory is limited to the 13.8 GiB that are usually free on t4, of which " in printed
+    assert printed.endswith("\n2 updates; how long one takes was not measured: that device is not here\n")
+
+
+def test_one_short_document_is_planned_in_the_singular(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(folder.parent / "one.jsonl", [{"text": "x"}])
+    printed = planned(capfd, "plan", "--data", "../one.jsonl", "--model", "../base", "--microbatch", "1")
+    assert "\nmicro-batches of at most 1 sequence: as asked\n" in printed
+    assert "\n1 sequence, 2 tokens, padded\n1 micro-batch, at most 1 sequence each\n" in printed
+    assert "; 1 update " in printed
+
+
+def test_a_micro_batch_that_does_not_fit_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    printed = planned(capfd, *SMALL, "--memory", "1MiB", code=1)
+    assert (
+        "\n  which does NOT fit: memory is limited to 1MiB, and this process holds as much without its tensors\n"
+        in printed
+    )
+    assert "; how long one takes was not measured: it does not fit\n" in printed
+    assert "which fits" not in printed
+
+
+@pytest.mark.parametrize("words", [["--microbatch", "4"], ["--token-budget", "64"]])
+def test_the_exit_code_says_that_a_given_micro_batch_does_not_fit(
+    folder: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--memory", "1MiB", "--gradient-checkpointing", "--precision", "bf16-weights"]
+    found = json.loads(planned(capfd, *SMALL, *words, *settings, "--json", code=1))
+    assert found["fits"] is False
+    assert found["microbatch"]["reason"] == "as asked"
+    assert found["update_s"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
+def test_memory_that_nobody_knows_is_no_failure(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    printed = planned(capfd, *SMALL, "--device", "cuda", "--microbatch", "4")
+    assert "parameters, all trained, on a CUDA device, bf16\n" in printed
+    assert (
+        "\n  of how much is not known: name a card, such as --gpu h100, or an amount, such as --memory 24GiB\n"
+        in printed
+    )
+
+
+# what it refuses -------------------------------------------------------------------------------------------------
+
+
+def refused(capfd: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
+    """The sentence that a plan ends with, which writes nothing."""
+    around = Path.cwd().parent
+    before = files_below(around)
+    assert main([*words]) == code
+    printed, complained = capfd.readouterr()
+    assert all(line.endswith(" …") for line in printed.splitlines()), printed
+    assert re.fullmatch(r"bigbatch plan: [^\n]+[.?]\n", complained), complained
+    assert files_below(around) == before
+    return complained.removeprefix("bigbatch plan: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--model ../missing",
+            "'../missing' is neither a path on this machine nor a model on the hub.",
+        ),
+        (
+            "--max-length 65",
+            "--max-length 65 is more than the 64 positions of ../base: pass --max-length 64 or less.",
+        ),
+        (
+            "--token-budget 31",
+            "--token-budget 31 is less than the longest sequence, which has 32 tokens and is never cut: pass "
+            "--token-budget 32 or more, or a smaller --max-length.",
+        ),
+        ("--device cpu --gpu t4", "--gpu t4 and --device cpu exclude each other: give one of them."),
+        ("--gpu a100", "--gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
+        ("--memory 1", "--memory is 1: it needs a unit, such as 1GiB."),
+        (
+            "--data ../nothing.txt",
+            "there is no file or folder '../nothing.txt'. The built-in sources are python-stdlib and "
+            "python-stdlib-functions.",
+        ),
+        ("--microbatch 4 --token-budget 64", "--microbatch and --token-budget exclude each other: give one of them."),
+    ],
+)
+def test_bad_input_is_one_sentence(folder: Path, words: str, expected: str, capfd: pytest.CaptureFixture[str]) -> None:
+    given = words.split()
+    model = [] if "--model" in given else ["--model", "../base"]
+    data = [] if "--data" in given else ["--data", "../data.jsonl"]
+    assert refused(capfd, "plan", *data, *model, *given) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "../odd has no configuration that transformers knows: It looks like the config file at "),
+        ("{}", "../odd has no configuration that transformers knows: Unrecognized model in ../odd. "),
+        ('{"model_type": "t5"}', "../odd is a t5 model, which is no causal language model."),
+        ('{"model_type": "llama", "num_hidden_layers": "many"}', "../odd has no configuration that transformers knows"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused_before_the_data_is_read(
+    folder: Path, content: str, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder.parent / "odd").mkdir()
+    (folder.parent / "odd" / "config.json").write_text(content, encoding="utf-8")
+    assert refused(capfd, "plan", "--data", "../nothing.txt", "--model", "../odd").startswith(expected)
+
+
+def test_a_model_that_cannot_be_predicted_fails_with_what_to_do(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MixtralConfig(**shape, vocab_size=300, num_local_experts=2).save_pretrained(folder.parent / "experts")
+    said = refused(capfd, "plan", "--data", "../data.jsonl", "--model", "../experts", "--device", "cpu", code=1)
+    assert said.startswith("the memory of ../experts cannot be predicted: the step cannot run without data (")
+    assert said.endswith("). bigbatch train finds the micro-batch by trying, where it is to run.")

@@ -1,0 +1,372 @@
+"""``bigbatch train`` as a user meets it: what it prints, what it refuses, how it stops."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bigbatch.cli import main
+from cli.helpers import LIMIT_S, SENTENCE, command, files_below, running
+from lm.helpers import conversations, metrics, records, save_model_folder, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model_folder(tmp_path_factory.mktemp("base") / "small")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, with data beside it."""
+    write_jsonl(tmp_path / "data.jsonl", records(40))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+# what it does ----------------------------------------------------------------------------------------------------
+
+
+def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) -> None:
+    done = command("train", "--steps", "2", "--global-batch", "4", "--validation-every", "2", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:5] == [
+        "reading python-stdlib …",
+        "training a tokenizer …",
+        "encoding the documents …",
+        "trying how the model runs best …",
+        "choosing the micro-batch …",
+    ]
+    assert "global batch: 4 sequences, about 5" in done.stdout
+    assert re.search(
+        r"computed as (1 micro-batch of 4 sequences|\d micro-batches of at most \d+ tokens), on ", done.stdout
+    )
+    assert "2 updates, 0.00" in done.stdout
+    assert "update 2: validation loss " in done.stdout
+    assert lines[-2:] == [
+        'next: bigbatch generate runs/tiny-python-stdlib "def "',
+        "      bigbatch verify   proves that no cut of the batch changes the gradient",
+    ]
+    run = tmp_path / "runs" / "tiny-python-stdlib"
+    names = {".lock", "checkpoints", "config.json", "events.jsonl", "metrics.jsonl", "microbatch.json", "model"}
+    assert {path.name for path in run.iterdir()} == names
+    assert AutoTokenizer.from_pretrained(run / "model")("def ").input_ids
+    assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 2e6
+
+
+def test_a_small_model_is_tuned_and_everything_is_told(
+    folder: Path, base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "4", "--validation-every", "4"]
+    assert main([*words, "--global-batch", "9", "--microbatch", "4", "--warmup-steps", "1"]) == 0
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    expected = f"""\
+reading ../data.jsonl …
+loading {base} …
+encoding the documents …
+trying how the model runs best …
+40 records in 1 file from ../data.jsonl
+to learn from: 39 documents with """
+    assert printed.startswith(expected), printed
+    assert "computed as 3 micro-batches of up to 4 sequences, on cpu, float32: a matter of memory" in printed
+    assert (
+        "\n4 updates, 0.8 passes over 39 sequences; learning rate 2e-05, 1 update of warm-up, then cosine\n" in printed
+    )
+    assert printed.count(": the model writes\n    │ def ") == 2
+    assert printed.count("token frequencies alone: ") == 1
+    assert "; everything is in runs/small-data/\n" in printed
+    assert f"bigbatch verify --data ../data.jsonl --model {base}   proves" in printed
+    assert [row["step"] for row in metrics(folder / "runs" / "small-data")] == [1, 2, 3, 4]
+    config = json.loads((folder / "runs" / "small-data" / "config.json").read_text(encoding="utf-8"))
+    assert (config["out"], config["precision"], config["max_length"]) == ("runs/small-data", "float32", 64)
+
+
+def test_the_same_command_twice_numbers_its_folder(folder: Path, base: Path) -> None:
+    words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "1"]
+    assert main(words) == main(words) == 0
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["small-data", "small-data-2"]
+
+
+def test_a_file_of_settings_runs_like_its_flags(folder: Path, base: Path) -> None:
+    (folder / "run.toml").write_text(
+        f'data = "../data.jsonl"\nmodel = "{base}"\nsteps = 2\nglobal_batch_tokens = 60\nlora_rank = 2\n'
+        'out = "kept"\nsample_prompt = "für 日本語"\n',
+        encoding="utf-8",
+    )
+    assert main(["train", "--config", "run.toml", "--out", "from-file"]) == 0
+    (folder / "run.toml").unlink()
+    flags = ["--data", "../data.jsonl", "--model", str(base), "--steps", "2", "--global-batch-tokens", "60"]
+    assert main(["train", *flags, "--lora-rank", "2", "--out", "from-flags", "--sample-prompt", "für 日本語"]) == 0
+    tensors = [AutoModelForCausalLM.from_pretrained(folder / f"from-{way}" / "model") for way in ("file", "flags")]
+    assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in tensors), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["chat", "parquet", "folder"])
+def test_data_of_every_kind_trains(folder: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    if kind == "chat":
+        write_jsonl(folder / "chat", conversations(12)).rename(folder / "chat.jsonl")
+        data = "chat.jsonl"
+    elif kind == "parquet":
+        data = "rows.parquet"
+        datasets.Dataset.from_list(records(12)).to_parquet(folder / data)
+        capfd.readouterr()  # its progress bar
+    else:
+        data = "notes"
+        (folder / data).mkdir()
+        for i in range(12):
+            (folder / data / f"{i}.md").write_text(f"# Größe {i}\n\nПривет, 日本語 {i}\n", encoding="utf-8")
+    assert main(["train", "--data", data, "--steps", "1", "--microbatch", "100", "--out", "run"]) == 0
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    assert "micro-batch of " in printed
+    assert metrics(folder / "run")[0]["num_microbatches"] == 1
+
+
+def test_one_of_something_is_singular(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(folder / "one.jsonl", records(1))
+    assert main(["train", "--data", "one.jsonl", "--model", str(base), "--out", "run it"]) == 0
+    printed = capfd.readouterr().out
+    assert "global batch: 1 sequence (all there are, of the 32 asked for), about " in printed
+    assert "computed as 1 micro-batch of 1 sequence, on " in printed
+    assert "1 update, 1 pass over 1 sequence; learning rate 2e-05, no warm-up, then cosine" in printed
+    assert "1 update in " in printed
+    assert "next: bigbatch generate 'run it' \"def \"" in printed
+
+
+# what it refuses -------------------------------------------------------------------------------------------------
+
+
+def bad(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder.parent / name).write_bytes(content) and None
+
+
+REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
+    ("unknown flag", None, "--global-bach 3", r"unknown flag --global-bach: did you mean --global-batch\?"),
+    ("flag from elsewhere", None, "--batch-size 3", r"unknown flag --batch-size: did you mean --global-batch\?"),
+    (
+        "unknown key",
+        bad("run.toml", b"globl_batch = 3\n"),
+        "--config ../run.toml",
+        r"../run\.toml has the unknown key 'globl_batch': did you mean 'global_batch'\?",
+    ),
+    (
+        "missing data",
+        None,
+        "--data ../dta.jsonl",
+        r"there is no file or folder '\.\./dta\.jsonl'\. Did you mean \.\./data\.jsonl\?",
+    ),
+    ("empty data", bad("e.jsonl", b""), "--data ../e.jsonl", r"\.\./e\.jsonl is empty.*"),
+    ("empty text", bad("e.txt", b" \n"), "--data ../e.txt", r"\.\./e\.txt .*yields no training token.*"),
+    (
+        "not UTF-8",
+        bad("l.txt", b"gr\xf6\xdfe"),
+        "--data ../l.txt",
+        r"\.\./l\.txt is not UTF-8: byte 0xf6 at offset 2.*",
+    ),
+    (
+        "broken JSONL",
+        bad("b.jsonl", b'{"text": "a"}\n{"text": \n'),
+        "--data ../b.jsonl",
+        r"\.\./b\.jsonl:2: not valid JSON: .*",
+    ),
+    (
+        "other fields",
+        bad("o.jsonl", b'{"txt": "a"}\n'),
+        "--data ../o.jsonl",
+        r"\.\./o\.jsonl:1: the record has 'txt'\. A record holds 'text', or 'prompt' and 'completion', or 'messages'\.",
+    ),
+    (
+        "nothing to learn",
+        bad("n.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": ""}\n'),
+        "--data ../n.jsonl",
+        r"\.\./n\.jsonl:2: the record yields no training token: its completion is empty\.",
+    ),
+    ("batch 0", None, "--global-batch 0", r"--global-batch is 0: it must be at least 1\."),
+    ("negative batch", None, "--global-batch -4", r"--global-batch is -4: it must be at least 1\."),
+    ("microbatch 0", None, "--microbatch 0", r"--microbatch is 0: it must be at least 1\."),
+    (
+        "warm-up longer than the run",
+        None,
+        "--epochs 1 --warmup-steps 9",
+        r"--warmup-steps 9 is more than the 2 updates of the run: .*",
+    ),
+    (
+        "other run",
+        lambda folder: (folder.parent / "old").mkdir() or (folder.parent / "old" / "config.json").touch(),
+        "--out ../old",
+        r"--out \.\./old holds another run: name a folder that is empty or not there yet, or go on with it: bigbatch "
+        r"resume \.\./old\.",
+    ),
+    (
+        "out below a file",
+        None,
+        "--out ../data.jsonl/run",
+        r"--out \.\./data\.jsonl/run cannot be written: .*is a file\.",
+    ),
+    ("out is a file", None, "--out ../data.jsonl", r"--out \.\./data\.jsonl is a file: name a folder .*"),
+    (
+        "no tokenizer",
+        lambda folder: [path.unlink() for path in (folder.parent / "m").glob("tokenizer*")] and None,
+        "--model ../m",
+        r"the folder \.\./m holds no tokenizer\. Save the model's own .*",
+    ),
+    (
+        "broken weights",
+        lambda folder: (folder.parent / "m" / "model.safetensors").write_bytes(b"nothing") and None,
+        "--model ../m",
+        r"\.\./m does not load as a causal language model: .*",
+    ),
+    ("no such model", None, "--model ../nothing", r".*\.\./nothing.*"),
+    ("device", None, "--device cuda:7", r"--device cuda:7 is not there: .*"),
+    ("device name", None, "--device tpu", r"--device is 'tpu': it must be auto, cpu, cuda, cuda:N or mps\."),
+    ("precision", None, "--precision int4", r"--precision is 'int4': it must be auto, float32, .*"),
+    ("long sample prompt", None, f"--sample-prompt {'☃' * 40}", r"--sample-prompt has \d+ tokens and the model .*"),
+]
+
+
+def check_refusal(done: subprocess.CompletedProcess[str], expected: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert SENTENCE.fullmatch(done.stderr), done.stderr
+    assert re.fullmatch(f"bigbatch train: {expected}\n", done.stderr), done.stderr
+    assert all(line.endswith(" …") for line in done.stdout.splitlines()), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "expected"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
+)
+def test_bad_input_is_one_sentence_and_leaves_no_file(
+    folder: Path,
+    base: Path,
+    spoil: Callable[[Path], None] | None,
+    words: str,
+    expected: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if device_is_there(words):
+        pytest.skip("this machine has the device")
+    shutil.copytree(base, folder.parent / "m")
+    if spoil is not None:
+        spoil(folder)
+    before = files_below(folder.parent)
+    given = words.split()
+    given += [
+        word
+        for flag in ("--data ../data.jsonl", "--model ../m")
+        if flag.split()[0] not in given
+        for word in flag.split()
+    ]
+    code = main(["train", *given])
+    printed, complained = capfd.readouterr()
+    check_refusal(subprocess.CompletedProcess([], code, printed, complained), expected)
+    assert files_below(folder.parent) == before
+
+
+def device_is_there(words: str) -> bool:
+    return "cuda:7" in words and torch.cuda.device_count() > 7
+
+
+@pytest.mark.parametrize("case", ["unknown flag", "broken JSONL", "out below a file", "broken weights"])
+def test_the_process_refuses_like_its_function(folder: Path, base: Path, case: str) -> None:
+    spoil, words, expected = next(found[1:] for found in REFUSED if found[0] == case)
+    shutil.copytree(base, folder.parent / "m")
+    if spoil is not None:
+        spoil(folder)
+    before = files_below(folder.parent)
+    given = [] if "--data" in words else ["--data", "../data.jsonl"]
+    check_refusal(command("train", *given, *words.split(), folder=folder), expected)
+    assert files_below(folder.parent) == before
+
+
+# how it stops ----------------------------------------------------------------------------------------------------
+
+
+def long_run(base: Path) -> list[str]:
+    words = ["train", "--data", "../data.jsonl", "--model", str(base), "--out", "run"]
+    return [*words, "--epochs", "100000", "--global-batch", "4", "--validation-fraction", "0"]
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    while not happened():
+        assert process.poll() is None, process.communicate()
+
+
+def has_a_line(folder: Path) -> bool:
+    path = folder / "run" / "metrics.jsonl"
+    return path.exists() and b"\n" in path.read_bytes()
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_ends_the_run_after_its_update_and_saves(folder: Path, base: Path, number: int, name: str) -> None:
+    with running(*long_run(base), folder=folder) as process:
+        wait_for(process, lambda: has_a_line(folder))
+        process.send_signal(number)
+        printed, complained = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 75
+    assert complained == "\nstopping after this update and saving; once more to stop at once\n"
+    rows = metrics(folder / "run")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert f"stopped by {name} after update {len(rows)} of 1000000; the model is saved\n" in printed
+    assert f"{len(rows)} update" in printed
+    assert "everything is in run/\n" in printed
+    assert AutoModelForCausalLM.from_pretrained(folder / "run" / "model").config.vocab_size == 308
+
+
+def test_a_second_signal_ends_the_run_at_once(folder: Path, base: Path) -> None:
+    hold = folder.parent / "hold"
+    os.mkfifo(hold)
+    # Saving waits for the other end of a pipe, so that the second signal comes in the middle of it for sure.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "import bigbatch.lm.training.trainer as trainer; trainer.save_model = lambda *_: open('../hold').read();"
+        "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *long_run(base)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            wait_for(process, lambda: has_a_line(folder))
+            process.send_signal(signal.SIGINT)
+            writer = open_when_read(process, hold)
+            process.send_signal(signal.SIGINT)
+            os.close(writer)  # if the signal came between two system calls, the read ends and it is handled then
+            _, complained = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert complained.endswith("\n\nbigbatch train: interrupted.\n")
+    assert not (folder / "run" / "model").exists()
+
+
+def open_when_read(process: subprocess.Popen[str], pipe: Path) -> int:
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            assert process.poll() is None
+
+
+def test_ctrl_c_during_the_preparation_leaves_nothing(folder: Path, base: Path) -> None:
+    os.mkfifo(folder.parent / "pipe.jsonl")  # not a regular file, but a folder of records reads it: it waits for us
+    (folder.parent / "records").mkdir()
+    (folder.parent / "pipe.jsonl").rename(folder.parent / "records" / "pipe.jsonl")
+    words = ["train", "--data", "../records", "--model", str(base), "--out", "run"]
+    with running(*words, folder=folder) as process:
+        writer = open_when_read(process, folder.parent / "records" / "pipe.jsonl")
+        process.send_signal(signal.SIGINT)
+        os.close(writer)
+        printed, complained = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, complained) == (130, "\nbigbatch train: interrupted.\n")
+    assert all(line.endswith(" …") for line in printed.splitlines())
+    assert files_below(folder) == set()

@@ -1,0 +1,94 @@
+"""``bigbatch verify``: a table or JSON, and an exit code that says whether every cut is exact."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bigbatch.cli import main
+from bigbatch.cli.commands.verify import default_cuts
+from cli.helpers import SENTENCE, command, files_below
+from lm.helpers import conversations, records, save_model_folder, write_jsonl
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_jsonl(tmp_path / "data.jsonl", records(40))
+    save_model_folder(tmp_path / "base")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+SMALL = ("verify", "--data", "../data.jsonl", "--model", "../base")
+
+
+def test_the_table_shows_every_cut_beside_the_mean_of_means(folder: Path) -> None:
+    done = command(*SMALL, "--samples", "9", folder=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "../base on ../data.jsonl, cpu, float32\ngradient of 9 samples" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line[:12].strip().isdigit()]
+    assert [(int(cut), int(number)) for cut, number, *_ in rows] == [(1, 9), (2, 5), (3, 3), (4, 3), (8, 2)]
+    assert all(float(exact) < 1e-5 and float(naive) > 1e-2 for _, _, exact, naive in rows)
+    assert done.stdout.endswith("exact: every cut gives the full-batch gradient\n")
+    assert files_below(folder) == set()
+
+
+def test_json_is_one_object_and_nothing_else(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--json", "--precision", "float64", "--cuts", "2,5", "--samples", "10"]) == 0
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    proof = json.loads(printed)
+    assert (proof["exact"], proof["dtype"], proof["num_samples"]) == (True, "float64", 10)
+    assert [cut["microbatch"] for cut in proof["cuts"]] == [2, 5]
+    assert proof["relative_error"] < 1e-12
+
+
+def test_dropout_is_not_exact_and_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_model_folder(folder.parent / "drops", kind="gpt2", dropout=0.1)
+    words = ["verify", "--data", "../data.jsonl", "--model", "../drops"]
+    assert main(words) == 1
+    printed = capfd.readouterr().out
+    assert "NOT exact" in printed
+    assert "cause: " in printed
+    assert "ropout" in printed[printed.index("cause: ") :]
+    assert main([*words, "--json"]) == 1
+    proof = json.loads(capfd.readouterr().out)
+    assert not proof["exact"]
+    assert any("ropout" in cause for cause in proof["causes"])
+
+
+@pytest.mark.parametrize("extra", [["--lora-rank", "2"], ["--precision", "bf16-weights"], ["--precision", "bf16"]])
+def test_every_way_of_training_is_proved(folder: Path, extra: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *extra]) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_conversations_are_proved_too(folder: Path) -> None:
+    write_jsonl(folder.parent / "chat.jsonl", conversations(12))
+    assert main(["verify", "--data", "../chat.jsonl", "--model", "../base", "--cuts", "1,3"]) == 0
+
+
+def test_a_cut_larger_than_the_batch_is_one_micro_batch(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--samples", "4", "--cuts", "100"]) == 0
+    assert [line.split()[:2] for line in capfd.readouterr().out.splitlines() if line[:12].strip().isdigit()] == [
+        ["100", "1"]
+    ]
+
+
+def test_one_sequence_cannot_be_cut(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--samples", "1"]) == 2
+    said = capfd.readouterr().err
+    assert SENTENCE.fullmatch(said)
+    assert said == "bigbatch verify: a batch of 1 sequence cannot be cut: pass --samples 2 or more, or more data.\n"
+    write_jsonl(folder.parent / "one.jsonl", records(1))
+    assert main(["verify", "--data", "../one.jsonl", "--model", "../base"]) == 2
+    assert capfd.readouterr().err == said
+    assert files_below(folder) == set()
+
+
+def test_the_default_cuts_are_powers_of_two_and_three() -> None:
+    assert default_cuts(2) == [1]
+    assert default_cuts(3) == [1, 2]
+    assert default_cuts(4) == [1, 2, 3]
+    assert default_cuts(16) == [1, 2, 3, 4, 8]

@@ -1,0 +1,558 @@
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from bigbatch.cli import COMMANDS, main
+from bigbatch.cli import options as cli_options
+from bigbatch.cli.arguments import help_text, parse
+from bigbatch.cli.options import ELSEWHERE, GenerateOptions, PlanOptions, VerifyOptions
+from bigbatch.errors import InputError
+from bigbatch.lm.config.train_config import DEFAULT_STEPS, TrainConfig
+
+
+def config_of(*words: str) -> TrainConfig:
+    (config,) = parse("train", words)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def complaint(command: str, *words: str) -> str:
+    with pytest.raises(InputError) as caught:
+        parse(command, words)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str | bytes, name: str = "run.toml") -> str:
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder, so that messages hold short paths and stray files show."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# what is understood ----------------------------------------------------------------------------------------------
+
+
+def test_no_words_are_the_defaults():
+    assert parse("train", []) == (TrainConfig(),)
+    assert parse("plan", []) == (TrainConfig(), PlanOptions())
+    assert parse("verify", []) == (TrainConfig(), VerifyOptions())
+
+
+def test_flags_of_every_kind_reach_their_fields():
+    config = config_of(
+        *("--global-batch=512", "--lr", "1e-3", "--precision", "bf16", "--out", "runs/a", "--max-grad-norm", "none"),
+        *("--sample-prompt", "-x = 3"),
+    )
+    assert config == TrainConfig(
+        global_batch=512, lr=1e-3, precision="bf16", out=Path("runs/a"), max_grad_norm=None, sample_prompt="-x = 3"
+    )
+
+
+def test_how_much_is_in_memory_at_once_is_said_in_several_ways():
+    assert config_of("--microbatch", "Auto") == TrainConfig(microbatch="auto")
+    assert config_of("--microbatch=4", "--memory", "80%") == TrainConfig(microbatch=4, memory="80%")
+    assert config_of("--memory", "24 GiB").memory == "24 GiB"
+    config = config_of("--token-budget", "4096", "--gpu", "A100-40GB", "--gradient-checkpointing", "--steps", "3")
+    assert config == TrainConfig(token_budget=4096, gpu="a100-40gb", gradient_checkpointing=True, steps=3)
+
+
+def test_a_value_may_hold_an_equals_sign():
+    assert config_of("--sample-prompt=x = 3").sample_prompt == "x = 3"
+    assert config_of("--sample-prompt=--x").sample_prompt == "--x"
+    assert config_of("--sample-prompt=").sample_prompt == ""
+
+
+def test_the_last_of_a_repeated_flag_wins():
+    assert config_of("--steps", "3", "--steps=4").steps == 4
+
+
+def test_verify_takes_the_flags_of_train_and_its_own():
+    config, options = parse("verify", ["--cuts", "1, 2,4", "--json", "--samples", "4", "--model", "gpt2"])
+    assert config == TrainConfig(model="gpt2")
+    assert options == VerifyOptions.model_validate({"cuts": (1, 2, 4), "samples": 4, "json": True})
+    assert isinstance(options, VerifyOptions)
+    assert options.as_json
+
+
+def test_plan_takes_the_flags_of_train_and_its_own():
+    config, options = parse("plan", ["--gpu", "h100", "--json", "--out", "runs/a", "--global-batch", "512"])
+    assert config == TrainConfig(gpu="h100", out=Path("runs/a"), global_batch=512)
+    assert options == PlanOptions.model_validate({"json": True})
+    assert isinstance(options, PlanOptions)
+    assert options.as_json
+
+
+def test_generate_takes_a_run_a_prompt_and_flags_in_any_order():
+    expected = (GenerateOptions(run=Path("runs/a"), prompt="class ", seed=3),)
+    assert parse("generate", ["runs/a", "class ", "--seed", "3"]) == expected
+    assert parse("generate", ["runs/a", "--seed", "3", "class "]) == expected
+    assert parse("generate", ["--seed", "3", "runs/a", "class "]) == expected
+    assert parse("generate", ["runs/a"]) == (GenerateOptions(run=Path("runs/a"), prompt="def "),)
+    assert parse("generate", ["runs/a", "--", "--x"]) == (GenerateOptions(run=Path("runs/a"), prompt="--x"),)
+
+
+def test_a_file_gives_values_and_flags_win(folder: Path):
+    write(folder, 'global_batch = 32\nlr = 1\nmax_grad_norm = "none"\nschedule = "constant"\n')
+    config = config_of("--config", "run.toml", "--lr", "0.5")
+    assert config == TrainConfig(global_batch=32, lr=0.5, max_grad_norm=None, schedule="constant")
+
+
+def test_a_file_may_start_with_a_byte_order_mark_and_end_lines_like_windows(folder: Path):
+    write(folder, b"\xef\xbb\xbfsteps = 3\r\nseed = 4\r\n")
+    assert config_of("--config=run.toml") == TrainConfig(steps=3, seed=4)
+
+
+def test_a_flag_replaces_the_other_name_of_its_quantity_in_the_file(folder: Path):
+    write(folder, "global_batch = 32\nsteps = 10\n")
+    config = config_of("--config", "run.toml", "--global-batch-tokens", "4096", "--epochs", "2")
+    assert config == TrainConfig(global_batch_tokens=4096, epochs=2)
+    write(folder, 'microbatch = "auto"\nmemory = "24GiB"\n')
+    config = config_of("--config", "run.toml", "--token-budget", "4096", "--gpu", "t4")
+    assert config == TrainConfig(token_budget=4096, gpu="t4")
+
+
+def test_a_file_gives_memory_and_switches(folder: Path):
+    write(folder, 'microbatch = 4\nmemory = "80%"\ngradient_checkpointing = true\n')
+    assert config_of("--config", "run.toml") == TrainConfig(microbatch=4, memory="80%", gradient_checkpointing="full")
+    write(folder, 'token_budget = 4096\ngpu = "h100"\ngradient_checkpointing = false\n')
+    config = config_of("--config", "run.toml")
+    assert config == TrainConfig(token_budget=4096, gpu="h100", gradient_checkpointing="none")
+    assert config_of("--config", "run.toml", "--gradient-checkpointing").gradient_checkpointing == "full"
+    write(folder, 'gradient_checkpointing = "selective"\nlayout = "packed"\ncompile = "layers"\n')
+    config = config_of("--config", "run.toml", "--compile", "none")
+    assert config == TrainConfig(gradient_checkpointing="selective", layout="packed", compile="none")
+
+
+@pytest.mark.parametrize("words", ["", "--gradient-checkpointing auto", "--layout auto --compile auto"])
+def test_what_is_left_to_the_run_is_auto(words: str):
+    assert config_of(*words.split()) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--gradient-checkpointing",
+        "--gradient-checkpointing --steps 3",
+        "--gradient-checkpointing full",
+        "--gradient-checkpointing=full",
+        "--gradient-checkpointing none --gradient-checkpointing",
+    ],
+)
+def test_checkpointing_without_a_value_is_full(words: str):
+    assert config_of(*words.split()).gradient_checkpointing == "full"
+
+
+def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
+    assert config_of("--gradient-accumulation-steps", "4").microbatch == 8
+    assert config_of("--global-batch", "10", "--gradient-accumulation-steps", "4").microbatch == 3
+    assert config_of("--global-batch", "2", "--gradient-accumulation-steps", "4").microbatch == 1
+    write(folder, "global_batch = 100\nmicrobatch = 1\n")
+    assert config_of("--config", "run.toml", "--gradient-accumulation-steps", "2").microbatch == 50
+    write(folder, "global_batch = 100\ntoken_budget = 4096\n")
+    config = config_of("--config", "run.toml", "--gradient-accumulation-steps", "2")
+    assert (config.microbatch, config.token_budget) == (50, None)
+
+
+# what is not -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--global-batch 0", "--global-batch is 0: it must be at least 1."),
+        ("--global-batch=-3", "--global-batch is -3: it must be at least 1."),
+        ("--global-batch -3", "--global-batch is -3: it must be at least 1."),
+        ("--global-batch 2.5", "--global-batch is 2.5: it must be a whole number."),
+        ("--global-batch many", "--global-batch is 'many': it must be a whole number."),
+        ("--global-batch 3000000000", "--global-batch is 3000000000: it must be at most 2147483647."),
+        ("--global-batch= --steps 3", "--global-batch is '': it must be a whole number."),
+        ("--microbatch 0", "--microbatch is 0: it must be at least 1."),
+        ("--microbatch -1", "--microbatch is -1: it must be at least 1."),
+        ("--microbatch 2.5", "--microbatch is 2.5: it must be auto or a whole number."),
+        ("--microbatch fast", "--microbatch is 'fast': it must be auto or a whole number."),
+        ("--microbatch=", "--microbatch is '': it must be auto or a whole number."),
+        ("--microbatch 3000000000", "--microbatch is 3000000000: it must be at most 2147483647."),
+        ("--microbatch", "--microbatch needs a value: --microbatch auto|N."),
+        ("--token-budget 0", "--token-budget is 0: it must be at least 1."),
+        ("--token-budget auto", "--token-budget is 'auto': it must be a whole number."),
+        (
+            "--microbatch auto --token-budget 4096",
+            "--microbatch and --token-budget exclude each other: give one of them.",
+        ),
+        ("--memory 24", "--memory is 24: it needs a unit, such as 24GiB."),
+        ("--memory 0GiB", "--memory is '0GiB': it must be more than 0, such as 24GiB or 80%."),
+        ("--memory -24GiB", "--memory is '-24GiB': it must be more than 0, such as 24GiB or 80%."),
+        ("--memory 120%", "--memory is '120%': a share must be at most 100%, such as 80%."),
+        ("--memory 24XB", "--memory is '24XB': its unit must be KiB, MiB, GiB, TiB or %, such as 24GiB."),
+        ("--memory nan", "--memory is nan: it must be an amount such as 24GiB or a share such as 80%."),
+        ("--memory=", "--memory is '': it must be an amount such as 24GiB or a share such as 80%."),
+        ("--memory {}", "--memory is '{}': it must be an amount such as 24GiB or a share such as 80%."),
+        ("--memory", "--memory needs a value: --memory MEMORY."),
+        ("--gpu a100", "--gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
+        ("--gpu voodoo", "--gpu is 'voodoo': it is not a known card; give its memory instead, such as 24GiB."),
+        ("--memory 24GiB --gpu t4", "--memory and --gpu exclude each other: give one of them."),
+        (
+            "--gradient-checkpointing=true",
+            "--gradient-checkpointing is 'true': it must be auto, none, selective or full.",
+        ),
+        (
+            "--gradient-checkpointing true",
+            "--gradient-checkpointing is 'true': it must be auto, none, selective or full.",
+        ),
+        ("--gradient-checkpointing=", "--gradient-checkpointing is '': it must be auto, none, selective or full."),
+        ("--layout dense", "--layout is 'dense': it must be auto, padded or packed."),
+        ("--layout", "--layout needs a value: --layout auto|padded|packed."),
+        ("--compile true", "--compile is 'true': it must be auto, none, layers or graphs."),
+        ("--compile --steps 3", "--compile needs a value: --compile auto|none|layers|graphs."),
+        ("--lora-alpha 8", "--lora-alpha does nothing without --lora-rank: give both."),
+        (
+            "--steps 3 --warmup-steps 4",
+            "--warmup-steps is more than --steps: the learning rate would never reach its peak.",
+        ),
+        ("--lr-rule sde", "--lr-rule does nothing without --scale-from: give both."),
+        ("--scale-from 0 --lr-rule sde", "--scale-from is 0: it must be at least 1."),
+        (
+            "--scale-from 8 --lr-rule cubic",
+            "--lr-rule is 'cubic': it must be none, linear, sqrt, sde, half-life or sqrt+half-life.",
+        ),
+        (
+            "--scale-from 8 --lr-rule adascale",
+            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, and bigbatch train has "
+            'AdamW: in a loop of your own, bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, '
+            "batch=B) applies it.",
+        ),
+        (
+            "--scale-from 8 --lr-rule sde --global-batch 128",
+            "--lr-rule sde at 16 times the batch of --scale-from would make beta1 -0.6, which is below 0: the nearest "
+            "--scale-from that works is 13.",
+        ),
+        ("--lr fast", "--lr is 'fast': it must be a number."),
+        ("--lr=fast", "--lr is 'fast': it must be a number."),
+        ("--lr 0", "--lr is 0: it must be more than 0."),
+        ("--lr -1e-3", "--lr is -1e-3: it must be more than 0."),
+        ("--lr nan", "--lr is nan: it must be a finite number."),
+        ("--lr inf", "--lr is inf: it must be a finite number."),
+        ("--validation-fraction 1", "--validation-fraction is 1: it must be less than 1."),
+        ("--seed -1", "--seed is -1: it must be at least 0."),
+        ("--schedule linear", "--schedule is 'linear': it must be cosine or constant."),
+        (
+            "--precision bf61",
+            "--precision is 'bf61': it must be auto, float32, float64, bf16, bf16-weights or fp16.",
+        ),
+        ("--device gpu", "--device is 'gpu': it must be auto, cpu, cuda, cuda:N or mps."),
+        ("--max-grad-norm -1", "--max-grad-norm is -1: it must be at least 0."),
+        ("--out=", "--out is '': it must not be empty."),
+        ("--data=", "--data is '': it must not be empty."),
+        ("--data \udcff", r"--data is '\udcff': it must be valid UTF-8 text."),
+        ("--sample-prompt \udcff", r"--sample-prompt is '\udcff': it must be valid UTF-8 text."),
+        ("--lr", "--lr needs a value: --lr X."),
+        ("--lr --steps 3", "--lr needs a value: --lr X."),
+        ("--config", "--config needs a value: --config FILE."),
+        ("--precision", "--precision needs a value: --precision auto|float32|float64|bf16|bf16-weights|fp16."),
+        ("--global-batc 3", "unknown flag --global-batc: did you mean --global-batch?"),
+        ("--global-batc=3", "unknown flag --global-batc: did you mean --global-batch?"),
+        ("--global 3", "unknown flag --global: did you mean --global-batch?"),
+        ("--global_batch 3", "unknown flag --global_batch: did you mean --global-batch?"),
+        ("--learning-rate 3", "unknown flag --learning-rate: did you mean --lr?"),
+        ("--max-tokens 3", "unknown flag --max-tokens: did you mean --token-budget?"),
+        ("--batch-tokens 3", "unknown flag --batch-tokens: did you mean --token-budget?"),
+        ("--auto-find-batch-size", "unknown flag --auto-find-batch-size: did you mean --microbatch?"),
+        ("--gpu-memory 3", "unknown flag --gpu-memory: did you mean --memory?"),
+        ("--vram 3", "unknown flag --vram: did you mean --memory?"),
+        (
+            "--activation-checkpointing",
+            "unknown flag --activation-checkpointing: did you mean --gradient-checkpointing?",
+        ),
+        ("-lr 3", "unknown flag -lr: did you mean --lr?"),
+        ("--hlp", "unknown flag --hlp: did you mean --help?"),
+        ("--zzz 3", "unknown flag --zzz: bigbatch train --help lists them."),
+        ("texts", "'texts' is not expected: train takes flags alone."),
+        ("--steps 3 texts", "'texts' is not expected: train takes flags alone."),
+        ("-- texts", "'texts' is not expected: train takes flags alone."),
+        ("--steps 3 --epochs 2", "--steps and --epochs exclude each other: give one of them."),
+        (
+            "--global-batch 3 --global-batch-tokens 2",
+            "--global-batch and --global-batch-tokens exclude each other: give one of them.",
+        ),
+        (
+            "--gradient-accumulation-steps 0",
+            "--gradient-accumulation-steps is 0: it must be at least 1.",
+        ),
+        (
+            "--gradient-accumulation-steps 2 --microbatch 4",
+            "--gradient-accumulation-steps and --microbatch exclude each other: give one of them.",
+        ),
+        (
+            "--gradient-accumulation-steps 2 --token-budget 4096",
+            "--gradient-accumulation-steps and --token-budget exclude each other: give one of them.",
+        ),
+        (
+            "--gradient-accumulation-steps 2 --global-batch-tokens 4",
+            "--gradient-accumulation-steps needs a batch in sequences: give --global-batch, "
+            "or --microbatch beside the batch in tokens.",
+        ),
+    ],
+)
+def test_train_says_in_one_sentence_what_is_wrong(
+    words: str, expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", *words.split(" ")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"bigbatch train: {expected}\n"
+    assert printed.out == ""
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "expected"),
+    [
+        ("verify", ["--json=yes"], "--json is a switch: it takes no value."),
+        ("verify", ["--json", "yes"], "'yes' is not expected: verify takes flags alone."),
+        ("verify", ["--cuts", "1,x"], "--cuts holds 'x': it must be a whole number."),
+        ("verify", ["--cuts", "1,0"], "--cuts holds 0: it must be at least 1."),
+        ("verify", ["--cut", "1"], "unknown flag --cut: did you mean --cuts?"),
+        ("verify", ["--samples", "0"], "--samples is 0: it must be at least 1."),
+        ("verify", ["--lr", "x"], "--lr is 'x': it must be a number."),
+        ("plan", ["--json=yes"], "--json is a switch: it takes no value."),
+        ("plan", ["--memory", "24"], "--memory is 24: it needs a unit, such as 24GiB."),
+        ("plan", ["--cuts", "1"], "unknown flag --cuts: bigbatch plan --help lists them."),
+        ("train", ["--json"], "unknown flag --json: bigbatch train --help lists them."),
+        ("train", ["--cuts", "1"], "unknown flag --cuts: bigbatch train --help lists them."),
+        ("generate", [], "RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib."),
+        ("generate", [""], "RUN is '': it must not be empty."),
+        ("generate", ["a", "b", "c"], "'c' is not expected: generate takes RUN and one PROMPT, in quotes if it "
+         "holds spaces."),
+        ("generate", ["a", "--temperature", "-1"], "--temperature is -1: it must be at least 0."),
+        ("generate", ["a", "--top-k", "x"], "--top-k is 'x': it must be a whole number."),
+        ("generate", ["a", "--run", "b"], "unknown flag --run: bigbatch generate --help lists them."),
+        ("generate", ["a", "\0"], r"PROMPT is '\x00': it must not hold a NUL character."),
+    ],
+)  # fmt: skip
+def test_verify_and_generate_complain_alike(command: str, words: list[str], expected: str):
+    assert complaint(command, *words) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lerning_rate = 1", "run.toml has the unknown key 'lerning_rate': did you mean 'lr'?"),
+        ("per_device_train_batch_size = 1", "run.toml has the unknown key 'per_device_train_batch_size': did you mean "
+         "'microbatch'?"),
+        ("global-batch = 1", "run.toml has the unknown key 'global-batch': did you mean 'global_batch'?"),
+        ("zzz = 1", "run.toml has the unknown key 'zzz': bigbatch train --help lists them."),
+        ("gradient_accumulation_steps = 1", "run.toml has the unknown key 'gradient_accumulation_steps': "
+         "bigbatch train --help lists them."),
+        ("[batch]\nglobal_batch = 1", "run.toml has the table [batch]: write the settings at its top, "
+         "without tables."),
+        ("[lr]\nvalue = 1", "lr in run.toml is a table: it must be a number."),
+        ("lr = [1]", "lr in run.toml is a list: it must be a number."),
+        ('lr = "fast"', "lr in run.toml is 'fast': it must be a number."),
+        ("lr = nan", "lr in run.toml is nan: it must be a finite number."),
+        ("lr = true", "lr in run.toml is true: it must be a number."),
+        ("global_batch = true", "global_batch in run.toml is true: it must be a number."),
+        ("global_batch = 2.5", "global_batch in run.toml is 2.5: it must be a whole number."),
+        ("global_batch = 0", "global_batch in run.toml is 0: it must be at least 1."),
+        ("microbatch = true", "microbatch in run.toml is true: it must be auto or a whole number."),
+        ('microbatch = "fast"', "microbatch in run.toml is 'fast': it must be auto or a whole number."),
+        ("microbatch = 0", "microbatch in run.toml is 0: it must be at least 1."),
+        ("microbatch = 4\ntoken_budget = 4096", "microbatch in run.toml and token_budget in run.toml exclude each "
+         "other: give one of them."),
+        ("memory = 24", "memory in run.toml is 24: it needs a unit, such as 24GiB."),
+        ("memory = 24.5", "memory in run.toml is 24.5: it needs a unit, such as 24.5GiB."),
+        ("memory = true", "memory in run.toml is true: it must be text."),
+        ('memory = "120%"', "memory in run.toml is '120%': a share must be at most 100%, such as 80%."),
+        ("gpu = 4090", "gpu in run.toml is 4090: it must be text."),
+        ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known card; nearest are v100-16gb and v100-32gb."),
+        ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
+         "them."),
+        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective or "
+         "full."),
+        ('gradient_checkpointing = "true"', "gradient_checkpointing in run.toml is 'true': it must be auto, none, "
+         "selective or full."),
+        ('layout = "dense"', "layout in run.toml is 'dense': it must be auto, padded or packed."),
+        ("compile = true", "compile in run.toml is true: it must be auto, none, layers or graphs."),
+        ("max_tokens_per_batch = 1", "run.toml has the unknown key 'max_tokens_per_batch': did you mean "
+         "'token_budget'?"),
+        ("max_memory = 1", "run.toml has the unknown key 'max_memory': did you mean 'memory'?"),
+        ("data = 3", "data in run.toml is 3: it must be text."),
+        ("data = false", "data in run.toml is false: it must be text."),
+        ("out = 3", "out in run.toml is 3: it must be the name of a folder."),
+        ("seed = 2024-01-01", "seed in run.toml is 2024-01-01: it must be a whole number."),
+        ("steps = 1\nepochs = 2", "steps in run.toml and epochs in run.toml exclude each other: give one of them."),
+        ("steps = 1\nlr = \n", "run.toml is not valid TOML: invalid value (at line 2, column 6)."),
+        ("steps 1", "run.toml is not valid TOML: expected '=' after a key in a key/value pair (at line 1, "
+         "column 7)."),
+        ("lr = " + "[" * 9999, "run.toml is nested too deeply for settings, which are single values."),
+        (b"data = '\xff'", "run.toml is not UTF-8 text: byte 8 cannot be read."),
+    ],
+)  # fmt: skip
+def test_a_file_is_complained_about_by_name_and_key(text: str | bytes, expected: str, folder: Path):
+    write(folder, text)
+    assert complaint("train", "--config", "run.toml") == expected
+
+
+def test_a_file_that_is_not_there_or_is_a_folder(folder: Path):
+    (folder / "runs").mkdir()
+    assert complaint("train", "--config", "no.toml") == "no.toml does not exist: --config takes a TOML file."
+    assert complaint("train", "--config", "runs") == "runs is a folder: --config takes a TOML file."
+    assert complaint("train", "--config", "") == "--config is '': it must not be empty."
+
+
+def test_a_wrong_flag_over_a_right_file_is_named_as_the_flag(folder: Path):
+    write(folder, "lr = 1\n")
+    assert complaint("train", "--config", "run.toml", "--lr", "x") == "--lr is 'x': it must be a number."
+
+
+def test_a_long_value_is_cut_short():
+    said = complaint("train", "--steps", "9" * 6000)
+    assert said == f"--steps is {'9' * 57}...: it is too large."
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "unknown command 'trian': did you mean train?"),
+        (["xyz"], "unknown command 'xyz': bigbatch --help lists them."),
+        ([""], "unknown command '': bigbatch --help lists them."),
+        (["--lr=3", "train"], "--lr comes before any command: bigbatch --help lists them."),
+    ],
+)
+def test_what_is_no_command(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+    assert main(words) == 2
+    assert capsys.readouterr() == ("", f"bigbatch: {expected}\n")
+
+
+# help ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_overview_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 0
+    overview = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == overview
+    assert all(f"\n  {command} " in overview for command in COMMANDS)
+    assert "0 done    1 failed    2 bad input    75 stopped by a signal after saving" in overview
+
+
+def test_the_commands_are_the_same_everywhere():
+    assert list(COMMANDS) == list(cli_options.COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "bigbatch 0.1.0\n"
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+@pytest.mark.parametrize("columns", ["50", "80", "300"])
+def test_help_fits_the_terminal(command: str, columns: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    flags_and_text = [line for line in help_text(command).splitlines() if "bigbatch" not in line and "|" not in line]
+    assert max(map(len, flags_and_text)) <= min(int(columns), 100)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_shows_every_flag_and_the_true_default(command: str):
+    shown = " ".join(help_text(command).split())
+    spec = cli_options.COMMANDS[command]
+    for key, info in spec.fields().items():
+        name = key.upper() if key in spec.positionals else "--" + key.replace("_", "-")
+        assert f"{name} " in shown
+        if info.annotation is bool or info.is_required():
+            continue
+        described = shown[shown.index(" ".join((info.description or "").split())) :]
+        assert "(default: " in described[: len(info.description or "") + 30]
+
+
+def test_defaults_that_depend_on_other_fields_are_told_truly():
+    shown = " ".join(help_text("train").split())
+    assert f"(default: {TrainConfig().resolved().global_batch}, unless --global-batch-tokens is given)" in shown
+    assert f"(default: {DEFAULT_STEPS} for tiny on python-stdlib" in shown
+    rates = [
+        TrainConfig(model=model, lora_rank=rank).resolved().lr for model, rank in (("tiny", 0), ("m", 0), ("m", 1))
+    ]
+    assert "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA)".format(*rates) in shown
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "verify"])
+def test_help_teaches_how_much_is_in_memory_at_once(command: str):
+    shown = " ".join(help_text(command).split())
+    assert "--microbatch auto|N auto = the fastest that fits the memory: predicted, then tried; or " in shown
+    assert "--token-budget N tokens, padding included, in one forward and backward; " in shown
+    assert "--memory MEMORY memory that the run may use, such as 24GiB or 80% (default: what is free" in shown
+    assert "--gpu GPU the same by the name of a card, such as a100-40gb" in shown
+    assert "--gradient-checkpointing auto|none|selective|full layers whose activations are computed once more" in shown
+    assert "without a value: full" in shown
+    assert "--layout auto|padded|packed padded = a row for each sequence; packed = one row without padding" in shown
+    assert "--compile auto|none|layers|graphs layers = compile the layers of the model" in shown
+
+
+def test_help_wins_over_what_else_is_wrong(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--bogus", "--help"]) == 0
+    assert capsys.readouterr().out == help_text("train")
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_the_examples_of_the_help_are_understood(command: str):
+    for example in cli_options.COMMANDS[command].examples:
+        program, name, *words = shlex.split(example)
+        assert (program, name) == ("bigbatch", command)
+        assert all(isinstance(model, BaseModel) for model in parse(command, words))
+
+
+def test_names_from_elsewhere_lead_to_ours():
+    ours = cli_options.COMMANDS["verify"].fields()
+    assert set(ELSEWHERE.values()) <= set(ours)
+    assert not set(ELSEWHERE) & set(ours)
+
+
+# the process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_quietly(unbuffered: str):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bigbatch", "train", "--help"],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_ctrl_c_ends_with_a_sentence_and_130(folder: Path):
+    os.mkfifo(folder / "run.toml")  # reading it waits for a writer: a command that is busy for sure
+    script = (
+        "import signal, sys; from bigbatch.cli import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background job ignores it
+        "sys.exit(main(['train', '--config', 'run.toml']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as process:
+        writer = None
+        while writer is None and process.poll() is None:
+            try:
+                writer = os.open("run.toml", os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # not opened for reading yet
+                continue
+        assert writer is not None
+        process.send_signal(signal.SIGINT)
+        os.close(writer)  # if the signal came just before the read, this ends it, and the signal is handled then
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "\nbigbatch train: interrupted.\n")

@@ -1,0 +1,349 @@
+"""The comparison with what others would pick: the same update for everyone, checked, timed, and nothing left behind."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigbatch.errors import MemoryLimitError
+from bigbatch.lm.bench import benchmark as race_module
+from bigbatch.lm.bench.benchmark import Race, race
+from bigbatch.lm.bench.entries import OURS, SAMPLES, Entry, default_entries, missing, read_entry
+from bigbatch.lm.bench.meter import (
+    GradientMeter,
+    Meter,
+    NoMeter,
+    Similarity,
+    Timer,
+    reference_gradient,
+    similarity,
+)
+from bigbatch.lm.bench.peer import Peer, pad
+from bigbatch.lm.bench.registry import make_contestant
+from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.workload import W_SMALL, W, count_tokens, shift
+from lm.helpers import TINY_WORKLOAD
+
+SAME = 1 - 1e-6
+
+
+@pytest.fixture
+def stage() -> Stage:
+    return Stage(TINY_WORKLOAD, None)
+
+
+def run(*entries: str, rounds: int = 1, memory: str | None = None, said: list[str] | None = None) -> Race:
+    def say(words: str, done: int = 0, total: int = 0) -> None:
+        if said is not None:
+            said.append(words)
+
+    return race(TINY_WORKLOAD, [read_entry(entry) for entry in entries], memory=memory, rounds=rounds, say=say)
+
+
+# the workload ----------------------------------------------------------------------------------------------------
+
+
+def test_the_workload_is_the_one_of_the_figures() -> None:
+    lengths = [len(sequence) for sequence in W.make_sequences()]
+    assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (256, 92_493, 33, 2_048)
+    assert sum(parameter.numel() for parameter in W.make_model("meta").parameters()) == 494_032_768
+
+
+def test_the_small_workload_is_as_the_help_says() -> None:
+    samples = W_SMALL.make_samples()
+    assert (len(samples), count_tokens(samples)) == (32, 1_444)
+    assert round(sum(parameter.numel() for parameter in W_SMALL.make_model("meta").parameters()) / 1e6) == 4
+
+
+def test_the_model_and_the_batch_are_the_same_each_time() -> None:
+    one, other = (TINY_WORKLOAD.make_model("cpu") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    samples, again = TINY_WORKLOAD.make_samples(), TINY_WORKLOAD.make_samples()
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(samples, again, strict=True))
+
+
+def test_shifted_labels_are_those_that_transformers_makes() -> None:
+    (sample,) = shift([{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([5, 6, 7])}])
+    assert sample["labels"].tolist() == [6, 7, -100]
+
+
+def test_entries_are_names_with_samples() -> None:
+    assert [entry.name for entry in default_entries()] == list(SAMPLES)
+    assert read_entry("trainer") == Entry("trainer", 1)
+    assert read_entry(" trainer-expert:8") == Entry("trainer-expert", 8)
+    assert read_entry(OURS) == Entry(OURS, None)
+
+
+# the gradient ----------------------------------------------------------------------------------------------------
+
+
+def test_similarity_is_cosine_and_ratio_of_norms() -> None:
+    expected = [torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])]
+    assert similarity([2 * t for t in expected], expected) == Similarity(1.0, 2.0)
+    assert similarity([-t for t in expected], expected) == Similarity(-1.0, 1.0)
+    assert similarity([torch.tensor([[3.0, 0.0]]), None], expected) == pytest.approx((0.6, 0.6))
+    with pytest.raises(ValueError, match="zip"):
+        similarity(expected[:1], expected)
+
+
+def test_the_reference_is_the_gradient_of_the_padded_batch_at_once(stage: Stage) -> None:
+    reference = reference_gradient(stage)
+    stage.model(**pad(stage.samples)).loss.backward()
+    cosine, norm_ratio = similarity([parameter.grad for parameter in stage.parameters], reference)
+    assert cosine > SAME
+    assert norm_ratio == pytest.approx(1, abs=1e-5)
+
+
+class Loop(Peer):
+    """A loop that weighs its micro-batches as it is told, for a batch of ``stage.samples``."""
+
+    def __init__(self, weight: Callable[[Stage, dict[str, Tensor]], float]) -> None:
+        super().__init__(samples=2)
+        self.weight = weight
+
+    def update(self, stage: Stage, samples: Any, meter: Meter) -> None:
+        meter.start()
+        for batch in self.loader(stage, samples):
+            (stage.model(**batch).loss * self.weight(stage, batch)).backward()
+        stage.optimizer.step()
+        meter.stop()
+
+
+def mean_of_means(stage: Stage, batch: dict[str, Tensor]) -> float:
+    return 2 / len(stage.samples)
+
+
+def share_of_labels(stage: Stage, batch: dict[str, Tensor]) -> float:
+    labels = count_tokens(stage.samples) - len(stage.samples)
+    return int((batch["labels"][:, 1:] != -100).sum()) / labels
+
+
+def found_of(stage: Stage, weight: Callable[[Stage, dict[str, Tensor]], float]) -> Similarity:
+    meter = GradientMeter(stage, reference_gradient(stage))
+    with stage.turn():
+        Loop(weight).turn(stage, meter)
+    assert meter.similarity is not None
+    return meter.similarity
+
+
+def test_a_gradient_that_is_a_mean_of_means_is_told_from_the_right_one(stage: Stage) -> None:
+    assert found_of(stage, mean_of_means).cosine < 0.97
+    assert found_of(stage, share_of_labels).cosine > SAME
+
+
+def test_a_gradient_of_the_wrong_size_shows_in_the_ratio_of_norms(stage: Stage) -> None:
+    cosine, norm_ratio = found_of(stage, lambda stage, batch: 3 * share_of_labels(stage, batch))
+    assert cosine > SAME
+    assert norm_ratio == pytest.approx(3, rel=1e-4)
+
+
+def test_a_step_with_a_closure_is_looked_at_after_the_closure(stage: Stage) -> None:
+    meter = GradientMeter(stage, reference_gradient(stage))
+    meter.start()
+    stage.optimizer.step(closure=lambda: stage.model(**pad(stage.samples)).loss.backward())
+    meter.stop()
+    assert meter.similarity is not None
+    assert meter.similarity.cosine > SAME
+
+
+def test_only_steps_between_start_and_stop_are_looked_at(stage: Stage) -> None:
+    meter = GradientMeter(stage, reference_gradient(stage))
+    meter.stop()
+    stage.optimizer.step()
+    assert meter.similarity is None
+
+
+# the stage -------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_leaves_nothing_of_what_was_done_to_the_model(stage: Stage) -> None:
+    model, code = stage.model, sys.modules[type(stage.model).__module__]
+    expected = model(**pad(stage.samples)).logits
+    rotary = code.apply_rotary_pos_emb
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with stage.turn():
+        model.forward = lambda **_: None
+        model.register_forward_hook(lambda *_: None)
+        model.model.layers[0].mlp.added = 1
+        model.model.layers[1] = torch.nn.Identity()
+        model.config.use_cache = False
+        model.model.gradient_checkpointing = True
+        code.apply_rotary_pos_emb = None
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert model.config.use_cache
+    assert code.apply_rotary_pos_emb is rotary
+    assert torch.equal(model(**pad(stage.samples)).logits, expected)
+
+
+def test_every_turn_begins_at_the_same_weights_with_the_states_of_a_first_step(stage: Stage) -> None:
+    first = [parameter.detach().clone() for parameter in stage.parameters]
+    for _ in range(2):
+        with stage.turn():
+            assert all(torch.equal(a, b) for a, b in zip(stage.parameters, first, strict=True))
+            assert all(parameter.grad is None for parameter in stage.parameters)
+            states = [value for state in stage.optimizer.state.values() for value in state.values()]
+            assert states
+            assert not any(value.any() for value in states)
+            stage.model(**pad(stage.samples)).loss.backward()
+            stage.optimizer.step()
+    assert not stage.optimizer.state
+
+
+def test_a_reset_keeps_everything_where_it_is(stage: Stage) -> None:
+    with stage.turn():
+        tensors = [*stage.parameters, *(value for state in stage.optimizer.state.values() for value in state.values())]
+        where = [tensor.data_ptr() for tensor in tensors]
+        stage.reset()
+        tensors = [*stage.parameters, *(value for state in stage.optimizer.state.values() for value in state.values())]
+        assert [tensor.data_ptr() for tensor in tensors] == where
+
+
+# the race --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != OURS])
+def test_every_peer_takes_exactly_one_update_of_the_whole_batch(name: str, stage: Stage) -> None:
+    if reason := missing(name):
+        pytest.skip(reason)
+    reference = reference_gradient(stage)
+    meter, timer = GradientMeter(stage, reference), Timer(stage.device)
+    contestant = make_contestant(read_entry(f"{name}:4"))
+    assert isinstance(contestant, Peer)
+    with race_module._quiet(), stage.turn():
+        contestant.update(stage, stage.samples, meter)
+        steps = {int(state["step"]) for state in stage.optimizer.state.values()}
+    assert steps == {1}
+    assert meter.similarity is not None
+    means = name in ("accelerate", "lightning")
+    assert (meter.similarity.cosine > SAME) != means
+    with race_module._quiet(), stage.turn():
+        contestant.update(stage, stage.samples, timer)
+    assert timer.elapsed_s is not None
+    assert timer.elapsed_s > 0
+
+
+def test_ours_is_the_update_of_the_whole_batch_in_every_round() -> None:
+    (row,) = run(OURS, rounds=2, memory="3GiB").rows
+    assert row.problem is None
+    assert len(row.speeds) == 2
+    assert row.tokens_per_s == pytest.approx(sum(row.speeds) / 2)
+    assert row.similarity is not None
+    assert row.similarity.cosine > SAME
+    assert row.similarity.norm_ratio == pytest.approx(1, abs=1e-5)
+    assert len(row.notes) == 1
+    assert re.match(r"chosen once, in [\d.]+ s that are not counted: .* of (3\.0|2\.\d) GiB", row.notes[0])
+    assert (row.peak_bytes is None) == (TINY_WORKLOAD.device == "cpu")
+
+
+class Instant:
+    """A contestant that takes the right update, or fails as it is told."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.notes: list[str] = []
+        self.error = error
+
+    def turn(self, stage: Stage, meter: Meter) -> None:
+        if self.error is not None:
+            raise self.error
+        Loop(share_of_labels).update(stage, stage.samples, meter)
+
+
+def contestants(monkeypatch: pytest.MonkeyPatch, **errors: Exception | None) -> None:
+    monkeypatch.setattr(race_module, "missing", lambda name: None)
+    monkeypatch.setattr(race_module, "make_contestant", lambda entry: Instant(errors.get(entry.name)))
+
+
+def test_everyone_takes_turns_and_who_fails_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    contestants(monkeypatch, trainer=torch.OutOfMemoryError("CUDA out of memory."), lightning=KeyError("x\ny"))
+    said: list[str] = []
+    found = run("trainer", "lightning", "accelerate:2", OURS, rounds=2, said=said)
+    assert [row.problem for row in found.rows] == ["out of memory", "failed: KeyError: 'x\\ny'", None, None]
+    assert [row.tokens_per_s is None for row in found.rows] == [True, True, False, False]
+    assert [found.ratio(row) is None for row in found.rows] == [True, True, False, False]
+    assert found.ratio(found.rows[-1]) == 1
+    names = ("trainer:1", "lightning:1", "accelerate:2", OURS)
+    assert said[-8:] == [f"round {n} of 2: {name}" for n in (1, 2) for name in names]
+
+
+def test_ours_may_run_out_of_memory_but_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    contestants(monkeypatch, bigbatch=MemoryLimitError("a single sample does not fit"))
+    found = run(OURS, "trainer")
+    assert found.ours is not None
+    assert found.ours.problem == "out of memory"
+    assert found.ratio(found.rows[1]) is None
+    contestants(monkeypatch, bigbatch=KeyError("x"))
+    with pytest.raises(KeyError):
+        run(OURS)
+
+
+def test_an_optimizer_that_never_steps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    contestants(monkeypatch)
+    monkeypatch.setattr(Instant, "turn", lambda self, stage, meter: None)
+    assert run("trainer").rows[0].problem == "its optimizer took no step"
+
+
+def test_what_is_not_installed_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("accelerate", "lightning", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = run("trainer", "accelerate", "lightning")
+    assert [row.problem for row in found.rows] == [
+        'accelerate is not installed: pip install "bigbatch[bench]"',
+        'accelerate is not installed: pip install "bigbatch[bench]"',
+        'lightning is not installed: pip install "bigbatch[bench]"',
+    ]
+
+
+def test_warming_up_does_not_change_where_the_update_begins(stage: Stage) -> None:
+    class Weights(NoMeter):
+        def start(self) -> None:
+            self.found = [parameter.detach().clone() for parameter in stage.parameters]
+
+    first, meter = [parameter.detach().clone() for parameter in stage.parameters], Weights()
+    with stage.turn():
+        Loop(share_of_labels).turn(stage, meter)
+    assert all(torch.equal(a, b) for a, b in zip(meter.found, first, strict=True))
+
+
+# adapters over weights in bfloat16 --------------------------------------------------------------------------------
+
+TINY_LORA = dataclasses.replace(TINY_WORKLOAD, name="w-lora", precision="bf16", lora_rank=2)
+
+
+def test_the_reference_of_adapters_is_computed_with_their_base_in_float32_and_puts_it_back() -> None:
+    stage = Stage(TINY_LORA, None)
+    base = {name: p for name, p in stage.model.named_parameters() if not p.requires_grad}
+    before = {name: (p.data_ptr(), p.dtype, p.clone()) for name, p in base.items()}
+    reference = reference_gradient(stage)
+    assert {tensor.dtype for tensor in reference} == {torch.float32}
+    assert len(reference) == len(stage.parameters)
+    assert all((p.data_ptr(), p.dtype) == before[name][:2] for name, p in base.items())
+    assert all(torch.equal(p, before[name][2]) for name, p in base.items())
+    assert {p.dtype for p in base.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", [OURS, "trainer", "trainer-checkpointing", "trainer-expert"])
+def test_adapters_get_the_gradient_of_the_whole_batch_from_everyone(name: str) -> None:
+    if (why := missing(name)) is not None:
+        pytest.skip(why)
+    (row,) = race(TINY_LORA, [read_entry(name)], memory=None, rounds=1, say=lambda *_, **__: None).rows
+    assert row.problem is None
+    assert row.similarity is not None
+    assert row.similarity.cosine > 0.999  # bfloat16
+    assert row.similarity.norm_ratio == pytest.approx(1, abs=0.02)
+
+
+def test_a_turn_can_begin_anew_with_the_model_as_it_was_made(stage: Stage) -> None:
+    with stage.turn():
+        layer = stage.model.model.layers[0]
+        layer.forward = lambda *_, **__: None
+        stage.model.mark = True
+        stage.parameters[0].data.zero_()
+        stage.renew()
+        assert "forward" not in vars(layer)
+        assert not hasattr(stage.model, "mark")
+        assert stage.parameters[0].abs().sum() > 0

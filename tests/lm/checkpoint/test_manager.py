@@ -1,0 +1,101 @@
+"""Saving beside the training: the state is that of the moment, and what goes wrong there is not lost."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bigbatch
+from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint import manager as keeper_module
+from bigbatch.lm.checkpoint.hashed_file import HashedFile
+from bigbatch.lm.checkpoint.manager import Keeper, Progress, frozen_fingerprint, load
+from bigbatch.lm.checkpoint.state_tree import copies, equal
+from bigbatch.lm.runs.directory import RunDirectory
+from lm.saved import no_space
+
+
+def loss_fn(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
+    return model(inputs).square().sum(), len(inputs)
+
+
+@pytest.fixture
+def engine() -> bigbatch.Engine:
+    model = nn.Linear(3, 2)
+    return bigbatch.Engine(model, torch.optim.AdamW(model.parameters(), lr=0.1), loss_fn, microbatch=2)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "run", {})
+
+
+def a_keeper(directory: RunDirectory) -> Keeper:
+    return Keeper(directory, keep=2, beside=True, total_steps=9, facts={"of": "a test"})
+
+
+def test_what_is_written_beside_the_training_is_the_state_of_the_moment(
+    engine: bigbatch.Engine, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on = threading.Event()
+    write = keeper_module.write
+
+    def late(*words: Any, **options: Any) -> Path:
+        assert trained_on.wait(60)
+        return write(*words, **options)
+
+    monkeypatch.setattr(keeper_module, "write", late)
+    with directory, a_keeper(directory).open() as keeper:
+        engine.step(torch.ones(4, 3))
+        expected = copies(engine.state_dict())
+        now = Progress(step=1, cursor=4)
+        keeper.save(engine, now, "none")
+        now.step = 2
+        engine.step(torch.ones(4, 3))
+        trained_on.set()
+    saved, rejected = load(directory.path)
+    assert saved is not None
+    assert rejected == ()
+    assert equal(saved.engine, expected)
+    assert (saved.progress, saved.total_steps, saved.facts) == (Progress(step=1, cursor=4), 9, {"of": "a test"})
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["at the next", "at the end"])
+def test_what_goes_wrong_beside_the_training_is_raised(
+    engine: bigbatch.Engine, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    monkeypatch.setattr(HashedFile, "write", lambda *_, **__: no_space("beside"))
+    reached = []
+
+    def two_checkpoints() -> None:
+        with directory, a_keeper(directory).open() as keeper:
+            keeper.save(engine, Progress(step=1), "none")
+            reached.append(1)
+            if again:
+                keeper.save(engine, Progress(step=2), "none")
+                reached.append(2)
+
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoint step-1 could not be written to .*: no space left on device"
+    ):
+        two_checkpoints()
+    assert reached == [1]
+
+
+def test_a_run_without_checkpoints_has_none_to_load(directory: RunDirectory) -> None:
+    assert load(directory.path) == (None, ())
+
+
+def test_frozen_weights_are_told_apart_by_every_bit_and_trained_ones_are_not() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    assert frozen_fingerprint(model) is None
+    model[0].requires_grad_(False)
+    before = frozen_fingerprint(model)
+    with torch.no_grad():
+        model[1].weight.add_(1)
+        assert frozen_fingerprint(model) == before
+        model[0].bias[0] = torch.nextafter(model[0].bias[0], torch.tensor(torch.inf))
+    assert frozen_fingerprint(model) not in (before, None)

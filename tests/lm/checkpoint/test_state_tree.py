@@ -1,0 +1,90 @@
+"""State as files can hold it: what is taken apart comes back as it was."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigbatch.lm.checkpoint.json_values import to_json
+from bigbatch.lm.checkpoint.state_tree import copies, equal, put_together, take_apart
+
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+    | st.builds(torch.tensor, st.lists(st.integers(-9, 9), max_size=3))
+)
+KEYS = st.text("ab/$", max_size=3) | st.integers(0, 3) | st.sampled_from(["0", "1", "$tensor", "$tuple", "$pairs"])
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(KEYS, inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    """As `equal`, told apart by hand: types, keys and their order, tensors and values."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@given(TREES)
+@settings(deadline=None)
+def test_what_is_taken_apart_comes_back_through_json(tree: Any) -> None:
+    values, tensors = take_apart(tree)
+    back = put_together(json.loads(to_json("tree", values)), tensors)
+    assert same(back, tree)
+    assert equal(back, tree)
+
+
+def test_places_that_read_alike_are_kept_apart() -> None:
+    tree = {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "c": {1: torch.tensor(3), "1": torch.tensor(4)}}
+    values, tensors = take_apart(tree)
+    assert len(tensors) == 4
+    assert same(put_together(values, tensors), tree)
+
+
+def test_numbers_that_are_not_finite_come_back() -> None:
+    values, tensors = take_apart([math.inf, -math.inf, math.nan])
+    up, down, none = put_together(json.loads(to_json("tree", values)), tensors)
+    assert (up, down) == (math.inf, -math.inf)
+    assert math.isnan(none)
+
+
+def test_what_json_does_not_have_is_refused_by_its_place() -> None:
+    with pytest.raises(TypeError, match=r"^/a/1 is a set, which a checkpoint cannot hold\.$"):
+        take_apart({"a": [1, {2}]})
+    with pytest.raises(TypeError, match=r"^the state is a object, which a checkpoint cannot hold\.$"):
+        take_apart(object())
+
+
+def test_copies_are_out_of_reach() -> None:
+    tensor = torch.zeros(3)
+    copied = copies({"t": (tensor,)})
+    tensor.add_(1)
+    assert torch.equal(copied["t"][0], torch.zeros(3))
+
+
+def test_equal_sees_every_bit() -> None:
+    assert equal({"t": torch.tensor([0.0])}, {"t": torch.tensor([0.0])})
+    assert not equal({"t": torch.tensor([0.0])}, {"t": torch.tensor([-0.0])})
+    assert not equal({"t": torch.tensor([0.0])}, {"t": torch.tensor([0.0], dtype=torch.float64)})
+    assert not equal({"t": torch.tensor([0.0])}, {"u": torch.tensor([0.0])})
+    assert not equal([1], (1,))
+    assert not equal([1], [1.0])
+    assert equal([math.nan], [math.nan])

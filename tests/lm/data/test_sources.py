@@ -1,0 +1,263 @@
+"""Documents are read as they stand, and what cannot be read is refused in one sentence that says where."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigbatch.errors import InputError
+from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.sources import read_corpus
+
+CONVERSATION = [{"role": "user", "content": "Hallo?"}, {"role": "assistant", "content": "Grüß dich."}]
+
+
+def write_lines(path: Path, *records: Any) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def refusal(data: str | Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_corpus(str(data))
+    return str(caught.value)
+
+
+def test_a_text_file_is_one_document_exactly_as_it_stands(tmp_path: Path) -> None:
+    text = "Füße, 你好, עברית\r\n\tπ\u2028 end"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    corpus = read_corpus(str(tmp_path / "a.txt"))
+    assert corpus.documents == (Document(str(tmp_path / "a.txt"), text=text),)
+    assert corpus.notes == (f"1 text file from {tmp_path / 'a.txt'}",)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}')
+    assert [document.text for document in read_corpus(str(tmp_path)).documents] == ["hello", "hello"]
+
+
+def test_a_folder_is_read_with_its_folders_in_sorted_order_without_hidden_entries(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/c/y.py", ".hidden", ".git/config", "__pycache__/x.pyc"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\xff" if name.startswith((".", "_")) else name.encode())
+    corpus = read_corpus(str(tmp_path))
+    assert [document.text for document in corpus.documents] == ["a/c/y.py", "a/z.md", "b.txt"]
+    assert corpus.documents[0].source == str(tmp_path / "a/c/y.py")
+    assert corpus.notes == (f"3 text files from {tmp_path}", "3 hidden or __pycache__ entries left out")
+
+
+def test_json_lines_take_every_kind_of_record_and_skip_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [
+        {"text": "one\u2028two", "id": 7},
+        "",
+        {"prompt": "", "completion": " "},
+        {"messages": CONVERSATION, "prompt": "ignored without a completion"},
+    ]
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) if line else "  " for line in lines))
+    first, second, third = read_corpus(str(path)).documents
+    assert first == Document(f"{path}:1", text="one\u2028two")
+    assert second == Document(f"{path}:3", prompt="", completion=" ")
+    assert third == Document(f"{path}:4", messages=tuple(CONVERSATION))
+
+
+def test_parquet_gives_the_documents_that_json_lines_give(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"text": "été"}, {"prompt": "p", "completion": "c"}, {"messages": CONVERSATION}]
+    columns = ("text", "prompt", "completion", "messages")
+    rows = [{name: record.get(name) for name in columns} | {"id": 1} for record in records]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_lines(tmp_path / "b.jsonl", *records)
+    corpus = read_corpus(str(tmp_path))
+    keys = [document.key for document in corpus.documents]
+    assert keys[:3] == keys[3:]
+    assert corpus.documents[1].source == f"{tmp_path / 'a.parquet'}:2"
+    assert corpus.notes == (f"6 records in 2 files from {tmp_path}",)
+
+
+def test_the_key_is_of_the_content_and_not_of_its_place() -> None:
+    assert Document("a", text="x").key == Document("b", text="x").key
+    keys = {
+        Document("a", text="x").key,
+        Document("a", prompt="x", completion="").key,
+        Document("a", prompt="", completion="x").key,
+        Document("a", messages=({"role": "user", "content": "x"},)).key,
+    }
+    assert len(keys) == 4
+    reordered = Document("a", messages=({"content": "x", "role": "user"},))
+    assert reordered.key in keys
+    # A fixed value: a run that goes on elsewhere must hold out the same documents.
+    assert Document("a", text="x").key.startswith("4133a35047c6c214")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: it yields no training token."),
+        (b" \n\t\n", "holds nothing but white space: it yields no training token."),
+        (b"\xef\xbb\xbf", "holds nothing but white space: it yields no training token."),
+        (b"caf\xe9 au lait", "is not UTF-8: byte 0xe9 at offset 3. Convert it, or leave it out."),
+    ],
+)
+def test_text_without_content_or_in_another_encoding_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    assert refusal(path) == f"{path} {message}"
+    (tmp_path / "good.txt").write_text("good")
+    assert refusal(tmp_path) == f"{path} {message}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'text': 1}", "not valid JSON: Expecting property name enclosed in double quotes at column 2."),
+        ('{"text": "a"', "not valid JSON: Expecting ',' delimiter at column 13."),
+        ("[" * 100_000, "JSON that Python does not read: maximum recursion depth"),
+        ("1" * 5000, "JSON that Python does not read: Exceeds the limit"),
+        ('["a"]', "the record is a list and not an object. A record holds 'text', or 'prompt' and 'completion'"),
+        ('"a"', "the record is a string and not an object."),
+        ("null", "the record is null and not an object."),
+        ("{}", "the record has no field. A record holds"),
+        ('{"content": "a", "id": 1}', "the record has 'content', 'id'. A record holds 'text', or"),
+        ('{"prompt": "a"}', "the record has 'prompt'. A record holds 'text', or 'prompt' and 'completion', or"),
+        ('{"text": "a", "messages": []}', "has 'text' and 'messages', and only one of them can be learned. Keep one."),
+        ('{"text": 5}', "the field 'text' is a number and must be a string."),
+        ('{"text": null}', "the field 'text' is null and must be a string."),
+        ('{"prompt": ["a"], "completion": "b"}', "the field 'prompt' is a list and must be a string."),
+        ('{"prompt": "a", "completion": {}}', "the field 'completion' is an object and must be a string."),
+        ('{"text": " \\n"}', "the record yields no training token: its text is empty."),
+        ('{"prompt": "a", "completion": ""}', "the record yields no training token: its completion is empty."),
+        ('{"text": "a\\ud800"}', "the field 'text' holds half of a surrogate pair, '\\ud800', which is no character."),
+        ('{"messages": "a"}', "the field 'messages' is a string and must be a list."),
+        ('{"messages": []}', "the record yields no training token: its list of messages is empty."),
+        ('{"messages": ["a"]}', "message 1 is a string and must be an object with 'role' and 'content'."),
+        (
+            '{"messages": [{"from": "user", "value": "a"}]}',
+            "message 1 has 'from', 'value' and must have 'role' and 'content' alone.",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "a"}]}',
+            "message 2 has the role 'bot'; the roles are system, user, assistant.",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": ["a"]}]}',
+            "the content of message 1 is a list and must be a string.",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "message 1 is the assistant's, with nothing to answer. Begin with a system or user message.",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
+            "the record yields no training token: no message of the assistant has content.",
+        ),
+    ],
+)
+def test_a_broken_record_is_refused_with_its_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    found = refusal(path)
+    assert found.startswith(f"{path}:3: ")
+    assert message in found
+    assert "\n" not in found
+
+
+def test_json_lines_in_another_encoding_name_the_line_and_the_offset_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
+    assert refusal(path).startswith(f"{path}:2 is not UTF-8: byte 0xe9 at offset 30.")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_json_lines_without_a_record_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert refusal(tmp_path / "a.jsonl") == f"{tmp_path / 'a.jsonl'} is empty: it yields no training token."
+
+
+def test_broken_parquet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"not parquet at all")
+    assert refusal(path).startswith(f"{path} is not a Parquet file that can be read: ")
+    pq.write_table(pa.table({"body": ["a"]}), path)
+    assert refusal(path).startswith(f"{path} has the columns 'body' and none to learn from. A record holds 'text'")
+    pq.write_table(pa.table({"text": [1]}), path)
+    assert refusal(path) == f"{path}:1: the field 'text' is a number and must be a string."
+    pq.write_table(pa.table({"text": ["a", None]}), path)
+    assert refusal(path).startswith(f"{path}:2: the record has no field. A record holds")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    assert refusal(path) == f"{path} is empty: it yields no training token."
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").write_text("a")
+    assert refusal(tmp_path) == f"the folder {tmp_path} holds no file to learn from."
+
+
+def test_a_link_to_a_folder_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'link'} is a link to a folder.")
+
+
+def test_what_is_neither_file_nor_folder_is_refused() -> None:
+    assert refusal("/dev/null") == "/dev/null is neither a file nor a folder."
+
+
+def test_a_missing_path_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "data.jsonl").write_text("")
+    missing = tmp_path / "corpus" / "date.jsonl"
+    assert refusal(missing) == f"there is no file or folder '{missing}'. Did you mean {tmp_path}/corpus/data.jsonl?"
+    below = tmp_path / "corpsu" / "data.jsonl"
+    assert refusal(below) == f"there is no file or folder '{below}'. Did you mean {tmp_path}/corpus?"
+    assert "The built-in sources are python-stdlib and" in refusal(tmp_path / "else.txt")
+    assert refusal("x" * 5000 + ".txt").startswith("there is no file or folder")
+    assert refusal("").startswith("there is no file or folder ''.")
+
+
+def test_a_misspelt_built_in_source_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = refusal("python-stdlbi")
+    assert found == "there is no file or folder 'python-stdlbi'. Did you mean python-stdlib?"
+
+
+def test_a_saved_dataset_is_read_and_of_a_dictionary_its_train_split(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "a", "id": 1}, {"text": "b", "id": 2}])
+    rows.save_to_disk(str(tmp_path / "plain"))
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "test-only"))
+    for name in ("plain", "splits"):
+        corpus = read_corpus(str(tmp_path / name))
+        assert [document.text for document in corpus.documents] == ["a", "b"]
+        assert corpus.documents[1].source == f"{tmp_path / name}:2"
+        assert corpus.notes == (f"2 records of the saved dataset {tmp_path / name}",)
+    only = tmp_path / "test-only"
+    assert refusal(only) == f"the saved dataset {only} has no split 'train'; it has test."
+    (tmp_path / "plain" / "state.json").write_text("{")
+    assert refusal(tmp_path / "plain").startswith(f"the saved dataset {tmp_path / 'plain'} cannot be read: ")
+
+
+def test_an_unreachable_hub_is_one_sentence_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = refusal("somebody/some-dataset")  # tests run in the hub's offline mode
+    assert found.startswith("'somebody/some-dataset' is no path here, and as a dataset of the hub it cannot be loaded:")
+    assert "\n" not in found
+
+
+def test_reading_text_loads_neither_torch_nor_a_model_library() -> None:
+    program = (
+        "import sys; from bigbatch.lm import order, sources; sources.read_corpus(sys.argv[1]);"
+        "print(sorted({'torch', 'transformers', 'tokenizers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program, __file__], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

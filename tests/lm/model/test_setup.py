@@ -1,0 +1,385 @@
+"""How a model is run: what is decided where nobody did, and what is refused or left out, with its reason."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
+
+from bigbatch.errors import InputError
+from bigbatch.lm.config.field_types import LEVELS
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.dataset import IGNORED, collate
+from bigbatch.lm.device import Machine
+from bigbatch.lm.model import setup
+from bigbatch.lm.model.causal_attention import NAME
+from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
+from bigbatch.lm.model.decoder_layers import Layers
+from bigbatch.lm.model.setup import Arrangement, arrange
+from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.trainer import Trainer
+from lm.helpers import records, run, save_model_folder, write_jsonl
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
+CPU = torch.device("cpu")
+DOUBLE = Machine(CPU, "float64")
+EXACT = 1e-12
+LONGEST = 20
+SIZE = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 300,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+GPT2_SIZE = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 300}
+KINDS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZE),
+    "gpt2": lambda: GPT2Config(**GPT2_SIZE, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "mistral": lambda: MistralConfig(**SIZE, num_key_value_heads=1, sliding_window=LONGEST - 5),
+    "gemma2": lambda: Gemma2Config(**SIZE, num_key_value_heads=1, head_dim=8),
+    "mamba": lambda: MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
+    "wide": lambda: LlamaConfig(**SIZE | {"vocab_size": 20_000}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(kind: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(KINDS[kind](), dtype=torch.float64)
+
+
+def arranged(model: Any, **config: Any) -> Arrangement:
+    resolved = TrainConfig(model="the-model", device="cpu", precision="float64", **config).resolved()
+    return arrange(model, resolved, DOUBLE, pad_id=0, longest=LONGEST)
+
+
+def samples(*lengths: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(300, (length,), generator=generator) for length in lengths]
+    return [{"input_ids": row, "labels": row.roll(-1)} for row in tokens]
+
+
+SAMPLES = samples(LONGEST, 3, 11, 7)
+
+
+def gradient(run: Arrangement, *, seed: int = 1) -> Tensor:
+    torch.manual_seed(seed)
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    loss_sum, items = run.loss_fn(run.model, run.collate(SAMPLES))
+    assert items == sum(int((sample["labels"] != IGNORED).sum()) for sample in SAMPLES)
+    return torch.cat([found.flatten() for found in torch.autograd.grad(loss_sum, trained)])
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def full_gradient(model: Any) -> Tensor:
+    """The oracle: padded rows with transformers' own mask."""
+    loss_sum, _ = CausalLMLoss(DOUBLE)(model.train(), collate(SAMPLES, pad_id=0))
+    return torch.cat([found.flatten() for found in torch.autograd.grad(loss_sum, list(model.parameters()))])
+
+
+# what is decided -------------------------------------------------------------------------------------------------
+
+
+CANNOT_PACK = {
+    "gemma2": "attention with softcap is not there for packed rows",
+    "mamba": "its sequences see one another in a packed row",
+}
+LAYOUTS = [("auto", kind) for kind in KINDS] + [("padded", kind) for kind in KINDS]
+LAYOUTS += [("packed", kind) for kind in KINDS if kind not in CANNOT_PACK]
+
+
+@pytest.mark.parametrize(("layout", "kind"), LAYOUTS)
+def test_on_the_cpu_rows_are_padded_unless_packed_ones_are_asked_for(layout: str, kind: str) -> None:
+    model = build(kind)
+    expected = full_gradient(copy.deepcopy(model))
+    run = arranged(model, layout=layout)
+    assert run.layout == ("packed" if layout == "packed" else "padded")
+    assert ("offsets" in run.collate(SAMPLES)) == (layout == "packed")
+    assert isinstance(run.loss_fn, ChunkedCausalLMLoss if kind == "wide" else CausalLMLoss)
+    assert run.model.training
+    assert (run.records, run.notes) == (False, ())
+    assert run.layers is not None
+    assert (run.layers.is_compiled, run.layers.level) == (False, "none")
+    assert error(gradient(run), expected) <= (1e-5 if kind == "gemma2" else EXACT)  # whose attention is in float32
+
+
+@pytest.mark.parametrize(("kind", "why"), CANNOT_PACK.items())
+def test_packed_rows_that_a_model_cannot_have_are_refused_in_one_sentence(kind: str, why: str) -> None:
+    model = build(kind)
+    before = model.config._attn_implementation
+    with pytest.raises(InputError) as caught:
+        arranged(model, layout="packed")
+    assert str(caught.value) == f"--layout packed is not there for the-model: {why}. Leave it to auto, or say padded."
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_that_needs_its_mask_has_padded_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "leave_out_mask", lambda *_, **__: False)
+    with pytest.raises(InputError, match=r"--layout packed is not there for the-model: it needs a mask for padding\. "):
+        arranged(build("llama"), layout="packed")
+    run = arranged(build("llama"))
+    assert run.layout == "padded"
+    assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
+
+
+def test_what_auto_cannot_pack_is_padded_with_a_note_and_attends_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where auto wants packed rows; no device is needed to decide it."""
+
+    class AsOnCuda:
+        type = "cuda"
+
+    monkeypatch.setattr(setup, "why_not_packed", lambda *_, **__: "of a reason")
+    notes: list[str] = []
+    for kind, implementation in (("llama", NAME), ("mistral", "sdpa"), ("gemma2", "eager")):
+        model = build(kind)
+        setup.leave_out_mask(model, DOUBLE, max_length=LONGEST)
+        machine = Machine(AsOnCuda(), "bf16")  # type: ignore[arg-type]
+        layout = setup._layout(model, TrainConfig().resolved(), machine, LONGEST, False, notes)
+        assert (layout, model.config._attn_implementation) == ("padded", implementation)
+    assert notes == ["rows are padded and not packed: of a reason"] * 3
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_row_is_no_longer_than_the_token_budget(layout: str) -> None:
+    run = arranged(build("llama"), layout=layout, token_budget=41)
+    tokens = run.collate(SAMPLES)["input_ids"].numel()
+    assert tokens == (sum(len(sample["input_ids"]) for sample in SAMPLES) if layout == "packed" else 4 * LONGEST)
+
+
+@pytest.mark.parametrize("level", ["auto", *LEVELS])
+def test_the_level_that_is_asked_for_is_set(level: str) -> None:
+    run = arranged(build("llama"), gradient_checkpointing=level)
+    assert run.layers is not None
+    assert run.layers.level == ("none" if level == "auto" else level)
+    assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_adapters_go_on_top_of_what_was_found(layout: str) -> None:
+    gradients = []
+    for chosen in ("padded", layout):
+        run = arranged(build("llama"), layout=chosen, lora_rank=2, seed=3, gradient_checkpointing="full")
+        assert run.layout == chosen
+        with torch.no_grad():
+            for name, parameter in run.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        gradients.append(gradient(run))
+    assert error(gradients[1], gradients[0]) <= EXACT
+
+
+def test_adapters_that_a_model_cannot_have_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^--lora-rank is not there for the-model: .*Mamba"):
+        arranged(build("mamba"), lora_rank=2)
+
+
+@pytest.mark.parametrize("level", ["selective", "full"])
+def test_recomputation_that_a_model_cannot_have_is_refused(level: str) -> None:
+    model = build("llama")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match=r"^--gradient-checkpointing is not there for the-model: .*does not support"):
+        arranged(model, gradient_checkpointing=level)
+
+
+@pytest.mark.parametrize("level", ["auto", "none"])
+def test_a_model_without_layers_of_transformers_is_run_as_it_is(level: str) -> None:
+    model = build("llama")
+    model.supports_gradient_checkpointing = False
+    run = arranged(model, gradient_checkpointing=level)
+    assert run.layers is None
+    assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
+
+
+# compiled --------------------------------------------------------------------------------------------------------
+
+
+Compile = Callable[..., Any]
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Compile], Compile]], list[dict[str, Any]]]:
+    """Let ``torch.compile`` give what the test makes of a layer's call, and keep what it was asked for."""
+
+    def put(make: Callable[[Compile], Compile]) -> list[dict[str, Any]]:
+        asked: list[dict[str, Any]] = []
+
+        def compile_(call: Compile, **options: Any) -> Compile:
+            asked.append(options)
+            return make(call)
+
+        monkeypatch.setattr(torch, "compile", compile_)
+        return asked
+
+    return put
+
+
+def exact(call: Compile) -> Compile:
+    return lambda *inputs, **options: call(*inputs, **options)
+
+
+def shifted(call: Compile) -> Compile:
+    """What is compiled wrong: hidden states come out a place too early."""
+
+    def wrong(*inputs: Any, **options: Any) -> Any:
+        found = call(*inputs, **options)
+        return found.roll(-1, 1) if isinstance(found, Tensor) else (found[0].roll(-1, 1), *found[1:])
+
+    return wrong
+
+
+def wrong_backward(call: Compile) -> Compile:
+    """What is compiled wrong in backward alone."""
+
+    def wrong(hidden: Tensor, *inputs: Any, **options: Any) -> Any:
+        return call(1.5 * hidden - 0.5 * hidden.detach(), *inputs, **options)
+
+    return wrong
+
+
+def mixed(call: Compile) -> Compile:
+    """What is compiled wrong: the features of hidden states come out in another order."""
+
+    def wrong(*inputs: Any, **options: Any) -> Any:
+        found = call(*inputs, **options)
+        return found.flip(-1) if isinstance(found, Tensor) else (found[0].flip(-1), *found[1:])
+
+    return wrong
+
+
+def failing(_: Compile) -> Compile:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel for this.\nand many lines more")
+
+    return fail
+
+
+def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(compiler: Any) -> None:
+    asked = compiler(exact)
+    for compile_ in ("auto", "none"):
+        run = arranged(build("llama"), compile=compile_)
+        assert not run.layers.is_compiled  # type: ignore[union-attr]
+    assert asked == []
+    run = arranged(build("llama"), compile="layers", gradient_checkpointing="selective")
+    assert len(asked) == 2
+    assert all((options["dynamic"], options["backend"]) == (True, "inductor") for options in asked)
+    assert run.layers is not None
+    assert (run.layers.is_compiled, run.layers.level, run.records, run.notes) == (True, "selective", False, ())
+    assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
+
+
+def test_graphs_are_refused_on_the_cpu(compiler: Any) -> None:
+    compiler(exact)
+    with pytest.raises(InputError) as caught:
+        arranged(build("llama"), compile="graphs")
+    assert str(caught.value) == "--compile graphs is for CUDA, and this run is on cpu: say layers or none."
+
+
+WRONG: dict[str, tuple[Callable[[Compile], Compile], str]] = {
+    "forward": (shifted, r"compiled, it differs by \de[-+]\d\d"),
+    "backward": (wrong_backward, r"compiled, it differs by \de[-+]\d\d"),
+    "compiler": (failing, r"no kernel for this"),
+}
+
+
+@pytest.mark.parametrize("where", WRONG)
+def test_what_compiles_wrong_is_refused_where_it_was_asked_for(where: str, compiler: Any) -> None:
+    make, why = WRONG[where]
+    compiler(make)
+    with pytest.raises(InputError, match=rf"^--compile layers is not there for the-model: {why}\. Leave it to auto, "):
+        arranged(build("llama"), compile="layers")
+
+
+def test_features_that_are_mixed_up_by_a_compiler_are_noticed(compiler: Any) -> None:
+    compiler(mixed)
+    with pytest.raises(InputError, match="compiled, it differs by"):
+        arranged(build("llama"), compile="layers")
+
+
+@pytest.mark.parametrize("where", WRONG)
+def test_what_compiles_wrong_is_left_out_with_a_note_under_auto(where: str, compiler: Any) -> None:
+    """As on CUDA, where auto compiles; what decides about it is the same here."""
+    compiler(WRONG[where][0])
+    model = build("llama").train()
+    layers, notes = Layers(model), list[str]()
+    layers.recompute("selective")
+    loss_fn, collator = CausalLMLoss(DOUBLE, needs_mask=False), lambda rows: collate(rows, pad_id=0)
+    config = TrainConfig().resolved()
+    setup._compile(model, config, layers, loss_fn, collator, DOUBLE, LONGEST, notes)
+    assert (layers.is_compiled, layers.level) == (False, "selective")
+    (note,) = notes
+    assert note.startswith("layers are not compiled: ")
+    run = Arrangement(model, loss_fn, collator, "padded", layers, False, ())
+    assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
+
+
+@pytest.mark.parametrize("make", [exact, shifted, failing])
+def test_trying_a_compiler_leaves_the_model_and_the_random_state_as_they_were(make: Any, compiler: Any) -> None:
+    compiler(make)
+    model = build("gpt2").train()
+    before = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    collator = lambda rows: collate(rows, pad_id=0)  # noqa: E731
+    arguments = (Layers(model), CausalLMLoss(DOUBLE), collator, DOUBLE, LONGEST, [])
+    setup._compile(model, TrainConfig().resolved(), *arguments)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_without_layers_of_transformers_is_not_compiled(compiler: Any) -> None:
+    compiler(exact)
+    model = build("llama")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match="--compile layers is not there for the-model: its layers are not those of "):
+        arranged(model, compile="layers")
+
+
+# in a run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("job")
+    base = str(save_model_folder(folder / "base"))
+    data = str(write_jsonl(folder / "data.jsonl", records(30)))
+    return {"data": data, "model": base, "steps": 3, "global_batch": 8, "precision": "float64"}
+
+
+def test_packed_and_padded_runs_learn_the_same(tmp_path: Path, job: dict[str, Any]) -> None:
+    ends, losses = [], []
+    for name, settings in {
+        "padded": {"microbatch": 8, "layout": "padded"},
+        "packed": {"token_budget": 70, "layout": "packed"},
+        "packed by samples": {"microbatch": 3, "layout": "packed", "gradient_checkpointing": "full"},
+        "auto": {"layout": "packed"},
+    }.items():
+        prepared, heard, outcome = run(tmp_path / name, **job, **settings)
+        assert prepared.arrangement.layout == settings["layout"]
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in prepared.model.parameters()]))
+        losses.append([row["loss"] for row in heard.rows] + [outcome.validation_loss])
+        assert len({row["items"] for row in heard.rows}) > 1
+    for end, loss in zip(ends[1:], losses[1:], strict=True):
+        assert error(end, ends[0]) <= 1e-10
+        assert loss == pytest.approx(losses[0], rel=1e-12)
+
+
+def test_a_packed_row_stays_within_the_budget_of_the_run(job: dict[str, Any]) -> None:
+    trainer = Trainer(prepare(TrainConfig(**job, device="cpu", token_budget=70, layout="packed")))
+    lengths = trainer.prepared.training.lengths
+    groups = trainer.engine.groups(lengths)
+    rows = [trainer.prepared.collate([trainer.prepared.training[i] for i in group]) for group in groups]
+    assert max(row["input_ids"].shape[1] for row in rows) <= 70
+    assert max(sum(lengths[i] for i in group) for group in groups) > 64, "budgets are not rounded down"

@@ -1,0 +1,435 @@
+"""What `bigbatch plan` says against what training then does, and what it says where training could not begin."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    T5Config,
+)
+from transformers.utils import logging
+
+from bigbatch.autotune.peak_prediction import state_of
+from bigbatch.batching.token_groups import DEFAULT_COST
+from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.tokenizer import train_tokenizer
+from bigbatch.lm.device import Machine
+from bigbatch.lm.planning.data_statistics import MOST_DOCUMENTS, Survey, estimated_lengths, some_of, survey
+from bigbatch.lm.planning.device_target import Target, find_target
+from bigbatch.lm.planning.estimator import ASKED, FASTEST, LARGEST, LEAST, Desk, Lever
+from bigbatch.lm.planning.forecast import Forecast, forecast
+from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.trainer import Trainer
+from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.memory.usage import Room
+from lm.helpers import WORDS, records, save_model_folder, write_jsonl
+
+CPU = torch.device("cpu")
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 308}
+WIDE = {"intermediate_size": 32, "max_position_embeddings": 64, **SHAPE}
+HEADS = {"num_key_value_heads": 1, "head_dim": 8}
+KINDS: dict[str, Any] = {
+    "mistral": lambda: MistralConfig(**WIDE, **HEADS, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(**WIDE, **HEADS, sliding_window=64),
+    "bloom": lambda: BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=308),
+    "opt": lambda: OPTConfig(ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=16, **SHAPE),
+    "mamba": lambda: MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=308, state_size=4),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ragged and even data, and models with and without weights."""
+    folder = tmp_path_factory.mktemp("forecast")
+    write_jsonl(folder / "data.jsonl", records(40))
+    write_jsonl(folder / "even.jsonl", [{"text": " ".join(WORDS)}] * 16)
+    for kind in ("llama", "gpt2"):
+        save_model_folder(folder / kind, kind=kind)
+    return folder
+
+
+def configured(folder: Path, config: Any) -> str:
+    """Save a configuration without weights and tokenizer; give its folder."""
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def whole(place: Path, folder: Path, kind: str) -> str:
+    """Save a model of a kind with its tokenizer; give its folder."""
+    if kind in ("llama", "gpt2"):
+        return str(place / kind)
+    logging.disable_progress_bar()
+    AutoModelForCausalLM.from_config(KINDS[kind]()).save_pretrained(folder)
+    train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300).save_pretrained(folder)
+    return str(folder)
+
+
+def asked(place: Path, **settings: Any) -> TrainConfig:
+    given = {"data": str(place / "data.jsonl"), "model": str(place / "llama"), "device": "cpu"}
+    return TrainConfig(**given | settings)
+
+
+def forecast_of(place: Path, **settings: Any) -> Forecast:
+    return forecast(asked(place, **settings), say=lambda *_: None)
+
+
+def survey_of(place: Path, **settings: Any) -> Survey:
+    return survey(asked(place, **settings).resolved(), say=lambda *_: None)
+
+
+def desk_of(place: Path, usable_bytes: int | None, **settings: Any) -> Desk:
+    """Plan for so much memory, whatever this machine has."""
+    config = asked(place, **settings).resolved()
+    config = config.model_copy(update={"precision": "float32" if config.precision == "auto" else config.precision})
+    room = None if usable_bytes is None else Room(2 * usable_bytes, usable_bytes)
+    target = Target("elsewhere", CPU, Machine(CPU, config.precision), room, here=False)
+    return Desk(config, target, survey_of(place, **settings))
+
+
+# memory ----------------------------------------------------------------------------------------------------------
+
+
+def tracked_peak(config: TrainConfig) -> int:
+    """What the second update of a run allocates at its peak."""
+    prepared = prepare(config)
+    trainer = Trainer(prepared)
+    samples = trainer.fetch(trainer.course.first_window())
+    assert trainer.engine.step(samples).num_microbatches == 2
+    with Tracker(CPU) as tracker:
+        tracker.hold([*prepared.model.parameters(), *prepared.model.buffers()], Part.PARAMETERS)
+        tracker.hold(state_of(trainer.optimizer), Part.OPTIMIZER)
+        trainer.engine.step(samples)
+    return tracker.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"lora_rank": 2}),
+        ("llama", {"gradient_checkpointing": True}),
+        ("llama", {"precision": "bf16-weights"}),
+        ("llama", {"precision": "bf16", "max_grad_norm": None}),
+        ("gpt2", {"lora_rank": 2, "gradient_checkpointing": True}),
+        *((kind, {}) for kind in ("gpt2", *KINDS)),
+    ],
+)
+def test_the_peak_is_that_of_the_second_update_of_a_run(
+    place: Path, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    settings = settings | {"data": str(place / "even.jsonl"), "validation_fraction": 0, "global_batch": 8}
+    settings |= {"model": whole(place, tmp_path, kind), "microbatch": 4, "max_length": 32}
+    found = desk_of(place, None, **settings).predict(4)
+    assert found.peak_bytes == pytest.approx(tracked_peak(asked(place, **settings)), rel=0.01)
+    assert sum(found.parts.values()) == found.peak_bytes
+
+
+def test_a_limit_above_the_batch_needs_what_the_batch_needs(place: Path) -> None:
+    for limit in ({"microbatch": 10**6}, {"token_budget": 10**6}):
+        desk = desk_of(place, None, **limit)
+        assert desk._fullest(10**6) == [(32, 32)]
+        cut = desk.plan(10**6, DEFAULT_COST)
+        assert cut.num_microbatches == 1
+        assert cut.token_budget in (None, cut.largest_tokens)
+
+
+def test_a_token_budget_is_predicted_by_what_fills_it_best(place: Path) -> None:
+    desk = desk_of(place, None, token_budget=40)
+    assert desk._fullest(40) == [(1, 32), (2, 20)]
+    assert desk.predict(40).peak_bytes > desk.predict(32).peak_bytes
+
+
+def test_a_size_below_the_longest_sequence_runs_it_alone(place: Path) -> None:
+    desk = desk_of(place, None)
+    assert desk.predict(10) == desk.predict(32)
+    cut = desk.plan(10, DEFAULT_COST)
+    alone = [cut.lengths[row] for row, *others in cut.microbatches[0] if not others]
+    assert max(cut.lengths) in alone
+    assert cut.token_budget == cut.largest_tokens == max(cut.lengths)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.8])
+def test_the_largest_micro_batch_that_fits_is_found(place: Path, share: float) -> None:
+    one, most = (desk_of(place, 2**30).predict(size).peak_bytes for size in (32, 32 * 32))
+    usable_bytes = int(one + share * (most - one))
+    desk = desk_of(place, usable_bytes)
+    size, reason = desk.microbatch()
+    assert reason == LARGEST
+    assert desk.predict(size).peak_bytes <= usable_bytes < desk.predict(size + 32).peak_bytes
+
+
+def test_where_one_sequence_does_not_fit_it_is_what_is_told(place: Path) -> None:
+    desk = desk_of(place, desk_of(place, 2**30).predict(32).peak_bytes - 1)
+    assert desk.microbatch() == (32, LEAST)
+
+
+def test_auto_takes_what_is_fastest_where_that_can_be_measured(place: Path) -> None:
+    found = forecast_of(place)
+    assert (found.unit, found.reason, found.untimed) == ("tokens", FASTEST, None)
+    assert found.update_s > 0
+    assert found.plan.largest_tokens <= max(found.size, found.longest)
+
+
+# the first update ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"microbatch": 5},
+        {"microbatch": 5, "global_batch": 1000},
+        {"token_budget": 70},
+        {"token_budget": 70, "global_batch_tokens": 200},
+        {"token_budget": 40, "max_length": 20, "epochs": 3, "seed": 4},
+        {"microbatch": 3, "steps": 7},
+    ],
+)
+def test_the_first_update_is_the_one_that_a_run_makes(place: Path, settings: dict[str, Any]) -> None:
+    found = desk_of(place, None, **settings).plan(
+        settings.get("token_budget", settings.get("microbatch")), DEFAULT_COST
+    )
+    trainer = Trainer(prepare(asked(place, **settings)))
+    samples = trainer.fetch(trainer.course.first_window())
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    made = [[lengths[i] for i in rows] for rows in trainer.engine.groups(lengths)]
+    assert [[found.lengths[i] for i in rows] for rows in found.microbatches[0]] == made
+    assert trainer.engine.step(samples).num_microbatches == found.num_microbatches
+    data = survey_of(place, **settings)
+    assert (data.num_updates, data.max_length) == (trainer.total_steps, trainer.config.max_length)
+
+
+def test_a_forecast_has_all_of_it(place: Path) -> None:
+    found = forecast_of(place, microbatch=5)
+    desk = desk_of(place, None, microbatch=5)
+    assert (found.unit, found.size, found.longest, found.reason) == ("samples", 5, 32, ASKED)
+    assert found.prediction == desk.predict(5)
+    assert found.plan == desk.plan(5, DEFAULT_COST)
+    assert (found.num_parameters, found.num_trained) == (15_056, 15_056)
+    assert (found.fits, found.untimed, found.notes, found.num_updates) == (True, None, (), 2)
+    assert found.config.precision == "float32"
+
+
+# what would help -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model so wide that adapters are a small part of it."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return configured(tmp_path_factory.mktemp("wide") / "m", LlamaConfig(**shape, vocab_size=308))
+
+
+CHECKPOINTING, NARROW, LORA = "--gradient-checkpointing full", "--precision bf16-weights", "--lora-rank 16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered"),
+    [
+        ({}, {CHECKPOINTING, NARROW, LORA}),
+        ({"gradient_checkpointing": "full"}, {NARROW, LORA}),
+        ({"gradient_checkpointing": "selective"}, {CHECKPOINTING, NARROW, LORA}),
+        ({"gradient_checkpointing": "none"}, {CHECKPOINTING, NARROW, LORA}),
+        ({"precision": "bf16-weights"}, {CHECKPOINTING, LORA}),
+        ({"lora_rank": 2}, {CHECKPOINTING, NARROW}),
+    ],
+)
+def test_what_is_set_is_not_offered(place: Path, wide: str, settings: dict[str, Any], offered: set[str]) -> None:
+    desk = desk_of(place, 2**30, model=wide, microbatch=8, **settings)
+    levers = desk.levers(8)
+    assert {lever.flags for lever in levers} == offered
+    peaks = [lever.peak_bytes for lever in levers]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] < desk.predict(8).peak_bytes
+
+
+def test_a_setting_is_offered_with_the_peak_that_it_has(place: Path, wide: str) -> None:
+    changes = {
+        CHECKPOINTING: {"gradient_checkpointing": "full"},
+        NARROW: {"precision": "bf16-weights"},
+        LORA: {"lora_rank": 16},
+    }
+    for lever in desk_of(place, None, model=wide, microbatch=8).levers(8):
+        with_it = desk_of(place, None, model=wide, microbatch=8, **changes[lever.flags])
+        assert (lever.peak_bytes, lever.fits) == (with_it.predict(8).peak_bytes, None)
+
+
+def test_the_fewest_settings_that_make_it_fit_are_offered(place: Path, wide: str) -> None:
+    singles = desk_of(place, 2**30, model=wide, microbatch=8).levers(8)
+    least = desk_of(place, singles[0].peak_bytes, model=wide, microbatch=8).levers(8)
+    assert least == [Lever(lever.flags, lever.peak_bytes, lever is singles[0]) for lever in singles]
+    fitting = desk_of(place, singles[0].peak_bytes - 1, model=wide, microbatch=8).levers(8)
+    together = [lever for lever in fitting if lever.fits]
+    assert together
+    assert {lever.flags for lever in together} <= {
+        f"{CHECKPOINTING} {NARROW}", f"{CHECKPOINTING} {LORA}", f"{NARROW} {LORA}"
+    }  # fmt: skip
+    assert len(fitting) == len(together) + 3
+
+
+def test_what_a_model_cannot_have_is_not_offered(place: Path, tmp_path: Path) -> None:
+    mamba = configured(tmp_path, KINDS["mamba"]())
+    assert LORA not in {lever.flags for lever in desk_of(place, None, model=mamba, microbatch=8).levers(8)}
+    with pytest.raises(InputError, match=rf"^--lora-rank is not there for {mamba}: .*Mamba"):
+        forecast_of(place, model=mamba, microbatch=8, lora_rank=2)
+
+
+# data ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_four_bytes_are_a_token(place: Path, wide: str) -> None:
+    found = survey_of(place, model=wide, data=str(place / "even.jsonl"))
+    assert found.lengths == (len(" ".join(WORDS).encode()) // 4,)
+    assert found.notes == (
+        f"lengths are estimated, 4 bytes a token: the folder {wide} holds no tokenizer. Save the model's own into it "
+        "with tokenizer.save_pretrained(folder).",
+    )
+    documents = [Document("a", text="x" * 100), Document("b", text=""), Document("c", text="ü" * 32)]
+    assert estimated_lengths(documents, 10) == [10, 10, 5, 1, 10, 6]
+
+
+def test_of_many_documents_some_stand_for_all(place: Path, tmp_path: Path) -> None:
+    number = MOST_DOCUMENTS + 500
+    rows = [{"text": "x" * (1 + i % 7)} for i in range(number)]
+    rows[1001]["text"] = " ".join(WORDS)
+    data = str(write_jsonl(tmp_path / "many.jsonl", rows))
+    found = survey_of(place, data=data, validation_fraction=0, global_batch=2400, epochs=2)
+    exact = prepare(asked(place, data=data, validation_fraction=0, global_batch=2400, epochs=2))
+    assert found.notes == (f"lengths are those of {MOST_DOCUMENTS:,} of {number:,} documents",)
+    assert found.longest == max(exact.training.lengths)
+    assert (len(found.window), found.most_rows) == (2400, 2400)
+    assert found.num_updates == Trainer(exact).total_steps == 4
+    in_tokens = survey_of(place, data=data, validation_fraction=0, global_batch_tokens=4000)
+    assert sum(in_tokens.window) == pytest.approx(4000, rel=0.01)
+    assert in_tokens.num_updates == pytest.approx(sum(exact.training.lengths) / 4000, abs=1)
+
+
+def test_those_that_are_measured_are_evenly_spaced_and_have_the_longest() -> None:
+    documents = [Document(str(i), text="x" * (9 if i == 17 else 1)) for i in range(100)]
+    assert some_of(documents, 100) is documents
+    chosen = [int(document.source) for document in some_of(documents, 11)]
+    assert chosen == [0, 17, 18, 27, 36, 45, 54, 63, 72, 81, 90]
+
+
+def test_one_short_document_is_a_batch(place: Path, tmp_path: Path) -> None:
+    data = str(write_jsonl(tmp_path / "one.jsonl", [{"text": "x"}]))
+    found = forecast_of(place, data=data)
+    assert (found.plan.num_microbatches, len(found.plan.lengths), found.num_updates) == (1, 1, 1)
+
+
+def test_a_model_without_a_limit_of_positions_takes_any_length(place: Path, tmp_path: Path) -> None:
+    bloom = configured(tmp_path, KINDS["bloom"]())
+    assert survey_of(place, model=bloom, max_length=5000).max_length == 5000
+    assert survey_of(place, model=bloom).max_length == 1024
+    assert survey_of(place).max_length == 64
+
+
+# what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_length_above_the_positions_is_refused(place: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"^--max-length 65 is more than the 64 positions of .*: pass --max-length 64 "
+    ):
+        forecast_of(place, max_length=65)
+
+
+def test_a_budget_below_the_longest_sequence_is_refused(place: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        forecast_of(place, token_budget=30)
+    assert str(caught.value) == (
+        "--token-budget 30 is less than the longest sequence, which has 32 tokens and is never cut: pass "
+        "--token-budget 32 or more, or a smaller --max-length."
+    )
+
+
+def test_a_model_that_is_not_causal_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        forecast_of(place, model=configured(tmp_path, T5Config()))
+    assert str(caught.value) == f"{tmp_path} is a t5 model, which is no causal language model."
+
+
+def test_numbers_that_make_no_model_are_refused(place: Path, tmp_path: Path) -> None:
+    folder = configured(tmp_path, KINDS["opt"]())
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(written | {"num_attention_heads": 3}), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        forecast_of(place, model=folder, microbatch=1)
+    assert str(caught.value).startswith(f"the configuration of {folder} makes no model: ")
+    assert str(caught.value).endswith(".")
+
+
+def test_a_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    experts = configured(tmp_path, MixtralConfig(**WIDE, **HEADS, num_local_experts=2))
+    with pytest.raises(BigbatchError) as caught:
+        forecast_of(place, model=experts, microbatch=1)
+    said = str(caught.value)
+    assert said.startswith(f"the memory of {experts} cannot be predicted: the step cannot run without data (")
+    assert said.endswith("). bigbatch train finds the micro-batch by trying, where it is to run.")
+    assert not isinstance(caught.value, InputError)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# what is planned for ---------------------------------------------------------------------------------------------
+
+
+def test_a_card_is_known_by_its_name(place: Path) -> None:
+    found = forecast_of(place, device="auto", gpu="t4", microbatch=4)
+    assert (found.target.name, found.target.here, found.fits) == ("t4, bf16", False, True)
+    assert found.untimed == "that device is not here"
+    assert found.update_s is None
+    assert "libraries" in found.prediction.parts
+    assert str(found.target.room).startswith("memory is limited to the 13.8 GiB that are usually free on t4, of which ")
+
+
+def test_a_card_beside_another_device_is_refused(place: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        find_target(asked(place, gpu="t4"))
+    assert str(caught.value) == "--gpu t4 and --device cpu exclude each other: give one of them."
+
+
+def test_more_memory_than_there_is_is_refused(place: Path) -> None:
+    with pytest.raises(InputError, match=r"^--memory 100TiB is more than the .*GiB that the device has: pass "):
+        find_target(asked(place, memory="100TiB"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
+class TestWithoutCuda:
+    """CUDA is planned for where there is none."""
+
+    def test_what_is_planned_for_is_known_by_its_memory(self, place: Path) -> None:
+        target = find_target(asked(place, device="cuda:1", memory="1GiB"))
+        assert (target.name, target.device.type, target.machine.device) == ("a CUDA device, bf16", "cuda", CPU)
+        assert target.room == Room.of(2**30, "1GiB")
+        assert target.notes[0].endswith(" here: memory is that of the CPU's operations, counted as CUDA counts")
+
+    def test_a_share_of_nothing_known_is_refused(self, place: Path) -> None:
+        with pytest.raises(InputError) as caught:
+            find_target(asked(place, device="cuda", memory="80%"))
+        assert str(caught.value) == (
+            "--memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or a "
+            "card by its name, such as --gpu a100-40gb."
+        )
+
+    def test_a_micro_batch_cannot_be_chosen_for_nobody_knows_what(self, place: Path) -> None:
+        with pytest.raises(InputError) as caught:
+            find_target(asked(place, device="cuda").resolved())
+        assert str(caught.value) == (
+            "--device cuda is not here, so its memory is not known: name a card, such as --gpu h100, or an amount, "
+            "such as --memory 24GiB, or give --microbatch or --token-budget."
+        )
+
+    def test_a_micro_batch_that_is_given_is_predicted_without_a_limit(self, place: Path) -> None:
+        found = forecast_of(place, device="cuda", microbatch=4)
+        assert (found.fits, found.target.room) == (None, None)

@@ -1,0 +1,560 @@
+"""The page of a run: what it shows, what it leaves out, and what it makes of whatever lies in a run directory."""
+
+import json
+import math
+import re
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.report.axes import number, step_scale, value_scale, wants_log
+from bigbatch.lm.report.downsampling import MOST_POINTS, reduced
+from bigbatch.lm.report.metrics_table import read_columns
+from bigbatch.lm.report.output_file import check_place, put
+from bigbatch.lm.report.page import page
+from bigbatch.lm.report.run_reader import read_run
+from bigbatch.lm.report.window_plan_chart import window_of
+from bigbatch.lm.runs.lock import RunLock
+from lm.made import BEGIN, CHOICE, PROOF, WINDOW, make_rich_run, make_run, rows
+
+VOID = {"meta", "link"}
+CHARTS = {"loss", "lr", "grad-norm", "noise", "speed", "memory", "ranks"}
+
+
+class Parsed(HTMLParser):
+    """A page as a tree of open elements; complains about what is not closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: Counter[str] = Counter()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        assert len(found) == len(attrs), f"{tag} has an attribute twice: {attrs}"
+        self.elements.append((tag, found))
+        if "id" in found:
+            self.ids[str(found["id"])] += 1
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [
+            found
+            for name, found in self.elements
+            if name == tag and all(found.get(key.rstrip("_")) == value for key, value in attributes.items())
+        ]
+
+
+def written(*folders: Path, **options: Any) -> str:
+    return page([read_run(folder) for folder in folders], **options)
+
+
+def parsed(*folders: Path) -> Parsed:
+    return Parsed(written(*folders))
+
+
+def figures(found: Parsed) -> set[str]:
+    return {str(figure["id"]) for figure in found.all("figure")}
+
+
+# the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_to_which_everything_happened_has_every_part(tmp_path: Path) -> None:
+    found = parsed(make_rich_run(tmp_path / "rich"))
+    assert figures(found) == CHARTS | {"window"}
+    for sentence in (
+        "Finished: 300 of 300 updates made.",
+        "The validation loss is least, 2.401, at update 300.",
+        "of the updates were clipped to 1.",
+        "times the batch of",
+        "8 sequences, 900 tokens, in 3 micro-batches of at most 408 tokens, padded: 60 of 960 ",
+        "on the CPU that is the whole process, Python and libraries included. Predicted were 80.38 MiB",
+        "Of 4 ranks, the slowest took a share of",
+        "the process ended without a word, as when it is killed",
+        "passed over step-150: model.safetensors has 1 bytes, and the manifest says 2,048; with memory = 16GiB",
+        "stopped by SIGTERM, after saving",
+        "skipped, nothing was changed: non-finite gradient",
+        "memory ran out 2 times; run again in smaller pieces",
+        "Exact: every cut gives the full-batch gradient, up to rounding.",
+        "16 sequences of python-stdlib with tiny, on cpu, float32",
+        "max_grad_norm",
+        "2.13.0",
+    ):
+        assert sentence in found.text, sentence
+    assert re.search(r"75 to 76 .*skipped", found.text)
+
+
+def test_the_page_is_valid_and_needs_nothing_else(tmp_path: Path) -> None:
+    html = written(make_rich_run(tmp_path / "rich"))
+    found = Parsed(html)
+    assert html.startswith("<!doctype html>\n<html lang=")
+    assert {name: number for name, number in found.ids.items() if number > 1} == {}
+    for tag, attributes in found.elements:
+        for key in ("src", "href", "srcset", "data", "action"):
+            assert attributes.get(key) in (None, "data:,"), (tag, attributes)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert re.findall(r"https?://[^\"' <]+", html) == ["http://www.w3.org/2000/svg"]  # a name, not an address
+
+
+def test_every_drawing_has_a_name_and_says_what_it_shows(tmp_path: Path) -> None:
+    html = written(make_rich_run(tmp_path / "rich"))
+    found = Parsed(html)
+    drawings = found.all("svg", role="img")
+    assert len(drawings) == 3 * len(CHARTS | {"window"})  # in three widths
+    for drawing in drawings:
+        for reference in str(drawing["aria-labelledby"]).split():
+            assert re.search(rf'id="{reference}">[^<]{{4,}}<', html), reference
+    assert len(found.all("summary")) == len(CHARTS | {"window"})  # each has its figures as a table
+    assert all(svg.get("role") == "img" or svg.get("aria-hidden") == "true" for svg in found.all("svg"))
+
+
+def test_what_is_missing_is_left_out_or_said_and_never_an_empty_chart(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 3.0, "skipped": None}, {"step": 2, "loss": 2.5, "skipped": None}]
+    run = make_run(tmp_path / "bare", lines, events=[])
+    (run / "config.json").unlink()
+    found = parsed(run)
+    assert figures(found) == {"loss"}
+    for sentence in (
+        "There is no validation in this run, or none yet.",
+        "The gradient noise scale was not measured in this run.",
+        "How the first window was cut is not in this run's directory.",
+        "When it began, stopped and went on is not in this run's directory.",
+        "No proof is kept with this run: bigbatch verify --json > RUN/verify.json",
+        "config.json is not there or cannot be read",
+        "Machine and versions are not in this run's directory.",
+        "No update was skipped, and none ran out of memory.",
+    ):
+        assert sentence in found.text.replace("  ", " "), sentence
+
+
+def test_a_run_without_an_update_says_so(tmp_path: Path) -> None:
+    found = parsed(make_run(tmp_path / "empty", [], events=[BEGIN]))
+    assert figures(found) == {"window"}
+    assert "No update is written yet." in found.text
+    assert "Not running, and not finished: no update is written yet." in found.text
+    (tmp_path / "empty" / "metrics.jsonl").unlink()
+    assert "No update is written yet." in parsed(tmp_path / "empty").text
+
+
+def test_one_update_is_a_dot_in_every_chart(tmp_path: Path) -> None:
+    html = written(make_run(tmp_path / "one", rows(1, validation_every=1), choice=CHOICE))
+    for key in ("loss", "lr", "grad-norm", "speed", "memory"):
+        inside = html[html.index(f'id="{key}"') :].partition("</figure>")[0]
+        assert '<circle class="dot' in inside, key
+    assert "NaN" not in html
+    assert "nan" not in Parsed(html).text
+
+
+def test_numbers_of_any_size_are_drawn(tmp_path: Path) -> None:
+    values = [1e308, -1e308, 1e300, -1e300, 5e-324, 0.0, math.inf, math.nan]
+    lines = [
+        row | {"loss": value, "lr": value, "grad_norm": abs(value)} for row, value in zip(rows(8), values, strict=True)
+    ]
+    html = written(make_run(tmp_path / "run", lines))
+    assert figures(Parsed(html)) >= {"loss", "lr", "grad-norm"}
+    assert not re.search(r'(d|cx|cy|x1|y1)="[^"]*(nan|inf)', html)
+
+
+def test_a_chart_without_any_finite_value_is_left_out(tmp_path: Path) -> None:
+    lines = [row | {"grad_norm": None, "tokens_per_s": float("nan")} for row in rows(5)]
+    assert figures(parsed(make_run(tmp_path / "run", lines))) == {"loss", "lr", "memory", "window"}
+
+
+def test_the_page_of_a_plan_of_samples_has_no_budget(tmp_path: Path) -> None:
+    window = WINDOW | {"token_budget": None, "layout": "packed", "laid_out_tokens": 900}
+    found = parsed(make_run(tmp_path / "run", rows(3), events=[BEGIN | {"window": window}]))
+    assert "8 sequences, 900 tokens, in 3 micro-batches, packed: there is no padding." in found.text
+
+
+def test_micro_batches_that_are_not_drawn_are_counted(tmp_path: Path) -> None:
+    window = WINDOW | {"num_microbatches": 40, "last": [[5, 4]]}
+    found = parsed(make_run(tmp_path / "run", rows(3), events=[BEGIN | {"window": window}]))
+    assert "… 36 more" in found.text
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        None,
+        [],
+        {},
+        WINDOW | {"first": []},
+        WINDOW | {"first": [["x"]]},
+        WINDOW | {"num_microbatches": 1},
+        WINDOW | {"tokens": -1},
+    ],
+)
+def test_a_window_that_is_none_is_not_drawn(window: Any) -> None:
+    assert window_of(window) is None
+
+
+# escaping --------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u202e日本語"
+
+
+def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
+    folder = tmp_path / "<script>alert(3)<‹script> für 日本"
+    events = [BEGIN | {"machine": HOSTILE, "versions": {HOSTILE: HOSTILE}}, {"event": "failed", "why": HOSTILE}]
+    lines = [row | {"skipped": HOSTILE} for row in rows(3)]
+    proof = PROOF | {"model": HOSTILE, "causes": [HOSTILE], "dtype": HOSTILE}
+    run = make_run(folder, lines, events=events, settings={HOSTILE: HOSTILE, "data": HOSTILE}, proof=proof)
+    for folders in ((run,), (run, make_run(tmp_path / "b", rows(4)))):
+        html = written(*folders)
+        found = Parsed(html)
+        assert found.all("img") == []
+        assert all(not key.startswith("on") for _, attributes in found.elements for key in attributes)
+        scripts = re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)
+        assert len(scripts) == len(found.all("script"))
+        assert "alert" not in scripts[-1]
+        for script in scripts[:-1]:
+            assert "<" not in script
+            json.loads(script)  # what a chart holds is data, whatever the names in it
+        assert "\u202e" not in html  # it would turn what stands behind it around
+        assert "日本語" in found.text
+        assert "<script>alert(3)" in found.text
+
+
+# numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_lines_that_are_none_are_counted_and_a_half_written_last_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"step": 1, "loss": NaN, "grad_norm": 1}',
+        "garbage",
+        "[1, 2]",
+        '{"step": "2"}',
+        '{"step": true}',
+        '{"step": -4}',
+        "",
+        '{"step": 3, "loss": Infinity, "lr": 1' + "0" * 400 + "}",
+        '{"step": 2, "loss": 5, "skipped": "no items"}',
+        '{"step": 3, "loss": 1e308, "grad_norm": "7"}',
+        '{"step": 3, "loss": 4.5, "grad_norm": true}',
+        '{"step": 4, "loss": 1e305}',
+        '{"step": 5, "loss": 9.0, "lr',
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    found = read_columns(path)
+    assert list(found.steps) == [1, 2, 3, 4]
+    assert found.num_unreadable == 5
+    assert [value if value == value else None for value in found["loss"]] == [None, 5.0, 4.5, None]
+    assert [value if value == value else None for value in found["grad_norm"]] == [1.0, None, None, None]
+    assert not found.has("lr")
+    assert math.isnan(found["lr"][0])
+    assert [(skip.step, skip.reason) for skip in found.skipped] == [(2, "no items")]
+    assert found.num_bytes == len("\n".join(lines[:-1])) + 1
+
+
+def test_the_page_says_how_many_lines_could_not_be_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows(4))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("garbage\n{}\n")
+    assert "2 lines of metrics.jsonl could not be read and are left out." in parsed(run).text
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=900), st.integers(1, 50))
+def test_points_keep_every_spike_and_stand_for_equally_many_updates(values: list[float], most: int) -> None:
+    steps = list(range(1, len(values) + 1))
+    points = reduced(steps, values, most)
+    assert len(points.x) <= most
+    assert len(points.x) == -(-len(values) // points.each)
+    there = [value for value in values if value == value]
+    assert min(points.finite, default=None) == min(there, default=None)
+    assert max(points.finite, default=None) == max(there, default=None)
+    for low, mean, high in zip(points.low, points.mean, points.high, strict=True):
+        assert mean != mean or low <= mean + 1e-6 <= high + 2e-6
+    assert list(points.x) == sorted(points.x)
+    assert 1 <= points.x[0] <= points.x[-1] <= len(values)
+
+
+def test_few_updates_are_drawn_one_by_one() -> None:
+    points = reduced([1, 2, 3], [3.0, math.nan, 1.0])
+    assert points.each == 1
+    assert points.mean[::2] == (3.0, 1.0)
+    assert reduced(range(MOST_POINTS + 1), [0.0] * (MOST_POINTS + 1)).each == 2
+
+
+@given(
+    st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=20),
+    st.booleans(),
+    st.sampled_from(["plain", "bytes", "share", "count"]),
+)
+def test_any_values_have_an_axis_that_holds_them_with_few_distinct_ticks(
+    values: list[float], from_zero: bool, kind: Any
+) -> None:
+    is_log = wants_log(values)
+    scale = value_scale(values, is_log=is_log, from_zero=from_zero, kind=kind, most_ticks=6)
+    assert scale.low <= min(values) <= max(values) <= scale.high
+    assert scale.low < scale.high
+    assert all(scale.low <= tick * (1 + 1e-9) or tick == 0 for tick in scale.ticks)
+    assert 1 <= len(scale.ticks) <= 9
+    assert all(0.0 <= scale.at(value) <= 1.0 for value in values)
+
+
+def test_ticks_are_round_and_told_apart() -> None:
+    def labels(values: list[float], **options: Any) -> list[str]:
+        options = {"is_log": False, "from_zero": False, "kind": "plain"} | options
+        scale = value_scale(values, most_ticks=6, **options)
+        return [scale.label(tick) for tick in scale.ticks]
+
+    assert labels([5.8, 8.6]) == ["6.0", "6.5", "7.0", "7.5", "8.0", "8.5"]
+    assert labels([0.01, 1200.0], is_log=True) == ["0.01", "0.1", "1", "10", "100", "1,000"]
+    assert labels([0, 5e-3], from_zero=True) == ["0", "0.001", "0.002", "0.003", "0.004", "0.005"]
+    assert labels([0, 9e9], from_zero=True, kind="bytes")[:3] == ["0", "2 GiB", "4 GiB"]
+    assert labels([0, 2e-5], from_zero=True)[1] == "5×10⁻⁶"
+    assert [step_scale(1, 100_000, most_ticks=8).label(tick) for tick in (20_000.0, 100_000.0)] == ["20k", "100k"]
+    assert [tick % 1 for tick in step_scale(1, 4, most_ticks=10).ticks] == [0.0] * 4
+
+
+def test_figures_are_written_as_people_read_them() -> None:
+    assert number(None) == number(math.nan) == number(math.inf) == "–"
+    assert number(8.56915) == "8.569"
+    assert number(-0.5) == "−0.5"
+    assert number(6_787.6, "count") == "6,788"
+    assert number(2**30, "bytes") == "1.00 GiB"
+    assert number(0.1784, "share") == "17.8 %"
+    assert number(3.14e-7) == "3.14×10⁻⁷"
+
+
+def test_a_spike_of_a_long_run_is_in_the_page(tmp_path: Path) -> None:
+    lines = rows(5_000)
+    lines[3_211]["loss"] = 40.0
+    html = written(make_run(tmp_path / "run", lines))
+    assert "greatest at 3,212 (40)" in html
+    inside = html[html.index('id="loss"') :].partition("</figure>")[0]
+    assert "A point stands for 14 updates" in inside
+    band = re.search(r'<path class="band s0" d="([^"]+)"', inside)
+    assert band is not None
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", band[1])]
+    assert min(heights) < 40  # the top of the chart is at 12
+
+
+def test_values_far_apart_have_a_logarithmic_axis_and_say_so(tmp_path: Path) -> None:
+    lines = [row | {"grad_norm": 10.0 ** (row["step"] % 4)} for row in rows(20)]
+    html = written(make_run(tmp_path / "run", lines))
+    assert "logarithmic" in html[html.index('id="grad-norm"') :].partition("</figure>")[0]
+    assert "logarithmic" not in html[html.index('id="speed"') :].partition("</figure>")[0]
+
+
+def test_a_clip_that_is_far_away_does_not_press_the_line_flat(tmp_path: Path) -> None:
+    html = written(make_run(tmp_path / "run", rows(20), settings={"max_grad_norm": 1e6}))
+    assert "clipped above" not in html
+    assert "0 % of the updates were clipped to 1,000,000." in html.replace("0.0 %", "0 %")
+
+
+def test_a_page_of_100_000_updates_is_small_and_soon_made(tmp_path: Path) -> None:
+    run = make_rich_run(tmp_path / "long", 100_000)
+    started_s = time.process_time()
+    html = written(run)
+    assert time.process_time() - started_s < 10
+    assert len(html.encode()) < 5_000_000
+    assert "A point stands for 278 updates" in html
+
+
+# how it stands ---------------------------------------------------------------------------------------------------
+
+
+def state_of(run: Path) -> str:
+    return read_run(run).state
+
+
+def test_a_run_is_running_for_as_long_as_a_process_holds_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows(4), events=[BEGIN | {"total_steps": 9}])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    with RunLock(run):
+        found = read_run(run)
+        assert (found.state, found.steps) == ("running", 4)
+        assert "Running: 4 of 9 updates made." in parsed(run).text
+    assert state_of(run) == "ended"
+    (run / ".lock").write_text('{"pid": 1, "host": "h", "since": "s"}')  # left by a process that was killed
+    assert state_of(run) == "ended"
+
+
+def test_how_a_run_ended_is_taken_from_its_last_event(tmp_path: Path) -> None:
+    for kind in ("finished", "stopped", "failed"):
+        run = make_run(tmp_path / kind, rows(4), events=[BEGIN, {"event": kind, "why": "SIGTERM"}])
+        assert state_of(run) == kind
+    old = make_run(tmp_path / "old", rows(4), events=[], settings={"steps": 4})
+    assert state_of(old) == "ended"
+    (old / "model").mkdir()
+    assert state_of(old) == "finished"
+
+
+def test_a_run_that_began_anew_says_so(tmp_path: Path) -> None:
+    found = parsed(make_run(tmp_path / "run", rows(4), events=[BEGIN, BEGIN]))
+    assert "the process ended without a word" in found.text
+    assert "began anew, without a checkpoint, on cpu, float32" in found.text
+
+
+def test_events_of_any_kind_are_survived(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows(2))
+    odd = [
+        {"event": "resume", "passed_over": 3, "settings": [1], "step": "x"},
+        {"event": 7},
+        {},
+        {"event": "begin", "at": 5},
+    ]
+    (run / "events.jsonl").write_text("garbage\n[]\n" + "".join(json.dumps(event) + "\n" for event in odd) + '{"ev')
+    assert "went on from checkpoint None" in parsed(run).text
+
+
+@pytest.mark.parametrize("proof", [{"cuts": 3}, {"cuts": []}, {"cuts": [1]}, {}])
+def test_a_proof_that_is_none_is_not_shown(tmp_path: Path, proof: Any) -> None:
+    assert "No proof is kept with this run" in parsed(make_run(tmp_path / "run", rows(2), proof=proof)).text
+
+
+def test_a_proof_that_failed_or_is_of_something_else_says_so(tmp_path: Path) -> None:
+    cuts = [PROOF["cuts"][0] | {"relative_error": 0.3}, {"microbatch": None}]
+    proof = PROOF | {"exact": False, "cuts": cuts, "model": "another", "causes": ["dropout in layer 3"]}
+    found = parsed(make_run(tmp_path / "run", rows(2), proof=proof))
+    assert "NOT exact: a cut changes the gradient." in found.text
+    assert "3.0e-01 not exact" in found.text
+    assert "Cause: dropout in layer 3" in found.text
+    assert "This is another model than the run's." in found.text
+
+
+def test_memory_on_a_gpu_is_compared_with_what_was_predicted(tmp_path: Path) -> None:
+    lines = [row | {"peak_bytes": 11 * 2**30} for row in rows(3)]
+    events = [BEGIN | {"device": "cuda"}]
+    run = make_run(tmp_path / "run", lines, events=events, choice=CHOICE | {"peak_bytes": 10 * 2**30})
+    assert "The highest measured is 11.00 GiB, 10.0 % more than the 10.00 GiB that were predicted." in parsed(run).text
+    (run / "microbatch.json").unlink()
+    assert "nothing was predicted, since the micro-batch was given" in parsed(run).text
+
+
+def test_a_batch_that_changed_is_drawn_where_no_noise_was_measured(tmp_path: Path) -> None:
+    lines = [row | {"global_batch": 32 if row["step"] < 6 else 64} for row in rows(10)]
+    assert "global-batch" in figures(parsed(make_run(tmp_path / "run", lines)))
+
+
+# several ---------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
+    first = make_rich_run(tmp_path / "first")
+    second = make_run(tmp_path / "second", rows(200, seed=2, validation_every=20), settings={"lr": 0.001})
+    html = written(first, second)
+    found = Parsed(html)
+    assert {name: number for name, number in found.ids.items() if number > 1} == {}
+    assert figures(found) == CHARTS
+    assert "first beside second" in found.text
+    assert "Settings in which they differ" in found.text
+    assert re.search(r"lr +0\.005 +0\.001", found.text)
+    for name in ("first: training", "second: training", "first: validation", "second: validation"):
+        assert name in found.text
+    inside = html[html.index('id="loss"') :].partition("</figure>")[0].partition("</ul>")[2]
+    assert 'class="line line s0"' in inside
+    assert 'class="line line s1"' in inside
+
+
+def test_runs_of_other_batches_are_also_compared_by_tokens(tmp_path: Path) -> None:
+    small = make_run(tmp_path / "small", rows(40))
+    large = make_run(tmp_path / "large", [row | {"tokens": 2 * row["tokens"]} for row in rows(40)])
+    assert "loss-by-tokens" in figures(parsed(small, large))
+    assert "loss-by-tokens" not in figures(parsed(small, make_run(tmp_path / "same", rows(40, seed=1))))
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    one, other = (make_run(tmp_path / name / "run", rows(3)) for name in ("a", "b"))
+    assert f"{one}: training" in parsed(one, other).text
+
+
+def test_more_runs_than_colours_are_refused(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", rows(2)))
+    with pytest.raises(InputError, match="9 runs cannot be told apart on one page: name at most 8"):
+        page([run] * 9)
+
+
+# places ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_a_page_that_is_told_to_loads_itself_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows(2))
+    assert 'http-equiv="refresh"' not in written(run)
+    assert '<meta http-equiv="refresh" content="10">' in written(run, refresh=True)
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    run, now = make_rich_run(tmp_path / "run"), datetime(2025, 5, 1, tzinfo=UTC)
+    assert written(run, now=now) == written(run, now=now)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no run: it holds neither config\.json nor metrics\.jsonl\."):
+        read_run(tmp_path)
+
+
+def test_metrics_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows(2))
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(BigbatchError, match=r"metrics\.jsonl cannot be read: Is a directory\."):
+        read_run(run)
+
+
+def test_a_page_is_put_in_its_place_at_once(tmp_path: Path) -> None:
+    place = tmp_path / "report.html"
+    assert put(place, "<!doctype html>é\ud800") == len(b"<!doctype html>\xc3\xa9?")
+    check_place(place)
+    put(place, "<!doctype html>2")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert place.read_bytes() == b"<!doctype html>2"
+
+
+def test_a_place_where_no_page_can_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for place, why in (
+        (tmp_path, f"--out {tmp_path} is a folder: name a file, such as {tmp_path / 'report.html'}."),
+        (tmp_path / "no" / "a.html", f"--out {tmp_path / 'no' / 'a.html'} cannot be written: there is no folder"),
+        (tmp_path / "notes.txt", f"--out {tmp_path / 'notes.txt'} is there and is no page: it would be lost."),
+    ):
+        with pytest.raises(InputError) as refused:
+            check_place(place)
+        assert why in str(refused.value)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "report.html"
+    put(place, "<!doctype html>1")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"report\.html cannot be written: No space left on device\."):
+        put(place, "<!doctype html>2")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert place.read_bytes() == b"<!doctype html>1"

@@ -1,0 +1,298 @@
+"""What is computed anew, and the micro-batch to go with it: as little as memory allows, and no more than is faster."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bigbatch import Engine, MemoryLimitError
+from bigbatch.autotune import choice, probe
+from bigbatch.autotune.choice import Choice, Tried
+from bigbatch.autotune.peak_prediction import state_of
+from bigbatch.autotune.time_model import Timing
+from bigbatch.lm.config.field_types import LEVELS, Recompute
+from bigbatch.lm.data.dataset import collate
+from bigbatch.lm.device import Machine
+from bigbatch.lm.model.causal_attention import use_causal_attention
+from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
+from bigbatch.lm.model.decoder_layers import Layers
+from bigbatch.lm.training.autotune import describe, take, tune
+from bigbatch.memory import usage
+from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.memory.usage import find_room
+
+CPU = torch.device("cpu")
+
+
+# the search ------------------------------------------------------------------------------------------------------
+
+
+def choice_of(size: int, per_s: float, *, limited: bool) -> Choice:
+    return Choice(
+        size=size,
+        longest=32,
+        unit="tokens",
+        peak_bytes=10**6,
+        limit_bytes=2 * 10**6,
+        per_s=per_s,
+        largest=size,
+        tried=(Tried(size, per_s),),
+        timing=Timing(((size, 1.0),)),
+        limited=limited,
+    )
+
+
+TOO_LARGE = MemoryLimitError("a sample of 32 tokens does not fit.")
+
+
+class Scripted:
+    """An engine that finds at each level what the script says, and layers that note what they are set to."""
+
+    def __init__(self, **script: Choice | MemoryLimitError) -> None:
+        self.script = script
+        self.level: Recompute = "none"
+        self.tried: list[Recompute] = []
+        self.used: list[Choice] = []
+
+    def recompute(self, level: Recompute) -> None:
+        self.level = level
+
+    def tune(self, _: list[Any]) -> Choice:
+        self.tried.append(self.level)
+        found = self.script[self.level]
+        if isinstance(found, MemoryLimitError):
+            raise found
+        return found
+
+    def use(self, found: Choice) -> None:
+        self.used.append(found)
+
+
+SEARCHES: dict[str, tuple[dict[str, Any], list[Recompute], Recompute]] = {
+    "memory does not limit": (
+        {"none": choice_of(64, 10.0, limited=False)}, ["none"], "none",
+    ),
+    "the next is slower": (
+        {"none": choice_of(64, 10.0, limited=True), "selective": choice_of(128, 9.0, limited=True)},
+        ["none", "selective"], "none",
+    ),
+    "the next is hardly faster": (
+        {"none": choice_of(64, 10.0, limited=True), "selective": choice_of(128, 10.1, limited=True)},
+        ["none", "selective"], "none",
+    ),
+    "the next is faster and has memory to spare": (
+        {"none": choice_of(64, 10.0, limited=True), "selective": choice_of(128, 11.0, limited=False)},
+        ["none", "selective"], "selective",
+    ),
+    "the last is slower than the one before": (
+        {
+            "none": choice_of(64, 10.0, limited=True), "selective": choice_of(128, 11.0, limited=True),
+            "full": choice_of(256, 10.5, limited=True),
+        },
+        ["none", "selective", "full"], "selective",
+    ),
+    "the last is the fastest": (
+        {
+            "none": choice_of(64, 10.0, limited=True), "selective": choice_of(128, 11.0, limited=True),
+            "full": choice_of(256, 12.0, limited=True),
+        },
+        ["none", "selective", "full"], "full",
+    ),
+    "nothing fits before the last": (
+        {"none": TOO_LARGE, "selective": TOO_LARGE, "full": choice_of(32, 1.0, limited=True)},
+        ["none", "selective", "full"], "full",
+    ),
+    "the first that fits has memory to spare": (
+        {"none": TOO_LARGE, "selective": choice_of(64, 1.0, limited=False)}, ["none", "selective"], "selective",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_levels_are_tried_for_as_long_as_memory_limits_and_they_are_faster(case: str) -> None:
+    script, tried, best = SEARCHES[case]
+    engine = Scripted(**script)
+    assert tune(engine, engine, [], levels=True) == (best, script[best])  # type: ignore[arg-type]
+    assert engine.tried == tried
+    assert engine.level == best
+    assert engine.used == [script[best]]
+
+
+def test_nothing_that_fits_at_any_level_is_refused_with_what_the_last_one_needs() -> None:
+    last = MemoryLimitError("a sample of 32 tokens needs 3 MiB.")
+    engine = Scripted(none=TOO_LARGE, selective=TOO_LARGE, full=last)
+    with pytest.raises(MemoryLimitError) as caught:
+        tune(engine, engine, [], levels=True)  # type: ignore[arg-type]
+    assert caught.value is last
+    assert engine.tried == list(LEVELS)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_that_was_decided_is_the_only_one(level: Recompute) -> None:
+    found = choice_of(64, 10.0, limited=True)
+    engine = Scripted(**{level: found})
+    engine.recompute(level)
+    assert tune(engine, engine, [], levels=False) == (level, found)  # type: ignore[arg-type]
+    assert engine.tried == [level]
+    refusing = Scripted(**{level: TOO_LARGE})
+    refusing.recompute(level)
+    with pytest.raises(MemoryLimitError):
+        tune(refusing, refusing, [], levels=False)  # type: ignore[arg-type]
+    assert refusing.tried == [level]
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_without_layers_there_is_one_search(levels: bool) -> None:
+    found = choice_of(64, 10.0, limited=True)
+    engine = Scripted(none=found)
+    assert tune(engine, None, [], levels=levels) == ("none", found)  # type: ignore[arg-type]
+    assert engine.tried == ["none"]
+
+
+def test_what_was_found_may_be_taken_again() -> None:
+    found = choice_of(64, 10.0, limited=True)
+    engine = Scripted()
+    take(engine, engine, "selective", found)  # type: ignore[arg-type]
+    assert (engine.level, engine.used) == ("selective", [found])
+    take(engine, None, "none", found)  # type: ignore[arg-type]
+    assert engine.level == "selective"
+
+
+def test_what_is_computed_anew_is_said_where_something_is() -> None:
+    assert [describe(level) for level in LEVELS] == [
+        "", ", every second layer computed anew", ", all layers computed anew"
+    ]  # fmt: skip
+
+
+# with a real engine ----------------------------------------------------------------------------------------------
+
+
+LENGTHS = (240, 240, 200, 40)
+
+
+@pytest.fixture(autouse=True)
+def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test looks at the time; and each time that memory is released, garbage is collected."""
+    monkeypatch.setattr(probe, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(choice, "MOST_PROBING_S", float("inf"))
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def larger_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the time of a batch fall with the size of its micro-batches, whatever the clock says."""
+    monkeypatch.setattr(choice._Search, "_batch_seconds", lambda _, size: 1000.0 / size)
+
+
+class Run:
+    """A small Llama, its engine and some samples."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        self.model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=60, max_position_embeddings=256)).train()
+        use_causal_attention(self.model)
+        self.layers = Layers(self.model)
+        tokens = [torch.arange(length) % 60 for length in LENGTHS]
+        self.samples = [{"input_ids": row, "labels": row.roll(-1)} for row in tokens]
+        self.engine = Engine(
+            self.model,
+            torch.optim.AdamW(self.model.parameters()),
+            CausalLMLoss(Machine(CPU, "float32"), needs_mask=False),
+            collate=lambda rows: collate(rows, pad_id=0),
+            lengths=lambda rows: [len(row["input_ids"]) for row in rows],
+        )
+        self.engine.accumulator.prepare()
+        self.tried: list[Recompute] = []
+        self.found: list[Choice] = []
+        real_tune = self.engine.tune
+
+        def watched(samples: Any) -> Choice:
+            self.tried.append(self.layers.level)
+            self.found.append(real_tune(samples))
+            return self.found[-1]
+
+        monkeypatch.setattr(self.engine, "tune", watched)
+        monkeypatch.setattr(usage, "_resident_bytes", lambda: 2**30)
+
+    @property
+    def held(self) -> list[Tensor]:
+        optimizer = self.engine.accumulator.optimizer
+        return [*self.model.parameters(), *self.model.buffers(), *state_of(optimizer)]
+
+    def limit(self, usable_bytes: int) -> None:
+        """Ask for so much memory that tensors may take some bytes of it, whatever this process holds besides."""
+        others_bytes = 2**30 - sum(tensor.nbytes for tensor in self.held)
+        self.engine.memory = others_bytes + -(-usable_bytes * 100 // 95)
+        assert find_room(self.engine.memory, CPU, self.held).usable_bytes in range(usable_bytes, usable_bytes + 2)
+
+    def peak_bytes(self, level: Recompute, num_samples: int = 1) -> int:
+        """What a step of so many of the longest sample takes at a level."""
+        self.layers.recompute(level)
+        engine = Engine(
+            self.model,
+            torch.optim.AdamW(self.model.parameters()),
+            self.engine.loss_fn,
+            microbatch=num_samples,
+            collate=self.engine.collate,
+        )
+        engine.accumulator.prepare()
+        engine.step([self.samples[0]] * num_samples)
+        with Tracker(CPU) as tracker:
+            tracker.hold([*self.model.parameters(), *self.model.buffers()], Part.PARAMETERS)
+            tracker.hold(state_of(engine.accumulator.optimizer), Part.OPTIMIZER)
+            engine.step([self.samples[0]] * num_samples)
+        self.layers.recompute("none")
+        return tracker.peak_bytes
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(monkeypatch)
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_a_sample_that_fits_only_when_layers_are_computed_anew_is_trained(made: Run, level: Recompute) -> None:
+    *before, last = LEVELS[: LEVELS.index(level) + 1]
+    more, less = made.peak_bytes(before[-1]), made.peak_bytes(last)
+    assert less < 0.95 * more
+    made.limit(usable_bytes := (more + less) // 2)
+    found, chosen = tune(made.engine, made.layers, made.samples, levels=True)
+    assert made.tried[: len(before) + 1] == [*before, last]
+    assert LEVELS.index(found) >= LEVELS.index(level)
+    assert made.layers.level == found
+    assert made.engine.choice is chosen
+    assert chosen.peak_bytes <= usable_bytes
+    assert made.engine.step(made.samples).tokens == sum(LENGTHS)
+
+
+def test_a_sample_that_fits_at_no_level_is_refused(made: Run) -> None:
+    made.limit(made.peak_bytes("full") * 9 // 10)
+    with pytest.raises(MemoryLimitError, match="a sample of 240 tokens needs"):
+        tune(made.engine, made.layers, made.samples, levels=True)
+    assert made.tried == list(LEVELS)
+    assert made.engine.choice is None
+
+
+@pytest.mark.usefixtures("larger_is_faster")
+def test_with_memory_to_spare_nothing_is_computed_anew(made: Run) -> None:
+    made.limit(2**30)
+    found, chosen = tune(made.engine, made.layers, made.samples, levels=True)
+    assert (found, made.tried, chosen.limited) == ("none", ["none"], False)
+
+
+@pytest.mark.usefixtures("larger_is_faster")
+def test_where_memory_limits_more_is_computed_anew_for_larger_micro_batches(made: Run) -> None:
+    made.limit(made.peak_bytes("none", num_samples=2))
+    found, _ = tune(made.engine, made.layers, made.samples, levels=True)
+    assert (found, made.tried) == ("full", list(LEVELS))
+    none, selective, full = made.found
+    assert none.limited
+    assert selective.limited
+    assert none.size < selective.size < full.size

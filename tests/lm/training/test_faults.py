@@ -1,0 +1,703 @@
+"""What can go wrong in a run, and what it says and keeps: updates that are not finite, signals, other data, no room."""
+
+import errno
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bigbatch.cli import main
+from bigbatch.errors import InputError
+from bigbatch.lm.checkpoint import newest, read, verify
+from bigbatch.lm.checkpoint.hashed_file import HashedFile
+from bigbatch.lm.checkpoint.manager import load
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.lock import RunLock
+from bigbatch.lm.training import trainer as trainer_module
+from bigbatch.lm.training.resume import continued
+from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.trainer import Trainer
+from cli.helpers import LIMIT_S, running
+from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
+from lm.killing import CLOCK, differences, poison, rates_off, unlike
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with dropout, so that random states matter."""
+    return save_model_folder(tmp_path_factory.mktemp("base") / "dropping", kind="gpt2", dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without dropout, which another micro-batch does not change."""
+    return save_model_folder(tmp_path_factory.mktemp("plain") / "plain")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "data.jsonl", records(40))
+    return tmp_path
+
+
+def words(folder: Path, model: Path, *more: str) -> list[str]:
+    """Ten updates over two passes, with a checkpoint after every third."""
+    settings = {
+        "data": folder / "data.jsonl", "model": model, "device": "cpu", "global-batch": 8, "microbatch": 3, "lr": 0.01,
+        "max-length": 32, "checkpoint-every": 3, "validation-every": 4,
+    }  # fmt: skip
+    if not {"--steps", "--epochs"} & set(more):
+        settings["epochs"] = 2
+    return [
+        *(word for name, value in settings.items() if f"--{name}" not in more for word in (f"--{name}", str(value))),
+        *more,
+    ]
+
+
+@pytest.fixture
+def reference(folder: Path, base: Path) -> Path:
+    """A run of `words` to which nothing has happened."""
+    assert main(["train", *words(folder, base, "--out", str(folder / "reference"))]) == 0
+    return folder / "reference"
+
+
+def config_of(run: Path) -> TrainConfig:
+    return TrainConfig.model_validate_json((run / "config.json").read_bytes())
+
+
+def go_on(
+    run: Path, *, until: Callable[[int], bool] = lambda step: False, config: TrainConfig | None = None, **how: Any
+) -> Heard:
+    """Begin or resume the run of a configuration, without the command line; stop after an update of some number."""
+    config = config_of(run) if config is None else config
+    heard = Heard()
+    found, _ = load(run)
+    stop = {"should_stop": lambda: bool(heard.rows) and until(heard.rows[-1]["step"])}
+    Trainer(prepare(config), saved=found).run(RunDirectory(run), listener=heard, **stop | how)
+    return heard
+
+
+def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> Heard:
+    """Begin a run of `words` without the command line."""
+    names = iter(words(folder, base, *more))
+    config = TrainConfig(
+        **{name[2:].replace("-", "_"): _value(value) for name, value in zip(names, names, strict=True)}
+    )
+    RunDirectory.create(run, prepare(config).config.model_dump(mode="json"))
+    return go_on(run, **how)
+
+
+def _value(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
+
+
+def failed(code: int, words: list[str], capfd: Capture) -> str:
+    """The one sentence that a command ends with."""
+    capfd.readouterr()
+    assert main(words) == code
+    complained = capfd.readouterr().err
+    assert re.fullmatch(r"bigbatch (train|resume): [^\n]+[.?]\n", complained), complained
+    return complained.split(": ", 1)[1].rstrip("\n")
+
+
+def said(words: list[str], capfd: Capture) -> str:
+    """What a command that succeeds prints."""
+    capfd.readouterr()
+    assert main(words) == 0
+    return capfd.readouterr().out
+
+
+def everything_in(run: Path) -> dict[str, tuple[int, bytes]]:
+    """All files, when they were written and what they hold; the lock is taken and given back by whoever looks."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+# updates that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "__init__", Trainer.__init__)  # put back at the end
+    poison()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_updates_that_are_not_finite_are_skipped_told_and_kept_apart(folder: Path, base: Path, capfd: Capture) -> None:
+    printed = said(["train", *words(folder, base, "--out", str(folder / "run"))], capfd)
+    rows = metrics(folder / "run")
+    skipped = [row["step"] for row in rows if row["skipped"]]
+    assert 0 < len(skipped) < len(rows) == 10
+    assert {row["skipped"] for row in rows} == {None, "non-finite gradient"}
+    assert all(row["loss"] is None for row in rows if row["skipped"])
+    for step in skipped:
+        assert f"update {step} was skipped and changed nothing: non-finite gradient\n" in printed
+    assert f"10 updates, {len(skipped)} of them skipped, in " in printed
+    lines = [json.loads(line) for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["reason"]) for line in lines] == [(step, "non-finite gradient") for step in skipped]
+    training = prepare(config_of(folder / "run")).training
+    for line in lines:
+        assert len(line["samples"]) in (7, 8)
+        assert any(sum(training[i]["input_ids"].tolist()) % 13 == 3 for i in line["samples"])
+    assert rates_off(folder / "run") == [], "the schedule goes by the updates that were applied"
+
+
+@pytest.mark.parametrize("max_skipped", ["1", "3"])
+def test_too_many_skipped_updates_in_a_row_are_a_failure(
+    folder: Path, base: Path, max_skipped: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    command = ["train", *words(folder, base, "--out", str(folder / "run"), "--max-skipped", max_skipped)]
+    with monkeypatch.context() as patch:
+        patch.setattr("bigbatch.lm.model.causal_lm_loss.CausalLMLoss.__call__", nothing_finite)
+        patch.setattr("bigbatch.lm.model.chunked_loss.ChunkedCausalLMLoss.__call__", nothing_finite)
+        sentence = failed(1, command, capfd)
+    assert sentence == (
+        f"the last {max_skipped} updates were skipped (non-finite gradient), so the model does not learn any more: try "
+        "a lower --lr, or another --precision."
+    )
+    assert len(metrics(folder / "run")) == int(max_skipped)
+    assert not (folder / "run" / "model").exists()
+
+
+def nothing_finite(_self: Any, model: Any, microbatch: dict[str, torch.Tensor]) -> Any:
+    loss_sum = model(microbatch["input_ids"]).logits.sum() * torch.nan
+    return loss_sum, (microbatch["labels"] != -100).sum()
+
+
+# signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5, 8, 9])
+def test_a_run_that_is_stopped_after_an_update_goes_on_to_the_last_bit(
+    folder: Path, base: Path, reference: Path, step: int
+) -> None:
+    """After 4 and 8 it would have validated, after 5 written a sample, after 3 and 9 saved anyway."""
+    run = folder / "run"
+    before = begin(run, folder, base, until=lambda done: done == step)
+    assert (len(metrics(run)), before.validations) == (step, before.validations[: (step - 1) // 4])
+    after = go_on(run)
+    assert [at for at, _ in (*before.validations, *after.validations)] == [4, 8, 10]
+    assert [at for at, _ in (*before.samples, *after.samples)] == [5, 10]
+    assert differences(run, reference) == []
+
+
+@pytest.mark.parametrize("microbatch", [0, 2, 3, 7, 14, 28])
+def test_an_update_that_is_given_up_leaves_no_trace(folder: Path, base: Path, reference: Path, microbatch: int) -> None:
+    asked = iter(range(100))
+    begin(folder / "run", folder, base, give_up=lambda: next(asked) == microbatch)
+    saved, _ = load(folder / "run")
+    assert saved is not None
+    assert saved.progress.step == len(metrics(folder / "run")) == microbatch // 3
+    go_on(folder / "run")
+    assert differences(folder / "run", reference) == []
+
+
+def test_giving_up_the_very_first_update_of_a_run_that_begins_anew_can_be_resumed(
+    folder: Path, base: Path, reference: Path
+) -> None:
+    run = folder / "run"
+    begin(run, folder, base, give_up=lambda: True)
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed before its first one
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
+    go_on(run, give_up=lambda: True)
+    go_on(run)
+    assert differences(run, reference) == []
+
+
+def test_a_model_that_was_saved_at_a_stop_is_not_taken_for_the_last(
+    folder: Path, base: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    run = folder / "run"
+    begin(run, folder, base, until=lambda step: step == 4)
+    assert (run / "model" / "model.safetensors").exists()
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "save_model", die)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(run)
+    assert "after update 10" in said(["resume", str(run)], capfd)
+    assert differences(run, reference) == []
+
+
+@pytest.mark.parametrize(("number", "grace_s"), [(signal.SIGTERM, "30"), (signal.SIGINT, "30"), (signal.SIGTERM, "0")])
+def test_a_signal_saves_and_resume_goes_on_to_the_last_bit(
+    folder: Path, base: Path, number: signal.Signals, grace_s: str, capfd: Capture
+) -> None:
+    job = words(
+        folder, base, "--epochs", "16", "--checkpoint-every", "20", "--validation-every", "13", "--microbatch", "1"
+    )
+    reference, run = str(folder / "reference"), str(folder / "run")
+    with running("train", *job, "--out", run, "--grace-s", grace_s, folder=folder) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("update 1/80 ") for line in process.stdout)
+        process.send_signal(signal.SIGSTOP)  # it waits while the second one is refused
+        refused = failed(2, ["resume", run], capfd)
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        printed, complained = process.communicate(timeout=LIMIT_S)
+    assert refused.startswith(f"{run} is in use by process {process.pid} on ")
+    assert process.returncode == 75
+    assert complained == "\nstopping after this update and saving; once more to stop at once\n"
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    (step,) = re.findall(rf"(?m)^stopped by {name} after update (\d+) of 80; the model is saved$", printed)
+    assert f"\nto go on: bigbatch resume {run}\n" in printed
+    assert len(metrics(Path(run))) == int(step) < 80
+    assert main(["train", *job, "--out", reference, "--grace-s", grace_s]) == 0
+    assert f"going on with {run}: after update {step}\n" in said(["resume", run], capfd)
+    assert differences(Path(run), Path(reference)) == []
+
+
+def test_a_second_signal_ends_the_run_at_once_and_resume_goes_on_to_the_last_bit(folder: Path, base: Path) -> None:
+    job = words(folder, base, "--epochs", "16", "--checkpoint-every", "10", "--microbatch", "1")
+    with running("train", *job, "--out", "run", folder=folder) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line.startswith("update 16/80 ") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "\n"
+        assert process.stderr.readline().startswith("stopping after this update")
+        process.send_signal(signal.SIGTERM)
+        _, complained = process.communicate(timeout=LIMIT_S)
+    assert process.returncode in (130, 75), "75 where it had been saved before the second one came"
+    if process.returncode == 130:
+        assert complained.endswith("bigbatch train: interrupted.\n")
+    assert main(["resume", str(folder / "run")]) == 0
+    assert main(["train", *job, "--out", str(folder / "reference")]) == 0
+    assert differences(folder / "run", folder / "reference") == []
+
+
+def test_the_random_state_of_the_caller_is_left_by_a_run_that_goes_on(folder: Path, base: Path) -> None:
+    begin(folder / "run", folder, base, until=lambda step: step == 4)
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    go_on(folder / "run")
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+# what is otherwise than it was -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(folder: Path, plain: Path) -> Path:
+    """A run of ten updates that was stopped after seven; in float64, without dropout."""
+    begin(folder / "stopped", folder, plain, "--precision", "float64", until=lambda step: step == 7)
+    return folder / "stopped"
+
+
+def weights(run: Path) -> torch.Tensor:
+    tensors = load_file(run / "model" / "model.safetensors")
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def test_other_data_is_refused_unless_it_is_allowed(folder: Path, stopped: Path, capfd: Capture) -> None:
+    write_jsonl(folder / "data.jsonl", [*records(39), {"prompt": "x", "completion": "another"}])
+    before = everything_in(stopped)
+    assert failed(2, ["resume", str(stopped)], capfd) == (
+        f"the data of {stopped} is not what it was when the run began: {folder / 'data.jsonl'} gives 39 sequences now "
+        "and gave 39, or they read otherwise. Put it back, or pass --allow-data-change."
+    )
+    assert everything_in(stopped) == before
+    said(["resume", str(stopped), "--allow-data-change"], capfd)
+    assert [row["step"] for row in metrics(stopped)] == [*range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "kind", "total"), [("--global-batch", "4", "batch", 13), ("--seed", "5", "seed", 10)]
+)
+def test_another_batch_or_seed_is_refused_unless_it_is_allowed(
+    stopped: Path, flag: str, value: str, kind: str, total: int, capfd: Capture
+) -> None:
+    before = everything_in(stopped)
+    sentence = failed(2, ["resume", str(stopped), flag, value], capfd)
+    assert sentence.startswith(f"{stopped} was begun with {flag} ")
+    assert sentence.endswith(f"Leave the flag out to go on, or pass --allow-{kind}-change.")
+    assert everything_in(stopped) == before
+    said(["resume", str(stopped), flag, value, f"--allow-{kind}-change"], capfd)
+    assert [row["step"] for row in metrics(stopped)] == [*range(1, total + 1)]
+
+
+def test_what_was_changed_stays_changed_when_the_run_is_resumed_again(stopped: Path, capfd: Capture) -> None:
+    again = stopped.with_name("again")
+    shutil.copytree(stopped, again)
+    change = ["--global-batch", "4", "--seed", "5", "--allow-batch-change", "--allow-seed-change"]
+    said(["resume", str(stopped), *change], capfd)
+    asked = TrainConfig(global_batch=4, seed=5)
+    go_on(again, until=lambda step: step == 9, config=continued(config_of(again), asked, allowed=("batch", "seed")))
+    said(["resume", str(again)], capfd)
+    assert unlike(again, stopped) == []
+
+
+def test_a_batch_that_leaves_nothing_but_the_end_ends(stopped: Path, capfd: Capture) -> None:
+    said(["resume", str(stopped), "--global-batch", "39", "--allow-batch-change"], capfd)
+    assert [row["step"] for row in metrics(stopped)] == [*range(1, 9)]
+
+
+def test_a_setting_that_makes_the_run_what_it_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        continued(TrainConfig(out=tmp_path, lr=0.01), TrainConfig(lr=0.5), allowed=("batch", "seed", "data"))
+    assert str(caught.value) == (
+        f"{tmp_path} was begun with --lr 0.01, and this asks for 0.5: it would not be the run that it is. Leave the "
+        "flag out, or begin another run."
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--microbatch", "1"],
+        ["--microbatch", "100"],
+        ["--microbatch", "auto"],
+        ["--microbatch", "auto", "--memory", "100%"],
+        ["--token-budget", "70"],
+        ["--gradient-checkpointing"],
+        ["--async-checkpoint", "--keep", "1", "--checkpoint-every", "1"],
+    ],
+    ids=" ".join,
+)
+def test_another_cut_of_the_batch_goes_on_to_the_same_model(stopped: Path, flags: list[str], capfd: Capture) -> None:
+    whole = stopped.with_name("whole")
+    shutil.copytree(stopped, whole)
+    said(["resume", str(whole)], capfd)
+    said(["resume", str(stopped), *flags], capfd)
+    expected = weights(whole)
+    assert torch.linalg.norm(weights(stopped) - expected) / torch.linalg.norm(expected) < 1e-12
+    assert [row["items"] for row in metrics(stopped)] == [row["items"] for row in metrics(whole)]
+
+
+def test_a_micro_batch_that_is_given_takes_the_place_of_the_memory_that_a_run_was_begun_with(tmp_path: Path) -> None:
+    stored = TrainConfig(out=tmp_path, microbatch="auto", memory="24GiB").resolved()
+    for given in ({"microbatch": 4}, {"token_budget": 512}):
+        now = continued(stored, TrainConfig(**given), allowed=())
+        assert now.memory is None
+        assert {name: getattr(now, name) for name in given} == given
+    assert continued(stored, TrainConfig(memory="8GiB"), allowed=()).memory == "8GiB"
+
+
+def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
+    folder: Path, plain: Path, capfd: Capture
+) -> None:
+    begin(folder / "run", folder, plain, "--microbatch", "auto", until=lambda step: step == 4)
+    stored = config_of(folder / "run")
+    asked = continued(stored, TrainConfig(gradient_checkpointing="full"), allowed=())
+    saved, _ = load(folder / "run")
+    trainer = Trainer(prepare(asked), saved=saved)
+    trainer.run(RunDirectory(folder / "run"), listener=Heard())
+    assert trainer.level == "full"
+    assert trainer.engine.choice is not None
+    assert saved is not None
+    assert trainer.engine.progress["choice"] == saved.engine["engine"]["choice"]
+
+
+def test_a_finished_run_says_so_and_nothing_changes(reference: Path, capfd: Capture) -> None:
+    before = everything_in(reference)
+    printed = said(["resume", str(reference)], capfd)
+    assert printed.endswith(f"{reference} is finished: all its 10 updates are made, its model is saved\n")
+    assert everything_in(reference) == before
+    assert not list(reference.rglob("*.partial"))
+
+
+def test_a_finished_run_without_its_model_saves_it_again(reference: Path, capfd: Capture) -> None:
+    model = (reference / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(reference / "model")
+    said(["resume", str(reference)], capfd)
+    assert (reference / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_what_is_no_run_is_refused_in_a_sentence(folder: Path, capfd: Capture) -> None:
+    run = folder / "run"
+    assert failed(2, ["resume", str(run)], capfd) == (
+        f"{run} is no run: {run / 'config.json'} cannot be read (No such file or directory)."
+    )
+    run.mkdir()
+    for content in ('{"lr": 0.1', "[]", '{"colour": "red"}', '{"lr": "fast"}', "\udce9"):
+        (run / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+        sentence = failed(2, ["resume", str(run)], capfd)
+        assert sentence.startswith(f"{run / 'config.json'} is not the configuration of a run: ")
+
+
+def test_a_process_that_is_killed_while_it_writes_the_configuration_has_begun_nothing(
+    folder: Path, base: Path, capfd: Capture
+) -> None:
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.json.partial").write_text('{"data": "py', encoding="utf-8")
+    failed(2, ["resume", str(run)], capfd)
+    said(["train", *words(folder, base, "--out", str(run), "--steps", "1")], capfd)
+    assert not (run / "config.json.partial").exists()
+
+
+def test_other_frozen_weights_are_refused(folder: Path, capfd: Capture) -> None:
+    base = save_model_folder(folder / "base")
+    begin(folder / "run", folder, base, "--lora-rank", "2", until=lambda step: step == 4)
+    before = everything_in(folder / "run")
+    save_model_folder(folder / "base")  # other random weights
+    assert failed(2, ["resume", str(folder / "run")], capfd).endswith(
+        "does not train are not those that it was begun with: its adapters would not fit them. Put the model back."
+    )
+    assert everything_in(folder / "run") == before
+
+
+def test_adapters_go_on_in_another_precision(folder: Path, plain: Path, capfd: Capture) -> None:
+    begin(folder / "run", folder, plain, "--lora-rank", "2", until=lambda step: step == 4)
+    said(["resume", str(folder / "run"), "--precision", "float64"], capfd)
+    assert len(metrics(folder / "run")) == 10
+
+
+def test_a_model_of_another_shape_is_refused_in_a_sentence(folder: Path, capfd: Capture) -> None:
+    base = save_model_folder(folder / "base")
+    begin(folder / "run", folder, base, until=lambda step: step == 4)
+    shutil.rmtree(base)
+    save_model_folder(base, kind="gpt2")
+    sentence = failed(2, ["resume", str(folder / "run")], capfd)
+    assert re.fullmatch(
+        r".*/step-4 is not of this model: the state lacks \d+ tensors of this model, such as .*", sentence
+    )
+
+
+def test_the_tokenizer_of_the_tiny_model_is_held_to_what_it_was(folder: Path, capfd: Capture) -> None:
+    run = folder / "run"
+    settings = {"data": str(folder / "data.jsonl"), "steps": 2, "global_batch": 4, "microbatch": 4}
+    config = TrainConfig(**settings, checkpoint_every=1, max_length=32, device="cpu")
+    RunDirectory.create(run, prepare(config).config.model_dump(mode="json"))
+    go_on(run, until=lambda step: step == 1)
+    write_jsonl(folder / "data.jsonl", [{"text": f"quite another vocabulary {i} " * 3} for i in range(40)])
+    sentence = failed(2, ["resume", str(run), "--allow-data-change"], capfd)
+    assert sentence.startswith(f"the tokenizer of {run} is not the one that it was begun with, ")
+
+
+# checkpoints that are broken -------------------------------------------------------------------------------------
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(
+    folder: Path, base: Path, reference: Path, capfd: Capture
+) -> None:
+    run = folder / "run"
+    begin(run, folder, base, until=lambda step: step == 7)
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-6", "step-7"]
+    flip_a_byte(run / "checkpoints" / "step-7" / "optimizer.safetensors")
+    printed = said(["resume", str(run)], capfd)
+    assert f"passed over {run}/checkpoints/step-7: optimizer.safetensors differs from what was written (SHA" in printed
+    assert f"going on with {run}: after update 6\n" in printed
+    assert differences(run, reference) == []
+
+
+def test_a_run_whose_checkpoints_are_all_broken_begins_anew_and_says_so(
+    folder: Path, base: Path, reference: Path, capfd: Capture
+) -> None:
+    run = folder / "run"
+    begin(run, folder, base, until=lambda step: step == 7)
+    flip_a_byte(run / "checkpoints" / "step-7" / "state.json")
+    (run / "checkpoints" / "step-6" / "model.safetensors").unlink()
+    printed = said(["resume", str(run)], capfd)
+    assert printed.count("passed over ") == 2
+    assert "/step-6: model.safetensors is missing\n" in printed
+    assert f"going on with {run}: there is no checkpoint, so it begins anew\n" in printed
+    assert differences(run, reference) == []
+
+
+# no room ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Let the system refuse longer files, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Let no file of a run be longer than eight lines of metrics."""
+    run = Trainer.run
+
+    def limited(*words: Any, **options: Any) -> Any:
+        with files_of_at_most(2500):
+            return run(*words, **options)
+
+    patch.setattr(Trainer, "run", limited)
+
+
+@pytest.mark.parametrize(
+    ("every", "sentence"),
+    [
+        ("1000", "{run}/metrics.jsonl cannot be written: File too large."),
+        (
+            "3",
+            "checkpoint step-3 could not be written to {run}/checkpoints: file too large; there is no other good one.",
+        ),
+    ],
+)
+def test_a_disk_that_is_full_is_one_sentence_and_the_run_ends_the_same_once_there_is_room(
+    folder: Path, base: Path, every: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    run = folder / "run"
+    job = words(folder, base, "--checkpoint-every", every)
+    assert main(["train", *job, "--out", str(folder / "reference")]) == 0
+    with monkeypatch.context() as patch:
+        shorten(patch)
+        assert failed(1, ["train", *job, "--out", str(run)], capfd) == sentence.format(run=run)
+    assert newest(run / "checkpoints") == (None, [])
+    said(["resume", str(run)], capfd)
+    assert differences(run, folder / "reference") == []
+
+
+@pytest.mark.parametrize("number", [0, 3, 60, 130, 131, 260])
+@pytest.mark.parametrize("beside", [[], ["--async-checkpoint"]], ids=["", "async"])
+def test_a_checkpoint_that_finds_no_room_is_never_half_there(
+    folder: Path,
+    base: Path,
+    reference: Path,
+    number: int,
+    beside: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Capture,
+) -> None:
+    """The writes of a checkpoint are about 120."""
+    run = folder / "run"
+    left, counted = [number], HashedFile.write
+
+    def full(file: HashedFile, data: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            file._file.write(bytes(data)[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        counted(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HashedFile, "write", full)
+        sentence = failed(1, ["train", *words(folder, base, "--out", str(run), *beside)], capfd)
+    assert re.fullmatch(
+        rf"checkpoint step-\d+ could not be written to {run}/checkpoints: no space left on device; "
+        r"(there is no other good one|the last good one is step-\d+)\.",
+        sentence,
+    )
+    for path in (run / "checkpoints").iterdir():
+        assert verify(path) is None
+    said(["resume", str(run)], capfd)
+    assert differences(run, reference) == []
+
+
+def test_a_model_that_finds_no_room_is_one_sentence_and_is_saved_by_resume(
+    folder: Path, base: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    run = folder / "run"
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "save_model", full)
+        assert failed(1, ["train", *words(folder, base, "--out", str(run))], capfd) == (
+            f"{run}/model cannot be written: No space left on device. The checkpoints are whole: bigbatch resume {run} "
+            "goes on from there."
+        )
+    said(["resume", str(run)], capfd)
+    assert differences(run, reference) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "quarantine.jsonl"])
+@pytest.mark.usefixtures("poisoned")
+def test_a_file_of_lines_that_cannot_be_opened_is_one_sentence(
+    folder: Path, base: Path, name: str, capfd: Capture
+) -> None:
+    run = folder / "run"
+    begin(run, folder, base, give_up=lambda: True)
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    shutil.rmtree(run / "checkpoints")
+    sentence = failed(1, ["resume", str(run)], capfd)
+    assert sentence == f"{run / name} cannot be written: Is a directory."
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_refused(folder: Path, base: Path, capfd: Capture) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    run = folder / "run"
+    begin(run, folder, base, until=lambda step: step == 4)
+    (run / ".lock").unlink(missing_ok=True)
+    run.chmod(0o555)
+    try:
+        assert failed(2, ["resume", str(run)], capfd) == f"{run} cannot be written: permission denied."
+    finally:
+        run.chmod(0o755)
+
+
+def test_two_processes_cannot_go_on_with_one_run(stopped: Path, capfd: Capture) -> None:
+    before = everything_in(stopped)
+    with RunLock(stopped):
+        sentence = failed(2, ["resume", str(stopped)], capfd)
+    assert sentence.startswith(f"{stopped} is in use by process {os.getpid()} on ")
+    assert everything_in(stopped) == before
+
+
+# the same bytes --------------------------------------------------------------------------------------------------
+
+
+def test_two_deterministic_runs_give_the_same_bytes(folder: Path, base: Path, capfd: Capture) -> None:
+    runs = [folder / "one", folder / "other"]
+    for run in runs:
+        said(["train", *words(folder, base, "--out", str(run), "--deterministic", "--microbatch", "auto")], capfd)
+    one, other = ({name: data for name, (_, data) in everything_in(run).items()} for run in runs)
+    assert one.keys() == other.keys()
+    alike = [name for name in one if not name.endswith(("manifest.json", "config.json"))]
+    assert {name for name in alike if one[name] != other[name]} == set()
+    assert {"metrics.jsonl", "model/model.safetensors", "checkpoints/step-10/optimizer.safetensors"} <= set(alike)
+    assert all(row[name] is None for row in metrics(runs[0]) for name in CLOCK)
+    assert one["model/config.json"] == other["model/config.json"]
+    assert read(runs[0] / "checkpoints" / "step-10").values == read(runs[1] / "checkpoints" / "step-10").values
+
+
+def test_determinism_is_left_as_it_was(folder: Path, base: Path) -> None:
+    begin(folder / "run", folder, base, "--deterministic", "true", "--steps", "1")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# records that are broken -----------------------------------------------------------------------------------------
+
+
+def test_broken_records_are_refused_by_their_line_or_left_out_and_counted(
+    folder: Path, base: Path, capfd: Capture
+) -> None:
+    data = folder / "data.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines()
+    lines[4:4] = ['{"text": ', '{"text": 3}']
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    job = words(folder, base, "--out", str(folder / "run"))
+    refused = failed(2, ["train", *job], capfd)
+    assert refused.startswith(f"{data}:5: ")
+    assert not (folder / "run").exists()
+    printed = said(["train", *job, "--skip-broken"], capfd)
+    assert f"2 broken records left out; the first: {refused}\n" in printed.replace("\n ", " ")
+    assert f"40 records in 1 file from {data}\n" in printed

@@ -1,0 +1,111 @@
+"""A run that is killed and resumed is, to the last bit, the run that never died: `lm.killing` says how that is tried.
+
+`python benchmarks/kills.py --kills 200` tries every point and 200 random moments.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[2]
+
+
+class Server:
+    """The process whose children are killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lm.killing", str(folder)],
+            cwd=TESTS,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def survive(self, kind: str, *kills: dict[str, Any]) -> tuple[int, list[str]]:
+        """How often a run died, and what differs from the one that never did."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"kind": kind, "kills": kills}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return answer["died"], answer["differs"]
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("runs"))
+    yield server
+    server.close()
+
+
+def at(point: str, number: int = 1) -> dict[str, Any]:
+    return {"point": point, "number": number}
+
+
+# A pass has five windows, of three micro-batches each; checkpoints are made after the updates 3, 6, 9 and 10.
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [
+        ("before training", 1),
+        ("before micro-batch", 5),  # before the first checkpoint
+        ("after backward", 14),  # in the last window of a pass
+        ("before optimizer", 9),
+        ("after optimizer", 5),  # at the very end of a pass
+        ("after scheduler", 4),
+        ("middle of metrics.jsonl", 7),
+        ("before validation", 2),
+        ("after sample", 1),
+        ("before fsync", 20),
+        ("after rename", 2),
+        ("before unlink", 3),  # while an older checkpoint is removed
+        ("after optimizer", 10),  # the last update
+        ("before model", 1),  # after the last checkpoint
+    ],
+)
+def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_had_been(server: Server, point: str, number: int) -> None:
+    assert server.survive("plain", at(point, number)) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "point", "number"),
+    [
+        ("async", "after fsync", 12),
+        ("lora", "before scheduler", 8),
+        ("bf16-weights", "before optimizer", 8),
+        ("auto", "before optimizer", 8),
+        ("tokens", "after optimizer", 7),
+        ("schedule", "before optimizer", 4),
+        ("schedule", "after optimizer", 6),
+        ("poisoned", "middle of quarantine.jsonl", 3),
+    ],
+)
+def test_a_run_of_any_kind_survives(server: Server, kind: str, point: str, number: int) -> None:
+    assert server.survive(kind, at(point, number)) == (1, [])
+
+
+def test_ten_deaths_in_a_row_within_one_pass_leave_no_trace(server: Server) -> None:
+    before_it_is_saved = [
+        at("before training"),
+        at("after micro-batch", 2),
+        at("before optimizer"),
+        at("middle of metrics.jsonl", 2),
+        at("before checkpoint"),
+        at("after checkpoint"),
+    ]
+    after_update_3 = [at("before truncate"), at("after backward"), at("after optimizer"), at("before metrics.jsonl", 2)]
+    assert server.survive("plain", *before_it_is_saved, *after_update_3) == (10, [])
+
+
+def test_a_death_at_any_moment_leaves_no_trace(server: Server) -> None:
+    died, differs = server.survive("async", *({"after_s": 0.02 + 0.01 * i} for i in range(5)))
+    assert differs == []
+    assert died >= 1

@@ -1,0 +1,204 @@
+"""A choice that a run made is taken by the next for the same job, and by no other."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigbatch.autotune.choice import Choice, Tried
+from bigbatch.autotune.time_model import Timing
+from bigbatch.lm.config.field_types import LEVELS, Recompute
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
+from bigbatch.lm.training import tuning_cache
+from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.trainer import Trainer
+from bigbatch.lm.training.tuning_cache import Remembered, fingerprint, recall, remember
+from lm.helpers import Heard, records, save_model_folder, write_jsonl
+
+CHOICE = Choice(
+    size=4096,
+    longest=512,
+    unit="tokens",
+    peak_bytes=10**9,
+    limit_bytes=2 * 10**9,
+    per_s=1234.5,
+    largest=8192,
+    tried=(Tried(512, 1000.0), Tried(4096, 1234.5)),
+    timing=Timing(((512, 0.25), (4096, 1.5))),
+)
+
+
+PLAIN = {name: value for name, value in vars(CHOICE).items() if name not in ("tried", "timing")}
+
+
+def written(**changes: object) -> bytes:
+    """A file whose choice is whole but for some changes; ``...`` leaves a key out."""
+    whole = {"key": "this job", "level": "none", **PLAIN, "tried": [], "timing": {"points": []}} | changes
+    return json.dumps({name: value for name, value in whole.items() if value is not ...}).encode()
+
+
+def test_a_whole_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / TUNED_MICROBATCH).write_bytes(written())
+    assert recall(tmp_path / "run", "this job") is not None
+
+
+def kept(folder: Path, choice: Choice = CHOICE, key: str = "this job", level: Recompute = "selective") -> Path:
+    folder.mkdir(parents=True)
+    remember(folder, choice, key, level=level)
+    return folder
+
+
+def found(folder: Path, choice: Choice = CHOICE) -> Remembered:
+    return Remembered(choice, "selective", folder)
+
+
+def test_a_choice_comes_back_as_it_was(tmp_path: Path) -> None:
+    folder = kept(tmp_path / "run")
+    assert recall(folder, "this job") == found(folder)
+    unpredicted = Choice(**vars(CHOICE) | {"unpredicted": "the step cannot run without data (für)", "limited": True})
+    again = kept(tmp_path / "again", unpredicted)
+    assert recall(again, "this job") == found(again, unpredicted)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_was_computed_anew_comes_back_with_it(tmp_path: Path, level: Recompute) -> None:
+    folder = kept(tmp_path / "run", level=level)
+    assert recall(folder, "this job") == Remembered(CHOICE, level, folder)
+
+
+def test_runs_beside_are_looked_through_the_latest_first(tmp_path: Path) -> None:
+    for name in ("one", "two", "other"):
+        kept(tmp_path / name, key="other job" if name == "other" else "this job")
+    (tmp_path / "a file").touch()
+    (tmp_path / "empty").mkdir()
+    for age, name in enumerate(("other", "one", "two")):
+        path = tmp_path / name / TUNED_MICROBATCH
+        stamp = path.stat().st_mtime - 10 * age
+        os.utime(path, (stamp, stamp))
+    assert recall(tmp_path / "not there yet", "this job") == found(tmp_path / "one")
+    assert recall(tmp_path / "two", "this job") == found(tmp_path / "two")
+    assert recall(tmp_path / "not there yet", "a third job") is None
+    assert recall(tmp_path / "no" / "folder", "this job") is None
+
+
+def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Path) -> None:
+    folder = kept(tmp_path / "run")
+    assert recall(folder, "this job", usable_bytes=CHOICE.peak_bytes) is not None
+    assert recall(folder, "this job", usable_bytes=CHOICE.peak_bytes - 1) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"3",
+        b'"text"',
+        b"[]",
+        b"\xff\xfe",
+        b"{}",
+        b"[" * 100_000,
+        b'{"key": "this job"}',
+        b'{"key": "this job", "size": 3}',
+        written(tried=None, timing=None),
+        written(timing={"points": [[1, "x"]]}),
+        written(new=1),
+        written(level="some"),
+        written(level=True),
+        written(level=["full"]),
+        written(level=...),
+    ],
+)
+def test_what_cannot_be_read_is_not_there_and_hides_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / TUNED_MICROBATCH).write_bytes(content)
+    assert recall(tmp_path / "run", "this job") is None
+    beside = kept(tmp_path / "beside")
+    assert recall(tmp_path / "run", "this job") == found(beside)
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_end_the_run(tmp_path: Path) -> None:
+    remember(tmp_path / "not there", CHOICE, "this job", level="none")
+    (tmp_path / TUNED_MICROBATCH).mkdir()
+    remember(tmp_path, CHOICE, "this job", level="none")
+    assert recall(tmp_path, "this job") is None
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("job")
+    return {
+        "data": str(write_jsonl(folder / "data.jsonl", records(40))),
+        "model": str(save_model_folder(folder / "base")),
+        "device": "cpu",
+        "global_batch": 8,
+        "steps": 2,
+    }
+
+
+def fingerprint_of(job: dict[str, Any], **changes: Any) -> str:
+    return fingerprint(prepare(TrainConfig(**job | changes)))
+
+
+def test_another_job_has_another_fingerprint(job: dict[str, Any], tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", records(41))
+    changes: list[dict[str, Any]] = [
+        {},
+        {"model": str(save_model_folder(tmp_path / "gpt2", kind="gpt2"))},
+        {"data": str(data)},
+        {"memory": "1GiB"},
+        {"memory": "50%"},
+        {"gpu": "t4"},
+        {"precision": "bf16"},
+        {"precision": "bf16-weights"},
+        {"lora_rank": 2},
+        {"lora_rank": 4},
+        {"gradient_checkpointing": "full"},
+        {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": "none"},
+        {"layout": "packed"},
+        {"max_length": 20},
+        {"global_batch": 9},
+        {"global_batch": None, "global_batch_tokens": 100},
+    ]
+    found = [fingerprint_of(job, **change) for change in changes]
+    assert len(set(found)) == len(changes)
+
+
+def test_what_the_micro_batch_does_not_depend_on_changes_nothing(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 5, "lr": 1e-3, "seed": 0, "out": Path("elsewhere"), "warmup_steps": 1, "weight_decay": 0.0}
+    assert fingerprint_of(job) == fingerprint_of(job, **changes)
+    before = fingerprint_of(job)
+    monkeypatch.setattr(tuning_cache, "__version__", "0.0.0")
+    assert fingerprint_of(job) != before
+
+
+def test_a_run_takes_the_choice_of_the_one_beside_it(job: dict[str, Any], tmp_path: Path) -> None:
+    first = Trainer(prepare(TrainConfig(**job)))
+    assert first.tune(beside=tmp_path / "one") is None
+    first.run(RunDirectory.create(tmp_path / "one", {}), listener=Heard())
+    second = Trainer(prepare(TrainConfig(**job)))
+    assert second.tune(beside=tmp_path / "two") == tmp_path / "one"
+    assert second.engine.choice == first.engine.choice
+    lengths = [5, 9, 30, 2, 7, 7, 8, 20]
+    assert second.engine.groups(lengths) == first.engine.groups(lengths)
+    second.run(RunDirectory.create(tmp_path / "two", {}), listener=Heard())
+    assert (tmp_path / "two" / TUNED_MICROBATCH).read_bytes() == (tmp_path / "one" / TUNED_MICROBATCH).read_bytes()
+    assert torch.equal(*(next(trainer.prepared.model.parameters()) for trainer in (first, second)))
+
+
+def test_a_run_with_a_micro_batch_of_its_own_leaves_no_choice(job: dict[str, Any], tmp_path: Path) -> None:
+    kept(tmp_path / "one")
+    trainer = Trainer(prepare(TrainConfig(**job, microbatch=4)))
+    assert trainer.tune(beside=tmp_path / "two") is None
+    trainer.run(RunDirectory.create(tmp_path / "two", {}), listener=Heard())
+    assert not (tmp_path / "two" / TUNED_MICROBATCH).exists()

@@ -1,0 +1,275 @@
+"""The noise scale beside problems whose signal and noise are known, in float64."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bigbatch
+from bigbatch.scaling.noise_scale import FEWEST_WINDOWS, NoiseMeter
+from distributed.pool import Pool
+
+SIGNAL = torch.tensor([0.6, -0.3, 0.0, 0.2, 0.5], dtype=torch.float64)
+DEVIATION = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0], dtype=torch.float64)
+WANTED = float(SIGNAL.square().sum()), float(DEVIATION.square().sum())
+CUTS: dict[str, tuple[int, ...]] = {
+    "equal": (8, 8, 8, 8, 8, 8),
+    "variable": (1, 30, 4, 2, 20, 11),
+    "one large and many small": (40, 1, 1, 1, 1, 1),
+    "two": (3, 37),
+}
+
+
+class Line(nn.Module):
+    """The gradient of an item is the item itself: of known mean and variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, items: Tensor) -> Tensor:
+        return items @ self.weight
+
+
+def items_of(count: int, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+    return SIGNAL + DEVIATION * noise
+
+
+def windows_of(sizes: Sequence[int], count: int, *, sort: bool = False, seed: int = 0) -> list[list[Tensor]]:
+    """Cut windows of items into micro-batches; sorted: the items themselves, by what has nothing to do with them."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = []
+    for _ in range(count):
+        order = sorted(sizes, reverse=True) if sort else random.Random(len(windows)).sample(sizes, len(sizes))
+        windows.append([items_of(size, generator) for size in order])
+    return windows
+
+
+def measured(windows: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
+    """Give signal and noise of each window by itself, as hooks on real backwards found them."""
+    model = Line()
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    found = []
+    for microbatches in windows:
+        accumulator.noise = NoiseMeter()
+        window = accumulator.window()
+        for items in microbatches:
+            window.backward(model(items).sum(), items=len(items))
+        window.step()
+        sums = accumulator.noise.state()
+        found.append((sums["signal"] / sums["weight"], sums["noise"] / sums["weight"]))
+    return found
+
+
+def assert_unbiased(values: Sequence[float], wanted: float) -> None:
+    mean = math.fsum(values) / len(values)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    assert abs(mean - wanted) <= 3 * error
+    assert error <= 0.2 * wanted, "else three standard errors would say little"
+
+
+@pytest.mark.parametrize("sort", [False, True], ids=["shuffled", "sorted"])
+@pytest.mark.parametrize("name", CUTS)
+def test_signal_and_noise_are_unbiased_for_every_cut(name: str, sort: bool) -> None:
+    found = measured(windows_of(CUTS[name], 600, sort=sort, seed=len(name)))
+    assert_unbiased([signal for signal, _ in found], WANTED[0])
+    assert_unbiased([noise for _, noise in found], WANTED[1])
+
+
+def test_taking_micro_batches_for_equal_puts_the_signal_far_off() -> None:
+    sizes = CUTS["variable"]
+    small, large = sum(sizes) / len(sizes), sum(sizes)
+    wrong = []
+    for microbatches in windows_of(sizes, 600):
+        square_of_mean = float(torch.cat(microbatches).mean(0).square().sum())
+        mean_of_squares = sum(float(items.mean(0).square().sum()) for items in microbatches) / len(sizes)
+        wrong.append((large * square_of_mean - small * mean_of_squares) / (large - small))
+    assert sum(wrong) / len(wrong) < 0.6 * WANTED[0]
+
+
+def on_a_rank(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[float, float]]:
+    """Measure windows whose micro-batches are spread over ranks."""
+    import torch.distributed as dist
+
+    model = Line()
+    accumulator = bigbatch.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), sync=bigbatch.Replicated(model)
+    )
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        parts = [[items_of(size, generator) for size in of_rank] for of_rank in sizes]
+        accumulator.noise = NoiseMeter()
+        window = accumulator.window()
+        for items in parts[dist.get_rank()]:
+            window.backward(model(items).sum(), items=len(items))
+        window.step()
+        sums = accumulator.noise.state()
+        found.append((sums["signal"] / sums["weight"], sums["noise"] / sums["weight"]))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [((8, 8), (8, 8)), ((1, 30), (2, 5, 11)), ((13,), (20,)), ((4, 9), ())])
+def test_micro_batches_of_all_ranks_count(pools: Callable[[int], Pool], sizes: tuple[tuple[int, ...], ...]) -> None:
+    one, other = pools(2).run(on_a_rank, sizes, 600)
+    assert one == other
+    assert_unbiased([signal for signal, _ in one], WANTED[0])
+    assert_unbiased([noise for _, noise in one], WANTED[1])
+
+
+def test_the_interval_covers_the_scale_about_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(200):
+        meter = NoiseMeter()
+        for microbatches in windows_of((16, 16, 16, 16), 40, seed=seed):
+            sums = [items.sum(0) for items in microbatches]
+            total = torch.stack(sums).sum(0)
+            squares = sum(float(part.square().sum()) for part in sums)
+            meter.observe(float(total.square().sum()) / 64**2, squares, 64, 4 * 16**2)
+        found = meter.read()
+        assert found is not None
+        assert found.low_items <= found.scale_items <= found.high_items
+        covered += found.low_items <= WANTED[1] / WANTED[0] <= found.high_items
+    assert 0.88 <= covered / 200 <= 1.0
+
+
+def test_nothing_is_said_before_there_are_some_windows() -> None:
+    meter = NoiseMeter()
+    for number in range(FEWEST_WINDOWS):
+        assert meter.read() is None, number
+        meter.observe(1.0, 20.0, 10, 50)
+    assert meter.read() is not None
+
+
+def test_where_no_signal_can_be_told_from_the_noise_the_scale_is_infinite() -> None:
+    meter = NoiseMeter()
+    for _ in range(FEWEST_WINDOWS):
+        meter.observe(0.5, 60.0, 10, 50)  # |A|² is 50, less than the squares
+    found = meter.read()
+    assert found is not None
+    assert (found.scale_items, found.high_items) == (math.inf, math.inf)
+
+
+def test_old_windows_count_less_by_the_half_life_in_items() -> None:
+    meter = NoiseMeter(half_life_items=100)
+    for _ in range(200):
+        meter.observe(1.0, 90.0, 10, 50)
+    for _ in range(10):  # a hundred items
+        meter.observe(3.0, 90.0, 10, 50)
+    before, after = (100 - 90) / 50, (300 - 90) / 50
+    assert meter.read().signal == pytest.approx((before + after) / 2)  # type: ignore[union-attr]
+
+
+def test_after_the_first_windows_one_in_four_is_measured_and_the_others_still_make_the_past_count_less() -> None:
+    model = Line()
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert accumulator.noise is not None
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for _ in range(20):
+        window = accumulator.window()
+        for _ in range(2):
+            window.backward(model(items_of(5, generator)).sum(), items=5)
+        window.step()
+        counts.append(accumulator.noise.state()["num_windows"])
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 10, 10, 10, 10, 11, 11, 11, 11]
+    meter = NoiseMeter(half_life_items=10)
+    meter.observe(1.0, 90.0, 10, 50)
+    meter.pass_by(10)
+    meter.observe(3.0, 90.0, 10, 50)
+    assert meter.state()["weight"] == pytest.approx(10 / 4 + 10)
+
+
+def run(model: nn.Module, loss_fn: Callable[..., object], **settings: object) -> bigbatch.WindowReport:
+    engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn, microbatch=2, **settings)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(FEWEST_WINDOWS):
+        report = engine.step(items_of(8, generator))
+    return report
+
+
+def test_the_engine_also_counts_in_samples() -> None:
+    report = run(Line(), lambda model, items: (model(items).repeat(3).sum() / 3, 3 * len(items)))
+    assert report.noise is not None
+    assert report.noise.scale_samples == pytest.approx(report.noise.scale_items / 3)
+
+
+def test_one_micro_batch_says_nothing() -> None:
+    model = Line()
+    engine = bigbatch.Engine(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, x: (m(x).sum(), len(x)), microbatch=8
+    )
+    generator = torch.Generator().manual_seed(0)
+    assert [engine.step(items_of(8, generator)).noise for _ in range(6)] == [None] * 6
+
+
+def test_it_can_be_left_out() -> None:
+    report = run(Line(), lambda model, items: (model(items).sum(), len(items)), noise=False)
+    assert report.noise is None
+
+
+def test_a_loss_of_several_terms_has_none() -> None:
+    def loss_fn(model: nn.Module, items: Tensor) -> dict[str, tuple[Tensor, int]]:
+        return {"a": (model(items).sum(), len(items)), "b": (model(items).square().sum(), len(items))}
+
+    report = run(Line(), loss_fn, count_items=lambda items: {"a": len(items), "b": len(items)})
+    assert report.noise is None
+
+
+def test_a_window_that_was_cut_again_for_want_of_memory_is_left_out() -> None:
+    model = Line()
+    failing = iter([False, True] + [False] * 100)
+
+    def loss_fn(model: nn.Module, items: Tensor) -> tuple[Tensor, int]:
+        if next(failing):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return model(items).sum(), len(items)
+
+    engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn, microbatch=2)
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for _ in range(3):
+        engine.step(items_of(8, generator))
+        assert engine.accumulator.noise is not None
+        counts.append(engine.accumulator.noise.state()["num_windows"])
+    assert counts == [0, 1, 2]
+
+
+def test_clipping_and_the_learning_rate_do_not_reach_it() -> None:
+    def loss_fn(model: nn.Module, items: Tensor) -> tuple[Tensor, int]:
+        return model(items).sum(), len(items)
+
+    assert run(Line(), loss_fn).noise == run(Line(), loss_fn, max_grad_norm=0.01).noise
+
+
+def test_it_goes_on_where_it_was() -> None:
+    def loss_fn(model: nn.Module, items: Tensor) -> tuple[Tensor, int]:
+        return model(items).sum(), len(items)
+
+    def engine() -> bigbatch.Engine:
+        model = Line()
+        return bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn, microbatch=2)
+
+    one, other = engine(), engine()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        one.step(items_of(8, generator))
+    other.load_state_dict(one.state_dict())
+    batch = items_of(8, generator)
+    assert other.step(batch).noise == one.step(batch).noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrower_weights_measure_the_same_to_their_precision(dtype: torch.dtype) -> None:
+    def loss_fn(model: nn.Module, items: Tensor) -> tuple[Tensor, int]:
+        return (model(items.to(dtype)).float()).sum(), len(items)
+
+    wide = run(Line(), lambda model, items: (model(items).sum(), len(items))).noise
+    narrow = run(Line().to(dtype), loss_fn).noise
+    assert wide is not None
+    assert narrow is not None
+    assert narrow.noise == pytest.approx(wide.noise, rel=8 * torch.finfo(dtype).eps)
