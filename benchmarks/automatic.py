@@ -24,10 +24,10 @@ import torch
 
 import bigbatch
 import workload
-from bigbatch.execution.cuda_graphs import record
+from bigbatch.execution.cuda_graphs import capture
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import Machine
-from bigbatch.lm.model.setup import Arrangement, arrange
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.training.autotune import describe, tune
 
 SIZES = {"all logits": (1, 2), "chunks": (1, 2, 4, 6)}
@@ -58,7 +58,7 @@ class Contestant:
         report = self.engine.step(self.batch)
         torch.cuda.synchronize()
         self.speeds.append(self.tokens / (time.perf_counter() - started_s))
-        self.engine.release()
+        self.engine.release_cuda_graphs()
         self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
         self.retries += report.retries
         self.num_microbatches = report.num_microbatches
@@ -95,7 +95,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     started_s = time.perf_counter()
     config = TrainConfig(model="w", max_length=workload.LONGEST).resolved()
-    run = arrange(model, config, Machine(torch.device("cuda", 0), "bf16"), pad_id=0, longest=workload.LONGEST)
+    run = set_up_model(model, config, DeviceSpec(torch.device("cuda", 0), "bf16"), pad_id=0, longest=workload.LONGEST)
     samples = [{"input_ids": ids, "labels": ids} for ids in batch]
     engine = bigbatch.Engine(
         model,
@@ -106,10 +106,10 @@ def main() -> None:
         collate=run.collate,
         lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
         layout=run.layout,
-        cuda_graphs=run.records,
+        cuda_graphs=run.uses_cuda_graphs,
         max_grad_norm=1.0,
     )
-    level, choice = tune(engine, run.layers, samples, levels=True)
+    level, choice = tune(engine, run.layers, samples, modes=True)
     print(f"auto, from a cold start in {time.perf_counter() - started_s:.1f} s: {choice}{describe(level)}", flush=True)
     contestants = [Contestant("auto", engine, samples)]
     for loss, sizes in SIZES.items():
@@ -120,7 +120,7 @@ def main() -> None:
             contestants.append(Contestant(f"{size} samples, {loss}", fixed, batch[:SHARE]))
     for number in range(options.rounds):
         contestants[0].take_turn(warm_updates=1 if number else 2)  # one that runs as it is, one that records
-        with run.layers.paused():
+        with run.layers.eager():
             for contestant in contestants[1:]:
                 contestant.take_turn(warm_updates=0 if number else 1)
     print(f"{'micro-batch':<24}{'tokens/s':>10}  {'from … to':<20}{'GiB':>8}{'micro-batches':>16}")
@@ -140,7 +140,7 @@ def main() -> None:
     print(f"auto takes {beside_a_loop(engine, run, optimizer, samples):.3f} of a loop by hand over the same recordings")
 
 
-def beside_a_loop(engine: bigbatch.Engine, run: Arrangement, optimizer: torch.optim.Optimizer, samples: Any) -> float:
+def beside_a_loop(engine: bigbatch.Engine, run: ModelSetup, optimizer: torch.optim.Optimizer, samples: Any) -> float:
     """Time updates of the engine and of a loop by hand with the same plan and kernels, in turn; give their ratio."""
     parameters = list(run.model.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -174,7 +174,7 @@ def beside_a_loop(engine: bigbatch.Engine, run: Arrangement, optimizer: torch.op
             found.append(run.loss_fn(run.model, inputs)[0])
             found[-1].backward()
 
-        return record(differentiate), inputs, found[0].detach()
+        return capture(differentiate), inputs, found[0].detach()
 
     seconds: dict[str, list[float]] = {"engine": [], "by hand": []}
     for number in range(9):

@@ -6,7 +6,7 @@ The tiny model of `bigbatch train` on `python-stdlib-functions` (docstring as pr
 up to 1,024 tokens, 64 of them in an update. Fixed numbers of samples are cut from the batch in its own order, as users
 run them, and from the batch sorted by length. All take the same updates in turn, so that whatever else the machine does
 meets them alike; the table has medians. The peak is that of all tensors, counted by
-`bigbatch.memory.allocation_tracker.Tracker` in an update of its own.
+`bigbatch.memory.allocation_tracker.AllocationTracker` in an update of its own.
 """
 
 import argparse
@@ -22,18 +22,18 @@ import bigbatch
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.sampling_order import epoch_windows
 from bigbatch.lm.training.optimizer import make_optimizer
-from bigbatch.lm.training.setup import Prepared, prepare
-from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.lm.training.setup import TrainingSetup, set_up_training
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 
 SIZES = (1, 2, 4, 8, 16)
 GLOBAL_BATCH = 64
 
 
-def make_engine(prepared: Prepared, microbatch: Any) -> bigbatch.Engine:
+def make_engine(prepared: TrainingSetup, microbatch: Any) -> bigbatch.Engine:
     """Make an engine; all of them train the one model."""
     return bigbatch.Engine(
         prepared.model,
-        make_optimizer(prepared.model, prepared.config, prepared.machine),
+        make_optimizer(prepared.model, prepared.config, prepared.device_spec),
         prepared.loss_fn,
         microbatch=microbatch,
         collate=prepared.collate,
@@ -42,12 +42,14 @@ def make_engine(prepared: Prepared, microbatch: Any) -> bigbatch.Engine:
     )
 
 
-def peak_of(prepared: Prepared, engine: bigbatch.Engine, samples: list[Any]) -> int:
+def peak_of(prepared: TrainingSetup, engine: bigbatch.Engine, samples: list[Any]) -> int:
     """Count the tensors of one update."""
     optimizer = engine.accumulator.optimizer
-    with Tracker(torch.device("cpu")) as tracker:
-        tracker.hold([*prepared.model.parameters(), *prepared.model.buffers()], Part.PARAMETERS)
-        tracker.hold([value for state in optimizer.state.values() for value in state.values()], Part.OPTIMIZER)
+    with AllocationTracker(torch.device("cpu")) as tracker:
+        tracker.track([*prepared.model.parameters(), *prepared.model.buffers()], MemoryCategory.PARAMETERS)
+        tracker.track(
+            [value for state in optimizer.state.values() for value in state.values()], MemoryCategory.OPTIMIZER
+        )
         engine.step(samples)
     return tracker.peak_bytes
 
@@ -60,7 +62,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
-    prepared = prepare(
+    prepared = set_up_training(
         TrainConfig(data="python-stdlib-functions", max_length=1024, device="cpu", global_batch=GLOBAL_BATCH)
     )
     training = prepared.training

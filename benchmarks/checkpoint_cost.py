@@ -21,10 +21,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 
-from bigbatch.lm.checkpoint.manager import Keeper, Progress
+from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 
 MOST = 1.03
@@ -35,7 +35,7 @@ class Job:
     """The updates of a run, one after the other, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
-        self.trainer = Trainer(prepare(TrainConfig(device="cpu", microbatch=8, steps=100_000)))
+        self.trainer = Trainer(set_up_training(TrainConfig(device="cpu", microbatch=8, steps=100_000)))
         self.progress = Progress()
         config = self.trainer.config.model_dump(mode="json")
         self.directories = {way: RunDirectory.create(folder / way, config) for way in WAYS}
@@ -48,10 +48,10 @@ class Job:
 
     def timed(self, way: str, every: int) -> tuple[float, float]:
         """Give the seconds of so many updates with what they save, and those that the saving is waited for."""
-        keeper = Keeper(
+        keeper = CheckpointManager(
             self.directories[way],
             keep=2,
-            beside=way == "beside",
+            in_background=way == "beside",
             total_steps=self.trainer.total_steps,
             facts=self.trainer.facts,
         )

@@ -25,12 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bigbatch
 from bigbatch.lm.bench.meter import similarity
 from bigbatch.lm.bench.workload import W
-from bigbatch.lm.config.field_types import Recompute
+from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import Machine
-from bigbatch.lm.model.setup import Arrangement, arrange
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.training.autotune import describe, tune
-from bigbatch.memory.usage import release_memory
+from bigbatch.memory.usage import free_cached_memory
 
 BY_HAND = {"w": (9_216, 10_240, 11_264, 12_288), "gpt2": (12_288, 16_384, 20_480, 24_576)}
 MEMORY_GIB = {"w": 24, "gpt2": 12}
@@ -65,7 +65,7 @@ def lengths(samples: list[Sample]) -> list[int]:
 class Contestant:
     """One way of running the batch: a micro-batch, and what is computed anew."""
 
-    def __init__(self, name: str, engine: bigbatch.Engine, run: Arrangement, level: Recompute) -> None:
+    def __init__(self, name: str, engine: bigbatch.Engine, run: ModelSetup, level: CheckpointingMode) -> None:
         self.name = name
         self.engine = engine
         self.run = run
@@ -77,7 +77,7 @@ class Contestant:
         """Warm up with two updates, record, time some, and give the memory back."""
         if self.problem is not None:
             return
-        self.run.layers.recompute(self.level)
+        self.run.layers.set_checkpointing(self.level)
         for number in range(2 + rounds):
             torch.cuda.synchronize()
             started_s = time.perf_counter()
@@ -85,11 +85,11 @@ class Contestant:
             torch.cuda.synchronize()
             if number >= 2:
                 self.speeds.append(sum(lengths(batch)) / (time.perf_counter() - started_s))
-            if report.retries or self.engine.recorder.why_not:
+            if report.retries or self.engine.graph_runner.disabled_reason:
                 self.problem = "does not fit"
                 break
-        self.engine.release()
-        release_memory()
+        self.engine.release_cuda_graphs()
+        free_cached_memory()
 
     @property
     def speed(self) -> float:
@@ -111,7 +111,7 @@ def race(name: str, rounds: int) -> None:
     started_s = time.perf_counter()
     longest = max(lengths(batch))
     config = TrainConfig(model=name, max_length=longest).resolved()
-    run = arrange(model, config, Machine(torch.device("cuda", 0), "bf16"), pad_id=0, longest=longest)
+    run = set_up_model(model, config, DeviceSpec(torch.device("cuda", 0), "bf16"), pad_id=0, longest=longest)
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-5, fused=True)
 
     def engine(microbatch: Any) -> bigbatch.Engine:
@@ -124,11 +124,11 @@ def race(name: str, rounds: int) -> None:
             collate=run.collate,
             lengths=lengths,
             layout=run.layout,
-            cuda_graphs=run.records,
+            cuda_graphs=run.uses_cuda_graphs,
         )
 
     automatic = engine("auto")
-    level, choice = tune(automatic, run.layers, batch, levels=True)
+    level, choice = tune(automatic, run.layers, batch, modes=True)
     print(f"auto, from a cold start in {time.perf_counter() - started_s:.1f} s: {choice}{describe(level)}", flush=True)
     contestants = [Contestant("auto", automatic, run, level)]
     for size in BY_HAND[name]:
@@ -154,7 +154,7 @@ def compare(model: Any, batch: list[Sample]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     found: list[Tensor] = []
     optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.cpu() for p in model.parameters()))
-    run = arrange(model, config, Machine(torch.device("cuda", 0), "bf16"), pad_id=0, longest=longest)
+    run = set_up_model(model, config, DeviceSpec(torch.device("cuda", 0), "bf16"), pad_id=0, longest=longest)
     engine = bigbatch.Engine(
         run.model,
         optimizer,
@@ -173,9 +173,9 @@ def compare(model: Any, batch: list[Sample]) -> None:
     for name, (one, other) in pairs.items():
         cosine, norm = similarity((tensor.cuda() for tensor in one), other)
         print(f"{name:<50} cosine {cosine:.6f}, norm {norm:.5f}", flush=True)
-    run.layers.interpret()
+    run.layers.decompile()
     model.set_attn_implementation("sdpa")
-    release_memory()
+    free_cached_memory()
 
 
 def one_by_one(model: Any, batch: list[Sample], *, narrow: bool) -> list[Tensor]:
@@ -189,7 +189,7 @@ def one_by_one(model: Any, batch: list[Sample], *, narrow: bool) -> list[Tensor]
     gradients = [parameter.grad.cpu() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = None
-    release_memory()
+    free_cached_memory()
     return gradients
 
 

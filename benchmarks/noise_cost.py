@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import bigbatch
-from bigbatch.lm.bench.bigbatch_runner import arranged
+from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import WORKLOADS, count_tokens, shift
 from bigbatch.lm.training.autotune import tune
-from bigbatch.memory.usage import release_memory
+from bigbatch.memory.usage import free_cached_memory
 from bigbatch.scaling.noise_scale import FIRST
 
 NAMES = {"without": False, "with": True, "without, again": False}
@@ -44,7 +44,7 @@ def main() -> None:
     if machine.device.type == "cpu":
         torch.set_num_threads(1)
     samples = shift(workload.make_samples())
-    run = arranged(workload.make_trained_model(machine.device), workload)
+    run = set_up(workload.make_trained_model(machine.device), workload)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
 
@@ -56,20 +56,20 @@ def main() -> None:
             collate=run.collate,
             lengths=lambda batch: [len(sample["input_ids"]) for sample in batch],
             layout=run.layout,
-            cuda_graphs=run.records,
+            cuda_graphs=run.uses_cuda_graphs,
             **settings,
         )
 
     memory = workload.memory if machine.device.type == "cuda" else None
     automatic = engine(microbatch="auto", memory=memory)
-    _, choice = tune(automatic, run.layers, samples, levels=True)
-    automatic.release()
+    _, choice = tune(automatic, run.layers, samples, modes=True)
+    automatic.release_cuda_graphs()
     size = max(choice.size, workload.longest)
     engines = {name: engine(microbatch=bigbatch.TokenBudget(size), noise=noise) for name, noise in NAMES.items()}
     measuring = engines["with"].accumulator.noise
     assert measuring is not None
     for _ in range(FIRST):  # which are all measured
-        measuring.pass_by(0.0)
+        measuring.skip_window(0.0)
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(options.turns):
         for name in [*NAMES] if turn % 2 == 0 else [*reversed(NAMES)]:
@@ -78,7 +78,7 @@ def main() -> None:
         f"{machine}, torch {torch.__version__}; {workload.name}: {count_tokens(samples):,} tokens an update, {choice}"
     )
     known = engines["with"].accumulator.noise
-    print(f"noise scale of these random tokens at the first weights: {known and known.read()}")
+    print(f"noise scale of these random tokens at the first weights: {known and known.estimate()}")
     floor = statistics.mean(times["without"])
     for name, seconds in times.items():
         mean = statistics.mean(seconds)
@@ -95,8 +95,8 @@ def take_turn(engine: bigbatch.Engine, samples: Any, rounds: int, device: torch.
         wait(device)
         if number >= 2:
             seconds.append(now(device) - started_s)
-    engine.release()
-    release_memory()
+    engine.release_cuda_graphs()
+    free_cached_memory()
     return seconds
 
 

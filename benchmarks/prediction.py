@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigbatch
-from bigbatch.autotune.peak_prediction import Rehearsal
+from bigbatch.autotune.peak_prediction import PeakPredictor
 from bigbatch.lm.model.causal_attention import use_causal_attention
 
 PRECISIONS = ("float32", "bf16", "bf16-weights")
@@ -84,7 +84,7 @@ def make_loss(precision: str, device: str) -> Callable[[Any, Tensor], tuple[Tens
 def predict(model: Any, optimizer: Any, loss_fn: Any, rows: int, length: int) -> tuple[Any, float]:
     """Predict; give the seconds that it took."""
     started_s = time.perf_counter()
-    prediction = Rehearsal.of(model, optimizer, loss_fn).predict(shape_of(rows, length))
+    prediction = PeakPredictor.from_training(model, optimizer, loss_fn).predict(shape_of(rows, length))
     return prediction, time.perf_counter() - started_s
 
 
@@ -93,7 +93,9 @@ def predict_without_gpu(kind: str, precision: str, checkpointing: bool, rows: in
     model = make_model(kind, precision, checkpointing, small=False, device="meta")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with hidden_cuda():
-        rehearsal = Rehearsal.of(model, optimizer, make_loss(precision, "cpu"), device=torch.device("cuda"))
+        rehearsal = PeakPredictor.from_training(
+            model, optimizer, make_loss(precision, "cpu"), device=torch.device("cuda")
+        )
         return rehearsal.predict(shape_of(rows, length)).peak_bytes
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from bigbatch.lm.report.downsampling import MOST_POINTS  # noqa: E402
-from bigbatch.lm.report.output_file import put  # noqa: E402
+from bigbatch.lm.report.output_file import write_page  # noqa: E402
 from bigbatch.lm.report.page import page  # noqa: E402
 from bigbatch.lm.report.run_reader import read_run  # noqa: E402
 from lm.made import make_rich_run  # noqa: E402
@@ -28,7 +28,7 @@ from lm.made import make_rich_run  # noqa: E402
 def measure(run: Path) -> tuple[int, float]:
     """The bytes of a run's page, and the seconds that it took to read, draw and write."""
     started_s = time.process_time()
-    num_bytes = put(run / "report.html", page([read_run(run)]))
+    num_bytes = write_page(run / "report.html", page([read_run(run)]))
     return num_bytes, time.process_time() - started_s
 
 

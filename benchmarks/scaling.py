@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import bigbatch
 from bigbatch.distributed.replicated import BUCKET_BYTES
-from bigbatch.distributed.window_vote import Ballot, decode, encode
+from bigbatch.distributed.window_vote import RankVote, from_numbers, to_numbers
 
 FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling.svg"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -289,7 +289,7 @@ class _Lab:
 
     def _vote(self) -> None:
         reached = [True] * DEPTH
-        decode(self.sync.gather(encode(Ballot(), {"loss": (1.0, 1.0)}, reached)), DEPTH)
+        from_numbers(self.sync.gather(to_numbers(RankVote(), {"loss": (1.0, 1.0)}, reached)), DEPTH)
 
     def _microbatches(self) -> tuple[float, float]:
         """Give the seconds of one micro-batch, and the share of them that forward takes."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigbatch.lm.bench.workload import W
 from bigbatch.lm.data.dataset import IGNORED
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 
 LONGEST, SHORTEST = W.longest, W.shortest
@@ -54,5 +54,5 @@ def loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def chunked_loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Sum the same from chunks of logits, as `bigbatch train` does."""
-    machine = Machine(microbatch["labels"].device, "bf16")
+    machine = DeviceSpec(microbatch["labels"].device, "bf16")
     return ChunkedCausalLMLoss(machine, needs_mask=False)(model, microbatch)

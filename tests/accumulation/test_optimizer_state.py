@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.accumulation.optimizer_state import make_state
-from bigbatch.accumulation.optimizer_update import Update
+from bigbatch.accumulation.optimizer_state import init_optimizer_state
+from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     f"{kind.__name__} {' '.join(f'{name}={value}' for name, value in settings.items())}".strip(): (kind, settings)
@@ -131,7 +131,7 @@ def assert_same_state(found: dict[str, dict[str, Any]], expected: dict[str, dict
 def test_training_is_bitwise_what_it_is_without(name: str, dtype: torch.dtype) -> None:
     lazy_model, lazy = make(name, dtype)
     model, optimizer = make(name, dtype)
-    assert make_state(optimizer)
+    assert init_optimizer_state(optimizer)
     made = {id(value) for values in named_state(model, optimizer).values() for value in values.values()}
     take_steps(lazy_model, lazy)
     take_steps(model, optimizer)
@@ -151,7 +151,7 @@ def test_parameters_gradients_and_groups_are_left_as_they_are(name: str) -> None
     values = {parameter: (p.detach().clone(), p._version) for parameter, p in model.named_parameters()}
     groups = copy.deepcopy([{**group, "params": None} for group in optimizer.param_groups])
     held = [list(group["params"]) for group in optimizer.param_groups]
-    make_state(optimizer)
+    init_optimizer_state(optimizer)
     for parameter, p in model.named_parameters():
         assert p.grad is gradients[parameter]
         assert torch.equal(p, values[parameter][0])
@@ -167,7 +167,7 @@ def test_parameters_gradients_and_groups_are_left_as_they_are(name: str) -> None
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_step_is_counted_and_what_is_frozen_gets_no_state(name: str) -> None:
     model, optimizer = make(name)
-    make_state(optimizer)
+    init_optimizer_state(optimizer)
     state = named_state(model, optimizer)
     assert state.keys() == {parameter for parameter, p in model.named_parameters() if p.requires_grad}
     assert model.frozen not in optimizer.state
@@ -180,11 +180,11 @@ def test_what_has_state_keeps_it(name: str) -> None:
     model, optimizer = make(name)
     take_steps(model, optimizer, 2)
     before = named_state(model, optimizer)
-    assert make_state(optimizer)
+    assert init_optimizer_state(optimizer)
     after = named_state(model, optimizer)
     assert after.keys() - before.keys() == {"unused", "late"}
     assert all(after[parameter][key] is value for parameter in before for key, value in before[parameter].items())
-    assert make_state(optimizer)
+    assert init_optimizer_state(optimizer)
     again = named_state(model, optimizer)
     assert all(again[parameter][key] is value for parameter in after for key, value in after[parameter].items())
 
@@ -195,10 +195,10 @@ def test_a_saved_state_loads_over_it(name: str) -> None:
     take_steps(trained_model, trained)
     model, optimizer = make(name)
     model.load_state_dict(trained_model.state_dict())
-    make_state(optimizer)
+    init_optimizer_state(optimizer)
     optimizer.load_state_dict(copy.deepcopy(trained.state_dict()))
     assert_same_state(named_state(model, optimizer), named_state(trained_model, trained))
-    make_state(optimizer)
+    init_optimizer_state(optimizer)
     take_steps(trained_model, trained)
     take_steps(model, optimizer)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trained_model.parameters(), strict=True))
@@ -210,14 +210,14 @@ def test_optimizers_that_begin_otherwise_are_left_alone(name: str) -> None:
     model = nn.Linear(2, 3)
     optimizer = kind(model.parameters(), **settings)
     before = {id(p): dict(values) for p, values in optimizer.state.items()}
-    assert make_state(optimizer) is False
+    assert init_optimizer_state(optimizer) is False
     assert {id(p): dict(values) for p, values in optimizer.state.items()} == before
 
 
 def test_a_subclass_is_left_alone() -> None:
     model = nn.Linear(2, 3)
     optimizer = Stepping(model.parameters())
-    assert make_state(optimizer) is False
+    assert init_optimizer_state(optimizer) is False
     assert not optimizer.state
 
 
@@ -227,7 +227,7 @@ def test_complex_parameters_have_complex_state() -> None:
         p = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
         optimizer = torch.optim.Adam([p], lr=0.1)
         if ahead:
-            make_state(optimizer)
+            init_optimizer_state(optimizer)
         for _ in range(3):
             p.grad = p.detach() * 1j
             optimizer.step()
@@ -239,7 +239,7 @@ def test_complex_parameters_have_complex_state() -> None:
 def test_parameters_without_data_or_without_shape_do_no_harm() -> None:
     model = nn.Sequential(nn.Linear(2, 3, device="meta"), nn.LazyLinear(4), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters())
-    make_state(optimizer)
+    init_optimizer_state(optimizer)
     assert optimizer.state[model[0].weight]["exp_avg"].is_meta
     assert model[1].weight not in optimizer.state
     model[1](torch.ones(1, 3)).sum().backward()
@@ -253,7 +253,7 @@ def test_an_option_that_the_optimizer_refuses_is_its_own_error_and_leaves_nothin
     optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(2))]}, {"params": model.parameters()}])
     optimizer.param_groups[1]["fused"] = True
     with pytest.raises(RuntimeError, match="`fused=True` requires all the params"):
-        make_state(optimizer)
+        init_optimizer_state(optimizer)
     assert not optimizer.state
 
 
@@ -280,7 +280,7 @@ def test_state_that_does_not_fit_is_one_sentence_and_leaves_nothing(kind: Any, s
         rf"^the state of {kind.__name__}, {gibibytes}, does not fit in memory beside the model \(.*can't allocate"
     )
     with pytest.raises(bigbatch.MemoryLimitError, match=expected) as raised:
-        make_state(optimizer)
+        init_optimizer_state(optimizer)
     assert "\n" not in str(raised.value)
     assert raised.value.__context__ is None, "it would hold the tensors that were made"
     assert not optimizer.state
@@ -290,7 +290,7 @@ def test_state_that_does_not_fit_is_one_sentence_and_leaves_nothing(kind: Any, s
 def test_an_update_prepares_once_and_again_after_it_did_not_fit() -> None:
     small, large = nn.Parameter(torch.ones(3)), too_large()
     optimizer = torch.optim.AdamW([small, large])
-    update = Update(optimizer)
+    update = OptimizerUpdate(optimizer)
     assert not optimizer.state, "nothing is made before it is asked for"
     for _ in range(2):
         with pytest.raises(bigbatch.MemoryLimitError):
@@ -310,7 +310,7 @@ def test_windows_after_it_are_bitwise_what_they_are_without() -> None:
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         if ahead:
-            make_state(optimizer)
+            init_optimizer_state(optimizer)
         engine = bigbatch.Engine(model, optimizer, lambda m, x: (m(x).square().sum(), len(x)), microbatch=2)
         for _ in range(3):
             engine.step(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)))
@@ -335,7 +335,7 @@ def test_on_a_gpu_training_is_bitwise_what_it_is_without(kind: Any, settings: An
         model = Net().cuda()
         optimizer = kind(model.groups(), **settings)
         if ahead:
-            make_state(optimizer)
+            init_optimizer_state(optimizer)
         take_steps(model, optimizer)
         state = named_state(model, optimizer)
         state.pop("unused", None)
@@ -354,7 +354,7 @@ def test_on_a_gpu_state_that_does_not_fit_leaves_the_memory_as_it_was() -> None:
     optimizer = torch.optim.AdamW([small, large])
     before, reserved_before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     with pytest.raises(bigbatch.MemoryLimitError, match=r"^the state of AdamW, [\d.]+ GiB, does not fit"):
-        make_state(optimizer)
+        init_optimizer_state(optimizer)
     assert torch.cuda.memory_allocated() == before
     assert torch.cuda.memory_reserved() - reserved_before < free // 4
     assert not optimizer.state

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bigbatch
 from bigbatch.errors import NonFiniteError, WindowAbandonedError
 from bigbatch.lm.checkpoint.json_values import to_json
-from bigbatch.lm.checkpoint.state_tree import copies, equal, put_together, take_apart
+from bigbatch.lm.checkpoint.state_tree import copy_to_cpu, equal, join_tensors, split_tensors
 
 Batch = tuple[Tensor, Tensor]
 
@@ -63,13 +63,13 @@ def batches(count: int, *, first: int = 0) -> list[Batch]:
 
 
 def in_memory(state: dict[str, Any]) -> Any:
-    return copies(state)
+    return copy_to_cpu(state)
 
 
 def through_files(state: dict[str, Any]) -> Any:
     """As a checkpoint does it: no pickle anywhere."""
-    values, tensors = take_apart(state)
-    return put_together(json.loads(to_json("state", values)), {place: t.clone() for place, t in tensors.items()})
+    values, tensors = split_tensors(state)
+    return join_tensors(json.loads(to_json("state", values)), {place: t.clone() for place, t in tensors.items()})
 
 
 # going on --------------------------------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ def test_another_engine_goes_on_to_the_last_bit(
 def test_state_that_was_loaded_stays_as_it_is_so_that_it_can_be_loaded_again() -> None:
     engine = an_engine()
     engine.step(batches(1)[0])
-    state = copies(engine.state_dict())
-    expected = copies(state)
+    state = copy_to_cpu(engine.state_dict())
+    expected = copy_to_cpu(state)
     for _ in range(2):
         engine.load_state_dict(state)
         assert equal(engine.state_dict(), expected)
@@ -123,7 +123,7 @@ def test_state_that_was_loaded_stays_as_it_is_so_that_it_can_be_loaded_again() -
 
 def test_state_before_the_first_window_goes_on_as_well() -> None:
     one, other = an_engine(), an_engine(seed=1)
-    state = copies(one.state_dict())
+    state = copy_to_cpu(one.state_dict())
     one.step(batches(1)[0])
     other.load_state_dict(state)
     other.step(batches(1)[0])
@@ -144,7 +144,7 @@ def test_another_micro_batch_is_kept_and_gives_the_same_update() -> None:
     one, other = engines
     double = [(inputs.double(), labels.double()) for inputs, labels in batches(2)]
     one.step(double[0])
-    other.load_state_dict(copies(one.state_dict()))
+    other.load_state_dict(copy_to_cpu(one.state_dict()))
     assert other.progress["size_in_use"] == 3
     one.step(double[1])
     other.step(double[1])
@@ -169,7 +169,7 @@ def test_state_of_another_kind_is_refused_before_anything_changes(change: dict[s
     one, other = an_engine(), an_engine(seed=1, **change)
     one.step(batches(1)[0])
     other.step(batches(1)[0])
-    before = copies(other.state_dict())
+    before = copy_to_cpu(other.state_dict())
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(one.state_dict())
     assert equal(other.state_dict(), before)
@@ -178,8 +178,8 @@ def test_state_of_another_kind_is_refused_before_anything_changes(change: dict[s
 @pytest.mark.parametrize("missing", [True, False])
 def test_state_with_more_or_fewer_tensors_is_refused_before_anything_changes(missing: bool) -> None:
     engine = an_engine()
-    before = copies(engine.state_dict())
-    state = copies(before)
+    before = copy_to_cpu(engine.state_dict())
+    state = copy_to_cpu(before)
     if missing:
         del state["model"]["4.bias"]
     else:
@@ -242,7 +242,7 @@ def test_a_window_with_one_micro_batch_that_is_not_finite_is_skipped_whole(where
         engine.accumulator.prepare()
     else:
         engine.step(batches(1)[0])
-    before = copies(learned(engine))
+    before = copy_to_cpu(learned(engine))
     report = engine.step(with_poison(batches(1, first=1)[0]))
     assert report.skipped == f"non-finite {where}"
     assert report.num_microbatches == 3
@@ -268,7 +268,7 @@ def test_a_run_goes_on_as_if_the_skipped_window_had_done_nothing(where: str) -> 
 def test_a_window_that_is_not_finite_raises_where_that_is_asked_for_and_changes_nothing(where: str) -> None:
     engine = an_engine(loss_fn=poisoned(where), nonfinite="raise")
     engine.step(batches(1)[0])
-    before = copies(learned(engine))
+    before = copy_to_cpu(learned(engine))
     with pytest.raises(NonFiniteError, match=rf"the window after update 1 has a non-finite {where}, and changed"):
         engine.step(with_poison(batches(1, first=1)[0]))
     assert equal(learned(engine), before)
@@ -279,7 +279,7 @@ def test_a_window_that_is_not_finite_raises_where_that_is_asked_for_and_changes_
 def test_a_scaler_backs_off_where_a_window_is_skipped() -> None:
     engine = an_engine(loss_fn=poisoned("gradient"), scaled=True)
     engine.step(batches(1)[0])
-    before = copies(learned(engine))
+    before = copy_to_cpu(learned(engine))
     assert engine.step(with_poison(batches(1, first=1)[0])).skipped == "non-finite gradient"
     assert engine.state_dict()["scaler"]["scale"] == 4.0
     assert equal(learned(engine), before)
@@ -288,10 +288,10 @@ def test_a_scaler_backs_off_where_a_window_is_skipped() -> None:
 def test_a_window_that_is_given_up_in_the_middle_changes_nothing() -> None:
     engine = an_engine()
     engine.step(batches(1)[0])
-    before = copies(learned(engine))
+    before = copy_to_cpu(learned(engine))
     asked = iter([False, False, True])
     with pytest.raises(WindowAbandonedError, match="given up before its micro-batch of 2 samples"):
-        engine.step(batches(1, first=1)[0], give_up=lambda: next(asked))
+        engine.step(batches(1, first=1)[0], should_abandon=lambda: next(asked))
     assert equal(learned(engine), before)
     assert all(parameter.grad is None for parameter in engine.model.parameters())
     assert engine.step(batches(1, first=1)[0]).step == 2

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from bigbatch import MemoryLimitError
 from bigbatch.autotune import choice as choice_module
 from bigbatch.autotune import probe
-from bigbatch.autotune.choice import Choice, Step, choose, largest_below
-from bigbatch.autotune.peak_prediction import PredictionError, Rehearsal
+from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose, largest_below
+from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
 from bigbatch.batching.split import split
 from bigbatch.memory.limit import describe_bytes
-from bigbatch.memory.usage import Room
+from bigbatch.memory.usage import MemoryBudget
 from memory.helpers import CPU, VOCABULARY, Decoder, adamw, collate, loss_fn, make, make_step, samples, tracked
 
 thoroughly = settings(max_examples=300, deadline=None)
-AMPLE = Room.of(2**33, "8GiB")
+AMPLE = MemoryBudget.from_limit(2**33, "8GiB")
 
 
 @pytest.fixture(autouse=True)
 def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test looks at the time; and each time that memory is released, garbage is collected."""
-    monkeypatch.setattr(probe, "SHORTEST_S", 0.0)
-    monkeypatch.setattr(choice_module, "MOST_PROBING_S", float("inf"))
+    monkeypatch.setattr(probe, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(choice_module, "MAX_PROBING_S", float("inf"))
     gc.freeze()
     yield
     gc.unfreeze()
@@ -150,12 +150,12 @@ def test_sizes_that_run_out_of_memory_may_be_infinite() -> None:
 # the fullest micro-batches --------------------------------------------------------------------------------------------
 
 
-def batch_of(lengths: list[int], *, alike: bool) -> Step:
+def batch_of(lengths: list[int], *, alike: bool) -> TuningProblem:
     if not alike:
         return make_step([torch.ones(length) for length in lengths], model=nn.Linear(1, 1), by_length=True)
     model = nn.Linear(1, 1)
     parts = split(torch.ones(len(lengths), max(lengths)), 1, device=CPU)
-    return Step(model, adamw(model), loss_fn, parts, lengths, alike=True)
+    return TuningProblem(model, adamw(model), loss_fn, parts, lengths, uniform_length=True)
 
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -165,47 +165,47 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 @given(LENGTHS, st.data())
 def test_no_micro_batch_of_a_size_takes_more_than_the_fullest(lengths: list[int], data: st.DataObject) -> None:
     step = batch_of(lengths, alike=False)
-    size = data.draw(st.integers(step.least, len(lengths) * step.least))
-    filled = step.filled(size)
-    fullest = [step.size_of(rows) for rows in step.fullest(size)]
+    size = data.draw(st.integers(step.longest_sample, len(lengths) * step.longest_sample))
+    filled = step.usable_size(size)
+    fullest = [step.size_of(rows) for rows in step.worst_cases(size)]
     assert max(map(step.size_of, step.groups(size))) <= filled <= size
     assert 0.99 * filled <= max(fullest) <= filled
     assert step.groups(size) == step.groups(filled)
-    assert step.size_of(step.fullest(size)[0][:1]) == step.least, "the longest is among them"
+    assert step.size_of(step.worst_cases(size)[0][:1]) == step.longest_sample, "the longest is among them"
 
 
 @thoroughly
 @given(LENGTHS, st.data())
 def test_of_tensors_no_micro_batch_has_more_rows_than_the_fullest(lengths: list[int], data: st.DataObject) -> None:
     step = batch_of(lengths, alike=True)
-    size = data.draw(st.integers(step.least, len(lengths) * step.least))
-    (rows,) = step.fullest(size)
+    size = data.draw(st.integers(step.longest_sample, len(lengths) * step.longest_sample))
+    (rows,) = step.worst_cases(size)
     assert max(map(len, step.groups(size))) <= len(rows) <= len(lengths)
-    assert step.look(rows).shape == (len(rows), max(lengths))
+    assert step.peek(rows).shape == (len(rows), max(lengths))
 
 
 def test_shorter_samples_that_fill_a_size_better_are_not_forgotten() -> None:
     """Of 60 tokens only one fits into 119, and of 39, which few samples have, three."""
     step = batch_of([60] * 6 + [39] * 5, alike=False)
-    assert [step.size_of(rows) for rows in step.fullest(119)] == [60, 117]
-    assert step.filled(119) == 117
+    assert [step.size_of(rows) for rows in step.worst_cases(119)] == [60, 117]
+    assert step.usable_size(119) == 117
 
 
 def test_short_rows_of_a_padded_tensor_are_as_wide_as_all() -> None:
     step = batch_of([60] * 6 + [1] * 5, alike=True)
-    assert len(step.fullest(60)[0]) == 5
+    assert len(step.worst_cases(60)[0]) == 5
 
 
 def test_without_lengths_the_heaviest_sample_is_the_one_that_is_repeated() -> None:
     step = make_step(samples(3, 4, 50, 5), model=nn.Linear(1, 1))
-    assert step.fullest(3) == [[2, 2, 2]]
-    assert step.look(step.fullest(3)[0]).shape == (3, 50)
+    assert step.worst_cases(3) == [[2, 2, 2]]
+    assert step.peek(step.worst_cases(3)[0]).shape == (3, 50)
 
 
 def test_without_lengths_the_rows_of_a_tensor_are_looked_at_and_not_copied() -> None:
     batch = torch.ones(8, 5)
     step = make_step(batch, model=nn.Linear(1, 1))
-    seen = step.look(step.fullest(8)[0])
+    seen = step.peek(step.worst_cases(8)[0])
     assert (seen.data_ptr(), seen.shape) == (batch.data_ptr(), (8, 5))
 
 
@@ -219,11 +219,11 @@ def tokens(rows: int, length: int = 24) -> Tensor:
 def peak(rows: int, length: int = 24, *, loss: Any = loss_fn, **kind: Any) -> int:
     """What rows of a length are predicted to take."""
     model = make(**kind)
-    return Rehearsal.of(model, adamw(model), loss).predict(tokens(rows, length)).peak_bytes
+    return PeakPredictor.from_training(model, adamw(model), loss).predict(tokens(rows, length)).peak_bytes
 
 
-def room_for(num_bytes: int) -> Room:
-    room = Room.of(-(-num_bytes * 100 // 95), "what is asked for")
+def room_for(num_bytes: int) -> MemoryBudget:
+    room = MemoryBudget.from_limit(-(-num_bytes * 100 // 95), "what is asked for")
     assert num_bytes <= room.usable_bytes <= num_bytes + 2
     return room
 
@@ -243,7 +243,7 @@ def measured(rows: list[Tensor] | Tensor, loss: Any = loss_fn, **kind: Any) -> i
 @pytest.mark.parametrize("best", [1, 2, 3, 7, 20])
 def test_the_largest_number_of_samples_that_fits_is_found_by_prediction(best: int) -> None:
     choice = choose(make_step(tokens(32)), room_for(peak(best)))
-    assert (choice.largest, choice.unpredicted, choice.unit) == (best, None, "samples")
+    assert (choice.largest, choice.prediction_failure, choice.unit) == (best, None, "samples")
     assert choice.size <= best
     assert choice.peak_bytes <= peak(best)
     assert measured(tokens(best)) <= 1.01 * peak(best)
@@ -253,7 +253,7 @@ def test_the_largest_number_of_samples_that_fits_is_found_by_prediction(best: in
 def test_the_largest_number_of_tokens_that_fits_is_found_by_prediction(best: int) -> None:
     step = make_step(samples(*[24] * 8, *[5, 7, 11, 13] * 4), by_length=True)
     choice = choose(step, room_for(peak(best)))
-    assert (choice.longest, choice.unpredicted, choice.unit) == (24, None, "tokens")
+    assert (choice.longest, choice.prediction_failure, choice.unit) == (24, None, "tokens")
     assert 24 * best <= choice.largest < 24 * (best + 1)
     assert choice.size <= choice.largest
     assert choice.peak_bytes <= room_for(peak(best)).usable_bytes
@@ -271,7 +271,7 @@ def test_a_whole_batch_that_fits_is_not_exceeded() -> None:
 def test_one_sample_is_a_batch(by_length: bool) -> None:
     choice = choose(make_step(samples(24), by_length=by_length), AMPLE)
     assert choice.size == choice.largest == choice.longest == (24 if by_length else 1)
-    assert [tried.size for tried in choice.tried] == [choice.size]
+    assert [tried.size for tried in choice.trials] == [choice.size]
 
 
 def test_samples_of_a_list_without_lengths_are_weighed_by_the_heaviest() -> None:
@@ -286,7 +286,7 @@ def test_padded_tensors_with_lengths_are_weighed_as_wide_as_they_are() -> None:
     lengths = [48] * 4 + [1] * 12
     padded = collate([*samples(*lengths)])
     model = make()
-    step = Step(model, adamw(model), loss_fn, split(padded, 1, device=CPU), lengths, alike=True)
+    step = TuningProblem(model, adamw(model), loss_fn, split(padded, 1, device=CPU), lengths, uniform_length=True)
     usable = peak(13, 48)
     choice = choose(step, room_for(usable))
     rows = max(map(len, step.groups(choice.largest)))
@@ -296,11 +296,11 @@ def test_padded_tensors_with_lengths_are_weighed_as_wide_as_they_are() -> None:
 def test_the_figures_of_a_choice_fit_together() -> None:
     step = make_step(samples(*range(5, 37)), by_length=True)
     choice = choose(step, room_for(peak(20, 36)))
-    assert [tried.size for tried in choice.tried] == sorted({tried.size for tried in choice.tried})
-    assert choice.tried[0].size == 20, "the middle one of the lengths"
-    assert choice.tried[-1].size <= choice.largest
-    assert choice.size == step.filled(choice.size) <= choice.tried[-1].size
-    assert all(tried.per_s > 0 for tried in choice.tried)
+    assert [tried.size for tried in choice.trials] == sorted({tried.size for tried in choice.trials})
+    assert choice.trials[0].size == 20, "the middle one of the lengths"
+    assert choice.trials[-1].size <= choice.largest
+    assert choice.size == step.usable_size(choice.size) <= choice.trials[-1].size
+    assert all(tried.per_s > 0 for tried in choice.trials)
     assert choice.per_s > 0
     assert choice.microbatch.tokens == max(choice.size, 36)
     assert str(choice).startswith(f"at most {choice.size:,} tokens a micro-batch")
@@ -327,11 +327,11 @@ def test_a_sample_that_does_not_fit_is_refused_with_what_it_needs_before_it_is_r
         ran.append(type(tokens))
         return loss_fn(model, tokens)
 
-    room = Room.of(400_000, "400000B", others_bytes=100_000)
+    room = MemoryBudget.from_limit(400_000, "400000B", reserved_bytes=100_000)
     with pytest.raises(MemoryLimitError) as raised:
         choose(make_step(samples(24, 3), loss=watched, by_length=by_length), room)
     model = make()
-    predicted = Rehearsal.of(model, adamw(model), loss_fn).predict(tokens(1))
+    predicted = PeakPredictor.from_training(model, adamw(model), loss_fn).predict(tokens(1))
     parts = ", ".join(f"{name} {describe_bytes(part)}" for name, part in predicted.parts.items() if part)
     sample = "a sample of 24 tokens" if by_length else "one sample"
     assert str(raised.value) == (
@@ -354,8 +354,8 @@ def test_a_step_that_cannot_be_predicted_is_tried() -> None:
     batch = samples(*[24] * 12)
     usable = measured(batch[:5], selecting)
     choice = choose(make_step(batch, loss=selecting), room_for(usable))
-    assert choice.unpredicted is not None
-    assert choice.unpredicted.startswith("the step cannot run without data (aten.nonzero")
+    assert choice.prediction_failure is not None
+    assert choice.prediction_failure.startswith("the step cannot run without data (aten.nonzero")
     assert 4 <= choice.largest <= 5
     assert choice.peak_bytes <= usable
     assert measured(batch[: choice.largest], selecting) <= 1.01 * usable
@@ -368,7 +368,7 @@ def test_a_step_that_cannot_be_predicted_counts_its_update_nevertheless() -> Non
     parameters = sum(p.numel() * 4 for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     choice = choose(make_step(small, model=model, optimizer=optimizer, loss=selecting), AMPLE)
-    assert choice.unpredicted is not None
+    assert choice.prediction_failure is not None
     assert choice.peak_bytes > 5 * parameters
     with pytest.raises(MemoryLimitError):
         choose(make_step(small, model=model, optimizer=optimizer, loss=selecting), room_for(4 * parameters))
@@ -398,7 +398,7 @@ def failing_above(rows: int) -> Any:
 
 def test_a_size_that_was_predicted_to_fit_and_does_not_ends_the_search() -> None:
     choice = choose(make_step(tokens(32), loss=failing_above(1)), AMPLE)
-    assert (choice.unpredicted, choice.largest, choice.size) == (None, 1, 1)
+    assert (choice.prediction_failure, choice.largest, choice.size) == (None, 1, 1)
 
 
 def test_a_size_that_runs_out_when_it_is_tried_is_too_large() -> None:
@@ -406,7 +406,7 @@ def test_a_size_that_runs_out_when_it_is_tried_is_too_large() -> None:
         return selecting(model, tokens) if len(tokens) <= 5 else failing_above(5)(model, tokens)
 
     choice = choose(make_step(tokens(32), loss=limited), AMPLE)
-    assert choice.unpredicted is not None
+    assert choice.prediction_failure is not None
     assert choice.largest == 5
 
 
@@ -443,9 +443,9 @@ class Skipping(Decoder):
 
 def test_a_prediction_that_one_sample_refutes_is_not_believed() -> None:
     choice = choose(make_step(tokens(8, 48), model=Skipping()), AMPLE)
-    assert choice.unpredicted is not None
-    assert choice.unpredicted.startswith("one sample was predicted to need ")
-    assert ", and needed " in choice.unpredicted
+    assert choice.prediction_failure is not None
+    assert choice.prediction_failure.startswith("one sample was predicted to need ")
+    assert ", and needed " in choice.prediction_failure
 
 
 def test_a_loss_that_runs_another_model_than_it_is_given_is_tried() -> None:
@@ -456,7 +456,7 @@ def test_a_loss_that_runs_another_model_than_it_is_given_is_tried() -> None:
 
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     choice = choose(make_step(tokens(8), model=model, loss=closed), AMPLE)
-    assert choice.unpredicted == (
+    assert choice.prediction_failure == (
         "loss_fn does not use the model that it is given, or none of its parameters that are trained"
     )
     assert choice.peak_bytes >= 0.95 * peak(choice.size, norm=True)
@@ -474,8 +474,8 @@ def test_a_loop_that_waits_for_a_value_is_tried(monkeypatch: pytest.MonkeyPatch)
             left = left - 1
         return loss_fn(model, tokens)
 
-    monkeypatch.setattr(allocation_tracker, "MOST_READS", 100)
-    assert choose(make_step(tokens(4), loss=waiting), AMPLE).unpredicted == (
+    monkeypatch.setattr(allocation_tracker, "MAX_READS", 100)
+    assert choose(make_step(tokens(4), loss=waiting), AMPLE).prediction_failure == (
         "the step cannot run without data (more than 100 values were read, perhaps in a loop that waits for one)"
     )
 
@@ -510,7 +510,7 @@ def test_a_cache_within_the_model_does_no_harm() -> None:
 
     model = Cached()
     choice = choose(make_step(tokens(4), model=model), AMPLE)
-    assert choice.unpredicted is None
+    assert choice.prediction_failure is None
     assert type(model.weights) is Tensor
 
 
@@ -533,7 +533,7 @@ def test_an_optimizer_with_attributes_of_its_own_is_predicted_too() -> None:
     model = make()
     optimizer = Keeping(model)
     choice = choose(make_step(tokens(4), model=model, optimizer=optimizer), AMPLE)
-    assert choice.unpredicted is None
+    assert choice.prediction_failure is None
     assert not optimizer.seen
     assert not optimizer.state
 
@@ -543,7 +543,7 @@ def test_a_scheduler_neither_counts_a_step_nor_is_stepped_by_a_prediction() -> N
     optimizer = adamw(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     choice = choose(make_step(tokens(4), model=model, optimizer=optimizer), AMPLE)
-    assert choice.unpredicted is None
+    assert choice.prediction_failure is None
     assert not optimizer.state
     assert scheduler.last_epoch == 0
     with pytest.warns(UserWarning, match="lr_scheduler.step"):  # no step of the optimizer has been noticed
@@ -563,7 +563,7 @@ def test_other_optimizers_are_predicted_or_tried(name: str) -> None:
     make_optimizer, predicted = OPTIMIZERS[name]
     model = make()
     choice = choose(make_step(tokens(4), model=model, optimizer=make_optimizer(model.parameters())), AMPLE)
-    assert (choice.unpredicted is None) is predicted
+    assert (choice.prediction_failure is None) is predicted
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
@@ -576,8 +576,8 @@ def test_sparse_gradients_are_tried() -> None:
         loss=lambda model, tokens: (model(tokens).square().sum(), len(tokens)),
     )
     choice = choose(step, AMPLE)
-    assert choice.unpredicted is not None
-    assert "SparseAdam does not support dense gradients" in choice.unpredicted
+    assert choice.prediction_failure is not None
+    assert "SparseAdam does not support dense gradients" in choice.prediction_failure
     assert choice.largest == 8
 
 
@@ -592,7 +592,7 @@ def test_parameters_outside_of_the_model_keep_their_gradients() -> None:
 
     optimizer = torch.optim.AdamW([*model.parameters(), scale])
     choice = choose(make_step(tokens(4), model=model, optimizer=optimizer, loss=scaled), AMPLE)
-    assert choice.unpredicted is None
+    assert choice.prediction_failure is None
     assert scale.grad is kept
     assert (kept.item(), scale.item()) == (7.0, 1.0)
 
@@ -610,8 +610,8 @@ def test_random_numbers_that_a_collate_or_a_loss_draws_are_given_back() -> None:
     model = make(dropout=0.5)
     parts = split(samples(5, 6, 7), 1, device=CPU, collate=draw)
     states = random.getstate(), torch.get_rng_state()
-    choice = choose(Step(model, adamw(model), drawing, parts, [5, 6, 7]), AMPLE)
-    assert choice.unpredicted is None
+    choice = choose(TuningProblem(model, adamw(model), drawing, parts, [5, 6, 7]), AMPLE)
+    assert choice.prediction_failure is None
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
 
@@ -625,7 +625,7 @@ def test_for_cuda_the_inputs_that_come_next_are_counted() -> None:
     def predict(width: int, device: str) -> Any:
         model = nn.Linear(1, 1)
         images = torch.empty(4, width, 1, device="meta")
-        rehearsal = Rehearsal.of(
+        rehearsal = PeakPredictor.from_training(
             model, adamw(model), lambda model, x: (model(x[:, :1]).sum(), len(x)), device=torch.device(device)
         )
         return rehearsal.predict(images)
@@ -645,7 +645,7 @@ def test_copies_of_the_buffers_are_counted() -> None:
         model = make()
         for i in range(buffers):
             model.register_buffer(f"mask_{i}", torch.zeros(1000))
-        return Rehearsal.of(model, adamw(model), loss_fn).predict(tokens(4))
+        return PeakPredictor.from_training(model, adamw(model), loss_fn).predict(tokens(4))
 
     without, with_buffers = predict(buffers=0), predict(buffers=3)
     assert with_buffers.peak_bytes - without.peak_bytes == 2 * 3 * 4000
@@ -656,12 +656,12 @@ def test_copies_of_the_buffers_are_counted() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_held_what_runs_and_the_update_are_told_apart(device: str) -> None:
     model = make()
-    rehearsal = Rehearsal.of(model, adamw(model), loss_fn, device=torch.device(device))
+    rehearsal = PeakPredictor.from_training(model, adamw(model), loss_fn, device=torch.device(device))
     prediction = rehearsal.predict(tokens(4))
     parts = prediction.parts
     held = parts["parameters"] + parts["gradients"] + rehearsal.state_bytes + parts.get("libraries", 0)
-    assert prediction.held_bytes == held
-    assert prediction.held_bytes < prediction.running_bytes <= prediction.peak_bytes
+    assert prediction.resident_bytes == held
+    assert prediction.resident_bytes < prediction.forward_backward_bytes <= prediction.peak_bytes
     assert rehearsal.predict_update() == prediction.phases["update"]
 
 
@@ -669,5 +669,5 @@ def test_choices_of_the_same_step_know_the_same_peaks() -> None:
     """What was predicted before changes nothing."""
     model = make(norm=True)
     step = make_step(tokens(8), model=model)
-    choices: list[Choice] = [choose(step, room_for(peak(5, norm=True))) for _ in range(2)]
+    choices: list[MicrobatchChoice] = [choose(step, room_for(peak(5, norm=True))) for _ in range(2)]
     assert [choice.largest for choice in choices] == [5, 5]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigbatch
-from bigbatch.autotune.peak_prediction import PredictionError, Rehearsal
-from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 
 CPU = torch.device("cpu")
 
@@ -51,10 +51,10 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
 
 
-def track(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> Tracker:
-    with Tracker(CPU) as tracker:
-        tracker.hold([*model.parameters(), *model.buffers()], Part.PARAMETERS)
-        tracker.hold(state_of(optimizer), Part.OPTIMIZER)
+def track(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> AllocationTracker:
+    with AllocationTracker(CPU) as tracker:
+        tracker.track([*model.parameters(), *model.buffers()], MemoryCategory.PARAMETERS)
+        tracker.track(state_of(optimizer), MemoryCategory.OPTIMIZER)
         step()
     return tracker
 
@@ -77,7 +77,7 @@ def test_a_prediction_is_what_the_step_allocates(name: str, dtype: torch.dtype, 
         pytest.skip("torch's Adafactor mixes dtypes for bfloat16 parameters")
     model = Decoder(dropout=0.1).to(dtype)
     optimizer = OPTIMIZERS[name](model.parameters())
-    predicted = Rehearsal.of(model, optimizer, loss_fn).predict(tokens(rows))
+    predicted = PeakPredictor.from_training(model, optimizer, loss_fn).predict(tokens(rows))
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=rows)
     engine.step(tokens(2 * rows))  # makes the optimizer's state
     measured = track(model, optimizer, lambda: engine.step(tokens(2 * rows)))
@@ -87,7 +87,7 @@ def test_a_prediction_is_what_the_step_allocates(name: str, dtype: torch.dtype, 
 
 def test_one_row_peaks_in_the_update_and_many_in_the_backward() -> None:
     model = Decoder(width=256)
-    rehearsal = Rehearsal.of(model, OPTIMIZERS["foreach AdamW"](model.parameters()), loss_fn)
+    rehearsal = PeakPredictor.from_training(model, OPTIMIZERS["foreach AdamW"](model.parameters()), loss_fn)
     assert rehearsal.predict(tokens(1, 4)).phase == "update"
     assert rehearsal.predict(tokens(64)).phase == "backward"
 
@@ -107,13 +107,15 @@ def test_a_prediction_is_within_one_percent_of_the_profilers_peak(tmp_path: Path
     for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
         now += event["args"]["Bytes"]
         peak = max(peak, now)
-    predicted = Rehearsal.of(model, optimizer, loss_fn).predict(tokens(16))
+    predicted = PeakPredictor.from_training(model, optimizer, loss_fn).predict(tokens(16))
     assert predicted.peak_bytes == pytest.approx(peak, rel=0.01)
 
 
 def test_the_parts_add_up_and_say_what_they_are() -> None:
     model = Decoder()
-    prediction = Rehearsal.of(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn).predict(tokens(16))
+    prediction = PeakPredictor.from_training(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn).predict(
+        tokens(16)
+    )
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     assert sum(prediction.parts.values()) == prediction.peak_bytes == max(prediction.phases.values())
     assert prediction.parts["parameters"] == prediction.parts["gradients"] == parameters
@@ -124,7 +126,11 @@ def test_the_parts_add_up_and_say_what_they_are() -> None:
 
 def test_bfloat16_weights_have_float32_sums() -> None:
     model = Decoder().bfloat16()
-    parts = Rehearsal.of(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn).predict(tokens(16)).parts
+    parts = (
+        PeakPredictor.from_training(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn)
+        .predict(tokens(16))
+        .parts
+    )
     assert parts["gradients"] == 2 * parts["parameters"]
 
 
@@ -132,7 +138,11 @@ def test_frozen_parameters_have_neither_gradients_nor_state() -> None:
     model = Decoder()
     model.embedding.requires_grad_(requires_grad=False)
     frozen = model.embedding.weight.numel() * 4
-    parts = Rehearsal.of(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn).predict(tokens(16)).parts
+    parts = (
+        PeakPredictor.from_training(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn)
+        .predict(tokens(16))
+        .parts
+    )
     assert parts["gradients"] == parts["parameters"] - frozen
 
 
@@ -140,7 +150,7 @@ def test_tied_weights_count_once() -> None:
     model = Decoder()
     model.head.weight = model.embedding.weight
     parameters = sum(p.numel() * 4 for p in model.parameters())
-    parts = Rehearsal.of(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn).predict(tokens(4)).parts
+    parts = PeakPredictor.from_training(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn).predict(tokens(4)).parts
     assert parts["parameters"] == parts["gradients"] == parameters
 
 
@@ -151,7 +161,7 @@ def test_nothing_of_the_model_or_the_optimizer_changes() -> None:
     engine.step(tokens(4))
     before = [tensor.clone() for tensor in [*model.parameters(), *state_of(optimizer)]]
     random_state = torch.get_rng_state()
-    Rehearsal.of(model, optimizer, loss_fn).predict(tokens(8))
+    PeakPredictor.from_training(model, optimizer, loss_fn).predict(tokens(8))
     after = [*model.parameters(), *state_of(optimizer)]
     assert all(
         (torch.equal(a, b) and type(a) is type(b)) or torch.equal(a, b) for a, b in zip(before, after, strict=True)
@@ -163,7 +173,9 @@ def test_nothing_of_the_model_or_the_optimizer_changes() -> None:
 def test_a_model_on_meta_is_predicted_for_a_device_that_is_not_here() -> None:
     with torch.device("meta"):
         model = Decoder(width=1024, vocabulary=50_000, layers=8)
-    rehearsal = Rehearsal.of(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn, device=torch.device("cuda"))
+    rehearsal = PeakPredictor.from_training(
+        model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn, device=torch.device("cuda")
+    )
     prediction = rehearsal.predict(torch.empty(4, 512, dtype=torch.int64, device="meta"))
     parameters = sum(p.numel() * 4 for p in model.parameters())
     assert prediction.parts["libraries"] == 64 * 2**20
@@ -177,8 +189,8 @@ def test_values_that_a_loss_reads_stand_in_as_one() -> None:
         return loss_sum * weight, int(items)
 
     model = Decoder()
-    plain = Rehearsal.of(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn).predict(tokens(4))
-    read = Rehearsal.of(model, OPTIMIZERS["SGD"](model.parameters()), reading).predict(tokens(4))
+    plain = PeakPredictor.from_training(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn).predict(tokens(4))
+    read = PeakPredictor.from_training(model, OPTIMIZERS["SGD"](model.parameters()), reading).predict(tokens(4))
     assert read.peak_bytes == pytest.approx(plain.peak_bytes, rel=0.01)
 
 
@@ -188,7 +200,7 @@ def test_a_step_whose_shapes_depend_on_the_data_says_that_it_cannot_be_predicted
         return F.cross_entropy(model(chosen[None])[0], chosen, reduction="sum"), len(chosen)
 
     model = Decoder()
-    rehearsal = Rehearsal.of(model, OPTIMIZERS["SGD"](model.parameters()), selecting)
+    rehearsal = PeakPredictor.from_training(model, OPTIMIZERS["SGD"](model.parameters()), selecting)
     with pytest.raises(PredictionError, match=r"^the step cannot run without data \("):
         rehearsal.predict(tokens(4))
 
@@ -200,12 +212,12 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
 
     model = Uncopied()
     with pytest.raises(PredictionError, match=r"^the model or its optimizer cannot be copied \(I am the only one\)$"):
-        Rehearsal.of(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn)
+        PeakPredictor.from_training(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn)
 
 
 def test_a_wide_product_into_a_matrix_that_is_there_allocates_nothing() -> None:
     cuda = torch.device("cuda")
-    with FakeTensorMode(), Tracker(cuda) as tracker:
+    with FakeTensorMode(), AllocationTracker(cuda) as tracker:
         total, left = torch.empty(64, 64, device=cuda), torch.empty(64, 64, device=cuda, dtype=torch.bfloat16)
         before = tracker.peak_bytes
         torch.addmm(total, left, left, out_dtype=torch.float32, out=total)

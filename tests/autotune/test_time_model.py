@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch.autotune.time_model import MOST_OVERHEAD_TOKENS, Timing
+from bigbatch.autotune.time_model import MAX_OVERHEAD_TOKENS, TimeModel
 from bigbatch.batching.plan import Cost
 
 thoroughly = settings(max_examples=150, deadline=None)
@@ -14,24 +14,24 @@ thoroughly = settings(max_examples=150, deadline=None)
 SECONDS = st.floats(1e-6, 1e3)
 SIZES = st.integers(1, 10**7)
 TIMINGS = st.dictionaries(SIZES, SECONDS, min_size=1, max_size=8).map(
-    lambda points: Timing(tuple(sorted(points.items())))
+    lambda points: TimeModel(tuple(sorted(points.items())))
 )
 
 
 @st.composite
-def rising(draw: st.DrawFn) -> Timing:
+def rising(draw: st.DrawFn) -> TimeModel:
     """Timings in which a larger micro-batch took no less."""
     sizes = sorted(draw(st.sets(SIZES, min_size=1, max_size=8)))
     seconds = sorted(draw(st.lists(SECONDS, min_size=len(sizes), max_size=len(sizes))))
-    return Timing(tuple(zip(sizes, seconds, strict=True)))
+    return TimeModel(tuple(zip(sizes, seconds, strict=True)))
 
 
-def line(*sizes: int, start_s: float = 0.25, token_s: float = 0.001) -> Timing:
-    return Timing(tuple((size, start_s + token_s * size) for size in sizes))
+def line(*sizes: int, start_s: float = 0.25, token_s: float = 0.001) -> TimeModel:
+    return TimeModel(tuple((size, start_s + token_s * size) for size in sizes))
 
 
 def test_between_two_points_is_their_line() -> None:
-    timing = Timing(((100, 1.0), (200, 3.0), (400, 4.0)))
+    timing = TimeModel(((100, 1.0), (200, 3.0), (400, 4.0)))
     assert [timing.of(size) for size in (100, 150, 200, 300, 400)] == [1.0, 2.0, 3.0, 3.5, 4.0]
 
 
@@ -42,22 +42,22 @@ def test_a_line_goes_on_below_and_above(sizes: tuple[int, ...], size: int) -> No
 
 
 def test_above_the_last_two_points_is_their_line() -> None:
-    assert Timing(((100, 1.0), (200, 3.0), (400, 4.0))).of(800) == pytest.approx(6.0)
+    assert TimeModel(((100, 1.0), (200, 3.0), (400, 4.0))).of(800) == pytest.approx(6.0)
 
 
 def test_far_below_a_steep_line_is_a_share_and_not_less_than_nothing() -> None:
-    timing = Timing(((100, 1.0), (200, 5.0)))
+    timing = TimeModel(((100, 1.0), (200, 5.0)))
     assert timing.of(90) == pytest.approx(0.9), "the line would have 0.6"
     assert timing.of(1) == pytest.approx(0.01)
 
 
 def test_one_point_is_a_share_of_it() -> None:
-    timing = Timing(((100, 2.0),))
+    timing = TimeModel(((100, 2.0),))
     assert [timing.of(size) for size in (1, 50, 100, 300)] == [0.02, 1.0, 2.0, 6.0]
 
 
 def test_a_larger_size_that_was_faster_is_believed_at_its_size_and_not_beyond() -> None:
-    timing = Timing(((100, 1.0), (200, 0.8)))
+    timing = TimeModel(((100, 1.0), (200, 0.8)))
     assert [timing.of(size) for size in (100, 150, 200)] == pytest.approx([1.0, 0.9, 0.8])
     assert timing.of(400) == 0.8, "no time is gained by a line that falls"
     assert timing.of(50) == 1.0
@@ -65,27 +65,27 @@ def test_a_larger_size_that_was_faster_is_believed_at_its_size_and_not_beyond() 
 
 @thoroughly
 @given(TIMINGS)
-def test_what_was_timed_is_told(timing: Timing) -> None:
+def test_what_was_timed_is_told(timing: TimeModel) -> None:
     for size, seconds in timing.points:
         assert math.isclose(timing.of(size), seconds, rel_tol=1e-9)
 
 
 @thoroughly
 @given(TIMINGS, SIZES)
-def test_times_are_positive_and_finite(timing: Timing, size: int) -> None:
+def test_times_are_positive_and_finite(timing: TimeModel, size: int) -> None:
     assert 0 < timing.of(size) < math.inf
 
 
 @thoroughly
 @given(rising(), SIZES, SIZES)
-def test_times_rise_with_the_size_where_the_points_do(timing: Timing, one: int, other: int) -> None:
+def test_times_rise_with_the_size_where_the_points_do(timing: TimeModel, one: int, other: int) -> None:
     less, more = sorted((one, other))
     assert timing.of(less) <= timing.of(more) * (1 + 1e-9)
 
 
 @thoroughly
 @given(TIMINGS, SIZES)
-def test_between_two_points_no_time_is_outside_of_theirs(timing: Timing, size: int) -> None:
+def test_between_two_points_no_time_is_outside_of_theirs(timing: TimeModel, size: int) -> None:
     smaller = [point for point in timing.points if point[0] <= size]
     larger = [point for point in timing.points if point[0] >= size]
     if smaller and larger:
@@ -103,30 +103,30 @@ def test_a_start_costs_as_many_tokens_as_take_its_time(size: int) -> None:
 
 def test_a_start_is_weighed_against_tokens_at_the_size_that_is_asked_about() -> None:
     """Up to 400 tokens a token takes 1 ms, from there on 3 ms."""
-    timing = Timing((*line(100, 200, 400).points, (800, 0.65 + 3 * 0.4)))
+    timing = TimeModel((*line(100, 200, 400).points, (800, 0.65 + 3 * 0.4)))
     assert timing.overhead_tokens(300) == timing.overhead_tokens(100) == 250
     assert timing.overhead_tokens(800) < 250
 
 
 def test_without_a_second_point_a_start_costs_nothing() -> None:
-    assert Timing(((100, 2.0),)).overhead_tokens(100) == 0
+    assert TimeModel(((100, 2.0),)).overhead_tokens(100) == 0
 
 
 def test_times_in_proportion_to_the_size_have_no_start() -> None:
-    assert Timing(((100, 1.0), (200, 2.0))).overhead_tokens(200) == 0
-    assert Timing(((100, 1.0), (200, 5.0))).overhead_tokens(200) == 0, "and none that is negative"
+    assert TimeModel(((100, 1.0), (200, 2.0))).overhead_tokens(200) == 0
+    assert TimeModel(((100, 1.0), (200, 5.0))).overhead_tokens(200) == 0, "and none that is negative"
 
 
 @pytest.mark.parametrize("seconds", [1.0, 0.5, 1.0 + 1e-12])
 def test_where_tokens_cost_no_time_a_start_costs_the_most(seconds: float) -> None:
-    assert Timing(((100, 1.0), (200, seconds))).overhead_tokens(200) == MOST_OVERHEAD_TOKENS
+    assert TimeModel(((100, 1.0), (200, seconds))).overhead_tokens(200) == MAX_OVERHEAD_TOKENS
 
 
 @thoroughly
 @given(TIMINGS, SIZES)
-def test_the_cost_of_a_start_is_bounded_and_can_be_planned_with(timing: Timing, size: int) -> None:
+def test_the_cost_of_a_start_is_bounded_and_can_be_planned_with(timing: TimeModel, size: int) -> None:
     tokens, cost, usual = timing.overhead_tokens(size), timing.cost(size), Cost()
-    assert 0 <= tokens <= MOST_OVERHEAD_TOKENS
+    assert 0 <= tokens <= MAX_OVERHEAD_TOKENS
     assert (cost.per_microbatch, cost.per_token, cost.per_pair) == (
         tokens * usual.per_token,
         usual.per_token,

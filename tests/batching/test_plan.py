@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bigbatch.batching.packing import Cost, cut_cheapest, cut_evenly, cut_full, deal, pack_best_fit, pack_evenly
+from bigbatch.batching.packing import Cost, cut_cheapest, cut_evenly, cut_full, distribute, pack_best_fit, pack_evenly
 from bigbatch.batching.plan import Plan, plan
 
 LAYOUTS = ("padded", "packed")
@@ -111,7 +111,7 @@ def test_the_same_request_gives_an_equal_plan_that_hashes_and_prints_alike(reque
 
 def test_a_plan_does_not_depend_on_the_hash_seed():
     call = "plan([7, 3, 3, 9, 1, 4] * 9, token_budget=20, data_parallel_size=4)"
-    code = f"from bigbatch.plan import plan; print({call}.microbatches)"
+    code = f"from bigbatch.batching.plan import plan; print({call}.microbatches)"
     told = {
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
@@ -122,7 +122,7 @@ def test_a_plan_does_not_depend_on_the_hash_seed():
 
 
 def test_planning_loads_neither_torch_nor_numpy():
-    code = "import sys, bigbatch.plan; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys, bigbatch.batching.plan; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -297,7 +297,7 @@ def test_packed_rows_of_a_fixed_size_hold_about_as_many_tokens():
 @given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 9))
 def test_a_deal_leaves_hands_no_further_apart_than_the_widest_layer(costs, num_hands):
     costs.sort(reverse=True)
-    hands = deal(costs, num_hands)
+    hands = distribute(costs, num_hands)
     assert sorted(i for hand in hands for i in hand) == list(range(len(costs)))
     assert all(hand == sorted(hand) for hand in hands)
     padded = costs + [0] * (-len(costs) % num_hands)

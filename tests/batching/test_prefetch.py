@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigbatch.batching.prefetch import Feed, _is_plain_host_tensor, _pin
+from bigbatch.batching.prefetch import Prefetcher, _is_plain_host_tensor, _pin
 from bigbatch.batching.split import split, split_into
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ def column(samples: int, *shape: int) -> Tensor:
 @pytest.mark.parametrize("groups", [[], [[4, 0]], [[3], [1, 2, 0], [4]]])
 def test_every_micro_batch_is_that_of_the_split(groups: list[list[int]]) -> None:
     parts = split_into({"a": column(5, 2), "b": [column(5), None]}, groups, device=CPU)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         taken = [feed.take(rows) for rows in parts.groups]
     assert [(part["a"].tolist(), part["b"][0].tolist()) for part in taken] == [
         (column(5, 2)[rows].tolist(), rows) for rows in groups
@@ -31,7 +31,7 @@ def test_what_is_no_tensor_comes_as_it_is() -> None:
         return torch.tensor([len(sample) for sample in samples]), samples, len(samples), None, {"first": samples[0]}
 
     parts = split(["a", "bb", "ccc"], 2, device=CPU, collate=collate)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         first, second = (feed.take(rows) for rows in parts.groups)
     assert first[0].tolist() == [1, 2]
     assert first[1:] == (["a", "bb"], 2, None, {"first": "a"})
@@ -51,7 +51,7 @@ def test_on_the_cpu_a_micro_batch_is_collated_in_its_own_turn_and_kept_by_nobody
             alive.remove(self[0])
 
     parts = split(list(range(6)), 2, device=CPU, collate=lambda samples: {"part": Holder(Part(samples))})
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         for rows in parts.groups:
             part = feed.take(rows)
             assert alive == [rows[0]]
@@ -70,14 +70,14 @@ class Holder:
 def test_on_the_cpu_micro_batches_are_views_of_the_batch() -> None:
     batch = column(6, 2)
     parts = split(batch, 3, device=CPU)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         pointers = {feed.take(rows).untyped_storage().data_ptr() for rows in parts.groups}
     assert pointers == {batch.untyped_storage().data_ptr()}
 
 
 def test_other_rows_are_taken_too_and_any_number_of_times() -> None:
     parts = split(column(5), 3, device=CPU)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         for rows in [parts.groups[0], range(2), range(2, 3), parts.groups[0], parts.groups[1], [4, 1]]:
             assert feed.take(rows).tolist() == list(rows)
     assert feed.take(range(1, 4)).tolist() == [1, 2, 3]
@@ -90,7 +90,7 @@ def test_an_error_of_collate_comes_from_the_rows_it_is_about() -> None:
         return torch.tensor(samples)
 
     parts = split(list(range(6)), 2, device=CPU, collate=collate)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         assert feed.take(parts.groups[0]).tolist() == [0, 1]
         with pytest.raises(ValueError, match="no three"):
             feed.take(parts.groups[1])

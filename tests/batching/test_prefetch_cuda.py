@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.batching.prefetch import Feed
+from bigbatch.batching.prefetch import Prefetcher
 from bigbatch.batching.split import Split, split, split_into
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +26,7 @@ def column(samples: int, *shape: int) -> Tensor:
 
 
 def take_all(parts: Split) -> list[Any]:
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         return [feed.take(rows) for rows in parts.groups]
 
 
@@ -106,7 +106,7 @@ def test_what_the_feed_does_not_copy_ahead_still_comes_to_the_device() -> None:
 def test_samples_are_collated_once_in_order_and_one_micro_batch_ahead() -> None:
     collate = Counting()
     parts = split(list(range(5)), 2, device=DEVICE, collate=collate)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         assert collate.calls == []
         for rows, calls in zip(parts.groups, (2, 3, 3), strict=True):
             assert feed.take(rows).tolist() == list(rows)
@@ -117,7 +117,7 @@ def test_samples_are_collated_once_in_order_and_one_micro_batch_ahead() -> None:
 def test_a_batch_that_is_on_the_device_is_not_touched_ahead() -> None:
     batch = column(6, 4).to(DEVICE)
     parts = split(batch, 2, device=DEVICE)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         for rows in parts.groups:
             assert feed.take(rows).untyped_storage().data_ptr() == batch.untyped_storage().data_ptr()
             assert feed._fetched is None
@@ -128,7 +128,7 @@ def test_a_batch_that_is_on_the_device_is_not_touched_ahead() -> None:
         return torch.tensor(samples, device=DEVICE)
 
     parts = split(list(range(4)), 2, device=DEVICE, collate=collate)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         assert feed.take(parts.groups[0]).tolist() == [0, 1]
         assert calls == [[0, 1]]
         assert feed.take(parts.groups[1]).tolist() == [2, 3]
@@ -137,7 +137,7 @@ def test_a_batch_that_is_on_the_device_is_not_touched_ahead() -> None:
 def test_rows_that_run_again_are_taken_by_themselves_and_the_next_ones_come_in_their_turn() -> None:
     collate = Counting()
     parts = split(list(range(6)), 2, device=DEVICE, collate=collate)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         first, second, third = parts.groups
         assert feed.take(first).tolist() == [0, 1]
         assert feed._fetched is not None
@@ -153,7 +153,7 @@ def test_rows_that_run_again_are_taken_by_themselves_and_the_next_ones_come_in_t
 def test_an_error_ahead_comes_in_the_turn_of_its_rows() -> None:
     errors = [(3, ValueError("no three")), (3, ValueError("still no three"))]
     parts = split(list(range(6)), 2, device=DEVICE, collate=Counting(errors))
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         assert feed.take(parts.groups[0]).tolist() == [0, 1]
         with pytest.raises(ValueError, match="still no three"):
             feed.take(parts.groups[1])
@@ -178,7 +178,7 @@ def test_running_out_of_memory_ahead_counts_in_the_turn_of_the_rows() -> None:
         return torch.full((samples[0] * MIB,), samples[0], dtype=torch.uint8)
 
     parts = split([1, 200, 2], 1, device=DEVICE, collate=collate)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         with at_most(64 * MIB):
             assert feed.take(parts.groups[0]).sum() == MIB
             with pytest.raises(torch.OutOfMemoryError):
@@ -193,7 +193,7 @@ def test_no_copy_is_read_too_early_or_overwritten_too_early(sleep: int, pinned: 
     batch = torch.arange(16, dtype=torch.int32)[:, None].repeat(1, 2 * MIB)
     parts = split(batch.pin_memory() if pinned else batch, 1, device=DEVICE)
     sums = []
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         for rows in parts.groups:
             part = feed.take(rows)
             if sleep:
@@ -209,7 +209,7 @@ def test_memory_that_was_given_back_is_not_written_by_a_copy_under_way(again: bo
     torch.cuda.empty_cache()  # so that what is given back is what the next one gets
     batch = torch.ones(2, 64 * MIB, dtype=torch.int8).pin_memory()
     parts = split(batch, 1, device=DEVICE)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         first = feed.take(parts.groups[0])
         assert feed._fetched is not None
         pointer = feed._fetched.leaves[0].data_ptr()
@@ -229,7 +229,7 @@ def test_the_next_micro_batch_is_copied_while_this_one_computes_and_the_host_wai
     parts = split(torch.ones(3, MIB), 1, device=DEVICE)
     take_all(parts)  # the first pinned memory of a size may wait for the device
     torch.cuda.synchronize()
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         feed.take(parts.groups[0])
         torch.cuda._sleep(LONG)
         computed = torch.cuda.current_stream().record_event()
@@ -249,7 +249,7 @@ def test_the_device_holds_two_micro_batches_however_far_the_host_is_ahead() -> N
     torch.cuda.reset_peak_memory_stats()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda._sleep(LONG)
-    with Feed(parts) as feed:
+    with Prefetcher(parts) as feed:
         for rows in parts.groups:
             feed.take(rows).add_(1)
     assert torch.cuda.max_memory_allocated() - allocated == 2 * size
@@ -287,7 +287,7 @@ def test_no_micro_batch_waits_for_the_device(collated: bool) -> None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with Feed(parts) as feed:
+        with Prefetcher(parts) as feed:
             for rows in parts.groups:
                 loss_sum, items = loss_fn(model, feed.take(rows))
                 window.backward(loss_sum, items=items)

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigbatch.batching.plan import plan
-from bigbatch.batching.token_groups import FINEST, SIZES_A_DOUBLING, group_by_tokens, round_down, round_up
+from bigbatch.batching.token_groups import MIN_ROW_STEP, SIZES_A_DOUBLING, group_by_tokens, round_down_row, round_up_row
 
 TOKENS = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
 LENGTHS = st.lists(st.integers(1, 900), max_size=60)
@@ -31,15 +31,15 @@ def laid_out(lengths: list[int], group: tuple[int, ...], layout: str) -> int:
 @example(1023)
 @example(2**40 - 1)
 def test_a_size_holds_its_tokens_with_less_than_an_eighth_of_filling(tokens: int) -> None:
-    size = round_up(tokens)
-    assert tokens <= size < tokens + max(FINEST, tokens / SIZES_A_DOUBLING + 1)
-    assert size % FINEST == 0
+    size = round_up_row(tokens)
+    assert tokens <= size < tokens + max(MIN_ROW_STEP, tokens / SIZES_A_DOUBLING + 1)
+    assert size % MIN_ROW_STEP == 0
 
 
 @given(TOKENS)
 def test_a_size_is_its_own_size_in_both_directions(tokens: int) -> None:
-    size = round_up(tokens)
-    assert round_up(size) == round_down(size) == size
+    size = round_up_row(tokens)
+    assert round_up_row(size) == round_down_row(size) == size
 
 
 @given(TOKENS)
@@ -47,25 +47,25 @@ def test_a_size_is_its_own_size_in_both_directions(tokens: int) -> None:
 @example(64)
 @example(512)
 def test_the_size_below_is_the_largest_that_is_no_more(tokens: int) -> None:
-    below = round_down(tokens)
-    if tokens < FINEST:
+    below = round_down_row(tokens)
+    if tokens < MIN_ROW_STEP:
         assert below == tokens
         return
-    assert below <= tokens < round_up(below + 1)
-    assert below == round_up(below)
-    assert tokens - below < max(FINEST, tokens / SIZES_A_DOUBLING)
+    assert below <= tokens < round_up_row(below + 1)
+    assert below == round_up_row(below)
+    assert tokens - below < max(MIN_ROW_STEP, tokens / SIZES_A_DOUBLING)
 
 
 @given(TOKENS, TOKENS)
 def test_more_tokens_never_have_a_smaller_size(one: int, other: int) -> None:
     fewer, more = sorted((one, other))
-    assert round_up(fewer) <= round_up(more)
-    assert round_down(fewer) <= round_down(more)
+    assert round_up_row(fewer) <= round_up_row(more)
+    assert round_down_row(fewer) <= round_down_row(more)
 
 
 def test_the_sizes_are_those_of_the_docstring_and_few() -> None:
-    sizes = sorted({round_up(tokens) for tokens in range(1, 2**16 + 1)})
-    assert sizes == sorted({round_down(tokens) for tokens in range(FINEST, 2**16 + 1)})
+    sizes = sorted({round_up_row(tokens) for tokens in range(1, 2**16 + 1)})
+    assert sizes == sorted({round_down_row(tokens) for tokens in range(MIN_ROW_STEP, 2**16 + 1)})
     assert sizes[:9] == [64, 128, 192, 256, 320, 384, 448, 512, 576]
     assert [size for size in sizes if 1024 <= size <= 4608] == [
         *(1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920),

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from bigbatch.cli import COMMANDS, main
 from bigbatch.cli import options as cli_options
 from bigbatch.cli.arguments import help_text, parse
-from bigbatch.cli.options import ELSEWHERE, GenerateOptions, PlanOptions, VerifyOptions
+from bigbatch.cli.options import FOREIGN_NAMES, GenerateOptions, PlanOptions, VerifyOptions
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import DEFAULT_STEPS, TrainConfig
 
@@ -513,8 +513,8 @@ def test_the_examples_of_the_help_are_understood(command: str):
 
 def test_names_from_elsewhere_lead_to_ours():
     ours = cli_options.COMMANDS["verify"].fields()
-    assert set(ELSEWHERE.values()) <= set(ours)
-    assert not set(ELSEWHERE) & set(ours)
+    assert set(FOREIGN_NAMES.values()) <= set(ours)
+    assert not set(FOREIGN_NAMES) & set(ours)
 
 
 # the process -----------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bigbatch.cli.console import TrainingDisplay, duration, make_console, preparing, quote
-from bigbatch.cli.eta import Pace
+from bigbatch.cli.console import TrainingDisplay, duration, make_console, progress_display, quote
+from bigbatch.cli.eta import EtaEstimator
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -24,10 +24,10 @@ def shown(*, terminal: bool, width: int = 100, total_steps: int = 100, skipped: 
         console, total_steps=total_steps, validation_every=half, entropy=6.5, prompt="def "
     ) as display:
         for step in range(1, total_steps + 1):
-            display.updated(row(step, skipped="no items" if step == skipped else None))
+            display.on_update(row(step, skipped="no items" if step == skipped else None))
             if step == half:
-                display.validated(step, 3.25)
-        display.sampled(total_steps, "def [red]f():\n    pass")
+                display.on_validation(step, 3.25)
+        display.on_sample(total_steps, "def [red]f():\n    pass")
     return out.getvalue()
 
 
@@ -68,15 +68,15 @@ def test_unknown_memory_is_said() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=False, width=100)
     with TrainingDisplay(console, total_steps=1, validation_every=None, entropy=None, prompt="") as display:
-        display.updated(row(1, peak_bytes=None))
-        display.validated(1, 3.0)
+        display.on_update(row(1, peak_bytes=None))
+        display.on_validation(1, 3.0)
     assert "memory unknown" in out.getvalue()
     assert "validation loss 3.000\n" in out.getvalue()
 
 
 def test_preparation_prints_each_kind_of_work_once_off_a_terminal() -> None:
     out = io.StringIO()
-    with preparing(Console(file=out, force_terminal=False)) as say:
+    with progress_display(Console(file=out, force_terminal=False)) as say:
         say("reading a")
         say("encoding")
         say("encoding", 5, 10)
@@ -86,7 +86,7 @@ def test_preparation_prints_each_kind_of_work_once_off_a_terminal() -> None:
 def test_preparation_shows_how_far_it_is_on_a_terminal_and_leaves_nothing() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80)
-    with preparing(console) as say:
+    with progress_display(console) as say:
         say("encoding", 5, 1000)
         console.print("in between")
     assert "encoding: 5 of 1,000 …" in out.getvalue()
@@ -94,7 +94,7 @@ def test_preparation_shows_how_far_it_is_on_a_terminal_and_leaves_nothing() -> N
 
 
 def test_preparation_may_be_silent() -> None:
-    with preparing(None) as say:
+    with progress_display(None) as say:
         say("reading a")
 
 
@@ -127,7 +127,7 @@ def test_durations_are_short(seconds: float, expected: str) -> None:
 
 def test_validations_and_samples_do_not_count_as_training() -> None:
     now = 0.0
-    pace = Pace(total_steps=10, validation_every=5, clock=lambda: now)
+    pace = EtaEstimator(total_steps=10, validation_every=5, clock=lambda: now)
     now = 100.0  # before the start: nothing
     pace.start()
     for _ in range(5):
@@ -151,7 +151,7 @@ def test_validations_and_samples_do_not_count_as_training() -> None:
 
 def test_a_validation_after_a_last_shorter_stretch_is_foreseen() -> None:
     now = 0.0
-    pace = Pace(total_steps=5, validation_every=4, clock=lambda: now)
+    pace = EtaEstimator(total_steps=5, validation_every=4, clock=lambda: now)
     for _ in range(4):
         now += 1.0
         pace.updated(1)

@@ -273,7 +273,7 @@ def reports(how: str) -> bigbatch.WindowReport:
     )
     rows = [range(3), range(3, 12)][dist.get_rank()]
     for _ in range(2):
-        report = engine.step(cases.rows_of(batch, rows), stopping=lambda: dist.get_rank() == 1)
+        report = engine.step(cases.rows_of(batch, rows), should_stop=lambda: dist.get_rank() == 1)
     return cases.plain(report)
 
 

@@ -169,7 +169,7 @@ class _Engine:
             batch = [cases.rows_of(rows, [row]) for row in range(len(rows["tokens"]))]
         if fails and self.place == "batch":
             batch = 3
-        report = self.engine.step(batch, give_up=self.give_up, stopping=self.stopping)
+        report = self.engine.step(batch, should_abandon=self.give_up, should_stop=self.stopping)
         if report.skipped or (report.ranks and report.ranks.stopping):
             raise OwnError(f"skipped: {report.skipped}, stopping: {report.ranks and report.ranks.stopping}")
 

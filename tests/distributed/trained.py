@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from bigbatch.lm.checkpoint import newest, read
 from bigbatch.lm.checkpoint.sharded_reader import read_into
 from bigbatch.lm.checkpoint.sharded_writer import write_sharded
-from bigbatch.lm.checkpoint.state_tree import put_together, take_apart
+from bigbatch.lm.checkpoint.state_tree import join_tensors, split_tensors
 from lm.saved import RUN_ID, bits
 
 Bits = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -64,26 +64,26 @@ class Run:
         return write_sharded(folder, step, run_id=RUN_ID, **parts_of(self.state()))
 
     def load(self, path: Path) -> None:
-        _, tensors = take_apart(self.state())
+        _, tensors = split_tensors(self.state())
         contents = read_into(path, tensors)
-        state = put_together(contents.values["state"], tensors)
+        state = join_tensors(contents.values["state"], tensors)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def load_whole(self, path: Path) -> None:
         contents = read(path)
         tensors = {place: t for part in contents.tensors.values() for place, t in part.items()}
-        state = put_together(contents.values["state"], tensors)
+        state = join_tensors(contents.values["state"], tensors)
         for name, tensor in self.state()["model"].items():
             tensor.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def bits(self) -> Bits:
         """Everything in the state, whole."""
-        return bits_of(take_apart(self.state())[1])
+        return bits_of(split_tensors(self.state())[1])
 
 
 def parts_of(state: dict[str, Any]) -> dict[str, Any]:
-    values, tensors = take_apart(state)
+    values, tensors = split_tensors(state)
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for place, tensor in tensors.items():
         parts["model" if place.startswith("/model/") else "optimizer"][place] = tensor

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from tests.distributed.launch import Patch
 
-from bigbatch.accumulation.pending_update import Transaction
-from bigbatch.lm.checkpoint.manager import Keeper
+from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.lm.checkpoint.manager import CheckpointManager
 from bigbatch.lm.training.trainer import Trainer
 
 
@@ -57,14 +57,14 @@ def kill_at_checkpoint(number: int) -> Patch:
 
 
 def _kill_at_checkpoint(number: int, _rank: int) -> None:
-    write, counted = Keeper._write, iter(range(1, 1000))
+    write, counted = CheckpointManager._write, iter(range(1, 1000))
 
-    def patched(self: Keeper, *words: Any) -> None:
+    def patched(self: CheckpointManager, *words: Any) -> None:
         if next(counted) == number:
             _signal(signal.SIGKILL)
         write(self, *words)
 
-    Keeper._write = patched  # type: ignore[method-assign]
+    CheckpointManager._write = patched  # type: ignore[method-assign]
 
 
 def _signal(number: int, *, twice: bool = False) -> None:
@@ -85,14 +85,14 @@ def _at_update(step: int, act: Callable[[], None], _rank: int) -> None:
 
 def _at_microbatch(act: Callable[[], None]) -> None:
     """Do something once, after the next micro-batch."""
-    add = Transaction.add
+    add = PendingUpdate.add
 
-    def patched(self: Transaction, *words: Any, **options: Any) -> None:
-        Transaction.add = add  # type: ignore[method-assign]
+    def patched(self: PendingUpdate, *words: Any, **options: Any) -> None:
+        PendingUpdate.add = add  # type: ignore[method-assign]
         add(self, *words, **options)
         act()
 
-    Transaction.add = patched  # type: ignore[method-assign]
+    PendingUpdate.add = patched  # type: ignore[method-assign]
 
 
 def out_of_memory(step: int) -> Patch:
@@ -120,7 +120,7 @@ def _note_windows(folder: Path, rank: int) -> None:
 
     def noted(self: Trainer, step: int, window: list[int], *words: Any) -> Any:
         with (folder / f"{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([step, window, self.share(window), self.engine.token_budget]) + "\n")
+            file.write(json.dumps([step, window, self.shard_window(window), self.engine.token_budget]) + "\n")
         return update(self, step, window, *words)
 
     Trainer._update = noted  # type: ignore[method-assign]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch
-from bigbatch.batching.token_groups import round_up
-from bigbatch.engine.engine import GROW_AFTER
+from bigbatch.batching.token_groups import round_up_row
+from bigbatch.engine.engine import WINDOWS_BEFORE_GROWTH
 from exactness import reference as ref
 
 EXACT = 1e-12
@@ -371,9 +371,9 @@ def test_a_token_budget_that_runs_out_of_memory_shrinks_but_takes_the_longest_sa
 
 
 def pack(samples):
-    """One row of a size that `round_up` gives; zeros fill it, and no sample has any."""
+    """One row of a size that `round_up_row` gives; zeros fill it, and no sample has any."""
     row = torch.cat(samples)
-    return torch.nn.functional.pad(row, (0, round_up(len(row)) - len(row)))[None]
+    return torch.nn.functional.pad(row, (0, round_up_row(len(row)) - len(row)))[None]
 
 
 def packing(budget, seen, **settings):
@@ -407,7 +407,7 @@ def test_packed_rows_stay_within_the_budget_and_give_the_full_batch_gradient(tok
     assert ref.relative_error(optimizer.recorded[0], full.recorded[0]) <= EXACT
     taken = [sum(len(samples[i]) for i in group) for group in engine.groups([len(sample) for sample in samples])]
     assert max(taken) <= tokens
-    assert seen == [(1, round_up(row)) for row in taken]
+    assert seen == [(1, round_up_row(row)) for row in taken]
     assert taken == sorted(taken, reverse=True)
     assert report.items == report.tokens == sum(taken) == sum(map(len, samples))
     assert report.num_microbatches == len(seen)
@@ -471,13 +471,13 @@ def test_packed_rows_that_run_out_of_memory_move_between_their_few_sizes():
         budgets.append(engine.token_budget)
     assert budgets == [512, 448, 384], "93 % of each, and then the size below"
     limit[0] = 1000
-    for _ in range(GROW_AFTER - 2):
+    for _ in range(WINDOWS_BEFORE_GROWTH - 2):
         assert (step(), engine.token_budget) == (0, 384)
     grown = []
     for _ in range(4):
         step()
         grown.append(engine.token_budget)
-        for _ in range(GROW_AFTER - 1):
+        for _ in range(WINDOWS_BEFORE_GROWTH - 1):
             assert (step(), engine.token_budget) == (0, grown[-1])
     assert grown == [448, 512, 576, 600], "a size at a time, and no further than what was asked for"
 
@@ -517,9 +517,9 @@ def test_recorded_launches_need_a_cuda_device():
 
 def test_without_recorded_launches_there_is_nothing_to_release():
     engine, optimizer = make()
-    engine.release()
+    engine.release_cuda_graphs()
     batch = ref.ragged_batch(10)
     engine.step(batch)
-    engine.release()
-    assert engine.recorder is None
+    engine.release_cuda_graphs()
+    assert engine.graph_runner is None
     assert_full(optimizer, engine.model, batch)

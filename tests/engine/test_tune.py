@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 import bigbatch
 from bigbatch import Engine, MemoryLimitError, TokenBudget
 from bigbatch.autotune import choice, probe
-from bigbatch.autotune.choice import Choice, describe_parts
-from bigbatch.autotune.peak_prediction import Rehearsal, state_of
+from bigbatch.autotune.choice import MicrobatchChoice, describe_parts
+from bigbatch.autotune.peak_prediction import PeakPredictor, state_of
 from bigbatch.memory import usage
 from bigbatch.memory.limit import MIB, describe_bytes
-from bigbatch.memory.usage import find_room
+from bigbatch.memory.usage import resolve_memory_budget
 from memory.helpers import (
     CPU,
     IGNORED,
@@ -43,8 +43,8 @@ BY_LENGTH: dict[str, Any] = {"collate": collate, "lengths": lengths_of}
 @pytest.fixture(autouse=True)
 def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test looks at the time; and each time that memory is released, garbage is collected."""
-    monkeypatch.setattr(probe, "SHORTEST_S", 0.0)
-    monkeypatch.setattr(choice, "MOST_PROBING_S", float("inf"))
+    monkeypatch.setattr(probe, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(choice, "MAX_PROBING_S", float("inf"))
     gc.freeze()
     yield
     gc.unfreeze()
@@ -66,7 +66,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, int], Engine]:
         held = [*engine.model.parameters(), *engine.model.buffers(), *state_of(optimizer)]
         others_bytes = resident_bytes - sum(tensor.nbytes for tensor in held)
         engine.memory = others_bytes + -(-usable_bytes * 100 // 95)
-        assert find_room(engine.memory, CPU, held).usable_bytes in range(usable_bytes, usable_bytes + 2)
+        assert resolve_memory_budget(engine.memory, CPU, held).usable_bytes in range(usable_bytes, usable_bytes + 2)
         return engine
 
     return ask
@@ -92,14 +92,14 @@ def test_a_step_stays_within_the_memory_that_was_asked_for(settings: dict[str, A
     usable = 16 * MIB
     engine = limit(engine_of(make(width=64), loss_fn if loss == "predicted" else selecting, **settings), usable)
     chosen = engine.tune(MANY)
-    assert (chosen.unpredicted is None) is (loss == "predicted")
+    assert (chosen.prediction_failure is None) is (loss == "predicted")
     assert chosen.unit == ("tokens" if settings is BY_LENGTH else "samples")
     assert chosen.peak_bytes <= usable
     for size in (chosen.size, chosen.largest):
-        engine.use(replace(chosen, size=size))
+        engine.set_microbatch(replace(chosen, size=size))
         assert peak_of_a_step(engine, MANY) <= 1.005 * usable
     assert peak_of_a_step(engine, MANY) >= 0.8 * usable, "the largest uses what there is"
-    engine.use(replace(chosen, size=2 * chosen.largest))
+    engine.set_microbatch(replace(chosen, size=2 * chosen.largest))
     assert peak_of_a_step(engine, MANY) > 1.05 * usable
 
 
@@ -108,7 +108,7 @@ def test_a_step_over_a_tensor_stays_within_the_memory_that_was_asked_for(limit: 
     engine = limit(engine_of(make(width=64)), usable)
     chosen = engine.tune(batch)
     assert (chosen.unit, engine.token_budget) == ("samples", None)
-    engine.use(replace(chosen, size=chosen.largest))
+    engine.set_microbatch(replace(chosen, size=chosen.largest))
     assert 0.8 * usable <= peak_of_a_step(engine, batch) <= 1.005 * usable
 
 
@@ -118,7 +118,7 @@ def test_a_padded_tensor_with_lengths_stays_within_the_memory_that_was_asked_for
     lengths = {"lengths": lambda tokens: (tokens != 0).sum(1)}
     engine = limit(engine_of(make(width=64), **lengths), usable)
     chosen = engine.tune(batch)
-    engine.use(replace(chosen, size=chosen.largest))
+    engine.set_microbatch(replace(chosen, size=chosen.largest))
     assert peak_of_a_step(engine, batch) <= 1.005 * usable
 
 
@@ -128,7 +128,7 @@ def test_large_buffers_are_within_the_memory_in_the_first_window_too(limit: Limi
     model.register_buffer("mask", torch.ones(MIB))
     engine = limit(engine_of(model, **BY_LENGTH), usable)
     chosen = engine.tune(MANY)
-    engine.use(replace(chosen, size=chosen.largest))
+    engine.set_microbatch(replace(chosen, size=chosen.largest))
     assert peak_of_a_step(engine, MANY) <= 1.005 * usable
 
 
@@ -141,13 +141,15 @@ def selecting(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
 
 def test_why_nothing_was_predicted_is_told() -> None:
     engine = engine_of(make(), selecting, **BY_LENGTH)
-    assert engine.tune(samples(8, 9, 10)).unpredicted == ("the step cannot run without data (aten.nonzero.default)")
+    assert engine.tune(samples(8, 9, 10)).prediction_failure == (
+        "the step cannot run without data (aten.nonzero.default)"
+    )
 
 
 @pytest.mark.parametrize("memory", [None, "50%", "2GiB", 2**31])
 def test_the_limit_is_what_was_asked_for_or_what_is_free(memory: Any) -> None:
     chosen = engine_of(make(), memory=memory, **BY_LENGTH).tune(samples(8, 9, 10))
-    total = find_room("100%", CPU, ()).limit_bytes
+    total = resolve_memory_budget("100%", CPU, ()).limit_bytes
     expected = {None: chosen.limit_bytes, "50%": total // 2, "2GiB": 2**31, 2**31: 2**31}[memory]
     assert chosen.limit_bytes == expected <= total
     assert chosen.peak_bytes < chosen.limit_bytes
@@ -317,7 +319,7 @@ def test_updates_after_tuning_are_to_the_bit_those_of_an_engine_that_took_the_ch
     found = updated(engine, batch, lambda engine: engine.tune(batch))
     chosen = engine.choice
     assert chosen is not None
-    expected = updated(engine_of(make(**kind), **settings), batch, lambda engine: engine.use(chosen))
+    expected = updated(engine_of(make(**kind), **settings), batch, lambda engine: engine.set_microbatch(chosen))
     assert all(map(torch.equal, found, expected))
     if settings is LISTED:
         fixed = engine_of(make(**kind), microbatch=chosen.size, **settings)
@@ -361,7 +363,7 @@ def test_a_choice_may_be_used_by_another_engine() -> None:
     batch = samples(*range(8, 24))
     chosen = engine_of(make(), **BY_LENGTH).tune(batch)
     engine = engine_of(make(), **BY_LENGTH)
-    engine.use(chosen)
+    engine.set_microbatch(chosen)
     assert engine.choice == chosen
     assert engine.step(batch).num_microbatches == len(engine.groups(lengths_of(batch)))
 
@@ -384,7 +386,7 @@ def test_a_model_in_evaluation_mode_stays_there() -> None:
     engine = engine_of(model, **BY_LENGTH)
     before = snapshot(model, engine.accumulator.optimizer)["buffers"]
     chosen = engine.tune(samples(8, 9, 10))
-    assert chosen.unpredicted is None
+    assert chosen.prediction_failure is None
     assert not any(module.training for module in model.modules())
     assert_same(before, snapshot(model, engine.accumulator.optimizer)["buffers"])
 
@@ -408,7 +410,7 @@ def test_frozen_parameters_take_neither_gradients_nor_state() -> None:
     batch = samples(*[40] * 8)
     engine = engine_of(model, **BY_LENGTH)
     chosen = engine.tune(batch)
-    assert chosen.unpredicted is None
+    assert chosen.prediction_failure is None
     one = samples(40)  # of which there is but one micro-batch, whatever the clock says
     peaks = [engine_of(kind, **BY_LENGTH).tune(one).peak_bytes for kind in (adapted(64), make(width=64))]
     assert peaks[0] < peaks[1]
@@ -438,7 +440,7 @@ def test_losses_of_several_terms_are_chosen_for_too() -> None:
         engine = engine_of(make(), loss, count_items=count_two, **BY_LENGTH)
         report = engine.step(batch)
         assert engine.choice is not None
-        assert (engine.choice.unpredicted is None) is (loss is both)
+        assert (engine.choice.prediction_failure is None) is (loss is both)
         assert {name: term.items for name, term in report.terms.items()} == count_two(batch)
 
 
@@ -463,7 +465,7 @@ def test_a_gradient_scaler_is_left_alone() -> None:
     engine = engine_of(make(), autocast, scaler=scaler, **BY_LENGTH)
     before = scaler.state_dict()
     chosen = engine.tune(samples(8, 9, 10))
-    assert chosen.unpredicted is None
+    assert chosen.prediction_failure is None
     assert scaler.state_dict() == before
     assert engine.step(samples(8, 9, 10)).skipped is None
 
@@ -473,7 +475,7 @@ def test_weights_in_bfloat16_are_chosen_for_and_stay_as_they_are() -> None:
     engine = engine_of(model, **BY_LENGTH)
     before = snapshot(model, engine.accumulator.optimizer)["parameters"]
     chosen = engine.tune(samples(8, 9, 10))
-    assert chosen.unpredicted is None
+    assert chosen.prediction_failure is None
     assert_same(before, snapshot(model, engine.accumulator.optimizer)["parameters"])
     assert engine.step(samples(8, 9, 10)).skipped is None
 
@@ -483,7 +485,7 @@ def test_modules_whose_parameters_are_not_made_yet_are_made() -> None:
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, x: (m(x).square().sum(), len(x)))
     report = engine.step(torch.ones(8, 3))
     assert engine.choice is not None
-    assert "cannot be copied" in str(engine.choice.unpredicted)
+    assert "cannot be copied" in str(engine.choice.prediction_failure)
     assert report.items == 8
 
 
@@ -494,7 +496,7 @@ def test_a_sample_that_does_not_fit_is_named_and_nothing_is_chosen(limit: Limit)
     model = make(width=64)
     engine = limit(engine_of(model, **BY_LENGTH), 8 * MIB)
     long, *short = samples(2000, 8, 9)
-    predicted = Rehearsal.of(model, engine.accumulator.optimizer, loss_fn).predict(long[None])
+    predicted = PeakPredictor.from_training(model, engine.accumulator.optimizer, loss_fn).predict(long[None])
     with pytest.raises(MemoryLimitError) as raised:
         engine.step([short[0], long, short[1]])
     assert str(raised.value) == (
@@ -564,7 +566,7 @@ def test_more_memory_than_there_is_is_refused() -> None:
         engine_of(make(), memory="1000TiB", **BY_LENGTH).tune(samples(8, 9))
 
 
-CHOICE = Choice(16, 9, "tokens", 1, 2, 1.0, 16, (), choice.Timing(((8, 1.0), (16, 1.5))))
+CHOICE = MicrobatchChoice(16, 9, "tokens", 1, 2, 1.0, 16, (), choice.TimeModel(((8, 1.0), (16, 1.5))))
 
 
 @pytest.mark.parametrize("microbatch", [4, TokenBudget(64)])
@@ -574,19 +576,19 @@ def test_an_engine_whose_micro_batch_is_decided_neither_tunes_nor_takes_a_choice
         engine.tune(samples(8, 9))
     assert str(raised.value) == f'microbatch={microbatch!r} is decided: pass microbatch="auto" to have it chosen.'
     with pytest.raises(ValueError, match="decided") as raised:
-        engine.use(CHOICE)
+        engine.set_microbatch(CHOICE)
     assert str(raised.value) == f'microbatch={microbatch!r} is decided: pass microbatch="auto" to take a choice.'
     assert engine.step(samples(8, 9)).num_microbatches == 1
 
 
 def test_a_choice_of_tokens_is_none_of_samples() -> None:
     with pytest.raises(ValueError, match="choice") as raised:
-        engine_of(make(), **LISTED).use(CHOICE)
+        engine_of(make(), **LISTED).set_microbatch(CHOICE)
     assert str(raised.value) == (
         "the choice is in tokens, and this engine counts samples: pass lengths=, or tune anew."
     )
     with pytest.raises(ValueError, match="choice") as raised:
-        engine_of(make(), **BY_LENGTH).use(replace(CHOICE, unit="samples"))
+        engine_of(make(), **BY_LENGTH).set_microbatch(replace(CHOICE, unit="samples"))
     assert str(raised.value) == (
         "the choice is in samples, and this engine counts tokens: leave lengths= out, or tune anew."
     )

@@ -79,8 +79,8 @@ class Pair:
             bigbatch.Engine(each, optimizer, loss_fn, cuda_graphs=records, **{"microbatch": 4, **settings})
             for each, optimizer, records in zip(self.models, self.optimizers, (True, False), strict=True)
         )
-        assert self.recording.recorder is not None
-        self.recorder = self.recording.recorder
+        assert self.recording.graph_runner is not None
+        self.recorder = self.recording.graph_runner
 
     def step(self, batch: Any) -> float:
         """Take an update with both; give how far their gradients are apart, and hold their reports to each other."""
@@ -104,8 +104,8 @@ def test_recorded_windows_have_the_gradients_of_unrecorded_ones(dtype: torch.dty
     for window in range(5):
         assert pair.step(masked_batch(rows, window, dtype)) <= WITHIN[dtype]
         shapes = len({min(4, rows - start) for start in range(0, rows, 4)})
-        assert pair.recorder.num_recordings == (0 if window == 0 else shapes)
-        assert pair.recorder.why_not is None
+        assert pair.recorder.num_graphs == (0 if window == 0 else shapes)
+        assert pair.recorder.disabled_reason is None
     assert difference(*([*model.parameters()] for model in pair.models)) <= 10 * WITHIN[dtype]
 
 
@@ -124,7 +124,7 @@ def test_the_gradient_is_that_of_the_whole_batch_and_not_a_mean_of_means() -> No
         pair.step(batch)
         assert difference(pair.optimizers[0].seen, list(full)) <= 1e-12
         assert difference(list(naive), list(full)) > 1e-2
-    assert pair.recorder.num_recordings == 2
+    assert pair.recorder.num_graphs == 2
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -138,7 +138,7 @@ def test_autocast_and_adamw_are_the_same_recorded(fused: bool) -> None:
     pair = Pair(mlp(), loss_fn)
     for window in range(4):
         assert pair.step(masked_batch(10, window)) <= 1e-4
-    assert pair.recorder.num_recordings == 2
+    assert pair.recorder.num_graphs == 2
     adamw = []
     for records in (True, False):
         model = mlp()
@@ -151,12 +151,12 @@ def test_autocast_and_adamw_are_the_same_recorded(fused: bool) -> None:
 
 
 def test_shapes_are_recorded_one_by_one_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST_RECORDINGS", 3)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3)
     pair = Pair(mlp(torch.float64))
     for rows, recordings in ((4, 0), (4, 1), (3, 2), (2, 3), (1, 3), (4, 3), (10, 3), (7, 3)):
         assert pair.step(masked_batch(rows, rows, torch.float64)) <= 1e-12
-        assert pair.recorder.num_recordings == recordings
-    assert pair.recorder.why_not is None
+        assert pair.recorder.num_graphs == recordings
+    assert pair.recorder.disabled_reason is None
 
 
 def test_lists_of_samples_of_many_lengths_are_recorded_by_shape() -> None:
@@ -191,8 +191,8 @@ def test_lists_of_samples_of_many_lengths_are_recorded_by_shape() -> None:
     )
     for window in range(5):
         assert pair.step(samples(window)) <= 1e-12
-    assert pair.recorder.why_not is None
-    assert pair.recorder.num_recordings > 3
+    assert pair.recorder.disabled_reason is None
+    assert pair.recorder.num_graphs > 3
 
 
 def test_dropout_drops_others_in_every_micro_batch_and_window() -> None:
@@ -220,8 +220,8 @@ def test_dropout_drops_others_in_every_micro_batch_and_window() -> None:
         assert kept.unique().numel() == 9, "the same ones are dropped in all"
         assert abs(float(kept.double().mean()) - 4) < 0.1
         seen.append(kept)
-    assert engine.recorder is not None
-    assert (engine.recorder.num_recordings, engine.recorder.why_not) == (1, None)
+    assert engine.graph_runner is not None
+    assert (engine.graph_runner.num_graphs, engine.graph_runner.disabled_reason) == (1, None)
     assert len({tuple(kept.tolist()) for kept in seen}) == 4
 
 
@@ -230,17 +230,17 @@ def test_evaluation_and_training_are_recorded_apart() -> None:
     pair = Pair(model.eval())
     for window in range(3):
         assert pair.step(masked_batch(8, window, torch.float64)) <= 1e-12
-    assert pair.recorder.num_recordings == 1
+    assert pair.recorder.num_graphs == 1
     for each in pair.models:
         each.train()
     pair.recording.step(masked_batch(8, 3, torch.float64))
-    assert pair.recorder.num_recordings == 2
+    assert pair.recorder.num_graphs == 2
     for each in pair.models:
         each.eval()
     pair.plain.step(masked_batch(8, 3, torch.float64))
     pair.models[1].load_state_dict(pair.models[0].state_dict())
     assert pair.step(masked_batch(8, 4, torch.float64)) <= 1e-12
-    assert pair.recorder.num_recordings == 2
+    assert pair.recorder.num_graphs == 2
 
 
 def test_a_parameter_that_nothing_reaches_gets_no_gradient() -> None:
@@ -250,7 +250,7 @@ def test_a_parameter_that_nothing_reaches_gets_no_gradient() -> None:
     for window in range(4):
         assert pair.step(masked_batch(8, window, torch.float64)) <= 1e-12
         assert sum(gradient is None for gradient in pair.optimizers[0].seen) == 1
-    assert (pair.recorder.num_recordings, pair.recorder.why_not) == (1, None)
+    assert (pair.recorder.num_graphs, pair.recorder.disabled_reason) == (1, None)
 
 
 # where the sums are ----------------------------------------------------------------------------------------------
@@ -259,12 +259,12 @@ def test_a_parameter_that_nothing_reaches_gets_no_gradient() -> None:
 def test_sums_stay_where_they_are_and_leave_nothing_behind() -> None:
     pair = Pair(mlp())
     pair.step(masked_batch(8, 0))
-    assert pair.recorder.kept is not None
-    addresses = {parameter: total.data_ptr() for parameter, total in pair.recorder.kept.items()}
+    assert pair.recorder.static_buffers is not None
+    addresses = {parameter: total.data_ptr() for parameter, total in pair.recorder.static_buffers.items()}
     assert addresses.keys() == set(pair.models[0].parameters())
     for window in range(1, 4):
         pair.step(masked_batch(8, window))
-        assert {parameter: total.data_ptr() for parameter, total in pair.recorder.kept.items()} == addresses
+        assert {parameter: total.data_ptr() for parameter, total in pair.recorder.static_buffers.items()} == addresses
         assert all(parameter.grad is None for parameter in pair.models[0].parameters())
 
 
@@ -291,18 +291,18 @@ def test_what_is_released_is_given_back_and_recorded_again() -> None:
     batch = masked_batch(4096)
     engine.step(batch)
     first = optimizer.seen
-    engine.release()
+    engine.release_cuda_graphs()
     before = reserved_bytes()
     engine.step(batch)
-    assert engine.recorder is not None
-    assert engine.recorder.num_recordings == 1
+    assert engine.graph_runner is not None
+    assert engine.graph_runner.num_graphs == 1
     recorded = reserved_bytes() - before
     assert recorded >= 4096 * 8192 * 4, "activations stay with the recording"
-    engine.release()
-    assert engine.recorder.num_recordings == 0
+    engine.release_cuda_graphs()
+    assert engine.graph_runner.num_graphs == 0
     assert reserved_bytes() - before <= recorded // 2, "but for workspaces of libraries"
     engine.step(batch)
-    assert engine.recorder.num_recordings == 1
+    assert engine.graph_runner.num_graphs == 1
     assert difference(optimizer.seen, first) <= 1e-6
 
 
@@ -311,12 +311,12 @@ def test_a_copied_engine_records_its_own_model() -> None:
     for window in range(2):
         pair.step(masked_batch(8, window))
     other = copy.deepcopy(pair.recording)
-    assert other.recorder is not None
-    assert (other.recorder.num_recordings, other.recorder.kept) == (0, None)
+    assert other.graph_runner is not None
+    assert (other.graph_runner.num_graphs, other.graph_runner.static_buffers) == (0, None)
     before = [parameter.detach().clone() for parameter in pair.models[0].parameters()]
     for window in range(3):
         other.step(masked_batch(8, window))
-    assert other.recorder.num_recordings == 1
+    assert other.graph_runner.num_graphs == 1
     assert all(torch.equal(a, b) for a, b in zip(before, pair.models[0].parameters(), strict=True))
     assert pair.step(masked_batch(8, 5)) <= 1e-6
 
@@ -339,7 +339,7 @@ def test_a_parameter_that_is_frozen_in_mid_run_gets_no_gradient() -> None:
     for window in range(3, 6):
         assert pair.step(masked_batch(8, window, torch.float64)) <= 1e-12
         assert pair.optimizers[0].seen[-1] is None
-    assert (pair.recorder.num_recordings, pair.recorder.why_not) == (1, None)
+    assert (pair.recorder.num_graphs, pair.recorder.disabled_reason) == (1, None)
 
 
 def test_a_parameter_that_is_trained_from_some_window_on_gets_its_gradient() -> None:
@@ -387,7 +387,7 @@ def test_a_micro_batch_that_reaches_other_parameters_is_run_as_it_is() -> None:
     pair = Pair(TwoHeads().to(DEVICE, torch.float64), loss_fn, collate=collate)
     for window, head in enumerate((0, 0, 0, 1, 0, 1)):
         assert pair.step(samples(head, window)) <= 1e-12
-    assert pair.recorder.why_not == "micro-batches reach different parameters"
+    assert pair.recorder.disabled_reason == "micro-batches reach different parameters"
 
 
 # what cannot be recorded -----------------------------------------------------------------------------------------
@@ -428,11 +428,11 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_counts_once(why: str) -> No
     pair = Pair(mlp(torch.float64), loss_fn)
     for window in range(4):
         assert pair.step(masked_batch(10, window, torch.float64)) <= 1e-12
-    assert pair.recorder.num_recordings == 0
+    assert pair.recorder.num_graphs == 0
     assert not pair.recorder.is_ready
-    assert pair.recorder.why_not
-    assert "\n" not in pair.recorder.why_not
-    assert said is None or pair.recorder.why_not == said
+    assert pair.recorder.disabled_reason
+    assert "\n" not in pair.recorder.disabled_reason
+    assert said is None or pair.recorder.disabled_reason == said
 
 
 @pytest.mark.parametrize("loss_fn", [reads_a_value, fails_after_backward_began])
@@ -440,7 +440,7 @@ def test_memory_can_be_given_back_after_a_recording_that_failed(loss_fn: Callabl
     pair = Pair(mlp(torch.float64), loss_fn)
     for window in range(3):
         pair.step(masked_batch(10, window, torch.float64))
-    assert pair.recorder.why_not
+    assert pair.recorder.disabled_reason
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
@@ -459,15 +459,15 @@ def test_losses_of_several_terms_are_run_as_they_are() -> None:
     pair = Pair(mlp(torch.float64), loss_fn, count_items=count_items)
     for window in range(3):
         assert pair.step(masked_batch(10, window, torch.float64)) <= 1e-12
-    assert pair.recorder.num_recordings == 0
+    assert pair.recorder.num_graphs == 0
 
 
 def test_weights_in_bfloat16_are_run_as_they_are() -> None:
     pair = Pair(mlp(torch.bfloat16))
     for window in range(3):
         assert pair.step(masked_batch(10, window, torch.bfloat16)) <= 1e-6
-    assert pair.recorder.why_not == "gradients are sparse, or of parameters in bfloat16 or float16"
-    assert pair.recorder.num_recordings == 0
+    assert pair.recorder.disabled_reason == "gradients are sparse, or of parameters in bfloat16 or float16"
+    assert pair.recorder.num_graphs == 0
 
 
 def test_a_gradient_scaler_keeps_the_launches_as_they_are() -> None:
@@ -481,8 +481,8 @@ def test_a_gradient_scaler_keeps_the_launches_as_they_are() -> None:
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=4, scaler=scaler, cuda_graphs=True)
     for window in range(3):
         assert engine.step(masked_batch(10, window)).skipped is None
-    assert engine.recorder is not None
-    assert engine.recorder.num_recordings == 0
+    assert engine.graph_runner is not None
+    assert engine.graph_runner.num_graphs == 0
 
 
 def test_running_out_of_memory_while_recording_falls_back_and_counts_once() -> None:
@@ -498,8 +498,8 @@ def test_running_out_of_memory_while_recording_falls_back_and_counts_once() -> N
     for window in range(4):
         assert pair.step(masked_batch(10, window, torch.float64)) <= 1e-12
     assert times == [1], "not tried again"
-    assert pair.recorder.why_not == "memory ran out"
-    assert pair.recorder.num_recordings == 0
+    assert pair.recorder.disabled_reason == "memory ran out"
+    assert pair.recorder.num_graphs == 0
 
 
 def test_running_out_of_memory_for_real_while_recording_falls_back() -> None:
@@ -511,8 +511,8 @@ def test_running_out_of_memory_for_real_while_recording_falls_back() -> None:
     pair = Pair(mlp(torch.float64), loss_fn)
     for window in range(4):
         assert pair.step(masked_batch(10, window, torch.float64)) <= 1e-12
-    assert pair.recorder.why_not
-    assert pair.recorder.num_recordings == 0
+    assert pair.recorder.disabled_reason
+    assert pair.recorder.num_graphs == 0
     assert torch.ones(3, device=DEVICE).sum().item() == 3, "the device is well"
 
 
@@ -530,7 +530,7 @@ def test_running_out_of_memory_in_the_first_window_delays_recording_by_one() -> 
     recordings = []
     for window in range(3):
         assert engine.step(masked_batch(8, window, torch.float64)).retries == (window == 0)
-        recordings.append(engine.recorder.num_recordings)  # type: ignore[union-attr]
+        recordings.append(engine.graph_runner.num_graphs)  # type: ignore[union-attr]
     assert recordings == [0, 0, 2]  # a size of 3 since the failure: 3, 3 and 2 samples
 
 
@@ -568,8 +568,8 @@ def test_no_replayed_micro_batch_waits_for_the_device() -> None:
     batches = {rows: tuple(tensor.to(DEVICE) for tensor in masked_batch(rows)) for rows in (16, 128)}
     for _ in range(2):
         engine.step(batches[16])
-    assert engine.recorder is not None
-    assert engine.recorder.num_recordings == 1
+    assert engine.graph_runner is not None
+    assert engine.graph_runner.num_graphs == 1
     counts = []
     before = torch.cuda.get_sync_debug_mode()
     for rows in (16, 128):
@@ -583,7 +583,7 @@ def test_no_replayed_micro_batch_waits_for_the_device() -> None:
         assert report.num_microbatches == rows // 4
         counts.append(len([wait for wait in waits if "synchroniz" in str(wait.message)]))
     assert counts[0] == counts[1] <= 3
-    assert engine.recorder.num_recordings == 1
+    assert engine.graph_runner.num_graphs == 1
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_recorded_micro_batches() -> None:
@@ -597,8 +597,8 @@ def test_peak_memory_does_not_grow_with_the_number_of_recorded_micro_batches() -
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=512, cuda_graphs=True)
     for _ in range(2):
         engine.step(torch.randn(1024, 256))
-    assert engine.recorder is not None
-    assert engine.recorder.num_recordings == 1
+    assert engine.graph_runner is not None
+    assert engine.graph_runner.num_graphs == 1
     peaks = []
     for num_microbatches in (2, 64):
         torch.cuda.reset_peak_memory_stats()
@@ -614,6 +614,6 @@ def test_the_micro_batch_that_auto_chooses_is_timed_and_run_recorded() -> None:
     engine = bigbatch.Engine(model, optimizer, masked_loss, memory="2GiB", cuda_graphs=True)
     for window in range(3):
         assert engine.step(masked_batch(64, window)).skipped is None
-    assert engine.recorder is not None
-    assert engine.recorder.why_not is None
-    assert engine.recorder.num_recordings >= 1
+    assert engine.graph_runner is not None
+    assert engine.graph_runner.disabled_reason is None
+    assert engine.graph_runner.num_graphs >= 1

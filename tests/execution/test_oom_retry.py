@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch
-from bigbatch.execution.oom_retry import Recovery
+from bigbatch.execution.oom_retry import OomRetry
 
 EXACT = 1e-12
 
@@ -396,7 +396,7 @@ def test_a_sample_that_does_not_fit_is_named_with_its_length() -> None:
 
     model = make()
     window, transaction = bigbatch.Accumulator(model, Recording(model)).open((), None)
-    recovery = Recovery(model, torch.device("cpu"))
+    recovery = OomRetry(model, torch.device("cpu"))
     recovery.begin(transaction, lengths)
     with pytest.raises(bigbatch.MemoryLimitError) as raised:
         recovery.add(forward, range(4))

@@ -34,7 +34,7 @@ def test_narrow_sums_live_in_float32_and_leave_no_gradient_behind(dtype):
             assert all(p.grad is None for p in model.parameters())
         assert {tensor.dtype for tensor in sums.tensors()} == {torch.float32}
         assert ref.hooks_of(model) == 2
-        sums.hand_over()
+        sums.write_to_grad()
         assert {p.grad.dtype for p in model.parameters()} == {dtype}
     assert ref.hooks_of(model) == 0
     assert all(p.grad is None for p in model.parameters())

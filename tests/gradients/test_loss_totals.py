@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bigbatch.gradients.loss_totals import Ledger, as_terms
+from bigbatch.gradients.loss_totals import LossTotals, as_terms
 
 LOSS = torch.tensor(6.0, requires_grad=True)
 
@@ -14,7 +14,7 @@ LOSS = torch.tensor(6.0, requires_grad=True)
 def test_a_pair_is_one_term(result):
     terms = as_terms(result)
     assert list(terms) == ["loss"]
-    ledger = Ledger()
+    ledger = LossTotals()
     assert ledger.record(terms) is LOSS
     assert ledger.divisor() == 3
     assert ledger.terms()["loss"].loss == 2
@@ -65,7 +65,7 @@ def test_what_is_no_sum_or_no_count_is_a_value_error_that_names_it(result, messa
 
 def test_integers_of_numpy_are_counts_too():
     numpy = pytest.importorskip("numpy")
-    ledger = Ledger()
+    ledger = LossTotals()
     ledger.record(as_terms((LOSS, numpy.int64(3))))
     assert ledger.divisor() == 3
 
@@ -78,21 +78,21 @@ def test_counts_in_a_dtype_that_cannot_count_that_far_are_refused():
 
 
 def test_a_micro_batch_without_a_term_needs_totals():
-    assert Ledger({"a": 3}).record(as_terms({})) is None
+    assert LossTotals({"a": 3}).record(as_terms({})) is None
     with pytest.raises(ValueError, match="the loss has no term"):
-        Ledger().record(as_terms({}))
+        LossTotals().record(as_terms({}))
 
 
 def test_counts_are_compared_exactly_however_large():
     """A window of a million tokens whose count is one off was counted by another rule."""
-    ledger = Ledger({"a": 1_000_001})
+    ledger = LossTotals({"a": 1_000_001})
     ledger.record({"a": (LOSS, 1_000_000)})
     with pytest.raises(ValueError, match="told 1000001 items for the term 'a', and the micro-batches held 1000000"):
         ledger.divisor()
 
 
 def test_the_divisor_is_the_sum_of_the_items_never_the_number_of_micro_batches():
-    ledger = Ledger()
+    ledger = LossTotals()
     for items in (5, 0, 2):
         ledger.record({"loss": (LOSS, items)})
     assert ledger.divisor() == ledger.items() == 7
@@ -100,7 +100,7 @@ def test_the_divisor_is_the_sum_of_the_items_never_the_number_of_micro_batches()
 
 
 def test_a_micro_batch_without_items_has_nothing_to_differentiate():
-    ledger = Ledger()
+    ledger = LossTotals()
     assert ledger.record({"loss": (torch.tensor(math.nan), 0)}) is None
     assert ledger.divisor() == 0
     report = ledger.terms()["loss"]
@@ -109,21 +109,21 @@ def test_a_micro_batch_without_items_has_nothing_to_differentiate():
 
 
 def test_term_names_may_not_change_between_micro_batches_without_totals():
-    ledger = Ledger()
+    ledger = LossTotals()
     ledger.record({"a": (LOSS, 1)})
     with pytest.raises(ValueError, match="the loss has the terms 'a', 'b': several terms need their totals"):
         ledger.record({"b": (LOSS, 1)})
 
 
 def test_a_term_that_was_counted_and_never_came_is_found():
-    ledger = Ledger({"a": 2, "b": 1})
+    ledger = LossTotals({"a": 2, "b": 1})
     ledger.record({"a": (LOSS, 2)})
     with pytest.raises(ValueError, match="count_items told 1 items for the term 'b', and the micro-batches held 0"):
         ledger.divisor()
 
 
 def test_items_for_a_term_whose_total_is_zero_are_found():
-    ledger = Ledger({"a": 0})
+    ledger = LossTotals({"a": 0})
     ledger.record({"a": (LOSS, 2)})
     with pytest.raises(ValueError, match="told 0 items for the term 'a', and the micro-batches held 2"):
         ledger.divisor()
@@ -131,7 +131,7 @@ def test_items_for_a_term_whose_total_is_zero_are_found():
 
 @pytest.mark.parametrize("items", [[1, 8], [8, 1], [1, 1, 1], [0.25, 5.0], [3], [1000, 1]])
 def test_prescaling_divides_every_micro_batch_by_the_same_power_of_two(items):
-    ledger = Ledger(prescale=True)
+    ledger = LossTotals(prescale=True)
     loss = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     factors = [ledger.record({"loss": (loss, count)}).item() for count in items]
     assert len(set(factors)) == 1
@@ -140,7 +140,7 @@ def test_prescaling_divides_every_micro_batch_by_the_same_power_of_two(items):
 
 
 def test_changing_the_loss_in_place_afterwards_does_not_change_the_report():
-    ledger = Ledger()
+    ledger = LossTotals()
     loss = torch.tensor(6.0)
     ledger.record({"loss": (loss, 3)})
     loss /= 100
@@ -148,7 +148,7 @@ def test_changing_the_loss_in_place_afterwards_does_not_change_the_report():
 
 
 def test_loss_sums_of_several_dtypes_are_summed_in_float64():
-    ledger = Ledger()
+    ledger = LossTotals()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         ledger.record({"loss": (torch.tensor(256.0, dtype=dtype), 1)})
     ledger.record({"loss": (torch.tensor(1.0, dtype=torch.bfloat16), 1)})

@@ -11,8 +11,8 @@ from bigbatch.lm.bench.workload import Workload
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.tokenizer import train_tokenizer
 from bigbatch.lm.runs.directory import RunDirectory
-from bigbatch.lm.training.setup import Prepared, prepare
-from bigbatch.lm.training.trainer import Outcome, Trainer
+from bigbatch.lm.training.setup import TrainingSetup, set_up_training
+from bigbatch.lm.training.trainer import Trainer, TrainResult
 
 TINY_WORKLOAD = Workload(
     name="w-small",
@@ -97,12 +97,12 @@ class Heard:
         self.samples.append((step, text))
 
 
-def run(folder: Path, **settings: Any) -> tuple[Prepared, Heard, Outcome]:
+def run(folder: Path, **settings: Any) -> tuple[TrainingSetup, Heard, TrainResult]:
     """Train as the settings say, with the run directory at ``folder``."""
-    prepared = prepare(TrainConfig(device="cpu", **settings))
+    prepared = set_up_training(TrainConfig(device="cpu", **settings))
     heard = Heard()
     directory = RunDirectory.create(folder, prepared.config.model_dump(mode="json"))
-    return prepared, heard, Trainer(prepared).run(directory, listener=heard)
+    return prepared, heard, Trainer(prepared).run(directory, callback=heard)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

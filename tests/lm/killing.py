@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigbatch.accumulation.pending_update import Transaction
+from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.cli.commands import resume, train
 from bigbatch.cli.options import ResumeOptions
-from bigbatch.execution.oom_retry import Recovery
+from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.lm.checkpoint import manager, newest, read
 from bigbatch.lm.checkpoint.hashed_file import HashedFile
 from bigbatch.lm.config.train_config import TrainConfig
@@ -106,8 +106,8 @@ class Points:
         for name in ("fsync", "rename", "unlink", "rmdir", "mkdir", "truncate"):
             self.around(os, name, name)
         self.around(HashedFile, "write", "write")
-        self.around(Recovery, "add", "micro-batch")
-        self.around(Transaction, "add", "backward")
+        self.around(OomRetry, "add", "micro-batch")
+        self.around(PendingUpdate, "add", "backward")
         self.around(torch.optim.AdamW, "step", "optimizer")
         self.around(torch.optim.lr_scheduler.LambdaLR, "step", "scheduler")
         self.around(manager, "write", "checkpoint")

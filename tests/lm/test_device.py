@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bigbatch.errors import InputError
-from bigbatch.lm.device import find_machine
+from bigbatch.lm.device import resolve_device
 
 
 def test_the_cpu_computes_in_float32_unless_asked() -> None:
-    machine = find_machine("cpu", "auto")
+    machine = resolve_device("cpu", "auto")
     assert (machine.device.type, machine.precision, machine.weights_dtype) == ("cpu", "float32", torch.float32)
     assert machine.scaler() is None
     assert str(machine) == "cpu, float32"
@@ -18,17 +18,17 @@ def test_the_cpu_computes_in_float32_unless_asked() -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_a_missing_gpu_is_named_with_the_reason(device: str) -> None:
     with pytest.raises(InputError, match=rf"^--device {device} is not there: .*CUDA.*; use --device cpu\.$"):
-        find_machine(device, "auto")
+        resolve_device(device, "auto")
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without an Apple GPU")
 def test_a_missing_apple_gpu_is_named() -> None:
     with pytest.raises(InputError, match="--device mps is not there: torch finds no Apple GPU"):
-        find_machine("mps", "float32")
+        resolve_device("mps", "float32")
 
 
 def test_float16_comes_with_a_scaler_and_autocast() -> None:
-    machine = find_machine("cpu", "fp16")
+    machine = resolve_device("cpu", "fp16")
     assert machine.scaler() is not None
     with machine.autocast():
         assert torch.is_autocast_enabled("cpu")

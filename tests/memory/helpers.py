@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbatch.autotune.choice import Step
+from bigbatch.autotune.choice import TuningProblem
 from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.batching.split import split
-from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 
 CPU = torch.device("cpu")
 VOCABULARY = 128
@@ -79,20 +79,22 @@ def make_step(
     optimizer: torch.optim.Optimizer | None = None,
     loss: Callable[..., Any] = loss_fn,
     by_length: bool = False,
-) -> Step:
+) -> TuningProblem:
     """A step over a tensor, or over a list of samples."""
     model = make() if model is None else model
     optimizer = adamw(model) if optimizer is None else optimizer
     listed = isinstance(batch, list)
     parts = split(batch, 1, device=CPU, collate=collate if listed else None)
-    return Step(model, optimizer, loss, parts, lengths_of(batch) if by_length else None, alike=not listed)
+    return TuningProblem(
+        model, optimizer, loss, parts, lengths_of(batch) if by_length else None, uniform_length=not listed
+    )
 
 
-def tracked(model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable[[], Any]) -> Tracker:
+def tracked(model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable[[], Any]) -> AllocationTracker:
     """Count all tensors of a training step: those that are there, and those that it makes."""
     held = [*model.parameters(), *model.buffers(), *(p for group in optimizer.param_groups for p in group["params"])]
-    with Tracker(CPU) as tracker:
-        tracker.hold(held, Part.PARAMETERS)
-        tracker.hold(state_of(optimizer), Part.OPTIMIZER)
+    with AllocationTracker(CPU) as tracker:
+        tracker.track(held, MemoryCategory.PARAMETERS)
+        tracker.track(state_of(optimizer), MemoryCategory.OPTIMIZER)
         run()
     return tracker

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigbatch.memory import allocation_tracker as module
-from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-class Checked(Tracker):
+class Checked(AllocationTracker):
     """A tracker that looks at every moment whether its parts are its total."""
 
     moments = 0
@@ -27,17 +27,17 @@ class Checked(Tracker):
         return result
 
 
-def check(tracker: Tracker) -> None:
+def check(tracker: AllocationTracker) -> None:
     assert tracker.live_bytes.total() == tracker._now <= tracker.peak_bytes == tracker.parts_at_peak.total()
     assert min(tracker.live_bytes.values(), default=0) >= 0
 
 
-def live(tracker: Tracker) -> int:
+def live(tracker: AllocationTracker) -> int:
     return tracker.live_bytes.total()
 
 
 def test_the_peak_of_a_few_operations_is_what_it_is_by_hand() -> None:
-    with Tracker(CPU) as tracker:
+    with AllocationTracker(CPU) as tracker:
         a = torch.ones(100)  # 400
         b = a * 2  # 800
         c = a + b  # 1,200
@@ -52,8 +52,8 @@ def test_the_peak_of_a_few_operations_is_what_it_is_by_hand() -> None:
 
 def test_the_peak_of_a_linear_layer_is_what_it_is_by_hand() -> None:
     layer, inputs = nn.Linear(3, 5), torch.ones(7, 3)
-    with Tracker(CPU) as tracker:
-        tracker.hold(layer.parameters(), Part.PARAMETERS)
+    with AllocationTracker(CPU) as tracker:
+        tracker.track(layer.parameters(), MemoryCategory.PARAMETERS)
         loss = layer(inputs).sum()  # the outputs are freed at once: a sum keeps nothing
         assert (tracker.peak_bytes, live(tracker)) == (4 * (20 + 35 + 1), 4 * (20 + 1))
         tracker.reset_peak()
@@ -61,11 +61,11 @@ def test_the_peak_of_a_linear_layer_is_what_it_is_by_hand() -> None:
     # Beside the loss: its gradient, which the outputs' gradient is an expansion of, and those of weight and bias.
     assert live(tracker) == 4 * (20 + 1 + 20)
     assert tracker.peak_bytes == 4 * (20 + 1 + 20 + 1)
-    assert tracker.live_bytes[Part.PARAMETERS] == 4 * 20
+    assert tracker.live_bytes[MemoryCategory.PARAMETERS] == 4 * 20
 
 
 def test_views_count_once_and_until_the_last_of_them_is_gone() -> None:
-    with Tracker(CPU) as tracker:
+    with AllocationTracker(CPU) as tracker:
         whole = torch.zeros(10, 10)
         views = [whole.view(100), whole.t(), whole[3:], whole[2, 2], whole.detach(), whole.expand(5, 10, 10)]
         views += [*whole.unbind(), *whole.split(3), whole.as_strided((2, 2), (1, 1))]
@@ -105,7 +105,7 @@ def test_memory_at_an_address_that_was_used_before_counts_anew() -> None:
 
 
 def test_what_is_freed_after_leaving_is_freed() -> None:
-    with Tracker(CPU) as tracker:
+    with AllocationTracker(CPU) as tracker:
         tensor = torch.zeros(10)
     torch.zeros(1000)
     assert (live(tracker), tracker.peak_bytes) == (40, 40)
@@ -119,7 +119,7 @@ def test_what_only_the_garbage_collector_frees_lives_until_then() -> None:
             self.me, self.tensor = self, torch.zeros(10)
 
     gc.collect()
-    with Tracker(CPU) as tracker:
+    with AllocationTracker(CPU) as tracker:
         Loop()
         gc.collect()
     assert (live(tracker), tracker.peak_bytes) == (0, 40)
@@ -127,8 +127,8 @@ def test_what_only_the_garbage_collector_frees_lives_until_then() -> None:
 
 def test_operations_in_place_allocate_nothing() -> None:
     tensor, other = torch.ones(100), torch.ones(100)
-    with Tracker(CPU) as tracker:
-        tracker.hold([tensor], Part.PARAMETERS)
+    with AllocationTracker(CPU) as tracker:
+        tracker.track([tensor], MemoryCategory.PARAMETERS)
         tensor.mul_(2).add_(other).relu_()
         tensor[3:5] = 7
         torch._foreach_mul_([tensor], 0.5)
@@ -186,12 +186,12 @@ def test_of_sparse_tensors_indices_and_values_count(layout: torch.layout) -> Non
         sparse = dense.to_sparse(layout=layout, **blocks)
         indices = 2 * 10 + (0 if layout is torch.sparse_coo else 11)  # rows and columns, and where rows begin
         assert live(tracker) == 10 * 4 + indices * 8
-        tracker.hold([sparse], Part.GRADIENTS)
-        assert tracker.live_bytes[Part.GRADIENTS] == live(tracker)
+        tracker.track([sparse], MemoryCategory.GRADIENTS)
+        assert tracker.live_bytes[MemoryCategory.GRADIENTS] == live(tracker)
         del sparse
     assert live(tracker) == 0
-    held = Tracker(CPU)
-    held.hold([dense.to_sparse(layout=layout, **blocks)], Part.GRADIENTS)
+    held = AllocationTracker(CPU)
+    held.track([dense.to_sparse(layout=layout, **blocks)], MemoryCategory.GRADIENTS)
     assert held.peak_bytes == 10 * 4 + indices * 8
 
 
@@ -202,46 +202,46 @@ def test_the_sparse_gradient_of_an_embedding_counts() -> None:
         gradient = table.weight.grad
         assert gradient is not None
         assert gradient.is_sparse
-        tracker.hold([gradient], Part.GRADIENTS)
-    assert tracker.live_bytes[Part.GRADIENTS] == 3 * 8 + 3 * 8 * 4
+        tracker.track([gradient], MemoryCategory.GRADIENTS)
+    assert tracker.live_bytes[MemoryCategory.GRADIENTS] == 3 * 8 + 3 * 8 * 4
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_of_a_tensor_that_wraps_others_these_count() -> None:
     with Checked(CPU) as tracker:
         nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(4)], layout=torch.jagged)
-        tracker.hold([nested], Part.LOSS)
-    assert tracker.live_bytes[Part.LOSS] >= 4 * 7 + 8 * 3, "the values, and the offsets"
+        tracker.track([nested], MemoryCategory.LOSS)
+    assert tracker.live_bytes[MemoryCategory.LOSS] >= 4 * 7 + 8 * 3, "the values, and the offsets"
 
 
 def test_what_has_no_memory_of_its_own_to_tell_is_left_out() -> None:
     lazy = nn.LazyLinear(3)
-    with Tracker(CPU) as tracker:
-        tracker.hold([*lazy.parameters(), torch.ones(4, 4).to_mkldnn()], Part.PARAMETERS)
-    assert tracker.live_bytes[Part.PARAMETERS] == 0
+    with AllocationTracker(CPU) as tracker:
+        tracker.track([*lazy.parameters(), torch.ones(4, 4).to_mkldnn()], MemoryCategory.PARAMETERS)
+    assert tracker.live_bytes[MemoryCategory.PARAMETERS] == 0
 
 
 def test_what_was_there_before_counts_once_it_is_held() -> None:
     early = torch.zeros(10)
     with Checked(CPU) as tracker:
-        tracker.hold([early], Part.PARAMETERS)
+        tracker.track([early], MemoryCategory.PARAMETERS)
         late = early + early
-        assert tracker.live_bytes == {Part.PARAMETERS: 40, Part.ACTIVATIONS: 40}
+        assert tracker.live_bytes == {MemoryCategory.PARAMETERS: 40, MemoryCategory.ACTIVATIONS: 40}
         del early
-        assert tracker.live_bytes[Part.PARAMETERS] == 0
+        assert tracker.live_bytes[MemoryCategory.PARAMETERS] == 0
         del late
-    assert tracker.parts_at_peak == {Part.PARAMETERS: 40, Part.ACTIVATIONS: 40}
+    assert tracker.parts_at_peak == {MemoryCategory.PARAMETERS: 40, MemoryCategory.ACTIVATIONS: 40}
 
 
 def test_holding_twice_counts_once_and_under_the_last_name() -> None:
     early = torch.zeros(10)
-    tracker = Tracker(CPU)
-    tracker.hold([early, early, early.view(2, 5)], Part.PARAMETERS)
-    tracker.hold([early], Part.PARAMETERS)
-    assert (tracker.live_bytes, tracker.peak_bytes) == ({Part.PARAMETERS: 40}, 40)
-    tracker.hold([early[2:]], Part.GRADIENTS)
-    assert tracker.live_bytes[Part.PARAMETERS] == 0
-    assert tracker.live_bytes[Part.GRADIENTS] == tracker.peak_bytes == 40
+    tracker = AllocationTracker(CPU)
+    tracker.track([early, early, early.view(2, 5)], MemoryCategory.PARAMETERS)
+    tracker.track([early], MemoryCategory.PARAMETERS)
+    assert (tracker.live_bytes, tracker.peak_bytes) == ({MemoryCategory.PARAMETERS: 40}, 40)
+    tracker.track([early[2:]], MemoryCategory.GRADIENTS)
+    assert tracker.live_bytes[MemoryCategory.PARAMETERS] == 0
+    assert tracker.live_bytes[MemoryCategory.GRADIENTS] == tracker.peak_bytes == 40
     check(tracker)
     del early
     assert live(tracker) == 0
@@ -253,37 +253,37 @@ def test_parts_add_up_at_every_moment_of_a_training_step() -> None:
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.5), nn.Linear(32, 50))
     optimizer = torch.optim.AdamW(model.parameters())
     with Checked(CPU) as tracker:
-        tracker.hold(model.parameters(), Part.PARAMETERS)
-        for part in (Part.ACTIVATIONS, Part.LOSS):
+        tracker.track(model.parameters(), MemoryCategory.PARAMETERS)
+        for part in (MemoryCategory.ACTIVATIONS, MemoryCategory.LOSS):
             tracker.part = part
             nn.functional.cross_entropy(model(torch.arange(50)), torch.arange(50)).backward()
-            tracker.part = lambda: Part.OPTIMIZER
+            tracker.part = lambda: MemoryCategory.OPTIMIZER
             optimizer.step()
             optimizer.zero_grad()
             tracker.reset_peak()
             check(tracker)
     assert tracker.moments > 200
-    assert all(tracker.live_bytes[part] for part in (Part.PARAMETERS, Part.OPTIMIZER))
+    assert all(tracker.live_bytes[part] for part in (MemoryCategory.PARAMETERS, MemoryCategory.OPTIMIZER))
 
 
 def test_the_parts_of_the_peak_are_those_of_its_moment() -> None:
-    with Tracker(CPU) as tracker:
-        tracker.part = Part.LOSS
+    with AllocationTracker(CPU) as tracker:
+        tracker.part = MemoryCategory.LOSS
         one = torch.zeros(10)
-        tracker.part = Part.GRADIENTS
+        tracker.part = MemoryCategory.GRADIENTS
         two = torch.zeros(20)
         del one
         three = torch.zeros(5)
         del two, three
-    assert tracker.parts_at_peak == {Part.LOSS: 40, Part.GRADIENTS: 80}
+    assert tracker.parts_at_peak == {MemoryCategory.LOSS: 40, MemoryCategory.GRADIENTS: 80}
 
 
 def test_a_reset_peak_begins_with_what_there_is() -> None:
-    with Tracker(CPU) as tracker:
+    with AllocationTracker(CPU) as tracker:
         kept = torch.zeros(10)
         torch.zeros(100)
         tracker.reset_peak()
-        assert (tracker.peak_bytes, tracker.parts_at_peak) == (40, {Part.ACTIVATIONS: 40})
+        assert (tracker.peak_bytes, tracker.parts_at_peak) == (40, {MemoryCategory.ACTIVATIONS: 40})
         torch.zeros(3)
         assert tracker.peak_bytes == 52
         del kept
@@ -312,7 +312,7 @@ def test_an_error_inside_passes_through_and_ends_the_counting() -> None:
             kept.append(torch.zeros(10))
             torch.ones(3) + torch.ones(4)
 
-    tracker = Tracker(CPU)
+    tracker = AllocationTracker(CPU)
     with pytest.raises(RuntimeError, match="size of tensor"):
         fail()
     torch.zeros(1000)
@@ -337,8 +337,8 @@ def test_allocations_are_rounded_up_to_the_unit(numbers: int, expected: int) -> 
     with Checked(CPU, unit=512) as tracker:
         tensor = torch.zeros(numbers)
         assert live(tracker) == tracker.peak_bytes == expected
-        tracker.hold([tensor], Part.LOSS)
-        assert tracker.live_bytes[Part.LOSS] == expected
+        tracker.track([tensor], MemoryCategory.LOSS)
+        assert tracker.live_bytes[MemoryCategory.LOSS] == expected
         tensor.resize_(2000)
         assert live(tracker) == 8192
         del tensor
@@ -348,15 +348,15 @@ def test_allocations_are_rounded_up_to_the_unit(numbers: int, expected: int) -> 
 def test_cuda_rounds_to_512_and_the_cpu_does_not() -> None:
     with FakeTensorMode():
         for device, expected in ((torch.device("cuda"), 512), (CPU, 12)):
-            with Tracker(device) as tracker:
+            with AllocationTracker(device) as tracker:
                 torch.zeros(3, device=device)
             assert tracker.peak_bytes == expected
 
 
 def test_tensors_elsewhere_do_not_count() -> None:
     elsewhere = torch.zeros(1000, device=META)
-    with Tracker(CPU) as tracker:
-        tracker.hold([elsewhere], Part.PARAMETERS)
+    with AllocationTracker(CPU) as tracker:
+        tracker.track([elsewhere], MemoryCategory.PARAMETERS)
         both = elsewhere + torch.zeros(1000, device=META)
         here = torch.zeros(3)
     assert tracker.peak_bytes == here.nbytes
@@ -367,16 +367,16 @@ def test_another_device_of_the_same_type_does_not_count_either() -> None:
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
     with FakeTensorMode():
         held = [torch.zeros(1000, device=device) for device in (first, second)]
-        trackers = {device: Tracker(device) for device in (first, second, torch.device("cuda"))}
+        trackers = {device: AllocationTracker(device) for device in (first, second, torch.device("cuda"))}
         for tracker in trackers.values():
-            tracker.hold(held, Part.PARAMETERS)
+            tracker.track(held, MemoryCategory.PARAMETERS)
             with tracker:
                 torch.zeros(2000, device=second)
     assert [tracker.peak_bytes for tracker in trackers.values()] == [4096, 4096 + 8192, 2 * 4096 + 8192]
 
 
 def test_values_without_data_come_out_as_one() -> None:
-    with FakeTensorMode(), Tracker(CPU):
+    with FakeTensorMode(), AllocationTracker(CPU):
         assert torch.zeros(()).item() == 1.0
         assert torch.zeros((), dtype=torch.int64).item() == 1
         assert torch.zeros((), dtype=torch.bool).item() is True
@@ -385,14 +385,14 @@ def test_values_without_data_come_out_as_one() -> None:
 
 
 def test_values_with_data_are_what_they_are() -> None:
-    with Tracker(CPU):
+    with AllocationTracker(CPU):
         assert torch.full((), 3.5).item() == 3.5
         assert not torch.zeros(3).any()
         assert not torch.equal(torch.zeros(3), torch.ones(3))
 
 
 def test_a_loop_that_waits_for_a_value_that_is_not_there_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_READS", 1234)
+    monkeypatch.setattr(module, "MAX_READS", 1234)
     times = []
 
     def wait() -> None:
@@ -401,7 +401,7 @@ def test_a_loop_that_waits_for_a_value_that_is_not_there_ends(monkeypatch: pytes
             running = running - 1
             times.append(1)
 
-    with FakeTensorMode(), Tracker(CPU), pytest.raises(RuntimeError) as raised:
+    with FakeTensorMode(), AllocationTracker(CPU), pytest.raises(RuntimeError) as raised:
         wait()
     assert str(raised.value) == "more than 1,234 values were read, perhaps in a loop that waits for one"
     assert len(times) == 1234

@@ -70,14 +70,14 @@ def complaint(ask: Callable[..., object], *arguments: object) -> str:
 def test_an_amount_is_the_bytes_it_says(asked: str | int, expected: int):
     limit = parse_memory(asked)
     assert (limit.amount_bytes, limit.share) == (expected, None)
-    assert limit.bytes_of() == limit.bytes_of(expected) == expected
+    assert limit.to_bytes() == limit.to_bytes(expected) == expected
 
 
 @given(numbers, st.sampled_from(list(UNITS)))
 def test_fractions_of_a_unit_are_exact_down_to_the_byte(number: str, unit: str):
     exact = Fraction(number) * UNITS[unit]
     if exact >= 1:
-        assert parse_memory(f"{number}{unit}").bytes_of() == exact // 1
+        assert parse_memory(f"{number}{unit}").to_bytes() == exact // 1
 
 
 @given(st.one_of(spellings, shares, st.integers(KIB, 2**63 - 1)))
@@ -95,7 +95,7 @@ def test_letters_large_or_small_and_blanks_do_not_matter(asked: str):
 @given(shares, st.integers(0, 2**50))
 def test_a_share_is_rounded_down_and_never_more_than_all(asked: str, total_bytes: int):
     share = Fraction(asked.rstrip("%")) / 100
-    used = parse_memory(asked).bytes_of(total_bytes)
+    used = parse_memory(asked).to_bytes(total_bytes)
     assert used <= share * total_bytes < used + 1
     assert used <= total_bytes
 
@@ -164,18 +164,18 @@ def test_any_text_is_a_limit_or_one_sentence(asked: str):
     [(192 * GIB - 1, "191.99GiB"), (23 * GIB, "23.00GiB"), (700 * MIB + 1, "700.00MiB"), (1536, "1.50KiB"), (7, "7B")],
 )
 def test_more_than_the_device_has_is_refused_with_the_most_it_has(total_bytes: int, most: str):
-    assert complaint(parse_memory("192GiB").bytes_of, total_bytes) == (
+    assert complaint(parse_memory("192GiB").to_bytes, total_bytes) == (
         f"memory 192GiB is more than the {most} that the device has: pass {most} or less, or a share such as 90%."
     )
-    assert total_bytes * 99 // 100 <= parse_memory(most).bytes_of(total_bytes) <= total_bytes
+    assert total_bytes * 99 // 100 <= parse_memory(most).to_bytes(total_bytes) <= total_bytes
 
 
 def test_a_share_needs_a_device():
-    assert complaint(parse_memory("80%").bytes_of) == (
+    assert complaint(parse_memory("80%").to_bytes) == (
         "memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or a card "
         "by its name, such as --gpu a100-40gb."
     )
-    assert parse_memory("192GiB").bytes_of() == 192 * GIB
+    assert parse_memory("192GiB").to_bytes() == 192 * GIB
 
 
 @given(st.integers(0, 2**50), st.integers(0, 2**50))
@@ -270,7 +270,7 @@ def test_bytes_are_told_in_the_largest_unit_that_they_fill(num_bytes: int, expec
 
 @given(st.integers(KIB, 2**55))
 def test_told_bytes_are_within_a_twentieth_of_the_truth(num_bytes: int):
-    told = parse_memory(describe_bytes(num_bytes)).bytes_of()
+    told = parse_memory(describe_bytes(num_bytes)).to_bytes()
     assert abs(told - num_bytes) <= num_bytes / 20 + 1
 
 

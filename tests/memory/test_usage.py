@@ -12,7 +12,7 @@ from torch import nn
 import bigbatch
 from bigbatch.memory import usage
 from bigbatch.memory.limit import MIB, parse_memory
-from bigbatch.memory.usage import Room, find_room, is_out_of_memory, peak_bytes
+from bigbatch.memory.usage import MemoryBudget, is_out_of_memory, peak_bytes, resolve_memory_budget
 
 CPU = torch.device("cpu")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -24,19 +24,22 @@ NOWHERE = Path("/nowhere at all")
 
 
 def test_a_room_keeps_five_percent_free() -> None:
-    assert Room.of(1000, "1000B") == Room(1000, 950, "1000B")
-    assert Room.of(1000, None, others_bytes=200) == Room(1000, 760, None)
+    assert MemoryBudget.from_limit(1000, "1000B") == MemoryBudget(1000, 950, "1000B")
+    assert MemoryBudget.from_limit(1000, None, reserved_bytes=200) == MemoryBudget(1000, 760, None)
 
 
 @pytest.mark.parametrize("others_bytes", [1000, 1001, 10**15])
 def test_a_room_is_never_negative(others_bytes: int) -> None:
-    assert Room.of(1000, "1000B", others_bytes=others_bytes).usable_bytes == 0
-    assert Room.of(0, None).usable_bytes == 0
+    assert MemoryBudget.from_limit(1000, "1000B", reserved_bytes=others_bytes).usable_bytes == 0
+    assert MemoryBudget.from_limit(0, None).usable_bytes == 0
 
 
 def test_a_room_says_where_it_comes_from() -> None:
-    assert str(Room.of(2**31, "2GiB")) == "memory is limited to 2GiB, of which tensors may take 1.9 GiB"
-    assert str(Room.of(2**31, None)) == "2.0 GiB are free, less a margin, of which tensors may take 1.9 GiB"
+    assert str(MemoryBudget.from_limit(2**31, "2GiB")) == "memory is limited to 2GiB, of which tensors may take 1.9 GiB"
+    assert (
+        str(MemoryBudget.from_limit(2**31, None))
+        == "2.0 GiB are free, less a margin, of which tensors may take 1.9 GiB"
+    )
 
 
 # find_room --------------------------------------------------------------------------------------------------------
@@ -53,15 +56,15 @@ def tensors(num_bytes: int) -> list[torch.Tensor]:
 
 
 def test_an_amount_is_for_the_whole_process() -> None:
-    room = find_room("2GiB", CPU, ())
+    room = resolve_memory_budget("2GiB", CPU, ())
     others_bytes = 2**31 - room.usable_bytes * 100 / 95
-    assert (room.limit_bytes, room.asked) == (2**31, "2GiB")
+    assert (room.limit_bytes, room.requested) == (2**31, "2GiB")
     assert others_bytes == pytest.approx(resident(), rel=0.05)
 
 
 def test_held_tensors_are_none_of_the_others() -> None:
     held = tensors(200 * MIB)
-    without, with_held = find_room("4GiB", CPU, ()), find_room("4GiB", CPU, held)
+    without, with_held = resolve_memory_budget("4GiB", CPU, ()), resolve_memory_budget("4GiB", CPU, held)
     assert with_held.limit_bytes == without.limit_bytes
     assert with_held.usable_bytes - without.usable_bytes == pytest.approx(0.95 * 200 * MIB, rel=0.05)
 
@@ -69,47 +72,47 @@ def test_held_tensors_are_none_of_the_others() -> None:
 def test_held_tensors_count_once_and_where_they_are() -> None:
     held = tensors(200 * MIB)
     elsewhere = torch.empty(2**33, device="meta")
-    once = find_room("4GiB", CPU, held)
-    assert find_room("4GiB", CPU, [*held, *held, held[0][5:], elsewhere]).usable_bytes == pytest.approx(
+    once = resolve_memory_budget("4GiB", CPU, held)
+    assert resolve_memory_budget("4GiB", CPU, [*held, *held, held[0][5:], elsewhere]).usable_bytes == pytest.approx(
         once.usable_bytes, rel=0.01
     )
 
 
 def test_held_tensors_may_be_sparse_or_not_made_yet() -> None:
     lazy = nn.LazyLinear(3)
-    assert find_room("4GiB", CPU, [*lazy.parameters(), torch.eye(4).to_sparse()]).usable_bytes > 0
+    assert resolve_memory_budget("4GiB", CPU, [*lazy.parameters(), torch.eye(4).to_sparse()]).usable_bytes > 0
 
 
 def test_held_tensors_that_take_more_than_the_process_leave_no_less_than_nothing_to_others() -> None:
     untouched = torch.empty(2**31, dtype=torch.uint8)  # the kernel has not given this memory
-    room = find_room("1GiB", CPU, [untouched])
-    assert room == Room.of(2**30, "1GiB")
+    room = resolve_memory_budget("1GiB", CPU, [untouched])
+    assert room == MemoryBudget.from_limit(2**30, "1GiB")
 
 
 @pytest.mark.parametrize("memory", ["1MiB", 2000, "0.001%"])
 def test_less_than_the_process_takes_leaves_nothing(memory: str | int) -> None:
-    room = find_room(memory, CPU, ())
+    room = resolve_memory_budget(memory, CPU, ())
     assert room.usable_bytes == 0
     assert 0 < room.limit_bytes < resident()
 
 
 def test_a_share_is_one_of_all_that_there_is() -> None:
     total = usage._host_memory()[1]
-    assert find_room("50%", CPU, ()).limit_bytes == total // 2
-    assert find_room("100%", CPU, ()).limit_bytes == total
+    assert resolve_memory_budget("50%", CPU, ()).limit_bytes == total // 2
+    assert resolve_memory_budget("100%", CPU, ()).limit_bytes == total
 
 
 @pytest.mark.parametrize("memory", [2**31, "2GiB", "2147483648B", parse_memory("2 GiB")])
 def test_an_amount_may_be_written_in_several_ways(memory: Any) -> None:
-    room = find_room(memory, CPU, ())
+    room = resolve_memory_budget(memory, CPU, ())
     assert room.limit_bytes == 2**31
-    assert room.asked in {"2GiB", "2147483648B", "2 GiB"}
+    assert room.requested in {"2GiB", "2147483648B", "2 GiB"}
 
 
 def test_without_an_amount_the_limit_is_what_is_free_less_a_margin() -> None:
-    room = find_room(None, CPU, ())
+    room = resolve_memory_budget(None, CPU, ())
     free, total = usage._host_memory()
-    assert room.asked is None
+    assert room.requested is None
     assert room.usable_bytes == room.limit_bytes * 95 // 100, "what others take is not free"
     assert room.limit_bytes == pytest.approx(free - max(total // 50, 256 * MIB), abs=total // 4)  # others run meanwhile
     assert 0 <= room.limit_bytes < total
@@ -119,7 +122,7 @@ def test_more_than_there_is_is_refused_in_a_sentence() -> None:
     total = usage._host_memory()[1]
     most = f"{total * 100 // 2**30 // 100}.{total * 100 // 2**30 % 100:02}GiB"
     with pytest.raises(ValueError, match="memory") as raised:
-        find_room("1000TiB", CPU, ())
+        resolve_memory_budget("1000TiB", CPU, ())
     assert str(raised.value) == (
         f"memory 1000TiB is more than the {most} that the device has: pass {most} or less, or a share such as 90%."
     )
@@ -138,7 +141,7 @@ def test_more_than_there_is_is_refused_in_a_sentence() -> None:
 )
 def test_what_is_no_amount_is_refused_in_a_sentence(memory: Any, message: str) -> None:
     with pytest.raises(ValueError, match="memory") as raised:
-        find_room(memory, CPU, ())
+        resolve_memory_budget(memory, CPU, ())
     assert str(raised.value) == message
 
 
@@ -349,6 +352,6 @@ def test_an_update_passes_the_last_word_on() -> None:
 
 
 def test_a_process_that_holds_the_limit_already_is_told_so() -> None:
-    room = Room.of(2**20, "1MiB", others_bytes=2**30)
+    room = MemoryBudget.from_limit(2**20, "1MiB", reserved_bytes=2**30)
     assert room.usable_bytes == 0
     assert str(room) == "memory is limited to 1MiB, and this process holds as much without its tensors"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.scaling.noise_scale import FEWEST_WINDOWS, NoiseMeter
+from bigbatch.scaling.noise_scale import MIN_WINDOWS, NoiseScaleEstimator
 from distributed.pool import Pool
 
 SIGNAL = torch.tensor([0.6, -0.3, 0.0, 0.2, 0.5], dtype=torch.float64)
@@ -55,12 +55,12 @@ def measured(windows: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
     accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
     found = []
     for microbatches in windows:
-        accumulator.noise = NoiseMeter()
+        accumulator.noise = NoiseScaleEstimator()
         window = accumulator.window()
         for items in microbatches:
             window.backward(model(items).sum(), items=len(items))
         window.step()
-        sums = accumulator.noise.state()
+        sums = accumulator.noise.state_dict()
         found.append((sums["signal"] / sums["weight"], sums["noise"] / sums["weight"]))
     return found
 
@@ -103,12 +103,12 @@ def on_a_rank(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[float, f
     found = []
     for _ in range(count):
         parts = [[items_of(size, generator) for size in of_rank] for of_rank in sizes]
-        accumulator.noise = NoiseMeter()
+        accumulator.noise = NoiseScaleEstimator()
         window = accumulator.window()
         for items in parts[dist.get_rank()]:
             window.backward(model(items).sum(), items=len(items))
         window.step()
-        sums = accumulator.noise.state()
+        sums = accumulator.noise.state_dict()
         found.append((sums["signal"] / sums["weight"], sums["noise"] / sums["weight"]))
     return found
 
@@ -124,13 +124,13 @@ def test_micro_batches_of_all_ranks_count(pools: Callable[[int], Pool], sizes: t
 def test_the_interval_covers_the_scale_about_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(200):
-        meter = NoiseMeter()
+        meter = NoiseScaleEstimator()
         for microbatches in windows_of((16, 16, 16, 16), 40, seed=seed):
             sums = [items.sum(0) for items in microbatches]
             total = torch.stack(sums).sum(0)
             squares = sum(float(part.square().sum()) for part in sums)
-            meter.observe(float(total.square().sum()) / 64**2, squares, 64, 4 * 16**2)
-        found = meter.read()
+            meter.update(float(total.square().sum()) / 64**2, squares, 64, 4 * 16**2)
+        found = meter.estimate()
         assert found is not None
         assert found.low_items <= found.scale_items <= found.high_items
         covered += found.low_items <= WANTED[1] / WANTED[0] <= found.high_items
@@ -138,30 +138,30 @@ def test_the_interval_covers_the_scale_about_as_often_as_it_says() -> None:
 
 
 def test_nothing_is_said_before_there_are_some_windows() -> None:
-    meter = NoiseMeter()
-    for number in range(FEWEST_WINDOWS):
-        assert meter.read() is None, number
-        meter.observe(1.0, 20.0, 10, 50)
-    assert meter.read() is not None
+    meter = NoiseScaleEstimator()
+    for number in range(MIN_WINDOWS):
+        assert meter.estimate() is None, number
+        meter.update(1.0, 20.0, 10, 50)
+    assert meter.estimate() is not None
 
 
 def test_where_no_signal_can_be_told_from_the_noise_the_scale_is_infinite() -> None:
-    meter = NoiseMeter()
-    for _ in range(FEWEST_WINDOWS):
-        meter.observe(0.5, 60.0, 10, 50)  # |A|² is 50, less than the squares
-    found = meter.read()
+    meter = NoiseScaleEstimator()
+    for _ in range(MIN_WINDOWS):
+        meter.update(0.5, 60.0, 10, 50)  # |A|² is 50, less than the squares
+    found = meter.estimate()
     assert found is not None
     assert (found.scale_items, found.high_items) == (math.inf, math.inf)
 
 
 def test_old_windows_count_less_by_the_half_life_in_items() -> None:
-    meter = NoiseMeter(half_life_items=100)
+    meter = NoiseScaleEstimator(half_life_items=100)
     for _ in range(200):
-        meter.observe(1.0, 90.0, 10, 50)
+        meter.update(1.0, 90.0, 10, 50)
     for _ in range(10):  # a hundred items
-        meter.observe(3.0, 90.0, 10, 50)
+        meter.update(3.0, 90.0, 10, 50)
     before, after = (100 - 90) / 50, (300 - 90) / 50
-    assert meter.read().signal == pytest.approx((before + after) / 2)  # type: ignore[union-attr]
+    assert meter.estimate().signal == pytest.approx((before + after) / 2)  # type: ignore[union-attr]
 
 
 def test_after_the_first_windows_one_in_four_is_measured_and_the_others_still_make_the_past_count_less() -> None:
@@ -175,19 +175,19 @@ def test_after_the_first_windows_one_in_four_is_measured_and_the_others_still_ma
         for _ in range(2):
             window.backward(model(items_of(5, generator)).sum(), items=5)
         window.step()
-        counts.append(accumulator.noise.state()["num_windows"])
+        counts.append(accumulator.noise.state_dict()["num_windows"])
     assert counts == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 10, 10, 10, 10, 11, 11, 11, 11]
-    meter = NoiseMeter(half_life_items=10)
-    meter.observe(1.0, 90.0, 10, 50)
-    meter.pass_by(10)
-    meter.observe(3.0, 90.0, 10, 50)
-    assert meter.state()["weight"] == pytest.approx(10 / 4 + 10)
+    meter = NoiseScaleEstimator(half_life_items=10)
+    meter.update(1.0, 90.0, 10, 50)
+    meter.skip_window(10)
+    meter.update(3.0, 90.0, 10, 50)
+    assert meter.state_dict()["weight"] == pytest.approx(10 / 4 + 10)
 
 
 def run(model: nn.Module, loss_fn: Callable[..., object], **settings: object) -> bigbatch.WindowReport:
     engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn, microbatch=2, **settings)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(FEWEST_WINDOWS):
+    for _ in range(MIN_WINDOWS):
         report = engine.step(items_of(8, generator))
     return report
 
@@ -235,7 +235,7 @@ def test_a_window_that_was_cut_again_for_want_of_memory_is_left_out() -> None:
     for _ in range(3):
         engine.step(items_of(8, generator))
         assert engine.accumulator.noise is not None
-        counts.append(engine.accumulator.noise.state()["num_windows"])
+        counts.append(engine.accumulator.noise.state_dict()["num_windows"])
     assert counts == [0, 1, 2]
 
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.accumulation.optimizer_update import NonFinite, Update
-from bigbatch.accumulation.pending_update import Transaction
+from bigbatch.accumulation.optimizer_update import NonFinite, OptimizerUpdate
+from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.window import Window
 from bigbatch.batching.checks import check_count
-from bigbatch.distributed.detect import sync_of
-from bigbatch.distributed.gradient_sync import Sync, SyncPolicy
-from bigbatch.distributed.window_start import Opening, agree, tell_failure
+from bigbatch.distributed.detect import detect_sync
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
+from bigbatch.distributed.window_start import WindowStart, agree_on_start, announce_failure
 from bigbatch.errors import WindowStateError
-from bigbatch.scaling.noise_scale import NoiseMeter
+from bigbatch.scaling.noise_scale import NoiseScaleEstimator
 from bigbatch.types import CountItems, Items
 
 if TYPE_CHECKING:
@@ -69,29 +69,33 @@ class Accumulator:
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
-        sync: Sync | SyncPolicy | None = None,
+        sync: GradientSync | SyncPolicy | None = None,
         noise: bool = True,
     ) -> None:
-        self._update = Update(
+        self._update = OptimizerUpdate(
             optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm, nonfinite=nonfinite
         )
         _check_model(model, optimizer)
-        self.sync = sync_of(model, sync)
+        self.sync = detect_sync(model, sync)
         _check_float16(self.sync, self._update)
         self.model = model
         self.optimizer = optimizer
         self._open: Window | None = None
-        self.noise = NoiseMeter() if noise and self._can_measure() else None
-        self.records = False  # whether micro-batches are launched from recordings, which measure or do not for good
-        self._squares: Tensor | None = None  # stays where it is: recorded micro-batches add to it
-        self.spare: Any = None  # a micro-batch of before, to keep step with other ranks where this one has none
+        self.noise = NoiseScaleEstimator() if noise and self._can_measure() else None
+        self.uses_cuda_graphs = (
+            False  # whether micro-batches are launched from recordings, which measure or do not for good
+        )
+        self._squared_norm_sum: Tensor | None = None  # stays where it is: recorded micro-batches add to it
+        self.padding_microbatch: Any = (
+            None  # a micro-batch of before, to keep step with other ranks where this one has none
+        )
 
     def _can_measure(self) -> bool:
         parameters = self._update.parameters()
-        return not self.sync.needs_equal_counts and len({parameter.device for parameter in parameters}) == 1
+        return not self.sync.runs_in_lockstep and len({parameter.device for parameter in parameters}) == 1
 
     @property
-    def update(self) -> Update:
+    def update(self) -> OptimizerUpdate:
         """How windows become updates, and what steps with them."""
         return self._update
 
@@ -141,7 +145,7 @@ class Accumulator:
     ) -> Iterator[Window]:
         window = None
         names: tuple[str, ...] = ()
-        at_once = count_items is not None or self.sync.needs_equal_counts
+        at_once = count_items is not None or self.sync.runs_in_lockstep
         try:
             while True:
                 self._finish_previous()
@@ -151,30 +155,34 @@ class Accumulator:
                     drawn = list(islice(microbatches, num_microbatches if at_once else 1))
                     if count_items is not None:
                         totals = {**dict.fromkeys(names, 0), **_total_items(map(count_items, drawn))}
-                if self.sync.needs_equal_counts and drawn:
-                    self.spare = drawn[-1]
-                num_everywhere, totals_everywhere = self.agree(len(drawn), totals)
+                if self.sync.runs_in_lockstep and drawn:
+                    self.padding_microbatch = drawn[-1]
+                num_everywhere, totals_everywhere = self.agree_on_start(len(drawn), totals)
                 if not num_everywhere:
                     break
                 names = tuple(totals_everywhere or ())
-                window, transaction = self.open((), totals_everywhere)
-                if self.sync.needs_equal_counts:
-                    window.give(self.in_step(transaction, drawn, self.spare, num_everywhere))
+                window, pending = self.open((), totals_everywhere)
+                if self.sync.runs_in_lockstep:
+                    window.set_microbatches(self.in_step(pending, drawn, self.padding_microbatch, num_everywhere))
                 else:
-                    window.give(drawn if at_once else chain(drawn, islice(microbatches, num_microbatches - 1)))
+                    window.set_microbatches(
+                        drawn if at_once else chain(drawn, islice(microbatches, num_microbatches - 1))
+                    )
                 yield window
         finally:
             if window is not None:
                 window.abort()
 
-    def agree(
+    def agree_on_start(
         self, num_microbatches: int, totals: Mapping[str, Items] | None = None
     ) -> tuple[int, Mapping[str, Items] | None]:
         """Give the most micro-batches that any rank has in the next window, and the items of each term over all.
 
         Collective under several ranks; arguments and errors are those of `bigbatch.distributed.window_start.agree`.
         """
-        return agree(self.sync, Opening(False, self.spare is not None, num_microbatches), totals)
+        return agree_on_start(
+            self.sync, WindowStart(False, self.padding_microbatch is not None, num_microbatches), totals
+        )
 
     @contextmanager
     def failing_together(self, *, opens: bool = True) -> Iterator[None]:
@@ -188,18 +196,20 @@ class Accumulator:
         except BaseException:
             if self.sync.size > 1:
                 if opens:
-                    tell_failure(self.sync)
+                    announce_failure(self.sync)
                 else:
-                    Transaction(self._update, None, sync=self.sync).undo()
+                    PendingUpdate(self._update, None, sync=self.sync).discard()
             raise
 
-    def in_step(self, transaction: Transaction, own: Sequence[Any], spare: Any, num_everywhere: int) -> Iterator[Any]:
+    def in_step(
+        self, pending: PendingUpdate, own: Sequence[Any], padding_microbatch: Any, num_everywhere: int
+    ) -> Iterator[Any]:
         """Give this rank's micro-batches, and others after them that do not count, as many as on every other rank."""
         for index in range(num_everywhere):
-            transaction.counts = index < len(own)
-            self.sync.before(is_last=index == num_everywhere - 1)
-            yield own[index] if transaction.counts else spare
-        transaction.is_complete = True
+            pending.counts = index < len(own)
+            self.sync.before_microbatch(is_last=index == num_everywhere - 1)
+            yield own[index] if pending.counts else padding_microbatch
+        pending.is_complete = True
 
     def window(self, microbatches: Iterable[Any] = (), *, totals: Mapping[str, Items] | None = None) -> Window:
         """Open one window.
@@ -217,7 +227,7 @@ class Accumulator:
         if totals is not None:
             with self.failing_together():
                 self.prepare()
-            _, totals_everywhere = self.agree(0, totals)
+            _, totals_everywhere = self.agree_on_start(0, totals)
         return self.open(microbatches, totals_everywhere)[0]
 
     def open(
@@ -225,22 +235,29 @@ class Accumulator:
         microbatches: Iterable[Any],
         totals: Mapping[str, Items] | None,
         *,
-        kept: Mapping[Tensor, Tensor] | None = None,
-    ) -> "tuple[Window, Transaction]":
+        static_buffers: Mapping[Tensor, Tensor] | None = None,
+    ) -> "tuple[Window, PendingUpdate]":
         """Open one window and give its transaction with it, on sums that are kept. For `Engine`, not for loops.
 
         ``totals`` run over all ranks here.
         """
         self._finish_previous()
         self.prepare()
-        if self.noise is not None and (self._squares is None or self._squares.device != self.device):
+        if self.noise is not None and (self._squared_norm_sum is None or self._squared_norm_sum.device != self.device):
             wide = any(parameter.dtype == torch.float64 for parameter in self._update.parameters())
-            self._squares = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self.device)
-        measures = self.noise is not None and (self.records or self.noise.wants_next)
-        squares = self._squares if measures else None
-        transaction = Transaction(self._update, totals, kept=kept, sync=self.sync, noise=self.noise, squares=squares)
-        self._open = Window(iter(microbatches), transaction)
-        return self._open, transaction
+            self._squared_norm_sum = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self.device)
+        measures = self.noise is not None and (self.uses_cuda_graphs or self.noise.measures_next)
+        squared_norm_sum = self._squared_norm_sum if measures else None
+        pending = PendingUpdate(
+            self._update,
+            totals,
+            static_buffers=static_buffers,
+            sync=self.sync,
+            noise=self.noise,
+            squared_norm_sum=squared_norm_sum,
+        )
+        self._open = Window(iter(microbatches), pending)
+        return self._open, pending
 
     def _finish_previous(self) -> None:
         if self._open is None or not self._open.is_open:
@@ -272,8 +289,8 @@ def _check_model(model: nn.Module, optimizer: "Optimizer") -> None:
         )
 
 
-def _check_float16(sync: Sync, update: Update) -> None:
-    if sync.needs_equal_counts and (
+def _check_float16(sync: GradientSync, update: OptimizerUpdate) -> None:
+    if sync.runs_in_lockstep and (
         update.scaler is not None or any(p.dtype == torch.float16 for p in update.parameters())
     ):
         raise TypeError(

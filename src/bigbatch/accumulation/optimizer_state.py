@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.limit import describe_bytes
-from bigbatch.memory.usage import is_out_of_memory, release_memory
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -23,7 +23,7 @@ _State: TypeAlias = dict[Tensor, dict[str, Any]]
 
 # Their ``_init_group`` makes the whole state, of constants. Rprop and ASGD begin with the learning rate that the first
 # step finds, SGD with the first gradient. Subclasses may do anything in their step.
-_STARTS_FROM_CONSTANTS = (
+_INIT_IS_CONSTANT = (
     torch.optim.Adam,
     torch.optim.AdamW,
     torch.optim.NAdam,
@@ -36,7 +36,7 @@ _STARTS_FROM_CONSTANTS = (
 )
 
 
-def make_state(optimizer: "Optimizer") -> bool:
+def init_optimizer_state(optimizer: "Optimizer") -> bool:
     """Make the state that an optimizer would make in its first step, and count no step.
 
         state[p] = what step() would begin with     for each trainable parameter p that has no state yet
@@ -54,7 +54,7 @@ def make_state(optimizer: "Optimizer") -> bool:
     Raises:
         MemoryLimitError: The state does not fit in memory. None of it is kept.
     """
-    if type(optimizer) not in _STARTS_FROM_CONSTANTS:
+    if type(optimizer) not in _INIT_IS_CONSTANT:
         return False
     try:
         optimizer.state.update(_first_state(optimizer, Tensor.detach))
@@ -64,7 +64,7 @@ def make_state(optimizer: "Optimizer") -> bool:
             raise
         message = str(error).partition("\n")[0]
     # Outside the except block: in there, the traceback holds what was made.
-    release_memory()
+    free_cached_memory()
     # Not as fused: that refuses tensors without data.
     needed = describe_bytes(_bytes(_first_state(optimizer, _without_data, fused=False)))
     raise MemoryLimitError(
@@ -73,7 +73,7 @@ def make_state(optimizer: "Optimizer") -> bool:
     )
 
 
-def _first_state(optimizer: "Optimizer", stand_in: Callable[[Tensor], Tensor], **settings: Any) -> _State:
+def _first_state(optimizer: "Optimizer", proxy: Callable[[Tensor], Tensor], **settings: Any) -> _State:
     """Let the optimizer begin with stand-ins for its parameters and for their gradients; of these it reads no value."""
     twin = object.__new__(type(optimizer))
     vars(twin).update(vars(optimizer), state=defaultdict(dict))
@@ -81,7 +81,7 @@ def _first_state(optimizer: "Optimizer", stand_in: Callable[[Tensor], Tensor], *
     state: _State = {}
     for group in optimizer.param_groups:
         parameters = [p for p in group["params"] if _wants_state(optimizer, p)]
-        stand_ins = [stand_in(p) for p in parameters]
+        stand_ins = [proxy(p) for p in parameters]
         for tensor in stand_ins:
             tensor.grad = tensor.detach()
         lists: list[list[Any]] = [[] for _ in range(num_lists)]

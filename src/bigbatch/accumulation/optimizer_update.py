@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.optimizer_state import make_state
+from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.errors import MemoryLimitError, NonFiniteError
-from bigbatch.gradients.gradient_sums import NARROW_DTYPES, GradientSums
+from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
 from bigbatch.memory.usage import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from bigbatch.distributed.gradient_sync import Sync
-    from bigbatch.gradients.loss_totals import Ledger
+    from bigbatch.distributed.gradient_sync import GradientSync
+    from bigbatch.gradients.loss_totals import LossTotals
 
 NonFinite: TypeAlias = Literal["skip", "raise"]
 
@@ -28,21 +28,21 @@ CLIP_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class Outcome:
+class UpdateOutcome:
     """What an update did.
 
     Attributes:
         grad_norm: 2-norm of the divided gradient before clipping; NaN without items.
         skipped: Why nothing was updated, or None.
-        read: Values that were read from the device together with the norm.
+        extra_scalars: Values that were read from the device together with the norm.
     """
 
     grad_norm: float
     skipped: str | None = None
-    read: tuple[float, ...] = ()
+    extra_scalars: tuple[float, ...] = ()
 
 
-class Update:
+class OptimizerUpdate:
     """Apply the gradient of a whole window.
 
     Args:
@@ -77,7 +77,7 @@ class Update:
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.num_steps = 0
-        self._prepared = False
+        self._setup = False
         if self.scaler is not None:
             _check_scalable(optimizer)
 
@@ -87,9 +87,9 @@ class Update:
         Raises:
             MemoryLimitError: The state does not fit in memory.
         """
-        if not self._prepared:
-            make_state(self.optimizer)
-            self._prepared = True
+        if not self._setup:
+            init_optimizer_state(self.optimizer)
+            self._setup = True
 
     def set_num_steps(self, num_steps: int) -> None:
         """Continue to count updates after ``num_steps``."""
@@ -107,20 +107,20 @@ class Update:
     def apply(
         self,
         sums: GradientSums,
-        ledger: "Ledger",
+        loss_totals: "LossTotals",
         *,
         loss_scale: Tensor | None = None,
-        sync: "Sync | None" = None,
-        beside: Sequence[Tensor] = (),
-    ) -> Outcome:
+        sync: "GradientSync | None" = None,
+        extra_scalars: Sequence[Tensor] = (),
+    ) -> UpdateOutcome:
         """Turn the sums of a window into one update, or into none if they cannot be one.
 
         Args:
             sums: Of the optimizer's parameters.
-            ledger: What they are to be divided by.
+            loss_totals: What they are to be divided by.
             loss_scale: What the losses were multiplied by: what `loss_scale` gave when the window opened.
             sync: How the sums crossed ranks, which then all do the same; None in one process.
-            beside: Other 0-d values to read at the same time, for the outcome.
+            extra_scalars: Other 0-d values to read at the same time, for the outcome.
 
         Waits for the device once, for the count and the norm that decide whether there is an update at all.
 
@@ -129,13 +129,13 @@ class Update:
         """
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
-            return self._apply(sums, gradients, ledger, sync, beside)
+            return self._apply(sums, gradients, loss_totals, sync, extra_scalars)
         assert self.scaler is not None, "it made the loss scale"
         # The scale is this window's own: another window with the same scaler may have changed it meanwhile.
         torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
         self.scaler.unscale_(self.optimizer)
         try:
-            return self._apply(sums, gradients, ledger, sync, beside)
+            return self._apply(sums, gradients, loss_totals, sync, extra_scalars)
         finally:
             self.scaler.update()
 
@@ -147,53 +147,55 @@ class Update:
         self,
         sums: GradientSums,
         gradients: list[Tensor],
-        ledger: "Ledger",
-        sync: "Sync | None",
-        beside: Sequence[Tensor],
-    ) -> Outcome:
+        loss_totals: "LossTotals",
+        sync: "GradientSync | None",
+        extra_scalars: Sequence[Tensor],
+    ) -> UpdateOutcome:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
-        averaged_over = 1.0 if sync is None else sync.averaged_over
+        averaged_over = 1.0 if sync is None else sync.gradient_divide_factor
         norm_of_sums = norm_of(gradients)
-        divisor = ledger.divisor() / averaged_over  # waits for the device, where it counted the items
+        divisor = loss_totals.divisor() / averaged_over  # waits for the device, where it counted the items
         if not divisor:
-            return Outcome(math.nan, skipped="no items")
+            return UpdateOutcome(math.nan, skipped="no items")
         if not gradients:
             raise ValueError(
                 "none of the optimizer's parameters received a gradient: the loss does not depend on them."
             )
-        together = [value.to(norm_of_sums) for value in (ledger.marked(norm_of_sums), *beside)]
+        together = [
+            value.to(norm_of_sums) for value in (loss_totals.nan_if_loss_not_finite(norm_of_sums), *extra_scalars)
+        ]
         norm, *read = torch.stack(together).tolist()  # waits for the device
         grad_norm = norm / divisor
         if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
             _scale(gradients, 1 / divisor)
             grad_norm, divisor = norm_of(gradients).item(), 1.0
             if not math.isfinite(grad_norm):
-                return self._refuse(grad_norm, "non-finite gradient")
-            if not ledger.is_finite():
-                return self._refuse(grad_norm, "non-finite loss")
+                return self._skip_or_raise(grad_norm, "non-finite gradient")
+            if not loss_totals.is_finite():
+                return self._skip_or_raise(grad_norm, "non-finite loss")
         _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
         gradients.clear()  # float32 sums are then freed one by one as they are handed over
-        sums.hand_over()
-        self._step(ledger)
-        return Outcome(grad_norm, read=tuple(read))
+        sums.write_to_grad()
+        self._step(loss_totals)
+        return UpdateOutcome(grad_norm, extra_scalars=tuple(read))
 
-    def _refuse(self, grad_norm: float, why: str) -> Outcome:
+    def _skip_or_raise(self, grad_norm: float, why: str) -> UpdateOutcome:
         if self.nonfinite == "raise":
             raise NonFiniteError(
                 f"the window after update {self.num_steps} has a {why}, and changed nothing: look at its samples, "
                 'lower the learning rate, or pass nonfinite="skip" to go on without such windows.'
             )
-        return Outcome(grad_norm, skipped=why)
+        return UpdateOutcome(grad_norm, skipped=why)
 
     def _clip_coefficient(self, grad_norm: float) -> float:
         if self.max_grad_norm is None:
             return 1.0
         return min(1.0, self.max_grad_norm / (grad_norm + CLIP_EPSILON))
 
-    def _step(self, ledger: "Ledger") -> None:
+    def _step(self, loss_totals: "LossTotals") -> None:
         try:
             if isinstance(self.optimizer, torch.optim.LBFGS):
-                loss = sum(term.loss for term in ledger.terms().values() if term.items)
+                loss = sum(term.loss for term in loss_totals.terms().values() if term.items)
                 self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
             else:
                 self.optimizer.step()
@@ -244,7 +246,7 @@ def _check_scheduler(scheduler: "LRScheduler | None", optimizer: "Optimizer") ->
 
 
 def _check_scalable(optimizer: "Optimizer") -> None:
-    narrow = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype in NARROW_DTYPES}
+    narrow = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF_PRECISION_DTYPES}
     if narrow:
         raise TypeError(
             f"a GradScaler is for float16 autocast over float32 parameters, and these are {_names(narrow)}. "

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.accumulation.optimizer_update import Update
+from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 from bigbatch.rng import random_states, set_random_states
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def capture(module: nn.Module, update: Update, progress: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def capture(
+    module: nn.Module, update: OptimizerUpdate, progress: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
     """Collect the state of a run between two windows; tensors are those in use, not copies.
 
     Args:
@@ -30,7 +32,7 @@ def capture(module: nn.Module, update: Update, progress: Mapping[str, Any], devi
         ``scaler`` (None without one), ``engine`` (the number of updates and ``progress``) and ``random``.
     """
     return {
-        "model": dict(trained_tensors(module)),
+        "model": dict(trainable_tensors(module)),
         "optimizer": update.optimizer.state_dict(),
         "scheduler": None if update.scheduler is None else update.scheduler.state_dict(),
         "scaler": None if update.scaler is None else update.scaler.state_dict(),
@@ -39,13 +41,15 @@ def capture(module: nn.Module, update: Update, progress: Mapping[str, Any], devi
     }
 
 
-def restore(module: nn.Module, update: Update, state: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+def restore(
+    module: nn.Module, update: OptimizerUpdate, state: Mapping[str, Any], device: torch.device
+) -> Mapping[str, Any]:
     """Load a state from `capture` into a model and an optimizer of the same settings; return its ``progress``.
 
     Raises:
         ValueError: It is the state of another model, optimizer, scheduler or scaler; nothing is changed then.
     """
-    own = dict(trained_tensors(module))
+    own = dict(trainable_tensors(module))
     _check_tensors(own, state["model"])
     _check_groups(update.optimizer, state["optimizer"])
     for name, part in (("scheduler", update.scheduler), ("scaler", update.scaler)):
@@ -54,9 +58,9 @@ def restore(module: nn.Module, update: Update, state: Mapping[str, Any], device:
             raise ValueError(f"this engine has {has} {name}, and the state is of one with {had}: make them alike.")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(spread_like(tensor, state["model"][name]))
-    update.optimizer.load_state_dict(_spread(update.optimizer, state["optimizer"]))
-    _own(update.optimizer, state["optimizer"])
+            tensor.copy_(shard_like(tensor, state["model"][name]))
+    update.optimizer.load_state_dict(_shard_optimizer_state(update.optimizer, state["optimizer"]))
+    _detach_from_input(update.optimizer, state["optimizer"])
     if update.scheduler is not None:
         update.scheduler.load_state_dict(state["scheduler"])
     if update.scaler is not None:
@@ -66,7 +70,7 @@ def restore(module: nn.Module, update: Update, state: Mapping[str, Any], device:
     return dict(state["engine"])
 
 
-def spread_like(own: Tensor, found: Tensor) -> Tensor:
+def shard_like(own: Tensor, found: Tensor) -> Tensor:
     """Give the part of a whole tensor that one's own shard is; every rank has the whole, so nothing is sent."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -75,12 +79,12 @@ def spread_like(own: Tensor, found: Tensor) -> Tensor:
     return distribute_tensor(found.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def _spread(optimizer: "Optimizer", state: Mapping[str, Any]) -> dict[str, Any]:
+def _shard_optimizer_state(optimizer: "Optimizer", state: Mapping[str, Any]) -> dict[str, Any]:
     """Shard the states of sharded parameters, in the form of ``Optimizer.state_dict``."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = {
         index: {
-            name: spread_like(parameters[index], value)
+            name: shard_like(parameters[index], value)
             if isinstance(value, Tensor) and value.shape == parameters[index].shape and value.ndim
             else value
             for name, value in of_parameter.items()
@@ -90,14 +94,14 @@ def _spread(optimizer: "Optimizer", state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "state": values}
 
 
-def _own(optimizer: "Optimizer", given: Mapping[str, Any]) -> None:
+def _detach_from_input(optimizer: "Optimizer", given: Mapping[str, Any]) -> None:
     """Copy the tensors that torch took as they are: the next step would write to those of the caller."""
     theirs = {id(value) for values in given["state"].values() for value in values.values()}
     for values in optimizer.state.values():
         values.update({k: v.clone() for k, v in values.items() if isinstance(v, Tensor) and id(v) in theirs})
 
 
-def trained_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+def trainable_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Give the parameters that are trained and the buffers that are saved with a model, each once, by name."""
     saved = model.state_dict(keep_vars=True)
     named = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]

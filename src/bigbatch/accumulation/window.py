@@ -3,7 +3,7 @@
     EMPTY ──backward──▶ ACCUMULATING ──step──▶ CLOSED
       └───────step / abort───────┴────abort───▶ ABORTED
 
-This file holds the states alone. What a backward or an update does is handed in as a `Transaction`.
+This file holds the states alone. What a backward or an update does is handed in as a `PendingUpdate`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,7 +35,7 @@ class Transaction(Protocol):
     def apply(self) -> "WindowReport":
         """Divide, clip and update, once."""
 
-    def undo(self) -> None:
+    def discard(self) -> None:
         """Drop what was added."""
 
 
@@ -50,13 +50,13 @@ class Window:
     Made by `Accumulator.windows` or `Accumulator.window`, not by hand.
     """
 
-    def __init__(self, microbatches: Iterator[Any], transaction: Transaction) -> None:
+    def __init__(self, microbatches: Iterator[Any], pending: Transaction) -> None:
         self._microbatches = microbatches
-        self._transaction = transaction
+        self._pending = pending
         self._state = WindowState.EMPTY
         self._num_microbatches = 0
 
-    def give(self, microbatches: Iterable[Any]) -> None:
+    def set_microbatches(self, microbatches: Iterable[Any]) -> None:
         """Set what iterating over the window gives. For `Accumulator`, not for loops."""
         self._microbatches = iter(microbatches)
 
@@ -102,7 +102,7 @@ class Window:
                 any error of the backward itself, this aborts the window.
             WindowStateError: The window is closed or aborted.
         """
-        self.run(self._transaction.add, loss_sum, items)
+        self.run(self._pending.add, loss_sum, items)
 
     def run(self, add: Callable[..., None], *arguments: Any) -> None:
         """Let ``add`` bring in one micro-batch; whatever it raises aborts the window. For `Engine`, not for loops."""
@@ -126,7 +126,7 @@ class Window:
         """
         self._require_open("step")
         try:
-            report = self._transaction.apply()
+            report = self._pending.apply()
         except BaseException:
             self.abort()
             raise
@@ -137,7 +137,7 @@ class Window:
         """Drop the window: its gradients are cleared and nothing is updated. Does nothing on a finished one."""
         if self.is_open:
             self._state = WindowState.ABORTED
-            self._transaction.undo()
+            self._pending.discard()
 
     def _require_open(self, call: str) -> None:
         if not self.is_open:

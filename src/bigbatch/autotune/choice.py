@@ -14,27 +14,27 @@ from typing import Any
 
 from torch import Tensor
 
-from bigbatch.autotune.peak_prediction import Prediction, PredictionError, Rehearsal, state_of
+from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError, state_of
 from bigbatch.autotune.probe import Probe, probe
-from bigbatch.autotune.problem import Step as Step
+from bigbatch.autotune.problem import TuningProblem as TuningProblem
 from bigbatch.autotune.search import largest_below as largest_below
-from bigbatch.autotune.time_model import Timing
+from bigbatch.autotune.time_model import TimeModel
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import MemoryLimitError
-from bigbatch.memory.allocation_tracker import Part, Tracker, storages
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory, storages
 from bigbatch.memory.limit import describe_bytes
-from bigbatch.memory.usage import Room, is_out_of_memory, release_memory
+from bigbatch.memory.usage import MemoryBudget, free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
 
-WITHIN = 1.02  # of the least time: what a smaller micro-batch may cost
-MOST_PROBING_S = 20.0
-DOUBTFUL = 0.1  # of what is predicted for a micro-batch: where one takes that much more, none is predicted
+SPEED_TOLERANCE = 1.02  # of the least time: what a smaller micro-batch may cost
+MAX_PROBING_S = 20.0
+MAX_PREDICTION_ERROR = 0.1  # of what is predicted for a micro-batch: where one takes that much more, none is predicted
 NEGLIGIBLE_BYTES = 2**16
 STEPS_BETWEEN = 4  # sizes compared for each doubling
 
 
 @dataclass(frozen=True)
-class Tried:
+class Trial:
     """One size that was run.
 
     Attributes:
@@ -47,7 +47,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MicrobatchChoice:
     """The micro-batch that ``auto`` chose, and why; ``print(choice)`` says it in a line.
 
     Attributes:
@@ -58,9 +58,9 @@ class Choice:
         limit_bytes: What it may need.
         per_s: Tokens (samples) of the batch in a second, updates not counted.
         largest: The largest size that fits.
-        tried: The sizes that were run, smallest first.
+        trials: The sizes that were run, smallest first.
         timing: What a micro-batch takes by its size.
-        unpredicted: Why the memory was found by trying instead of by prediction; None where it was predicted.
+        prediction_failure: Why the memory was found by trying instead of by prediction; None where it was predicted.
         limited: Whether it was memory that kept the micro-batch from being larger.
     """
 
@@ -71,17 +71,17 @@ class Choice:
     limit_bytes: int
     per_s: float
     largest: int
-    tried: tuple[Tried, ...]
-    timing: Timing = field(repr=False)
-    unpredicted: str | None = None
+    trials: tuple[Trial, ...]
+    timing: TimeModel = field(repr=False)
+    prediction_failure: str | None = None
     limited: bool = False
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Choice":
+    def from_dict(cls, values: Mapping[str, Any]) -> "MicrobatchChoice":
         """Make a choice of what `dataclasses.asdict` made of one, which JSON may have kept."""
-        tried = tuple(Tried(**each) for each in values["tried"])
+        tried = tuple(Trial(**each) for each in values["tried"])
         points = tuple((int(size), float(seconds)) for size, seconds in values["timing"]["points"])
-        return cls(**{**values, "tried": tried, "timing": Timing(points)})
+        return cls(**{**values, "tried": tried, "timing": TimeModel(points)})
 
     @property
     def microbatch(self) -> int | TokenBudget:
@@ -89,7 +89,7 @@ class Choice:
         return TokenBudget(max(self.size, self.longest)) if self.unit == "tokens" else self.size
 
     def __str__(self) -> str:
-        smallest = self.tried[0]
+        smallest = self.trials[0]
         reasons = f"about {self.per_s:,.0f} {self.unit}/s, peak {describe_bytes(self.peak_bytes)} of "
         reasons += describe_bytes(self.limit_bytes)
         if smallest.size < self.size:
@@ -100,32 +100,32 @@ class Choice:
         return f"at most {self.size:,} {self.unit} a micro-batch{alone}: {reasons}"
 
 
-def choose(step: Step, room: Room) -> Choice:
+def choose(problem: TuningProblem, budget: MemoryBudget) -> MicrobatchChoice:
     """Choose the smallest micro-batch within 2 % of the fastest that fits.
 
     Runs some micro-batches, for less than half a minute, and throws their gradients away; parameters, random states and
     buffers stay as they are.
 
     Args:
-        step: What is trained.
-        room: The memory that is there.
+        problem: What is trained.
+        budget: The memory that is there.
 
     Raises:
         MemoryLimitError: A single sample does not fit.
         ValueError: The batch is empty.
     """
-    if not step.num_samples:
+    if not problem.num_samples:
         raise ValueError("the batch is empty: a micro-batch is chosen by trying some of its samples.")
-    gradients = [(parameter, parameter.grad) for parameter in step.parameters]  # they need not be the model's
+    gradients = [(parameter, parameter.grad) for parameter in problem.parameters]  # they need not be the model's
     try:
-        with preserved(step.model, parameters=False):
-            unpredicted = step.unpredictable
+        with preserved(problem.model, parameters=False):
+            unpredicted = problem.prediction_obstacle
             if unpredicted is None:
                 try:
-                    return _Search(step, room).choose()
+                    return _Search(problem, budget).choose()
                 except PredictionError as error:
                     unpredicted = str(error)
-            return _Search(step, room, unpredicted=unpredicted).choose()
+            return _Search(problem, budget, unpredicted=unpredicted).choose()
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -134,102 +134,106 @@ def choose(step: Step, room: Room) -> Choice:
 class _Search:
     """Peaks and times by size, found as they are asked for: predicted, or measured where ``unpredicted`` says why."""
 
-    def __init__(self, step: Step, room: Room, *, unpredicted: str | None = None) -> None:
-        self._step = step
-        self._room = room
+    def __init__(self, problem: TuningProblem, budget: MemoryBudget, *, unpredicted: str | None = None) -> None:
+        self._problem = problem
+        self._budget = budget
         self._unpredicted = unpredicted
-        self._rehearsal: Rehearsal | None = None
+        self._predictor: PeakPredictor | None = None
         self._unmade_bytes = 0  # what a window makes and a probe does not: state of the optimizer, copies of buffers
         self._unknown_bytes = 0  # what was measured beyond the prediction
         self._least_bytes = 0  # where nothing but the update is predicted, what that takes
         self._peaks: dict[tuple[int, int, int], float] = {}
         self._points: dict[int, float] = {}
-        self._timing = Timing(())
+        self._timing = TimeModel(())
         self._pays = True  # whether the last doubling was worth its memory
 
-    def choose(self) -> Choice:
+    def choose(self) -> MicrobatchChoice:
         """Find the largest size that fits, time some up to it, and weigh them."""
-        step = self._step
+        problem = self._problem
         if self._unpredicted is None:
             self._predict_and_correct()
         else:
             self._predict_the_update()
-        fits = step.filled(self._largest())
+        fits = problem.usable_size(self._largest())
         tried, largest = self._time_up_to(fits)
-        sizes = _sizes_between(step.smallest, tried[-1])
+        sizes = _sizes_between(problem.first_size, tried[-1])
         seconds = {size: self._batch_seconds(size) for size in sizes}
-        size = step.filled(next(size for size in sizes if seconds[size] <= WITHIN * min(seconds.values())))
-        return Choice(
+        size = problem.usable_size(
+            next(size for size in sizes if seconds[size] <= SPEED_TOLERANCE * min(seconds.values()))
+        )
+        return MicrobatchChoice(
             size=size,
-            longest=step.least,
-            unit=step.unit,
-            peak_bytes=int(self._peak_of(max(size, step.least))),
-            limit_bytes=self._room.limit_bytes,
-            per_s=step.total / self._batch_seconds(size),
+            longest=problem.longest_sample,
+            unit=problem.unit,
+            peak_bytes=int(self._peak_of(max(size, problem.longest_sample))),
+            limit_bytes=self._budget.limit_bytes,
+            per_s=problem.total / self._batch_seconds(size),
             largest=largest,
-            tried=tuple(Tried(size, step.total / self._batch_seconds(size)) for size in tried),
+            trials=tuple(Trial(size, problem.total / self._batch_seconds(size)) for size in tried),
             timing=self._timing,
-            unpredicted=self._unpredicted,
-            limited=self._pays and size * 2 ** (1 / STEPS_BETWEEN) > largest and largest < step.everything,
+            prediction_failure=self._unpredicted,
+            limited=self._pays and size * 2 ** (1 / STEPS_BETWEEN) > largest and largest < problem.whole_batch_size,
         )
 
     def _predict_and_correct(self) -> None:
         """Predict one sample, and run it: on CUDA to learn what the prediction leaves out, elsewhere to check it."""
-        step = self._step
-        rehearsal = self._rehearse()
-        rows = step.fullest(step.least)[0]
-        prediction = rehearsal.predict(step.look(rows))
+        problem = self._problem
+        predictor = self._make_predictor()
+        rows = problem.worst_cases(problem.longest_sample)[0]
+        prediction = predictor.predict(problem.peek(rows))
         self._refuse_above(prediction.peak_bytes, prediction)
-        beyond_bytes = self._measure(rows) + self._unmade_bytes - prediction.running_bytes
-        if math.isinf(beyond_bytes) or rehearsal.device.type == "cuda":
+        beyond_bytes = self._measure(rows) + self._unmade_bytes - prediction.forward_backward_bytes
+        if math.isinf(beyond_bytes) or predictor.device.type == "cuda":
             self._refuse_above(prediction.peak_bytes + beyond_bytes, prediction)
             self._unknown_bytes = int(beyond_bytes)
-        elif beyond_bytes > NEGLIGIBLE_BYTES + DOUBTFUL * (prediction.running_bytes - prediction.held_bytes):
+        elif beyond_bytes > NEGLIGIBLE_BYTES + MAX_PREDICTION_ERROR * (
+            prediction.forward_backward_bytes - prediction.resident_bytes
+        ):
             raise PredictionError(
-                f"one sample was predicted to need {describe_bytes(prediction.running_bytes)}, and needed "
-                f"{describe_bytes(int(prediction.running_bytes + beyond_bytes))}"
+                f"one sample was predicted to need {describe_bytes(prediction.forward_backward_bytes)}, and needed "
+                f"{describe_bytes(int(prediction.forward_backward_bytes + beyond_bytes))}"
             )
-        self._rehearsal = rehearsal
+        self._predictor = predictor
 
     def _predict_the_update(self) -> None:
         with suppress(PredictionError):
-            self._least_bytes = self._rehearse().predict_update()
+            self._least_bytes = self._make_predictor().predict_update()
         self._unmade_bytes += sum(
-            memory.nbytes() for buffer in self._step.model.buffers() for memory in storages(buffer)
+            memory.nbytes() for buffer in self._problem.model.buffers() for memory in storages(buffer)
         )
 
-    def _rehearse(self) -> Rehearsal:
-        step = self._step
-        rehearsal = Rehearsal.of(step.model, step.optimizer, step.loss_fn)
-        made = Tracker(rehearsal.device)
-        made.hold(state_of(step.optimizer), Part.OPTIMIZER)
-        self._unmade_bytes = rehearsal.state_bytes - made.live_bytes.total()
-        return rehearsal
+    def _make_predictor(self) -> PeakPredictor:
+        problem = self._problem
+        predictor = PeakPredictor.from_training(problem.model, problem.optimizer, problem.loss_fn)
+        made = AllocationTracker(predictor.device)
+        made.track(state_of(problem.optimizer), MemoryCategory.OPTIMIZER)
+        self._unmade_bytes = predictor.state_bytes - made.live_bytes.total()
+        return predictor
 
     def _peak_of(self, size: int) -> float:
         """The peak at a size, predicted where that is possible."""
-        return max(map(self._peak_of_samples, self._step.fullest(size)))
+        return max(map(self._peak_of_samples, self._problem.worst_cases(size)))
 
     def _peak_of_samples(self, rows: Sequence[int]) -> float:
-        shape = (rows[0], len(rows), self._step.size_of(rows))
+        shape = (rows[0], len(rows), self._problem.size_of(rows))
         if shape not in self._peaks:
-            if self._rehearsal is None:
+            if self._predictor is None:
                 self._peaks[shape] = max(self._measure(rows) + self._unmade_bytes, self._least_bytes)
             else:
-                predicted = self._rehearsal.predict(self._step.look(rows))
+                predicted = self._predictor.predict(self._problem.peek(rows))
                 self._peaks[shape] = predicted.peak_bytes + self._unknown_bytes
         return self._peaks[shape]
 
     def _largest(self) -> int:
         """Find the largest size that fits: in rows of the longest sample, then by what of a row others can fill."""
-        least, usable = self._step.least, self._room.usable_bytes
+        least, usable = self._problem.longest_sample, self._budget.usable_bytes
         self._refuse_above(self._peak_of(least), None)
 
         def peak_of_rows(rows: int) -> float:
             return self._peak_of(rows * least)
 
-        low, high = 1, self._step.num_samples
-        if self._rehearsal is None:  # nothing is tried that is far from what fitted
+        low, high = 1, self._problem.num_samples
+        if self._predictor is None:  # nothing is tried that is far from what fitted
             while low < high and peak_of_rows(min(high, 2 * low)) <= usable:
                 low = min(high, 2 * low)
                 self._pays = self._still_pays()
@@ -237,48 +241,48 @@ class _Search:
                     return low * least
             high = min(high, 2 * low)
         rows = largest_below(peak_of_rows, low, high, usable)
-        if rows == self._step.num_samples:
+        if rows == self._problem.num_samples:
             return rows * least
         return largest_below(self._peak_of, rows * least, (rows + 1) * least - 1, usable)
 
     def _still_pays(self) -> bool:
         """Tell whether one of the two largest sizes that were run in the search for the largest was the fastest."""
-        if self._step.unpredictable is None or len(self._points) < 3:
+        if self._problem.prediction_obstacle is None or len(self._points) < 3:
             return True
         seconds = [self._batch_seconds(size) for size in sorted(self._points)]
-        return min(seconds[-2:]) * WITHIN <= min(seconds[:-2])
+        return min(seconds[-2:]) * SPEED_TOLERANCE <= min(seconds[:-2])
 
     def _time_up_to(self, largest: int) -> tuple[list[int], int]:
         """Time sizes that double, until they are not faster any more; give them, and the largest that fits then."""
         tried: list[int] = []
         started_s = time.perf_counter()
         best_s, slower = math.inf, 0
-        size = self._step.smallest
+        size = self._problem.first_size
         while True:
             if not self._time(self._typical(size)):
                 self._refuse_above(math.inf if not tried else 0, None)
                 return tried, tried[-1]
             tried.append(size)
             batch_s = self._batch_seconds(size)
-            slower = slower + 1 if batch_s * WITHIN > best_s else 0
+            slower = slower + 1 if batch_s * SPEED_TOLERANCE > best_s else 0
             best_s = min(best_s, batch_s)
-            if size >= largest or slower == 2 or time.perf_counter() - started_s > MOST_PROBING_S:
+            if size >= largest or slower == 2 or time.perf_counter() - started_s > MAX_PROBING_S:
                 return tried, largest
             size = min(2 * size, largest)
 
     def _typical(self, size: int) -> Sequence[int]:
         """The middle one of the micro-batches that are no longer sample alone, where there are such."""
-        groups = self._step.groups(size)
-        return groups[(sum(self._step.size_of(rows) > size for rows in groups) + len(groups)) // 2]
+        groups = self._problem.groups(size)
+        return groups[(sum(self._problem.size_of(rows) > size for rows in groups) + len(groups)) // 2]
 
     def _batch_seconds(self, size: int) -> float:
         """Seconds of the whole batch in micro-batches of a size, updates not counted."""
-        groups = self._step.groups(size, self._timing.cost(size))
-        return sum(self._timing.of(self._step.size_of(rows)) for rows in groups)
+        groups = self._problem.groups(size, self._timing.cost(size))
+        return sum(self._timing.of(self._problem.size_of(rows)) for rows in groups)
 
     def _time(self, rows: Sequence[int]) -> bool:
         """Time a micro-batch; tell whether it fitted."""
-        size = self._step.size_of(rows)
+        size = self._problem.size_of(rows)
         if size not in self._points:
             if (found := self._probe(rows)) is None:
                 return False
@@ -287,38 +291,40 @@ class _Search:
 
     def _note(self, size: int, found: Probe) -> None:
         self._points[size] = found.seconds
-        self._timing = Timing(tuple(sorted(self._points.items())))
+        self._timing = TimeModel(tuple(sorted(self._points.items())))
 
     def _measure(self, rows: Sequence[int]) -> float:
         """Run a micro-batch and give its peak; infinite where memory ran out."""
-        found = self._probe(rows, held=self._step.held())
+        found = self._probe(rows, held=self._problem.resident_tensors())
         if found is None:
             return math.inf
         assert found.peak_bytes is not None, "it was asked for"
-        if self._step.unpredictable is not None:
-            self._note(self._step.size_of(rows), found)
+        if self._problem.prediction_obstacle is not None:
+            self._note(self._problem.size_of(rows), found)
         return found.peak_bytes
 
     def _probe(self, rows: Sequence[int], *, held: list[Tensor] | None = None) -> Probe | None:
-        step = self._step
+        problem = self._problem
         try:
-            take = partial(step.batch.take, rows)
-            return probe(step.model, step.parameters, step.loss_fn, take, held=held, records=step.records)
+            take = partial(problem.batch.take, rows)
+            return probe(
+                problem.model, problem.parameters, problem.loss_fn, take, held=held, uses_cuda_graphs=problem.uses_cuda_graphs
+            )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        release_memory()  # outside the except block, whose traceback holds tensors
+        free_cached_memory()  # outside the except block, whose traceback holds tensors
         return None
 
     def _refuse_above(self, peak_bytes: float, prediction: Prediction | None) -> None:
-        if peak_bytes <= self._room.usable_bytes:
+        if peak_bytes <= self._budget.usable_bytes:
             return
-        sample = "one sample" if self._step.lengths is None else f"a sample of {self._step.least:,} tokens"
+        sample = "one sample" if self._problem.lengths is None else f"a sample of {self._problem.longest_sample:,} tokens"
         needs = f"needs {describe_bytes(int(peak_bytes))}" if math.isfinite(peak_bytes) else "does not fit"
         parts = "" if prediction is None else f" ({describe_parts(prediction)})"
         raise MemoryLimitError(
-            f"{sample} {needs}{parts}, and {self._room}. Shorten it, or use activation checkpointing, narrower weights "
-            "or fewer trained parameters, or give more memory."
+            f"{sample} {needs}{parts}, and {self._budget}. Shorten it, or use activation checkpointing, narrower "
+            "weights or fewer trained parameters, or give more memory."
         )
 
 

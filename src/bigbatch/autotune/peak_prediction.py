@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from bigbatch.errors import BigbatchError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
-from bigbatch.memory.allocation_tracker import CUDA_UNIT, Part, Tracker, tensors_in
+from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -51,21 +51,22 @@ class Prediction:
         parts: The bytes of that moment by what they are for: parameters, gradients, optimizer, activations, loss, and
             for CUDA the workspaces of its libraries.
         phases: The peak in bytes of each phase.
-        running_bytes: The peak of forward and backward without what `bigbatch.Engine` holds besides the micro-batch
-            that runs: a copy of the buffers, for when memory runs out, and for CUDA the inputs that come next.
-        held_bytes: Of that, what is there between micro-batches: parameters, buffers, gradients, optimizer state, and
-            the workspaces.
+        forward_backward_bytes: The peak of forward and backward without what `bigbatch.Engine` holds besides the
+            micro-batch that runs: a copy of the buffers, for when memory runs out, and for CUDA the inputs that come
+            next.
+        resident_bytes: Of that, what is there between micro-batches: parameters, buffers, gradients, optimizer state,
+            and the workspaces.
     """
 
     peak_bytes: int
     phase: str
     parts: Mapping[str, int] = field(hash=False)
     phases: Mapping[str, int] = field(hash=False)
-    running_bytes: int
-    held_bytes: int
+    forward_backward_bytes: int
+    resident_bytes: int
 
 
-class Rehearsal:
+class PeakPredictor:
     """A training step on tensors without data.
 
         rehearsal = Rehearsal.of(model, optimizer, loss_fn)
@@ -99,20 +100,20 @@ class Rehearsal:
         self._runs_on = self._parameters[0].device
         self.device = device or self._runs_on
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
-        with self._failing_clearly(), mode, Tracker(self._runs_on, unit=self._unit) as tracker:
+        with self._failing_clearly(), mode, AllocationTracker(self._runs_on, unit=self._unit) as tracker:
             self._make_state()
-            tracker.hold(state_of(optimizer), Part.OPTIMIZER)
-        self.state_bytes = tracker.live_bytes[Part.OPTIMIZER]
+            tracker.track(state_of(optimizer), MemoryCategory.OPTIMIZER)
+        self.state_bytes = tracker.live_bytes[MemoryCategory.OPTIMIZER]
 
     @classmethod
-    def of(
+    def from_training(
         cls,
         model: nn.Module,
         optimizer: "Optimizer",
         loss_fn: "LossFunction",
         *,
         device: torch.device | None = None,
-    ) -> "Rehearsal":
+    ) -> "PeakPredictor":
         """Rehearse with copies of a model and its optimizer, which share nothing with them and hold no data.
 
         Args:
@@ -125,7 +126,7 @@ class Rehearsal:
             PredictionError: They cannot be copied.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        runs_on = None if device is None else stand_in_for(device)
+        runs_on = None if device is None else proxy_device(device)
         copies: dict[int, Any] = {}
         try:
             for tensor in [*model.parameters(), *model.buffers(), *tensors_in(vars(optimizer))]:
@@ -150,14 +151,14 @@ class Rehearsal:
         Raises:
             PredictionError: The step needs the data itself.
         """
-        with self._rehearsing() as tracker, GradientSums(self._parameters) as sums:
-            self._hold(tracker, sums)
+        with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
+            self._track(tracker, sums)
             held_bytes = tracker.live_bytes.total()
             phases, waiting_bytes = self._differentiate(tracker, sums, microbatch)
             phases["update"] = self._update(tracker, sums)
         libraries = self._libraries_bytes
         phase = max(phases, key=lambda name: phases[name].peak_bytes)
-        parts = {part.value: phases[phase].parts[part] for part in Part}
+        parts = {part.value: phases[phase].parts[part] for part in MemoryCategory}
         if libraries:
             parts["libraries"] = libraries
         peaks = {name: recorded.peak_bytes + libraries for name, recorded in phases.items()}
@@ -166,8 +167,8 @@ class Rehearsal:
 
     def predict_update(self) -> int:
         """Give the peak in bytes of an update alone, which no micro-batch matters to."""
-        with self._rehearsing() as tracker, GradientSums(self._parameters) as sums:
-            self._hold(tracker, sums)
+        with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
+            self._track(tracker, sums)
             return self._update(tracker, sums).peak_bytes + self._libraries_bytes
 
     @property
@@ -175,34 +176,36 @@ class Rehearsal:
         return CUDA_LIBRARIES_BYTES if self.device.type == "cuda" else 0
 
     @contextmanager
-    def _rehearsing(self) -> Iterator[Tracker]:
+    def _running_without_data(self) -> Iterator[AllocationTracker]:
         pinned = _attention_without_dropout() if self._runs_on.type != self.device.type else nullcontext()
-        with self._failing_clearly(), self._mode, pinned, Tracker(self._runs_on, unit=self._unit) as tracker:
+        with self._failing_clearly(), self._mode, pinned, AllocationTracker(self._runs_on, unit=self._unit) as tracker:
             yield tracker
 
-    def _hold(self, tracker: Tracker, sums: GradientSums) -> None:
+    def _track(self, tracker: AllocationTracker, sums: GradientSums) -> None:
         """Count what is there before a micro-batch begins."""
-        tracker.hold([*self._model.parameters(), *self._model.buffers(), *self._parameters], Part.PARAMETERS)
-        tracker.hold(state_of(self._optimizer), Part.OPTIMIZER)
-        tracker.part = Part.GRADIENTS
-        sums.fill()
+        tracker.track([*self._model.parameters(), *self._model.buffers(), *self._parameters], MemoryCategory.PARAMETERS)
+        tracker.track(state_of(self._optimizer), MemoryCategory.OPTIMIZER)
+        tracker.part = MemoryCategory.GRADIENTS
+        sums.fill_missing_with_zeros()
 
-    def _differentiate(self, tracker: Tracker, sums: GradientSums, microbatch: Any) -> "tuple[dict[str, _Phase], int]":
+    def _differentiate(
+        self, tracker: AllocationTracker, sums: GradientSums, microbatch: Any
+    ) -> "tuple[dict[str, _Phase], int]":
         """Run forward and backward; give their peaks, and the bytes of what only waits meanwhile."""
-        tracker.part = Part.ACTIVATIONS
+        tracker.part = MemoryCategory.ACTIVATIONS
         held_bytes = tracker.live_bytes.total()
         waiting: list[Any] = [buffer.clone() for buffer in self._model.buffers()]
         if self.device.type == "cuda":
-            waiting.append(self._stand_ins(microbatch))
+            waiting.append(self._fake_inputs(microbatch))
         waiting_bytes = tracker.live_bytes.total() - held_bytes
         phases = {}
         with _parts_of_the_step(tracker, self._model):
             tracker.reset_peak()
-            terms = as_terms(self._loss_fn(self._model, self._stand_ins(microbatch)))
+            terms = as_terms(self._loss_fn(self._model, self._fake_inputs(microbatch)))
             loss = reduce(add, (loss_sum for loss_sum, _ in terms.values()))
             phases["forward"] = _Phase.of(tracker)
             del terms
-            versions = sums.versions()
+            versions = sums.snapshot_versions()
             sums.backward(loss)
             del loss
             phases["backward"] = _Phase.of(tracker)
@@ -212,25 +215,25 @@ class Rehearsal:
             )
         return phases, waiting_bytes
 
-    def _update(self, tracker: Tracker, sums: GradientSums) -> "_Phase":
-        tracker.part = Part.OPTIMIZER
+    def _update(self, tracker: AllocationTracker, sums: GradientSums) -> "_Phase":
+        tracker.part = MemoryCategory.OPTIMIZER
         tracker.reset_peak()
         gradients = sums.tensors()
         torch.nn.utils.get_total_norm(gradients)
         torch._foreach_mul_(gradients, 0.5)
         del gradients
-        sums.hand_over()
+        sums.write_to_grad()
         self._optimizer.step()
         return _Phase.of(tracker)
 
     def _make_state(self) -> None:
         """Let the optimizer make its state, and count no step."""
         with GradientSums(self._parameters) as sums:
-            sums.fill()
-            sums.hand_over()
+            sums.fill_missing_with_zeros()
+            sums.write_to_grad()
             self._optimizer.step()
 
-    def _stand_ins(self, microbatch: Any) -> Any:
+    def _fake_inputs(self, microbatch: Any) -> Any:
         def stand_in(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
@@ -249,14 +252,14 @@ class Rehearsal:
             raise PredictionError(f"the step cannot run without data ({_first_line(error)})") from error
 
 
-def why_unpredictable(model: nn.Module) -> str | None:
+def prediction_obstacle(model: nn.Module) -> str | None:
     """Say why a model cannot show without data what it keeps, where that is known; else None."""
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()):
         return "it is compiled, and what it keeps is decided when it runs"
     return None
 
 
-def stand_in_for(device: torch.device) -> torch.device:
+def proxy_device(device: torch.device) -> torch.device:
     """Give where a prediction for a device runs: there, or on the CPU where torch finds no CUDA."""
     return torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
 
@@ -280,17 +283,17 @@ def _attention_without_dropout() -> Iterator[None]:
 @dataclass(frozen=True)
 class _Phase:
     peak_bytes: int
-    parts: Mapping[Part, int]
+    parts: Mapping[MemoryCategory, int]
 
     @classmethod
-    def of(cls, tracker: Tracker) -> "_Phase":
+    def of(cls, tracker: AllocationTracker) -> "_Phase":
         phase = cls(tracker.peak_bytes, tracker.parts_at_peak.copy())
         tracker.reset_peak()
         return phase
 
 
 @contextmanager
-def _parts_of_the_step(tracker: Tracker, model: nn.Module) -> Iterator[None]:
+def _parts_of_the_step(tracker: AllocationTracker, model: nn.Module) -> Iterator[None]:
     """Tell what belongs to the loss from what belongs to the layers, in forward and in backward.
 
     The outputs of the model, and whatever is computed from them, are the loss's; in backward, so is what nodes of the
@@ -300,18 +303,18 @@ def _parts_of_the_step(tracker: Tracker, model: nn.Module) -> Iterator[None]:
 
     def after_forward(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
         tensors = tensors_in(outputs)
-        tracker.hold(tensors, Part.LOSS)
+        tracker.track(tensors, MemoryCategory.LOSS)
         tracker.part = part
         nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
         last_of_model[0] = max((node._sequence_nr() for node in nodes), default=-1)
 
-    def part() -> Part:
+    def part() -> MemoryCategory:
         node = torch._C._current_autograd_node()
         if node is None or ("AccumulateGrad" not in node.name() and node._sequence_nr() > last_of_model[0]):
-            return Part.LOSS
-        return Part.ACTIVATIONS
+            return MemoryCategory.LOSS
+        return MemoryCategory.ACTIVATIONS
 
-    tracker.part = Part.ACTIVATIONS
+    tracker.part = MemoryCategory.ACTIVATIONS
     handle = model.register_forward_hook(after_forward)
     try:
         yield

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bigbatch.autotune.peak_prediction import PredictionError
-from bigbatch.execution.cuda_graphs import record
+from bigbatch.execution.cuda_graphs import capture
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
-from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import is_out_of_memory
 from bigbatch.preserve import preserved
 from bigbatch.types import Items
@@ -23,8 +23,8 @@ from bigbatch.types import Items
 if TYPE_CHECKING:
     from bigbatch.types import LossFunction
 
-SHORTEST_S = 0.1  # of timing: small micro-batches are timed often
-LEAST_TIMES = 2  # whatever they take: machines have other work, too
+MIN_SECONDS = 0.1  # of timing: small micro-batches are timed often
+MIN_REPEATS = 2  # whatever they take: machines have other work, too
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def probe(
     take: Callable[[], Any],
     *,
     held: Iterable[Tensor] | None = None,
-    records: bool = False,
+    uses_cuda_graphs: bool = False,
 ) -> Probe:
     """Run one micro-batch several times, as within a window, and throw its gradients away.
 
     Random states, buffers and gradients are put back. On CUDA the device is waited for. Elsewhere the peak is that of a
-    `Tracker`, in a run that is not timed.
+    `AllocationTracker`, in a run that is not timed.
 
     Args:
         model: In training mode.
@@ -60,7 +60,7 @@ def probe(
         loss_fn: As for `bigbatch.Engine`.
         take: Makes the micro-batch, on the device.
         held: What is there already and counts, where the peak is asked for.
-        records: Whether to time what will be timed in training: a recording of it, where it can be recorded.
+        uses_cuda_graphs: Whether to time what will be timed in training: a recording of it, where it can be recorded.
 
     Raises:
         PredictionError: ``loss_fn`` kept a tensor of the rehearsal.
@@ -76,10 +76,10 @@ def probe(
 
         run()  # makes the sums, and whatever else is made once
         peak_bytes = None if held is None else _measure(held, sums, run, device)
-        if records and sums.native() is not None:
-            run = _recorded(sums, partial(loss_fn, model, take())) or run
+        if uses_cuda_graphs and sums.grads_in_place() is not None:
+            run = _captured(sums, partial(loss_fn, model, take())) or run
         spent_s, best_s, times = 0.0, float("inf"), 0
-        while spent_s < SHORTEST_S or times < LEAST_TIMES:
+        while spent_s < MIN_SECONDS or times < MIN_REPEATS:
             _wait(device)
             started_s = time.perf_counter()
             run()
@@ -89,7 +89,7 @@ def probe(
     return Probe(best_s, peak_bytes)
 
 
-def _recorded(sums: GradientSums, loss_of: Callable[[], Any]) -> Callable[[], None] | None:
+def _captured(sums: GradientSums, loss_of: Callable[[], Any]) -> Callable[[], None] | None:
     """Record forward and backward; None where that cannot be."""
 
     def run() -> None:
@@ -97,7 +97,7 @@ def _recorded(sums: GradientSums, loss_of: Callable[[], Any]) -> Callable[[], No
             sums.backward(reduce(add, losses))
 
     try:
-        replay: Callable[[], None] = record(run).replay
+        replay: Callable[[], None] = capture(run).replay
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -127,9 +127,9 @@ def _measure(held: Iterable[Tensor], sums: GradientSums, run: Callable[[], None]
         run()
         on_device: int = torch.cuda.max_memory_allocated(device)
         return on_device
-    with Tracker(device) as tracker:
-        tracker.hold(held, Part.PARAMETERS)
-        tracker.hold((total for total in sums.versions()[0] if total is not None), Part.GRADIENTS)
+    with AllocationTracker(device) as tracker:
+        tracker.track(held, MemoryCategory.PARAMETERS)
+        tracker.track((total for total in sums.snapshot_versions()[0] if total is not None), MemoryCategory.GRADIENTS)
         run()
     elsewhere: int = tracker.peak_bytes
     return elsewhere

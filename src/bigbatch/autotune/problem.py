@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.batching.plan import Cost
 from bigbatch.batching.split import Split
-from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down, round_up
+from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
 from bigbatch.memory.allocation_tracker import tensors_in
 from bigbatch.types import Layout
 
@@ -25,7 +25,7 @@ FULL_ENOUGH = 0.99  # of the tokens of the fullest micro-batch: a longer sample 
 
 
 @dataclass(frozen=True)
-class Step:
+class TuningProblem:
     """The training step whose micro-batch is to be chosen.
 
     Attributes:
@@ -34,11 +34,11 @@ class Step:
         loss_fn: As for `bigbatch.Engine`.
         batch: What micro-batches are taken of.
         lengths: Tokens of each sample, where the micro-batch is limited in tokens.
-        alike: Whether all samples are laid out alike, as in tensors, which keep the padding that they came with;
-            otherwise micro-batches are collated, and padded to their longest sample.
+        uniform_length: Whether all samples are laid out alike, as in tensors, which keep the padding that they came
+            with; otherwise micro-batches are collated, and padded to their longest sample.
         layout: ``"packed"`` where micro-batches are collated into one row, whose sizes are those of `round_up`.
-        records: Whether micro-batches will be launched from recordings, see `bigbatch.execution.cuda_graphs`.
-        unpredictable: Why the step cannot run without data, where that is known.
+        uses_cuda_graphs: Whether micro-batches will be launched from recordings, see `bigbatch.execution.cuda_graphs`.
+        prediction_obstacle: Why the step cannot run without data, where that is known.
     """
 
     model: nn.Module
@@ -46,10 +46,10 @@ class Step:
     loss_fn: "LossFunction"
     batch: Split
     lengths: Sequence[int] | None
-    alike: bool = False
+    uniform_length: bool = False
     layout: Layout = "padded"
-    records: bool = False
-    unpredictable: str | None = None
+    uses_cuda_graphs: bool = False
+    prediction_obstacle: str | None = None
 
     @property
     def num_samples(self) -> int:
@@ -61,26 +61,26 @@ class Step:
         """Those of the optimizer."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def held(self) -> list[Tensor]:
+    def resident_tensors(self) -> list[Tensor]:
         """What is there already: parameters, buffers, and the optimizer's state."""
         return [*self.model.parameters(), *self.model.buffers(), *self.parameters, *state_of(self.optimizer)]
 
-    def look(self, rows: Sequence[int]) -> Any:
+    def peek(self, rows: Sequence[int]) -> Any:
         """Give a micro-batch where the batch is, which may have more memory than the device."""
         return pytree.tree_unflatten(*self.batch.gather(rows))
 
     @property
-    def least(self) -> int:
+    def longest_sample(self) -> int:
         """What has to fit: one sample, whichever it is."""
         return 1 if self.lengths is None else max(self.lengths)
 
     @property
-    def smallest(self) -> int:
+    def first_size(self) -> int:
         """The smallest size that is timed: under it, samples that are longer run alone."""
         if self.lengths is None:
             return 1
         if self.layout == "packed":
-            return round_up(max(self.lengths))
+            return round_up_row(max(self.lengths))
         middling = sorted(self.lengths, reverse=True)[self.num_samples // 2]
         return max(middling, max(self.lengths) // SMALLEST_SHARE)
 
@@ -89,7 +89,7 @@ class Step:
         """What sizes count."""
         return "samples" if self.lengths is None else "tokens"
 
-    def fullest(self, size: int) -> list[Sequence[int]]:
+    def worst_cases(self, size: int) -> list[Sequence[int]]:
         """Samples of the fullest micro-batches that batches of such samples can bring, those of this one repeated.
 
         As many as fit of the longest sample, and of the longest of those that fill the size best. Of tensors, as many
@@ -98,15 +98,15 @@ class Step:
         Args:
             size: At least `least`.
         """
-        if self.alike:
+        if self.uniform_length:
             return [range(self._most_rows(size))]
         if self.lengths is None:
             return [[self._heaviest] * size]
         if self.layout == "packed":
             return [self._fill_row(size)]
-        filled = FULL_ENOUGH * self.filled(size)
+        filled = FULL_ENOUGH * self.usable_size(size)
         fullest = max(length for length in self._where if size // length * length >= filled)
-        return [[self._where[length]] * (size // length) for length in dict.fromkeys((self.least, fullest))]
+        return [[self._where[length]] * (size // length) for length in dict.fromkeys((self.longest_sample, fullest))]
 
     def _fill_row(self, size: int) -> list[int]:
         """Samples that fill a row of so many tokens, the longest first."""
@@ -116,11 +116,11 @@ class Step:
             size %= length
         return rows
 
-    def filled(self, size: int) -> int:
+    def usable_size(self, size: int) -> int:
         """Of a size, what a micro-batch of such samples can use: between it and the size, all cuts are the same."""
         if self.layout == "packed":
-            return max(round_up(self.least), round_down(size))
-        if self.lengths is None or self.alike or size < self.least:
+            return max(round_up_row(self.longest_sample), round_down_row(size))
+        if self.lengths is None or self.uniform_length or size < self.longest_sample:
             return size
         return max(size // length * length for length in self._where)
 
@@ -133,7 +133,7 @@ class Step:
     @cached_property
     def _heaviest(self) -> int:
         """The sample with the most bytes, where nobody tells lengths."""
-        return max(range(self.num_samples), key=lambda sample: _num_bytes(self.look([sample])))
+        return max(range(self.num_samples), key=lambda sample: _num_bytes(self.peek([sample])))
 
     def _most_rows(self, size: int) -> int:
         if self.lengths is None:
@@ -147,7 +147,7 @@ class Step:
         return group_by_tokens(self.lengths, size, cost=cost, layout=self.layout)
 
     @property
-    def everything(self) -> int:
+    def whole_batch_size(self) -> int:
         """The size from which on the whole batch is one micro-batch, about."""
         if self.lengths is None:
             return self.num_samples
@@ -156,7 +156,7 @@ class Step:
     def size_of(self, rows: Sequence[int]) -> int:
         """Tokens with padding, or samples, of a micro-batch."""
         if self.lengths is not None and self.layout == "packed":
-            return round_up(sum(self.lengths[i] for i in rows))
+            return round_up_row(sum(self.lengths[i] for i in rows))
         return len(rows) if self.lengths is None else len(rows) * max(self.lengths[i] for i in rows)
 
     @property

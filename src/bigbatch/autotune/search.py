@@ -6,8 +6,8 @@ from functools import cache
 from itertools import islice
 from typing import TypeAlias
 
-FINE_ENOUGH = 50  # a share of the size: where the search ends
-MOST_GUESSES = 12
+RESOLUTION = 50  # a share of the size: where the search ends
+MAX_GUESSES = 12
 
 _PeakOf: TypeAlias = Callable[[int], float]
 
@@ -22,10 +22,10 @@ def largest_below(peak_of: _PeakOf, least: int, most: int, usable_bytes: int) ->
     if peak_of(most) <= usable_bytes:
         return most
     fitting, failing = [least], [most]  # the last of each is the nearest
-    for guess in islice(_guesses(peak_of, fitting, failing, usable_bytes), MOST_GUESSES):
+    for guess in islice(_guesses(peak_of, fitting, failing, usable_bytes), MAX_GUESSES):
         low, high = fitting[-1], failing[-1]
-        beyond = _reach(peak_of, fitting[-2:], usable_bytes)  # nothing fits there: the peak rises ever faster
-        if high - low <= _fine(low) or beyond - low < _fine(low):
+        beyond = _intersect(peak_of, fitting[-2:], usable_bytes)  # nothing fits there: the peak rises ever faster
+        if high - low <= _step_of(low) or beyond - low < _step_of(low):
             break
         middle = min(max(guess, low + 1), high - 1)
         (fitting if peak_of(middle) <= usable_bytes else failing).append(middle)
@@ -35,25 +35,25 @@ def largest_below(peak_of: _PeakOf, least: int, most: int, usable_bytes: int) ->
 def _guesses(peak_of: _PeakOf, fitting: list[int], failing: list[int], usable_bytes: int) -> Iterator[int]:
     """Follow a line and look whether it led there, halve, and so on; the lists grow in between."""
     while True:
-        ahead = _ahead(peak_of, fitting, failing, usable_bytes)
+        ahead = _extrapolate(peak_of, fitting, failing, usable_bytes)
         if ahead is not None:
             yield ahead
             low, high = fitting[-1], failing[-1]
-            yield low + _fine(low) if low == ahead else high - _fine(low)
+            yield low + _step_of(low) if low == ahead else high - _step_of(low)
         yield math.isqrt(fitting[-1] * failing[-1])
 
 
-def _ahead(peak_of: _PeakOf, fitting: list[int], failing: list[int], usable_bytes: int) -> int | None:
+def _extrapolate(peak_of: _PeakOf, fitting: list[int], failing: list[int], usable_bytes: int) -> int | None:
     """Give where a line leads: that of the two smallest that fail, else that across the limit; None if nowhere new."""
     low, high = fitting[-1], failing[-1]
-    if (ahead := _reach(peak_of, failing[-2:], usable_bytes)) < high:  # nothing fits there, or just so
-        return max(int(ahead), low + _fine(low))
-    if low + _fine(low) <= (ahead := _reach(peak_of, [low, high], usable_bytes)) < high:
+    if (ahead := _intersect(peak_of, failing[-2:], usable_bytes)) < high:  # nothing fits there, or just so
+        return max(int(ahead), low + _step_of(low))
+    if low + _step_of(low) <= (ahead := _intersect(peak_of, [low, high], usable_bytes)) < high:
         return int(ahead)
     return None
 
 
-def _reach(peak_of: _PeakOf, sizes: list[int], usable_bytes: int) -> float:
+def _intersect(peak_of: _PeakOf, sizes: list[int], usable_bytes: int) -> float:
     """Give the size at which the line through two sizes reaches the limit; infinity where it does not."""
     if len(sizes) < 2:
         return math.inf
@@ -63,5 +63,5 @@ def _reach(peak_of: _PeakOf, sizes: list[int], usable_bytes: int) -> float:
     return left + (usable_bytes - left_bytes) * (right - left) / (right_bytes - left_bytes)
 
 
-def _fine(size: int) -> int:
-    return max(1, size // FINE_ENOUGH)
+def _step_of(size: int) -> int:
+    return max(1, size // RESOLUTION)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from bigbatch.batching.plan import Cost
 
-MOST_OVERHEAD_TOKENS = 65_536
+MAX_OVERHEAD_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
-class Timing:
+class TimeModel:
     """Seconds of a micro-batch by its size, linear between those that were timed.
 
     Below the smallest, the line through the first two goes on, though never to nothing; above the largest, that through
@@ -47,8 +47,8 @@ class Timing:
         last, last_s = min(others, key=lambda point: abs(point[0] - size))
         slope = (last_s - first_s) / (last - first)
         if slope <= 0:
-            return MOST_OVERHEAD_TOKENS
-        return min(MOST_OVERHEAD_TOKENS, max(0, round(first_s / slope - first)))
+            return MAX_OVERHEAD_TOKENS
+        return min(MAX_OVERHEAD_TOKENS, max(0, round(first_s / slope - first)))
 
     def cost(self, size: int) -> Cost:
         """The same as weights for `bigbatch.plan`; a pair of tokens keeps its share of a token."""

@@ -114,7 +114,7 @@ class SortedBatch:
         if self.packed:
             if self.token_budget:
                 return pack_best_fit(self.lengths, self.token_budget)
-            return list(deal(self.lengths, -(-len(self.lengths) // self._max_rows(1))))
+            return list(distribute(self.lengths, -(-len(self.lengths) // self._max_rows(1))))
         max_rows = [self._max_rows(length) for length in self.lengths]
         if self.token_budget is None:
             return cut_full(max_rows)
@@ -130,7 +130,9 @@ class SortedBatch:
             return cut_evenly(row_costs, max_rows, at_most=num_groups)
         if self.token_budget:
             return pack_evenly(self.lengths, self.token_budget, num_groups=num_groups)
-        return list(deal(self.lengths, num_groups)) if num_groups * self._max_rows(1) >= len(self.lengths) else None
+        return (
+            list(distribute(self.lengths, num_groups)) if num_groups * self._max_rows(1) >= len(self.lengths) else None
+        )
 
     def _max_rows(self, longest: int) -> int:
         return self.microbatch_size or (self.token_budget or 0) // longest
@@ -317,18 +319,18 @@ def pack_evenly(lengths: Sequence[int], capacity: int, *, num_groups: int) -> li
     return list(groups)
 
 
-def deal(costs: Sequence[int], num_hands: int) -> list[list[int]]:
-    """Deal items to hands, a layer of ``num_hands`` at a time, the dearest of a layer to the cheapest hand.
+def distribute(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deal items to hands, a layer of ``num_ranks`` at a time, the dearest of a layer to the cheapest hand.
 
     Hands hold equally many items, or one fewer where the last layer runs out, each in the order of ``costs``. No hand
     is dearer than another by more than the widest difference within one layer: where hands differ by at most D and
     the items of a layer by at most d, pairing them crosswise leaves at most max(D, d).
     """
-    hands: list[list[int]] = [[] for _ in range(num_hands)]
-    totals = [0] * num_hands
-    for start in range(0, len(costs), num_hands):
-        layer = sorted(range(start, min(start + num_hands, len(costs))), key=costs.__getitem__, reverse=True)
-        cheapest_first = sorted(range(num_hands), key=totals.__getitem__)
+    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = [0] * num_ranks
+    for start in range(0, len(costs), num_ranks):
+        layer = sorted(range(start, min(start + num_ranks, len(costs))), key=costs.__getitem__, reverse=True)
+        cheapest_first = sorted(range(num_ranks), key=totals.__getitem__)
         for item, hand in zip(layer, cheapest_first, strict=False):
             hands[hand].append(item)
             totals[hand] += costs[item]

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from bigbatch.batching.packing import Cost as Cost
-from bigbatch.batching.packing import SortedBatch, deal
+from bigbatch.batching.packing import SortedBatch, distribute
 
 LAYOUTS = ("padded", "packed")
 DEFAULT_COST = Cost()
@@ -152,7 +152,7 @@ def plan(
     order = sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True)  # stable: among equals the lower index
     batch = SortedBatch([tokens[i] for i in order], token_budget, microbatch_size, layout == "packed", cost)
     groups = batch.group(data_parallel_size) if tokens else []
-    hands = deal([batch.cost_of(group) for group in groups], data_parallel_size)
+    hands = distribute([batch.cost_of(group) for group in groups], data_parallel_size)
     num_microbatches = -(-len(groups) // data_parallel_size)
     microbatches = tuple(
         tuple(tuple(order[position] for position in groups[number]) for number in hand)

@@ -23,7 +23,7 @@ class _Fetched(NamedTuple):
     num_copied: int  # leaves that were on the host
 
 
-class Feed:
+class Prefetcher:
     """Take the micro-batches of a split in their order, each fetched while the one before it computes.
 
         with Feed(parts) as feed:
@@ -42,21 +42,21 @@ class Feed:
 
     def __init__(self, parts: Split) -> None:
         self._parts = parts
-        self._turns: Iterator[Sequence[int]] = iter(())
-        self._turn: Sequence[int] | None = None
+        self._pending_rows: Iterator[Sequence[int]] = iter(())
+        self._next_rows: Sequence[int] | None = None
         self._fetched: _Fetched | None = None
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Prefetcher":
         if self._parts.device.type == "cuda":
             self._copying = torch.cuda.Stream(self._parts.device)  # type: ignore[no-untyped-call]
-            self._turns = iter(self._parts.groups)
-            self._turn = next(self._turns, None)
+            self._pending_rows = iter(self._parts.groups)
+            self._next_rows = next(self._pending_rows, None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._turn = None
+        self._next_rows = None
         self._drop()
 
     def take(self, rows: Sequence[int]) -> Any:
@@ -66,16 +66,16 @@ class Feed:
             rows: The next of ``parts.groups``. Any others are samples that are run again for want of memory: they are
                 taken by themselves, and what was fetched ahead is given back, to be fetched anew in its turn.
         """
-        if rows is not self._turn:  # always so on the CPU
+        if rows is not self._next_rows:  # always so on the CPU
             self._drop()
             return self._parts.take(rows)
-        self._turn = next(self._turns, None)
+        self._next_rows = next(self._pending_rows, None)
         fetched, self._fetched = self._fetched, None
         fetched = fetched or self._fetch(rows)
         if fetched.num_copied:
             self._wait_for_copies()
-            if self._turn is not None:
-                self._fetch_ahead(self._turn)
+            if self._next_rows is not None:
+                self._fetch_ahead(self._next_rows)
         return self._parts.assemble(fetched.leaves, fetched.structure)
 
     def _fetch_ahead(self, rows: Sequence[int]) -> None:

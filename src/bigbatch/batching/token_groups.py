@@ -1,6 +1,7 @@
 """Which samples of a window run together: a plan under a token budget, and what is longer than the budget alone.
 
-Packed rows come in few sizes, so that kernels are made and recorded for few: those of `round_up` and `round_down`.
+Packed rows come in few sizes, so that kernels are made and recorded for few: those of `round_up_row` and
+`round_down_row`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from bigbatch.types import Layout
 
 DEFAULT_COST = Cost()
 SIZES_A_DOUBLING = 8
-FINEST = 64  # tokens between two sizes, at least
+MIN_ROW_STEP = 64  # tokens between two sizes, at least
 
 
 def group_by_tokens(
@@ -38,7 +39,7 @@ def group_by_tokens(
     return alone + tuple(tuple(others[position] for position in group) for group in groups)
 
 
-def round_up(tokens: int) -> int:
+def round_up_row(tokens: int) -> int:
     """Give the size of a packed row that holds so many tokens: multiples of an eighth of the power of two below.
 
     1,024, 1,152, …, 2,048, 2,304, …, 4,096, 4,608, … and below 512 the multiples of 64. The row that a budget of such a
@@ -48,11 +49,11 @@ def round_up(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def round_down(tokens: int) -> int:
+def round_down_row(tokens: int) -> int:
     """Give the largest size of a packed row that is at most so many tokens; the tokens themselves below 64."""
     step = _step(tokens)
     return tokens // step * step or tokens
 
 
 def _step(tokens: int) -> int:
-    return max(FINEST, (1 << (max(1, tokens).bit_length() - 1)) // SIZES_A_DOUBLING)
+    return max(MIN_ROW_STEP, (1 << (max(1, tokens).bit_length() - 1)) // SIZES_A_DOUBLING)

@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Sequence
 
 from bigbatch import __version__
-from bigbatch.cli.exit_codes import DONE, FAILED, INTERRUPTED, ending_of
+from bigbatch.cli.exit_codes import DONE, FAILED, INTERRUPTED, exit_for
 from bigbatch.errors import BigbatchError, InputError
 
 COMMANDS = {
@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(words)
         sys.stdout.flush()
     except (BigbatchError, ModuleNotFoundError) as error:
-        ending = ending_of(error)
+        ending = exit_for(error)
         if ending is None:
             raise
-        return _complain(speaker, *ending)
+        return _print_error(speaker, *ending)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal has just written ^C
-        return _complain(speaker, "interrupted.", INTERRUPTED)
+        return _print_error(speaker, "interrupted.", INTERRUPTED)
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _stdout_is_closed():
             raise
         return FAILED
     return code
@@ -80,9 +80,9 @@ def _dispatch(words: Sequence[str]) -> int:
     if "-h" in asked or "--help" in asked:
         print(help_text(first), end="")
         return DONE
-    from bigbatch.cli.torchrun import refusing_together
+    from bigbatch.cli.torchrun import reject_together
 
-    with refusing_together(first):
+    with reject_together(first):
         arguments = parse(first, rest)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     code: int = importlib.import_module(f"bigbatch.cli.commands.{first}").run(*arguments)
@@ -128,12 +128,12 @@ def _overview() -> str:
     )
 
 
-def _complain(speaker: str, sentence: str, code: int) -> int:
+def _print_error(speaker: str, sentence: str, code: int) -> int:
     print(f"{speaker}: {sentence}", file=sys.stderr)
     return code
 
 
-def _nobody_reads() -> bool:
+def _stdout_is_closed() -> bool:
     """Return whether nobody reads our output any more, as in ``bigbatch ... | head``, and if so discard the rest.
 
     The interpreter would otherwise try once more to flush it at exit, and complain.

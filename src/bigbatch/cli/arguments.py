@@ -153,11 +153,11 @@ def _read_words(command: str, words: Sequence[str]) -> dict[str, object]:
             near = nearest(flag, [*(key for key in spec.fields() if key not in spec.positionals), "help"])
             raise InputError(f"unknown flag {short(flag)}: {hint(command, near and _flag(near))}")
     positionals = [*extras, *after_dashes]
-    if spec.gathers and positionals:
+    if spec.collects_all and positionals:
         return vars(namespace) | {spec.positionals[0]: positionals}
     if len(positionals) > len(spec.positionals):
         stray = short(repr(positionals[len(spec.positionals)]))
-        raise InputError(f"{stray} is not expected: {command} takes {spec.words}.")
+        raise InputError(f"{stray} is not expected: {command} takes {spec.usage_words}.")
     if spec.positionals and not positionals:
         raise InputError("RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib.")
     return vars(namespace) | dict(zip(spec.positionals, positionals, strict=False))

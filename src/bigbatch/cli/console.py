@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from bigbatch.cli.eta import Pace
+from bigbatch.cli.eta import EtaEstimator
 
 if TYPE_CHECKING:
-    from bigbatch.lm.training.setup import Say
+    from bigbatch.lm.training.setup import ProgressCallback
 
 PLAIN_LINES = 20  # lines that a run without a terminal prints about its updates
 SAMPLE_LINES = 12
@@ -35,7 +35,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def preparing(console: Console | None) -> "Iterator[Say]":
+def progress_display(console: Console | None) -> "Iterator[ProgressCallback]":
     """Show what a preparation is at: one line that changes on a terminal, a line for each kind of work elsewhere.
 
     Args:
@@ -87,7 +87,7 @@ class TrainingDisplay:
         self._total_steps = total_steps
         self._entropy = entropy
         self._prompt = prompt
-        self._pace = Pace(total_steps=total_steps - done, validation_every=validation_every)
+        self._pace = EtaEstimator(total_steps=total_steps - done, validation_every=validation_every)
         self._progress = Progress(*_columns(console.width), console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("", total=total_steps, completed=done, status="")
 
@@ -99,7 +99,7 @@ class TrainingDisplay:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def updated(self, row: dict[str, Any]) -> None:
+    def on_update(self, row: dict[str, Any]) -> None:
         """Show loss, speed, time left and memory."""
         self._pace.updated(row["tokens"])
         step = row["step"]
@@ -115,13 +115,13 @@ class TrainingDisplay:
         if row["skipped"]:
             self._console.print(f"update {step} was skipped and changed nothing: {row['skipped']}")
 
-    def validated(self, step: int, loss: float) -> None:
+    def on_validation(self, step: int, loss: float) -> None:
         """Show a validation loss beside what knowing only token frequencies would reach."""
         self._pace.validated()
         beside = "" if self._entropy is None else f" (token frequencies alone: {self._entropy:.3f})"
         self._console.print(f"update {step}: validation loss {loss:.3f}{beside}")
 
-    def sampled(self, step: int, text: str) -> None:
+    def on_sample(self, step: int, text: str) -> None:
         """Show what the model writes, the prompt set off from it where the terminal can."""
         self._pace.paused()
         self._console.print(f"update {step}: the model writes")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import ValidationError
 
-from bigbatch.cli.options import ELSEWHERE
+from bigbatch.cli.options import FOREIGN_NAMES
 
 
 def sentence(error: ValidationError, spelled: Mapping[str, str]) -> str:
@@ -72,7 +72,7 @@ def short(text: str) -> str:
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Find the field that the user probably meant: nearest by spelling, to its name here or elsewhere."""
     names = {key: key for key in known}
-    names |= {theirs: ours for theirs, ours in ELSEWHERE.items() if ours in names}
+    names |= {theirs: ours for theirs, ours in FOREIGN_NAMES.items() if ours in names}
     near = difflib.get_close_matches(word.strip("-").replace("-", "_").lower(), names, n=1)
     return names[near[0]] if near else None
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-class Pace:
+class EtaEstimator:
     """Times updates, validations and the rest of a run apart from each other.
 
         seconds left = updates left × mean update + validations left × mean validation

@@ -23,7 +23,7 @@ TRAIN_EXTRA = frozenset(
 """Modules that the extra ``train`` installs; one that is missing is a sentence, not a traceback."""
 
 
-def ending_of(error: BigbatchError | ModuleNotFoundError) -> tuple[str, int] | None:
+def exit_for(error: BigbatchError | ModuleNotFoundError) -> tuple[str, int] | None:
     """Give the sentence and the exit code that a command ends with; None for what deserves a traceback."""
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]

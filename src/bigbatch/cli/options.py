@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from bigbatch.lm.bench.entries import SAMPLES, read_entry
 from bigbatch.lm.config.field_types import LARGEST_COUNT, Count, Device, Folder, MemoryText, Number, Seed, Text, Whole
-from bigbatch.lm.config.train_config import CHANGED, FREE, GROUPS, FieldGroup, TrainConfig
+from bigbatch.lm.config.train_config import CHANGEABLE, GROUPS, NEEDS_PERMISSION, FieldGroup, TrainConfig
 
 
 def _split_commas(value: object) -> object:
@@ -179,7 +179,7 @@ class BenchOptions(BaseModel):
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of a table")
 
 
-ELSEWHERE = {
+FOREIGN_NAMES = {
     "learning_rate": "lr",
     "batch_size": "global_batch",
     "train_batch_size": "global_batch",
@@ -236,8 +236,8 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
     sections: tuple[Section, ...]
     positionals: tuple[str, ...] = ()
-    words: str = "flags alone"
-    gathers: bool = False
+    usage_words: str = "flags alone"
+    collects_all: bool = False
 
     def models(self) -> tuple[type[BaseModel], ...]:
         """Return the models behind the flags, each once, in order."""
@@ -258,7 +258,7 @@ _CONFIG: tuple[Section, ...] = (*((TrainConfig, group) for group in GROUPS), _SO
 RESUMED = tuple(
     group._replace(fields=fields)
     for group in GROUPS
-    if (fields := tuple(name for name in group.fields if name in FREE or name in CHANGED))
+    if (fields := tuple(name for name in group.fields if name in CHANGEABLE or name in NEEDS_PERMISSION))
 )
 """The settings that ``resume`` takes: those that a run may go on with, some of them only where that is allowed."""
 
@@ -308,7 +308,7 @@ COMMANDS = {
         examples=("bigbatch generate runs/tiny-python-stdlib", 'bigbatch generate RUN "class Tree" --temperature 0'),
         sections=((GenerateOptions, FieldGroup("writing", "How it writes.", tuple(GenerateOptions.model_fields))),),
         positionals=("run", "prompt"),
-        words="RUN and one PROMPT, in quotes if it holds spaces",
+        usage_words="RUN and one PROMPT, in quotes if it holds spaces",
     ),
     "checkpoints": Command(
         about="List the checkpoints of a run with step, size and time, and say which are whole: every byte is read and "
@@ -316,7 +316,7 @@ COMMANDS = {
         examples=("bigbatch checkpoints runs/tiny-python-stdlib", "bigbatch checkpoints RUN --json"),
         sections=((CheckpointsOptions, FieldGroup("list", "How it answers.", tuple(CheckpointsOptions.model_fields))),),
         positionals=("run",),
-        words="one RUN",
+        usage_words="one RUN",
     ),
     "advise": Command(
         about="Say in plain words whether the batch of a run is far below, near or far above its gradient noise scale, "
@@ -338,8 +338,8 @@ COMMANDS = {
             (ReportOptions, FieldGroup("page", "What it is of, and where it goes.", tuple(ReportOptions.model_fields))),
         ),
         positionals=("runs",),
-        words="the folders of runs",
-        gathers=True,
+        usage_words="the folders of runs",
+        collects_all=True,
     ),
     "bench": Command(
         about="Take one update with bigbatch, with transformers' Trainer, accelerate and Lightning, on the same model, "

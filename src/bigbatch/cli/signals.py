@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Stop:
+class StopRequest:
     """Whether a run was asked to stop.
 
     Args:
@@ -40,26 +40,26 @@ class Stop:
         return True
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether to stop after this update."""
         return self.signal is not None
 
     @property
-    def overdue(self) -> bool:
+    def grace_expired(self) -> bool:
         """Whether the time is over in which this update may be finished."""
         return self.signal is not None and time.monotonic() - self._since_s >= self._grace_s
 
 
 @contextmanager
-def stop_on_signals(grace_s: float, *, echo_s: float = 0.0, quiet: bool = False) -> Iterator[Stop]:
+def stop_on_signals(grace_s: float, *, echo_s: float = 0.0, quiet: bool = False) -> Iterator[StopRequest]:
     """Collect the first SIGINT or SIGTERM; handlers that were there come back.
 
     Args:
-        grace_s: As for `Stop`.
-        echo_s: As for `Stop`.
+        grace_s: As for `StopRequest`.
+        echo_s: As for `StopRequest`.
         quiet: Whether another rank speaks.
     """
-    stop = Stop(grace_s, echo_s=echo_s)
+    stop = StopRequest(grace_s, echo_s=echo_s)
 
     def note(number: int, _frame: Any) -> None:
         # Not print(): the signal may have come in the middle of another one, which cannot be entered twice.

@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.cli.exit_codes import ending_of
+from bigbatch.cli.exit_codes import exit_for
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from bigbatch.lm.distributed.ranks import Ranks
-    from bigbatch.lm.training.callbacks import Listener, Row
+    from bigbatch.lm.distributed.ranks import RankContext
+    from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 
-SPARE_S = 30.0  # that collectives wait longer than a rank watches itself, so that the stacks are written first
+COLLECTIVE_EXTRA_S = (
+    30.0  # that collectives wait longer than a rank watches itself, so that the stacks are written first
+)
 
 
 def launched_size() -> int:
@@ -38,25 +40,25 @@ def may_be_restarted() -> bool:
 
 
 @contextmanager
-def joined(config: TrainConfig) -> "Iterator[Ranks]":
+def process_group(config: TrainConfig) -> "Iterator[RankContext]":
     """Join the process group of the run, and leave it in the end. Without torchrun, there is one rank and no group.
 
     Raises:
         InputError: torchrun started more processes than there are devices.
         BigbatchError: The processes do not find one another, or one was lost.
     """
-    from bigbatch.lm.distributed.ranks import ALONE, Ranks
+    from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 
     size = launched_size()
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
-    _find_the_others(rank, size, on_cuda=_takes_its_device(config), patience_s=config.timeout_s + SPARE_S)
+    _init_process_group(rank, size, on_cuda=_set_local_device(config), patience_s=config.timeout_s + COLLECTIVE_EXTRA_S)
     try:
-        yield Ranks(size, rank, int(os.environ["LOCAL_WORLD_SIZE"]), config.parallel)
+        yield RankContext(size, rank, int(os.environ["LOCAL_WORLD_SIZE"]), config.parallel)
     except RuntimeError as error:
         if isinstance(error, BigbatchError) or not _is_of_a_collective(error):
             raise
@@ -69,7 +71,7 @@ def joined(config: TrainConfig) -> "Iterator[Ranks]":
         dist.destroy_process_group()
 
 
-def _takes_its_device(config: TrainConfig) -> bool:
+def _set_local_device(config: TrainConfig) -> bool:
     """Let this process use the CUDA device of its number, where the run is on such; tell whether it is."""
     import torch
 
@@ -85,24 +87,24 @@ def _takes_its_device(config: TrainConfig) -> bool:
     return True
 
 
-def _find_the_others(rank: int, size: int, *, on_cuda: bool, patience_s: float) -> None:
+def _init_process_group(rank: int, size: int, *, on_cuda: bool, patience_s: float) -> None:
     """Make the process group, of the processes that were started with this one."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    from bigbatch.lm.distributed.rendezvous import meet
+    from bigbatch.lm.distributed.rendezvous import fresh_store
 
     backend, waits = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=patience_s)
     try:
         store, _, _ = next(rendezvous("env://", timeout=waits))
-        store = meet(store, rank, size, timeout_s=patience_s)
+        store = fresh_store(store, rank, size, timeout_s=patience_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise BigbatchError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
 
 
 @contextmanager
-def speaking_for_all(ranks: "Ranks", command: str) -> Iterator[None]:
+def fail_together(ranks: "RankContext", command: str) -> Iterator[None]:
     """Let the ranks fail together while they get ready, with what is the same for several of them said by one.
 
     Whoever has something to say has said it before any of them ends: torchrun ends all others when the first one does.
@@ -120,10 +122,10 @@ def speaking_for_all(ranks: "Ranks", command: str) -> Iterator[None]:
     try:
         yield
     except (BigbatchError, ModuleNotFoundError) as error:
-        ending = ending_of(error)
+        ending = exit_for(error)
         if ranks.size == 1 or ending is None:
             raise
-    endings = ranks.everyone(ending)
+    endings = ranks.all_gather(ending)
     first = next((theirs for theirs in endings if theirs is not None), None)
     if first is None:
         return
@@ -132,12 +134,12 @@ def speaking_for_all(ranks: "Ranks", command: str) -> Iterator[None]:
         numbers = f"rank{'s' if len(alike) > 1 else ''} {', '.join(map(str, alike))}"
         where = "" if ranks.is_first else f"{numbers}: "  # the first one speaks for all
         print(f"bigbatch {command}: {where}{ending[0]}", file=sys.stderr, flush=True)
-    ranks.everyone(None)
+    ranks.all_gather(None)
     raise SystemExit(first[1])
 
 
 @contextmanager
-def refusing_together(command: str) -> Iterator[None]:
+def reject_together(command: str) -> Iterator[None]:
     """Let the processes say once what all of them refuse before they have found one another.
 
     Raises:
@@ -149,71 +151,71 @@ def refusing_together(command: str) -> Iterator[None]:
     except InputError:
         if launched_size() == 1:
             raise
-        with joined(TrainConfig()) as ranks, speaking_for_all(ranks, command):
+        with process_group(TrainConfig()) as ranks, fail_together(ranks, command):
             raise
 
 
 @contextmanager
-def watched(ranks: "Ranks", timeout_s: float) -> "Iterator[Watch | None]":
+def watchdog(ranks: "RankContext", timeout_s: float) -> "Iterator[Watchdog | None]":
     """End this process, with its stacks on stderr, when the run has not moved for so many seconds."""
     if ranks.size == 1:
         yield None
         return
-    watch = Watch(timeout_s)
-    watch.moved()
+    watch = Watchdog(timeout_s)
+    watch.reset()
     try:
         yield watch
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def each_its_own_device(config: TrainConfig, ranks: "Ranks") -> TrainConfig:
+def with_local_device(config: TrainConfig, ranks: "RankContext") -> TrainConfig:
     """Let every rank take the CUDA device that it was given, whatever the number of the one that was asked for."""
     if ranks.size == 1 or not config.device.startswith("cuda:"):
         return config
     return config.model_copy(update={"device": "cuda"})
 
 
-class Watch:
+class Watchdog:
     """Wound up whenever the run moves; when it runs down, the process writes its stacks to stderr and ends with 1."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
 
-    def moved(self) -> None:
+    def reset(self) -> None:
         """Begin to count anew."""
         faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=2)
 
 
-class WatchedListener:
+class WatchdogCallback:
     """A listener that winds up the watch; of all ranks but the first, it says nothing.
 
     Args:
-        listener: Who is told as well; None for nobody.
+        callback: Who is told as well; None for nobody.
         watch: None for none.
     """
 
-    def __init__(self, listener: "Listener | None", watch: Watch | None) -> None:
-        self._listener = listener
+    def __init__(self, callback: "TrainerCallback | None", watch: Watchdog | None) -> None:
+        self._callback = callback
         self._watch = watch
 
-    def updated(self, row: "Row") -> None:
+    def on_update(self, row: "MetricsRow") -> None:
         """Hear of an update."""
-        self._tell("updated", row)
+        self._forward("on_update", row)
 
-    def validated(self, step: int, loss: float) -> None:
+    def on_validation(self, step: int, loss: float) -> None:
         """Hear of a validation."""
-        self._tell("validated", step, loss)
+        self._forward("on_validation", step, loss)
 
-    def sampled(self, step: int, text: str) -> None:
+    def on_sample(self, step: int, text: str) -> None:
         """Hear what the model writes."""
-        self._tell("sampled", step, text)
+        self._forward("on_sample", step, text)
 
-    def _tell(self, what: str, *arguments: Any) -> None:
+    def _forward(self, what: str, *arguments: Any) -> None:
         if self._watch is not None:
-            self._watch.moved()
-        if self._listener is not None:
-            getattr(self._listener, what)(*arguments)
+            self._watch.reset()
+        if self._callback is not None:
+            getattr(self._callback, what)(*arguments)
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

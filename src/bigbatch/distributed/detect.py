@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from bigbatch.distributed.gradient_sync import Sync, SyncPolicy
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.replicated import Replicated, _ddp_of
 
 
-def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
+def detect_sync(model: nn.Module, sync: "GradientSync | SyncPolicy | None" = None) -> GradientSync:
     """Recognise how a model is spread over ranks.
 
     Args:
@@ -19,7 +19,7 @@ def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(sync, Sync):
+    if isinstance(sync, GradientSync):
         if sync.model is not model:
             raise ValueError(
                 f"sync= was made of another object than the model ({type(sync.model).__name__}, and this is a "
@@ -36,9 +36,9 @@ def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
             "them. Use torch.distributed.fsdp.fully_shard on the model instead."
         )
     if any(isinstance(module, FSDPModule) for module in modules):
-        from bigbatch.distributed.sharded import Sharded
+        from bigbatch.distributed.sharded import ShardedSync
 
-        return Sharded(model, policy=sync)
+        return ShardedSync(model, policy=sync)
     if sync not in (None, SyncPolicy.LAST):
         raise ValueError(f"sync is {sync}, which is for models that are sharded: leave it out.")
     if _ddp_of(model) is not None:
@@ -50,4 +50,4 @@ def sync_of(model: nn.Module, sync: "Sync | SyncPolicy | None" = None) -> Sync:
         )
     if "DataParallel" in kinds:
         raise TypeError("the model is wrapped in DataParallel: use one process a GPU, and DistributedDataParallel.")
-    return Sync(model)
+    return GradientSync(model)

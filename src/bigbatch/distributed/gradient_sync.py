@@ -38,7 +38,7 @@ class SyncPolicy(Enum):
     SHARD = "shard"
 
 
-class Sync:
+class GradientSync:
     """One process: nothing crosses anything. What there is to override for more.
 
     Attributes:
@@ -46,33 +46,33 @@ class Sync:
         rank: Of this process among them.
         model: What it was made of.
         module: The model itself, without what it is wrapped in.
-        averaged_over: What the gradients were divided by on their way across ranks.
-        needs_equal_counts: Whether every rank has to run as many micro-batches as every other.
-        hides_leaves: Whether graphs end in other tensors than the parameters.
-        crosses: Whether the next backward brings gradients across ranks.
-        is_silent: Whether the next backward is for the sake of the other ranks alone: the gradient that enters the
+        gradient_divide_factor: What the gradients were divided by on their way across ranks.
+        runs_in_lockstep: Whether every rank has to run as many micro-batches as every other.
+        parameters_are_wrapped: Whether graphs end in other tensors than the parameters.
+        syncs_in_backward: Whether the next backward brings gradients across ranks.
+        zero_gradient: Whether the next backward is for the sake of the other ranks alone: the gradient that enters the
             model is then zero, whatever the loss made of it.
     """
 
     size = 1
     rank = 0
-    averaged_over = 1.0
-    needs_equal_counts = False
-    hides_leaves = False
-    crosses = False
-    is_silent = False
+    gradient_divide_factor = 1.0
+    runs_in_lockstep = False
+    parameters_are_wrapped = False
+    syncs_in_backward = False
+    zero_gradient = False
 
     def __init__(self, model: nn.Module, module: nn.Module | None = None) -> None:
         self.model = model
         self.module = model if module is None else module
 
-    def begin(self) -> None:
+    def start_window(self) -> None:
         """Defer whatever would cross ranks by itself, for one window."""
 
-    def end(self) -> None:
+    def end_window(self) -> None:
         """Put back what `begin` found."""
 
-    def before(self, *, is_last: bool) -> None:
+    def before_microbatch(self, *, is_last: bool) -> None:
         """Prepare for the forward and backward of one micro-batch."""
 
     @contextmanager
@@ -80,7 +80,7 @@ class Sync:
         """Stand around the backward of one micro-batch."""
         yield
 
-    def gather(self, values: Sequence[Number]) -> list[list[float]]:
+    def all_gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Give the values of every rank, as many on each. Collective; waits for the device."""
         return [[float(value) for value in values]]
 
@@ -96,17 +96,17 @@ class Sync:
         """Compute the 2-norm of whole gradients, 0-d. Collective where they are sharded."""
         return torch.nn.utils.get_total_norm(gradients)
 
-    def tell(self, text: str, *, source: int = 0) -> str:
+    def broadcast_text(self, text: str, *, source: int = 0) -> str:
         """Give the text of one rank to all. Collective."""
         return text
 
 
-class Spread(Sync):
+class MultiRankSync(GradientSync):
     """Several ranks: what they all reach one another by.
 
     Args:
-        model: As for `Sync`.
-        module: As for `Sync`.
+        model: As for `GradientSync`.
+        module: As for `GradientSync`.
         group: The ranks that hold different data.
     """
 

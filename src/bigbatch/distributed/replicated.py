@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigbatch.distributed.gradient_sync import Spread
+from bigbatch.distributed.gradient_sync import MultiRankSync
 
 if TYPE_CHECKING:
     from bigbatch.gradients.gradient_sums import GradientSums
@@ -19,7 +19,7 @@ BUCKET_BYTES = 25 * 2**20  # of gradients that cross together; as many as DDP ta
 BUCKETS_IN_FLIGHT = 4
 
 
-class Replicated(Spread):
+class Replicated(MultiRankSync):
     """The whole model on every rank: under ``DistributedDataParallel``, or plain.
 
         engine = bigbatch.Engine(model, optimizer, loss_fn, sync=bigbatch.Replicated(model))
@@ -52,13 +52,13 @@ class Replicated(Spread):
         self._wrapper = wrapper
         self._is_open = False
         if wrapper is None:
-            self._send([*self.module.parameters(), *self.module.buffers()])
+            self._broadcast_from_first_rank([*self.module.parameters(), *self.module.buffers()])
 
     def begin(self) -> None:
         """Keep DDP from reducing, and from sending buffers at a forward that other ranks may not run."""
         if self._wrapper is not None and not self._is_open:
             self._is_open = True
-            vars(self._wrapper).setdefault("_bigbatch_deferral", _Deferral()).enter(self._wrapper)
+            vars(self._wrapper).setdefault("_bigbatch_deferral", _DeferredReduction()).enter(self._wrapper)
 
     def end(self) -> None:
         """Put DDP's flags back, when no other window over the same model is open."""
@@ -68,7 +68,7 @@ class Replicated(Spread):
 
     def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
         """Sum gradients over ranks; take the statistics of the first rank's batch norms, as DDP does. Collective."""
-        sums.fill(reached)
+        sums.fill_missing_with_zeros(reached)
         in_flight: list[_Bucket] = []
         for tensors in _buckets(sums.tensors()):
             if len(in_flight) == BUCKETS_IN_FLIGHT:
@@ -76,12 +76,12 @@ class Replicated(Spread):
             in_flight.append(_Bucket(tensors, self.group))
         for bucket in in_flight:
             bucket.finish()
-        sums.accept()
+        sums.mark_unmodified()
         learning = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
-        self._send([buffer for module in learning for buffer in module.buffers(recurse=False)])
+        self._broadcast_from_first_rank([buffer for module in learning for buffer in module.buffers(recurse=False)])
         return True
 
-    def _send(self, tensors: Sequence[Tensor]) -> None:
+    def _broadcast_from_first_rank(self, tensors: Sequence[Tensor]) -> None:
         """Let every rank have these tensors of the first."""
         if self.size == 1:
             return
@@ -93,7 +93,7 @@ class Replicated(Spread):
                     tensor.copy_(part.view_as(tensor))
 
 
-class _Deferral:
+class _DeferredReduction:
     """DDP's own reduction, off for as long as any window is open, of whatever accumulator; kept on the wrapper."""
 
     # The last is not among the public settings: with static_graph=True the first backward of all reduces, whatever the
@@ -108,13 +108,13 @@ class _Deferral:
         self._num_open = 0
         self._found: dict[str, bool] = {}
 
-    def enter(self, wrapper: nn.Module) -> None:
+    def acquire(self, wrapper: nn.Module) -> None:
         self._num_open += 1
         if self._num_open == 1:
             self._found = {name: vars(wrapper)[name] for name in self._FLAGS if name in vars(wrapper)}
             vars(wrapper).update({name: self._FLAGS[name] for name in self._found})
 
-    def leave(self, wrapper: nn.Module) -> None:
+    def release(self, wrapper: nn.Module) -> None:
         self._num_open -= 1
         if not self._num_open:
             vars(wrapper).update(self._found)

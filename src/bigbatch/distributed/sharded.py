@@ -14,15 +14,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from bigbatch.distributed.gradient_sync import Spread, SyncPolicy
+from bigbatch.distributed.gradient_sync import MultiRankSync, SyncPolicy
 from bigbatch.errors import WindowStateError
-from bigbatch.gradients.gradient_sums import NARROW_DTYPES
+from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 
 if TYPE_CHECKING:
     pass
 
 
-class Sharded(Spread):
+class ShardedSync(MultiRankSync):
     """Parameters in shards, whole only while a layer runs: every forward and backward is collective.
 
     FSDP averages gradients over ranks on their way; the update undoes that, and divides by items alone. All ranks run
@@ -57,7 +57,7 @@ class Sharded(Spread):
         self.averaged_over = self._find_divisor()
         self._check_dtypes()
         self._unhook: Any = None
-        self._is_broken = False
+        self._backward_failed = False
 
     def begin(self) -> None:
         """Stand by where the model gives something, and let every micro-batch reduce that nothing else is said of.
@@ -66,7 +66,7 @@ class Sharded(Spread):
             WindowStateError: Another window over it is open: what FSDP holds for that one would be dropped. Or an
                 earlier backward was broken off.
         """
-        if self._is_broken:
+        if self._backward_failed:
             raise WindowStateError(
                 "a backward of the sharded model was broken off, and FSDP cannot go on after that: begin again from a "
                 "checkpoint, with a model that fully_shard was newly applied to."
@@ -77,8 +77,8 @@ class Sharded(Spread):
                 "End it, by its step() or its abort(), before this one begins."
             )
         self._found = [(group, group.reduce_grads, group.all_reduce_grads) for group in self._parameter_groups()]
-        self._unhook = self.module.register_forward_hook(self._stand_by)
-        self._forget()
+        self._unhook = self.module.register_forward_hook(self._hook_outputs)
+        self._clear_fsdp_state()
         self.before(is_last=True)
 
     def end(self) -> None:
@@ -91,7 +91,7 @@ class Sharded(Spread):
         if self._unhook is not None:
             self._unhook.remove()
             self._unhook = None
-        self._forget()
+        self._clear_fsdp_state()
 
     def before(self, *, is_last: bool) -> None:
         """Tell FSDP whether the next backward reduces."""
@@ -105,25 +105,25 @@ class Sharded(Spread):
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Note a backward that was broken off; speak again after one that was silent."""
-        self._is_broken = True
+        self._backward_failed = True
         yield
-        self._is_broken = self.is_silent = False
+        self._backward_failed = self.is_silent = False
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Compute the 2-norm of whole gradients from their shards, 0-d. Collective."""
         total = torch.nn.utils.get_total_norm(gradients)
         return total.full_tensor() if isinstance(total, DTensor) else total
 
-    def _stand_by(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _hook_outputs(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Be there where gradients enter the model; outputs are not kept, which may be large."""
         for leaf in pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._silence)  # type: ignore[no-untyped-call]
+                leaf.register_hook(self._zero_if_padding)  # type: ignore[no-untyped-call]
 
-    def _silence(self, gradient: Tensor) -> Tensor | None:
+    def _zero_if_padding(self, gradient: Tensor) -> Tensor | None:
         return torch.zeros_like(gradient) if self.is_silent else None
 
-    def _forget(self) -> None:
+    def _clear_fsdp_state(self) -> None:
         for group in self._parameter_groups():
             group._partial_reduce_output = None
             for parameter in group.fsdp_params:
@@ -150,7 +150,7 @@ class Sharded(Spread):
             for parameter in group.fsdp_params:
                 policy = group.mp_policy
                 dtype = policy.reduce_dtype or policy.param_dtype or parameter.sharded_param.dtype
-                if dtype in NARROW_DTYPES and self.policy is not SyncPolicy.EVERY:
+                if dtype in HALF_PRECISION_DTYPES and self.policy is not SyncPolicy.EVERY:
                     raise ValueError(
                         f"sync={self.policy} would sum the gradients of micro-batches in {dtype}. Pass "
                         "mp_policy=MixedPrecisionPolicy(..., reduce_dtype=torch.float32) to fully_shard."

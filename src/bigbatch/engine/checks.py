@@ -6,7 +6,7 @@ import torch
 
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.plan import TokenBudget, plan
-from bigbatch.distributed.gradient_sync import Sync
+from bigbatch.distributed.gradient_sync import GradientSync
 from bigbatch.types import Layout
 
 
@@ -59,13 +59,13 @@ def check_graphs(cuda_graphs: bool, device: torch.device) -> bool:
     return cuda_graphs
 
 
-def check_sharded(sync: Sync, microbatch: object, cuda_graphs: bool) -> None:
+def check_sharded(sync: GradientSync, microbatch: object, cuda_graphs: bool) -> None:
     """Refuse what a model whose layers run on all ranks or on none cannot have.
 
     Raises:
         ValueError: It is asked for.
     """
-    if not sync.needs_equal_counts:
+    if not sync.runs_in_lockstep:
         return
     if microbatch == "auto":
         raise ValueError(
@@ -90,7 +90,7 @@ def check_lengths(lengths: Sequence[int], num_samples: int) -> None:
     plan(lengths, token_budget=max(lengths, default=1))  # names a sample without tokens
 
 
-def size_of(microbatch: int | TokenBudget | str) -> int:
+def initial_size(microbatch: int | TokenBudget | str) -> int:
     """Give the tokens or samples of a micro-batch; 0 where they are still to be chosen."""
     if isinstance(microbatch, TokenBudget):
         return microbatch.tokens

@@ -17,25 +17,25 @@ from bigbatch.accumulation.accumulator import Accumulator as Accumulator
 from bigbatch.accumulation.optimizer_update import NonFinite
 from bigbatch.accumulation.pending_update import Wishes
 from bigbatch.accumulation.training_state import capture, restore
-from bigbatch.autotune.choice import Choice, Step, choose
-from bigbatch.autotune.peak_prediction import why_unpredictable
+from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
+from bigbatch.autotune.peak_prediction import prediction_obstacle
 from bigbatch.batching.plan import Cost, TokenBudget, plan
-from bigbatch.batching.prefetch import Feed
+from bigbatch.batching.prefetch import Prefetcher
 from bigbatch.batching.split import Split, split, split_into
-from bigbatch.batching.token_groups import group_by_tokens, round_down, round_up
-from bigbatch.distributed.gradient_sync import Sync, SyncPolicy
+from bigbatch.batching.token_groups import group_by_tokens, round_down_row, round_up_row
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.checks import (
     check_graphs,
     check_layout,
     check_lengths,
     check_microbatch,
     check_sharded,
-    size_of,
+    initial_size,
 )
 from bigbatch.errors import MemoryLimitError, RankFailedError, WindowAbandonedError
-from bigbatch.execution.cuda_graphs import Recorder
-from bigbatch.execution.oom_retry import Recovery, add_sharded
-from bigbatch.memory.usage import find_room
+from bigbatch.execution.cuda_graphs import CudaGraphRunner
+from bigbatch.execution.oom_retry import OomRetry, add_sharded
+from bigbatch.memory.usage import resolve_memory_budget
 from bigbatch.types import Collate, Layout, LossFunction
 from bigbatch.types import CountItems as CountItems
 from bigbatch.window_report import WindowReport
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-SHRINK = 0.93  # of the micro-batch, after a window that ran out of memory
-GROW_AFTER = 20  # windows without running out, before the micro-batch grows back by a step
+SHRINK_FACTOR = 0.93  # of the micro-batch, after a window that ran out of memory
+WINDOWS_BEFORE_GROWTH = 20  # windows without running out, before the micro-batch grows back by a step
 
 
 class Engine:
@@ -110,7 +110,7 @@ class Engine:
         scheduler: "LRScheduler | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
-        sync: Sync | SyncPolicy | None = None,
+        sync: GradientSync | SyncPolicy | None = None,
         noise: bool = True,
     ) -> None:
         check_microbatch(microbatch, memory, lengths)
@@ -131,13 +131,15 @@ class Engine:
         self.microbatch = microbatch
         self.memory = memory
         self.layout = check_layout(layout, lengths, collate)
-        self.recorder = Recorder(model, loss_fn) if check_graphs(cuda_graphs, self.accumulator.device) else None
-        self.accumulator.records = self.recorder is not None
-        self.choice: Choice | None = None
-        self._size = self._size_in_use = size_of(microbatch)
+        self.graph_runner = (
+            CudaGraphRunner(model, loss_fn) if check_graphs(cuda_graphs, self.accumulator.device) else None
+        )
+        self.accumulator.uses_cuda_graphs = self.graph_runner is not None
+        self.choice: MicrobatchChoice | None = None
+        self._size = self._size_in_use = initial_size(microbatch)
         self._cost = Cost()
         self._good_windows = 0
-        self._recovery = Recovery(model, self.accumulator.device)
+        self._oom_retry = OomRetry(model, self.accumulator.device)
         self.collate = collate
         self.lengths = lengths
         self.count_items = count_items
@@ -147,7 +149,7 @@ class Engine:
         """Tokens that no micro-batch exceeds at the moment; None where samples are the limit, or none is chosen yet."""
         return None if self.lengths is None or isinstance(self.microbatch, int) else self._size_in_use or None
 
-    def tune(self, batch: Any) -> Choice:
+    def tune(self, batch: Any) -> MicrobatchChoice:
         """Choose the micro-batch for batches like this one, as the first `step` does under ``microbatch="auto"``.
 
         The peak is predicted by running the step on tensors without data, and corrected by what a real micro-batch
@@ -171,43 +173,45 @@ class Engine:
             try:
                 choice = self._measure(batch)
             except BaseException as error:
-                self.sync.tell(json.dumps({"problem": str(error), "memory": isinstance(error, MemoryLimitError)}))
+                self.sync.broadcast_text(
+                    json.dumps({"problem": str(error), "memory": isinstance(error, MemoryLimitError)})
+                )
                 raise
-            self.sync.tell(json.dumps({"choice": asdict(choice)}))
+            self.sync.broadcast_text(json.dumps({"choice": asdict(choice)}))
             return choice
-        told = json.loads(self.sync.tell(""))
+        told = json.loads(self.sync.broadcast_text(""))
         if "problem" in told:
             if told["memory"]:
                 raise MemoryLimitError(told["problem"])
             raise RankFailedError(f"rank 0 failed while it chose the micro-batch for all ranks: {told['problem']}")
-        choice = Choice.of(told["choice"])
-        self.use(choice)
+        choice = MicrobatchChoice.from_dict(told["choice"])
+        self.set_microbatch(choice)
         return choice
 
-    def _measure(self, batch: Any) -> Choice:
+    def _measure(self, batch: Any) -> MicrobatchChoice:
         lengths = self._lengths_of(batch)
         everything = split(batch, 1, device=self.accumulator.device, collate=self.collate)
         if lengths is not None:
             check_lengths(lengths, everything.num_samples)
         self.accumulator.prepare()
-        self.release()
-        step = Step(
+        self.release_cuda_graphs()
+        step = TuningProblem(
             self.sync.module,
             self.accumulator.optimizer,
             self.loss_fn,
             everything,
             lengths,
-            alike=self.collate is None,
+            uniform_length=self.collate is None,
             layout=self.layout,
-            records=self.recorder is not None,
-            unpredictable=why_unpredictable(self.sync.module),
+            uses_cuda_graphs=self.graph_runner is not None,
+            prediction_obstacle=prediction_obstacle(self.sync.module),
         )
-        room = find_room(self.memory, self.accumulator.device, step.held())
-        self.use(choose(step, room))
+        budget = resolve_memory_budget(self.memory, self.accumulator.device, step.resident_tensors())
+        self.set_microbatch(choose(step, budget))
         assert self.choice is not None, "just taken"
         return self.choice
 
-    def use(self, choice: Choice) -> None:
+    def set_microbatch(self, choice: MicrobatchChoice) -> None:
         """Take a choice that `tune` made before, for the same model and settings, instead of making it again.
 
         Raises:
@@ -228,17 +232,17 @@ class Engine:
         self,
         batch: Any,
         *,
-        give_up: Callable[[], bool] | None = None,
-        stopping: Callable[[], bool] | None = None,
+        should_abandon: Callable[[], bool] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> WindowReport:
         """Apply the gradient of the whole batch, once.
 
         Args:
             batch: A pytree of tensors ``[samples, ...]`` on any device, or with ``collate`` a list of samples.
-            give_up: Asked before each micro-batch; once it says True, the window ends there and changes nothing. Under
-                several ranks it ends on all once they have told one another; of a sharded model, after all
+            should_abandon: Asked before each micro-batch; once it says True, the window ends there and changes nothing.
+                Under several ranks it ends on all once they have told one another; of a sharded model, after all
                 micro-batches.
-            stopping: Asked at the end: whether to stop after this update. What any rank says is in ``report.ranks``.
+            should_stop: Asked at the end: whether to stop after this update. What any rank says is in ``report.ranks``.
 
         Where memory runs out in mid-window, the micro-batch that failed is run again, then in halves, and every sample
         still counts once; the next windows use micro-batches smaller by 7 % (packed rows: by one of their sizes), which
@@ -252,68 +256,76 @@ class Engine:
             RankFailedError: Another rank failed in this window, which changed nothing.
             TypeError: The batch cannot be cut, or ``loss_fn`` returned something else than sums and items.
             ValueError: A loss or a count is not what it must be; the message says which.
-            WindowAbandonedError: ``give_up`` said so. Random numbers that were drawn are drawn.
+            WindowAbandonedError: ``should_abandon`` said so. Random numbers that were drawn are drawn.
         """
         if not self._size:
             self.tune(batch)
-        recorder, recovery, sync = self.recorder, self._recovery, self.sync
-        opens = sync.needs_equal_counts or self.count_items is not None
+        graph_runner, oom_retry, sync = self.graph_runner, self._oom_retry, self.sync
+        opens = sync.runs_in_lockstep or self.count_items is not None
         with self.accumulator.failing_together(opens=opens):
             self.accumulator.prepare()
             lengths = self._lengths_of(batch)
             parts = self._split(batch, lengths)
             totals = None if self.count_items is None else self.count_items(batch)
-            if recorder is not None:
-                recorder.prepare()
-            if sync.needs_equal_counts and self.accumulator.spare is None and parts.groups:
-                self.accumulator.spare = parts.take(parts.groups[-1][:1])
+            if graph_runner is not None:
+                graph_runner.prepare()
+            if sync.runs_in_lockstep and self.accumulator.padding_microbatch is None and parts.groups:
+                self.accumulator.padding_microbatch = parts.take(parts.groups[-1][:1])
         num_to_run = len(parts.groups)
         if opens:
-            num_everywhere, totals = self.accumulator.agree(num_to_run, totals)
-            num_to_run = num_everywhere if sync.needs_equal_counts else num_to_run
-        window, transaction = self.accumulator.open((), totals, kept=None if recorder is None else recorder.kept)
-        transaction.wishes = wishes = Wishes(
+            num_everywhere, totals = self.accumulator.agree_on_start(num_to_run, totals)
+            num_to_run = num_everywhere if sync.runs_in_lockstep else num_to_run
+        window, pending = self.accumulator.open(
+            (), totals, static_buffers=None if graph_runner is None else graph_runner.static_buffers
+        )
+        pending.wishes = wishes = Wishes(
             tokens=None if lengths is None else sum(lengths),
             samples=parts.num_samples,
-            stopping=stopping or (lambda: False),
+            stopping=should_stop or (lambda: False),
         )
-        recovery.begin(transaction, lengths)
-        feed = Feed(parts)
+        oom_retry.begin(pending, lengths)
+        prefetcher = Prefetcher(parts)
 
         def forward(rows: Sequence[int]) -> Any:
-            return self.loss_fn(self.model, feed.take(rows) if transaction.counts else self.accumulator.spare)
+            return self.loss_fn(
+                self.model, prefetcher.take(rows) if pending.counts else self.accumulator.padding_microbatch
+            )
 
         def add(rows: Sequence[int]) -> None:
-            if sync.needs_equal_counts:
-                add_sharded(transaction, forward, rows)
-            elif recorder is None or not recorder.is_ready or not recorder.run(feed.take(rows), transaction):
-                recovery.add(forward, rows)
+            if sync.runs_in_lockstep:
+                add_sharded(pending, forward, rows)
+            elif (
+                graph_runner is None
+                or not graph_runner.is_ready
+                or not graph_runner.run(prefetcher.take(rows), pending)
+            ):
+                oom_retry.add(forward, rows)
 
         try:
-            with feed:
-                for rows in self.accumulator.in_step(transaction, parts.groups, (), num_to_run):
-                    if give_up is not None and give_up():
-                        wishes.gave_up = True
+            with prefetcher:
+                for rows in self.accumulator.in_step(pending, parts.groups, (), num_to_run):
+                    if should_abandon is not None and should_abandon():
+                        wishes.abandoned = True
                         if sync.size == 1:
                             raise WindowAbandonedError(
                                 f"the window was given up before its micro-batch of {len(rows)} samples."
                             )
-                        if not sync.needs_equal_counts:
+                        if not sync.runs_in_lockstep:
                             break
                     window.run(add, rows)
-            wishes.measures = not recovery.num_failures
-            if recorder is not None and not recovery.num_failures:
-                recorder.keep(transaction.sums)
+            wishes.measures = not oom_retry.num_failures
+            if graph_runner is not None and not oom_retry.num_failures:
+                graph_runner.adopt_buffers(pending.sums)
             report = window.step()
         finally:
             window.abort()
-        self._adapt(recovery.num_failures)
-        return replace(report, retries=recovery.num_failures)
+        self._adapt(oom_retry.num_failures)
+        return replace(report, retries=oom_retry.num_failures)
 
-    def release(self) -> None:
+    def release_cuda_graphs(self) -> None:
         """Give back the memory of recorded micro-batches, for work between updates; they are recorded again."""
-        if self.recorder is not None:
-            self.recorder.release()
+        if self.graph_runner is not None:
+            self.graph_runner.release()
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -323,15 +335,15 @@ class Engine:
             "size_in_use": self._size_in_use,
             "good_windows": self._good_windows,
             "choice": None if self.choice is None else asdict(self.choice),
-            "noise": None if self.accumulator.noise is None else self.accumulator.noise.state(),
+            "noise": None if self.accumulator.noise is None else self.accumulator.noise.state_dict(),
         }
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on with micro-batches as an engine left them; where this one's are limited otherwise, keep to its own."""
         if self.microbatch == "auto" and progress["choice"] is not None:
-            self.use(Choice.of(progress["choice"]))
+            self.set_microbatch(MicrobatchChoice.from_dict(progress["choice"]))
         if self.accumulator.noise is not None and progress.get("noise") is not None:
-            self.accumulator.noise.go_on(progress["noise"])
+            self.accumulator.noise.load_state_dict(progress["noise"])
         if self._size == progress["size"]:
             self._size_in_use, self._good_windows = progress["size_in_use"], progress["good_windows"]
 
@@ -380,8 +392,8 @@ class Engine:
         self._good_windows = 0 if num_failures else self._good_windows + 1
         now = self._size_in_use
         if num_failures:
-            smaller = max(1, min(now - 1, int(now * SHRINK)))
-            self._size_in_use = smaller if self.layout == "padded" else round_down(smaller)
-        elif self._good_windows % GROW_AFTER == 0 and now < self._size:
-            larger = math.ceil(now / SHRINK) if self.layout == "padded" else round_up(now + 1)
+            smaller = max(1, min(now - 1, int(now * SHRINK_FACTOR)))
+            self._size_in_use = smaller if self.layout == "padded" else round_down_row(smaller)
+        elif self._good_windows % WINDOWS_BEFORE_GROWTH == 0 and now < self._size:
+            larger = math.ceil(now / SHRINK_FACTOR) if self.layout == "padded" else round_up_row(now + 1)
             self._size_in_use = min(self._size, larger)

@@ -13,37 +13,37 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.errors import MemoryLimitError, ShardedMemoryError
-from bigbatch.memory.usage import is_out_of_memory, release_memory
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
 if TYPE_CHECKING:
-    from bigbatch.accumulation.pending_update import Transaction
+    from bigbatch.accumulation.pending_update import PendingUpdate
 
 
 # Random states of the CPU and of the CUDA device; each buffer with its copy.
 _State: TypeAlias = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
 
 
-def add_sharded(transaction: "Transaction", forward: Callable[[Sequence[int]], Any], rows: Sequence[int]) -> None:
+def add_sharded(pending: "PendingUpdate", forward: Callable[[Sequence[int]], Any], rows: Sequence[int]) -> None:
     """Add the gradient of the samples ``rows`` of a sharded model, whose other ranks run the same layer at that time.
 
     Raises:
         ShardedMemoryError: Memory ran out.
     """
     try:
-        transaction.add(forward(rows), None)
+        pending.add(forward(rows), None)
         return
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         message = str(error).partition("\n")[0]
-    release_memory()
+    free_cached_memory()
     raise ShardedMemoryError(
         f"memory ran out in a micro-batch of {len(rows)} samples ({message}), and the other ranks of a sharded model "
         "cannot wait for it to be cut: begin again from a checkpoint with smaller micro-batches."
     )
 
 
-class Recovery:
+class OomRetry:
     """Run the micro-batches of windows, in smaller pieces where memory runs out.
 
         recovery.begin(transaction)
@@ -66,17 +66,17 @@ class Recovery:
         self._random = True
         self.num_failures = 0
 
-    def begin(self, transaction: "Transaction", lengths: Sequence[int] | None = None) -> None:
+    def begin(self, pending: "PendingUpdate", lengths: Sequence[int] | None = None) -> None:
         """Begin with a window.
 
         Args:
-            transaction: What the micro-batches are added to.
+            pending: What the micro-batches are added to.
             lengths: Tokens of each sample of the batch, for the message about one that does not fit.
 
         Its first micro-batch shows what a forward changes, and that alone is remembered from then on: most models draw
         no random numbers and write no buffers. Learned anew when the model goes in or out of training mode.
         """
-        self._transaction = transaction
+        self._pending = pending
         self._lengths = lengths
         self.num_failures = 0
         if self._learned_in_training is not self._model.training:
@@ -102,29 +102,29 @@ class Recovery:
         Raises:
             MemoryLimitError: One sample alone does not fit.
         """
-        versions, num_recorded = self._transaction.sums.versions(), self._transaction.ledger.num_recorded
-        state = self._remember() if self._random or self._buffers else None
+        versions, num_recorded = self._pending.sums.snapshot_versions(), self._pending.loss_totals.num_recorded
+        state = self._save() if self._random or self._buffers else None
         try:
-            self._transaction.add(forward(rows), None, only=only)
+            self._pending.add(forward(rows), None, only=only)
             if self._learned_in_training is None and state is not None:
-                self._forget_what_stays(state)
+                self._drop_unchanged(state)
             return
         except RuntimeError as error:
             # Only a forward that came through is recorded. One that did not has added nothing, and all want its share.
-            came_through = self._transaction.ledger.num_recorded != num_recorded
-            if not is_out_of_memory(error) or (came_through and not self._transaction.sums.can_name_leaves):
+            came_through = self._pending.loss_totals.num_recorded != num_recorded
+            if not is_out_of_memory(error) or (came_through and not self._pending.sums.can_name_leaves):
                 raise
             message = str(error).partition("\n")[0]
         # Outside the except block: in there, the traceback holds the tensors of the attempt.
         self.num_failures += 1
-        self._transaction.ledger.rollback(num_recorded)
+        self._pending.loss_totals.rollback(num_recorded)
         if state is not None:
-            self._put_back(state)
+            self._restore(state)
         if came_through:
             earlier = None if only is None else {id(parameter) for parameter in only}
-            unchanged = self._transaction.sums.unchanged_since(versions)
+            unchanged = self._pending.sums.unchanged_since(versions)
             only = [parameter for parameter in unchanged if earlier is None or id(parameter) in earlier]
-        release_memory()
+        free_cached_memory()
         self._add_smaller(forward, rows, only, again, message)
 
     def _add_smaller(
@@ -148,12 +148,12 @@ class Recovery:
                 "use activation checkpointing, narrower weights or fewer trained parameters."
             )
 
-    def _remember(self) -> _State:
+    def _save(self) -> _State:
         on_cpu = torch.get_rng_state()
         on_device = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         return on_cpu, on_device, [(buffer, buffer.detach().clone()) for buffer in self._buffers]
 
-    def _put_back(self, state: _State) -> None:
+    def _restore(self, state: _State) -> None:
         on_cpu, on_device, buffers = state
         torch.set_rng_state(on_cpu)
         if on_device is not None:
@@ -162,7 +162,7 @@ class Recovery:
             for buffer, copy in buffers:
                 buffer.copy_(copy)
 
-    def _forget_what_stays(self, state: _State) -> None:
+    def _drop_unchanged(self, state: _State) -> None:
         self._learned_in_training = self._model.training
         on_cpu, on_device, buffers = state
         self._random = not torch.equal(on_cpu, torch.get_rng_state()) or (

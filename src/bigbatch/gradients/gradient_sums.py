@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bigbatch.errors import WindowStateError
 
-NARROW_DTYPES = frozenset({torch.bfloat16, torch.float16})
+HALF_PRECISION_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
 # Each sum of a list of parameters, and the version it had; None where there was none yet.
@@ -38,43 +38,45 @@ class GradientSums:
     Args:
         parameters: Leaf tensors of any floating dtype, on any devices. Those that do not require a gradient are left
             alone for as long as they do not.
-        kept: Sums of windows before, by parameter, to begin with as zeros and to leave in place: whoever recorded where
-            they are may add to them. Only of parameters that sum natively.
-        hides_leaves: Whether graphs end in other tensors than these, which a wrapper of the model stands between.
-        squares: 0-d, to which the squared norm of each micro-gradient is added, of all parameters together; None not to
-            measure it. It is read once, before it is added to its sum; nothing is kept of it, and nothing waited for.
+        static_buffers: Sums of windows before, by parameter, to begin with as zeros and to leave in place: whoever
+            recorded where they are may add to them. Only of parameters that sum natively.
+        parameters_are_wrapped: Whether graphs end in other tensors than these, which a wrapper of the model stands
+            between.
+        squared_norm_sum: 0-d, to which the squared norm of each micro-gradient is added, of all parameters together;
+            None not to measure it. It is read once, before it is added to its sum; nothing is kept of it, and nothing
+            waited for.
     """
 
     def __init__(
         self,
         parameters: Iterable[Tensor],
         *,
-        kept: Mapping[Tensor, Tensor] | None = None,
-        hides_leaves: bool = False,
-        squares: Tensor | None = None,
+        static_buffers: Mapping[Tensor, Tensor] | None = None,
+        parameters_are_wrapped: bool = False,
+        squared_norm_sum: Tensor | None = None,
     ) -> None:
-        self._squares = squares
+        self._squared_norm_sum = squared_norm_sum
         self._norms: list[Tensor] = []
         self.parameters = tuple(parameters)
-        self._kept = kept or {}
-        self._wide: dict[Tensor, Tensor] = {}
+        self._static_buffers = static_buffers or {}
+        self._float32_sums: dict[Tensor, Tensor] = {}
         self._all_sums: list[Tensor | None] = []
         self._unhook: Callable[[], object] = lambda: None
-        self._leaves: _Leaves | None = _Leaves.HIDDEN if hides_leaves else None
+        self._leaves: _GraphLeaves | None = _GraphLeaves.UNKNOWN if parameters_are_wrapped else None
         self._adding = False
         # The first gradient that is summed natively, as the last backward left it; tells whether others touched it.
-        self._witness: tuple[Tensor, Tensor, int] | None = None
+        self._tamper_check: tuple[Tensor, Tensor, int] | None = None
 
     def __enter__(self) -> Self:
         self.clear()
-        if self._kept:
-            torch._foreach_zero_(list(self._kept.values()))
-            for parameter, total in self._kept.items():
+        if self._static_buffers:
+            torch._foreach_zero_(list(self._static_buffers.values()))
+            for parameter, total in self._static_buffers.items():
                 parameter.grad = total
-        widen = WeakMethod(self._widen)
-        narrow = (p for p in self.parameters if p.dtype in NARROW_DTYPES and p.requires_grad)
+        widen = WeakMethod(self._move_to_float32)
+        narrow = (p for p in self.parameters if p.dtype in HALF_PRECISION_DTYPES and p.requires_grad)
         handles = [_on_accumulated(p, widen) for p in narrow]
-        if self._squares is not None:
+        if self._squared_norm_sum is not None:
             measure = WeakMethod(self._measure)
             handles += [_on_gradient(p, measure) for p in self.parameters if p.requires_grad]
         self._unhook = finalize(self, _remove, handles)  # also for a window that was forgotten half-way
@@ -84,10 +86,10 @@ class GradientSums:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._unhook()
-        self._kept = {}  # whoever keeps them decides how long
+        self._static_buffers = {}  # whoever keeps them decides how long
         self.clear()
 
-    def _widen(self, parameter: Tensor) -> None:
+    def _move_to_float32(self, parameter: Tensor) -> None:
         gradient = parameter.grad
         if not self._adding:  # the backward of somebody else: nothing of it belongs into these sums
             parameter.grad = None
@@ -97,8 +99,8 @@ class GradientSums:
                 "another window over the same parameters is open and took this one's gradient. End one of the two, by "
                 "its step() or its abort(), before the other begins."
             )
-        if (total := self._wide.get(parameter)) is None:
-            self._wide[parameter] = gradient.to(torch.float32)
+        if (total := self._float32_sums.get(parameter)) is None:
+            self._float32_sums[parameter] = gradient.to(torch.float32)
         else:
             total.add_(gradient)
         parameter.grad = None
@@ -107,7 +109,7 @@ class GradientSums:
         if self._adding:
             values = gradient.coalesce()._values() if gradient.is_sparse else gradient
             norm = torch.linalg.vector_norm(values, dtype=_norm_dtype(values.dtype))
-            self._norms.append(norm if self._squares is None else norm.to(self._squares))
+            self._norms.append(norm if self._squared_norm_sum is None else norm.to(self._squared_norm_sum))
 
     def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None) -> None:
         """Add ∂loss/∂parameters to the sums; no other leaf of the graph receives a gradient.
@@ -125,8 +127,8 @@ class GradientSums:
             ValueError: The loss does not depend on anything that requires a gradient.
             WindowStateError: Somebody cleared the gradients since the last backward.
         """
-        if self._witness is not None:
-            self._check_witness()
+        if self._tamper_check is not None:
+            self._check_for_tampering()
         if not loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on any parameter that requires a gradient: was it detached, or computed "
@@ -135,28 +137,28 @@ class GradientSums:
         if self._leaves is None:
             self._leaves = _find_leaves(loss, set(self.parameters))
         leaves = only
-        if only is None and self._leaves is _Leaves.OTHERS:
+        if only is None and self._leaves is _GraphLeaves.INCLUDES_OTHERS:
             leaves = [p for p in self.parameters if p.requires_grad]
         self._adding = True
         try:
             torch.autograd.backward(loss, inputs=leaves)
-            if self._squares is not None and self._norms:
-                self._squares.add_(torch.stack(self._norms).square().sum())
+            if self._squared_norm_sum is not None and self._norms:
+                self._squared_norm_sum.add_(torch.stack(self._norms).square().sum())
         finally:
             self._norms.clear()
             self._adding = False
-            self._witness = self._find_witness()
+            self._tamper_check = self._make_tamper_check()
 
     @property
     def can_name_leaves(self) -> bool:
         """Whether ``only`` can be honoured: reentrant checkpoints hide their leaves."""
-        return self._leaves is not _Leaves.HIDDEN
+        return self._leaves is not _GraphLeaves.UNKNOWN
 
-    def versions(self) -> _Versions:
+    def snapshot_versions(self) -> _Versions:
         """Remember every sum as it is now, for `unchanged_since`."""
         sums = self._all_sums
         if not sums:
-            sums = [self._wide.get(p, p.grad) for p in self.parameters]
+            sums = [self._float32_sums.get(p, p.grad) for p in self.parameters]
             if all(total is not None and not total.is_sparse for total in sums):
                 self._all_sums = sums  # from now on they are added to in place, and stay the same tensors
         return sums, [None if total is None else total._version for total in sums]
@@ -168,25 +170,25 @@ class GradientSums:
         """
         unchanged = []
         for parameter, before, version in zip(self.parameters, *versions, strict=True):
-            if parameter.dtype in NARROW_DTYPES:
+            if parameter.dtype in HALF_PRECISION_DTYPES:
                 parameter.grad = None  # what autograd wrote and the hook had no memory to move
-            total = self._wide.get(parameter, parameter.grad)
+            total = self._float32_sums.get(parameter, parameter.grad)
             same = total is before and (total is None or total._version == version)
             if same and parameter.requires_grad:
                 unchanged.append(parameter)
-        self._witness = self._find_witness()
+        self._tamper_check = self._make_tamper_check()
         return unchanged
 
-    def _find_witness(self) -> tuple[Tensor, Tensor, int] | None:
+    def _make_tamper_check(self) -> tuple[Tensor, Tensor, int] | None:
         for parameter in self.parameters:
             if (gradient := parameter.grad) is not None:
                 return parameter, gradient, gradient._version
         return None
 
-    def _check_witness(self) -> None:
-        if self._witness is None:
+    def _check_for_tampering(self) -> None:
+        if self._tamper_check is None:
             return
-        parameter, gradient, version = self._witness
+        parameter, gradient, version = self._tamper_check
         if parameter.grad is not gradient or gradient._version != version:
             raise WindowStateError(
                 "the gradients of this window were changed since its last backward, by optimizer.zero_grad(), by a "
@@ -199,10 +201,10 @@ class GradientSums:
 
         Sparse gradients come as the values of their coalesced form. Operations in place reach the sums.
         """
-        self._check_witness()
+        self._check_for_tampering()
         tensors = []
         for parameter in self.parameters:
-            total = self._wide.get(parameter, parameter.grad)
+            total = self._float32_sums.get(parameter, parameter.grad)
             if total is not None:
                 tensors.append(self._sparse_values(parameter, total) if total.is_sparse else total)
         return tensors
@@ -210,16 +212,16 @@ class GradientSums:
     def _sparse_values(self, parameter: Tensor, total: Tensor) -> Tensor:
         if not total.is_coalesced():
             total = total.coalesce()
-            if parameter in self._wide:
-                self._wide[parameter] = total
+            if parameter in self._float32_sums:
+                self._float32_sums[parameter] = total
             else:
                 parameter.grad = total
         return total._values()
 
-    def native(self) -> dict[Tensor, Tensor] | None:
+    def grads_in_place(self) -> dict[Tensor, Tensor] | None:
         """Give the dense sums that parameters hold themselves, by parameter; None where there are others, too."""
         found = {p: p.grad for p in self.parameters if p.grad is not None}
-        if self._wide or any(total.is_sparse for total in found.values()):
+        if self._float32_sums or any(total.is_sparse for total in found.values()):
             return None
         return found
 
@@ -229,18 +231,18 @@ class GradientSums:
             names[p]: torch.zeros_like(p) if total is None else total.to_dense() if total.is_sparse else total
             for p in self.parameters
             if p.requires_grad
-            for total in [self._wide.get(p, p.grad)]
+            for total in [self._float32_sums.get(p, p.grad)]
         }
 
-    def reached(self) -> list[bool]:
+    def has_gradient(self) -> list[bool]:
         """Tell of each parameter whether it has received a gradient."""
-        return [self._wide.get(parameter, parameter.grad) is not None for parameter in self.parameters]
+        return [self._float32_sums.get(parameter, parameter.grad) is not None for parameter in self.parameters]
 
-    def accept(self) -> None:
+    def mark_unmodified(self) -> None:
         """Take the sums as they are now, after they were summed over ranks."""
-        self._witness = self._find_witness()
+        self._tamper_check = self._make_tamper_check()
 
-    def fill(self, wanted: Iterable[bool] | None = None) -> None:
+    def fill_missing_with_zeros(self, wanted: Iterable[bool] | None = None) -> None:
         """Make the sums that are not there, of zeros.
 
         Args:
@@ -248,25 +250,25 @@ class GradientSums:
                 micro-batch that reached every one.
         """
         trained = [parameter.requires_grad for parameter in self.parameters]
-        for parameter, is_wanted, has in zip(self.parameters, wanted or trained, self.reached(), strict=True):
+        for parameter, is_wanted, has in zip(self.parameters, wanted or trained, self.has_gradient(), strict=True):
             if has or not is_wanted:
                 continue
-            if parameter.dtype in NARROW_DTYPES:
-                self._wide[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.dtype in HALF_PRECISION_DTYPES:
+                self._float32_sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
             else:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def hand_over(self) -> None:
+    def write_to_grad(self) -> None:
         """Put the float32 sums into ``.grad`` in the parameters' own dtype, where optimizers expect them."""
         self._all_sums = []  # each sum is freed before the next is narrowed
-        for parameter in list(self._wide):
-            parameter.grad = self._wide.pop(parameter).to(parameter.dtype)
+        for parameter in list(self._float32_sums):
+            parameter.grad = self._float32_sums.pop(parameter).to(parameter.dtype)
 
     def clear(self) -> None:
         """Drop the sums and the gradients."""
-        self._wide.clear()
+        self._float32_sums.clear()
         self._all_sums = []
-        self._witness = None
+        self._tamper_check = None
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -292,7 +294,7 @@ def _on_gradient(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHandle:
 
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in NARROW_DTYPES else dtype
+    return torch.float32 if dtype in HALF_PRECISION_DTYPES else dtype
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:
@@ -300,17 +302,17 @@ def _remove(handles: Iterable[RemovableHandle]) -> None:
         handle.remove()
 
 
-class _Leaves(Enum):
+class _GraphLeaves(Enum):
     """Where a graph ends."""
 
-    OWN = "in the parameters alone"
-    OTHERS = "in other leaves too, which backward can be told to leave out"
-    HIDDEN = "inside reentrant checkpoints or shards, where backward cannot be told anything"
+    ONLY_OURS = "in the parameters alone"
+    INCLUDES_OTHERS = "in other leaves too, which backward can be told to leave out"
+    UNKNOWN = "inside reentrant checkpoints or shards, where backward cannot be told anything"
 
 
-def _find_leaves(loss: Tensor, own: set[Tensor]) -> _Leaves:
+def _find_leaves(loss: Tensor, own: set[Tensor]) -> _GraphLeaves:
     """Walk the graph once."""
-    found = _Leaves.OWN
+    found = _GraphLeaves.ONLY_OURS
     seen = {loss.grad_fn}
     todo = [loss.grad_fn]
     while todo:
@@ -319,9 +321,9 @@ def _find_leaves(loss: Tensor, own: set[Tensor]) -> _Leaves:
         kind = type(node).__name__
         if kind == "AccumulateGrad":
             if node.variable not in own:  # type: ignore[attr-defined]
-                found = _Leaves.OTHERS
+                found = _GraphLeaves.INCLUDES_OTHERS
         elif kind == "CheckpointFunctionBackward":  # what checkpoint(use_reentrant=True) leaves in the graph
-            return _Leaves.HIDDEN
+            return _GraphLeaves.UNKNOWN
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bigbatch.gradients.gradient_sums import NARROW_DTYPES
+from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 from bigbatch.types import Items, Terms
 from bigbatch.window_report import TermReport
 
@@ -68,7 +68,7 @@ def _refuse_loss(name: str, loss_sum: object) -> NoReturn:
 
 def _check_items(name: str, items: object) -> None:
     if isinstance(items, Tensor):
-        if items.dtype in NARROW_DTYPES:
+        if items.dtype in HALF_PRECISION_DTYPES:
             raise ValueError(
                 f"the items of the term {name!r} are in {items.dtype}, which cannot count past "
                 f"{2 / torch.finfo(items.dtype).eps:g}. Sum the mask as it is (bool), or in float32."
@@ -89,7 +89,7 @@ def _check_items(name: str, items: object) -> None:
         raise ValueError(f"the items of the term {name!r} are {items}: they must be a finite count, 0 or more.")
 
 
-class Ledger:
+class LossTotals:
     """Loss sums and items of one window, by term; tells what to differentiate and what to divide by.
 
     Args:
@@ -112,10 +112,10 @@ class Ledger:
         self._last: list[tuple[str, bool]] = []  # what the last micro-batch entered: terms, and whether they had items
         self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
         self._items: defaultdict[str, list[Items]] = defaultdict(list)
-        self._settled: dict[str, TermReport] | None = None  # over all ranks, once they have told one another
+        self._global_totals: dict[str, TermReport] | None = None  # over all ranks, once they have told one another
 
     @property
-    def differentiates_sums(self) -> bool:
+    def uses_plain_sums(self) -> bool:
         """Whether losses are differentiated undivided, as they are recorded."""
         return self.totals is None and not self._prescale
 
@@ -132,7 +132,7 @@ class Ledger:
                     f"the loss has the term {name!r}, and count_items told the totals of "
                     f"{', '.join(map(repr, self.totals))}: count it there too."
                 )
-            if self._note(name, loss_sum, items):
+            if self._add_term(name, loss_sum, items):
                 part = loss_sum / self.totals[name]
                 weighted = part if weighted is None else weighted + part
         return weighted
@@ -147,7 +147,7 @@ class Ledger:
                 f"the loss has the terms {names}: several terms need their totals before the first backward. Pass "
                 "count_items=, a function that gives {name: items} for these names."
             )
-        if not self._note(name, loss_sum, items):
+        if not self._add_term(name, loss_sum, items):
             return None
         if self._prescale:
             if self._prescaled_by is None:
@@ -155,7 +155,7 @@ class Ledger:
             loss_sum = loss_sum / self._prescaled_by
         return loss_sum
 
-    def _note(self, name: str, loss_sum: Tensor, items: Items) -> bool:
+    def _add_term(self, name: str, loss_sum: Tensor, items: Items) -> bool:
         """Enter one term of one micro-batch; tell whether it may have items."""
         if isinstance(items, Tensor):
             items = _host(items)
@@ -179,11 +179,11 @@ class Ledger:
             if has_items:
                 self._sums[name].pop()
 
-    def shares(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
+    def local_totals(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
         """Give ``(items, loss_sum)`` of each term so far, where they are; nothing is waited for."""
         shares: dict[str, tuple[float | Tensor, float | Tensor]] = {}
         for name in self.totals or list(self._items):
-            shares[name] = _added(self._items.get(name, [])), _added(self._totals_where_they_are([name]))
+            shares[name] = _added(self._items.get(name, [])), _added(self._totals_on_device([name]))
         return shares
 
     def items_squared(self) -> float | Tensor:
@@ -191,36 +191,36 @@ class Ledger:
         counts = next(iter(self._items.values()), [])
         return _added([float(count * count) if not isinstance(count, Tensor) else count * count for count in counts])
 
-    def take_back_prescale(self, gradients: list[Tensor]) -> None:
+    def undo_prescale(self, gradients: list[Tensor]) -> None:
         """Multiply gradients by what this rank divided its losses by, which other ranks chose otherwise."""
         if self._prescaled_by is not None:
             torch._foreach_mul_(gradients, self._prescaled_by)
             self._prescaled_by = None
 
-    def settle(self, totals: Sequence[tuple[float, float]]) -> None:
+    def set_global_totals(self, totals: Sequence[tuple[float, float]]) -> None:
         """Take what all ranks have of each term, ``(items, loss_sum)``, by the places of the sorted names."""
         names = sorted(self.totals or self._items or [SINGLE])
         assert not totals or len(totals) == len(names), "ranks have the same terms, or one that this rank never saw"
-        self._settled = {}
+        self._global_totals = {}
         for name, (count, total) in zip(names, totals, strict=False):
             items = int(count) if float(count).is_integer() else count
-            self._settled[name] = TermReport(loss=total / items if items else math.nan, items=items)
+            self._global_totals[name] = TermReport(loss=total / items if items else math.nan, items=items)
 
-    def marked(self, value: Tensor) -> Tensor:
+    def nan_if_loss_not_finite(self, value: Tensor) -> Tensor:
         """Give the value, or NaN where a loss is not a finite number; nothing is waited for."""
-        if self._settled is not None:
+        if self._global_totals is not None:
             return value if self.is_finite() else value * math.nan
-        for total in self._totals_where_they_are():
+        for total in self._totals_on_device():
             value = value + 0.0 * (total.to(value) if isinstance(total, Tensor) else total)
         return value
 
     def is_finite(self) -> bool:
         """Whether the loss of every term is a finite number; waits for the device."""
-        if self._settled is not None:
-            return all(math.isfinite(term.loss) for term in self._settled.values() if term.items)
-        return all(math.isfinite(float(total)) for total in self._totals_where_they_are())
+        if self._global_totals is not None:
+            return all(math.isfinite(term.loss) for term in self._global_totals.values() if term.items)
+        return all(math.isfinite(float(total)) for total in self._totals_on_device())
 
-    def _totals_where_they_are(self, names: Iterable[str] | None = None) -> list[float | Tensor]:
+    def _totals_on_device(self, names: Iterable[str] | None = None) -> list[float | Tensor]:
         """Sum the losses of some terms, or of all, on the host and on each device."""
         on_host, on_device = 0.0, defaultdict[torch.device, list[Tensor]](list)
         chosen = self._sums if names is None else names
@@ -235,8 +235,8 @@ class Ledger:
         """Items so far of one term, by default of the first; reads the device where the counts live there."""
         if name is None:
             name = next(iter(self.totals or self._items), SINGLE)
-        if self._settled is not None:
-            return self._settled[name].items if name in self._settled else 0
+        if self._global_totals is not None:
+            return self._global_totals[name].items if name in self._global_totals else 0
         counts = self._items.get(name, [])
         on_device = [count.reshape(()) for count in counts if isinstance(count, Tensor)]
         total = sum(count for count in counts if not isinstance(count, Tensor))
@@ -264,8 +264,8 @@ class Ledger:
 
     def terms(self) -> dict[str, TermReport]:
         """Loss and items of each term over the window; waits for the device."""
-        if self._settled is not None:
-            return dict(self._settled)
+        if self._global_totals is not None:
+            return dict(self._global_totals)
         reports = {}
         for name, sums in self._sums.items():
             items = self.items(name)

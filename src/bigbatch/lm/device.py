@@ -9,7 +9,7 @@ from bigbatch.errors import InputError
 
 
 @dataclass(frozen=True)
-class Machine:
+class DeviceSpec:
     """A device and a precision.
 
     Attributes:
@@ -21,7 +21,7 @@ class Machine:
     precision: str
 
     @property
-    def is_narrow(self) -> bool:
+    def is_half_precision(self) -> bool:
         """Whether matrices are multiplied in 16 bits."""
         return self.precision in ("bf16", "bf16-weights", "fp16")
 
@@ -50,7 +50,7 @@ class Machine:
         return f"{name}, {self.precision}"
 
 
-def find_machine(device: str, precision: str) -> Machine:
+def resolve_device(device: str, precision: str) -> DeviceSpec:
     """Resolve ``auto`` and check that device and precision are there.
 
     Raises:
@@ -65,7 +65,7 @@ def find_machine(device: str, precision: str) -> Machine:
         raise InputError(
             f"--precision {precision} is not there on {torch.cuda.get_device_name(found)}: use fp16 or float32."
         )
-    return Machine(found, precision)
+    return DeviceSpec(found, precision)
 
 
 def _find_device(name: str) -> torch.device:

@@ -38,7 +38,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def why(error: OSError) -> str:
+def os_reason(error: OSError) -> str:
     """Give the reason of the operating system as the end of a sentence: ``no space left on device``."""
     reason = error.strerror or str(error) or type(error).__name__
     return reason[0].lower() + reason[1:]

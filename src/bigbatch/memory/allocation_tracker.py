@@ -12,10 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 CUDA_UNIT = 512  # bytes: what torch's CUDA allocator rounds each allocation up to
-MOST_READS = 20_000  # of values that are not there: a loop that waits for one would never end
+MAX_READS = 20_000  # of values that are not there: a loop that waits for one would never end
 
 
-class Part(Enum):
+class MemoryCategory(Enum):
     """What memory is taken for."""
 
     PARAMETERS = "parameters"
@@ -25,7 +25,7 @@ class Part(Enum):
     LOSS = "loss"
 
 
-class Tracker(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Counts the bytes of all tensors on one device that are made while it is active, and when they were most.
 
         with Tracker(device) as tracker:
@@ -59,18 +59,18 @@ class Tracker(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._now = 0
         self._num_reads = 0
-        self.part: Part | Callable[[], Part] = Part.ACTIVATIONS
-        self.live_bytes: Counter[Part] = Counter()
-        self.parts_at_peak: Counter[Part] = Counter()
+        self.part: MemoryCategory | Callable[[], MemoryCategory] = MemoryCategory.ACTIVATIONS
+        self.live_bytes: Counter[MemoryCategory] = Counter()
+        self.parts_at_peak: Counter[MemoryCategory] = Counter()
         self.peak_bytes = 0
 
-    def hold(self, tensors: Iterable[Tensor], part: Part) -> None:
+    def track(self, tensors: Iterable[Tensor], category: MemoryCategory) -> None:
         """Count tensors that are there already, or count them as something else from now on."""
         for tensor in tensors:
-            for storage in self._see(tensor, part):
+            for storage in self._see(tensor, category):
                 self.live_bytes[storage.part] -= storage.num_bytes
-                self.live_bytes[part] += storage.num_bytes
-                storage.part = part
+                self.live_bytes[category] += storage.num_bytes
+                storage.part = category
 
     def reset_peak(self) -> None:
         """Forget what was the most, and begin with what there is now."""
@@ -84,7 +84,7 @@ class Tracker(TorchDispatchMode):
             return func(*args)
         if func is torch.ops.aten._local_scalar_dense.default and _has_no_data(args[0]):
             self._count_read()
-            return _stand_in(args[0].dtype)
+            return _placeholder(args[0].dtype)
         if func is torch.ops.aten.equal.default and _has_no_data(args[0]):
             self._count_read()
             return True
@@ -96,8 +96,8 @@ class Tracker(TorchDispatchMode):
 
     def _count_read(self) -> None:
         self._num_reads += 1
-        if self._num_reads > MOST_READS:
-            raise RuntimeError(f"more than {MOST_READS:,} values were read, perhaps in a loop that waits for one")
+        if self._num_reads > MAX_READS:
+            raise RuntimeError(f"more than {MAX_READS:,} values were read, perhaps in a loop that waits for one")
 
     def _see_all(self, result: Any) -> None:
         if isinstance(result, Tensor):
@@ -106,20 +106,20 @@ class Tracker(TorchDispatchMode):
             for part in result:
                 self._see_all(part)
 
-    def _see(self, tensor: Tensor, part: Part | Callable[[], Part]) -> "list[_Storage]":
+    def _see(self, tensor: Tensor, part: MemoryCategory | Callable[[], MemoryCategory]) -> "list[_Storage]":
         """Count what is new of a tensor, or has another size than before; give all of its storages on the device."""
         if not _is_on(tensor.device, self._device):
             return []
         return [self._count(memory, part) for memory in storages(tensor)]
 
-    def _count(self, memory: torch.UntypedStorage, part: Part | Callable[[], Part]) -> "_Storage":
+    def _count(self, memory: torch.UntypedStorage, part: MemoryCategory | Callable[[], MemoryCategory]) -> "_Storage":
         key = memory._cdata
         num_bytes = -(-memory.nbytes() // self._unit) * self._unit
         storage = self._storages.get(key)
         if storage is None:
             # The reference dies with the memory, not with this Python object: torch keeps one object for each memory.
             reference = weakref.ref(memory, lambda _: self._free(key))
-            storage = _Storage(0, part if isinstance(part, Part) else part(), reference)
+            storage = _Storage(0, part if isinstance(part, MemoryCategory) else part(), reference)
             self._storages[key] = storage
         if num_bytes != storage.num_bytes:
             self.live_bytes[storage.part] += num_bytes - storage.num_bytes
@@ -138,7 +138,7 @@ class Tracker(TorchDispatchMode):
 class _Storage:
     __slots__ = ("num_bytes", "part", "reference")
 
-    def __init__(self, num_bytes: int, part: Part, reference: "weakref.ref[Any]") -> None:
+    def __init__(self, num_bytes: int, part: MemoryCategory, reference: "weakref.ref[Any]") -> None:
         self.num_bytes = num_bytes
         self.part = part
         self.reference = reference
@@ -201,7 +201,7 @@ def _has_no_data(tensor: object) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
-def _stand_in(dtype: torch.dtype) -> bool | int | float:
+def _placeholder(dtype: torch.dtype) -> bool | int | float:
     if dtype == torch.bool:
         return True
     return 1.0 if dtype.is_floating_point else 1

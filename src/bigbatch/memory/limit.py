@@ -77,7 +77,7 @@ class MemoryLimit:
     def __str__(self) -> str:
         return self.text
 
-    def bytes_of(self, total_bytes: int | None = None) -> int:
+    def to_bytes(self, total_bytes: int | None = None) -> int:
         """Return the limit in bytes, a share rounded down.
 
         Args:

@@ -47,42 +47,44 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def release_memory() -> None:
+def free_cached_memory() -> None:
     """Give back what nobody holds any more. Call it outside the ``except`` block, whose traceback holds tensors."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """The memory that a training step may use.
 
     Attributes:
         limit_bytes: What was asked for, or what is free less a margin.
         usable_bytes: What of it tensors may take at the peak: less 5 % for the gaps between them, and on the CPU less
             what the process holds besides.
-        asked: How it was asked for; None where nobody did.
+        requested: How it was asked for; None where nobody did.
     """
 
     limit_bytes: int
     usable_bytes: int
-    asked: str | None = None
+    requested: str | None = None
 
     @classmethod
-    def of(cls, limit_bytes: int, asked: str | None, *, others_bytes: int = 0) -> "Room":
-        """Make room of a limit, of which something else takes ``others_bytes``."""
-        usable_bytes = (limit_bytes - others_bytes) * (100 - HEADROOM_PERCENT) // 100
-        return cls(limit_bytes, max(0, usable_bytes), asked)
+    def from_limit(cls, limit_bytes: int, requested: str | None, *, reserved_bytes: int = 0) -> "MemoryBudget":
+        """Make room of a limit, of which something else takes ``reserved_bytes``."""
+        usable_bytes = (limit_bytes - reserved_bytes) * (100 - HEADROOM_PERCENT) // 100
+        return cls(limit_bytes, max(0, usable_bytes), requested)
 
     def __str__(self) -> str:
         limit = describe_bytes(self.limit_bytes)
-        source = f"memory is limited to {self.asked}" if self.asked else f"{limit} are free, less a margin"
+        source = f"memory is limited to {self.requested}" if self.requested else f"{limit} are free, less a margin"
         if not self.usable_bytes:
             return f"{source}, and this process holds as much without its tensors"
         return f"{source}, of which tensors may take {describe_bytes(self.usable_bytes)}"
 
 
-def find_room(memory: str | int | MemoryLimit | None, device: torch.device, held: Iterable[Tensor]) -> Room:
+def resolve_memory_budget(
+    memory: str | int | MemoryLimit | None, device: torch.device, held: Iterable[Tensor]
+) -> MemoryBudget:
     """Find how much memory a training step may use.
 
     Args:
@@ -110,8 +112,8 @@ def find_room(memory: str | int | MemoryLimit | None, device: torch.device, held
         limit_bytes = min(default_limit(free_bytes, total_bytes), cap_bytes)
         others_bytes = 0  # they are not free, and so not in the limit
     else:
-        limit_bytes = min(memory.bytes_of(total_bytes), cap_bytes)
-    return Room.of(limit_bytes, None if memory is None else str(memory), others_bytes=others_bytes)
+        limit_bytes = min(memory.to_bytes(total_bytes), cap_bytes)
+    return MemoryBudget.from_limit(limit_bytes, None if memory is None else str(memory), reserved_bytes=others_bytes)
 
 
 def _bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:

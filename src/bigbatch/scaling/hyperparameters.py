@@ -16,9 +16,9 @@ from bigbatch.scaling.rules import (
     Kind,
     Noise,
     Rule,
+    adjustments,
     kind_of,
     lr_multiplier,
-    moves,
     nearest_factor,
     out_of_range,
 )
@@ -177,7 +177,7 @@ def _changes(optimizer: "Optimizer", factor: float, rule: Rule, noise: Noise | N
     return tuple(
         Change(index, *move)
         for index, group in enumerate(optimizer.param_groups)
-        for move in moves(group, factor, rule, owner=owner, noise=noise)
+        for move in adjustments(group, factor, rule, owner=owner, noise=noise)
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 HALF_LIFE_WINDOWS = 32  # of the average, counted in the items of the first window
-FEWEST_WINDOWS = 4  # before anything is said
+MIN_WINDOWS = 4  # before anything is said
 FIRST, EVERY = 8, 4  # the first eight windows are measured, then one in four: the average moves no faster
 WIDTH = 1.96  # standard errors on either side: 95 % where many windows have been averaged
 
@@ -90,7 +90,7 @@ def signal_and_noise(
     return signal, items * (square_of_mean - signal)
 
 
-class NoiseMeter:
+class NoiseScaleEstimator:
     """Averages signal and noise over windows, each apart: the ratio of the averages is the scale.
 
     A window's own ratio would be biased, and is often negative. Weights halve with every so many items.
@@ -104,22 +104,22 @@ class NoiseMeter:
         self._sums = _Averages()
 
     @property
-    def wants_next(self) -> bool:
+    def measures_next(self) -> bool:
         """Whether the next window is to be measured."""
         return self._sums.num_seen < FIRST or self._sums.num_seen % EVERY == 0
 
-    def pass_by(self, items: float) -> None:
+    def skip_window(self, items: float) -> None:
         """Take note of a window that was not measured: what came before it counts less."""
         self._sums.num_seen += 1
         self._sums.items_unmeasured += items
 
-    def observe(
+    def update(
         self, square_of_mean: float, squares: float, items: float, items_squared: float, *, samples: float = 0.0
     ) -> None:
         """Take in one window; the arguments are those of `signal_and_noise`, and samples where they are known."""
         found = signal_and_noise(square_of_mean, squares, items, items_squared)
         if found is None:
-            self.pass_by(items)
+            self.skip_window(items)
             return
         sums = self._sums
         sums.num_seen += 1
@@ -139,10 +139,10 @@ class NoiseMeter:
         sums.samples = keep * sums.samples + samples
         sums.num_windows += 1
 
-    def read(self) -> NoiseScale | None:
+    def estimate(self) -> NoiseScale | None:
         """Give what is known; None before the fourth window."""
         sums = self._sums
-        if sums.num_windows < FEWEST_WINDOWS:
+        if sums.num_windows < MIN_WINDOWS:
             return None
         signal, noise = sums.signal / sums.weight, sums.noise / sums.weight
         scale = noise / signal if signal > 0 else math.inf
@@ -178,10 +178,10 @@ class NoiseMeter:
         half = math.sqrt(max(0.0, root))
         return max(0.0, (b - half) / a), max(0.0, (b + half) / a)
 
-    def state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """Give what it has taken in, as plain values."""
         return asdict(self._sums)
 
-    def go_on(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from what `state` gave."""
         self._sums = _Averages(**state)  # type: ignore[arg-type]

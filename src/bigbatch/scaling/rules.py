@@ -68,7 +68,7 @@ class Noise(NamedTuple):
     batch: float
 
 
-class Move(NamedTuple):
+class Adjustment(NamedTuple):
     """One hyper-parameter of a group before and after, and why."""
 
     name: str
@@ -105,7 +105,9 @@ def lr_multiplier(factor: float, rule: Rule, noise: Noise | None = None) -> floa
     return 1.0
 
 
-def moves(group: Mapping[str, Any], factor: float, rule: Rule, *, owner: str, noise: Noise | None = None) -> list[Move]:
+def adjustments(
+    group: Mapping[str, Any], factor: float, rule: Rule, *, owner: str, noise: Noise | None = None
+) -> list[Adjustment]:
     """Compute what a rule makes of one parameter group, in and out of range.
 
     Args:
@@ -120,13 +122,13 @@ def moves(group: Mapping[str, Any], factor: float, rule: Rule, *, owner: str, no
     """
     kind = kind_of(group)
     lr = float(group["lr"])
-    found = [Move("lr", lr, lr * lr_multiplier(factor, rule, noise), *_about_lr(kind, rule, owner))]
+    found = [Adjustment("lr", lr, lr * lr_multiplier(factor, rule, noise), *_about_lr(kind, rule, owner))]
     for name, value in _decay_rates(group).items():
-        found.append(Move(name, value, *_decay(name, value, factor, rule)))
+        found.append(Adjustment(name, value, *_decay(name, value, factor, rule)))
     eps = group.get("eps")
     if rule == "sde" and isinstance(eps, int | float):
         why = "it keeps its share beside the gradients' size"
-        found.append(Move("eps", float(eps), eps / math.sqrt(factor), why, MALLADI))
+        found.append(Adjustment("eps", float(eps), eps / math.sqrt(factor), why, MALLADI))
     return found + _kept(group, factor)
 
 
@@ -205,16 +207,18 @@ def _about_lr(kind: Kind, rule: Rule, owner: str) -> tuple[str, str]:
     return why, source
 
 
-def _kept(group: Mapping[str, Any], factor: float) -> list[Move]:
+def _kept(group: Mapping[str, Any], factor: float) -> list[Adjustment]:
     """Name what stays although its meaning in samples changes."""
     found = []
     momentum = group.get("momentum", 0)
     if momentum:
         samples = f"a half-life of {_half_life(momentum):.3g} updates, each of {factor:.4g} times the samples"
-        found.append(Move("momentum", momentum, momentum, f"kept: {samples}; short beside the run, it scales lr", ""))
+        found.append(
+            Adjustment("momentum", momentum, momentum, f"kept: {samples}; short beside the run, it scales lr", "")
+        )
     if "beta2_decay" in group:
         why = "kept: Adafactor's second moment forgets by the number of updates, at whatever batch"
-        found.append(Move("beta2_decay", group["beta2_decay"], group["beta2_decay"], why, ""))
+        found.append(Adjustment("beta2_decay", group["beta2_decay"], group["beta2_decay"], why, ""))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigbatch.batching.split import Split, split
 from bigbatch.gradients.gradient_sums import GradientSums
-from bigbatch.gradients.loss_totals import Ledger, as_terms
+from bigbatch.gradients.loss_totals import LossTotals, as_terms
 from bigbatch.rng import seed_everything
 from bigbatch.types import Collate
 
@@ -21,7 +21,7 @@ Gradients: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Trial:
+class CutGradients:
     """A model, a loss and a batch to take gradients of; `preserve.preserved` is the caller's business.
 
     Attributes:
@@ -52,14 +52,14 @@ class Trial:
         Raises:
             ValueError: The batch has no item.
         """
-        ledger = Ledger(None if self.count_items is None else self.count_items(self.batch))
+        loss_totals = LossTotals(None if self.count_items is None else self.count_items(self.batch))
         names = self.names()
         seed_everything(seed)
         with GradientSums(names) as sums:
             for part in self.split(microbatch):
-                if (loss := ledger.record(as_terms(self.loss_fn(self.model, part)))) is not None:
+                if (loss := loss_totals.record(as_terms(self.loss_fn(self.model, part)))) is not None:
                     sums.backward(loss)
-            if not (divisor := ledger.divisor()):
+            if not (divisor := loss_totals.divisor()):
                 raise ValueError("the batch has no item: its loss averages over nothing, so there is no gradient.")
             return {name: gradient / divisor for name, gradient in sums.named_by(names).items()}
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.verification.cut_gradients import Trial, relative_difference
+from bigbatch.verification.cut_gradients import CutGradients, relative_difference
 
 NUM_NAMED = 3  # modules that a sentence lists before it says "and N more"
 
 
-def find_causes(trial: Trial, reference: int, cut: int, tolerance: float) -> tuple[str, ...]:
+def find_causes(trial: CutGradients, reference: int, cut: int, tolerance: float) -> tuple[str, ...]:
     """Say in sentences why micro-batches of ``cut`` samples differ from those of ``reference`` samples.
 
     Leaves modules in other modes than it found them in: call it inside `preserve.preserved`.
@@ -38,7 +38,7 @@ def find_causes(trial: Trial, reference: int, cut: int, tolerance: float) -> tup
     )
 
 
-def _randomness(trial: Trial, reference: int, _cut: int, tolerance: float) -> Iterator[str]:
+def _randomness(trial: CutGradients, reference: int, _cut: int, tolerance: float) -> Iterator[str]:
     """Yield a sentence if the gradient depends on the seed, and turn dropout off."""
     if not _depends_on_seed(trial, reference, tolerance):
         return
@@ -64,12 +64,12 @@ def _randomness(trial: Trial, reference: int, _cut: int, tolerance: float) -> It
         )
 
 
-def _depends_on_seed(trial: Trial, reference: int, tolerance: float) -> bool:
+def _depends_on_seed(trial: CutGradients, reference: int, tolerance: float) -> bool:
     # Not `>`: a NaN from one of the seeds is a difference too.
     return not relative_difference(trial.gradient(reference, seed=1), trial.gradient(reference, seed=0)) <= tolerance
 
 
-def _batch_norm(trial: Trial, _reference: int, _cut: int, _tolerance: float) -> Iterator[str]:
+def _batch_norm(trial: CutGradients, _reference: int, _cut: int, _tolerance: float) -> Iterator[str]:
     """Yield a sentence if batch norms normalise by the micro-batch, and let them use their running statistics."""
     norms = {
         name: module
@@ -85,7 +85,7 @@ def _batch_norm(trial: Trial, _reference: int, _cut: int, _tolerance: float) -> 
         )
 
 
-def _losses_not_sums(trial: Trial, reference: int, cut: int, tolerance: float) -> Iterator[str]:
+def _losses_not_sums(trial: CutGradients, reference: int, cut: int, tolerance: float) -> Iterator[str]:
     """Yield a sentence for each term whose items or sums over the cut are not those of the reference."""
     whole, parts = _by_term(trial.terms(reference)), _by_term(trial.terms(cut))
     for name, values in whole.items():
@@ -112,9 +112,9 @@ def _by_term(microbatches: Iterable[Mapping[str, tuple[float, float]]]) -> dict[
     return dict(by_term)
 
 
-def _coupling(trial: Trial, reference: int, cut: int, tolerance: float) -> Iterator[str]:
+def _coupling(trial: CutGradients, reference: int, cut: int, tolerance: float) -> Iterator[str]:
     """Yield a sentence that names what lets samples influence one another: a module, the model's own loss, the loss."""
-    whole, parts = _Trace(trial, reference), _Trace(trial, cut)
+    whole, parts = _ActivationRecorder(trial, reference), _ActivationRecorder(trial, cut)
     mixing = next((name for name in whole.order if _differs(whole.outputs, parts.outputs, name, tolerance)), None)
     if mixing is not None:
         if _differs(whole.inputs, parts.inputs, mixing, tolerance) and mixing:
@@ -136,7 +136,7 @@ def _coupling(trial: Trial, reference: int, cut: int, tolerance: float) -> Itera
         )
 
 
-def _additive(trial: Trial, reference: int, cut: int, tolerance: float) -> bool:
+def _additive(trial: CutGradients, reference: int, cut: int, tolerance: float) -> bool:
     whole, parts = _by_term(trial.terms(reference)), _by_term(trial.terms(cut))
     return all(
         math.isclose(math.fsum(s for s, _ in values), math.fsum(s for s, _ in parts[name]), rel_tol=tolerance)
@@ -144,10 +144,10 @@ def _additive(trial: Trial, reference: int, cut: int, tolerance: float) -> bool:
     )
 
 
-class _Trace:
+class _ActivationRecorder:
     """First input and output tensor of every module that runs once per micro-batch, over all micro-batches."""
 
-    def __init__(self, trial: Trial, microbatch: int) -> None:
+    def __init__(self, trial: CutGradients, microbatch: int) -> None:
         self.inputs: dict[str, list[Tensor]] = defaultdict(list)
         self.outputs: dict[str, list[Tensor]] = defaultdict(list)
         self.order: list[str] = []  # of completion: what is inside a module comes before it

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from bigbatch.batching.checks import check_count
-from bigbatch.memory.usage import is_out_of_memory, release_memory
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
 from bigbatch.types import Collate
 from bigbatch.verification.cut_gradients import (
+    CutGradients,
     Gradients,
-    Trial,
     narrowest_dtype,
     parameter_differences,
     relative_difference,
@@ -146,7 +146,7 @@ def verify(
         ValueError: The batch has no sample or no item, no parameter requires a gradient, or a setting is out of range.
         TypeError: The batch cannot be cut.
     """
-    trial = Trial(model, loss_fn, batch, collate=collate, count_items=count_items)
+    trial = CutGradients(model, loss_fn, batch, collate=collate, count_items=count_items)
     if not trial.names():
         raise ValueError("no parameter of the model requires a gradient: there is nothing to verify.")
     num_samples = trial.split(1).num_samples
@@ -172,13 +172,13 @@ def verify(
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _CutResult:
     cut: Cut
     parameters: tuple[ParameterError, ...] = ()
     failure: str | None = None
 
 
-def _try_cut(trial: Trial, size: int, reference: Gradients) -> _Outcome:
+def _try_cut(trial: CutGradients, size: int, reference: Gradients) -> _CutResult:
     """Take one cut's gradients. A cut that cannot run, though the whole batch could, has an error of NaN."""
     num_microbatches = len(trial.split(size))
     try:
@@ -186,17 +186,17 @@ def _try_cut(trial: Trial, size: int, reference: Gradients) -> _Outcome:
     except CUT_ERRORS as error:
         why = "do not fit in memory" if is_out_of_memory(error) else "cannot run, though larger ones can"
         failure = f"micro-batches of {size} {why}: {type(error).__name__}: {error}"
-        return _Outcome(Cut(size, num_microbatches, math.nan, math.nan), failure=failure)
+        return _CutResult(Cut(size, num_microbatches, math.nan, math.nan), failure=failure)
     try:
         naive = relative_difference(trial.mean_of_means(size), reference)
     except CUT_ERRORS:  # a micro-batch without items may have no mean at all
         naive = math.nan
     cut = Cut(size, num_microbatches, relative_difference(gradient, reference), naive)
     errors = sorted(parameter_differences(gradient, reference).items(), key=lambda pair: -_badness(pair[1]))
-    return _Outcome(cut, tuple(ParameterError(name, error) for name, error in errors[:NUM_WORST]))
+    return _CutResult(cut, tuple(ParameterError(name, error) for name, error in errors[:NUM_WORST]))
 
 
-def _causes(trial: Trial, largest: int, outcomes: Sequence[_Outcome], tolerance: float) -> tuple[str, ...]:
+def _causes(trial: CutGradients, largest: int, outcomes: Sequence[_CutResult], tolerance: float) -> tuple[str, ...]:
     failures = tuple(outcome.failure for outcome in outcomes if outcome.failure is not None)
     ran = [outcome.cut for outcome in outcomes if outcome.failure is None]
     if not ran:
@@ -207,7 +207,7 @@ def _causes(trial: Trial, largest: int, outcomes: Sequence[_Outcome], tolerance:
     return failures + find_causes(trial, largest, worst.microbatch, tolerance)
 
 
-def _reference_gradient(trial: Trial, num_samples: int) -> tuple[int, Gradients, torch.dtype]:
+def _reference_gradient(trial: CutGradients, num_samples: int) -> tuple[int, Gradients, torch.dtype]:
     """Take the gradient of the whole batch in one micro-batch, or in halves of it until they fit."""
     size = num_samples
     while True:
@@ -219,7 +219,7 @@ def _reference_gradient(trial: Trial, num_samples: int) -> tuple[int, Gradients,
                 raise
         # Outside the except block: there the traceback still holds the tensors that did not fit.
         size = -(-size // 2)
-        release_memory()
+        free_cached_memory()
 
 
 def _sizes(microbatch: int | Sequence[int] | None, num_samples: int, *, largest: int) -> list[int]:

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from bigbatch.cli import main
-from bigbatch.lm.advice.batch_advice import Evidence, advise, evidence, in_one_line, judge
+from bigbatch.lm.advice.batch_advice import RunEvidence, advise, classify, evidence, one_line
 from bigbatch.lm.config.train_config import TrainConfig
 from cli.helpers import files_below
 
 
-def found(**changes: Any) -> Evidence:
+def found(**changes: Any) -> RunEvidence:
     usual: dict[str, Any] = {
         "step": 100, "batch": 64.0, "microbatches": 8, "update_s": 4.0, "scale": 64.0, "low": 50.0, "high": 80.0
     }  # fmt: skip
-    return Evidence(**usual | changes)
+    return RunEvidence(**usual | changes)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def found(**changes: Any) -> Evidence:
     ],
 )
 def test_the_batch_is_judged_by_the_scale_and_its_interval(changes: dict[str, Any], verdict: str) -> None:
-    assert judge(found(**changes)) == verdict
+    assert classify(found(**changes)) == verdict
 
 
 def test_the_words_have_the_numbers_and_the_way_to_a_smaller_batch() -> None:
@@ -60,8 +60,8 @@ def test_one_micro_batch_accumulates_nothing() -> None:
 
 
 def test_a_run_ends_with_one_line_only_where_something_is_known() -> None:
-    assert in_one_line(found(scale=None, low=None, high=None)) is None
-    assert in_one_line(found(batch=8.0)) == (
+    assert one_line(found(scale=None, low=None, high=None)) is None
+    assert one_line(found(batch=8.0)) == (
         "batch: 8 sequences, far below the gradient noise scale about 64 sequences (50 to 80): a larger batch would "
         "lose few samples"
     )

@@ -83,7 +83,7 @@ def test_the_exit_code_says_that_ours_has_no_figures(
     def too_little(*_: object) -> None:
         raise MemoryLimitError("a single sample does not fit")
 
-    monkeypatch.setattr(bigbatch_runner, "ours", too_little)
+    monkeypatch.setattr(bigbatch_runner, "make_engine", too_little)
     assert main([*SMALL, "--only", "bigbatch"]) == 1
     assert re.search(r"^bigbatch +auto  out of memory$", capfd.readouterr().out, re.MULTILINE)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bigbatch.errors import MemoryLimitError
 from bigbatch.lm.bench import benchmark as race_module
-from bigbatch.lm.bench.benchmark import Race, race
+from bigbatch.lm.bench.benchmark import BenchmarkResult, run_benchmark
 from bigbatch.lm.bench.entries import OURS, SAMPLES, Entry, default_entries, missing, read_entry
 from bigbatch.lm.bench.meter import (
     GradientMeter,
@@ -25,7 +25,7 @@ from bigbatch.lm.bench.meter import (
 )
 from bigbatch.lm.bench.peer import Peer, pad
 from bigbatch.lm.bench.registry import make_contestant
-from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import W_SMALL, W, count_tokens, shift
 from lm.helpers import TINY_WORKLOAD
 
@@ -33,16 +33,18 @@ SAME = 1 - 1e-6
 
 
 @pytest.fixture
-def stage() -> Stage:
-    return Stage(TINY_WORKLOAD, None)
+def stage() -> SharedModel:
+    return SharedModel(TINY_WORKLOAD, None)
 
 
-def run(*entries: str, rounds: int = 1, memory: str | None = None, said: list[str] | None = None) -> Race:
+def run(*entries: str, rounds: int = 1, memory: str | None = None, said: list[str] | None = None) -> BenchmarkResult:
     def say(words: str, done: int = 0, total: int = 0) -> None:
         if said is not None:
             said.append(words)
 
-    return race(TINY_WORKLOAD, [read_entry(entry) for entry in entries], memory=memory, rounds=rounds, say=say)
+    return run_benchmark(
+        TINY_WORKLOAD, [read_entry(entry) for entry in entries], memory=memory, rounds=rounds, progress=say
+    )
 
 
 # the workload ----------------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def test_similarity_is_cosine_and_ratio_of_norms() -> None:
         similarity(expected[:1], expected)
 
 
-def test_the_reference_is_the_gradient_of_the_padded_batch_at_once(stage: Stage) -> None:
+def test_the_reference_is_the_gradient_of_the_padded_batch_at_once(stage: SharedModel) -> None:
     reference = reference_gradient(stage)
     stage.model(**pad(stage.samples)).loss.backward()
     cosine, norm_ratio = similarity([parameter.grad for parameter in stage.parameters], reference)
@@ -102,11 +104,11 @@ def test_the_reference_is_the_gradient_of_the_padded_batch_at_once(stage: Stage)
 class Loop(Peer):
     """A loop that weighs its micro-batches as it is told, for a batch of ``stage.samples``."""
 
-    def __init__(self, weight: Callable[[Stage, dict[str, Tensor]], float]) -> None:
+    def __init__(self, weight: Callable[[SharedModel, dict[str, Tensor]], float]) -> None:
         super().__init__(samples=2)
         self.weight = weight
 
-    def update(self, stage: Stage, samples: Any, meter: Meter) -> None:
+    def update(self, stage: SharedModel, samples: Any, meter: Meter) -> None:
         meter.start()
         for batch in self.loader(stage, samples):
             (stage.model(**batch).loss * self.weight(stage, batch)).backward()
@@ -114,35 +116,35 @@ class Loop(Peer):
         meter.stop()
 
 
-def mean_of_means(stage: Stage, batch: dict[str, Tensor]) -> float:
+def mean_of_means(stage: SharedModel, batch: dict[str, Tensor]) -> float:
     return 2 / len(stage.samples)
 
 
-def share_of_labels(stage: Stage, batch: dict[str, Tensor]) -> float:
+def share_of_labels(stage: SharedModel, batch: dict[str, Tensor]) -> float:
     labels = count_tokens(stage.samples) - len(stage.samples)
     return int((batch["labels"][:, 1:] != -100).sum()) / labels
 
 
-def found_of(stage: Stage, weight: Callable[[Stage, dict[str, Tensor]], float]) -> Similarity:
+def found_of(stage: SharedModel, weight: Callable[[SharedModel, dict[str, Tensor]], float]) -> Similarity:
     meter = GradientMeter(stage, reference_gradient(stage))
-    with stage.turn():
+    with stage.isolated():
         Loop(weight).turn(stage, meter)
     assert meter.similarity is not None
     return meter.similarity
 
 
-def test_a_gradient_that_is_a_mean_of_means_is_told_from_the_right_one(stage: Stage) -> None:
+def test_a_gradient_that_is_a_mean_of_means_is_told_from_the_right_one(stage: SharedModel) -> None:
     assert found_of(stage, mean_of_means).cosine < 0.97
     assert found_of(stage, share_of_labels).cosine > SAME
 
 
-def test_a_gradient_of_the_wrong_size_shows_in_the_ratio_of_norms(stage: Stage) -> None:
+def test_a_gradient_of_the_wrong_size_shows_in_the_ratio_of_norms(stage: SharedModel) -> None:
     cosine, norm_ratio = found_of(stage, lambda stage, batch: 3 * share_of_labels(stage, batch))
     assert cosine > SAME
     assert norm_ratio == pytest.approx(3, rel=1e-4)
 
 
-def test_a_step_with_a_closure_is_looked_at_after_the_closure(stage: Stage) -> None:
+def test_a_step_with_a_closure_is_looked_at_after_the_closure(stage: SharedModel) -> None:
     meter = GradientMeter(stage, reference_gradient(stage))
     meter.start()
     stage.optimizer.step(closure=lambda: stage.model(**pad(stage.samples)).loss.backward())
@@ -151,7 +153,7 @@ def test_a_step_with_a_closure_is_looked_at_after_the_closure(stage: Stage) -> N
     assert meter.similarity.cosine > SAME
 
 
-def test_only_steps_between_start_and_stop_are_looked_at(stage: Stage) -> None:
+def test_only_steps_between_start_and_stop_are_looked_at(stage: SharedModel) -> None:
     meter = GradientMeter(stage, reference_gradient(stage))
     meter.stop()
     stage.optimizer.step()
@@ -161,12 +163,12 @@ def test_only_steps_between_start_and_stop_are_looked_at(stage: Stage) -> None:
 # the stage -------------------------------------------------------------------------------------------------------
 
 
-def test_a_turn_leaves_nothing_of_what_was_done_to_the_model(stage: Stage) -> None:
+def test_a_turn_leaves_nothing_of_what_was_done_to_the_model(stage: SharedModel) -> None:
     model, code = stage.model, sys.modules[type(stage.model).__module__]
     expected = model(**pad(stage.samples)).logits
     rotary = code.apply_rotary_pos_emb
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    with stage.turn():
+    with stage.isolated():
         model.forward = lambda **_: None
         model.register_forward_hook(lambda *_: None)
         model.model.layers[0].mlp.added = 1
@@ -180,10 +182,10 @@ def test_a_turn_leaves_nothing_of_what_was_done_to_the_model(stage: Stage) -> No
     assert torch.equal(model(**pad(stage.samples)).logits, expected)
 
 
-def test_every_turn_begins_at_the_same_weights_with_the_states_of_a_first_step(stage: Stage) -> None:
+def test_every_turn_begins_at_the_same_weights_with_the_states_of_a_first_step(stage: SharedModel) -> None:
     first = [parameter.detach().clone() for parameter in stage.parameters]
     for _ in range(2):
-        with stage.turn():
+        with stage.isolated():
             assert all(torch.equal(a, b) for a, b in zip(stage.parameters, first, strict=True))
             assert all(parameter.grad is None for parameter in stage.parameters)
             states = [value for state in stage.optimizer.state.values() for value in state.values()]
@@ -194,8 +196,8 @@ def test_every_turn_begins_at_the_same_weights_with_the_states_of_a_first_step(s
     assert not stage.optimizer.state
 
 
-def test_a_reset_keeps_everything_where_it_is(stage: Stage) -> None:
-    with stage.turn():
+def test_a_reset_keeps_everything_where_it_is(stage: SharedModel) -> None:
+    with stage.isolated():
         tensors = [*stage.parameters, *(value for state in stage.optimizer.state.values() for value in state.values())]
         where = [tensor.data_ptr() for tensor in tensors]
         stage.reset()
@@ -207,21 +209,21 @@ def test_a_reset_keeps_everything_where_it_is(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name != OURS])
-def test_every_peer_takes_exactly_one_update_of_the_whole_batch(name: str, stage: Stage) -> None:
+def test_every_peer_takes_exactly_one_update_of_the_whole_batch(name: str, stage: SharedModel) -> None:
     if reason := missing(name):
         pytest.skip(reason)
     reference = reference_gradient(stage)
     meter, timer = GradientMeter(stage, reference), Timer(stage.device)
     contestant = make_contestant(read_entry(f"{name}:4"))
     assert isinstance(contestant, Peer)
-    with race_module._quiet(), stage.turn():
+    with race_module._quiet(), stage.isolated():
         contestant.update(stage, stage.samples, meter)
         steps = {int(state["step"]) for state in stage.optimizer.state.values()}
     assert steps == {1}
     assert meter.similarity is not None
     means = name in ("accelerate", "lightning")
     assert (meter.similarity.cosine > SAME) != means
-    with race_module._quiet(), stage.turn():
+    with race_module._quiet(), stage.isolated():
         contestant.update(stage, stage.samples, timer)
     assert timer.elapsed_s is not None
     assert timer.elapsed_s > 0
@@ -247,7 +249,7 @@ class Instant:
         self.notes: list[str] = []
         self.error = error
 
-    def turn(self, stage: Stage, meter: Meter) -> None:
+    def turn(self, stage: SharedModel, meter: Meter) -> None:
         if self.error is not None:
             raise self.error
         Loop(share_of_labels).update(stage, stage.samples, meter)
@@ -298,13 +300,13 @@ def test_what_is_not_installed_has_a_row_that_says_so(monkeypatch: pytest.Monkey
     ]
 
 
-def test_warming_up_does_not_change_where_the_update_begins(stage: Stage) -> None:
+def test_warming_up_does_not_change_where_the_update_begins(stage: SharedModel) -> None:
     class Weights(NoMeter):
         def start(self) -> None:
             self.found = [parameter.detach().clone() for parameter in stage.parameters]
 
     first, meter = [parameter.detach().clone() for parameter in stage.parameters], Weights()
-    with stage.turn():
+    with stage.isolated():
         Loop(share_of_labels).turn(stage, meter)
     assert all(torch.equal(a, b) for a, b in zip(meter.found, first, strict=True))
 
@@ -315,7 +317,7 @@ TINY_LORA = dataclasses.replace(TINY_WORKLOAD, name="w-lora", precision="bf16", 
 
 
 def test_the_reference_of_adapters_is_computed_with_their_base_in_float32_and_puts_it_back() -> None:
-    stage = Stage(TINY_LORA, None)
+    stage = SharedModel(TINY_LORA, None)
     base = {name: p for name, p in stage.model.named_parameters() if not p.requires_grad}
     before = {name: (p.data_ptr(), p.dtype, p.clone()) for name, p in base.items()}
     reference = reference_gradient(stage)
@@ -330,20 +332,20 @@ def test_the_reference_of_adapters_is_computed_with_their_base_in_float32_and_pu
 def test_adapters_get_the_gradient_of_the_whole_batch_from_everyone(name: str) -> None:
     if (why := missing(name)) is not None:
         pytest.skip(why)
-    (row,) = race(TINY_LORA, [read_entry(name)], memory=None, rounds=1, say=lambda *_, **__: None).rows
+    (row,) = run_benchmark(TINY_LORA, [read_entry(name)], memory=None, rounds=1, progress=lambda *_, **__: None).rows
     assert row.problem is None
     assert row.similarity is not None
     assert row.similarity.cosine > 0.999  # bfloat16
     assert row.similarity.norm_ratio == pytest.approx(1, abs=0.02)
 
 
-def test_a_turn_can_begin_anew_with_the_model_as_it_was_made(stage: Stage) -> None:
-    with stage.turn():
+def test_a_turn_can_begin_anew_with_the_model_as_it_was_made(stage: SharedModel) -> None:
+    with stage.isolated():
         layer = stage.model.model.layers[0]
         layer.forward = lambda *_, **__: None
         stage.model.mark = True
         stage.parameters[0].data.zero_()
-        stage.renew()
+        stage.restore_model()
         assert "forward" not in vars(layer)
         assert not hasattr(stage.model, "mark")
         assert stage.parameters[0].abs().sum() > 0

@@ -12,8 +12,8 @@ import bigbatch
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import manager as keeper_module
 from bigbatch.lm.checkpoint.hashed_file import HashedFile
-from bigbatch.lm.checkpoint.manager import Keeper, Progress, frozen_fingerprint, load
-from bigbatch.lm.checkpoint.state_tree import copies, equal
+from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, frozen_fingerprint, load
+from bigbatch.lm.checkpoint.state_tree import copy_to_cpu, equal
 from bigbatch.lm.runs.directory import RunDirectory
 from lm.saved import no_space
 
@@ -33,8 +33,8 @@ def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(tmp_path / "run", {})
 
 
-def a_keeper(directory: RunDirectory) -> Keeper:
-    return Keeper(directory, keep=2, beside=True, total_steps=9, facts={"of": "a test"})
+def a_keeper(directory: RunDirectory) -> CheckpointManager:
+    return CheckpointManager(directory, keep=2, in_background=True, total_steps=9, facts={"of": "a test"})
 
 
 def test_what_is_written_beside_the_training_is_the_state_of_the_moment(
@@ -50,7 +50,7 @@ def test_what_is_written_beside_the_training_is_the_state_of_the_moment(
     monkeypatch.setattr(keeper_module, "write", late)
     with directory, a_keeper(directory).open() as keeper:
         engine.step(torch.ones(4, 3))
-        expected = copies(engine.state_dict())
+        expected = copy_to_cpu(engine.state_dict())
         now = Progress(step=1, cursor=4)
         keeper.save(engine, now, "none")
         now.step = 2

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import read
-from bigbatch.lm.checkpoint.integrity import UntrustedError
+from bigbatch.lm.checkpoint.integrity import IntegrityError
 from bigbatch.lm.checkpoint.safetensors_file import write_tensors
 from bigbatch.lm.checkpoint.sharded_reader import read_into
-from bigbatch.lm.checkpoint.shards import Place, joined, piece_name, to_notes
+from bigbatch.lm.checkpoint.shards import ShardInfo, join_shards, piece_name, to_header
 from bigbatch.lm.checkpoint.writer import complete, write_file
 from lm.saved import RUN_ID
 
-Pieces = list[tuple[Place, Tensor]]
+Pieces = list[tuple[ShardInfo, Tensor]]
 
 
 @st.composite
@@ -31,7 +31,7 @@ def cut(draw: st.DrawFn) -> tuple[Tensor, Pieces]:
     ranges = [list(pairwise(each)) or [(0, 0)] for each in bounds]
     whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
     pieces = [
-        (Place(tuple(shape), tuple(start for start, _ in box)), whole[tuple(slice(*ends) for ends in box)])
+        (ShardInfo(tuple(shape), tuple(start for start, _ in box)), whole[tuple(slice(*ends) for ends in box)])
         for box in product(*ranges)
     ]
     return whole, draw(st.permutations(pieces))
@@ -41,7 +41,7 @@ def cut(draw: st.DrawFn) -> tuple[Tensor, Pieces]:
 @settings(deadline=None)
 def test_pieces_of_any_cut_make_the_whole(made: tuple[Tensor, Pieces]) -> None:
     whole, pieces = made
-    found = joined("x", pieces)
+    found = join_shards("x", pieces)
     assert found.shape == whole.shape
     assert torch.equal(found, whole)
 
@@ -60,20 +60,20 @@ def test_a_piece_that_is_missing_doubled_moved_or_of_another_tensor_is_noticed(
     for step in (-1, 1):
         moved = tuple(start + step * (axis == dim) for axis, start in enumerate(place.saved_offsets))
         if moved[dim] >= 0:
-            with pytest.raises(UntrustedError, match=r"^x has pieces that (overlap|do not belong together)$"):
-                joined("x", [*others, (Place(place.shape, moved), piece)])
+            with pytest.raises(IntegrityError, match=r"^x has pieces that (overlap|do not belong together)$"):
+                join_shards("x", [*others, (ShardInfo(place.shape, moved), piece)])
     same_size = [other for other in others if other[1].shape == piece.shape]
     for other in same_size:  # the volume is right
-        with pytest.raises(UntrustedError, match=r"^x has pieces that overlap$"):
-            joined("x", [*others, other])
-    with pytest.raises(UntrustedError, match=r"^x has [\d,]+ elements, and its pieces hold [\d,]+$"):
-        joined("x", others)
-    with pytest.raises(UntrustedError, match=r"^x has"):
-        joined("x", [*pieces, (place, piece)])
-    with pytest.raises(UntrustedError, match=r"^x has pieces that do not belong together$"):
-        joined("x", [*others, (Place((*place.shape, 1), place.saved_offsets), piece)])
-    with pytest.raises(UntrustedError, match=r"^x has pieces of several dtypes$"):
-        joined("x", [*others, (place, piece.float())])
+        with pytest.raises(IntegrityError, match=r"^x has pieces that overlap$"):
+            join_shards("x", [*others, other])
+    with pytest.raises(IntegrityError, match=r"^x has [\d,]+ elements, and its pieces hold [\d,]+$"):
+        join_shards("x", others)
+    with pytest.raises(IntegrityError, match=r"^x has"):
+        join_shards("x", [*pieces, (place, piece)])
+    with pytest.raises(IntegrityError, match=r"^x has pieces that do not belong together$"):
+        join_shards("x", [*others, (ShardInfo((*place.shape, 1), place.saved_offsets), piece)])
+    with pytest.raises(IntegrityError, match=r"^x has pieces of several dtypes$"):
+        join_shards("x", [*others, (place, piece.float())])
 
 
 def forged(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict[str, str]]]) -> Path:
@@ -89,7 +89,7 @@ def forged(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict[str, str
 
 
 def of_rank(rank: int, start: int, rows: int, **notes: Any) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-    described = to_notes({"x": Place((4, 2), (start, 0))}) | notes
+    described = to_header({"x": ShardInfo((4, 2), (start, 0))}) | notes
     return {f"{piece_name('model', rank, 2)}.safetensors": ({"x": torch.full((rows, 2), 1.0 + rank)}, described)}
 
 

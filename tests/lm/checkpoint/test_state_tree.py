@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch.lm.checkpoint.json_values import to_json
-from bigbatch.lm.checkpoint.state_tree import copies, equal, put_together, take_apart
+from bigbatch.lm.checkpoint.state_tree import copy_to_cpu, equal, join_tensors, split_tensors
 
 LEAVES = (
     st.none()
@@ -46,36 +46,36 @@ def same(one: Any, other: Any) -> bool:
 @given(TREES)
 @settings(deadline=None)
 def test_what_is_taken_apart_comes_back_through_json(tree: Any) -> None:
-    values, tensors = take_apart(tree)
-    back = put_together(json.loads(to_json("tree", values)), tensors)
+    values, tensors = split_tensors(tree)
+    back = join_tensors(json.loads(to_json("tree", values)), tensors)
     assert same(back, tree)
     assert equal(back, tree)
 
 
 def test_places_that_read_alike_are_kept_apart() -> None:
     tree = {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "c": {1: torch.tensor(3), "1": torch.tensor(4)}}
-    values, tensors = take_apart(tree)
+    values, tensors = split_tensors(tree)
     assert len(tensors) == 4
-    assert same(put_together(values, tensors), tree)
+    assert same(join_tensors(values, tensors), tree)
 
 
 def test_numbers_that_are_not_finite_come_back() -> None:
-    values, tensors = take_apart([math.inf, -math.inf, math.nan])
-    up, down, none = put_together(json.loads(to_json("tree", values)), tensors)
+    values, tensors = split_tensors([math.inf, -math.inf, math.nan])
+    up, down, none = join_tensors(json.loads(to_json("tree", values)), tensors)
     assert (up, down) == (math.inf, -math.inf)
     assert math.isnan(none)
 
 
 def test_what_json_does_not_have_is_refused_by_its_place() -> None:
     with pytest.raises(TypeError, match=r"^/a/1 is a set, which a checkpoint cannot hold\.$"):
-        take_apart({"a": [1, {2}]})
+        split_tensors({"a": [1, {2}]})
     with pytest.raises(TypeError, match=r"^the state is a object, which a checkpoint cannot hold\.$"):
-        take_apart(object())
+        split_tensors(object())
 
 
 def test_copies_are_out_of_reach() -> None:
     tensor = torch.zeros(3)
-    copied = copies({"t": (tensor,)})
+    copied = copy_to_cpu({"t": (tensor,)})
     tensor.add_(1)
     assert torch.equal(copied["t"][0], torch.zeros(3))
 

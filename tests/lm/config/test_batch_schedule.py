@@ -13,14 +13,14 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.batch_schedule import Ramp, Seesaw, Steps, read
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.sampling_order import epoch_order
-from bigbatch.lm.training.optimizer import rebase
-from bigbatch.lm.training.schedule import Course
+from bigbatch.lm.training.optimizer import rescale_second_moment
+from bigbatch.lm.training.schedule import TrainingSchedule
 
 LENGTHS = [3 + (7 * i) % 11 for i in range(200)]  # tokens
 
 
-def course(*, step: int = 0, cursor: int = 0, lengths: Sequence[int] = LENGTHS, **settings: object) -> Course:
-    return Course(TrainConfig(**settings).resolved(), lengths, step=step, cursor=cursor)  # type: ignore[arg-type]
+def course(*, step: int = 0, cursor: int = 0, lengths: Sequence[int] = LENGTHS, **settings: object) -> TrainingSchedule:
+    return TrainingSchedule(TrainConfig(**settings).resolved(), lengths, step=step, cursor=cursor)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,6 @@ def test_re_basing_scales_the_second_moment_alone() -> None:
     optimizer.step()
     state = optimizer.state[parameter]
     first, second = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
-    rebase(optimizer, 0.5)
+    rescale_second_moment(optimizer, 0.5)
     assert torch.equal(state["exp_avg"], first)
     assert torch.equal(state["exp_avg_sq"], second / 2)

@@ -16,7 +16,7 @@ from bigbatch.lm.config.scale_from import BETAS, EPS
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.optimizer import make_optimizer
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.scaling.rules import RULES
 from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
@@ -41,11 +41,11 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def go_on(run: Path, config: TrainConfig, *, until: int | None = None) -> tuple[Trainer, Heard]:
     """Begin or resume a run, and stop after an update."""
     heard = Heard()
-    prepared = prepare(config)
+    prepared = set_up_training(config)
     if not run.exists():
         RunDirectory.create(run, prepared.config.model_dump(mode="json"))
-    trainer = Trainer(prepared, saved=load(run)[0])
-    trainer.run(RunDirectory(run), listener=heard, should_stop=lambda: heard.rows[-1]["step"] == until)
+    trainer = Trainer(prepared, checkpoint=load(run)[0])
+    trainer.run(RunDirectory(run), callback=heard, should_stop=lambda: heard.rows[-1]["step"] == until)
     return trainer, heard
 
 
@@ -55,7 +55,7 @@ def hyperparameters(trainer: Trainer) -> list[Any]:
 
 def tensors(trainer: Trainer) -> list[torch.Tensor]:
     states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
-    return [*trainer.prepared.model.parameters(), *states]
+    return [*trainer.setup.model.parameters(), *states]
 
 
 RULED = {
@@ -70,7 +70,7 @@ RULED = {
 
 @pytest.mark.parametrize("rule", RULED)
 def test_a_run_begins_with_what_its_rule_says(settings: dict[str, Any], rule: str) -> None:
-    trainer = Trainer(prepare(TrainConfig(**settings, scale_from=2, lr_rule=rule)))
+    trainer = Trainer(set_up_training(TrainConfig(**settings, scale_from=2, lr_rule=rule)))
     assert hyperparameters(trainer) == [pytest.approx(RULED[rule])] * 2
     assert trainer.scheduler.base_lrs == pytest.approx([RULED[rule][0]] * 2)
 
@@ -182,7 +182,7 @@ def test_the_command_knows_every_rule_but_the_one_that_it_cannot_apply() -> None
 
 
 def test_the_lines_are_about_the_optimizer_that_is_made(settings: dict[str, Any]) -> None:
-    prepared = prepare(TrainConfig(**settings))
-    optimizer = make_optimizer(prepared.model, prepared.config, prepared.machine)
+    prepared = set_up_training(TrainConfig(**settings))
+    optimizer = make_optimizer(prepared.model, prepared.config, prepared.device_spec)
     assert all((g["betas"], g["eps"]) == (BETAS, EPS) for g in optimizer.param_groups)
     assert type(optimizer).__name__ == "AdamW"

@@ -256,7 +256,7 @@ def test_an_unreachable_hub_is_one_sentence_at_once(tmp_path: Path, monkeypatch:
 
 def test_reading_text_loads_neither_torch_nor_a_model_library() -> None:
     program = (
-        "import sys; from bigbatch.lm import order, sources; sources.read_corpus(sys.argv[1]);"
+        "import sys; from bigbatch.lm.data import sampling_order, sources; sources.read_corpus(sys.argv[1]);"
         "print(sorted({'torch', 'transformers', 'tokenizers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", program, __file__], capture_output=True, text=True, check=True)

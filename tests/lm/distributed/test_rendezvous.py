@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore, Store
 
-from bigbatch.lm.distributed.rendezvous import meet
+from bigbatch.lm.distributed.rendezvous import fresh_store
 
 
 def meeting(store: Store, size: int = 3) -> list[Store]:
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: meet(store, rank, size, timeout_s=60), range(size)))
+        return list(pool.map(lambda rank: fresh_store(store, rank, size, timeout_s=60), range(size)))
 
 
 def test_those_who_meet_share_a_part_of_the_store() -> None:
@@ -32,8 +32,8 @@ def test_nobody_sees_what_those_wrote_who_met_before() -> None:
 def test_one_who_left_before_all_had_come_is_not_taken_for_the_next() -> None:
     store = HashStore()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(meet, store, 0, 3, timeout_s=0.2)
-        second = pool.submit(meet, store, 1, 3, timeout_s=60)
+        first = pool.submit(fresh_store, store, 0, 3, timeout_s=0.2)
+        second = pool.submit(fresh_store, store, 1, 3, timeout_s=60)
         second.result()
         with pytest.raises(TimeoutError, match=re.escape("rank 0 has waited 0.2 s for rank 2")):
             first.result()
@@ -44,4 +44,4 @@ def test_one_who_left_before_all_had_come_is_not_taken_for_the_next() -> None:
 
 def test_one_who_is_alone_says_for_whom_it_waited() -> None:
     with pytest.raises(TimeoutError, match=re.escape("rank 2 has waited 0.1 s for rank 0")):
-        meet(HashStore(), 2, 3, timeout_s=0.1)
+        fresh_store(HashStore(), 2, 3, timeout_s=0.1)

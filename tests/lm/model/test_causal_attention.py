@@ -20,9 +20,15 @@ from transformers import (
     Qwen2Config,
 )
 
-from bigbatch.lm.device import Machine
-from bigbatch.lm.model.causal_attention import NAME, attends_to_all, leave_out_mask, looks_causal, use_causal_attention
-from bigbatch.lm.model.decoder_layers import Layers
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.causal_attention import (
+    NAME,
+    drop_mask_if_causal,
+    has_full_attention,
+    looks_causal,
+    use_causal_attention,
+)
+from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.pretrained import add_lora, load_model
 from lm.helpers import records, run, save_model_folder, write_jsonl
 
@@ -74,7 +80,7 @@ def test_logits_and_gradients_are_those_of_before(kind: str) -> None:
     padded[0, 12:] = 0
     expected = model(input_ids=rows(), use_cache=False).logits
     masked = gradients(model, input_ids=rows(), attention_mask=padded)
-    left_out = leave_out_mask(model, Machine(CPU, "float64"), max_length=LENGTH)
+    left_out = drop_mask_if_causal(model, DeviceSpec(CPU, "float64"), max_length=LENGTH)
     assert left_out == (kind != "bert")
     assert (model.config._attn_implementation == NAME) == (kind in SWAPPED)
     assert torch.allclose(model(input_ids=rows(), use_cache=False).logits, expected, rtol=0, atol=1e-12)
@@ -89,7 +95,7 @@ def test_the_text_that_is_written_is_that_of_before(kind: str) -> None:
     model = build(kind)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     before = model.generate(rows(1)[:, :5], **options)
-    assert leave_out_mask(model, Machine(CPU, "float64"), max_length=LENGTH)
+    assert drop_mask_if_causal(model, DeviceSpec(CPU, "float64"), max_length=LENGTH)
     assert torch.equal(model.generate(rows(1)[:, :5], **options), before)
     assert torch.equal(model.generate(rows(1)[:, :5], **options, use_cache=False), before)
 
@@ -97,9 +103,9 @@ def test_the_text_that_is_written_is_that_of_before(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_adapters_and_checkpoints_go_on_top(kind: str) -> None:
     plain, swapped = build(kind), build(kind)
-    leave_out_mask(swapped, Machine(CPU, "float64"), max_length=LENGTH)
+    drop_mask_if_causal(swapped, DeviceSpec(CPU, "float64"), max_length=LENGTH)
     plain, swapped = (add_lora(model, rank=2, alpha=4.0, seed=0).train() for model in (plain, swapped))
-    Layers(swapped).recompute("full")
+    DecoderLayers(swapped).set_checkpointing("full")
     for model in (plain, swapped):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -116,16 +122,16 @@ def test_what_shows_without_weights_is_what_a_trial_tells(kind: str) -> None:
     model = build(kind)
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(KINDS[kind]())
-    assert looks_causal(bare) == leave_out_mask(model, Machine(CPU, "float64"), max_length=LENGTH)
+    assert looks_causal(bare) == drop_mask_if_causal(model, DeviceSpec(CPU, "float64"), max_length=LENGTH)
     if looks_causal(bare):
-        assert attends_to_all(bare.config, max_length=LENGTH) == (model.config._attn_implementation == NAME)
+        assert has_full_attention(bare.config, max_length=LENGTH) == (model.config._attn_implementation == NAME)
 
 
 def test_a_window_shorter_than_the_rows_keeps_its_mask() -> None:
     config = build("mistral").config
-    assert attends_to_all(config, max_length=LENGTH)
-    assert not attends_to_all(config, max_length=LENGTH + 1)
-    assert not attends_to_all(build("gemma2").config, max_length=16)  # eager: it caps what attention adds up
+    assert has_full_attention(config, max_length=LENGTH)
+    assert not has_full_attention(config, max_length=LENGTH + 1)
+    assert not has_full_attention(build("gemma2").config, max_length=16)  # eager: it caps what attention adds up
 
 
 def test_a_model_whose_mask_says_more_than_causal_keeps_it() -> None:
@@ -144,7 +150,7 @@ def test_a_model_whose_mask_says_more_than_causal_keeps_it() -> None:
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.ndim > 1 else 1)
     expected = model(input_ids=rows(), use_cache=False).logits
-    assert leave_out_mask(model, Machine(CPU, "float64"), max_length=LENGTH)
+    assert drop_mask_if_causal(model, DeviceSpec(CPU, "float64"), max_length=LENGTH)
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(input_ids=rows(), use_cache=False).logits, expected)
     use_causal_attention(model)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bigbatch.lm.data.dataset import IGNORED, collate
-from bigbatch.lm.device import find_machine
+from bigbatch.lm.device import resolve_device
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from lm.helpers import save_model_folder
 
@@ -21,7 +21,7 @@ def sample(length: int, masked: int, seed: int) -> dict[str, torch.Tensor]:
 def test_the_sum_is_the_mean_of_transformers_times_the_count(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_model_folder(tmp_path)).double().eval()
     samples = [sample(9, 2, 0), sample(4, 0, 1), sample(12, 11, 2)]
-    loss_sum, items = CausalLMLoss(find_machine("cpu", "float64"))(model, collate(samples, pad_id=0))
+    loss_sum, items = CausalLMLoss(resolve_device("cpu", "float64"))(model, collate(samples, pad_id=0))
     assert items == 7 + 4 + 1
     shifted = torch.full((3, 13), IGNORED)
     padded = torch.zeros(3, 13, dtype=torch.int64)
@@ -34,7 +34,7 @@ def test_the_sum_is_the_mean_of_transformers_times_the_count(tmp_path: Path) -> 
 
 def test_padding_and_masked_tokens_add_nothing(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_model_folder(tmp_path)).double().eval()
-    loss_fn = CausalLMLoss(find_machine("cpu", "float64"))
+    loss_fn = CausalLMLoss(resolve_device("cpu", "float64"))
     short, long, masked = sample(3, 0, 0), sample(30, 0, 1), sample(5, 5, 2)
     alone = [loss_fn(model, collate([part], pad_id=0)) for part in (short, long)]
     together = loss_fn(model, collate([short, long, masked], pad_id=7))

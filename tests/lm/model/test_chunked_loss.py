@@ -10,16 +10,16 @@ import transformers as hf
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.autotune.peak_prediction import Prediction, Rehearsal
+from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction
 from bigbatch.lm.data.dataset import IGNORED, collate
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, head_of
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head
 from bigbatch.lm.model.pretrained import add_lora
 
 CPU = torch.device("cpu")
-FLOAT64 = Machine(CPU, "float64")
+FLOAT64 = DeviceSpec(CPU, "float64")
 PRECISIONS = ("float32", "bf16", "bf16-weights", "fp16")
 TOKENS = 64
 SMALL = {"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -132,7 +132,7 @@ def test_adapters_below_the_head_train_alike_and_the_head_gets_no_gradient(name:
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)
-    head = head_of(model)
+    head = find_lm_head(model)
     assert head is not None
     assert not head.linear.weight.requires_grad
     assert chunked_loss_is_exact(model, FLOAT64)
@@ -148,7 +148,7 @@ def test_an_adapted_head_is_not_known(options: dict[str, Any]) -> None:
     model = peft.get_peft_model(
         build(KNOWN["llama"]()), peft.LoraConfig(r=2, **{"target_modules": ["q_proj"], **options})
     )
-    assert head_of(model) is None
+    assert find_lm_head(model) is None
     assert not chunked_loss_is_exact(model, FLOAT64)
     with pytest.raises(ValueError, match="use CausalLMLoss"):
         ChunkedCausalLMLoss(FLOAT64)(model, collated(samples()))
@@ -188,7 +188,7 @@ class TestExactness:
     @pytest.mark.parametrize("change", CHANGES)
     @pytest.mark.parametrize("precision", ["float64", *PRECISIONS])
     def test_a_model_that_changes_its_logits_keeps_them(self, change: str, precision: str) -> None:
-        machine = Machine(CPU, precision)
+        machine = DeviceSpec(CPU, precision)
         torch.manual_seed(0)
         model = Changed(hf.LlamaConfig(**GROUPED)).to(machine.weights_dtype)
         assert chunked_loss_is_exact(model, machine)
@@ -198,7 +198,7 @@ class TestExactness:
     @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2, soft cap", "granite, divided", "phi, bias"])
     def test_rounding_does_not_hide_what_a_model_is(self, name: str, precision: str) -> None:
-        machine = Machine(CPU, precision)
+        machine = DeviceSpec(CPU, precision)
         assert chunked_loss_is_exact(build(KNOWN[name]()).to(machine.weights_dtype), machine)
 
     def test_a_head_that_is_called_twice_is_not_known(self) -> None:
@@ -208,7 +208,7 @@ class TestExactness:
             ChunkedCausalLMLoss(FLOAT64)(model, collated(samples()))
 
     def test_no_language_model_has_no_head(self) -> None:
-        assert head_of(nn.Linear(2, 2)) is None
+        assert find_lm_head(nn.Linear(2, 2)) is None
         assert not chunked_loss_is_exact(nn.Linear(2, 2), FLOAT64)
 
     def test_a_model_of_too_few_positions_is_not_tried(self) -> None:
@@ -268,7 +268,7 @@ def test_an_evaluation_makes_no_graph() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precision_is_that_of_all_logits(precision: str) -> None:
-    machine = Machine(CPU, precision)
+    machine = DeviceSpec(CPU, precision)
     exact = loss_and_gradients(build(KNOWN["llama, tied"]()), CausalLMLoss(FLOAT64))
     model = build(KNOWN["llama, tied"]()).to(machine.weights_dtype)
     chunked, full = (
@@ -285,9 +285,9 @@ def test_products_are_those_of_autocast() -> None:
     single, full, chunked = (
         loss_fn(model, collated(samples()))[0].item()
         for loss_fn in (
-            ChunkedCausalLMLoss(Machine(CPU, "float32")),
-            CausalLMLoss(Machine(CPU, "bf16")),
-            ChunkedCausalLMLoss(Machine(CPU, "bf16")),
+            ChunkedCausalLMLoss(DeviceSpec(CPU, "float32")),
+            CausalLMLoss(DeviceSpec(CPU, "bf16")),
+            ChunkedCausalLMLoss(DeviceSpec(CPU, "bf16")),
         )
     )
     assert abs(chunked - full) <= 4 * torch.finfo(torch.float32).eps * full < abs(single - full)
@@ -298,7 +298,7 @@ class TestPrediction:
 
     VOCABULARY, ROWS, LENGTH, WIDTH, CHUNK = 50_000, 4, 512, 64, 256
 
-    def predict(self, loss_fn: Any, machine: Machine, *, device: str = "cpu", lora: bool = False) -> Prediction:
+    def predict(self, loss_fn: Any, machine: DeviceSpec, *, device: str = "cpu", lora: bool = False) -> Prediction:
         with torch.device("meta"):
             config = hf.LlamaConfig(**{**USUAL, "hidden_size": self.WIDTH, "vocab_size": self.VOCABULARY})
             model = hf.AutoModelForCausalLM.from_config(config, dtype=machine.weights_dtype).train()
@@ -307,13 +307,13 @@ class TestPrediction:
             model = add_lora(model, rank=2, alpha=4, seed=0)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ids = torch.empty(self.ROWS, self.LENGTH, dtype=torch.int64, device="meta")
-        rehearsal = Rehearsal.of(model, torch.optim.AdamW(trained), loss_fn, device=torch.device(device))
+        rehearsal = PeakPredictor.from_training(model, torch.optim.AdamW(trained), loss_fn, device=torch.device(device))
         return rehearsal.predict({"input_ids": ids, "labels": ids})
 
     @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("lora", [False, True])
     def test_the_loss_takes_a_chunk_of_logits_instead_of_all(self, precision: str, lora: bool) -> None:
-        machine = Machine(CPU, precision)
+        machine = DeviceSpec(CPU, precision)
         logits = self.ROWS * self.LENGTH * self.VOCABULARY
         full = self.predict(CausalLMLoss(machine, needs_mask=False), machine, lora=lora)
         assert full.parts["loss"] >= 10 * logits

@@ -16,21 +16,21 @@ from transformers import (
     Qwen2Config,
 )
 
-from bigbatch.autotune.peak_prediction import why_unpredictable
-from bigbatch.gradients.gradient_sums import GradientSums, _Leaves
-from bigbatch.lm.config.field_types import LEVELS, Recompute
+from bigbatch.autotune.peak_prediction import prediction_obstacle
+from bigbatch.gradients.gradient_sums import GradientSums, _GraphLeaves
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.data.dataset import collate
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.decoder_layers import Layers
-from bigbatch.lm.model.packed_rows import pack
+from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.model.packed_rows import pack_row
 from bigbatch.lm.model.pretrained import add_lora
-from bigbatch.memory.allocation_tracker import Tracker
+from bigbatch.memory.allocation_tracker import AllocationTracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
 CPU = torch.device("cpu")
-DOUBLE = Machine(CPU, "float64")
+DOUBLE = DeviceSpec(CPU, "float64")
 EXACT = 1e-12
 LONGEST = 16
 DEPTH = 4
@@ -74,7 +74,7 @@ def padded(*lengths: int) -> dict[str, Tensor]:
 
 
 def packed(*lengths: int) -> dict[str, Tensor]:
-    return pack(samples(*lengths), pad_id=0, longest=LONGEST)
+    return pack_row(samples(*lengths), pad_id=0, longest=LONGEST)
 
 
 def gradient(model: Any, microbatch: dict[str, Tensor]) -> Tensor:
@@ -102,11 +102,11 @@ def test_what_is_computed_anew_has_the_same_gradient(kind: str, lora: bool) -> N
     model = build(KINDS[kind](), lora=lora)
     for microbatch in (padded(5, 9, 16), packed(5, 9, 16)):
         expected = gradient(model, microbatch)
-        layers = Layers(model)
-        assert layers.level == "none"
-        for level in (*LEVELS, *LEVELS[::-1]):
-            layers.recompute(level)
-            assert layers.level == level
+        layers = DecoderLayers(model)
+        assert layers.mode == "none"
+        for level in (*CHECKPOINTING_MODES, *CHECKPOINTING_MODES[::-1]):
+            layers.set_checkpointing(level)
+            assert layers.mode == level
             assert error(gradient(model, microbatch), expected) <= EXACT
 
 
@@ -116,11 +116,11 @@ def test_each_level_runs_so_many_layers_again(compiled: bool) -> None:
     calls: list[int] = []
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     if compiled:
         layers.compile("eager")
     for level, again in (("none", []), ("selective", [0, 2]), ("full", [0, 1, 2, 3])):
-        layers.recompute(level)
+        layers.set_checkpointing(level)
         with torch._dynamo.config.patch(disable=True):
             calls.clear()
             gradient(model, packed(5, 9))
@@ -129,22 +129,22 @@ def test_each_level_runs_so_many_layers_again(compiled: bool) -> None:
 
 def peak_of(model: Any) -> int:
     microbatch = packed(*[16] * 12)
-    with Tracker(CPU) as tracker:
+    with AllocationTracker(CPU) as tracker:
         gradient(model, microbatch)
     return tracker.peak_bytes
 
 
 def test_each_level_takes_less_memory_than_the_one_before() -> None:
     model = build(LlamaConfig(**SIZE | {"hidden_size": 64, "intermediate_size": 256}))
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     peaks = []
-    for level in LEVELS:
-        layers.recompute(level)
+    for level in CHECKPOINTING_MODES:
+        layers.set_checkpointing(level)
         peaks.append(peak_of(model))
     none, selective, full = peaks
     assert none > selective > full
     assert selective < (none + full) / 2 * 1.1, "about half of what all layers would save"
-    layers.recompute("none")
+    layers.set_checkpointing("none")
     assert peak_of(model) == none
 
 
@@ -162,10 +162,10 @@ def test_dropout_drops_the_same_when_compiled_layers_are_computed_anew(where: st
     expected = gradient(model, microbatch)
     assert (error(gradient(model.eval(), microbatch), expected) > 1e-2) == (where != "none")
     model.train()
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile("eager")
-    for level in LEVELS:
-        layers.recompute(level)
+    for level in CHECKPOINTING_MODES:
+        layers.set_checkpointing(level)
         assert error(gradient(model, microbatch), expected) <= EXACT
 
 
@@ -177,12 +177,12 @@ def test_one_graph_serves_all_layers_and_lengths_with_the_same_gradients(kind: s
     model = build(KINDS[kind]())
     microbatches = [padded(5, 9, 13), padded(*[14] * 9), padded(7, 6), padded(*[11] * 30), padded(15, 1)]
     expected = [gradient(model, microbatch) for microbatch in microbatches]
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile("eager")
     assert layers.is_compiled
     assert graphs() == 0, "compiled when it runs"
-    for level in LEVELS:
-        layers.recompute(level)
+    for level in CHECKPOINTING_MODES:
+        layers.set_checkpointing(level)
         for microbatch, gradients in zip(microbatches, expected, strict=True):
             assert error(gradient(model, microbatch), gradients) <= EXACT
             assert graphs() == 1
@@ -193,9 +193,9 @@ def test_packed_rows_may_be_compiled_on_the_cpu_too() -> None:
     model = build(KINDS["llama"]())
     microbatches = [packed(5, 9, 13), packed(*[14] * 9)]
     expected = [gradient(model, microbatch) for microbatch in microbatches]
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile("eager")
-    layers.recompute("selective")
+    layers.set_checkpointing("selective")
     for microbatch, gradients in zip(microbatches, expected, strict=True):
         assert error(gradient(model, microbatch), gradients) <= EXACT
 
@@ -203,12 +203,12 @@ def test_packed_rows_may_be_compiled_on_the_cpu_too() -> None:
 def test_backward_may_be_traced_as_well() -> None:
     """As the backend that is the default does."""
     model = build(LlamaConfig(**SIZE | {"num_hidden_layers": 1}))
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     microbatches = [padded(5, 9, 13), padded(4, 4, 4, 7)]
     expected = [gradient(model, microbatch) for microbatch in microbatches]
     layers.compile("aot_eager")
     for level in ("none", "full"):
-        layers.recompute(level)
+        layers.set_checkpointing(level)
         for microbatch, gradients in zip(microbatches, expected, strict=True):
             assert error(gradient(model, microbatch), gradients) <= EXACT
     assert graphs() == 1
@@ -216,27 +216,27 @@ def test_backward_may_be_traced_as_well() -> None:
 
 def test_compiled_layers_leave_checkpointing_to_their_calls() -> None:
     model = build(KINDS["llama"]())
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile("eager")
-    for level in (*LEVELS, "none"):
-        layers.recompute(level)
+    for level in (*CHECKPOINTING_MODES, "none"):
+        layers.set_checkpointing(level)
         assert [layer.gradient_checkpointing for layer in model.model.layers] == [False] * DEPTH
-    layers.recompute("selective")
-    layers.interpret()
+    layers.set_checkpointing("selective")
+    layers.decompile()
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
 
 
 def test_paused_layers_run_without_and_come_back() -> None:
     model = build(KINDS["llama"]())
     expected = gradient(model, padded(5, 9))
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile("eager")
-    layers.recompute("selective")
+    layers.set_checkpointing("selective")
     gradient(model, padded(5, 9))
     compiled, calls = graphs(), [layer._compiled_call_impl for layer in model.model.layers]
     assert all(calls)
     torch._dynamo.reset()
-    with layers.paused():
+    with layers.eager():
         assert layers.is_compiled
         assert not any(layer._compiled_call_impl for layer in model.model.layers)
         assert error(gradient(model, padded(5, 9)), expected) <= EXACT
@@ -248,12 +248,12 @@ def test_paused_layers_run_without_and_come_back() -> None:
 
 def test_layers_come_back_from_a_pause_that_fails() -> None:
     model = build(KINDS["llama"]())
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile("eager")
     calls = [layer._compiled_call_impl for layer in model.model.layers]
 
     def fail() -> None:
-        with layers.paused():
+        with layers.eager():
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -263,8 +263,8 @@ def test_layers_come_back_from_a_pause_that_fails() -> None:
 
 def test_a_pause_of_what_was_never_compiled_changes_nothing() -> None:
     model = build(KINDS["llama"]())
-    layers = Layers(model)
-    with layers.paused():
+    layers = DecoderLayers(model)
+    with layers.eager():
         assert not any(layer._compiled_call_impl for layer in model.model.layers)
     assert not layers.is_compiled
 
@@ -272,13 +272,13 @@ def test_a_pause_of_what_was_never_compiled_changes_nothing() -> None:
 def test_interpreted_layers_are_those_of_before() -> None:
     model = build(KINDS["llama"]())
     expected = gradient(model, padded(5, 9))
-    layers = Layers(model)
-    assert why_unpredictable(model) is None
+    layers = DecoderLayers(model)
+    assert prediction_obstacle(model) is None
     layers.compile("eager")
-    assert why_unpredictable(model) == "it is compiled, and what it keeps is decided when it runs"
-    layers.interpret()
+    assert prediction_obstacle(model) == "it is compiled, and what it keeps is decided when it runs"
+    layers.decompile()
     assert not layers.is_compiled
-    assert why_unpredictable(model) is None
+    assert prediction_obstacle(model) is None
     assert torch.equal(gradient(model, padded(5, 9)), expected)
     assert graphs() == 0
 
@@ -289,12 +289,12 @@ def test_text_is_written_without_compiling(kind: str) -> None:
     prompt = torch.arange(5)[None] + 3
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = model.eval().generate(prompt, **options)
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile("eager")
-    layers.recompute("full")
+    layers.set_checkpointing("full")
     gradient(model.train(), padded(5, 9))
     compiled = graphs()
-    with layers.paused():
+    with layers.eager():
         assert torch.equal(model.eval().generate(prompt, **options), expected)
     assert graphs() == compiled
 
@@ -304,28 +304,28 @@ def test_text_is_written_without_compiling(kind: str) -> None:
 
 def test_adapters_are_within_the_layers() -> None:
     model = build(KINDS["llama"](), lora=True)
-    layers = Layers(model)
-    layers.recompute("full")
+    layers = DecoderLayers(model)
+    layers.set_checkpointing("full")
     assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_gradients_end_in_what_is_trained(level: Recompute) -> None:
+@pytest.mark.parametrize("level", CHECKPOINTING_MODES)
+def test_gradients_end_in_what_is_trained(level: CheckpointingMode) -> None:
     """Not in the embedded tokens, which transformers lets require them: one more layer to differentiate."""
     model = build(KINDS["llama"](), lora=True)
-    Layers(model).recompute(level)
+    DecoderLayers(model).set_checkpointing(level)
     assert not any(module._forward_hooks for module in model.modules())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_sum, _ = CausalLMLoss(DOUBLE, needs_mask=False, longest=LONGEST)(model, packed(5, 9))
     with GradientSums(parameters) as sums:
         sums.backward(loss_sum)
-        assert sums._leaves is _Leaves.OWN
+        assert sums._leaves is _GraphLeaves.ONLY_OURS
 
 
 def test_what_is_saved_knows_nothing_of_it() -> None:
     model = build(KINDS["llama"]())
     before = list(model.state_dict())
-    Layers(model).compile("eager")
+    DecoderLayers(model).compile("eager")
     assert list(model.state_dict()) == before
 
 
@@ -334,19 +334,21 @@ def test_a_model_without_such_layers_is_refused() -> None:
         def gradient_checkpointing_enable(self, **_: Any) -> None: ...
 
     with pytest.raises(ValueError, match="it has no layers that transformers can checkpoint"):
-        Layers(Plain())
+        DecoderLayers(Plain())
 
 
 def test_a_model_that_cannot_be_checkpointed_is_refused_in_the_words_of_transformers() -> None:
     model = build(KINDS["llama"]())
     model.supports_gradient_checkpointing = False
     with pytest.raises(ValueError, match=r"LlamaForCausalLM does not support .* checkpointing"):
-        Layers(model)
+        DecoderLayers(model)
 
 
 def test_noise_in_a_router_counts_as_random() -> None:
     quiet, noisy = (
-        Layers(build(MixtralConfig(**SIZE, num_key_value_heads=1, num_local_experts=2, router_jitter_noise=noise)))
+        DecoderLayers(
+            build(MixtralConfig(**SIZE, num_key_value_heads=1, num_local_experts=2, router_jitter_noise=noise))
+        )
         for noise in (0.0, 0.1)
     )
     assert (quiet._draws, noisy._draws) == (False, True)

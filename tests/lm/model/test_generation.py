@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bigbatch.lm.model.generation import continue_text
+from bigbatch.lm.model.generation import generate_text
 from lm.helpers import save_model_folder
 
 
@@ -28,7 +28,7 @@ def test_the_text_begins_with_the_prompt_and_a_last_space_belongs_to_the_next_wo
         def end(self) -> None:
             pass
 
-    text = continue_text(
+    text = generate_text(
         model, tokenizer, prompt, max_new_tokens=5, temperature=temperature, top_k=0, streamer=Streamer()
     )
     assert text.startswith(prompt)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.model import linear_cross_entropy as module
 from bigbatch.lm.model.linear_cross_entropy import linear_cross_entropy
-from bigbatch.memory.allocation_tracker import Part, Tracker
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH, VOCABULARY = 37, 8, 50
@@ -309,10 +309,10 @@ class TestMemory:
     def peak_bytes(self, loss_fn: Callable[..., Tensor], dtype: torch.dtype, *, frozen_head: bool = False) -> int:
         hidden, weight, _, labels = make(self.TOKENS, self.WIDTH, self.VOCABULARY, dtype=dtype)
         weight.requires_grad_(not frozen_head)
-        with Tracker(CPU) as tracker:
-            tracker.hold([hidden, weight, labels], Part.PARAMETERS)
+        with AllocationTracker(CPU) as tracker:
+            tracker.track([hidden, weight, labels], MemoryCategory.PARAMETERS)
             loss_fn(hidden, weight, None, labels).backward()
-        return tracker.peak_bytes - tracker.live_bytes[Part.PARAMETERS]
+        return tracker.peak_bytes - tracker.live_bytes[MemoryCategory.PARAMETERS]
 
     def chunked(self, *arguments: Any) -> Tensor:
         return linear_cross_entropy(*arguments, chunk_tokens=self.CHUNK)
@@ -330,22 +330,22 @@ class TestMemory:
     @pytest.mark.parametrize(("softcap", "times"), [(None, 2), (3.0, 3)])
     def test_without_gradients_is_twice_a_chunk_of_logits(self, softcap: float | None, times: int) -> None:
         hidden, weight, _, labels = make(self.TOKENS, self.WIDTH, self.VOCABULARY, dtype=torch.float32)
-        with Tracker(CPU) as tracker, torch.no_grad():
-            tracker.hold([hidden, weight, labels], Part.PARAMETERS)
+        with AllocationTracker(CPU) as tracker, torch.no_grad():
+            tracker.track([hidden, weight, labels], MemoryCategory.PARAMETERS)
             linear_cross_entropy(hidden, weight, None, labels, chunk_tokens=self.CHUNK, softcap=softcap)
         chunk = times * 4 * self.CHUNK * self.VOCABULARY + 4 * self.CHUNK * self.WIDTH
-        assert tracker.peak_bytes - tracker.live_bytes[Part.PARAMETERS] <= chunk + WORKSPACE_BYTES
+        assert tracker.peak_bytes - tracker.live_bytes[MemoryCategory.PARAMETERS] <= chunk + WORKSPACE_BYTES
 
     def test_is_given_back_with_the_gradients(self) -> None:
         hidden, weight, _, labels = make(self.TOKENS, self.WIDTH, self.VOCABULARY, dtype=torch.float32)
-        with Tracker(CPU) as tracker:
-            tracker.hold([hidden, weight, labels], Part.PARAMETERS)
+        with AllocationTracker(CPU) as tracker:
+            tracker.track([hidden, weight, labels], MemoryCategory.PARAMETERS)
             loss = self.chunked(hidden, weight, None, labels)
             loss.backward()
             gradients = 4 * (hidden.numel() + weight.numel())
-            assert gradients <= tracker.live_bytes[Part.ACTIVATIONS] <= gradients + WORKSPACE_BYTES
+            assert gradients <= tracker.live_bytes[MemoryCategory.ACTIVATIONS] <= gradients + WORKSPACE_BYTES
             hidden.grad = weight.grad = None
-            assert tracker.live_bytes[Part.ACTIVATIONS] <= WORKSPACE_BYTES
+            assert tracker.live_bytes[MemoryCategory.ACTIVATIONS] <= WORKSPACE_BYTES
         assert loss
 
 
@@ -389,7 +389,7 @@ class TestTorchs:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what is compiled operation by operation: the same code, in no time."""
-    monkeypatch.setattr(module, "_fused", lambda: module._loss_and_slopes)
+    monkeypatch.setattr(module, "_fused", lambda: module._loss_and_logit_grads)
 
 
 @pytest.mark.parametrize("options", MAPS, ids=str)
@@ -404,7 +404,7 @@ def test_loss_and_slopes_are_those_of_all_logits(options: dict[str, float], bias
         logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     (gradient,) = torch.autograd.grad(expected, products)
-    loss_sum, slopes = module._loss_and_slopes(
+    loss_sum, slopes = module._loss_and_logit_grads(
         products.detach(),
         bias.detach() if biased else None,
         labels.masked_fill(ignored, 0)[:, None],
@@ -425,10 +425,10 @@ def test_slopes_of_narrow_products_are_computed_in_float32(dtype: torch.dtype) -
     hidden, weight, _, labels = make()
     products = (hidden @ weight.T).detach().to(dtype)
     arguments: Any = (None, labels.clamp(min=0)[:, None], labels == IGNORED, None)
-    exact_sum, exact = module._loss_and_slopes(
+    exact_sum, exact = module._loss_and_logit_grads(
         products.double(), *arguments, scale=1.0, softcap=3.0, dtype=torch.float64
     )
-    loss_sum, slopes = module._loss_and_slopes(products, *arguments, scale=1.0, softcap=3.0, dtype=dtype)
+    loss_sum, slopes = module._loss_and_logit_grads(products, *arguments, scale=1.0, softcap=3.0, dtype=dtype)
     assert (loss_sum.dtype, slopes.dtype) == (torch.float32, dtype)
     assert torch.allclose(loss_sum.double(), exact_sum, rtol=1e-6)
     assert errors([slopes], [exact])[0] <= torch.finfo(dtype).eps

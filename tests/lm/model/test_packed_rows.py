@@ -28,19 +28,19 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from bigbatch.batching.token_groups import round_up
-from bigbatch.lm.config.field_types import LEVELS
+from bigbatch.batching.token_groups import round_up_row
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.data.dataset import IGNORED, collate
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import NAME, use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
-from bigbatch.lm.model.decoder_layers import Layers
-from bigbatch.lm.model.packed_rows import FEWEST_PLACES, model_inputs, pack, why_not_packed
+from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES, model_inputs, pack_row, packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
 
 CPU = torch.device("cpu")
-DOUBLE = Machine(CPU, "float64")
+DOUBLE = DeviceSpec(CPU, "float64")
 EXACT = 1e-12
 PAD = 7
 VOCABULARY = 300
@@ -99,18 +99,20 @@ def test_a_row_holds_its_samples_and_filling_in_sequences_of_its_own(
 ) -> None:
     given_samples = samples(*lengths)
     longest, tokens = max(lengths) + longer, sum(lengths)
-    row = pack(given_samples, pad_id=PAD, longest=longest, most=most)
+    row = pack_row(given_samples, pad_id=PAD, longest=longest, most=most)
     assert {name: (tensor.dtype, tensor.ndim) for name, tensor in row.items()} == {
         "input_ids": (torch.int64, 2), "labels": (torch.int64, 2), "position_ids": (torch.int64, 2),
         "offsets": (torch.int32, 1),
     }  # fmt: skip
     size = row["input_ids"].shape[1]
     assert all(row[name].shape == (1, size) for name in ("labels", "position_ids"))
-    assert size == round_up(tokens) if most is None else tokens <= size <= max(tokens, min(round_up(tokens), most))
+    assert (
+        size == round_up_row(tokens) if most is None else tokens <= size <= max(tokens, min(round_up_row(tokens), most))
+    )
 
     offsets = row["offsets"].tolist()
     places = len(offsets) - 1
-    assert places >= FEWEST_PLACES
+    assert places >= MIN_ROW_PLACES
     assert places & (places - 1) == 0
     assert (offsets[0], offsets[-1]) == (0, size)
     found = [end - start for start, end in pairwise(offsets)]
@@ -118,7 +120,7 @@ def test_a_row_holds_its_samples_and_filling_in_sequences_of_its_own(
     assert found == filled + [0] * (places - len(filled)), "empty sequences stand at the end"
     assert filled[: len(lengths)] == lengths
     assert max(filled) <= longest
-    assert len(filled) <= places < 2 * max(FEWEST_PLACES, len(filled))
+    assert len(filled) <= places < 2 * max(MIN_ROW_PLACES, len(filled))
 
     positions = torch.cat([torch.arange(length) for length in filled])
     assert torch.equal(row["position_ids"][0], positions)
@@ -130,14 +132,14 @@ def test_a_row_holds_its_samples_and_filling_in_sequences_of_its_own(
 
 @pytest.mark.parametrize(("sequences", "places"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256)])
 def test_places_are_a_power_of_two(sequences: int, places: int) -> None:
-    row = pack(samples(*[64] * sequences), pad_id=PAD, longest=64, most=64 * sequences)
+    row = pack_row(samples(*[64] * sequences), pad_id=PAD, longest=64, most=64 * sequences)
     assert len(row["offsets"]) == places + 1
     assert row["offsets"].unique().numel() == sequences + 1
 
 
 def test_a_row_is_no_longer_than_the_most_where_its_samples_are_not() -> None:
     sizes = [
-        pack(samples(600, 500), pad_id=PAD, longest=600, most=most)["input_ids"].shape[1]
+        pack_row(samples(600, 500), pad_id=PAD, longest=600, most=most)["input_ids"].shape[1]
         for most in (None, 5000, 1152, 1120, 1100, 700)
     ]
     assert sizes == [1152, 1152, 1152, 1120, 1100, 1100]
@@ -145,11 +147,11 @@ def test_a_row_is_no_longer_than_the_most_where_its_samples_are_not() -> None:
 
 def test_no_samples_are_no_row() -> None:
     with pytest.raises(ValueError, match=r"there is no sample to pack\. Give at least one\."):
-        pack([], pad_id=PAD, longest=8)
+        pack_row([], pad_id=PAD, longest=8)
 
 
 def test_a_model_is_given_offsets_or_a_mask() -> None:
-    packed, padded = pack(samples(4, 2), pad_id=PAD, longest=9), collate(samples(4, 2), pad_id=PAD)
+    packed, padded = pack_row(samples(4, 2), pad_id=PAD, longest=9), collate(samples(4, 2), pad_id=PAD)
     inputs = model_inputs(packed, longest=9, needs_mask=True)
     assert inputs.pop("cu_seq_lens_q") is inputs.pop("cu_seq_lens_k") is packed["offsets"]
     assert inputs.pop("max_length_q") == inputs.pop("max_length_k") == 9
@@ -181,7 +183,7 @@ def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float
 def rows_of(given_samples: list[dict[str, Tensor]], *cuts: int) -> list[dict[str, Tensor]]:
     starts = (0, *cuts, len(given_samples))
     parts = [given_samples[start:end] for start, end in pairwise(starts)]
-    return [pack(part, pad_id=PAD, longest=LONGEST) for part in parts]
+    return [pack_row(part, pad_id=PAD, longest=LONGEST) for part in parts]
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -224,7 +226,7 @@ def test_a_window_that_is_left_out_is_another_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral with a short window"])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", CHECKPOINTING_MODES)
 def test_adapters_and_recomputation_go_on_top(kind: str, level: Any) -> None:
     def adapted(model: Any) -> Any:
         model = add_lora(model, rank=2, alpha=4.0, seed=0).train()
@@ -238,7 +240,7 @@ def test_adapters_and_recomputation_go_on_top(kind: str, level: Any) -> None:
     model = build(PACKED[kind]())
     use_causal_attention(model)
     model = adapted(model)
-    Layers(model).recompute(level)
+    DecoderLayers(model).set_checkpointing(level)
     loss_fn = CausalLMLoss(DOUBLE, needs_mask=False, longest=LONGEST)
     assert difference(outcome(model, loss_fn, rows_of(samples(*LENGTHS), 3)), expected) <= EXACT
 
@@ -249,7 +251,7 @@ def test_what_one_sequence_says_reaches_no_other(kind: str) -> None:
     model = build(PACKED[kind]())
     use_causal_attention(model)
     given_samples = samples(*LENGTHS)
-    lengths = [*LENGTHS, round_up(sum(LENGTHS)) - sum(LENGTHS)]
+    lengths = [*LENGTHS, round_up_row(sum(LENGTHS)) - sum(LENGTHS)]
     for changed in range(len(LENGTHS)):
         other = samples(*LENGTHS, seed=1)[changed]
         outcomes = []
@@ -280,7 +282,7 @@ def test_any_lengths_may_share_a_row(lengths: list[int], most: int, seed: int) -
     expected = one_by_one(model, given_samples)
     use_causal_attention(model)
     loss_fn = CausalLMLoss(DOUBLE, needs_mask=False, longest=12)
-    row = pack(given_samples, pad_id=PAD, longest=12, most=most)
+    row = pack_row(given_samples, pad_id=PAD, longest=12, most=most)
     assert difference(outcome(model, loss_fn, [row]), expected) <= EXACT
 
 
@@ -290,10 +292,10 @@ def test_any_lengths_may_share_a_row(lengths: list[int], most: int, seed: int) -
 def reason(
     config: Any, *, precision: str = "float64", device: torch.device = CPU, longest: int = 64, scale: float = 3.0
 ) -> str | None:
-    machine = Machine(device, precision)
+    machine = DeviceSpec(device, precision)
     model = build(config, dtype=machine.weights_dtype, scale=scale)
     use_causal_attention(model)
-    return why_not_packed(model, machine, longest=longest)
+    return packing_obstacle(model, machine, longest=longest)
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "bf16", "bf16-weights"])
@@ -369,7 +371,7 @@ def test_a_window_as_long_as_the_longest_sequence_is_none() -> None:
 )
 def test_a_device_without_a_kernel_is_named_and_nothing_is_run(device: str, precision: str, expected: str) -> None:
     model = build(PACKED["llama"]())
-    assert why_not_packed(model, Machine(torch.device(device), precision), longest=8) == expected
+    assert packing_obstacle(model, DeviceSpec(torch.device(device), precision), longest=8) == expected
 
 
 def test_logits_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +395,7 @@ def test_trying_leaves_the_model_and_the_random_state_as_they_were() -> None:
     model.transformer.h[0].train()
     modes = [module.training for module in model.modules()]
     random_state, attend = torch.get_rng_state(), AttentionInterface()[NAME]
-    assert why_not_packed(model, DOUBLE, longest=64) is None
+    assert packing_obstacle(model, DOUBLE, longest=64) is None
     assert AttentionInterface()[NAME] is attend, "is not watched any more"
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -406,7 +408,7 @@ def test_the_random_state_is_left_where_trying_fails() -> None:
     model = build(REFUSED["softcap"][0]())
     use_causal_attention(model)
     random_state = torch.get_rng_state()
-    assert why_not_packed(model, DOUBLE, longest=64) == REFUSED["softcap"][1]
+    assert packing_obstacle(model, DOUBLE, longest=64) == REFUSED["softcap"][1]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(module._forward_hooks for module in model.modules())
 

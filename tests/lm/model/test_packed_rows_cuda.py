@@ -12,20 +12,20 @@ from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, LlamaConf
 
 from bigbatch import Engine, TokenBudget
 from bigbatch.errors import InputError
-from bigbatch.lm.config.field_types import LEVELS
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import IGNORED, collate
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.decoder_layers import Layers
-from bigbatch.lm.model.packed_rows import pack, why_not_packed
-from bigbatch.lm.model.setup import Arrangement, arrange
+from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle
+from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.verification.verify import TOLERANCES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # of compilers
 DEVICE = torch.device("cuda")
-BF16 = Machine(DEVICE, "bf16")
+BF16 = DeviceSpec(DEVICE, "bf16")
 TOLERANCE = TOLERANCES[torch.bfloat16]
 ROOM = 1.5  # by which two ways of rounding may differ
 VOCABULARY = 300
@@ -77,7 +77,7 @@ def there(microbatch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
-    return there(pack(samples(*lengths, seed=seed), pad_id=0, longest=LONGEST))
+    return there(pack_row(samples(*lengths, seed=seed), pad_id=0, longest=LONGEST))
 
 
 def padded(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def exact(model: Any) -> tuple[Tensor, Tensor]:
     """The oracle: float64, padded, with transformers' own mask."""
     wide = copy.deepcopy(model).double()
     wide.set_attn_implementation("sdpa")
-    return outcome(wide, CausalLMLoss(Machine(DEVICE, "float64")), padded(*LENGTHS))
+    return outcome(wide, CausalLMLoss(DeviceSpec(DEVICE, "float64")), padded(*LENGTHS))
 
 
 LOSS = CausalLMLoss(BF16, needs_mask=False, longest=LONGEST)
@@ -136,10 +136,10 @@ def test_a_row_without_offsets_is_another_loss(kind: str) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "bf16-weights", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_whose_attention_is_handed_everything_can(kind: str, precision: str) -> None:
-    machine = Machine(DEVICE, precision)
+    machine = DeviceSpec(DEVICE, precision)
     model = build(KINDS[kind](), dtype=machine.weights_dtype)
     use_causal_attention(model)
-    assert why_not_packed(model, machine, longest=LONGEST) is None
+    assert packing_obstacle(model, machine, longest=LONGEST) is None
 
 
 def test_a_leak_that_rounding_hides_is_found() -> None:
@@ -148,7 +148,7 @@ def test_a_leak_that_rounding_hides_is_found() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Lfm2Config(**shape, **layers, vocab_size=VOCABULARY)).to(DEVICE)
     use_causal_attention(model)
-    assert why_not_packed(model, BF16, longest=LONGEST) == "its sequences see one another in a packed row"
+    assert packing_obstacle(model, BF16, longest=LONGEST) == "its sequences see one another in a packed row"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +157,9 @@ def test_what_one_sequence_says_reaches_no_other(kind: str) -> None:
     use_causal_attention(model)
     given, other = samples(*LENGTHS), samples(*LENGTHS, seed=1)
     with torch.no_grad(), BF16.autocast():
-        rows = [there(pack(rows, pad_id=0, longest=LONGEST)) for rows in (given, [*given[:3], other[3], *given[4:]])]
+        rows = [
+            there(pack_row(rows, pad_id=0, longest=LONGEST)) for rows in (given, [*given[:3], other[3], *given[4:]])
+        ]
         logits = [model(**{name: tensor for name, tensor in inputs(row).items()}).logits[0] for row in rows]  # noqa: C416
     lengths = [*LENGTHS, logits[0].shape[0] - sum(LENGTHS)]
     for index, (before, after) in enumerate(zip(*(each.split(lengths) for each in logits), strict=True)):
@@ -187,12 +189,12 @@ def fill_memory_with_nan() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", CHECKPOINTING_MODES)
 def test_filling_brings_no_nan(kind: str, level: Any) -> None:
     """What a kernel leaves unwritten holds what was there before."""
     model = build(KINDS[kind]())
     use_causal_attention(model)
-    Layers(model).recompute(level)
+    DecoderLayers(model).set_checkpointing(level)
     for lengths in ((LONGEST, 1), (3,), LENGTHS, (64,), (65,), tuple([1] * 100)):
         row = packed(*lengths)
         fill_memory_with_nan()
@@ -216,7 +218,7 @@ def test_compiled_layers_are_compiled_once_and_give_the_same_gradients(kind: str
     model = build(KINDS[kind]())
     use_causal_attention(model)
     expected = [outcome(model, LOSS, packed(*lengths, seed=seed)) for seed, lengths in enumerate(VARIED)]
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     layers.compile()
     counts = []
     for seed, lengths in enumerate(VARIED):
@@ -225,7 +227,7 @@ def test_compiled_layers_are_compiled_once_and_give_the_same_gradients(kind: str
         counts.append(graphs())
     assert counts[0] > 0
     assert counts == counts[:1] * len(VARIED), "no row is compiled for anew"
-    layers.recompute("selective")
+    layers.set_checkpointing("selective")
     for seed, lengths in enumerate(VARIED):
         assert max(errors(outcome(model, LOSS, packed(*lengths, seed=seed)), expected[seed])) <= TOLERANCE
 
@@ -233,12 +235,12 @@ def test_compiled_layers_are_compiled_once_and_give_the_same_gradients(kind: str
 # as a run has it -------------------------------------------------------------------------------------------------
 
 
-def arranged(model: Any, machine: Machine = BF16, **settings: Any) -> Arrangement:
+def arranged(model: Any, machine: DeviceSpec = BF16, **settings: Any) -> ModelSetup:
     config = TrainConfig(model="the-model", precision=machine.precision, **settings).resolved()
-    return arrange(model, config, machine, pad_id=0, longest=LONGEST)
+    return set_up_model(model, config, machine, pad_id=0, longest=LONGEST)
 
 
-def engine_of(run: Arrangement, **settings: Any) -> Engine:
+def engine_of(run: ModelSetup, **settings: Any) -> Engine:
     return Engine(
         run.model,
         torch.optim.AdamW(run.model.parameters(), lr=1e-4, fused=True),
@@ -246,7 +248,7 @@ def engine_of(run: Arrangement, **settings: Any) -> Engine:
         collate=run.collate,
         lengths=lambda rows: [len(row["input_ids"]) for row in rows],
         layout=run.layout,
-        cuda_graphs=run.records,
+        cuda_graphs=run.uses_cuda_graphs,
         **{"microbatch": TokenBudget(512), **settings},
     )
 
@@ -257,11 +259,11 @@ def test_a_small_model_in_bfloat16_is_packed_compiled_and_recorded(vocabulary: i
     run = arranged(build(config))
     assert run.notes == ()
     assert run.layers is not None
-    assert (run.layout, run.layers.is_compiled, run.layers.level, run.records) == ("packed", True, "none", True)
+    assert (run.layout, run.layers.is_compiled, run.layers.mode, run.uses_cuda_graphs) == ("packed", True, "none", True)
     engine = engine_of(run)
     plain = arranged(build(config), layout="padded", compile="none")
     assert plain.layers is not None
-    assert (plain.layout, plain.layers.is_compiled, plain.records) == ("padded", False, False)
+    assert (plain.layout, plain.layers.is_compiled, plain.uses_cuda_graphs) == ("padded", False, False)
     reference = engine_of(plain)
     for window in range(5):
         batch = samples(*LENGTHS, *[40 + 3 * window] * 20, seed=window)
@@ -272,15 +274,15 @@ def test_a_small_model_in_bfloat16_is_packed_compiled_and_recorded(vocabulary: i
         assert found.num_microbatches <= expected.num_microbatches
         if window == 1:
             compiled = graphs()
-    assert engine.recorder is not None
-    assert engine.recorder.why_not is None
-    assert engine.recorder.num_recordings > 0
+    assert engine.graph_runner is not None
+    assert engine.graph_runner.disabled_reason is None
+    assert engine.graph_runner.num_graphs > 0
     assert graphs() == compiled, "no window is compiled for anew"
     ends = [torch.cat([p.detach().flatten() for p in each.model.parameters()]) for each in (engine, reference)]
     assert float((ends[0] - ends[1]).norm() / ends[1].norm()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", CHECKPOINTING_MODES)
 def test_adapters_and_recomputation_go_on_top_compiled_and_recorded(level: str) -> None:
     losses = []
     for settings in ({"layout": "padded", "compile": "none"}, {}):
@@ -289,13 +291,13 @@ def test_adapters_and_recomputation_go_on_top_compiled_and_recorded(level: str) 
         engine = engine_of(run)
         losses.append([engine.step(samples(*LENGTHS, *[40] * 20, seed=window)).loss for window in range(4)])
         if not settings:
-            assert engine.recorder is not None
-            assert (engine.recorder.why_not, engine.recorder.num_recordings > 0) == (None, True)
+            assert engine.graph_runner is not None
+            assert (engine.graph_runner.disabled_reason, engine.graph_runner.num_graphs > 0) == (None, True)
     assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
 
 
 def test_in_float32_rows_are_padded_and_the_reason_is_told() -> None:
-    machine = Machine(DEVICE, "float32")
+    machine = DeviceSpec(DEVICE, "float32")
     run = arranged(build(KINDS["llama"]()), machine, compile="none")
     assert run.layout == "padded"
     assert run.notes == ("rows are padded and not packed: attention has no kernel for packed rows in float32",)
@@ -313,7 +315,7 @@ def test_dropout_in_attention_has_no_packed_rows() -> None:
 @pytest.mark.parametrize("records", [False, True])
 def test_peak_memory_does_not_grow_with_the_number_of_packed_micro_batches(records: bool) -> None:
     run = arranged(build(KINDS["qwen2"]()), compile="graphs" if records else "layers")
-    assert (run.layout, run.records) == ("packed", records)
+    assert (run.layout, run.uses_cuda_graphs) == ("packed", records)
     engine = engine_of(run, microbatch=TokenBudget(640))
     batches = [samples(*[64] * 10 * num_microbatches) for num_microbatches in (2, 64)]
     for _ in range(2):

@@ -9,12 +9,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 from bigbatch.lm.data.dataset import collate
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.padding_check import ignores_right_padding
 from bigbatch.lm.model.pretrained import add_lora
 
-FLOAT64 = Machine(torch.device("cpu"), "float64")
+FLOAT64 = DeviceSpec(torch.device("cpu"), "float64")
 TOKENS = 64
 SMALL = {"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 USUAL = {**SMALL, "intermediate_size": 32}
@@ -104,7 +104,7 @@ def test_adapters_change_nothing_about_it() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "bf16-weights", "fp16"])
 def test_rounding_does_not_hide_what_a_model_is(precision: str) -> None:
-    machine = Machine(torch.device("cpu"), precision)
+    machine = DeviceSpec(torch.device("cpu"), precision)
     causal, looking_ahead = (
         build(config()).to(machine.weights_dtype) for config in (CAUSAL["llama"], NOT_CAUSAL["bert"])
     )

@@ -11,23 +11,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
 
 from bigbatch.errors import InputError
-from bigbatch.lm.config.field_types import LEVELS
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import IGNORED, collate
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model import setup
 from bigbatch.lm.model.causal_attention import NAME
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
-from bigbatch.lm.model.decoder_layers import Layers
-from bigbatch.lm.model.setup import Arrangement, arrange
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.model.setup import ModelSetup, set_up_model
+from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from lm.helpers import records, run, save_model_folder, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
 CPU = torch.device("cpu")
-DOUBLE = Machine(CPU, "float64")
+DOUBLE = DeviceSpec(CPU, "float64")
 EXACT = 1e-12
 LONGEST = 20
 SIZE = {
@@ -57,9 +57,9 @@ def build(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(KINDS[kind](), dtype=torch.float64)
 
 
-def arranged(model: Any, **config: Any) -> Arrangement:
+def arranged(model: Any, **config: Any) -> ModelSetup:
     resolved = TrainConfig(model="the-model", device="cpu", precision="float64", **config).resolved()
-    return arrange(model, resolved, DOUBLE, pad_id=0, longest=LONGEST)
+    return set_up_model(model, resolved, DOUBLE, pad_id=0, longest=LONGEST)
 
 
 def samples(*lengths: int) -> list[dict[str, Tensor]]:
@@ -71,7 +71,7 @@ def samples(*lengths: int) -> list[dict[str, Tensor]]:
 SAMPLES = samples(LONGEST, 3, 11, 7)
 
 
-def gradient(run: Arrangement, *, seed: int = 1) -> Tensor:
+def gradient(run: ModelSetup, *, seed: int = 1) -> Tensor:
     torch.manual_seed(seed)
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     loss_sum, items = run.loss_fn(run.model, run.collate(SAMPLES))
@@ -109,9 +109,9 @@ def test_on_the_cpu_rows_are_padded_unless_packed_ones_are_asked_for(layout: str
     assert ("offsets" in run.collate(SAMPLES)) == (layout == "packed")
     assert isinstance(run.loss_fn, ChunkedCausalLMLoss if kind == "wide" else CausalLMLoss)
     assert run.model.training
-    assert (run.records, run.notes) == (False, ())
+    assert (run.uses_cuda_graphs, run.notes) == (False, ())
     assert run.layers is not None
-    assert (run.layers.is_compiled, run.layers.level) == (False, "none")
+    assert (run.layers.is_compiled, run.layers.mode) == (False, "none")
     assert error(gradient(run), expected) <= (1e-5 if kind == "gemma2" else EXACT)  # whose attention is in float32
 
 
@@ -126,7 +126,7 @@ def test_packed_rows_that_a_model_cannot_have_are_refused_in_one_sentence(kind: 
 
 
 def test_a_model_that_needs_its_mask_has_padded_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "leave_out_mask", lambda *_, **__: False)
+    monkeypatch.setattr(setup, "drop_mask_if_causal", lambda *_, **__: False)
     with pytest.raises(InputError, match=r"--layout packed is not there for the-model: it needs a mask for padding\. "):
         arranged(build("llama"), layout="packed")
     run = arranged(build("llama"))
@@ -140,12 +140,12 @@ def test_what_auto_cannot_pack_is_padded_with_a_note_and_attends_as_before(monke
     class AsOnCuda:
         type = "cuda"
 
-    monkeypatch.setattr(setup, "why_not_packed", lambda *_, **__: "of a reason")
+    monkeypatch.setattr(setup, "packing_obstacle", lambda *_, **__: "of a reason")
     notes: list[str] = []
     for kind, implementation in (("llama", NAME), ("mistral", "sdpa"), ("gemma2", "eager")):
         model = build(kind)
-        setup.leave_out_mask(model, DOUBLE, max_length=LONGEST)
-        machine = Machine(AsOnCuda(), "bf16")  # type: ignore[arg-type]
+        setup.drop_mask_if_causal(model, DOUBLE, max_length=LONGEST)
+        machine = DeviceSpec(AsOnCuda(), "bf16")  # type: ignore[arg-type]
         layout = setup._layout(model, TrainConfig().resolved(), machine, LONGEST, False, notes)
         assert (layout, model.config._attn_implementation) == ("padded", implementation)
     assert notes == ["rows are padded and not packed: of a reason"] * 3
@@ -158,11 +158,11 @@ def test_a_row_is_no_longer_than_the_token_budget(layout: str) -> None:
     assert tokens == (sum(len(sample["input_ids"]) for sample in SAMPLES) if layout == "packed" else 4 * LONGEST)
 
 
-@pytest.mark.parametrize("level", ["auto", *LEVELS])
+@pytest.mark.parametrize("level", ["auto", *CHECKPOINTING_MODES])
 def test_the_level_that_is_asked_for_is_set(level: str) -> None:
     run = arranged(build("llama"), gradient_checkpointing=level)
     assert run.layers is not None
-    assert run.layers.level == ("none" if level == "auto" else level)
+    assert run.layers.mode == ("none" if level == "auto" else level)
     assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
 
 
@@ -275,7 +275,7 @@ def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(compiler: Any) ->
     assert len(asked) == 2
     assert all((options["dynamic"], options["backend"]) == (True, "inductor") for options in asked)
     assert run.layers is not None
-    assert (run.layers.is_compiled, run.layers.level, run.records, run.notes) == (True, "selective", False, ())
+    assert (run.layers.is_compiled, run.layers.mode, run.uses_cuda_graphs, run.notes) == (True, "selective", False, ())
     assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
 
 
@@ -312,15 +312,15 @@ def test_what_compiles_wrong_is_left_out_with_a_note_under_auto(where: str, comp
     """As on CUDA, where auto compiles; what decides about it is the same here."""
     compiler(WRONG[where][0])
     model = build("llama").train()
-    layers, notes = Layers(model), list[str]()
-    layers.recompute("selective")
+    layers, notes = DecoderLayers(model), list[str]()
+    layers.set_checkpointing("selective")
     loss_fn, collator = CausalLMLoss(DOUBLE, needs_mask=False), lambda rows: collate(rows, pad_id=0)
     config = TrainConfig().resolved()
     setup._compile(model, config, layers, loss_fn, collator, DOUBLE, LONGEST, notes)
-    assert (layers.is_compiled, layers.level) == (False, "selective")
+    assert (layers.is_compiled, layers.mode) == (False, "selective")
     (note,) = notes
     assert note.startswith("layers are not compiled: ")
-    run = Arrangement(model, loss_fn, collator, "padded", layers, False, ())
+    run = ModelSetup(model, loss_fn, collator, "padded", layers, False, ())
     assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
 
 
@@ -331,7 +331,7 @@ def test_trying_a_compiler_leaves_the_model_and_the_random_state_as_they_were(ma
     before = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()
     collator = lambda rows: collate(rows, pad_id=0)  # noqa: E731
-    arguments = (Layers(model), CausalLMLoss(DOUBLE), collator, DOUBLE, LONGEST, [])
+    arguments = (DecoderLayers(model), CausalLMLoss(DOUBLE), collator, DOUBLE, LONGEST, [])
     setup._compile(model, TrainConfig().resolved(), *arguments)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -367,7 +367,7 @@ def test_packed_and_padded_runs_learn_the_same(tmp_path: Path, job: dict[str, An
         "auto": {"layout": "packed"},
     }.items():
         prepared, heard, outcome = run(tmp_path / name, **job, **settings)
-        assert prepared.arrangement.layout == settings["layout"]
+        assert prepared.model_setup.layout == settings["layout"]
         ends.append(torch.cat([parameter.detach().flatten() for parameter in prepared.model.parameters()]))
         losses.append([row["loss"] for row in heard.rows] + [outcome.validation_loss])
         assert len({row["items"] for row in heard.rows}) > 1
@@ -377,9 +377,9 @@ def test_packed_and_padded_runs_learn_the_same(tmp_path: Path, job: dict[str, An
 
 
 def test_a_packed_row_stays_within_the_budget_of_the_run(job: dict[str, Any]) -> None:
-    trainer = Trainer(prepare(TrainConfig(**job, device="cpu", token_budget=70, layout="packed")))
-    lengths = trainer.prepared.training.lengths
+    trainer = Trainer(set_up_training(TrainConfig(**job, device="cpu", token_budget=70, layout="packed")))
+    lengths = trainer.setup.training.lengths
     groups = trainer.engine.groups(lengths)
-    rows = [trainer.prepared.collate([trainer.prepared.training[i] for i in group]) for group in groups]
+    rows = [trainer.setup.collate([trainer.setup.training[i] for i in group]) for group in groups]
     assert max(row["input_ids"].shape[1] for row in rows) <= 70
     assert max(sum(lengths[i] for i in group) for group in groups) > 64, "budgets are not rounded down"

@@ -25,15 +25,21 @@ from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenizer import train_tokenizer
-from bigbatch.lm.device import Machine
-from bigbatch.lm.planning.data_statistics import MOST_DOCUMENTS, Survey, estimated_lengths, some_of, survey
-from bigbatch.lm.planning.device_target import Target, find_target
-from bigbatch.lm.planning.estimator import ASKED, FASTEST, LARGEST, LEAST, Desk, Lever
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.planning.data_statistics import (
+    MOST_DOCUMENTS,
+    DataStatistics,
+    estimated_lengths,
+    measure_data,
+    sample_documents,
+)
+from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
+from bigbatch.lm.planning.estimator import ASKED, FASTEST, LARGEST, LEAST, MemorySaving, RunEstimator
 from bigbatch.lm.planning.forecast import Forecast, forecast
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
-from bigbatch.memory.allocation_tracker import Part, Tracker
-from bigbatch.memory.usage import Room
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
+from bigbatch.memory.usage import MemoryBudget
 from lm.helpers import WORDS, records, save_model_folder, write_jsonl
 
 CPU = torch.device("cpu")
@@ -82,20 +88,20 @@ def asked(place: Path, **settings: Any) -> TrainConfig:
 
 
 def forecast_of(place: Path, **settings: Any) -> Forecast:
-    return forecast(asked(place, **settings), say=lambda *_: None)
+    return forecast(asked(place, **settings), progress=lambda *_: None)
 
 
-def survey_of(place: Path, **settings: Any) -> Survey:
-    return survey(asked(place, **settings).resolved(), say=lambda *_: None)
+def survey_of(place: Path, **settings: Any) -> DataStatistics:
+    return measure_data(asked(place, **settings).resolved(), progress=lambda *_: None)
 
 
-def desk_of(place: Path, usable_bytes: int | None, **settings: Any) -> Desk:
+def desk_of(place: Path, usable_bytes: int | None, **settings: Any) -> RunEstimator:
     """Plan for so much memory, whatever this machine has."""
     config = asked(place, **settings).resolved()
     config = config.model_copy(update={"precision": "float32" if config.precision == "auto" else config.precision})
-    room = None if usable_bytes is None else Room(2 * usable_bytes, usable_bytes)
-    target = Target("elsewhere", CPU, Machine(CPU, config.precision), room, here=False)
-    return Desk(config, target, survey_of(place, **settings))
+    room = None if usable_bytes is None else MemoryBudget(2 * usable_bytes, usable_bytes)
+    target = PlanTarget("elsewhere", CPU, DeviceSpec(CPU, config.precision), room, is_local=False)
+    return RunEstimator(config, target, survey_of(place, **settings))
 
 
 # memory ----------------------------------------------------------------------------------------------------------
@@ -103,13 +109,13 @@ def desk_of(place: Path, usable_bytes: int | None, **settings: Any) -> Desk:
 
 def tracked_peak(config: TrainConfig) -> int:
     """What the second update of a run allocates at its peak."""
-    prepared = prepare(config)
+    prepared = set_up_training(config)
     trainer = Trainer(prepared)
-    samples = trainer.fetch(trainer.course.first_window())
+    samples = trainer.fetch(trainer.schedule.first_window())
     assert trainer.engine.step(samples).num_microbatches == 2
-    with Tracker(CPU) as tracker:
-        tracker.hold([*prepared.model.parameters(), *prepared.model.buffers()], Part.PARAMETERS)
-        tracker.hold(state_of(trainer.optimizer), Part.OPTIMIZER)
+    with AllocationTracker(CPU) as tracker:
+        tracker.track([*prepared.model.parameters(), *prepared.model.buffers()], MemoryCategory.PARAMETERS)
+        tracker.track(state_of(trainer.optimizer), MemoryCategory.OPTIMIZER)
         trainer.engine.step(samples)
     return tracker.peak_bytes
 
@@ -139,7 +145,7 @@ def test_the_peak_is_that_of_the_second_update_of_a_run(
 def test_a_limit_above_the_batch_needs_what_the_batch_needs(place: Path) -> None:
     for limit in ({"microbatch": 10**6}, {"token_budget": 10**6}):
         desk = desk_of(place, None, **limit)
-        assert desk._fullest(10**6) == [(32, 32)]
+        assert desk._worst_cases(10**6) == [(32, 32)]
         cut = desk.plan(10**6, DEFAULT_COST)
         assert cut.num_microbatches == 1
         assert cut.token_budget in (None, cut.largest_tokens)
@@ -147,7 +153,7 @@ def test_a_limit_above_the_batch_needs_what_the_batch_needs(place: Path) -> None
 
 def test_a_token_budget_is_predicted_by_what_fills_it_best(place: Path) -> None:
     desk = desk_of(place, None, token_budget=40)
-    assert desk._fullest(40) == [(1, 32), (2, 20)]
+    assert desk._worst_cases(40) == [(1, 32), (2, 20)]
     assert desk.predict(40).peak_bytes > desk.predict(32).peak_bytes
 
 
@@ -200,8 +206,8 @@ def test_the_first_update_is_the_one_that_a_run_makes(place: Path, settings: dic
     found = desk_of(place, None, **settings).plan(
         settings.get("token_budget", settings.get("microbatch")), DEFAULT_COST
     )
-    trainer = Trainer(prepare(asked(place, **settings)))
-    samples = trainer.fetch(trainer.course.first_window())
+    trainer = Trainer(set_up_training(asked(place, **settings)))
+    samples = trainer.fetch(trainer.schedule.first_window())
     lengths = [len(sample["input_ids"]) for sample in samples]
     made = [[lengths[i] for i in rows] for rows in trainer.engine.groups(lengths)]
     assert [[found.lengths[i] for i in rows] for rows in found.microbatches[0]] == made
@@ -247,7 +253,7 @@ CHECKPOINTING, NARROW, LORA = "--gradient-checkpointing full", "--precision bf16
 )
 def test_what_is_set_is_not_offered(place: Path, wide: str, settings: dict[str, Any], offered: set[str]) -> None:
     desk = desk_of(place, 2**30, model=wide, microbatch=8, **settings)
-    levers = desk.levers(8)
+    levers = desk.memory_savings(8)
     assert {lever.flags for lever in levers} == offered
     peaks = [lever.peak_bytes for lever in levers]
     assert peaks == sorted(peaks)
@@ -260,16 +266,16 @@ def test_a_setting_is_offered_with_the_peak_that_it_has(place: Path, wide: str) 
         NARROW: {"precision": "bf16-weights"},
         LORA: {"lora_rank": 16},
     }
-    for lever in desk_of(place, None, model=wide, microbatch=8).levers(8):
+    for lever in desk_of(place, None, model=wide, microbatch=8).memory_savings(8):
         with_it = desk_of(place, None, model=wide, microbatch=8, **changes[lever.flags])
         assert (lever.peak_bytes, lever.fits) == (with_it.predict(8).peak_bytes, None)
 
 
 def test_the_fewest_settings_that_make_it_fit_are_offered(place: Path, wide: str) -> None:
-    singles = desk_of(place, 2**30, model=wide, microbatch=8).levers(8)
-    least = desk_of(place, singles[0].peak_bytes, model=wide, microbatch=8).levers(8)
-    assert least == [Lever(lever.flags, lever.peak_bytes, lever is singles[0]) for lever in singles]
-    fitting = desk_of(place, singles[0].peak_bytes - 1, model=wide, microbatch=8).levers(8)
+    singles = desk_of(place, 2**30, model=wide, microbatch=8).memory_savings(8)
+    least = desk_of(place, singles[0].peak_bytes, model=wide, microbatch=8).memory_savings(8)
+    assert least == [MemorySaving(lever.flags, lever.peak_bytes, lever is singles[0]) for lever in singles]
+    fitting = desk_of(place, singles[0].peak_bytes - 1, model=wide, microbatch=8).memory_savings(8)
     together = [lever for lever in fitting if lever.fits]
     assert together
     assert {lever.flags for lever in together} <= {
@@ -280,7 +286,7 @@ def test_the_fewest_settings_that_make_it_fit_are_offered(place: Path, wide: str
 
 def test_what_a_model_cannot_have_is_not_offered(place: Path, tmp_path: Path) -> None:
     mamba = configured(tmp_path, KINDS["mamba"]())
-    assert LORA not in {lever.flags for lever in desk_of(place, None, model=mamba, microbatch=8).levers(8)}
+    assert LORA not in {lever.flags for lever in desk_of(place, None, model=mamba, microbatch=8).memory_savings(8)}
     with pytest.raises(InputError, match=rf"^--lora-rank is not there for {mamba}: .*Mamba"):
         forecast_of(place, model=mamba, microbatch=8, lora_rank=2)
 
@@ -305,7 +311,7 @@ def test_of_many_documents_some_stand_for_all(place: Path, tmp_path: Path) -> No
     rows[1001]["text"] = " ".join(WORDS)
     data = str(write_jsonl(tmp_path / "many.jsonl", rows))
     found = survey_of(place, data=data, validation_fraction=0, global_batch=2400, epochs=2)
-    exact = prepare(asked(place, data=data, validation_fraction=0, global_batch=2400, epochs=2))
+    exact = set_up_training(asked(place, data=data, validation_fraction=0, global_batch=2400, epochs=2))
     assert found.notes == (f"lengths are those of {MOST_DOCUMENTS:,} of {number:,} documents",)
     assert found.longest == max(exact.training.lengths)
     assert (len(found.window), found.most_rows) == (2400, 2400)
@@ -317,8 +323,8 @@ def test_of_many_documents_some_stand_for_all(place: Path, tmp_path: Path) -> No
 
 def test_those_that_are_measured_are_evenly_spaced_and_have_the_longest() -> None:
     documents = [Document(str(i), text="x" * (9 if i == 17 else 1)) for i in range(100)]
-    assert some_of(documents, 100) is documents
-    chosen = [int(document.source) for document in some_of(documents, 11)]
+    assert sample_documents(documents, 100) is documents
+    chosen = [int(document.source) for document in sample_documents(documents, 11)]
     assert chosen == [0, 17, 18, 27, 36, 45, 54, 63, 72, 81, 90]
 
 
@@ -386,22 +392,24 @@ def test_a_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, cap
 
 def test_a_card_is_known_by_its_name(place: Path) -> None:
     found = forecast_of(place, device="auto", gpu="t4", microbatch=4)
-    assert (found.target.name, found.target.here, found.fits) == ("t4, bf16", False, True)
+    assert (found.target.name, found.target.is_local, found.fits) == ("t4, bf16", False, True)
     assert found.untimed == "that device is not here"
     assert found.update_s is None
     assert "libraries" in found.prediction.parts
-    assert str(found.target.room).startswith("memory is limited to the 13.8 GiB that are usually free on t4, of which ")
+    assert str(found.target.budget).startswith(
+        "memory is limited to the 13.8 GiB that are usually free on t4, of which "
+    )
 
 
 def test_a_card_beside_another_device_is_refused(place: Path) -> None:
     with pytest.raises(InputError) as caught:
-        find_target(asked(place, gpu="t4"))
+        resolve_target(asked(place, gpu="t4"))
     assert str(caught.value) == "--gpu t4 and --device cpu exclude each other: give one of them."
 
 
 def test_more_memory_than_there_is_is_refused(place: Path) -> None:
     with pytest.raises(InputError, match=r"^--memory 100TiB is more than the .*GiB that the device has: pass "):
-        find_target(asked(place, memory="100TiB"))
+        resolve_target(asked(place, memory="100TiB"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
@@ -409,14 +417,14 @@ class TestWithoutCuda:
     """CUDA is planned for where there is none."""
 
     def test_what_is_planned_for_is_known_by_its_memory(self, place: Path) -> None:
-        target = find_target(asked(place, device="cuda:1", memory="1GiB"))
-        assert (target.name, target.device.type, target.machine.device) == ("a CUDA device, bf16", "cuda", CPU)
-        assert target.room == Room.of(2**30, "1GiB")
+        target = resolve_target(asked(place, device="cuda:1", memory="1GiB"))
+        assert (target.name, target.device.type, target.device_spec.device) == ("a CUDA device, bf16", "cuda", CPU)
+        assert target.budget == MemoryBudget.from_limit(2**30, "1GiB")
         assert target.notes[0].endswith(" here: memory is that of the CPU's operations, counted as CUDA counts")
 
     def test_a_share_of_nothing_known_is_refused(self, place: Path) -> None:
         with pytest.raises(InputError) as caught:
-            find_target(asked(place, device="cuda", memory="80%"))
+            resolve_target(asked(place, device="cuda", memory="80%"))
         assert str(caught.value) == (
             "--memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or a "
             "card by its name, such as --gpu a100-40gb."
@@ -424,7 +432,7 @@ class TestWithoutCuda:
 
     def test_a_micro_batch_cannot_be_chosen_for_nobody_knows_what(self, place: Path) -> None:
         with pytest.raises(InputError) as caught:
-            find_target(asked(place, device="cuda").resolved())
+            resolve_target(asked(place, device="cuda").resolved())
         assert str(caught.value) == (
             "--device cuda is not here, so its memory is not known: name a card, such as --gpu h100, or an amount, "
             "such as --memory 24GiB, or give --microbatch or --token-budget."
@@ -432,4 +440,4 @@ class TestWithoutCuda:
 
     def test_a_micro_batch_that_is_given_is_predicted_without_a_limit(self, place: Path) -> None:
         found = forecast_of(place, device="cuda", microbatch=4)
-        assert (found.fits, found.target.room) == (None, None)
+        assert (found.fits, found.target.budget) == (None, None)

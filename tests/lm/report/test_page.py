@@ -18,7 +18,7 @@ from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.report.axes import number, step_scale, value_scale, wants_log
 from bigbatch.lm.report.downsampling import MOST_POINTS, reduced
 from bigbatch.lm.report.metrics_table import read_columns
-from bigbatch.lm.report.output_file import check_place, put
+from bigbatch.lm.report.output_file import check_place, write_page
 from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import read_run
 from bigbatch.lm.report.window_plan_chart import window_of
@@ -524,9 +524,9 @@ def test_metrics_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
 
 def test_a_page_is_put_in_its_place_at_once(tmp_path: Path) -> None:
     place = tmp_path / "report.html"
-    assert put(place, "<!doctype html>é\ud800") == len(b"<!doctype html>\xc3\xa9?")
+    assert write_page(place, "<!doctype html>é\ud800") == len(b"<!doctype html>\xc3\xa9?")
     check_place(place)
-    put(place, "<!doctype html>2")
+    write_page(place, "<!doctype html>2")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert place.read_bytes() == b"<!doctype html>2"
 
@@ -546,7 +546,7 @@ def test_a_place_where_no_page_can_be_is_refused(tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "report.html"
-    put(place, "<!doctype html>1")
+    write_page(place, "<!doctype html>1")
 
     def full(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
@@ -555,6 +555,6 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError, match=r"report\.html cannot be written: No space left on device\."):
-        put(place, "<!doctype html>2")
+        write_page(place, "<!doctype html>2")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert place.read_bytes() == b"<!doctype html>1"

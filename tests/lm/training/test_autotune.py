@@ -11,19 +11,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bigbatch import Engine, MemoryLimitError
 from bigbatch.autotune import choice, probe
-from bigbatch.autotune.choice import Choice, Tried
+from bigbatch.autotune.choice import MicrobatchChoice, Trial
 from bigbatch.autotune.peak_prediction import state_of
-from bigbatch.autotune.time_model import Timing
-from bigbatch.lm.config.field_types import LEVELS, Recompute
+from bigbatch.autotune.time_model import TimeModel
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.data.dataset import collate
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.decoder_layers import Layers
+from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.training.autotune import describe, take, tune
 from bigbatch.memory import usage
-from bigbatch.memory.allocation_tracker import Part, Tracker
-from bigbatch.memory.usage import find_room
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
+from bigbatch.memory.usage import resolve_memory_budget
 
 CPU = torch.device("cpu")
 
@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 # the search ------------------------------------------------------------------------------------------------------
 
 
-def choice_of(size: int, per_s: float, *, limited: bool) -> Choice:
-    return Choice(
+def choice_of(size: int, per_s: float, *, limited: bool) -> MicrobatchChoice:
+    return MicrobatchChoice(
         size=size,
         longest=32,
         unit="tokens",
@@ -40,8 +40,8 @@ def choice_of(size: int, per_s: float, *, limited: bool) -> Choice:
         limit_bytes=2 * 10**6,
         per_s=per_s,
         largest=size,
-        tried=(Tried(size, per_s),),
-        timing=Timing(((size, 1.0),)),
+        trials=(Trial(size, per_s),),
+        timing=TimeModel(((size, 1.0),)),
         limited=limited,
     )
 
@@ -52,27 +52,27 @@ TOO_LARGE = MemoryLimitError("a sample of 32 tokens does not fit.")
 class Scripted:
     """An engine that finds at each level what the script says, and layers that note what they are set to."""
 
-    def __init__(self, **script: Choice | MemoryLimitError) -> None:
+    def __init__(self, **script: MicrobatchChoice | MemoryLimitError) -> None:
         self.script = script
-        self.level: Recompute = "none"
-        self.tried: list[Recompute] = []
-        self.used: list[Choice] = []
+        self.level: CheckpointingMode = "none"
+        self.tried: list[CheckpointingMode] = []
+        self.used: list[MicrobatchChoice] = []
 
-    def recompute(self, level: Recompute) -> None:
+    def recompute(self, level: CheckpointingMode) -> None:
         self.level = level
 
-    def tune(self, _: list[Any]) -> Choice:
+    def tune(self, _: list[Any]) -> MicrobatchChoice:
         self.tried.append(self.level)
         found = self.script[self.level]
         if isinstance(found, MemoryLimitError):
             raise found
         return found
 
-    def use(self, found: Choice) -> None:
+    def use(self, found: MicrobatchChoice) -> None:
         self.used.append(found)
 
 
-SEARCHES: dict[str, tuple[dict[str, Any], list[Recompute], Recompute]] = {
+SEARCHES: dict[str, tuple[dict[str, Any], list[CheckpointingMode], CheckpointingMode]] = {
     "memory does not limit": (
         {"none": choice_of(64, 10.0, limited=False)}, ["none"], "none",
     ),
@@ -116,7 +116,7 @@ SEARCHES: dict[str, tuple[dict[str, Any], list[Recompute], Recompute]] = {
 def test_levels_are_tried_for_as_long_as_memory_limits_and_they_are_faster(case: str) -> None:
     script, tried, best = SEARCHES[case]
     engine = Scripted(**script)
-    assert tune(engine, engine, [], levels=True) == (best, script[best])  # type: ignore[arg-type]
+    assert tune(engine, engine, [], modes=True) == (best, script[best])  # type: ignore[arg-type]
     assert engine.tried == tried
     assert engine.level == best
     assert engine.used == [script[best]]
@@ -126,22 +126,22 @@ def test_nothing_that_fits_at_any_level_is_refused_with_what_the_last_one_needs(
     last = MemoryLimitError("a sample of 32 tokens needs 3 MiB.")
     engine = Scripted(none=TOO_LARGE, selective=TOO_LARGE, full=last)
     with pytest.raises(MemoryLimitError) as caught:
-        tune(engine, engine, [], levels=True)  # type: ignore[arg-type]
+        tune(engine, engine, [], modes=True)  # type: ignore[arg-type]
     assert caught.value is last
-    assert engine.tried == list(LEVELS)
+    assert engine.tried == list(CHECKPOINTING_MODES)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_level_that_was_decided_is_the_only_one(level: Recompute) -> None:
+@pytest.mark.parametrize("level", CHECKPOINTING_MODES)
+def test_a_level_that_was_decided_is_the_only_one(level: CheckpointingMode) -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted(**{level: found})
     engine.recompute(level)
-    assert tune(engine, engine, [], levels=False) == (level, found)  # type: ignore[arg-type]
+    assert tune(engine, engine, [], modes=False) == (level, found)  # type: ignore[arg-type]
     assert engine.tried == [level]
     refusing = Scripted(**{level: TOO_LARGE})
     refusing.recompute(level)
     with pytest.raises(MemoryLimitError):
-        tune(refusing, refusing, [], levels=False)  # type: ignore[arg-type]
+        tune(refusing, refusing, [], modes=False)  # type: ignore[arg-type]
     assert refusing.tried == [level]
 
 
@@ -149,7 +149,7 @@ def test_a_level_that_was_decided_is_the_only_one(level: Recompute) -> None:
 def test_without_layers_there_is_one_search(levels: bool) -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted(none=found)
-    assert tune(engine, None, [], levels=levels) == ("none", found)  # type: ignore[arg-type]
+    assert tune(engine, None, [], modes=levels) == ("none", found)  # type: ignore[arg-type]
     assert engine.tried == ["none"]
 
 
@@ -163,7 +163,7 @@ def test_what_was_found_may_be_taken_again() -> None:
 
 
 def test_what_is_computed_anew_is_said_where_something_is() -> None:
-    assert [describe(level) for level in LEVELS] == [
+    assert [describe(level) for level in CHECKPOINTING_MODES] == [
         "", ", every second layer computed anew", ", all layers computed anew"
     ]  # fmt: skip
 
@@ -177,8 +177,8 @@ LENGTHS = (240, 240, 200, 40)
 @pytest.fixture(autouse=True)
 def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test looks at the time; and each time that memory is released, garbage is collected."""
-    monkeypatch.setattr(probe, "SHORTEST_S", 0.0)
-    monkeypatch.setattr(choice, "MOST_PROBING_S", float("inf"))
+    monkeypatch.setattr(probe, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(choice, "MAX_PROBING_S", float("inf"))
     gc.freeze()
     yield
     gc.unfreeze()
@@ -198,23 +198,23 @@ class Run:
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         self.model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=60, max_position_embeddings=256)).train()
         use_causal_attention(self.model)
-        self.layers = Layers(self.model)
+        self.layers = DecoderLayers(self.model)
         tokens = [torch.arange(length) % 60 for length in LENGTHS]
         self.samples = [{"input_ids": row, "labels": row.roll(-1)} for row in tokens]
         self.engine = Engine(
             self.model,
             torch.optim.AdamW(self.model.parameters()),
-            CausalLMLoss(Machine(CPU, "float32"), needs_mask=False),
+            CausalLMLoss(DeviceSpec(CPU, "float32"), needs_mask=False),
             collate=lambda rows: collate(rows, pad_id=0),
             lengths=lambda rows: [len(row["input_ids"]) for row in rows],
         )
         self.engine.accumulator.prepare()
-        self.tried: list[Recompute] = []
-        self.found: list[Choice] = []
+        self.tried: list[CheckpointingMode] = []
+        self.found: list[MicrobatchChoice] = []
         real_tune = self.engine.tune
 
-        def watched(samples: Any) -> Choice:
-            self.tried.append(self.layers.level)
+        def watched(samples: Any) -> MicrobatchChoice:
+            self.tried.append(self.layers.mode)
             self.found.append(real_tune(samples))
             return self.found[-1]
 
@@ -230,11 +230,13 @@ class Run:
         """Ask for so much memory that tensors may take some bytes of it, whatever this process holds besides."""
         others_bytes = 2**30 - sum(tensor.nbytes for tensor in self.held)
         self.engine.memory = others_bytes + -(-usable_bytes * 100 // 95)
-        assert find_room(self.engine.memory, CPU, self.held).usable_bytes in range(usable_bytes, usable_bytes + 2)
+        assert resolve_memory_budget(self.engine.memory, CPU, self.held).usable_bytes in range(
+            usable_bytes, usable_bytes + 2
+        )
 
-    def peak_bytes(self, level: Recompute, num_samples: int = 1) -> int:
+    def peak_bytes(self, level: CheckpointingMode, num_samples: int = 1) -> int:
         """What a step of so many of the longest sample takes at a level."""
-        self.layers.recompute(level)
+        self.layers.set_checkpointing(level)
         engine = Engine(
             self.model,
             torch.optim.AdamW(self.model.parameters()),
@@ -244,11 +246,11 @@ class Run:
         )
         engine.accumulator.prepare()
         engine.step([self.samples[0]] * num_samples)
-        with Tracker(CPU) as tracker:
-            tracker.hold([*self.model.parameters(), *self.model.buffers()], Part.PARAMETERS)
-            tracker.hold(state_of(engine.accumulator.optimizer), Part.OPTIMIZER)
+        with AllocationTracker(CPU) as tracker:
+            tracker.track([*self.model.parameters(), *self.model.buffers()], MemoryCategory.PARAMETERS)
+            tracker.track(state_of(engine.accumulator.optimizer), MemoryCategory.OPTIMIZER)
             engine.step([self.samples[0]] * num_samples)
-        self.layers.recompute("none")
+        self.layers.set_checkpointing("none")
         return tracker.peak_bytes
 
 
@@ -257,16 +259,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(monkeypatch)
 
 
-@pytest.mark.parametrize("level", LEVELS[1:])
-def test_a_sample_that_fits_only_when_layers_are_computed_anew_is_trained(made: Run, level: Recompute) -> None:
-    *before, last = LEVELS[: LEVELS.index(level) + 1]
+@pytest.mark.parametrize("level", CHECKPOINTING_MODES[1:])
+def test_a_sample_that_fits_only_when_layers_are_computed_anew_is_trained(made: Run, level: CheckpointingMode) -> None:
+    *before, last = CHECKPOINTING_MODES[: CHECKPOINTING_MODES.index(level) + 1]
     more, less = made.peak_bytes(before[-1]), made.peak_bytes(last)
     assert less < 0.95 * more
     made.limit(usable_bytes := (more + less) // 2)
-    found, chosen = tune(made.engine, made.layers, made.samples, levels=True)
+    found, chosen = tune(made.engine, made.layers, made.samples, modes=True)
     assert made.tried[: len(before) + 1] == [*before, last]
-    assert LEVELS.index(found) >= LEVELS.index(level)
-    assert made.layers.level == found
+    assert CHECKPOINTING_MODES.index(found) >= CHECKPOINTING_MODES.index(level)
+    assert made.layers.mode == found
     assert made.engine.choice is chosen
     assert chosen.peak_bytes <= usable_bytes
     assert made.engine.step(made.samples).tokens == sum(LENGTHS)
@@ -275,23 +277,23 @@ def test_a_sample_that_fits_only_when_layers_are_computed_anew_is_trained(made: 
 def test_a_sample_that_fits_at_no_level_is_refused(made: Run) -> None:
     made.limit(made.peak_bytes("full") * 9 // 10)
     with pytest.raises(MemoryLimitError, match="a sample of 240 tokens needs"):
-        tune(made.engine, made.layers, made.samples, levels=True)
-    assert made.tried == list(LEVELS)
+        tune(made.engine, made.layers, made.samples, modes=True)
+    assert made.tried == list(CHECKPOINTING_MODES)
     assert made.engine.choice is None
 
 
 @pytest.mark.usefixtures("larger_is_faster")
 def test_with_memory_to_spare_nothing_is_computed_anew(made: Run) -> None:
     made.limit(2**30)
-    found, chosen = tune(made.engine, made.layers, made.samples, levels=True)
+    found, chosen = tune(made.engine, made.layers, made.samples, modes=True)
     assert (found, made.tried, chosen.limited) == ("none", ["none"], False)
 
 
 @pytest.mark.usefixtures("larger_is_faster")
 def test_where_memory_limits_more_is_computed_anew_for_larger_micro_batches(made: Run) -> None:
     made.limit(made.peak_bytes("none", num_samples=2))
-    found, _ = tune(made.engine, made.layers, made.samples, levels=True)
-    assert (found, made.tried) == ("full", list(LEVELS))
+    found, _ = tune(made.engine, made.layers, made.samples, modes=True)
+    assert (found, made.tried) == ("full", list(CHECKPOINTING_MODES))
     none, selective, full = made.found
     assert none.limited
     assert selective.limited

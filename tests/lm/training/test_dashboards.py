@@ -12,7 +12,7 @@ from bigbatch.cli.commands import resume, train
 from bigbatch.cli.options import ResumeOptions
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.training import dashboards
-from bigbatch.lm.training.dashboards import Listeners, ScalarListener
+from bigbatch.lm.training.dashboards import CallbackList, DashboardCallback
 from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
 from lm.made import rows
 
@@ -32,12 +32,12 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 def test_finite_numbers_are_written_under_their_tags() -> None:
     written: list[tuple[int, dict[str, float]]] = []
-    listener = ScalarListener(lambda step, values: written.append((step, dict(values))))
+    listener = DashboardCallback(lambda step, values: written.append((step, dict(values))))
     row = rows(1)[0] | {"grad_norm": math.nan, "loss": None, "peak_bytes": 5, "noise_scale_items": 7.0}
-    listener.updated(row)
-    listener.validated(1, 2.5)
-    listener.validated(2, math.inf)
-    listener.sampled(2, "text")
+    listener.on_update(row)
+    listener.on_validation(1, 2.5)
+    listener.on_validation(2, math.inf)
+    listener.on_sample(2, "text")
     (step, values), validation = written
     assert step == 1
     assert "train/loss" not in values
@@ -48,10 +48,10 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
 
 def test_every_listener_hears_everything() -> None:
     one, other = Heard(), Heard()
-    both = Listeners(one, other)
-    both.updated({"step": 1})
-    both.validated(1, 2.0)
-    both.sampled(1, "text")
+    both = CallbackList(one, other)
+    both.on_update({"step": 1})
+    both.on_validation(1, 2.0)
+    both.on_sample(1, "text")
     assert vars(one) == vars(other) == {"rows": [{"step": 1}], "validations": [(1, 2.0)], "samples": [(1, "text")]}
 
 

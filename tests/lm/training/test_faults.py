@@ -27,8 +27,8 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.lock import RunLock
 from bigbatch.lm.training import trainer as trainer_module
-from bigbatch.lm.training.resume import continued
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.resume import merge_config
+from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from cli.helpers import LIMIT_S, running
 from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
@@ -88,7 +88,7 @@ def go_on(
     heard = Heard()
     found, _ = load(run)
     stop = {"should_stop": lambda: bool(heard.rows) and until(heard.rows[-1]["step"])}
-    Trainer(prepare(config), saved=found).run(RunDirectory(run), listener=heard, **stop | how)
+    Trainer(set_up_training(config), checkpoint=found).run(RunDirectory(run), callback=heard, **stop | how)
     return heard
 
 
@@ -98,7 +98,7 @@ def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> Heard:
     config = TrainConfig(
         **{name[2:].replace("-", "_"): _value(value) for name, value in zip(names, names, strict=True)}
     )
-    RunDirectory.create(run, prepare(config).config.model_dump(mode="json"))
+    RunDirectory.create(run, set_up_training(config).config.model_dump(mode="json"))
     return go_on(run, **how)
 
 
@@ -153,7 +153,7 @@ def test_updates_that_are_not_finite_are_skipped_told_and_kept_apart(folder: Pat
     assert f"10 updates, {len(skipped)} of them skipped, in " in printed
     lines = [json.loads(line) for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["step"], line["reason"]) for line in lines] == [(step, "non-finite gradient") for step in skipped]
-    training = prepare(config_of(folder / "run")).training
+    training = set_up_training(config_of(folder / "run")).training
     for line in lines:
         assert len(line["samples"]) in (7, 8)
         assert any(sum(training[i]["input_ids"].tolist()) % 13 == 3 for i in line["samples"])
@@ -345,7 +345,7 @@ def test_what_was_changed_stays_changed_when_the_run_is_resumed_again(stopped: P
     change = ["--global-batch", "4", "--seed", "5", "--allow-batch-change", "--allow-seed-change"]
     said(["resume", str(stopped), *change], capfd)
     asked = TrainConfig(global_batch=4, seed=5)
-    go_on(again, until=lambda step: step == 9, config=continued(config_of(again), asked, allowed=("batch", "seed")))
+    go_on(again, until=lambda step: step == 9, config=merge_config(config_of(again), asked, allowed=("batch", "seed")))
     said(["resume", str(again)], capfd)
     assert unlike(again, stopped) == []
 
@@ -357,7 +357,7 @@ def test_a_batch_that_leaves_nothing_but_the_end_ends(stopped: Path, capfd: Capt
 
 def test_a_setting_that_makes_the_run_what_it_is_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        continued(TrainConfig(out=tmp_path, lr=0.01), TrainConfig(lr=0.5), allowed=("batch", "seed", "data"))
+        merge_config(TrainConfig(out=tmp_path, lr=0.01), TrainConfig(lr=0.5), allowed=("batch", "seed", "data"))
     assert str(caught.value) == (
         f"{tmp_path} was begun with --lr 0.01, and this asks for 0.5: it would not be the run that it is. Leave the "
         "flag out, or begin another run."
@@ -390,10 +390,10 @@ def test_another_cut_of_the_batch_goes_on_to_the_same_model(stopped: Path, flags
 def test_a_micro_batch_that_is_given_takes_the_place_of_the_memory_that_a_run_was_begun_with(tmp_path: Path) -> None:
     stored = TrainConfig(out=tmp_path, microbatch="auto", memory="24GiB").resolved()
     for given in ({"microbatch": 4}, {"token_budget": 512}):
-        now = continued(stored, TrainConfig(**given), allowed=())
+        now = merge_config(stored, TrainConfig(**given), allowed=())
         assert now.memory is None
         assert {name: getattr(now, name) for name in given} == given
-    assert continued(stored, TrainConfig(memory="8GiB"), allowed=()).memory == "8GiB"
+    assert merge_config(stored, TrainConfig(memory="8GiB"), allowed=()).memory == "8GiB"
 
 
 def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
@@ -401,11 +401,11 @@ def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
 ) -> None:
     begin(folder / "run", folder, plain, "--microbatch", "auto", until=lambda step: step == 4)
     stored = config_of(folder / "run")
-    asked = continued(stored, TrainConfig(gradient_checkpointing="full"), allowed=())
+    asked = merge_config(stored, TrainConfig(gradient_checkpointing="full"), allowed=())
     saved, _ = load(folder / "run")
-    trainer = Trainer(prepare(asked), saved=saved)
-    trainer.run(RunDirectory(folder / "run"), listener=Heard())
-    assert trainer.level == "full"
+    trainer = Trainer(set_up_training(asked), checkpoint=saved)
+    trainer.run(RunDirectory(folder / "run"), callback=Heard())
+    assert trainer.checkpointing_mode == "full"
     assert trainer.engine.choice is not None
     assert saved is not None
     assert trainer.engine.progress["choice"] == saved.engine["engine"]["choice"]
@@ -481,7 +481,7 @@ def test_the_tokenizer_of_the_tiny_model_is_held_to_what_it_was(folder: Path, ca
     run = folder / "run"
     settings = {"data": str(folder / "data.jsonl"), "steps": 2, "global_batch": 4, "microbatch": 4}
     config = TrainConfig(**settings, checkpoint_every=1, max_length=32, device="cpu")
-    RunDirectory.create(run, prepare(config).config.model_dump(mode="json"))
+    RunDirectory.create(run, set_up_training(config).config.model_dump(mode="json"))
     go_on(run, until=lambda step: step == 1)
     write_jsonl(folder / "data.jsonl", [{"text": f"quite another vocabulary {i} " * 3} for i in range(40)])
     sentence = failed(2, ["resume", str(run), "--allow-data-change"], capfd)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.training.resume import continued
+from bigbatch.lm.training.resume import merge_config
 
 FULL: dict[str, Any] = {
     "data": "data.jsonl", "validation_fraction": 0.1, "max_length": 64, "skip_broken": True, "model": "folder",
@@ -34,4 +34,4 @@ def test_a_run_that_is_started_again_by_the_command_that_began_it_goes_on_as_it_
     """As torchrun does it."""
     asked = TrainConfig(out=tmp_path, **{name: value for name, value in (FULL | more).items() if value is not None})
     stored = asked.resolved()
-    assert continued(stored, asked, allowed=()) == stored
+    assert merge_config(stored, asked, allowed=()) == stored

@@ -10,7 +10,7 @@ import torch
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import IGNORED
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.setup import set_up_training
 from lm.helpers import conversations, records, save_model_folder, write_jsonl
 
 
@@ -27,7 +27,7 @@ def learned(prepared: Any) -> set[str]:
 
 def test_the_configuration_has_every_default_written_out(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(10)))
-    config = prepare(TrainConfig(data=data, model=model, device="cpu", lora_rank=2)).config
+    config = set_up_training(TrainConfig(data=data, model=model, device="cpu", lora_rank=2)).config
     assert (config.device, config.precision) == ("cpu", "float32")
     assert (config.max_length, config.global_batch, config.epochs) == (64, 32, 1)
     assert (config.lr, config.lora_alpha) == (2e-4, 4.0)
@@ -36,13 +36,13 @@ def test_the_configuration_has_every_default_written_out(tmp_path: Path, model: 
 def test_prompts_are_masked_and_completions_learned(tmp_path: Path, model: str) -> None:
     rows = records(20)
     data = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    prepared = prepare(TrainConfig(data=data, model=model, validation_fraction=0))
+    prepared = set_up_training(TrainConfig(data=data, model=model, validation_fraction=0))
     assert learned(prepared) == {row["completion"] for row in rows}
 
 
 def test_of_a_conversation_the_answers_are_learned(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "chat.jsonl", conversations(9)))
-    prepared = prepare(TrainConfig(data=data, model=model, validation_fraction=0))
+    prepared = set_up_training(TrainConfig(data=data, model=model, validation_fraction=0))
     assert learned(prepared) == {f"here is {i}" for i in range(9)}
 
 
@@ -51,7 +51,7 @@ def test_parquet_and_json_lines_prepare_the_same(tmp_path: Path, model: str) -> 
     jsonl = write_jsonl(tmp_path / "a.jsonl", rows)
     parquet = tmp_path / "a.parquet"
     datasets.Dataset.from_list(rows).to_parquet(parquet)
-    one, other = (prepare(TrainConfig(data=str(path), model=model)) for path in (jsonl, parquet))
+    one, other = (set_up_training(TrainConfig(data=str(path), model=model)) for path in (jsonl, parquet))
     assert torch.equal(one.training.tokens, other.training.tokens)
     assert one.training.label_counts == other.training.label_counts
 
@@ -65,7 +65,7 @@ def test_a_folder_of_markdown_is_a_document_a_file(tmp_path: Path) -> None:
         heard.append(words)
         assert done <= total
 
-    prepared = prepare(TrainConfig(data=str(tmp_path), validation_fraction=0), say=say)
+    prepared = set_up_training(TrainConfig(data=str(tmp_path), validation_fraction=0), progress=say)
     assert learned(prepared) == {f"# Größe {i}\n\nПривет, 日本語 {i}\n" for i in range(6)}
     assert prepared.notes[0] == f"6 text files from {tmp_path}"
     assert prepared.notes[1].startswith("to learn from: 6 documents with ")
@@ -79,22 +79,22 @@ def test_a_folder_of_markdown_is_a_document_a_file(tmp_path: Path) -> None:
 
 def test_what_is_held_out_is_told(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(1)))
-    prepared = prepare(TrainConfig(data=data, model=model))
+    prepared = set_up_training(TrainConfig(data=data, model=model))
     assert prepared.validation is None
     assert prepared.notes[-1] == "held out for validation: nothing, the data is too short to spare any"
-    assert not any("held out" in note for note in prepare(TrainConfig(data=data, validation_fraction=0)).notes)
+    assert not any("held out" in note for note in set_up_training(TrainConfig(data=data, validation_fraction=0)).notes)
 
 
 def test_a_length_that_the_model_cannot_take_is_refused(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(3)))
     with pytest.raises(InputError, match=r"--max-length 65 is more than the 64 positions of .*: pass --max-length 64 "):
-        prepare(TrainConfig(data=data, model=model, max_length=65))
+        set_up_training(TrainConfig(data=data, model=model, max_length=65))
 
 
 def test_a_sample_prompt_that_fills_the_model_is_refused(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(3)))
     with pytest.raises(InputError, match=r"^--sample-prompt has \d+ tokens and the model knows 64 positions: shorten "):
-        prepare(TrainConfig(data=data, model=model, sample_prompt="☃" * 30))
+        set_up_training(TrainConfig(data=data, model=model, sample_prompt="☃" * 30))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, model: str) -> None:
@@ -104,4 +104,4 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, 
     train_tokenizer([f"token{i} " * 5 for i in range(300)], vocabulary_size=400).save_pretrained(folder)
     data = str(write_jsonl(tmp_path / "a.jsonl", records(3)))
     with pytest.raises(InputError, match=r"its tokenizer has 400 tokens and the model knows 308\. The two do not"):
-        prepare(TrainConfig(data=data, model=str(folder)))
+        set_up_training(TrainConfig(data=data, model=str(folder)))

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bigbatch.errors import BigbatchError, InputError
-from bigbatch.lm.config.field_types import LEVELS
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.evaluation import evenly_spaced
 from bigbatch.lm.training.optimizer import lr_factor
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
-from bigbatch.lm.training.tuning_cache import Remembered, fingerprint, recall
+from bigbatch.lm.training.tuning_cache import CachedChoice, cache_key, load_cached
 from lm.helpers import Heard, conversations, metrics, records, run, save_model_folder, write_jsonl
 
 KEYS = {
@@ -157,8 +157,8 @@ def test_the_seed_decides(tmp_path: Path, settings: dict[str, Any]) -> None:
 def test_a_run_that_is_told_to_stop_saves_its_model(tmp_path: Path, settings: dict[str, Any]) -> None:
     heard = Heard()
     directory = RunDirectory.create(tmp_path / "run", {})
-    outcome = Trainer(prepare(TrainConfig(**settings))).run(
-        directory, listener=heard, should_stop=lambda: len(heard.rows) == 1
+    outcome = Trainer(set_up_training(TrainConfig(**settings))).run(
+        directory, callback=heard, should_stop=lambda: len(heard.rows) == 1
     )
     assert (outcome.step, outcome.finished) == (1, False)
     assert len(metrics(tmp_path / "run")) == 1
@@ -179,8 +179,8 @@ def test_evenly_spaced_indices_reach_over_the_whole_set() -> None:
 
 def test_every_document_is_used_once_an_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": None, "epochs": 2, "validation_fraction": 0.0, "global_batch": 7}
-    trainer = Trainer(prepare(TrainConfig(**settings)))
-    windows = list(trainer.course.windows(0, 0))
+    trainer = Trainer(set_up_training(TrainConfig(**settings)))
+    windows = list(trainer.schedule.windows(0, 0))
     assert trainer.total_steps == len(windows) == 12
     assert [len(window) for window in windows] == [7, 7, 7, 7, 7, 5] * 2
     used = [[i for window in windows[start : start + 6] for i in window] for start in (0, 6)]
@@ -189,14 +189,14 @@ def test_every_document_is_used_once_an_epoch(tmp_path: Path, settings: dict[str
 
 
 def test_a_warmup_longer_than_the_run_is_refused(settings: dict[str, Any]) -> None:
-    prepared = prepare(TrainConfig(**settings | {"steps": None, "epochs": 1, "warmup_steps": 5}))
+    prepared = set_up_training(TrainConfig(**settings | {"steps": None, "epochs": 1, "warmup_steps": 5}))
     with pytest.raises(InputError, match=r"^--warmup-steps 5 is more than the 4 updates of the run: "):
         Trainer(prepared)
 
 
 def test_a_skipped_update_keeps_its_number_and_the_rate_waits(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": 4, "warmup_steps": 4, "validation_fraction": 0.0}
-    prepared = prepare(TrainConfig(**settings))
+    prepared = set_up_training(TrainConfig(**settings))
     trainer = Trainer(prepared)
     first = next(prepared.model.parameters())
     calls: list[None] = []
@@ -206,7 +206,7 @@ def test_a_skipped_update_keeps_its_number_and_the_rate_waits(tmp_path: Path, se
         return gradient * math.inf if len(calls) == 3 else gradient  # two micro-batches an update
 
     first.register_hook(spoil_the_second)
-    outcome = trainer.run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
+    outcome = trainer.run(RunDirectory.create(tmp_path / "run", {}), callback=Heard())
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["skipped"] for row in rows] == [None, "non-finite gradient", None, None]
@@ -216,10 +216,10 @@ def test_a_skipped_update_keeps_its_number_and_the_rate_waits(tmp_path: Path, se
 
 def test_a_run_that_only_skips_is_given_up(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": 100, "validation_fraction": 0.0, "global_batch": 1}
-    prepared = prepare(TrainConfig(**settings))
+    prepared = set_up_training(TrainConfig(**settings))
     next(prepared.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(BigbatchError, match=r"^the last 50 updates were skipped \(non-finite gradient\), so the model"):
-        Trainer(prepared).run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
+        Trainer(prepared).run(RunDirectory.create(tmp_path / "run", {}), callback=Heard())
     assert len(metrics(tmp_path / "run")) == 50
 
 
@@ -230,12 +230,12 @@ def test_training_leaves_the_random_state_of_the_caller(tmp_path: Path, settings
 
 
 def test_a_sample_and_a_validation_draw_nothing_and_put_the_mode_back(settings: dict[str, Any]) -> None:
-    trainer = Trainer(prepare(TrainConfig(**settings)))
+    trainer = Trainer(set_up_training(TrainConfig(**settings)))
     before = torch.random.get_rng_state()
-    assert trainer.write("def ") == trainer.write("def ")
+    assert trainer.sample_text("def ") == trainer.sample_text("def ")
     trainer.validate()
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(module.training for module in trainer.prepared.model.modules())
+    assert all(module.training for module in trainer.setup.model.modules())
 
 
 # how much is in memory at once -----------------------------------------------------------------------------------
@@ -259,8 +259,8 @@ def test_a_cut_in_tokens_gives_the_same_parameters_and_validation(
 
 
 def test_no_micro_batch_is_above_the_token_budget(settings: dict[str, Any]) -> None:
-    trainer = Trainer(prepare(TrainConfig(**cut(settings, token_budget=40))))
-    for window in trainer.course.windows(0, 0):
+    trainer = Trainer(set_up_training(TrainConfig(**cut(settings, token_budget=40))))
+    for window in trainer.schedule.windows(0, 0):
         lengths = [len(sample["input_ids"]) for sample in trainer.fetch(window)]
         groups = trainer.engine.groups(lengths)
         assert sorted(i for rows in groups for i in rows) == list(range(len(window)))
@@ -268,25 +268,25 @@ def test_no_micro_batch_is_above_the_token_budget(settings: dict[str, Any]) -> N
 
 
 def test_auto_says_what_it_chose_and_keeps_it(tmp_path: Path, settings: dict[str, Any]) -> None:
-    trainer = Trainer(prepare(TrainConfig(**cut(settings))))
+    trainer = Trainer(set_up_training(TrainConfig(**cut(settings))))
     assert trainer.engine.choice is None
-    before = parameters(trainer.prepared)
+    before = parameters(trainer.setup)
     random_state = torch.random.get_rng_state()
     assert trainer.tune() is None
     choice = trainer.engine.choice
     assert choice is not None
-    assert torch.equal(parameters(trainer.prepared), before)
+    assert torch.equal(parameters(trainer.setup), before)
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert choice.unit == "tokens"
     assert choice.peak_bytes <= choice.limit_bytes
-    trainer.run(RunDirectory.create(tmp_path / "run", {}), listener=Heard())
+    trainer.run(RunDirectory.create(tmp_path / "run", {}), callback=Heard())
     assert trainer.engine.choice is choice
-    assert recall(tmp_path / "run", fingerprint(trainer.prepared)) == Remembered(choice, "none", tmp_path / "run")
+    assert load_cached(tmp_path / "run", cache_key(trainer.setup)) == CachedChoice(choice, "none", tmp_path / "run")
 
 
 def test_checkpointing_changes_no_parameter(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings["precision"] = "float64"
-    runs = [run(tmp_path / level, **settings, gradient_checkpointing=level)[0] for level in LEVELS]
+    runs = [run(tmp_path / level, **settings, gradient_checkpointing=level)[0] for level in CHECKPOINTING_MODES]
     layers = [each.model.model.layers for each in runs]
     assert [[layer.gradient_checkpointing for layer in each] for each in layers] == [[0, 0], [1, 0], [1, 1]]
     expected = parameters(runs[0])
@@ -297,7 +297,7 @@ def test_checkpointing_changes_no_parameter(tmp_path: Path, settings: dict[str, 
 def refused(settings: dict[str, Any]) -> str:
     """What is said of settings that cannot be trained with."""
     with pytest.raises(InputError) as caught:
-        Trainer(prepare(TrainConfig(device="cpu", **settings))).tune()
+        Trainer(set_up_training(TrainConfig(device="cpu", **settings))).tune()
     return str(caught.value)
 
 
@@ -319,7 +319,7 @@ def test_a_token_budget_below_the_longest_sequence_is_refused(settings: dict[str
         "--token-budget 31 is less than the longest sequence, which has 32 tokens and is never cut: pass "
         "--token-budget 32 or more, or a smaller --max-length."
     )
-    assert Trainer(prepare(TrainConfig(**cut(settings, token_budget=32)))).engine.token_budget == 32
+    assert Trainer(set_up_training(TrainConfig(**cut(settings, token_budget=32)))).engine.token_budget == 32
 
 
 def test_memory_that_is_not_there_is_refused(settings: dict[str, Any]) -> None:
@@ -343,6 +343,8 @@ def test_memory_for_less_than_one_sequence_is_refused(settings: dict[str, Any]) 
 def test_a_limit_that_would_choose_by_the_clock_is_refused_where_the_clock_is_left_out(
     settings: dict[str, Any],
 ) -> None:
-    prepared = prepare(TrainConfig(**settings | {"microbatch": "auto", "memory": "4GiB", "deterministic": True}))
+    prepared = set_up_training(
+        TrainConfig(**settings | {"microbatch": "auto", "memory": "4GiB", "deterministic": True})
+    )
     with pytest.raises(InputError, match=r"^--memory is for a micro-batch that is chosen by the clock, which --determ"):
         Trainer(prepared)

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from bigbatch.autotune.choice import Choice, Tried
-from bigbatch.autotune.time_model import Timing
-from bigbatch.lm.config.field_types import LEVELS, Recompute
+from bigbatch.autotune.choice import MicrobatchChoice, Trial
+from bigbatch.autotune.time_model import TimeModel
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
 from bigbatch.lm.training import tuning_cache
-from bigbatch.lm.training.setup import prepare
+from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
-from bigbatch.lm.training.tuning_cache import Remembered, fingerprint, recall, remember
+from bigbatch.lm.training.tuning_cache import CachedChoice, cache_key, load_cached, save_cached
 from lm.helpers import Heard, records, save_model_folder, write_jsonl
 
-CHOICE = Choice(
+CHOICE = MicrobatchChoice(
     size=4096,
     longest=512,
     unit="tokens",
@@ -28,8 +28,8 @@ CHOICE = Choice(
     limit_bytes=2 * 10**9,
     per_s=1234.5,
     largest=8192,
-    tried=(Tried(512, 1000.0), Tried(4096, 1234.5)),
-    timing=Timing(((512, 0.25), (4096, 1.5))),
+    trials=(Trial(512, 1000.0), Trial(4096, 1234.5)),
+    timing=TimeModel(((512, 0.25), (4096, 1.5))),
 )
 
 
@@ -45,31 +45,35 @@ def written(**changes: object) -> bytes:
 def test_a_whole_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / TUNED_MICROBATCH).write_bytes(written())
-    assert recall(tmp_path / "run", "this job") is not None
+    assert load_cached(tmp_path / "run", "this job") is not None
 
 
-def kept(folder: Path, choice: Choice = CHOICE, key: str = "this job", level: Recompute = "selective") -> Path:
+def kept(
+    folder: Path, choice: MicrobatchChoice = CHOICE, key: str = "this job", level: CheckpointingMode = "selective"
+) -> Path:
     folder.mkdir(parents=True)
-    remember(folder, choice, key, level=level)
+    save_cached(folder, choice, key, checkpointing_mode=level)
     return folder
 
 
-def found(folder: Path, choice: Choice = CHOICE) -> Remembered:
-    return Remembered(choice, "selective", folder)
+def found(folder: Path, choice: MicrobatchChoice = CHOICE) -> CachedChoice:
+    return CachedChoice(choice, "selective", folder)
 
 
 def test_a_choice_comes_back_as_it_was(tmp_path: Path) -> None:
     folder = kept(tmp_path / "run")
-    assert recall(folder, "this job") == found(folder)
-    unpredicted = Choice(**vars(CHOICE) | {"unpredicted": "the step cannot run without data (für)", "limited": True})
+    assert load_cached(folder, "this job") == found(folder)
+    unpredicted = MicrobatchChoice(
+        **vars(CHOICE) | {"unpredicted": "the step cannot run without data (für)", "limited": True}
+    )
     again = kept(tmp_path / "again", unpredicted)
-    assert recall(again, "this job") == found(again, unpredicted)
+    assert load_cached(again, "this job") == found(again, unpredicted)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_what_was_computed_anew_comes_back_with_it(tmp_path: Path, level: Recompute) -> None:
+@pytest.mark.parametrize("level", CHECKPOINTING_MODES)
+def test_what_was_computed_anew_comes_back_with_it(tmp_path: Path, level: CheckpointingMode) -> None:
     folder = kept(tmp_path / "run", level=level)
-    assert recall(folder, "this job") == Remembered(CHOICE, level, folder)
+    assert load_cached(folder, "this job") == CachedChoice(CHOICE, level, folder)
 
 
 def test_runs_beside_are_looked_through_the_latest_first(tmp_path: Path) -> None:
@@ -81,16 +85,16 @@ def test_runs_beside_are_looked_through_the_latest_first(tmp_path: Path) -> None
         path = tmp_path / name / TUNED_MICROBATCH
         stamp = path.stat().st_mtime - 10 * age
         os.utime(path, (stamp, stamp))
-    assert recall(tmp_path / "not there yet", "this job") == found(tmp_path / "one")
-    assert recall(tmp_path / "two", "this job") == found(tmp_path / "two")
-    assert recall(tmp_path / "not there yet", "a third job") is None
-    assert recall(tmp_path / "no" / "folder", "this job") is None
+    assert load_cached(tmp_path / "not there yet", "this job") == found(tmp_path / "one")
+    assert load_cached(tmp_path / "two", "this job") == found(tmp_path / "two")
+    assert load_cached(tmp_path / "not there yet", "a third job") is None
+    assert load_cached(tmp_path / "no" / "folder", "this job") is None
 
 
 def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Path) -> None:
     folder = kept(tmp_path / "run")
-    assert recall(folder, "this job", usable_bytes=CHOICE.peak_bytes) is not None
-    assert recall(folder, "this job", usable_bytes=CHOICE.peak_bytes - 1) is None
+    assert load_cached(folder, "this job", usable_bytes=CHOICE.peak_bytes) is not None
+    assert load_cached(folder, "this job", usable_bytes=CHOICE.peak_bytes - 1) is None
 
 
 @pytest.mark.parametrize(
@@ -119,16 +123,16 @@ def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Pa
 def test_what_cannot_be_read_is_not_there_and_hides_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / TUNED_MICROBATCH).write_bytes(content)
-    assert recall(tmp_path / "run", "this job") is None
+    assert load_cached(tmp_path / "run", "this job") is None
     beside = kept(tmp_path / "beside")
-    assert recall(tmp_path / "run", "this job") == found(beside)
+    assert load_cached(tmp_path / "run", "this job") == found(beside)
 
 
 def test_a_folder_that_cannot_be_written_to_does_not_end_the_run(tmp_path: Path) -> None:
-    remember(tmp_path / "not there", CHOICE, "this job", level="none")
+    save_cached(tmp_path / "not there", CHOICE, "this job", checkpointing_mode="none")
     (tmp_path / TUNED_MICROBATCH).mkdir()
-    remember(tmp_path, CHOICE, "this job", level="none")
-    assert recall(tmp_path, "this job") is None
+    save_cached(tmp_path, CHOICE, "this job", checkpointing_mode="none")
+    assert load_cached(tmp_path, "this job") is None
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +148,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def fingerprint_of(job: dict[str, Any], **changes: Any) -> str:
-    return fingerprint(prepare(TrainConfig(**job | changes)))
+    return cache_key(set_up_training(TrainConfig(**job | changes)))
 
 
 def test_another_job_has_another_fingerprint(job: dict[str, Any], tmp_path: Path) -> None:
@@ -183,22 +187,22 @@ def test_what_the_micro_batch_does_not_depend_on_changes_nothing(
 
 
 def test_a_run_takes_the_choice_of_the_one_beside_it(job: dict[str, Any], tmp_path: Path) -> None:
-    first = Trainer(prepare(TrainConfig(**job)))
-    assert first.tune(beside=tmp_path / "one") is None
-    first.run(RunDirectory.create(tmp_path / "one", {}), listener=Heard())
-    second = Trainer(prepare(TrainConfig(**job)))
-    assert second.tune(beside=tmp_path / "two") == tmp_path / "one"
+    first = Trainer(set_up_training(TrainConfig(**job)))
+    assert first.tune(cache=tmp_path / "one") is None
+    first.run(RunDirectory.create(tmp_path / "one", {}), callback=Heard())
+    second = Trainer(set_up_training(TrainConfig(**job)))
+    assert second.tune(cache=tmp_path / "two") == tmp_path / "one"
     assert second.engine.choice == first.engine.choice
     lengths = [5, 9, 30, 2, 7, 7, 8, 20]
     assert second.engine.groups(lengths) == first.engine.groups(lengths)
-    second.run(RunDirectory.create(tmp_path / "two", {}), listener=Heard())
+    second.run(RunDirectory.create(tmp_path / "two", {}), callback=Heard())
     assert (tmp_path / "two" / TUNED_MICROBATCH).read_bytes() == (tmp_path / "one" / TUNED_MICROBATCH).read_bytes()
-    assert torch.equal(*(next(trainer.prepared.model.parameters()) for trainer in (first, second)))
+    assert torch.equal(*(next(trainer.setup.model.parameters()) for trainer in (first, second)))
 
 
 def test_a_run_with_a_micro_batch_of_its_own_leaves_no_choice(job: dict[str, Any], tmp_path: Path) -> None:
     kept(tmp_path / "one")
-    trainer = Trainer(prepare(TrainConfig(**job, microbatch=4)))
-    assert trainer.tune(beside=tmp_path / "two") is None
-    trainer.run(RunDirectory.create(tmp_path / "two", {}), listener=Heard())
+    trainer = Trainer(set_up_training(TrainConfig(**job, microbatch=4)))
+    assert trainer.tune(cache=tmp_path / "two") is None
+    trainer.run(RunDirectory.create(tmp_path / "two", {}), callback=Heard())
     assert not (tmp_path / "two" / TUNED_MICROBATCH).exists()

@@ -6,17 +6,17 @@ import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.cli.console import make_console, preparing, quiet_libraries
+from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import AdviseOptions
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
-from bigbatch.lm.advice.batch_advice import advise, gather
+from bigbatch.lm.advice.batch_advice import advise, read_evidence
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bigbatch.lm.advice.branch_experiment import Branch
+    from bigbatch.lm.advice.branch_experiment import BranchResult
 
 WIDEST = 100
 
@@ -24,7 +24,7 @@ WIDEST = 100
 def run(options: AdviseOptions) -> int:
     """Say what the run has measured and what follows from it."""
     check_run(options.run)
-    found = gather(options.run)
+    found = read_evidence(options.run)
     advice = advise(found)
     console = make_console(stderr=options.as_json)
     branched = _branch(options, console) if options.branch else []
@@ -39,34 +39,34 @@ def run(options: AdviseOptions) -> int:
     return DONE
 
 
-def _branch(options: AdviseOptions, console: "Console") -> "list[Branch]":
+def _branch(options: AdviseOptions, console: "Console") -> "list[BranchResult]":
     from bigbatch.lm.checkpoint.manager import load
-    from bigbatch.lm.training.resume import as_changed, stored_config
+    from bigbatch.lm.training.resume import stored_config, with_saved_changes
 
-    saved, _ = load(options.run)
-    if saved is None:
+    checkpoint, _ = load(options.run)
+    if checkpoint is None:
         raise InputError(f"--branch begins at a checkpoint, and {options.run} has none that is whole.")
-    if saved.ranks:
-        raise InputError(f"--branch runs in one process, and {options.run} was saved by {len(saved.ranks)} ranks.")
-    with preparing(console) as say:
-        from bigbatch.lm.advice.branch_experiment import MULTIPLES, branches
+    if checkpoint.ranks:
+        raise InputError(f"--branch runs in one process, and {options.run} was saved by {len(checkpoint.ranks)} ranks.")
+    with progress_display(console) as progress:
+        from bigbatch.lm.advice.branch_experiment import MULTIPLES, branch_experiment
         from bigbatch.lm.training.evaluation import seeded
-        from bigbatch.lm.training.setup import prepare
+        from bigbatch.lm.training.setup import set_up_training
         from bigbatch.lm.training.trainer import Trainer
 
         quiet_libraries()
-        prepared = prepare(as_changed(stored_config(options.run), saved.facts), say=say)
-        trainer = Trainer(prepared, saved=saved)
-        say(f"training {len(MULTIPLES)} branches from update {saved.progress.step}")
+        setup = set_up_training(with_saved_changes(stored_config(options.run), checkpoint.facts), progress=progress)
+        trainer = Trainer(setup, checkpoint=checkpoint)
+        progress(f"training {len(MULTIPLES)} branches from update {checkpoint.progress.step}")
         found = []
-        with seeded(prepared):
-            for branch in branches(trainer, saved, updates=options.branch_updates):
+        with seeded(setup):
+            for branch in branch_experiment(trainer, checkpoint, updates=options.branch_updates):
                 found.append(branch)
-                say(f"training {len(MULTIPLES)} branches", len(found), len(MULTIPLES))
+                progress(f"training {len(MULTIPLES)} branches", len(found), len(MULTIPLES))
     return found
 
 
-def _show(found: "list[Branch]", console: "Console") -> None:
+def _show(found: "list[BranchResult]", console: "Console") -> None:
     from bigbatch.lm.advice.branch_experiment import TOLERANCE, largest_without_penalty
 
     console.print(f"\n{'batch':>8}{'updates':>9}{'held-out loss':>15}{'penalty':>9}")

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch import __version__
-from bigbatch.cli.console import make_console, preparing, quiet_libraries
+from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.exit_codes import DONE, FAILED
 from bigbatch.cli.options import BenchOptions
 from bigbatch.errors import InputError
 from bigbatch.lm.bench.entries import Entry, default_entries, read_entry, versions
 
 if TYPE_CHECKING:
-    from bigbatch.lm.bench.benchmark import Race, Row
+    from bigbatch.lm.bench.benchmark import BenchmarkResult, ContestantResult
     from bigbatch.lm.bench.workload import Workload
 
 WIDTH = 100
@@ -26,14 +26,14 @@ def run(options: BenchOptions) -> int:
     """Print the comparison; return 1 only if this package took part and has no figures."""
     path = None if options.save is None else _writable(options.save)
     console = make_console()
-    with preparing(make_console(stderr=True)) as say:
-        say("loading torch and transformers")
-        from bigbatch.lm.bench.benchmark import race
+    with progress_display(make_console(stderr=True)) as progress:
+        progress("loading torch and transformers")
+        from bigbatch.lm.bench.benchmark import run_benchmark
 
         quiet_libraries()
         workload = find_workload(options.workload)
         memory = options.memory or workload.memory
-        found = race(workload, entries_of(options), memory=memory, rounds=options.rounds, say=say)
+        found = run_benchmark(workload, entries_of(options), memory=memory, rounds=options.rounds, progress=progress)
     if options.as_json:
         import json
 
@@ -78,7 +78,7 @@ def command(options: BenchOptions) -> str:
 # words -----------------------------------------------------------------------------------------------------------
 
 
-def describe(found: "Race") -> Iterator[str]:
+def describe(found: "BenchmarkResult") -> Iterator[str]:
     """Yield the lines of the table and what is to be said about it."""
     yield _where(found)
     yield _what(found)
@@ -98,30 +98,30 @@ def describe(found: "Race") -> Iterator[str]:
     )
 
 
-def _where(found: "Race") -> str:
+def _where(found: "BenchmarkResult") -> str:
     known = [f"{name} {version}" if version else f"no {name}" for name, version in versions().items()]
     return f"{device_name(found)}, {', '.join(known)}, bigbatch {__version__}, Python {platform.python_version()}"
 
 
-def device_name(found: "Race") -> str:
+def device_name(found: "BenchmarkResult") -> str:
     """Name the card, or the processor with the threads that were used of it."""
     import torch
 
-    if found.machine.device.type == "cuda":
-        return torch.cuda.get_device_name(found.machine.device)
+    if found.device_spec.device.type == "cuda":
+        return torch.cuda.get_device_name(found.device_spec.device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _what(found: "Race") -> str:
+def _what(found: "BenchmarkResult") -> str:
     rounds = "1 round" if found.rounds == 1 else f"{found.rounds} rounds"
     limit = "no limit of memory" if found.memory is None else f"memory limited to {found.memory}"
     return (
-        f"{found.workload.name}: Qwen2, {found.num_parameters / 1e6:,.1f}M parameters, {found.machine.precision}; "
+        f"{found.workload.name}: Qwen2, {found.num_parameters / 1e6:,.1f}M parameters, {found.device_spec.precision}; "
         f"{found.num_sequences} sequences, {found.num_tokens:,} tokens an update; {limit}; {rounds}"
     )
 
 
-def _line(row: "Row", ratio: float | None, *, with_peaks: bool) -> str:
+def _line(row: "ContestantResult", ratio: float | None, *, with_peaks: bool) -> str:
     start = f"{row.name:<24}{row.samples or 'auto':>8}"
     if row.tokens_per_s is None:
         return f"{start}  {row.problem or 'no round was timed'}"
@@ -139,14 +139,14 @@ def _paragraph(text: str) -> list[str]:
 # JSON ------------------------------------------------------------------------------------------------------------
 
 
-def as_json(found: "Race", options: BenchOptions) -> dict[str, Any]:
+def as_json(found: "BenchmarkResult", options: BenchOptions) -> dict[str, Any]:
     """Turn a comparison into what JSON can hold."""
     return {
         "command": command(options),
         "device": device_name(found),
         "versions": {**versions(), "bigbatch": __version__, "python": platform.python_version()},
         "workload": found.workload.name,
-        "precision": found.machine.precision,
+        "precision": found.device_spec.precision,
         "parameters": found.num_parameters,
         "sequences": found.num_sequences,
         "tokens": found.num_tokens,
@@ -156,7 +156,7 @@ def as_json(found: "Race", options: BenchOptions) -> dict[str, Any]:
     }
 
 
-def _row_as_json(row: "Row", ratio: float | None) -> dict[str, Any]:
+def _row_as_json(row: "ContestantResult", ratio: float | None) -> dict[str, Any]:
     cosine, norm_ratio = row.similarity or (None, None)
     return {
         "name": row.name,

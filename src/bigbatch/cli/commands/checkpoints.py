@@ -5,11 +5,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bigbatch.cli.console import make_console, preparing
+from bigbatch.cli.console import make_console, progress_display
 from bigbatch.cli.options import CheckpointsOptions
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
-from bigbatch.lm.checkpoint.catalog import Kept, examine, numbered
+from bigbatch.lm.checkpoint.catalog import CheckpointInfo, examine, numbered
 from bigbatch.lm.runs.file_names import CHECKPOINTS
 from bigbatch.memory.limit import describe_bytes
 
@@ -22,11 +22,11 @@ def run(options: CheckpointsOptions) -> int:
     check_run(options.run)
     folder = options.run / CHECKPOINTS
     console, notes = make_console(), make_console(stderr=True)
-    with preparing(console if not options.as_json else notes if notes.is_terminal else None) as say:
+    with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         found = []
         paths = numbered(folder)
         for done, path in enumerate(paths):
-            say("verifying checkpoints", done, len(paths))
+            progress("verifying checkpoints", done, len(paths))
             kept = examine(path)
             found += [] if kept is None else [kept]
     if not found:
@@ -39,12 +39,12 @@ def run(options: CheckpointsOptions) -> int:
     return SOME_WHOLE if newest_whole(found) is not None else NONE_WHOLE
 
 
-def newest_whole(found: list[Kept]) -> Kept | None:
+def newest_whole(found: list[CheckpointInfo]) -> CheckpointInfo | None:
     """Give the last one that is whole."""
     return next((kept for kept in reversed(found) if kept.reason is None), None)
 
 
-def describe(found: list[Kept]) -> list[str]:
+def describe(found: list[CheckpointInfo]) -> list[str]:
     """Give a line for each checkpoint, the newest last, and one about where a run would go on."""
     width = max(len(kept.path.name) for kept in found)
     lines = [
@@ -56,7 +56,7 @@ def describe(found: list[Kept]) -> list[str]:
     return [*lines, last]
 
 
-def as_json(folder: Path, found: list[Kept]) -> dict[str, Any]:
+def as_json(folder: Path, found: list[CheckpointInfo]) -> dict[str, Any]:
     """Turn the list into what JSON can hold; times are in UTC."""
     newest = newest_whole(found)
     return {
@@ -75,7 +75,7 @@ def as_json(folder: Path, found: list[Kept]) -> dict[str, Any]:
     }
 
 
-def _verdict(kept: Kept) -> str:
+def _verdict(kept: CheckpointInfo) -> str:
     return "whole" if kept.reason is None else f"NOT whole: {kept.reason}"
 
 

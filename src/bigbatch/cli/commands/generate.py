@@ -17,16 +17,16 @@ def run(options: GenerateOptions) -> int:
     from transformers import TextStreamer
 
     from bigbatch.lm.data.tokenizer import load_tokenizer
-    from bigbatch.lm.device import find_machine
-    from bigbatch.lm.model.generation import continue_text
+    from bigbatch.lm.device import resolve_device
+    from bigbatch.lm.model.generation import generate_text
     from bigbatch.lm.model.pretrained import load_model
 
     quiet_libraries()
-    machine = find_machine(options.device, "float32")
+    device_spec = resolve_device(options.device, "float32")
     tokenizer = load_tokenizer(str(folder))
-    model = load_model(str(folder), dtype=machine.weights_dtype).to(machine.device).eval()
+    model = load_model(str(folder), dtype=device_spec.weights_dtype).to(device_spec.device).eval()
     torch.manual_seed(options.seed)
-    continue_text(
+    generate_text(
         model,
         tokenizer,
         options.prompt,

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.cli.console import duration, make_console, preparing, quiet_libraries
+from bigbatch.cli.console import duration, make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import PlanOptions
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.text import count
+from bigbatch.lm.text import plural
 from bigbatch.memory.limit import describe_bytes
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ DOES_NOT_FIT = 1
 def run(config: TrainConfig, options: PlanOptions) -> int:
     """Print the forecast; return 1 only if a micro-batch does not fit in the memory."""
     console, notes = make_console(), make_console(stderr=True)
-    with preparing(console if not options.as_json else notes if notes.is_terminal else None) as say:
+    with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.planning.forecast import forecast
 
         quiet_libraries()
-        found = forecast(config, say=say)
+        found = forecast(config, progress=progress)
     if options.as_json:
         console.print(json.dumps(as_json(found)))
     else:
@@ -46,26 +46,26 @@ def describe(found: "Forecast") -> Iterator[str]:
     yield str(found.plan)
     yield ""
     yield _time(found)
-    yield from _levers(found)
+    yield from _memory_savings(found)
 
 
 def _memory(found: "Forecast") -> Iterator[str]:
-    prediction, room = found.prediction, found.target.room
-    size = count(found.size, "token" if found.unit == "tokens" else "sequence")
+    prediction, budget = found.prediction, found.target.budget
+    size = plural(found.size, "token" if found.unit == "tokens" else "sequence")
     alone = ", longer sequences alone" if found.unit == "tokens" and found.size < found.longest else ""
     yield f"micro-batches of at most {size}{alone}: {found.reason}"
     yield f"memory at the peak of an update, in {prediction.phase}"
     for name, num_bytes in prediction.parts.items():
         yield f"  {name:<14}{describe_bytes(num_bytes):>12}"
     yield f"  {'in all':<14}{describe_bytes(prediction.peak_bytes):>12}"
-    if room is None:
+    if budget is None:
         yield "  of how much is not known: name a card, such as --gpu h100, or an amount, such as --memory 24GiB"
     else:
-        yield f"  which {'fits' if found.fits else 'does NOT fit'}: {room}"
+        yield f"  which {'fits' if found.fits else 'does NOT fit'}: {budget}"
 
 
 def _time(found: "Forecast") -> str:
-    updates = count(found.num_updates, "update")
+    updates = plural(found.num_updates, "update")
     if found.update_s is None:
         return f"{updates}; how long one takes was not measured: {found.untimed}"
     return (
@@ -74,27 +74,27 @@ def _time(found: "Forecast") -> str:
     )
 
 
-def _levers(found: "Forecast") -> Iterator[str]:
-    if not found.levers:
+def _memory_savings(found: "Forecast") -> Iterator[str]:
+    if not found.memory_savings:
         return
     yield "what would lower the peak of the same micro-batch:"
-    width = max(26, *(len(lever.flags) for lever in found.levers))
-    for lever in found.levers:
-        change = _change(lever.peak_bytes - found.prediction.peak_bytes)
-        fits = ", which fits" if lever.fits and not found.fits else ""
-        yield f"  {lever.flags:<{width}}{describe_bytes(lever.peak_bytes):>12}  ({change}){fits}"
+    width = max(26, *(len(saving.flags) for saving in found.memory_savings))
+    for saving in found.memory_savings:
+        change = _change(saving.peak_bytes - found.prediction.peak_bytes)
+        fits = ", which fits" if saving.fits and not found.fits else ""
+        yield f"  {saving.flags:<{width}}{describe_bytes(saving.peak_bytes):>12}  ({change}){fits}"
 
 
 def as_json(found: "Forecast") -> dict[str, Any]:
     """Turn a forecast into what JSON can hold."""
-    room, plan = found.target.room, found.plan
+    budget, plan = found.target.budget, found.plan
     return {
         "model": found.config.model,
         "parameters": found.num_parameters,
         "trained_parameters": found.num_trained,
         "device": found.target.name,
-        "limit_bytes": None if room is None else room.limit_bytes,
-        "usable_bytes": None if room is None else room.usable_bytes,
+        "limit_bytes": None if budget is None else budget.limit_bytes,
+        "usable_bytes": None if budget is None else budget.usable_bytes,
         "fits": found.fits,
         "peak_bytes": found.prediction.peak_bytes,
         "peak_phase": found.prediction.phase,
@@ -111,7 +111,8 @@ def as_json(found: "Forecast") -> dict[str, Any]:
         "updates": found.num_updates,
         "update_s": found.update_s,
         "levers": [
-            {"flags": lever.flags, "peak_bytes": lever.peak_bytes, "fits": lever.fits} for lever in found.levers
+            {"flags": saving.flags, "peak_bytes": saving.peak_bytes, "fits": saving.fits}
+            for saving in found.memory_savings
         ],
         "notes": list(found.notes),
     }

@@ -8,7 +8,7 @@ from bigbatch.cli.console import make_console
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import ReportOptions
 from bigbatch.cli.run_lookup import check_run
-from bigbatch.lm.report.output_file import check_place, put
+from bigbatch.lm.report.output_file import check_place, write_page
 from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import Run, is_running, read_run, size_of_metrics
 from bigbatch.lm.report.sections import STATES
@@ -31,7 +31,7 @@ def run(options: ReportOptions) -> int:
     check_place(target)
     console = make_console()
     watched = options.watch and _any_running(runs)
-    num_bytes = put(target, page(runs, refresh=watched))
+    num_bytes = write_page(target, page(runs, refresh=watched))
     console.print(f"{target}: {describe_bytes(num_bytes)}, {_states(runs)}")
     if watched:
         runs = _watch(folders, target, console)
@@ -53,12 +53,12 @@ def _watch(folders: tuple[Path, ...], target: Path, console: "Console") -> list[
             shown = now
             started_s = time.perf_counter()
             runs = [read_run(folder) for folder in folders]
-            put(target, page(runs, refresh=_any_running(runs)))
+            write_page(target, page(runs, refresh=_any_running(runs)))
             pause_s = max(LOOK_EVERY_S, SHARE * (time.perf_counter() - started_s))
     except KeyboardInterrupt:
         print()  # the terminal has just written ^C
     runs = [read_run(folder) for folder in folders]
-    put(target, page(runs))
+    write_page(target, page(runs))
     return runs
 
 

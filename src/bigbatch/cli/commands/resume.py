@@ -5,84 +5,94 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.cli.console import make_console, preparing, quiet_libraries
+from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import ResumeOptions
-from bigbatch.cli.session import explain, repeat_exactly, train
-from bigbatch.cli.torchrun import each_its_own_device, joined, refusing_together, speaking_for_all
+from bigbatch.cli.session import enable_determinism, summary_lines, train
+from bigbatch.cli.torchrun import fail_together, process_group, reject_together, with_local_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.runs.directory import ReadDirectory, RunDirectory
+from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory
 from bigbatch.lm.runs.lock import RunLock
 from bigbatch.lm.training.dashboards import check_log
-from bigbatch.lm.training.resume import as_changed, check_facts, continued, stored_config
+from bigbatch.lm.training.resume import check_facts, merge_config, stored_config, with_saved_changes
 
 if TYPE_CHECKING:
-    from bigbatch.lm.distributed.ranks import Ranks
+    from bigbatch.lm.distributed.ranks import RankContext
 
 
 def run(asked: TrainConfig, options: ResumeOptions) -> int:
     """Go on with one run; return 0, or 75 when a signal stopped it after saving."""
-    with refusing_together("resume"):
+    with reject_together("resume"):
         stored = stored_config(options.run)
     given = asked.model_fields_set & {"device", "parallel", "timeout_s"}
     now: dict[str, Any] = {name: getattr(asked, name) for name in given}
-    with joined(stored.model_copy(update=now)) as ranks:
-        return go_on(asked, options, ranks)
+    with process_group(stored.model_copy(update=now)) as ranks:
+        return resume(asked, options, ranks)
 
 
-def go_on(asked: TrainConfig, options: ResumeOptions, ranks: "Ranks") -> int:
+def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> int:
     """Go on with one run on ranks that have found one another. Collective; returns as `run` does."""
     path = options.run
     console = make_console(quiet=not ranks.is_first)
     with contextlib.ExitStack() as stack:
-        with speaking_for_all(ranks, "resume"):
+        with fail_together(ranks, "resume"):
             stored = stored_config(path)
             if ranks.is_first:
                 stack.enter_context(RunLock(path))
-        repeat_exactly(asked if "deterministic" in asked.model_fields_set else stored)
-        with speaking_for_all(ranks, "resume"), preparing(console) as say:
-            say("looking for the newest checkpoint")
+        enable_determinism(asked if "deterministic" in asked.model_fields_set else stored)
+        with fail_together(ranks, "resume"), progress_display(console) as progress:
+            progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.manager import load
 
-            saved, rejected = load(path)
-        with speaking_for_all(ranks, "resume"):
-            check_same(None if saved is None else saved.path.name, path, ranks)
-        with speaking_for_all(ranks, "resume"), preparing(console) as say:
-            stored = as_changed(stored, None if saved is None else saved.facts)
-            config = each_its_own_device(continued(stored, asked, allowed=options.allowed), ranks)
+            checkpoint, rejected = load(path)
+        with fail_together(ranks, "resume"):
+            check_same(None if checkpoint is None else checkpoint.path.name, path, ranks)
+        with fail_together(ranks, "resume"), progress_display(console) as progress:
+            stored = with_saved_changes(stored, None if checkpoint is None else checkpoint.facts)
+            config = with_local_device(merge_config(stored, asked, allowed=options.allowed), ranks)
             check_log(config.log)
             for folder, why in rejected:
                 console.print(f"passed over {folder}: {why}")
-            directory = RunDirectory(path) if ranks.is_first else ReadDirectory(path)
-            if saved is not None and saved.progress.step >= saved.total_steps and directory.model.is_dir():
-                console.print(f"{path} is finished: all its {saved.total_steps:,} updates are made, its model is saved")
+            directory = RunDirectory(path) if ranks.is_first else ReadOnlyRunDirectory(path)
+            if (
+                checkpoint is not None
+                and checkpoint.progress.step >= checkpoint.total_steps
+                and directory.model.is_dir()
+            ):
+                console.print(
+                    f"{path} is finished: all its {checkpoint.total_steps:,} updates are made, its model is saved"
+                )
                 return DONE
-            from bigbatch.lm.training.setup import prepare
+            from bigbatch.lm.training.setup import set_up_training
             from bigbatch.lm.training.trainer import Trainer
 
             quiet_libraries()
-            prepared = prepare(config, say=say)
-        with speaking_for_all(ranks, "resume"):
-            trainer = Trainer(prepared, saved=saved, ranks=replace(ranks, parallel=config.parallel))
-            if saved is not None:
-                check_facts(path, config.data, saved.facts, trainer.facts, allowed=options.allowed)
-        where = "there is no checkpoint, so it begins anew" if saved is None else f"after update {saved.progress.step}"
+            setup = set_up_training(config, progress=progress)
+        with fail_together(ranks, "resume"):
+            trainer = Trainer(setup, checkpoint=checkpoint, ranks=replace(ranks, parallel=config.parallel))
+            if checkpoint is not None:
+                check_facts(path, config.data, checkpoint.facts, trainer.facts, allowed=options.allowed)
+        where = (
+            "there is no checkpoint, so it begins anew"
+            if checkpoint is None
+            else f"after update {checkpoint.progress.step}"
+        )
         console.print(f"going on with {path}: {where}")
-        if saved is None and trainer.config.microbatch == "auto":
-            trainer.tune(beside=path)
-        for line in (*prepared.notes, *(explain(trainer) if saved is None else ())):
+        if checkpoint is None and trainer.config.microbatch == "auto":
+            trainer.tune(cache=path)
+        for line in (*setup.notes, *(summary_lines(trainer) if checkpoint is None else ())):
             console.print(line)
         return train(trainer, directory, console, config=config)
 
 
-def check_same(checkpoint: str | None, path: Path, ranks: "Ranks") -> None:
+def check_same(checkpoint: str | None, path: Path, ranks: "RankContext") -> None:
     """Refuse ranks that would go on from different checkpoints. Collective.
 
     Raises:
         InputError: They would.
     """
-    found = ranks.everyone(checkpoint)
+    found = ranks.all_gather(checkpoint)
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if other is not None:
         raise InputError(

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bigbatch.cli.console import make_console, preparing, quiet_libraries
+from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import VerifyOptions
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
@@ -19,29 +19,29 @@ NOT_EXACT = 1
 def run(config: TrainConfig, options: VerifyOptions) -> int:
     """Print the proof; return 0 only if every cut is exact."""
     console, notes = make_console(), make_console(stderr=True)
-    with preparing(console if not options.as_json else notes if notes.is_terminal else None) as say:
+    with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.data.sampling_order import epoch_order
-        from bigbatch.lm.training.setup import prepare
+        from bigbatch.lm.training.setup import set_up_training
         from bigbatch.verification.verify import verify
 
         quiet_libraries()
-        prepared = prepare(config, say=say)
-        order = epoch_order(len(prepared.training), seed=config.seed, epoch=0)[: options.samples]
+        setup = set_up_training(config, progress=progress)
+        order = epoch_order(len(setup.training), seed=config.seed, epoch=0)[: options.samples]
         if len(order) < 2:
             raise InputError(f"a batch of {len(order)} sequence cannot be cut: pass --samples 2 or more, or more data.")
-        say("taking gradients")
+        progress("taking gradients")
         verification = verify(
-            prepared.model,
-            prepared.loss_fn,
-            [prepared.training[i] for i in order],
+            setup.model,
+            setup.loss_fn,
+            [setup.training[i] for i in order],
             microbatch=options.cuts or default_cuts(len(order)),
-            collate=prepared.collate,
+            collate=setup.collate,
         )
     if options.as_json:
-        on = {"model": config.model, "data": config.data, "machine": str(prepared.machine)}
+        on = {"model": config.model, "data": config.data, "machine": str(setup.device_spec)}
         console.print(json.dumps(on | as_json(verification)))
     else:
-        console.print(f"{config.model} on {config.data}, {prepared.machine}")
+        console.print(f"{config.model} on {config.data}, {setup.device_spec}")
         console.print(str(verification))
     return EXACT if verification.exact else NOT_EXACT
 

@@ -29,7 +29,7 @@ Verdict = Literal["far below", "near", "far above", "unknown"]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RunEvidence:
     """What a run has measured.
 
     Attributes:
@@ -70,7 +70,7 @@ class Advice:
     gain: float = 1.0
 
 
-def gather(folder: Path) -> Evidence:
+def read_evidence(folder: Path) -> RunEvidence:
     """Read what a run has measured.
 
     Raises:
@@ -87,12 +87,12 @@ def gather(folder: Path) -> Evidence:
     return evidence(rows, config)
 
 
-def evidence(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> Evidence:
+def evidence(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> RunEvidence:
     """Take what counts from the lines of metrics.jsonl."""
     latest = rows[-LATEST:]
     last = rows[-1]
     times = [row["elapsed_s"] for row in latest if row.get("elapsed_s")]
-    return Evidence(
+    return RunEvidence(
         step=int(last["step"]),
         batch=_batch(latest, config),
         microbatches=max(1, round(statistics.median(int(row["num_microbatches"]) for row in latest))),
@@ -109,10 +109,10 @@ def _batch(latest: Sequence[Mapping[str, Any]], config: TrainConfig) -> float:
     return float(asked or statistics.median(row.get("sequences") or 0 for row in latest))
 
 
-def advise(found: Evidence) -> Advice:
+def advise(found: RunEvidence) -> Advice:
     """Say what the evidence means."""
-    verdict = judge(found)
-    sentences = [_beside_the_scale(found, verdict), _cost(found)]
+    verdict = classify(found)
+    sentences = [_compare_with_scale(found, verdict), _cost(found)]
     smaller, gain = _smaller(found)
     if verdict != "unknown":
         sentences.append(_of_a_smaller_one(found, smaller, gain))
@@ -123,7 +123,7 @@ def advise(found: Evidence) -> Advice:
     return Advice(verdict, tuple(sentences), smaller if gain > 1.05 else None, gain)
 
 
-def judge(found: Evidence) -> Verdict:
+def classify(found: RunEvidence) -> Verdict:
     """Tell how the batch stands to the noise scale, as far as its interval lets one."""
     if found.scale is None or not found.batch:
         return "unknown"
@@ -138,9 +138,9 @@ def judge(found: Evidence) -> Verdict:
     return "far below" if ratio < 1 / FAR else "far above" if ratio > FAR else "near"
 
 
-def in_one_line(found: Evidence) -> str | None:
+def one_line(found: RunEvidence) -> str | None:
     """Say the most important of it, for the end of a run; None where nothing is known."""
-    verdict = judge(found)
+    verdict = classify(found)
     if verdict == "unknown":
         return None
     means = {
@@ -151,7 +151,7 @@ def in_one_line(found: Evidence) -> str | None:
     return f"batch: {_rounded(found.batch)} sequences, {verdict} the gradient noise scale {_scale(found)}: {means}"
 
 
-def _beside_the_scale(found: Evidence, verdict: Verdict) -> str:
+def _compare_with_scale(found: RunEvidence, verdict: Verdict) -> str:
     if verdict == "unknown":
         why = (
             "is not known: it takes updates of at least two micro-batches, a loss of one term, and no float16"
@@ -170,7 +170,7 @@ def _beside_the_scale(found: Evidence, verdict: Verdict) -> str:
     )
 
 
-def _cost(found: Evidence) -> str:
+def _cost(found: RunEvidence) -> str:
     if found.microbatches == 1:
         return "An update is one micro-batch here: nothing is accumulated, and a smaller batch would save no memory."
     time = "" if found.update_s is None else f" and {found.update_s:.3g} s"
@@ -181,7 +181,7 @@ def _cost(found: Evidence) -> str:
     )
 
 
-def _smaller(found: Evidence) -> tuple[int, float]:
+def _smaller(found: RunEvidence) -> tuple[int, float]:
     """Give the sequences of one micro-batch, and how many times fewer samples a batch of so many would take."""
     smaller = max(1, round(found.batch / found.microbatches))
     if found.scale is None or math.isinf(found.scale) or found.scale <= 0:
@@ -189,7 +189,7 @@ def _smaller(found: Evidence) -> tuple[int, float]:
     return smaller, (1 + found.batch / found.scale) / (1 + smaller / found.scale)
 
 
-def _of_a_smaller_one(found: Evidence, smaller: int, gain: float) -> str:
+def _of_a_smaller_one(found: RunEvidence, smaller: int, gain: float) -> str:
     if gain <= 1.05:
         return (
             "On this machine, where samples cost the same in any batch, a smaller batch would reach the same loss no "
@@ -205,7 +205,7 @@ def _of_a_smaller_one(found: Evidence, smaller: int, gain: float) -> str:
     )
 
 
-def _scale(found: Evidence) -> str:
+def _scale(found: RunEvidence) -> str:
     assert found.scale is not None, "told only where it is known"
     about = "too large to tell" if math.isinf(found.scale) else f"about {_rounded(found.scale)} sequences"
     low = _rounded(found.low or 0.0)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bigbatch.errors import InputError
-from bigbatch.lm.checkpoint.manager import Saved
+from bigbatch.lm.checkpoint.manager import RunCheckpoint
 from bigbatch.lm.data.sampling_order import epoch_order
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.scaling.hyperparameters import rescale
@@ -20,7 +20,7 @@ TOLERANCE = 0.01  # nats a token: below it, a loss counts as the same
 
 
 @dataclass(frozen=True)
-class Branch:
+class BranchResult:
     """What one branch came to.
 
     Attributes:
@@ -38,39 +38,39 @@ class Branch:
     penalty: float
 
 
-def branches(trainer: Trainer, saved: Saved, *, updates: int) -> Iterator[Branch]:
+def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: int) -> Iterator[BranchResult]:
     """Train each branch over the same samples, one after the other; nothing is written, and the run stays as it is.
 
     Args:
         trainer: Of the run, made with what was saved.
-        saved: Its checkpoint.
+        checkpoint: Its checkpoint.
         updates: Of the branch with the largest batch; the others take as many samples.
 
     Raises:
         InputError: The run has no held-out sequences, or counts its batch in tokens.
     """
-    if trainer.prepared.validation is None:
+    if trainer.setup.validation is None:
         raise InputError("--branch compares losses on held-out sequences, and this run keeps none apart.")
-    batch = trainer.course.batch_after(saved.progress.cursor)
+    batch = trainer.schedule.batch_after(checkpoint.progress.cursor)
     if batch is None:
         raise InputError("--branch needs a batch in sequences, and this run counts its batch in tokens.")
     update, base = trainer.engine.accumulator.update, math.inf
     for multiple in MULTIPLES:
         update.scheduler = trainer.scheduler
-        trainer.engine.load_state_dict(saved.engine_of(trainer.ranks, [trainer.prepared.machine.device]))
+        trainer.engine.load_state_dict(checkpoint.engine_of(trainer.ranks, [trainer.setup.device_spec.device]))
         update.scheduler = None  # the rate stays what it was at the checkpoint
         rescale(trainer.optimizer, multiple, rule="sqrt+half-life", scheduler=trainer.scheduler)
         size = multiple * batch
-        samples = _following(trainer, saved.progress.cursor, updates * max(MULTIPLES) * batch)
+        samples = _following(trainer, checkpoint.progress.cursor, updates * max(MULTIPLES) * batch)
         windows = [samples[start : start + size] for start in range(0, len(samples), size)]
         for window in windows:
             trainer.engine.step(trainer.fetch(window))
         loss = trainer.validate()
         base = loss if multiple == 1 else base
-        yield Branch(multiple, size, len(windows), loss, loss - base)
+        yield BranchResult(multiple, size, len(windows), loss, loss - base)
 
 
-def largest_without_penalty(found: Sequence[Branch]) -> Branch:
+def largest_without_penalty(found: Sequence[BranchResult]) -> BranchResult:
     """Give the branch with the largest batch whose loss, and that of all smaller ones, is that of the run's own."""
     good = found[0]
     for branch in found[1:]:
@@ -82,7 +82,7 @@ def largest_without_penalty(found: Sequence[Branch]) -> Branch:
 
 def _following(trainer: Trainer, cursor: int, number: int) -> list[int]:
     """Give the samples that a run takes next."""
-    lengths = trainer.prepared.training.lengths
+    lengths = trainer.setup.training.lengths
     epoch, position = divmod(cursor, len(lengths))
     samples: list[int] = []
     while len(samples) < number:

@@ -17,18 +17,18 @@ from bigbatch.lm.bench.entries import ABOUT, OURS, Entry, missing
 from bigbatch.lm.bench.meter import GradientMeter, Meter, Similarity, Timer, reference_gradient
 from bigbatch.lm.bench.peer import Contestant
 from bigbatch.lm.bench.registry import make_contestant
-from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Workload, count_tokens
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.memory.limit import parse_memory
-from bigbatch.memory.usage import is_out_of_memory, release_memory
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
 if TYPE_CHECKING:
-    from bigbatch.lm.training.setup import Say
+    from bigbatch.lm.training.setup import ProgressCallback
 
 
 @dataclass(frozen=True)
-class Row:
+class ContestantResult:
     """What became of one contestant.
 
     Attributes:
@@ -58,12 +58,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Race:
+class BenchmarkResult:
     """All rows, and what they were measured on.
 
     Attributes:
         workload: What an update was.
-        machine: Device and precision.
+        device_spec: Device and precision.
         memory: The limit, as it was asked for; None for none.
         rounds: Timed updates of each contestant.
         num_parameters: Of the model.
@@ -73,26 +73,28 @@ class Race:
     """
 
     workload: Workload
-    machine: Machine
+    device_spec: DeviceSpec
     memory: str | None
     rounds: int
     num_parameters: int
     num_sequences: int
     num_tokens: int
-    rows: tuple[Row, ...]
+    rows: tuple[ContestantResult, ...]
 
     @property
-    def ours(self) -> Row | None:
+    def ours(self) -> ContestantResult | None:
         """The row of this package; None where it was not asked for."""
         return next((row for row in self.rows if row.name == OURS), None)
 
-    def ratio(self, row: Row) -> float | None:
+    def ratio(self, row: ContestantResult) -> float | None:
         """How many times the tokens a second of a row this package made; None where either made none."""
         ours = None if self.ours is None else self.ours.tokens_per_s
         return ours / row.tokens_per_s if ours and row.tokens_per_s else None
 
 
-def race(workload: Workload, entries: Sequence[Entry], *, memory: str | None, rounds: int, say: "Say") -> Race:
+def run_benchmark(
+    workload: Workload, entries: Sequence[Entry], *, memory: str | None, rounds: int, progress: "ProgressCallback"
+) -> BenchmarkResult:
     """Let everyone take the update of a workload, in turn, in each of the rounds; the first is compared as well.
 
     Args:
@@ -100,26 +102,26 @@ def race(workload: Workload, entries: Sequence[Entry], *, memory: str | None, ro
         entries: Who takes part.
         memory: What the process may use of a CUDA device, which it is held to. On the CPU only this package knows it.
         rounds: Timed updates of each contestant.
-        say: Told what goes on.
+        progress: Told what goes on.
 
     Raises:
         InputError: The device is not there, or has less memory.
     """
-    machine = workload.machine()
-    with _limited(machine, memory):
-        say("making the model")
-        stage = Stage(workload, memory)
-        say("computing the reference gradient, in float32")
-        with _unlimited(machine):  # it takes no part
+    device_spec = workload.machine()
+    with _limited(device_spec, memory):
+        progress("making the model")
+        stage = SharedModel(workload, memory)
+        progress("computing the reference gradient, in float32")
+        with _unlimited(device_spec):  # it takes no part
             reference = reference_gradient(stage)
-        lanes = [_Lane(entry) for entry in entries]
+        lanes = [_ContestantRun(entry) for entry in entries]
         for number in range(1, rounds + 1):
             for lane in lanes:
-                say(f"round {number} of {rounds}: {lane.title}")
+                progress(f"round {number} of {rounds}: {lane.title}")
                 lane.time(stage, reference)
-    return Race(
+    return BenchmarkResult(
         workload=workload,
-        machine=machine,
+        device_spec=device_spec,
         memory=memory,
         rounds=rounds,
         num_parameters=sum(parameter.numel() for parameter in stage.parameters),
@@ -129,7 +131,7 @@ def race(workload: Workload, entries: Sequence[Entry], *, memory: str | None, ro
     )
 
 
-class _Lane:
+class _ContestantRun:
     """One contestant on its way: what was measured so far, or what stopped it."""
 
     def __init__(self, entry: Entry) -> None:
@@ -144,7 +146,7 @@ class _Lane:
     def title(self) -> str:
         return self._entry.name if self._entry.samples is None else f"{self._entry.name}:{self._entry.samples}"
 
-    def time(self, stage: Stage, reference: Sequence[Tensor]) -> None:
+    def time(self, stage: SharedModel, reference: Sequence[Tensor]) -> None:
         """Take a timed update; the gradient of the first is compared meanwhile, which does not count as time."""
         timer = Timer(stage.device)
         if self._speeds:
@@ -163,21 +165,21 @@ class _Lane:
         if timer.peak_bytes is not None:
             self._peaks.append(timer.peak_bytes)
 
-    def _take_turn(self, stage: Stage, meter: Meter) -> None:
+    def _take_turn(self, stage: SharedModel, meter: Meter) -> None:
         if self._contestant is None or self._problem is not None:
             return
         try:
-            with stage.turn(), _quiet():
+            with stage.isolated(), _quiet():
                 self._contestant.turn(stage, meter)
         except Exception as error:
             self._problem = _describe(error)
             if self._entry.name == OURS and self._problem.startswith("failed"):
                 raise
         if self._problem is not None:
-            release_memory()  # outside the except block, whose traceback holds tensors
+            free_cached_memory()  # outside the except block, whose traceback holds tensors
 
-    def row(self) -> Row:
-        return Row(
+    def row(self) -> ContestantResult:
+        return ContestantResult(
             name=self._entry.name,
             about=ABOUT[self._entry.name],
             samples=self._entry.samples,
@@ -196,37 +198,37 @@ def _describe(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _limited(machine: Machine, memory: str | None) -> Iterator[None]:
+def _limited(device_spec: DeviceSpec, memory: str | None) -> Iterator[None]:
     """Hold this process to a limit on CUDA."""
-    if memory is None or machine.device.type != "cuda":
+    if memory is None or device_spec.device.type != "cuda":
         yield
         return
-    total_bytes = torch.cuda.get_device_properties(machine.device).total_memory
+    total_bytes = torch.cuda.get_device_properties(device_spec.device).total_memory
     try:
-        limit_bytes = parse_memory(memory).bytes_of(total_bytes)
+        limit_bytes = parse_memory(memory).to_bytes(total_bytes)
     except ValueError as error:
         raise InputError(str(error)) from None
-    before = torch.cuda.get_per_process_memory_fraction(machine.device)
-    machine.limit_memory(limit_bytes)
+    before = torch.cuda.get_per_process_memory_fraction(device_spec.device)
+    device_spec.limit_memory(limit_bytes)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, machine.device)
+        torch.cuda.set_per_process_memory_fraction(before, device_spec.device)
 
 
 @contextlib.contextmanager
-def _unlimited(machine: Machine) -> Iterator[None]:
+def _unlimited(device_spec: DeviceSpec) -> Iterator[None]:
     """Lift the limit of this process on CUDA for a while."""
-    if machine.device.type != "cuda":
+    if device_spec.device.type != "cuda":
         yield
         return
-    before = torch.cuda.get_per_process_memory_fraction(machine.device)
-    torch.cuda.set_per_process_memory_fraction(1.0, machine.device)
+    before = torch.cuda.get_per_process_memory_fraction(device_spec.device)
+    torch.cuda.set_per_process_memory_fraction(1.0, device_spec.device)
     try:
         yield
     finally:
-        release_memory()
-        torch.cuda.set_per_process_memory_fraction(before, machine.device)
+        free_cached_memory()
+        torch.cuda.set_per_process_memory_fraction(before, device_spec.device)
 
 
 @contextlib.contextmanager

@@ -9,14 +9,14 @@ from typing import Any
 from bigbatch.lm.bench.entries import NEEDS
 from bigbatch.lm.bench.meter import Meter
 from bigbatch.lm.bench.peer import Peer
-from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Sample
 
 
-class LightningTrainer(Peer):
+class LightningRunner(Peer):
     """The Trainer on a module whose ``training_step`` returns the model's loss. Its construction is not measured."""
 
-    def update(self, stage: Stage, samples: Sequence[Sample], meter: Meter) -> None:
+    def update(self, stage: SharedModel, samples: Sequence[Sample], meter: Meter) -> None:
         """Fit for one step."""
         lightning = _import()
 
@@ -44,7 +44,7 @@ class LightningTrainer(Peer):
             trainer = lightning.Trainer(
                 max_steps=1,
                 accumulate_grad_batches=self.num_microbatches(samples),
-                precision="bf16-mixed" if stage.machine.precision == "bf16" else "32-true",
+                precision="bf16-mixed" if stage.device_spec.precision == "bf16" else "32-true",
                 accelerator="gpu" if stage.device.type == "cuda" else "cpu",
                 devices=1,
                 default_root_dir=folder,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.shared_model import SharedModel
 
 PIECE = 2**22  # values compared at a time, so that no second gradient is needed on the device
 
@@ -98,7 +98,7 @@ class GradientMeter:
         similarity: Of the first step; None if there was none.
     """
 
-    def __init__(self, stage: Stage, reference: Sequence[Tensor], *, timer: Timer | None = None) -> None:
+    def __init__(self, stage: SharedModel, reference: Sequence[Tensor], *, timer: Timer | None = None) -> None:
         self._stage = stage
         self._reference = reference
         self._timer = timer
@@ -141,7 +141,7 @@ class GradientMeter:
                 self.similarity = similarity((p.grad for p in self._stage.parameters), self._reference)
 
 
-def reference_gradient(stage: Stage) -> list[Tensor]:
+def reference_gradient(stage: SharedModel) -> list[Tensor]:
     """Compute the gradient of the mean loss over all labels of the batch, in float32, one sequence at a time.
 
         Σ_i ∇ loss_sum_i / Σ_i labels_i
@@ -150,7 +150,7 @@ def reference_gradient(stage: Stage) -> list[Tensor]:
         On the CPU, one tensor for each parameter.
     """
     num_labels = sum(len(sample["labels"]) - 1 for sample in stage.samples)
-    with stage.turn(), stage.in_float32():
+    with stage.isolated(), stage.in_float32():
         for sample in stage.samples:
             ids = sample["input_ids"].to(stage.device)
             logits = stage.model(input_ids=ids[None], use_cache=False).logits[0, :-1]

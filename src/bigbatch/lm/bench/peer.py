@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bigbatch.lm.bench.meter import Meter, NoMeter
-from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Sample
 from bigbatch.lm.data.dataset import collate
 
@@ -25,7 +25,7 @@ class Contestant(Protocol):
 
     notes: list[str]
 
-    def turn(self, stage: Stage, meter: Meter) -> None:
+    def turn(self, stage: SharedModel, meter: Meter) -> None:
         """Warm up, then take one whole update from the first weights, between ``meter.start`` and ``meter.stop``."""
 
 
@@ -40,22 +40,22 @@ class Peer(ABC):
         self.samples = samples
         self.notes: list[str] = []
 
-    def turn(self, stage: Stage, meter: Meter) -> None:
+    def turn(self, stage: SharedModel, meter: Meter) -> None:
         """Warm up with the longest sequences, so that the memory is there, then take the whole update."""
         longest = sorted(stage.samples, key=lambda sample: -len(sample["input_ids"]))
         self.update(stage, longest[: max(WARM_SAMPLES, self.samples)], NoMeter())
-        stage.renew()
+        stage.restore_model()
         self.update(stage, stage.samples, meter)
 
     @abstractmethod
-    def update(self, stage: Stage, samples: Sequence[Sample], meter: Meter) -> None:
+    def update(self, stage: SharedModel, samples: Sequence[Sample], meter: Meter) -> None:
         """Take one update of the stage's model, by its optimizer, on some samples."""
 
     def num_microbatches(self, samples: Sequence[Sample]) -> int:
         """Count the micro-batches of some samples."""
         return -(-len(samples) // self.samples)
 
-    def loader(self, stage: Stage, samples: Sequence[Sample]) -> "DataLoader[Any]":
+    def loader(self, stage: SharedModel, samples: Sequence[Sample]) -> "DataLoader[Any]":
         """Make the loader of a training script."""
         return DataLoader(
             list(samples),  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The other contestants: what is common to them, and which there are."""
 
-from bigbatch.lm.bench.bigbatch_runner import Ours
+from bigbatch.lm.bench.bigbatch_runner import BigbatchRunner
 from bigbatch.lm.bench.entries import OURS, Entry
 from bigbatch.lm.bench.peer import Contestant, Peer
 
@@ -8,17 +8,17 @@ from bigbatch.lm.bench.peer import Contestant, Peer
 def make_contestant(entry: Entry) -> Contestant:
     """Make what is called by that name; imports no other library yet."""
     if entry.name == OURS:
-        return Ours()
-    from bigbatch.lm.bench.accelerate_runner import Accumulate
-    from bigbatch.lm.bench.lightning_runner import LightningTrainer
-    from bigbatch.lm.bench.transformers_runner import Checkpointing, Expert, Plain
+        return BigbatchRunner()
+    from bigbatch.lm.bench.accelerate_runner import AccelerateRunner
+    from bigbatch.lm.bench.lightning_runner import LightningRunner
+    from bigbatch.lm.bench.transformers_runner import TransformersCheckpointing, TransformersDefault, TransformersTuned
 
     kinds: dict[str, type[Peer]] = {
-        "trainer": Plain,
-        "trainer-checkpointing": Checkpointing,
-        "trainer-expert": Expert,
-        "accelerate": Accumulate,
-        "lightning": LightningTrainer,
+        "trainer": TransformersDefault,
+        "trainer-checkpointing": TransformersCheckpointing,
+        "trainer-expert": TransformersTuned,
+        "accelerate": AccelerateRunner,
+        "lightning": LightningRunner,
     }
     assert entry.samples is not None, "names.SAMPLES gives every peer its own"
     return kinds[entry.name](entry.samples)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigbatch.accumulation.optimizer_state import make_state
+from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.lm.bench.workload import Workload
-from bigbatch.memory.usage import release_memory
+from bigbatch.memory.usage import free_cached_memory
 
 
-class Stage:
+class SharedModel:
     """One model with its optimizer, at the same weights in every turn.
 
         with stage.turn():
@@ -34,8 +34,8 @@ class Stage:
     def __init__(self, workload: Workload, memory: str | None) -> None:
         self.workload = workload
         self.memory = memory
-        self.machine = workload.machine()
-        self.device = self.machine.device
+        self.device_spec = workload.machine()
+        self.device = self.device_spec.device
         self.samples = workload.make_samples()
         self.model = workload.make_trained_model(self.device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -43,13 +43,13 @@ class Stage:
         self._first = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def isolated(self) -> Iterator[None]:
         """Open a turn, with the optimizer's states there as in a run that goes on; undo whatever was done in it."""
         if self.device.type == "cuda":
-            release_memory()
+            free_cached_memory()
         self.model.to(self.device)  # a peer may have left it elsewhere
-        self._found = _Found(self.model)
-        make_state(self.optimizer)
+        self._found = _ModelSnapshot(self.model)
+        init_optimizer_state(self.optimizer)
         self.reset()
         self.forget_peak()
         try:
@@ -59,7 +59,7 @@ class Stage:
             self.optimizer.zero_grad()
             self.optimizer.state.clear()
 
-    def renew(self) -> None:
+    def restore_model(self) -> None:
         """Undo what was done to the model in this turn, and go back to the first weights.
 
         What a library wraps twice need not be what it wraps once: accelerate leaves a model alone that it has prepared
@@ -97,7 +97,7 @@ class Stage:
                 state[name] = value.to(self.device).zero_()
 
 
-class _Found:
+class _ModelSnapshot:
     """The attributes of a model's modules, of its configuration, and of the file that its class comes from."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -7,18 +7,18 @@ from typing import Any
 
 from bigbatch.lm.bench.meter import Meter
 from bigbatch.lm.bench.peer import Peer, liger_runs, pad
-from bigbatch.lm.bench.shared_model import Stage
+from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Sample
 
 
-class Plain(Peer):
+class TransformersDefault(Peer):
     """The Trainer as it comes. Its construction is not measured, nor the loading of the batch."""
 
-    def options(self, stage: Stage) -> dict[str, Any]:
+    def options(self, stage: SharedModel) -> dict[str, Any]:
         """Give what is set besides the micro-batch."""
         return {}
 
-    def update(self, stage: Stage, samples: Sequence[Sample], meter: Meter) -> None:
+    def update(self, stage: SharedModel, samples: Sequence[Sample], meter: Meter) -> None:
         """Train for one step."""
         import transformers
 
@@ -37,7 +37,7 @@ class Plain(Peer):
                 gradient_accumulation_steps=self.num_microbatches(samples),
                 max_grad_norm=0.0,
                 lr_scheduler_type="constant",
-                bf16=stage.machine.precision == "bf16",
+                bf16=stage.device_spec.precision == "bf16",
                 use_cpu=stage.device.type == "cpu",
                 dataloader_pin_memory=stage.device.type == "cuda",
                 remove_unused_columns=False,
@@ -59,18 +59,18 @@ class Plain(Peer):
             trainer.train()
 
 
-class Checkpointing(Plain):
+class TransformersCheckpointing(TransformersDefault):
     """The Trainer with activation checkpointing."""
 
-    def options(self, stage: Stage) -> dict[str, Any]:
+    def options(self, stage: SharedModel) -> dict[str, Any]:
         """Give what is set besides the micro-batch."""
         return _checkpointing()
 
 
-class Expert(Plain):
+class TransformersTuned(TransformersDefault):
     """The Trainer with every option that makes it faster or smaller."""
 
-    def options(self, stage: Stage) -> dict[str, Any]:
+    def options(self, stage: SharedModel) -> dict[str, Any]:
         """Give what is set besides the micro-batch."""
         why_not = liger_runs(stage.device)
         self.notes = ["Liger Kernel was used" if why_not is None else f"Liger Kernel was not used: {why_not}"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.lm.data.dataset import IGNORED
-from bigbatch.lm.device import Machine, find_machine
+from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.model.pretrained import add_lora
 
 Sample: TypeAlias = dict[str, Tensor]
@@ -23,7 +23,7 @@ class Workload:
     Attributes:
         name: On the command line.
         device: Where it is meant to run: ``cuda`` or ``cpu``.
-        precision: As for `Machine`.
+        precision: As for `DeviceSpec`.
         model: Settings of ``Qwen2Config``.
         sequences: Of the global batch.
         mean: Of the logarithm of the lengths.
@@ -48,13 +48,13 @@ class Workload:
     lr: float = 1e-5
     lora_rank: int = 0
 
-    def machine(self) -> Machine:
+    def machine(self) -> DeviceSpec:
         """Find the device.
 
         Raises:
             InputError: It is not there.
         """
-        return find_machine(self.device, self.precision)
+        return resolve_device(self.device, self.precision)
 
     def make_model(self, device: torch.device | str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
         """Make the model in training mode, with the same random weights each time on the same kind of device."""

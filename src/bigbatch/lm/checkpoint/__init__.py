@@ -9,9 +9,9 @@ that. Several ranks write one checkpoint together with `bigbatch.lm.checkpoint.s
 loads it with `bigbatch.lm.checkpoint.sharded_reader`; what is here takes such checkpoints like any other.
 """
 
-from bigbatch.lm.checkpoint.catalog import Kept, list_all, newest, prune
+from bigbatch.lm.checkpoint.catalog import CheckpointInfo, list_all, newest, prune
 from bigbatch.lm.checkpoint.integrity import verify
 from bigbatch.lm.checkpoint.reader import Contents, read
 from bigbatch.lm.checkpoint.writer import write
 
-__all__ = ["Contents", "Kept", "list_all", "newest", "prune", "read", "verify", "write"]
+__all__ = ["CheckpointInfo", "Contents", "list_all", "newest", "prune", "read", "verify", "write"]

@@ -16,15 +16,15 @@ from datetime import datetime
 from pathlib import Path
 
 from bigbatch.errors import CheckpointError
-from bigbatch.lm.checkpoint.integrity import UntrustedError, trusted_manifest, verify
-from bigbatch.lm.files import remove, sync_folder, why
+from bigbatch.lm.checkpoint.integrity import IntegrityError, verified_manifest, verify
+from bigbatch.lm.files import os_reason, remove, sync_folder
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _LEFT_OVER = re.compile(r"step-(0|[1-9][0-9]*)\.(partial|deleted)")
 
 
 @dataclass(frozen=True)
-class Kept:
+class CheckpointInfo:
     """One checkpoint of a folder.
 
     Attributes:
@@ -53,7 +53,7 @@ def numbered(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"the checkpoints in {folder} cannot be listed: {why(error)}.") from error
+        raise CheckpointError(f"the checkpoints in {folder} cannot be listed: {os_reason(error)}.") from error
     return sorted(found, key=step_of)
 
 
@@ -62,7 +62,7 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _judged(paths: list[Path]) -> Iterator[tuple[Path, str | None]]:
+def _verified(paths: list[Path]) -> Iterator[tuple[Path, str | None]]:
     """Verify one after the other; one that another process removed meanwhile was never there."""
     for path in paths:
         reason = verify(path)
@@ -80,14 +80,14 @@ def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
         CheckpointError: The folder cannot be listed.
     """
     rejected: list[tuple[Path, str]] = []
-    for path, reason in _judged(numbered(folder)[::-1]):
+    for path, reason in _verified(numbered(folder)[::-1]):
         if reason is None:
             return path, rejected
         rejected.append((path, reason))
     return None, rejected
 
 
-def list_all(folder: Path) -> list[Kept]:
+def list_all(folder: Path) -> list[CheckpointInfo]:
     """Verify every checkpoint in a folder; the newest comes last.
 
     Raises:
@@ -96,15 +96,15 @@ def list_all(folder: Path) -> list[Kept]:
     return [kept for path in numbered(folder) if (kept := examine(path)) is not None]
 
 
-def examine(path: Path) -> Kept | None:
+def examine(path: Path) -> CheckpointInfo | None:
     """Verify one checkpoint and describe it; None if it is gone by now."""
     reason = verify(path)
     if reason is not None and not os.path.lexists(path):
         return None
     written_at = None
-    with suppress(UntrustedError):
-        written_at = trusted_manifest(path).written_at
-    return Kept(path, step_of(path), _size_of(path), written_at, reason)
+    with suppress(IntegrityError):
+        written_at = verified_manifest(path).written_at
+    return CheckpointInfo(path, step_of(path), _size_of(path), written_at, reason)
 
 
 def _size_of(path: Path) -> int:
@@ -134,7 +134,7 @@ def prune(folder: Path, *, keep: int) -> list[Path]:
     """
     if keep < 1:
         raise ValueError(f"keep={keep} would leave no checkpoint: pass 1 or more.")
-    sweep(folder)
+    remove_leftovers(folder)
     paths = numbered(folder)
     old = paths[: paths.index(_oldest_kept(paths, keep))] if paths else []
     for path in old:
@@ -150,7 +150,7 @@ def prune(folder: Path, *, keep: int) -> list[Path]:
 def _oldest_kept(paths: list[Path], keep: int) -> Path:
     """Give the oldest that stays: the keep-th whole one, or the first of all."""
     num_whole = 0
-    for path, reason in _judged(paths[::-1]):
+    for path, reason in _verified(paths[::-1]):
         if reason is not None and path == paths[-1]:
             break
         num_whole += reason is None
@@ -170,7 +170,7 @@ def _remove_renamed(folder: Path, old: list[Path]) -> None:
         raise CheckpointError(failure(folder, path, "removed from", error)) from error
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left; what cannot be removed stays and is no harm."""
     with suppress(OSError):
         for path in folder.iterdir():
@@ -185,4 +185,4 @@ def failure(folder: Path, path: Path, done: str, error: OSError) -> str:
     with suppress(CheckpointError):
         good = next((p for p in numbered(folder)[::-1] if p != path and verify(p) is None), None)
     stays = "there is no other good one" if good is None else f"the last good one is {good.name}"
-    return f"checkpoint {path.name} could not be {done} {folder}: {why(error)}; {stays}."
+    return f"checkpoint {path.name} could not be {done} {folder}: {os_reason(error)}; {stays}."

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from bigbatch.errors import CheckpointError
-from bigbatch.lm.checkpoint.integrity import UntrustedError
-from bigbatch.lm.files import why
+from bigbatch.lm.checkpoint.integrity import IntegrityError
+from bigbatch.lm.files import os_reason
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,13 +24,13 @@ R = TypeVar("R")
 _BY_KIND: dict[str, type[Exception]] = {
     "TypeError": TypeError,
     "ValueError": ValueError,
-    "UntrustedError": UntrustedError,
+    "UntrustedError": IntegrityError,
     "CheckpointError": CheckpointError,
 }
 _Outcome = tuple[Any, "tuple[str, str] | None"]  # what was given, or the kind and the sentence of a failure
 
 
-class Conference:
+class RankGroup:
     """The ranks of a process group; without torch.distributed there is one.
 
     Args:
@@ -52,11 +52,11 @@ class Conference:
         if self.rank < 0:
             raise ValueError("this rank is not in the group: only the ranks of a group write or read with it.")
 
-    def confer(
+    def run_together(
         self,
         do: Callable[[], T],
-        conclude: Callable[[list[T]], list[R]],
-        give_up: Callable[[str], str],
+        on_first_rank: Callable[[list[T]], list[R]],
+        error_message: Callable[[str], str],
     ) -> R:
         """Do something on every rank, and go on with what the first rank concludes from it. Collective.
 
@@ -64,21 +64,21 @@ class Conference:
 
         Args:
             do: Runs on every rank.
-            conclude: Runs on the first rank alone, with what each gave, and gives what each is to have.
-            give_up: Runs on the first rank alone when any rank failed, with the reason as a clause that names the
+            on_first_rank: Runs on the first rank alone, with what each gave, and gives what each is to have.
+            error_message: Runs on the first rank alone when any rank failed, with the reason as a clause that names the
                 rank, and makes the sentence that all raise.
 
         Raises:
             TypeError, ValueError, UntrustedError, CheckpointError: A rank raised it; all raise it with its words.
-            CheckpointError: A rank raised anything else; all raise the sentence of ``give_up``. The rank itself goes
-                on raising what is no OSError.
+            CheckpointError: A rank raised anything else; all raise the sentence of ``error_message``. The rank itself
+                goes on raising what is no OSError.
             ConnectionError: Another rank is gone.
         """
         outcome, error = self._attempt(do)
         outcomes = self._gather(outcome)
         shares: list[_Outcome] = []
         if outcomes is not None:
-            shares, own = self._conclude(outcomes, conclude, give_up)
+            shares, own = self._conclude(outcomes, on_first_rank, error_message)
             error = error or own
         share, failure = self._scatter(shares)
         if failure is not None:
@@ -99,7 +99,7 @@ class Conference:
         for kind, raised in _BY_KIND.items():
             if isinstance(error, raised):
                 return kind, str(error)
-        reason = why(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        reason = os_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return "", reason if self.size == 1 else f"rank {self.rank}: {reason}"
 
     def _conclude(

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from bigbatch.lm.checkpoint import manifest as manifests
 from bigbatch.lm.checkpoint.manifest import Manifest, Stamp
-from bigbatch.lm.files import why
+from bigbatch.lm.files import os_reason
 
 LARGEST_MANIFEST = 2**24  # bytes; about 150 for each file, of which every rank may write a few
 
 
-class UntrustedError(Exception):
+class IntegrityError(Exception):
     """Why a checkpoint cannot be trusted: a clause that names the file."""
 
 
@@ -35,7 +35,7 @@ def verify(path: Path) -> str | None:
     """
     try:
         verified(path)
-    except UntrustedError as reason:
+    except IntegrityError as reason:
         return str(reason)
     return None
 
@@ -46,7 +46,7 @@ def verified(path: Path) -> Manifest:
     Raises:
         UntrustedError: The checkpoint cannot be trusted.
     """
-    manifest = trusted_manifest(path)
+    manifest = verified_manifest(path)
     for name, stamp in manifest.files.items():
         with opened(path, name) as file:
             check_size(name, stamp, fstat(file.fileno()).st_size)
@@ -54,7 +54,7 @@ def verified(path: Path) -> Manifest:
     return manifest
 
 
-def trusted_manifest(path: Path) -> Manifest:
+def verified_manifest(path: Path) -> Manifest:
     """Read the manifest of a checkpoint and hold the names in its folder to it; the files are not read yet.
 
     Raises:
@@ -67,16 +67,16 @@ def trusted_manifest(path: Path) -> Manifest:
     try:
         manifest = manifests.parse(data)
     except ValueError as reason:
-        raise UntrustedError(str(reason)) from None
+        raise IntegrityError(str(reason)) from None
     if path.absolute().name != f"step-{manifest.step}":
-        raise UntrustedError(
+        raise IntegrityError(
             f"{manifests.FILE} is of step {manifest.step}, and the folder is called {path.absolute().name}"
         )
     for name in manifest.files:
         if name not in names:
-            raise UntrustedError(f"{name} is missing")
+            raise IntegrityError(f"{name} is missing")
     for name in sorted(names - {*manifest.files, manifests.FILE}):
-        raise UntrustedError(f"{name} does not belong to it")
+        raise IntegrityError(f"{name} does not belong to it")
     return manifest
 
 
@@ -84,11 +84,11 @@ def _names(path: Path) -> set[str]:
     try:
         return {entry.name for entry in path.iterdir()}
     except FileNotFoundError:
-        raise UntrustedError(f"there is no folder {path}") from None
+        raise IntegrityError(f"there is no folder {path}") from None
     except NotADirectoryError:
-        raise UntrustedError(f"{path} is not a folder") from None
+        raise IntegrityError(f"{path} is not a folder") from None
     except OSError as error:
-        raise UntrustedError(f"{path} cannot be read: {why(error)}") from error
+        raise IntegrityError(f"{path} cannot be read: {os_reason(error)}") from error
 
 
 @contextmanager
@@ -100,13 +100,13 @@ def opened(path: Path, name: str) -> Iterator[BufferedReader]:
     """
     try:
         if not stat.S_ISREG((path / name).stat().st_mode):  # opening a pipe would wait for its writer
-            raise UntrustedError(f"{name} is not a file")
+            raise IntegrityError(f"{name} is not a file")
         with (path / name).open("rb") as file:
             yield file
     except FileNotFoundError:
-        raise UntrustedError(f"{name} is missing") from None
+        raise IntegrityError(f"{name} is missing") from None
     except OSError as error:
-        raise UntrustedError(f"{name} cannot be read: {why(error)}") from error
+        raise IntegrityError(f"{name} cannot be read: {os_reason(error)}") from error
 
 
 def check_size(name: str, stamp: Stamp, num_bytes: int) -> None:
@@ -116,7 +116,7 @@ def check_size(name: str, stamp: Stamp, num_bytes: int) -> None:
         UntrustedError: It has another.
     """
     if num_bytes != stamp.num_bytes:
-        raise UntrustedError(f"{name} has {num_bytes:,} bytes, and the manifest says {stamp.num_bytes:,}")
+        raise IntegrityError(f"{name} has {num_bytes:,} bytes, and the manifest says {stamp.num_bytes:,}")
 
 
 def check_digest(name: str, stamp: Stamp, sha256: str) -> None:
@@ -126,4 +126,4 @@ def check_digest(name: str, stamp: Stamp, sha256: str) -> None:
         UntrustedError: It has another.
     """
     if sha256 != stamp.sha256:
-        raise UntrustedError(f"{name} differs from what was written (SHA-256)")
+        raise IntegrityError(f"{name} differs from what was written (SHA-256)")

@@ -17,9 +17,9 @@ from torch import nn
 from bigbatch.engine.engine import Engine
 from bigbatch.lm.checkpoint import newest, prune, read, write
 from bigbatch.lm.checkpoint.sharded_writer import write_sharded
-from bigbatch.lm.checkpoint.state_tree import bits, copies, put_together, take_apart
-from bigbatch.lm.config.field_types import Recompute
-from bigbatch.lm.distributed.ranks import ALONE, Ranks
+from bigbatch.lm.checkpoint.state_tree import bits, copy_to_cpu, join_tensors, split_tensors
+from bigbatch.lm.config.field_types import CheckpointingMode
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG
 from bigbatch.rng import seed_of, states_of_seed
@@ -43,8 +43,8 @@ class Progress:
         metrics_bytes: Of metrics.jsonl at this point.
         quarantine_bytes: Of quarantine.jsonl.
         batch: Sequences of the last window as its schedule had it; 0 without one.
-        owed: The last line of metrics.jsonl, where the run was stopped before what comes after that update: it is
-            written again with the validation loss; None otherwise.
+        pending_metrics_row: The last line of metrics.jsonl, where the run was stopped before what comes after that
+            update: it is written again with the validation loss; None otherwise.
     """
 
     step: int = 0
@@ -55,18 +55,18 @@ class Progress:
     metrics_bytes: int = 0
     quarantine_bytes: int = 0
     batch: int = 0
-    owed: dict[str, Any] | None = None
+    pending_metrics_row: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class Saved:
+class RunCheckpoint:
     """What a checkpoint held.
 
     Attributes:
         progress: How far the run had come.
         engine: As `bigbatch.Engine.load_state_dict` takes it, of the first rank.
         ranks: What of it differs by rank, of each: random states, and the micro-batch in use. Empty of a single one.
-        level: What was computed anew in backward.
+        checkpointing_mode: What was computed anew in backward.
         total_steps: Updates of the whole run.
         facts: What the run was made of: see `bigbatch.lm.training.resume`.
         path: The checkpoint.
@@ -76,13 +76,13 @@ class Saved:
     progress: Progress
     engine: Mapping[str, Any]
     ranks: tuple[Mapping[str, Any], ...]
-    level: Recompute
+    checkpointing_mode: CheckpointingMode
     total_steps: int
     facts: Mapping[str, Any]
     path: Path
     rejected: tuple[tuple[Path, str], ...]
 
-    def engine_of(self, ranks: Ranks, devices: Sequence[torch.device]) -> Mapping[str, Any]:
+    def engine_of(self, ranks: RankContext, devices: Sequence[torch.device]) -> Mapping[str, Any]:
         """Give the state of the engine on this rank; on another number of ranks, the others draw new random numbers."""
         of_ranks = self.ranks or ({},)
         if len(of_ranks) == ranks.size:
@@ -93,7 +93,7 @@ class Saved:
         return {**self.engine, "random": states_of_seed(seed, devices)}
 
 
-class Keeper:
+class CheckpointManager:
     """Saves a run every so many updates; a context, which ends when the last checkpoint is written.
 
         with Keeper(directory, keep=2, beside=False, total_steps=300, facts=facts).open() as keeper:
@@ -102,7 +102,8 @@ class Keeper:
     Args:
         directory: The run's.
         keep: Checkpoints that are kept.
-        beside: Whether to write beside the training, from a copy on the host; not of shards, which all ranks write.
+        in_background: Whether to write beside the training, from a copy on the host; not of shards, which all ranks
+            write.
         total_steps: Updates of the whole run.
         facts: What the run is made of, for whoever goes on with it.
         ranks: The processes of the run; the first writes.
@@ -113,22 +114,22 @@ class Keeper:
         directory: RunDirectory,
         *,
         keep: int,
-        beside: bool,
+        in_background: bool,
         total_steps: int,
         facts: Mapping[str, Any],
-        ranks: Ranks = ALONE,
+        ranks: RankContext = SINGLE_PROCESS,
     ) -> None:
         self._ranks = ranks
         self._directory = directory
         self._keep = keep
-        self._beside = beside
+        self._beside = in_background
         self._total_steps = total_steps
         self._facts = facts
         self._pool: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
     @contextmanager
-    def open(self) -> Iterator["Keeper"]:
+    def open(self) -> Iterator["CheckpointManager"]:
         """Wait, in the end, for what is being written.
 
         Raises:
@@ -142,7 +143,7 @@ class Keeper:
             if self._pool is not None:
                 self._pool.shutdown()
 
-    def save(self, engine: Engine, progress: Progress, level: str) -> None:
+    def save(self, engine: Engine, progress: Progress, checkpointing_mode: str) -> None:
         """Save the run as it is between two updates; the lines of its files up to here are on the disk before.
 
         Collective: every rank brings what is its own.
@@ -154,12 +155,12 @@ class Keeper:
         progress.metrics_bytes, progress.quarantine_bytes = self._directory.sync()
         whole = engine.state_dict()
         own = {name: whole[name] for name in BY_RANK}
-        of_ranks = [] if self._ranks.size == 1 else self._ranks.everyone(copies(own))
+        of_ranks = [] if self._ranks.size == 1 else self._ranks.all_gather(copy_to_cpu(own))
         state = {
             "engine": whole,
             "ranks": of_ranks,
             "progress": asdict(progress),
-            "level": level,
+            "level": checkpointing_mode,
             "total_steps": self._total_steps,
             "facts": dict(self._facts),
         }
@@ -171,7 +172,7 @@ class Keeper:
         if self._pool is None:
             self._write(progress.step, state)
         else:
-            self._writing = self._pool.submit(self._write, progress.step, copies(state))
+            self._writing = self._pool.submit(self._write, progress.step, copy_to_cpu(state))
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -179,7 +180,7 @@ class Keeper:
             writing.result()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        values, tensors = take_apart(state)
+        values, tensors = split_tensors(state)
         files: dict[str, dict[str, Any]] = {}
         for place, tensor in tensors.items():
             file = next((file for prefix, file in FILES.items() if place.startswith(prefix)), OTHERS)
@@ -191,16 +192,16 @@ class Keeper:
             prune(folder, keep=self._keep)
 
 
-def load(directory: Path) -> tuple[Saved | None, tuple[tuple[Path, str], ...]]:
+def load(directory: Path) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str], ...]]:
     """Find the newest checkpoint of a run that verifies; give it with those that were rejected, newest first."""
     path, rejected = newest(directory / CHECKPOINTS)
     if path is None:
         return None, tuple(rejected)
     contents = read(path)
     tensors = {place: tensor for file in contents.tensors.values() for place, tensor in file.items()}
-    state = put_together(contents.values["state"], tensors)
+    state = join_tensors(contents.values["state"], tensors)
     progress = Progress(**state["progress"])
-    saved = Saved(
+    checkpoint = RunCheckpoint(
         progress,
         state["engine"],
         tuple(state.get("ranks", ())),
@@ -210,7 +211,7 @@ def load(directory: Path) -> tuple[Saved | None, tuple[tuple[Path, str], ...]]:
         path,
         tuple(rejected),
     )
-    return saved, saved.rejected
+    return checkpoint, checkpoint.rejected
 
 
 def run_id(folder: Path) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.errors import CheckpointError
-from bigbatch.lm.checkpoint.integrity import UntrustedError, check_digest, check_size, opened, trusted_manifest
+from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
 from bigbatch.lm.checkpoint.manifest import Stamp
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bigbatch.lm.checkpoint.shards import Place
+    from bigbatch.lm.checkpoint.shards import ShardInfo
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def read(path: Path) -> Contents:
     tensors: dict[str, Mapping[str, Tensor]] = {}
     values, pieces = {}, _Pieces()
     try:
-        manifest = trusted_manifest(path)
+        manifest = verified_manifest(path)
         for name, stamp in manifest.files.items():
             part, _, ending = name.rpartition(".")
             data = checked_bytes(path, name, stamp)
@@ -61,7 +61,7 @@ def read(path: Path) -> Contents:
             elif not pieces.take(name, named := _tensors(name, data), data):
                 tensors[part] = named
         tensors |= pieces.joined()
-    except UntrustedError as reason:
+    except IntegrityError as reason:
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}.") from reason
     return Contents(manifest.step, manifest.run_id, tensors, values)
 
@@ -70,14 +70,14 @@ class _Pieces:
     """Pieces of tensors, by part and name, until all of them are there."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, dict[str, list[tuple[Place, Tensor]]]] = {}
+        self._parts: dict[str, dict[str, list[tuple[ShardInfo, Tensor]]]] = {}
 
     def take(self, file: str, tensors: "Mapping[str, Tensor]", data: bytes) -> bool:
         """Keep the tensors of a file if they are pieces."""
         from bigbatch.lm.checkpoint.safetensors_file import read_notes
-        from bigbatch.lm.checkpoint.shards import from_notes, part_of  # brings torch
+        from bigbatch.lm.checkpoint.shards import from_header, part_of  # brings torch
 
-        places = from_notes(file, read_notes(data), tensors)
+        places = from_header(file, read_notes(data), tensors)
         if places is None:
             return False
         part = self._parts.setdefault(part_of(file), {})
@@ -89,10 +89,11 @@ class _Pieces:
         """Put them together, one by one; what was put together is not kept in pieces."""
         if not self._parts:
             return {}
-        from bigbatch.lm.checkpoint.shards import joined  # brings torch
+        from bigbatch.lm.checkpoint.shards import join_shards  # brings torch
 
         return {
-            part: {name: joined(name, named.pop(name)) for name in list(named)} for part, named in self._parts.items()
+            part: {name: join_shards(name, named.pop(name)) for name in list(named)}
+            for part, named in self._parts.items()
         }
 
 
@@ -119,7 +120,7 @@ def parsed(name: str, data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UntrustedError(f"{name} is not JSON: {error}") from error
+        raise IntegrityError(f"{name} is not JSON: {error}") from error
 
 
 def _tensors(name: str, data: bytes) -> "dict[str, Tensor]":
@@ -128,4 +129,4 @@ def _tensors(name: str, data: bytes) -> "dict[str, Tensor]":
     try:
         return read_tensors(data)
     except ValueError as error:
-        raise UntrustedError(f"{name} is not a safetensors file: {error}") from error
+        raise IntegrityError(f"{name} is not a safetensors file: {error}") from error

@@ -27,14 +27,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from bigbatch.errors import CheckpointError
-from bigbatch.lm.checkpoint.collective import Conference
-from bigbatch.lm.checkpoint.integrity import UntrustedError, check_digest, check_size, opened, trusted_manifest
+from bigbatch.lm.checkpoint.collective import RankGroup
+from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
 from bigbatch.lm.checkpoint.manifest import Manifest
 from bigbatch.lm.checkpoint.reader import Contents, checked_bytes, parsed
 from bigbatch.lm.checkpoint.safetensors_file import NAMES
 from bigbatch.lm.checkpoint.sharded_writer import check_shards
-from bigbatch.lm.checkpoint.shards import Place, check_cover, from_notes, part_of
-from bigbatch.lm.files import why
+from bigbatch.lm.checkpoint.shards import ShardInfo, check_cover, from_header, part_of
+from bigbatch.lm.files import os_reason
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,13 +66,13 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | 
             a file became unreadable after it had been checked.
         TypeError, ValueError: A tensor is not in it, or has another shape or dtype there. No tensor was changed.
     """
-    ranks = Conference(group)
+    ranks = RankGroup(group)
     loading = _Loading(path, tensors, ranks)
     try:
-        ranks.confer(loading.verify, loading.agree, loading.give_up)
-        ranks.confer(loading.plan, list, loading.give_up)
-        ranks.confer(loading.fill, list, loading.give_up)
-    except (UntrustedError, ConnectionError) as error:
+        ranks.run_together(loading.verify, loading.agree, loading.give_up)
+        ranks.run_together(loading.plan, list, loading.give_up)
+        ranks.run_together(loading.fill, list, loading.give_up)
+    except (IntegrityError, ConnectionError) as error:
         raise CheckpointError(loading.give_up(str(error))) from error
     return loading.contents()
 
@@ -83,7 +83,7 @@ class _Piece:
 
     part: str
     file: str
-    place: Place
+    place: ShardInfo
     sizes: tuple[int, ...]
     dtype: torch.dtype
 
@@ -91,7 +91,7 @@ class _Piece:
 class _Loading:
     """One checkpoint that is being read, as one rank sees it."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], ranks: Conference) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], ranks: RankGroup) -> None:
         self._path, self._tensors, self._ranks = path, dict(tensors), ranks
         self._manifest: Manifest
         self._values: dict[str, Any] = {}
@@ -102,7 +102,7 @@ class _Loading:
     def verify(self) -> str:
         """Hold this rank's share of the files to the manifest, and give the SHA-256 of the latter."""
         check_shards("what is to be filled", self._tensors)
-        self._manifest = trusted_manifest(self._path)
+        self._manifest = verified_manifest(self._path)
         for name in self._share():
             stamp = self._manifest.files[name]
             with opened(self._path, name) as file:
@@ -123,7 +123,7 @@ class _Loading:
     def agree(self, digests: list[str]) -> list[None]:
         """Make sure that all ranks have seen one manifest. First rank."""
         if len(set(digests)) > 1:
-            raise UntrustedError("manifest.json is not the same on all ranks")
+            raise IntegrityError("manifest.json is not the same on all ranks")
         return [None] * len(digests)
 
     def plan(self) -> None:
@@ -147,7 +147,7 @@ class _Loading:
         if not pieces:
             raise ValueError(f"checkpoint {self._path.name} has no tensor called {name}: it is of another model.")
         if len({piece.part for piece in pieces}) > 1:
-            raise UntrustedError(f"{name} is in two parts of it")
+            raise IntegrityError(f"{name} is in two parts of it")
         check_cover(name, [(piece.place, piece.sizes) for piece in pieces])
         if pieces[0].place.shape != tuple(tensor.shape):
             raise ValueError(
@@ -187,19 +187,19 @@ def _header(path: Path, name: str) -> Iterator[Any]:
         with safe_open(path / name, framework="pt") as file:
             yield file
     except (SafetensorError, KeyError) as error:
-        raise UntrustedError(f"{name} is not a safetensors file: {error}") from error
+        raise IntegrityError(f"{name} is not a safetensors file: {error}") from error
     except OSError as error:
-        raise UntrustedError(f"{name} cannot be read: {why(error)}") from error
+        raise IntegrityError(f"{name} cannot be read: {os_reason(error)}") from error
 
 
 def _pieces(path: Path, name: str) -> Iterator[tuple[str, _Piece]]:
     with _header(path, name) as file:
         tensors = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118, it is no mapping
-        places = from_notes(name, file.metadata(), tensors)
+        places = from_header(name, file.metadata(), tensors)
         part = name.removesuffix(".safetensors") if places is None else part_of(name)
         for tensor, view in tensors.items():
             sizes = tuple(view.get_shape())
-            place = Place(sizes, (0,) * len(sizes)) if places is None else places[tensor]
+            place = ShardInfo(sizes, (0,) * len(sizes)) if places is None else places[tensor]
             yield tensor, _Piece(part, name, place, sizes, _DTYPES[view.get_dtype()])
 
 

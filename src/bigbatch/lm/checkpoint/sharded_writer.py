@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
 from bigbatch.errors import CheckpointError
-from bigbatch.lm.checkpoint.catalog import failure, sweep
-from bigbatch.lm.checkpoint.collective import Conference
+from bigbatch.lm.checkpoint.catalog import failure, remove_leftovers
+from bigbatch.lm.checkpoint.collective import RankGroup
 from bigbatch.lm.checkpoint.manifest import Stamp, file_name
 from bigbatch.lm.checkpoint.safetensors_file import check_tensors, write_tensors
-from bigbatch.lm.checkpoint.shards import Place, piece_name, to_notes
+from bigbatch.lm.checkpoint.shards import ShardInfo, piece_name, to_header
 from bigbatch.lm.checkpoint.writer import Parts, check_names, complete, is_there, value_parts, write_file
 from bigbatch.lm.files import remove, sync_folder
 
@@ -68,12 +68,12 @@ def write_sharded(
         CheckpointError: A rank could not write, or the place is another run's. The message names the rank and what
             stays valid; nothing is left of what was begun, where that can be.
     """
-    ranks = Conference(group)
+    ranks = RankGroup(group)
     writing = _Writing(folder, step, run_id, tensors, values, ranks)
     try:
-        plan = ranks.confer(writing.propose, writing.begin, writing.give_up)
+        plan = ranks.run_together(writing.propose, writing.begin, writing.give_up)
         if plan is not None:
-            ranks.confer(partial(writing.write_own, plan), writing.finish, writing.give_up)
+            ranks.run_together(partial(writing.write_own, plan), writing.finish, writing.give_up)
     except ConnectionError as error:
         raise CheckpointError(writing.give_up(str(error))) from error
     except BaseException:
@@ -92,7 +92,7 @@ class _Writing:
         run_id: str,
         tensors: Mapping[str, Mapping[str, Tensor]],
         values: Mapping[str, Any],
-        ranks: Conference,
+        ranks: RankGroup,
     ) -> None:
         self.target = folder / f"step-{step}"
         self._folder, self._step, self._run_id = folder, step, run_id
@@ -124,7 +124,7 @@ class _Writing:
             decided, _ = self._planner.create_global_plan(plans)
         except (AssertionError, ValueError) as error:
             raise ValueError(f"the shards of the ranks do not make whole tensors: {error}.") from error
-        sweep(self._folder)
+        remove_leftovers(self._folder)
         if is_there(self.target, self._run_id):
             self._sync()
             return [None] * self._ranks.size
@@ -135,21 +135,21 @@ class _Writing:
     def write_own(self, plan: SavePlan) -> _Stamps:
         """Write the shards of this rank, a file for each part, and say what the files must be."""
         pieces: dict[str, Tensor] = {}
-        places: dict[str, Place] = {}
+        places: dict[str, ShardInfo] = {}
         for item in self._planner.finish_plan(plan).items:
             assert item.tensor_data is not None
             piece, chunk = self._planner.resolve_data(item), item.tensor_data.chunk
             assert isinstance(piece, Tensor)
             assert piece.shape == chunk.sizes
             pieces[item.index.fqn] = piece
-            places[item.index.fqn] = Place(tuple(item.tensor_data.size), tuple(chunk.offsets))
+            places[item.index.fqn] = ShardInfo(tuple(item.tensor_data.size), tuple(chunk.offsets))
         stamps: _Stamps = {}
         for part, named in self._tensors.items():
             own = {name: pieces[name] for name in named if name in pieces}
             if not own and self._ranks.rank > 0:
                 continue
             file = file_name(piece_name(part, self._ranks.rank, self._ranks.size), "safetensors")
-            notes = to_notes({name: places[name] for name in own})
+            notes = to_header({name: places[name] for name in own})
             stamp = write_file(self._aside / file, partial(write_tensors, tensors=own, notes=notes))
             stamps[file] = (stamp.num_bytes, stamp.sha256)
         return stamps

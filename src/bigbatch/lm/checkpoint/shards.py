@@ -12,14 +12,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bigbatch.lm.checkpoint.integrity import UntrustedError
+from bigbatch.lm.checkpoint.integrity import IntegrityError
 
 _PLACES = "DCP_SHARDING_INFO"
 _FILE = re.compile(r"(.+)-rank-[0-9]+-of-[0-9]+\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardInfo:
     """Where a piece of a tensor belongs.
 
     Attributes:
@@ -43,17 +43,17 @@ def part_of(file: str) -> str:
         UntrustedError: It has no such name.
     """
     if not (match := _FILE.fullmatch(file)):
-        raise UntrustedError(f"{file} holds pieces of tensors and has no name of such a file")
+        raise IntegrityError(f"{file} holds pieces of tensors and has no name of such a file")
     return match[1]
 
 
-def to_notes(places: Mapping[str, Place]) -> dict[str, str]:
+def to_header(places: Mapping[str, ShardInfo]) -> dict[str, str]:
     """Make the notes in the header of a file of pieces."""
     described = {name: asdict(place) for name, place in sorted(places.items())}
     return {"format": "pt", "DCP_VERSION": "1.0", _PLACES: json.dumps(described, ensure_ascii=False)}
 
 
-def from_notes(file: str, notes: Mapping[str, str] | None, names: Iterable[str]) -> dict[str, Place] | None:
+def from_header(file: str, notes: Mapping[str, str] | None, names: Iterable[str]) -> dict[str, ShardInfo] | None:
     """Read where the tensors of a file belong; None if they are whole.
 
     Raises:
@@ -64,10 +64,11 @@ def from_notes(file: str, notes: Mapping[str, str] | None, names: Iterable[str])
     try:
         described = json.loads(notes[_PLACES])
         return {
-            name: Place(_whole(described[name]["shape"]), _whole(described[name]["saved_offsets"])) for name in names
+            name: ShardInfo(_whole(described[name]["shape"]), _whole(described[name]["saved_offsets"]))
+            for name in names
         }
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UntrustedError(f"{file} does not say where its pieces belong") from None
+        raise IntegrityError(f"{file} does not say where its pieces belong") from None
 
 
 def _whole(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ def _whole(numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def check_cover(name: str, pieces: Sequence[tuple[Place, Sequence[int]]]) -> None:
+def check_cover(name: str, pieces: Sequence[tuple[ShardInfo, Sequence[int]]]) -> None:
     """Make sure that pieces, each with its own shape, fill a tensor exactly.
 
     Raises:
@@ -91,26 +92,26 @@ def check_cover(name: str, pieces: Sequence[tuple[Place, Sequence[int]]]) -> Non
             or not len(shape) == len(sizes) == len(place.saved_offsets)
             or any(end > length for end, length in zip(ends, shape, strict=True))
         ):
-            raise UntrustedError(f"{name} has pieces that do not belong together")
+            raise IntegrityError(f"{name} has pieces that do not belong together")
         if prod(sizes):
             boxes.append(list(zip(place.saved_offsets, ends, strict=True)))
     held = sum(prod(sizes) for _, sizes in pieces)
     if held != prod(shape):
-        raise UntrustedError(f"{name} has {prod(shape):,} elements, and its pieces hold {held:,}")
+        raise IntegrityError(f"{name} has {prod(shape):,} elements, and its pieces hold {held:,}")
     boxes.sort()
     for index, box in enumerate(boxes):
         for other in boxes[index + 1 :]:
             if other and other[0][0] >= box[0][1]:
                 break  # so do all that come after it
             if all(start < end for start, end in _shared(box, other)):
-                raise UntrustedError(f"{name} has pieces that overlap")
+                raise IntegrityError(f"{name} has pieces that overlap")
 
 
 def _shared(box: list[tuple[int, int]], other: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True)]
 
 
-def joined(name: str, pieces: Sequence[tuple[Place, Tensor]]) -> Tensor:
+def join_shards(name: str, pieces: Sequence[tuple[ShardInfo, Tensor]]) -> Tensor:
     """Put a tensor together on the CPU.
 
     Raises:
@@ -118,7 +119,7 @@ def joined(name: str, pieces: Sequence[tuple[Place, Tensor]]) -> Tensor:
     """
     check_cover(name, [(place, piece.shape) for place, piece in pieces])
     if len({piece.dtype for _, piece in pieces}) > 1:
-        raise UntrustedError(f"{name} has pieces of several dtypes")
+        raise IntegrityError(f"{name} has pieces of several dtypes")
     if len(pieces) == 1:
         return pieces[0][1]
     whole = torch.empty(pieces[0][0].shape, dtype=pieces[0][1].dtype)

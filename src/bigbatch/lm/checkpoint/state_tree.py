@@ -12,10 +12,10 @@ from torch import Tensor
 _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
 
 
-def take_apart(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+def split_tensors(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Split a tree of dictionaries, lists and tuples into what JSON can hold and its tensors.
 
-    Tuples and dictionaries whose keys are no strings are marked, so that `put_together` gives them back as they were.
+    Tuples and dictionaries whose keys are no strings are marked, so that `join_tensors` gives them back as they were.
 
     Raises:
         TypeError: A leaf is neither a tensor nor None, a bool, a number or a string.
@@ -42,30 +42,30 @@ def _values(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{place or 'the state'} is a {type(node).__name__}, which a checkpoint cannot hold.")
 
 
-def put_together(values: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Give back the tree that `take_apart` split."""
+def join_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Give back the tree that `split_tensors` split."""
     if isinstance(values, dict):
         if _TENSOR in values:
             return tensors[values[_TENSOR]]
         if _TUPLE in values:
-            return tuple(put_together(value, tensors) for value in values[_TUPLE])
+            return tuple(join_tensors(value, tensors) for value in values[_TUPLE])
         if _PAIRS in values:
-            return {key: put_together(value, tensors) for key, value in values[_PAIRS]}
-        return {key: put_together(value, tensors) for key, value in values.items()}
+            return {key: join_tensors(value, tensors) for key, value in values[_PAIRS]}
+        return {key: join_tensors(value, tensors) for key, value in values.items()}
     if isinstance(values, list):
-        return [put_together(value, tensors) for value in values]
+        return [join_tensors(value, tensors) for value in values]
     return values
 
 
-def copies(tree: Any) -> Any:
+def copy_to_cpu(tree: Any) -> Any:
     """Copy the tensors of a tree to the CPU, so that later updates do not reach them."""
-    values, tensors = take_apart(tree)
-    return put_together(values, {place: t.detach().to("cpu", copy=True) for place, t in tensors.items()})
+    values, tensors = split_tensors(tree)
+    return join_tensors(values, {place: t.detach().to("cpu", copy=True) for place, t in tensors.items()})
 
 
 def equal(one: Any, other: Any) -> bool:
     """Tell whether two trees are the same to the last bit."""
-    (values, tensors), (others, theirs) = take_apart(one), take_apart(other)
+    (values, tensors), (others, theirs) = split_tensors(one), split_tensors(other)
     return (
         repr(values) == repr(others)
         and tensors.keys() == theirs.keys()

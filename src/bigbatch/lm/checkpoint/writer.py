@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from bigbatch import __version__
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import manifest as manifests
-from bigbatch.lm.checkpoint.catalog import failure, sweep
+from bigbatch.lm.checkpoint.catalog import failure, remove_leftovers
 from bigbatch.lm.checkpoint.hashed_file import HashedFile, new_file
-from bigbatch.lm.checkpoint.integrity import UntrustedError, verified
+from bigbatch.lm.checkpoint.integrity import IntegrityError, verified
 from bigbatch.lm.checkpoint.json_values import to_json
 from bigbatch.lm.checkpoint.manifest import Manifest, Stamp, file_name
 from bigbatch.lm.files import remove, sync_folder
@@ -60,7 +60,7 @@ def write(
     parts = _parts(tensors, values)
     target = folder / f"step-{step}"
     try:
-        sweep(folder)
+        remove_leftovers(folder)
         if not is_there(target, run_id):
             folder.mkdir(exist_ok=True)
             _write_aside(target, parts, step=step, run_id=run_id)
@@ -114,7 +114,7 @@ def is_there(target: Path, run_id: str) -> bool:
     """
     try:
         owner = verified(target).run_id
-    except UntrustedError:
+    except IntegrityError:
         return False
     if owner != run_id:
         raise CheckpointError(

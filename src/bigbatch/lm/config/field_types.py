@@ -135,7 +135,7 @@ NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_no
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
 
-Recompute: TypeAlias = Literal["none", "selective", "full"]
+CheckpointingMode: TypeAlias = Literal["none", "selective", "full"]
 
 
-LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
+CHECKPOINTING_MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full")

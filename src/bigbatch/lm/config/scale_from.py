@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigbatch.errors import InputError
-from bigbatch.scaling.rules import RULES, SUITABLE, Kind, Move, Rule, moves, nearest_factor, out_of_range
+from bigbatch.scaling.rules import RULES, SUITABLE, Adjustment, Kind, Rule, adjustments, nearest_factor, out_of_range
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -81,10 +81,10 @@ class BatchScaling:
         rows = [row for rule in SUITABLE[Kind.ADAPTIVE] for row in self._rows(rule)]
         return [f"{tuned}; nothing is changed unless --lr-rule names a rule", *rows]
 
-    def _moves(self, factor: float, rule: Rule) -> list[Move]:
-        return moves({"lr": self.lr, "betas": BETAS, "eps": EPS}, factor, rule, owner=OPTIMIZER)
+    def _moves(self, factor: float, rule: Rule) -> list[Adjustment]:
+        return adjustments({"lr": self.lr, "betas": BETAS, "eps": EPS}, factor, rule, owner=OPTIMIZER)
 
-    def _first_problem(self, factor: float, rule: Rule) -> tuple[Move, str] | None:
+    def _first_problem(self, factor: float, rule: Rule) -> tuple[Adjustment, str] | None:
         for move in self._moves(factor, rule):
             if (problem := out_of_range(move.name, move.old, move.new)) is not None:
                 return move, problem

@@ -54,7 +54,7 @@ EXCLUSIVE = (
 """Fields of which at most one is given: two names for one quantity."""
 
 
-CHANGED = {
+NEEDS_PERMISSION = {
     "global_batch": "batch",
     "global_batch_tokens": "batch",
     "global_batch_schedule": "batch",
@@ -64,7 +64,7 @@ CHANGED = {
 }
 """Settings that change what a run learns, by what ``bigbatch resume`` must be allowed to change them."""
 
-FREE = (
+CHANGEABLE = (
     "microbatch",
     "token_budget",
     "device",

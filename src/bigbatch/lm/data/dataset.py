@@ -19,7 +19,7 @@ from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenization import Encoded, encode_documents
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 from bigbatch.lm.data.validation_split import split_documents
-from bigbatch.lm.text import count
+from bigbatch.lm.text import plural
 
 __all__ = ["IGNORED", "Counts", "TokenDataset", "collate", "encode", "split_documents"]
 
@@ -50,14 +50,14 @@ class Counts:
     def describe(self) -> str:
         """Return the counts as one line for the user."""
         parts = [
-            f"{count(self.documents, 'document')} with {count(self.tokens, 'token')}, "
+            f"{plural(self.documents, 'document')} with {plural(self.tokens, 'token')}, "
             f"{self.label_tokens:,} of them learned",
-            f"{count(self.samples, 'sequence')}",
+            f"{plural(self.samples, 'sequence')}",
         ]
         if self.cut_documents:
-            parts.append(f"{count(self.cut_documents, 'long document')} cut into pieces")
+            parts.append(f"{plural(self.cut_documents, 'long document')} cut into pieces")
         if self.masked_pieces_left_out:
-            parts.append(f"{count(self.masked_pieces_left_out, 'piece')} with nothing to learn left out")
+            parts.append(f"{plural(self.masked_pieces_left_out, 'piece')} with nothing to learn left out")
         return "; ".join(parts)
 
 

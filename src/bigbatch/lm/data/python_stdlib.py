@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Corpus, Document
-from bigbatch.lm.text import count
+from bigbatch.lm.text import plural
 
 LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
@@ -39,7 +39,7 @@ def read_standard_library() -> Corpus:
     """
     texts, notes = _read_texts()
     documents = tuple(Document(name, text=text) for name, text in texts)
-    return Corpus(documents, (f"{count(len(documents), 'file')} of Python's standard library", *notes))
+    return Corpus(documents, (f"{plural(len(documents), 'file')} of Python's standard library", *notes))
 
 
 def read_standard_library_functions() -> Corpus:
@@ -64,10 +64,10 @@ def read_standard_library_functions() -> Corpus:
         for function in functions:
             kept.setdefault(function.key, function)
     if unparsed:
-        notes.append(f"{count(unparsed, 'file')} that Python {_VERSION} does not parse left out")
+        notes.append(f"{plural(unparsed, 'file')} that Python {_VERSION} does not parse left out")
     if found > len(kept):
-        notes.append(f"{count(found - len(kept), 'exact duplicate')} left out")
-    about = f"{count(len(kept), 'documented function')} of {count(len(texts), 'file')} of Python's standard library"
+        notes.append(f"{plural(found - len(kept), 'exact duplicate')} left out")
+    about = f"{plural(len(kept), 'documented function')} of {plural(len(texts), 'file')} of Python's standard library"
     return Corpus(tuple(kept.values()), (about, *notes))
 
 
@@ -137,9 +137,9 @@ def _read_texts() -> tuple[list[tuple[str, str]], list[str]]:
             texts.append((path.relative_to(root).as_posix(), text))
         else:
             empty += 1
-    notes = [f"{count(empty, 'empty file')} left out"] if empty else []
+    notes = [f"{plural(empty, 'empty file')} left out"] if empty else []
     if unreadable:
-        notes.append(f"{count(unreadable, 'file')} that cannot be read left out")
+        notes.append(f"{plural(unreadable, 'file')} that cannot be read left out")
     return texts, notes
 
 

@@ -27,7 +27,7 @@ from bigbatch.lm.data.record_files import (
     read_records,
     rows_to_documents,
 )
-from bigbatch.lm.text import count, first_line
+from bigbatch.lm.text import first_line, plural
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "read_corpus"]
 
@@ -60,7 +60,7 @@ def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
     corpus = _read(data, broken)
     if not broken:
         return corpus
-    note = f"{count(len(broken), 'broken record')} left out; the first: {broken[0]}"
+    note = f"{plural(len(broken), 'broken record')} left out; the first: {broken[0]}"
     return replace(corpus, notes=(*corpus.notes, note))
 
 
@@ -127,9 +127,9 @@ def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], brok
             texts += 1
     about = []
     if texts:
-        about.append(f"{count(texts, 'text file')} from {data}")
+        about.append(f"{plural(texts, 'text file')} from {data}")
     if records:
-        about.append(f"{count(records.total(), 'record')} in {count(len(records), 'file')} from {data}")
+        about.append(f"{plural(records.total(), 'record')} in {plural(len(records), 'file')} from {data}")
     return Corpus(tuple(documents), (*about, *notes))
 
 
@@ -190,7 +190,7 @@ def _from_dataset(dataset: Any, source: str, about: str, broken: list[str] | Non
     documents = tuple(rows_to_documents(rows, names, source, broken=broken))
     if not documents:
         raise InputError(broken[0] if broken else f"{about} is empty: it {NO_TOKEN}.")
-    return Corpus(documents, (f"{count(len(documents), 'record')} of {about}",))
+    return Corpus(documents, (f"{plural(len(documents), 'record')} of {about}",))
 
 
 def _hub_name(data: str) -> str:

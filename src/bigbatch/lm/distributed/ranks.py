@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from bigbatch.distributed.detect import sync_of
-from bigbatch.distributed.gradient_sync import Sync, SyncPolicy
+from bigbatch.distributed.detect import detect_sync
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.replicated import Replicated
 from bigbatch.errors import InputError
 from bigbatch.lm.text import first_line
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankContext:
     """The processes of one run.
 
     Attributes:
@@ -46,7 +46,7 @@ class Ranks:
         """Whether no rank holds the whole model."""
         return self.size > 1 and self.parallel != "ddp"
 
-    def share(self, window: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    def shard_window(self, window: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Give the samples of a window that this rank runs: the same computation on every rank, and nothing is sent.
 
         Longest first, each sample goes to the rank that has the fewest tokens so far.
@@ -66,7 +66,7 @@ class Ranks:
                 own.append(sample)
         return own
 
-    def check_alike(self, facts: Mapping[str, Any]) -> None:
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
         """Refuse ranks that would not train the same model on the same data. Collective.
 
         Args:
@@ -76,7 +76,7 @@ class Ranks:
             InputError: Something is not; all raise the same.
         """
         per_machine = {"--nproc-per-node": self.local_size} if self.parallel == "hsdp" else {}
-        everyone = self.everyone({**facts, **per_machine})
+        everyone = self.all_gather({**facts, **per_machine})
         for name, own in everyone[0].items():
             other = next((rank for rank, theirs in enumerate(everyone) if theirs[name] != own), None)
             if other is not None:
@@ -86,7 +86,7 @@ class Ranks:
                     "settings, data, model and versions."
                 )
 
-    def spread(self, model: Any) -> Sync | SyncPolicy | None:
+    def parallelize(self, model: Any) -> GradientSync | SyncPolicy | None:
         """Spread a model over the ranks, before its optimizer is made; give what an engine is told. Collective.
 
         Raises:
@@ -98,11 +98,11 @@ class Ranks:
             return Replicated(model)
         try:
             _shard(model, self)
-            return sync_of(model)
+            return detect_sync(model)
         except (ValueError, TypeError, AssertionError) as error:
             raise InputError(f"--parallel {self.parallel} is not there for this model: {first_line(error)}.") from error
 
-    def everyone(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Give what every rank has, in their order. Collective."""
         if self.size == 1:
             return [value]
@@ -110,21 +110,21 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Give what the first rank has. Collective."""
-        return self.everyone(value if self.is_first else None)[0]
+        return self.all_gather(value if self.is_first else None)[0]
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = RankContext()
 
 
-def hollow(model: Any) -> Any:
+def copy_to_meta(model: Any) -> Any:
     """Copy a model without its weights, to put them in again after it was sharded."""
     weights = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo=dict(weights))
 
 
-def gathered(model: Any, empty: Any) -> Any:
+def gather_full_model(model: Any, empty: Any) -> Any:
     """Give a sharded model whole, on the host of the first rank; elsewhere what is given is empty. Collective.
 
     Args:
@@ -140,7 +140,7 @@ def gathered(model: Any, empty: Any) -> Any:
     return empty
 
 
-def _shard(model: Any, ranks: Ranks) -> None:
+def _shard(model: Any, ranks: RankContext) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer

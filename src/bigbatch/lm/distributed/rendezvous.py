@@ -17,7 +17,7 @@ PAUSE_S = 0.02  # between two looks into the store
 PREFIX = "bigbatch"
 
 
-def meet(store: Store, rank: int, size: int, *, timeout_s: float) -> Store:
+def fresh_store(store: Store, rank: int, size: int, *, timeout_s: float) -> Store:
     """Give a part of a store that only the processes see that were started with this one. Collective.
 
         rank r: asks with a number of its own → the first answers it with the name of the part → r confirms the name

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
 
-from bigbatch.lm.device import Machine
-from bigbatch.lm.model.padding_check import ignores_right_padding, short_logits
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.padding_check import ignores_right_padding, reference_logits
 
 NAME = "bigbatch_causal"
-SAME = 0.02  # of the logits, in any precision; a bias that is missing changes them by much more
+AGREEMENT_TOLERANCE = 0.02  # of the logits, in any precision; a bias that is missing changes them by much more
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 # torch 2.11 shares key and value heads unasked, later ones want to be asked
 _SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def leave_out_mask(model: Any, machine: Machine, *, max_length: int) -> bool:
+def drop_mask_if_causal(model: Any, device_spec: DeviceSpec, *, max_length: int) -> bool:
     """Let a model attend without a mask where right-padded rows need none; tell whether it does.
 
     Tried on the model itself by `ignores_right_padding`. A window or chunk shorter than ``max_length`` needs the mask
@@ -33,20 +33,22 @@ def leave_out_mask(model: Any, machine: Machine, *, max_length: int) -> bool:
 
     Args:
         model: A transformers language model, on its device, without adapters.
-        machine: Decides about autocast.
+        device_spec: Decides about autocast.
         max_length: Tokens of the longest row that will come.
     """
-    if not ignores_right_padding(model, machine):
+    if not ignores_right_padding(model, device_spec):
         return False
-    if attends_to_all(model.config, max_length=max_length):
-        expected = short_logits(model, machine)
+    if has_full_attention(model.config, max_length=max_length):
+        expected = reference_logits(model, device_spec)
         use_causal_attention(model)
-        if (short_logits(model, machine) - expected).norm() > SAME * expected.norm():  # its masks say more than causal
+        if (
+            reference_logits(model, device_spec) - expected
+        ).norm() > AGREEMENT_TOLERANCE * expected.norm():  # its masks say more than causal
             model.set_attn_implementation("sdpa")
     return True
 
 
-def attends_to_all(config: Any, *, max_length: int) -> bool:
+def has_full_attention(config: Any, *, max_length: int) -> bool:
     """Tell from a configuration whether layers attend through torch, and to everything before within a length."""
     if getattr(config, "_attn_implementation", None) not in ("sdpa", NAME):
         return False

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbatch.lm.data.dataset import IGNORED
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.packed_rows import model_inputs
 
 
@@ -13,15 +13,15 @@ class CausalLMLoss:
     """A loss function for `bigbatch.Engine`: next-token cross entropy, summed.
 
     Args:
-        machine: Decides about autocast.
+        device_spec: Decides about autocast.
         needs_mask: Whether the model is given the attention mask. Without one, attention takes its causal kernels,
             whose memory grows with the tokens of a row and not with their square. Right only for a model of which
             `ignores_right_padding` holds.
         longest: Tokens of the longest sequence of all packed rows.
     """
 
-    def __init__(self, machine: Machine, *, needs_mask: bool = True, longest: int | None = None) -> None:
-        self._machine = machine
+    def __init__(self, device_spec: DeviceSpec, *, needs_mask: bool = True, longest: int | None = None) -> None:
+        self._device_spec = device_spec
         self._needs_mask = needs_mask
         self._longest = longest
 
@@ -38,7 +38,7 @@ class CausalLMLoss:
             The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.
         """
         labels = microbatch["labels"]
-        with self._machine.autocast():
+        with self._device_spec.autocast():
             inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
             logits = model(**inputs, use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()

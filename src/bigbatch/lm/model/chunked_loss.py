@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbatch.lm.data.dataset import IGNORED
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.linear_cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 from bigbatch.lm.model.packed_rows import model_inputs
@@ -31,7 +31,7 @@ SIZES = (1.0, 1000.0)  # of the largest product that is tried: the second is far
 
 
 @dataclass(frozen=True)
-class Head:
+class LmHead:
     """The last layer of a language model, and what the model does to its products.
 
         logits = scale · linear(hidden)
@@ -48,7 +48,7 @@ class Head:
     softcap: float | None = None
 
 
-def head_of(model: Any) -> Head | None:
+def find_lm_head(model: Any) -> LmHead | None:
     """Find the head of a model, by its output embeddings and its configuration.
 
     Args:
@@ -66,7 +66,7 @@ def head_of(model: Any) -> Head | None:
         return None
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     softcaps = (getattr(config, name, None) for name in SOFTCAPS)
-    return Head(linear, scale=_scale(base, config), softcap=next((cap for cap in softcaps if cap), None))
+    return LmHead(linear, scale=_scale(base, config), softcap=next((cap for cap in softcaps if cap), None))
 
 
 def _scale(base: Any, config: Any) -> float:
@@ -78,7 +78,7 @@ def _scale(base: Any, config: Any) -> float:
     return float(scale)
 
 
-def is_worth_chunks(head: Head | None) -> bool:
+def worth_chunking(head: LmHead | None) -> bool:
     """Tell whether a head is known, and so wide that its logits are what takes the memory.
 
     Below 16,384 tokens in the vocabulary they are not, and all logits at once are a little faster: on two CPU cores the
@@ -91,7 +91,7 @@ class ChunkedCausalLMLoss:
     """`CausalLMLoss` without the logits: the same sums and gradients, in the memory of a chunk of logits.
 
     Args:
-        machine: Decides about autocast.
+        device_spec: Decides about autocast.
         needs_mask: Whether the model is given the attention mask.
         longest: As for `CausalLMLoss`.
         chunk_tokens: Tokens whose logits are held at a time.
@@ -100,14 +100,14 @@ class ChunkedCausalLMLoss:
 
     def __init__(
         self,
-        machine: Machine,
+        device_spec: DeviceSpec,
         *,
         needs_mask: bool = True,
         longest: int | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
         fused: bool = False,
     ) -> None:
-        self._machine = machine
+        self._device_spec = device_spec
         self._needs_mask = needs_mask
         self._longest = longest
         self._chunk_tokens = chunk_tokens
@@ -126,14 +126,14 @@ class ChunkedCausalLMLoss:
         Raises:
             ValueError: The head of the model is not known.
         """
-        head = head_of(model)
+        head = find_lm_head(model)
         if head is None:
             raise ValueError(f"the head of this {type(model).__name__} is not known: use CausalLMLoss.")
         labels = microbatch["labels"]
         inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
-        with self._machine.autocast():
+        with self._device_spec.autocast():
             hidden = hidden_states(model, head, **inputs)
-        with self._machine.autocast():  # another one: the first would keep its own copy of the head's weight
+        with self._device_spec.autocast():  # another one: the first would keep its own copy of the head's weight
             loss_sum = linear_cross_entropy(
                 hidden.flatten(0, 1),
                 head.linear.weight,
@@ -147,7 +147,7 @@ class ChunkedCausalLMLoss:
         return loss_sum, (labels != IGNORED).sum()
 
 
-def hidden_states(model: nn.Module, head: Head, *, input_ids: Tensor, **inputs: Any) -> Tensor:
+def hidden_states(model: nn.Module, head: LmHead, *, input_ids: Tensor, **inputs: Any) -> Tensor:
     """Run a model and give what its head was to be given, ``[rows, length, width]``.
 
     Raises:
@@ -172,10 +172,10 @@ def hidden_states(model: nn.Module, head: Head, *, input_ids: Tensor, **inputs: 
     return given[0]
 
 
-def chunked_loss_is_exact(model: Any, machine: Machine) -> bool:
+def chunked_loss_is_exact(model: Any, device_spec: DeviceSpec) -> bool:
     """Tell whether the loss of a model can be computed without its logits.
 
-        scale and softcap of `head_of` make of the head's products, small and large, the logits of the model
+        scale and softcap of `find_lm_head` make of the head's products, small and large, the logits of the model
         ChunkedCausalLMLoss = CausalLMLoss                          both within rounding
 
     Tried on the model itself in evaluation mode, in four forwards of two rows of 6 tokens. Training modes, random
@@ -183,8 +183,8 @@ def chunked_loss_is_exact(model: Any, machine: Machine) -> bool:
 
     Args:
         model: A transformers language model, on its device.
-        machine: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at least
-            that for float32, in which some models compute logits whatever they are in.
+        device_spec: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at
+            least that for float32, in which some models compute logits whatever they are in.
 
     Returns:
         False also where it cannot be told.
@@ -193,14 +193,14 @@ def chunked_loss_is_exact(model: Any, machine: Machine) -> bool:
     if isinstance(positions, int) and 0 < positions < LENGTH:
         return False  # a CUDA device that is asked for a position too many is lost to this process
     try:
-        head = head_of(model)
+        head = find_lm_head(model)
         if head is None:
             return False
         with preserved(model, parameters=False), torch.no_grad(), narrowest_dtype(model) as dtypes:
             model.eval()
-            microbatch = _rows(model, machine.device)
-            errors = [_error_of_logits(model, head, machine, microbatch, size) for size in SIZES]
-            errors.append(_error_of_loss(model, machine, microbatch))
+            microbatch = _rows(model, device_spec.device)
+            errors = [_error_of_logits(model, head, device_spec, microbatch, size) for size in SIZES]
+            errors.append(_error_of_loss(model, device_spec, microbatch))
     except Exception:  # noqa: BLE001 - whatever a model says to this, it can have its logits
         return False
     dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
@@ -217,9 +217,11 @@ def _rows(model: Any, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": tokens[:, :-1], "labels": labels, "attention_mask": torch.ones_like(labels)}
 
 
-def _error_of_logits(model: Any, head: Head, machine: Machine, microbatch: dict[str, Tensor], size: float) -> float:
+def _error_of_logits(
+    model: Any, head: LmHead, device_spec: DeviceSpec, microbatch: dict[str, Tensor], size: float
+) -> float:
     """Compare logits where the head is given such hidden states that its largest product is of a size."""
-    with machine.autocast(), _products_of_size(head.linear, size) as given:
+    with device_spec.autocast(), _products_of_size(head.linear, size) as given:
         tokens = {name: microbatch[name] for name in ("input_ids", "attention_mask")}
         logits = model(**tokens, use_cache=False).logits.cpu().double()
         expected = F.linear(given[0], head.linear.weight, head.linear.bias).cpu().double() * head.scale
@@ -246,6 +248,6 @@ def _products_of_size(linear: nn.Linear, size: float) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _error_of_loss(model: Any, machine: Machine, microbatch: dict[str, Tensor]) -> float:
-    full, chunked = (kind(machine)(model, microbatch)[0].item() for kind in (CausalLMLoss, ChunkedCausalLMLoss))
+def _error_of_loss(model: Any, device_spec: DeviceSpec, microbatch: dict[str, Tensor]) -> float:
+    full, chunked = (kind(device_spec)(model, microbatch)[0].item() for kind in (CausalLMLoss, ChunkedCausalLMLoss))
     return abs(chunked - full) / abs(full)

@@ -19,17 +19,17 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from bigbatch.lm.config.field_types import Recompute
+from bigbatch.lm.config.field_types import CheckpointingMode
 
 
-class Layers:
+class DecoderLayers:
     """The repeated layers of one model, found by transformers' base class for them.
 
     Args:
         model: A transformers language model, or peft's wrapper of one.
 
     Attributes:
-        level: What is computed anew.
+        mode: What is computed anew.
 
     Raises:
         ValueError: It has no such layers; the message is what transformers says to activation checkpointing.
@@ -43,9 +43,9 @@ class Layers:
             model.disable_input_require_grads()  # of embedded tokens, which only reentrant checkpoints need
         self._layers = _repeated(model)
         self._compiled: list[Any] = []
-        self._draws = draws(model)
-        self.level: Recompute = "full"
-        self.recompute("none")
+        self._draws = uses_randomness(model)
+        self.mode: CheckpointingMode = "full"
+        self.set_checkpointing("none")
 
     @property
     def is_compiled(self) -> bool:
@@ -64,17 +64,17 @@ class Layers:
         self._compiled = [
             torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options) for layer in self._layers
         ]
-        self.recompute(self.level)
+        self.set_checkpointing(self.mode)
 
-    def interpret(self) -> None:
+    def decompile(self) -> None:
         """Run them operation by operation again."""
         self._compiled = []
         for layer in self._layers:
             layer._compiled_call_impl = None
-        self.recompute(self.level)
+        self.set_checkpointing(self.mode)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def eager(self) -> Iterator[None]:
         """Run them operation by operation for a while: generation would be compiled for each of its lengths."""
         calls = [layer._compiled_call_impl for layer in self._layers]
         for layer in self._layers:
@@ -85,11 +85,11 @@ class Layers:
             for layer, call in zip(self._layers, calls, strict=True):
                 layer._compiled_call_impl = call
 
-    def recompute(self, level: Recompute) -> None:
+    def set_checkpointing(self, mode: CheckpointingMode) -> None:
         """Choose what is computed anew in backward."""
-        self.level = level
+        self.mode = mode
         for index, layer in enumerate(self._layers):
-            anew = level == "full" or (level == "selective" and index % 2 == 0)
+            anew = mode == "full" or (mode == "selective" and index % 2 == 0)
             layer.gradient_checkpointing = anew and not self._compiled
             if self._compiled:
                 run = self._compiled[index]
@@ -98,7 +98,7 @@ class Layers:
                 layer._compiled_call_impl = again if anew else run
 
 
-def draws(model: nn.Module) -> bool:
+def uses_randomness(model: nn.Module) -> bool:
     """Tell whether layers draw random numbers: by dropout modules, or by rates that modules keep as numbers."""
     for module in model.modules():
         if isinstance(module, _DropoutNd) and module.p > 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.errors import InputError
-from bigbatch.lm.text import count
+from bigbatch.lm.text import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +31,14 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, model: A
     positions = _positions(model)
     if positions is not None and len(tokens) >= positions:
         raise InputError(
-            f"{name} has {count(len(tokens), 'token')} and the model knows {count(positions, 'position')}: "
+            f"{name} has {plural(len(tokens), 'token')} and the model knows {plural(positions, 'position')}: "
             "shorten it, so that there is room to go on."
         )
     return tokens
 
 
 @torch.no_grad()
-def continue_text(
+def generate_text(
     model: Any,
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,

@@ -8,10 +8,10 @@ entropy.
 
 Libraries have it too, and none of them serves here. `torch.nn.functional.linear_cross_entropy` (torch 2.13) sums the
 loss in the dtype of the hidden states, which in bfloat16 was wrong by 0.5 to 4 % for two thousand tokens; it ignores
-autocast, knows no soft-capping, and is a single operation to `bigbatch.memory.allocation_tracker.Tracker`, so that
-predictions would miss its logits. Liger Kernel (0.8.5) runs on Triton alone, makes the host wait for the device, gives
-no gradient to a head above frozen layers, multiplies the gradients again in a second backward, and was slower on an
-H200. Compared in tests/lm/test_chunked.py and benchmarks/loss.py.
+autocast, knows no soft-capping, and is a single operation to `bigbatch.memory.allocation_tracker.AllocationTracker`, so
+that predictions would miss its logits. Liger Kernel (0.8.5) runs on Triton alone, makes the host wait for the device,
+gives no gradient to a head above frozen layers, multiplies the gradients again in a second backward, and was slower on
+an H200. Compared in tests/lm/test_chunked.py and benchmarks/loss.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bigbatch.gradients.gradient_sums import NARROW_DTYPES
+from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 from bigbatch.lm.data.dataset import IGNORED
 
 CHUNK_TOKENS = 1024
@@ -76,15 +76,15 @@ def linear_cross_entropy(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: the logits of at least 1 token have to be held.")
-    recipe = _Recipe(chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor))
+    recipe = _Options(chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, recipe)  # type: ignore[no-untyped-call]
         return loss_sum
-    return _run(hidden, weight, bias, labels, recipe, (False, False, False))[0]
+    return _run_chunks(hidden, weight, bias, labels, recipe, (False, False, False))[0]
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Options:
     chunk_tokens: int
     softcap: float | None
     scale: float
@@ -102,14 +102,14 @@ _Gradients = list[Tensor | None]
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, recipe: _Recipe
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, recipe: _Options
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.recipe = recipe
         ctx.gradients = None
         if recipe.waits_for_backward:
-            return _run(hidden, weight, bias, labels, recipe, (False, False, False))[0]
-        loss_sum, ctx.gradients = _run(hidden, weight, bias, labels, recipe, ctx.needs_input_grad[:3])
+            return _run_chunks(hidden, weight, bias, labels, recipe, (False, False, False))[0]
+        loss_sum, ctx.gradients = _run_chunks(hidden, weight, bias, labels, recipe, ctx.needs_input_grad[:3])
         return loss_sum
 
     @staticmethod
@@ -123,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradients is None:
             hidden, weight, bias, labels = ctx.saved_tensors
             wanted = ctx.needs_input_grad[:3]
-            gradients = _run(hidden, weight, bias, labels, ctx.recipe, wanted, factor=grad_output)[1]
+            gradients = _run_chunks(hidden, weight, bias, labels, ctx.recipe, wanted, factor=grad_output)[1]
         else:
             for gradient in gradients:
                 if gradient is not None:
@@ -131,13 +131,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _run(
+def _run_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    recipe: _Recipe,
-    wanted: Sequence[bool],
+    options: _Options,
+    needs_grad: Sequence[bool],
     *,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, _Gradients]:
@@ -146,13 +146,13 @@ def _run(
     They are those of ``factor · sum``, or without a factor those of ``sum / scale``.
     """
     with _without_autocast(hidden.device):
-        run = _Run(hidden, weight, bias, recipe, wanted, factor)
-        for start in range(0, len(hidden), recipe.chunk_tokens):
-            run.add(slice(start, start + recipe.chunk_tokens), labels)
+        run = _ChunkLoop(hidden, weight, bias, options, needs_grad, factor)
+        for start in range(0, len(hidden), options.chunk_tokens):
+            run.add(slice(start, start + options.chunk_tokens), labels)
         return run.loss_sum, run.gradients()
 
 
-class _Run:
+class _ChunkLoop:
     """Sums and operands of one pass over the chunks."""
 
     def __init__(
@@ -160,21 +160,21 @@ class _Run:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        recipe: _Recipe,
-        wanted: Sequence[bool],
+        options: _Options,
+        needs_grad: Sequence[bool],
         factor: Tensor | None,
     ) -> None:
         self.hidden = hidden
-        self.weight = weight.to(recipe.dtype)
-        self.bias = None if bias is None else bias.to(recipe.dtype)
-        self.recipe = recipe
+        self.weight = weight.to(options.dtype)
+        self.bias = None if bias is None else bias.to(options.dtype)
+        self.recipe = options
         self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        self.factor = None if factor is None else factor * recipe.scale
-        sums = torch.float64 if recipe.dtype == torch.float64 else torch.float32
+        self.factor = None if factor is None else factor * options.scale
+        sums = torch.float64 if options.dtype == torch.float64 else torch.float32
         self.loss_sum = hidden.new_zeros((), dtype=sums)
-        self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.grad_weight = weight.new_zeros(weight.shape, dtype=sums) if wanted[1] else None
-        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=sums) if wanted[2] else None
+        self.grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=sums) if needs_grad[1] else None
+        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=sums) if needs_grad[2] else None
 
     def gradients(self) -> _Gradients:
         weight, bias = (
@@ -228,10 +228,10 @@ class _Run:
             return F.log_softmax(capped * softcap, 1), capped
         return F.log_softmax(logits if scale == 1 else logits.mul_(scale), 1), None
 
-    def _add_gradients(self, chunk: slice, rows: Tensor, slopes: Tensor, ignored: Tensor) -> None:
+    def _add_gradients(self, chunk: slice, rows: Tensor, logit_grads: Tensor, ignored: Tensor) -> None:
         if self.grad_bias is not None:
-            self.grad_bias += (~ignored).to(slopes.dtype) @ slopes
-        narrow = slopes.to(self.recipe.dtype)
+            self.grad_bias += (~ignored).to(logit_grads.dtype) @ logit_grads
+        narrow = logit_grads.to(self.recipe.dtype)
         if self.grad_hidden is not None:
             self.grad_hidden[chunk] = _multiply(narrow, self.weight).masked_fill_(ignored[:, None], 0)
         if self.grad_weight is None:
@@ -239,15 +239,15 @@ class _Run:
         if _has_wide_products(rows):
             torch.addmm(self.grad_weight, narrow.T, rows, out_dtype=torch.float32, out=self.grad_weight)
         else:
-            self.grad_weight.addmm_(slopes.T, rows.to(slopes.dtype))
+            self.grad_weight.addmm_(logit_grads.T, rows.to(logit_grads.dtype))
 
 
 @cache
 def _fused() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_loss_and_slopes, dynamic=True)
+    return torch.compile(_loss_and_logit_grads, dynamic=True)
 
 
-def _loss_and_slopes(
+def _loss_and_logit_grads(
     products: Tensor,
     bias: Tensor | None,
     targets: Tensor,
@@ -286,7 +286,7 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
 
 def _has_wide_products(operand: Tensor) -> bool:
     """Tell whether the device multiplies matrices of this narrow dtype into float32."""
-    if not operand.is_cuda or operand.dtype not in NARROW_DTYPES or torch.version.hip is not None:
+    if not operand.is_cuda or operand.dtype not in HALF_PRECISION_DTYPES or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(operand.device) >= (8, 0)
 

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.batching.token_groups import round_up
+from bigbatch.batching.token_groups import round_up_row
 from bigbatch.lm.data.dataset import IGNORED
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import NAME, VARLEN_DTYPES
 from bigbatch.lm.model.embedding_hook import embedded_tokens
 from bigbatch.preserve import preserved
 from bigbatch.verification.cut_gradients import narrowest_dtype
 from bigbatch.verification.verify import TOLERANCES
 
-FEWEST_PLACES = 64  # for offsets: a row of more sequences has the next power of two
-LEAK = 0.1  # of what a token of its own moves a sequence: what those of a neighbour may, which is rounding
+MIN_ROW_PLACES = 64  # for offsets: a row of more sequences has the next power of two
+LEAK_TOLERANCE = 0.1  # of what a token of its own moves a sequence: what those of a neighbour may, which is rounding
 CHECKED_LENGTHS = (7, 5, 4)
 
 
-def pack(
+def pack_row(
     samples: Sequence[dict[str, Tensor]], *, pad_id: int, longest: int, most: int | None = None
 ) -> dict[str, Tensor]:
-    """Put samples into one row of a size that `token_groups.round_up` gives, so that rows have few sizes.
+    """Put samples into one row of a size that `token_groups.round_up_row` gives, so that rows have few sizes.
 
     Args:
         samples: With ``input_ids`` and ``labels``, int64 ``[length]``; at least one.
@@ -47,7 +47,7 @@ def pack(
         raise ValueError("there is no sample to pack. Give at least one.")
     lengths = [len(sample["input_ids"]) for sample in samples]
     tokens = sum(lengths)
-    size = round_up(tokens) if most is None else max(tokens, min(round_up(tokens), most))
+    size = round_up_row(tokens) if most is None else max(tokens, min(round_up_row(tokens), most))
     while (filling := min(longest, size - sum(lengths))) > 0:
         lengths.append(filling)
     padding = (0, size - tokens)
@@ -67,7 +67,7 @@ def pack(
 
 
 def _places(sequences: int) -> int:
-    return max(FEWEST_PLACES, 1 << (sequences - 1).bit_length())
+    return max(MIN_ROW_PLACES, 1 << (sequences - 1).bit_length())
 
 
 def model_inputs(microbatch: dict[str, Tensor], *, longest: int | None, needs_mask: bool) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def model_inputs(microbatch: dict[str, Tensor], *, longest: int | None, needs_ma
     }
 
 
-def why_not_packed(model: Any, machine: Machine, *, longest: int) -> str | None:
+def packing_obstacle(model: Any, device_spec: DeviceSpec, *, longest: int) -> str | None:
     """Say why a model cannot run packed rows, in a few words; None where it can.
 
         logits(packed row) = logits(each sequence alone)                                    within rounding
@@ -99,14 +99,14 @@ def why_not_packed(model: Any, machine: Machine, *, longest: int) -> str | None:
 
     Args:
         model: A transformers language model on its device, whose attention is that of `use_causal_attention`.
-        machine: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at least
-            that for float32.
+        device_spec: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at
+            least that for float32.
         longest: Tokens of the longest sequence there is.
     """
-    if machine.device.type == "cuda" and not machine.is_narrow:
-        return f"attention has no kernel for packed rows in {machine.precision}"
-    if machine.device.type not in ("cuda", "cpu"):
-        return f"attention has no kernel for packed rows on {machine.device.type}"
+    if device_spec.device.type == "cuda" and not device_spec.is_half_precision:
+        return f"attention has no kernel for packed rows in {device_spec.precision}"
+    if device_spec.device.type not in ("cuda", "cpu"):
+        return f"attention has no kernel for packed rows on {device_spec.device.type}"
     if getattr(model.config, "_attn_implementation", None) != NAME:
         return "the model attends in a way of its own"
     if getattr(model.config, "attention_chunk_size", None) is not None:
@@ -114,18 +114,18 @@ def why_not_packed(model: Any, machine: Machine, *, longest: int) -> str | None:
     try:
         with preserved(model, parameters=False), narrowest_dtype(model) as dtypes, _windows_handed_over() as windows:
             model.train()
-            _logits(model, machine, longest, _samples(model, longest))  # dropout in attention may have no kernel
+            _logits(model, device_spec, longest, _samples(model, longest))  # dropout in attention may have no kernel
             model.eval()
-            by_layout, by_neighbour, by_own = _changes(model, machine, longest)
-            leaks = _leaks(model, machine, longest)
+            by_layout, by_neighbour, by_own = _changes(model, device_spec, longest)
+            leaks = _leaks(model, device_spec, longest)
     except Exception as error:  # noqa: BLE001 - whatever a model says to a packed row, it can have padded ones
         return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     if 0 < (getattr(model.config, "sliding_window", None) or 0) < longest and not any(windows):
         return "its window is in a mask alone"
     dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
-    if machine.device.type == "cuda" and dtype not in VARLEN_DTYPES:
+    if device_spec.device.type == "cuda" and dtype not in VARLEN_DTYPES:
         dtype = torch.bfloat16
-    if leaks or by_neighbour > LEAK * by_own:
+    if leaks or by_neighbour > LEAK_TOLERANCE * by_own:
         return "its sequences see one another in a packed row"
     tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
     return None if by_layout <= tolerance else f"its logits in a packed row differ by {by_layout:.0e}"
@@ -149,25 +149,25 @@ def _windows_handed_over() -> Iterator[list[int]]:
         AttentionInterface.register(NAME, attend)
 
 
-def _logits(model: Any, machine: Machine, longest: int, samples: Sequence[list[int]]) -> Tensor:
+def _logits(model: Any, device_spec: DeviceSpec, longest: int, samples: Sequence[list[int]]) -> Tensor:
     """Give the logits of samples in one row, ``[tokens, vocabulary]``."""
     rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in samples]
-    row = {name: tensor.to(machine.device) for name, tensor in pack(rows, pad_id=0, longest=longest).items()}
-    with machine.autocast():
+    row = {name: tensor.to(device_spec.device) for name, tensor in pack_row(rows, pad_id=0, longest=longest).items()}
+    with device_spec.autocast():
         given: Tensor = model(**model_inputs(row, longest=longest, needs_mask=False), use_cache=False).logits
     return given[0, : sum(map(len, samples))]
 
 
 @torch.no_grad()
-def _changes(model: Any, machine: Machine, longest: int) -> tuple[float, float, float]:
+def _changes(model: Any, device_spec: DeviceSpec, longest: int) -> tuple[float, float, float]:
     """Measure how far packing moves the logits, a neighbour's token those of the next sequence, and one of its own."""
 
     def logits(*samples: list[int]) -> Tensor:
-        return _logits(model, machine, longest, samples).cpu().double()
+        return _logits(model, device_spec, longest, samples).cpu().double()
 
     def alone(row: list[int]) -> Tensor:
-        with machine.autocast():
-            given: Tensor = model(input_ids=torch.tensor([row], device=machine.device), use_cache=False).logits
+        with device_spec.autocast():
+            given: Tensor = model(input_ids=torch.tensor([row], device=device_spec.device), use_cache=False).logits
         return given[0].cpu().double()
 
     samples = _samples(model, longest)
@@ -180,12 +180,12 @@ def _changes(model: Any, machine: Machine, longest: int) -> tuple[float, float, 
     return float((together - apart).norm() / apart.norm()), float(by_neighbour.norm()), float(by_own.norm())
 
 
-def _leaks(model: Any, machine: Machine, longest: int) -> bool:
+def _leaks(model: Any, device_spec: DeviceSpec, longest: int) -> bool:
     """Tell whether the logits of one sequence have a gradient by the embedded tokens of others."""
     first, second, *others = _samples(model, longest)
     part = slice(len(first), len(first) + len(second))
     with embedded_tokens(model) as embedded:
-        logits = _logits(model, machine, longest, [first, second, *others])[part].float()
+        logits = _logits(model, device_spec, longest, [first, second, *others])[part].float()
         (gradient,) = torch.autograd.grad(logits.sum(), embedded[0])
     reached = gradient[0].abs().sum(-1) > 0  # [tokens]
     return bool(reached[: part.start].any() or reached[part.stop :].any() or not reached[part].any())

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.preserve import preserved
 from bigbatch.verification.cut_gradients import narrowest_dtype
 from bigbatch.verification.verify import TOLERANCES
@@ -15,7 +15,7 @@ NUM_TOKENS = 5  # of them; the rest is filled
 MARGIN = 4  # by which a token must change the logits after it more than the filling changes those before
 
 
-def ignores_right_padding(model: nn.Module, machine: Machine) -> bool:
+def ignores_right_padding(model: nn.Module, device_spec: DeviceSpec) -> bool:
     """Tell whether right-padded rows may go into a model without an attention mask.
 
         logits(tokens, filling)[:5] = logits(tokens)[:5]            within rounding, for two fillings, without a mask
@@ -26,8 +26,8 @@ def ignores_right_padding(model: nn.Module, machine: Machine) -> bool:
 
     Args:
         model: A transformers language model, on its device.
-        machine: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at least
-            that for float32, in which some attention computes whatever the model is in.
+        device_spec: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at
+            least that for float32, in which some attention computes whatever the model is in.
 
     Returns:
         False also where it cannot be told: the model wants a mask, has fewer than 12 positions or 9 tokens, or its
@@ -37,8 +37,8 @@ def ignores_right_padding(model: nn.Module, machine: Machine) -> bool:
     if isinstance(positions, int) and 0 < positions < LENGTH:
         return False  # a CUDA device that is asked for a position too many is lost to this process
     try:
-        with preserved(model, parameters=False), narrowest_dtype(model) as dtypes, machine.autocast():
-            by_filling, by_token, size = _changes(model, machine.device)
+        with preserved(model, parameters=False), narrowest_dtype(model) as dtypes, device_spec.autocast():
+            by_filling, by_token, size = _changes(model, device_spec.device)
     except Exception:  # noqa: BLE001 - whatever a model says to rows without a mask, it wants one
         return False
     dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
@@ -48,12 +48,12 @@ def ignores_right_padding(model: nn.Module, machine: Machine) -> bool:
 
 
 @torch.no_grad()
-def short_logits(model: Any, machine: Machine) -> Tensor:
+def reference_logits(model: Any, device_spec: DeviceSpec) -> Tensor:
     """Compute what a model says to a row of 5 tokens without a mask, float64 ``[5, vocabulary]`` on the CPU."""
     tokens = _distinct_tokens(model, NUM_TOKENS)
-    with preserved(model, parameters=False), machine.autocast():
+    with preserved(model, parameters=False), device_spec.autocast():
         model.eval()
-        return _logits(model, [tokens], machine.device)[0]
+        return _logits(model, [tokens], device_spec.device)[0]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from bigbatch.errors import InputError
 from bigbatch.lm.data.hub import is_local
 from bigbatch.lm.files import sync_folder
-from bigbatch.lm.text import count, first_line
+from bigbatch.lm.text import first_line, plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def load_config(name: str) -> Any:
     return config
 
 
-def model_of(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
+def model_from_config(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
     """Make the model of a configuration, with random weights; on the device ``meta`` it has none, and no memory."""
     from transformers import AutoModelForCausalLM
 
@@ -117,11 +117,11 @@ def _check_whole(name: str, found: dict[str, Any]) -> None:
     if mismatched:
         key, theirs, ours = mismatched[0]
         raise InputError(
-            f"{problem} have another shape than its configuration in {count(len(mismatched), 'tensor')}, such as "
+            f"{problem} have another shape than its configuration in {plural(len(mismatched), 'tensor')}, such as "
             f"{key}: {list(theirs)} and not {list(ours)}."
         )
     if missing:
-        raise InputError(f"{problem} lack {count(len(missing), 'tensor')}, such as {missing[0]}.")
+        raise InputError(f"{problem} lack {plural(len(missing), 'tensor')}, such as {missing[0]}.")
 
 
 def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:

@@ -14,13 +14,13 @@ from torch import Tensor
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
-from bigbatch.lm.device import Machine
-from bigbatch.lm.model.causal_attention import leave_out_mask, use_causal_attention
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.causal_attention import drop_mask_if_causal, use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, head_of, is_worth_chunks
-from bigbatch.lm.model.decoder_layers import Layers
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
+from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.embedding_hook import embedded_tokens
-from bigbatch.lm.model.packed_rows import pack, why_not_packed
+from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
 from bigbatch.lm.text import first_line
 from bigbatch.preserve import preserved
@@ -33,7 +33,7 @@ by less than a thousandth in float32; wrong code moves it by as much as it is.""
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class ModelSetup:
     """How a model is run.
 
     Attributes:
@@ -42,7 +42,7 @@ class Arrangement:
         collate: Makes a micro-batch of a list of samples.
         layout: Of the micro-batches.
         layers: What can be computed anew in backward; None where the model has no such layers.
-        records: Whether micro-batches are launched from recordings.
+        uses_cuda_graphs: Whether micro-batches are launched from recordings.
         notes: Sentences about what is not there, and why.
     """
 
@@ -50,18 +50,18 @@ class Arrangement:
     loss_fn: CausalLMLoss | ChunkedCausalLMLoss
     collate: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     layout: Layout
-    layers: Layers | None
-    records: bool
+    layers: DecoderLayers | None
+    uses_cuda_graphs: bool
     notes: tuple[str, ...]
 
 
-def arrange(model: Any, config: TrainConfig, machine: Machine, *, pad_id: int, longest: int) -> Arrangement:
+def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pad_id: int, longest: int) -> ModelSetup:
     """Find out how a model is run best, of what was not decided.
 
     Args:
         model: A transformers language model on its device, without adapters.
         config: With every default written out.
-        machine: Device and precision.
+        device_spec: Device and precision.
         pad_id: Token that rows are filled up with.
         longest: Tokens of the longest sequence that will come.
 
@@ -69,44 +69,44 @@ def arrange(model: Any, config: TrainConfig, machine: Machine, *, pad_id: int, l
         InputError: The model cannot have what the configuration asks for.
     """
     notes: list[str] = []
-    on_cuda = machine.device.type == "cuda"
+    on_cuda = device_spec.device.type == "cuda"
     if config.compile == "graphs" and not on_cuda:
-        raise InputError(f"--compile graphs is for CUDA, and this run is on {machine.device}: say layers or none.")
-    needs_mask = not leave_out_mask(model, machine, max_length=longest)
-    chunks = is_worth_chunks(head_of(model)) and chunked_loss_is_exact(model, machine)
-    layout = _layout(model, config, machine, longest, needs_mask, notes)
+        raise InputError(f"--compile graphs is for CUDA, and this run is on {device_spec.device}: say layers or none.")
+    needs_mask = not drop_mask_if_causal(model, device_spec, max_length=longest)
+    chunks = worth_chunking(find_lm_head(model)) and chunked_loss_is_exact(model, device_spec)
+    layout = _layout(model, config, device_spec, longest, needs_mask, notes)
     if config.lora_rank:
         model = with_lora(model, config)
-    model = model.to(machine.device).train()
+    model = model.to(device_spec.device).train()
     layers = layers_of(model, config)
     compiles = config.compile in ("layers", "graphs") or (config.compile == "auto" and on_cuda)
     if chunks:
         loss: Any = partial(ChunkedCausalLMLoss, fused=compiles)
     else:
         loss = CausalLMLoss
-    loss_fn = loss(machine, needs_mask=needs_mask, longest=longest)
+    loss_fn = loss(device_spec, needs_mask=needs_mask, longest=longest)
     if layout == "packed":
-        collator: Any = partial(pack, pad_id=pad_id, longest=longest, most=config.token_budget)
+        collator: Any = partial(pack_row, pad_id=pad_id, longest=longest, most=config.token_budget)
     else:
         collator = partial(collate, pad_id=pad_id)
     if compiles:
-        _compile(model, config, layers, loss_fn, collator, machine, longest, notes)
+        _compile(model, config, layers, loss_fn, collator, device_spec, longest, notes)
     records = on_cuda and config.compile in ("auto", "graphs")
-    return Arrangement(model, loss_fn, collator, layout, layers, records, tuple(notes))
+    return ModelSetup(model, loss_fn, collator, layout, layers, records, tuple(notes))
 
 
 def _layout(
-    model: Any, config: TrainConfig, machine: Machine, longest: int, needs_mask: bool, notes: list[str]
+    model: Any, config: TrainConfig, device_spec: DeviceSpec, longest: int, needs_mask: bool, notes: list[str]
 ) -> Layout:
     """Decide between packed and padded rows; a model that packs attends by offsets from then on."""
-    wanted = config.layout == "packed" or (config.layout == "auto" and machine.device.type == "cuda")
+    wanted = config.layout == "packed" or (config.layout == "auto" and device_spec.device.type == "cuda")
     if not wanted:
         return "padded"
     before = getattr(model.config, "_attn_implementation", None)
     why = "it needs a mask for padding" if needs_mask else None
     if why is None:
         use_causal_attention(model)
-        why = why_not_packed(model, machine, longest=longest)
+        why = packing_obstacle(model, device_spec, longest=longest)
     if why is None:
         return "packed"
     if before is not None and getattr(model.config, "_attn_implementation", None) != before:
@@ -130,39 +130,39 @@ def with_lora(model: Any, config: TrainConfig) -> Any:
         raise InputError(f"--lora-rank is not there for {config.model}: {first_line(error)}.") from error
 
 
-def layers_of(model: Any, config: TrainConfig) -> Layers | None:
+def layers_of(model: Any, config: TrainConfig) -> DecoderLayers | None:
     """Find the layers of a model, and let them compute anew what is asked for; None where it has no such layers.
 
     Raises:
         InputError: It has none, and they are asked for.
     """
     try:
-        layers = Layers(model)
+        layers = DecoderLayers(model)
     except ValueError as error:
         if config.gradient_checkpointing in ("auto", "none"):
             return None
         raise InputError(f"--gradient-checkpointing is not there for {config.model}: {first_line(error)}.") from error
     if config.gradient_checkpointing != "auto":
-        layers.recompute(config.gradient_checkpointing)
+        layers.set_checkpointing(config.gradient_checkpointing)
     return layers
 
 
 def _compile(
     model: Any,
     config: TrainConfig,
-    layers: Layers | None,
+    layers: DecoderLayers | None,
     loss_fn: Any,
     collator: Any,
-    machine: Machine,
+    device_spec: DeviceSpec,
     longest: int,
     notes: list[str],
 ) -> None:
     """Compile the layers, and hold them to what they gave before."""
     why = "its layers are not those of transformers" if layers is None else None
     if layers is not None:
-        microbatch = _trial(model, collator, machine, longest)
-        level = layers.level
-        layers.recompute("full")  # least memory, and what recomputes is tried as well
+        microbatch = _trial(model, collator, device_spec, longest)
+        mode = layers.mode
+        layers.set_checkpointing("full")  # least memory, and what recomputes is tried as well
         before = _loss_and_gradient(model, loss_fn, microbatch)
         layers.compile()
         try:
@@ -171,11 +171,11 @@ def _compile(
             why = first_line(error)
         else:
             difference = max(_difference(new, old) for new, old in zip(after, before, strict=True))
-            same = NARROW_SAME if machine.is_narrow else WIDE_SAME
+            same = NARROW_SAME if device_spec.is_half_precision else WIDE_SAME
             why = None if difference <= same else f"compiled, it differs by {difference:.0e}"
-        layers.recompute(level)
+        layers.set_checkpointing(mode)
         if why is not None:
-            layers.interpret()
+            layers.decompile()
     if why is None:
         return
     if config.compile != "auto":
@@ -185,7 +185,7 @@ def _compile(
     notes.append(f"layers are not compiled: {why}")
 
 
-def _trial(model: Any, collator: Any, machine: Machine, longest: int) -> dict[str, Tensor]:
+def _trial(model: Any, collator: Any, device_spec: DeviceSpec, longest: int) -> dict[str, Tensor]:
     """Make a micro-batch of some sequences, the longest among them."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -193,7 +193,7 @@ def _trial(model: Any, collator: Any, machine: Machine, longest: int) -> dict[st
     for length in (longest, max(1, longest // 2), max(1, longest // 3)):
         tokens = torch.randint(vocabulary, (length,), generator=generator)
         samples.append({"input_ids": tokens, "labels": tokens.roll(-1)})
-    return {name: tensor.to(machine.device) for name, tensor in collator(samples).items()}
+    return {name: tensor.to(device_spec.device) for name, tensor in collator(samples).items()}
 
 
 def _loss_and_gradient(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,15 +16,15 @@ from bigbatch.lm.data.sampling_order import epoch_windows
 from bigbatch.lm.data.sources import read_corpus
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config, tiny_config
-from bigbatch.lm.text import count
-from bigbatch.lm.training.setup import Say
+from bigbatch.lm.text import plural
+from bigbatch.lm.training.setup import ProgressCallback
 
 MOST_DOCUMENTS = 2_000  # that are encoded for their lengths: evenly spaced, if there are more
 BYTES_A_TOKEN = 4  # where there is no tokenizer: of English text and of code, about
 
 
 @dataclass(frozen=True)
-class Survey:
+class DataStatistics:
     """What is known of the data, and of the model that is to learn it.
 
     Attributes:
@@ -51,12 +51,12 @@ class Survey:
         return self.lengths[0]
 
 
-def survey(config: TrainConfig, *, say: Say) -> Survey:
+def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStatistics:
     """Read the data of a run and measure it.
 
     Args:
         config: With every default written out.
-        say: Told what goes on.
+        progress: Told what goes on.
 
     Raises:
         InputError: Data, model or length is not there or not usable.
@@ -71,22 +71,22 @@ def survey(config: TrainConfig, *, say: Say) -> Survey:
             tokenizer = load_tokenizer(config.model)
         except InputError as error:
             notes.append(f"lengths are estimated, {BYTES_A_TOKEN} bytes a token: {error}")
-    say(f"reading {config.data}")
+    progress(f"reading {config.data}")
     documents, _ = split_documents(
         read_corpus(config.data, skip_broken=config.skip_broken).documents,
         validation_fraction=config.validation_fraction,
     )
     if config.model == TINY:
-        say("training a tokenizer")
+        progress("training a tokenizer")
         texts = [text for document in documents for text in document.texts]
         tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
         assert config.max_length is not None, "resolved() gives it a value"
         model_config = tiny_config(tokenizer, max_length=config.max_length)
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, _positions(model_config) or DEFAULT_MAX_LENGTH)
-    measured = some_of(documents, MOST_DOCUMENTS)
+    measured = sample_documents(documents, MOST_DOCUMENTS)
     if len(measured) < len(documents):
-        notes.append(f"lengths are those of {len(measured):,} of {count(len(documents), 'document')}")
-    say("measuring the documents")
+        notes.append(f"lengths are those of {len(measured):,} of {plural(len(documents), 'document')}")
+    progress("measuring the documents")
     if tokenizer is None:
         lengths = estimated_lengths(measured, max_length)
     else:
@@ -94,7 +94,7 @@ def survey(config: TrainConfig, *, say: Say) -> Survey:
     if not lengths:
         raise InputError(f"{config.data} holds nothing to learn from.")
     windows, num_updates = _windows(config, lengths, len(documents) / len(measured))
-    return Survey(
+    return DataStatistics(
         model_config=model_config,
         max_length=max_length,
         lengths=tuple(sorted(set(lengths), reverse=True)),
@@ -120,7 +120,7 @@ def _check_length(config: TrainConfig, model_config: Any) -> None:
         )
 
 
-def some_of(documents: Sequence[Document], most: int) -> Sequence[Document]:
+def sample_documents(documents: Sequence[Document], most: int) -> Sequence[Document]:
     """Give the documents if there are no more than that, else so many: evenly spaced, and the longest."""
     if len(documents) <= most:
         return documents

@@ -4,42 +4,42 @@ from dataclasses import dataclass
 
 import torch
 
-from bigbatch.autotune.peak_prediction import stand_in_for
+from bigbatch.autotune.peak_prediction import proxy_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import Machine, find_machine
+from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.memory.limit import describe_bytes, gpu_limit, parse_memory
-from bigbatch.memory.usage import Room, find_room
+from bigbatch.memory.usage import MemoryBudget, resolve_memory_budget
 
 
 @dataclass(frozen=True)
-class Target:
+class PlanTarget:
     """What is planned for.
 
     Attributes:
         name: Of the device, with the precision.
         device: Its kind; it need not be here.
-        machine: Where the step is rehearsed, and in which precision it is to run.
-        room: The memory; None where it is not known.
-        here: Whether the run could begin on this machine.
+        device_spec: Where the step is rehearsed, and in which precision it is to run.
+        budget: The memory; None where it is not known.
+        is_local: Whether the run could begin on this machine.
     """
 
     name: str
     device: torch.device
-    machine: Machine
-    room: Room | None
-    here: bool
+    device_spec: DeviceSpec
+    budget: MemoryBudget | None
+    is_local: bool
 
     @property
     def notes(self) -> list[str]:
         """What is behind the figures that a user would not expect."""
-        if self.device.type == self.machine.device.type:
+        if self.device.type == self.device_spec.device.type:
             return []
         why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         return [f"torch {why} here: memory is that of the CPU's operations, counted as CUDA counts"]
 
 
-def find_target(config: TrainConfig) -> Target:
+def resolve_target(config: TrainConfig) -> PlanTarget:
     """Find what a plan is for: a card by its name, a device of this machine, or a CUDA device that is not here.
 
     Raises:
@@ -57,23 +57,31 @@ def find_target(config: TrainConfig) -> Target:
         raise InputError(f"--{error}") from error
 
 
-def _here(config: TrainConfig) -> Target:
-    machine = find_machine(config.device, config.precision)
-    return Target(str(machine), machine.device, machine, find_room(config.memory, machine.device, ()), True)
+def _here(config: TrainConfig) -> PlanTarget:
+    device_spec = resolve_device(config.device, config.precision)
+    return PlanTarget(
+        str(device_spec),
+        device_spec.device,
+        device_spec,
+        resolve_memory_budget(config.memory, device_spec.device, ()),
+        True,
+    )
 
 
-def _elsewhere(config: TrainConfig) -> Target:
+def _elsewhere(config: TrainConfig) -> PlanTarget:
     device = torch.device("cuda")
-    machine = Machine(stand_in_for(device), "bf16" if config.precision == "auto" else config.precision)
-    room = None
+    device_spec = DeviceSpec(proxy_device(device), "bf16" if config.precision == "auto" else config.precision)
+    budget = None
     if config.gpu is not None:
         limit_bytes = gpu_limit(config.gpu)
-        room = Room.of(limit_bytes, f"the {describe_bytes(limit_bytes)} that are usually free on {config.gpu}")
+        budget = MemoryBudget.from_limit(
+            limit_bytes, f"the {describe_bytes(limit_bytes)} that are usually free on {config.gpu}"
+        )
     elif config.memory is not None:
-        room = Room.of(parse_memory(config.memory).bytes_of(), config.memory)
+        budget = MemoryBudget.from_limit(parse_memory(config.memory).to_bytes(), config.memory)
     elif config.microbatch == "auto":
         raise InputError(
             f"--device {config.device} is not here, so its memory is not known: name a card, such as --gpu h100, or an "
             "amount, such as --memory 24GiB, or give --microbatch or --token-budget."
         )
-    return Target(f"{config.gpu or 'a CUDA device'}, {machine.precision}", device, machine, room, False)
+    return PlanTarget(f"{config.gpu or 'a CUDA device'}, {device_spec.precision}", device, device_spec, budget, False)

@@ -10,30 +10,30 @@ from typing import Any
 import torch
 
 from bigbatch.autotune.choice import largest_below
-from bigbatch.autotune.peak_prediction import Prediction, PredictionError, Rehearsal
+from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError
 from bigbatch.autotune.problem import FULL_ENOUGH
 from bigbatch.batching.plan import Cost, Plan, TokenBudget, plan
-from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down, round_up
+from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
 from bigbatch.engine.engine import Engine
 from bigbatch.errors import InputError, MemoryLimitError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import Machine
-from bigbatch.lm.model.causal_attention import NAME, attends_to_all, looks_causal, use_causal_attention
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.causal_attention import NAME, has_full_attention, looks_causal, use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, head_of, is_worth_chunks
-from bigbatch.lm.model.decoder_layers import draws
-from bigbatch.lm.model.packed_rows import FEWEST_PLACES
-from bigbatch.lm.model.pretrained import model_of
-from bigbatch.lm.model.setup import arrange, layers_of, with_lora
-from bigbatch.lm.planning.data_statistics import Survey
-from bigbatch.lm.planning.device_target import Target
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, find_lm_head, worth_chunking
+from bigbatch.lm.model.decoder_layers import uses_randomness
+from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES
+from bigbatch.lm.model.pretrained import model_from_config
+from bigbatch.lm.model.setup import layers_of, set_up_model, with_lora
+from bigbatch.lm.planning.data_statistics import DataStatistics
+from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.text import first_line
 from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.types import Layout
 
 PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # in one update: seconds on two cores, and on a card of today
 PROBE_UPDATES = 10  # that measuring may take in all
-LEVERS: dict[str, dict[str, Any]] = {
+MEMORY_SAVINGS: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing full": {"gradient_checkpointing": "full"},
     "--precision bf16-weights": {"precision": "bf16-weights"},
     "--lora-rank 16": {"lora_rank": 16, "lora_alpha": 32.0},
@@ -46,7 +46,7 @@ LEAST = "the longest sequence alone"
 
 
 @dataclass(frozen=True)
-class Lever:
+class MemorySaving:
     """What other settings would make of the peak.
 
     Attributes:
@@ -61,7 +61,7 @@ class Lever:
 
 
 @dataclass(frozen=True)
-class Timed:
+class UpdateTiming:
     """What a measurement on this machine found.
 
     Attributes:
@@ -75,10 +75,10 @@ class Timed:
     seconds: float
 
 
-class Desk:
+class RunEstimator:
     """Works out the figures of one configuration; sizes are in the unit of its micro-batch."""
 
-    def __init__(self, config: TrainConfig, target: Target, data: Survey) -> None:
+    def __init__(self, config: TrainConfig, target: PlanTarget, data: DataStatistics) -> None:
         self._config = config
         self._target = target
         self._data = data
@@ -88,7 +88,7 @@ class Desk:
         self.layout = self._layout_of(model)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self._rehearsal = self._rehearse(config, model)
+        self._predictor = self._make_predictor(config, model)
         self._predicted: dict[tuple[int, int], Prediction] = {}
 
     def microbatch(self) -> tuple[int, str]:
@@ -103,29 +103,29 @@ class Desk:
             return config.token_budget, ASKED
         if isinstance(config.microbatch, int):
             return config.microbatch, ASKED
-        room = self._target.room
-        assert room is not None, "find_target() asks for it"
+        budget = self._target.budget
+        assert budget is not None, "find_target() asks for it"
         if not self.fits(self.predict(longest).peak_bytes):
             return longest, LEAST
 
         def peak_of(rows: int) -> int:
             return self.predict(rows * longest).peak_bytes
 
-        largest = largest_below(peak_of, 1, self._data.most_rows, room.usable_bytes) * longest
-        return (largest if self.layout == "padded" else max(longest, round_down(largest))), LARGEST
+        largest = largest_below(peak_of, 1, self._data.most_rows, budget.usable_bytes) * longest
+        return (largest if self.layout == "padded" else max(longest, round_down_row(largest))), LARGEST
 
     def fits(self, peak_bytes: int) -> bool | None:
         """Whether a peak is within the memory."""
-        return None if self._target.room is None else peak_bytes <= self._target.room.usable_bytes
+        return None if self._target.budget is None else peak_bytes <= self._target.budget.usable_bytes
 
     def predict(self, size: int) -> Prediction:
         """Predict the peak of a window of micro-batches of a size."""
-        for shape in self._fullest(size):
+        for shape in self._worst_cases(size):
             if shape not in self._predicted:
-                self._predicted[shape] = self._rehearsal.predict(self._rows(shape))
-        return max((self._predicted[shape] for shape in self._fullest(size)), key=lambda found: found.peak_bytes)
+                self._predicted[shape] = self._predictor.predict(self._rows(shape))
+        return max((self._predicted[shape] for shape in self._worst_cases(size)), key=lambda found: found.peak_bytes)
 
-    def _fullest(self, size: int) -> list[tuple[int, int]]:
+    def _worst_cases(self, size: int) -> list[tuple[int, int]]:
         """Rows and tokens of the fullest micro-batches of a size that an update can bring.
 
         As many as fit of the longest; and, under a limit in tokens, of those that fill it best.
@@ -133,7 +133,7 @@ class Desk:
         longest, most_rows = self._data.longest, self._data.most_rows
         if self.layout == "packed":
             tokens = min(size, most_rows) * longest if self.unit == "samples" else max(size, longest)
-            return [(1, round_up(tokens))]
+            return [(1, round_up_row(tokens))]
         if self.unit == "samples":
             return [(min(size, most_rows), longest)]
         shapes = [(min(max(size, longest) // length, most_rows), length) for length in self._data.lengths]
@@ -150,65 +150,65 @@ class Desk:
         most = min(max(size, *window), len(window) * max(window))
         return Plan((groups,), window, self.layout, most, None, 1)
 
-    def levers(self, size: int) -> list[Lever]:
+    def memory_savings(self, size: int) -> list[MemorySaving]:
         """Predict the same with other settings; those that are set already, or that do not help, are left out.
 
         One setting more; or, where no single one makes it fit, also the fewest together that do.
         """
         now_bytes = self.predict(size).peak_bytes
-        shape = max(self._fullest(size), key=lambda shape: self._predicted[shape].peak_bytes)
-        found: list[Lever] = []
-        for number in range(1, len(LEVERS) + 1):
+        shape = max(self._worst_cases(size), key=lambda shape: self._predicted[shape].peak_bytes)
+        found: list[MemorySaving] = []
+        for number in range(1, len(MEMORY_SAVINGS) + 1):
             if number > 1 and (self.fits(now_bytes) is not False or any(lever.fits for lever in found)):
                 break
-            for names in combinations(LEVERS, number):
-                lever = self._lever(names, shape)
+            for names in combinations(MEMORY_SAVINGS, number):
+                lever = self._memory_saving(names, shape)
                 if lever is not None and (lever.peak_bytes < now_bytes if number == 1 else lever.fits):
                     found.append(lever)
         return sorted(found, key=lambda lever: lever.peak_bytes)
 
-    def _lever(self, names: tuple[str, ...], shape: tuple[int, int]) -> Lever | None:
+    def _memory_saving(self, names: tuple[str, ...], shape: tuple[int, int]) -> MemorySaving | None:
         if any(_is_set(self._config, flags) for flags in names):
             return None
-        changes = {name: value for flags in names for name, value in LEVERS[flags].items()}
+        changes = {name: value for flags in names for name, value in MEMORY_SAVINGS[flags].items()}
         config = self._config.model_copy(update=changes)
         try:
-            rehearsal = self._rehearse(config, self._model(config, torch.device("meta")))
-            peak_bytes = rehearsal.predict(self._rows(shape)).peak_bytes
+            predictor = self._make_predictor(config, self._model(config, torch.device("meta")))
+            peak_bytes = predictor.predict(self._rows(shape)).peak_bytes
         except (InputError, PredictionError):  # the model cannot have it
             return None
-        return Lever(" ".join(names), peak_bytes, self.fits(peak_bytes))
+        return MemorySaving(" ".join(names), peak_bytes, self.fits(peak_bytes))
 
     def why_untimed(self, size: int) -> str | None:
         """Say why an update cannot be measured; None where it can."""
-        if not self._target.here:
+        if not self._target.is_local:
             return "that device is not here"
         if not self.fits(self.predict(size).peak_bytes):
             return "it does not fit"
         tokens = sum(self._data.window)
         if self._config.microbatch == "auto":
             tokens += 8 * size  # what choosing takes
-        most = PROBE_UPDATES * PROBE_OPERATIONS.get(self._target.machine.device.type, 0.0)
+        most = PROBE_UPDATES * PROBE_OPERATIONS.get(self._target.device_spec.device.type, 0.0)
         return None if 6.0 * self.num_parameters * tokens < most else "that would take more than some seconds"
 
-    def measure(self, size: int) -> Timed | None:
+    def measure(self, size: int) -> UpdateTiming | None:
         """Run two updates with random weights and samples; None where they do not fit after all."""
-        machine, config = self._target.machine, self._config
-        model = self._bare_model(config, machine.device)
-        run = arrange(model, config, machine, pad_id=0, longest=self._data.longest)
+        device_spec, config = self._target.device_spec, self._config
+        model = self._bare_model(config, device_spec.device)
+        run = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
         chosen: Any = size if self.unit == "samples" else TokenBudget(size)
         engine = Engine(
             run.model,
-            make_optimizer(run.model, config, machine),
+            make_optimizer(run.model, config, device_spec),
             run.loss_fn,
             microbatch="auto" if config.microbatch == "auto" else chosen,
             memory=config.memory if config.microbatch == "auto" else None,
             collate=run.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
             layout=run.layout,
-            cuda_graphs=run.records,
+            cuda_graphs=run.uses_cuda_graphs,
             max_grad_norm=config.max_grad_norm,
-            scaler=machine.scaler(),
+            scaler=device_spec.scaler(),
         )
         window = sorted(self._data.window, reverse=True)
         longest = [self._data.longest] * (self._data.longest > window[0])
@@ -218,19 +218,19 @@ class Desk:
         except MemoryLimitError:
             return None
         if choice is None:
-            return Timed(size, DEFAULT_COST, seconds)
-        return Timed(choice.size, choice.timing.cost(choice.size), seconds)
+            return UpdateTiming(size, DEFAULT_COST, seconds)
+        return UpdateTiming(choice.size, choice.timing.cost(choice.size), seconds)
 
     def _bare_model(self, config: TrainConfig, device: torch.device) -> Any:
-        dtype = Machine(self._target.machine.device, config.precision).weights_dtype
+        dtype = DeviceSpec(self._target.device_spec.device, config.precision).weights_dtype
         try:
-            return model_of(self._data.model_config, dtype=dtype, device=device)
+            return model_from_config(self._data.model_config, dtype=dtype, device=device)
         except Exception as error:  # whatever a model says to numbers that do not go together
             raise InputError(f"the configuration of {config.model} makes no model: {first_line(error)}.") from error
 
     def _model(self, config: TrainConfig, device: torch.device) -> Any:
         model = self._bare_model(config, device)
-        if looks_causal(model) and attends_to_all(model.config, max_length=self._data.max_length):
+        if looks_causal(model) and has_full_attention(model.config, max_length=self._data.max_length):
             use_causal_attention(model)
         if config.lora_rank:
             model = with_lora(model, config)
@@ -244,9 +244,9 @@ class Desk:
         if config.layout == "packed" or (
             config.layout == "auto"
             and device.type == "cuda"
-            and Machine(device, config.precision).is_narrow
+            and DeviceSpec(device, config.precision).is_half_precision
             and getattr(model.config, "_attn_implementation", None) == NAME
-            and not draws(model)
+            and not uses_randomness(model)
         ):
             return "packed"
         return "padded"
@@ -256,22 +256,22 @@ class Desk:
         names = ("input_ids", "labels", "attention_mask" if self.layout == "padded" else "position_ids")
         rows = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
         if self.layout == "packed":
-            rows["offsets"] = torch.empty(FEWEST_PLACES + 1, dtype=torch.int32, device="meta")
+            rows["offsets"] = torch.empty(MIN_ROW_PLACES + 1, dtype=torch.int32, device="meta")
         return rows
 
-    def _rehearse(self, config: TrainConfig, model: Any) -> Rehearsal:
-        machine = Machine(self._target.machine.device, config.precision)
-        optimizer = make_optimizer(model, config, Machine(self._target.device, config.precision))
-        return Rehearsal.of(model, optimizer, self._loss(machine, model), device=self._target.device)
+    def _make_predictor(self, config: TrainConfig, model: Any) -> PeakPredictor:
+        device_spec = DeviceSpec(self._target.device_spec.device, config.precision)
+        optimizer = make_optimizer(model, config, DeviceSpec(self._target.device, config.precision))
+        return PeakPredictor.from_training(model, optimizer, self._loss(device_spec, model), device=self._target.device)
 
-    def _loss(self, machine: Machine, model: Any) -> CausalLMLoss | ChunkedCausalLMLoss:
+    def _loss(self, device_spec: DeviceSpec, model: Any) -> CausalLMLoss | ChunkedCausalLMLoss:
         """Take the loss that training would take, as far as it shows without weights."""
-        kind = ChunkedCausalLMLoss if is_worth_chunks(head_of(model)) else CausalLMLoss
-        return kind(machine, needs_mask=not looks_causal(model), longest=self._data.longest)
+        kind = ChunkedCausalLMLoss if worth_chunking(find_lm_head(model)) else CausalLMLoss
+        return kind(device_spec, needs_mask=not looks_causal(model), longest=self._data.longest)
 
 
 def _is_set(config: TrainConfig, flags: str) -> bool:
-    name, value = next(iter(LEVERS[flags].items()))
+    name, value = next(iter(MEMORY_SAVINGS[flags].items()))
     now = getattr(config, name)
     return bool(now == value if isinstance(value, str) else now)
 

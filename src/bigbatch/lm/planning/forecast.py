@@ -13,32 +13,32 @@ from bigbatch.batching.plan import Plan
 from bigbatch.batching.token_groups import DEFAULT_COST
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.planning.data_statistics import Survey, survey
-from bigbatch.lm.planning.device_target import Target, find_target
-from bigbatch.lm.planning.estimator import FASTEST, LARGEST, Desk, Lever
-from bigbatch.lm.training.setup import Say
+from bigbatch.lm.planning.data_statistics import DataStatistics, measure_data
+from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
+from bigbatch.lm.planning.estimator import FASTEST, LARGEST, MemorySaving, RunEstimator
+from bigbatch.lm.training.setup import ProgressCallback
 
 
-def _desk(config: TrainConfig, target: Target, data: Survey) -> tuple[TrainConfig, Desk]:
+def _make_estimator(config: TrainConfig, target: PlanTarget, data: DataStatistics) -> tuple[TrainConfig, RunEstimator]:
     """Plan at the first level of recomputation at which the longest sequence fits, where training would choose it."""
-    desk = Desk(config, target, data)
+    estimator = RunEstimator(config, target, data)
     if config.gradient_checkpointing != "auto" or config.microbatch != "auto":
-        return config, desk
-    for level in ("selective", "full"):
-        if desk.fits(desk.predict(data.longest).peak_bytes):
+        return config, estimator
+    for mode in ("selective", "full"):
+        if estimator.fits(estimator.predict(data.longest).peak_bytes):
             break
-        more = config.model_copy(update={"gradient_checkpointing": level})
+        more = config.model_copy(update={"gradient_checkpointing": mode})
         try:
-            found = Desk(more, target, data)
+            found = RunEstimator(more, target, data)
         except InputError:  # the model cannot have it
             break
-        if level == "full" and not found.fits(found.predict(data.longest).peak_bytes):
+        if mode == "full" and not found.fits(found.predict(data.longest).peak_bytes):
             break  # then what helps is told beside what is needed without
-        config, desk = more, found
-    return config, desk
+        config, estimator = more, found
+    return config, estimator
 
 
-def _notes(config: TrainConfig, asked: TrainConfig, target: Target) -> list[str]:
+def _notes(config: TrainConfig, asked: TrainConfig, target: PlanTarget) -> list[str]:
     """Say what a user would not expect of the figures."""
     notes = []
     if config.gradient_checkpointing != asked.gradient_checkpointing:
@@ -68,14 +68,15 @@ class Forecast:
         prediction: The peak at the fullest micro-batch of that size.
         fits: Whether it is within the memory; None where that is not known.
         plan: The micro-batches of the first update.
-        levers: What would lower the peak, the least first: one setting more, or several where it takes them to fit.
+        memory_savings: What would lower the peak, the least first: one setting more, or several where it takes them to
+            fit.
         update_s: Seconds of an update, where they were measured.
         untimed: Why not, where they were not.
         notes: Sentences about what was estimated.
     """
 
     config: TrainConfig
-    target: Target
+    target: PlanTarget
     num_parameters: int
     num_trained: int
     num_updates: int
@@ -86,13 +87,13 @@ class Forecast:
     prediction: Prediction
     fits: bool | None
     plan: Plan
-    levers: tuple[Lever, ...]
+    memory_savings: tuple[MemorySaving, ...]
     update_s: float | None
     untimed: str | None
     notes: tuple[str, ...]
 
 
-def forecast(config: TrainConfig, *, say: Say) -> Forecast:
+def forecast(config: TrainConfig, *, progress: ProgressCallback) -> Forecast:
     """Predict memory, micro-batches and, where possible, time of a run.
 
     Raises:
@@ -100,24 +101,24 @@ def forecast(config: TrainConfig, *, say: Say) -> Forecast:
         BigbatchError: The memory of this model cannot be predicted.
     """
     config = config.resolved()
-    target = find_target(config)
-    data = survey(config, say=say)
-    config = config.model_copy(update={"precision": target.machine.precision, "max_length": data.max_length})
-    say("predicting the memory")
+    target = resolve_target(config)
+    data = measure_data(config, progress=progress)
+    config = config.model_copy(update={"precision": target.device_spec.precision, "max_length": data.max_length})
+    progress("predicting the memory")
     try:
         asked = config
-        config, desk = _desk(config, target, data)
-        size, reason = desk.microbatch()
-        timed, untimed = None, desk.why_untimed(size)
+        config, estimator = _make_estimator(config, target, data)
+        size, reason = estimator.microbatch()
+        timed, untimed = None, estimator.why_untimed(size)
         if untimed is None:
-            say("timing an update with random weights")
-            timed = desk.measure(size)
+            progress("timing an update with random weights")
+            timed = estimator.measure(size)
             untimed = "it does not fit after all" if timed is None else None
         if timed is not None and reason == LARGEST:
             size, reason = timed.size, FASTEST
-        prediction = desk.predict(size)
-        say("looking for what would help")
-        levers = desk.levers(size)
+        prediction = estimator.predict(size)
+        progress("looking for what would help")
+        memory_savings = estimator.memory_savings(size)
     except PredictionError as error:
         raise BigbatchError(
             f"the memory of {config.model} cannot be predicted: {error}. bigbatch train finds the micro-batch by "
@@ -126,17 +127,17 @@ def forecast(config: TrainConfig, *, say: Say) -> Forecast:
     return Forecast(
         config=config,
         target=target,
-        num_parameters=desk.num_parameters,
-        num_trained=desk.num_trained,
+        num_parameters=estimator.num_parameters,
+        num_trained=estimator.num_trained,
         num_updates=data.num_updates,
-        unit=desk.unit,
+        unit=estimator.unit,
         size=size,
         longest=data.longest,
         reason=reason,
         prediction=prediction,
-        fits=desk.fits(prediction.peak_bytes),
-        plan=desk.plan(size, DEFAULT_COST if timed is None else timed.cost),
-        levers=tuple(levers),
+        fits=estimator.fits(prediction.peak_bytes),
+        plan=estimator.plan(size, DEFAULT_COST if timed is None else timed.cost),
+        memory_savings=tuple(memory_savings),
         update_s=None if timed is None else timed.seconds,
         untimed=untimed,
         notes=(*data.notes, *target.notes, *_notes(config, asked, target)),

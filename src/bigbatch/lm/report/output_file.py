@@ -37,7 +37,7 @@ def _is_page(path: Path) -> bool:
         raise InputError(f"--out {path} cannot be read: {error.strerror or error}.") from error
 
 
-def put(path: Path, page: str) -> int:
+def write_page(path: Path, page: str) -> int:
     """Put a page in its place at once: whoever opens it sees the one before or this one, whole; gives its bytes.
 
     Raises:

@@ -10,7 +10,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.report import comparison, sections, verification_section
 from bigbatch.lm.report.html import tag, text
 from bigbatch.lm.report.html_figures import figure
-from bigbatch.lm.report.run_charts import Gallery
+from bigbatch.lm.report.run_charts import RunCharts
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.svg_chart import Chart
 
@@ -57,7 +57,7 @@ def page(runs: Sequence[Run], *, refresh: bool = False, now: datetime | None = N
 
 
 def _one(run: Run) -> Iterator[str]:
-    gallery = Gallery([run], [run.name])
+    gallery = RunCharts([run], [run.name])
     yield sections.standing(run)
     if run.columns.steps:
         yield sections.tiles(run)
@@ -72,7 +72,7 @@ def _one(run: Run) -> Iterator[str]:
 
 
 def _several(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
-    gallery = Gallery(runs, names)
+    gallery = RunCharts(runs, names)
     yield _section("Side by side", (), "", comparison.side_by_side(runs, names))
     yield _section("Learning", gallery.learning(), "No update is written yet.")
     yield _section("Batch", gallery.batch(), "")

@@ -10,12 +10,12 @@ from itertools import accumulate
 
 from bigbatch.lm.report.axes import Kind, number
 from bigbatch.lm.report.run_reader import Run
-from bigbatch.lm.report.svg_chart import Chart, Level, Line, Marks
+from bigbatch.lm.report.svg_chart import Chart, EventMarks, Line, ReferenceLine
 
 FAR = 20.0  # times beyond the values, where a level would press the line flat and is told instead
 
 
-class Gallery:
+class RunCharts:
     """The charts of some runs, under the names that they have in the page.
 
     Args:
@@ -44,7 +44,7 @@ class Gallery:
         lines = self._lines("loss", "training") + self._lines("validation_loss", "validation", 1, style="dots")
         if not lines:
             return None
-        summary = self._courses("loss", "The training loss")
+        summary = self._describe_range("loss", "The training loss")
         for run, name in self._each_with("validation_loss"):
             values = [(y, x) for x, y in zip(run.columns.steps, run.columns["validation_loss"], strict=True) if y == y]
             best, step = min(values)
@@ -93,14 +93,14 @@ class Gallery:
         lines = self._lines("grad_norm", "gradient norm")
         if not lines:
             return None
-        summary = self._courses("grad_norm", "The norm of the gradient of the whole batch, before clipping,")
+        summary = self._describe_range("grad_norm", "The norm of the gradient of the whole batch, before clipping,")
         limits = {
             limit for run, _ in self._each_with("grad_norm") if (limit := _positive(run.settings, "max_grad_norm"))
         }
-        levels: tuple[Level, ...] = ()
+        levels: tuple[ReferenceLine, ...] = ()
         if len(limits) == 1:
             limit = limits.pop()
-            levels = self._near([Level("clipped above", limit)], lines)
+            levels = self._near([ReferenceLine("clipped above", limit)], lines)
             for run, name in self._each_with("grad_norm"):
                 norms = [y for y in run.columns["grad_norm"] if y == y]
                 share = sum(y > limit for y in norms) / len(norms)
@@ -137,7 +137,7 @@ class Gallery:
             return None
         lines = self._lines("global_batch", "global batch", style="steps")
         return Chart("global-batch", "Global batch", "", tuple(lines), kind="count", from_zero=True, wide=True,
-                     summary=self._courses("global_batch", "The global batch"))  # fmt: skip
+                     summary=self._describe_range("global_batch", "The global batch"))  # fmt: skip
 
     def _speed(self) -> Chart | None:
         lines = self._lines("tokens_per_s", "tokens a second")
@@ -165,7 +165,7 @@ class Gallery:
             parts.append(_about_memory(run, self._of(name), measured, predicted))
             if predicted is not None:
                 colour = 1 if self._alone else place
-                levels.append(Level("predicted" if self._alone else f"{name}: predicted", predicted, colour))
+                levels.append(ReferenceLine("predicted" if self._alone else f"{name}: predicted", predicted, colour))
         return Chart(
             "memory",
             "Memory",
@@ -201,10 +201,12 @@ class Gallery:
                 found.append(Line(label, run.columns.steps, run.columns[column], painted, style))  # type: ignore[arg-type]
         return found
 
-    def _marks(self) -> tuple[Marks, ...]:
+    def _marks(self) -> tuple[EventMarks, ...]:
         run = self._runs[0]
-        skipped = Marks("skipped update", "skip", [skip.step for skip in run.columns.skipped])
-        resumed = Marks("resumed", "resume", [event["step"] for event in run.resumes if type(event.get("step")) is int])
+        skipped = EventMarks("skipped update", "skip", [skip.step for skip in run.columns.skipped])
+        resumed = EventMarks(
+            "resumed", "resume", [event["step"] for event in run.resumes if type(event.get("step")) is int]
+        )
         return tuple(marks for marks in (skipped, resumed) if marks.x)
 
     def _each_with(self, column: str) -> list[tuple[Run, str]]:
@@ -213,7 +215,7 @@ class Gallery:
     def _of(self, name: str) -> str:
         return "" if self._alone else f" of {name}"
 
-    def _courses(self, column: str, subject: str, kind: Kind = "plain") -> str:
+    def _describe_range(self, column: str, subject: str, kind: Kind = "plain") -> str:
         """Say where each run's values begin, reach their least and greatest, and end."""
         parts = []
         for run, name in self._each_with(column):
@@ -228,7 +230,7 @@ class Gallery:
         return " ".join(parts)
 
     @staticmethod
-    def _near(levels: list[Level], lines: list[Line]) -> tuple[Level, ...]:
+    def _near(levels: list[ReferenceLine], lines: list[Line]) -> tuple[ReferenceLine, ...]:
         values = [value for line in lines for value in line.points.finite]
         low, high = min(values), max(values)
         return tuple(level for level in levels if low / FAR <= level.value <= high * FAR)
@@ -239,7 +241,7 @@ def _about_memory(run: Run, of: str, measured: float, predicted: float | None) -
     word = f"The highest measured{of} is {number(measured, 'bytes')}"
     if predicted is None:
         return f"{word}; nothing was predicted, since the micro-batch was given."
-    device = run.told("device") or str(run.settings.get("device", ""))
+    device = run.last_event_value("device") or str(run.settings.get("device", ""))
     if str(device).startswith("cuda"):
         off = measured / predicted - 1
         more = "more" if off >= 0 else "less"

@@ -55,11 +55,11 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         """Updates of the whole run; None where nothing tells."""
-        told = self.told("total_steps")
+        told = self.last_event_value("total_steps")
         total = self.settings.get("steps") if told is None else told
         return total if type(total) is int else None
 
-    def told(self, name: str) -> Any:
+    def last_event_value(self, name: str) -> Any:
         """Give what the last process that began said of something; None where none did."""
         return next((event[name] for event in reversed(self.events) if event.get(name) is not None), None)
 

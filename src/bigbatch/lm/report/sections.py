@@ -77,7 +77,7 @@ def _range(columns: Columns) -> str:
 
 def window(run: Run) -> str:
     """Draw the first window's micro-batches, where the run told of them; say so in a sentence where not."""
-    found = window_of(run.told("window"))
+    found = window_of(run.last_event_value("window"))
     if found is None:
         return tag("p", "How the first window was cut is not in this run's directory.", class_="missing")
     shares = [
@@ -214,9 +214,10 @@ def surroundings(run: Run) -> str:
             ("of them trained", "trained"),
             ("computed anew", "recomputed"),
         )
-        if (told := run.told(key)) is not None and (shown := f"{told:,}" if type(told) is int else str(told))
+        if (told := run.last_event_value(key)) is not None
+        and (shown := f"{told:,}" if type(told) is int else str(told))
     ]
-    versions = run.told("versions")
+    versions = run.last_event_value("versions")
     if isinstance(versions, dict):
         rows += [[text(name), text(value)] for name, value in versions.items()]
     if not rows:

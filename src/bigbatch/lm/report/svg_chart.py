@@ -55,7 +55,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Level:
+class ReferenceLine:
     """One value for all updates, as a dashed line."""
 
     name: str
@@ -64,7 +64,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Marks:
+class EventMarks:
     """Updates at which something happened: ``skip`` stands on the axis, ``resume`` crosses the chart."""
 
     name: str
@@ -94,8 +94,8 @@ class Chart:
     title: str
     unit: str
     lines: tuple[Line, ...]
-    levels: tuple[Level, ...] = ()
-    marks: tuple[Marks, ...] = ()
+    levels: tuple[ReferenceLine, ...] = ()
+    marks: tuple[EventMarks, ...] = ()
     kind: Kind = "plain"
     from_zero: bool = False
     x_label: str = "update"
@@ -241,13 +241,13 @@ def _line(frame: _Frame, line: Line) -> Iterator[str]:
         yield tag("circle", class_=f"dot s{line.colour}", cx=x, cy=y, r="3.4")
 
 
-def _level(frame: _Frame, level: Level) -> str:
+def _level(frame: _Frame, level: ReferenceLine) -> str:
     y = frame.py(level.value)
     colour = "neutral" if level.colour is None else f"s{level.colour}"
     return tag("line", class_=f"level {colour}", x1=_short(frame.left), x2=_short(frame.right), y1=y, y2=y)
 
 
-def _marks(frame: _Frame, marks: Marks) -> Iterator[str]:
+def _marks(frame: _Frame, marks: EventMarks) -> Iterator[str]:
     """Mark updates; those that fall on the same place are one mark."""
     inside = (x for x in marks.x if frame.x.low <= x <= frame.x.high)
     for x in sorted({round(float(frame.px(value)), 0) for value in inside}):

@@ -12,7 +12,7 @@ FEWEST_PIXELS = 3.0  # of a block on average; below, the samples of a bar are dr
 
 
 @dataclass(frozen=True)
-class Window:
+class WindowLayout:
     """The first window of a run.
 
     Attributes:
@@ -66,14 +66,14 @@ class Window:
         return f"{self.num_samples:,} sequences, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
 
 
-def window_of(told: object) -> Window | None:
+def window_of(told: object) -> WindowLayout | None:
     """Read what an event holds; None where it holds no window that could be drawn."""
     if not isinstance(told, Mapping):
         return None
     try:
         first, last = _microbatches(told["first"]), _microbatches(told["last"])
         budget = told["token_budget"]
-        window = Window(
+        window = WindowLayout(
             layout=str(told["layout"]),
             token_budget=None if budget is None else _count(budget),
             num_samples=_count(told["num_samples"]),
@@ -98,12 +98,12 @@ def _count(value: object) -> int:
     return value
 
 
-def draw_window(window: Window) -> str:
+def draw_window(window: WindowLayout) -> str:
     """Draw a window in every width."""
     return "".join(_draw(window, size) for size in SIZES)
 
 
-def _draw(window: Window, size: Size) -> str:
+def _draw(window: WindowLayout, size: Size) -> str:
     rows = len(window.shown) + bool(window.num_hidden)
     budget = window.token_budget
     height = HEAD + rows * ROW + 6
@@ -133,7 +133,9 @@ def _draw(window: Window, size: Size) -> str:
     )
 
 
-def _head(window: Window, left: float, right: float, unit: float, height: float, budget: int | None) -> Iterator[str]:
+def _head(
+    window: WindowLayout, left: float, right: float, unit: float, height: float, budget: int | None
+) -> Iterator[str]:
     yield tag("text", "0", class_="tick", x=left, y=14)
     end = left + unit * (budget or window.scale)
     label = f"{budget:,} tokens at most" if budget else f"{window.scale:,} tokens"
@@ -142,7 +144,7 @@ def _head(window: Window, left: float, right: float, unit: float, height: float,
 
 
 def _bar(
-    window: Window,
+    window: WindowLayout,
     number: int,
     lengths: tuple[int, ...],
     *,
@@ -163,7 +165,7 @@ def _bar(
     yield tag("text", text(words + full), class_="tick", x=_short(right + 10), y=middle, dy="0.35em")
 
 
-def _samples(window: Window, lengths: tuple[int, ...], left: float, y: float, unit: float) -> Iterator[str]:
+def _samples(window: WindowLayout, lengths: tuple[int, ...], left: float, y: float, unit: float) -> Iterator[str]:
     """Draw the samples of a bar, each with its padding behind it; or all as one, where they are too many to be seen."""
     laid_out = window.laid_out(lengths)
     if laid_out * unit / len(lengths) < FEWEST_PIXELS:

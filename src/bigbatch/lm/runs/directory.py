@@ -119,7 +119,7 @@ class RunDirectory:
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
         return sizes.get(METRICS, 0), sizes.get(QUARANTINE, 0)
 
-    def rewind(self, metrics_bytes: int, quarantine_bytes: int) -> None:
+    def truncate_to(self, metrics_bytes: int, quarantine_bytes: int) -> None:
         """Cut the lines off that were written after a point of the run; opens what is left of them.
 
         Raises:
@@ -142,7 +142,7 @@ class RunDirectory:
                 self._files[name] = self._open(name)
 
 
-class ReadDirectory(RunDirectory):
+class ReadOnlyRunDirectory(RunDirectory):
     """The folder of a run that another process writes to: nothing is written from here."""
 
     def __enter__(self) -> "RunDirectory":

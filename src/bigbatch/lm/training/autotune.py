@@ -5,14 +5,16 @@ for each level of recomputation: Engine.tune → faster than the one before, and
 
 from typing import Any
 
-from bigbatch.autotune.choice import WITHIN, Choice
+from bigbatch.autotune.choice import SPEED_TOLERANCE, MicrobatchChoice
 from bigbatch.engine.engine import Engine
 from bigbatch.errors import MemoryLimitError
-from bigbatch.lm.config.field_types import LEVELS, Recompute
-from bigbatch.lm.model.decoder_layers import Layers
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.lm.model.decoder_layers import DecoderLayers
 
 
-def tune(engine: Engine, layers: Layers | None, samples: list[Any], *, levels: bool) -> tuple[Recompute, Choice]:
+def tune(
+    engine: Engine, layers: DecoderLayers | None, samples: list[Any], *, modes: bool
+) -> tuple[CheckpointingMode, MicrobatchChoice]:
     """Choose the micro-batch, and what is computed anew where it is asked for; the engine takes the choice.
 
     Computing anew costs time and saves memory, so a level is tried only where memory limits the micro-batch of the one
@@ -22,25 +24,25 @@ def tune(engine: Engine, layers: Layers | None, samples: list[Any], *, levels: b
         engine: Of the model that the layers belong to.
         layers: None where nothing can be computed anew.
         samples: As for `Engine.tune`.
-        levels: Whether to try others than the one that is set.
+        modes: Whether to try others than the one that is set.
 
     Raises:
         MemoryLimitError: A single sample does not fit at any level that was to be tried.
     """
-    found: tuple[Recompute, Choice] | None = None
+    found: tuple[CheckpointingMode, MicrobatchChoice] | None = None
     refused: MemoryLimitError | None = None
-    now: Recompute = "none" if layers is None else layers.level
-    for level in LEVELS if levels and layers is not None else (now,):
+    now: CheckpointingMode = "none" if layers is None else layers.mode
+    for mode in CHECKPOINTING_MODES if modes and layers is not None else (now,):
         if layers is not None:
-            layers.recompute(level)
+            layers.set_checkpointing(mode)
         try:
             choice = engine.tune(samples)
         except MemoryLimitError as error:
             refused = error
             continue
-        faster = found is None or choice.per_s > found[1].per_s * WITHIN
+        faster = found is None or choice.per_s > found[1].per_s * SPEED_TOLERANCE
         if faster:
-            found = (level, choice)
+            found = (mode, choice)
         if not faster or not choice.limited:
             break
     if found is None:
@@ -50,13 +52,13 @@ def tune(engine: Engine, layers: Layers | None, samples: list[Any], *, levels: b
     return found
 
 
-def take(engine: Engine, layers: Layers | None, level: Recompute, choice: Choice) -> None:
+def take(engine: Engine, layers: DecoderLayers | None, mode: CheckpointingMode, choice: MicrobatchChoice) -> None:
     """Take what `tune` found."""
     if layers is not None:
-        layers.recompute(level)
-    engine.use(choice)
+        layers.set_checkpointing(mode)
+    engine.set_microbatch(choice)
 
 
-def describe(level: Recompute) -> str:
+def describe(mode: CheckpointingMode) -> str:
     """Say what is computed anew, for a line about a choice; nothing where nothing is."""
-    return {"none": "", "selective": ", every second layer computed anew", "full": ", all layers computed anew"}[level]
+    return {"none": "", "selective": ", every second layer computed anew", "full": ", all layers computed anew"}[mode]

@@ -7,24 +7,24 @@ from typing import Any, Protocol
 from bigbatch.scaling.noise_scale import NoiseScale
 from bigbatch.window_report import WindowReport
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 
-class Listener(Protocol):
+class TrainerCallback(Protocol):
     """Whom a run tells what happens, when it happens."""
 
-    def updated(self, row: Row) -> None:
+    def on_update(self, row: MetricsRow) -> None:
         """Hear of one update: what its line of metrics.jsonl will hold, without a validation loss."""
 
-    def validated(self, step: int, loss: float) -> None:
+    def on_validation(self, step: int, loss: float) -> None:
         """Hear of a validation: the mean loss in nats per token."""
 
-    def sampled(self, step: int, text: str) -> None:
+    def on_sample(self, step: int, text: str) -> None:
         """Hear what the model writes by now."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How a run ended.
 
     Attributes:
@@ -42,7 +42,7 @@ class Outcome:
     elapsed_s: float
 
 
-def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> Row:
+def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> MetricsRow:
     """Make the line of metrics.jsonl for one update; without ``clock``, what differs from run to run is None.
 
     All of it is over all ranks: loss, items, tokens a second, micro-batches, and the peak of the rank that took most.
@@ -72,7 +72,7 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
     return row
 
 
-def _noise(noise: NoiseScale | None) -> Row:
+def _noise(noise: NoiseScale | None) -> MetricsRow:
     """Tell of the noise scale, in items and in sequences; infinite ends become null in the file."""
     if noise is None:
         return {"noise_scale_items": None}

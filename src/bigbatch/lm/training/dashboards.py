@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.errors import BigbatchError, InputError
-from bigbatch.lm.training.callbacks import Listener, Row
+from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 
 FOLDER = "tensorboard"
 TAGS = {
@@ -43,56 +43,56 @@ def check_log(log: str) -> None:
         raise InputError(f"--log {log} needs {log}, which is not installed: pip install {log}.")
 
 
-class ScalarListener:
+class DashboardCallback:
     """Hand the figures of updates and validations to a dashboard."""
 
     def __init__(self, write: Write) -> None:
         self._write = write
 
-    def updated(self, row: Row) -> None:
+    def on_update(self, row: MetricsRow) -> None:
         """Write what of an update is a finite number."""
         values = {tag: float(row[name]) for name, tag in TAGS.items() if isinstance(row.get(name), int | float)}
         self._write(row["step"], {tag: value for tag, value in values.items() if math.isfinite(value)})
 
-    def validated(self, step: int, loss: float) -> None:
+    def on_validation(self, step: int, loss: float) -> None:
         """Write a validation loss."""
         if math.isfinite(loss):
             self._write(step, {"validation/loss": loss})
 
-    def sampled(self, step: int, text: str) -> None:
+    def on_sample(self, step: int, text: str) -> None:
         """Leave out what the model writes."""
 
 
-class Listeners:
+class CallbackList:
     """Tell several listeners the same, in order."""
 
-    def __init__(self, *listeners: Listener) -> None:
+    def __init__(self, *listeners: TrainerCallback) -> None:
         self._listeners = listeners
 
-    def updated(self, row: Row) -> None:
+    def on_update(self, row: MetricsRow) -> None:
         """Tell of an update."""
-        for listener in self._listeners:
-            listener.updated(row)
+        for callback in self._listeners:
+            callback.on_update(row)
 
-    def validated(self, step: int, loss: float) -> None:
+    def on_validation(self, step: int, loss: float) -> None:
         """Tell of a validation."""
-        for listener in self._listeners:
-            listener.validated(step, loss)
+        for callback in self._listeners:
+            callback.on_validation(step, loss)
 
-    def sampled(self, step: int, text: str) -> None:
+    def on_sample(self, step: int, text: str) -> None:
         """Tell what the model writes."""
-        for listener in self._listeners:
-            listener.sampled(step, text)
+        for callback in self._listeners:
+            callback.on_sample(step, text)
 
 
 @contextmanager
-def heard_by(
-    listener: Listener, log: str, folder: Path, *, done: int, settings: Mapping[str, Any]
-) -> Iterator[Listener]:
+def with_dashboard(
+    callback: TrainerCallback, log: str, folder: Path, *, done: int, settings: Mapping[str, Any]
+) -> Iterator[TrainerCallback]:
     """Let a dashboard hear what a listener hears; the listener alone under ``"none"``.
 
     Args:
-        listener: Whom the run tells anyway.
+        callback: Whom the run tells anyway.
         log: ``none``, ``tensorboard`` or ``trackio``.
         folder: The run directory.
         done: Updates that earlier processes made; what they wrote beyond is taken back where the dashboard can.
@@ -102,11 +102,11 @@ def heard_by(
         BigbatchError: The dashboard's files cannot be written.
     """
     if log == "none":
-        yield listener
+        yield callback
         return
     opened = _tensorboard(folder, done) if log == "tensorboard" else _trackio(folder, done, settings)
     with opened as write:
-        yield Listeners(listener, ScalarListener(write))
+        yield CallbackList(callback, DashboardCallback(write))
 
 
 @contextmanager
@@ -114,18 +114,18 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
     place = folder / FOLDER
-    with _told(place):
+    with _close_message(place):
         writer = SummaryWriter(str(place), purge_step=done + 1 if done else None, flush_secs=10)
 
     def write(step: int, values: Mapping[str, float]) -> None:
-        with _told(place):
+        with _close_message(place):
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
 
     try:
         yield write
     finally:
-        with _told(place):
+        with _close_message(place):
             writer.close()
 
 
@@ -143,7 +143,7 @@ def _trackio(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[W
 
 
 @contextmanager
-def _told(place: Path) -> Iterator[None]:
+def _close_message(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from bigbatch.engine.engine import Engine
-from bigbatch.lm.model.generation import continue_text
-from bigbatch.lm.training.setup import Prepared
+from bigbatch.lm.model.generation import generate_text
+from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.rng import random_states, seed_everything, seed_of, set_random_states
 
 MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the held-out ones: enough to see learning, a second on two cores
@@ -16,64 +16,64 @@ SAMPLE_TOKENS = 64
 
 
 @torch.no_grad()
-def validation_loss(prepared: Prepared, engine: Engine) -> float:
+def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
     """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token.
 
     Args:
-        prepared: With validation data.
+        setup: With validation data.
         engine: Tells how large a micro-batch may be; what it has recorded is given back.
     """
-    held_out = prepared.validation
+    held_out = setup.validation
     assert held_out is not None, "asked for only where there is validation data"
     chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
     chosen.sort(key=lambda i: held_out.lengths[i])
-    device = prepared.machine.device
+    device = setup.device_spec.device
     total, items = 0.0, 0
     sync = engine.sync
-    with _evaluating(prepared, engine) as model:
+    with _evaluating(setup, engine) as model:
         own = chosen[sync.rank :: sync.size]  # micro-batches may have another size on each rank
         cut = engine.groups([held_out.lengths[i] for i in own]) if own else []
         groups = [[own[row] for row in rows] for rows in cut]
         num_own, num_everywhere = len(groups), len(groups)
-        if sync.needs_equal_counts:
-            num_everywhere = int(max(number for (number,) in sync.gather([float(num_own)])))
+        if sync.runs_in_lockstep:
+            num_everywhere = int(max(number for (number,) in sync.all_gather([float(num_own)])))
         for place in range(num_everywhere):
             rows = groups[place] if place < num_own else chosen[:1]
             samples = [held_out[i] for i in rows]
-            microbatch = {name: tensor.to(device) for name, tensor in prepared.collate(samples).items()}
-            loss_sum, num_items = prepared.loss_fn(model, microbatch)
+            microbatch = {name: tensor.to(device) for name, tensor in setup.collate(samples).items()}
+            loss_sum, num_items = setup.loss_fn(model, microbatch)
             if place < num_own:
                 total += loss_sum.item()
                 items += int(num_items.item())
     if sync.size > 1:
-        total, items = (sum(column) for column in zip(*sync.gather([total, float(items)]), strict=True))
+        total, items = (sum(column) for column in zip(*sync.all_gather([total, float(items)]), strict=True))
     return total / items
 
 
-def written(prepared: Prepared, engine: Engine, prompt: str) -> str:
+def sample_text(setup: TrainingSetup, engine: Engine, prompt: str) -> str:
     """Let the model go on with a text; the random state of training is left as it was."""
-    with _evaluating(prepared, engine) as model, seeded(prepared), prepared.machine.autocast():
-        return continue_text(model, prepared.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
+    with _evaluating(setup, engine) as model, seeded(setup), setup.device_spec.autocast():
+        return generate_text(model, setup.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
 
 
 @contextmanager
-def _evaluating(prepared: Prepared, engine: Engine) -> Iterator[Any]:
-    model, layers = prepared.model, prepared.arrangement.layers
+def _evaluating(setup: TrainingSetup, engine: Engine) -> Iterator[Any]:
+    model, layers = setup.model, setup.model_setup.layers
     training = model.training
-    engine.release()
+    engine.release_cuda_graphs()
     try:
-        with nullcontext() if layers is None else layers.paused():
+        with nullcontext() if layers is None else layers.eager():
             yield model.eval()
     finally:
         model.train(training)
 
 
 @contextmanager
-def seeded(prepared: Prepared, *, rank: int = 0) -> Iterator[None]:
+def seeded(setup: TrainingSetup, *, rank: int = 0) -> Iterator[None]:
     """Draw the numbers that the seed of the run decides, others on each rank, and put the random state back."""
-    devices = [prepared.machine.device]
+    devices = [setup.device_spec.device]
     before = random_states(devices)
-    seed_everything(seed_of(prepared.config.seed, rank))
+    seed_everything(seed_of(setup.config.seed, rank))
     try:
         yield
     finally:

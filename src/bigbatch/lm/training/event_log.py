@@ -19,14 +19,14 @@ from bigbatch import __version__
 from bigbatch.lm.runs.file_names import CONFIG, EVENTS
 
 if TYPE_CHECKING:
-    from bigbatch.lm.training.callbacks import Outcome
+    from bigbatch.lm.training.callbacks import TrainResult
     from bigbatch.lm.training.trainer import Trainer
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors")
 KEPT_FIRST, KEPT_LAST = 20, 4  # micro-batches of the first window that are told with all their lengths
 
 
-class Journal:
+class EventLog:
     """Tell the beginning and the end of one process of a run.
 
         with Journal(trainer, folder) as journal:
@@ -43,7 +43,7 @@ class Journal:
         self._trainer = trainer
         self._folder = folder
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "EventLog":
         self._write(_beginning(self._trainer, self._folder))
         return self
 
@@ -51,7 +51,7 @@ class Journal:
         if error is not None:
             self._write({"event": "failed", "why": str(error) or type(error).__name__})
 
-    def ended(self, outcome: "Outcome", *, signal: str | None) -> None:
+    def log_end(self, outcome: "TrainResult", *, signal: str | None) -> None:
         """Tell how it ended; ``signal`` is what stopped it, where something did."""
         self._write(
             {
@@ -82,20 +82,20 @@ def _ends_a_line(file: Any) -> bool:
 
 
 def _beginning(trainer: "Trainer", folder: Path) -> dict[str, Any]:
-    prepared, saved = trainer.prepared, trainer.saved
-    parameters = list(prepared.model.parameters())
+    setup, checkpoint = trainer.setup, trainer.checkpoint
+    parameters = list(setup.model.parameters())
     return {
-        "event": "begin" if saved is None else "resume",
-        "step": 0 if saved is None else saved.progress.step,
-        "checkpoint": None if saved is None else saved.path.name,
-        "passed_over": [] if saved is None else [[path.name, why] for path, why in saved.rejected],
+        "event": "begin" if checkpoint is None else "resume",
+        "step": 0 if checkpoint is None else checkpoint.progress.step,
+        "checkpoint": None if checkpoint is None else checkpoint.path.name,
+        "passed_over": [] if checkpoint is None else [[path.name, why] for path, why in checkpoint.rejected],
         "total_steps": trainer.total_steps,
         "settings": _changed(trainer, folder),
-        "machine": str(prepared.machine),
-        "device": prepared.machine.device.type,
+        "machine": str(setup.device_spec),
+        "device": setup.device_spec.device.type,
         "parameters": sum(p.numel() for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
-        "recomputed": trainer.level,
+        "recomputed": trainer.checkpointing_mode,
         "versions": versions(),
         "window": first_window(trainer),
     }
@@ -125,7 +125,7 @@ def first_window(trainer: "Trainer") -> dict[str, Any] | None:
     if engine.microbatch == "auto" and engine.choice is None:
         return None
     lengths = sorted(
-        (trainer.prepared.training.lengths[i] for i in trainer.share(trainer.course.first_window())), reverse=True
+        (trainer.setup.training.lengths[i] for i in trainer.shard_window(trainer.schedule.first_window())), reverse=True
     )
     microbatches = [[lengths[i] for i in group] for group in engine.groups(lengths)]
     return {

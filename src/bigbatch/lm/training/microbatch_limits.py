@@ -5,17 +5,19 @@ from typing import Literal
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import Machine
-from bigbatch.lm.distributed.ranks import ALONE, Ranks
-from bigbatch.lm.training.setup import Prepared
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
+from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.memory.limit import gpu_limit
-from bigbatch.memory.usage import Room, find_room
+from bigbatch.memory.usage import MemoryBudget, resolve_memory_budget
 
 SHARED_PERCENT = 80  # of a machine's memory, for all ranks on its processors together
 REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
 
 
-def microbatch_of(config: TrainConfig, *, longest: int, ranks: Ranks = ALONE) -> "int | TokenBudget | Literal['auto']":
+def microbatch_of(
+    config: TrainConfig, *, longest: int, ranks: RankContext = SINGLE_PROCESS
+) -> "int | TokenBudget | Literal['auto']":
     """Give what `bigbatch.Engine` takes.
 
     Args:
@@ -50,7 +52,7 @@ def microbatch_of(config: TrainConfig, *, longest: int, ranks: Ranks = ALONE) ->
     return config.microbatch
 
 
-def memory_of(config: TrainConfig, machine: Machine, *, ranks: Ranks = ALONE) -> str | int | None:
+def memory_of(config: TrainConfig, device_spec: DeviceSpec, *, ranks: RankContext = SINGLE_PROCESS) -> str | int | None:
     """Give what ``auto`` may use; None where nobody said. Ranks on the processors of one machine share its memory.
 
     Raises:
@@ -58,7 +60,7 @@ def memory_of(config: TrainConfig, machine: Machine, *, ranks: Ranks = ALONE) ->
     """
     name = "memory" if config.memory is not None else "gpu" if config.gpu is not None else None
     if name is None:
-        shares = config.microbatch == "auto" and not config.deterministic and machine.device.type == "cpu"
+        shares = config.microbatch == "auto" and not config.deterministic and device_spec.device.type == "cpu"
         return f"{SHARED_PERCENT // ranks.local_size}%" if shares and ranks.local_size > 1 else None
     decided = "token_budget" if config.token_budget is not None else "microbatch"
     if config.microbatch != "auto":
@@ -73,22 +75,22 @@ def memory_of(config: TrainConfig, machine: Machine, *, ranks: Ranks = ALONE) ->
         )
     if config.gpu is None:
         return config.memory
-    if machine.device.type != "cuda":
-        raise InputError(f"--gpu {config.gpu} is about a card, and this run is on {machine.device}: pass --memory.")
+    if device_spec.device.type != "cuda":
+        raise InputError(f"--gpu {config.gpu} is about a card, and this run is on {device_spec.device}: pass --memory.")
     return gpu_limit(config.gpu)
 
 
-def held_room(memory: str | int | None, prepared: Prepared) -> Room:
+def enforce_memory_budget(memory: str | int | None, setup: TrainingSetup) -> MemoryBudget:
     """Find what a run may use, and hold this process to it where it was asked for.
 
     Raises:
         InputError: It is no amount, or more than there is.
     """
-    machine, model = prepared.machine, prepared.model
+    device_spec, model = setup.device_spec, setup.model
     try:
-        room = find_room(memory, machine.device, [*model.parameters(), *model.buffers()])
+        budget = resolve_memory_budget(memory, device_spec.device, [*model.parameters(), *model.buffers()])
     except ValueError as error:
         raise InputError(f"--{error}") from error
     if memory is not None:
-        machine.limit_memory(room.limit_bytes)
-    return room
+        device_spec.limit_memory(budget.limit_bytes)
+    return budget

@@ -13,7 +13,7 @@ from bigbatch.lm.runs.file_names import SMALLER_MICROBATCH
 SHRINK = 0.8  # a restart costs minutes: fewer and larger steps than an engine takes that goes on in place
 
 
-def begin_again(
+def restart_smaller(
     error: ShardedMemoryError, microbatch: int | TokenBudget, folder: Path, *, longest: int, rank: int
 ) -> NoReturn:
     """Keep a smaller micro-batch for the processes that go on after this one has ended.
@@ -22,24 +22,24 @@ def begin_again(
         error: That of this rank.
         microbatch: In which memory ran out.
         folder: The run directory.
-        longest: As for `smaller_than`.
+        longest: As for `next_smaller`.
         rank: This one.
 
     Raises:
         RestartError: It is kept.
         ShardedMemoryError: There is no smaller one.
     """
-    smaller, unit = smaller_than(microbatch, longest=longest), unit_of(microbatch)
+    smaller, unit = next_smaller(microbatch, longest=longest), unit_of(microbatch)
     if smaller is None:
         raise error
-    keep(folder, smaller, unit)
+    save_override(folder, smaller, unit)
     raise RestartError(
         f"{str(error).partition(',')[0]} on rank {rank}: started again, the run goes on from its last checkpoint with "
         f"{smaller:,} {unit} a micro-batch, by torchrun with --max-restarts, or bigbatch resume {folder}."
     ) from error
 
 
-def smaller_than(microbatch: int | TokenBudget, *, longest: int) -> int | None:
+def next_smaller(microbatch: int | TokenBudget, *, longest: int) -> int | None:
     """Give the next smaller number of samples or tokens; None where there is none.
 
     Args:
@@ -52,7 +52,7 @@ def smaller_than(microbatch: int | TokenBudget, *, longest: int) -> int | None:
     return smaller if smaller < now else None
 
 
-def keep(folder: Path, size: int, unit: str) -> None:
+def save_override(folder: Path, size: int, unit: str) -> None:
     """Write it into a run directory, so that it is whole or not there; ``unit`` is tokens or sequences."""
     aside = folder / f"{SMALLER_MICROBATCH}.{os.getpid()}"
     with aside.open("wb") as file:
@@ -62,13 +62,13 @@ def keep(folder: Path, size: int, unit: str) -> None:
     aside.replace(folder / SMALLER_MICROBATCH)
 
 
-def kept(folder: Path | None, microbatch: int | TokenBudget, *, longest: int) -> int | TokenBudget:
+def apply_override(folder: Path | None, microbatch: int | TokenBudget, *, longest: int) -> int | TokenBudget:
     """Give a micro-batch, or the smaller one that a run directory holds where that counts in the same.
 
     Args:
         folder: The run directory; None where there is none yet.
         microbatch: That is asked for.
-        longest: As for `smaller_than`.
+        longest: As for `next_smaller`.
     """
     if folder is None:
         return microbatch

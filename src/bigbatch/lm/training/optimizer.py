@@ -7,12 +7,12 @@ import torch
 
 from bigbatch.lm.config.scale_from import BETAS, EPS
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import Machine
+from bigbatch.lm.device import DeviceSpec
 
 FINAL_LR_FACTOR = 0.1  # of the peak rate, at the end of the cosine
 
 
-def make_optimizer(model: Any, config: TrainConfig, machine: Machine) -> torch.optim.AdamW:
+def make_optimizer(model: Any, config: TrainConfig, device_spec: DeviceSpec) -> torch.optim.AdamW:
     """Make AdamW over what is trained, without weight decay of biases and norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -20,12 +20,12 @@ def make_optimizer(model: Any, config: TrainConfig, machine: Machine) -> torch.o
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     assert config.lr is not None, "resolved() gives it a value"
-    fused = machine.device.type in ("cuda", "cpu")
+    fused = device_spec.device.type in ("cuda", "cpu")
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=fused)
 
 
-def rebase(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def rescale_second_moment(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Multiply Adam's second moments, which noise makes up most of, by old batch / new batch when the batch changes.
 
     They would otherwise take 1 / (1 − β2) updates to come down to the smaller noise of a larger batch.

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from bigbatch import __version__
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
-from bigbatch.lm.config.train_config import CHANGED, EXCLUSIVE, FREE, TrainConfig
+from bigbatch.lm.config.train_config import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION, TrainConfig
 from bigbatch.lm.runs.file_names import CONFIG
-from bigbatch.lm.training.setup import Prepared
+from bigbatch.lm.training.setup import TrainingSetup
 
 
 def stored_config(folder: Path) -> TrainConfig:
@@ -37,12 +37,12 @@ def stored_config(folder: Path) -> TrainConfig:
         raise InputError(f"{path} is not the configuration of a run: {str(error).splitlines()[0]}.") from error
 
 
-def as_changed(stored: TrainConfig, facts: Mapping[str, Any] | None) -> TrainConfig:
+def with_saved_changes(stored: TrainConfig, facts: Mapping[str, Any] | None) -> TrainConfig:
     """Give the configuration of a run as it was when a checkpoint was made: an earlier resume may have changed it."""
     return stored if facts is None else stored.model_copy(update=facts["settings"])
 
 
-def continued(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[str]) -> TrainConfig:
+def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[str]) -> TrainConfig:
     """Combine a run's own settings with those asked for now.
 
     Args:
@@ -57,7 +57,7 @@ def continued(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[str]
     changes: dict[str, Any] = {}
     for name in asked.model_fields_set - {"out"}:
         now, before = getattr(asked, name), getattr(stored, name)
-        if name in FREE or (name in CHANGED and CHANGED[name] in allowed):
+        if name in CHANGEABLE or (name in NEEDS_PERMISSION and NEEDS_PERMISSION[name] in allowed):
             changes[name] = now
         elif now != before:
             raise InputError(_refusal(stored.out, name, before, now))
@@ -72,40 +72,40 @@ def continued(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[str]
 
 def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
     flag = "--" + name.replace("_", "-")
-    if name not in CHANGED:
+    if name not in NEEDS_PERMISSION:
         return (
             f"{folder} was begun with {flag} {before}, and this asks for {now}: it would not be the run that it is. "
             "Leave the flag out, or begin another run."
         )
     changed = {"batch": "the schedule and the order of the data", "seed": "the order of the data", "data": "the data"}
-    kind = CHANGED[name]
+    kind = NEEDS_PERMISSION[name]
     return (
         f"{folder} was begun with {flag} {before}, and this asks for {now}: {changed[kind]} would change. Leave the "
         f"flag out to go on, or pass --allow-{kind}-change."
     )
 
 
-def facts_of(prepared: Prepared) -> dict[str, Any]:
+def run_facts(setup: TrainingSetup) -> dict[str, Any]:
     """Give what a run is made of besides its settings, as a checkpoint keeps it."""
     return {
-        "settings": {name: getattr(prepared.config, name) for name in CHANGED},
-        "data_sha256": prepared.training.fingerprint(),
-        "num_samples": len(prepared.training),
-        "vocabulary_sha256": sha256(json.dumps(sorted(prepared.tokenizer.get_vocab().items())).encode()).hexdigest(),
-        "weights_dtype": str(prepared.machine.weights_dtype),
-        "frozen_sha256": frozen_fingerprint(prepared.model),
+        "settings": {name: getattr(setup.config, name) for name in NEEDS_PERMISSION},
+        "data_sha256": setup.training.fingerprint(),
+        "num_samples": len(setup.training),
+        "vocabulary_sha256": sha256(json.dumps(sorted(setup.tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "weights_dtype": str(setup.device_spec.weights_dtype),
+        "frozen_sha256": frozen_fingerprint(setup.model),
     }
 
 
-def shared_facts(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
+def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Give what has to be the same on all ranks of a run, by the name that a user knows it by.
 
     Args:
-        prepared: On this rank.
-        facts: What `facts_of` gave of it.
+        setup: On this rank.
+        facts: What `run_facts` gave of it.
     """
-    settings = prepared.config.model_dump(mode="json", exclude={"device", "out"})
-    tensors = [(n, str(t.dtype), list(t.shape), t.requires_grad) for n, t in prepared.model.named_parameters()]
+    settings = setup.config.model_dump(mode="json", exclude={"device", "out"})
+    tensors = [(n, str(t.dtype), list(t.shape), t.requires_grad) for n, t in setup.model.named_parameters()]
     return {
         **{f"--{name.replace('_', '-')}": value for name, value in settings.items()},
         "the samples": facts["data_sha256"],

@@ -11,11 +11,11 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.batch_schedule import Schedule, Seesaw, read
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.sampling_order import epoch_order, epoch_windows
-from bigbatch.lm.text import count
+from bigbatch.lm.text import plural
 from bigbatch.lm.training.optimizer import lr_factor
 
 
-class Course:
+class TrainingSchedule:
     """The windows of a run and their learning rates; the same on every rank and after every resume.
 
     Args:
@@ -52,7 +52,7 @@ class Course:
             self.total_steps = self._base_steps
         if self.warmup_steps > self.total_steps:
             raise InputError(
-                f"--warmup-steps {self.warmup_steps:,} is more than the {count(self.total_steps, 'update')} of the "
+                f"--warmup-steps {self.warmup_steps:,} is more than the {plural(self.total_steps, 'update')} of the "
                 "run: the learning rate would never reach its peak."
             )
 
@@ -60,7 +60,7 @@ class Course:
         """Give the windows that are left after so many updates and samples."""
         epoch, position = divmod(cursor, len(self._lengths))
         while True:
-            for window in self._pass(epoch, position):
+            for window in self._epoch_windows(epoch, position):
                 if step == self.total_steps:
                     return
                 step += 1
@@ -69,11 +69,11 @@ class Course:
 
     def first_window(self) -> list[int]:
         """Give the samples of the first update."""
-        return self._pass(0)[0]
+        return self._epoch_windows(0)[0]
 
-    def updates_a_pass(self) -> int:
+    def updates_per_epoch(self) -> int:
         """Count the updates of the first pass over the data."""
-        return len(self._pass(0))
+        return len(self._epoch_windows(0))
 
     def batch_after(self, cursor: int) -> int | None:
         """Give the sequences of the window after so many samples; None where the batch is counted in tokens."""
@@ -110,7 +110,7 @@ class Course:
         befores, samples, wanted = [], 0, self._base_steps * self._first_batch
         epoch = 0
         while samples < wanted:
-            for window in self._pass(epoch):
+            for window in self._epoch_windows(epoch):
                 if samples >= wanted:
                     break
                 befores.append(samples)
@@ -127,7 +127,7 @@ class Course:
         if in_one_batch or isinstance(self.schedule, Seesaw):
             return epochs * -(-len(self._lengths) // self._first_batch)
         first, position = divmod(self._cursor, len(self._lengths))
-        left = (self._pass(epoch, position * (epoch == first)) for epoch in range(first, epochs))
+        left = (self._epoch_windows(epoch, position * (epoch == first)) for epoch in range(first, epochs))
         return self._step + sum(map(len, left))  # windows of tokens depend on the order
 
     def _batch_at(self, tokens: int, samples: int) -> int:
@@ -136,7 +136,7 @@ class Course:
         assert self.schedule is not None, "asked for only where there is one"
         return self.schedule.batch_at(tokens)
 
-    def _pass(self, epoch: int, position: int = 0) -> list[list[int]]:
+    def _epoch_windows(self, epoch: int, position: int = 0) -> list[list[int]]:
         if self.schedule is None:
             return epoch_windows(
                 self._lengths,

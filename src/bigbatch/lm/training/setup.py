@@ -10,45 +10,45 @@ from bigbatch.lm.config.train_config import DEFAULT_MAX_LENGTH, TrainConfig
 from bigbatch.lm.data.dataset import TokenDataset, encode, split_documents
 from bigbatch.lm.data.sources import Document, read_corpus
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
-from bigbatch.lm.device import Machine, find_machine
+from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.generation import prompt_tokens
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
-from bigbatch.lm.model.setup import Arrangement, arrange
+from bigbatch.lm.model.setup import ModelSetup, set_up_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Say(Protocol):
+class ProgressCallback(Protocol):
     """Whom a preparation tells what goes on."""
 
     def __call__(self, words: str, done: int = 0, total: int = 0) -> None:
         """Hear in a few words of work that takes seconds; of some work, also how much of it is done."""
 
 
-def _say_nothing(words: str, done: int = 0, total: int = 0) -> None: ...
+def _no_progress(words: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TrainingSetup:
     """A run that could begin.
 
     Attributes:
         config: With every default written out.
-        machine: Device and precision.
+        device_spec: Device and precision.
         tokenizer: Of the model.
-        arrangement: The model, in training mode and on the device, and how it is run.
+        model_setup: The model, in training mode and on the device, and how it is run.
         training: What is learned from.
         validation: What is not; None where there is too little data to keep any apart.
         notes: Sentences with the counts of what was read, cut and left out.
     """
 
     config: TrainConfig
-    machine: Machine
+    device_spec: DeviceSpec
     tokenizer: "PreTrainedTokenizerBase"
-    arrangement: Arrangement
+    model_setup: ModelSetup
     training: TokenDataset
     validation: TokenDataset | None
     notes: tuple[str, ...]
@@ -56,61 +56,61 @@ class Prepared:
     @property
     def model(self) -> Any:
         """In training mode, on the device, in the precision's dtype, with its adapters."""
-        return self.arrangement.model
+        return self.model_setup.model
 
     @property
     def loss_fn(self) -> CausalLMLoss | ChunkedCausalLMLoss:
         """What the model is trained with, as `bigbatch.Engine` takes it."""
-        return self.arrangement.loss_fn
+        return self.model_setup.loss_fn
 
     @property
     def collate(self) -> Callable[..., Any]:
         """Makes a micro-batch of a list of samples."""
-        return self.arrangement.collate
+        return self.model_setup.collate
 
 
-def prepare(config: TrainConfig, *, say: Say = _say_nothing) -> Prepared:
+def set_up_training(config: TrainConfig, *, progress: ProgressCallback = _no_progress) -> TrainingSetup:
     """Read the data, make or load tokenizer and model, and put them on the device.
 
     Args:
         config: What is asked for.
-        say: Told what goes on.
+        progress: Told what goes on.
 
     Raises:
         InputError: Something that the configuration names is not there or not usable.
     """
     config = config.resolved()
-    machine = find_machine(config.device, config.precision)
-    config = config.model_copy(update={"device": str(machine.device), "precision": machine.precision})
+    device_spec = resolve_device(config.device, config.precision)
+    config = config.model_copy(update={"device": str(device_spec.device), "precision": device_spec.precision})
     tokenizer = None if config.model == TINY else load_tokenizer(config.model)
-    say(f"reading {config.data}")
+    progress(f"reading {config.data}")
     corpus = read_corpus(config.data, skip_broken=config.skip_broken)
     documents, held_out = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
     if tokenizer is None:
-        say("training a tokenizer")
-        tokenizer, model = _make_tiny(config, machine, documents)
+        progress("training a tokenizer")
+        tokenizer, model = _make_tiny(config, device_spec, documents)
     else:
-        say(f"loading {config.model}")
-        model = load_model(config.model, dtype=machine.weights_dtype)
+        progress(f"loading {config.model}")
+        model = load_model(config.model, dtype=device_spec.weights_dtype)
         config = _fit(config, model, tokenizer)
     prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
-    training, validation, notes = _encode(config, tokenizer, documents, held_out, say)
+    training, validation, notes = _encode(config, tokenizer, documents, held_out, progress)
     assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
-    model = model.to(machine.device)
+    model = model.to(device_spec.device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(max(part.lengths) for part in (training, validation) if part is not None)
-    say("trying how the model runs best")
-    arrangement = arrange(model, config, machine, pad_id=pad, longest=longest)
-    notes = [*corpus.notes, *notes, *arrangement.notes]
-    return Prepared(config, machine, tokenizer, arrangement, training, validation, tuple(notes))
+    progress("trying how the model runs best")
+    model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
+    notes = [*corpus.notes, *notes, *model_setup.notes]
+    return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes))
 
 
-def _make_tiny(config: TrainConfig, machine: Machine, documents: Sequence[Document]) -> tuple[Any, Any]:
+def _make_tiny(config: TrainConfig, device_spec: DeviceSpec, documents: Sequence[Document]) -> tuple[Any, Any]:
     assert config.max_length is not None, "resolved() gives it a value"
     texts = [text for document in documents for text in document.texts]
     tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
     model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed)
-    return tokenizer, model.to(machine.weights_dtype)
+    return tokenizer, model.to(device_spec.weights_dtype)
 
 
 def _encode(
@@ -118,11 +118,11 @@ def _encode(
     tokenizer: "PreTrainedTokenizerBase",
     documents: Sequence[Document],
     held_out: Sequence[Document],
-    say: Say,
+    progress: ProgressCallback,
 ) -> tuple[TokenDataset, TokenDataset | None, list[str]]:
     """Encode both sides of the split; tell in sentences what became of them."""
     assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
-    progress = partial(say, "encoding the documents")
+    progress = partial(progress, "encoding the documents")
     progress()
     training, counts = encode(documents, tokenizer, max_length=config.max_length, progress=progress)
     notes = [f"to learn from: {counts.describe()}"]

@@ -1,6 +1,6 @@
 """The training loop: windows of samples → `bigbatch.Engine` → metrics, validation, samples of text, the saved model.
 
-Counts, schedule and metrics go by updates. Nothing here prints: a `Listener` is told what happened.
+Counts, schedule and metrics go by updates. Nothing here prints: a `TrainerCallback` is told what happened.
 """
 
 import time
@@ -20,22 +20,22 @@ from bigbatch.errors import (
     ShardedMemoryError,
     WindowAbandonedError,
 )
-from bigbatch.lm.checkpoint.manager import Keeper, Progress, Saved
-from bigbatch.lm.config.field_types import Recompute
-from bigbatch.lm.distributed.ranks import ALONE, Ranks, gathered, hollow
+from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint
+from bigbatch.lm.config.field_types import CheckpointingMode
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, copy_to_meta, gather_full_model
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.training.autotune import take, tune
-from bigbatch.lm.training.callbacks import Listener, Row, metrics_row
-from bigbatch.lm.training.callbacks import Outcome as Outcome
-from bigbatch.lm.training.evaluation import seeded, validation_loss, written
-from bigbatch.lm.training.microbatch_limits import held_room, memory_of, microbatch_of
-from bigbatch.lm.training.oom_restart import begin_again, kept
-from bigbatch.lm.training.optimizer import make_optimizer, rebase
-from bigbatch.lm.training.resume import facts_of, shared_facts
-from bigbatch.lm.training.schedule import Course
-from bigbatch.lm.training.setup import Prepared
-from bigbatch.lm.training.tuning_cache import fingerprint, recall, remember
+from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
+from bigbatch.lm.training.callbacks import TrainResult as TrainResult
+from bigbatch.lm.training.evaluation import sample_text, seeded, validation_loss
+from bigbatch.lm.training.microbatch_limits import enforce_memory_budget, memory_of, microbatch_of
+from bigbatch.lm.training.oom_restart import apply_override, restart_smaller
+from bigbatch.lm.training.optimizer import make_optimizer, rescale_second_moment
+from bigbatch.lm.training.resume import rank_invariants, run_facts
+from bigbatch.lm.training.schedule import TrainingSchedule
+from bigbatch.lm.training.setup import TrainingSetup
+from bigbatch.lm.training.tuning_cache import cache_key, load_cached, save_cached
 from bigbatch.rng import random_states, set_random_states
 
 
@@ -45,70 +45,72 @@ class Trainer:
         Trainer(prepared).run(run_directory, listener=listener, should_stop=lambda: False)
 
     Args:
-        prepared: Model, data and settings; the model is trained in place.
-        saved: Where to go on; None to begin.
+        setup: Model, data and settings; the model is trained in place.
+        checkpoint: Where to go on; None to begin.
         ranks: The processes of the run, all of which do this at the same time.
 
     Raises:
         InputError: The warm-up is longer than the run, or the model cannot be spread over the ranks.
     """
 
-    def __init__(self, prepared: Prepared, *, saved: Saved | None = None, ranks: Ranks = ALONE) -> None:
-        self.prepared = prepared
+    def __init__(
+        self, setup: TrainingSetup, *, checkpoint: RunCheckpoint | None = None, ranks: RankContext = SINGLE_PROCESS
+    ) -> None:
+        self.setup = setup
         self.ranks = ranks
-        self.config = prepared.config
-        self.saved = saved
-        self.facts = facts_of(prepared)
+        self.config = setup.config
+        self.checkpoint = checkpoint
+        self.facts = run_facts(setup)
         if ranks.size > 1:
-            ranks.check_alike(shared_facts(prepared, self.facts))
-        done = Progress() if saved is None else saved.progress
-        self.course = Course(self.config, prepared.training.lengths, step=done.step, cursor=done.cursor)
-        self.total_steps, self.warmup_steps = self.course.total_steps, self.course.warmup_steps
-        self.arrangement = prepared.arrangement
-        self.loss_fn = prepared.loss_fn
-        self._hollow = hollow(prepared.model) if ranks.are_sharded else None
-        sync = ranks.spread(prepared.model)
-        longest = max(prepared.training.lengths)
+            ranks.check_equal(rank_invariants(setup, self.facts))
+        done = Progress() if checkpoint is None else checkpoint.progress
+        self.schedule = TrainingSchedule(self.config, setup.training.lengths, step=done.step, cursor=done.cursor)
+        self.total_steps, self.warmup_steps = self.schedule.total_steps, self.schedule.warmup_steps
+        self.model_setup = setup.model_setup
+        self.loss_fn = setup.loss_fn
+        self._hollow = copy_to_meta(setup.model) if ranks.are_sharded else None
+        sync = ranks.parallelize(setup.model)
+        longest = max(setup.training.lengths)
         microbatch = microbatch_of(self.config, longest=longest, ranks=ranks)
         if ranks.are_sharded and microbatch != "auto":
-            microbatch = kept(self.config.out, microbatch, longest=longest)
-        self.optimizer = make_optimizer(prepared.model, self.config, prepared.machine)
-        if saved is None:  # what was saved has been through it
+            microbatch = apply_override(self.config.out, microbatch, longest=longest)
+        self.optimizer = make_optimizer(setup.model, self.config, setup.device_spec)
+        if checkpoint is None:  # what was saved has been through it
             self.config.batch_scaling().apply(self.optimizer)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.course.lr_factor)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule.lr_factor)
         self.engine = Engine(
-            prepared.model,
+            setup.model,
             self.optimizer,
             self.loss_fn,
             microbatch=microbatch,
-            memory=memory_of(self.config, prepared.machine, ranks=ranks),
-            collate=prepared.collate,
+            memory=memory_of(self.config, setup.device_spec, ranks=ranks),
+            collate=setup.collate,
             lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
-            layout=self.arrangement.layout,
-            cuda_graphs=self.arrangement.records and not ranks.are_sharded,
+            layout=self.model_setup.layout,
+            cuda_graphs=self.model_setup.uses_cuda_graphs and not ranks.are_sharded,
             max_grad_norm=self.config.max_grad_norm,
             scheduler=self.scheduler,
-            scaler=prepared.machine.scaler(),
+            scaler=setup.device_spec.scaler(),
             sync=sync,
         )
         if ranks.are_sharded:
-            self.engine.accumulator.spare = self._spare()
+            self.engine.accumulator.padding_microbatch = self._spare()
 
     def _spare(self) -> dict[str, torch.Tensor]:
         """Give what a rank runs for the sake of the others that has fewer micro-batches than they, or none."""
-        training = self.prepared.training
+        training = self.setup.training
         shortest = min(range(len(training)), key=training.lengths.__getitem__)
-        microbatch = self.prepared.collate([training[shortest]])
-        return {name: tensor.to(self.prepared.machine.device) for name, tensor in microbatch.items()}
+        microbatch = self.setup.collate([training[shortest]])
+        return {name: tensor.to(self.setup.device_spec.device) for name, tensor in microbatch.items()}
 
-    def tune(self, beside: Path | None = None) -> Path | None:
+    def tune(self, cache: Path | None = None) -> Path | None:
         """Choose the micro-batch where that is asked for, or take what a run before chose for the same.
 
         Where memory is what limits it, and nobody decided about it, activations are also tried computed anew in every
         second layer, and in all; what is fastest is taken.
 
         Args:
-            beside: A run directory; it and those beside it are looked through. None to choose anew.
+            cache: A run directory; it and those beside it are looked through. None to choose anew.
 
         Returns:
             The run directory that the choice comes from, where it is not a new one.
@@ -118,18 +120,18 @@ class Trainer:
         """
         if self.engine.microbatch != "auto":
             return None
-        layers, room = self.arrangement.layers, held_room(self.engine.memory, self.prepared)
-        key = fingerprint(self.prepared)
-        kept = None if beside is None else recall(beside, key, usable_bytes=room.usable_bytes)
-        found = self.ranks.tell(kept)
+        layers, budget = self.model_setup.layers, enforce_memory_budget(self.engine.memory, self.setup)
+        key = cache_key(self.setup)
+        kept = None if cache is None else load_cached(cache, key, usable_bytes=budget.usable_bytes)
+        found = self.ranks.broadcast(kept)
         if found is not None:
             take(self.engine, layers, found.level, found.choice)
             return Path(found.folder)
-        lengths = self.prepared.training.lengths
+        lengths = self.setup.training.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        samples = self.fetch(list({*self.share(self.course.first_window()), longest}))
+        samples = self.fetch(list({*self.shard_window(self.schedule.first_window()), longest}))
         try:
-            tune(self.engine, layers, samples, levels=self.config.gradient_checkpointing == "auto")
+            tune(self.engine, layers, samples, modes=self.config.gradient_checkpointing == "auto")
         except MemoryLimitError as error:
             raise InputError(
                 f"{error} Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and "
@@ -138,22 +140,22 @@ class Trainer:
         return None
 
     @property
-    def level(self) -> Recompute:
+    def checkpointing_mode(self) -> CheckpointingMode:
         """What is computed anew in backward."""
-        return "none" if self.arrangement.layers is None else self.arrangement.layers.level
+        return "none" if self.model_setup.layers is None else self.model_setup.layers.mode
 
-    def share(self, window: list[int]) -> list[int]:
+    def shard_window(self, window: list[int]) -> list[int]:
         """Give the samples of a window that this rank runs."""
-        return self.ranks.share(window, self.prepared.training.lengths)
+        return self.ranks.shard_window(window, self.setup.training.lengths)
 
     def run(
         self,
         directory: RunDirectory,
         *,
-        listener: Listener,
+        callback: TrainerCallback,
         should_stop: Callable[[], bool] = lambda: False,
-        give_up: Callable[[], bool] = lambda: False,
-    ) -> Outcome:
+        should_abandon: Callable[[], bool] = lambda: False,
+    ) -> TrainResult:
         """Train to the end, or until ``should_stop()`` is true after an update; then save the model.
 
         The seed decides about dropout too; the caller's random state is left as it was. State is saved between updates
@@ -161,64 +163,69 @@ class Trainer:
 
         Args:
             directory: Receives metrics, checkpoints and model.
-            listener: Told of updates, validations and samples.
+            callback: Told of updates, validations and samples.
             should_stop: Asked after every update, and again after what was validated and written then.
-            give_up: Asked within an update: whether to drop it and to stop as after the one before.
+            should_abandon: Asked within an update: whether to drop it and to stop as after the one before.
 
         Raises:
             BigbatchError: Update after update is skipped, or something cannot be written.
         """
         started_s = time.perf_counter()
-        if self.saved is not None and self.saved.engine["engine"]["choice"] is not None:
-            held_room(self.engine.memory, self.prepared)  # the limit stands; the choice comes with the state
+        if self.checkpoint is not None and self.checkpoint.engine["engine"]["choice"] is not None:
+            enforce_memory_budget(self.engine.memory, self.setup)  # the limit stands; the choice comes with the state
         elif self.engine.choice is None:
-            self.tune(None if self.saved is None else directory.path)
-        keeper = Keeper(
+            self.tune(None if self.checkpoint is None else directory.path)
+        checkpoints = CheckpointManager(
             directory,
             keep=self.config.keep,
-            beside=self.config.async_checkpoint,
+            in_background=self.config.async_checkpoint,
             total_steps=self.total_steps,
             facts=self.facts,
             ranks=self.ranks,
         )
-        with directory, seeded(self.prepared, rank=self.ranks.rank), self._repeatable():
+        with directory, seeded(self.setup, rank=self.ranks.rank), self._repeatable():
             now = self._begin(directory)
             if self.engine.choice is not None and self.ranks.is_first:
-                remember(directory.path, self.engine.choice, fingerprint(self.prepared), level=self.level)
-            with keeper.open():
-                if now.owed is not None:
-                    self._look(now.owed, now, directory, listener)
-                    now.owed = None
+                save_cached(
+                    directory.path,
+                    self.engine.choice,
+                    cache_key(self.setup),
+                    checkpointing_mode=self.checkpointing_mode,
+                )
+            with checkpoints.open():
+                if now.pending_metrics_row is not None:
+                    self._validate_and_log(now.pending_metrics_row, now, directory, callback)
+                    now.pending_metrics_row = None
                 stopping = False
-                for window in self.course.windows(now.step, now.cursor):
-                    stopping = not self._try_step(window, now, directory, listener, should_stop, give_up)
+                for window in self.schedule.windows(now.step, now.cursor):
+                    stopping = not self._try_step(window, now, directory, callback, should_stop, should_abandon)
                     if now.step == self.total_steps:
                         directory.discard_model()  # one beside the last checkpoint is taken for the last
                     if now.step % self.config.checkpoint_every == 0 or now.step == self.total_steps or stopping:
-                        keeper.save(self.engine, now, self.level)
+                        checkpoints.save(self.engine, now, self.checkpointing_mode)
                     if stopping:
                         break
-            self.engine.release()
+            self.engine.release_cuda_graphs()
             self._save_model(directory)
         finished = now.step == self.total_steps
-        return Outcome(now.step, now.skipped, finished, now.validation_loss, time.perf_counter() - started_s)
+        return TrainResult(now.step, now.skipped, finished, now.validation_loss, time.perf_counter() - started_s)
 
     def _begin(self, directory: RunDirectory) -> Progress:
         """Take up a run where it was saved, or begin."""
-        saved = self.saved
-        if saved is None:
-            directory.rewind(0, 0)
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            directory.truncate_to(0, 0)
             return Progress()
-        chosen = saved.engine["engine"]["choice"] is not None and self.config.gradient_checkpointing == "auto"
-        if self.arrangement.layers is not None and chosen:
-            self.arrangement.layers.recompute(saved.level)
+        chosen = checkpoint.engine["engine"]["choice"] is not None and self.config.gradient_checkpointing == "auto"
+        if self.model_setup.layers is not None and chosen:
+            self.model_setup.layers.set_checkpointing(checkpoint.checkpointing_mode)
         try:
-            self.engine.load_state_dict(saved.engine_of(self.ranks, [self.prepared.machine.device]))
+            self.engine.load_state_dict(checkpoint.engine_of(self.ranks, [self.setup.device_spec.device]))
         except ValueError as error:
-            raise InputError(f"{saved.path} is not of this model: {error}") from error
-        now = replace(saved.progress)
-        written_again = 0 if now.owed is None else len(as_line(now.owed))
-        directory.rewind(now.metrics_bytes - written_again, now.quarantine_bytes)
+            raise InputError(f"{checkpoint.path} is not of this model: {error}") from error
+        now = replace(checkpoint.progress)
+        written_again = 0 if now.pending_metrics_row is None else len(as_line(now.pending_metrics_row))
+        directory.truncate_to(now.metrics_bytes - written_again, now.quarantine_bytes)
         return now
 
     def _try_step(
@@ -226,35 +233,35 @@ class Trainer:
         window: list[int],
         now: Progress,
         directory: RunDirectory,
-        listener: Listener,
+        callback: TrainerCallback,
         should_stop: Callable[[], bool],
-        give_up: Callable[[], bool],
+        should_abandon: Callable[[], bool],
     ) -> bool:
         """Make one update and what belongs to it; tell whether to go on."""
-        devices = [self.prepared.machine.device]
+        devices = [self.setup.device_spec.device]
         before = random_states(devices)
         self._change_batch(now)
         try:
-            row, told_to_stop = self._update(now.step + 1, window, should_stop, give_up)
+            row, told_to_stop = self._update(now.step + 1, window, should_stop, should_abandon)
         except WindowAbandonedError:
             set_random_states(before, devices)
             return False
         now.step += 1
         now.cursor += len(window)
         row["sequences"] = len(window)
-        if self.course.schedule is not None:
+        if self.schedule.schedule is not None:
             row["global_batch"] = now.batch
         self._count_skipped(row, now)
         if row["skipped"] and row["skipped"] != "no items":
             directory.write_quarantine({"step": now.step, "reason": row["skipped"], "samples": sorted(window)})
-        listener.updated(row)
+        callback.on_update(row)
         last = now.step == self.total_steps
         stopping = not last and told_to_stop()
         if stopping:
-            now.owed = row
+            now.pending_metrics_row = row
             directory.write_metrics(row)
         else:
-            self._look(row, now, directory, listener)
+            self._validate_and_log(row, now, directory, callback)
         if now.skipped_in_a_row >= self.config.max_skipped:
             raise BigbatchError(
                 f"the last {now.skipped_in_a_row} updates were skipped ({row['skipped']}), so the model does not learn "
@@ -264,32 +271,34 @@ class Trainer:
 
     def _change_batch(self, now: Progress) -> None:
         """Note the batch of the next window, where a schedule decides it; re-base Adam's second moment at a change."""
-        if self.course.schedule is None:
+        if self.schedule.schedule is None:
             return
-        batch = self.course.batch_after(now.cursor)
+        batch = self.schedule.batch_after(now.cursor)
         assert batch is not None, "a schedule is in sequences"
         if self.config.rebase_second_moment and now.batch and batch != now.batch:
-            rebase(self.optimizer, now.batch / batch)
+            rescale_second_moment(self.optimizer, now.batch / batch)
         now.batch = batch
 
-    def _look(self, row: Row, now: Progress, directory: RunDirectory, listener: Listener) -> None:
+    def _validate_and_log(
+        self, row: MetricsRow, now: Progress, directory: RunDirectory, callback: TrainerCallback
+    ) -> None:
         """Validate and write where it is time to, and enter the update into the metrics."""
         if self._validates_after(now.step):
             row["validation_loss"] = now.validation_loss = self.validate()
         directory.write_metrics(row)
         if "validation_loss" in row:
-            listener.validated(now.step, row["validation_loss"])
+            callback.on_validation(now.step, row["validation_loss"])
         if now.step in (self.total_steps // 2, self.total_steps) and (self.ranks.is_first or self.ranks.are_sharded):
-            listener.sampled(now.step, self.write(self.config.sample_prompt))
+            callback.on_sample(now.step, self.sample_text(self.config.sample_prompt))
 
     def _save_model(self, directory: RunDirectory) -> None:
-        model = self.prepared.model
+        model = self.setup.model
         if self._hollow is not None:
-            model = gathered(model, self._hollow)
+            model = gather_full_model(model, self._hollow)
         if not self.ranks.is_first:
             return
         try:
-            save_model(model, self.prepared.tokenizer, directory.model)
+            save_model(model, self.setup.tokenizer, directory.model)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise BigbatchError(
@@ -298,43 +307,45 @@ class Trainer:
             ) from error
 
     def _update(
-        self, step: int, window: list[int], should_stop: Callable[[], bool], give_up: Callable[[], bool]
-    ) -> tuple[Row, Callable[[], bool]]:
+        self, step: int, window: list[int], should_stop: Callable[[], bool], should_abandon: Callable[[], bool]
+    ) -> tuple[MetricsRow, Callable[[], bool]]:
         """Make one update; give its line, and what to ask whether to stop: of several ranks, all have decided."""
         lr = float(self.scheduler.get_last_lr()[0])
         try:
-            report = self.engine.step(self.fetch(self.share(window)), give_up=give_up, stopping=should_stop)
+            report = self.engine.step(
+                self.fetch(self.shard_window(window)), should_abandon=should_abandon, should_stop=should_stop
+            )
         except ShardedMemoryError as error:
             now, folder = self.engine.microbatch, self.config.out
             assert now != "auto", "sharded runs are told their micro-batch"
             assert folder is not None, "a run has its folder by now"
-            longest = max(self.prepared.training.lengths)
-            begin_again(error, now, folder, longest=longest, rank=self.ranks.rank)
+            longest = max(self.setup.training.lengths)
+            restart_smaller(error, now, folder, longest=longest, rank=self.ranks.rank)
         row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
         ranks = report.ranks
         return row, should_stop if ranks is None else lambda: ranks.stopping
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validation_every_of(self.total_steps)
-        return self.prepared.validation is not None and (step % every == 0 or step == self.total_steps)
+        return self.setup.validation is not None and (step % every == 0 or step == self.total_steps)
 
     @staticmethod
-    def _count_skipped(row: Row, now: Progress) -> None:
+    def _count_skipped(row: MetricsRow, now: Progress) -> None:
         now.skipped_in_a_row = now.skipped_in_a_row + 1 if row["skipped"] else 0
         now.skipped += bool(row["skipped"])
 
     def fetch(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
         """Fetch the samples of a window, longest first: neighbours of like length waste least on padding."""
-        lengths = self.prepared.training.lengths
-        return [self.prepared.training[i] for i in sorted(window, key=lambda i: -lengths[i])]
+        lengths = self.setup.training.lengths
+        return [self.setup.training[i] for i in sorted(window, key=lambda i: -lengths[i])]
 
     def validate(self) -> float:
         """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token."""
-        return validation_loss(self.prepared, self.engine)
+        return validation_loss(self.setup, self.engine)
 
-    def write(self, prompt: str) -> str:
+    def sample_text(self, prompt: str) -> str:
         """Let the model go on with a text; the random state of training is left as it was."""
-        return written(self.prepared, self.engine, prompt)
+        return sample_text(self.setup, self.engine, prompt)
 
     @contextmanager
     def _repeatable(self) -> Iterator[None]:

@@ -10,64 +10,64 @@ from pathlib import Path
 import torch
 
 from bigbatch import __version__
-from bigbatch.autotune.choice import Choice
-from bigbatch.lm.config.field_types import LEVELS, Recompute
+from bigbatch.autotune.choice import MicrobatchChoice
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
-from bigbatch.lm.training.setup import Prepared
+from bigbatch.lm.training.setup import TrainingSetup
 
 SETTINGS = ("max_length", "global_batch", "global_batch_tokens", "memory", "gpu", "precision", "lora_rank")
 
 
-def fingerprint(prepared: Prepared) -> str:
+def cache_key(setup: TrainingSetup) -> str:
     """Give what a choice depends on as one word: model, device, settings, lengths of the data, and versions."""
     import transformers
 
-    config: TrainConfig = prepared.config
+    config: TrainConfig = setup.config
     facts = {
-        "model": prepared.model.config.to_json_string(),
-        "trained": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
-        "device": str(prepared.machine),
+        "model": setup.model.config.to_json_string(),
+        "trained": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
+        "device": str(setup.device_spec),
         "threads": torch.get_num_threads(),
-        "loss": type(prepared.loss_fn).__name__,
+        "loss": type(setup.loss_fn).__name__,
         "checkpointing": config.gradient_checkpointing,
-        "arrangement": [prepared.arrangement.layout, prepared.arrangement.records, _is_compiled(prepared)],
+        "arrangement": [setup.model_setup.layout, setup.model_setup.uses_cuda_graphs, _is_compiled(setup)],
         "settings": {name: getattr(config, name) for name in SETTINGS},
-        "lengths": [len(prepared.training.lengths), sum(prepared.training.lengths), max(prepared.training.lengths)],
+        "lengths": [len(setup.training.lengths), sum(setup.training.lengths), max(setup.training.lengths)],
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Remembered:
+class CachedChoice:
     """What an earlier run chose.
 
     Attributes:
         choice: The micro-batch.
-        level: What was computed anew in backward.
+        checkpointing_mode: What was computed anew in backward.
         folder: The run directory that it comes from.
     """
 
-    choice: Choice
-    level: Recompute
+    choice: MicrobatchChoice
+    checkpointing_mode: CheckpointingMode
     folder: Path
 
 
-def _is_compiled(prepared: Prepared) -> bool:
-    layers = prepared.arrangement.layers
+def _is_compiled(setup: TrainingSetup) -> bool:
+    layers = setup.model_setup.layers
     return layers is not None and layers.is_compiled
 
 
-def remember(folder: Path, choice: Choice, key: str, *, level: Recompute) -> None:
+def save_cached(folder: Path, choice: MicrobatchChoice, key: str, *, checkpointing_mode: CheckpointingMode) -> None:
     """Write a choice into a run directory; where that cannot be, the next run chooses for itself."""
     with suppress(OSError):
         (folder / TUNED_MICROBATCH).write_text(
-            json.dumps({"key": key, "level": level, **asdict(choice)}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({"key": key, "level": checkpointing_mode, **asdict(choice)}, indent=2) + "\n", encoding="utf-8"
         )
 
 
-def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> Remembered | None:
+def load_cached(folder: Path, key: str, *, usable_bytes: int | None = None) -> CachedChoice | None:
     """Find a choice that was made for the same, in a run directory or in those beside it.
 
     What is there and cannot be read counts as not there.
@@ -83,10 +83,10 @@ def recall(folder: Path, key: str, *, usable_bytes: int | None = None) -> Rememb
             kept = json.loads((place / TUNED_MICROBATCH).read_text(encoding="utf-8"))
             if not isinstance(kept, dict) or kept.pop("key") != key:
                 continue
-            level = kept.pop("level")
-            choice = Choice.of(kept)
-            if level in LEVELS and (usable_bytes is None or choice.peak_bytes <= usable_bytes):
-                return Remembered(choice, level, place)
+            mode = kept.pop("level")
+            choice = MicrobatchChoice.from_dict(kept)
+            if mode in CHECKPOINTING_MODES and (usable_bytes is None or choice.peak_bytes <= usable_bytes):
+                return CachedChoice(choice, mode, place)
     return None
 
 
