@@ -87,13 +87,13 @@ class Heard:
         self.validations: list[tuple[int, float]] = []
         self.samples: list[tuple[int, str]] = []
 
-    def updated(self, row: dict[str, Any]) -> None:
+    def on_update(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
-    def validated(self, step: int, loss: float) -> None:
+    def on_validation(self, step: int, loss: float) -> None:
         self.validations.append((step, loss))
 
-    def sampled(self, step: int, text: str) -> None:
+    def on_sample(self, step: int, text: str) -> None:
         self.samples.append((step, text))
 
 

@@ -31,6 +31,7 @@ MAX_PROBING_S = 20.0
 MAX_PREDICTION_ERROR = 0.1  # of what is predicted for a micro-batch: where one takes that much more, none is predicted
 NEGLIGIBLE_BYTES = 2**16
 STEPS_BETWEEN = 4  # sizes compared for each doubling
+_OLD_NAMES = {"tried": "trials", "unpredicted": "prediction_failure"}  # in runs of bigbatch 0.1.0
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,11 @@ class MicrobatchChoice:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MicrobatchChoice":
-        """Make a choice of what `dataclasses.asdict` made of one, which JSON may have kept."""
-        tried = tuple(Trial(**each) for each in values["tried"])
+        """Return the choice that `dataclasses.asdict` turned into ``values``, read back from JSON or not."""
+        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+        trials = tuple(Trial(**each) for each in values["trials"])
         points = tuple((int(size), float(seconds)) for size, seconds in values["timing"]["points"])
-        return cls(**{**values, "tried": tried, "timing": TimeModel(points)})
+        return cls(**{**values, "trials": trials, "timing": TimeModel(points)})
 
     @property
     def microbatch(self) -> int | TokenBudget:

@@ -54,21 +54,21 @@ class Scripted:
 
     def __init__(self, **script: MicrobatchChoice | MemoryLimitError) -> None:
         self.script = script
-        self.level: CheckpointingMode = "none"
+        self.mode: CheckpointingMode = "none"
         self.tried: list[CheckpointingMode] = []
         self.used: list[MicrobatchChoice] = []
 
-    def recompute(self, level: CheckpointingMode) -> None:
-        self.level = level
+    def set_checkpointing(self, mode: CheckpointingMode) -> None:
+        self.mode = mode
 
     def tune(self, _: list[Any]) -> MicrobatchChoice:
-        self.tried.append(self.level)
-        found = self.script[self.level]
+        self.tried.append(self.mode)
+        found = self.script[self.mode]
         if isinstance(found, MemoryLimitError):
             raise found
         return found
 
-    def use(self, found: MicrobatchChoice) -> None:
+    def set_microbatch(self, found: MicrobatchChoice) -> None:
         self.used.append(found)
 
 

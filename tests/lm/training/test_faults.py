@@ -202,7 +202,7 @@ def test_a_run_that_is_stopped_after_an_update_goes_on_to_the_last_bit(
 @pytest.mark.parametrize("microbatch", [0, 2, 3, 7, 14, 28])
 def test_an_update_that_is_given_up_leaves_no_trace(folder: Path, base: Path, reference: Path, microbatch: int) -> None:
     asked = iter(range(100))
-    begin(folder / "run", folder, base, give_up=lambda: next(asked) == microbatch)
+    begin(folder / "run", folder, base, should_abandon=lambda: next(asked) == microbatch)
     saved, _ = load(folder / "run")
     assert saved is not None
     assert saved.progress.step == len(metrics(folder / "run")) == microbatch // 3
@@ -214,10 +214,10 @@ def test_giving_up_the_very_first_update_of_a_run_that_begins_anew_can_be_resume
     folder: Path, base: Path, reference: Path
 ) -> None:
     run = folder / "run"
-    begin(run, folder, base, give_up=lambda: True)
+    begin(run, folder, base, should_abandon=lambda: True)
     shutil.rmtree(run / "checkpoints")  # as if it had been killed before its first one
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
-    go_on(run, give_up=lambda: True)
+    go_on(run, should_abandon=lambda: True)
     go_on(run)
     assert differences(run, reference) == []
 
@@ -633,7 +633,7 @@ def test_a_file_of_lines_that_cannot_be_opened_is_one_sentence(
     folder: Path, base: Path, name: str, capfd: Capture
 ) -> None:
     run = folder / "run"
-    begin(run, folder, base, give_up=lambda: True)
+    begin(run, folder, base, should_abandon=lambda: True)
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()
     shutil.rmtree(run / "checkpoints")

@@ -26,6 +26,7 @@ from bigbatch.rng import seed_of, states_of_seed
 
 FILES = {"/engine/model/": "model", "/engine/optimizer/": "optimizer"}  # tensors of the rest are random states
 OTHERS = "random"
+OLD_NAMES = {"owed": "pending_metrics_row"}  # in checkpoints of bigbatch 0.1.0
 BY_RANK = ("random", "engine")  # of an engine's state; the rest is the same on every rank
 
 
@@ -200,7 +201,7 @@ def load(directory: Path) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str],
     contents = read(path)
     tensors = {place: tensor for file in contents.tensors.values() for place, tensor in file.items()}
     state = join_tensors(contents.values["state"], tensors)
-    progress = Progress(**state["progress"])
+    progress = Progress(**{OLD_NAMES.get(name, name): value for name, value in state["progress"].items()})
     checkpoint = RunCheckpoint(
         progress,
         state["engine"],
