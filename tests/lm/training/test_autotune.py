@@ -118,7 +118,7 @@ def test_levels_are_tried_for_as_long_as_memory_limits_and_they_are_faster(case:
     engine = Scripted(**script)
     assert tune(engine, engine, [], modes=True) == (best, script[best])  # type: ignore[arg-type]
     assert engine.tried == tried
-    assert engine.level == best
+    assert engine.mode == best
     assert engine.used == [script[best]]
 
 
@@ -157,9 +157,9 @@ def test_what_was_found_may_be_taken_again() -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted()
     take(engine, engine, "selective", found)  # type: ignore[arg-type]
-    assert (engine.level, engine.used) == ("selective", [found])
+    assert (engine.mode, engine.used) == ("selective", [found])
     take(engine, None, "none", found)  # type: ignore[arg-type]
-    assert engine.level == "selective"
+    assert engine.mode == "selective"
 
 
 def test_what_is_computed_anew_is_said_where_something_is() -> None:
