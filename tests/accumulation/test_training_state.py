@@ -132,7 +132,7 @@ def test_state_before_the_first_window_goes_on_as_well() -> None:
 
 def test_a_smaller_micro_batch_after_memory_ran_out_is_part_of_the_state() -> None:
     one, other = an_engine(microbatch=8), an_engine(microbatch=8, seed=1)
-    one._adapt(num_failures=1)
+    one.microbatch_size.observe(retries=1)
     other.load_state_dict(through_files(one.state_dict()))
     assert [len(rows) for rows in other.groups([1] * 8)] == [7, 1]
 
@@ -145,7 +145,7 @@ def test_another_micro_batch_is_kept_and_gives_the_same_update() -> None:
     double = [(inputs.double(), labels.double()) for inputs, labels in batches(2)]
     one.step(double[0])
     other.load_state_dict(copy_to_cpu(one.state_dict()))
-    assert other.progress["size_in_use"] == 3
+    assert other.microbatch_size.current == 3
     one.step(double[1])
     other.step(double[1])
     for name, parameter in one.model.named_parameters():
@@ -290,7 +290,7 @@ def test_a_window_that_is_given_up_in_the_middle_changes_nothing() -> None:
     engine.step(batches(1)[0])
     before = copy_to_cpu(learned(engine))
     asked = iter([False, False, True])
-    with pytest.raises(WindowAbandonedError, match="given up before its micro-batch of 2 samples"):
+    with pytest.raises(WindowAbandonedError, match="the window was abandoned before its micro-batch 3 of 3"):
         engine.step(batches(1, first=1)[0], should_abandon=lambda: next(asked))
     assert equal(learned(engine), before)
     assert all(parameter.grad is None for parameter in engine.model.parameters())

@@ -12,7 +12,7 @@ from torch import nn
 
 import bigbatch
 from bigbatch.batching.token_groups import round_up_row
-from bigbatch.engine.engine import WINDOWS_BEFORE_GROWTH
+from bigbatch.engine.microbatch_size import WINDOWS_BEFORE_GROWTH
 from exactness import reference as ref
 
 EXACT = 1e-12
@@ -387,7 +387,7 @@ def test_packed_rows_need_lengths_and_a_collate():
     ):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
             make(**{"layout": "packed", "collate": pack, "lengths": len, missing: None})
-        assert str(caught.value) == f'layout="packed" needs {said}: rows are packed of samples, by their tokens.'
+        assert str(caught.value) == f'layout="packed" needs {said}: samples are packed into rows by their tokens.'
 
 
 @pytest.mark.parametrize("layout", ["dense", "Packed", "", None, True])
@@ -521,5 +521,5 @@ def test_without_recorded_launches_there_is_nothing_to_release():
     batch = ref.ragged_batch(10)
     engine.step(batch)
     engine.release_cuda_graphs()
-    assert engine.graph_runner is None
+    assert engine.runner.static_buffers is None
     assert_full(optimizer, engine.model, batch)

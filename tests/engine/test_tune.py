@@ -331,8 +331,8 @@ def test_updates_after_tuning_are_to_the_bit_those_of_the_same_budget_and_plan()
     engine = engine_of(make(dropout=0.3), **BY_LENGTH)
     found = updated(engine, batch, lambda engine: engine.tune(batch))
     fixed = engine_of(make(dropout=0.3), microbatch=TokenBudget(40), **BY_LENGTH)
-    fixed.microbatch, fixed._cost = TokenBudget(max(engine._size, 39)), engine._cost
-    fixed._size = fixed._size_in_use = engine._size
+    fixed.microbatch_size = copy.copy(engine.microbatch_size)
+    fixed.microbatch_size.requested = TokenBudget(max(engine.microbatch_size.limit, 39))
     assert fixed.groups(lengths_of(batch)) == engine.groups(lengths_of(batch))
     assert all(map(torch.equal, found, updated(fixed, batch, lambda engine: None)))
 

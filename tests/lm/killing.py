@@ -106,14 +106,14 @@ class Points:
         for name in ("fsync", "rename", "unlink", "rmdir", "mkdir", "truncate"):
             self.around(os, name, name)
         self.around(HashedFile, "write", "write")
-        self.around(OomRetry, "add", "micro-batch")
+        self.around(OomRetry, "run", "micro-batch")
         self.around(PendingUpdate, "add", "backward")
         self.around(torch.optim.AdamW, "step", "optimizer")
         self.around(torch.optim.lr_scheduler.LambdaLR, "step", "scheduler")
         self.around(manager, "write", "checkpoint")
         self.around(manager, "prune", "prune")
         self.around(trainer, "validation_loss", "validation")
-        self.around(trainer, "written", "sample")
+        self.around(trainer, "sample_text", "sample")
         self.around(trainer, "save_model", "model")
         self._watch_lines()
         run = Trainer.run

@@ -310,7 +310,12 @@ class _Search:
         try:
             take = partial(problem.batch.take, rows)
             return probe(
-                problem.model, problem.parameters, problem.loss_fn, take, held=held, uses_cuda_graphs=problem.uses_cuda_graphs
+                problem.model,
+                problem.parameters,
+                problem.loss_fn,
+                take,
+                held=held,
+                uses_cuda_graphs=problem.uses_cuda_graphs,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -321,7 +326,9 @@ class _Search:
     def _refuse_above(self, peak_bytes: float, prediction: Prediction | None) -> None:
         if peak_bytes <= self._budget.usable_bytes:
             return
-        sample = "one sample" if self._problem.lengths is None else f"a sample of {self._problem.longest_sample:,} tokens"
+        sample = (
+            "one sample" if self._problem.lengths is None else f"a sample of {self._problem.longest_sample:,} tokens"
+        )
         needs = f"needs {describe_bytes(int(peak_bytes))}" if math.isfinite(peak_bytes) else "does not fit"
         parts = "" if prediction is None else f" ({describe_parts(prediction)})"
         raise MemoryLimitError(

@@ -70,8 +70,8 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
         console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
-    if (graph_runner := trainer.engine.graph_runner) is not None and graph_runner.disabled_reason is not None:
-        console.print(f"without CUDA graphs: {graph_runner.disabled_reason}")
+    if (reason := trainer.engine.runner.disabled_reason) is not None:
+        console.print(f"without CUDA graphs: {reason}")
     if ranks.is_first and (advice := _advice_line(directory)) is not None:
         console.print(advice)
     for line in final_lines(config, directory, outcome):

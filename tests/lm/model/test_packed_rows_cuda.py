@@ -274,9 +274,9 @@ def test_a_small_model_in_bfloat16_is_packed_compiled_and_recorded(vocabulary: i
         assert found.num_microbatches <= expected.num_microbatches
         if window == 1:
             compiled = graphs()
-    assert engine.graph_runner is not None
-    assert engine.graph_runner.disabled_reason is None
-    assert engine.graph_runner.num_graphs > 0
+    assert engine.runner is not None
+    assert engine.runner.disabled_reason is None
+    assert engine.runner.num_graphs > 0
     assert graphs() == compiled, "no window is compiled for anew"
     ends = [torch.cat([p.detach().flatten() for p in each.model.parameters()]) for each in (engine, reference)]
     assert float((ends[0] - ends[1]).norm() / ends[1].norm()) <= TOLERANCE
@@ -291,8 +291,8 @@ def test_adapters_and_recomputation_go_on_top_compiled_and_recorded(level: str) 
         engine = engine_of(run)
         losses.append([engine.step(samples(*LENGTHS, *[40] * 20, seed=window)).loss for window in range(4)])
         if not settings:
-            assert engine.graph_runner is not None
-            assert (engine.graph_runner.disabled_reason, engine.graph_runner.num_graphs > 0) == (None, True)
+            assert engine.runner is not None
+            assert (engine.runner.disabled_reason, engine.runner.num_graphs > 0) == (None, True)
     assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
 
 

@@ -90,5 +90,5 @@ class BigbatchRunner:
         engine.release_cuda_graphs()
         if report.retries:
             self.notes.append(f"ran out of memory and went on with smaller micro-batches, {report.retries} times")
-        if engine.graph_runner is not None and engine.graph_runner.disabled_reason is not None:
-            self.notes.append(f"no CUDA graphs: {engine.graph_runner.disabled_reason}")
+        if engine.runner.disabled_reason is not None:
+            self.notes.append(f"no CUDA graphs: {engine.runner.disabled_reason}")

@@ -94,7 +94,7 @@ class Trainer:
             sync=sync,
         )
         if ranks.are_sharded:
-            self.engine.accumulator.padding_microbatch = self._spare()
+            self.engine.sync.set_padding_microbatch(self._spare())
 
     def _spare(self) -> dict[str, torch.Tensor]:
         """Give what a rank runs for the sake of the others that has fewer micro-batches than they, or none."""
