@@ -150,7 +150,9 @@ def window_of(how: str, cut: Cut, loss: str = "loss_and_items", num_samples: int
     accumulator = bigbatch.Accumulator(spread_model, optimizer, sync=sync)
     own = [rows_of(batch, rows) for rows in cut[dist.get_rank()]]
     most = max(1, *(len(rank) for rank in cut))
-    accumulator.padding_microbatch = rows_of(batch, [0])  # what a rank without samples runs that has had some before
+    accumulator.sync.set_padding_microbatch(
+        rows_of(batch, [0])
+    )  # what a rank without samples runs that has had some before
     count_items = count_terms if loss == "terms_and_items" else None
     reports = []
     with Collectives() as collectives:
@@ -186,7 +188,7 @@ def engine_of(
     if loss == "terms_and_items":
         settings["count_items"] = count_terms
     engine = bigbatch.Engine(spread_model, optimizer, loss_named(loss), sync=sync, **settings)
-    engine.accumulator.padding_microbatch = rows_of(batch, [0])
+    engine.sync.set_padding_microbatch(rows_of(batch, [0]))
     with Collectives() as collectives:
         report = engine.step(own)
     (found,) = optimizer.seen

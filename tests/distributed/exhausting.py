@@ -88,7 +88,7 @@ def of_shards(how: str) -> tuple[str, str]:
 
     engine = bigbatch.Engine(spread_model, cases.Recorder(spread_model), loss_fn, microbatch=7)
     if not _is_last():
-        engine.accumulator.padding_microbatch = _share(ref.ragged_batch(9))
+        engine.sync.set_padding_microbatch(_share(ref.ragged_batch(9)))
         engine.accumulator.agree_on_start(
             1
         )  # and no further: it would wait for a layer that never runs, until it is ended

@@ -107,11 +107,19 @@ def test_a_world_of_one_rank_is_exact_and_sends_nothing_of_its_own(pools: Pools,
             "sync is SyncPolicy.EVERY, which is for models that are sharded: leave it",
         ),
         ("shard for one dimension", "ValueError", "this model has no replicas: use LAST or EVERY."),
-        ("another model", "ValueError", "sync= was made of another object than the model"),
-        ("inner model", "ValueError", "(TokenModel, and this is a DistributedDataParallel): make it of what is passed"),
-        ("part in ddp", "TypeError", "a part of the model is wrapped in DistributedDataParallel, and the rest is not"),
+        ("another model", "ValueError", "sync= was made for another object (TokenModel) than the model (TokenModel)"),
+        (
+            "inner model",
+            "ValueError",
+            "(TokenModel) than the model (DistributedDataParallel): make it for the model that is passed",
+        ),
+        (
+            "part in ddp",
+            "TypeError",
+            "only a part of the model is wrapped in DistributedDataParallel: wrap the whole model",
+        ),
         ("data parallel", "TypeError", "the model is wrapped in DataParallel: use one process a GPU"),
-        ("a name", "TypeError", "sync is 'ddp': pass a bigbatch.SyncPolicy, a bigbatch.Replicated(model), or nothing."),
+        ("a name", "TypeError", "sync is 'ddp': pass a bigbatch.SyncPolicy, a bigbatch.Replicated(model), or None."),
         ("replicated of a sharded model", "TypeError", "the model is sharded by fully_shard: leave sync= out"),
         ("scaler for shards", "TypeError", "a sharded model averages gradients over ranks before a window could scale"),
         (
@@ -119,13 +127,17 @@ def test_a_world_of_one_rank_is_exact_and_sends_nothing_of_its_own(pools: Pools,
             "ValueError",
             "sync=SyncPolicy.LAST would sum the gradients of micro-batches in torch.b",
         ),
-        ("nothing at first", "ValueError", "rank 0 has had no micro-batch yet, and layers of a sharded model run on"),
+        (
+            "nothing at first",
+            "ValueError",
+            "rank 0 has had no micro-batch so far, and the layers of a sharded model run on",
+        ),
         ("two windows", "WindowStateError", "another window over the same sharded model is open"),
-        ("nine terms", "ValueError", "the loss has 9 terms, and ranks can agree about 8 at most."),
+        ("nine terms", "ValueError", "the loss has 9 terms, and at most 8 are supported over several ranks."),
         (
             "other terms",
             "ValueError",
-            "ranks have different terms of the loss (their numbers are rank 0: 1,",
+            "the ranks have different terms of the loss (number of terms on rank 0: 1,",
         ),
     ],
 )
@@ -193,7 +205,7 @@ def test_a_pass_that_fails_in_mid_layer_on_all_ranks_leaves_nothing_to_the_next_
     for errors in pools(2).run(crossing.failing_on_all, how, place):
         if how.startswith("fsdp") and place == "backward":
             assert errors == (
-                "a backward of the sharded model was broken off, and FSDP cannot go on after that: begin again from a "
+                "a backward of the sharded model failed, and FSDP cannot continue after that: start again from a "
                 "checkpoint, with a model that fully_shard was newly applied to."
             )
         else:

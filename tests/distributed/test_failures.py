@@ -8,7 +8,7 @@ from exactness import reference as ref
 
 TOLERANCE = 1e-12
 REPLICATED = ("ddp", "plain")
-IN_WINDOW = "rank 1 failed in the window after update 1, and it changed nothing on any rank: see what was said there"
+IN_WINDOW = "rank 1 failed in the window after update 1, which changed nothing on any rank: see the error there"
 BEFORE_WINDOW = "rank 1 failed before the window, which therefore changes nothing on any rank"
 
 
@@ -147,7 +147,7 @@ def test_a_loss_that_is_nan_on_one_rank_is_raised_on_all_where_that_is_asked_for
 def test_a_window_that_one_rank_gives_up_is_dropped_on_all(pools: Pools, how: str) -> None:
     for ending in pools(2).run(failing.ending, how, "give_up"):
         assert ending.kind == "WindowAbandonedError"
-        assert ending.message == "the window was given up on rank 1."
+        assert ending.message == "the window was abandoned on rank 1."
         assert ending.changed == []
         assert ending.next_error <= TOLERANCE
 

@@ -43,7 +43,7 @@ def test_a_sample_that_does_not_fit_on_one_rank_ends_the_window_of_all_and_the_n
     assert theirs[0] == "MemoryLimitError"
     assert "sample 0 of the batch does not fit in memory by itself (CUDA out of memory. Tried to" in theirs[1]
     assert ours[0] == "RankFailedError"
-    assert "rank 1 failed in the window after update 0, and it changed nothing on any rank" in ours[1]
+    assert "rank 1 failed in the window after update 0, which changed nothing on any rank" in ours[1]
     assert max(ours[2], theirs[2]) <= TOLERANCE
 
 
@@ -54,6 +54,6 @@ def test_a_sharded_model_that_runs_out_on_one_rank_says_why_it_cannot_go_on(pool
     assert theirs[0] == "ShardedMemoryError"
     assert theirs[1] == (
         "memory ran out in a micro-batch of 7 samples (CUDA out of memory. Tried to allocate 20.00 MiB.), and the "
-        "other ranks of a sharded model cannot wait for it to be cut: begin again from a checkpoint with smaller "
+        "other ranks of a sharded model cannot wait for it to be split: start again from a checkpoint with smaller "
         "micro-batches."
     )

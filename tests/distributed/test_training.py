@@ -99,7 +99,9 @@ def test_of_many_parameters_those_that_any_rank_reached_have_a_gradient_and_the_
 def test_sparse_gradients_are_refused_on_all_ranks(pools: Pools, how: str) -> None:
     for kind, message in pools(2).run(training.sparse, how):
         assert kind == "TypeError"
-        assert message == ("a gradient is sparse, and those of ranks are summed dense: make embeddings sparse=False.")
+        assert message == (
+            "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with sparse=False."
+        )
 
 
 @pytest.mark.parametrize(("how", "settings"), [("ddp", {}), ("plain", {}), ("ddp", {"static_graph": True})])
