@@ -1,5 +1,6 @@
 """The lock of a run directory: one holder, a sentence for the second, nothing stale after a kill."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch.errors import InputError
+from bigbatch.lm.runs import lock
 from bigbatch.lm.runs.lock import RunLock
 from lm.saved import mounted
 
@@ -60,8 +62,8 @@ def test_the_kernel_frees_it_when_the_holder_is_killed(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with RunLock(tmp_path) as lock:
-            assert lock.is_exclusive
+        with RunLock(tmp_path) as held:
+            assert held.is_exclusive
             assert json.loads((tmp_path / ".lock").read_text(encoding="utf-8"))["pid"] == os.getpid()
 
 
@@ -76,8 +78,8 @@ def test_a_child_that_outlives_its_killed_parent_does_not_hold_it(tmp_path: Path
         process.kill()
         process.wait()
         os.kill(child, 0)  # it lives
-        with RunLock(tmp_path) as lock:
-            assert lock.is_exclusive
+        with RunLock(tmp_path) as held:
+            assert held.is_exclusive
         os.kill(child, signal.SIGKILL)
 
 
@@ -88,18 +90,18 @@ def test_a_second_one_in_the_same_process_or_thread_is_refused(tmp_path: Path) -
 
 
 def test_it_is_free_after_the_context_whatever_happened_in_it(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
+    run_lock = RunLock(tmp_path)
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), lock:
-            assert 1 / (1 - lock.is_exclusive)
-        assert not lock.is_exclusive
+        with pytest.raises(ZeroDivisionError), run_lock:
+            assert 1 / (1 - run_lock.is_exclusive)
+        assert not run_lock.is_exclusive
         assert (tmp_path / ".lock").read_bytes() == b""
 
 
 def test_it_does_not_go_to_programs_that_are_started(tmp_path: Path) -> None:
-    with RunLock(tmp_path) as lock:
-        assert lock._descriptor is not None
-        assert not os.get_inheritable(lock._descriptor)
+    with RunLock(tmp_path) as held:
+        assert held._descriptor is not None
+        assert not os.get_inheritable(held._descriptor)
 
 
 @pytest.mark.parametrize(
@@ -149,25 +151,17 @@ def test_a_full_disk_is_one_sentence_and_holds_nothing(tmp_path: Path) -> None:
             (disk / "large").write_bytes(b"x" * 2**16)
         assert refusal(disk) == f"{disk} cannot be locked: no space left on device."
         (disk / "large").unlink()
-        with RunLock(disk) as lock:
-            assert lock.is_exclusive
+        with RunLock(disk) as held:
+            assert held.is_exclusive
 
 
-@pytest.mark.parametrize("missing", ["the module", "the file system"])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_where_there_are_no_such_locks_the_run_goes_on_without(
-    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
+    def without_locks(descriptor: int, *, blocking: bool) -> bool:
+        raise OSError(code, os.strerror(code))
 
-    from bigbatch.lm.runs import lock as module
-
-    class Without:
-        LOCK_EX = LOCK_NB = 0
-
-        @staticmethod
-        def flock(descriptor: int, operation: int) -> None:
-            raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(module, "fcntl", None if missing == "the module" else Without)
-    with RunLock(tmp_path) as lock:
-        assert not lock.is_exclusive
+    monkeypatch.setattr(lock, "lock_descriptor", without_locks)
+    with RunLock(tmp_path) as held:
+        assert not held.is_exclusive
