@@ -288,7 +288,7 @@ def test_a_run_that_is_in_use_is_refused_once(ground: Ground, alone: str) -> Non
 
 def test_a_run_that_is_not_there_is_refused_once(ground: Ground) -> None:
     assert refused(ground, ["resume", "nowhere"]) == (
-        "nowhere is no run: nowhere/config.json cannot be read (No such file or directory)."
+        "nowhere is no run: nowhere/config.json cannot be read (no such file or directory)."
     )
 
 

@@ -24,6 +24,7 @@ from bigbatch.lm.report.run_reader import read_run
 from bigbatch.lm.report.window_plan_chart import window_of
 from bigbatch.lm.runs.lock import RunLock
 from lm.made import BEGIN, CHOICE, PROOF, WINDOW, make_rich_run, make_run, rows
+from lm.saved import mounted
 
 VOID = {"meta", "link"}
 CHARTS = {"loss", "lr", "grad-norm", "noise", "speed", "memory", "ranks"}
@@ -147,7 +148,7 @@ def test_what_is_missing_is_left_out_or_said_and_never_an_empty_chart(tmp_path: 
         "How the first window was cut is not in this run's directory.",
         "When it began, stopped and went on is not in this run's directory.",
         "No proof is kept with this run: bigbatch verify --json > RUN/verify.json",
-        "config.json is not there or cannot be read",
+        "config.json does not exist or cannot be read",
         "Machine and versions are not in this run's directory.",
         "No update was skipped, and none ran out of memory.",
     ):
@@ -518,7 +519,7 @@ def test_metrics_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(2))
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
-    with pytest.raises(BigbatchError, match=r"metrics\.jsonl cannot be read: Is a directory\."):
+    with pytest.raises(BigbatchError, match=r"metrics\.jsonl cannot be read: is a directory\."):
         read_run(run)
 
 
@@ -544,17 +545,11 @@ def test_a_place_where_no_page_can_be_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "report.html"
-    write_page(place, "<!doctype html>1")
-
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:3])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(InputError, match=r"report\.html cannot be written: No space left on device\."):
-        write_page(place, "<!doctype html>2")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert place.read_bytes() == b"<!doctype html>1"
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=8k") as disk:
+        place = disk / "report.html"
+        write_page(place, "<!doctype html>1")
+        with pytest.raises(InputError, match=r"report\.html cannot be written: no space left on device\."):
+            write_page(place, "<!doctype html>2" + 2**16 * " ")
+        assert [path.name for path in disk.iterdir()] == ["report.html"]
+        assert place.read_bytes() == b"<!doctype html>1"

@@ -50,7 +50,7 @@ def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_failure_takes_back_the_folders_that_it_made(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be written: File name too long\.$"):
+    with pytest.raises(InputError, match=r"cannot be written: file name too long\.$"):
         RunDirectory.create(tmp_path / "a" / "b" / ("c" * 300), {})
     assert list(tmp_path.iterdir()) == []
 

@@ -30,11 +30,6 @@ class Points:
         """Every least and greatest value."""
         return [value for value in (*self.low, *self.high) if math.isfinite(value)]
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return not any(math.isfinite(value) for value in self.mean)
-
 
 def reduced(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> Points:
     """Let each point stand for the same number of updates in a row, the fewest that leave at most ``most`` points.

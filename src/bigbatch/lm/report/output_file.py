@@ -5,6 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from bigbatch.errors import InputError
+from bigbatch.lm.files import os_reason, write_atomically
+from bigbatch.lm.runs.file_names import REPORT
 
 BEGINNING = b"<!doctype html>"
 
@@ -17,7 +19,7 @@ def check_place(path: Path) -> None:
     """
     folder = path.absolute().parent
     if path.is_dir():
-        raise InputError(f"--out {path} is a folder: name a file, such as {path / 'report.html'}.")
+        raise InputError(f"--out {path} is a folder: name a file, such as {path / REPORT}.")
     if not folder.is_dir():
         raise InputError(f"--out {path} cannot be written: there is no folder {folder}.")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -34,7 +36,7 @@ def _is_page(path: Path) -> bool:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise InputError(f"--out {path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"--out {path} cannot be read: {os_reason(error)}.") from error
 
 
 def write_page(path: Path, page: str) -> int:
@@ -44,12 +46,8 @@ def write_page(path: Path, page: str) -> int:
         InputError: It cannot be written; what was there stays.
     """
     data = page.encode("utf-8", "replace")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        aside.write_bytes(data)
-        aside.replace(path)
+        write_atomically(path, data)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise InputError(f"{path} cannot be written: {os_reason(error)}.") from error
     return len(data)

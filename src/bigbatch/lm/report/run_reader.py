@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.files import os_reason
 from bigbatch.lm.report.metrics_table import Columns, read_columns
 from bigbatch.lm.runs.file_names import CONFIG, EVENTS, LOCK, METRICS, MODEL, TUNED_MICROBATCH, VERIFICATION
 
@@ -84,7 +85,7 @@ def read_run(folder: Path) -> Run:
         columns = read_columns(folder / METRICS)
         events = _lines(folder / EVENTS)
     except OSError as error:
-        raise BigbatchError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
+        raise BigbatchError(f"{error.filename or folder} cannot be read: {os_reason(error)}.") from error
     changed = _changed(events)
     return Run(
         folder=folder,

@@ -10,6 +10,7 @@ from bigbatch.lm.report.metrics_table import Columns
 from bigbatch.lm.report.run_charts import median
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.window_plan_chart import draw_window, window_of
+from bigbatch.lm.runs.file_names import CONFIG, METRICS
 
 MOST_LINES = 60  # of what happened; the rest is counted
 STATES = {
@@ -39,9 +40,7 @@ def standing(run: Run) -> str:
     if run.columns.num_unreadable:
         count = run.columns.num_unreadable
         lines = "1 line" if count == 1 else f"{count:,} lines"
-        sentences.append(
-            text(f"{lines} of metrics.jsonl could not be read and {'is' if count == 1 else 'are'} left out.")
-        )
+        sentences.append(text(f"{lines} of {METRICS} could not be read and {'is' if count == 1 else 'are'} left out."))
     return tag("p", " ".join(sentences), class_="standing")
 
 
@@ -193,7 +192,7 @@ def _updates(columns: Columns) -> Iterator[list[str]]:
 def settings(run: Run) -> str:
     """List every setting, those marked that a resume changed."""
     if not run.settings:
-        return tag("p", "config.json is not there or cannot be read, so the settings are not known.", class_="missing")
+        return tag("p", f"{CONFIG} does not exist or cannot be read, so the settings are not known.", class_="missing")
     rows = [
         [
             text(name),

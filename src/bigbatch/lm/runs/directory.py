@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigbatch.errors import BigbatchError, InputError
-from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL, PARTIAL, QUARANTINE
-
-CONFIG_ASIDE = CONFIG + PARTIAL
+from bigbatch.lm.files import PARTIAL, os_reason, write_atomically
+from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL, QUARANTINE
 
 
 class RunDirectory:
@@ -39,12 +38,9 @@ class RunDirectory:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            aside = path / CONFIG_ASIDE
-            with aside.open("wb") as file:
-                file.write((json.dumps(config, indent=2) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(path / CONFIG)
+            for leftover in filter(_is_partial_config, path.iterdir()):
+                leftover.unlink()
+            write_atomically(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
             _remove(path, made)
             raise InputError(_cannot_be_written(path, error)) from error
@@ -82,7 +78,7 @@ class RunDirectory:
             with suppress(FileNotFoundError):
                 self.model.rename(aside)
         except OSError as error:
-            raise BigbatchError(f"{self.model} cannot be written: {error.strerror or error}.") from error
+            raise BigbatchError(f"{self.model} cannot be written: {os_reason(error)}.") from error
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one line and flush it; numbers that JSON cannot hold become null."""
@@ -100,13 +96,13 @@ class RunDirectory:
             self._files[name].write(as_line(row))
             self._files[name].flush()
         except OSError as error:
-            raise BigbatchError(f"{self.path / name} cannot be written: {error.strerror or error}.") from error
+            raise BigbatchError(f"{self.path / name} cannot be written: {os_reason(error)}.") from error
 
     def _open(self, name: str) -> BinaryIO:
         try:
             return (self.path / name).open("ab")
         except OSError as error:
-            raise BigbatchError(f"{self.path / name} cannot be written: {error.strerror or error}.") from error
+            raise BigbatchError(f"{self.path / name} cannot be written: {os_reason(error)}.") from error
 
     def sync(self) -> tuple[int, int]:
         """Bring all lines to the disk; give the bytes of metrics.jsonl and of quarantine.jsonl."""
@@ -114,7 +110,7 @@ class RunDirectory:
             for file in self._files.values():
                 os.fsync(file.fileno())
         except OSError as error:
-            raise BigbatchError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+            raise BigbatchError(f"{self.path} cannot be written: {os_reason(error)}.") from error
         # Not tell(): it is where the last line ended that this process wrote, also after the file was cut.
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
         return sizes.get(METRICS, 0), sizes.get(QUARANTINE, 0)
@@ -137,7 +133,7 @@ class RunDirectory:
                 if path.exists():
                     os.truncate(path, num_bytes)
             except OSError as error:
-                raise BigbatchError(f"{path} cannot be written: {error.strerror or error}.") from error
+                raise BigbatchError(f"{path} cannot be written: {os_reason(error)}.") from error
             if num_bytes and self._files and name not in self._files:
                 self._files[name] = self._open(name)
 
@@ -158,7 +154,7 @@ class ReadOnlyRunDirectory(RunDirectory):
         """Do nothing; what is written is not this process's to count."""
         return 0, 0
 
-    def rewind(self, metrics_bytes: int, quarantine_bytes: int) -> None:
+    def truncate_to(self, metrics_bytes: int, quarantine_bytes: int) -> None:
         """Do nothing."""
 
 
@@ -177,7 +173,7 @@ def check_free(path: Path) -> None:
         InputError: It does, or cannot.
     """
     try:
-        if path.is_dir() and any(entry.name != CONFIG_ASIDE for entry in path.iterdir()):
+        if path.is_dir() and not all(map(_is_partial_config, path.iterdir())):
             run = (path / CONFIG).exists()
             go_on = f", or go on with it: bigbatch resume {path}" if run else ""
             raise InputError(
@@ -195,17 +191,22 @@ def check_free(path: Path) -> None:
         raise InputError(f"--out {path} cannot be written: {place} is not yours to write in.")
 
 
+def _is_partial_config(path: Path) -> bool:
+    """Return whether a file is what a killed `RunDirectory.create` left."""
+    return path.name.startswith(f"{CONFIG}.") and path.name.endswith(PARTIAL)
+
+
 def _remove(path: Path, made: list[Path]) -> None:
-    """Take back what a failed `RunDirectory.create` made: the folders from ``path`` upwards that were not there."""
+    """Remove what a failed `RunDirectory.create` made: the configuration and the folders that did not exist before."""
     with suppress(OSError):
-        (path / CONFIG_ASIDE).unlink(missing_ok=True)
+        (path / CONFIG).unlink(missing_ok=True)
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
 
 
 def _cannot_be_written(path: Path, error: OSError) -> str:
-    return f"--out {path} cannot be written: {error.strerror or error}."
+    return f"--out {path} cannot be written: {os_reason(error)}."
 
 
 def default_path(model: str, data: str) -> Path:

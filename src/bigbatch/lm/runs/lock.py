@@ -36,8 +36,8 @@ class RunLock:
         folder: The run directory, which exists.
 
     Attributes:
-        is_exclusive: Whether the lock is held. False within the context if the file system has no locks, as some network
-            file systems: another process is not kept out then.
+        is_exclusive: Whether the lock is held. False within the context if the file system has no locks (some network
+            file systems): another process is not kept out then.
 
     Raises:
         InputError: On entering: another process holds it, or the folder does not exist or cannot be written.
