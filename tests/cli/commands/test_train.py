@@ -206,7 +206,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "other run",
         lambda folder: (folder.parent / "old").mkdir() or (folder.parent / "old" / "config.json").touch(),
         "--out ../old",
-        r"--out \.\./old holds another run: name a folder that is empty or not there yet, or go on with it: bigbatch "
+        r"--out \.\./old holds another run: name a new or empty folder, or continue it: bigbatch "
         r"resume \.\./old\.",
     ),
     (
