@@ -215,7 +215,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "--out ../data.jsonl/run",
         r"--out \.\./data\.jsonl/run cannot be written: .*is a file\.",
     ),
-    ("out is a file", None, "--out ../data.jsonl", r"--out \.\./data\.jsonl is a file: name a folder .*"),
+    ("out is a file", None, "--out ../data.jsonl", r"--out \.\./data\.jsonl is a file: name a new or empty folder\."),
     (
         "no tokenizer",
         lambda folder: [path.unlink() for path in (folder.parent / "m").glob("tokenizer*")] and None,
