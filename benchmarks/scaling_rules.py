@@ -22,7 +22,6 @@ from torch import Tensor
 from bigbatch.scaling.hyperparameters import rescale
 
 FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling-rules.svg"
-FACTORS = (1, 4, 16)
 POINTS = 24  # of a curve, after its beginning
 COPIES = 16_384
 STANDARD_ERRORS = 6

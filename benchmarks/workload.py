@@ -16,7 +16,7 @@ from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 
-LONGEST, SHORTEST = W.longest, W.shortest
+LONGEST = W.longest
 
 Sample = Tensor
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from bigbatch import MemoryLimitError
 from bigbatch.autotune import choice as choice_module
 from bigbatch.autotune import probe
-from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose, largest_below
+from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
 from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
+from bigbatch.autotune.search import largest_below
 from bigbatch.batching.split import split
 from bigbatch.memory.limit import describe_bytes
 from bigbatch.memory.usage import MemoryBudget

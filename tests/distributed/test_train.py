@@ -276,8 +276,7 @@ def test_a_run_that_may_be_started_again_needs_a_name(ground: Ground) -> None:
 
 def test_a_run_that_is_there_is_refused_once(ground: Ground, alone: str) -> None:
     assert refused(ground, ground.words(alone)) == (
-        "--out alone holds another run: name a folder that is empty or not there yet, or go on with it: bigbatch "
-        "resume alone."
+        "--out alone holds another run: name a new or empty folder, or continue it: bigbatch resume alone."
     )
 
 
@@ -288,7 +287,7 @@ def test_a_run_that_is_in_use_is_refused_once(ground: Ground, alone: str) -> Non
 
 def test_a_run_that_is_not_there_is_refused_once(ground: Ground) -> None:
     assert refused(ground, ["resume", "nowhere"]) == (
-        "nowhere is no run: nowhere/config.json cannot be read (No such file or directory)."
+        "nowhere is no run: nowhere/config.json cannot be read (no such file or directory)."
     )
 
 

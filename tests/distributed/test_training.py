@@ -100,7 +100,8 @@ def test_sparse_gradients_are_refused_on_all_ranks(pools: Pools, how: str) -> No
     for kind, message in pools(2).run(training.sparse, how):
         assert kind == "TypeError"
         assert message == (
-            "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with sparse=False."
+            "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with "
+            "sparse=False."
         )
 
 

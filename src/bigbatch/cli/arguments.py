@@ -24,6 +24,7 @@ from bigbatch.cli.error_messages import hint, nearest, sentence, short
 from bigbatch.cli.options import COMMANDS, SourceOptions, flag_key
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import EXCLUSIVE, TrainConfig
+from bigbatch.lm.files import os_reason
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -247,7 +248,7 @@ def _read_toml(command: str, path: Path) -> dict[str, object]:
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: --config takes a TOML file.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise InputError(f"{path} cannot be read: {os_reason(error)}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from None
     except RecursionError:

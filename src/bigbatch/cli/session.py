@@ -14,6 +14,7 @@ from bigbatch.lm.advice.batch_advice import one_line, read_evidence
 from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.dashboards import with_dashboard
 from bigbatch.lm.training.event_log import EventLog
@@ -122,10 +123,10 @@ def final_lines(config: TrainConfig, directory: RunDirectory, outcome: "TrainRes
     return [
         f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; everything is in "
         f"{directory.path}{os.sep}",
-        "  model/         the model and its tokenizer, for AutoModelForCausalLM.from_pretrained",
-        "  metrics.jsonl  a line for each update",
-        "  checkpoints/   where bigbatch resume goes on",
-        "  config.json    every setting",
+        f"  {MODEL + '/':<15}the model and its tokenizer, for AutoModelForCausalLM.from_pretrained",
+        f"  {METRICS:<15}a line for each update",
+        f"  {CHECKPOINTS + '/':<15}where bigbatch resume goes on",
+        f"  {CONFIG:<15}every setting",
         f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
         f"      bigbatch verify{_same_job(config)}   proves that no cut of the batch changes the gradient",
     ]

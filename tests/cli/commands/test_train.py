@@ -206,7 +206,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "other run",
         lambda folder: (folder.parent / "old").mkdir() or (folder.parent / "old" / "config.json").touch(),
         "--out ../old",
-        r"--out \.\./old holds another run: name a folder that is empty or not there yet, or go on with it: bigbatch "
+        r"--out \.\./old holds another run: name a new or empty folder, or continue it: bigbatch "
         r"resume \.\./old\.",
     ),
     (
@@ -215,7 +215,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "--out ../data.jsonl/run",
         r"--out \.\./data\.jsonl/run cannot be written: .*is a file\.",
     ),
-    ("out is a file", None, "--out ../data.jsonl", r"--out \.\./data\.jsonl is a file: name a folder .*"),
+    ("out is a file", None, "--out ../data.jsonl", r"--out \.\./data\.jsonl is a file: name a new or empty folder\."),
     (
         "no tokenizer",
         lambda folder: [path.unlink() for path in (folder.parent / "m").glob("tokenizer*")] and None,

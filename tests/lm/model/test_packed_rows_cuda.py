@@ -21,7 +21,7 @@ from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
-from bigbatch.verification.verify import TOLERANCES
+from bigbatch.verification.tolerances import TOLERANCES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # of compilers
 DEVICE = torch.device("cuda")

@@ -10,21 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 FORMS = '"0:64 2e6:128" (from so many tokens on: sequences), "ramp 64 256 8e6" (from, to, tokens) or "seesaw 0.5"'
 LARGEST_MULTIPLE = 64.0  # of the first batch that seesaw goes to, where nobody says
-
-
-class BatchSchedule(Protocol):
-    """How many sequences the next window takes."""
-
-    @property
-    def first(self) -> int | None:
-        """The batch that the run begins with; None where that is --global-batch."""
-
-    def batch_at(self, tokens: int) -> int:
-        """Give the sequences of the window that begins after so many tokens, without padding."""
 
 
 @dataclass(frozen=True)

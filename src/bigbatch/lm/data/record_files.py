@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.text import first_line
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 FIELDS = ("text", "prompt", "completion", "messages")

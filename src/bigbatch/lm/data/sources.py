@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Corpus, Document
 from bigbatch.lm.data.hub import hub_answers
 from bigbatch.lm.data.python_stdlib import read_standard_library, read_standard_library_functions
@@ -27,7 +27,8 @@ from bigbatch.lm.data.record_files import (
     read_records,
     rows_to_documents,
 )
-from bigbatch.lm.text import first_line, plural
+from bigbatch.lm.files import os_reason
+from bigbatch.lm.text import plural
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "read_corpus"]
 
@@ -76,7 +77,7 @@ def _read(data: str, broken: list[str] | None) -> Corpus:
         if path.is_file():
             return _read_files([(path, data)], data, [], broken)
     except OSError as error:
-        raise InputError(f"cannot read {error.filename or data}: {error.strerror or first_line(error)}.") from None
+        raise InputError(f"cannot read {error.filename or data}: {os_reason(error)}.") from None
     raise InputError(f"{data} is neither a file nor a folder.")
 
 

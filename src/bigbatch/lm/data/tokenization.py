@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenizer import AnyTokenizer
-from bigbatch.lm.text import first_line
 
 BATCH_CHARACTERS = 500_000
 BATCH_DOCUMENTS = 1_000

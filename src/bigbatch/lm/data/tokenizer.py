@@ -9,9 +9,8 @@ from typing import TypeAlias
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import is_local
-from bigbatch.lm.text import first_line
 
 BEGIN = "<|begin|>"
 END = "<|end|>"

@@ -22,7 +22,7 @@ from bigbatch.lm.model.linear_cross_entropy import CHUNK_TOKENS, linear_cross_en
 from bigbatch.lm.model.packed_rows import model_inputs
 from bigbatch.preserve import preserved
 from bigbatch.verification.cut_gradients import narrowest_dtype
-from bigbatch.verification.verify import TOLERANCES
+from bigbatch.verification.tolerances import coarser_dtype, tolerance_for
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 LENGTH = 6  # of the rows that are tried
@@ -203,9 +203,8 @@ def chunked_loss_is_exact(model: Any, device_spec: DeviceSpec) -> bool:
             errors.append(_error_of_loss(model, device_spec, microbatch))
     except Exception:  # noqa: BLE001 - whatever a model says to this, it can have its logits
         return False
-    dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
-    return all(error <= tolerance for error in errors)
+    dtype = coarser_dtype(dtypes[-1], torch.float32)
+    return all(error <= tolerance_for(dtype) for error in errors)
 
 
 def _rows(model: Any, device: torch.device) -> dict[str, Tensor]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.batching.token_groups import round_up_row
+from bigbatch.errors import first_line
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import NAME, VARLEN_DTYPES
 from bigbatch.lm.model.embedding_hook import embedded_tokens
 from bigbatch.preserve import preserved
 from bigbatch.verification.cut_gradients import narrowest_dtype
-from bigbatch.verification.verify import TOLERANCES
+from bigbatch.verification.tolerances import coarser_dtype, tolerance_for
 
 MIN_ROW_PLACES = 64  # for offsets: a row of more sequences has the next power of two
 LEAK_TOLERANCE = 0.1  # of what a token of its own moves a sequence: what those of a neighbour may, which is rounding
@@ -119,15 +120,15 @@ def packing_obstacle(model: Any, device_spec: DeviceSpec, *, longest: int) -> st
             by_layout, by_neighbour, by_own = _changes(model, device_spec, longest)
             leaks = _leaks(model, device_spec, longest)
     except Exception as error:  # noqa: BLE001 - whatever a model says to a packed row, it can have padded ones
-        return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        return first_line(error)
     if 0 < (getattr(model.config, "sliding_window", None) or 0) < longest and not any(windows):
         return "its window is in a mask alone"
-    dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = coarser_dtype(dtypes[-1], torch.float32)
     if device_spec.device.type == "cuda" and dtype not in VARLEN_DTYPES:
         dtype = torch.bfloat16
     if leaks or by_neighbour > LEAK_TOLERANCE * by_own:
         return "its sequences see one another in a packed row"
-    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    tolerance = tolerance_for(dtype)
     return None if by_layout <= tolerance else f"its logits in a packed row differ by {by_layout:.0e}"
 
 

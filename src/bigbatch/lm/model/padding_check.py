@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.preserve import preserved
 from bigbatch.verification.cut_gradients import narrowest_dtype
-from bigbatch.verification.verify import TOLERANCES
+from bigbatch.verification.tolerances import coarser_dtype, tolerance_for
 
 LENGTH = 12  # of the rows that are tried
 NUM_TOKENS = 5  # of them; the rest is filled
@@ -41,8 +41,8 @@ def ignores_right_padding(model: nn.Module, device_spec: DeviceSpec) -> bool:
             by_filling, by_token, size = _changes(model, device_spec.device)
     except Exception:  # noqa: BLE001 - whatever a model says to rows without a mask, it wants one
         return False
-    dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    dtype = coarser_dtype(dtypes[-1], torch.float32)
+    tolerance = tolerance_for(dtype)
     can_be_told = by_token > torch.finfo(dtype).eps * size
     return can_be_told and by_filling <= min(tolerance * size, by_token / MARGIN)
 

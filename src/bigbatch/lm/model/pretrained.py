@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import is_local
-from bigbatch.lm.files import sync_folder
-from bigbatch.lm.text import first_line, plural
+from bigbatch.lm.files import PARTIAL, replace_folder, sync_folder
+from bigbatch.lm.text import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -147,10 +147,10 @@ def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) ->
 def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write an ordinary model folder with its tokenizer; LoRA adapters are merged into a copy of the weights.
 
-    Written aside, brought to the disk and renamed, so that a folder of that name is always whole; an older one steps
-    aside before, and is removed after.
+    Written to ``NAME.partial``, synced and renamed, so that a folder of that name is always complete. An existing one
+    is renamed first and removed last.
     """
-    aside, older = (folder.with_name(folder.name + ending) for ending in (".partial", ".older"))
+    aside, older = (folder.with_name(folder.name + ending) for ending in (PARTIAL, ".older"))
     for left_over in (aside, older):
         shutil.rmtree(left_over, ignore_errors=True)
     if hasattr(model, "merge_and_unload"):
@@ -159,8 +159,4 @@ def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -
     tokenizer.save_pretrained(aside)
     for path in (*aside.rglob("*"), aside):
         sync_folder(path)
-    if folder.exists():
-        folder.rename(older)
-    aside.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(older, ignore_errors=True)
+    replace_folder(aside, folder, old=older)

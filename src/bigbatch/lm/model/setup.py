@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
@@ -22,14 +22,10 @@ from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.embedding_hook import embedded_tokens
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
-from bigbatch.lm.text import first_line
 from bigbatch.preserve import preserved
 from bigbatch.rng import seed_everything
 from bigbatch.types import Layout
-
-NARROW_SAME, WIDE_SAME = 0.1, 1e-3
-"""How far compiled layers may move a gradient. Rounding moves it by some hundredths over many layers in bfloat16, and
-by less than a thousandth in float32; wrong code moves it by as much as it is."""
+from bigbatch.verification.tolerances import COMPILED_TOLERANCE, COMPILED_TOLERANCE_HALF
 
 
 @dataclass(frozen=True)
@@ -171,8 +167,8 @@ def _compile(
             why = first_line(error)
         else:
             difference = max(_difference(new, old) for new, old in zip(after, before, strict=True))
-            same = NARROW_SAME if device_spec.is_half_precision else WIDE_SAME
-            why = None if difference <= same else f"compiled, it differs by {difference:.0e}"
+            tolerance = COMPILED_TOLERANCE_HALF if device_spec.is_half_precision else COMPILED_TOLERANCE
+            why = None if difference <= tolerance else f"compiled, it differs by {difference:.0e}"
         layers.set_checkpointing(mode)
         if why is not None:
             layers.decompile()

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from bigbatch.autotune.choice import largest_below
 from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError
 from bigbatch.autotune.problem import FULL_ENOUGH
+from bigbatch.autotune.search import largest_below
 from bigbatch.batching.plan import Cost, Plan, TokenBudget, plan
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
 from bigbatch.engine.engine import Engine
-from bigbatch.errors import InputError, MemoryLimitError
+from bigbatch.errors import InputError, MemoryLimitError, first_line
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import NAME, has_full_attention, looks_causal, use_causal_attention
@@ -27,7 +27,6 @@ from bigbatch.lm.model.pretrained import model_from_config
 from bigbatch.lm.model.setup import layers_of, set_up_model, with_lora
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
-from bigbatch.lm.text import first_line
 from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.types import Layout
 

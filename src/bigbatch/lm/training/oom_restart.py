@@ -1,13 +1,13 @@
 """The micro-batch that a sharded run goes on with after memory ran out on one of its ranks, kept in its folder."""
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import RestartError, ShardedMemoryError
+from bigbatch.lm.files import write_atomically
 from bigbatch.lm.runs.file_names import SMALLER_MICROBATCH
 
 SHRINK = 0.8  # a restart costs minutes: fewer and larger steps than an engine takes that goes on in place
@@ -53,13 +53,8 @@ def next_smaller(microbatch: int | TokenBudget, *, longest: int) -> int | None:
 
 
 def save_override(folder: Path, size: int, unit: str) -> None:
-    """Write it into a run directory, so that it is whole or not there; ``unit`` is tokens or sequences."""
-    aside = folder / f"{SMALLER_MICROBATCH}.{os.getpid()}"
-    with aside.open("wb") as file:
-        file.write(json.dumps({"size": size, "unit": unit}).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(folder / SMALLER_MICROBATCH)
+    """Write a micro-batch into a run directory, atomically; ``unit`` is tokens or sequences."""
+    write_atomically(folder / SMALLER_MICROBATCH, json.dumps({"size": size, "unit": unit}).encode() + b"\n")
 
 
 def apply_override(folder: Path | None, microbatch: int | TokenBudget, *, longest: int) -> int | TokenBudget:

@@ -23,6 +23,7 @@ from bigbatch.errors import (
 from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, copy_to_meta, gather_full_model
+from bigbatch.lm.files import os_reason
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.training.autotune import take, tune
@@ -300,9 +301,8 @@ class Trainer:
         try:
             save_model(model, self.setup.tokenizer, directory.model)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             raise BigbatchError(
-                f"{directory.model} cannot be written: {reason}. The checkpoints are whole: bigbatch resume "
+                f"{directory.model} cannot be written: {os_reason(error)}. The checkpoints are whole: bigbatch resume "
                 f"{directory.path} goes on from there."
             ) from error
 
