@@ -159,9 +159,9 @@ def test_another_micro_batch_is_kept_and_gives_the_same_update() -> None:
     ("change", "message"),
     [
         ({"width": 7}, r"has the shape \[6, 5\] in the state, not \[7, 5\]\."),
-        ({"num_groups": 1}, r"groups of \[2, 4\] parameters, and this one has \[6\]: make them alike\."),
-        ({"scheduled": False}, r"this engine has no scheduler, and the state is of one with one: make them alike\."),
-        ({"scaled": True}, r"this engine has a scaler, and the state is of one with none: make them alike\."),
+        ({"num_groups": 1}, r"groups of \[2, 4\] parameters, and this one has \[6\]: use the same"),
+        ({"scheduled": False}, r"this engine has no scheduler, and the state is of one with one: use the same"),
+        ({"scaled": True}, r"this engine has a scaler, and the state is of one with none: use the same"),
     ],
     ids=str,
 )

@@ -53,7 +53,7 @@ def test_a_sharded_model_that_runs_out_on_one_rank_says_why_it_cannot_go_on(pool
     assert ours == ("", "")
     assert theirs[0] == "ShardedMemoryError"
     assert theirs[1] == (
-        "memory ran out in a micro-batch of 7 samples (CUDA out of memory. Tried to allocate 20.00 MiB.), and the "
+        "memory ran out in a micro-batch of 7 samples (CUDA out of memory. Tried to allocate 20.00 MiB), and the "
         "other ranks of a sharded model cannot wait for it to be split: start again from a checkpoint with smaller "
         "micro-batches."
     )

@@ -268,11 +268,11 @@ def test_an_error_of_the_users_own_comes_from_a_run_with_data() -> None:
 @pytest.mark.parametrize(
     ("loss", "kind", "message"),
     [
-        (lambda m, x: loss_fn(m, x)[0], TypeError, r"is a tensor of shape \(\): give the pair \(loss_sum, items\)"),
+        (lambda m, x: loss_fn(m, x)[0], TypeError, r"is a tensor of shape \(\): return the pair \(loss_sum, items\)"),
         (lambda m, x: (m(x), 3), ValueError, r"it must be the 0-d sum of the item losses"),
         (lambda m, x: (m(x).sum(), -1), ValueError, "are -1: they must be a finite count, 0 or more"),
         (lambda m, x: (m(x).sum().detach(), 3), ValueError, "does not depend on any parameter"),
-        (lambda m, x: {}, ValueError, "the loss has no term: give at least one"),
+        (lambda m, x: {}, ValueError, "the loss has no term: return at least one"),
         (lambda m, x: {"a": loss_fn(m, x), "b": loss_fn(m, x)}, ValueError, "Pass count_items="),
     ],
 )

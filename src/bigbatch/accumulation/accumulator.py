@@ -20,6 +20,7 @@ from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import WindowStateError
+from bigbatch.gradients.parameters import optimizer_parameters
 from bigbatch.types import CountItems, Items
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def _check_model(model: nn.Module, optimizer: "Optimizer") -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is being trained.")
     own = set(model.parameters())
-    if own and not any(p in own for group in optimizer.param_groups for p in group["params"]):
+    if own and not own.intersection(optimizer_parameters(optimizer)):
         raise ValueError(
             "none of the optimizer's parameters belongs to the model: it would never change. Make the optimizer from "
             "model.parameters(), after the model has its final form and device."

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.distributed.gradient_sync import Microbatch
+from bigbatch.errors import first_line
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
@@ -180,7 +181,7 @@ class CudaGraphRunner(MicrobatchRunner):
                 raise RuntimeError("micro-batches reach different parameters")
         except Exception as error:  # noqa: BLE001 - whatever cannot be captured runs by the fallback
             out_of_memory = is_out_of_memory(error)
-            self._disabled_reason = "memory ran out" if out_of_memory else str(error).strip().partition("\n")[0]
+            self._disabled_reason = "memory ran out" if out_of_memory else first_line(error)
         else:
             (loss_sum, items), tensors = found[0], [leaf for leaf in inputs if isinstance(leaf, Tensor)]
             self._graphs[key] = _CapturedGraph(graph, tensors, loss_sum.detach(), items)

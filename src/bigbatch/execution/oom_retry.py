@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.distributed.gradient_sync import Microbatch
-from bigbatch.errors import MemoryLimitError
+from bigbatch.errors import MemoryLimitError, first_line
 from bigbatch.execution.runner import MicrobatchRunner
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
@@ -77,7 +77,7 @@ class OomRetry(MicrobatchRunner):
             forward_finished = totals.num_recorded != num_recorded
             if not is_out_of_memory(error) or (forward_finished and not sums.can_name_leaves):
                 raise
-            message = str(error).partition("\n")[0]
+            message = first_line(error)
         # Outside the except block: inside it, the traceback holds the tensors of the attempt.
         self.retries += 1
         totals.rollback(num_recorded)

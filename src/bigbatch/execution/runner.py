@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.distributed.gradient_sync import Microbatch
-from bigbatch.errors import ShardedMemoryError
+from bigbatch.errors import ShardedMemoryError, first_line
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.types import LossFunction
 
@@ -99,7 +99,7 @@ class LockstepRunner(MicrobatchRunner):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error).partition("\n")[0]
+            message = first_line(error)
         free_cached_memory()
         size = len(microbatch.content) if microbatch.counts else 0
         samples = f"a micro-batch of {size} samples" if size else "a padding micro-batch"
