@@ -39,11 +39,11 @@ class Job:
         self.progress = Progress()
         config = self.trainer.config.model_dump(mode="json")
         self.directories = {way: RunDirectory.create(folder / way, config) for way in WAYS}
-        self._windows = self.trainer.windows_from(self.progress)
+        self._windows = self.trainer.schedule.windows(0, 0)
 
     def update(self) -> None:
         """Run one update."""
-        self.trainer.engine.step(self.trainer._samples(next(self._windows)))
+        self.trainer.engine.step(self.trainer.fetch(next(self._windows)))
         self.progress.step += 1
 
     def timed(self, way: str, every: int) -> tuple[float, float]:
