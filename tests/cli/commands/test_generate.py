@@ -91,4 +91,4 @@ def test_a_run_with_a_broken_model_is_one_sentence(tmp_path: Path, capfd: pytest
 
 
 def test_a_device_that_is_not_there_is_refused(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert refused(capfd, trained, "--device", "cuda:77").startswith("--device cuda:77 is not there: ")
+    assert refused(capfd, trained, "--device", "cuda:77").startswith("--device cuda:77 is not available: ")

@@ -113,7 +113,7 @@ def test_files_that_do_not_parse_and_duplicates_are_counted(tmp_path: Path, monk
 
 def test_a_machine_without_standard_library_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(InputError, match="there is no standard library to learn from"):
+    with pytest.raises(InputError, match="there is no standard library to train on"):
         read_corpus("python-stdlib")
 
 

@@ -298,8 +298,8 @@ def test_without_a_tokenizer_four_bytes_are_a_token(place: Path, wide: str) -> N
     found = survey_of(place, model=wide, data=str(place / "even.jsonl"))
     assert found.lengths == (len(" ".join(WORDS).encode()) // 4,)
     assert found.notes == (
-        f"lengths are estimated, 4 bytes a token: the folder {wide} holds no tokenizer. Save the model's own into it "
-        "with tokenizer.save_pretrained(folder).",
+        f"lengths are estimated, 4 bytes a token: the folder {wide} contains no tokenizer. Save the model's tokenizer "
+        "into it with tokenizer.save_pretrained(folder).",
     )
     documents = [Document("a", text="x" * 100), Document("b", text=""), Document("c", text="ü" * 32)]
     assert estimated_lengths(documents, 10) == [10, 10, 5, 1, 10, 6]

@@ -183,8 +183,8 @@ class TrainFields(BaseModel):
     )
     gpu: Gpu | None = Field(
         default=None,
-        description="memory limit by the name of a GPU, such as a100-40gb, instead of --memory: what is usually free on "
-        "it (default: none)",
+        description="memory limit by the name of a GPU, such as a100-40gb, instead of --memory: what is usually free "
+        "on it (default: none)",
     )
     gradient_checkpointing: Checkpointing = Field(
         default="auto",
