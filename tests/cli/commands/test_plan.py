@@ -255,10 +255,10 @@ def test_bad_input_is_one_sentence(folder: Path, words: str, expected: str, capf
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("{", "../odd has no configuration that transformers knows: It looks like the config file at "),
-        ("{}", "../odd has no configuration that transformers knows: Unrecognized model in ../odd. "),
-        ('{"model_type": "t5"}', "../odd is a t5 model, which is no causal language model."),
-        ('{"model_type": "llama", "num_hidden_layers": "many"}', "../odd has no configuration that transformers knows"),
+        ("{", "../odd has no configuration that transformers supports: It looks like the config file at "),
+        ("{}", "../odd has no configuration that transformers supports: Unrecognized model in ../odd. "),
+        ('{"model_type": "t5"}', "../odd is a t5 model, which is not a causal language model."),
+        ('{"model_type": "llama", "num_hidden_layers": "many"}', "../odd has no configuration that "),
     ],
 )
 def test_a_configuration_that_is_none_is_refused_before_the_data_is_read(
