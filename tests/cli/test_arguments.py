@@ -337,7 +337,7 @@ def test_train_says_in_one_sentence_what_is_wrong(
         ("generate", ["a", "--temperature", "-1"], "--temperature is -1: it must be at least 0."),
         ("generate", ["a", "--top-k", "x"], "--top-k is 'x': it must be a whole number."),
         ("generate", ["a", "--run", "b"], "unknown flag --run: bigbatch generate --help lists them."),
-        ("generate", ["a", "\0"], r"PROMPT is '\x00': it must not hold a NUL character."),
+        ("generate", ["a", "\0"], r"PROMPT is '\x00': it must not contain a NUL character."),
     ],
 )  # fmt: skip
 def test_verify_and_generate_complain_alike(command: str, words: list[str], expected: str):

@@ -30,7 +30,7 @@ def _usable_text(value: str) -> str:
     except UnicodeEncodeError:
         raise PydanticCustomError("text_encoding", "it must be valid UTF-8 text") from None
     if "\0" in value:
-        raise PydanticCustomError("nul_in_text", "it must not hold a NUL character")
+        raise PydanticCustomError("nul_in_text", "it must not contain a NUL character")
     return value
 
 

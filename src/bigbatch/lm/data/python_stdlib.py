@@ -25,17 +25,17 @@ def standard_library_files() -> list[Path]:
     """
     root = _root()
     names = (path.relative_to(root) for path in root.rglob("*.py"))
-    kept = [name for name in names if not any(_is_left_out(part) for part in name.parts)]
-    if not kept:
+    included = [name for name in names if not any(_is_left_out(part) for part in name.parts)]
+    if not included:
         raise InputError(f"no Python file was found under {root}, so there is no standard library to train on.")
-    return [root / name for name in sorted(kept, key=Path.as_posix)]
+    return [root / name for name in sorted(included, key=Path.as_posix)]
 
 
 def read_standard_library() -> Corpus:
     """Return every file of the standard library as a text document.
 
     Raises:
-        InputError: There is none (see :func:`standard_library_files`).
+        InputError: The standard library has no files (see :func:`standard_library_files`).
     """
     texts, notes = _read_texts()
     documents = tuple(Document(name, text=text) for name, text in texts)
@@ -48,10 +48,10 @@ def read_standard_library_functions() -> Corpus:
     Includes functions, methods, coroutines and nested functions, without decorators. Exact duplicates are kept once.
 
     Raises:
-        InputError: There is none (see :func:`standard_library_files`).
+        InputError: The standard library has no files (see :func:`standard_library_files`).
     """
     texts, notes = _read_texts()
-    kept: dict[str, Document] = {}
+    unique: dict[str, Document] = {}
     found = 0
     unparsed = 0
     for name, text in texts:
@@ -62,13 +62,13 @@ def read_standard_library_functions() -> Corpus:
             continue
         found += len(functions)
         for function in functions:
-            kept.setdefault(function.key, function)
+            unique.setdefault(function.key, function)
     if unparsed:
-        notes.append(f"{plural(unparsed, 'file')} that Python {_VERSION} does not parse left out")
-    if found > len(kept):
-        notes.append(f"{plural(found - len(kept), 'exact duplicate')} left out")
-    about = f"{plural(len(kept), 'documented function')} of {plural(len(texts), 'file')} of Python's standard library"
-    return Corpus(tuple(kept.values()), (about, *notes))
+        notes.append(f"{plural(unparsed, 'file')} with invalid syntax for Python {_VERSION} left out")
+    if found > len(unique):
+        notes.append(f"{plural(found - len(unique), 'exact duplicate')} left out")
+    about = f"{plural(len(unique), 'documented function')} of {plural(len(texts), 'file')} of Python's standard library"
+    return Corpus(tuple(unique.values()), (about, *notes))
 
 
 def documented_functions(text: str, source: str) -> Iterator[Document]:
@@ -139,7 +139,7 @@ def _read_texts() -> tuple[list[tuple[str, str]], list[str]]:
             empty += 1
     notes = [f"{plural(empty, 'empty file')} left out"] if empty else []
     if unreadable:
-        notes.append(f"{plural(unreadable, 'file')} that cannot be read left out")
+        notes.append(f"{plural(unreadable, 'unreadable file')} left out")
     return texts, notes
 
 

@@ -100,7 +100,7 @@ def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
         linked = [name for name in folders if entries[name] and (here / name).is_symlink()]
         if linked:
             raise InputError(f"{here / linked[0]} is a link to a folder. Pass the folder itself, or remove the link.")
-        left_out += sum(not kept for kept in entries.values())
+        left_out += sum(not included for included in entries.values())
         folders[:] = [name for name in folders if entries[name]]
         files += [here / name for name in names if entries[name]]
     if not files:

@@ -76,8 +76,8 @@ class _SpecialTokens:
 
     def text(self, tokens: list[int]) -> Encoded:
         # Without a prefix, the first token of the text could not be predicted from anything.
-        whole = [*self.prefix, *tokens, self.end]
-        return Encoded(whole, b"\0" + b"\1" * (len(whole) - 1))
+        all_tokens = [*self.prefix, *tokens, self.end]
+        return Encoded(all_tokens, b"\0" + b"\1" * (len(all_tokens) - 1))
 
     def completion(self, prompt: list[int], completion: list[int]) -> Encoded:
         # The prompt starts as in generation, which for some tokenizers is without special tokens.
@@ -87,17 +87,17 @@ class _SpecialTokens:
 
 
 def _encode_messages(document: Document, tokenizer: AnyTokenizer) -> Encoded:
-    whole, spans = _render(document, tokenizer)
+    rendered, spans = _render(document, tokenizer)
     if not tokenizer.is_fast:
         raise InputError(
             f"{document.source}: {type(tokenizer).__name__} does not return token offsets, so the turns of a "
             "conversation cannot be masked. Use the model's fast tokenizer (tokenizer.json)."
         )
     found = tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False
+        rendered, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False
     )
     trained = bytearray()
-    remaining = iter([*spans, (len(whole), len(whole))])
+    remaining = iter([*spans, (len(rendered), len(rendered))])
     start, stop = next(remaining)
     for _, last in found["offset_mapping"]:
         while last > stop:
@@ -117,19 +117,19 @@ def _render(document: Document, tokenizer: AnyTokenizer) -> tuple[str, list[tupl
             "Use a model with one, or records with 'prompt' and 'completion'."
         )
     messages = list(document.messages)
-    whole = _rendering(tokenizer, messages, document.source)
+    rendered = _rendering(tokenizer, messages, document.source)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = _rendering(tokenizer, messages[:i], document.source, add_generation_prompt=True)
             after = _rendering(tokenizer, messages[: i + 1], document.source)
-            if not (after.startswith(before) and whole.startswith(after)):
+            if not (after.startswith(before) and rendered.startswith(after)):
                 raise InputError(
                     f"{document.source}: the chat template renders message {i + 1} differently when more messages "
                     "follow, so its training tokens cannot be located. Cut the conversation after this message."
                 )
             spans.append((len(before), len(after)))
-    return whole, spans
+    return rendered, spans
 
 
 def _rendering(tokenizer: AnyTokenizer, messages: list[dict[str, str]], source: str, **options: bool) -> str:

@@ -56,15 +56,15 @@ def _position(key: str) -> float:
 
 def _cut_single(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Hold out the last lines of the only document, if it is a text that is long enough."""
-    whole = list(documents)
-    text = whole[0].text
+    training = list(documents)
+    text = training[0].text
     # Split at \n only, so that the line number in the source matches an editor's.
     lines = StringIO(text, newline="\n").readlines() if text is not None else []
-    if len(whole) > 1 or len(lines) < SMALLEST_CUT_LINES:
-        return whole, []
-    kept = min(len(lines) - 1, max(1, len(lines) - round(len(lines) * fraction)))
-    first = Document(whole[0].source, text="".join(lines[:kept]))
-    last = Document(f"{whole[0].source}:{kept + 1}", text="".join(lines[kept:]))
+    if len(training) > 1 or len(lines) < SMALLEST_CUT_LINES:
+        return training, []
+    num_training = min(len(lines) - 1, max(1, len(lines) - round(len(lines) * fraction)))
+    first = Document(training[0].source, text="".join(lines[:num_training]))
+    last = Document(f"{training[0].source}:{num_training + 1}", text="".join(lines[num_training:]))
     if first.key == last.key or not (first.text or "").strip() or not (last.text or "").strip():
-        return whole, []
+        return training, []
     return [first], [last]
