@@ -129,7 +129,7 @@ class TrainFields(BaseModel):
     )
     epochs: Count | None = Field(
         default=None,
-        description=f"passes over the training documents, instead of --steps (default: {DEFAULT_EPOCHS} where "
+        description=f"passes over the training documents, instead of --steps (default: {DEFAULT_EPOCHS} if "
         "--steps has no default)",
     )
     lr: Number | None = Field(

@@ -135,9 +135,8 @@ class ChunkedCausalLMLoss:
         inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
         with self._device_spec.autocast():
             hidden = hidden_states(model, head, **inputs)
-        with (
-            self._device_spec.autocast()
-        ):  # separate: the first context would keep its own cast copy of the head's weight
+        # A second context: the first would keep its own cast copy of the head's weight.
+        with self._device_spec.autocast():
             loss_sum = linear_cross_entropy(
                 hidden.flatten(0, 1),
                 head.linear.weight,

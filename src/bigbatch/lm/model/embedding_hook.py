@@ -12,7 +12,7 @@ def embedded_tokens(model: Any) -> Iterator[list[Tensor]]:
     """Replace the outputs of the input embedding by leaves that require grad, and collect them.
 
     Yields:
-        One tensor ``[rows, length, width]`` for each call of the embedding.
+        The list of leaves, one ``[rows, length, width]`` for each call of the embedding.
     """
     leaves: list[Tensor] = []
 

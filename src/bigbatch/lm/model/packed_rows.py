@@ -133,7 +133,7 @@ def packing_obstacle(model: Any, device_spec: DeviceSpec, *, longest: int) -> st
 
 @contextmanager
 def _recorded_windows() -> Iterator[list[int]]:
-    """Collect the ``sliding_window`` arguments that layers pass to attention, where a mask is not used."""
+    """Collect the ``sliding_window`` arguments that layers pass to attention; windows in masks do not count."""
     from transformers import AttentionInterface
 
     attend, windows = AttentionInterface()[NAME], list[int]()
