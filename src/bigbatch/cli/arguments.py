@@ -23,7 +23,8 @@ from pydantic.fields import FieldInfo
 from bigbatch.cli.error_messages import hint, nearest, sentence, short
 from bigbatch.cli.options import COMMANDS, SourceOptions, flag_key
 from bigbatch.errors import InputError
-from bigbatch.lm.config.train_config import EXCLUSIVE, TrainConfig
+from bigbatch.lm.config.field_groups import EXCLUSIVE
+from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.files import os_reason
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -111,6 +112,10 @@ class _Formatter(argparse.HelpFormatter):
             else textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
             for line in text.splitlines()
         )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Flag names are not broken at their hyphens.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def _parser(command: str) -> _Parser:

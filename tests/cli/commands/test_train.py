@@ -185,7 +185,8 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "other fields",
         bad("o.jsonl", b'{"txt": "a"}\n'),
         "--data ../o.jsonl",
-        r"\.\./o\.jsonl:1: the record has 'txt'\. A record holds 'text', or 'prompt' and 'completion', or 'messages'\.",
+        r"\.\./o\.jsonl:1: the record has 'txt'\. A record must have 'text', or 'prompt' and "
+        r"'completion', or 'messages'\.",
     ),
     (
         "nothing to learn",
@@ -220,7 +221,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "no tokenizer",
         lambda folder: [path.unlink() for path in (folder.parent / "m").glob("tokenizer*")] and None,
         "--model ../m",
-        r"the folder \.\./m holds no tokenizer\. Save the model's own .*",
+        r"the folder \.\./m contains no tokenizer\. Save the model's tokenizer .*",
     ),
     (
         "broken weights",
@@ -229,7 +230,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         r"\.\./m does not load as a causal language model: .*",
     ),
     ("no such model", None, "--model ../nothing", r".*\.\./nothing.*"),
-    ("device", None, "--device cuda:7", r"--device cuda:7 is not there: .*"),
+    ("device", None, "--device cuda:7", r"--device cuda:7 is not available: .*"),
     ("device name", None, "--device tpu", r"--device is 'tpu': it must be auto, cpu, cuda, cuda:N or mps\."),
     ("precision", None, "--precision int4", r"--precision is 'int4': it must be auto, float32, .*"),
     ("long sample prompt", None, f"--sample-prompt {'☃' * 40}", r"--sample-prompt has \d+ tokens and the model .*"),

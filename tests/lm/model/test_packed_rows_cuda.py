@@ -148,7 +148,7 @@ def test_a_leak_that_rounding_hides_is_found() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Lfm2Config(**shape, **layers, vocab_size=VOCABULARY)).to(DEVICE)
     use_causal_attention(model)
-    assert packing_obstacle(model, BF16, longest=LONGEST) == "its sequences see one another in a packed row"
+    assert packing_obstacle(model, BF16, longest=LONGEST) == "sequences in a packed row affect one another"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -301,7 +301,9 @@ def test_in_float32_rows_are_padded_and_the_reason_is_told() -> None:
     run = arranged(build(KINDS["llama"]()), machine, compile="none")
     assert run.layout == "padded"
     assert run.notes == ("rows are padded and not packed: attention has no kernel for packed rows in float32",)
-    with pytest.raises(InputError, match="--layout packed is not there for the-model: attention has no kernel for "):
+    with pytest.raises(
+        InputError, match="--layout packed is not supported for the-model: attention has no kernel for "
+    ):
         arranged(build(KINDS["llama"]()), machine, layout="packed")
 
 
@@ -309,7 +311,7 @@ def test_dropout_in_attention_has_no_packed_rows() -> None:
     model = build(GPT2Config(**GPT2_SIZE, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0.1))
     run = arranged(model, compile="none")
     assert run.layout == "padded"
-    assert run.notes == ("rows are padded and not packed: attention with dropout is not there for packed rows",)
+    assert run.notes == ("rows are padded and not packed: attention with dropout is not supported for packed rows",)
 
 
 @pytest.mark.parametrize("records", [False, True])

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from bigbatch import __version__
 from bigbatch.errors import InputError, first_line
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
-from bigbatch.lm.config.train_config import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION, TrainConfig
+from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION
+from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.files import os_reason
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.training.setup import TrainingSetup
