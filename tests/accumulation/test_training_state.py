@@ -184,7 +184,7 @@ def test_state_with_more_or_fewer_tensors_is_refused_before_anything_changes(mis
         del state["model"]["4.bias"]
     else:
         state["model"]["5.weight"] = torch.zeros(1)
-    said = r"lacks 1 tensors of this model, such as 4\.bias" if missing else "this model has not, such as 5.weight"
+    said = r"lacks 1 tensors of this model, such as 4\.bias" if missing else "this model lacks, such as 5.weight"
     with pytest.raises(ValueError, match=said):
         engine.load_state_dict(state)
     assert equal(engine.state_dict(), before)

@@ -521,8 +521,8 @@ def test_lengths_are_one_for_each_sample(found: int, samples_of_it: int) -> None
     with pytest.raises(ValueError, match="lengths") as raised:
         engine.tune(samples(*[8] * samples_of_it))
     assert str(raised.value) == (
-        f"lengths= gave {found} lengths for a batch of {samples_of_it} samples: it must give one for each, in their "
-        "order."
+        f"lengths= returned {found} lengths for a batch of {samples_of_it} samples: it must return one for each, in "
+        "their order."
     )
 
 
@@ -543,12 +543,12 @@ def test_a_sample_without_tokens_is_named(where: int) -> None:
     [
         (
             {"microbatch": 4, "memory": "2GiB"},
-            "memory='2GiB' decides about the micro-batch, and microbatch=4 is decided: pass microbatch=\"auto\", or "
+            "memory='2GiB' chooses the micro-batch, and microbatch=4 is fixed: pass microbatch=\"auto\", or "
             "leave memory= out.",
         ),
         (
             {"microbatch": TokenBudget(64), "memory": 2**31, **BY_LENGTH},
-            "memory=2147483648 decides about the micro-batch, and microbatch=TokenBudget(tokens=64) is decided: pass "
+            "memory=2147483648 chooses the micro-batch, and microbatch=TokenBudget(tokens=64) is fixed: pass "
             'microbatch="auto", or leave memory= out.',
         ),
         ({"microbatch": "fast"}, "microbatch is 'fast': it must be \"auto\", an int, or a TokenBudget."),
@@ -572,12 +572,12 @@ CHOICE = MicrobatchChoice(16, 9, "tokens", 1, 2, 1.0, 16, (), choice.TimeModel((
 @pytest.mark.parametrize("microbatch", [4, TokenBudget(64)])
 def test_an_engine_whose_micro_batch_is_decided_neither_tunes_nor_takes_a_choice(microbatch: Any) -> None:
     engine = engine_of(make(), microbatch=microbatch, **BY_LENGTH)
-    with pytest.raises(ValueError, match="decided") as raised:
+    with pytest.raises(ValueError, match="is fixed") as raised:
         engine.tune(samples(8, 9))
-    assert str(raised.value) == f'microbatch={microbatch!r} is decided: pass microbatch="auto" to have it chosen.'
-    with pytest.raises(ValueError, match="decided") as raised:
+    assert str(raised.value) == f'microbatch={microbatch!r} is fixed: pass microbatch="auto" to have it chosen.'
+    with pytest.raises(ValueError, match="is fixed") as raised:
         engine.set_microbatch(CHOICE)
-    assert str(raised.value) == f'microbatch={microbatch!r} is decided: pass microbatch="auto" to take a choice.'
+    assert str(raised.value) == f'microbatch={microbatch!r} is fixed: pass microbatch="auto" to use a choice.'
     assert engine.step(samples(8, 9)).num_microbatches == 1
 
 
@@ -585,12 +585,12 @@ def test_a_choice_of_tokens_is_none_of_samples() -> None:
     with pytest.raises(ValueError, match="choice") as raised:
         engine_of(make(), **LISTED).set_microbatch(CHOICE)
     assert str(raised.value) == (
-        "the choice is in tokens, and this engine counts samples: pass lengths=, or tune anew."
+        "the choice is in tokens, and this engine counts samples: pass lengths=, or tune again."
     )
     with pytest.raises(ValueError, match="choice") as raised:
         engine_of(make(), **BY_LENGTH).set_microbatch(replace(CHOICE, unit="samples"))
     assert str(raised.value) == (
-        "the choice is in samples, and this engine counts tokens: leave lengths= out, or tune anew."
+        "the choice is in samples, and this engine counts tokens: leave lengths= out, or tune again."
     )
 
 

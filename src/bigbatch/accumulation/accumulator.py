@@ -1,7 +1,7 @@
 """Exact accumulation windows for a user's own training loop."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import WindowStateError
-from bigbatch.gradients.parameters import optimizer_parameters
+from bigbatch.gradients.gradient_sums import optimizer_parameters
 from bigbatch.types import CountItems, Items
 
 if TYPE_CHECKING:
@@ -199,6 +199,8 @@ class Accumulator:
         Args:
             before_window: Whether the other ranks wait in `agree_on_start`; else in the vote at the end of the window.
         """
+        if self.sync.size == 1:
+            return nullcontext()
         if before_window:
             return fail_together(partial(announce_failure, self.sync))
         return fail_together(partial(announce_failed_window, self.sync, len(self.update.parameters())))

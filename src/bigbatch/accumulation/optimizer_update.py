@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.errors import MemoryLimitError, NonFiniteError, first_line
-from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
-from bigbatch.gradients.parameters import optimizer_parameters
+from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums, optimizer_parameters
 from bigbatch.memory.usage import is_out_of_memory
 
 if TYPE_CHECKING:

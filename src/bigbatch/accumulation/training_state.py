@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
-from bigbatch.gradients.parameters import optimizer_parameters
+from bigbatch.gradients.gradient_sums import optimizer_parameters
 from bigbatch.rng import random_states, set_random_states
 
 if TYPE_CHECKING:

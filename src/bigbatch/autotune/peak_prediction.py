@@ -23,9 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from bigbatch.errors import BigbatchError, first_line
-from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.gradients.gradient_sums import GradientSums, optimizer_parameters
 from bigbatch.gradients.loss_totals import as_terms
-from bigbatch.gradients.parameters import optimizer_parameters
 from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
 
 if TYPE_CHECKING:

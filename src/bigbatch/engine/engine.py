@@ -6,7 +6,7 @@ Long because it documents every setting once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -263,8 +263,8 @@ class Engine:
         tokens = None if lengths is None else sum(lengths)
         content = WindowContent(parts.groups, num_everywhere, totals, tokens, parts.num_samples)
         pending = self.accumulator.open(content, static_buffers=self.runner.static_buffers, should_stop=should_stop)
-        prefetcher = Prefetcher(parts)
-        with pending, prefetcher, self.runner.window(WindowInputs(self.loss_fn, prefetcher.take, lengths)):
+        source = Prefetcher(parts) if self.accumulator.device.type == "cuda" else nullcontext(parts)
+        with pending, source as taken_from, self.runner.window(WindowInputs(self.loss_fn, taken_from.take, lengths)):
             yield pending
 
     def release_cuda_graphs(self) -> None:

@@ -6,6 +6,11 @@ agree. A hook moves every micro-batch gradient into its sum as soon as autograd 
 gradient exists in the narrow dtype.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from types import TracebackType
@@ -330,3 +335,8 @@ def _find_leaves(loss: Tensor, own: set[Tensor]) -> _GraphLeaves:
                 seen.add(child)
                 todo.append(child)
     return found
+
+
+def optimizer_parameters(optimizer: "Optimizer") -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
