@@ -111,7 +111,7 @@ class KillPoints:
         self.around(manager, "write", "checkpoint")
         self.around(manager, "prune", "prune")
         self.around(trainer, "validation_loss", "validation")
-        self.around(trainer, "written", "sample")
+        self.around(trainer, "sample_text", "sample")
         self.around(trainer, "save_model", "model")
         self._watch_lines()
         run = Trainer.run
