@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.distributed_runs import DROPPING, RunFolder
-from support.run_comparison import differing_results
+from support.run_comparison import unlike
 from support.torchrun_agents import torchrun, wait_for
 
 WIRE = "wire"
@@ -98,4 +98,4 @@ def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
     assert codes == [0, 0], [log.read_text() for log in logs]
     printed = logs[0].read_text() + logs[1].read_text()
     assert printed.count("going on with cut: after update 3\n") == 1
-    assert differing_results(ground.folder / "cut", undisturbed["ddp"]) == []
+    assert unlike(ground.folder / "cut", undisturbed["ddp"]) == []

@@ -8,7 +8,7 @@ import pytest
 
 from support.distributed_runs import DROPPING, RunFolder
 from support.language_models import metrics
-from support.run_comparison import differing_results
+from support.run_comparison import unlike
 from support.torchrun_agents import LIMIT_S, run_torchrun, torchrun, wait_for
 
 
@@ -28,7 +28,7 @@ def test_kill_9_of_a_rank_leaves_no_trace(ground: RunFolder, undisturbed: dict[s
     assert f"going on with {out}: after update 3\n" in printed
     assert printed.count("update 8/8 ") == 1
     assert all("has lost another rank" in line for line in ours(complained)), complained
-    assert differing_results(ground.folder / out, undisturbed[parallel]) == []
+    assert unlike(ground.folder / out, undisturbed[parallel]) == []
 
 
 def test_ctrl_c_reaches_every_rank_once_and_all_save(ground: RunFolder, undisturbed: dict[str, Path]) -> None:

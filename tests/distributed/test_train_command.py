@@ -14,7 +14,7 @@ import pytest
 from bigbatch.lm.checkpoint import newest
 from bigbatch.lm.runs.lock import RunLock
 from support.command_line import files_below
-from support.distributed_runs import DROPPING, TIGHT, RunFolder, assert_same_run, max_relative_difference
+from support.distributed_runs import DROPPING, TIGHT, RunFolder, apart, check_same
 from support.language_models import metrics, records, write_jsonl
 from support.rank_faults import (
     all_of,
@@ -26,7 +26,7 @@ from support.rank_faults import (
     signal_in_update,
     signal_in_window,
 )
-from support.run_comparison import differing_results
+from support.run_comparison import unlike
 from support.torchrun_ranks import Launch, run
 
 # the same run on any number of ranks -----------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_twenty_updates_on_ranks_are_those_of_one(
     words = [*more, "--parallel", parallel]
     local_size = 2 if parallel == "hsdp" else None
     launch = ground.train(out, size, *words, local_size=local_size, patch=ground.noting(out))
-    assert_same_run(ground, out, alone)
+    check_same(ground, out, alone)
     assert f" on the first of {size} ranks ({parallel}), on cpu, float64: " in launch.said()
     assert "20 updates in " in launch.said()
     for rank in range(1, size):
@@ -61,7 +61,7 @@ def test_a_run_that_is_stopped_goes_on_on_other_numbers_of_ranks(ground: RunFold
     first = ground.train("moved", 4, "--parallel", "fsdp", codes=75, patch=all_of(noting, on({1}, signal_in_update(5))))
     assert "stopped by a signal to another rank after update 5 of 20; the model is saved\n" in first.said()
     assert "\nto go on: bigbatch resume moved\n" in first.said()
-    assert max_relative_difference(ground.model("moved"), ground.model("alone")) > TIGHT
+    assert apart(ground.model("moved"), ground.model("alone")) > TIGHT
     second = ground.resume(
         "moved", 2, "--parallel", "ddp", codes=75, patch=all_of(noting, on({0}, signal_in_update(10)))
     )
@@ -70,7 +70,7 @@ def test_a_run_that_is_stopped_goes_on_on_other_numbers_of_ranks(ground: RunFold
     assert second.complained() == "\nstopping after this update and saving; once more to stop at once\n"
     ground.resume("moved", 1, codes=75, patch=all_of(noting, signal_in_update(13)))
     ground.resume("moved", 2, "--parallel", "fsdp", patch=noting)
-    assert_same_run(ground, "moved", alone)
+    check_same(ground, "moved", alone)
 
 
 def test_there_may_be_more_ranks_than_samples(ground: RunFolder) -> None:
@@ -79,7 +79,7 @@ def test_there_may_be_more_ranks_than_samples(ground: RunFolder) -> None:
     ground.train("three-1", 1, *more)
     for parallel in ("ddp", "fsdp"):
         ground.train(f"three-{parallel}", 4, *more, "--parallel", parallel)
-        assert max_relative_difference(ground.model(f"three-{parallel}"), ground.model("three-1")) < TIGHT
+        assert apart(ground.model(f"three-{parallel}"), ground.model("three-1")) < TIGHT
 
 
 # a rank dies, and torchrun starts them again ---------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_killed_rank_leaves_no_trace_once_torchrun_has_started_all_again(
     )
     again = ground.train(out, 2, *words, restart=restart, max_restarts=2)
     assert f"going on with {out}: {where}\n" in again.said()
-    assert differing_results(ground.folder / out, undisturbed[parallel]) == []
+    assert unlike(ground.folder / out, undisturbed[parallel]) == []
     finished = ground.train(out, 2, *words, restart=restart, max_restarts=2)
     assert finished.said().endswith(f"{out} is finished: all its 8 updates are made, its model is saved\n")
 
@@ -142,7 +142,7 @@ def test_a_stuck_rank_is_given_up_with_the_stacks_and_the_run_goes_on(
     assert launch.complained().startswith("Timeout (0:00:10)!\nThread 0x")
     assert re.search(r'File ".*vote.*|File ".*sync\.py", line \d+ in gather', launch.complained())
     ground.resume("stuck", 2)
-    assert differing_results(ground.folder / "stuck", undisturbed["ddp"]) == []
+    assert unlike(ground.folder / "stuck", undisturbed["ddp"]) == []
 
 
 # memory runs out on one rank -------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_a_stuck_rank_is_given_up_with_the_stacks_and_the_run_goes_on(
 
 def test_whole_models_go_on_when_memory_runs_out_on_one_rank(ground: RunFolder, alone: str) -> None:
     ground.train("oom-ddp", 2, patch=all_of(ground.noting("oom-ddp"), on({1}, out_of_memory(4))))
-    assert_same_run(ground, "oom-ddp", alone)
+    check_same(ground, "oom-ddp", alone)
     assert ground.budgets("oom-ddp", 0) == [64] * 20
     assert ground.budgets("oom-ddp", 1) == [64] * 4 + [59] * 16
 
@@ -170,7 +170,7 @@ def test_sharded_models_begin_again_smaller_when_memory_runs_out_on_one_rank(gro
     assert len(metrics(ground.folder / "oom-fsdp")) == 8
     ground.train("oom-fsdp", 2, *words, restart=1, max_restarts=1, patch=ground.noting("oom-fsdp"))
     assert ground.budgets("oom-fsdp", 0) == ground.budgets("oom-fsdp", 1) == [64] * 9 + [51] * 14
-    assert_same_run(ground, "oom-fsdp", alone)
+    check_same(ground, "oom-fsdp", alone)
 
 
 # signals ---------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_an_update_is_given_up_on_all_ranks_and_leaves_no_trace(
     assert len(metrics(ground.folder / out)) == 5
     ground.resume(out, 2)
     ground.train(f"{out}-not", 2, *DROPPING, "--parallel", parallel, "--microbatch", "1")
-    assert differing_results(ground.folder / out, ground.folder / f"{out}-not") == []
+    assert unlike(ground.folder / out, ground.folder / f"{out}-not") == []
 
 
 # lines -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from support.language_models import metrics, records, save_model_folder, write_jsonl
 from support.rank_faults import note_windows
-from support.run_comparison import wrong_learning_rates
+from support.run_comparison import rates_off
 from support.torchrun_ranks import Launch, run
 
 TIGHT = 1e-10  # in float64, after twenty updates
@@ -79,20 +79,20 @@ def make_run_folder(folder: Path) -> RunFolder:
     return RunFolder(folder)
 
 
-def max_relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max() / one[name].abs().max()) for name in one)
 
 
-def assert_same_run(ground: RunFolder, out: str, alone: str) -> None:
+def check_same(ground: RunFolder, out: str, alone: str) -> None:
     """Assert the same model, windows and metrics as on one rank."""
     rows, expected = metrics(ground.folder / out), metrics(ground.folder / alone)
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert wrong_learning_rates(ground.folder / out) == []
+    assert rates_off(ground.folder / out) == []
     for row, other in zip(rows, expected, strict=True):
         for name in ("step", "items", "tokens", "lr", "skipped"):
             assert row[name] == other[name]
         for name in ("loss", "grad_norm", "validation_loss"):
             assert row.get(name) == (other.get(name) and pytest.approx(other[name], rel=TIGHT)), (row["step"], name)
-    assert max_relative_difference(ground.model(out), ground.model(alone)) < TIGHT
+    assert apart(ground.model(out), ground.model(alone)) < TIGHT
     assert ground.windows(out) == ground.windows(alone)

@@ -33,7 +33,7 @@ from bigbatch.lm.training.trainer import Trainer
 from support.command_line import LIMIT_S, running
 from support.kill_points import poison
 from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
-from support.run_comparison import CLOCK, differences, differing_results, wrong_learning_rates
+from support.run_comparison import CLOCK, differences, rates_off, unlike
 
 Capture = pytest.CaptureFixture[str]
 
@@ -158,7 +158,7 @@ def test_updates_that_are_not_finite_are_skipped_told_and_kept_apart(folder: Pat
     for line in lines:
         assert len(line["samples"]) in (7, 8)
         assert any(sum(training[i]["input_ids"].tolist()) % 13 == 3 for i in line["samples"])
-    assert wrong_learning_rates(folder / "run") == [], "the schedule goes by the updates that were applied"
+    assert rates_off(folder / "run") == [], "the schedule goes by the updates that were applied"
 
 
 @pytest.mark.parametrize("max_skipped", ["1", "3"])
@@ -348,7 +348,7 @@ def test_what_was_changed_stays_changed_when_the_run_is_resumed_again(stopped: P
     asked = TrainConfig(global_batch=4, seed=5)
     go_on(again, until=lambda step: step == 9, config=merge_config(config_of(again), asked, allowed=("batch", "seed")))
     said(["resume", str(again)], capfd)
-    assert differing_results(again, stopped) == []
+    assert unlike(again, stopped) == []
 
 
 def test_a_batch_that_leaves_nothing_but_the_end_ends(stopped: Path, capfd: Capture) -> None:
