@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 import transformers
 
-from lm.killing import KINDS, Ground, Kill
+from support.kill_points import KINDS, Kill, KillExperiment
 
 MOST_IN_A_ROW = 10
 
@@ -45,7 +45,7 @@ def main() -> int:
     )
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        table = Table(Ground(Path(folder)))
+        table = Table(KillExperiment(Path(folder)))
         moments = random.Random(asked.seed)
         for kind in KINDS:
             named_points(table, kind)
@@ -61,16 +61,16 @@ def main() -> int:
 class Table:
     """Counts of runs, kills and equal results by kill point."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground = ground
+    def __init__(self, experiment: KillExperiment) -> None:
+        self.experiment = experiment
         self.wrong: list[str] = []
         self._runs: Counter[str] = Counter()
         self._kills: Counter[str] = Counter()
         self._equal: Counter[str] = Counter()
 
-    def survive(self, row: str, kind: str, kills: list[Kill]) -> None:
+    def kill_and_resume(self, row: str, kind: str, kills: list[Kill]) -> None:
         """Run once through the given kills and count the result."""
-        num_died, differs = self.ground.survive(kind, kills)
+        num_died, differs = self.experiment.kill_and_resume(kind, kills)
         self._runs[row] += 1
         self._kills[row] += num_died
         self._equal[row] += not differs
@@ -89,21 +89,23 @@ class Table:
 
 def named_points(table: Table, kind: str) -> None:
     """Kill at the first, a middle and the last occurrence of each point."""
-    for point, times in table.ground.points(kind).items():
+    for point, times in table.experiment.points(kind).items():
         for number in sorted({1, (times + 1) // 2, times}):
-            table.survive(point, kind, [Kill(point, number)])
+            table.kill_and_resume(point, kind, [Kill(point, number)])
 
 
 def random_moment(table: Table, kind: str, moments: random.Random) -> None:
     """Kill once at a random moment of the training."""
-    table.survive(f"any moment, {kind}", kind, [Kill(after_s=moments.random() * table.ground.seconds(kind))])
+    table.kill_and_resume(
+        f"any moment, {kind}", kind, [Kill(after_s=moments.random() * table.experiment.seconds(kind))]
+    )
 
 
 def many_in_a_row(table: Table, kind: str, moments: random.Random) -> None:
     """Kill one run ten times in a row, each time after another fraction of its duration."""
-    seconds = table.ground.seconds(kind)
+    seconds = table.experiment.seconds(kind)
     kills = [Kill(after_s=moments.random() * seconds / 2) for _ in range(MOST_IN_A_ROW)]
-    table.survive("up to ten in a row", kind, kills)
+    table.kill_and_resume("up to ten in a row", kind, kills)
 
 
 if __name__ == "__main__":

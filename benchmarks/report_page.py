@@ -22,7 +22,7 @@ from bigbatch.lm.report.downsampling import MOST_POINTS  # noqa: E402
 from bigbatch.lm.report.output_file import write_page  # noqa: E402
 from bigbatch.lm.report.page import page  # noqa: E402
 from bigbatch.lm.report.run_reader import read_run  # noqa: E402
-from lm.made import make_rich_run  # noqa: E402
+from support.run_directories import make_rich_run  # noqa: E402
 
 
 def measure(run: Path) -> tuple[int, float]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 
 def test_a_scheduler_that_needs_a_validation_loss_is_refused():

@@ -13,7 +13,7 @@ from torch import nn
 import bigbatch
 from bigbatch.batching.token_groups import round_up_row
 from bigbatch.engine.microbatch_size import WINDOWS_BEFORE_GROWTH
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 EXACT = 1e-12
 WRONG = 1e-3

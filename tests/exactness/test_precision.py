@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 NARROW = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # largest relative error of one rounding to nearest
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch.lm.files import os_reason, replace_folder, write_atomically
-from lm.saved import mounted
+from support.checkpoints import mounted
 
 
 def test_write_replaces_the_content_and_leaves_no_partial_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bigbatch
 from bigbatch.accumulation.noise_observer import NoiseObserver
 from bigbatch.scaling.noise_scale import MIN_WINDOWS, NoiseScaleEstimator
-from distributed.pool import Pool
+from support.process_pool import Pool
 
 SIGNAL = torch.tensor([0.6, -0.3, 0.0, 0.2, 0.5], dtype=torch.float64)
 DEVIATION = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0], dtype=torch.float64)

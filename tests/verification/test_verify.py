@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 SAMPLES = 12
 

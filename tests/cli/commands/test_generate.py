@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bigbatch.cli import main
-from cli.helpers import SENTENCE, command
-from lm.helpers import records, run, save_model_folder, write_jsonl
+from support.command_line import SENTENCE, command
+from support.language_models import records, run, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")

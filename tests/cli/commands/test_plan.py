@@ -12,8 +12,8 @@ from transformers import LlamaConfig, MixtralConfig
 
 from bigbatch.cli import main
 from bigbatch.memory.limit import describe_bytes
-from cli.helpers import command, files_below
-from lm.helpers import records, save_model_folder, write_jsonl
+from support.command_line import command, files_below
+from support.language_models import records, save_model_folder, write_jsonl
 
 SMALL = ("plan", "--data", "../data.jsonl", "--model", "../base")
 

@@ -14,8 +14,8 @@ import pytest
 
 from bigbatch.cli import main
 from bigbatch.lm.runs.lock import RunLock
-from cli.helpers import LIMIT_S, files_below, running
-from lm.made import BEGIN, make_rich_run, make_run, rows
+from support.command_line import LIMIT_S, files_below, running
+from support.run_directories import BEGIN, make_rich_run, make_run, rows
 
 REFRESH = 'http-equiv="refresh"'
 

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bigbatch.cli import main
-from cli.helpers import LIMIT_S, SENTENCE, command, files_below, running
-from lm.helpers import conversations, metrics, records, save_model_folder, write_jsonl
+from support.command_line import LIMIT_S, SENTENCE, command, files_below, running
+from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.scaling.rules import RULES
-from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
+from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def go_on(run: Path, config: TrainConfig, *, until: int | None = None) -> tuple[Trainer, Heard]:
+def go_on(run: Path, config: TrainConfig, *, until: int | None = None) -> tuple[Trainer, RecordingCallback]:
     """Begin or resume a run, and stop after an update."""
-    heard = Heard()
+    heard = RecordingCallback()
     prepared = set_up_training(config)
     if not run.exists():
         RunDirectory.create(run, prepared.config.model_dump(mode="json"))

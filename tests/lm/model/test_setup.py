@@ -23,7 +23,7 @@ from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
-from lm.helpers import records, run, save_model_folder, write_jsonl
+from support.language_models import records, run, save_model_folder, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
 CPU = torch.device("cpu")

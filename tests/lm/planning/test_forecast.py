@@ -40,7 +40,7 @@ from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import MemoryBudget
-from lm.helpers import WORDS, records, save_model_folder, write_jsonl
+from support.language_models import WORDS, records, save_model_folder, write_jsonl
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 308}

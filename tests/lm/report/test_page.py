@@ -23,8 +23,8 @@ from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import read_run
 from bigbatch.lm.report.window_plan_chart import window_of
 from bigbatch.lm.runs.lock import RunLock
-from lm.made import BEGIN, CHOICE, PROOF, WINDOW, make_rich_run, make_run, rows
-from lm.saved import mounted
+from support.checkpoints import mounted
+from support.run_directories import BEGIN, CHOICE, PROOF, WINDOW, make_rich_run, make_run, rows
 
 VOID = {"meta", "link"}
 CHARTS = {"loss", "lr", "grad-norm", "noise", "speed", "memory", "ranks"}

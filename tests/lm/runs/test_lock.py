@@ -17,7 +17,7 @@ import pytest
 from bigbatch.errors import InputError
 from bigbatch.lm.runs import lock
 from bigbatch.lm.runs.lock import RunLock
-from lm.saved import mounted
+from support.checkpoints import mounted
 
 HOLD = """
 import sys

@@ -30,9 +30,10 @@ from bigbatch.lm.training import trainer as trainer_module
 from bigbatch.lm.training.resume import merge_config
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
-from cli.helpers import LIMIT_S, running
-from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
-from lm.killing import CLOCK, differences, poison, rates_off, unlike
+from support.command_line import LIMIT_S, running
+from support.kill_points import poison
+from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
+from support.run_comparison import CLOCK, differences, rates_off, unlike
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,17 +83,17 @@ def config_of(run: Path) -> TrainConfig:
 
 def go_on(
     run: Path, *, until: Callable[[int], bool] = lambda step: False, config: TrainConfig | None = None, **how: Any
-) -> Heard:
+) -> RecordingCallback:
     """Begin or resume the run of a configuration, without the command line; stop after an update of some number."""
     config = config_of(run) if config is None else config
-    heard = Heard()
+    heard = RecordingCallback()
     found, _ = load(run)
     stop = {"should_stop": lambda: bool(heard.rows) and until(heard.rows[-1]["step"])}
     Trainer(set_up_training(config), checkpoint=found).run(RunDirectory(run), callback=heard, **stop | how)
     return heard
 
 
-def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> Heard:
+def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> RecordingCallback:
     """Begin a run of `words` without the command line."""
     names = iter(words(folder, base, *more))
     config = TrainConfig(
@@ -404,7 +405,7 @@ def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
     asked = merge_config(stored, TrainConfig(gradient_checkpointing="full"), allowed=())
     saved, _ = load(folder / "run")
     trainer = Trainer(set_up_training(asked), checkpoint=saved)
-    trainer.run(RunDirectory(folder / "run"), callback=Heard())
+    trainer.run(RunDirectory(folder / "run"), callback=RecordingCallback())
     assert trainer.checkpointing_mode == "full"
     assert trainer.engine.choice is not None
     assert saved is not None

@@ -11,7 +11,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.training.setup import set_up_training
-from lm.helpers import conversations, records, save_model_folder, write_jsonl
+from support.language_models import conversations, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
