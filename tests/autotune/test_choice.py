@@ -635,7 +635,7 @@ def test_for_cuda_the_inputs_that_come_next_are_counted() -> None:
         images = 4 * 128 * 1024 * 4
         assert wide.peak_bytes - narrow.peak_bytes == copies * images, device
         assert wide.phases["update"] == narrow.phases["update"], "both are gone then"
-        assert wide.running_bytes - narrow.running_bytes == images, device
+        assert wide.forward_backward_bytes - narrow.forward_backward_bytes == images, device
 
 
 def test_copies_of_the_buffers_are_counted() -> None:
@@ -649,7 +649,7 @@ def test_copies_of_the_buffers_are_counted() -> None:
 
     without, with_buffers = predict(buffers=0), predict(buffers=3)
     assert with_buffers.peak_bytes - without.peak_bytes == 2 * 3 * 4000
-    assert with_buffers.running_bytes - without.running_bytes == 3 * 4000
+    assert with_buffers.forward_backward_bytes - without.forward_backward_bytes == 3 * 4000
     assert with_buffers.held_bytes - without.held_bytes == 3 * 4000
 
 
