@@ -76,7 +76,7 @@ class TuningProblem:
 
     @property
     def first_size(self) -> int:
-        """The smallest size that is timed: the median sample, or a row of the longest sample if packed."""
+        """Smallest size to time: the median sample, at least 1/16 of the longest; if packed, a row of the longest."""
         if self.lengths is None:
             return 1
         if self.layout == "packed":

@@ -13,6 +13,7 @@ E|S_i|² = n_i² |G|² + n_i tr Σ and E|A|² = N² |G|² + N tr Σ. For micro-b
 McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 1812.06162, appendix A.1, which compares a
 large and a small batch; the scale is their B_simple. Items of one sample, such as the tokens of a sequence, are
 correlated: tr Σ is then the variance per item at the given lengths, and ``scale_samples`` the more meaningful unit.
+Micro-batches grouped by length underestimate |G|² if the mean gradient depends on the length.
 """
 
 import math
@@ -21,7 +22,10 @@ from dataclasses import asdict, dataclass
 
 HALF_LIFE_WINDOWS = 32  # default half-life of the averages, in windows with the items of the first one
 MIN_WINDOWS = 4  # before an estimate is reported
-FIRST, EVERY = 8, 4  # the first 8 windows are measured, then one in 4: sufficient for averages of this half-life
+MEASURE_FIRST, MEASURE_EVERY = (
+    8,
+    4,
+)  # the first 8 windows are measured, then one in 4: sufficient for averages of this half-life
 Z_95 = 1.96  # standard errors of a 95 % interval, for many windows
 
 
@@ -117,7 +121,7 @@ class NoiseScaleEstimator:
     @property
     def measures_next(self) -> bool:
         """Whether the next window should be measured: the first 8 and then one in 4."""
-        return self._sums.num_seen < FIRST or self._sums.num_seen % EVERY == 0
+        return self._sums.num_seen < MEASURE_FIRST or self._sums.num_seen % MEASURE_EVERY == 0
 
     def skip_window(self, items: float) -> None:
         """Count a window that was not measured: its items reduce the weight of earlier windows."""

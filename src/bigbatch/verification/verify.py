@@ -130,9 +130,9 @@ def verify(
 ) -> Verification:
     """Verify that every cut of a batch yields the full-batch gradient, and diagnose why if not.
 
-    Compares Σ_i ∇s_i / Σ_i n_i over the micro-batches of each cut with the gradient of the whole batch, from the same
-    random seed, on this process only. Restores parameters, gradients, buffers, random states and training modes. Needs
-    memory for the largest micro-batch, three gradients, and a copy of parameters and buffers on the host.
+    Compares Σ_i ∇s_i / Σ_i n_i over the micro-batches of each cut with the gradient of the whole batch of this process,
+    from the same random seed. Restores parameters, gradients, buffers, random states and training modes. Needs memory
+    for the largest micro-batch, three gradients, and a copy of parameters and buffers on the host.
 
     Args:
         model: In training mode, or the mode to verify, on its device.

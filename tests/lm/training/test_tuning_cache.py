@@ -33,12 +33,12 @@ CHOICE = MicrobatchChoice(
 )
 
 
-PLAIN = {name: value for name, value in vars(CHOICE).items() if name not in ("tried", "timing")}
+PLAIN = {name: value for name, value in vars(CHOICE).items() if name not in ("trials", "timing")}
 
 
 def written(**changes: object) -> bytes:
     """A file whose choice is whole but for some changes; ``...`` leaves a key out."""
-    whole = {"key": "this job", "level": "none", **PLAIN, "tried": [], "timing": {"points": []}} | changes
+    whole = {"key": "this job", "level": "none", **PLAIN, "trials": [], "timing": {"points": []}} | changes
     return json.dumps({name: value for name, value in whole.items() if value is not ...}).encode()
 
 
@@ -64,7 +64,7 @@ def test_a_choice_comes_back_as_it_was(tmp_path: Path) -> None:
     folder = kept(tmp_path / "run")
     assert load_cached(folder, "this job") == found(folder)
     unpredicted = MicrobatchChoice(
-        **vars(CHOICE) | {"unpredicted": "the step cannot run without data (für)", "limited": True}
+        **vars(CHOICE) | {"prediction_failure": "the step cannot run without data (für)", "limited": True}
     )
     again = kept(tmp_path / "again", unpredicted)
     assert load_cached(again, "this job") == found(again, unpredicted)
@@ -111,7 +111,7 @@ def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Pa
         b"[" * 100_000,
         b'{"key": "this job"}',
         b'{"key": "this job", "size": 3}',
-        written(tried=None, timing=None),
+        written(trials=None, timing=None),
         written(timing={"points": [[1, "x"]]}),
         written(new=1),
         written(level="some"),
