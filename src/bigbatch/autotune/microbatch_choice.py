@@ -72,6 +72,6 @@ class MicrobatchChoice:
         if smallest.size < self.size:
             reasons += f"; {smallest.size:,} reached {smallest.per_s:,.0f}/s"
         if self.largest > self.size:
-            reasons += f"; larger sizes (up to {self.largest:,}) fit but are less than 2 % faster"
+            reasons += f"; sizes up to {self.largest:,} fit but are less than 2 % faster"
         alone = ", longer samples alone" if self.longest > self.size else ""
         return f"at most {self.size:,} {self.unit} per micro-batch{alone}: {reasons}"
