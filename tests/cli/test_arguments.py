@@ -200,8 +200,8 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ("--memory=", "--memory is '': it must be an amount such as 24GiB or a share such as 80%."),
         ("--memory {}", "--memory is '{}': it must be an amount such as 24GiB or a share such as 80%."),
         ("--memory", "--memory needs a value: --memory MEMORY."),
-        ("--gpu a100", "--gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
-        ("--gpu voodoo", "--gpu is 'voodoo': it is not a known card; give its memory instead, such as 24GiB."),
+        ("--gpu a100", "--gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
+        ("--gpu voodoo", "--gpu is 'voodoo': it is not a known GPU; pass its memory instead, such as 24GiB."),
         ("--memory 24GiB --gpu t4", "--memory and --gpu exclude each other: give one of them."),
         (
             "--gradient-checkpointing=true",
@@ -374,7 +374,7 @@ def test_verify_and_generate_complain_alike(command: str, words: list[str], expe
         ("memory = true", "memory in run.toml is true: it must be text."),
         ('memory = "120%"', "memory in run.toml is '120%': a share must be at most 100%, such as 80%."),
         ("gpu = 4090", "gpu in run.toml is 4090: it must be text."),
-        ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known card; nearest are v100-16gb and v100-32gb."),
+        ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known GPU; nearest are v100-16gb and v100-32gb."),
         ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
          "them."),
         ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective or "

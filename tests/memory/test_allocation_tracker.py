@@ -28,7 +28,7 @@ class Checked(AllocationTracker):
 
 
 def check(tracker: AllocationTracker) -> None:
-    assert tracker.live_bytes.total() == tracker._now <= tracker.peak_bytes == tracker.parts_at_peak.total()
+    assert tracker.live_bytes.total() == tracker._total_bytes <= tracker.peak_bytes == tracker.parts_at_peak.total()
     assert min(tracker.live_bytes.values(), default=0) >= 0
 
 
@@ -403,5 +403,5 @@ def test_a_loop_that_waits_for_a_value_that_is_not_there_ends(monkeypatch: pytes
 
     with FakeTensorMode(), AllocationTracker(CPU), pytest.raises(RuntimeError) as raised:
         wait()
-    assert str(raised.value) == "more than 1,234 values were read, perhaps in a loop that waits for one"
+    assert str(raised.value) == "more than 1,234 tensor values were read, perhaps in a loop that waits for one"
     assert len(times) == 1234

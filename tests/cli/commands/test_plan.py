@@ -63,7 +63,7 @@ memory at the peak of an update, in (forward|backward)
   activations +[\d.]+ .iB
   loss +[\d.]+ .i?B
   in all +[\d.]+ .iB
-  which fits: memory is limited to 4GiB, of which tensors may take [\d.]+ GiB
+  which fits: memory is limited to 4GiB, of which [\d.]+ GiB are usable for tensors
 
 the first update
 24 sequences, \d+ tokens, padded
@@ -175,7 +175,7 @@ def test_one_short_document_is_planned_in_the_singular(folder: Path, capfd: pyte
 def test_a_micro_batch_that_does_not_fit_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = planned(capfd, *SMALL, "--memory", "1MiB", code=1)
     assert (
-        "\n  which does NOT fit: memory is limited to 1MiB, and this process holds as much without its tensors\n"
+        "\n  which does NOT fit: memory is limited to 1MiB, all of which this process uses outside of tensors\n"
         in printed
     )
     assert "; how long one takes was not measured: it does not fit\n" in printed
@@ -235,7 +235,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str, code: int = 2) -> st
             "--token-budget 32 or more, or a smaller --max-length.",
         ),
         ("--device cpu --gpu t4", "--gpu t4 and --device cpu exclude each other: give one of them."),
-        ("--gpu a100", "--gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
+        ("--gpu a100", "--gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
         ("--memory 1", "--memory is 1: it needs a unit, such as 1GiB."),
         (
             "--data ../nothing.txt",

@@ -35,7 +35,7 @@ def test_the_micro_batch_is_chosen_for_the_memory_and_taken_by_the_next_run(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     reason = (
-        r"\nat most [\d,]+ tokens a micro-batch(, longer samples alone)?: about [\d,]+ tokens/s, peak .* of 4\.0 GiB"
+        r"\nat most [\d,]+ tokens per micro-batch(, longer samples alone)?: about [\d,]+ tokens/s, peak .* of 4\.0 GiB"
     )
     first = trained(capfd, "--memory", "4GiB")
     assert re.search(rf"{reason}[^(\n]*\n", first), first
@@ -55,7 +55,7 @@ def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureF
     number = metrics(folder / "run")[0]["num_microbatches"]
     assert number > 1
     assert f"\ncomputed as {number} micro-batches of at most 64 tokens, on cpu, float32: a matter of memory" in printed
-    assert " tokens a micro-batch: " not in printed
+    assert " tokens per micro-batch: " not in printed
     assert not (folder / "run" / "microbatch.json").exists()
     config = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
     assert (config["token_budget"], config["microbatch"], config["gradient_checkpointing"]) == (64, None, "full")
@@ -85,8 +85,8 @@ def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureF
         ),
         (
             "--memory 1MiB",
-            r"a sample of 32 tokens needs [\d.]+ KiB \(parameters .*\), and memory is limited to 1MiB, and this "
-            r"process holds as much without its tensors\. .*\. "
+            r"a sample of 32 tokens needs [\d.]+ KiB \(parameters .*\), but memory is limited to 1MiB, all of "
+            r"which this process uses outside of tensors\. .*\. "
             r"Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and --lora-rank\.",
         ),
         (
