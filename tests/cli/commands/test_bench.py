@@ -80,7 +80,7 @@ def test_json_is_one_object_and_the_file_has_the_table_under_its_command(
 def test_the_exit_code_says_that_ours_has_no_figures(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_little(*_: object) -> None:
+    def too_little(*_: object, **__: object) -> None:
         raise MemoryLimitError("a single sample does not fit")
 
     monkeypatch.setattr(bigbatch_runner, "make_engine", too_little)

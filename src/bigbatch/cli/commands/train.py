@@ -70,10 +70,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         from bigbatch.lm.training.trainer import Trainer
 
         trainer = Trainer(setup, ranks=ranks)
-        origin = None
-        if trainer.config.microbatch == "auto":
-            progress("choosing the micro-batch")
-            origin = trainer.tune(cache=path)
+        origin = trainer.tune(cache=path, progress=progress)
     for line in (
         *setup.notes,
         *summary_lines(trainer),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.manager import RunCheckpoint
 from bigbatch.lm.data.sampling_order import epoch_order
+from bigbatch.lm.training.engine_factory import make_training_engine
+from bigbatch.lm.training.evaluation import validation_loss
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.scaling.hyperparameters import rescale
 
@@ -54,18 +56,18 @@ def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: i
     batch = trainer.schedule.batch_after(checkpoint.progress.cursor)
     if batch is None:
         raise InputError("--branch needs a batch in sequences, and this run counts its batch in tokens.")
-    update, base = trainer.engine.accumulator.update, math.inf
+    setup, optimizer, base = trainer.setup, trainer.optimizer, math.inf
+    engine = make_training_engine(setup, optimizer)  # no scheduler: the rate stays that of the checkpoint
+    state = {**checkpoint.engine_of(trainer.ranks, [setup.device_spec.device]), "scheduler": None}
     for multiple in MULTIPLES:
-        update.scheduler = trainer.scheduler
-        trainer.engine.load_state_dict(checkpoint.engine_of(trainer.ranks, [trainer.setup.device_spec.device]))
-        update.scheduler = None  # the rate stays what it was at the checkpoint
-        rescale(trainer.optimizer, multiple, rule="sqrt+half-life", scheduler=trainer.scheduler)
+        engine.load_state_dict(state)
+        rescale(optimizer, multiple, rule="sqrt+half-life", scheduler=[])
         size = multiple * batch
         samples = _following(trainer, checkpoint.progress.cursor, updates * max(MULTIPLES) * batch)
         windows = [samples[start : start + size] for start in range(0, len(samples), size)]
         for window in windows:
-            trainer.engine.step(trainer.fetch(window))
-        loss = trainer.validate()
+            engine.step(trainer.fetch(window))
+        loss = validation_loss(setup, engine)
         base = loss if multiple == 1 else base
         yield BranchResult(multiple, size, len(windows), loss, loss - base)
 

@@ -5,31 +5,27 @@ Models are made on the device ``meta``, without weights; only `Desk.measure` mak
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bigbatch.autotune.choice import largest_below
-from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError
+from bigbatch.autotune.peak_prediction import Prediction, PredictionError
 from bigbatch.autotune.problem import FULL_ENOUGH
 from bigbatch.batching.plan import Cost, Plan, TokenBudget, plan
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
-from bigbatch.engine.engine import Engine
 from bigbatch.errors import InputError, MemoryLimitError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
-from bigbatch.lm.model.causal_attention import NAME, has_full_attention, looks_causal, use_causal_attention
-from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, find_lm_head, worth_chunking
-from bigbatch.lm.model.decoder_layers import uses_randomness
 from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES
 from bigbatch.lm.model.pretrained import model_from_config
-from bigbatch.lm.model.setup import layers_of, set_up_model, with_lora
+from bigbatch.lm.model.setup import ModelOutline, outline_model, set_up_model
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.text import first_line
+from bigbatch.lm.training.engine_factory import make_engine, make_predictor
+from bigbatch.lm.training.microbatch_limits import microbatch_of
 from bigbatch.lm.training.optimizer import make_optimizer
-from bigbatch.types import Layout
 
 PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # in one update: seconds on two cores, and on a card of today
 PROBE_UPDATES = 10  # that measuring may take in all
@@ -40,6 +36,7 @@ MEMORY_SAVINGS: dict[str, dict[str, Any]] = {
 }
 
 ASKED = "as asked"
+FIXED = "fixed by --deterministic"
 LARGEST = "the largest that fits"
 FASTEST = "the fastest that fits"
 LEAST = "the longest sequence alone"
@@ -83,26 +80,25 @@ class RunEstimator:
         self._target = target
         self._data = data
         self.unit = "samples" if isinstance(config.microbatch, int) else "tokens"
-        self.layout: Layout = "padded"
-        model = self._model(config, torch.device("meta"))
-        self.layout = self._layout_of(model)
-        self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self._predictor = self._make_predictor(config, model)
+        outline = self._outline(config)
+        self.layout = outline.layout
+        self.num_parameters = sum(p.numel() for p in outline.model.parameters())
+        self.num_trained = sum(p.numel() for p in outline.model.parameters() if p.requires_grad)
+        self._predictor = make_predictor(outline, config, target=target.device)
         self._predicted: dict[tuple[int, int], Prediction] = {}
+
+    @property
+    def limit(self) -> int | TokenBudget | Literal["auto"]:
+        """The limit of the micro-batch, as training passes it to its engine."""
+        return microbatch_of(self._config, longest=self._data.longest)
 
     def microbatch(self) -> tuple[int, str]:
         """Give the size of the micro-batch and why: as asked, else the largest that fits."""
-        config, longest = self._config, self._data.longest
-        if config.token_budget is not None:
-            if config.token_budget < longest:
-                raise InputError(
-                    f"--token-budget {config.token_budget} is less than the longest sequence, which has {longest} "
-                    f"tokens and is never cut: pass --token-budget {longest} or more, or a smaller --max-length."
-                )
-            return config.token_budget, ASKED
-        if isinstance(config.microbatch, int):
-            return config.microbatch, ASKED
+        longest = self._data.longest
+        limit = self.limit
+        if limit != "auto":
+            reason = FIXED if self._config.microbatch == "auto" else ASKED
+            return (limit.tokens if isinstance(limit, TokenBudget) else limit), reason
         budget = self._target.budget
         assert budget is not None, "find_target() asks for it"
         if not self.fits(self.predict(longest).peak_bytes):
@@ -173,7 +169,7 @@ class RunEstimator:
         changes = {name: value for flags in names for name, value in MEMORY_SAVINGS[flags].items()}
         config = self._config.model_copy(update=changes)
         try:
-            predictor = self._make_predictor(config, self._model(config, torch.device("meta")))
+            predictor = make_predictor(self._outline(config), config, target=self._target.device)
             peak_bytes = predictor.predict(self._rows(shape)).peak_bytes
         except (InputError, PredictionError):  # the model cannot have it
             return None
@@ -186,34 +182,28 @@ class RunEstimator:
         if not self.fits(self.predict(size).peak_bytes):
             return "it does not fit"
         tokens = sum(self._data.window)
-        if self._config.microbatch == "auto":
+        if self.limit == "auto":
             tokens += 8 * size  # what choosing takes
         most = PROBE_UPDATES * PROBE_OPERATIONS.get(self._target.device_spec.device.type, 0.0)
         return None if 6.0 * self.num_parameters * tokens < most else "that would take more than some seconds"
 
     def measure(self, size: int) -> UpdateTiming | None:
         """Run two updates with random weights and samples; None where they do not fit after all."""
-        device_spec, config = self._target.device_spec, self._config
+        device_spec, config, limit = self._target.device_spec, self._config, self.limit
         model = self._bare_model(config, device_spec.device)
-        run = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
-        chosen: Any = size if self.unit == "samples" else TokenBudget(size)
-        engine = Engine(
-            run.model,
-            make_optimizer(run.model, config, device_spec),
-            run.loss_fn,
-            microbatch="auto" if config.microbatch == "auto" else chosen,
-            memory=config.memory if config.microbatch == "auto" else None,
-            collate=run.collate,
-            lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
-            layout=run.layout,
-            cuda_graphs=run.uses_cuda_graphs,
+        model_setup = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
+        engine = make_engine(
+            model_setup,
+            make_optimizer(model_setup.model, config, device_spec),
+            microbatch="auto" if limit == "auto" else size if self.unit == "samples" else TokenBudget(size),
+            memory=config.memory if limit == "auto" else None,
             max_grad_norm=config.max_grad_norm,
             scaler=device_spec.scaler(),
         )
         window = sorted(self._data.window, reverse=True)
         longest = [self._data.longest] * (self._data.longest > window[0])
         try:
-            choice = engine.tune(_samples(window + longest)) if config.microbatch == "auto" else None
+            choice = engine.tune(_samples(window + longest)) if limit == "auto" else None
             seconds = min(engine.step(_samples(window)).elapsed_s for _ in range(2))
         except MemoryLimitError:
             return None
@@ -228,28 +218,16 @@ class RunEstimator:
         except Exception as error:  # whatever a model says to numbers that do not go together
             raise InputError(f"the configuration of {config.model} makes no model: {first_line(error)}.") from error
 
-    def _model(self, config: TrainConfig, device: torch.device) -> Any:
-        model = self._bare_model(config, device)
-        if looks_causal(model) and has_full_attention(model.config, max_length=self._data.max_length):
-            use_causal_attention(model)
-        if config.lora_rank:
-            model = with_lora(model, config)
-        if config.gradient_checkpointing not in ("auto", "none"):
-            layers_of(model, config)
-        return model.train()
-
-    def _layout_of(self, model: Any) -> Layout:
-        """Take the layout that training would take, as far as it shows without weights."""
-        config, device = self._config, self._target.device
-        if config.layout == "packed" or (
-            config.layout == "auto"
-            and device.type == "cuda"
-            and DeviceSpec(device, config.precision).is_half_precision
-            and getattr(model.config, "_attn_implementation", None) == NAME
-            and not uses_randomness(model)
-        ):
-            return "packed"
-        return "padded"
+    def _outline(self, config: TrainConfig) -> ModelOutline:
+        """Decide how training would run the model, without weights."""
+        return outline_model(
+            self._bare_model(config, torch.device("meta")),
+            config,
+            DeviceSpec(self._target.device_spec.device, config.precision),
+            target=self._target.device,
+            longest=self._data.longest,
+            max_length=self._data.max_length,
+        )
 
     def _rows(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Make a micro-batch without data."""
@@ -258,16 +236,6 @@ class RunEstimator:
         if self.layout == "packed":
             rows["offsets"] = torch.empty(MIN_ROW_PLACES + 1, dtype=torch.int32, device="meta")
         return rows
-
-    def _make_predictor(self, config: TrainConfig, model: Any) -> PeakPredictor:
-        device_spec = DeviceSpec(self._target.device_spec.device, config.precision)
-        optimizer = make_optimizer(model, config, DeviceSpec(self._target.device, config.precision))
-        return PeakPredictor.from_training(model, optimizer, self._loss(device_spec, model), device=self._target.device)
-
-    def _loss(self, device_spec: DeviceSpec, model: Any) -> CausalLMLoss | ChunkedCausalLMLoss:
-        """Take the loss that training would take, as far as it shows without weights."""
-        kind = ChunkedCausalLMLoss if worth_chunking(find_lm_head(model)) else CausalLMLoss
-        return kind(device_spec, needs_mask=not looks_causal(model), longest=self._data.longest)
 
 
 def _is_set(config: TrainConfig, flags: str) -> bool:

@@ -13,6 +13,7 @@ from bigbatch.batching.plan import Plan
 from bigbatch.batching.token_groups import DEFAULT_COST
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.model.setup import compiles_layers
 from bigbatch.lm.planning.data_statistics import DataStatistics, measure_data
 from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
 from bigbatch.lm.planning.estimator import FASTEST, LARGEST, MemorySaving, RunEstimator
@@ -22,7 +23,7 @@ from bigbatch.lm.training.setup import ProgressCallback
 def _make_estimator(config: TrainConfig, target: PlanTarget, data: DataStatistics) -> tuple[TrainConfig, RunEstimator]:
     """Plan at the first level of recomputation at which the longest sequence fits, where training would choose it."""
     estimator = RunEstimator(config, target, data)
-    if config.gradient_checkpointing != "auto" or config.microbatch != "auto":
+    if config.gradient_checkpointing != "auto" or estimator.limit != "auto":
         return config, estimator
     for mode in ("selective", "full"):
         if estimator.fits(estimator.predict(data.longest).peak_bytes):
@@ -44,7 +45,7 @@ def _notes(config: TrainConfig, asked: TrainConfig, target: PlanTarget) -> list[
     if config.gradient_checkpointing != asked.gradient_checkpointing:
         layers = "all layers are" if config.gradient_checkpointing == "full" else "every second layer is"
         notes.append(f"{layers} computed anew in backward: the longest sequence does not fit otherwise")
-    if target.device.type == "cuda" and config.compile != "none":
+    if target.device.type == "cuda" and compiles_layers(config, target.device):
         notes.append(
             "training compiles the layers there, which keep less than is predicted here, operation by operation"
         )

@@ -80,6 +80,17 @@ def seeded(setup: TrainingSetup, *, rank: int = 0) -> Iterator[None]:
         set_random_states(before, devices)
 
 
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Use deterministic torch algorithms, if enabled here or before; restore the setting at the end."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def evenly_spaced(length: int, most: int) -> list[int]:
     """Give at most ``most`` indices below ``length``, as far apart as they can be."""
     if length <= most:
