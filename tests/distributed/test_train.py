@@ -244,12 +244,11 @@ def refused(ground: Ground, words: list[str], size: int = 3, **how: Any) -> str:
         ),
         (
             ["--parallel", "fsdp", "--async-checkpoint"],
-            "--async-checkpoint writes from one process, and with --parallel fsdp every rank writes its shards: leave "
-            "it out.",
+            "--async-checkpoint is not supported with --parallel fsdp, where every rank writes its shards. Remove it.",
         ),
         (
             ["--parallel", "fsdp", "--memory", "1GiB"],
-            "--memory decides about the micro-batch, and --token-budget 64 has decided: leave one of them out.",
+            "--memory limits --microbatch auto and cannot be combined with --token-budget 64. Remove one of them.",
         ),
         (
             ["--out", "data.jsonl/run"],

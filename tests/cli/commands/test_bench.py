@@ -102,7 +102,7 @@ NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, ac
         ),
         (
             ["--only", "bigbatch:4"],
-            "--only holds 'bigbatch:4': bigbatch chooses its micro-batch; only the others take a number of samples.",
+            "--only holds 'bigbatch:4': bigbatch chooses its micro-batch; only the others accept a number of samples.",
         ),
         (["--rounds", "0"], "--rounds is 0: it must be at least 1."),
         (["--workload", "x"], "--workload is 'x': it must be auto, w, w-lora or w-small."),

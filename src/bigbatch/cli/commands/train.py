@@ -96,4 +96,4 @@ def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
         return []
     taken = "" if origin is None else f" (as {origin} found for the same model, device and settings)"
     unpredicted = "" if choice.prediction_failure is None else f"; found by trying, since {choice.prediction_failure}"
-    return [f"{choice}{describe(trainer.checkpointing_mode)}{taken}{unpredicted}"]
+    return [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{taken}{unpredicted}"]

@@ -1,4 +1,4 @@
-"""How this package takes its update. Nothing else in here knows."""
+"""bigbatch as a contestant: model setup, tuning and engine of `bigbatch train`."""
 
 import time
 from typing import Any
@@ -14,47 +14,49 @@ from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.training.autotune import apply_choice, describe, tune
 from bigbatch.lm.training.engine_factory import make_engine
 
-WARM_UPDATES = 2  # one that runs operation by operation, one that records
+WARM_UPDATES = 2  # one eager update, one that captures CUDA graphs
 
 
 def set_up(model: Any, workload: Workload) -> ModelSetup:
-    """Arrange a model as `bigbatch train` would.
+    """Set up a model as `bigbatch train` does.
 
     Args:
         model: On its device. It is changed.
-        workload: Tells precision and lengths.
+        workload: Provides precision and lengths.
     """
-    config = TrainConfig(model=workload.name, max_length=workload.longest).resolved()  # adapters are there already
-    return set_up_model(model, config, workload.machine(), pad_id=0, longest=workload.longest)
+    config = TrainConfig(
+        model=workload.name, max_length=workload.longest
+    ).resolved()  # the workload adds adapters itself
+    return set_up_model(model, config, workload.device_spec(), pad_id=0, longest=workload.longest)
 
 
 class BigbatchRunner:
-    """The engine as a contestant: arranges the model and chooses in its first turn, and keeps to that in the others."""
+    """The engine as a contestant: sets up the model and tunes in its first turn, and reuses both in later turns."""
 
     def __init__(self) -> None:
-        self._run: ModelSetup | None = None
+        self._model_setup: ModelSetup | None = None
         self._chosen: tuple[CheckpointingMode, MicrobatchChoice] | None = None
         self.notes: list[str] = []
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
-        """Take whole updates to warm up, then the one that counts."""
+        """Warm up with whole updates, then run the measured one."""
         samples = shift(stage.samples)
         started_s = time.perf_counter()
-        if self._run is None:
-            self._run = set_up(stage.model, stage.workload)
-        elif self._run.layout == "packed":
-            use_causal_attention(stage.model)  # the stage has put the model's own back
-        run = self._run
-        engine = make_engine(run, stage.optimizer, memory=stage.memory)
+        if self._model_setup is None:
+            self._model_setup = set_up(stage.model, stage.workload)
+        elif self._model_setup.layout == "packed":
+            use_causal_attention(stage.model)  # reset between turns
+        model_setup = self._model_setup
+        engine = make_engine(model_setup, stage.optimizer, memory=stage.memory)
         if self._chosen is None:
-            self._chosen = tune(engine, run.layers, samples, modes=True)
+            self._chosen = tune(engine, model_setup.layers, samples, modes=True)
             elapsed_s = time.perf_counter() - started_s
-            level, choice = self._chosen
-            self.notes += [f"chosen once, in {elapsed_s:.1f} s that are not counted: {choice}{describe(level)}"]
-            self.notes += run.notes
+            mode, choice = self._chosen
+            self.notes += [f"tuned once, in {elapsed_s:.1f} s that are not counted: {choice}{describe(mode)}"]
+            self.notes += model_setup.notes
         else:
-            apply_choice(engine, run.layers, *self._chosen)
-        stage.forget_peak()  # of the sizes that were tried
+            apply_choice(engine, model_setup.layers, *self._chosen)
+        stage.reset_peak()  # excludes tuning
         for _ in range(WARM_UPDATES):
             engine.step(samples)
         stage.reset()
@@ -63,6 +65,6 @@ class BigbatchRunner:
         meter.stop()
         engine.release_cuda_graphs()
         if report.retries:
-            self.notes.append(f"ran out of memory and went on with smaller micro-batches, {report.retries} times")
+            self.notes.append(f"ran out of memory {report.retries} times and retried with smaller micro-batches")
         if engine.graph_runner is not None and engine.graph_runner.disabled_reason is not None:
             self.notes.append(f"no CUDA graphs: {engine.graph_runner.disabled_reason}")

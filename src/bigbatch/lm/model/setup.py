@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.errors import InputError
+from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
@@ -58,6 +59,11 @@ class ModelSetup:
     layers: DecoderLayers | None
     uses_cuda_graphs: bool
     notes: tuple[str, ...]
+
+    @property
+    def checkpointing_mode(self) -> CheckpointingMode:
+        """The current mode of activation checkpointing."""
+        return "none" if self.layers is None else self.layers.mode
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The figures of a plan: peaks by size of the micro-batch, the size that fits, what would help, an update's time.
+"""Estimates of a plan: peak memory by micro-batch size, the size that fits, memory savings, and time of an update.
 
-Models are made on the device ``meta``, without weights; only `Desk.measure` makes one that runs.
+Models are created on the device ``meta``, without weights; only `RunEstimator.measure` creates one that runs.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from bigbatch.lm.training.engine_factory import make_engine, make_predictor
 from bigbatch.lm.training.microbatch_limits import microbatch_of
 from bigbatch.lm.training.optimizer import make_optimizer
 
-PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # in one update: seconds on two cores, and on a card of today
-PROBE_UPDATES = 10  # that measuring may take in all
+PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # of one update: seconds on two cores, and on an H100
+PROBE_UPDATES = 10  # limit of a measurement, in updates of that size
 MEMORY_SAVINGS: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing full": {"gradient_checkpointing": "full"},
     "--precision bf16-weights": {"precision": "bf16-weights"},
@@ -44,12 +44,12 @@ LEAST = "the longest sequence alone"
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """What other settings would make of the peak.
+    """Predicted peak memory under other settings.
 
     Attributes:
         flags: The settings, as on the command line.
-        peak_bytes: Of the same micro-batch.
-        fits: Whether that is within the memory; None where that is not known.
+        peak_bytes: Peak with the same micro-batch.
+        fits: Whether the peak is within the memory; None if the memory is unknown.
     """
 
     flags: str
@@ -59,12 +59,12 @@ class MemorySaving:
 
 @dataclass(frozen=True)
 class UpdateTiming:
-    """What a measurement on this machine found.
+    """A measurement of an update on this machine.
 
     Attributes:
-        size: The most of a micro-batch, as asked or as chosen.
-        cost: What the cut of a batch is weighed by at that size.
-        seconds: Of an update.
+        size: Limit of a micro-batch, as configured or as chosen.
+        cost: Cost model of micro-batches at that size.
+        seconds: Time of an update.
     """
 
     size: int
@@ -73,7 +73,7 @@ class UpdateTiming:
 
 
 class RunEstimator:
-    """Works out the figures of one configuration; sizes are in the unit of its micro-batch."""
+    """Estimates memory and time of one configuration; sizes are in ``unit``, samples or tokens."""
 
     def __init__(self, config: TrainConfig, target: PlanTarget, data: DataStatistics) -> None:
         self._config = config
@@ -93,14 +93,14 @@ class RunEstimator:
         return microbatch_of(self._config, longest=self._data.longest)
 
     def microbatch(self) -> tuple[int, str]:
-        """Give the size of the micro-batch and why: as asked, else the largest that fits."""
+        """Return the size of the micro-batch and the reason: as configured, else the largest that fits."""
         longest = self._data.longest
         limit = self.limit
         if limit != "auto":
             reason = FIXED if self._config.microbatch == "auto" else ASKED
             return (limit.tokens if isinstance(limit, TokenBudget) else limit), reason
         budget = self._target.budget
-        assert budget is not None, "find_target() asks for it"
+        assert budget is not None, "resolve_target() requires it"
         if not self.fits(self.predict(longest).peak_bytes):
             return longest, LEAST
 
@@ -111,20 +111,20 @@ class RunEstimator:
         return (largest if self.layout == "padded" else max(longest, round_down_row(largest))), LARGEST
 
     def fits(self, peak_bytes: int) -> bool | None:
-        """Whether a peak is within the memory."""
+        """Return whether a peak is within the memory; None if the memory is unknown."""
         return None if self._target.budget is None else peak_bytes <= self._target.budget.usable_bytes
 
     def predict(self, size: int) -> Prediction:
-        """Predict the peak of a window of micro-batches of a size."""
+        """Predict the peak of a window with micro-batches of a size."""
         for shape in self._worst_cases(size):
             if shape not in self._predicted:
                 self._predicted[shape] = self._predictor.predict(self._rows(shape))
         return max((self._predicted[shape] for shape in self._worst_cases(size)), key=lambda found: found.peak_bytes)
 
     def _worst_cases(self, size: int) -> list[tuple[int, int]]:
-        """Rows and tokens of the fullest micro-batches of a size that an update can bring.
+        """Return rows and tokens of the largest micro-batches that a size allows.
 
-        As many as fit of the longest; and, under a limit in tokens, of those that fill it best.
+        As many of the longest sequences as fit; and, under a limit in tokens, those of the length that fills it best.
         """
         longest, most_rows = self._data.longest, self._data.most_rows
         if self.layout == "packed":
@@ -138,7 +138,7 @@ class RunEstimator:
         return list(dict.fromkeys([shapes[0], fullest]))
 
     def plan(self, size: int, cost: Cost) -> Plan:
-        """Cut the first update into micro-batches of a size, as training would."""
+        """Split the first update into micro-batches of a size, as training does."""
         window = self._data.window
         if self.unit == "samples":
             return plan(window, microbatch_size=size, layout=self.layout)
@@ -147,21 +147,21 @@ class RunEstimator:
         return Plan((groups,), window, self.layout, most, None, 1)
 
     def memory_savings(self, size: int) -> list[MemorySaving]:
-        """Predict the same with other settings; those that are set already, or that do not help, are left out.
+        """Predict the peak under other settings; settings that are active already or do not lower it are left out.
 
-        One setting more; or, where no single one makes it fit, also the fewest together that do.
+        Each setting alone and, if none of them makes the micro-batch fit, the smallest combinations that do.
         """
         now_bytes = self.predict(size).peak_bytes
         shape = max(self._worst_cases(size), key=lambda shape: self._predicted[shape].peak_bytes)
         found: list[MemorySaving] = []
         for number in range(1, len(MEMORY_SAVINGS) + 1):
-            if number > 1 and (self.fits(now_bytes) is not False or any(lever.fits for lever in found)):
+            if number > 1 and (self.fits(now_bytes) is not False or any(saving.fits for saving in found)):
                 break
             for names in combinations(MEMORY_SAVINGS, number):
-                lever = self._memory_saving(names, shape)
-                if lever is not None and (lever.peak_bytes < now_bytes if number == 1 else lever.fits):
-                    found.append(lever)
-        return sorted(found, key=lambda lever: lever.peak_bytes)
+                saving = self._memory_saving(names, shape)
+                if saving is not None and (saving.peak_bytes < now_bytes if number == 1 else saving.fits):
+                    found.append(saving)
+        return sorted(found, key=lambda saving: saving.peak_bytes)
 
     def _memory_saving(self, names: tuple[str, ...], shape: tuple[int, int]) -> MemorySaving | None:
         if any(_is_set(self._config, flags) for flags in names):
@@ -171,24 +171,24 @@ class RunEstimator:
         try:
             predictor = make_predictor(self._outline(config), config, target=self._target.device)
             peak_bytes = predictor.predict(self._rows(shape)).peak_bytes
-        except (InputError, PredictionError):  # the model cannot have it
+        except (InputError, PredictionError):  # not supported by the model
             return None
         return MemorySaving(" ".join(names), peak_bytes, self.fits(peak_bytes))
 
     def why_untimed(self, size: int) -> str | None:
-        """Say why an update cannot be measured; None where it can."""
+        """Return why an update is not measured; None if it can be."""
         if not self._target.is_local:
-            return "that device is not here"
+            return "the device is not in this machine"
         if not self.fits(self.predict(size).peak_bytes):
             return "it does not fit"
         tokens = sum(self._data.window)
         if self.limit == "auto":
-            tokens += 8 * size  # what choosing takes
+            tokens += 8 * size  # cost of tuning
         most = PROBE_UPDATES * PROBE_OPERATIONS.get(self._target.device_spec.device.type, 0.0)
-        return None if 6.0 * self.num_parameters * tokens < most else "that would take more than some seconds"
+        return None if 6.0 * self.num_parameters * tokens < most else "it would take more than a few seconds"
 
     def measure(self, size: int) -> UpdateTiming | None:
-        """Run two updates with random weights and samples; None where they do not fit after all."""
+        """Time two updates with random weights and samples, and return the faster; None if they run out of memory."""
         device_spec, config, limit = self._target.device_spec, self._config, self.limit
         model = self._bare_model(config, device_spec.device)
         model_setup = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
@@ -215,7 +215,7 @@ class RunEstimator:
         dtype = DeviceSpec(self._target.device_spec.device, config.precision).weights_dtype
         try:
             return model_from_config(self._data.model_config, dtype=dtype, device=device)
-        except Exception as error:  # whatever a model says to numbers that do not go together
+        except Exception as error:  # models raise many types for an inconsistent configuration
             raise InputError(f"the configuration of {config.model} makes no model: {first_line(error)}.") from error
 
     def _outline(self, config: TrainConfig) -> ModelOutline:
@@ -230,7 +230,7 @@ class RunEstimator:
         )
 
     def _rows(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Make a micro-batch without data."""
+        """Return a micro-batch on the device ``meta``."""
         names = ("input_ids", "labels", "attention_mask" if self.layout == "padded" else "position_ids")
         rows = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
         if self.layout == "packed":

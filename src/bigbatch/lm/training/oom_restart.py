@@ -12,6 +12,7 @@ from typing import Literal, NoReturn
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import RestartError, ShardedMemoryError
 from bigbatch.lm.runs.file_names import SMALLER_MICROBATCH
+from bigbatch.lm.training.setup import TrainingSetup
 
 SHRINK = 0.8  # a restart costs minutes, so the size shrinks faster than in `Engine.step`, which retries in place
 
@@ -19,9 +20,8 @@ SHRINK = 0.8  # a restart costs minutes, so the size shrinks faster than in `Eng
 def restart_smaller(
     error: ShardedMemoryError,
     microbatch: int | TokenBudget | Literal["auto"],
-    folder: Path | None,
+    setup: TrainingSetup,
     *,
-    longest: int,
     rank: int,
 ) -> NoReturn:
     """Save a smaller micro-batch for the restarted processes, and raise.
@@ -29,8 +29,7 @@ def restart_smaller(
     Args:
         error: The error of this rank.
         microbatch: The size that ran out of memory; never ``"auto"`` in a sharded run.
-        folder: The run directory.
-        longest: As for `next_smaller`.
+        setup: Of the run, whose directory receives the smaller size.
         rank: This rank.
 
     Raises:
@@ -38,8 +37,9 @@ def restart_smaller(
         ShardedMemoryError: No smaller size exists.
     """
     assert microbatch != "auto", "sharded runs have a fixed micro-batch"
+    folder = setup.config.out
     assert folder is not None, "set before training"
-    smaller, unit = next_smaller(microbatch, longest=longest), unit_of(microbatch)
+    smaller, unit = next_smaller(microbatch, longest=max(setup.training.lengths)), unit_of(microbatch)
     if smaller is None:
         raise error
     save_override(folder, smaller, unit)

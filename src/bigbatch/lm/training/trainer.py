@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError
 from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint
-from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, copy_to_meta, gather_full_model
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory, as_line
@@ -84,12 +83,11 @@ class Trainer:
     def tune(self, cache: Path | None = None, *, progress: Callable[[str], object] = lambda words: None) -> Path | None:
         """Set the micro-batch of ``--microbatch auto``, once: that of the checkpoint, a cached one, or a measured one.
 
-        The only place that starts tuning; `run` calls it if nobody did. If memory limits the micro-batch and
-        ``--gradient-checkpointing`` is auto, activation checkpointing is tried too. Collective.
+        The only place that starts tuning; `run` calls it, so calling it before is optional. Collective.
 
         Args:
             cache: A run directory; it and its siblings are searched for a cached choice. None to tune always.
-            progress: Receives a message before work that takes seconds.
+            progress: Receives a message before tuning.
 
         Returns:
             The run directory of a cached choice, else None.
@@ -102,10 +100,12 @@ class Trainer:
         budget, origin = enforce_memory_budget(self.engine.memory, self.setup), None
         if not self._choice_is_saved:
             progress("choosing the micro-batch")
+            lengths = self.setup.training.lengths
+            longest = max(range(len(lengths)), key=lengths.__getitem__)
             origin = choose_microbatch(
                 self.engine,
                 self.setup,
-                self._tuning_samples,
+                lambda: self.fetch(list({*self.shard_window(self.schedule.first_window()), longest})),
                 ranks=self.ranks,
                 cache=cache,
                 usable_bytes=budget.usable_bytes,
@@ -117,17 +117,6 @@ class Trainer:
     def _choice_is_saved(self) -> bool:
         """Whether the checkpoint holds the micro-batch, which is then loaded with the engine's state."""
         return self.checkpoint is not None and self.checkpoint.engine["engine"]["choice"] is not None
-
-    def _tuning_samples(self) -> list[dict[str, torch.Tensor]]:
-        """Return this rank's share of the first window, and the longest sample."""
-        lengths = self.setup.training.lengths
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        return self.fetch(list({*self.shard_window(self.schedule.first_window()), longest}))
-
-    @property
-    def checkpointing_mode(self) -> CheckpointingMode:
-        """Which decoder layers use activation checkpointing."""
-        return "none" if self.model_setup.layers is None else self.model_setup.layers.mode
 
     def shard_window(self, window: list[int]) -> list[int]:
         """Return this rank's samples of a window."""
@@ -143,8 +132,7 @@ class Trainer:
     ) -> TrainResult:
         """Train to the end, or until ``should_stop()`` is true after an update; then save the model.
 
-        The seed covers dropout too; the caller's random state is restored. State can be saved only between updates: an
-        abandoned update leaves no trace.
+        The seed covers dropout too; the caller's random state is restored. An abandoned update leaves no trace.
 
         Args:
             directory: Receives metrics, checkpoints and model.
@@ -172,7 +160,7 @@ class Trainer:
                     directory.path,
                     self.engine.choice,
                     cache_key(self.setup),
-                    checkpointing_mode=self.checkpointing_mode,
+                    checkpointing_mode=self.model_setup.checkpointing_mode,
                 )
             with checkpoints.open():
                 self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon))
@@ -191,7 +179,7 @@ class Trainer:
             if now.step == self.total_steps:
                 session.directory.discard_model()  # a model next to the last checkpoint counts as the final one
             if now.step % self.config.checkpoint_every == 0 or now.step == self.total_steps or stopping:
-                checkpoints.save(self.engine, now, self.checkpointing_mode)
+                checkpoints.save(self.engine, now, self.model_setup.checkpointing_mode)
             if stopping:
                 return
 
@@ -293,8 +281,7 @@ class Trainer:
                 should_stop=session.should_stop,
             )
         except ShardedMemoryError as error:
-            longest = max(self.setup.training.lengths)
-            restart_smaller(error, self.engine.microbatch, self.config.out, longest=longest, rank=self.ranks.rank)
+            restart_smaller(error, self.engine.microbatch, self.setup, rank=self.ranks.rank)
         row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
         ranks = report.ranks
         return row, session.should_stop if ranks is None else lambda: ranks.stopping
