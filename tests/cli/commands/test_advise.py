@@ -63,7 +63,7 @@ def test_a_run_ends_with_one_line_only_where_something_is_known() -> None:
     assert one_line(found(scale=None, low=None, high=None)) is None
     assert one_line(found(batch=8.0)) == (
         "batch: 8 sequences, far below the gradient noise scale about 64 sequences (50 to 80): a larger batch would "
-        "lose few samples"
+        "need few additional samples"
     )
 
 

@@ -57,7 +57,7 @@ class Workload:
         return resolve_device(self.device, self.precision)
 
     def make_model(self, device: torch.device | str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-        """Create the model in training mode; its random weights are the same on every call with the same device type."""
+        """Create the model in training mode; its random weights are the same for every call on one device type."""
         import transformers
 
         config = transformers.Qwen2Config(**{**self.model, "max_position_embeddings": self.longest, **changes})

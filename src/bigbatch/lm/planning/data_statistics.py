@@ -121,7 +121,7 @@ def _check_length(config: TrainConfig, model_config: Any) -> None:
 
 
 def sample_documents(documents: Sequence[Document], most: int) -> Sequence[Document]:
-    """Return all documents if there are at most ``most``, else ``most`` of them, evenly spaced, the longest included."""
+    """Return at most ``most`` documents: evenly spaced, the longest included."""
     if len(documents) <= most:
         return documents
     longest = max(range(len(documents)), key=lambda i: sum(map(len, documents[i].texts)))

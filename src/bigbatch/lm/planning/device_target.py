@@ -81,7 +81,7 @@ def _elsewhere(config: TrainConfig) -> PlanTarget:
         budget = MemoryBudget.from_limit(parse_memory(config.memory).to_bytes(), config.memory)
     elif config.microbatch == "auto":
         raise InputError(
-            f"--device {config.device} is not in this machine, so its memory is unknown. Pass a GPU, such as --gpu h100, or an "
-            "amount, such as --memory 24GiB, or pass --microbatch or --token-budget."
+            f"--device {config.device} is not in this machine, so its memory is unknown. Pass a GPU, such as --gpu "
+            "h100, or an amount, such as --memory 24GiB, or pass --microbatch or --token-budget."
         )
     return PlanTarget(f"{config.gpu or 'a CUDA device'}, {device_spec.precision}", device, device_spec, budget, False)

@@ -26,12 +26,12 @@ def microbatch_of(
         ranks: The processes of the run.
 
     Raises:
-        InputError: The longest sequence exceeds --token-budget, or the setting is not supported for sharded models.
+        InputError: The longest sequence exceeds --token-budget, or a setting is not supported for sharded models.
     """
     if config.async_checkpoint and ranks.are_sharded:
         raise InputError(
-            f"--async-checkpoint is not supported with --parallel {config.parallel}, where every rank writes its shards. "
-            "Remove it."
+            f"--async-checkpoint is not supported with --parallel {config.parallel}, where every rank writes its "
+            "shards. Remove it."
         )
     if config.token_budget is not None:
         if longest > config.token_budget:
@@ -45,8 +45,8 @@ def microbatch_of(
         return TokenBudget(REPEATABLE * longest)
     if config.microbatch == "auto" and ranks.are_sharded:
         raise InputError(
-            f"--microbatch auto is not supported with --parallel {config.parallel}, whose ranks cannot continue after an "
-            "out-of-memory error. Pass --token-budget or --microbatch."
+            f"--microbatch auto is not supported with --parallel {config.parallel}, whose ranks cannot continue after "
+            "an out-of-memory error. Pass --token-budget or --microbatch."
         )
     return config.microbatch
 
@@ -69,8 +69,8 @@ def memory_of(config: TrainConfig, device_spec: DeviceSpec, *, ranks: RankContex
         )
     if config.deterministic:
         raise InputError(
-            f"--{name} is for a micro-batch that is chosen by timing, which --deterministic excludes. Pass --token-budget "
-            f"instead of --{name}."
+            f"--{name} is for a micro-batch that is chosen by timing, which --deterministic excludes. Pass "
+            f"--token-budget instead of --{name}."
         )
     if config.gpu is None:
         return config.memory

@@ -159,7 +159,7 @@ class TrainingSchedule:
         return windows
 
     def _order_of(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Return the order of an epoch, and the tokens of the run before each of its samples; the last epoch is cached."""
+        """Return the order of an epoch, and the tokens of the run before each of its samples; the last is cached."""
         if self._cached_epoch[0] != epoch:
             order = epoch_order(len(self._lengths), seed=self._config.seed, epoch=epoch)
             tokens = accumulate((self._lengths[i] for i in order), initial=epoch * sum(self._lengths))
