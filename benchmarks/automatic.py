@@ -1,15 +1,15 @@
-"""``auto`` as `bigbatch train` runs it, beside every fixed number of samples that fits, under a memory limit.
+"""``auto``, as `bigbatch train` runs it, compared with every fixed number of samples that fits, under a memory limit.
 
     python benchmarks/automatic.py [--memory 24] [--rounds 3] [--updates 50]
 
-Workload W (benchmarks/workload.py) on one CUDA device, this process limited to so many GiB by
-`set_per_process_memory_fraction`. One model and optimizer for all. Fixed numbers of samples are padded rows in the
-order of the batch, operation by operation, with a loss that makes all logits and with one that makes them in chunks;
-each takes the first 16 sequences of the batch. ``auto`` takes all 256, packed, compiled and recorded where the model
-allows. In every round each takes an update, in turn, so that whatever else the machine does meets them alike; the table
-has medians. What runs out of memory, even once, does not fit. Then ``auto`` runs its updates, each on a batch of its
-own with the same distribution of lengths; and last, with all memory, it takes turns with a loop written by hand that
-launches the same recordings of the same micro-batches.
+Workload W (benchmarks/workload.py) on one CUDA device, with the process limited to that many GiB by
+`set_per_process_memory_fraction`. All contestants share one model and optimizer. Fixed numbers of samples are padded
+rows in the order of the batch, in eager mode, with a loss that computes all logits and with one that computes them in
+chunks; each runs the first 16 sequences of the batch. ``auto`` runs all 256, packed, compiled and captured as CUDA
+graphs where the model supports it. In every round each contestant runs one update, in alternation, so that other load
+on the machine affects all of them equally; the table has medians. A contestant that runs out of memory, even once, does
+not fit. Then ``auto`` runs its updates, each on another batch with the same distribution of lengths; finally, without
+the memory limit, it alternates with a hand-written loop that replays the same CUDA graphs of the same micro-batches.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from bigbatch.lm.training.autotune import describe, tune
 
 SIZES = {"all logits": (1, 2), "chunks": (1, 2, 4, 6)}
 LOSSES = {"chunks": workload.chunked_loss_fn, "all logits": workload.loss_fn}
-SHARE = 16  # sequences of the batch that a fixed number of samples takes in a round
+SHARE = 16  # sequences of the batch that a fixed number of samples runs in a round
 
 
 class Contestant:
@@ -47,7 +47,7 @@ class Contestant:
         self.peak_bytes = self.retries = self.num_microbatches = 0
 
     def take_turn(self, *, warm_updates: int) -> None:
-        """Make one update after some that do not count; nothing any more for one that does not fit."""
+        """Run warm-up updates and time one; skip a contestant that does not fit."""
         if self.retries:
             return
         torch.cuda.reset_peak_memory_stats()
@@ -65,7 +65,7 @@ class Contestant:
 
     @property
     def speed(self) -> float:
-        """Median tokens a second."""
+        """Median tokens per second."""
         return statistics.median(self.speeds)
 
     def __str__(self) -> str:
@@ -79,8 +79,8 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", type=float, default=24.0, help="GiB that this process may use")
-    parser.add_argument("--rounds", type=int, default=3, help="updates that each takes, in turn")
-    parser.add_argument("--updates", type=int, default=50, help="of auto on other batches, afterwards")
+    parser.add_argument("--rounds", type=int, default=3, help="timed updates of each contestant, in alternation")
+    parser.add_argument("--updates", type=int, default=50, help="updates of auto on other batches, afterwards")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -119,7 +119,7 @@ def main() -> None:
             )
             contestants.append(Contestant(f"{size} samples, {loss}", fixed, batch[:SHARE]))
     for number in range(options.rounds):
-        contestants[0].take_turn(warm_updates=1 if number else 2)  # one that runs as it is, one that records
+        contestants[0].take_turn(warm_updates=1 if number else 2)  # one eager, one that captures
         with run.layers.eager():
             for contestant in contestants[1:]:
                 contestant.take_turn(warm_updates=0 if number else 1)
@@ -137,11 +137,12 @@ def main() -> None:
     print(f"{sum(retries)} out of memory, {sum(retries[1:])} after the first window;", end=" ")
     print(f"reserved at most {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB of {options.memory:g}", flush=True)
     torch.cuda.set_per_process_memory_fraction(1.0)
-    print(f"auto takes {beside_a_loop(engine, run, optimizer, samples):.3f} of a loop by hand over the same recordings")
+    ratio = relative_to_loop(engine, run, optimizer, samples)
+    print(f"auto takes {ratio:.3f} of the time of a hand-written loop over the same CUDA graphs")
 
 
-def beside_a_loop(engine: bigbatch.Engine, run: ModelSetup, optimizer: torch.optim.Optimizer, samples: Any) -> float:
-    """Time updates of the engine and of a loop by hand with the same plan and kernels, in turn; give their ratio."""
+def relative_to_loop(engine: bigbatch.Engine, run: ModelSetup, optimizer: torch.optim.Optimizer, samples: Any) -> float:
+    """Return the time of the engine relative to a hand-written loop with the same plan and kernels."""
     parameters = list(run.model.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     groups = engine.groups([len(sample["input_ids"]) for sample in samples])

@@ -1,12 +1,12 @@
-"""The micro-batch that ``auto`` chooses beside fixed numbers of samples, on two CPU cores and real data.
+"""The micro-batch that ``auto`` chooses, compared with fixed numbers of samples, on two CPU cores and real data.
 
     python benchmarks/automatic_cpu.py [--rounds 5]
 
 The tiny model of `bigbatch train` on `python-stdlib-functions` (docstring as prompt, body as completion), sequences of
-up to 1,024 tokens, 64 of them in an update. Fixed numbers of samples are cut from the batch in its own order, as users
-run them, and from the batch sorted by length. All take the same updates in turn, so that whatever else the machine does
-meets them alike; the table has medians. The peak is that of all tensors, counted by
-`bigbatch.memory.allocation_tracker.AllocationTracker` in an update of its own.
+up to 1,024 tokens, 64 of them per update. Fixed numbers of samples are cut from the batch in its own order, as users
+run them, and from the batch sorted by length. All contestants run the same updates in alternation, so that other load
+on the machine affects all of them equally; the table has medians. The peak covers all tensors, counted by
+`bigbatch.memory.allocation_tracker.AllocationTracker` in a separate update.
 """
 
 import argparse
@@ -30,7 +30,7 @@ GLOBAL_BATCH = 64
 
 
 def make_engine(prepared: TrainingSetup, microbatch: Any) -> bigbatch.Engine:
-    """Make an engine; all of them train the one model."""
+    """Make an engine; all engines train the same model."""
     return bigbatch.Engine(
         prepared.model,
         make_optimizer(prepared.model, prepared.config, prepared.device_spec),
@@ -43,7 +43,7 @@ def make_engine(prepared: TrainingSetup, microbatch: Any) -> bigbatch.Engine:
 
 
 def peak_of(prepared: TrainingSetup, engine: bigbatch.Engine, samples: list[Any]) -> int:
-    """Count the tensors of one update."""
+    """Return the peak bytes of all tensors in one update."""
     optimizer = engine.accumulator.optimizer
     with AllocationTracker(torch.device("cpu")) as tracker:
         tracker.track([*prepared.model.parameters(), *prepared.model.buffers()], MemoryCategory.PARAMETERS)
@@ -57,7 +57,7 @@ def peak_of(prepared: TrainingSetup, engine: bigbatch.Engine, samples: list[Any]
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="updates that each takes, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="timed updates of each contestant, in alternation")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

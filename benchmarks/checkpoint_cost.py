@@ -1,11 +1,11 @@
-"""What checkpoints cost: the updates of `bigbatch train` without arguments, with one after every 50 and with none.
+"""Cost of checkpoints: the updates of `bigbatch train` without arguments, with a checkpoint every 50 and with none.
 
     python benchmarks/checkpoint_cost.py [--rounds 5] [--every 50] [--threads 2]
 
-Each round times, in an order that changes, so many updates of the tiny model on Python's standard library with a
-checkpoint at their end, with one that is written beside the next updates, and with none. The ratio is that of the
-medians of the whole; a checkpoint is model, optimizer and random states, hashed, synced, renamed, the older ones
-verified and all but two removed. Exits with 1 if a checkpoint costs 3 % or more.
+Each round times that many updates of the tiny model on Python's standard library, in alternating order: with a
+checkpoint at their end, with one written in the background during the next updates, and with none. The ratio is that
+of the median total times; a checkpoint is model, optimizer and random states, hashed, fsynced and renamed, with older
+ones verified and all but two removed. Exits with 1 if a checkpoint costs 3 % or more.
 """
 
 import argparse
@@ -28,35 +28,35 @@ from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 
 MOST = 1.03
-WAYS = ("none", "at the end", "beside")
+WAYS = ("none", "at the end", "background")
 
 
 class Job:
-    """The updates of a run, one after the other, in a folder of their own."""
+    """Consecutive updates of one run in a separate folder."""
 
     def __init__(self, folder: Path) -> None:
         self.trainer = Trainer(set_up_training(TrainConfig(device="cpu", microbatch=8, steps=100_000)))
         self.progress = Progress()
         config = self.trainer.config.model_dump(mode="json")
         self.directories = {way: RunDirectory.create(folder / way, config) for way in WAYS}
-        self._windows = self.trainer.windows_from(self.progress)
+        self._windows = self.trainer.schedule.windows(0, 0)
 
     def update(self) -> None:
-        """Do one update."""
-        self.trainer.engine.step(self.trainer._samples(next(self._windows)))
+        """Run one update."""
+        self.trainer.engine.step(self.trainer.fetch(next(self._windows)))
         self.progress.step += 1
 
     def timed(self, way: str, every: int) -> tuple[float, float]:
-        """Give the seconds of so many updates with what they save, and those that the saving is waited for."""
+        """Return the seconds of ``every`` updates with their checkpoint, and the seconds that they block on it."""
         keeper = CheckpointManager(
             self.directories[way],
             keep=2,
-            in_background=way == "beside",
+            in_background=way == "background",
             total_steps=self.trainer.total_steps,
             facts=self.trainer.facts,
         )
         with self.directories[way], keeper.open():
-            if way == "beside":  # what the updates before have left to write is written beside these
+            if way == "background":  # the previous checkpoint is written during these updates
                 keeper.save(self.trainer.engine, self.progress, "none")
             started_s = time.perf_counter()
             for _ in range(every):
@@ -69,7 +69,7 @@ class Job:
 
 
 def main() -> int:
-    """Time, compare, print."""
+    """Time, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--every", type=int, default=50, help="updates between two checkpoints")

@@ -1,13 +1,13 @@
-"""What ``auto`` finds from a cold start beside sizes tuned by hand, and the update beside one sequence at a time.
+"""The choice of ``auto`` from a cold start compared with sizes tuned by hand, and with one sequence at a time.
 
     python benchmarks/hand_tuned.py [--only w,gpt2] [--rounds 3]
 
 On one CUDA device. W is the workload of `bigbatch bench` in 24 GiB; gpt2 is a GPT-2 of 124 million parameters without
-dropout and 256 sequences of uniform lengths of 32 to 1,024 tokens, in 12 GiB. Every size that is tried by hand, with
-everything computed anew or nothing, takes its updates in turn with ``auto``; the table has medians.
+dropout and 256 sequences of uniform lengths of 32 to 1,024 tokens, in 12 GiB. Every hand-tuned size, with all layers
+checkpointed or none, runs its updates in alternation with ``auto``; the table has medians.
 
-For W, the gradient of its first 40 sequences is also compared with that of the padded one-by-one loop in the same
-precision, both with the flash kernel of attention, and both with that loop in float32.
+For W, the gradient of its first 40 sequences is also compared with that of the padded loop over single sequences in
+the same precision, both with the flash attention kernel, and both with that loop in float32.
 """
 
 import argparse
@@ -58,12 +58,12 @@ def make(name: str) -> tuple[Any, list[Sample]]:
 
 
 def lengths(samples: list[Sample]) -> list[int]:
-    """Give the tokens of each sample."""
+    """Return the number of tokens of each sample."""
     return [len(sample["input_ids"]) for sample in samples]
 
 
 class Contestant:
-    """One way of running the batch: a micro-batch, and what is computed anew."""
+    """One way of running the batch: a micro-batch size and a checkpointing mode."""
 
     def __init__(self, name: str, engine: bigbatch.Engine, run: ModelSetup, level: CheckpointingMode) -> None:
         self.name = name
@@ -74,7 +74,7 @@ class Contestant:
         self.problem: str | None = None
 
     def take_turn(self, batch: list[Sample], rounds: int) -> None:
-        """Warm up with two updates, record, time some, and give the memory back."""
+        """Warm up with two updates, capture, time some updates, and free the memory."""
         if self.problem is not None:
             return
         self.run.layers.set_checkpointing(self.level)
@@ -93,7 +93,7 @@ class Contestant:
 
     @property
     def speed(self) -> float:
-        """Median tokens a second."""
+        """Median tokens per second."""
         return statistics.median(self.speeds) if self.problem is None else 0.0
 
 
@@ -134,7 +134,7 @@ def race(name: str, rounds: int) -> None:
     for size in BY_HAND[name]:
         contestants.append(Contestant(f"{size:,}", engine(bigbatch.TokenBudget(size)), run, "none"))
     size = 2 * choice.size
-    contestants.append(Contestant(f"{size:,}, anew", engine(bigbatch.TokenBudget(size)), run, "full"))
+    contestants.append(Contestant(f"{size:,}, checkpointed", engine(bigbatch.TokenBudget(size)), run, "full"))
     for contestant in contestants:
         contestant.take_turn(batch, rounds)
     best = max(contestants[1:], key=lambda contestant: contestant.speed)
@@ -145,7 +145,7 @@ def race(name: str, rounds: int) -> None:
 
 
 def compare(model: Any, batch: list[Sample]) -> None:
-    """Print how near the update is to that of the padded one-by-one loop."""
+    """Print the similarity of the update to that of the padded loop over single sequences."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         same = one_by_one(model, batch, narrow=True)
     wide = one_by_one(model, batch, narrow=False)
@@ -166,9 +166,9 @@ def compare(model: Any, batch: list[Sample]) -> None:
     )
     engine.step(batch)
     pairs = {
-        "ours beside one by one, both in bf16": (found, same),
-        "ours in bf16 beside one by one in float32": (found, wide),
-        "one by one in bf16 beside one by one in float32": (same, wide),
+        "bigbatch and one by one, both in bf16": (found, same),
+        "bigbatch in bf16, one by one in float32": (found, wide),
+        "one by one in bf16, one by one in float32": (same, wide),
     }
     for name, (one, other) in pairs.items():
         cosine, norm = similarity((tensor.cuda() for tensor in one), other)
@@ -196,8 +196,8 @@ def one_by_one(model: Any, batch: list[Sample], *, narrow: bool) -> list[Tensor]
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="w,gpt2", help="which workloads")
-    parser.add_argument("--rounds", type=int, default=3, help="timed updates of each")
+    parser.add_argument("--only", default="w,gpt2", help="workloads to run")
+    parser.add_argument("--rounds", type=int, default=3, help="timed updates of each contestant")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

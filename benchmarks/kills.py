@@ -1,13 +1,13 @@
-"""Kill runs and resume them, and compare each with one that never died: every named point, and random moments.
+"""Kill runs, resume them, and compare each with an uninterrupted run: at every named point and at random moments.
 
     python benchmarks/kills.py [--kills 200] [--seed 0]
 
-A run of about ten updates over two passes, with dropout, is killed with SIGKILL and then resumed by one `bigbatch
-resume`: in its ordinary form and with --async-checkpoint, LoRA, weights in bf16, an automatic micro-batch, a batch in
-tokens, and with windows that are not finite. The points are everything that it does to the disk and the stages of an
-update; of each, the first time, one in the middle and the last time. "equal" counts the runs whose model, optimizer and
-random states, lines of metrics and quarantine, and learning rates are those of the run that never died, to the last
-bit. Exits with 1 if one differs. Needs a system that forks.
+A run of about ten updates over two epochs, with dropout, is killed with SIGKILL and then resumed by one `bigbatch
+resume`: in its default form and with --async-checkpoint, LoRA, bf16 weights, an automatic micro-batch, a batch in
+tokens, and with windows that are not finite. The points are all its disk operations and the stages of an update; each
+point is tested at its first, a middle and its last occurrence. "equal" counts the runs whose model, optimizer and
+random states, lines of metrics and quarantine, and learning rates are bit-identical to those of the uninterrupted run.
+Exits with 1 if one differs. Requires a system with fork.
 """
 
 import argparse
@@ -26,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 import transformers
 
-from lm.killing import KINDS, Ground, Kill
+from support.kill_points import KINDS, Kill, KillExperiment
 
 MOST_IN_A_ROW = 10
 
 
 def main() -> int:
-    """Kill, resume, compare, print."""
+    """Kill, resume, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="random moments, in turn of each kind of run")
-    parser.add_argument("--seed", type=int, default=0, help="decides about the moments")
+    parser.add_argument("--kills", type=int, default=200, help="random moments, distributed over the kinds of runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     print(f"$ python benchmarks/kills.py --kills {asked.kills} --seed {asked.seed}")
@@ -45,7 +45,7 @@ def main() -> int:
     )
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        table = Table(Ground(Path(folder)))
+        table = Table(KillExperiment(Path(folder)))
         moments = random.Random(asked.seed)
         for kind in KINDS:
             named_points(table, kind)
@@ -59,18 +59,18 @@ def main() -> int:
 
 
 class Table:
-    """Counts how often runs were killed where, and how many of them ended as the one that never was."""
+    """Counts of runs, kills and equal results by kill point."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground = ground
+    def __init__(self, experiment: KillExperiment) -> None:
+        self.experiment = experiment
         self.wrong: list[str] = []
         self._runs: Counter[str] = Counter()
         self._kills: Counter[str] = Counter()
         self._equal: Counter[str] = Counter()
 
-    def survive(self, row: str, kind: str, kills: list[Kill]) -> None:
-        """Let one run live through its deaths, and enter it."""
-        num_died, differs = self.ground.survive(kind, kills)
+    def kill_and_resume(self, row: str, kind: str, kills: list[Kill]) -> None:
+        """Run once through the given kills and count the result."""
+        num_died, differs = self.experiment.kill_and_resume(kind, kills)
         self._runs[row] += 1
         self._kills[row] += num_died
         self._equal[row] += not differs
@@ -78,7 +78,7 @@ class Table:
             self.wrong.append(f"{kind}, {row}, {kills}: {', '.join(differs)}")
 
     def show(self) -> None:
-        """Print a line for each point, the total, and what differed."""
+        """Print a line for each point, the total, and the differences."""
         print(f"{'point':<32}{'runs':>6}{'kills':>7}{'equal':>7}")
         for row in self._runs:
             print(f"{row:<32}{self._runs[row]:>6}{self._kills[row]:>7}{self._equal[row]:>7}")
@@ -88,22 +88,24 @@ class Table:
 
 
 def named_points(table: Table, kind: str) -> None:
-    """Kill at each point the first time, in the middle and the last time."""
-    for point, times in table.ground.points(kind).items():
+    """Kill at the first, a middle and the last occurrence of each point."""
+    for point, times in table.experiment.points(kind).items():
         for number in sorted({1, (times + 1) // 2, times}):
-            table.survive(point, kind, [Kill(point, number)])
+            table.kill_and_resume(point, kind, [Kill(point, number)])
 
 
 def random_moment(table: Table, kind: str, moments: random.Random) -> None:
-    """Kill once at any moment of the training."""
-    table.survive(f"any moment, {kind}", kind, [Kill(after_s=moments.random() * table.ground.seconds(kind))])
+    """Kill once at a random moment of the training."""
+    table.kill_and_resume(
+        f"any moment, {kind}", kind, [Kill(after_s=moments.random() * table.experiment.seconds(kind))]
+    )
 
 
 def many_in_a_row(table: Table, kind: str, moments: random.Random) -> None:
-    """Kill ten lives of one run, each after another part of the time that a run takes."""
-    seconds = table.ground.seconds(kind)
+    """Kill one run ten times in a row, each time after another fraction of its duration."""
+    seconds = table.experiment.seconds(kind)
     kills = [Kill(after_s=moments.random() * seconds / 2) for _ in range(MOST_IN_A_ROW)]
-    table.survive("up to ten in a row", kind, kills)
+    table.kill_and_resume("up to ten in a row", kind, kills)
 
 
 if __name__ == "__main__":

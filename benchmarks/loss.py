@@ -1,11 +1,11 @@
-"""Time, memory and error of the loss without logits, beside the loss with them and the libraries that have one.
+"""Time, memory and error of the loss without logits, compared with the loss with logits and with other libraries.
 
     python benchmarks/loss.py                            on CUDA
-    python benchmarks/loss.py --device cpu               small shapes, to try the script: no peak, and times mean little
+    python benchmarks/loss.py --device cpu               small shapes, to try the script: no peak, times mean little
 
-Forward and backward of a head alone, at the shapes of GPT-2, Qwen2 0.5B and Llama 3 1B, a seventh of the labels
+Forward and backward of a head alone, at the shapes of GPT-2, Qwen2 0.5B and Llama 3 1B, with a seventh of the labels
 ignored. The error is that of the weight's gradient against float64 in chunks. Liger Kernel and
-`torch.nn.functional.linear_cross_entropy` are left out where they are not there.
+`torch.nn.functional.linear_cross_entropy` are skipped if not available.
 """
 
 import argparse
@@ -28,12 +28,12 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def all_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum the losses of all logits at once."""
+    """Return the loss sum, from all logits at once."""
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
 
 
 def losses(precision: str, device: str, divisor: int) -> dict[str, Loss]:
-    """Give what is compared, by name; chunks are smaller by the divisor."""
+    """Return the compared losses by name; chunk sizes are divided by ``divisor``."""
 
     def chunked(chunk_tokens: int) -> Loss:
         return lambda *tensors: linear_cross_entropy(
@@ -58,7 +58,7 @@ def losses(precision: str, device: str, divisor: int) -> dict[str, Loss]:
 
 
 def exact_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Compute the weight's gradient in float64."""
+    """Return the weight's gradient in float64."""
     leaf = weight.detach().double().requires_grad_()
     for rows, targets in zip(hidden.detach().split(512), labels.split(512), strict=True):
         F.cross_entropy(F.linear(rows.double(), leaf), targets, reduction="sum").backward()
@@ -67,7 +67,7 @@ def exact_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure(loss_fn: Loss, tensors: tuple[Tensor, Tensor, Tensor], precision: str) -> tuple[float, int, Tensor]:
-    """Measure milliseconds and peak bytes of forward and backward; give the weight's gradient."""
+    """Return milliseconds and peak bytes of forward and backward, and the weight's gradient."""
     hidden, weight, labels = tensors
     device = hidden.device.type
 

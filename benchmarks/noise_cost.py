@@ -1,11 +1,11 @@
-"""What measuring the gradient noise scale adds to an update, interleaved in one run.
+"""Overhead of measuring the gradient noise scale, interleaved in one run.
 
     python benchmarks/noise_cost.py [--workload w-small] [--rounds 6] [--turns 3]
 
-The workloads are those of `bigbatch bench`, arranged and cut as `bigbatch train` does; both engines run the same model
-and micro-batches in turns, the order alternates, and the ratio is that of the means: without CUDA graphs one window in
-four is measured. Without it twice is the floor: what differs from 1.000 there is the machine. On a CPU it is the time
-of the process, on one thread, in which others do not count.
+The workloads are those of `bigbatch bench`, set up and cut as `bigbatch train` does. Both engines run the same model
+and micro-batches in alternation, the order alternates, and the ratio is that of the means: without CUDA graphs, one
+window in four is measured. Running without it twice gives the noise floor: its difference from 1.000 is the machine's.
+On a CPU, times are process times on one thread, which exclude other processes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", default="w-small", choices=[*WORKLOADS])
-    parser.add_argument("--rounds", type=int, default=8, help="timed updates a turn")
+    parser.add_argument("--rounds", type=int, default=8, help="timed updates per turn")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -68,7 +68,7 @@ def main() -> None:
     engines = {name: engine(microbatch=bigbatch.TokenBudget(size), noise=noise) for name, noise in NAMES.items()}
     measuring = engines["with"].accumulator.noise
     assert measuring is not None
-    for _ in range(FIRST):  # which are all measured
+    for _ in range(FIRST):  # these windows are all measured
         measuring.skip_window(0.0)
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(options.turns):
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def take_turn(engine: bigbatch.Engine, samples: Any, rounds: int, device: torch.device) -> list[float]:
-    """Warm up with two updates, one of which records, and time some."""
+    """Warm up with two updates, one of which captures, and time some updates."""
     seconds = []
     for number in range(2 + rounds):
         wait(device)
@@ -101,12 +101,12 @@ def take_turn(engine: bigbatch.Engine, samples: Any, rounds: int, device: torch.
 
 
 def now(device: torch.device) -> float:
-    """Read the clock."""
+    """Return the time of the clock in use."""
     return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 def wait(device: torch.device) -> None:
-    """Wait for the device."""
+    """Synchronize with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,11 +1,11 @@
-"""What an exact window costs beside a hand-written perfect loop, interleaved in one run.
+"""Overhead of an exact window compared with a correct hand-written loop, interleaved in one run.
 
     python benchmarks/overhead.py [--rounds 60] [--threads 1]
 
-The loop by hand does just what a window does: backward on sums, one division by the items, the norm and the clip, the
-finite check, the step, the clearing, the summed loss. Both loops train the same model with the same optimizer on the
-same micro-batches; the order alternates, and the ratio is that of the medians. The floor repeats the hand-written loop
-against itself: what differs from 1.000 there is noise.
+The hand-written loop does the same work as a window: backward on sums, one division by the items, norm and clipping,
+the finite check, the step, zeroing gradients, the summed loss. Both loops train the same model with the same optimizer
+on the same micro-batches; the order alternates, and the ratio is that of the medians. The noise floor compares the
+hand-written loop with itself: its difference from 1.000 is noise.
 """
 
 import argparse
@@ -46,13 +46,13 @@ class Decoder(nn.Module):
 
 
 def loss_fn(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
-    """Sum of the next-token losses of tokens [rows, length], and how many they are."""
+    """Return the sum of the next-token losses of tokens [rows, length], and their number."""
     logits, labels = model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
     return F.cross_entropy(logits, labels, reduction="sum"), labels.numel()
 
 
 def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, microbatch: int) -> float:
-    """One update as somebody would write it who gets everything right."""
+    """Run one update of a correct hand-written loop."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses, items = [], 0
     for rows in tokens.split(microbatch):
@@ -70,7 +70,7 @@ def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, 
 
 
 def contenders(*, layers: int, width: int, microbatch: int) -> dict[str, Callable[[Tensor], float]]:
-    """Four loops over models of their own that begin alike: by hand (twice), Accumulator, Engine."""
+    """Return four loops over separate, equally initialized models: by hand (twice), Accumulator, Engine."""
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ def contenders(*, layers: int, width: int, microbatch: int) -> dict[str, Callabl
 
 
 def measure(runs: dict[str, Callable[[Tensor], float]], tokens: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each update, the contenders taking turns in an order that rotates."""
+    """Return the seconds of each update; contenders alternate in a rotating order."""
     names = list(runs)
     losses = {name: [run(tokens) for _ in range(3)][-1] for name, run in runs.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-4, losses
@@ -122,8 +122,8 @@ def measure(runs: dict[str, Callable[[Tensor], float]], tokens: Tensor, rounds: 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60, help="updates of each contender")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--rounds", type=int, default=60, help="timed updates of each contender")
+    parser.add_argument("--threads", type=int, default=1, help="number of torch threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, Python {platform.python_version()}, CPU, {options.threads} thread(s)")

@@ -1,11 +1,11 @@
-"""How far each way of accumulating is from the full-batch update, on one task, in one run.
+"""Error of each accumulation method against the full-batch update, on one task, in one run.
 
     python benchmarks/peers.py
 
-A GPT-2 of two layers in float64, 32 sequences of 8 to 64 tokens of which a prompt of random length is masked,
-micro-batches of 4. Reference: the gradient of all 32 at once, and AdamW on it. Two figures for each contender: the
-relative error of the gradient that the optimizer is given at its first step, and that of the parameters' change after
-ten. The second table has 24 sequences: the window that was set to 8 micro-batches is a partial one, of 6.
+A GPT-2 of two layers in float64, 32 sequences of 8 to 64 tokens with a masked prompt of random length, micro-batches
+of 4. Reference: the gradient of all 32 at once, and AdamW on it. Two figures for each contender: the relative error of
+the gradient at the optimizer's first step, and that of the parameters' change after ten. The second table has 24
+sequences: the window of 8 micro-batches is then a partial one, of 6.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ MICROBATCH, STEPS, WINDOW, LR = 4, 10, 8, 1e-3
 Sample = dict[str, Tensor]
 
 
-class RecordingAdamW(torch.optim.AdamW):
+class FirstGradientAdamW(torch.optim.AdamW):
     """AdamW that keeps the gradient of its first step."""
 
     first: list[Tensor] | None = None
 
     def step(self, closure: object = None) -> None:
-        """Note the gradient, then step."""
+        """Save the gradient, then step."""
         if self.first is None:
             self.first = [p.grad.clone() for group in self.param_groups for p in group["params"]]
         super().step(closure)
 
 
 def make_samples(count: int) -> list[Sample]:
-    """Make sequences of 8 to 64 random tokens whose prompt, a random share, has labels of -100."""
+    """Make sequences of 8 to 64 random tokens; the labels of a prompt of random length are -100."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(count):
@@ -55,7 +55,7 @@ def make_samples(count: int) -> list[Sample]:
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Pad to the longest."""
+    """Pad to the longest sample."""
     pad = partial(pad_sequence, batch_first=True)
     return {
         "input_ids": pad([s["input_ids"] for s in samples]),
@@ -65,7 +65,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def make_model() -> nn.Module:
-    """Make the same model every time."""
+    """Make a model, with the same weights on every call."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
@@ -74,23 +74,23 @@ def make_model() -> nn.Module:
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor], reduction: str) -> Tensor:
-    """Compute next-token losses of a padded batch."""
+    """Return the next-token losses of a padded batch."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction=reduction)
 
 
 def sum_and_items(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Give what bigbatch asks for."""
+    """Return loss sum and items."""
     return token_losses(model, batch, "sum"), (batch["labels"][:, 1:] != -100).sum()
 
 
 def microbatches(samples: list[Sample]) -> list[dict[str, Tensor]]:
-    """Cut into micro-batches of 4."""
+    """Split into micro-batches of 4."""
     return [collate(samples[i : i + MICROBATCH]) for i in range(0, len(samples), MICROBATCH)]
 
 
 def full_batch(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> None:
-    """Take the reference: no accumulation."""
+    """Train on the full batch, without accumulation: the reference."""
     for _ in range(STEPS):
         token_losses(model, collate(samples), "mean").backward()
         optimizer.step()
@@ -98,7 +98,7 @@ def full_batch(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list
 
 
 def textbook(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> None:
-    """Divide each mean by the size of a full window, step after so many."""
+    """Divide each mean by the size of a full window, and step after that many micro-batches."""
     done = 0
     for _ in range(STEPS):
         for part in microbatches(samples):
@@ -110,7 +110,7 @@ def textbook(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[S
 
 
 def with_accelerate(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> None:
-    """Use accelerate's ``accumulate`` as its guide shows it."""
+    """Use accelerate's ``accumulate`` as in its guide."""
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=WINDOW, cpu=True)
     loader = torch.utils.data.DataLoader(samples, batch_size=MICROBATCH, collate_fn=collate)
     model, wrapped, loader = accelerator.prepare(model, optimizer, loader)
@@ -154,7 +154,7 @@ def with_trainer(
 
 
 def with_accumulator(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> None:
-    """Use this package in a loop."""
+    """Use `bigbatch.Accumulator` in a loop."""
     accumulator = bigbatch.Accumulator(model, optimizer)
     for _ in range(STEPS):
         for window in accumulator.windows(microbatches(samples), num_microbatches=WINDOW):
@@ -165,24 +165,24 @@ def with_accumulator(model: nn.Module, optimizer: torch.optim.Optimizer, samples
 
 
 def with_engine(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> None:
-    """Hand over the batch."""
+    """Pass the whole batch to `bigbatch.Engine`."""
     engine = bigbatch.Engine(model, optimizer, sum_and_items, microbatch=MICROBATCH, collate=collate)
     for _ in range(STEPS):
         engine.step(samples)
 
 
 def run(contender: Callable[..., None], samples: list[Sample]) -> tuple[list[Tensor], list[Tensor]]:
-    """Give the first gradient and the change of the parameters; zeros where nothing was ever applied."""
+    """Return the first gradient and the change of the parameters; zeros if no update was applied."""
     model = make_model()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = RecordingAdamW(model.parameters(), lr=LR)
+    optimizer = FirstGradientAdamW(model.parameters(), lr=LR)
     contender(model, optimizer, samples)
     change = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
     return optimizer.first or [torch.zeros_like(p) for p in before], change
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Compute ‖found − expected‖ / ‖expected‖."""
+    """Return ‖found − expected‖ / ‖expected‖."""
     difference = torch.nn.utils.get_total_norm([a - b for a, b in zip(found, expected, strict=True)])
     return (difference / torch.nn.utils.get_total_norm(expected)).item()
 

@@ -1,10 +1,10 @@
-"""What planning costs, and what it saves: seconds, micro-batches against the bound, and padding beside other ways.
+"""Cost and savings of planning: seconds, micro-batches against the bound, and padding compared with other methods.
 
     python benchmarks/planning.py [--budget 8192] [--ranks 8] [--rounds 5]
 
-Lengths are log-normal between 32 and 2,048, with a median of 270 and a mean near 360. Seconds are the best of the
+Lengths are log-normal between 32 and 2,048, with a median of 270 and a mean near 360. Seconds are the minimum over the
 rounds. No packing has fewer than ⌈tokens / budget⌉ micro-batches. Costs are those of the default `Cost`, relative to
-the least in the table: how much longer an update takes if that model of the time holds.
+the lowest in the table: the relative time of an update under that cost model.
 """
 
 import argparse
@@ -21,13 +21,13 @@ SIZE = 8  # samples of a micro-batch of fixed size
 
 
 def heavy_tailed(number: int, seed: int = 0) -> list[int]:
-    """Lengths as of web text, in random order."""
+    """Return lengths distributed as in web text, in random order."""
     source = random.Random(seed)
     return [min(2048, max(32, int(math.exp(source.gauss(0, 1) * 0.8 + 5.6)))) for _ in range(number)]
 
 
 def timed(lengths: Sequence[int], rounds: int, **options: object) -> tuple[Plan, float]:
-    """The plan, and the seconds of the fastest of the rounds."""
+    """Return the plan, and the seconds of the fastest round."""
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -37,7 +37,7 @@ def timed(lengths: Sequence[int], rounds: int, **options: object) -> tuple[Plan,
 
 
 def time_planning(budget: int, ranks: int, rounds: int) -> None:
-    """Print what a plan takes, by the number of samples, the layout and the ranks."""
+    """Print the planning time by number of samples, layout and ranks."""
     print(f"Planning, token budget {budget:,}\n")
     print(f"{'samples':>8} {'layout':>7} {'ranks':>5} {'seconds':>8} {'micro-batches':>14} {'bound':>7} {'fill':>7}")
     for number in (256, 1_000, 10_000, 100_000):
@@ -52,7 +52,7 @@ def time_planning(budget: int, ranks: int, rounds: int) -> None:
 
 
 def compare(number: int, budget: int) -> None:
-    """Print the padding, the count and the modelled cost of five ways to cut the same samples for one rank."""
+    """Print padding, count and modelled cost of five ways to cut the same samples for one rank."""
     lengths = heavy_tailed(number)
     longest_first = sorted(lengths, reverse=True)
     max_rows = [budget // length for length in longest_first]
@@ -81,7 +81,7 @@ def compare(number: int, budget: int) -> None:
 
 
 def fixed(number: int) -> list[range]:
-    """Consecutive samples, ``SIZE`` at a time."""
+    """Return consecutive samples, ``SIZE`` at a time."""
     return [range(start, min(start + SIZE, number)) for start in range(0, number, SIZE)]
 
 

@@ -1,12 +1,12 @@
-"""Predicted beside measured peak memory of a training step.
+"""Predicted and measured peak memory of a training step.
 
     python benchmarks/prediction.py                      on CUDA, against torch.cuda.max_memory_allocated
-    python benchmarks/prediction.py --device cpu         small models, against the peak that torch's profiler saw
+    python benchmarks/prediction.py --device cpu         small models, against the peak in torch's profiler
 
 GPT-2, Llama and Qwen2 from configurations, in float32, bf16 autocast and bf16 weights, with and without activation
 checkpointing, each with micro-batches of three sizes: rows of 512 tokens (of 128 on the CPU). A window of two
-micro-batches and fused AdamW; the second window is measured. On CUDA there are two predictions: with CUDA's operations,
-and with those of the CPU, as on a machine without a GPU.
+micro-batches and fused AdamW; the second window is measured. On CUDA there are two predictions: with CUDA kernels,
+and with CPU kernels, as on a machine without a GPU.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SMALL = {"length": 128, "rows": (2, 4, 8), "scale": "small"}
 
 
 def make_model(kind: str, precision: str, checkpointing: bool, *, small: bool, device: str) -> Any:
-    """Make a model from its configuration; on the device ``meta`` it has no data."""
+    """Make a model from its configuration; on the device ``meta`` its tensors have no data."""
     import transformers
 
     width = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4} if small else {}
@@ -70,7 +70,7 @@ def make_model(kind: str, precision: str, checkpointing: bool, *, small: bool, d
 
 
 def make_loss(precision: str, device: str) -> Callable[[Any, Tensor], tuple[Tensor, int]]:
-    """Make the loss function: the next token's cross entropy, in float32."""
+    """Return the loss function: next-token cross entropy, in float32."""
 
     def loss_fn(model: Any, ids: Tensor) -> tuple[Tensor, int]:
         narrow = torch.autocast(device, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
@@ -82,14 +82,14 @@ def make_loss(precision: str, device: str) -> Callable[[Any, Tensor], tuple[Tens
 
 
 def predict(model: Any, optimizer: Any, loss_fn: Any, rows: int, length: int) -> tuple[Any, float]:
-    """Predict; give the seconds that it took."""
+    """Return the prediction and the seconds it took."""
     started_s = time.perf_counter()
     prediction = PeakPredictor.from_training(model, optimizer, loss_fn).predict(shape_of(rows, length))
     return prediction, time.perf_counter() - started_s
 
 
 def predict_without_gpu(kind: str, precision: str, checkpointing: bool, rows: int, length: int) -> int:
-    """Predict for CUDA as a machine does that has none."""
+    """Predict for CUDA as on a machine without CUDA."""
     model = make_model(kind, precision, checkpointing, small=False, device="meta")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with hidden_cuda():
@@ -101,7 +101,7 @@ def predict_without_gpu(kind: str, precision: str, checkpointing: bool, rows: in
 
 @contextlib.contextmanager
 def hidden_cuda() -> Iterator[None]:
-    """Let torch say that there is no CUDA."""
+    """Make torch report that CUDA is not available."""
     is_available = torch.cuda.is_available
     torch.cuda.is_available = lambda: False
     try:
@@ -116,14 +116,14 @@ def shape_of(rows: int, length: int) -> Tensor:
 
 
 def measure_cuda(step: Callable[[], Any]) -> int:
-    """Measure the peak of one step in bytes."""
+    """Return the measured peak of one step in bytes."""
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_allocated()
 
 
 def measure_cpu(step: Callable[[], Any], held_bytes: int) -> int:
-    """Measure by the allocations that torch's profiler notes, from what is held when it begins."""
+    """Return the peak from the allocations in torch's profiler, added to the memory in use at its start."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +138,7 @@ def measure_cpu(step: Callable[[], Any], held_bytes: int) -> int:
 
 
 def held(model: Any, optimizer: Any) -> int:
-    """Count the bytes of parameters, buffers and optimizer state."""
+    """Return the bytes of parameters, buffers and optimizer state."""
     state = [value for values in optimizer.state.values() for value in values.values()]
     tensors = [*model.parameters(), *model.buffers(), *state]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -146,7 +146,7 @@ def held(model: Any, optimizer: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of the table; bytes."""
+    """One line of the table, in bytes."""
 
     kind: str
     precision: str
@@ -159,7 +159,7 @@ class Line:
 
 
 def lines(device: str) -> Iterator[Line]:
-    """Yield a line of the table at a time."""
+    """Yield the lines of the table."""
     for kind in ("GPT-2", "Llama", "Qwen2"):
         for precision in PRECISIONS:
             for checkpointing in (False, True):

@@ -1,11 +1,11 @@
-"""A real out-of-memory in mid-window on a GPU: the update is that of the run that had memory enough.
+"""A real out-of-memory error in mid-window on a GPU: the update equals that of the run with enough memory.
 
     python benchmarks/real_oom.py [--cap-gib 2]
 
-A decoder of 4 layers of width 512 in float32 takes 64 sequences of 512 tokens in one micro-batch, first with all memory
-(3.9 GiB at its peak), then limited by `set_per_process_memory_fraction` to less than that. The second run meets real
-out-of-memory errors, and the table compares the gradients that the optimizer was given. float32 kernels round otherwise
-for other shapes, so the bound is that of `verify`, 2e-5.
+A decoder of 4 layers of width 512 in float32 runs 64 sequences of 512 tokens in one micro-batch, first with all memory
+(3.9 GiB at its peak), then limited by `set_per_process_memory_fraction` to less than that. The second run has real
+out-of-memory errors, and the table compares the gradients that the optimizer receives. float32 kernels round
+differently for other shapes, so the bound is that of `verify`, 2e-5.
 """
 
 import argparse
@@ -17,19 +17,19 @@ import bigbatch
 from overhead import VOCABULARY, Decoder, loss_fn
 
 
-class Recording(torch.optim.SGD):
+class GradientLog(torch.optim.SGD):
     """SGD that keeps the gradients of its last step."""
 
     def step(self, closure: object = None) -> None:
-        """Note the gradients; leave the parameters alone."""
+        """Save the gradients without changing the parameters."""
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
 def run(tokens: Tensor, windows: int) -> tuple[list[Tensor], list[bigbatch.WindowReport]]:
-    """Give the last window's gradients and the reports."""
+    """Return the last window's gradients and the reports."""
     torch.manual_seed(0)
     model = Decoder(layers=4, width=512).cuda()
-    optimizer = Recording(model.parameters())
+    optimizer = GradientLog(model.parameters())
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=len(tokens))
     reports = [engine.step(tokens) for _ in range(windows)]
     return [gradient.cpu() for gradient in optimizer.seen], reports

@@ -1,10 +1,10 @@
-"""What the page of a long run costs: bytes, and seconds of the CPU, by the number of updates.
+"""Cost of the page of a long run: bytes, and CPU seconds, by the number of updates.
 
     python benchmarks/report_page.py [--updates 100000]
 
-The run directories are made up: every chart has its data, with skipped updates, a retry, spikes and resumes. Seconds
-are those of this process alone, reading and writing included; the peak is its resident set, Python and all. A point of
-the page stands for so many updates.
+The run directories are synthetic: every chart has data, with skipped updates, a retry, spikes and resumes. Seconds
+are CPU time of this process, reading and writing included; the peak is its resident set, interpreter included. The
+last column is the number of updates per point of a chart.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from bigbatch.lm.report.downsampling import MOST_POINTS  # noqa: E402
 from bigbatch.lm.report.output_file import write_page  # noqa: E402
 from bigbatch.lm.report.page import page  # noqa: E402
 from bigbatch.lm.report.run_reader import read_run  # noqa: E402
-from lm.made import make_rich_run  # noqa: E402
+from support.run_directories import make_rich_run  # noqa: E402
 
 
 def measure(run: Path) -> tuple[int, float]:
-    """The bytes of a run's page, and the seconds that it took to read, draw and write."""
+    """Return the bytes of a run's page, and the seconds to read, draw and write it."""
     started_s = time.process_time()
     num_bytes = write_page(run / "report.html", page([read_run(run)]))
     return num_bytes, time.process_time() - started_s

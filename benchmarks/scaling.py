@@ -1,15 +1,16 @@
-"""What crossing ranks costs an update, by ranks and micro-batches: measured here on two processes, simulated beyond.
+"""Cost of gradient synchronization by ranks and micro-batches: measured on two processes, simulated beyond.
 
     python benchmarks/scaling.py [--rounds 6]         # under a minute; writes docs/explanation/scaling.svg as well
 
-Two gloo processes of one thread each measure, in turns: an all-reduce by size, the vote, the copies into and out of
-buckets, a forward and backward, the update; and whole updates by `bigbatch.Engine` under `bigbatch.Replicated`, by DDP
-with ``no_sync`` and by DDP at every micro-batch. A time is that of the slower rank; of the rounds the median and the
-minimum count. The model (docs/explanation/scaling.md has its equations) is fed with the former and held to the latter.
+Two gloo processes of one thread each measure, in alternation: an all-reduce by size, the vote, the copies into and out
+of buckets, a forward and backward, the update; and whole updates by `bigbatch.Engine` under `bigbatch.Replicated`, by
+DDP with ``no_sync`` and by DDP at every micro-batch. A time is that of the slower rank; the tables have the median and
+the minimum of the rounds. The former are the parameters of the model (equations in docs/explanation/scaling.md), which
+is then compared with the latter.
 
 Then come networks that were **not** measured: nominal bandwidths, with the micro-batch of a 494 million parameter model
-that was measured on one NVIDIA H200 (docs/explanation/speed.md). Overlap is taken to be perfect, so what it wins is the
-most that it can win.
+that was measured on one NVIDIA H200 (docs/explanation/speed.md). Overlap is assumed to be perfect, so its gains are
+upper bounds.
 """
 
 import argparse
@@ -39,7 +40,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling.svg"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 COUNTS = (1, 2, 4, 8, 16, 32)  # of micro-batches per rank
 HOST = 8  # GPUs of one host, between which HSDP shards
-SMALL = 0.05  # of an update: what communication may take before it is worth a thought
+SMALL = 0.05  # share of an update below which communication is considered negligible
 
 
 # model -----------------------------------------------------------------------------------------------------------
@@ -47,10 +48,10 @@ SMALL = 0.05  # of an update: what communication may take before it is worth a t
 
 @dataclass(frozen=True)
 class Network:
-    """A link of each rank to the others, the same between all of them.
+    """Link between each pair of ranks, the same for all pairs.
 
     Attributes:
-        bandwidth: Bytes a second, of one rank in one direction.
+        bandwidth: Bytes per second of one rank in one direction.
         latency_s: Of one collective between two ranks; it grows with log2 of the ranks.
     """
 
@@ -58,13 +59,13 @@ class Network:
     latency_s: float
 
     def all_gather(self, ranks: int, num_bytes: float, collectives: int) -> float:
-        """Seconds to give every rank the whole of what they hold in shards; a reduce-scatter takes as long."""
+        """Return the seconds of an all-gather of shards; a reduce-scatter takes the same time."""
         if ranks == 1:
             return 0.0
         return (ranks - 1) / ranks * num_bytes / self.bandwidth + collectives * self.latency_s * math.log2(ranks)
 
     def all_reduce(self, ranks: int, num_bytes: float, collectives: int) -> float:
-        """Seconds of a ring: each byte crosses 2 (r − 1) / r times."""
+        """Return the seconds of a ring all-reduce, which sends each byte 2 (r − 1) / r times."""
         if ranks == 1:
             return 0.0
         return 2 * (ranks - 1) / ranks * num_bytes / self.bandwidth + collectives * self.latency_s * math.log2(ranks)
@@ -72,13 +73,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an update consists of.
+    """Parameters of the time model of an update.
 
     Attributes:
         name: Of its tables.
         network: Between all ranks.
-        inner: Between the ranks of one host; for HSDP alone.
-        num_parameters: Of the model; gradients cross in float32.
+        inner: Between the ranks of one host; used by HSDP only.
+        num_parameters: Of the model; gradients are reduced in float32.
         forward_s: Of one micro-batch.
         backward_s: Of one micro-batch.
         update_s: Division, norm and optimizer, once.
@@ -104,7 +105,7 @@ class Machine:
 
     @property
     def gradient_bytes(self) -> float:
-        """What an all-reduce carries."""
+        """Bytes of one all-reduce."""
         return 4 * self.num_parameters
 
     @property
@@ -114,12 +115,12 @@ class Machine:
 
 
 def overlapped(compute_s: float, communication_s: float, pieces: int) -> float:
-    """Seconds of both side by side: the last piece crosses after compute ends, the first is computed before."""
+    """Return the seconds of overlapped compute and communication: the last piece is sent after compute ends."""
     return max(compute_s + communication_s / pieces, communication_s + compute_s / pieces)
 
 
 def crossing_s(machine: Machine, ranks: int) -> float:
-    """Seconds that bigbatch spends on what one process would not do: vote, copies, all-reduce."""
+    """Return the seconds that bigbatch spends on synchronization: vote, copies, all-reduce."""
     if ranks == 1:
         return 0.0
     buckets = math.ceil(machine.gradient_bytes / BUCKET_BYTES)
@@ -187,13 +188,13 @@ WAYS: dict[str, Callable[[Machine, int, int], float]] = {
 
 
 def enough(machine: Machine, ranks: int) -> int:
-    """Give the fewest micro-batches a rank from which bigbatch crosses ranks for less than 5 % of an update."""
+    """Return the fewest micro-batches per rank from which synchronization is below 5 % of an update."""
     compute_s = crossing_s(machine, ranks) * (1 - SMALL) / SMALL - machine.update_s
     return max(1, math.floor(compute_s / machine.microbatch_s) + 1)
 
 
 def to_win(machine: Machine, ranks: int, count: int) -> float:
-    """Give the share of an update that perfect overlap with the last backward would save; below 0 it would cost."""
+    """Return the share of an update that perfect overlap with the last backward would save; negative if it costs."""
     return 1 - no_sync_s(machine, ranks, count) / bigbatch_s(machine, ranks, count)
 
 
@@ -215,7 +216,7 @@ NOMINAL = [
         forward_s=W_MICROBATCH_S / 3,  # by floating-point operations
         backward_s=W_MICROBATCH_S * 2 / 3,
         update_s=W_UPDATE_S,
-        copy_s=2 * 4 * W_PARAMETERS * 2 / 4.3e12,  # in and out; bytes of a copy a second on an H200, read and written
+        copy_s=2 * 4 * W_PARAMETERS * 2 / 4.3e12,  # in and out; copy bandwidth of an H200, read + write
         vote_s=0.5e-3,
         layers=25,
         gathered_bytes=2,
@@ -234,8 +235,8 @@ WIDTH, DEPTH, ROWS = 1024, 8, 32
 SIZES = (2**14, 2**17, 2**20, 2**22, 2**23, 25 * 2**20)  # bytes
 CHECKED = (1, 2, 4, 8)
 SHARE = "forward's share"
-BLOCK = 4  # micro-batches that are timed together
-DDP_BUCKET_MIB = 8  # else a model as small as this one has nothing to overlap
+BLOCK = 4  # micro-batches timed together
+DDP_BUCKET_MIB = 8  # larger buckets leave nothing to overlap in a model this small
 
 
 def _model() -> nn.Module:
@@ -252,7 +253,7 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class _Lab:
-    """All that one rank times, by name; what takes more than one name in a go gives several times."""
+    """Timings of one rank by name."""
 
     def __init__(self) -> None:
         self.data = torch.randn(max(CHECKED) * ROWS, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -292,7 +293,7 @@ class _Lab:
         from_numbers(self.sync.gather(to_numbers(RankVote(), {"loss": (1.0, 1.0)}, reached)), DEPTH)
 
     def _microbatches(self) -> tuple[float, float]:
-        """Give the seconds of one micro-batch, and the share of them that forward takes."""
+        """Return the seconds of one micro-batch, and the share of the forward in them."""
         dist.barrier()
         start, forward_s = time.perf_counter(), 0.0
         for rows in self.data[: BLOCK * ROWS].split(ROWS):
@@ -344,7 +345,7 @@ def _rank(rank: int, store: str, rounds: int, queue: Any) -> None:
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    """Seconds of the slower of two ranks, by name, of each round."""
+    """Return the seconds of the slower of two ranks, by name, for each round."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         queue: Any = context.Queue()
@@ -370,7 +371,7 @@ def fit(sizes: list[float], seconds: list[float]) -> tuple[float, float]:
 
 
 def machine_of(times: dict[str, float]) -> Machine:
-    """Make the parameters of the model from what was measured; of two ranks, a ring carries each byte once."""
+    """Return the parameters of the time model from measurements; with two ranks, a ring sends each byte once."""
     latency_s, slope = fit([float(size) for size in SIZES], [times[f"all-reduce {size}"] for size in SIZES])
     network = Network(1 / slope, latency_s)
     return Machine(
@@ -411,7 +412,7 @@ def _print_machine(machine: Machine) -> None:
 
 def _print_times(machine: Machine) -> None:
     print("milliseconds of an update")
-    print(f"{'':<16}{'ranks':>6}" + "".join(f"{count:>10}" for count in COUNTS) + "  micro-batches a rank")
+    print(f"{'':<16}{'ranks':>6}" + "".join(f"{count:>10}" for count in COUNTS) + "  micro-batches per rank")
     for way, seconds in WAYS.items():
         for ranks in RANKS:
             cells = "".join(f"{1e3 * seconds(machine, ranks, count):>10,.1f}" for count in COUNTS)
@@ -438,7 +439,7 @@ def _print_enough(machines: list[Machine]) -> None:
 
 
 def _print_check(machine: Machine, found: dict[str, float], label: str) -> None:
-    print(f"\nsimulated beside measured, 2 ranks, {label}: milliseconds of an update")
+    print(f"\nsimulated and measured, 2 ranks, {label}: milliseconds of an update")
     print(f"{'':<16}{'micro-batches':>14}{'simulated':>11}{'measured':>10}{'error':>8}")
     for way in ("bigbatch", "DDP, no_sync", "DDP, every"):
         for count in CHECKED:
@@ -468,7 +469,7 @@ def figure(panels: list[tuple[str, Machine, int]], found: dict[str, float]) -> s
     width, height = 2 * PANEL_WIDTH, math.ceil(len(panels) / 2) * PANEL_HEIGHT + 34
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
-        "<title>Share of an update that one process would take as well, by micro-batches a rank</title>",
+        "<title>Share of an update that is compute, by micro-batches per rank</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
     ]
@@ -513,7 +514,7 @@ def _panel(title: str, machine: Machine, ranks: int, found: dict[str, float]) ->
 def main() -> None:
     """Print the tables and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6, help="of everything that is measured")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of all measurements")
     options = parser.parse_args()
     before = os.getloadavg()[0]
     times = measure(options.rounds)

@@ -1,12 +1,12 @@
-"""Whether loss against samples stays what it was when the batch grows k-fold and a rule moves the hyper-parameters.
+"""Loss against samples when the batch grows k-fold and a rule adjusts the hyper-parameters.
 
     python benchmarks/scaling_rules.py            # half a minute; writes docs/explanation/scaling-rules.svg as well
 
 A noisy quadratic, L = h·θ²/2 with the gradient h·θ + σ·ξ/√B, in float64: thousands of independent copies in one tensor,
-torch's own optimizers, `bigbatch.rescale` alone in between. Each experiment runs k = 1, 4 and 16 with the rule that
-suits and k = 16 with one that does not. The deviation is the largest of |L_k / L_1 − 1| over the run, compared at the
-same number of samples (for adascale: of updates times gain). The bound is derived in
-docs/explanation/scaling-rules.md; six standard errors of the measured losses are on top of it.
+torch's own optimizers, only `bigbatch.rescale` applied. Each experiment runs k = 1, 4 and 16 with the right rule and
+k = 16 with a wrong one. The deviation is the largest |L_k / L_1 − 1| over the run, compared at the same number of
+samples (for adascale: of updates times gain). The bound is derived in docs/explanation/scaling-rules.md; six standard
+errors of the measured losses are added to it.
 """
 
 import math
@@ -22,7 +22,6 @@ from torch import Tensor
 from bigbatch.scaling.hyperparameters import rescale
 
 FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling-rules.svg"
-FACTORS = (1, 4, 16)
 POINTS = 24  # of a curve, after its beginning
 COPIES = 16_384
 STANDARD_ERRORS = 6
@@ -30,14 +29,14 @@ STANDARD_ERRORS = 6
 
 @dataclass(frozen=True)
 class Experiment:
-    """One rule in the regime that it was derived for, and a wrong one beside it.
+    """One rule in the regime that it was derived for, and wrong rules to compare with.
 
     Attributes:
-        title: Of its panel.
-        rule: That suits.
+        title: Title of its panel.
+        rule: Rule that fits the regime.
         wrong: Rules that do not.
         optimizer: Makes the optimizer as tuned at a batch of 1.
-        samples: That a run takes; a multiple of all factors times the points.
+        samples: Samples of a run; a multiple of all factors times the points.
         bound: Deviation that the derivation allows at factor k, without the standard errors.
         start: θ at the beginning.
         sigma: Standard deviation of the noise of one sample, after so many samples.
@@ -64,7 +63,7 @@ class Curve:
     errors: list[float]
 
 
-X = 1 / 1024  # η·h at a batch of 1: the share of the way that one sample goes
+X = 1 / 1024  # η·h at a batch of 1: relative contraction of one sample
 FLOOR = X / 2  # of θ², where noise and contraction balance
 
 
@@ -77,13 +76,13 @@ def _adam(betas: tuple[float, float], *, lr: float = X, eps: float = 1e-8) -> Ca
 
 
 def _discrete(k: int, tau: float) -> float:
-    """What one step for k costs: a contraction by k·x instead of k times by x, over tau = x·samples."""
+    """Return the deviation of one step for k: a contraction by k·x instead of k times by x, over tau = x·samples."""
     y = k * X
     return max(tau, 1) * y / (1 - y)
 
 
 def _adaptive(k: int, tau: float, *, signal: float, beta2: float, lag: float, late: float = 0.0) -> float:
-    """And what Adam adds: the gradient in v beside the noise, v's fluctuations, beta1's memory in samples."""
+    """Return Adam's additional deviation: gradient against noise in v, v's fluctuations, beta1's memory."""
     of_lr = k * signal / 2 + (1 - beta2) + late
     return _discrete(k, tau) + 2 * max(tau, 1) * of_lr + 2 * tau * X * lag
 
@@ -100,12 +99,12 @@ BEYOND = 128  # a batch of four noise scales
 
 
 def gain(k: int) -> float:
-    """Give AdaScale's gain over a batch of 1 in the noise scale of its experiment."""
+    """Return AdaScale's gain over a batch of 1 at the noise scale of its experiment."""
     return k * (GAIN_NOISE + 1) / (GAIN_NOISE + k)
 
 
 def _gain_bound(k: int) -> float:
-    """What one update for gain(k) costs: a contraction by 1 − f·r instead of (1 − f)^r."""
+    """Return the deviation of one update for gain(k): a contraction by 1 − f·r instead of (1 − f)^r."""
     f = (2 * GAIN_C - GAIN_C**2) * GAIN_X
     return GAIN_UPDATES * f * gain(k) * f / (2 * (1 - gain(k) * f))
 
@@ -162,7 +161,7 @@ EXPERIMENTS = {
 
 
 def run(experiment: Experiment, k: int, rule: str | None = None, *, copies: int = COPIES, seed: int = 0) -> Curve:
-    """Train with a batch of k by a rule, the experiment's own where none is named."""
+    """Train with a batch of k under a rule, by default that of the experiment."""
     rule = experiment.rule if rule is None else rule
     theta = torch.full((copies,), experiment.start, dtype=torch.float64, requires_grad=True)
     optimizer = experiment.optimizer([theta])
@@ -190,7 +189,7 @@ def _noise(experiment: Experiment, theta: Tensor, samples: float, generator: tor
 
 
 def _note(curve: Curve, progress: float, theta: Tensor, walk: float) -> None:
-    """Note the mean of θ², of independent copies, or of the coordinates of one walk of such a variance."""
+    """Append the mean of θ² over independent copies, or over the coordinates of one trajectory."""
     square = theta.square()
     mean = square.mean().item()
     variance = mean**2 * walk if walk else square.var().item()
@@ -200,7 +199,7 @@ def _note(curve: Curve, progress: float, theta: Tensor, walk: float) -> None:
 
 
 def deviation(curve: Curve, base: Curve) -> tuple[float, float]:
-    """Give the largest relative distance of a curve from another, and the largest standard error of that."""
+    """Return the largest relative distance of a curve from another, and the largest standard error of that."""
     relative = [(_at(curve, p), loss, e) for p, loss, e in zip(base.progress, base.losses, base.errors, strict=True)]
     if not all(math.isfinite(value) for (value, _), _, _ in relative):
         return math.inf, 0.0
@@ -211,7 +210,7 @@ def deviation(curve: Curve, base: Curve) -> tuple[float, float]:
 
 
 def _at(curve: Curve, progress: float) -> tuple[float, float]:
-    """Read a curve between its points, on a straight line of log loss."""
+    """Interpolate a curve linearly in log loss."""
     for i in range(1, len(curve.progress)):
         if curve.progress[i] >= progress or i == len(curve.progress) - 1:
             left, right = curve.progress[i - 1], curve.progress[i]
@@ -240,7 +239,7 @@ WIDTH, HEIGHT, MARGIN, COLUMNS = 350, 250, 44, 3
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves with their labels and the class that draws them."""
+    """Curves with their labels and CSS classes."""
 
     title: str
     across: str

@@ -16,7 +16,7 @@ from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 
-LONGEST, SHORTEST = W.longest, W.shortest
+LONGEST = W.longest
 
 Sample = Tensor
 
@@ -32,7 +32,7 @@ def make_batch(vocabulary: int = 151_936, *, seed: int = 0) -> list[Sample]:
 
 
 def lengths(samples: Sequence[Sample]) -> list[int]:
-    """Give the tokens of each sample."""
+    """Return the number of tokens of each sample."""
     return [len(sample) for sample in samples]
 
 
@@ -44,7 +44,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum the cross entropy of all labels, from the whole logits in float32."""
+    """Return the summed cross entropy of all labels, from all logits in float32, and their number."""
     labels = microbatch["labels"]
     with torch.autocast(labels.device.type, dtype=torch.bfloat16):
         logits = model(input_ids=microbatch["input_ids"], use_cache=False).logits
@@ -53,6 +53,6 @@ def loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def chunked_loss_fn(model: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum the same from chunks of logits, as `bigbatch train` does."""
+    """Return the same from chunks of logits, as `bigbatch train` does."""
     machine = DeviceSpec(microbatch["labels"].device, "bf16")
     return ChunkedCausalLMLoss(machine, needs_mask=False)(model, microbatch)

@@ -1,6 +1,6 @@
-"""Write docs/reference/api.md from the docstrings of the public names.
+"""Generate docs/reference/api.md from the docstrings of the public names.
 
-python docs/make_reference.py            # a test fails when the file is not what this would write
+python docs/make_reference.py            # tests/docs/test_reference.py fails if the file is out of date
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ TARGET = Path(__file__).parent / "reference" / "api.md"
 
 
 def reference() -> str:
-    """Give the page: each public name with its signature and docstring, and so its public methods."""
-    parts = ["# Reference\n\nMade from the docstrings by `python docs/make_reference.py`.\n"]
+    """Return the page: signature and docstring of each public name and of its public methods."""
+    parts = ["# Reference\n\nGenerated from the docstrings by `python docs/make_reference.py`.\n"]
     for name in sorted(set(bigbatch.__all__) - {"__version__"}):
         thing = getattr(bigbatch, name)
         parts.append(_entry(f"## `bigbatch.{name}`", name, thing))
@@ -37,14 +37,14 @@ def _entry(heading: str, name: str, thing: object) -> str:
 
 
 def _call(thing: object) -> inspect.Signature:
-    """Give the signature without types, which the docstrings tell in words."""
+    """Return the signature without types, which the docstrings describe in words."""
     signature = inspect.signature(thing)
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
     return signature.replace(parameters=plain, return_annotation=signature.empty)
 
 
 def _is_plain(thing: object) -> bool:
-    """Tell whether nobody calls it: errors, enums and what the package itself makes."""
+    """Return whether users do not call it: errors, enums and dataclasses that the package creates."""
     return inspect.isclass(thing) and (issubclass(thing, Exception | enum.Enum) or dataclasses.is_dataclass(thing))
 
 

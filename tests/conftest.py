@@ -1,4 +1,4 @@
-"""What every test runs under: one thread a worker, no hub, no progress bars of other libraries."""
+"""Settings of every test: one thread per process, no access to the hub, no progress bars."""
 
 import os
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from distributed.pool import Pool, Pools
+from support.process_pool import Pool, Pools
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
-    """Give the pool of so many ranks; one of each size for all tests of a session."""
+    """Return a function that returns the pool of a number of ranks; one pool per size and session."""
     made: dict[int, Pool] = {}
 
     def pool_of(size: int) -> Pool:

@@ -67,7 +67,7 @@ def test_the_modules_of_states_and_records_do_not_import_torch():
 
 
 def test_the_whole_core_loads_no_library_but_torch():
-    heavy = ("rich", "pydantic", "transformers", "tokenizers", "datasets", "peft", "safetensors", "psutil")
+    heavy = ("rich", "pydantic", "transformers", "tokenizers", "datasets", "peft", "safetensors")
     code = f"""
 import sys
 from bigbatch import *

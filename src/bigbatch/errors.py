@@ -54,3 +54,11 @@ class WindowAbandonedError(BigbatchError, RuntimeError):
 
 class WindowStateError(BigbatchError, RuntimeError):
     """An operation that the window's state does not allow; the message names the state and the legal calls."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message without its final full stop, to quote it within a sentence.
+
+    The name of the error's class if it has no message.
+    """
+    return str(error).strip().partition("\n")[0].strip().rstrip(".:") or type(error).__name__

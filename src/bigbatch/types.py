@@ -11,8 +11,11 @@ Items: TypeAlias = int | float | Tensor
 Terms: TypeAlias = Mapping[str, tuple[Tensor, Items]]
 """``(loss_sum, items)`` of each term of a loss, by its name."""
 
-LossFunction: TypeAlias = Callable[[Any, Any], tuple[Tensor, Items] | Terms]
-"""``loss_fn(model, microbatch)`` returns ``(loss_sum, items)`` or terms."""
+LossResult: TypeAlias = tuple[Tensor, Items] | Terms
+"""``(loss_sum, items)``, or terms."""
+
+LossFunction: TypeAlias = Callable[[Any, Any], LossResult]
+"""``loss_fn(model, microbatch)`` returns the loss of a micro-batch."""
 
 CountItems: TypeAlias = Callable[[Any], Mapping[str, Items]]
 """``count_items(batch)`` returns the items of each term."""

@@ -276,9 +276,7 @@ def test_state_that_does_not_fit_is_one_sentence_and_leaves_nothing(kind: Any, s
     small = nn.Parameter(torch.ones(3))
     optimizer = kind([{"params": [small]}, {"params": [too_large()]}], **settings)
     gibibytes = f"{needed * 4 * 2**20}.0 GiB"
-    expected = (
-        rf"^the state of {kind.__name__}, {gibibytes}, does not fit in memory beside the model \(.*can't allocate"
-    )
+    expected = rf"^the state of {kind.__name__}, {gibibytes}, does not fit in memory with the model \(.*can't allocate"
     with pytest.raises(bigbatch.MemoryLimitError, match=expected) as raised:
         init_optimizer_state(optimizer)
     assert "\n" not in str(raised.value)

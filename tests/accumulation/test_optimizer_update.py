@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 
 def test_a_scheduler_that_needs_a_validation_loss_is_refused():
@@ -161,8 +161,8 @@ def test_out_of_memory_within_the_step_says_that_the_parameters_are_lost(scaled)
     )
     with pytest.raises(
         bigbatch.MemoryLimitError,
-        match=r"^memory ran out within the step of RunningOut \(CUDA out of memory. Tried to allocate 20.00 MiB.\): "
-        "some parameters may be updated and others not. Go back to a checkpoint, and leave more memory",
+        match=r"^memory ran out within the step of RunningOut \(CUDA out of memory. Tried to allocate 20.00 MiB\): "
+        "some parameters may be updated and others not. Return to a checkpoint, and leave more memory",
     ) as raised:
         engine.step(torch.ones(3, 2))
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)

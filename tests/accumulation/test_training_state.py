@@ -132,7 +132,7 @@ def test_state_before_the_first_window_goes_on_as_well() -> None:
 
 def test_a_smaller_micro_batch_after_memory_ran_out_is_part_of_the_state() -> None:
     one, other = an_engine(microbatch=8), an_engine(microbatch=8, seed=1)
-    one._adapt(num_failures=1)
+    one.microbatch_size.observe(retries=1)
     other.load_state_dict(through_files(one.state_dict()))
     assert [len(rows) for rows in other.groups([1] * 8)] == [7, 1]
 
@@ -145,7 +145,7 @@ def test_another_micro_batch_is_kept_and_gives_the_same_update() -> None:
     double = [(inputs.double(), labels.double()) for inputs, labels in batches(2)]
     one.step(double[0])
     other.load_state_dict(copy_to_cpu(one.state_dict()))
-    assert other.progress["size_in_use"] == 3
+    assert other.microbatch_size.current == 3
     one.step(double[1])
     other.step(double[1])
     for name, parameter in one.model.named_parameters():
@@ -159,9 +159,9 @@ def test_another_micro_batch_is_kept_and_gives_the_same_update() -> None:
     ("change", "message"),
     [
         ({"width": 7}, r"has the shape \[6, 5\] in the state, not \[7, 5\]\."),
-        ({"num_groups": 1}, r"groups of \[2, 4\] parameters, and this one has \[6\]: make them alike\."),
-        ({"scheduled": False}, r"this engine has no scheduler, and the state is of one with one: make them alike\."),
-        ({"scaled": True}, r"this engine has a scaler, and the state is of one with none: make them alike\."),
+        ({"num_groups": 1}, r"groups of \[2, 4\] parameters, and this one has \[6\]: use the same"),
+        ({"scheduled": False}, r"this engine has no scheduler, and the state is of one with one: use the same"),
+        ({"scaled": True}, r"this engine has a scaler, and the state is of one with none: use the same"),
     ],
     ids=str,
 )
@@ -184,7 +184,7 @@ def test_state_with_more_or_fewer_tensors_is_refused_before_anything_changes(mis
         del state["model"]["4.bias"]
     else:
         state["model"]["5.weight"] = torch.zeros(1)
-    said = r"lacks 1 tensors of this model, such as 4\.bias" if missing else "this model has not, such as 5.weight"
+    said = r"lacks 1 tensors of this model, such as 4\.bias" if missing else "this model lacks, such as 5.weight"
     with pytest.raises(ValueError, match=said):
         engine.load_state_dict(state)
     assert equal(engine.state_dict(), before)
@@ -290,7 +290,7 @@ def test_a_window_that_is_given_up_in_the_middle_changes_nothing() -> None:
     engine.step(batches(1)[0])
     before = copy_to_cpu(learned(engine))
     asked = iter([False, False, True])
-    with pytest.raises(WindowAbandonedError, match="given up before its micro-batch of 2 samples"):
+    with pytest.raises(WindowAbandonedError, match="the window was abandoned before its micro-batch 3 of 3"):
         engine.step(batches(1, first=1)[0], should_abandon=lambda: next(asked))
     assert equal(learned(engine), before)
     assert all(parameter.grad is None for parameter in engine.model.parameters())

@@ -5,7 +5,7 @@ import torch
 
 import bigbatch
 from bigbatch import WindowState, WindowStateError
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 
 def setup(**settings):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from bigbatch import MemoryLimitError
 from bigbatch.autotune import choice as choice_module
 from bigbatch.autotune import probe
-from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose, largest_below
+from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
 from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
+from bigbatch.autotune.search import largest_below
 from bigbatch.batching.split import split
 from bigbatch.memory.limit import describe_bytes
 from bigbatch.memory.usage import MemoryBudget
-from memory.helpers import CPU, VOCABULARY, Decoder, adamw, collate, loss_fn, make, make_step, samples, tracked
+from support.decoder_model import CPU, VOCABULARY, Decoder, adamw, collate, loss_fn, make, make_step, samples, tracked
 
 thoroughly = settings(max_examples=300, deadline=None)
 AMPLE = MemoryBudget.from_limit(2**33, "8GiB")

@@ -13,7 +13,8 @@ from bigbatch.cli import options as cli_options
 from bigbatch.cli.arguments import help_text, parse
 from bigbatch.cli.options import FOREIGN_NAMES, GenerateOptions, PlanOptions, VerifyOptions
 from bigbatch.errors import InputError
-from bigbatch.lm.config.train_config import DEFAULT_STEPS, TrainConfig
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.config.train_fields import DEFAULT_STEPS
 
 
 def config_of(*words: str) -> TrainConfig:
@@ -228,9 +229,9 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ),
         (
             "--scale-from 8 --lr-rule adascale",
-            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, and bigbatch train has "
-            'AdamW: in a loop of your own, bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, '
-            "batch=B) applies it.",
+            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, but bigbatch train uses "
+            'AdamW: in your own loop, call bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, '
+            "batch=B).",
         ),
         (
             "--scale-from 8 --lr-rule sde --global-batch 128",
@@ -336,7 +337,7 @@ def test_train_says_in_one_sentence_what_is_wrong(
         ("generate", ["a", "--temperature", "-1"], "--temperature is -1: it must be at least 0."),
         ("generate", ["a", "--top-k", "x"], "--top-k is 'x': it must be a whole number."),
         ("generate", ["a", "--run", "b"], "unknown flag --run: bigbatch generate --help lists them."),
-        ("generate", ["a", "\0"], r"PROMPT is '\x00': it must not hold a NUL character."),
+        ("generate", ["a", "\0"], r"PROMPT is '\x00': it must not contain a NUL character."),
     ],
 )  # fmt: skip
 def test_verify_and_generate_complain_alike(command: str, words: list[str], expected: str):
@@ -488,13 +489,13 @@ def test_defaults_that_depend_on_other_fields_are_told_truly():
 @pytest.mark.parametrize("command", ["train", "plan", "verify"])
 def test_help_teaches_how_much_is_in_memory_at_once(command: str):
     shown = " ".join(help_text(command).split())
-    assert "--microbatch auto|N auto = the fastest that fits the memory: predicted, then tried; or " in shown
-    assert "--token-budget N tokens, padding included, in one forward and backward; " in shown
-    assert "--memory MEMORY memory that the run may use, such as 24GiB or 80% (default: what is free" in shown
-    assert "--gpu GPU the same by the name of a card, such as a100-40gb" in shown
-    assert "--gradient-checkpointing auto|none|selective|full layers whose activations are computed once more" in shown
+    assert "--microbatch auto|N sequences in one forward and backward; affects memory and speed, not the " in shown
+    assert "--token-budget N tokens, padding included, in one forward and backward, instead of --microbatch; " in shown
+    assert "--memory MEMORY memory that the run may use with --microbatch auto, such as 24GiB or 80%; set it " in shown
+    assert "--gpu GPU memory limit by the name of a GPU, such as a100-40gb, instead of --memory" in shown
+    assert "--gradient-checkpointing auto|none|selective|full activation checkpointing: layers recompute " in shown
     assert "without a value: full" in shown
-    assert "--layout auto|padded|packed padded = a row for each sequence; packed = one row without padding" in shown
+    assert "--layout auto|padded|packed padded = one row for each sequence; packed = one row without padding" in shown
     assert "--compile auto|none|layers|graphs layers = compile the layers of the model" in shown
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "numpy", "transformers", "tokenizers", "datasets", "safetensors", "peft", "rich", "psutil")
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "datasets", "safetensors", "peft", "rich")
 
 
 def loaded_after(code: str, watched: tuple[str, ...]) -> set[str]:
@@ -48,7 +48,7 @@ def test_a_file_that_cannot_be_written_is_told_before_torch_is_loaded():
 
 
 def test_importing_the_package_loads_no_terminal_data_or_model_library():
-    watched = ("transformers", "rich", "pydantic", "datasets", "tokenizers", "peft", "psutil")
+    watched = ("transformers", "rich", "pydantic", "datasets", "tokenizers", "peft")
     assert loaded_after("import bigbatch", watched) == set()
 
 

@@ -1,1 +1,1 @@
-"""Several ranks: real gloo processes, in float64, beside one process with the whole batch."""
+"""Several ranks as real gloo processes in float64, compared with one process and the whole batch."""

@@ -1,11 +1,11 @@
-"""The gradient of ranks beside that of one process with the whole batch, in float64."""
+"""The gradient over ranks against one process with the whole batch, in float64."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distributed import cases
-from distributed.pool import Pools
+from support import distributed_windows as cases
+from support.process_pool import Pools
 
 TOLERANCE = 1e-12
 
@@ -21,7 +21,7 @@ KINDS = ("ddp", "plain", "fsdp", "fsdp-last")
 LOSSES = ("loss_and_items", "mean_times_items", "terms_and_items")
 
 
-def check(found_by_rank: list[cases.Found]) -> None:
+def check(found_by_rank: list[cases.WindowResult]) -> None:
     first = found_by_rank[0].report
     for found in found_by_rank:
         assert found.error <= TOLERANCE

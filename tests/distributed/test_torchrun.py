@@ -1,15 +1,15 @@
-"""What torchrun itself does with `bigbatch train`: it starts ranks, starts them again, and passes signals on."""
+"""Real torchrun agents with `bigbatch train`: they start and restart ranks and forward signals."""
 
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from tests.distributed.agents import LIMIT_S, torchrun, torchrun_to_its_end, wait_for
-from tests.distributed.runs import DROPPING, Ground
 
-from lm.helpers import metrics
-from lm.killing import unlike
+from support.distributed_runs import DROPPING, RunFolder
+from support.language_models import metrics
+from support.run_comparison import unlike
+from support.torchrun_agents import LIMIT_S, run_torchrun, torchrun, wait_for
 
 
 def ours(complained: str) -> list[str]:
@@ -18,12 +18,12 @@ def ours(complained: str) -> list[str]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_kill_9_of_a_rank_leaves_no_trace(ground: Ground, undisturbed: dict[str, Path], parallel: str) -> None:
+def test_kill_9_of_a_rank_leaves_no_trace(ground: RunFolder, undisturbed: dict[str, Path], parallel: str) -> None:
     out = f"torchrun-{parallel}"
     words = ground.words(out, *DROPPING, "--parallel", parallel)
     flags = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-    trouble = "trouble.on({1}, trouble.kill_in_window(6))(rank)"
-    code, printed, complained = torchrun_to_its_end(flags, words, ground.folder, trouble=trouble)
+    fault = "rank_faults.on({1}, rank_faults.kill_in_window(6))(rank)"
+    code, printed, complained = run_torchrun(flags, words, ground.folder, fault=fault)
     assert code == 0, complained
     assert f"going on with {out}: after update 3\n" in printed
     assert printed.count("update 8/8 ") == 1
@@ -31,7 +31,7 @@ def test_kill_9_of_a_rank_leaves_no_trace(ground: Ground, undisturbed: dict[str,
     assert unlike(ground.folder / out, undisturbed[parallel]) == []
 
 
-def test_ctrl_c_reaches_every_rank_once_and_all_save(ground: Ground, undisturbed: dict[str, Path]) -> None:
+def test_ctrl_c_reaches_every_rank_once_and_all_save(ground: RunFolder, undisturbed: dict[str, Path]) -> None:
     out = ground.folder / "interrupted"
     words = ground.words("interrupted", *DROPPING, "--steps", "2000", "--checkpoint-every", "500")
     with torchrun(["--standalone", "--nproc-per-node", "2"], words, ground.folder) as process:

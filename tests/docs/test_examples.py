@@ -1,4 +1,4 @@
-"""The Python in the README, the documents and the docstrings runs, and does what the text around it says."""
+"""The Python and the command lines in README, docs and docstrings run, and do what the text around them says."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks(page)
     assert code, f"{page} has no Python block"
     names: dict[str, object] = {}
@@ -31,7 +31,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, capsys: pytest.
         exec(compile(block, f"{page}, block {number + 1}", "exec"), names)
 
 
-def test_the_readme_proves_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_example_prints_the_proof(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     for block in blocks("README.md"):
         exec(compile(block, "README.md", "exec"), names)
@@ -40,7 +40,7 @@ def test_the_readme_proves_what_it_says(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("name", ["Accumulator", "Engine", "Window"])
-def test_the_loop_in_a_docstring_runs(name: str) -> None:
+def test_loop_in_a_docstring_updates_the_model(name: str) -> None:
     import textwrap
 
     import torch
@@ -79,7 +79,7 @@ def launches() -> list[str]:
 
 
 @pytest.mark.parametrize("line", launches())
-def test_a_line_about_several_machines_is_one_that_torchrun_and_bigbatch_take(line: str) -> None:
+def test_launch_lines_parse(line: str) -> None:
     from torch.distributed.run import get_args_parser
 
     from bigbatch.cli import arguments
@@ -92,7 +92,7 @@ def test_a_line_about_several_machines_is_one_that_torchrun_and_bigbatch_take(li
     arguments.parse(words[0], words[1:])
 
 
-def test_every_test_that_the_faults_name_is_there() -> None:
+def test_faults_page_names_existing_tests() -> None:
     page = (ROOT / "docs/explanation/faults.md").read_text(encoding="utf-8")
     there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     missing = [name for name in re.findall(r"`(test_\w+)`", page) if f"def {name}(" not in there]

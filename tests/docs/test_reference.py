@@ -6,7 +6,7 @@ from pathlib import Path
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_reference_is_what_the_docstrings_say() -> None:
+def test_reference_matches_the_docstrings() -> None:
     make = runpy.run_path(str(DOCS / "make_reference.py"))
     written = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
     assert written == make["reference"](), "run: python docs/make_reference.py"

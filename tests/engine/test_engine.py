@@ -12,8 +12,8 @@ from torch import nn
 
 import bigbatch
 from bigbatch.batching.token_groups import round_up_row
-from bigbatch.engine.engine import WINDOWS_BEFORE_GROWTH
-from exactness import reference as ref
+from bigbatch.engine.microbatch_size import WINDOWS_BEFORE_GROWTH
+from support import full_batch_reference as ref
 
 EXACT = 1e-12
 WRONG = 1e-3
@@ -123,7 +123,7 @@ def test_a_micro_batch_that_is_no_int_is_refused_at_once(microbatch):
 @pytest.mark.parametrize(
     ("loss_fn", "error", "message"),
     [
-        (lambda m, b: ref.loss_mean(m, b), TypeError, r"is a tensor of shape \(\): give the pair \(loss_sum, items\)"),
+        (lambda m, b: ref.loss_mean(m, b), TypeError, r"is a tensor of shape \(\): return the pair \(loss_sum, items"),
         (lambda m, b: (m(b["tokens"]), 3), ValueError, r"has shape \(3, 6, 11\): it must be the 0-d sum"),
         (lambda m, b: (ref.loss_mean(m, b).item(), 3), TypeError, "is a float: it must be a 0-d tensor"),
         (lambda m, b: (ref.loss_mean(m, b), -1), ValueError, "are -1: they must be a finite count, 0 or more"),
@@ -132,7 +132,7 @@ def test_a_micro_batch_that_is_no_int_is_refused_at_once(microbatch):
         (lambda m, b: (ref.loss_mean(m, b), b["labels"] >= 0), ValueError, r"have shape \(3, 6\)"),
         (lambda m, b: (ref.loss_mean(m, b).detach(), 3), ValueError, "does not depend on any parameter.*detached"),
         (lambda m, b: (torch.tensor(1.0), 3), ValueError, "does not depend on any parameter"),
-        (lambda m, b: None, TypeError, "is a NoneType: give the pair"),
+        (lambda m, b: None, TypeError, "is a NoneType: return the pair"),
     ],
 )
 def test_a_loss_function_that_returns_something_else_is_told_so(loss_fn, error, message):
@@ -387,7 +387,7 @@ def test_packed_rows_need_lengths_and_a_collate():
     ):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
             make(**{"layout": "packed", "collate": pack, "lengths": len, missing: None})
-        assert str(caught.value) == f'layout="packed" needs {said}: rows are packed of samples, by their tokens.'
+        assert str(caught.value) == f'layout="packed" needs {said}: samples are packed into rows by their tokens.'
 
 
 @pytest.mark.parametrize("layout", ["dense", "Packed", "", None, True])
@@ -521,5 +521,5 @@ def test_without_recorded_launches_there_is_nothing_to_release():
     batch = ref.ragged_batch(10)
     engine.step(batch)
     engine.release_cuda_graphs()
-    assert engine.graph_runner is None
+    assert engine.runner.static_buffers is None
     assert_full(optimizer, engine.model, batch)

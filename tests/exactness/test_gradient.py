@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 EXACT = 1e-12
 WRONG = 1e-3

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 NARROW = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # largest relative error of one rounding to nearest
 
@@ -357,7 +357,7 @@ def test_a_scaler_works_on_after_a_window_that_failed():
         count_items=lambda x: {"square": told[0]},
         scaler=scaler(),
     )
-    with pytest.raises(ValueError, match=r"count_items told 5 items for the term 'square'.*held 9"):
+    with pytest.raises(ValueError, match=r"count_items returned 5 items for the term 'square'.*had 9"):
         engine.step(torch.randn(9, 3))
     told[0] = 9
     assert engine.step(torch.randn(9, 3)).skipped is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 EXACT = 1e-10
 WRONG = 1e-3

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 EXACT = 1e-12
 WRONG = 1e-3

@@ -79,8 +79,8 @@ class Pair:
             bigbatch.Engine(each, optimizer, loss_fn, cuda_graphs=records, **{"microbatch": 4, **settings})
             for each, optimizer, records in zip(self.models, self.optimizers, (True, False), strict=True)
         )
-        assert self.recording.graph_runner is not None
-        self.recorder = self.recording.graph_runner
+        assert self.recording.runner is not None
+        self.recorder = self.recording.runner
 
     def step(self, batch: Any) -> float:
         """Take an update with both; give how far their gradients are apart, and hold their reports to each other."""
@@ -220,8 +220,8 @@ def test_dropout_drops_others_in_every_micro_batch_and_window() -> None:
         assert kept.unique().numel() == 9, "the same ones are dropped in all"
         assert abs(float(kept.double().mean()) - 4) < 0.1
         seen.append(kept)
-    assert engine.graph_runner is not None
-    assert (engine.graph_runner.num_graphs, engine.graph_runner.disabled_reason) == (1, None)
+    assert engine.runner is not None
+    assert (engine.runner.num_graphs, engine.runner.disabled_reason) == (1, None)
     assert len({tuple(kept.tolist()) for kept in seen}) == 4
 
 
@@ -294,15 +294,15 @@ def test_what_is_released_is_given_back_and_recorded_again() -> None:
     engine.release_cuda_graphs()
     before = reserved_bytes()
     engine.step(batch)
-    assert engine.graph_runner is not None
-    assert engine.graph_runner.num_graphs == 1
+    assert engine.runner is not None
+    assert engine.runner.num_graphs == 1
     recorded = reserved_bytes() - before
     assert recorded >= 4096 * 8192 * 4, "activations stay with the recording"
     engine.release_cuda_graphs()
-    assert engine.graph_runner.num_graphs == 0
+    assert engine.runner.num_graphs == 0
     assert reserved_bytes() - before <= recorded // 2, "but for workspaces of libraries"
     engine.step(batch)
-    assert engine.graph_runner.num_graphs == 1
+    assert engine.runner.num_graphs == 1
     assert difference(optimizer.seen, first) <= 1e-6
 
 
@@ -311,12 +311,12 @@ def test_a_copied_engine_records_its_own_model() -> None:
     for window in range(2):
         pair.step(masked_batch(8, window))
     other = copy.deepcopy(pair.recording)
-    assert other.graph_runner is not None
-    assert (other.graph_runner.num_graphs, other.graph_runner.static_buffers) == (0, None)
+    assert other.runner is not None
+    assert (other.runner.num_graphs, other.runner.static_buffers) == (0, None)
     before = [parameter.detach().clone() for parameter in pair.models[0].parameters()]
     for window in range(3):
         other.step(masked_batch(8, window))
-    assert other.graph_runner.num_graphs == 1
+    assert other.runner.num_graphs == 1
     assert all(torch.equal(a, b) for a, b in zip(before, pair.models[0].parameters(), strict=True))
     assert pair.step(masked_batch(8, 5)) <= 1e-6
 
@@ -481,8 +481,8 @@ def test_a_gradient_scaler_keeps_the_launches_as_they_are() -> None:
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=4, scaler=scaler, cuda_graphs=True)
     for window in range(3):
         assert engine.step(masked_batch(10, window)).skipped is None
-    assert engine.graph_runner is not None
-    assert engine.graph_runner.num_graphs == 0
+    assert engine.runner is not None
+    assert engine.runner.num_graphs == 0
 
 
 def test_running_out_of_memory_while_recording_falls_back_and_counts_once() -> None:
@@ -530,7 +530,7 @@ def test_running_out_of_memory_in_the_first_window_delays_recording_by_one() -> 
     recordings = []
     for window in range(3):
         assert engine.step(masked_batch(8, window, torch.float64)).retries == (window == 0)
-        recordings.append(engine.graph_runner.num_graphs)  # type: ignore[union-attr]
+        recordings.append(engine.runner.num_graphs)  # type: ignore[union-attr]
     assert recordings == [0, 0, 2]  # a size of 3 since the failure: 3, 3 and 2 samples
 
 
@@ -568,8 +568,8 @@ def test_no_replayed_micro_batch_waits_for_the_device() -> None:
     batches = {rows: tuple(tensor.to(DEVICE) for tensor in masked_batch(rows)) for rows in (16, 128)}
     for _ in range(2):
         engine.step(batches[16])
-    assert engine.graph_runner is not None
-    assert engine.graph_runner.num_graphs == 1
+    assert engine.runner is not None
+    assert engine.runner.num_graphs == 1
     counts = []
     before = torch.cuda.get_sync_debug_mode()
     for rows in (16, 128):
@@ -583,7 +583,7 @@ def test_no_replayed_micro_batch_waits_for_the_device() -> None:
         assert report.num_microbatches == rows // 4
         counts.append(len([wait for wait in waits if "synchroniz" in str(wait.message)]))
     assert counts[0] == counts[1] <= 3
-    assert engine.graph_runner.num_graphs == 1
+    assert engine.runner.num_graphs == 1
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_recorded_micro_batches() -> None:
@@ -597,8 +597,8 @@ def test_peak_memory_does_not_grow_with_the_number_of_recorded_micro_batches() -
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=512, cuda_graphs=True)
     for _ in range(2):
         engine.step(torch.randn(1024, 256))
-    assert engine.graph_runner is not None
-    assert engine.graph_runner.num_graphs == 1
+    assert engine.runner is not None
+    assert engine.runner.num_graphs == 1
     peaks = []
     for num_microbatches in (2, 64):
         torch.cuda.reset_peak_memory_stats()
@@ -614,6 +614,6 @@ def test_the_micro_batch_that_auto_chooses_is_timed_and_run_recorded() -> None:
     engine = bigbatch.Engine(model, optimizer, masked_loss, memory="2GiB", cuda_graphs=True)
     for window in range(3):
         assert engine.step(masked_batch(64, window)).skipped is None
-    assert engine.graph_runner is not None
-    assert engine.graph_runner.disabled_reason is None
-    assert engine.graph_runner.num_graphs >= 1
+    assert engine.runner is not None
+    assert engine.runner.disabled_reason is None
+    assert engine.runner.num_graphs >= 1

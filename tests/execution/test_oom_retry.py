@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch
-from bigbatch.execution.oom_retry import OomRetry
 
 EXACT = 1e-12
 
@@ -387,23 +386,21 @@ def test_a_sample_that_does_not_fit_is_one_sentence_and_leaves_nothing() -> None
 
 
 def test_a_sample_that_does_not_fit_is_named_with_its_length() -> None:
-    lengths = [5, 40, 2048, 7]
-
-    def forward(rows: Any) -> Any:
-        if 2 in rows:
+    def limited(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+        if 2 in batch[0][:, 0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
-        return loss_fn(model, tuple(tensor[list(rows)] for tensor in make_batch(4)))
+        return loss_fn(model, batch)
 
-    model = make()
-    window, transaction = bigbatch.Accumulator(model, Recording(model)).open((), None)
-    recovery = OomRetry(model, torch.device("cpu"))
-    recovery.begin(transaction, lengths)
+    model, (tokens, labels) = make(), make_batch(4)
+    tokens[:, 0] = torch.arange(4)
+    engine = bigbatch.Engine(
+        model, Recording(model), limited, microbatch=bigbatch.TokenBudget(8192), lengths=lambda _: [5, 40, 2048, 7]
+    )
     with pytest.raises(bigbatch.MemoryLimitError) as raised:
-        recovery.add(forward, range(4))
-    window.abort()
+        engine.step((tokens, labels))
     assert str(raised.value) == (
         "sample 2 of the batch, 2,048 tokens long, does not fit in memory by itself (CUDA out of memory. Tried to "
-        "allocate 2.00 GiB.). Shorten it, or use activation checkpointing, narrower weights or fewer trained "
+        "allocate 2.00 GiB). Shorten it, or use activation checkpointing, narrower weights or fewer trained "
         "parameters."
     )
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bigbatch.gradients.gradient_sums import GradientSums
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 
 def linear(dtype=torch.float64):

@@ -28,11 +28,11 @@ def test_a_mapping_is_its_terms():
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (LOSS, r"the term 'loss' of the loss is a tensor of shape \(\): give the pair \(loss_sum, items\)"),
-        ((LOSS,), "the term 'loss' of the loss is a tuple: give the pair"),
-        ((LOSS, 1, 2), "is a tuple: give the pair"),
-        (None, "is a NoneType: give the pair"),
-        (1.5, "is a float: give the pair"),
+        (LOSS, r"the term 'loss' of the loss is a tensor of shape \(\): return the pair \(loss_sum, items\)"),
+        ((LOSS,), "the term 'loss' of the loss is a tuple: return the pair"),
+        ((LOSS, 1, 2), "is a tuple: return the pair"),
+        (None, "is a NoneType: return the pair"),
+        (1.5, "is a float: return the pair"),
         ({"kl": LOSS}, "the term 'kl' of the loss is a tensor"),
         ((1.5, 3), "the loss of the term 'loss' is a float: it must be a 0-d tensor"),
         ((LOSS, None), "the items of the term 'loss' are a NoneType"),
@@ -87,7 +87,7 @@ def test_counts_are_compared_exactly_however_large():
     """A window of a million tokens whose count is one off was counted by another rule."""
     ledger = LossTotals({"a": 1_000_001})
     ledger.record({"a": (LOSS, 1_000_000)})
-    with pytest.raises(ValueError, match="told 1000001 items for the term 'a', and the micro-batches held 1000000"):
+    with pytest.raises(ValueError, match="returned 1000001 items for the term 'a', and the micro-batches had 1000000"):
         ledger.divisor()
 
 
@@ -118,14 +118,14 @@ def test_term_names_may_not_change_between_micro_batches_without_totals():
 def test_a_term_that_was_counted_and_never_came_is_found():
     ledger = LossTotals({"a": 2, "b": 1})
     ledger.record({"a": (LOSS, 2)})
-    with pytest.raises(ValueError, match="count_items told 1 items for the term 'b', and the micro-batches held 0"):
+    with pytest.raises(ValueError, match="count_items returned 1 items for the term 'b', and the micro-batches had 0"):
         ledger.divisor()
 
 
 def test_items_for_a_term_whose_total_is_zero_are_found():
     ledger = LossTotals({"a": 0})
     ledger.record({"a": (LOSS, 2)})
-    with pytest.raises(ValueError, match="told 0 items for the term 'a', and the micro-batches held 2"):
+    with pytest.raises(ValueError, match="returned 0 items for the term 'a', and the micro-batches had 2"):
         ledger.divisor()
 
 

@@ -1,4 +1,4 @@
-"""Devices and precisions that are not there are one sentence."""
+"""Unavailable devices and precisions are reported in one sentence."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ def test_the_cpu_computes_in_float32_unless_asked() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_a_missing_gpu_is_named_with_the_reason(device: str) -> None:
-    with pytest.raises(InputError, match=rf"^--device {device} is not there: .*CUDA.*; use --device cpu\.$"):
+    with pytest.raises(InputError, match=rf"^--device {device} is not available: .*CUDA.*; use --device cpu\.$"):
         resolve_device(device, "auto")
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without an Apple GPU")
 def test_a_missing_apple_gpu_is_named() -> None:
-    with pytest.raises(InputError, match="--device mps is not there: torch finds no Apple GPU"):
+    with pytest.raises(InputError, match="--device mps is not available: torch finds no Apple GPU"):
         resolve_device("mps", "float32")
 
 

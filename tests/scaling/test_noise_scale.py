@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import bigbatch
+from bigbatch.accumulation.noise_observer import NoiseObserver
 from bigbatch.scaling.noise_scale import MIN_WINDOWS, NoiseScaleEstimator
-from distributed.pool import Pool
+from support.process_pool import Pool
 
 SIGNAL = torch.tensor([0.6, -0.3, 0.0, 0.2, 0.5], dtype=torch.float64)
 DEVIATION = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0], dtype=torch.float64)
@@ -55,7 +56,7 @@ def measured(windows: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
     accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
     found = []
     for microbatches in windows:
-        accumulator.noise = NoiseScaleEstimator()
+        accumulator.noise = NoiseObserver()
         window = accumulator.window()
         for items in microbatches:
             window.backward(model(items).sum(), items=len(items))
@@ -103,7 +104,7 @@ def on_a_rank(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[float, f
     found = []
     for _ in range(count):
         parts = [[items_of(size, generator) for size in of_rank] for of_rank in sizes]
-        accumulator.noise = NoiseScaleEstimator()
+        accumulator.noise = NoiseObserver()
         window = accumulator.window()
         for items in parts[dist.get_rank()]:
             window.backward(model(items).sum(), items=len(items))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch
-from exactness import reference as ref
+from support import full_batch_reference as ref
 
 SAMPLES = 12
 
@@ -459,7 +459,7 @@ def test_a_cut_that_is_no_int_is_refused(microbatch):
 
 
 def test_a_loss_function_that_returns_no_pair_is_told_so():
-    with pytest.raises(TypeError, match=r"give the pair \(loss_sum, items\)"):
+    with pytest.raises(TypeError, match=r"return the pair \(loss_sum, items\)"):
         bigbatch.verify(mlp(), lambda model, part: model(part).sum(), rows())
 
 

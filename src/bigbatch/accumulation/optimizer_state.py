@@ -1,6 +1,6 @@
-"""The optimizer's state, made before the first window: memory then runs out at the beginning, not within an update.
+"""Initialize the optimizer state before the first window, so that memory does not run out inside an update.
 
-parameters without state → stand-ins that share their memory → the optimizer's own beginning → its state
+parameters without state → proxies that share their memory → the optimizer's own initialization → its state
 """
 
 import inspect
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from bigbatch.errors import MemoryLimitError
+from bigbatch.errors import MemoryLimitError, first_line
 from bigbatch.memory.limit import describe_bytes
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 _State: TypeAlias = dict[Tensor, dict[str, Any]]
 
-# Their ``_init_group`` makes the whole state, of constants. Rprop and ASGD begin with the learning rate that the first
-# step finds, SGD with the first gradient. Subclasses may do anything in their step.
+# Their ``_init_group`` creates the whole state, from constants. Rprop and ASGD start from the learning rate of the
+# first
+# step, SGD from the first gradient. Subclasses may do anything in their step.
 _INIT_IS_CONSTANT = (
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -37,16 +38,16 @@ _INIT_IS_CONSTANT = (
 
 
 def init_optimizer_state(optimizer: "Optimizer") -> bool:
-    """Make the state that an optimizer would make in its first step, and count no step.
+    """Create the state that an optimizer would create in its first step, without counting a step.
 
-        state[p] = what step() would begin with     for each trainable parameter p that has no state yet
+        state[p] = initial state of step()     for each trainable parameter p without state
 
-    Neither parameters nor gradients are touched. A parameter that never receives a gradient gets state that it would
-    not have had: constants that no step reads or changes, because a step passes over parameters without ``.grad``.
+    Parameters and gradients do not change. A parameter that never receives a gradient gets state that it would not
+    have had: constants that no step reads or changes, because a step skips parameters without ``.grad``.
 
     Args:
-        optimizer: Its state is made if it is exactly one of torch's Adam, AdamW, NAdam, RAdam, Adamax, Adadelta,
-            RMSprop, Adafactor and Muon. Others are left alone.
+        optimizer: Its state is created if it is exactly one of torch's Adam, AdamW, NAdam, RAdam, Adamax, Adadelta,
+            RMSprop, Adafactor and Muon; no-op for others.
 
     Returns:
         Whether the optimizer is one of these.
@@ -62,31 +63,31 @@ def init_optimizer_state(optimizer: "Optimizer") -> bool:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        message = str(error).partition("\n")[0]
-    # Outside the except block: in there, the traceback holds what was made.
+        message = first_line(error)
+    # Outside the except block: inside it, the traceback holds the new tensors.
     free_cached_memory()
-    # Not as fused: that refuses tensors without data.
+    # Not fused, which does not support tensors without data.
     needed = describe_bytes(_bytes(_first_state(optimizer, _without_data, fused=False)))
     raise MemoryLimitError(
-        f"the state of {type(optimizer).__name__}, {needed}, does not fit in memory beside the model ({message}). "
-        "Train fewer or narrower parameters, or take an optimizer that keeps less for each."
+        f"the state of {type(optimizer).__name__}, {needed}, does not fit in memory with the model ({message}). "
+        "Train fewer or narrower parameters, or use an optimizer with less state for each."
     )
 
 
 def _first_state(optimizer: "Optimizer", proxy: Callable[[Tensor], Tensor], **settings: Any) -> _State:
-    """Let the optimizer begin with stand-ins for its parameters and for their gradients; of these it reads no value."""
+    """Run the optimizer state initialization on proxy tensors; no value is read."""
     twin = object.__new__(type(optimizer))
     vars(twin).update(vars(optimizer), state=defaultdict(dict))
     num_lists = len(inspect.signature(twin._init_group).parameters) - 1  # type: ignore[attr-defined]
     state: _State = {}
     for group in optimizer.param_groups:
         parameters = [p for p in group["params"] if _wants_state(optimizer, p)]
-        stand_ins = [proxy(p) for p in parameters]
-        for tensor in stand_ins:
+        proxies = [proxy(p) for p in parameters]
+        for tensor in proxies:
             tensor.grad = tensor.detach()
         lists: list[list[Any]] = [[] for _ in range(num_lists)]
-        twin._init_group({**group, **settings, "params": stand_ins}, *lists)  # type: ignore[attr-defined]
-        state.update((p, twin.state[tensor]) for p, tensor in zip(parameters, stand_ins, strict=True))
+        twin._init_group({**group, **settings, "params": proxies}, *lists)  # type: ignore[attr-defined]
+        state.update((p, twin.state[tensor]) for p, tensor in zip(parameters, proxies, strict=True))
     return state
 
 

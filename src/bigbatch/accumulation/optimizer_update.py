@@ -1,4 +1,4 @@
-"""The update: unscale, divide, check, clip, step, schedule. Once per window, on the total."""
+"""The optimizer update of a window: unscale, divide, check, clip, step, schedule. Once, on the total."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
-from bigbatch.errors import MemoryLimitError, NonFiniteError
-from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
+from bigbatch.errors import MemoryLimitError, NonFiniteError, first_line
+from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums, optimizer_parameters
 from bigbatch.memory.usage import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 NonFinite: TypeAlias = Literal["skip", "raise"]
 
-# Added to the norm in the clip coefficient, as torch.nn.utils.clip_grad_norm_ does, so that both clip alike.
+# Added to the norm in the clip coefficient, as torch.nn.utils.clip_grad_norm_ does, so that both give the same result.
 CLIP_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class UpdateOutcome:
-    """What an update did.
+    """The result of an update.
 
     Attributes:
         grad_norm: 2-norm of the divided gradient before clipping; NaN without items.
-        skipped: Why nothing was updated, or None.
-        extra_scalars: Values that were read from the device together with the norm.
+        skipped: Why nothing was updated; None if it was.
+        extra_scalars: Values read from the device together with the norm.
     """
 
     grad_norm: float
@@ -43,14 +43,14 @@ class UpdateOutcome:
 
 
 class OptimizerUpdate:
-    """Apply the gradient of a whole window.
+    """Applies the gradient of a whole window.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer`` that evaluates the loss at most once in a step.
         scheduler: Stepped once after each update that was applied.
         scaler: A gradient scaler for float16 autocast over float32 parameters.
         max_grad_norm: Largest 2-norm of the divided gradient, over all parameters of the optimizer; None to not clip.
-        nonfinite: Whether a window whose loss or gradient is not finite is skipped in silence, or raised.
+        nonfinite: ``"skip"`` or ``"raise"``: what to do if the loss or gradient of a window is not finite.
 
     Attributes:
         num_steps: Updates applied so far.
@@ -82,7 +82,7 @@ class OptimizerUpdate:
             _check_scalable(optimizer)
 
     def prepare(self) -> None:
-        """Make the optimizer's state where that can be done ahead; from the second call on, do nothing.
+        """Initialize the optimizer state if the optimizer supports it; no-op from the second call on.
 
         Raises:
             MemoryLimitError: The state does not fit in memory.
@@ -96,12 +96,12 @@ class OptimizerUpdate:
         self.num_steps = num_steps
 
     def parameters(self) -> list[Tensor]:
-        """Give the parameters of all groups of the optimizer, as they are now."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        """Return the parameters of all groups of the optimizer, as they are now."""
+        return optimizer_parameters(self.optimizer)
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter is."""
+        """Device of the first parameter."""
         return self.parameters()[0].device
 
     def apply(
@@ -113,25 +113,25 @@ class OptimizerUpdate:
         sync: "GradientSync | None" = None,
         extra_scalars: Sequence[Tensor] = (),
     ) -> UpdateOutcome:
-        """Turn the sums of a window into one update, or into none if they cannot be one.
+        """Turn the sums of a window into one update, or skip it.
 
         Args:
             sums: Of the optimizer's parameters.
-            loss_totals: What they are to be divided by.
-            loss_scale: What the losses were multiplied by: what `loss_scale` gave when the window opened.
-            sync: How the sums crossed ranks, which then all do the same; None in one process.
-            extra_scalars: Other 0-d values to read at the same time, for the outcome.
+            loss_totals: Their divisor.
+            loss_scale: The factor of the losses: the result of `loss_scale` when the window opened.
+            sync: Synchronized the sums over ranks, which all apply the same; None in a single process.
+            extra_scalars: Other 0-d tensors to read from the device at the same time, for the outcome.
 
-        Waits for the device once, for the count and the norm that decide whether there is an update at all.
+        Waits for the device once, for the count and the norm that decide whether there is an update.
 
         Raises:
-            MemoryLimitError: Memory ran out within the optimizer's step. Some parameters may have moved, others not.
+            MemoryLimitError: Memory ran out within the optimizer's step. Some parameters may be updated and others not.
         """
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
             return self._apply(sums, gradients, loss_totals, sync, extra_scalars)
-        assert self.scaler is not None, "it made the loss scale"
-        # The scale is this window's own: another window with the same scaler may have changed it meanwhile.
+        assert self.scaler is not None, "the loss scale comes from it"
+        # Relative to the scale at the start of this window: another window may have changed the scaler since.
         torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
         self.scaler.unscale_(self.optimizer)
         try:
@@ -140,7 +140,7 @@ class OptimizerUpdate:
             self.scaler.update()
 
     def loss_scale(self) -> Tensor | None:
-        """Give the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
+        """Return the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
     def _apply(
@@ -154,7 +154,7 @@ class OptimizerUpdate:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
         averaged_over = 1.0 if sync is None else sync.gradient_divide_factor
         norm_of_sums = norm_of(gradients)
-        divisor = loss_totals.divisor() / averaged_over  # waits for the device, where it counted the items
+        divisor = loss_totals.divisor() / averaged_over  # waits for the device if items are counted there
         if not divisor:
             return UpdateOutcome(math.nan, skipped="no items")
         if not gradients:
@@ -166,7 +166,7 @@ class OptimizerUpdate:
         ]
         norm, *read = torch.stack(together).tolist()  # waits for the device
         grad_norm = norm / divisor
-        if not math.isfinite(grad_norm):  # perhaps only the norm of the undivided sums overflowed
+        if not math.isfinite(grad_norm):  # the norm of the undivided sums may have overflowed
             _scale(gradients, 1 / divisor)
             grad_norm, divisor = norm_of(gradients).item(), 1.0
             if not math.isfinite(grad_norm):
@@ -174,7 +174,7 @@ class OptimizerUpdate:
             if not loss_totals.is_finite():
                 return self._skip_or_raise(grad_norm, "non-finite loss")
         _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
-        gradients.clear()  # float32 sums are then freed one by one as they are handed over
+        gradients.clear()  # float32 sums are then freed one by one as they are written to .grad
         sums.write_to_grad()
         self._step(loss_totals)
         return UpdateOutcome(grad_norm, extra_scalars=tuple(read))
@@ -183,7 +183,7 @@ class OptimizerUpdate:
         if self.nonfinite == "raise":
             raise NonFiniteError(
                 f"the window after update {self.num_steps} has a {why}, and changed nothing: look at its samples, "
-                'lower the learning rate, or pass nonfinite="skip" to go on without such windows.'
+                'lower the learning rate, or pass nonfinite="skip" to continue without such windows.'
             )
         return UpdateOutcome(grad_norm, skipped=why)
 
@@ -202,11 +202,11 @@ class OptimizerUpdate:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error).partition("\n")[0]
+            message = first_line(error)
             raise MemoryLimitError(
                 f"memory ran out within the step of {type(self.optimizer).__name__} ({message}): some parameters may "
-                "be updated and others not. Go back to a checkpoint, and leave more memory to the step: train fewer or "
-                "narrower parameters, or give the optimizer fused=True or foreach=False if it takes them."
+                "be updated and others not. Return to a checkpoint, and leave more memory for the step: train fewer or "
+                "narrower parameters, or pass fused=True or foreach=False to the optimizer if it accepts them."
             ) from error
         self.num_steps += 1
         if self.scheduler is not None:
@@ -226,7 +226,7 @@ def _check_optimizer(optimizer: "Optimizer") -> None:
         if group["max_iter"] != 1 or group["line_search_fn"] is not None:
             raise TypeError(
                 f"LBFGS with max_iter={group['max_iter']} and line_search_fn={group['line_search_fn']!r} evaluates the "
-                "loss again within one update, when the micro-batches of the window are gone. "
+                "loss again within one update, when the micro-batches of the window are no longer available. "
                 "Use LBFGS(max_iter=1, line_search_fn=None), or another optimizer."
             )
 
@@ -235,8 +235,8 @@ def _check_scheduler(scheduler: "LRScheduler | None", optimizer: "Optimizer") ->
     owner = getattr(scheduler, "optimizer", optimizer)
     if isinstance(owner, torch.optim.Optimizer) and owner.param_groups is not optimizer.param_groups:
         raise ValueError(
-            "the scheduler belongs to another optimizer: its steps would change rates that this one never reads. "
-            "Make it from the optimizer that is passed here."
+            "the scheduler belongs to another optimizer: its steps would change learning rates that this one "
+            "does not use. Make it for the optimizer that is passed here."
         )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise TypeError(
@@ -246,7 +246,7 @@ def _check_scheduler(scheduler: "LRScheduler | None", optimizer: "Optimizer") ->
 
 
 def _check_scalable(optimizer: "Optimizer") -> None:
-    narrow = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF_PRECISION_DTYPES}
+    narrow = {p.dtype for p in optimizer_parameters(optimizer) if p.dtype in HALF_PRECISION_DTYPES}
     if narrow:
         raise TypeError(
             f"a GradScaler is for float16 autocast over float32 parameters, and these are {_names(narrow)}. "

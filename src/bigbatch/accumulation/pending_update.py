@@ -1,254 +1,320 @@
-"""One window's sums and counts, and how they become an update: what stands behind a `Window`."""
+"""The pending update of one window: its gradient sums and counts, and how they become one optimizer update.
 
-import math
+EMPTY ──add──▶ ACCUMULATING ──apply──▶ CLOSED
+  └────apply / discard────┴───discard───▶ ABORTED
+"""
+
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.optimizer_update import OptimizerUpdate, UpdateOutcome
-from bigbatch.distributed.gradient_sync import GradientSync
-from bigbatch.distributed.window_vote import Number, RankVote, VoteResult, from_numbers, name_ranks, to_numbers
-from bigbatch.errors import RankFailedError, WindowAbandonedError
+from bigbatch.accumulation.noise_observer import NOT_MEASURED, NoiseObserver
+from bigbatch.accumulation.optimizer_update import OptimizerUpdate
+from bigbatch.distributed.collective import Number, list_ranks
+from bigbatch.distributed.gradient_sync import GradientSync, Microbatch
+from bigbatch.distributed.window_vote import RankVote, VoteResult, announce_failed_window, from_numbers, to_numbers
+from bigbatch.errors import RankFailedError, WindowAbandonedError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import LossTotals, as_terms, may_have_items
 from bigbatch.memory.usage import peak_bytes
-from bigbatch.scaling.noise_scale import NoiseScale, NoiseScaleEstimator
-from bigbatch.types import Items
+from bigbatch.types import Items, LossResult, Terms
 from bigbatch.window_report import RanksReport, WindowReport
 
 
-@dataclass
-class Wishes:
-    """What a rank has to say when the window ends, besides its gradients.
+class WindowState(Enum):
+    """The state of a window."""
+
+    EMPTY = "empty"
+    ACCUMULATING = "accumulating"
+    CLOSED = "closed"
+    ABORTED = "aborted"
+
+
+def never() -> bool:
+    """Return False."""
+    return False
+
+
+@dataclass(frozen=True)
+class WindowContent:
+    """What a window will run, as far as it is known when it opens.
 
     Attributes:
-        abandoned: Whether it was told to drop the window.
-        tokens: It ran over, without padding; None where nobody counts.
-        samples: Of the batch; None where nobody counts.
-        measures: Whether the noise of this window can be told.
-        stopping: Asked at the end: whether to stop after this update.
+        own: One entry for each micro-batch of this rank, in order.
+        num_everywhere: The largest number of micro-batches on any rank.
+        totals: Global items of each term, for a loss of several terms.
+        tokens: Of this rank, without padding; None if unknown.
+        samples: Of this rank; None if unknown.
     """
 
-    abandoned: bool = False
+    own: Iterable[Any] = ()
+    num_everywhere: int = 0
+    totals: Mapping[str, Items] | None = None
     tokens: int | None = None
     samples: int | None = None
-    measures: bool = True
-    stopping: Callable[[], bool] = lambda: False
 
 
 class PendingUpdate:
-    """One window's sums and counts, and how they become an update.
+    """The gradient sums and counts of one window, until they are applied or discarded.
+
+        with PendingUpdate(update, sync, content) as pending:      # leaving it without apply() discards it
+            for microbatch in pending.microbatches():
+                pending.add(loss_fn(model, microbatch.content), counts=microbatch.counts)
+            report = pending.apply()
 
     Args:
-        update: What divides and steps.
-        totals: Items of the whole window over all ranks, by term, for a loss of several.
+        update: Divides, clips and steps.
+        sync: Synchronizes gradients over ranks.
+        content: What the window will run.
         static_buffers: As for `GradientSums`.
-        sync: How gradients cross ranks.
-        noise: Takes in the noise of the window; None where nobody wants it, or it cannot be measured.
-        squared_norm_sum: Where the squared norms of micro-gradients are summed, for ``noise``.
+        observer: Measures the gradient noise scale; None to not measure it.
+        should_stop: Called when the window ends: whether to stop after this update.
 
     Attributes:
-        counts: Whether what is added next counts; False for what is run for the sake of the other ranks.
-        is_complete: Whether this rank has run all that the other ranks of a sharded model could wait for.
+        state: EMPTY, ACCUMULATING, CLOSED or ABORTED.
+        num_microbatches: Micro-batches of this rank that count, so far.
+        sums: The gradient sums.
+        loss_totals: Loss sums and items.
     """
 
     def __init__(
         self,
         update: OptimizerUpdate,
-        totals: Mapping[str, Items] | None,
+        sync: GradientSync,
+        content: WindowContent,
         *,
         static_buffers: Mapping[Tensor, Tensor] | None = None,
-        sync: GradientSync,
-        noise: NoiseScaleEstimator | None = None,
-        squared_norm_sum: Tensor | None = None,
+        observer: NoiseObserver | None = None,
+        should_stop: Callable[[], bool] = never,
     ) -> None:
         self._update = update
-        self._noise = noise
         self._sync = sync
+        self._content = content
+        self._should_stop = should_stop
         self._started_s = time.perf_counter()
-        self._num_microbatches = 0
         self._num_syncs = 0
+        self._is_abandoned = False
         self._has_voted = sync.size == 1
-        self.wishes = Wishes()
-        self.counts = True
-        self.is_complete = not sync.runs_in_lockstep
+        self._all_have_run = not sync.runs_in_lockstep
+        self.state = WindowState.EMPTY
+        self.num_microbatches = 0
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
-        float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
-        self._squared_norm_sum = None if noise is None or float16 or totals is not None else squared_norm_sum
-        if self._squared_norm_sum is not None:
-            self._squared_norm_sum.zero_()
-        self.loss_totals = LossTotals(totals, prescale=float16)
+        is_float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
+        self.loss_totals = LossTotals(content.totals, prescale=is_float16)
         self.sums = GradientSums(
-            parameters,
-            static_buffers=static_buffers,
-            parameters_are_wrapped=sync.parameters_are_wrapped,
-            squared_norm_sum=self._squared_norm_sum,
+            parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
         ).__enter__()
+        self._observer = observer
+        if observer is not None and (is_float16 or content.totals is not None):
+            observer.skip_window()
+        elif observer is not None:
+            observer.attach(self.sums, samples=content.samples)
         sync.start_window()
 
-    def add(self, loss_sum: Any, items: Items | None, *, only: Sequence[Tensor] | None = None) -> None:
-        """Add one micro-batch: its loss and items to the ledger, its gradient to the sums, or to ``only`` some."""
-        terms = as_terms(loss_sum if items is None else (loss_sum, items))
-        loss = self.loss_totals.record(terms) if self.counts else None
-        if self._sync.runs_in_lockstep:
-            self._sync.zero_gradient = loss is None
-            loss = _keep_unused_terms_in_graph(loss, terms)
-        if loss is not None and (only is None or only):
-            with self._sync.backward():
-                self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
-        self._num_microbatches += self.counts
-        self._num_syncs += self._sync.syncs_in_backward
+    def __enter__(self) -> "PendingUpdate":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether micro-batches can be added."""
+        return self.state in (WindowState.EMPTY, WindowState.ACCUMULATING)
 
     @property
     def uses_plain_sums(self) -> bool:
-        """Whether losses are differentiated as they come, with no factor of this window's own."""
+        """Whether losses are differentiated as they are, without a factor of this window."""
         return self._loss_scale is None and self.loss_totals.uses_plain_sums
 
-    def add_recorded(self, loss_sum: Tensor, items: Items) -> None:
-        """Enter one micro-batch whose gradient is in the sums already."""
-        self.loss_totals.record(as_terms((loss_sum, items)))
-        self._num_microbatches += 1
+    def microbatches(self, should_abandon: Callable[[], bool] = never) -> Iterator[Microbatch]:
+        """Yield this rank's micro-batches; for a sharded model also padding, as many as any rank runs.
 
-    def apply(self) -> WindowReport:
-        """Update once, clear, and tell. Collective.
+        Args:
+            should_abandon: Called before each micro-batch: whether to drop the window, on all ranks.
+
+        Raises:
+            WindowAbandonedError: It is dropped, in a single process; over several ranks `apply` raises it.
+        """
+        own = self._content.own
+        if not isinstance(own, Sequence):
+            yield from map(Microbatch, own)  # drawn lazily: the number is not known
+            return
+        self._is_abandoned = yield from self._sync.turns(own, self._content.num_everywhere, should_abandon)
+        self._all_have_run = True
+
+    def add(self, result: LossResult, *, counts: bool = True, only: Sequence[Tensor] | None = None) -> None:
+        """Add one micro-batch: its loss and items to the totals, its gradient to the sums.
+
+        Args:
+            result: As returned by a loss function.
+            counts: False for padding: the backward runs, with a zero gradient.
+            only: Parameters that receive the gradient; all by default.
+
+        Raises:
+            WindowStateError: The window is closed or aborted.
+        """
+        self._require_open()
+        self.state = WindowState.ACCUMULATING
+        terms = as_terms(result)
+        loss = self.loss_totals.record(terms) if counts else None
+        has_items = loss is not None
+        if self._sync.runs_in_lockstep:
+            loss = _keep_unused_terms_in_graph(loss, terms)
+        if loss is not None and (only is None or only):
+            with self._sync.backward(counts=has_items):
+                self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
+        self.num_microbatches += counts
+        self._num_syncs += self._sync.syncs_in_backward
+
+    def add_recorded(self, loss_sum: Tensor, items: Items) -> None:
+        """Count one micro-batch whose gradient a CUDA graph has already added to the sums."""
+        self._require_open()
+        self.state = WindowState.ACCUMULATING
+        self.loss_totals.record(as_terms((loss_sum, items)))
+        self.num_microbatches += 1
+
+    def apply(self, *, retries: int = 0) -> WindowReport:
+        """Update once, clear the gradients, and report. Collective.
+
+        Args:
+            retries: Attempts of this rank that ran out of memory and were repeated.
 
         Raises:
             RankFailedError: Another rank failed in this window.
-            WindowAbandonedError: A rank was told to drop it.
+            WindowAbandonedError: A rank abandoned it.
+            WindowStateError: The window is closed or aborted.
         """
-        self.is_complete = True
-        result = None if self._sync.size == 1 else self._vote()
+        self._require_open()
+        self._all_have_run = True
+        extra = self._noise_inputs(retries)
+        result = None if self._sync.size == 1 else self._vote(extra)
         if result is not None:
-            self._agree(result)
-        squared_norm_sum, counts = self._noise_inputs(result)
-        beside = [value for value in (squared_norm_sum, counts) if isinstance(value, Tensor)]
+            self._reduce(result)
         outcome = self._update.apply(
-            self.sums, self.loss_totals, loss_scale=self._loss_scale, sync=self._sync, extra_scalars=beside
+            self.sums,
+            self.loss_totals,
+            loss_scale=self._loss_scale,
+            sync=self._sync,
+            extra_scalars=[value for value in extra if isinstance(value, Tensor)] if result is None else (),
         )
-        self.discard()
+        self._release(WindowState.CLOSED)
         items = self.loss_totals.items()
-        noise = self._observe(outcome, squared_norm_sum, counts, result, items=items)
-        peak = peak_bytes(self._update.device)
+        read = iter(outcome.extra_scalars)
+        own = [next(read, 0.0) if isinstance(value, Tensor) else value for value in extra]
+        noise = None
+        if self._observer is not None:
+            noise = self._observer.finish(
+                [own] if result is None else result.extra,
+                grad_norm=outcome.grad_norm,
+                items=items,
+                skipped=outcome.skipped is not None,
+            )
         return WindowReport(
             step=self._update.num_steps,
             items=items,
             grad_norm=outcome.grad_norm,
-            num_microbatches=self._num_microbatches,
-            tokens=self.wishes.tokens if result is None else _sum_of_tokens(self.wishes.tokens, result),
-            peak_bytes=peak if result is None or peak is None else max(peak, *(b.peak_bytes for b in result.votes)),
+            num_microbatches=self.num_microbatches,
+            tokens=self._global_tokens(result),
+            peak_bytes=self._highest_peak(result),
             elapsed_s=time.perf_counter() - self._started_s,
             syncs=self._num_syncs,
             skipped=outcome.skipped,
-            ranks=None if result is None else _report(result),
+            retries=retries,
+            ranks=None if result is None else _ranks_report(result),
             noise=noise,
             _read_terms=self.loss_totals.terms,
         )
 
-    def _noise_inputs(self, result: VoteResult | None) -> tuple[Number, Number]:
-        """Give Σ |S_i|² and Σ n_i² over the micro-batches of all ranks, where they are; NaN where nobody measured."""
-        if self._squared_norm_sum is None or not self.wishes.measures or not self.sums.can_name_leaves:
-            own: tuple[Number, Number] = math.nan, 0.0
-        else:
-            own = self._squared_norm_sum, self.loss_totals.items_squared()
-        if result is None:
-            return own
-        return sum(float(b.squared_norm_sum) for b in result.votes), sum(
-            float(b.squared_items_sum) for b in result.votes
-        )
+    def discard(self) -> None:
+        """Drop sums and gradients; no-op for a finished window. Collective if the other ranks wait for a vote."""
+        if not self.is_open:
+            return
+        if not self._has_voted:
+            self._has_voted = True
+            if self._all_have_run:  # else they are inside a layer of the sharded model, where no vote can reach them
+                announce_failed_window(self._sync, len(self.sums.parameters))
+        self._release(WindowState.ABORTED)
 
-    def _observe(
-        self,
-        outcome: UpdateOutcome,
-        squared_norm_sum: Number,
-        counts: Number,
-        result: VoteResult | None,
-        *,
-        items: float,
-    ) -> NoiseScale | None:
-        """Take the noise of this window in; give what is known by now."""
-        if self._noise is None:
-            return None
-        if outcome.skipped is not None or self._squared_norm_sum is None:
-            self._noise.skip_window(items)
-        else:
-            read = iter(outcome.extra_scalars)
-            squared_norm_sum, counts = (
-                next(read) if isinstance(value, Tensor) else value for value in (squared_norm_sum, counts)
-            )
-            samples = self.wishes.samples or 0 if result is None else sum(b.samples for b in result.votes)
-            self._noise.update(outcome.grad_norm**2, squared_norm_sum, items, counts, samples=samples)
-        return self._noise.estimate()
+    def _release(self, state: WindowState) -> None:
+        self.state = state
+        self.sums.__exit__(None, None, None)
+        self._sync.end_window()
 
-    def _vote(self, *, failed: bool = False) -> VoteResult:
-        """Tell the other ranks, before anything could hang, and hear them. Collective; waits for the device."""
+    def _require_open(self) -> None:
+        if not self.is_open:
+            raise WindowStateError(f"the window is {self.state.value}: it takes no micro-batch and no step.")
+
+    def _vote(self, extra: Sequence[Number]) -> VoteResult:
+        """Exchange the status of all ranks. Collective; waits for the device."""
         device = self._update.device
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the gather would wait as long; this way the time is that of the window
-        if any(p.grad is not None and p.grad.is_sparse for p in self.sums.parameters) and not failed:
-            raise TypeError("a gradient is sparse, and those of ranks are summed dense: make embeddings sparse=False.")
-        squared_norm_sum, items_squared = self._noise_inputs(None)
+            torch.cuda.synchronize(device)  # the all-gather would wait as long; this way elapsed_s is of this rank
+        if any(p.grad is not None and p.grad.is_sparse for p in self.sums.parameters):
+            raise TypeError(
+                "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with "
+                "sparse=False."
+            )
         vote = RankVote(
-            failed=failed,
-            abandoned=self.wishes.abandoned,
-            stopping=not failed and self.wishes.stopping(),
-            num_microbatches=self._num_microbatches,
-            tokens=self.wishes.tokens or 0,
+            abandoned=self._is_abandoned,
+            stopping=self._should_stop(),
+            num_microbatches=self.num_microbatches,
+            tokens=self._content.tokens or 0,
             peak_bytes=peak_bytes(device) or 0,
             elapsed_s=time.perf_counter() - self._started_s,
-            samples=self.wishes.samples or 0,
-            squared_norm_sum=squared_norm_sum,
-            squared_items_sum=items_squared,
         )
-        parameters = [] if self._sync.runs_in_lockstep else self.sums.parameters
-        reached = self.sums.has_gradient() if parameters else []
-        values = to_numbers(vote, {} if failed else self.loss_totals.local_totals(), reached)
+        parameters = () if self._sync.runs_in_lockstep else self.sums.parameters
+        has_gradient = self.sums.has_gradient() if parameters else []
+        values = to_numbers(vote, self.loss_totals.local_totals(), has_gradient, extra)
         self._has_voted = True
         return from_numbers(self._sync.all_gather(values), len(parameters))
 
-    def _agree(self, result: VoteResult) -> None:
-        """Go on with what all ranks have, or not at all."""
+    def _reduce(self, result: VoteResult) -> None:
+        """Reduce the sums over ranks if every rank succeeded. Collective."""
         if failed := result.ranks_with("failed"):
             raise RankFailedError(
-                f"{name_ranks(failed)} failed in the window after update {self._update.num_steps}, and it changed "
-                "nothing on any rank: see what was said there. A window that ends without its step() has failed, too."
+                f"{list_ranks(failed)} failed in the window after update {self._update.num_steps}, which changed "
+                "nothing on any rank: see the error there. A window that ends without its step() has failed, too."
             )
-        if result.ranks_with("gave_up"):
-            raise WindowAbandonedError(f"the window was given up on {name_ranks(result.ranks_with('gave_up'))}.")
+        if abandoned := result.ranks_with("abandoned"):
+            raise WindowAbandonedError(f"the window was abandoned on {list_ranks(abandoned)}.")
         self.loss_totals.set_global_totals(result.terms)
         self.loss_totals.undo_prescale(self.sums.tensors())
         self.sums.mark_unmodified()
         self._num_syncs += self._sync.reduce(self.sums, result.has_gradient)
 
-    def discard(self) -> None:
-        """Drop sums and gradients. Collective where the window ends without a vote: the other ranks wait for one."""
-        if not self._has_voted:
-            self._has_voted = True
-            if self.is_complete:  # else they are in a layer of the sharded model, and wait for what never comes
-                with suppress(Exception):  # they may be gone
-                    self._vote(failed=True)
-        self.sums.__exit__(None, None, None)
-        self._sync.end_window()
+    def _noise_inputs(self, retries: int) -> tuple[Number, ...]:
+        if self._observer is None:
+            return NOT_MEASURED
+        return self._observer.scalars(self.sums, self.loss_totals, retries=retries)
+
+    def _global_tokens(self, result: VoteResult | None) -> int | None:
+        own = self._content.tokens
+        return own if own is None or result is None else sum(vote.tokens for vote in result.votes)
+
+    def _highest_peak(self, result: VoteResult | None) -> int | None:
+        own = peak_bytes(self._update.device)
+        return own if own is None or result is None else max(own, *(vote.peak_bytes for vote in result.votes))
 
 
-def _keep_unused_terms_in_graph(loss: Tensor | None, terms: Mapping[str, tuple[Tensor, Items]]) -> Tensor:
-    """Add, as zeros, the terms that count nothing here: other ranks may run backward through their layers."""
-    for idle in (loss_sum for loss_sum, items in terms.values() if loss is None or not may_have_items(items)):
-        loss = idle * 0.0 if loss is None else loss + idle * 0.0
+def _keep_unused_terms_in_graph(loss: Tensor | None, terms: Terms) -> Tensor:
+    """Add the terms without items as zeros: other ranks may run backward through their layers."""
+    for unused in (loss_sum for loss_sum, items in terms.values() if loss is None or not may_have_items(items)):
+        loss = unused * 0.0 if loss is None else loss + unused * 0.0
     assert loss is not None, "there is at least one term"
     return loss
 
 
-def _sum_of_tokens(own: int | None, result: VoteResult) -> int | None:
-    return None if own is None else sum(vote.tokens for vote in result.votes)
-
-
-def _report(result: VoteResult) -> RanksReport:
+def _ranks_report(result: VoteResult) -> RanksReport:
     times = [vote.elapsed_s for vote in result.votes]
     slowest = max(range(len(times)), key=times.__getitem__)
     return RanksReport(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
+from bigbatch.gradients.gradient_sums import optimizer_parameters
 from bigbatch.rng import random_states, set_random_states
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def restore(
     for name, part in (("scheduler", update.scheduler), ("scaler", update.scaler)):
         if (part is None) != (state[name] is None):
             has, had = ("no", "one") if part is None else ("a", "none")
-            raise ValueError(f"this engine has {has} {name}, and the state is of one with {had}: make them alike.")
+            raise ValueError(
+                f"this engine has {has} {name}, and the state is of one with {had}: use the same settings."
+            )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(shard_like(tensor, state["model"][name]))
@@ -71,7 +74,7 @@ def restore(
 
 
 def shard_like(own: Tensor, found: Tensor) -> Tensor:
-    """Give the part of a whole tensor that one's own shard is; every rank has the whole, so nothing is sent."""
+    """Return the shard of a whole tensor that a local tensor is; every rank has the whole, so nothing is sent."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(own, DTensor) or isinstance(found, DTensor):
@@ -81,7 +84,7 @@ def shard_like(own: Tensor, found: Tensor) -> Tensor:
 
 def _shard_optimizer_state(optimizer: "Optimizer", state: Mapping[str, Any]) -> dict[str, Any]:
     """Shard the states of sharded parameters, in the form of ``Optimizer.state_dict``."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = optimizer_parameters(optimizer)
     values = {
         index: {
             name: shard_like(parameters[index], value)
@@ -95,14 +98,14 @@ def _shard_optimizer_state(optimizer: "Optimizer", state: Mapping[str, Any]) -> 
 
 
 def _detach_from_input(optimizer: "Optimizer", given: Mapping[str, Any]) -> None:
-    """Copy the tensors that torch took as they are: the next step would write to those of the caller."""
+    """Copy the tensors that torch did not copy: the next step would write to those of the caller."""
     theirs = {id(value) for values in given["state"].values() for value in values.values()}
     for values in optimizer.state.values():
         values.update({k: v.clone() for k, v in values.items() if isinstance(v, Tensor) and id(v) in theirs})
 
 
 def trainable_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Give the parameters that are trained and the buffers that are saved with a model, each once, by name."""
+    """Return the trainable parameters and the persistent buffers of a model, each once, by name."""
     saved = model.state_dict(keep_vars=True)
     named = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]
     return [(name, t.detach()) for name, t in named if t.requires_grad or not isinstance(t, nn.Parameter)]
@@ -114,7 +117,8 @@ def _check_groups(optimizer: "Optimizer", found: Mapping[str, Any]) -> None:
     )
     if own != theirs:
         raise ValueError(
-            f"the state is of an optimizer with groups of {theirs} parameters, and this one has {own}: make them alike."
+            f"the state is of an optimizer with groups of {theirs} parameters, and this one has {own}: use the same "
+            "groups."
         )
 
 
@@ -122,7 +126,7 @@ def _check_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> No
     if missing := own.keys() - found.keys():
         raise ValueError(f"the state lacks {len(missing)} tensors of this model, such as {min(missing)}.")
     if foreign := found.keys() - own.keys():
-        raise ValueError(f"the state has {len(foreign)} tensors that this model has not, such as {min(foreign)}.")
+        raise ValueError(f"the state has {len(foreign)} tensors that this model lacks, such as {min(foreign)}.")
     for name, tensor in own.items():
         if tensor.shape != found[name].shape:
             raise ValueError(f"{name} has the shape {list(found[name].shape)} in the state, not {list(tensor.shape)}.")

@@ -17,7 +17,7 @@ from torch import Tensor
 from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError, state_of
 from bigbatch.autotune.probe import Probe, probe
 from bigbatch.autotune.problem import TuningProblem as TuningProblem
-from bigbatch.autotune.search import largest_below as largest_below
+from bigbatch.autotune.search import largest_below
 from bigbatch.autotune.time_model import TimeModel
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import MemoryLimitError
@@ -310,7 +310,12 @@ class _Search:
         try:
             take = partial(problem.batch.take, rows)
             return probe(
-                problem.model, problem.parameters, problem.loss_fn, take, held=held, uses_cuda_graphs=problem.uses_cuda_graphs
+                problem.model,
+                problem.parameters,
+                problem.loss_fn,
+                take,
+                held=held,
+                uses_cuda_graphs=problem.uses_cuda_graphs,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -321,7 +326,8 @@ class _Search:
     def _refuse_above(self, peak_bytes: float, prediction: Prediction | None) -> None:
         if peak_bytes <= self._budget.usable_bytes:
             return
-        sample = "one sample" if self._problem.lengths is None else f"a sample of {self._problem.longest_sample:,} tokens"
+        longest = self._problem.longest_sample
+        sample = "one sample" if self._problem.lengths is None else f"a sample of {longest:,} tokens"
         needs = f"needs {describe_bytes(int(peak_bytes))}" if math.isfinite(peak_bytes) else "does not fit"
         parts = "" if prediction is None else f" ({describe_parts(prediction)})"
         raise MemoryLimitError(

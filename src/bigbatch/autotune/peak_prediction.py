@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from bigbatch.errors import BigbatchError
-from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.errors import BigbatchError, first_line
+from bigbatch.gradients.gradient_sums import GradientSums, optimizer_parameters
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
 
@@ -96,7 +96,7 @@ class PeakPredictor:
         self._model = model
         self._optimizer = optimizer
         self._loss_fn = loss_fn
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = optimizer_parameters(optimizer)
         self._runs_on = self._parameters[0].device
         self.device = device or self._runs_on
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
@@ -139,7 +139,7 @@ class PeakPredictor:
                 if name not in vars(optimizer_twin) and name != "step":  # a scheduler's, around that of the original
                     setattr(optimizer_twin, name, copy.deepcopy(value, copies))
         except Exception as error:  # whatever a user's module raises when it is copied
-            raise PredictionError(f"the model or its optimizer cannot be copied ({_first_line(error)})") from error
+            raise PredictionError(f"the model or its optimizer cannot be copied ({first_line(error)})") from error
         return cls(mode, twin, optimizer_twin, loss_fn, device=device)
 
     def predict(self, microbatch: Any) -> Prediction:
@@ -249,7 +249,7 @@ class PeakPredictor:
         except PredictionError:
             raise
         except Exception as error:  # whatever a user's model does with data that is not there
-            raise PredictionError(f"the step cannot run without data ({_first_line(error)})") from error
+            raise PredictionError(f"the step cannot run without data ({first_line(error)})") from error
 
 
 def prediction_obstacle(model: nn.Module) -> str | None:
@@ -334,10 +334,6 @@ def _without_data(mode: FakeTensorMode, tensor: Tensor, device: torch.device | N
     shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     twin = FakeTensor(mode, shape, device)
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.batching.plan import Cost
 from bigbatch.batching.split import Split
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
+from bigbatch.gradients.gradient_sums import optimizer_parameters
 from bigbatch.memory.allocation_tracker import tensors_in
 from bigbatch.types import Layout
 
@@ -59,7 +60,7 @@ class TuningProblem:
     @property
     def parameters(self) -> list[Tensor]:
         """Those of the optimizer."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return optimizer_parameters(self.optimizer)
 
     def resident_tensors(self) -> list[Tensor]:
         """What is there already: parameters, buffers, and the optimizer's state."""

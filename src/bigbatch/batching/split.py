@@ -59,7 +59,8 @@ def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate
         TypeError: The batch holds something that cannot be cut.
         ValueError: Tensors disagree on the number of samples, or ``microbatch`` is below 1.
     """
-    check_count("microbatch", microbatch, "the samples of one micro-batch")
+    if type(microbatch) is not int or microbatch < 1:
+        check_count("microbatch", microbatch, "the samples of one micro-batch")
     num_samples, gather = _gatherer(batch, collate)
     return Split(num_samples, _ranges(num_samples, microbatch), device, gather)
 

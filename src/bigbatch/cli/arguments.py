@@ -23,7 +23,9 @@ from pydantic.fields import FieldInfo
 from bigbatch.cli.error_messages import hint, nearest, sentence, short
 from bigbatch.cli.options import COMMANDS, SourceOptions, flag_key
 from bigbatch.errors import InputError
-from bigbatch.lm.config.train_config import EXCLUSIVE, TrainConfig
+from bigbatch.lm.config.field_groups import EXCLUSIVE
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.files import os_reason
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -110,6 +112,10 @@ class _Formatter(argparse.HelpFormatter):
             else textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
             for line in text.splitlines()
         )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Flag names are not broken at their hyphens.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def _parser(command: str) -> _Parser:
@@ -247,7 +253,7 @@ def _read_toml(command: str, path: Path) -> dict[str, object]:
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: --config takes a TOML file.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise InputError(f"{path} cannot be read: {os_reason(error)}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from None
     except RecursionError:

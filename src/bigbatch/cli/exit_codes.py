@@ -18,7 +18,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 TRAIN_EXTRA = frozenset(
-    ["transformers", "tokenizers", "datasets", "safetensors", "peft", "pydantic", "pydantic_core", "rich", "psutil"]
+    ["transformers", "tokenizers", "datasets", "safetensors", "peft", "pydantic", "pydantic_core", "rich", "filelock"]
 )
 """Modules that the extra ``train`` installs; one that is missing is a sentence, not a traceback."""
 

@@ -12,8 +12,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from bigbatch.lm.bench.entries import SAMPLES, read_entry
+from bigbatch.lm.config.field_groups import CHANGEABLE, GROUPS, NEEDS_PERMISSION, FieldGroup
 from bigbatch.lm.config.field_types import LARGEST_COUNT, Count, Device, Folder, MemoryText, Number, Seed, Text, Whole
-from bigbatch.lm.config.train_config import CHANGEABLE, GROUPS, NEEDS_PERMISSION, FieldGroup, TrainConfig
+from bigbatch.lm.config.train_config import TrainConfig
 
 
 def _split_commas(value: object) -> object:

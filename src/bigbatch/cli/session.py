@@ -14,6 +14,7 @@ from bigbatch.lm.advice.batch_advice import one_line, read_evidence
 from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.dashboards import with_dashboard
 from bigbatch.lm.training.event_log import EventLog
@@ -70,8 +71,8 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
         console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
-    if (graph_runner := trainer.engine.graph_runner) is not None and graph_runner.disabled_reason is not None:
-        console.print(f"without CUDA graphs: {graph_runner.disabled_reason}")
+    if (reason := trainer.engine.runner.disabled_reason) is not None:
+        console.print(f"without CUDA graphs: {reason}")
     if ranks.is_first and (advice := _advice_line(directory)) is not None:
         console.print(advice)
     for line in final_lines(config, directory, outcome):
@@ -122,10 +123,10 @@ def final_lines(config: TrainConfig, directory: RunDirectory, outcome: "TrainRes
     return [
         f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; everything is in "
         f"{directory.path}{os.sep}",
-        "  model/         the model and its tokenizer, for AutoModelForCausalLM.from_pretrained",
-        "  metrics.jsonl  a line for each update",
-        "  checkpoints/   where bigbatch resume goes on",
-        "  config.json    every setting",
+        f"  {MODEL + '/':<15}the model and its tokenizer, for AutoModelForCausalLM.from_pretrained",
+        f"  {METRICS:<15}a line for each update",
+        f"  {CHECKPOINTS + '/':<15}where bigbatch resume goes on",
+        f"  {CONFIG:<15}every setting",
         f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
         f"      bigbatch verify{_same_job(config)}   proves that no cut of the batch changes the gradient",
     ]

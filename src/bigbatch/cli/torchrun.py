@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.exit_codes import exit_for
-from bigbatch.errors import BigbatchError, InputError
+from bigbatch.errors import BigbatchError, InputError, first_line
 from bigbatch.lm.config.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def process_group(config: TrainConfig) -> "Iterator[RankContext]":
         if isinstance(error, BigbatchError) or not _is_of_a_collective(error):
             raise
         raise BigbatchError(
-            f"rank {rank} has lost another rank ({_first(error)}): see what that one said. A run that had begun goes "
-            "on from its last checkpoint by bigbatch resume, and by itself under torchrun with --max-restarts."
+            f"rank {rank} has lost another rank ({_sentence_of(error)}): see what that one said. A run that had begun "
+            "goes on from its last checkpoint by bigbatch resume, and by itself under torchrun with --max-restarts."
         ) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -100,7 +100,9 @@ def _init_process_group(rank: int, size: int, *, on_cuda: bool, patience_s: floa
         store = fresh_store(store, rank, size, timeout_s=patience_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
     except (RuntimeError, ValueError, TimeoutError) as error:
-        raise BigbatchError(f"the processes that torchrun started do not find one another: {_first(error)}.") from error
+        raise BigbatchError(
+            f"the processes that torchrun started do not find one another: {_sentence_of(error)}."
+        ) from error
 
 
 @contextmanager
@@ -224,6 +226,6 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
 
 
-def _first(error: BaseException) -> str:
-    """Give the first sentence of an error of a library."""
-    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+def _sentence_of(error: BaseException) -> str:
+    """Return the first sentence of an error of a library."""
+    return first_line(error).partition(". ")[0]

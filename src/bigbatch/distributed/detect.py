@@ -3,31 +3,31 @@
 from torch import nn
 
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
-from bigbatch.distributed.replicated import Replicated, _ddp_of
+from bigbatch.distributed.replicated import Replicated, ddp_wrapper
 
 
 def detect_sync(model: nn.Module, sync: "GradientSync | SyncPolicy | None" = None) -> GradientSync:
-    """Recognise how a model is spread over ranks.
+    """Return the gradient synchronization that a model needs.
 
     Args:
         model: Plain, wrapped in ``DistributedDataParallel``, or with `fully_shard` applied to it.
-        sync: A policy for a sharded model, or what is to be used instead of what is recognised.
+        sync: A policy for a sharded model; or a `GradientSync` of this model, which is returned.
 
     Raises:
-        TypeError: It is spread in a way that cannot be accumulated exactly.
-        ValueError: The policy is not one for this model.
+        TypeError: The model is distributed in a way that does not support exact accumulation.
+        ValueError: The model does not support the policy, or ``sync`` is of another model.
     """
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(sync, GradientSync):
         if sync.model is not model:
             raise ValueError(
-                f"sync= was made of another object than the model ({type(sync.model).__name__}, and this is a "
-                f"{type(model).__name__}): make it of what is passed here."
+                f"sync= was made for another object ({type(sync.model).__name__}) than the model "
+                f"({type(model).__name__}): make it for the model that is passed here."
             )
         return sync
     if sync is not None and not isinstance(sync, SyncPolicy):
-        raise TypeError(f"sync is {sync!r}: pass a bigbatch.SyncPolicy, a bigbatch.Replicated(model), or nothing.")
+        raise TypeError(f"sync is {sync!r}: pass a bigbatch.SyncPolicy, a bigbatch.Replicated(model), or None.")
     modules = list(model.modules())
     kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
     if "FullyShardedDataParallel" in kinds:
@@ -41,11 +41,11 @@ def detect_sync(model: nn.Module, sync: "GradientSync | SyncPolicy | None" = Non
         return ShardedSync(model, policy=sync)
     if sync not in (None, SyncPolicy.LAST):
         raise ValueError(f"sync is {sync}, which is for models that are sharded: leave it out.")
-    if _ddp_of(model) is not None:
+    if ddp_wrapper(model) is not None:
         return Replicated(model)
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
         raise TypeError(
-            "a part of the model is wrapped in DistributedDataParallel, and the rest is not: wrap the whole model, or "
+            "only a part of the model is wrapped in DistributedDataParallel: wrap the whole model, or "
             "make an accumulator for each part."
         )
     if "DataParallel" in kinds:

@@ -1,36 +1,38 @@
-"""How gradients cross ranks: in one process, under DDP or none, under FSDP2 and HSDP. The only collectives.
+"""How gradients are synchronized over ranks: base classes. `detect_sync` chooses the class for a model.
 
-    open a window: defer → micro-batches → vote (one small gather) → reduce → update → restore
+    start a window → micro-batches → vote (one small all-gather) → reduce → update → end the window
 
-Ranks may hold different samples, items and micro-batches, or none. What each brings is summed, and the sum divided once
+Ranks may hold different samples, items and micro-batches, or none. Their sums are added, and the total is divided once
 by the items of all ranks: no mean of means.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigbatch.distributed.window_vote import Number, as_tensor
+from bigbatch.distributed.collective import DistributedRankGroup, Number, RankGroup
+from bigbatch.errors import WindowAbandonedError
 
 if TYPE_CHECKING:
     from bigbatch.gradients.gradient_sums import GradientSums
 
 
 class SyncPolicy(Enum):
-    """When gradients cross ranks.
+    """When gradients are reduced over ranks.
 
-    A replicated model (DDP) knows ``LAST`` alone: its sums cross once, when all micro-batches have been added.
+    Replicated models (DDP) support ``LAST`` only: their sums are reduced once, after all micro-batches.
 
     Attributes:
-        LAST: With the last micro-batch of a window. Least communication; a sharded model keeps whole gradients until
+        LAST: With the last micro-batch of a window. Least communication; a sharded model holds whole gradients until
             then.
-        EVERY: With every micro-batch. A sharded model then keeps its shards of the gradients alone.
-        SHARD: HSDP: between the ranks that shard with every micro-batch, between the replicas with the last.
+        EVERY: With every micro-batch. A sharded model then holds only its shards of the gradients.
+        SHARD: For HSDP: between the ranks that shard the model with every micro-batch, between the replicas with the
+            last one.
     """
 
     LAST = "last"
@@ -38,106 +40,130 @@ class SyncPolicy(Enum):
     SHARD = "shard"
 
 
-class GradientSync:
-    """One process: nothing crosses anything. What there is to override for more.
+@dataclass(frozen=True)
+class Microbatch:
+    """A micro-batch that a rank runs in a window.
 
     Attributes:
-        size: Ranks that hold different data.
-        rank: Of this process among them.
-        model: What it was made of.
-        module: The model itself, without what it is wrapped in.
-        gradient_divide_factor: What the gradients were divided by on their way across ranks.
-        runs_in_lockstep: Whether every rank has to run as many micro-batches as every other.
-        parameters_are_wrapped: Whether graphs end in other tensors than the parameters.
-        syncs_in_backward: Whether the next backward brings gradients across ranks.
-        zero_gradient: Whether the next backward is for the sake of the other ranks alone: the gradient that enters the
-            model is then zero, whatever the loss made of it.
+        content: The entry of the list that was passed to `GradientSync.turns`; or the padding micro-batch.
+        counts: Whether its loss and items count. False for padding, which keeps step with the other ranks.
     """
 
-    size = 1
-    rank = 0
+    content: Any
+    counts: bool = True
+
+
+class GradientSync:
+    """Single-process synchronization: every method is a no-op. Base class of the distributed ones.
+
+    Attributes:
+        model: As passed by the user.
+        module: The model without its wrapper.
+        ranks: The ranks that hold different data.
+        gradient_divide_factor: What the gradients were divided by when they were reduced.
+        runs_in_lockstep: Whether all ranks must run the same number of micro-batches.
+        parameters_are_wrapped: Whether graphs end in other tensors than the parameters.
+        syncs_in_backward: Whether the next backward reduces gradients.
+    """
+
     gradient_divide_factor = 1.0
     runs_in_lockstep = False
     parameters_are_wrapped = False
     syncs_in_backward = False
-    zero_gradient = False
 
-    def __init__(self, model: nn.Module, module: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, module: nn.Module | None = None, ranks: RankGroup | None = None) -> None:
         self.model = model
         self.module = model if module is None else module
+        self.ranks = RankGroup() if ranks is None else ranks
+
+    @property
+    def size(self) -> int:
+        """Ranks that hold different data."""
+        return self.ranks.size
+
+    @property
+    def rank(self) -> int:
+        """Of this process among them."""
+        return self.ranks.rank
+
+    @property
+    def needs_padding_microbatch(self) -> bool:
+        """Whether a micro-batch is needed to run in place of missing ones, and none was set."""
+        return False
 
     def start_window(self) -> None:
-        """Defer whatever would cross ranks by itself, for one window."""
+        """Defer every reduction that would happen by itself, for one window."""
 
     def end_window(self) -> None:
-        """Put back what `begin` found."""
+        """Restore what `start_window` changed."""
 
-    def before_microbatch(self, *, is_last: bool) -> None:
-        """Prepare for the forward and backward of one micro-batch."""
+    def set_padding_microbatch(self, microbatch: Any) -> None:
+        """Set the micro-batch that is run in place of missing ones, on the device."""
+
+    def turns(
+        self, own: Sequence[Any], num_everywhere: int, should_abandon: Callable[[], bool]
+    ) -> Generator[Microbatch, None, bool]:
+        """Yield the micro-batches that this rank runs in a window.
+
+        Args:
+            own: One entry for each micro-batch of this rank.
+            num_everywhere: The largest number of them on any rank.
+            should_abandon: Called before each micro-batch.
+
+        Returns:
+            Whether the window was abandoned; the ranks learn of it in their vote.
+
+        Raises:
+            WindowAbandonedError: It was, in a single process.
+        """
+        for number, content in enumerate(own):
+            if should_abandon():
+                if self.size == 1:
+                    raise WindowAbandonedError(
+                        f"the window was abandoned before its micro-batch {number + 1} of {len(own)}."
+                    )
+                return True
+            yield Microbatch(content)
+        return False
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Stand around the backward of one micro-batch."""
+    def backward(self, *, counts: bool) -> Iterator[None]:
+        """Surround the backward of one micro-batch.
+
+        Args:
+            counts: False if it only keeps step with other ranks: the gradient that enters the model is then zero.
+        """
         yield
 
     def all_gather(self, values: Sequence[Number]) -> list[list[float]]:
-        """Give the values of every rank, as many on each. Collective; waits for the device."""
-        return [[float(value) for value in values]]
+        """Return the values of every rank, equally many on each. Collective; waits for the device."""
+        return self.ranks.all_gather_numbers(values)
 
-    def reduce(self, sums: "GradientSums", reached: Sequence[bool]) -> bool:
-        """Bring across what has not crossed in backward, of the parameters that any rank reached. Collective.
+    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool]) -> bool:
+        """Add up the sums that backward did not reduce, of parameters with a gradient on any rank. Collective.
 
         Returns:
-            Whether there was anything to bring.
+            Whether there was anything to reduce.
         """
         return False
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Compute the 2-norm of whole gradients, 0-d. Collective where they are sharded."""
+        """Return the 2-norm of whole gradients, 0-d. Collective if they are sharded."""
         return torch.nn.utils.get_total_norm(gradients)
-
-    def broadcast_text(self, text: str, *, source: int = 0) -> str:
-        """Give the text of one rank to all. Collective."""
-        return text
 
 
 class MultiRankSync(GradientSync):
-    """Several ranks: what they all reach one another by.
+    """Base class for several ranks.
 
     Args:
         model: As for `GradientSync`.
         module: As for `GradientSync`.
-        group: The ranks that hold different data.
+        group: The ranks that hold different data; None for all.
     """
 
     def __init__(self, model: nn.Module, module: nn.Module | None, group: Any) -> None:
-        super().__init__(model, module)
+        device = next((p.device for p in (module or model).parameters()), torch.device("cpu"))
+        ranks = DistributedRankGroup(group, device)
+        super().__init__(model, module, ranks)
         self.group = group
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self._device = collective_device(group, self.module)
-
-    def gather(self, values: Sequence[Number]) -> list[list[float]]:
-        """Give the values of every rank, as many on each. Collective; waits for the device."""
-        own = as_tensor(values, self._device)
-        everyone = own.new_empty(self.size, len(own))
-        dist.all_gather(list(everyone.unbind()), own, group=self.group)
-        rows: list[list[float]] = everyone.tolist()  # waits for the device
-        return rows
-
-    def tell(self, text: str, *, source: int = 0) -> str:
-        """Give the text of one rank to all. Collective; waits for the device."""
-        data = text.encode()
-        size = torch.tensor([len(data)], device=self._device)
-        dist.broadcast(size, group=self.group, group_src=source)
-        received = torch.zeros(int(size.item()), dtype=torch.uint8, device=self._device)
-        if self.rank == source:
-            received.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(received, group=self.group, group_src=source)
-        return bytes(received.tolist()).decode()
-
-
-def collective_device(group: Any, module: nn.Module) -> torch.device:
-    """Give the device whose tensors a group can carry: that of the model where it can, else the host."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    carried = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]  # "cpu:gloo,…"
-    return device if device.type in carried else torch.device(carried[0])
+        self._message_device = ranks.device

@@ -1,11 +1,11 @@
-"""Gradients of models that are sharded by FSDP2 (`fully_shard`), in one dimension or in two (HSDP).
+"""Gradient synchronization of models that are sharded by FSDP2 (`fully_shard`), in one dimension or two (HSDP).
 
-policy → flags before each micro-batch → FSDP reduces within its backward → shards of the mean over ranks
+policy → flags before each micro-batch → FSDP reduces in backward → shards of the mean over ranks
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,32 +14,29 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from bigbatch.distributed.gradient_sync import MultiRankSync, SyncPolicy
+from bigbatch.distributed.gradient_sync import Microbatch, MultiRankSync, SyncPolicy
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 
-if TYPE_CHECKING:
-    pass
-
 
 class ShardedSync(MultiRankSync):
-    """Parameters in shards, whole only while a layer runs: every forward and backward is collective.
+    """A model in shards, gathered layer by layer: every forward and backward is collective.
 
-    FSDP averages gradients over ranks on their way; the update undoes that, and divides by items alone. All ranks run
-    as many micro-batches as the one that has most; the others run some again whose gradient counts nothing.
+    FSDP averages gradients over ranks when it reduces them; the update undoes that and divides by items only. All ranks
+    run as many micro-batches as the rank with the most; the others repeat a padding micro-batch whose gradient is zero.
 
     Args:
         model: With `fully_shard` applied to it, and to its layers.
-        policy: When gradients cross ranks. By default with every micro-batch, which keeps the shards alone; in two
-            dimensions, between the ranks that shard with every one, and between the replicas with the last.
+        policy: When gradients are reduced. By default with every micro-batch, which holds shards only; in two
+            dimensions, between the ranks that shard with every micro-batch, and between the replicas with the last.
 
     Raises:
-        TypeError: Some of its parameters are not sharded, or over other ranks than the rest.
-        ValueError: The policy is not one for this model, or would sum gradients in 16 bits.
+        TypeError: A parameter is not sharded, or is sharded over other ranks than the rest.
+        ValueError: The model does not support the policy, or it would sum gradients in 16 bits.
     """
 
-    needs_equal_counts = True
-    hides_leaves = True
+    runs_in_lockstep = True
+    parameters_are_wrapped = True
 
     def __init__(self, model: nn.Module, *, policy: SyncPolicy | None = None) -> None:
         self._roots = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -54,35 +51,46 @@ class ShardedSync(MultiRankSync):
         self.policy = policy or (SyncPolicy.SHARD if replicas else SyncPolicy.EVERY)
         if self.policy is SyncPolicy.SHARD and not replicas:
             raise ValueError(f"sync is {policy}, and this model has no replicas: use LAST or EVERY.")
-        self.averaged_over = self._find_divisor()
+        self.gradient_divide_factor = self._find_divide_factor()
         self._check_dtypes()
+        self._padding_microbatch: Any = None
+        self._zero_gradient = False
         self._unhook: Any = None
         self._backward_failed = False
 
-    def begin(self) -> None:
-        """Stand by where the model gives something, and let every micro-batch reduce that nothing else is said of.
+    @property
+    def needs_padding_microbatch(self) -> bool:
+        """Whether no padding micro-batch was set."""
+        return self._padding_microbatch is None
+
+    def set_padding_microbatch(self, microbatch: Any) -> None:
+        """Set the micro-batch that is run in place of missing ones, on the device."""
+        self._padding_microbatch = microbatch
+
+    def start_window(self) -> None:
+        """Hook the model outputs and reduce gradients in every backward by default.
 
         Raises:
-            WindowStateError: Another window over it is open: what FSDP holds for that one would be dropped. Or an
-                earlier backward was broken off.
+            WindowStateError: Another window over the model is open, whose gradients in FSDP would be dropped; or an
+                earlier backward failed.
         """
         if self._backward_failed:
             raise WindowStateError(
-                "a backward of the sharded model was broken off, and FSDP cannot go on after that: begin again from a "
+                "a backward of the sharded model failed, and FSDP cannot continue after that: start again from a "
                 "checkpoint, with a model that fully_shard was newly applied to."
             )
         if vars(self.module).setdefault("_bigbatch_window", self) is not self:
             raise WindowStateError(
-                "another window over the same sharded model is open, and FSDP adds up the gradients of one at a time. "
+                "another window over the same sharded model is open, and FSDP sums the gradients of one at a time. "
                 "End it, by its step() or its abort(), before this one begins."
             )
         self._found = [(group, group.reduce_grads, group.all_reduce_grads) for group in self._parameter_groups()]
         self._unhook = self.module.register_forward_hook(self._hook_outputs)
         self._clear_fsdp_state()
-        self.before(is_last=True)
+        self._set_reduction(is_last=True)
 
-    def end(self) -> None:
-        """Put the flags back, and drop what a window that was given up left inside FSDP."""
+    def end_window(self) -> None:
+        """Restore the flags, and drop what an abandoned window left inside FSDP."""
         if vars(self.module).get("_bigbatch_window") is not self:
             return
         del vars(self.module)["_bigbatch_window"]
@@ -93,35 +101,49 @@ class ShardedSync(MultiRankSync):
             self._unhook = None
         self._clear_fsdp_state()
 
-    def before(self, *, is_last: bool) -> None:
-        """Tell FSDP whether the next backward reduces."""
-        reduces = is_last or self.policy is not SyncPolicy.LAST
-        for root in self._roots:
-            root.set_requires_gradient_sync(reduces, recurse=False)
-            if self.policy is SyncPolicy.SHARD:
-                root.set_requires_all_reduce(is_last, recurse=False)
-        self.crosses = reduces
+    def turns(
+        self, own: Sequence[Any], num_everywhere: int, should_abandon: Callable[[], bool]
+    ) -> Generator[Microbatch, None, bool]:
+        """Yield this rank's micro-batches and then padding, as many as any rank has; also if the window is abandoned.
+
+        The other ranks wait in the layers of the model, so no rank may stop early.
+        """
+        is_abandoned = False
+        for index in range(num_everywhere):
+            is_abandoned = should_abandon() or is_abandoned
+            self._set_reduction(is_last=index == num_everywhere - 1)
+            counts = index < len(own)
+            yield Microbatch(own[index] if counts else self._padding_microbatch, counts)
+        return is_abandoned
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Note a backward that was broken off; speak again after one that was silent."""
-        self._backward_failed = True
+    def backward(self, *, counts: bool) -> Iterator[None]:
+        """Send a zero gradient into the model if the micro-batch does not count; remember a backward that failed."""
+        self._backward_failed, self._zero_gradient = True, not counts
         yield
-        self._backward_failed = self.is_silent = False
+        self._backward_failed = self._zero_gradient = False
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Compute the 2-norm of whole gradients from their shards, 0-d. Collective."""
+        """Return the 2-norm of whole gradients from their shards, 0-d. Collective."""
         total = torch.nn.utils.get_total_norm(gradients)
         return total.full_tensor() if isinstance(total, DTensor) else total
 
+    def _set_reduction(self, *, is_last: bool) -> None:
+        """Set whether FSDP reduces in the next backward."""
+        self.syncs_in_backward = is_last or self.policy is not SyncPolicy.LAST
+        for root in self._roots:
+            root.set_requires_gradient_sync(self.syncs_in_backward, recurse=False)
+            if self.policy is SyncPolicy.SHARD:
+                root.set_requires_all_reduce(is_last, recurse=False)
+
     def _hook_outputs(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """Be there where gradients enter the model; outputs are not kept, which may be large."""
+        """Register gradient hooks on the outputs without keeping references to them."""
         for leaf in pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._zero_if_padding)  # type: ignore[no-untyped-call]
 
     def _zero_if_padding(self, gradient: Tensor) -> Tensor | None:
-        return torch.zeros_like(gradient) if self.is_silent else None
+        return torch.zeros_like(gradient) if self._zero_gradient else None
 
     def _clear_fsdp_state(self) -> None:
         for group in self._parameter_groups():
@@ -137,8 +159,8 @@ class ShardedSync(MultiRankSync):
             groups = getattr(state, "_fsdp_param_groups", None)  # several a module from torch 2.13 on
             yield from groups if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
 
-    def _find_divisor(self) -> float:
-        """Find what FSDP divides by on the way: the ranks, or what the model was told instead."""
+    def _find_divide_factor(self) -> float:
+        """Return what FSDP divides gradients by: the number of ranks, or the factor that was set on the model."""
         factors = {group.gradient_divide_factor for group in self._parameter_groups()}
         if len(factors) != 1:
             raise TypeError("the layers of the model divide gradients by different factors: set one for all.")

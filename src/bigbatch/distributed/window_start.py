@@ -1,90 +1,86 @@
-"""What ranks tell one another before a window, where they have to: how much each has, and that none has failed.
+"""All-gather before a window: micro-batches of each rank, item totals, and whether any rank failed."""
 
-each rank's Opening and items of each term → numbers → gathered → the most micro-batches, the items over all ranks
-"""
-
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import astuple, dataclass
 
+from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync
-from bigbatch.distributed.window_vote import Number, name_ranks, terms_from_numbers, terms_to_numbers
+from bigbatch.distributed.window_vote import terms_from_numbers, terms_to_numbers
 from bigbatch.errors import RankFailedError
 from bigbatch.types import Items
 
 
 @dataclass(frozen=True)
 class WindowStart:
-    """What one rank brings to the next window.
+    """What one rank reports before a window.
 
     Attributes:
-        failed: It cannot take part: its data or its settings raised.
-        has_padding_microbatch: It has a micro-batch to run where the others have one more.
-        num_microbatches: That it knows of.
+        failed: It cannot take part: its data or its settings raised an error.
+        lacks_padding: It has no micro-batch to run if other ranks have more of them than it.
+        num_microbatches: Its micro-batches, as far as they are known.
     """
 
     failed: bool = False
-    has_padding_microbatch: bool = False
+    lacks_padding: bool = False
     num_microbatches: int = 0
 
 
 def agree_on_start(
-    sync: GradientSync, own: WindowStart, totals: Mapping[str, Items] | None
+    sync: GradientSync, num_microbatches: int, totals: Mapping[str, Items] | None
 ) -> tuple[int, Mapping[str, Items] | None]:
-    """Hear what all ranks bring to the next window. Collective, under several ranks.
+    """Exchange what the ranks have in the next window. Collective, except in a single process.
 
     Args:
-        sync: How the ranks reach one another.
-        own: What this rank brings.
-        totals: Items of each term on this rank; none of them where it has nothing and knows no names.
+        sync: Of the model.
+        num_microbatches: On this rank.
+        totals: Items of each term on this rank; empty if it has no samples and does not know the names.
 
     Returns:
-        The most micro-batches that any rank has, and the items of each term over all ranks.
+        The largest number of micro-batches on any rank, and the global items of each term.
 
     Raises:
         RankFailedError: Another rank failed before the window.
-        ValueError: There are too many terms, or ranks have other ones than one another; or, of a sharded model, nothing
-            to keep step with.
+        ValueError: The ranks have different terms or too many of them; or a rank of a sharded model has had no
+            micro-batch so far.
     """
     if sync.size == 1:
-        return own.num_microbatches, totals
+        return num_microbatches, totals
+    own = WindowStart(False, sync.needs_padding_microbatch, num_microbatches)
     try:
-        values = _encode(own, totals or {})
+        values = _to_numbers(own, totals or {})
     except ValueError:
         announce_failure(sync)
         raise
     rows = sync.all_gather(values)
     if failed := [rank for rank, row in enumerate(rows) if row[0]]:
         raise RankFailedError(
-            f"{name_ranks(failed)} failed before the window, which therefore changes nothing on any rank: see what was "
-            "said there."
+            f"{list_ranks(failed)} failed before the window, which therefore changes nothing on any rank: see the "
+            "error there."
         )
     most = int(max(row[2] for row in rows))
-    if sync.runs_in_lockstep and most and (lacking := [rank for rank, row in enumerate(rows) if not row[1]]):
+    if most and (lacking := [rank for rank, row in enumerate(rows) if row[1]]):
         raise ValueError(
-            f"rank {lacking[0]} has had no micro-batch yet, and layers of a sharded model run on all ranks or on "
-            "none: give every rank at least one sample in the first window."
+            f"rank {lacking[0]} has had no micro-batch so far, and the layers of a sharded model run on all ranks or "
+            "on none: pass at least one sample to every rank in the first window."
         )
-    return most, None if totals is None else _over_ranks(sync, totals, [row[3:] for row in rows])
+    return most, None if totals is None else _sum_over_ranks(sync, totals, [row[3:] for row in rows])
 
 
 def announce_failure(sync: GradientSync) -> None:
-    """Let the other ranks know, who are in `agree` or on their way there. Collective."""
-    with suppress(Exception):  # they may be gone
-        sync.all_gather(_encode(WindowStart(failed=True), {}))
+    """Report to the ranks in `agree_on_start` that this one failed. Collective."""
+    sync.all_gather(_to_numbers(WindowStart(failed=True), {}))
 
 
-def _encode(own: WindowStart, totals: Mapping[str, Items]) -> list[Number]:
+def _to_numbers(own: WindowStart, totals: Mapping[str, Items]) -> list[Number]:
     return [*map(float, astuple(own)), *terms_to_numbers({name: (items, 0.0) for name, items in totals.items()})]
 
 
-def _over_ranks(sync: GradientSync, totals: Mapping[str, Items], rows: list[list[float]]) -> dict[str, Items]:
-    """Add up the items of each term; a rank that knows no names, for want of samples, learns them. Collective then."""
+def _sum_over_ranks(sync: GradientSync, totals: Mapping[str, Items], rows: list[list[float]]) -> dict[str, Items]:
+    """Add up the items of each term; a rank without samples receives the names. Collective in that case."""
     over_ranks = [items for items, _ in terms_from_numbers(rows)]
     names = list(totals)
     if over_ranks and any(not row[0] for row in rows):
         source = next(rank for rank, row in enumerate(rows) if row[0])
-        names = json.loads(sync.broadcast_text(json.dumps(names), source=source))
+        names = sync.ranks.broadcast(names, source=source)
     by_name = dict(zip(sorted(names), over_ranks, strict=True))
     return {name: int(by_name[name]) if by_name[name].is_integer() else by_name[name] for name in names}

@@ -1,4 +1,4 @@
-"""What an engine may be asked for: checks of its settings, each with the sentence for what cannot be."""
+"""Validate the settings of an engine."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from bigbatch.types import Layout
 
 
 def check_microbatch(microbatch: object, memory: object, lengths: object) -> None:
-    """Hold the limit of a micro-batch to what there is of such, and to what it needs.
+    """Validate microbatch= together with memory= and lengths=.
 
     Raises:
-        TypeError: It is no such thing.
-        ValueError: It is out of its range, or something else is missing or too much beside it.
+        TypeError: ``microbatch`` is of another type.
+        ValueError: It is out of range, or does not go together with the other two.
     """
     if microbatch == "auto":
         return
     if memory is not None:
         raise ValueError(
-            f"memory={memory!r} decides about the micro-batch, and microbatch={microbatch!r} is decided: pass "
+            f"memory={memory!r} chooses the micro-batch, and microbatch={microbatch!r} is fixed: pass "
             'microbatch="auto", or leave memory= out.'
         )
     if isinstance(microbatch, str):
@@ -30,68 +30,60 @@ def check_microbatch(microbatch: object, memory: object, lengths: object) -> Non
         check_count("microbatch", microbatch, "the samples of one micro-batch")  # type: ignore[arg-type]
     elif lengths is None:
         raise ValueError(
-            "a TokenBudget needs the length of each sample: pass lengths=, a function from the batch to them."
+            "a TokenBudget needs the length of each sample: pass lengths=, a function from the batch to the lengths."
         )
 
 
 def check_layout(layout: str, lengths: object, collate: object) -> Layout:
-    """Give the layout, if it is one and what it needs is there.
+    """Return the layout if it is valid together with lengths= and collate=.
 
     Raises:
         ValueError: It is not.
     """
     if layout == "packed" and (lengths is None or collate is None):
         missing = "lengths=, a function from the batch to the tokens of each sample" if lengths is None else "collate="
-        raise ValueError(f'layout="packed" needs {missing}: rows are packed of samples, by their tokens.')
+        raise ValueError(f'layout="packed" needs {missing}: samples are packed into rows by their tokens.')
     if layout not in ("padded", "packed"):
         raise ValueError(f'layout is {layout!r}: it must be "padded" or "packed".')
     return layout  # type: ignore[return-value]
 
 
-def check_graphs(cuda_graphs: bool, device: torch.device) -> bool:
-    """Tell whether CUDA graphs are asked for.
+def check_graphs(cuda_graphs: bool, device: torch.device) -> None:
+    """Validate cuda_graphs=.
 
     Raises:
-        ValueError: They are, elsewhere than on CUDA.
+        ValueError: It is set, and the model is not on CUDA.
     """
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
-    return cuda_graphs
 
 
 def check_sharded(sync: GradientSync, microbatch: object, cuda_graphs: bool) -> None:
-    """Refuse what a model whose layers run on all ranks or on none cannot have.
+    """Reject settings that sharded models do not support.
 
     Raises:
-        ValueError: It is asked for.
+        ValueError: One is set.
     """
     if not sync.runs_in_lockstep:
         return
     if microbatch == "auto":
         raise ValueError(
-            'microbatch="auto" tries sizes until one does not fit, and the ranks of a sharded model cannot go on after '
-            "that: pass a number of samples, or a TokenBudget."
+            'microbatch="auto" tries sizes until one does not fit, and the ranks of a sharded model cannot continue '
+            "after that: pass a number of samples, or a TokenBudget."
         )
     if cuda_graphs:
-        raise ValueError("cuda_graphs=True is not there for sharded models: leave it out.")
+        raise ValueError("cuda_graphs=True is not supported for sharded models; remove it.")
 
 
 def check_lengths(lengths: Sequence[int], num_samples: int) -> None:
-    """Hold lengths to one for each sample, each at least 1.
+    """Check that there is one length for each sample, each at least 1.
 
     Raises:
-        ValueError: They are not.
+        ValueError: There is not.
     """
     if len(lengths) != num_samples:
         raise ValueError(
-            f"lengths= gave {len(lengths)} lengths for a batch of {num_samples} samples: it must give one for each, in "
-            "their order."
+            f"lengths= returned {len(lengths)} lengths for a batch of {num_samples} samples: it must return one for "
+            "each, in their order."
         )
-    plan(lengths, token_budget=max(lengths, default=1))  # names a sample without tokens
-
-
-def initial_size(microbatch: int | TokenBudget | str) -> int:
-    """Give the tokens or samples of a micro-batch; 0 where they are still to be chosen."""
-    if isinstance(microbatch, TokenBudget):
-        return microbatch.tokens
-    return 0 if isinstance(microbatch, str) else microbatch
+    plan(lengths, token_budget=max(lengths, default=1))  # raises, naming a sample without tokens

@@ -1,32 +1,32 @@
-"""CUDA graphs: forward and backward of a micro-batch, launched as one instead of kernel by kernel.
+"""CUDA graphs: forward and backward of a micro-batch, replayed with one launch instead of kernel by kernel.
 
-    micro-batch → recorded one of its shapes before? else record it → copy it into the recorded inputs → replay
+    micro-batch → is a graph of its shapes captured? else capture it → copy it into the graph's inputs → replay
     → copies of loss and items
 
-A kernel takes some microseconds of the host to launch, and a training step thousands of kernels: small models and busy
-hosts leave the device waiting. What is recorded adds to the gradient sums where they are, so windows keep theirs in one
-place.
+Launching a kernel takes some microseconds of the host, and a training step launches thousands of kernels: with small
+models and busy hosts the device waits. A captured graph adds to the gradient sums in place, so windows must reuse them.
 """
 
+import copy
 import warnings
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.distributed.gradient_sync import Microbatch
+from bigbatch.errors import first_line
+from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
+from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
-if TYPE_CHECKING:
-    from bigbatch.accumulation.pending_update import PendingUpdate
-    from bigbatch.gradients.gradient_sums import GradientSums
-    from bigbatch.types import LossFunction
-
-MAX_GRAPHS = 32  # one for each shape of a micro-batch; the oldest goes
+MAX_GRAPHS = 32  # one for each shape of a micro-batch; the oldest is dropped first
 
 
 @dataclass(frozen=True)
@@ -37,100 +37,123 @@ class _CapturedGraph:
     items: Tensor
 
 
-class CudaGraphRunner:
-    """Run the micro-batches of windows from recordings, one for each of their shapes.
+class CudaGraphRunner(MicrobatchRunner):
+    """Replays micro-batches from CUDA graphs, one for each of their shapes; runs others by a fallback.
 
-        recorder.keep(transaction.sums)                             # at the end of a window that ran without
-        recorder.run(microbatch, transaction)                       # in later ones; False: run it without
+    The first window runs by the fallback, and shows which parameters receive a gradient.
 
     Args:
-        model: In the mode that it is run in.
-        loss_fn: As for `bigbatch.Engine`: with one term, whose items are a tensor on the device. It must not read
-            values back to the host, and whatever it takes from elsewhere than the micro-batch and the model stays as it
-            was when it was recorded.
-
-    Attributes:
-        static_buffers: The gradient sums by parameter, once a window has shown which there are; they stay where they
-            are until they are released.
-        disabled_reason: Why nothing is recorded any more, in a few words; None while it is.
+        model: As for `MicrobatchRunner`. Loss functions must have one term, whose items are a tensor on the device, and
+            must not read values back to the host; what they use besides the micro-batch and the model must not change
+            after capture.
+        fallback: Runs the micro-batches that are not replayed.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: "LossFunction") -> None:
-        self._model = model
-        self._loss_fn = loss_fn
+    def __init__(self, model: nn.Module, fallback: MicrobatchRunner) -> None:
+        super().__init__(model)
+        self._fallback = fallback
         self._graphs: dict[Hashable, _CapturedGraph] = {}
         self._pool: Any = None
-        self._parameters_with_gradient: tuple[Tensor, ...] = ()  # parameters that received a gradient
-        self._trained: dict[Tensor, bool] = {}  # which were to receive one then
-        self.static_buffers: dict[Tensor, Tensor] | None = None
-        self.disabled_reason: str | None = None
+        self._parameters_with_gradient: tuple[Tensor, ...] = ()
+        self._required_gradient: dict[Tensor, bool] = {}  # of each parameter, when buffers were adopted
+        self._buffers: dict[Tensor, Tensor] | None = None
+        self._disabled_reason: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CudaGraphRunner":
-        return CudaGraphRunner(
-            memo.get(id(self._model), self._model), self._loss_fn
-        )  # recordings are of this model's memory
+        return CudaGraphRunner(  # without the graphs, which contain addresses of this model's memory
+            copy.deepcopy(self._model, memo), copy.deepcopy(self._fallback, memo)
+        )
+
+    @property
+    def retries(self) -> int:  # type: ignore[override]
+        """Attempts in this window that ran out of memory and were repeated."""
+        return self._fallback.retries
+
+    @property
+    def disabled_reason(self) -> str | None:  # type: ignore[override]
+        """Why nothing is captured any more, in a few words; None while it is."""
+        return self._disabled_reason
+
+    @property
+    def static_buffers(self) -> Mapping[Tensor, Tensor] | None:  # type: ignore[override]
+        """The gradient sums by parameter, once a window has shown which exist; in place until `release`."""
+        return self._buffers
 
     @property
     def num_graphs(self) -> int:
-        """Shapes of micro-batches that are recorded."""
+        """Captured graphs."""
         return len(self._graphs)
-
-    def adopt_buffers(self, sums: "GradientSums") -> None:
-        """Take over the sums of a window that is about to end, for all later ones."""
-        if self.static_buffers is not None or self.disabled_reason is not None:
-            return
-        found = sums.grads_in_place()
-        self.static_buffers = found or None
-        if found is None:
-            self.disabled_reason = "gradients are sparse, or of parameters in bfloat16 or float16"
-        elif found:  # a rank without samples has reached none
-            self._parameters_with_gradient = tuple(found)
-            self._trained = {parameter: parameter.requires_grad for parameter in sums.parameters}
-
-    def prepare(self) -> None:
-        """Begin a window: let go of what was recorded if other parameters are trained than before, or for good."""
-        changed = any(parameter.requires_grad != before for parameter, before in self._trained.items())
-        if changed or self.disabled_reason is not None:
-            self.release()
-            self._parameters_with_gradient, self._trained = (), {}
-        if self.static_buffers is None and self._parameters_with_gradient:
-            self.static_buffers = {
-                parameter: torch.zeros_like(parameter) for parameter in self._parameters_with_gradient
-            }
 
     @property
     def is_ready(self) -> bool:
-        """Whether a window has run without, and nothing speaks against recording."""
-        return bool(self.static_buffers) and self.disabled_reason is None
+        """Whether a window has run by the fallback, and capture is possible."""
+        return bool(self._buffers) and self._disabled_reason is None
 
-    def run(self, microbatch: Any, pending: "PendingUpdate") -> bool:
-        """Add a micro-batch to a window; tell whether that was done."""
-        if not self.is_ready or not pending.uses_plain_sums:
+    def prepare(self) -> None:
+        """Before a window: release the graphs if other parameters are trained, or capture is disabled."""
+        self._fallback.prepare()
+        changed = any(parameter.requires_grad != before for parameter, before in self._required_gradient.items())
+        if changed or self._disabled_reason is not None:
+            self.release()
+            self._parameters_with_gradient, self._required_gradient = (), {}
+        if self._buffers is None and self._parameters_with_gradient:
+            self._buffers = {parameter: torch.zeros_like(parameter) for parameter in self._parameters_with_gradient}
+
+    @contextmanager
+    def window(self, inputs: WindowInputs) -> Iterator[None]:
+        """Run one window; its inputs are not referenced afterwards."""
+        with super().window(inputs), self._fallback.window(inputs):
+            yield
+
+    def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
+        """Add the gradient of one micro-batch by a graph if possible, else by the fallback."""
+        if not self.is_ready or not self._replay(self.inputs.take(microbatch.content), pending):
+            self._fallback.run(microbatch, pending)
+
+    def end(self, pending: PendingUpdate) -> None:
+        """Use the sums of this window for all later ones, if nothing ran out of memory."""
+        if not self.retries:
+            self._adopt_buffers(pending.sums)
+
+    def release(self) -> None:
+        """Free the memory of all graphs and of the sums, between two windows."""
+        self._buffers = None
+        self._drop_graphs()
+
+    def _adopt_buffers(self, sums: GradientSums) -> None:
+        if self._buffers is not None or self._disabled_reason is not None:
+            return
+        found = sums.grads_in_place()
+        self._buffers = found or None
+        if found is None:
+            self._disabled_reason = "gradients are sparse, or of parameters in bfloat16 or float16"
+        elif found:  # a rank without samples has no gradient
+            self._parameters_with_gradient = tuple(found)
+            self._required_gradient = {parameter: parameter.requires_grad for parameter in sums.parameters}
+
+    def _replay(self, microbatch: Any, pending: PendingUpdate) -> bool:
+        """Add a micro-batch by its graph; return whether that was possible."""
+        if not pending.uses_plain_sums:
             return False
         leaves, structure = pytree.tree_flatten(microbatch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (structure, self._model.training, *map(_describe, leaves))
+        key = (self.inputs.loss_fn, structure, self._model.training, *map(_describe, leaves))
         try:
-            recording = self._graphs.get(key)
+            captured = self._graphs.get(key)
         except TypeError:
-            self.disabled_reason = "a micro-batch holds more than tensors and plain values"
+            self._disabled_reason = "a micro-batch contains more than tensors and plain values"
             return False
-        if recording is None:
-            recording = self._capture(key, leaves, structure, pending.sums)
-            if recording is None:
+        if captured is None:
+            captured = self._capture(key, leaves, structure, pending.sums)
+            if captured is None:
                 return False
         else:
-            torch._foreach_copy_(recording.inputs, tensors)
-        recording.graph.replay()
-        pending.add_recorded(recording.loss_sum.clone(), recording.items.clone())
+            torch._foreach_copy_(captured.inputs, tensors)
+        captured.graph.replay()
+        pending.add_recorded(captured.loss_sum.clone(), captured.items.clone())
         return True
 
-    def release(self) -> None:
-        """Give back, between two windows, the memory of all recordings and of the sums."""
-        self.static_buffers = None
-        self._drop()
-
-    def _drop(self) -> None:
+    def _drop_graphs(self) -> None:
         if self._pool is not None:
             torch.cuda.synchronize()
             self._graphs.clear()
@@ -138,7 +161,7 @@ class CudaGraphRunner:
             free_cached_memory()
 
     def _capture(
-        self, key: Hashable, leaves: list[Any], structure: pytree.TreeSpec, sums: "GradientSums"
+        self, key: Hashable, leaves: list[Any], structure: pytree.TreeSpec, sums: GradientSums
     ) -> _CapturedGraph | None:
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -148,7 +171,7 @@ class CudaGraphRunner:
         found: list[tuple[Tensor, Tensor]] = []
 
         def add() -> None:
-            found.append(_only_term(self._loss_fn(self._model, pytree.tree_unflatten(inputs, structure))))
+            found.append(_only_term(self.inputs.loss_fn(self._model, pytree.tree_unflatten(inputs, structure))))
             sums.backward(found[0][0])
 
         versions = sums.snapshot_versions()
@@ -156,25 +179,25 @@ class CudaGraphRunner:
             graph = capture(add, self._pool)
             if not self._adds_to_same_buffers(sums, versions):
                 raise RuntimeError("micro-batches reach different parameters")
-        except Exception as error:  # noqa: BLE001 - whatever cannot be recorded is run as it is
+        except Exception as error:  # noqa: BLE001 - whatever cannot be captured runs by the fallback
             out_of_memory = is_out_of_memory(error)
-            self.disabled_reason = "memory ran out" if out_of_memory else str(error).strip().partition("\n")[0]
+            self._disabled_reason = "memory ran out" if out_of_memory else first_line(error)
         else:
-            (loss_sum, items), recorded = found[0], [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-            self._graphs[key] = _CapturedGraph(graph, recorded, loss_sum.detach(), items)
+            (loss_sum, items), tensors = found[0], [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+            self._graphs[key] = _CapturedGraph(graph, tensors, loss_sum.detach(), items)
             return self._graphs[key]
         found.clear()
-        for parameter in sums.parameters:  # one that was new would keep what was never written
-            parameter.grad = (self.static_buffers or {}).get(parameter)
-        self._drop()
+        for parameter in sums.parameters:  # a new gradient would contain what was never written
+            parameter.grad = (self._buffers or {}).get(parameter)
+        self._drop_graphs()
         return None
 
-    def _adds_to_same_buffers(self, sums: "GradientSums", versions: Any) -> bool:
-        """Tell whether a recording adds to every sum that is kept, and to no other."""
-        reached = sums.grads_in_place()
-        if reached is None or self.static_buffers is None or reached.keys() != self.static_buffers.keys():
+    def _adds_to_same_buffers(self, sums: GradientSums, versions: Any) -> bool:
+        """Return whether a capture adds to every adopted sum, and to no other."""
+        found = sums.grads_in_place()
+        if found is None or self._buffers is None or found.keys() != self._buffers.keys():
             return False
-        return not any(parameter in self.static_buffers for parameter in sums.unchanged_since(versions))
+        return not any(parameter in self._buffers for parameter in sums.unchanged_since(versions))
 
 
 def _describe(leaf: Any) -> Hashable:
@@ -190,20 +213,20 @@ def _only_term(result: Any) -> tuple[Tensor, Tensor]:
 
 
 def capture(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
-    """Record what a function launches on the current CUDA device, which does not run it.
+    """Capture what a function launches on the current CUDA device as a graph, without running it.
 
     Args:
-        run: Works on tensors that stay where they are. What it allocates stays with the recording.
-        pool: Memory that recordings share which never run at the same time; their own by default.
+        run: Uses tensors that stay in place. What it allocates belongs to the graph.
+        pool: Memory pool shared by graphs that never run at the same time; by default a pool of its own.
 
     Raises:
-        RuntimeError: It does what cannot be recorded, such as to wait for the device.
+        RuntimeError: The function does something that cannot be captured, such as waiting for the device.
     """
     graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # beside the error that made it so
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # follows the error that caused it
             with torch.cuda.graph(graph, pool=pool):
                 run()
     except BaseException:
@@ -213,7 +236,7 @@ def capture(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
 
 
 def _end_capture(pool: Any) -> None:
-    """Tell the allocator that a recording is over which failed: until then it gives no memory back, of any pool."""
-    with suppress(RuntimeError):  # it knows
+    """End a failed capture in the allocator, which frees no memory of any pool until then."""
+    with suppress(RuntimeError):  # already ended
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)

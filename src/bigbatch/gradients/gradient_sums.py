@@ -1,15 +1,20 @@
-"""Where gradient sums live and in which dtype.
+"""Gradient sums of a window: where they are stored and in which dtype.
 
-Parameters in float32 or wider sum natively in ``.grad``. Parameters in bfloat16 or float16 get a float32 sum each:
-adding many small bfloat16 gradients to a large one loses 1.1 % of the sum at 128 micro-batches and half of it at a
-thousand that agree. A hook moves every micro-gradient into its sum as soon as autograd has made it, so that never more
-than the one in flight exists in the narrow dtype.
+Parameters in float32 or wider are summed in ``.grad``. Parameters in bfloat16 or float16 get a float32 sum each: adding
+many small bfloat16 gradients to a large sum loses 1.1 % of it at 128 micro-batches and half of it at a thousand that
+agree. A hook moves every micro-batch gradient into its sum as soon as autograd has computed it, so that at most one
+gradient exists in the narrow dtype.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 from weakref import WeakMethod, finalize
 
 import torch
@@ -21,30 +26,36 @@ from bigbatch.errors import WindowStateError
 HALF_PRECISION_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
-# Each sum of a list of parameters, and the version it had; None where there was none yet.
+# Each sum of a list of parameters and its version at that time; None where there was none yet.
 _Versions: TypeAlias = tuple[list[Tensor | None], list[int | None]]
 
 
+class BackwardObserver(Protocol):
+    """Sees every backward of a `GradientSums` without changing it."""
+
+    def on_gradient(self, gradient: Tensor) -> None:
+        """Handle the whole gradient of one parameter, before it is added to its sum."""
+
+    def on_backward_end(self, *, succeeded: bool) -> None:
+        """Handle the end of a backward."""
+
+
 class GradientSums:
-    """Gradient sums of some parameters from its entering to its leaving as a context.
+    """Sum the gradients of parameters, from entering the context to leaving it.
 
         with GradientSums(parameters) as sums:
             for loss in losses:
                 sums.backward(loss)             # sums += ∂loss/∂parameters, and nothing else gets a gradient
-            sums.tensors()                      # one a parameter that received a gradient, undivided
+            sums.tensors()                      # one for each parameter that received a gradient, undivided
 
-    Whatever ``.grad`` held on entering is cleared, so that nothing from before leaks in.
+    Entering clears ``.grad``, so that no earlier gradient leaks in.
 
     Args:
         parameters: Leaf tensors of any floating dtype, on any devices. Those that do not require a gradient are left
             alone for as long as they do not.
-        static_buffers: Sums of windows before, by parameter, to begin with as zeros and to leave in place: whoever
-            recorded where they are may add to them. Only of parameters that sum natively.
-        parameters_are_wrapped: Whether graphs end in other tensors than these, which a wrapper of the model stands
-            between.
-        squared_norm_sum: 0-d, to which the squared norm of each micro-gradient is added, of all parameters together;
-            None not to measure it. It is read once, before it is added to its sum; nothing is kept of it, and nothing
-            waited for.
+        static_buffers: Sums of an earlier window by parameter: set to zero, and used again in place, so that captured
+            CUDA graphs may add to them. Only of parameters that are summed in ``.grad``.
+        parameters_are_wrapped: Whether graphs end in other tensors than these, as under FSDP.
     """
 
     def __init__(
@@ -53,18 +64,17 @@ class GradientSums:
         *,
         static_buffers: Mapping[Tensor, Tensor] | None = None,
         parameters_are_wrapped: bool = False,
-        squared_norm_sum: Tensor | None = None,
     ) -> None:
-        self._squared_norm_sum = squared_norm_sum
-        self._norms: list[Tensor] = []
         self.parameters = tuple(parameters)
         self._static_buffers = static_buffers or {}
         self._float32_sums: dict[Tensor, Tensor] = {}
         self._all_sums: list[Tensor | None] = []
+        self._handles: list[RemovableHandle] = []
         self._unhook: Callable[[], object] = lambda: None
+        self._observer: BackwardObserver | None = None
         self._leaves: _GraphLeaves | None = _GraphLeaves.UNKNOWN if parameters_are_wrapped else None
         self._adding = False
-        # The first gradient that is summed natively, as the last backward left it; tells whether others touched it.
+        # The first gradient that is summed in .grad, as the last backward left it; shows whether others changed it.
         self._tamper_check: tuple[Tensor, Tensor, int] | None = None
 
     def __enter__(self) -> Self:
@@ -73,25 +83,32 @@ class GradientSums:
             torch._foreach_zero_(list(self._static_buffers.values()))
             for parameter, total in self._static_buffers.items():
                 parameter.grad = total
-        widen = WeakMethod(self._move_to_float32)
-        narrow = (p for p in self.parameters if p.dtype in HALF_PRECISION_DTYPES and p.requires_grad)
-        handles = [_on_accumulated(p, widen) for p in narrow]
-        if self._squared_norm_sum is not None:
-            measure = WeakMethod(self._measure)
-            handles += [_on_gradient(p, measure) for p in self.parameters if p.requires_grad]
-        self._unhook = finalize(self, _remove, handles)  # also for a window that was forgotten half-way
+        move = WeakMethod(self._move_to_float32)
+        half = (p for p in self.parameters if p.dtype in HALF_PRECISION_DTYPES and p.requires_grad)
+        self._handles += [_on_accumulated(p, move) for p in half]
+        self._unhook = finalize(self, _remove, self._handles)  # also of a window that is dropped without an end
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._unhook()
-        self._static_buffers = {}  # whoever keeps them decides how long
+        self._static_buffers = {}  # their owner decides how long they live
         self.clear()
+
+    def observe(self, observer: BackwardObserver) -> None:
+        """Let an observer see every later backward; at most one."""
+        self._observer = observer
+        hook = WeakMethod(self._pass_to_observer)
+        self._handles += [_on_gradient(p, hook) for p in self.parameters if p.requires_grad]
+
+    def _pass_to_observer(self, gradient: Tensor) -> None:
+        if self._adding and self._observer is not None:
+            self._observer.on_gradient(gradient)
 
     def _move_to_float32(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        if not self._adding:  # the backward of somebody else: nothing of it belongs into these sums
+        if not self._adding:  # a backward that is not ours: nothing of it belongs into these sums
             parameter.grad = None
             return
         if gradient is None:
@@ -105,27 +122,21 @@ class GradientSums:
             total.add_(gradient)
         parameter.grad = None
 
-    def _measure(self, gradient: Tensor) -> None:
-        if self._adding:
-            values = gradient.coalesce()._values() if gradient.is_sparse else gradient
-            norm = torch.linalg.vector_norm(values, dtype=_norm_dtype(values.dtype))
-            self._norms.append(norm if self._squared_norm_sum is None else norm.to(self._squared_norm_sum))
-
     def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None) -> None:
         """Add ∂loss/∂parameters to the sums; no other leaf of the graph receives a gradient.
 
         Args:
             loss: 0-d, of one micro-batch.
-            only: Some of the parameters, where the others have had their share of this micro-batch before an attempt
-                ran out of memory.
+            only: Some of the parameters, if the others already received the gradient of this micro-batch in an attempt
+                that ran out of memory.
 
-        Naming the leaves costs a few per cent on small models, so it is done where the first graph reaches others:
-        a discriminator behind a generator, say. Reentrant checkpointing cannot be told which leaves to differentiate;
-        where the graph holds some, all its leaves receive their gradients, as they do from ``loss.backward()``.
+        Passing ``inputs=`` to autograd costs a few per cent on small models, so it is done only if the first graph
+        reaches other leaves, such as a generator behind a discriminator. Reentrant checkpointing does not accept
+        ``inputs=``: if the graph contains it, all its leaves receive their gradients, as in ``loss.backward()``.
 
         Raises:
             ValueError: The loss does not depend on anything that requires a gradient.
-            WindowStateError: Somebody cleared the gradients since the last backward.
+            WindowStateError: The gradients were changed since the last backward.
         """
         if self._tamper_check is not None:
             self._check_for_tampering()
@@ -139,39 +150,39 @@ class GradientSums:
         leaves = only
         if only is None and self._leaves is _GraphLeaves.INCLUDES_OTHERS:
             leaves = [p for p in self.parameters if p.requires_grad]
-        self._adding = True
+        self._adding, succeeded = True, False
         try:
             torch.autograd.backward(loss, inputs=leaves)
-            if self._squared_norm_sum is not None and self._norms:
-                self._squared_norm_sum.add_(torch.stack(self._norms).square().sum())
+            succeeded = True
         finally:
-            self._norms.clear()
             self._adding = False
+            if self._observer is not None:
+                self._observer.on_backward_end(succeeded=succeeded)
             self._tamper_check = self._make_tamper_check()
 
     @property
     def can_name_leaves(self) -> bool:
-        """Whether ``only`` can be honoured: reentrant checkpoints hide their leaves."""
+        """Whether ``only`` is supported: reentrant checkpoints and FSDP hide their leaves."""
         return self._leaves is not _GraphLeaves.UNKNOWN
 
     def snapshot_versions(self) -> _Versions:
-        """Remember every sum as it is now, for `unchanged_since`."""
+        """Return every sum with its version, for `unchanged_since`."""
         sums = self._all_sums
         if not sums:
             sums = [self._float32_sums.get(p, p.grad) for p in self.parameters]
             if all(total is not None and not total.is_sparse for total in sums):
-                self._all_sums = sums  # from now on they are added to in place, and stay the same tensors
+                self._all_sums = sums  # from now on these tensors are added to in place
         return sums, [None if total is None else total._version for total in sums]
 
     def unchanged_since(self, versions: _Versions) -> list[Tensor]:
-        """Give the parameters that require a gradient and to whose sums nothing was added since `versions`.
+        """Return the parameters that require a gradient and whose sums did not change since `snapshot_versions`.
 
-        Autograd adds to a parameter once in a backward, when all its shares are there: a sum is as it was, or complete.
+        Autograd adds to a parameter once in a backward, when its gradient is complete: a sum is unchanged or complete.
         """
         unchanged = []
         for parameter, before, version in zip(self.parameters, *versions, strict=True):
             if parameter.dtype in HALF_PRECISION_DTYPES:
-                parameter.grad = None  # what autograd wrote and the hook had no memory to move
+                parameter.grad = None  # written by autograd, but the hook had no memory to move it
             total = self._float32_sums.get(parameter, parameter.grad)
             same = total is before and (total is None or total._version == version)
             if same and parameter.requires_grad:
@@ -197,9 +208,9 @@ class GradientSums:
             )
 
     def tensors(self) -> list[Tensor]:
-        """The sums of the parameters that received a gradient: ``.grad`` itself, or its float32 stand-in.
+        """Return the sums of the parameters that received a gradient: ``.grad`` itself, or the float32 sum.
 
-        Sparse gradients come as the values of their coalesced form. Operations in place reach the sums.
+        Of a sparse gradient, the values of its coalesced form. In-place operations change the sums.
         """
         self._check_for_tampering()
         tensors = []
@@ -219,14 +230,14 @@ class GradientSums:
         return total._values()
 
     def grads_in_place(self) -> dict[Tensor, Tensor] | None:
-        """Give the dense sums that parameters hold themselves, by parameter; None where there are others, too."""
+        """Return the dense sums in ``.grad`` by parameter; None if any sum is sparse or kept in float32."""
         found = {p: p.grad for p in self.parameters if p.grad is not None}
         if self._float32_sums or any(total.is_sparse for total in found.values()):
             return None
         return found
 
     def named_by(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
-        """The sums by the names given for the parameters, zeros for those that received no gradient."""
+        """Return the sums by the names of the parameters, zeros for those that received no gradient."""
         return {
             names[p]: torch.zeros_like(p) if total is None else total.to_dense() if total.is_sparse else total
             for p in self.parameters
@@ -235,19 +246,18 @@ class GradientSums:
         }
 
     def has_gradient(self) -> list[bool]:
-        """Tell of each parameter whether it has received a gradient."""
+        """Return for each parameter whether it has received a gradient."""
         return [self._float32_sums.get(parameter, parameter.grad) is not None for parameter in self.parameters]
 
     def mark_unmodified(self) -> None:
-        """Take the sums as they are now, after they were summed over ranks."""
+        """Accept the sums as they are now, after they were reduced over ranks."""
         self._tamper_check = self._make_tamper_check()
 
     def fill_missing_with_zeros(self, wanted: Iterable[bool] | None = None) -> None:
-        """Make the sums that are not there, of zeros.
+        """Create the missing sums, as zeros.
 
         Args:
-            wanted: Of which parameters. By default of all that require a gradient: what a window holds after a
-                micro-batch that reached every one.
+            wanted: One flag for each parameter; by default whether it requires a gradient.
         """
         trained = [parameter.requires_grad for parameter in self.parameters]
         for parameter, is_wanted, has in zip(self.parameters, wanted or trained, self.has_gradient(), strict=True):
@@ -259,13 +269,13 @@ class GradientSums:
                 parameter.grad = torch.zeros_like(parameter)
 
     def write_to_grad(self) -> None:
-        """Put the float32 sums into ``.grad`` in the parameters' own dtype, where optimizers expect them."""
-        self._all_sums = []  # each sum is freed before the next is narrowed
+        """Write the float32 sums to ``.grad`` in the dtype of the parameters, where optimizers expect them."""
+        self._all_sums = []  # each sum is freed before the next one is converted
         for parameter in list(self._float32_sums):
             parameter.grad = self._float32_sums.pop(parameter).to(parameter.dtype)
 
     def clear(self) -> None:
-        """Drop the sums and the gradients."""
+        """Drop all sums and gradients."""
         self._float32_sums.clear()
         self._all_sums = []
         self._tamper_check = None
@@ -283,7 +293,7 @@ def _on_accumulated(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHand
 
 
 def _on_gradient(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHandle:
-    """Call a hook with each whole gradient of a leaf, before it is added."""
+    """Call a hook with the whole gradient of a leaf, before it is added."""
 
     def call(gradient: Tensor) -> None:
         if (method := hook()) is not None:
@@ -293,25 +303,21 @@ def _on_gradient(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHandle:
     return handle
 
 
-def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALF_PRECISION_DTYPES else dtype
-
-
 def _remove(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 
 
 class _GraphLeaves(Enum):
-    """Where a graph ends."""
+    """Which leaves a graph reaches."""
 
-    ONLY_OURS = "in the parameters alone"
-    INCLUDES_OTHERS = "in other leaves too, which backward can be told to leave out"
-    UNKNOWN = "inside reentrant checkpoints or shards, where backward cannot be told anything"
+    ONLY_OURS = "only the parameters"
+    INCLUDES_OTHERS = "other leaves too, which backward(inputs=) leaves out"
+    UNKNOWN = "inside reentrant checkpoints or shards, where backward(inputs=) is not supported"
 
 
 def _find_leaves(loss: Tensor, own: set[Tensor]) -> _GraphLeaves:
-    """Walk the graph once."""
+    """Walk the graph of a loss once, and classify its leaves."""
     found = _GraphLeaves.ONLY_OURS
     seen = {loss.grad_fn}
     todo = [loss.grad_fn]
@@ -329,3 +335,8 @@ def _find_leaves(loss: Tensor, own: set[Tensor]) -> _GraphLeaves:
                 seen.add(child)
                 todo.append(child)
     return found
+
+
+def optimizer_parameters(optimizer: "Optimizer") -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,8 +1,8 @@
-"""What a loss function returns: sums and items. The only divisor of the package is made here.
+"""Loss sums and items of a window. The only divisor of the package is computed here.
 
 For one term the gradient is Σ_i ∇s_i / Σ_i n_i: micro-batches are differentiated undivided, and the total is divided
-once, when its items are known. A loss of several terms is Σ_t (Σ_i s_ti / N_t), so each term is divided by its own
-total before it is differentiated, and the totals N_t have to be known first.
+once, when its items are known. A loss of several terms is Σ_t (Σ_i s_ti / N_t): each term is divided by its own total
+before it is differentiated, so the totals N_t must be known first.
 """
 
 import math
@@ -21,17 +21,17 @@ from bigbatch.window_report import TermReport
 
 WEIGHTS_ROUNDING = 1e-5  # items may be weights: their sum depends on the order in float32, where counts are exact
 _PAIR, _NUMBER = (tuple, list), (int, float, Real)
-SINGLE = "loss"  # the name of the term of a loss that has only one
+SINGLE = "loss"  # name of the term of a loss with only one
 
 
 def as_terms(result: object) -> Terms:
-    """Bring ``(loss_sum, items)`` or ``{name: (loss_sum, items)}`` to the second form, and check it.
+    """Return ``{name: (loss_sum, items)}`` from the result of a loss function, after checking it.
 
     Args:
-        result: What a loss function returned.
+        result: ``(loss_sum, items)`` or ``{name: (loss_sum, items)}``.
 
     Raises:
-        TypeError: It is neither of the two.
+        TypeError: It is of another form.
         ValueError: A loss is not a 0-d tensor, or items are not one non-negative number.
     """
     single = isinstance(result, tuple) or not isinstance(result, Mapping)
@@ -39,14 +39,14 @@ def as_terms(result: object) -> Terms:
     for name, term in terms.items():
         if not isinstance(term, _PAIR) or len(term) != 2:
             raise TypeError(
-                f"the term {name!r} of the loss is {_describe(term)}: give the pair (loss_sum, items), the sum of the "
-                "item losses and how many items it runs over, for example "
+                f"the term {name!r} of the loss is {_describe(term)}: return the pair (loss_sum, items), the sum of "
+                "the item losses and how many items it runs over, for example "
                 "(F.cross_entropy(logits, labels, reduction='sum'), labels.numel())."
             )
         loss_sum, items = term
         if not isinstance(loss_sum, Tensor) or loss_sum.ndim:
             _refuse_loss(name, loss_sum)
-        if type(items) is not int or items < 0:  # most are counts, of which there is nothing more to check
+        if type(items) is not int or items < 0:  # usually valid: a plain count
             _check_items(name, items)
     return terms
 
@@ -78,7 +78,7 @@ def _check_items(name: str, items: object) -> None:
                 f"the items of the term {name!r} have shape {tuple(items.shape)}: they must be one number, the count "
                 "of the micro-batch. Call .sum() on the mask."
             )
-        if not items.is_cpu:  # looking at its value would make the host wait for the device
+        if not items.is_cpu:  # reading its value would wait for the device
             return
         items = items.item()
     if not isinstance(items, _NUMBER):
@@ -90,10 +90,10 @@ def _check_items(name: str, items: object) -> None:
 
 
 class LossTotals:
-    """Loss sums and items of one window, by term; tells what to differentiate and what to divide by.
+    """Loss sums and items of one window, by term: what to differentiate, and what to divide by.
 
     Args:
-        totals: Items of the whole window by term, where they are known before the first backward.
+        totals: Global items of the whole window by term, if they are known before the first backward.
         prescale: Differentiate a single term divided by a power of two near the items of the first micro-batch, for
             float16: gradients then have the range of a mean loss instead of a sum's. Exact, since powers of two only
             move the exponent.
@@ -109,18 +109,18 @@ class LossTotals:
         self._prescale = prescale
         self._prescaled_by: float | Tensor | None = None
         self.num_recorded = 0
-        self._last: list[tuple[str, bool]] = []  # what the last micro-batch entered: terms, and whether they had items
+        self._last: list[tuple[str, bool]] = []  # terms of the last micro-batch, and whether they had items
         self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
         self._items: defaultdict[str, list[Items]] = defaultdict(list)
-        self._global_totals: dict[str, TermReport] | None = None  # over all ranks, once they have told one another
+        self._global_totals: dict[str, TermReport] | None = None  # over all ranks, once exchanged
 
     @property
     def uses_plain_sums(self) -> bool:
-        """Whether losses are differentiated undivided, as they are recorded."""
+        """Whether losses are differentiated undivided."""
         return self.totals is None and not self._prescale
 
     def record(self, terms: Terms) -> Tensor | None:
-        """Note one micro-batch; return the 0-d loss to differentiate, or None where it has no item at all."""
+        """Record one micro-batch; return the 0-d loss to differentiate, or None if it has no items."""
         self.num_recorded += 1
         self._last.clear()
         if self.totals is None:
@@ -129,7 +129,7 @@ class LossTotals:
         for name, (loss_sum, items) in terms.items():
             if name not in self.totals:
                 raise ValueError(
-                    f"the loss has the term {name!r}, and count_items told the totals of "
+                    f"the loss has the term {name!r}, and count_items returned the totals of "
                     f"{', '.join(map(repr, self.totals))}: count it there too."
                 )
             if self._add_term(name, loss_sum, items):
@@ -139,13 +139,13 @@ class LossTotals:
 
     def _record_single(self, terms: Terms) -> Tensor | None:
         if not terms:
-            raise ValueError("the loss has no term: give at least one (loss_sum, items).")
+            raise ValueError("the loss has no term: return at least one (loss_sum, items).")
         name, (loss_sum, items) = next(iter(terms.items()))
         if len(terms) > 1 or (self._sums and name not in self._sums):
             names = ", ".join(repr(name) for name in {**self._sums, **terms})
             raise ValueError(
                 f"the loss has the terms {names}: several terms need their totals before the first backward. Pass "
-                "count_items=, a function that gives {name: items} for these names."
+                "count_items=, a function that returns {name: items} for these names."
             )
         if not self._add_term(name, loss_sum, items):
             return None
@@ -156,7 +156,7 @@ class LossTotals:
         return loss_sum
 
     def _add_term(self, name: str, loss_sum: Tensor, items: Items) -> bool:
-        """Enter one term of one micro-batch; tell whether it may have items."""
+        """Record one term of one micro-batch; return whether it may have items."""
         if isinstance(items, Tensor):
             items = _host(items)
         self._items[name].append(items)
@@ -165,12 +165,12 @@ class LossTotals:
         self._last.append((name, has_items))
         if not has_items:
             return False
-        # A copy: the loss is the caller's, who may go on to change it in place.
+        # A copy: the caller may change the loss in place.
         sums.append(loss_sum.item() if loss_sum.is_cpu else loss_sum.detach().clone())
         return True
 
     def rollback(self, num_recorded: int) -> None:
-        """Forget the micro-batch that was recorded when ``num_recorded`` was one less; nothing if it never was."""
+        """Remove the micro-batch that was recorded after ``num_recorded`` ones; no-op if there is none."""
         if self.num_recorded == num_recorded:
             return
         self.num_recorded = num_recorded
@@ -180,34 +180,34 @@ class LossTotals:
                 self._sums[name].pop()
 
     def local_totals(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
-        """Give ``(items, loss_sum)`` of each term so far, where they are; nothing is waited for."""
+        """Return local ``(items, loss_sum)`` of each term so far, on their devices, without waiting."""
         shares: dict[str, tuple[float | Tensor, float | Tensor]] = {}
         for name in self.totals or list(self._items):
             shares[name] = _added(self._items.get(name, [])), _added(self._totals_on_device([name]))
         return shares
 
     def items_squared(self) -> float | Tensor:
-        """Give Σ n_i² over the micro-batches of a loss of one term, where they are; nothing is waited for."""
+        """Return Σ n_i² over the micro-batches of a loss of one term, on their device, without waiting."""
         counts = next(iter(self._items.values()), [])
         return _added([float(count * count) if not isinstance(count, Tensor) else count * count for count in counts])
 
     def undo_prescale(self, gradients: list[Tensor]) -> None:
-        """Multiply gradients by what this rank divided its losses by, which other ranks chose otherwise."""
+        """Multiply gradients by what this rank divided its losses by: other ranks use another factor."""
         if self._prescaled_by is not None:
             torch._foreach_mul_(gradients, self._prescaled_by)
             self._prescaled_by = None
 
     def set_global_totals(self, totals: Sequence[tuple[float, float]]) -> None:
-        """Take what all ranks have of each term, ``(items, loss_sum)``, by the places of the sorted names."""
+        """Set global ``(items, loss_sum)`` of each term, in the order of the sorted names."""
         names = sorted(self.totals or self._items or [SINGLE])
-        assert not totals or len(totals) == len(names), "ranks have the same terms, or one that this rank never saw"
+        assert not totals or len(totals) == len(names), "ranks have the same terms, or one that this rank has not seen"
         self._global_totals = {}
         for name, (count, total) in zip(names, totals, strict=False):
             items = int(count) if float(count).is_integer() else count
             self._global_totals[name] = TermReport(loss=total / items if items else math.nan, items=items)
 
     def nan_if_loss_not_finite(self, value: Tensor) -> Tensor:
-        """Give the value, or NaN where a loss is not a finite number; nothing is waited for."""
+        """Return the value, or NaN if a loss is not finite, without waiting for the device."""
         if self._global_totals is not None:
             return value if self.is_finite() else value * math.nan
         for total in self._totals_on_device():
@@ -215,13 +215,13 @@ class LossTotals:
         return value
 
     def is_finite(self) -> bool:
-        """Whether the loss of every term is a finite number; waits for the device."""
+        """Return whether the loss of every term is finite; waits for the device."""
         if self._global_totals is not None:
             return all(math.isfinite(term.loss) for term in self._global_totals.values() if term.items)
         return all(math.isfinite(float(total)) for total in self._totals_on_device())
 
     def _totals_on_device(self, names: Iterable[str] | None = None) -> list[float | Tensor]:
-        """Sum the losses of some terms, or of all, on the host and on each device."""
+        """Return the sum of the losses of some terms, or of all, on the host and on each device."""
         on_host, on_device = 0.0, defaultdict[torch.device, list[Tensor]](list)
         chosen = self._sums if names is None else names
         for loss_sum in chain.from_iterable(self._sums[name] for name in chosen):
@@ -232,7 +232,7 @@ class LossTotals:
         return [on_host, *(torch.stack(sums).sum(dtype=_sum_dtype(sums[0])) for sums in on_device.values())]
 
     def items(self, name: str | None = None) -> float:
-        """Items so far of one term, by default of the first; reads the device where the counts live there."""
+        """Return the items so far of one term, by default of the first; waits for the device if counts are there."""
         if name is None:
             name = next(iter(self.totals or self._items), SINGLE)
         if self._global_totals is not None:
@@ -245,10 +245,10 @@ class LossTotals:
         return total
 
     def divisor(self) -> float:
-        """What the summed gradient is still to be divided by; 0 for a window without items.
+        """Return what the summed gradient must still be divided by; 0 for a window without items.
 
-        Reads the device where the counts live there. Raises ValueError if ``count_items`` told other totals than the
-        micro-batches held: terms would have been divided by the wrong number.
+        Waits for the device if counts are there. Raises ValueError if ``count_items`` returned other totals than those
+        of the micro-batches: terms would have been divided by the wrong number.
         """
         if self.totals is None:
             return self.items() / (1.0 if self._prescaled_by is None else float(self._prescaled_by))
@@ -257,13 +257,13 @@ class LossTotals:
             counts = isinstance(seen, int) and isinstance(total, int)
             if seen != total if counts else not math.isclose(seen, total, rel_tol=WEIGHTS_ROUNDING):
                 raise ValueError(
-                    f"count_items told {total} items for the term {name!r}, and the micro-batches held {seen}: the "
+                    f"count_items returned {total} items for the term {name!r}, and the micro-batches had {seen}: the "
                     "two must count the same things, and all micro-batches of the window must run before its step()."
                 )
         return 1.0 if any(self.totals.values()) else 0.0
 
     def terms(self) -> dict[str, TermReport]:
-        """Loss and items of each term over the window; waits for the device."""
+        """Return loss and items of each term over the window; waits for the device."""
         if self._global_totals is not None:
             return dict(self._global_totals)
         reports = {}
@@ -278,20 +278,20 @@ class LossTotals:
 
 
 def may_have_items(items: Items) -> bool:
-    """Whether there are items, or may be: a count on a device is not waited for."""
+    """Return whether there may be items: a count on a device is not read."""
     items = _host(items)
     return isinstance(items, Tensor) or items != 0
 
 
 def _added(values: Iterable[float | Tensor]) -> float | Tensor:
-    """Add numbers and 0-d tensors, in float64."""
+    """Return the sum of numbers and 0-d tensors, in float64."""
     total = math.fsum(value for value in values if not isinstance(value, Tensor))
     on_device = [value.reshape(()).to(torch.float64) for value in values if isinstance(value, Tensor)]
     return total + torch.stack(on_device).sum() if on_device else total
 
 
 def _host(items: Items) -> Items:
-    """Turn counts that are on the CPU into numbers, which no device has to be asked for."""
+    """Return counts on the CPU as numbers; those on a device as they are."""
     return items.item() if isinstance(items, Tensor) and items.is_cpu else items
 
 

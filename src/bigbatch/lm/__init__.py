@@ -1,1 +1,1 @@
-"""The language-model product: data, tokenizer, model, loss and trainer, on top of the exact step."""
+"""Language-model trainer: data, tokenizer, model, loss and training loop on top of exact gradient accumulation."""

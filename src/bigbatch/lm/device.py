@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision: names turned into torch objects, or into one sentence."""
+"""Resolve the names of a device and a precision to torch objects, or raise one readable error."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class DeviceSpec:
     """A device and a precision.
 
     Attributes:
-        device: Where model and micro-batches are.
+        device: Device of the model and the micro-batches.
         precision: float32, float64, bf16, bf16-weights or fp16.
     """
 
@@ -22,25 +22,25 @@ class DeviceSpec:
 
     @property
     def is_half_precision(self) -> bool:
-        """Whether matrices are multiplied in 16 bits."""
+        """Whether matrix products are computed in 16 bits."""
         return self.precision in ("bf16", "bf16-weights", "fp16")
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """The dtype of parameters: float32 but for float64 and bf16-weights."""
+        """Dtype of the parameters: float32 except for float64 and bf16-weights."""
         return {"float64": torch.float64, "bf16-weights": torch.bfloat16}.get(self.precision, torch.float32)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Open the context that a forward and its loss run in."""
+        """Return the autocast context for forward and loss."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def scaler(self) -> torch.amp.GradScaler | None:
-        """Make the gradient scaler that float16 needs; None for other precisions."""
+        """Return a gradient scaler for float16; None for other precisions."""
         return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     def limit_memory(self, limit_bytes: int) -> None:
-        """Let this process take no more of a CUDA device than that; elsewhere nothing holds a limit."""
+        """Limit the memory of this process on a CUDA device; no effect on other devices."""
         if self.device.type == "cuda":
             total_bytes = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), self.device)
@@ -51,19 +51,19 @@ class DeviceSpec:
 
 
 def resolve_device(device: str, precision: str) -> DeviceSpec:
-    """Resolve ``auto`` and check that device and precision are there.
+    """Resolve ``auto`` and check that device and precision are available.
 
     Raises:
-        InputError: They are not.
+        InputError: The device is not available, or does not support the precision.
     """
     found = _find_device(device)
     if precision == "auto":
         precision = "bf16" if found.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if precision == "float64" and found.type == "mps":
-        raise InputError("--precision float64 is not there on mps: use --device cpu, or --precision float32.")
+        raise InputError("--precision float64 is not supported on mps: use --device cpu or --precision float32.")
     if precision.startswith("bf16") and found.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError(
-            f"--precision {precision} is not there on {torch.cuda.get_device_name(found)}: use fp16 or float32."
+            f"--precision {precision} is not supported on {torch.cuda.get_device_name(found)}: use fp16 or float32."
         )
     return DeviceSpec(found, precision)
 
@@ -75,13 +75,13 @@ def _find_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps is not there: torch finds no Apple GPU; use --device cpu.")
+        raise InputError("--device mps is not available: torch finds no Apple GPU; use --device cpu.")
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        raise InputError(f"--device {name} is not there: {why}; use --device cpu.")
+        why = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise InputError(f"--device {name} is not available: {why}; use --device cpu.")
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise InputError(f"--device {name} is not there: the last one is cuda:{torch.cuda.device_count() - 1}.")
+        raise InputError(f"--device {name} is not available: the last one is cuda:{torch.cuda.device_count() - 1}.")
     return torch.device("cuda", index)

@@ -1,18 +1,65 @@
-"""Files that survive a crash: sync folders, remove trees, name the reason of an OSError."""
+"""Durable file operations: atomic writes and renames, folder sync, removal, and the reason of an OSError."""
 
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP)  # what network and FUSE file systems say that cannot sync a folder
+from bigbatch.errors import first_line
+
+PARTIAL = ".partial"  # suffix of a file or folder that is still being written
+UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP)  # raised by network and FUSE file systems that cannot sync a folder
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers, also after a crash, see the previous content or the new one.
+
+    Writes ``NAME.PID.partial`` next to ``path``, syncs it, renames it to ``path`` and syncs the folder. On an error the
+    partial file is removed and the previous content stays.
+
+    Raises:
+        OSError: The file cannot be written, synced or renamed.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def replace_folder(partial: Path, target: Path, *, old: Path) -> None:
+    """Rename a complete folder to ``target``; an existing ``target`` is renamed to ``old`` first and removed last.
+
+    What cannot be removed of ``old`` stays and has to be removed before the next call.
+
+    Raises:
+        OSError: A rename or the sync of the parent folder failed.
+    """
+    try:
+        target.rename(old)
+        replaces = True
+    except FileNotFoundError:
+        replaces = False
+    partial.rename(target)
+    sync_folder(target.parent)
+    if replaces:
+        with suppress(OSError):
+            remove(old)
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to disk, where the system can.
+    """Sync the entries of a folder to disk, where the system supports it.
 
     Raises:
-        OSError: It could, and failed.
+        OSError: The system supports it and the sync failed.
     """
     if os.name == "nt":  # folders cannot be opened there
         return
@@ -27,10 +74,10 @@ def sync_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; nothing is fine too.
+    """Remove a file, a link or a folder with its content, if it exists.
 
     Raises:
-        OSError: It cannot be removed, or not all of it.
+        OSError: It cannot be removed completely.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -38,7 +85,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def os_reason(error: OSError) -> str:
-    """Give the reason of the operating system as the end of a sentence: ``no space left on device``."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return reason[0].lower() + reason[1:]
+def os_reason(error: Exception) -> str:
+    """Return the reason of an `OSError` as the end of a sentence: ``no space left on device``.
+
+    The first line of the message if the error has no reason from the operating system.
+    """
+    reason: str = getattr(error, "strerror", None) or first_line(error)
+    return reason if reason == type(error).__name__ else reason[0].lower() + reason[1:]

@@ -24,14 +24,11 @@ from bigbatch.verification.cut_gradients import (
     relative_difference,
 )
 from bigbatch.verification.diagnose import find_causes
+from bigbatch.verification.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from bigbatch.types import CountItems, LossFunction
 
-# Largest relative error of the whole gradient that rounding explains. A float64 sum of any order stays near 1e-15, and
-# float32 near 1e-6, for the depth of usual networks; kernels may differ by shape, so both have room. In bfloat16 and
-# float16 every activation is rounded, to 2⁻⁸ and 2⁻¹¹ relative, and other shapes round otherwise: a few units each.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 NUM_WORST = 5
 CUT_ERRORS = (ArithmeticError, IndexError, RuntimeError, ValueError)  # what a model may say to a shape it cannot take
 DEFAULT_CUTS = (16, 5, 2)  # micro-batches; 5 leaves a short last one for most sizes

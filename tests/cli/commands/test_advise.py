@@ -10,7 +10,7 @@ import pytest
 from bigbatch.cli import main
 from bigbatch.lm.advice.batch_advice import RunEvidence, advise, classify, evidence, one_line
 from bigbatch.lm.config.train_config import TrainConfig
-from cli.helpers import files_below
+from support.command_line import files_below
 
 
 def found(**changes: Any) -> RunEvidence:

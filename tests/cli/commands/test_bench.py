@@ -13,8 +13,8 @@ from bigbatch.errors import MemoryLimitError
 from bigbatch.lm.bench import bigbatch_runner
 from bigbatch.lm.bench.entries import missing
 from bigbatch.lm.bench.workload import WORKLOADS
-from cli.helpers import SENTENCE, files_below
-from lm.helpers import TINY_WORKLOAD
+from support.command_line import SENTENCE, files_below
+from support.language_models import TINY_WORKLOAD
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bigbatch.cli import main
-from cli.helpers import files_below
-from lm.saved import save
+from support.checkpoints import save
+from support.command_line import files_below
 
 
 @pytest.fixture(scope="module")

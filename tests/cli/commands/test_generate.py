@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bigbatch.cli import main
-from cli.helpers import SENTENCE, command
-from lm.helpers import records, run, save_model_folder, write_jsonl
+from support.command_line import SENTENCE, command
+from support.language_models import records, run, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str | Path) -> str:
 def test_a_prompt_that_fills_the_model_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = refused(capfd, save_model_folder(tmp_path, kind="gpt2"), "☃" * 40)
     assert said.startswith("the prompt has ")
-    assert said.endswith(" tokens and the model knows 64 positions: shorten it, so that there is room to go on.")
+    assert said.endswith(" tokens and the model supports 64 positions: shorten it to leave room for new tokens.")
 
 
 def test_a_run_that_is_not_there_leads_to_the_nearest(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -91,4 +91,4 @@ def test_a_run_with_a_broken_model_is_one_sentence(tmp_path: Path, capfd: pytest
 
 
 def test_a_device_that_is_not_there_is_refused(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert refused(capfd, trained, "--device", "cuda:77").startswith("--device cuda:77 is not there: ")
+    assert refused(capfd, trained, "--device", "cuda:77").startswith("--device cuda:77 is not available: ")

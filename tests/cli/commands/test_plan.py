@@ -12,8 +12,8 @@ from transformers import LlamaConfig, MixtralConfig
 
 from bigbatch.cli import main
 from bigbatch.memory.limit import describe_bytes
-from cli.helpers import command, files_below
-from lm.helpers import records, save_model_folder, write_jsonl
+from support.command_line import command, files_below
+from support.language_models import records, save_model_folder, write_jsonl
 
 SMALL = ("plan", "--data", "../data.jsonl", "--model", "../base")
 
@@ -157,8 +157,8 @@ def test_seven_billion_parameters_need_their_configuration_alone(
     printed = planned(capfd, "plan", "--data", "../data.jsonl", "--model", "../llama", *words, code=1)
     assert "../llama, 6,778,392,576 parameters, 39,976,960 of them trained, on t4, bf16-weights\n" in printed
     assert (
-        "\nlengths are estimated, 4 bytes a token: the folder ../llama holds no tokenizer. Save the model's own into "
-        "it with tokenizer.save_pretrained(folder).\n" in printed
+        "\nlengths are estimated, 4 bytes a token: the folder ../llama contains no tokenizer. Save the model's "
+        "tokenizer into it with tokenizer.save_pretrained(folder).\n" in printed
     )
     assert re.search(r"\nmicro-batches of at most \d+ tokens: the longest sequence alone\n", printed)
     assert re.search(r"\n  parameters +12\.\d GiB\n", printed)
@@ -257,10 +257,10 @@ def test_bad_input_is_one_sentence(folder: Path, words: str, expected: str, capf
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("{", "../odd has no configuration that transformers knows: It looks like the config file at "),
-        ("{}", "../odd has no configuration that transformers knows: Unrecognized model in ../odd. "),
-        ('{"model_type": "t5"}', "../odd is a t5 model, which is no causal language model."),
-        ('{"model_type": "llama", "num_hidden_layers": "many"}', "../odd has no configuration that transformers knows"),
+        ("{", "../odd has no configuration that transformers supports: It looks like the config file at "),
+        ("{}", "../odd has no configuration that transformers supports: Unrecognized model in ../odd. "),
+        ('{"model_type": "t5"}', "../odd is a t5 model, which is not a causal language model."),
+        ('{"model_type": "llama", "num_hidden_layers": "many"}', "../odd has no configuration that "),
     ],
 )
 def test_a_configuration_that_is_none_is_refused_before_the_data_is_read(

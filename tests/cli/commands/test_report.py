@@ -1,4 +1,4 @@
-"""``bigbatch report``: a page where it belongs, sentences where it cannot be, and one that follows a run."""
+"""``bigbatch report``: the page and its path, error messages, and ``--watch``."""
 
 import os
 import re
@@ -14,8 +14,8 @@ import pytest
 
 from bigbatch.cli import main
 from bigbatch.lm.runs.lock import RunLock
-from cli.helpers import LIMIT_S, files_below, running
-from lm.made import BEGIN, make_rich_run, make_run, rows
+from support.command_line import LIMIT_S, files_below, running
+from support.run_directories import BEGIN, make_rich_run, make_run, rows
 
 REFRESH = 'http-equiv="refresh"'
 
@@ -43,12 +43,12 @@ def test_the_page_is_in_the_run_directory_and_nothing_else_changes(
     assert re.fullmatch(rf"{re.escape(str(run))}/report\.html: \d+\.\d KiB, finished after 300 updates\n", said)
     assert files_below(run) == before | {"report.html"}
     html = (run / "report.html").read_text(encoding="utf-8")
-    assert "Finished: 300 of 300 updates made." in html
+    assert "Finished: 300 of 300 updates done." in html
     assert REFRESH not in html
     printed(capfd, run)  # over the page before
 
 
-def test_the_page_goes_where_it_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_out_sets_the_path_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", rows(3))
     before = files_below(run)
     printed(capfd, run, "--out", tmp_path / "page.html")
@@ -62,7 +62,7 @@ def test_several_runs_are_one_page_in_the_first(tmp_path: Path, capfd: pytest.Ca
     assert said.startswith(f"{runs[0]}/comparison.html: ")
     assert said.endswith("one finished, two finished, three finished\n")
     html = (runs[0] / "comparison.html").read_text(encoding="utf-8")
-    assert "one beside two beside three" in html
+    assert "one vs. two vs. three" in html
     assert not (runs[0] / "report.html").exists()
 
 
@@ -73,45 +73,43 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path: Path, capfd:
     near = tmp_path / "mien"
     assert refused(capfd) == "RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib."
     assert refused(capfd, run, near) == f"there is no run {near}: did you mean {run}?"
-    assert refused(capfd, tmp_path / "empty").startswith(f"{tmp_path / 'empty'} is no run: it holds neither ")
+    assert refused(capfd, tmp_path / "empty").startswith(f"{tmp_path / 'empty'} is not a run: it has neither ")
     assert refused(capfd, run, "--out", run / "config.json") == (
-        f"--out {run / 'config.json'} is there and is no page: it would be lost. Name another file."
+        f"--out {run / 'config.json'} exists and is not a report: it would be overwritten. Name another file."
     )
     assert refused(capfd, run, "--out", run) == f"--out {run} is a folder: name a file, such as {run / 'report.html'}."
     assert refused(capfd, run, "--out", tmp_path / "no" / "a.html") == (
         f"--out {tmp_path / 'no' / 'a.html'} cannot be written: there is no folder {tmp_path / 'no'}."
     )
     assert refused(capfd, run, "--wacth") == "unknown flag --wacth: did you mean --watch?"
-    assert refused(capfd, *[run] * 9) == "9 runs cannot be told apart on one page: name at most 8."
+    assert refused(capfd, *[run] * 9) == "9 runs are too many for one page: name at most 8."
     assert files_below(tmp_path) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_run_directory_of_somebody_else_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_directory_of_another_user_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", rows(3))
     run.chmod(0o500)
     try:
         said = refused(capfd, run)
     finally:
         run.chmod(0o700)
-    assert said == f"{run / 'report.html'} cannot be written: {run} is not yours to write in. Pass --out FILE."
+    assert said == f"{run / 'report.html'} cannot be written: {run} is not writable. Pass --out FILE."
 
 
-def test_a_place_that_is_not_to_be_written_is_told(
+def test_folder_without_write_access_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", rows(3))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert refused(capfd, run) == (
-        f"{run / 'report.html'} cannot be written: {run} is not yours to write in. Pass --out FILE."
-    )
+    assert refused(capfd, run) == (f"{run / 'report.html'} cannot be written: {run} is not writable. Pass --out FILE.")
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for something that the process does."""
+    """Wait until the condition holds while the process runs."""
     last_s = time.monotonic() + LIMIT_S
     while not condition():
-        assert time.monotonic() < last_s, "it did not"
+        assert time.monotonic() < last_s, "the condition does not hold"
         assert process.poll() is None, process.communicate()
 
 
@@ -130,21 +128,21 @@ def test_a_watched_run_is_written_again_until_it_ends(tmp_path: Path) -> None:
     held = ExitStack()
     held.enter_context(RunLock(run))
     with held, running("report", str(run), "--watch", folder=tmp_path) as process:
-        until(holds("Running: 4 of 9 updates made."), process)
+        until(holds("Running: 4 of 9 updates done."), process)
         assert holds(REFRESH)()
         add(run, 5)
-        until(holds("Running: 5 of 9 updates made."), process)
+        until(holds("Running: 5 of 9 updates done."), process)
         assert holds(REFRESH)()
         add(run, 6)
         held.close()
         out, complained = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, complained) == (0, "")
-    assert out.endswith("report.html: ended without a word after 6 updates\n")
-    assert holds("not finished: 6 of 9 updates made.")()
+    assert out.endswith("report.html: ended unexpectedly after 6 updates\n")
+    assert holds("not finished: 6 of 9 updates done.")()
     assert not holds(REFRESH)()
 
 
-def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_stays(tmp_path: Path) -> None:
+def test_ctrl_c_ends_watch_and_leaves_a_static_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(4), events=[BEGIN | {"total_steps": 9}])
     with RunLock(run), running("report", str(run), "--watch", folder=tmp_path) as process:
         assert process.stdout is not None
@@ -156,10 +154,10 @@ def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_stays(tmp_path: Path) -
     assert out.endswith(f"\n{run / 'report.html'}: running after 4 updates\n")
     html = (run / "report.html").read_text(encoding="utf-8")
     assert REFRESH not in html
-    assert "Running: 4 of 9 updates made." in html
+    assert "Running: 4 of 9 updates done." in html
 
 
-def test_watching_a_run_that_does_not_run_is_writing_it_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_watch_of_an_ended_run_writes_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", rows(4))
     assert len(printed(capfd, run, "--watch").splitlines()) == 1
     assert REFRESH not in (run / "report.html").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bigbatch.cli import main
-from cli.helpers import LIMIT_S, SENTENCE, command, files_below, running
-from lm.helpers import conversations, metrics, records, save_model_folder, write_jsonl
+from support.command_line import LIMIT_S, SENTENCE, command, files_below, running
+from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,8 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "other fields",
         bad("o.jsonl", b'{"txt": "a"}\n'),
         "--data ../o.jsonl",
-        r"\.\./o\.jsonl:1: the record has 'txt'\. A record holds 'text', or 'prompt' and 'completion', or 'messages'\.",
+        r"\.\./o\.jsonl:1: the record has 'txt'\. A record must have 'text', or 'prompt' and "
+        r"'completion', or 'messages'\.",
     ),
     (
         "nothing to learn",
@@ -206,7 +207,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "other run",
         lambda folder: (folder.parent / "old").mkdir() or (folder.parent / "old" / "config.json").touch(),
         "--out ../old",
-        r"--out \.\./old holds another run: name a folder that is empty or not there yet, or go on with it: bigbatch "
+        r"--out \.\./old holds another run: name a new or empty folder, or continue it: bigbatch "
         r"resume \.\./old\.",
     ),
     (
@@ -215,12 +216,12 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "--out ../data.jsonl/run",
         r"--out \.\./data\.jsonl/run cannot be written: .*is a file\.",
     ),
-    ("out is a file", None, "--out ../data.jsonl", r"--out \.\./data\.jsonl is a file: name a folder .*"),
+    ("out is a file", None, "--out ../data.jsonl", r"--out \.\./data\.jsonl is a file: name a new or empty folder\."),
     (
         "no tokenizer",
         lambda folder: [path.unlink() for path in (folder.parent / "m").glob("tokenizer*")] and None,
         "--model ../m",
-        r"the folder \.\./m holds no tokenizer\. Save the model's own .*",
+        r"the folder \.\./m contains no tokenizer\. Save the model's tokenizer .*",
     ),
     (
         "broken weights",
@@ -229,7 +230,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         r"\.\./m does not load as a causal language model: .*",
     ),
     ("no such model", None, "--model ../nothing", r".*\.\./nothing.*"),
-    ("device", None, "--device cuda:7", r"--device cuda:7 is not there: .*"),
+    ("device", None, "--device cuda:7", r"--device cuda:7 is not available: .*"),
     ("device name", None, "--device tpu", r"--device is 'tpu': it must be auto, cpu, cuda, cuda:N or mps\."),
     ("precision", None, "--precision int4", r"--precision is 'int4': it must be auto, float32, .*"),
     ("long sample prompt", None, f"--sample-prompt {'☃' * 40}", r"--sample-prompt has \d+ tokens and the model .*"),

@@ -7,8 +7,8 @@ import pytest
 
 from bigbatch.cli import main
 from bigbatch.cli.commands.verify import default_cuts
-from cli.helpers import SENTENCE, command, files_below
-from lm.helpers import conversations, records, save_model_folder, write_jsonl
+from support.command_line import SENTENCE, command, files_below
+from support.language_models import conversations, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture

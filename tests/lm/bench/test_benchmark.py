@@ -27,7 +27,7 @@ from bigbatch.lm.bench.peer import Peer, pad
 from bigbatch.lm.bench.registry import make_contestant
 from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import W_SMALL, W, count_tokens, shift
-from lm.helpers import TINY_WORKLOAD
+from support.language_models import TINY_WORKLOAD
 
 SAME = 1 - 1e-6
 

@@ -29,7 +29,17 @@ from bigbatch.lm.checkpoint import manifest as manifests
 from bigbatch.lm.checkpoint.json_values import DEEPEST, to_json
 from bigbatch.lm.checkpoint.manifest import Stamp
 from bigbatch.lm.checkpoint.safetensors_file import NAMES
-from lm.saved import FILES, RUN_ID, assert_holds, assert_same, edit_manifest, names_in, save, tensors_of, values_of
+from support.checkpoints import (
+    FILES,
+    RUN_ID,
+    assert_holds,
+    assert_same,
+    edit_manifest,
+    names_in,
+    save,
+    tensors_of,
+    values_of,
+)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from bigbatch.lm.checkpoint.hashed_file import HashedFile
 from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, frozen_fingerprint, load
 from bigbatch.lm.checkpoint.state_tree import copy_to_cpu, equal
 from bigbatch.lm.runs.directory import RunDirectory
-from lm.saved import no_space
+from support.checkpoints import no_space
 
 
 def loss_fn(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:

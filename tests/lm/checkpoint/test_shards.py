@@ -18,7 +18,7 @@ from bigbatch.lm.checkpoint.safetensors_file import write_tensors
 from bigbatch.lm.checkpoint.sharded_reader import read_into
 from bigbatch.lm.checkpoint.shards import ShardInfo, join_shards, piece_name, to_header
 from bigbatch.lm.checkpoint.writer import complete, write_file
-from lm.saved import RUN_ID
+from support.checkpoints import RUN_ID
 
 Pieces = list[tuple[ShardInfo, Tensor]]
 

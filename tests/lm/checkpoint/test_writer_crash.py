@@ -12,7 +12,7 @@ import torch
 
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import newest, prune, verify, write
-from lm.saved import FILES, RUN_ID, Points, assert_holds, mounted, names_in, no_space, save
+from support.checkpoints import FILES, RUN_ID, DiskOperations, assert_holds, mounted, names_in, no_space, save
 
 TESTS = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str
     (templates["write"] / "step-2.partial").mkdir()
     (templates["write"] / "step-2.partial" / "model.safetensors").touch()
     (templates["replace"] / "step-2" / "state.json").unlink()
-    script = [sys.executable, "-m", "lm.killed", *map(str, templates.values())]
+    script = [sys.executable, "-m", "lm.checkpoint.writer_crash_script", *map(str, templates.values())]
     done = subprocess.run(script, cwd=TESTS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[tuple[str, Path]]] = {action: [] for action in templates}
@@ -90,7 +90,7 @@ def test_every_file_and_folder_is_synced_before_the_name_counts(
 ) -> None:
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:
-        seen = Points(patch, no_space).seen
+        seen = DiskOperations(patch, no_space).seen
         save(tmp_path / "run" / "checkpoints", 1)
     renamed = seen.index("rename step-1.partial")
     synced = [point.removeprefix("fsync ") for point in seen[:renamed] if point.startswith("fsync ")]
@@ -106,7 +106,7 @@ def test_pruned_folders_are_emptied_only_when_their_new_names_are_on_disk(
     for step in (1, 2, 3):
         save(folder, step)
     with monkeypatch.context() as patch:
-        seen = Points(patch, no_space).seen
+        seen = DiskOperations(patch, no_space).seen
         prune(folder, keep=1)
     assert seen[:3] == ["rename step-1", "rename step-2", "fsync checkpoints"]
     assert not any(point.startswith(("rename", "fsync")) for point in seen[3:])
@@ -124,7 +124,7 @@ def test_no_space_at_any_point_of_a_write_leaves_the_last_good_one_and_says_so(
         folder = shutil.copytree(tmp_path / "template", tmp_path / str(number))
         said = None
         with monkeypatch.context() as patch:
-            points = Points(patch, no_space, at=number)
+            points = DiskOperations(patch, no_space, at=number)
             try:
                 save(folder, 2)
             except CheckpointError as error:
@@ -148,7 +148,7 @@ def test_no_space_at_any_point_of_a_write_leaves_the_last_good_one_and_says_so(
 
 def test_without_another_good_one_the_sentence_says_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        Points(patch, no_space, at=4)
+        DiskOperations(patch, no_space, at=4)
         with pytest.raises(CheckpointError, match=r": no space left on device; there is no other good one\.$"):
             save(tmp_path, 1)
 
@@ -231,7 +231,7 @@ def test_an_interruption_leaves_nothing_of_what_was_begun(tmp_path: Path, monkey
 
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        Points(patch, interrupt, at=5)
+        DiskOperations(patch, interrupt, at=5)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
     assert names_in(tmp_path) == {"step-1"}

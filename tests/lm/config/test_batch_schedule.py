@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bigbatch.errors import InputError
-from bigbatch.lm.config.batch_schedule import Ramp, Seesaw, Steps, read
+from bigbatch.lm.config.batch_schedule import PiecewiseConstant, Ramp, Seesaw, read
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.sampling_order import epoch_order
 from bigbatch.lm.training.optimizer import rescale_second_moment
@@ -26,8 +26,8 @@ def course(*, step: int = 0, cursor: int = 0, lengths: Sequence[int] = LENGTHS, 
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("0:64 2e6:128 8e6:256", Steps(((0, 64), (2_000_000, 128), (8_000_000, 256)))),
-        ("0:64,2_000_000:128", Steps(((0, 64), (2_000_000, 128)))),
+        ("0:64 2e6:128 8e6:256", PiecewiseConstant(((0, 64), (2_000_000, 128), (8_000_000, 256)))),
+        ("0:64,2_000_000:128", PiecewiseConstant(((0, 64), (2_000_000, 128)))),
         ("ramp 64 256 8e6", Ramp(64, 256, 8_000_000)),
         ("seesaw 0.5", Seesaw(0.5)),
         ("seesaw 0.25 16", Seesaw(0.25, 16.0)),
@@ -42,15 +42,15 @@ def test_a_flag_is_read(text: str, wanted: object) -> None:
     [
         ("", "it must be"),
         ("64", "'64' has no colon"),
-        ("5:64", "it must begin at 0 tokens, and begins at 5"),
-        ("0:64 100:32 100:8", "its tokens must ascend, and 100 comes after 100"),
+        ("5:64", "it must start at 0 tokens, but starts at 5"),
+        ("0:64 100:32 100:8", "its tokens must increase, but 100 follows 100"),
         ("0:0", "'0' must be a whole number of 1 or more"),
         ("0:1.5", "'1.5' must be a whole number of 1 or more"),
-        ("0:many", "'many' is no number"),
+        ("0:many", "'many' is not a number"),
         ("0:1e400", "'1e400' is out of range"),
-        ("ramp 1 2", "a ramp has three numbers"),
-        ("seesaw 2", "seesaw has a factor below 1"),
-        ("seesaw", "seesaw has a factor below 1"),
+        ("ramp 1 2", "a ramp needs three numbers"),
+        ("seesaw 2", "seesaw needs the decay factor of the rate, between 0 and 1"),
+        ("seesaw", "seesaw needs the decay factor of the rate"),
     ],
 )
 def test_what_is_no_schedule_is_refused_with_the_reason(text: str, said: str) -> None:
@@ -138,7 +138,7 @@ def test_seesaw_takes_the_samples_of_the_plain_run_in_fewer_updates_at_rates_tha
 
 
 def test_seesaw_grows_no_further_than_it_is_told_and_the_rate_then_falls_as_it_would() -> None:
-    one = Seesaw(0.5, most=2)
+    one = Seesaw(0.5, max_multiple=2)
     assert [one.batch(8, factor) for factor in (1.0, 0.6, 0.5, 0.3, 0.1)] == [8, 8, 16, 16, 16]
     assert one.factor(0.5) == pytest.approx(math.sqrt(0.5))
     assert one.factor(0.1) == pytest.approx(math.sqrt(0.5) * 0.2)
@@ -155,7 +155,7 @@ def test_seesaw_needs_a_rate_that_falls() -> None:
         ({"global_batch_schedule": "0:8", "global_batch": 4}, "exclude each other"),
         ({"global_batch_schedule": "0:8", "global_batch_tokens": 400}, "exclude each other"),
         ({"rebase_second_moment": True}, "does nothing without"),
-        ({"global_batch_schedule": "3:8"}, "it must begin at 0 tokens"),
+        ({"global_batch_schedule": "3:8"}, "it must start at 0 tokens"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], said: str) -> None:

@@ -19,7 +19,7 @@ from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.scaling.rules import RULES
-from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
+from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def go_on(run: Path, config: TrainConfig, *, until: int | None = None) -> tuple[Trainer, Heard]:
+def go_on(run: Path, config: TrainConfig, *, until: int | None = None) -> tuple[Trainer, RecordingCallback]:
     """Begin or resume a run, and stop after an update."""
-    heard = Heard()
+    heard = RecordingCallback()
     prepared = set_up_training(config)
     if not run.exists():
         RunDirectory.create(run, prepared.config.model_dump(mode="json"))
@@ -123,7 +123,7 @@ def test_the_command_tells_and_applies(tmp_path: Path, settings: dict[str, Any],
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["train", *words, "--out", str(tmp_path / "told"), "--scale-from", "2"]) == 0
     printed = capfd.readouterr().out
-    assert "tuned at a global batch of 2 sequences, and this one is 8: k = 4; nothing is changed unless" in printed
+    assert "tuned at a global batch of 2 sequences, now 8: k = 4; not applied unless selected by --lr-rule\n" in printed
     assert "\n  sde             lr 0.01 → 0.02: " in printed
     assert "learning rate 0.01, 1 update" in printed
     run = tmp_path / "ruled"
@@ -141,19 +141,19 @@ def resolved(**given: Any) -> TrainConfig:
 
 def test_a_batch_in_tokens_is_compared_in_tokens() -> None:
     lines = resolved(global_batch_tokens=4096, scale_from=1024).batch_scaling().lines()
-    assert lines[0].startswith("tuned at a global batch of 1,024 tokens, and this one is 4,096: k = 4;")
+    assert lines[0].startswith("tuned at a global batch of 1,024 tokens, now 4,096: k = 4;")
 
 
 def test_what_a_rule_cannot_do_is_told_beside_what_others_can() -> None:
     lines = resolved(scale_from=2).batch_scaling().lines()
-    assert "  sde             not at this k: beta1 would be -0.6, below 0" in lines
+    assert "  sde             not applicable at this k: beta1 would be -0.6, below 0" in lines
     assert sum("→" in line for line in lines) == 4
 
 
 def test_the_rule_of_sgd_is_applied_with_a_warning() -> None:
     assert "warning: a rule of SGD; AdamW" in resolved(scale_from=8, lr_rule="linear").batch_scaling().lines()[1]
     lines = resolved(scale_from=32, lr_rule="linear").batch_scaling().lines()
-    assert lines[1].endswith("nothing: the batch is the same")
+    assert lines[1].endswith("no change: the batch is the same")
     assert resolved().batch_scaling().lines() == []
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from bigbatch.lm.config.field_groups import EXCLUSIVE, GROUPS
 from bigbatch.lm.config.field_types import LARGEST_SEED
-from bigbatch.lm.config.train_config import DEFAULT_STEPS, EXCLUSIVE, GROUPS, TrainConfig
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.config.train_fields import DEFAULT_STEPS
 
 
 def error_types(**given: object) -> list[str]:

@@ -197,8 +197,8 @@ def test_the_counts_are_one_line_that_names_every_piece_left_out() -> None:
     documents = [Document("a", text="ab"), Document("b", prompt="x" * 9, completion="y")]
     _, counts = encode(documents, tokenizer_with(), max_length=4)
     assert counts.describe() == (
-        "2 documents with 16 tokens, 5 of them learned; 2 sequences; 1 long document cut into pieces; "
-        "2 pieces with nothing to learn left out"
+        "2 documents with 16 tokens, 5 of them trained on; 2 sequences; 1 long document cut into pieces; "
+        "2 pieces without training tokens left out"
     )
 
 
@@ -220,13 +220,13 @@ def test_an_index_beyond_the_samples_is_an_index_error() -> None:
         ({"chat_template": None}, r"a\.jsonl:3 is a conversation, and the tokenizer has no chat template"),
         (
             {"chat_template": "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"},
-            r"a\.jsonl:3: the chat template renders message 2 differently once the conversation goes on",
+            r"a\.jsonl:3: the chat template renders message 2 differently when more messages follow",
         ),
         (
             {"chat_template": "{{ raise_exception('Roles must be polite.\nAlways.') }}"},
-            r"a\.jsonl:3: the chat template refuses the conversation: Roles must be polite\.$",
+            r"a\.jsonl:3: the chat template rejects the conversation: Roles must be polite\.$",
         ),
-        ({"chat_template": "{% for"}, r"a\.jsonl:3: the chat template refuses the conversation: "),
+        ({"chat_template": "{% for"}, r"a\.jsonl:3: the chat template rejects the conversation: "),
         (
             {"chat_template": "{{ messages[0]['content'] }}"},
             r"a\.jsonl:3 yields no training token with this tokenizer\.",
@@ -326,7 +326,7 @@ def test_unigram_entropy_is_the_cross_entropy_of_the_empirical_distribution() ->
 def test_unigram_entropy_of_one_distinct_token_is_zero_and_of_none_is_refused() -> None:
     same = TokenDataset(torch.full((8,), 7, dtype=torch.int32), torch.tensor([False] + [True] * 7), [(0, 7, 0)])
     assert same.unigram_entropy() == 0.0
-    with pytest.raises(ValueError, match="the dataset has no token to learn"):
+    with pytest.raises(ValueError, match="the dataset has no token to train on"):
         encode([], TOKENIZER, max_length=3)[0].unigram_entropy()
 
 

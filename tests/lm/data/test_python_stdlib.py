@@ -95,7 +95,7 @@ def test_a_file_is_read_in_the_encoding_that_it_declares(tmp_path: Path, monkeyp
     assert corpus.notes == (
         "1 file of Python's standard library",
         "1 empty file left out",
-        "1 file that cannot be read left out",
+        "1 unreadable file left out",
     )
 
 
@@ -107,13 +107,13 @@ def test_files_that_do_not_parse_and_duplicates_are_counted(tmp_path: Path, monk
     corpus = read_corpus("python-stdlib-functions")
     assert [document.source for document in corpus.documents] == ["a.py:1"]
     assert corpus.notes[0] == "1 documented function of 3 files of Python's standard library"
-    assert "does not parse" in corpus.notes[1]
+    assert "invalid syntax" in corpus.notes[1]
     assert corpus.notes[2] == "1 exact duplicate left out"
 
 
 def test_a_machine_without_standard_library_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(InputError, match="there is no standard library to learn from"):
+    with pytest.raises(InputError, match="there is no standard library to train on"):
         read_corpus("python-stdlib")
 
 

@@ -59,8 +59,8 @@ def test_ties_close_early() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((None, None), "Give exactly one of them."),
-        ((4, 100), "global_batch=4 and global_batch_tokens=100: .* Give exactly one of them."),
+        ((None, None), "Set exactly one of them."),
+        ((4, 100), "global_batch=4 and global_batch_tokens=100: .* Set exactly one of them."),
         ((0, None), "global_batch is 0 and must be at least 1."),
         ((None, -5), "global_batch_tokens is -5 and must be at least 1."),
     ],

@@ -100,9 +100,9 @@ def test_the_key_is_of_the_content_and_not_of_its_place() -> None:
     ("content", "message"),
     [
         (b"", "is empty: it yields no training token."),
-        (b" \n\t\n", "holds nothing but white space: it yields no training token."),
-        (b"\xef\xbb\xbf", "holds nothing but white space: it yields no training token."),
-        (b"caf\xe9 au lait", "is not UTF-8: byte 0xe9 at offset 3. Convert it, or leave it out."),
+        (b" \n\t\n", "contains only white space: it yields no training token."),
+        (b"\xef\xbb\xbf", "contains only white space: it yields no training token."),
+        (b"caf\xe9 au lait", "is not UTF-8: byte 0xe9 at offset 3. Convert it to UTF-8, or remove it."),
     ],
 )
 def test_text_without_content_or_in_another_encoding_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -118,28 +118,28 @@ def test_text_without_content_or_in_another_encoding_is_refused(tmp_path: Path, 
     [
         ("{'text': 1}", "not valid JSON: Expecting property name enclosed in double quotes at column 2."),
         ('{"text": "a"', "not valid JSON: Expecting ',' delimiter at column 13."),
-        ("[" * 100_000, "JSON that Python does not read: maximum recursion depth"),
-        ("1" * 5000, "JSON that Python does not read: Exceeds the limit"),
-        ('["a"]', "the record is a list and not an object. A record holds 'text', or 'prompt' and 'completion'"),
+        ("[" * 100_000, "JSON that Python cannot read: maximum recursion depth"),
+        ("1" * 5000, "JSON that Python cannot read: Exceeds the limit"),
+        ('["a"]', "the record is a list and not an object. A record must have 'text', or 'prompt' and 'completion'"),
         ('"a"', "the record is a string and not an object."),
         ("null", "the record is null and not an object."),
-        ("{}", "the record has no field. A record holds"),
-        ('{"content": "a", "id": 1}', "the record has 'content', 'id'. A record holds 'text', or"),
-        ('{"prompt": "a"}', "the record has 'prompt'. A record holds 'text', or 'prompt' and 'completion', or"),
-        ('{"text": "a", "messages": []}', "has 'text' and 'messages', and only one of them can be learned. Keep one."),
+        ("{}", "the record has no field. A record must have"),
+        ('{"content": "a", "id": 1}', "the record has 'content', 'id'. A record must have 'text', or"),
+        ('{"prompt": "a"}', "the record has 'prompt'. A record must have 'text', or 'prompt' and 'completion', or"),
+        ('{"text": "a", "messages": []}', "has 'text' and 'messages', but only one of them is allowed. Keep one."),
         ('{"text": 5}', "the field 'text' is a number and must be a string."),
         ('{"text": null}', "the field 'text' is null and must be a string."),
         ('{"prompt": ["a"], "completion": "b"}', "the field 'prompt' is a list and must be a string."),
         ('{"prompt": "a", "completion": {}}', "the field 'completion' is an object and must be a string."),
         ('{"text": " \\n"}', "the record yields no training token: its text is empty."),
         ('{"prompt": "a", "completion": ""}', "the record yields no training token: its completion is empty."),
-        ('{"text": "a\\ud800"}', "the field 'text' holds half of a surrogate pair, '\\ud800', which is no character."),
+        ('{"text": "a\\ud800"}', "the field 'text' has half of a surrogate pair, '\\ud800', which is not a character."),
         ('{"messages": "a"}', "the field 'messages' is a string and must be a list."),
         ('{"messages": []}', "the record yields no training token: its list of messages is empty."),
         ('{"messages": ["a"]}', "message 1 is a string and must be an object with 'role' and 'content'."),
         (
             '{"messages": [{"from": "user", "value": "a"}]}',
-            "message 1 has 'from', 'value' and must have 'role' and 'content' alone.",
+            "message 1 has 'from', 'value' and must have exactly 'role' and 'content'.",
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "a"}]}',
@@ -151,7 +151,7 @@ def test_text_without_content_or_in_another_encoding_is_refused(tmp_path: Path, 
         ),
         (
             '{"messages": [{"role": "assistant", "content": "a"}]}',
-            "message 1 is the assistant's, with nothing to answer. Begin with a system or user message.",
+            "message 1 is from the assistant and answers nothing. Start with a system or user message.",
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
@@ -183,20 +183,22 @@ def test_json_lines_without_a_record_are_refused(tmp_path: Path, content: bytes)
 def test_broken_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"not parquet at all")
-    assert refusal(path).startswith(f"{path} is not a Parquet file that can be read: ")
+    assert refusal(path).startswith(f"{path} cannot be read as a Parquet file: ")
     pq.write_table(pa.table({"body": ["a"]}), path)
-    assert refusal(path).startswith(f"{path} has the columns 'body' and none to learn from. A record holds 'text'")
+    assert refusal(path).startswith(
+        f"{path} has the columns 'body', none of which can be trained on. A record must have 'text'"
+    )
     pq.write_table(pa.table({"text": [1]}), path)
     assert refusal(path) == f"{path}:1: the field 'text' is a number and must be a string."
     pq.write_table(pa.table({"text": ["a", None]}), path)
-    assert refusal(path).startswith(f"{path}:2: the record has no field. A record holds")
+    assert refusal(path).startswith(f"{path}:2: the record has no field. A record must have")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     assert refusal(path) == f"{path} is empty: it yields no training token."
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_text("a")
-    assert refusal(tmp_path) == f"the folder {tmp_path} holds no file to learn from."
+    assert refusal(tmp_path) == f"the folder {tmp_path} contains no file to train on."
 
 
 def test_a_link_to_a_folder_is_refused_and_not_passed_over(tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_a_link_to_a_folder_is_refused_and_not_passed_over(tmp_path: Path) -> No
 
 
 def test_what_is_neither_file_nor_folder_is_refused() -> None:
-    assert refusal("/dev/null") == "/dev/null is neither a file nor a folder."
+    assert refusal("/dev/null") == "/dev/null is neither a regular file nor a folder."
 
 
 def test_a_missing_path_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
@@ -250,7 +252,7 @@ def test_a_saved_dataset_is_read_and_of_a_dictionary_its_train_split(tmp_path: P
 def test_an_unreachable_hub_is_one_sentence_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = refusal("somebody/some-dataset")  # tests run in the hub's offline mode
-    assert found.startswith("'somebody/some-dataset' is no path here, and as a dataset of the hub it cannot be loaded:")
+    assert found.startswith("'somebody/some-dataset' is not a path on this machine and cannot be loaded from the hub:")
     assert "\n" not in found
 
 

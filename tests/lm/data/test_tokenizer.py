@@ -107,15 +107,17 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     edit_config(tmp_path, eos_token=None)
-    assert refusal(tmp_path).startswith(f"the tokenizer of {tmp_path} has no end token, so a text could not be ended.")
+    assert refusal(tmp_path).startswith(f"the tokenizer of {tmp_path} has no end token to terminate documents with.")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     # From this configuration alone transformers would build a tokenizer with an empty vocabulary.
     GPT2Config().save_pretrained(tmp_path)
-    assert refusal(tmp_path).startswith(f"the folder {tmp_path} holds no tokenizer. Save the model's own into it")
+    assert refusal(tmp_path).startswith(
+        f"the folder {tmp_path} contains no tokenizer. Save the model's tokenizer into it"
+    )
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-    assert refusal(tmp_path).startswith(f"the tokenizer of {tmp_path} knows no text:")
+    assert refusal(tmp_path).startswith(f"the tokenizer of {tmp_path} cannot encode text:")
 
 
 @pytest.mark.parametrize("content", ["{broken", "{}", '{"model": {"type": "None"}}'])
@@ -127,5 +129,5 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_an_unreachable_hub_is_one_sentence() -> None:
     # Tests run in the hub's offline mode.
-    assert refusal("somebody/some-model").startswith("'somebody/some-model' is no folder here, and the hub")
+    assert refusal("somebody/some-model").startswith("'somebody/some-model' is not a folder, and the hub")
     assert refusal("no such/folder/here").startswith("'no such/folder/here' is neither a path on this machine nor a")

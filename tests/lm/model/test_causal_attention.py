@@ -30,7 +30,7 @@ from bigbatch.lm.model.causal_attention import (
 )
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.pretrained import add_lora, load_model
-from lm.helpers import records, run, save_model_folder, write_jsonl
+from support.language_models import records, run, save_model_folder, write_jsonl
 
 CPU = torch.device("cpu")
 LENGTH = 20

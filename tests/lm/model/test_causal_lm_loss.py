@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from bigbatch.lm.data.dataset import IGNORED, collate
 from bigbatch.lm.device import resolve_device
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from lm.helpers import save_model_folder
+from support.language_models import save_model_folder
 
 
 def sample(length: int, masked: int, seed: int) -> dict[str, torch.Tensor]:

@@ -351,4 +351,4 @@ def test_noise_in_a_router_counts_as_random() -> None:
         )
         for noise in (0.0, 0.1)
     )
-    assert (quiet._draws, noisy._draws) == (False, True)
+    assert (quiet._uses_randomness, noisy._uses_randomness) == (False, True)

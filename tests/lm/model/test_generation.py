@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bigbatch.lm.model.generation import generate_text
-from lm.helpers import save_model_folder
+from support.language_models import save_model_folder
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

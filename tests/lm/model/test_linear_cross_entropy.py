@@ -395,7 +395,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", MAPS, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("factor", [None, 0.3])
-def test_loss_and_slopes_are_those_of_all_logits(options: dict[str, float], biased: bool, factor: float | None) -> None:
+def test_loss_and_gradients_match_all_logits(options: dict[str, float], biased: bool, factor: float | None) -> None:
     hidden, weight, bias, labels = make()
     ignored = labels == IGNORED
     products = (hidden @ weight.T).detach().requires_grad_()
@@ -404,7 +404,7 @@ def test_loss_and_slopes_are_those_of_all_logits(options: dict[str, float], bias
         logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     (gradient,) = torch.autograd.grad(expected, products)
-    loss_sum, slopes = module._loss_and_logit_grads(
+    loss_sum, logit_grads = module._loss_and_logit_grads(
         products.detach(),
         bias.detach() if biased else None,
         labels.masked_fill(ignored, 0)[:, None],
@@ -415,23 +415,23 @@ def test_loss_and_slopes_are_those_of_all_logits(options: dict[str, float], bias
         dtype=torch.float64,
     )
     assert torch.allclose(loss_sum, expected, rtol=1e-12)
-    slopes = slopes * options.get("scale", 1.0) / (1 if factor is None else factor)
-    assert torch.allclose(slopes[~ignored], gradient[~ignored], rtol=1e-12, atol=1e-14)
-    assert factor is None or not slopes[ignored].any()
+    logit_grads = logit_grads * options.get("scale", 1.0) / (1 if factor is None else factor)
+    assert torch.allclose(logit_grads[~ignored], gradient[~ignored], rtol=1e-12, atol=1e-14)
+    assert factor is None or not logit_grads[ignored].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_slopes_of_narrow_products_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_logit_grads_of_narrow_products_are_computed_in_float32(dtype: torch.dtype) -> None:
     hidden, weight, _, labels = make()
     products = (hidden @ weight.T).detach().to(dtype)
     arguments: Any = (None, labels.clamp(min=0)[:, None], labels == IGNORED, None)
     exact_sum, exact = module._loss_and_logit_grads(
         products.double(), *arguments, scale=1.0, softcap=3.0, dtype=torch.float64
     )
-    loss_sum, slopes = module._loss_and_logit_grads(products, *arguments, scale=1.0, softcap=3.0, dtype=dtype)
-    assert (loss_sum.dtype, slopes.dtype) == (torch.float32, dtype)
+    loss_sum, logit_grads = module._loss_and_logit_grads(products, *arguments, scale=1.0, softcap=3.0, dtype=dtype)
+    assert (loss_sum.dtype, logit_grads.dtype) == (torch.float32, dtype)
     assert torch.allclose(loss_sum.double(), exact_sum, rtol=1e-6)
-    assert errors([slopes], [exact])[0] <= torch.finfo(dtype).eps
+    assert errors([logit_grads], [exact])[0] <= torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("interpreted")

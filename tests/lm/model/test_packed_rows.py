@@ -146,7 +146,7 @@ def test_a_row_is_no_longer_than_the_most_where_its_samples_are_not() -> None:
 
 
 def test_no_samples_are_no_row() -> None:
-    with pytest.raises(ValueError, match=r"there is no sample to pack\. Give at least one\."):
+    with pytest.raises(ValueError, match=r"there is no sample to pack\. Pass at least one\."):
         pack_row([], pad_id=PAD, longest=8)
 
 
@@ -305,8 +305,8 @@ def test_models_whose_attention_is_handed_everything_can(kind: str, precision: s
 
 
 HYBRID = SIZE | {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
-SEEN = "its sequences see one another in a packed row"
-OWN = "the model attends in a way of its own"
+SEEN = "sequences in a packed row affect one another"
+OWN = "the model uses its own attention implementation"
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "mamba": (lambda: MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4), SEEN),
     "a convolution in every other layer": (
@@ -321,22 +321,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "softcap": (
         lambda: Gemma2Config(**WIDE, num_key_value_heads=1, head_dim=8),
-        "attention with softcap is not there for packed rows",
+        "attention with softcap is not supported for packed rows",
     ),
     "sinks": (
         lambda: GptOssConfig(**HYBRID, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
-        "attention with s_aux is not there for packed rows",
+        "attention with s_aux is not supported for packed rows",
     ),
     "chunks": (
         lambda: Llama4TextConfig(
             **WIDE, num_key_value_heads=1, head_dim=8, attention_chunk_size=4, num_local_experts=2,
             intermediate_size_mlp=32,
         ),
-        "the model attends in chunks",
+        "the model uses chunked attention",
     ),
-    "a window in the mask alone": (lambda: LlamaConfig(**WIDE, sliding_window=4), "its window is in a mask alone"),
+    "a window in the mask alone": (
+        lambda: LlamaConfig(**WIDE, sliding_window=4), "its sliding window exists only as a mask",
+    ),
     "too few tokens": (
-        lambda: LlamaConfig(**WIDE | {"vocab_size": 16}), "the model has too few tokens or positions to try it",
+        lambda: LlamaConfig(**WIDE | {"vocab_size": 16}), "the model has too few tokens or positions to test it",
     ),
 }  # fmt: skip
 
@@ -357,7 +359,7 @@ def test_a_leak_that_rounding_hides_is_found(precision: str, width: int) -> None
 
 def test_a_window_as_long_as_the_longest_sequence_is_none() -> None:
     assert reason(LlamaConfig(**WIDE, sliding_window=20), longest=20) is None
-    assert reason(LlamaConfig(**WIDE, sliding_window=20), longest=21) == "its window is in a mask alone"
+    assert reason(LlamaConfig(**WIDE, sliding_window=20), longest=21) == "its sliding window exists only as a mask"
     assert reason(LlamaConfig(**WIDE, sliding_window=0)) is None  # what some configurations say for none
 
 

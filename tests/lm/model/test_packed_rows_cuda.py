@@ -21,7 +21,7 @@ from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
-from bigbatch.verification.verify import TOLERANCES
+from bigbatch.verification.tolerances import TOLERANCES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # of compilers
 DEVICE = torch.device("cuda")
@@ -148,7 +148,7 @@ def test_a_leak_that_rounding_hides_is_found() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Lfm2Config(**shape, **layers, vocab_size=VOCABULARY)).to(DEVICE)
     use_causal_attention(model)
-    assert packing_obstacle(model, BF16, longest=LONGEST) == "its sequences see one another in a packed row"
+    assert packing_obstacle(model, BF16, longest=LONGEST) == "sequences in a packed row affect one another"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -274,9 +274,9 @@ def test_a_small_model_in_bfloat16_is_packed_compiled_and_recorded(vocabulary: i
         assert found.num_microbatches <= expected.num_microbatches
         if window == 1:
             compiled = graphs()
-    assert engine.graph_runner is not None
-    assert engine.graph_runner.disabled_reason is None
-    assert engine.graph_runner.num_graphs > 0
+    assert engine.runner is not None
+    assert engine.runner.disabled_reason is None
+    assert engine.runner.num_graphs > 0
     assert graphs() == compiled, "no window is compiled for anew"
     ends = [torch.cat([p.detach().flatten() for p in each.model.parameters()]) for each in (engine, reference)]
     assert float((ends[0] - ends[1]).norm() / ends[1].norm()) <= TOLERANCE
@@ -291,8 +291,8 @@ def test_adapters_and_recomputation_go_on_top_compiled_and_recorded(level: str) 
         engine = engine_of(run)
         losses.append([engine.step(samples(*LENGTHS, *[40] * 20, seed=window)).loss for window in range(4)])
         if not settings:
-            assert engine.graph_runner is not None
-            assert (engine.graph_runner.disabled_reason, engine.graph_runner.num_graphs > 0) == (None, True)
+            assert engine.runner is not None
+            assert (engine.runner.disabled_reason, engine.runner.num_graphs > 0) == (None, True)
     assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
 
 
@@ -301,7 +301,9 @@ def test_in_float32_rows_are_padded_and_the_reason_is_told() -> None:
     run = arranged(build(KINDS["llama"]()), machine, compile="none")
     assert run.layout == "padded"
     assert run.notes == ("rows are padded and not packed: attention has no kernel for packed rows in float32",)
-    with pytest.raises(InputError, match="--layout packed is not there for the-model: attention has no kernel for "):
+    with pytest.raises(
+        InputError, match="--layout packed is not supported for the-model: attention has no kernel for "
+    ):
         arranged(build(KINDS["llama"]()), machine, layout="packed")
 
 
@@ -309,7 +311,7 @@ def test_dropout_in_attention_has_no_packed_rows() -> None:
     model = build(GPT2Config(**GPT2_SIZE, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0.1))
     run = arranged(model, compile="none")
     assert run.layout == "padded"
-    assert run.notes == ("rows are padded and not packed: attention with dropout is not there for packed rows",)
+    assert run.notes == ("rows are padded and not packed: attention with dropout is not supported for packed rows",)
 
 
 @pytest.mark.parametrize("records", [False, True])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from bigbatch.errors import InputError
 from bigbatch.lm.data.tokenizer import train_tokenizer
 from bigbatch.lm.model.pretrained import add_lora, load_model, save_model, tiny_model
-from lm.helpers import records, save_model_folder
+from support.language_models import records, save_model_folder
 
 TOKENIZER = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)
 INPUT = torch.tensor([[0, 5, 200, 17, 40]])

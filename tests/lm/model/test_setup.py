@@ -23,7 +23,7 @@ from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
-from lm.helpers import records, run, save_model_folder, write_jsonl
+from support.language_models import records, run, save_model_folder, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
 CPU = torch.device("cpu")
@@ -93,8 +93,8 @@ def full_gradient(model: Any) -> Tensor:
 
 
 CANNOT_PACK = {
-    "gemma2": "attention with softcap is not there for packed rows",
-    "mamba": "its sequences see one another in a packed row",
+    "gemma2": "attention with softcap is not supported for packed rows",
+    "mamba": "sequences in a packed row affect one another",
 }
 LAYOUTS = [("auto", kind) for kind in KINDS] + [("padded", kind) for kind in KINDS]
 LAYOUTS += [("packed", kind) for kind in KINDS if kind not in CANNOT_PACK]
@@ -121,13 +121,15 @@ def test_packed_rows_that_a_model_cannot_have_are_refused_in_one_sentence(kind: 
     before = model.config._attn_implementation
     with pytest.raises(InputError) as caught:
         arranged(model, layout="packed")
-    assert str(caught.value) == f"--layout packed is not there for the-model: {why}. Leave it to auto, or say padded."
+    assert str(caught.value) == f"--layout packed is not supported for the-model: {why}. Use --layout auto or padded."
     assert model.config._attn_implementation == before
 
 
 def test_a_model_that_needs_its_mask_has_padded_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "drop_mask_if_causal", lambda *_, **__: False)
-    with pytest.raises(InputError, match=r"--layout packed is not there for the-model: it needs a mask for padding\. "):
+    with pytest.raises(
+        InputError, match=r"--layout packed is not supported for the-model: it needs a mask for padding\. "
+    ):
         arranged(build("llama"), layout="packed")
     run = arranged(build("llama"))
     assert run.layout == "padded"
@@ -181,7 +183,7 @@ def test_adapters_go_on_top_of_what_was_found(layout: str) -> None:
 
 
 def test_adapters_that_a_model_cannot_have_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^--lora-rank is not there for the-model: .*Mamba"):
+    with pytest.raises(InputError, match=r"^--lora-rank is not supported for the-model: .*Mamba"):
         arranged(build("mamba"), lora_rank=2)
 
 
@@ -189,7 +191,9 @@ def test_adapters_that_a_model_cannot_have_are_refused() -> None:
 def test_recomputation_that_a_model_cannot_have_is_refused(level: str) -> None:
     model = build("llama")
     model.supports_gradient_checkpointing = False
-    with pytest.raises(InputError, match=r"^--gradient-checkpointing is not there for the-model: .*does not support"):
+    with pytest.raises(
+        InputError, match=r"^--gradient-checkpointing is not supported for the-model: .*does not support"
+    ):
         arranged(model, gradient_checkpointing=level)
 
 
@@ -283,12 +287,12 @@ def test_graphs_are_refused_on_the_cpu(compiler: Any) -> None:
     compiler(exact)
     with pytest.raises(InputError) as caught:
         arranged(build("llama"), compile="graphs")
-    assert str(caught.value) == "--compile graphs is for CUDA, and this run is on cpu: say layers or none."
+    assert str(caught.value) == "--compile graphs needs CUDA, but this run is on cpu. Use --compile layers or none."
 
 
 WRONG: dict[str, tuple[Callable[[Compile], Compile], str]] = {
-    "forward": (shifted, r"compiled, it differs by \de[-+]\d\d"),
-    "backward": (wrong_backward, r"compiled, it differs by \de[-+]\d\d"),
+    "forward": (shifted, r"its compiled results differ by \de[-+]\d\d"),
+    "backward": (wrong_backward, r"its compiled results differ by \de[-+]\d\d"),
     "compiler": (failing, r"no kernel for this"),
 }
 
@@ -297,13 +301,15 @@ WRONG: dict[str, tuple[Callable[[Compile], Compile], str]] = {
 def test_what_compiles_wrong_is_refused_where_it_was_asked_for(where: str, compiler: Any) -> None:
     make, why = WRONG[where]
     compiler(make)
-    with pytest.raises(InputError, match=rf"^--compile layers is not there for the-model: {why}\. Leave it to auto, "):
+    with pytest.raises(
+        InputError, match=rf"^--compile layers is not supported for the-model: {why}\. Use --compile auto or "
+    ):
         arranged(build("llama"), compile="layers")
 
 
 def test_features_that_are_mixed_up_by_a_compiler_are_noticed(compiler: Any) -> None:
     compiler(mixed)
-    with pytest.raises(InputError, match="compiled, it differs by"):
+    with pytest.raises(InputError, match="its compiled results differ by"):
         arranged(build("llama"), compile="layers")
 
 
@@ -343,7 +349,9 @@ def test_a_model_without_layers_of_transformers_is_not_compiled(compiler: Any) -
     compiler(exact)
     model = build("llama")
     model.supports_gradient_checkpointing = False
-    with pytest.raises(InputError, match="--compile layers is not there for the-model: its layers are not those of "):
+    with pytest.raises(
+        InputError, match="--compile layers is not supported for the-model: its layers are not those of "
+    ):
         arranged(model, compile="layers")
 
 

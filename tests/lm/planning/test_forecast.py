@@ -40,7 +40,7 @@ from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import MemoryBudget
-from lm.helpers import WORDS, records, save_model_folder, write_jsonl
+from support.language_models import WORDS, records, save_model_folder, write_jsonl
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 308}
@@ -287,7 +287,7 @@ def test_the_fewest_settings_that_make_it_fit_are_offered(place: Path, wide: str
 def test_what_a_model_cannot_have_is_not_offered(place: Path, tmp_path: Path) -> None:
     mamba = configured(tmp_path, KINDS["mamba"]())
     assert LORA not in {lever.flags for lever in desk_of(place, None, model=mamba, microbatch=8).memory_savings(8)}
-    with pytest.raises(InputError, match=rf"^--lora-rank is not there for {mamba}: .*Mamba"):
+    with pytest.raises(InputError, match=rf"^--lora-rank is not supported for {mamba}: .*Mamba"):
         forecast_of(place, model=mamba, microbatch=8, lora_rank=2)
 
 
@@ -298,8 +298,8 @@ def test_without_a_tokenizer_four_bytes_are_a_token(place: Path, wide: str) -> N
     found = survey_of(place, model=wide, data=str(place / "even.jsonl"))
     assert found.lengths == (len(" ".join(WORDS).encode()) // 4,)
     assert found.notes == (
-        f"lengths are estimated, 4 bytes a token: the folder {wide} holds no tokenizer. Save the model's own into it "
-        "with tokenizer.save_pretrained(folder).",
+        f"lengths are estimated, 4 bytes a token: the folder {wide} contains no tokenizer. Save the model's tokenizer "
+        "into it with tokenizer.save_pretrained(folder).",
     )
     documents = [Document("a", text="x" * 100), Document("b", text=""), Document("c", text="ü" * 32)]
     assert estimated_lengths(documents, 10) == [10, 10, 5, 1, 10, 6]
@@ -363,7 +363,7 @@ def test_a_budget_below_the_longest_sequence_is_refused(place: Path) -> None:
 def test_a_model_that_is_not_causal_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         forecast_of(place, model=configured(tmp_path, T5Config()))
-    assert str(caught.value) == f"{tmp_path} is a t5 model, which is no causal language model."
+    assert str(caught.value) == f"{tmp_path} is a t5 model, which is not a causal language model."
 
 
 def test_numbers_that_make_no_model_are_refused(place: Path, tmp_path: Path) -> None:

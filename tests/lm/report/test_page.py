@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, what it leaves out, and what it makes of whatever lies in a run directory."""
+"""The page of a run: its content, its escaping, and how it handles any content of a run directory."""
 
 import json
 import math
@@ -23,14 +23,15 @@ from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import read_run
 from bigbatch.lm.report.window_plan_chart import window_of
 from bigbatch.lm.runs.lock import RunLock
-from lm.made import BEGIN, CHOICE, PROOF, WINDOW, make_rich_run, make_run, rows
+from support.checkpoints import mounted
+from support.run_directories import BEGIN, CHOICE, PROOF, WINDOW, make_rich_run, make_run, rows
 
 VOID = {"meta", "link"}
 CHARTS = {"loss", "lr", "grad-norm", "noise", "speed", "memory", "ranks"}
 
 
 class Parsed(HTMLParser):
-    """A page as a tree of open elements; complains about what is not closed."""
+    """Parser of a page that fails on unclosed elements."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -85,22 +86,22 @@ def figures(found: Parsed) -> set[str]:
 # the whole -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_to_which_everything_happened_has_every_part(tmp_path: Path) -> None:
+def test_rich_run_has_every_section(tmp_path: Path) -> None:
     found = parsed(make_rich_run(tmp_path / "rich"))
     assert figures(found) == CHARTS | {"window"}
     for sentence in (
-        "Finished: 300 of 300 updates made.",
-        "The validation loss is least, 2.401, at update 300.",
+        "Finished: 300 of 300 updates done.",
+        "The validation loss has its minimum, 2.401, at update 300.",
         "of the updates were clipped to 1.",
         "times the batch of",
-        "8 sequences, 900 tokens, in 3 micro-batches of at most 408 tokens, padded: 60 of 960 ",
-        "on the CPU that is the whole process, Python and libraries included. Predicted were 80.38 MiB",
-        "Of 4 ranks, the slowest took a share of",
-        "the process ended without a word, as when it is killed",
-        "passed over step-150: model.safetensors has 1 bytes, and the manifest says 2,048; with memory = 16GiB",
+        "8 sequences, 900 tokens, in 3 micro-batches of at most 408 tokens, padded: 60 of 960 tokens are padding",
+        "on the CPU this is the whole process with Python and libraries. The prediction of 80.38 MiB",
+        "Of 4 ranks, the slowest has a median share of",
+        "the process ended unexpectedly (killed?)",
+        "skipped step-150: model.safetensors has 1 bytes, and the manifest says 2,048; with memory = 16GiB",
         "stopped by SIGTERM, after saving",
-        "skipped, nothing was changed: non-finite gradient",
-        "memory ran out 2 times; run again in smaller pieces",
+        "skipped without a change: non-finite gradient",
+        "out of memory 2 times; retried with smaller micro-batches",
         "Exact: every cut gives the full-batch gradient, up to rounding.",
         "16 sequences of python-stdlib with tiny, on cpu, float32",
         "max_grad_norm",
@@ -110,7 +111,7 @@ def test_a_run_to_which_everything_happened_has_every_part(tmp_path: Path) -> No
     assert re.search(r"75 to 76 .*skipped", found.text)
 
 
-def test_the_page_is_valid_and_needs_nothing_else(tmp_path: Path) -> None:
+def test_page_is_valid_and_self_contained(tmp_path: Path) -> None:
     html = written(make_rich_run(tmp_path / "rich"))
     found = Parsed(html)
     assert html.startswith("<!doctype html>\n<html lang=")
@@ -123,7 +124,7 @@ def test_the_page_is_valid_and_needs_nothing_else(tmp_path: Path) -> None:
     assert re.findall(r"https?://[^\"' <]+", html) == ["http://www.w3.org/2000/svg"]  # a name, not an address
 
 
-def test_every_drawing_has_a_name_and_says_what_it_shows(tmp_path: Path) -> None:
+def test_every_drawing_has_title_and_description(tmp_path: Path) -> None:
     html = written(make_rich_run(tmp_path / "rich"))
     found = Parsed(html)
     drawings = found.all("svg", role="img")
@@ -135,21 +136,21 @@ def test_every_drawing_has_a_name_and_says_what_it_shows(tmp_path: Path) -> None
     assert all(svg.get("role") == "img" or svg.get("aria-hidden") == "true" for svg in found.all("svg"))
 
 
-def test_what_is_missing_is_left_out_or_said_and_never_an_empty_chart(tmp_path: Path) -> None:
+def test_missing_data_is_named_and_draws_no_empty_chart(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 3.0, "skipped": None}, {"step": 2, "loss": 2.5, "skipped": None}]
     run = make_run(tmp_path / "bare", lines, events=[])
     (run / "config.json").unlink()
     found = parsed(run)
     assert figures(found) == {"loss"}
     for sentence in (
-        "There is no validation in this run, or none yet.",
+        "This run has no validation loss yet.",
         "The gradient noise scale was not measured in this run.",
-        "How the first window was cut is not in this run's directory.",
-        "When it began, stopped and went on is not in this run's directory.",
-        "No proof is kept with this run: bigbatch verify --json > RUN/verify.json",
-        "config.json is not there or cannot be read",
-        "Machine and versions are not in this run's directory.",
-        "No update was skipped, and none ran out of memory.",
+        "This run has not recorded the plan of its first window.",
+        "This run has not recorded its starts, stops and resumes.",
+        "No verification is stored in this run. To add one, run bigbatch verify --json > RUN/verify.json",
+        "config.json does not exist or cannot be read",
+        "This run has not recorded its machine and versions.",
+        "No update was skipped or ran out of memory.",
     ):
         assert sentence in found.text.replace("  ", " "), sentence
 
@@ -157,10 +158,10 @@ def test_what_is_missing_is_left_out_or_said_and_never_an_empty_chart(tmp_path: 
 def test_a_run_without_an_update_says_so(tmp_path: Path) -> None:
     found = parsed(make_run(tmp_path / "empty", [], events=[BEGIN]))
     assert figures(found) == {"window"}
-    assert "No update is written yet." in found.text
-    assert "Not running, and not finished: no update is written yet." in found.text
+    assert "No update has been logged yet." in found.text
+    assert "Not running and not finished: no update has been logged yet." in found.text
     (tmp_path / "empty" / "metrics.jsonl").unlink()
-    assert "No update is written yet." in parsed(tmp_path / "empty").text
+    assert "No update has been logged yet." in parsed(tmp_path / "empty").text
 
 
 def test_one_update_is_a_dot_in_every_chart(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_chart_without_any_finite_value_is_left_out(tmp_path: Path) -> None:
 def test_the_page_of_a_plan_of_samples_has_no_budget(tmp_path: Path) -> None:
     window = WINDOW | {"token_budget": None, "layout": "packed", "laid_out_tokens": 900}
     found = parsed(make_run(tmp_path / "run", rows(3), events=[BEGIN | {"window": window}]))
-    assert "8 sequences, 900 tokens, in 3 micro-batches, packed: there is no padding." in found.text
+    assert "8 sequences, 900 tokens, in 3 micro-batches, packed: no padding." in found.text
 
 
 def test_micro_batches_that_are_not_drawn_are_counted(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_micro_batches_that_are_not_drawn_are_counted(tmp_path: Path) -> None:
         WINDOW | {"tokens": -1},
     ],
 )
-def test_a_window_that_is_none_is_not_drawn(window: Any) -> None:
+def test_invalid_window_is_not_drawn(window: Any) -> None:
     assert window_of(window) is None
 
 
@@ -236,8 +237,8 @@ def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
         assert "alert" not in scripts[-1]
         for script in scripts[:-1]:
             assert "<" not in script
-            json.loads(script)  # what a chart holds is data, whatever the names in it
-        assert "\u202e" not in html  # it would turn what stands behind it around
+            json.loads(script)  # the data of a chart, with any names
+        assert "\u202e" not in html  # it reverses the text after it
         assert "日本語" in found.text
         assert "<script>alert(3)" in found.text
 
@@ -245,7 +246,7 @@ def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
 # numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_lines_that_are_none_are_counted_and_a_half_written_last_one_is_not(tmp_path: Path) -> None:
+def test_unreadable_lines_are_counted_except_incomplete_last_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [
         '{"step": 1, "loss": NaN, "grad_norm": 1}',
@@ -274,22 +275,22 @@ def test_lines_that_are_none_are_counted_and_a_half_written_last_one_is_not(tmp_
     assert found.num_bytes == len("\n".join(lines[:-1])) + 1
 
 
-def test_the_page_says_how_many_lines_could_not_be_read(tmp_path: Path) -> None:
+def test_page_counts_unreadable_lines(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(4))
     with (run / "metrics.jsonl").open("a") as file:
         file.write("garbage\n{}\n")
-    assert "2 lines of metrics.jsonl could not be read and are left out." in parsed(run).text
+    assert "2 lines of metrics.jsonl could not be read and were skipped." in parsed(run).text
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=900), st.integers(1, 50))
-def test_points_keep_every_spike_and_stand_for_equally_many_updates(values: list[float], most: int) -> None:
+def test_points_keep_every_spike_and_combine_equally_many_updates(values: list[float], most: int) -> None:
     steps = list(range(1, len(values) + 1))
     points = reduced(steps, values, most)
     assert len(points.x) <= most
     assert len(points.x) == -(-len(values) // points.each)
-    there = [value for value in values if value == value]
-    assert min(points.finite, default=None) == min(there, default=None)
-    assert max(points.finite, default=None) == max(there, default=None)
+    finite = [value for value in values if value == value]
+    assert min(points.finite, default=None) == min(finite, default=None)
+    assert max(points.finite, default=None) == max(finite, default=None)
     for low, mean, high in zip(points.low, points.mean, points.high, strict=True):
         assert mean != mean or low <= mean + 1e-6 <= high + 2e-6
     assert list(points.x) == sorted(points.x)
@@ -320,7 +321,7 @@ def test_any_values_have_an_axis_that_holds_them_with_few_distinct_ticks(
     assert all(0.0 <= scale.at(value) <= 1.0 for value in values)
 
 
-def test_ticks_are_round_and_told_apart() -> None:
+def test_ticks_are_round_and_distinct() -> None:
     def labels(values: list[float], **options: Any) -> list[str]:
         options = {"is_log": False, "from_zero": False, "kind": "plain"} | options
         scale = value_scale(values, most_ticks=6, **options)
@@ -335,7 +336,7 @@ def test_ticks_are_round_and_told_apart() -> None:
     assert [tick % 1 for tick in step_scale(1, 4, most_ticks=10).ticks] == [0.0] * 4
 
 
-def test_figures_are_written_as_people_read_them() -> None:
+def test_numbers_are_formatted_with_units() -> None:
     assert number(None) == number(math.nan) == number(math.inf) == "–"
     assert number(8.56915) == "8.569"
     assert number(-0.5) == "−0.5"
@@ -349,9 +350,9 @@ def test_a_spike_of_a_long_run_is_in_the_page(tmp_path: Path) -> None:
     lines = rows(5_000)
     lines[3_211]["loss"] = 40.0
     html = written(make_run(tmp_path / "run", lines))
-    assert "greatest at 3,212 (40)" in html
+    assert "maximum at 3,212 (40)" in html
     inside = html[html.index('id="loss"') :].partition("</figure>")[0]
-    assert "A point stands for 14 updates" in inside
+    assert "Each point combines 14 updates" in inside
     band = re.search(r'<path class="band s0" d="([^"]+)"', inside)
     assert band is not None
     heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", band[1])]
@@ -365,42 +366,42 @@ def test_values_far_apart_have_a_logarithmic_axis_and_say_so(tmp_path: Path) -> 
     assert "logarithmic" not in html[html.index('id="speed"') :].partition("</figure>")[0]
 
 
-def test_a_clip_that_is_far_away_does_not_press_the_line_flat(tmp_path: Path) -> None:
+def test_distant_clip_limit_does_not_flatten_the_line(tmp_path: Path) -> None:
     html = written(make_run(tmp_path / "run", rows(20), settings={"max_grad_norm": 1e6}))
     assert "clipped above" not in html
     assert "0 % of the updates were clipped to 1,000,000." in html.replace("0.0 %", "0 %")
 
 
-def test_a_page_of_100_000_updates_is_small_and_soon_made(tmp_path: Path) -> None:
+def test_page_of_100_000_updates_is_small_and_fast(tmp_path: Path) -> None:
     run = make_rich_run(tmp_path / "long", 100_000)
     started_s = time.process_time()
     html = written(run)
     assert time.process_time() - started_s < 10
     assert len(html.encode()) < 5_000_000
-    assert "A point stands for 278 updates" in html
+    assert "Each point combines 278 updates" in html
 
 
-# how it stands ---------------------------------------------------------------------------------------------------
+# state ----------------------------------------------------------------------------------------------------------
 
 
 def state_of(run: Path) -> str:
     return read_run(run).state
 
 
-def test_a_run_is_running_for_as_long_as_a_process_holds_it(tmp_path: Path) -> None:
+def test_run_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(4), events=[BEGIN | {"total_steps": 9}])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     with RunLock(run):
         found = read_run(run)
         assert (found.state, found.steps) == ("running", 4)
-        assert "Running: 4 of 9 updates made." in parsed(run).text
+        assert "Running: 4 of 9 updates done." in parsed(run).text
     assert state_of(run) == "ended"
-    (run / ".lock").write_text('{"pid": 1, "host": "h", "since": "s"}')  # left by a process that was killed
+    (run / ".lock").write_text('{"pid": 1, "host": "h", "since": "s"}')  # left by a killed process
     assert state_of(run) == "ended"
 
 
-def test_how_a_run_ended_is_taken_from_its_last_event(tmp_path: Path) -> None:
+def test_state_comes_from_the_last_event(tmp_path: Path) -> None:
     for kind in ("finished", "stopped", "failed"):
         run = make_run(tmp_path / kind, rows(4), events=[BEGIN, {"event": kind, "why": "SIGTERM"}])
         assert state_of(run) == kind
@@ -410,13 +411,13 @@ def test_how_a_run_ended_is_taken_from_its_last_event(tmp_path: Path) -> None:
     assert state_of(old) == "finished"
 
 
-def test_a_run_that_began_anew_says_so(tmp_path: Path) -> None:
+def test_second_start_without_checkpoint_is_listed(tmp_path: Path) -> None:
     found = parsed(make_run(tmp_path / "run", rows(4), events=[BEGIN, BEGIN]))
-    assert "the process ended without a word" in found.text
-    assert "began anew, without a checkpoint, on cpu, float32" in found.text
+    assert "the process ended unexpectedly" in found.text
+    assert "started again without a checkpoint on cpu, float32" in found.text
 
 
-def test_events_of_any_kind_are_survived(tmp_path: Path) -> None:
+def test_invalid_events_are_ignored(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(2))
     odd = [
         {"event": "resume", "passed_over": 3, "settings": [1], "step": "x"},
@@ -425,34 +426,34 @@ def test_events_of_any_kind_are_survived(tmp_path: Path) -> None:
         {"event": "begin", "at": 5},
     ]
     (run / "events.jsonl").write_text("garbage\n[]\n" + "".join(json.dumps(event) + "\n" for event in odd) + '{"ev')
-    assert "went on from checkpoint None" in parsed(run).text
+    assert "resumed from checkpoint None" in parsed(run).text
 
 
 @pytest.mark.parametrize("proof", [{"cuts": 3}, {"cuts": []}, {"cuts": [1]}, {}])
-def test_a_proof_that_is_none_is_not_shown(tmp_path: Path, proof: Any) -> None:
-    assert "No proof is kept with this run" in parsed(make_run(tmp_path / "run", rows(2), proof=proof)).text
+def test_invalid_verification_is_not_shown(tmp_path: Path, proof: Any) -> None:
+    assert "No verification is stored in this run" in parsed(make_run(tmp_path / "run", rows(2), proof=proof)).text
 
 
-def test_a_proof_that_failed_or_is_of_something_else_says_so(tmp_path: Path) -> None:
+def test_failed_or_foreign_verification_is_marked(tmp_path: Path) -> None:
     cuts = [PROOF["cuts"][0] | {"relative_error": 0.3}, {"microbatch": None}]
     proof = PROOF | {"exact": False, "cuts": cuts, "model": "another", "causes": ["dropout in layer 3"]}
     found = parsed(make_run(tmp_path / "run", rows(2), proof=proof))
     assert "NOT exact: a cut changes the gradient." in found.text
     assert "3.0e-01 not exact" in found.text
     assert "Cause: dropout in layer 3" in found.text
-    assert "This is another model than the run's." in found.text
+    assert "The model differs from the run's." in found.text
 
 
-def test_memory_on_a_gpu_is_compared_with_what_was_predicted(tmp_path: Path) -> None:
+def test_gpu_memory_is_compared_with_the_prediction(tmp_path: Path) -> None:
     lines = [row | {"peak_bytes": 11 * 2**30} for row in rows(3)]
     events = [BEGIN | {"device": "cuda"}]
     run = make_run(tmp_path / "run", lines, events=events, choice=CHOICE | {"peak_bytes": 10 * 2**30})
-    assert "The highest measured is 11.00 GiB, 10.0 % more than the 10.00 GiB that were predicted." in parsed(run).text
+    assert "The measured peak is 11.00 GiB, 10.0 % more than the predicted 10.00 GiB." in parsed(run).text
     (run / "microbatch.json").unlink()
-    assert "nothing was predicted, since the micro-batch was given" in parsed(run).text
+    assert "there is no prediction, because the micro-batch was set" in parsed(run).text
 
 
-def test_a_batch_that_changed_is_drawn_where_no_noise_was_measured(tmp_path: Path) -> None:
+def test_changed_batch_is_drawn_without_noise_scale(tmp_path: Path) -> None:
     lines = [row | {"global_batch": 32 if row["step"] < 6 else 64} for row in rows(10)]
     assert "global-batch" in figures(parsed(make_run(tmp_path / "run", lines)))
 
@@ -467,7 +468,7 @@ def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
     found = Parsed(html)
     assert {name: number for name, number in found.ids.items() if number > 1} == {}
     assert figures(found) == CHARTS
-    assert "first beside second" in found.text
+    assert "first vs. second" in found.text
     assert "Settings in which they differ" in found.text
     assert re.search(r"lr +0\.005 +0\.001", found.text)
     for name in ("first: training", "second: training", "first: validation", "second: validation"):
@@ -477,40 +478,40 @@ def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
     assert 'class="line line s1"' in inside
 
 
-def test_runs_of_other_batches_are_also_compared_by_tokens(tmp_path: Path) -> None:
+def test_runs_with_different_batches_are_compared_by_tokens(tmp_path: Path) -> None:
     small = make_run(tmp_path / "small", rows(40))
     large = make_run(tmp_path / "large", [row | {"tokens": 2 * row["tokens"]} for row in rows(40)])
     assert "loss-by-tokens" in figures(parsed(small, large))
     assert "loss-by-tokens" not in figures(parsed(small, make_run(tmp_path / "same", rows(40, seed=1))))
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_runs_with_one_name_are_named_by_path(tmp_path: Path) -> None:
     one, other = (make_run(tmp_path / name / "run", rows(3)) for name in ("a", "b"))
     assert f"{one}: training" in parsed(one, other).text
 
 
 def test_more_runs_than_colours_are_refused(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", rows(2)))
-    with pytest.raises(InputError, match="9 runs cannot be told apart on one page: name at most 8"):
+    with pytest.raises(InputError, match="9 runs are too many for one page: name at most 8"):
         page([run] * 9)
 
 
 # places ----------------------------------------------------------------------------------------------------------
 
 
-def test_only_a_page_that_is_told_to_loads_itself_again(tmp_path: Path) -> None:
+def test_page_reloads_only_with_refresh(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(2))
     assert 'http-equiv="refresh"' not in written(run)
     assert '<meta http-equiv="refresh" content="10">' in written(run, refresh=True)
 
 
-def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+def test_same_run_makes_the_same_page(tmp_path: Path) -> None:
     run, now = make_rich_run(tmp_path / "run"), datetime(2025, 5, 1, tzinfo=UTC)
     assert written(run, now=now) == written(run, now=now)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no run: it holds neither config\.json nor metrics\.jsonl\."):
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a run: it has neither config\.json nor metrics\.jsonl\."):
         read_run(tmp_path)
 
 
@@ -518,11 +519,11 @@ def test_metrics_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(2))
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
-    with pytest.raises(BigbatchError, match=r"metrics\.jsonl cannot be read: Is a directory\."):
+    with pytest.raises(BigbatchError, match=r"metrics\.jsonl cannot be read: is a directory\."):
         read_run(run)
 
 
-def test_a_page_is_put_in_its_place_at_once(tmp_path: Path) -> None:
+def test_page_is_written_atomically(tmp_path: Path) -> None:
     place = tmp_path / "report.html"
     assert write_page(place, "<!doctype html>é\ud800") == len(b"<!doctype html>\xc3\xa9?")
     check_place(place)
@@ -531,12 +532,15 @@ def test_a_page_is_put_in_its_place_at_once(tmp_path: Path) -> None:
     assert place.read_bytes() == b"<!doctype html>2"
 
 
-def test_a_place_where_no_page_can_be_is_refused(tmp_path: Path) -> None:
+def test_unwritable_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for place, why in (
         (tmp_path, f"--out {tmp_path} is a folder: name a file, such as {tmp_path / 'report.html'}."),
         (tmp_path / "no" / "a.html", f"--out {tmp_path / 'no' / 'a.html'} cannot be written: there is no folder"),
-        (tmp_path / "notes.txt", f"--out {tmp_path / 'notes.txt'} is there and is no page: it would be lost."),
+        (
+            tmp_path / "notes.txt",
+            f"--out {tmp_path / 'notes.txt'} exists and is not a report: it would be over",
+        ),
     ):
         with pytest.raises(InputError) as refused:
             check_place(place)
@@ -544,17 +548,11 @@ def test_a_place_where_no_page_can_be_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "report.html"
-    write_page(place, "<!doctype html>1")
-
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:3])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(InputError, match=r"report\.html cannot be written: No space left on device\."):
-        write_page(place, "<!doctype html>2")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert place.read_bytes() == b"<!doctype html>1"
+def test_failed_write_keeps_the_previous_page(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=8k") as disk:
+        place = disk / "report.html"
+        write_page(place, "<!doctype html>1")
+        with pytest.raises(InputError, match=r"report\.html cannot be written: no space left on device\."):
+            write_page(place, "<!doctype html>2" + 2**16 * " ")
+        assert [path.name for path in disk.iterdir()] == ["report.html"]
+        assert place.read_bytes() == b"<!doctype html>1"

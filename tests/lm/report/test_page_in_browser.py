@@ -8,8 +8,8 @@ import pytest
 
 from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import read_run
-from browser import Browser, find_chromium
-from lm.made import make_rich_run, make_run, rows
+from support.headless_chromium import Browser, find_chromium
+from support.run_directories import make_rich_run, make_run, rows
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""The run directory: one run and nothing else, flushed lines, valid JSON."""
+"""The run directory: one run per folder, flushed lines, valid JSON."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.runs.directory import RunDirectory, check_free, default_path
 
 
-def test_each_line_is_on_disk_when_it_was_written_and_holds_no_nan(tmp_path: Path) -> None:
+def test_each_line_is_flushed_and_holds_no_nan(tmp_path: Path) -> None:
     with RunDirectory.create(tmp_path / "a" / "run", {"seed": 1}) as run:
         run.write_metrics({"step": 1, "loss": float("nan"), "skipped": "no items"})
         lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8")
@@ -18,11 +18,11 @@ def test_each_line_is_on_disk_when_it_was_written_and_holds_no_nan(tmp_path: Pat
     assert json.loads((run.path / "config.json").read_text(encoding="utf-8")) == {"seed": 1}
 
 
-def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_folder_with_content_is_refused_and_unchanged(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "run", {})
     with pytest.raises(
         InputError,
-        match=r"run holds another run: name a folder that is empty or not there yet, or go on with it: bigbatch",
+        match=r"run holds another run: name a new or empty folder, or continue it: bigbatch",
     ):
         RunDirectory.create(tmp_path / "run", {"other": 1})
     assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == "{}\n"
@@ -34,7 +34,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path)
         RunDirectory.create(tmp_path / "notes" / "a.txt", {})
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_unwritable_path_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"^--out .*file/run cannot be written: .*\.$"):
         RunDirectory.create(tmp_path / "file" / "run", {})
@@ -49,20 +49,20 @@ def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.Monkey
     assert default_path("/models/Qwen2/", "/data/chat.jsonl") == Path("runs/Qwen2-chat")
 
 
-def test_a_failure_takes_back_the_folders_that_it_made(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be written: File name too long\.$"):
+def test_failed_create_removes_the_folders_it_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be written: file name too long\.$"):
         RunDirectory.create(tmp_path / "a" / "b" / ("c" * 300), {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_below_a_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_path_below_a_file_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"^--out .*file/a/b cannot be written: .*/file is a file\.$"):
         check_free(tmp_path / "file" / "a" / "b")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
+def test_read_only_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(InputError, match="locked is not yours to write in"):
+    with pytest.raises(InputError, match="locked is not writable"):
         check_free(tmp_path / "locked" / "run")

@@ -13,8 +13,8 @@ from bigbatch.cli.options import ResumeOptions
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.training import dashboards
 from bigbatch.lm.training.dashboards import CallbackList, DashboardCallback
-from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
-from lm.made import rows
+from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
+from support.run_directories import rows
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 needs_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
@@ -47,7 +47,7 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
 
 
 def test_every_listener_hears_everything() -> None:
-    one, other = Heard(), Heard()
+    one, other = RecordingCallback(), RecordingCallback()
     both = CallbackList(one, other)
     both.on_update({"step": 1})
     both.on_validation(1, 2.0)

@@ -13,7 +13,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.report.run_reader import read_run
 from bigbatch.lm.report.window_plan_chart import window_of
 from bigbatch.lm.training import trainer
-from lm.helpers import records, save_model_folder, write_jsonl
+from support.language_models import records, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")

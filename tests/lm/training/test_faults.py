@@ -30,9 +30,10 @@ from bigbatch.lm.training import trainer as trainer_module
 from bigbatch.lm.training.resume import merge_config
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
-from cli.helpers import LIMIT_S, running
-from lm.helpers import Heard, metrics, records, save_model_folder, write_jsonl
-from lm.killing import CLOCK, differences, poison, rates_off, unlike
+from support.command_line import LIMIT_S, running
+from support.kill_points import poison
+from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
+from support.run_comparison import CLOCK, differences, rates_off, unlike
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,17 +83,17 @@ def config_of(run: Path) -> TrainConfig:
 
 def go_on(
     run: Path, *, until: Callable[[int], bool] = lambda step: False, config: TrainConfig | None = None, **how: Any
-) -> Heard:
+) -> RecordingCallback:
     """Begin or resume the run of a configuration, without the command line; stop after an update of some number."""
     config = config_of(run) if config is None else config
-    heard = Heard()
+    heard = RecordingCallback()
     found, _ = load(run)
     stop = {"should_stop": lambda: bool(heard.rows) and until(heard.rows[-1]["step"])}
     Trainer(set_up_training(config), checkpoint=found).run(RunDirectory(run), callback=heard, **stop | how)
     return heard
 
 
-def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> Heard:
+def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> RecordingCallback:
     """Begin a run of `words` without the command line."""
     names = iter(words(folder, base, *more))
     config = TrainConfig(
@@ -404,7 +405,7 @@ def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
     asked = merge_config(stored, TrainConfig(gradient_checkpointing="full"), allowed=())
     saved, _ = load(folder / "run")
     trainer = Trainer(set_up_training(asked), checkpoint=saved)
-    trainer.run(RunDirectory(folder / "run"), callback=Heard())
+    trainer.run(RunDirectory(folder / "run"), callback=RecordingCallback())
     assert trainer.model_setup.checkpointing_mode == "full"
     assert trainer.engine.choice is not None
     assert saved is not None
@@ -429,7 +430,7 @@ def test_a_finished_run_without_its_model_saves_it_again(reference: Path, capfd:
 def test_what_is_no_run_is_refused_in_a_sentence(folder: Path, capfd: Capture) -> None:
     run = folder / "run"
     assert failed(2, ["resume", str(run)], capfd) == (
-        f"{run} is no run: {run / 'config.json'} cannot be read (No such file or directory)."
+        f"{run} is no run: {run / 'config.json'} cannot be read (no such file or directory)."
     )
     run.mkdir()
     for content in ('{"lr": 0.1', "[]", '{"colour": "red"}', '{"lr": "fast"}', "\udce9"):
@@ -443,10 +444,10 @@ def test_a_process_that_is_killed_while_it_writes_the_configuration_has_begun_no
 ) -> None:
     run = folder / "run"
     run.mkdir()
-    (run / "config.json.partial").write_text('{"data": "py', encoding="utf-8")
+    (run / "config.json.1.partial").write_text('{"data": "py', encoding="utf-8")
     failed(2, ["resume", str(run)], capfd)
     said(["train", *words(folder, base, "--out", str(run), "--steps", "1")], capfd)
-    assert not (run / "config.json.partial").exists()
+    assert not (run / "config.json.1.partial").exists()
 
 
 def test_other_frozen_weights_are_refused(folder: Path, capfd: Capture) -> None:
@@ -552,7 +553,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("every", "sentence"),
     [
-        ("1000", "{run}/metrics.jsonl cannot be written: File too large."),
+        ("1000", "{run}/metrics.jsonl cannot be written: file too large."),
         (
             "3",
             "checkpoint step-3 could not be written to {run}/checkpoints: file too large; there is no other good one.",
@@ -620,7 +621,7 @@ def test_a_model_that_finds_no_room_is_one_sentence_and_is_saved_by_resume(
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "save_model", full)
         assert failed(1, ["train", *words(folder, base, "--out", str(run))], capfd) == (
-            f"{run}/model cannot be written: No space left on device. The checkpoints are whole: bigbatch resume {run} "
+            f"{run}/model cannot be written: no space left on device. The checkpoints are whole: bigbatch resume {run} "
             "goes on from there."
         )
     said(["resume", str(run)], capfd)
@@ -638,7 +639,7 @@ def test_a_file_of_lines_that_cannot_be_opened_is_one_sentence(
     (run / name).mkdir()
     shutil.rmtree(run / "checkpoints")
     sentence = failed(1, ["resume", str(run)], capfd)
-    assert sentence == f"{run / name} cannot be written: Is a directory."
+    assert sentence == f"{run / name} cannot be written: is a directory."
 
 
 def test_a_run_in_a_folder_that_cannot_be_written_is_refused(folder: Path, base: Path, capfd: Capture) -> None:

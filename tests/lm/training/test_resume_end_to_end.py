@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is, to the last bit, the run that never died: `lm.killing` says how that is tried.
+"""A killed and resumed run is bit-identical to an uninterrupted one: see `support.kill_points`.
 
 `python benchmarks/kills.py --kills 200` tries every point and 200 random moments.
 """
@@ -20,14 +20,14 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lm.killing", str(folder)],
+            [sys.executable, "-m", "support.kill_points", str(folder)],
             cwd=TESTS,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def survive(self, kind: str, *kills: dict[str, Any]) -> tuple[int, list[str]]:
+    def kill_and_resume(self, kind: str, *kills: dict[str, Any]) -> tuple[int, list[str]]:
         """How often a run died, and what differs from the one that never did."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -72,7 +72,7 @@ def at(point: str, number: int = 1) -> dict[str, Any]:
     ],
 )
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_had_been(server: Server, point: str, number: int) -> None:
-    assert server.survive("plain", at(point, number)) == (1, [])
+    assert server.kill_and_resume("plain", at(point, number)) == (1, [])
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_had_been(server: Serv
     ],
 )
 def test_a_run_of_any_kind_survives(server: Server, kind: str, point: str, number: int) -> None:
-    assert server.survive(kind, at(point, number)) == (1, [])
+    assert server.kill_and_resume(kind, at(point, number)) == (1, [])
 
 
 def test_ten_deaths_in_a_row_within_one_pass_leave_no_trace(server: Server) -> None:
@@ -102,10 +102,10 @@ def test_ten_deaths_in_a_row_within_one_pass_leave_no_trace(server: Server) -> N
         at("after checkpoint"),
     ]
     after_update_3 = [at("before truncate"), at("after backward"), at("after optimizer"), at("before metrics.jsonl", 2)]
-    assert server.survive("plain", *before_it_is_saved, *after_update_3) == (10, [])
+    assert server.kill_and_resume("plain", *before_it_is_saved, *after_update_3) == (10, [])
 
 
 def test_a_death_at_any_moment_leaves_no_trace(server: Server) -> None:
-    died, differs = server.survive("async", *({"after_s": 0.02 + 0.01 * i} for i in range(5)))
+    died, differs = server.kill_and_resume("async", *({"after_s": 0.02 + 0.01 * i} for i in range(5)))
     assert differs == []
     assert died >= 1

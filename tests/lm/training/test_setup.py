@@ -11,7 +11,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.training.setup import set_up_training
-from lm.helpers import conversations, records, save_model_folder, write_jsonl
+from support.language_models import conversations, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_length_that_the_model_cannot_take_is_refused(tmp_path: Path, model: s
 
 def test_a_sample_prompt_that_fills_the_model_is_refused(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(3)))
-    with pytest.raises(InputError, match=r"^--sample-prompt has \d+ tokens and the model knows 64 positions: shorten "):
+    with pytest.raises(InputError, match=r"^--sample-prompt has \d+ tokens and the model supports 64 positions: "):
         set_up_training(TrainConfig(data=data, model=model, sample_prompt="☃" * 30))
 
 

@@ -18,7 +18,15 @@ from bigbatch.lm.training.optimizer import lr_factor
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.lm.training.tuning_cache import CachedChoice, cache_key, load_cached
-from lm.helpers import Heard, conversations, metrics, records, run, save_model_folder, write_jsonl
+from support.language_models import (
+    RecordingCallback,
+    conversations,
+    metrics,
+    records,
+    run,
+    save_model_folder,
+    write_jsonl,
+)
 
 KEYS = {
     "step", "loss", "items", "grad_norm", "lr", "num_microbatches", "tokens", "tokens_per_s", "peak_bytes",
@@ -155,7 +163,7 @@ def test_the_seed_decides(tmp_path: Path, settings: dict[str, Any]) -> None:
 
 
 def test_a_run_that_is_told_to_stop_saves_its_model(tmp_path: Path, settings: dict[str, Any]) -> None:
-    heard = Heard()
+    heard = RecordingCallback()
     directory = RunDirectory.create(tmp_path / "run", {})
     outcome = Trainer(set_up_training(TrainConfig(**settings))).run(
         directory, callback=heard, should_stop=lambda: len(heard.rows) == 1
@@ -206,7 +214,7 @@ def test_a_skipped_update_keeps_its_number_and_the_rate_waits(tmp_path: Path, se
         return gradient * math.inf if len(calls) == 3 else gradient  # two micro-batches an update
 
     first.register_hook(spoil_the_second)
-    outcome = trainer.run(RunDirectory.create(tmp_path / "run", {}), callback=Heard())
+    outcome = trainer.run(RunDirectory.create(tmp_path / "run", {}), callback=RecordingCallback())
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["skipped"] for row in rows] == [None, "non-finite gradient", None, None]
@@ -219,7 +227,7 @@ def test_a_run_that_only_skips_is_given_up(tmp_path: Path, settings: dict[str, A
     prepared = set_up_training(TrainConfig(**settings))
     next(prepared.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(BigbatchError, match=r"^the last 50 updates were skipped \(non-finite gradient\), so the model"):
-        Trainer(prepared).run(RunDirectory.create(tmp_path / "run", {}), callback=Heard())
+        Trainer(prepared).run(RunDirectory.create(tmp_path / "run", {}), callback=RecordingCallback())
     assert len(metrics(tmp_path / "run")) == 50
 
 
@@ -279,7 +287,7 @@ def test_auto_says_what_it_chose_and_keeps_it(tmp_path: Path, settings: dict[str
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert choice.unit == "tokens"
     assert choice.peak_bytes <= choice.limit_bytes
-    trainer.run(RunDirectory.create(tmp_path / "run", {}), callback=Heard())
+    trainer.run(RunDirectory.create(tmp_path / "run", {}), callback=RecordingCallback())
     assert trainer.engine.choice is choice
     assert load_cached(tmp_path / "run", cache_key(trainer.setup)) == CachedChoice(choice, "none", tmp_path / "run")
 

@@ -18,7 +18,7 @@ from bigbatch.lm.training import tuning_cache
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.lm.training.tuning_cache import CachedChoice, cache_key, load_cached, save_cached
-from lm.helpers import Heard, records, save_model_folder, write_jsonl
+from support.language_models import RecordingCallback, records, save_model_folder, write_jsonl
 
 CHOICE = MicrobatchChoice(
     size=4096,
@@ -189,13 +189,13 @@ def test_what_the_micro_batch_does_not_depend_on_changes_nothing(
 def test_a_run_takes_the_choice_of_the_one_beside_it(job: dict[str, Any], tmp_path: Path) -> None:
     first = Trainer(set_up_training(TrainConfig(**job)))
     assert first.tune(cache=tmp_path / "one") is None
-    first.run(RunDirectory.create(tmp_path / "one", {}), callback=Heard())
+    first.run(RunDirectory.create(tmp_path / "one", {}), callback=RecordingCallback())
     second = Trainer(set_up_training(TrainConfig(**job)))
     assert second.tune(cache=tmp_path / "two") == tmp_path / "one"
     assert second.engine.choice == first.engine.choice
     lengths = [5, 9, 30, 2, 7, 7, 8, 20]
     assert second.engine.groups(lengths) == first.engine.groups(lengths)
-    second.run(RunDirectory.create(tmp_path / "two", {}), callback=Heard())
+    second.run(RunDirectory.create(tmp_path / "two", {}), callback=RecordingCallback())
     assert (tmp_path / "two" / TUNED_MICROBATCH).read_bytes() == (tmp_path / "one" / TUNED_MICROBATCH).read_bytes()
     assert torch.equal(*(next(trainer.setup.model.parameters()) for trainer in (first, second)))
 
@@ -204,5 +204,5 @@ def test_a_run_with_a_micro_batch_of_its_own_leaves_no_choice(job: dict[str, Any
     kept(tmp_path / "one")
     trainer = Trainer(set_up_training(TrainConfig(**job, microbatch=4)))
     assert trainer.tune(cache=tmp_path / "two") is None
-    trainer.run(RunDirectory.create(tmp_path / "two", {}), callback=Heard())
+    trainer.run(RunDirectory.create(tmp_path / "two", {}), callback=RecordingCallback())
     assert not (tmp_path / "two" / TUNED_MICROBATCH).exists()

@@ -7,6 +7,7 @@ from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import GenerateOptions
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
+from bigbatch.lm.runs.file_names import MODEL
 
 
 def run(options: GenerateOptions) -> int:
@@ -40,8 +41,8 @@ def run(options: GenerateOptions) -> int:
 
 def _model_folder(run: Path) -> Path:
     """Find the model of a run; a model folder by itself will do."""
-    for folder in (run / "model", run):
+    for folder in (run / MODEL, run):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
     check_run(run)
-    raise InputError(f"{run} holds no trained model: a run has one in {run / 'model'} once it has ended.")
+    raise InputError(f"{run} holds no trained model: a run has one in {run / MODEL} once it has ended.")

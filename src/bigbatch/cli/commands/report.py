@@ -12,6 +12,7 @@ from bigbatch.lm.report.output_file import check_place, write_page
 from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import Run, is_running, read_run, size_of_metrics
 from bigbatch.lm.report.sections import STATES
+from bigbatch.lm.runs.file_names import COMPARISON, REPORT
 from bigbatch.memory.limit import describe_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def run(options: ReportOptions) -> int:
     folders = options.runs
     for folder in folders:
         check_run(folder)
-    target = options.out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
+    target = options.out or folders[0] / (REPORT if len(folders) == 1 else COMPARISON)
     runs = [read_run(folder) for folder in folders]
     check_place(target)
     console = make_console()

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from bigbatch.errors import InputError
 from bigbatch.lm.config.scale_from import BETAS
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.files import os_reason
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
 
 FAR = 4.0  # ratio of batch and scale beyond which samples or updates are mostly wasted
@@ -80,7 +81,7 @@ def read_evidence(folder: Path) -> RunEvidence:
         lines = (folder / METRICS).read_text(encoding="utf-8").split("\n")
         config = TrainConfig.model_validate(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a readable run: {str(error).splitlines()[0]}.") from error
+        raise InputError(f"{folder} is not a readable run: {os_reason(error)}.") from error
     rows = [row for row in map(_row, lines) if row is not None]
     if not rows:
         raise InputError(f"{folder} has no updates yet. Run bigbatch advise after the first update.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bigbatch.errors import InputError, MemoryLimitError
+from bigbatch.errors import InputError, MemoryLimitError, first_line
 from bigbatch.lm.bench.entries import ABOUT, OURS, Entry, missing
 from bigbatch.lm.bench.meter import GradientMeter, Meter, Similarity, Timer, reference_gradient
 from bigbatch.lm.bench.peer import Contestant
@@ -194,7 +194,7 @@ class _ContestantRun:
 def _describe(error: Exception) -> str:
     if is_out_of_memory(error) or isinstance(error, MemoryLimitError):
         return "out of memory"
-    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"failed: {type(error).__name__}: {first_line(error)}"
 
 
 @contextlib.contextmanager

@@ -66,5 +66,5 @@ class BigbatchRunner:
         engine.release_cuda_graphs()
         if report.retries:
             self.notes.append(f"ran out of memory {report.retries} times and retried with smaller micro-batches")
-        if engine.graph_runner is not None and engine.graph_runner.disabled_reason is not None:
-            self.notes.append(f"no CUDA graphs: {engine.graph_runner.disabled_reason}")
+        if engine.runner.disabled_reason is not None:
+            self.notes.append(f"no CUDA graphs: {engine.runner.disabled_reason}")

@@ -162,7 +162,7 @@ class _Writing:
                 raise OSError(f"{file} cannot be seen by the first rank: all ranks need one file system")
         stamps |= {file: write_file(self._aside / file, write_part) for file, write_part in self._parts.items()}
         complete(self._aside, self.target, stamps, step=self._step, run_id=self._run_id)
-        self._sync()
+        sync_folder(self._folder.parent)
         return [None] * self._ranks.size
 
     def give_up(self, reason: str) -> str:

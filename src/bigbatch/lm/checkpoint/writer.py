@@ -15,7 +15,7 @@ from bigbatch.lm.checkpoint.hashed_file import HashedFile, new_file
 from bigbatch.lm.checkpoint.integrity import IntegrityError, verified
 from bigbatch.lm.checkpoint.json_values import to_json
 from bigbatch.lm.checkpoint.manifest import Manifest, Stamp, file_name
-from bigbatch.lm.files import remove, sync_folder
+from bigbatch.lm.files import PARTIAL, remove, replace_folder, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,10 +61,11 @@ def write(
     target = folder / f"step-{step}"
     try:
         remove_leftovers(folder)
-        if not is_there(target, run_id):
+        if is_there(target, run_id):
+            sync_folder(folder)
+        else:
             folder.mkdir(exist_ok=True)
             _write_aside(target, parts, step=step, run_id=run_id)
-        sync_folder(folder)
         sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(failure(folder, target, "written to", error)) from error
@@ -126,7 +127,7 @@ def is_there(target: Path, run_id: str) -> bool:
 
 def _write_aside(target: Path, parts: Parts, *, step: int, run_id: str) -> None:
     """Write step-N.partial and give it its name; whatever fails, it does not stay behind."""
-    aside = target.with_name(f"{target.name}.partial")
+    aside = target.with_name(target.name + PARTIAL)
     try:
         aside.mkdir()
         stamps = {name: write_file(aside / name, write_part) for name, write_part in parts.items()}
@@ -138,16 +139,16 @@ def _write_aside(target: Path, parts: Parts, *, step: int, run_id: str) -> None:
 
 
 def complete(aside: Path, target: Path, stamps: Mapping[str, Stamp], *, step: int, run_id: str) -> None:
-    """Write the manifest of files that are on disk, and give their folder its name.
+    """Write the manifest of files that are on disk, rename their folder to ``target`` and sync the folder of both.
 
     Raises:
-        OSError: The system would not take it; the folder may still have its old name.
+        OSError: A write, rename or sync failed; the folder may still have its old name.
     """
     now = datetime.now(UTC).replace(microsecond=0)
     manifest = Manifest(version=__version__, step=step, run_id=run_id, written_at=now, files=stamps)
     write_file(aside / manifests.FILE, partial(HashedFile.write, data=manifest.to_bytes()))
     sync_folder(aside)
-    _put_in_place(aside, target)
+    replace_folder(aside, target, old=target.with_name(f"{target.name}.deleted"))
 
 
 def write_file(path: Path, write_part: Callable[[HashedFile], None]) -> Stamp:
@@ -159,16 +160,3 @@ def write_file(path: Path, write_part: Callable[[HashedFile], None]) -> Stamp:
     with new_file(path) as file:
         write_part(file)
     return file.stamp
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    """Rename; a broken one of the same name steps aside first, and goes last."""
-    broken = target.with_name(f"{target.name}.deleted")
-    try:
-        target.rename(broken)
-    except FileNotFoundError:
-        aside.rename(target)
-        return
-    aside.rename(target)
-    with suppress(OSError):  # the next write or prune tries again
-        remove(broken)

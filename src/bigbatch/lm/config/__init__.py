@@ -1,1 +1,1 @@
-"""Settings of a training run and their types."""
+"""Configuration of a training run: fields, types, validation and defaults."""

@@ -1,8 +1,8 @@
-"""A global batch that changes within a run: by tokens consumed, in a ramp, or as the learning rate would fall.
+"""Schedules of the global batch: piecewise constant, a linear ramp, or growth instead of learning-rate decay.
 
-"0:64 2e6:128 8e6:256" | "ramp 64 256 8e6" | "seesaw 0.5" → read → sequences of the next window, by what was consumed
+"0:64 2e6:128 8e6:256" | "ramp 64 256 8e6" | "seesaw 0.5" → read → sequences of the next window, by tokens consumed
 
-No torch here: the command line reads and complains with it.
+No torch here: the command line parses and validates with this module.
 """
 
 from __future__ import annotations
@@ -10,56 +10,44 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
-FORMS = '"0:64 2e6:128" (from so many tokens on: sequences), "ramp 64 256 8e6" (from, to, tokens) or "seesaw 0.5"'
-LARGEST_MULTIPLE = 64.0  # of the first batch that seesaw goes to, where nobody says
-
-
-class BatchSchedule(Protocol):
-    """How many sequences the next window takes."""
-
-    @property
-    def first(self) -> int | None:
-        """The batch that the run begins with; None where that is --global-batch."""
-
-    def batch_at(self, tokens: int) -> int:
-        """Give the sequences of the window that begins after so many tokens, without padding."""
+FORMS = '"0:64 2e6:128" (tokens:sequences), "ramp 64 256 8e6" (first, last, tokens) or "seesaw 0.5"'
+DEFAULT_MAX_MULTIPLE = 64.0  # of the first batch, for seesaw
 
 
 @dataclass(frozen=True)
-class Steps:
-    """One batch after the other.
+class PiecewiseConstant:
+    """A constant batch between boundaries.
 
     Attributes:
-        places: ``(tokens, sequences)``, the first at 0, in ascending order.
+        boundaries: ``(tokens, sequences)``: the batch from that many tokens on; the first at 0, in ascending order.
     """
 
-    places: tuple[tuple[int, int], ...]
+    boundaries: tuple[tuple[int, int], ...]
 
     @property
     def first(self) -> int:
-        """The batch that the run begins with."""
-        return self.places[0][1]
+        """Global batch at the start of the run."""
+        return self.boundaries[0][1]
 
     def batch_at(self, tokens: int) -> int:
-        """Give the sequences of the window that begins after so many tokens."""
-        return next(batch for place, batch in reversed(self.places) if tokens >= place)
+        """Return the sequences of the window that starts after ``tokens`` tokens."""
+        return next(batch for start, batch in reversed(self.boundaries) if tokens >= start)
 
     def __str__(self) -> str:
-        (_, first), *others = self.places
-        later = "".join(f", {batch:,} from {place:,} tokens on" for place, batch in others)
+        (_, first), *others = self.boundaries
+        later = "".join(f", {batch:,} from {start:,} tokens on" for start, batch in others)
         return f"{first:,} sequences{later}"
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """From one batch to another, in a straight line over the tokens.
+    """A batch that changes linearly with the tokens consumed, then stays constant.
 
     Attributes:
         start: Sequences at the beginning.
         end: Sequences after ``tokens``.
-        tokens: Over which it changes.
+        tokens: Length of the ramp.
     """
 
     start: int
@@ -68,67 +56,67 @@ class Ramp:
 
     @property
     def first(self) -> int:
-        """The batch that the run begins with."""
+        """Global batch at the start of the run."""
         return self.start
 
     def batch_at(self, tokens: int) -> int:
-        """Give the sequences of the window that begins after so many tokens."""
+        """Return the sequences of the window that starts after ``tokens`` tokens."""
         return self.start + math.floor((self.end - self.start) * min(1.0, tokens / self.tokens) + 0.5)
 
     def __str__(self) -> str:
-        return f"{self.start:,} sequences, in a straight line to {self.end:,} over {self.tokens:,} tokens"
+        return f"{self.start:,} sequences, linearly to {self.end:,} over {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)
 class Seesaw:
-    """Where the learning rate would fall by a factor α, it falls by √α, and the batch grows by 1/α.
+    """Growth of the batch by 1/α, with the learning rate multiplied by √α, wherever the rate would be multiplied by α.
 
     Source: Meterez et al., "Seesaw: Accelerating Training by Balancing Learning Rate and Batch Size Scheduling", 2025:
-    under Adam, with noise as the larger part of the gradient, both take the loss along the same way, in fewer updates.
+    under Adam, while noise dominates the gradient, the loss follows the same curve in fewer updates.
 
     Attributes:
-        alpha: Above 0 and below 1.
-        most: Largest multiple of the first batch.
+        alpha: Decay factor, above 0 and below 1.
+        max_multiple: Largest multiple of the first batch.
     """
 
     alpha: float
-    most: float = LARGEST_MULTIPLE
+    max_multiple: float = DEFAULT_MAX_MULTIPLE
 
     @property
     def first(self) -> None:
-        """The batch that the run begins with: that of --global-batch."""
+        """None: the run starts with --global-batch."""
         return None
 
     def stage(self, factor: float) -> int:
-        """Count how often the rate has fallen by α, from its share of the peak."""
-        fallen = math.floor(math.log(factor) / math.log(self.alpha) + 1e-9) if factor < 1 else 0
-        return min(fallen, math.floor(math.log(self.most) / -math.log(self.alpha) + 1e-9))
+        """Return how many times the rate has decayed by α at ``factor`` of its peak, up to ``max_multiple``."""
+        decays = math.floor(math.log(factor) / math.log(self.alpha) + 1e-9) if factor < 1 else 0
+        return min(decays, math.floor(math.log(self.max_multiple) / -math.log(self.alpha) + 1e-9))
 
     def batch(self, first: int, factor: float) -> int:
-        """Give the sequences of a window, from those of the first and the share of the peak rate that would be."""
+        """Return the sequences of a window, from the first batch and the scheduled fraction of the peak rate."""
         return round(first * self.alpha ** -self.stage(factor))
 
     def factor(self, factor: float) -> float:
-        """Give the share of the peak rate that is instead; beyond the largest batch, it falls as it would."""
+        """Return the fraction of the peak rate used instead; at the largest batch, the rate decays as scheduled."""
         stage = self.stage(factor)
         beyond = factor / self.alpha**stage if self.stage(factor * self.alpha) == stage else 1.0
         return math.sqrt(self.alpha) ** stage * beyond
 
     def __str__(self) -> str:
         return (
-            f"growing {1 / self.alpha:g} times where the learning rate would fall to {self.alpha:g} of itself, up to "
-            f"{self.most:g} times"
+            f"multiplied by {1 / self.alpha:g} wherever the learning rate would be multiplied by {self.alpha:g}, up to "
+            f"{self.max_multiple:g} times the first batch"
         )
 
 
-Schedule = Steps | Ramp | Seesaw
+Schedule = PiecewiseConstant | Ramp | Seesaw
 
 
 def read(text: str) -> Schedule:
-    """Read what a flag says.
+    """Parse the text of ``--global-batch-schedule``.
 
     Raises:
-        ValueError: It is none; the message is what goes after the name of the flag and its value.
+        ValueError: Not a schedule; the message continues a sentence that names the flag and its value.
     """
     words = text.replace(",", " ").split()
     if not words:
@@ -137,24 +125,24 @@ def read(text: str) -> Schedule:
         return _ramp(words[1:])
     if words[0] == "seesaw":
         return _seesaw(words[1:])
-    places = []
+    boundaries = []
     for word in words:
         tokens, colon, batch = word.partition(":")
         if not colon:
-            raise ValueError(f"it must be {FORMS}, and {word!r} has no colon")
-        places.append((_count(tokens, least=0), _count(batch, least=1)))
-    if places[0][0] != 0:
-        raise ValueError(f"it must begin at 0 tokens, and begins at {places[0][0]:,}")
-    for (before, _), (after, _) in itertools.pairwise(places):
+            raise ValueError(f"it must be {FORMS}, but {word!r} has no colon")
+        boundaries.append((_count(tokens, minimum=0), _count(batch, minimum=1)))
+    if boundaries[0][0] != 0:
+        raise ValueError(f"it must start at 0 tokens, but starts at {boundaries[0][0]:,}")
+    for (before, _), (after, _) in itertools.pairwise(boundaries):
         if after <= before:
-            raise ValueError(f"its tokens must ascend, and {after:,} comes after {before:,}")
-    return Steps(tuple(places))
+            raise ValueError(f"its tokens must increase, but {after:,} follows {before:,}")
+    return PiecewiseConstant(tuple(boundaries))
 
 
 def _ramp(words: list[str]) -> Ramp:
     if len(words) != 3:
-        raise ValueError('a ramp has three numbers, as in "ramp 64 256 8e6": from, to, and the tokens in between')
-    start, end, tokens = (_count(word, least=1) for word in words)
+        raise ValueError('a ramp needs three numbers, as in "ramp 64 256 8e6": first batch, last batch, tokens')
+    start, end, tokens = (_count(word, minimum=1) for word in words)
     return Ramp(start, end, tokens)
 
 
@@ -162,16 +150,16 @@ def _seesaw(words: list[str]) -> Seesaw:
     numbers = [_number(word) for word in words]
     if not 1 <= len(numbers) <= 2 or not 0 < numbers[0] < 1 or (len(numbers) == 2 and numbers[1] < 1):
         raise ValueError(
-            "seesaw has a factor below 1, by which the rate would fall, and at most the largest multiple of the batch, "
-            'as in "seesaw 0.5" or "seesaw 0.5 8"'
+            "seesaw needs the decay factor of the rate, between 0 and 1, and optionally the largest multiple of the "
+            'batch, 1 or more, as in "seesaw 0.5" or "seesaw 0.5 8"'
         )
     return Seesaw(*numbers)
 
 
-def _count(word: str, *, least: int) -> int:
+def _count(word: str, *, minimum: int) -> int:
     number = _number(word)
-    if number != int(number) or number < least:
-        raise ValueError(f"{word!r} must be a whole number of {least} or more, as 2000000 or 2e6")
+    if number != int(number) or number < minimum:
+        raise ValueError(f"{word!r} must be a whole number of {minimum} or more, such as 2000000 or 2e6")
     return int(number)
 
 
@@ -179,7 +167,7 @@ def _number(word: str) -> float:
     try:
         number = float(word.replace("_", ""))
     except ValueError:
-        raise ValueError(f"{word!r} is no number; it must be {FORMS}") from None
+        raise ValueError(f"{word!r} is not a number; it must be {FORMS}") from None
     if not math.isfinite(number) or abs(number) > 2**53:
         raise ValueError(f"{word!r} is out of range")
     return number

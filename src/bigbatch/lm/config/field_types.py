@@ -1,4 +1,4 @@
-"""Types of settings: what flags and TOML may hold, and what is said where they hold something else."""
+"""Types of the configuration fields: the values accepted from flags and TOML, and the messages for other values."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ LARGEST_SEED = 2**32 - 1
 
 
 def _refuse_bool(value: object) -> object:
-    """TOML's ``true`` is no number, although Python would take it for 1."""
+    """Refuse TOML's ``true`` as a number; Python would convert it to 1."""
     if isinstance(value, bool):
         raise PydanticCustomError("bool_for_number", "it must be a number")
     return value
 
 
 def _usable_text(value: str) -> str:
-    """Hold text to what ``config.json`` can store and what an operating system takes in a name."""
+    """Validate text as UTF-8 without NUL, which ``config.json`` and file names require."""
     try:
         value.encode()
     except UnicodeEncodeError:
         raise PydanticCustomError("text_encoding", "it must be valid UTF-8 text") from None
     if "\0" in value:
-        raise PydanticCustomError("nul_in_text", "it must not hold a NUL character")
+        raise PydanticCustomError("nul_in_text", "it must not contain a NUL character")
     return value
 
 
 def _folder_text(value: object) -> object:
-    """Hold a folder to the same; ``Path("")`` would quietly be the current one."""
+    """Validate a folder in the same way, and as non-empty: ``Path("")`` would be the current one."""
     text = str(value) if isinstance(value, Path) else value
     if not isinstance(text, str):
         raise PydanticCustomError("folder_type", "it must be the name of a folder")
@@ -51,7 +51,7 @@ def _known_device(value: str) -> str:
 
 
 def _none_word(value: object) -> object:
-    """TOML and flags have no None, so the word stands for it."""
+    """Convert the word ``none`` to None, which TOML and flags lack."""
     return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
@@ -60,7 +60,7 @@ def _zero_is_none(value: float | None) -> float | None:
 
 
 def _auto_or_count(value: object) -> object:
-    """Complain about a count as a count; a union would complain about each of its sides."""
+    """Validate ``auto`` or a count; a union would report an error for each of its alternatives."""
     if isinstance(value, str) and value.strip().lower() == "auto":
         return "auto"
     try:
@@ -73,12 +73,12 @@ def _auto_or_count(value: object) -> object:
 
 
 def _switch(value: object) -> object:
-    """Take what once was all there was: TOML's true and false."""
+    """Convert TOML's true and false to ``full`` and ``none``."""
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 def _memory_text(value: object) -> object:
-    """Hold memory to what :func:`bigbatch.memory.limit.parse_memory` understands; TOML's numbers have no unit."""
+    """Validate memory with :func:`bigbatch.memory.limit.read_memory`; TOML's numbers have no unit."""
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if isinstance(text, str):
         try:
@@ -89,12 +89,12 @@ def _memory_text(value: object) -> object:
 
 
 def _no_adascale(value: object) -> object:
-    """Say where the rule is to be had that a command cannot apply."""
+    """Refuse the one rule that the command cannot apply, and name the call that can."""
     if isinstance(value, str) and value.strip() == "adascale":
         raise PydanticCustomError(
             "adascale",
-            "it is derived for SGD and needs a measured noise scale, and bigbatch train has AdamW: in a loop of your "
-            'own, bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, batch=B) applies it',
+            "it is derived for SGD and needs a measured noise scale, but bigbatch train uses AdamW: in your own loop, "
+            'call bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, batch=B)',
         )
     return value
 
@@ -115,7 +115,7 @@ def _gpu_name(value: str) -> str:
 
 
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
-"""A whole number; text such as "64" counts, 2.5 and true do not."""
+"""An integer, also as text such as "64"; 2.5 and true are refused."""
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=LARGEST_COUNT)]
 Seed = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=LARGEST_SEED)]
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]

@@ -1,4 +1,4 @@
-"""``--scale-from`` and ``--lr-rule``: hyperparameters that were tuned at another global batch.
+"""``--scale-from`` and ``--lr-rule``: scale hyperparameters that were tuned at another global batch.
 
 No torch here: a value out of range is reported before anything is loaded.
 """
@@ -22,14 +22,14 @@ OPTIMIZER = "AdamW"
 
 @dataclass(frozen=True)
 class BatchScaling:
-    """Scale AdamW's hyperparameters from the global batch that they were tuned at to the one of this run.
+    """Scaling of AdamW's hyperparameters from the global batch at which they were tuned to that of this run.
 
     Attributes:
         lr: Learning rate at the tuned batch.
         batch: Global batch of this run, in ``unit``.
         unit: ``"sequences"`` or ``"tokens"``.
-        tuned_at: Global batch that ``lr`` was tuned at, in ``unit``; None for this one.
-        rule: How to scale; ``"none"`` changes nothing.
+        tuned_at: Global batch at which ``lr`` was tuned, in ``unit``; None for that of this run.
+        rule: Scaling rule; ``"none"`` changes nothing.
     """
 
     lr: float
@@ -40,24 +40,24 @@ class BatchScaling:
 
     @property
     def factor(self) -> float:
-        """The global batch of this run divided by the one that the hyperparameters were tuned at."""
+        """Global batch of this run divided by the one at which the hyperparameters were tuned."""
         return 1.0 if self.tuned_at is None else self.batch / self.tuned_at
 
     def problem(self) -> str | None:
         """Return why the rule cannot be applied, in the names of the settings; None if it can."""
-        wrong = self._first_problem(self.factor, self.rule)
-        if wrong is None:
+        found = self._first_problem(self.factor, self.rule)
+        if found is None:
             return None
-        move, problem = wrong
+        adjustment, problem = found
         nearest = nearest_factor(self.factor, lambda k: self._first_problem(k, self.rule) is None)
         scale_from = math.ceil(self.batch / nearest) if self.factor > 1 else math.floor(self.batch / nearest)
         return (
-            f"lr_rule {self.rule} at {self.factor:.6g} times the batch of scale_from would make {move.name} "
-            f"{move.new:.4g}, which is {problem}: the nearest scale_from that works is {scale_from}"
+            f"lr_rule {self.rule} at {self.factor:.6g} times the batch of scale_from would make {adjustment.name} "
+            f"{adjustment.new:.4g}, which is {problem}: the nearest scale_from that works is {scale_from}"
         )
 
     def apply(self, optimizer: Optimizer) -> None:
-        """Change the hyperparameters of an optimizer by the rule, before a scheduler is made for it.
+        """Apply the rule to the hyperparameters of an optimizer, before a scheduler is created for it.
 
         Raises:
             InputError: A value would be out of range.
@@ -69,33 +69,32 @@ class BatchScaling:
         rescale(optimizer, self.factor, rule=self.rule)
 
     def lines(self) -> list[str]:
-        """Say what the rule changes; without a rule, what each suitable one would change."""
+        """Return the changes that the rule makes; without a rule, those that each suitable rule would make."""
         if self.tuned_at is None:
             return []
-        tuned = (
-            f"tuned at a global batch of {self.tuned_at:,} {self.unit}, and this one is {self.batch:,}: "
-            f"k = {self.factor:.6g}"
-        )
+        tuned = f"tuned at a global batch of {self.tuned_at:,} {self.unit}, now {self.batch:,}: k = {self.factor:.6g}"
         if self.rule != "none":
             return [f"{tuned}; --lr-rule {self.rule} changes", *self._rows(self.rule)]
         rows = [row for rule in SUITABLE[Kind.ADAPTIVE] for row in self._rows(rule)]
-        return [f"{tuned}; nothing is changed unless --lr-rule names a rule", *rows]
+        return [f"{tuned}; not applied unless selected by --lr-rule", *rows]
 
-    def _moves(self, factor: float, rule: Rule) -> list[Adjustment]:
+    def _adjustments(self, factor: float, rule: Rule) -> list[Adjustment]:
         return adjustments({"lr": self.lr, "betas": BETAS, "eps": EPS}, factor, rule, owner=OPTIMIZER)
 
     def _first_problem(self, factor: float, rule: Rule) -> tuple[Adjustment, str] | None:
-        for move in self._moves(factor, rule):
-            if (problem := out_of_range(move.name, move.old, move.new)) is not None:
-                return move, problem
+        for adjustment in self._adjustments(factor, rule):
+            if (problem := out_of_range(adjustment.name, adjustment.old, adjustment.new)) is not None:
+                return adjustment, problem
         return None
 
     def _rows(self, rule: Rule) -> list[str]:
         """Return a line for each hyperparameter that a rule changes."""
         width = max(map(len, RULES))
-        if (wrong := self._first_problem(self.factor, rule)) is not None:
-            return [f"  {rule:<{width}}  not at this k: {wrong[0].name} would be {wrong[0].new:.4g}, {wrong[1]}"]
-        changed = [move for move in self._moves(self.factor, rule) if move.new != move.old]
-        lines = [f"{m.name} {m.old:.4g} → {m.new:.4g}: {m.reason}{f' ({m.source})' * bool(m.source)}" for m in changed]
-        lines = lines or ["nothing: the batch is the same"]
+        if (found := self._first_problem(self.factor, rule)) is not None:
+            adjustment, problem = found
+            outcome = f"not applicable at this k: {adjustment.name} would be {adjustment.new:.4g}, {problem}"
+            return [f"  {rule:<{width}}  {outcome}"]
+        changed = [a for a in self._adjustments(self.factor, rule) if a.new != a.old]
+        lines = [f"{a.name} {a.old:.4g} → {a.new:.4g}: {a.reason}{f' ({a.source})' * bool(a.source)}" for a in changed]
+        lines = lines or ["no change: the batch is the same"]
         return [f"  {rule if i == 0 else '':<{width}}  {line}" for i, line in enumerate(lines)]

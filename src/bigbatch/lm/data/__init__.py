@@ -1,1 +1,1 @@
-"""From files to tokenized samples, their validation split and their order."""
+"""Data pipeline: read documents, tokenize them, split off validation data and order the samples."""

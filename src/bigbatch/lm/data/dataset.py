@@ -1,4 +1,4 @@
-"""Documents as samples: every token to learn is the label of exactly one position of exactly one sample.
+"""Tokenized samples of documents: every trained token is the label of exactly one position of one sample.
 
 documents → split_documents → encode → TokenDataset → samples → collate → micro-batch
 """
@@ -24,20 +24,20 @@ from bigbatch.lm.text import plural
 __all__ = ["IGNORED", "Counts", "TokenDataset", "collate", "encode", "split_documents"]
 
 IGNORED = -100
-"""Label of a position whose next token is not learned: torch's default ``ignore_index``."""
+"""Label of a position whose next token is not trained on: torch's default ``ignore_index``."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the documents.
+    """Counts of encoded documents, samples and tokens.
 
     Attributes:
         documents: Documents encoded.
-        samples: Pieces to train on.
-        cut_documents: Documents longer than one piece.
+        samples: Samples, each a document or a piece of one.
+        cut_documents: Documents cut into more than one piece.
         tokens: Tokens of all documents, special ones included.
-        label_tokens: Tokens that are learned, each once in an epoch.
-        masked_pieces_left_out: Pieces of long documents in which nothing is learned.
+        label_tokens: Tokens that are trained on, each once per epoch.
+        masked_pieces_left_out: Pieces of long documents without a token to train on.
     """
 
     documents: int = 0
@@ -51,41 +51,41 @@ class Counts:
         """Return the counts as one line for the user."""
         parts = [
             f"{plural(self.documents, 'document')} with {plural(self.tokens, 'token')}, "
-            f"{self.label_tokens:,} of them learned",
+            f"{self.label_tokens:,} of them trained on",
             f"{plural(self.samples, 'sequence')}",
         ]
         if self.cut_documents:
             parts.append(f"{plural(self.cut_documents, 'long document')} cut into pieces")
         if self.masked_pieces_left_out:
-            parts.append(f"{plural(self.masked_pieces_left_out, 'piece')} with nothing to learn left out")
+            parts.append(f"{plural(self.masked_pieces_left_out, 'piece')} without training tokens left out")
         return "; ".join(parts)
 
 
 class TokenDataset:
-    """Samples of one flat run of tokens; a sample is a piece of one document.
+    """Samples of one flat token sequence; a sample is a piece of one document.
 
         input_ids[j] = tokens[start + j]
-        labels[j]    = tokens[start + j + 1] if it is learned, else -100            0 ≤ j < length
+        labels[j]    = tokens[start + j + 1] if it is trained on, else -100            0 ≤ j < length
 
-    The last label of a piece is the first input of the document's next piece. Labels are shifted already: the logits
-    at position j are compared with ``labels[j]``.
+    The last label of a piece is the first input of the document's next piece. Labels are already shifted: the target
+    of the logits at position j is ``labels[j]``.
 
     Attributes:
-        tokens: int32 ``[tokens]`` on the CPU, the documents one after the other.
-        trained: bool ``[tokens]``, whether a token is learned.
+        tokens: int32 ``[tokens]`` on the CPU, the documents concatenated.
+        trained: bool ``[tokens]``, whether a token is trained on.
         lengths: Tokens of each sample, without padding.
         label_counts: Labels of each sample, at least 1.
     """
 
     def __init__(self, tokens: Tensor, trained: Tensor, samples: Sequence[tuple[int, int, int]]) -> None:
-        """Take ``samples`` as (start, length, document index) triples."""
+        """Store ``samples``: (start, length, document index) triples."""
         self.tokens = tokens
         self.trained = trained
         self._samples = list(samples)
         self.lengths = [length for _, length, _ in self._samples]
         starts, lengths, _ = torch.tensor(self._samples, dtype=torch.int64).reshape(-1, 3).unbind(1)
-        learned_up_to = trained.cumsum(0)  # tokens learned up to and with each
-        labels = learned_up_to[starts + lengths] - learned_up_to[starts]
+        trained_up_to = trained.cumsum(0)  # inclusive
+        labels = trained_up_to[starts + lengths] - trained_up_to[starts]
         self.label_counts: list[int] = labels.tolist()
 
     def __len__(self) -> int:
@@ -99,11 +99,11 @@ class TokenDataset:
         return {"input_ids": tokens[:-1], "labels": labels}
 
     def document_of(self, index: int) -> int:
-        """Return the index, among the encoded documents, of the one that a sample is a piece of."""
+        """Return the index of the encoded document that a sample belongs to."""
         return self._samples[index][2]
 
     def fingerprint(self) -> str:
-        """Give the SHA-256, in hex, of every token, what is learned of it, and where samples begin and end."""
+        """Return the SHA-256, in hex, of the tokens, the training mask and the bounds of the samples."""
         digest = hashlib.sha256(self.tokens.numpy().tobytes())
         digest.update(self.trained.numpy().tobytes())
         digest.update(torch.tensor(self._samples, dtype=torch.int64).numpy().tobytes())
@@ -111,20 +111,20 @@ class TokenDataset:
 
     @property
     def label_tokens(self) -> Tensor:
-        """Every token that is learned, int32 ``[label_tokens]``, in the order of the documents."""
+        """Tokens that are trained on, int32 ``[label_tokens]``, in the order of the documents."""
         return self.tokens[self.trained]
 
     def unigram_entropy(self) -> float:
-        """Return −Σ p ln p in nats per token, with p the share of each token among those that are learned.
+        """Return −Σ p ln p in nats per token, with p the share of each token among those that are trained on.
 
-        It is the loss of the best model that knows how frequent tokens are and nothing of their order.
+        The loss of the best model that knows token frequencies but not their order.
 
         Raises:
             ValueError: The dataset is empty.
         """
         total = len(self.label_tokens)
         if total == 0:
-            raise ValueError("the dataset has no token to learn, so there is no distribution to take the entropy of.")
+            raise ValueError("the dataset has no token to train on, so its unigram entropy is undefined.")
         # ln N − Σ n ln n / N over the counts n: the same sum, and exactly 0 for one distinct token.
         occurrences = torch.unique(self.label_tokens, return_counts=True)[1].to(torch.float64)
         return max(0.0, math.log(total) - float((occurrences * occurrences.log()).sum()) / total)
@@ -137,19 +137,19 @@ def encode(
     max_length: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TokenDataset, Counts]:
-    """Turn documents into samples of at most ``max_length`` tokens, and count what became of them.
+    """Encode documents as samples of at most ``max_length`` tokens, and count documents, samples and tokens.
 
-    Longer documents are cut into pieces of ``max_length``, the last one shorter. A piece in which nothing is learned
-    is left out and counted; nothing else is.
+    Longer documents are cut into pieces of ``max_length`` tokens, the last one shorter. Only pieces without a token to
+    train on are left out; they are counted.
 
     Args:
-        documents: None at all make an empty dataset.
-        tokenizer: With an end token; conversations also need its chat template.
+        documents: An empty sequence yields an empty dataset.
+        tokenizer: Needs an end token, and for conversations a chat template.
         max_length: Tokens of the longest sample, at least 1.
-        progress: Called with (documents done, documents) now and then, and at the end.
+        progress: Called with (documents done, documents) every 100 documents and at the end.
 
     Raises:
-        InputError: A document yields no training token, or the tokenizer cannot encode it; names its source.
+        InputError: A document yields no training token, or the tokenizer cannot encode it; the message has its source.
         ValueError: ``max_length`` is below 1.
     """
     if max_length < 1:
@@ -160,42 +160,42 @@ def encode(
     cut = left_out = 0
     for index, encoded in enumerate(encode_documents(documents, tokenizer)):
         pieces = _pieces(encoded, max_length)
-        learned = [(first, length) for first, length in pieces if 1 in encoded.trained[first + 1 : first + length + 1]]
-        samples += [(len(tokens) + first, length, index) for first, length in learned]
+        usable = [(first, length) for first, length in pieces if 1 in encoded.trained[first + 1 : first + length + 1]]
+        samples += [(len(tokens) + first, length, index) for first, length in usable]
         cut += len(pieces) > 1
-        left_out += len(pieces) - len(learned)
+        left_out += len(pieces) - len(usable)
         tokens.extend(encoded.tokens)
         trained += encoded.trained
         if progress is not None and (index % 100 == 99 or index + 1 == len(documents)):
             progress(index + 1, len(documents))
     counts = Counts(len(documents), len(samples), cut, len(tokens), sum(trained), left_out)
-    # frombuffer refuses a buffer without a byte; the clone lets go of a buffer that Python may move.
+    # frombuffer refuses an empty buffer; the clone releases a buffer that Python may move.
     flat = torch.frombuffer(tokens, dtype=torch.int32).clone() if tokens else torch.empty(0, dtype=torch.int32)
     mask = torch.frombuffer(trained, dtype=torch.bool).clone() if trained else torch.empty(0, dtype=torch.bool)
     return TokenDataset(flat, mask, samples), counts
 
 
 def _pieces(encoded: Encoded, max_length: int) -> list[tuple[int, int]]:
-    """Cut a document into (start, length) of its inputs; its last token is a label only."""
+    """Return (start, length) of the pieces of a document's inputs; its last token is only a label."""
     inputs = len(encoded.tokens) - 1
     return [(start, min(max_length, inputs - start)) for start in range(0, inputs, max_length)]
 
 
 def collate(samples: Sequence[dict[str, Tensor]], *, pad_id: int) -> dict[str, Tensor]:
-    """Put samples into one padded micro-batch.
+    """Collate samples into one right-padded micro-batch.
 
     Args:
-        samples: As a :class:`TokenDataset` gives them, at least one.
-        pad_id: Token that fills ``input_ids`` on the right; its positions have no label and are not attended to.
+        samples: Items of a :class:`TokenDataset`, at least one.
+        pad_id: Token that pads ``input_ids``; its positions have no label and are not attended to.
 
     Returns:
         ``input_ids``, ``labels`` and ``attention_mask`` (1 for a token, 0 for padding), int64 ``[samples, longest]``.
 
     Raises:
-        ValueError: There is no sample.
+        ValueError: ``samples`` is empty.
     """
     if not samples:
-        raise ValueError("there is no sample to collate. Give at least one.")
+        raise ValueError("there is no sample to collate. Pass at least one.")
     inputs = [sample["input_ids"] for sample in samples]
     return {
         "input_ids": pad_sequence(inputs, batch_first=True, padding_value=pad_id),

@@ -1,4 +1,4 @@
-"""What a source gives: documents, each with the place it comes from, and notes about what was read."""
+"""Documents of a data source, each with its origin, and notes for the user."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Document:
-    """One unit of training data: a text, a prompt with its completion, or a conversation.
+    """A text, a prompt with its completion, or a conversation: one unit of training data.
 
     Exactly one of ``text``, ``prompt`` with ``completion``, and ``messages`` is set.
 
     Attributes:
-        source: Where it comes from, for messages to the user: a path, or ``path:line`` for a record.
-        text: Every token of it is learned.
-        prompt: Given, never learned.
-        completion: Learned, as what follows ``prompt``.
-        messages: Turns ``{"role": ..., "content": ...}``; the turns of the assistant are learned.
+        source: Origin, for messages to the user: a path, or ``path:line`` for a record.
+        text: Text whose tokens are all trained on.
+        prompt: Context, never trained on.
+        completion: Continuation of ``prompt``, trained on.
+        messages: Turns ``{"role": ..., "content": ...}``; those of the assistant are trained on.
     """
 
     source: str
@@ -33,15 +33,15 @@ class Document:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of the content in hex, the same wherever the content comes from."""
+        """SHA-256 of the content in hex, independent of the source."""
         content = [self.text, self.prompt, self.completion, self.messages]
-        # ASCII escapes keep the digest the same on every machine and for every string that Python can hold.
+        # ASCII escapes make the digest independent of the machine and defined for every Python string.
         canonical = json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every string of the content, in order: what a tokenizer is trained on."""
+        """Every string of the content, in order, to train a tokenizer on."""
         if self.messages is not None:
             return tuple(message["content"] for message in self.messages)
         return tuple(part for part in (self.text, self.prompt, self.completion) if part is not None)
@@ -49,11 +49,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Every document of a source, and what a reader should know about it.
+    """All documents of a source, with notes for the user.
 
     Attributes:
         documents: In the order of the source, at least one.
-        notes: Lines for the user with counts of what was read and of what was left out.
+        notes: One line for each count of documents read or left out.
     """
 
     documents: tuple[Document, ...]

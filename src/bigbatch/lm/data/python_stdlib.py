@@ -1,4 +1,4 @@
-"""The built-in sources: the Python files of this machine's own standard library, whole or as functions."""
+"""Built-in data sources: the Python files of this machine's standard library, whole or as functions."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def standard_library_files() -> list[Path]:
     """Return the ``.py`` files of the standard library, tests and installed packages left out, sorted by path.
 
     Raises:
-        InputError: This Python keeps its standard library elsewhere than in files.
+        InputError: The standard library of this Python is not stored as files.
     """
     root = _root()
     names = (path.relative_to(root) for path in root.rglob("*.py"))
-    kept = [name for name in names if not any(_is_left_out(part) for part in name.parts)]
-    if not kept:
-        raise InputError(f"there is no Python file under {root}, so there is no standard library to learn from.")
-    return [root / name for name in sorted(kept, key=Path.as_posix)]
+    included = [name for name in names if not any(_is_left_out(part) for part in name.parts)]
+    if not included:
+        raise InputError(f"no Python file was found under {root}, so there is no standard library to train on.")
+    return [root / name for name in sorted(included, key=Path.as_posix)]
 
 
 def read_standard_library() -> Corpus:
-    """Return every file of the standard library as a document of text.
+    """Return every file of the standard library as a text document.
 
     Raises:
-        InputError: There is none (see :func:`standard_library_files`).
+        InputError: The standard library has no files (see :func:`standard_library_files`).
     """
     texts, notes = _read_texts()
     documents = tuple(Document(name, text=text) for name, text in texts)
@@ -45,13 +45,13 @@ def read_standard_library() -> Corpus:
 def read_standard_library_functions() -> Corpus:
     """Return every documented function of the standard library: signature and docstring as prompt, body as completion.
 
-    Functions, methods, coroutines and nested functions count; decorators are left out. Exact duplicates are kept once.
+    Includes functions, methods, coroutines and nested functions, without decorators. Exact duplicates are kept once.
 
     Raises:
-        InputError: There is none (see :func:`standard_library_files`).
+        InputError: The standard library has no files (see :func:`standard_library_files`).
     """
     texts, notes = _read_texts()
-    kept: dict[str, Document] = {}
+    unique: dict[str, Document] = {}
     found = 0
     unparsed = 0
     for name, text in texts:
@@ -62,19 +62,19 @@ def read_standard_library_functions() -> Corpus:
             continue
         found += len(functions)
         for function in functions:
-            kept.setdefault(function.key, function)
+            unique.setdefault(function.key, function)
     if unparsed:
-        notes.append(f"{plural(unparsed, 'file')} that Python {_VERSION} does not parse left out")
-    if found > len(kept):
-        notes.append(f"{plural(found - len(kept), 'exact duplicate')} left out")
-    about = f"{plural(len(kept), 'documented function')} of {plural(len(texts), 'file')} of Python's standard library"
-    return Corpus(tuple(kept.values()), (about, *notes))
+        notes.append(f"{plural(unparsed, 'file')} with invalid syntax for Python {_VERSION} left out")
+    if found > len(unique):
+        notes.append(f"{plural(found - len(unique), 'exact duplicate')} left out")
+    about = f"{plural(len(unique), 'documented function')} of {plural(len(texts), 'file')} of Python's standard library"
+    return Corpus(tuple(unique.values()), (about, *notes))
 
 
 def documented_functions(text: str, source: str) -> Iterator[Document]:
-    r"""Yield the functions of a module that have a docstring and a body beyond it, in the order of their lines.
+    r"""Yield the functions of a module that have a docstring and a further body, in line order.
 
-    Prompt and completion are whole lines of the source, without the indentation of the ``def``; together they are
+    Prompt and completion are whole lines of the source, without the indentation of the ``def``; together they form
     the function. The body keeps one level of indentation and ends with a newline.
 
     Args:
@@ -85,9 +85,9 @@ def documented_functions(text: str, source: str) -> Iterator[Document]:
         SyntaxError: This Python does not parse the module.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a stray backslash in a file that we only read is not the user's concern
+        warnings.simplefilter("ignore")  # such as invalid escapes in files that are only read
         tree = ast.parse(text)
-    # Not str.splitlines: it also breaks at form feeds, and the parser's line numbers do not.
+    # Not str.splitlines, which also breaks at form feeds, unlike the parser's line numbers.
     lines = text.split("\n")
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for node in sorted(functions, key=lambda node: node.lineno):
@@ -101,16 +101,16 @@ def documented_functions(text: str, source: str) -> Iterator[Document]:
 
 
 def _docstring_end(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int | None:
-    """Return the last line, from 1, of the docstring of a function that goes on after it on lines of its own."""
+    """Return the last line, from 1, of a docstring that is followed by a body on separate lines; else None."""
     docstring, *body = node.body
-    if ast.get_docstring(node, clean=False) is None or all(_says_nothing(statement) for statement in body):
+    if ast.get_docstring(node, clean=False) is None or all(_is_no_op(statement) for statement in body):
         return None
     shared_line = any(after.lineno == before.end_lineno for before, after in pairwise(node.body[:2]))
     return None if shared_line else docstring.end_lineno
 
 
-def _says_nothing(statement: ast.stmt) -> bool:
-    """Tell whether a statement is ``pass``, ``...`` or another bare constant."""
+def _is_no_op(statement: ast.stmt) -> bool:
+    """Return whether a statement is ``pass``, ``...`` or another bare constant."""
     is_constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return is_constant or isinstance(statement, ast.Pass)
 
@@ -128,7 +128,7 @@ def _read_texts() -> tuple[list[tuple[str, str]], list[str]]:
     unreadable = 0
     for path in standard_library_files():
         try:
-            with tokenize.open(path) as file:  # honours the encoding that the file declares
+            with tokenize.open(path) as file:  # in the encoding that the file declares
                 text = file.read()
         except (OSError, SyntaxError, UnicodeDecodeError):
             unreadable += 1
@@ -139,7 +139,7 @@ def _read_texts() -> tuple[list[tuple[str, str]], list[str]]:
             empty += 1
     notes = [f"{plural(empty, 'empty file')} left out"] if empty else []
     if unreadable:
-        notes.append(f"{plural(unreadable, 'file')} that cannot be read left out")
+        notes.append(f"{plural(unreadable, 'unreadable file')} left out")
     return texts, notes
 
 
@@ -148,7 +148,7 @@ def _root() -> Path:
 
 
 def _is_left_out(part: str) -> bool:
-    # Builds keep their Makefile and a copy of their configuration in config-VERSION-PLATFORM.
+    # config-VERSION-PLATFORM has the Makefile and the configuration of the build.
     return part in LEFT_OUT_FOLDERS or part.startswith("config-")
 
 

@@ -1,6 +1,6 @@
-"""Records, from JSON lines, Parquet and datasets, as documents; what a record must hold is decided here.
+"""Read and validate records from JSON lines, Parquet and datasets.
 
-record (a dict and the place it stands) → checked → Document
+record (a dict and its file and line) → validated → Document
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.text import first_line
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 FIELDS = ("text", "prompt", "completion", "messages")
 ROLES = ("system", "user", "assistant")
-EXPECTED = "A record holds 'text', or 'prompt' and 'completion', or 'messages'."
+EXPECTED = "A record must have 'text', or 'prompt' and 'completion', or 'messages'."
 NO_TOKEN = "yields no training token"
 
 
@@ -27,11 +26,11 @@ def read_records(path: Path, source: str, *, broken: list[str] | None = None) ->
 
     Args:
         path: The file.
-        source: What it is called in messages.
-        broken: Takes what is wrong with each record that cannot be learned, which is then left out; None to raise it.
+        source: Name of the file in messages.
+        broken: List to which the error of each invalid record is appended, which is then skipped; None to raise it.
 
     Raises:
-        InputError: The file cannot be read, or a record is not what :func:`to_document` takes.
+        InputError: The file cannot be read, or :func:`to_document` refuses a record.
         OSError: The operating system refuses the file.
     """
     read = _read_parquet if path.suffix.lower() == ".parquet" else _read_json_lines
@@ -43,21 +42,21 @@ def rows_to_documents(
 ) -> Iterator[Document]:
     """Yield a document for each row of a table with the columns ``names``.
 
-    A table has every column in every row, so a null stands for a field that is not there. ``source`` with the
-    row's number, from 1, is the source of the document.
+    A table has every column in every row, so null means a missing field. The source of a document is ``source`` with
+    the row number, from 1.
 
     Raises:
-        InputError: The table has no column to learn from, or a row is not what :func:`to_document` takes.
+        InputError: The table has none of the known columns, or :func:`to_document` refuses a row.
     """
     names = list(names)
     if not set(names) & set(FIELDS):
-        raise InputError(f"{source} has the columns {_listing(names)} and none to learn from. {EXPECTED}")
+        raise InputError(f"{source} has the columns {_listing(names)}, none of which can be trained on. {EXPECTED}")
     for number, row in enumerate(rows, 1):
         record = {name: value for name, value in row.items() if value is not None}
-        yield from _learnable(partial(to_document, record, f"{source}:{number}"), broken)
+        yield from _valid_document(partial(to_document, record, f"{source}:{number}"), broken)
 
 
-def _learnable(read: Callable[[], Document], broken: list[str] | None) -> Iterator[Document]:
+def _valid_document(read: Callable[[], Document], broken: list[str] | None) -> Iterator[Document]:
     try:
         document = read()
     except InputError as error:
@@ -69,7 +68,7 @@ def _learnable(read: Callable[[], Document], broken: list[str] | None) -> Iterat
 
 
 def to_document(record: object, source: str) -> Document:
-    """Return the document of one record; fields other than the four known ones are ignored.
+    """Convert one record to a document; fields other than the four known ones are ignored.
 
     Args:
         record: A mapping with ``text``, with ``prompt`` and ``completion``, or with ``messages``, a list of
@@ -77,7 +76,7 @@ def to_document(record: object, source: str) -> Document:
         source: Names the record in messages, as ``path:line``.
 
     Raises:
-        InputError: The record has another shape, or nothing in it could be learned.
+        InputError: The record has another structure, or no content to train on.
     """
     if not isinstance(record, Mapping):
         raise InputError(f"{source}: the record is {_kind(record)} and not an object. {EXPECTED}")
@@ -86,7 +85,7 @@ def to_document(record: object, source: str) -> Document:
         raise InputError(f"{source}: the record has {_listing(record)}. {EXPECTED}")
     if len(kinds) > 1:
         both = " and ".join(repr("+".join(kind)) for kind in kinds)
-        raise InputError(f"{source}: the record has {both}, and only one of them can be learned. Keep one.")
+        raise InputError(f"{source}: the record has {both}, but only one of them is allowed. Keep one.")
     if kinds == [("messages",)]:
         return Document(source, messages=_messages(record["messages"], source))
     content = {field: _string(record[field], f"the field {field!r}", source) for field in kinds[0]}
@@ -107,7 +106,7 @@ def _messages(messages: object, source: str) -> tuple[dict[str, str], ...]:
     turns = tuple(_message(message, number, source) for number, message in enumerate(messages, 1))
     if turns[0]["role"] == "assistant":
         raise InputError(
-            f"{source}: message 1 is the assistant's, with nothing to answer. Begin with a system or user message."
+            f"{source}: message 1 is from the assistant and answers nothing. Start with a system or user message."
         )
     if not any(turn["role"] == "assistant" and turn["content"] for turn in turns):
         raise InputError(f"{source}: the record {NO_TOKEN}: no message of the assistant has content.")
@@ -120,7 +119,7 @@ def _message(message: object, number: int, source: str) -> dict[str, str]:
         raise InputError(f"{source}: {where} is {_kind(message)} and must be an object with 'role' and 'content'.")
     fields = {name: value for name, value in message.items() if value is not None}
     if set(fields) != {"role", "content"}:
-        raise InputError(f"{source}: {where} has {_listing(fields)} and must have 'role' and 'content' alone.")
+        raise InputError(f"{source}: {where} has {_listing(fields)} and must have exactly 'role' and 'content'.")
     turn = {name: _string(fields[name], f"the {name} of {where}", source) for name in ("role", "content")}
     if turn["role"] not in ROLES:
         raise InputError(f"{source}: {where} has the role {turn['role']!r}; the roles are {', '.join(ROLES)}.")
@@ -133,15 +132,15 @@ def _string(value: object, what: str, source: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, which is no character and which no tokenizer takes.
+        # JSON can encode half of a surrogate pair, which is not a character and which no tokenizer accepts.
         raise InputError(
-            f"{source}: {what} holds half of a surrogate pair, {value[error.start]!a}, which is no character."
+            f"{source}: {what} has half of a surrogate pair, {value[error.start]!a}, which is not a character."
         ) from None
     return value
 
 
 def _kind(value: object) -> str:
-    """Name the type of a value in the words of JSON, with its article."""
+    """Return the JSON name of a value's type, with its article."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
@@ -158,10 +157,10 @@ def _listing(names: Iterable[Any]) -> str:
 def _read_json_lines(path: Path, source: str, broken: list[str] | None) -> Iterator[Document]:
     with path.open("rb") as file:
         offset = 0
-        # Lines end at \n alone: JSON strings may hold the other separators that str.splitlines knows.
+        # Split at \n only: JSON strings may contain the other separators of str.splitlines.
         for number, raw in enumerate(file, 1):
             if raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
-                yield from _learnable(partial(_read_line, raw, f"{source}:{number}", offset), broken)
+                yield from _valid_document(partial(_read_line, raw, f"{source}:{number}", offset), broken)
             offset += len(raw)
 
 
@@ -172,11 +171,13 @@ def _read_line(raw: bytes, place: str, offset: int) -> Document:
 
 def _parse(line: str, place: str) -> object:
     try:
-        return json.loads(line.rstrip())  # with its end, an error at the end would be in column 1 of the next line
+        return json.loads(
+            line.rstrip()
+        )  # with a newline, an error at the end would be reported in column 1 of the next line
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: not valid JSON: {error.msg} at column {error.colno}.") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousands deep
-        raise InputError(f"{place}: JSON that Python does not read: {first_line(error)}.") from None
+        raise InputError(f"{place}: JSON that Python cannot read: {first_line(error)}.") from None
 
 
 def _read_parquet(path: Path, source: str, broken: list[str] | None) -> Iterator[Document]:
@@ -190,19 +191,19 @@ def _read_parquet(path: Path, source: str, broken: list[str] | None) -> Iterator
             rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
             yield from rows_to_documents(rows, names, source, broken=broken)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{source} is not a Parquet file that can be read: {first_line(error)}.") from None
+        raise InputError(f"{source} cannot be read as a Parquet file: {first_line(error)}.") from None
 
 
 def decode_utf8(data: bytes, source: str, offset: int = 0) -> str:
-    """Return UTF-8 bytes as text; ``offset`` is where in the file they begin.
+    """Decode UTF-8 bytes that start at byte ``offset`` of the file.
 
     Raises:
-        InputError: They are not UTF-8; names the offset in bytes, from 0, of the first wrong one in the file.
+        InputError: Invalid UTF-8; the message has the offset of the first invalid byte, from 0, in the file.
     """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start:,}. "
-            "Convert it, or leave it out."
+            "Convert it to UTF-8, or remove it."
         ) from None

@@ -1,4 +1,4 @@
-"""In which order an epoch takes the samples, and which of them are one update: integers only.
+"""Order of the samples within an epoch and their division into updates, as integers.
 
 seed, epoch → epoch_order → epoch_windows → the samples of each update
 """
@@ -10,22 +10,22 @@ from random import Random
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> list[int]:
-    """Return a permutation of ``range(num_samples)`` that depends on the arguments alone.
+    """Return a permutation of ``range(num_samples)`` that depends on the arguments only.
 
     Args:
         num_samples: At least 0.
-        seed: The run's.
-        epoch: From 0; each has its own order.
+        seed: Seed of the run.
+        epoch: From 0; every epoch has its own order.
 
     Raises:
         ValueError: ``num_samples`` or ``epoch`` is negative.
     """
     if num_samples < 0:
-        raise ValueError(f"num_samples={num_samples} is negative. Give the number of samples, 0 or more.")
+        raise ValueError(f"num_samples={num_samples} is negative. Pass the number of samples, 0 or more.")
     if epoch < 0:
         raise ValueError(f"epoch={epoch} is negative. Epochs count from 0.")
-    # Sorting by random() and not shuffle(): of the two, Python promises the same numbers in every version for the
-    # first alone. A string as the seed is hashed whole, so neighbouring seeds and epochs have nothing in common.
+    # Sort by random() instead of shuffle(): Python guarantees the same numbers in every version only for the former.
+    # A string seed is hashed as a whole, so neighbouring seeds and epochs are unrelated.
     random = Random(f"seed {seed} epoch {epoch}")
     positions = [random.random() for _ in range(num_samples)]
     return sorted(range(num_samples), key=positions.__getitem__)
@@ -40,28 +40,28 @@ def epoch_windows(
     epoch: int,
     position: int = 0,
 ) -> list[list[int]]:
-    """Cut the order of an epoch into the samples of each update; every sample is in exactly one.
+    """Split the order of an epoch into the samples of each update; every sample is in exactly one.
 
-    In sequences, a window takes ``global_batch`` of them. In tokens, it takes whole samples until its total is as
-    close to ``global_batch_tokens`` as it comes: it ends where the next sample would not bring it closer. The last
-    window takes what is left.
+    In sequences, a window has ``global_batch`` samples. In tokens, it has whole samples with a total as close to
+    ``global_batch_tokens`` as possible: it ends before the first sample that would not bring the total closer. The
+    last window has the remaining samples.
 
     Args:
         lengths: Tokens of each sample, without padding, each at least 1.
         global_batch: Samples behind one update, at least 1, or None.
-        global_batch_tokens: Tokens behind one update, at least 1, or None. Exactly one of the two is given.
+        global_batch_tokens: Tokens behind one update, at least 1, or None. Exactly one of the two is set.
         seed: As for :func:`epoch_order`.
         epoch: As for :func:`epoch_order`.
-        position: Samples of the epoch that are left out from its beginning; where that is the end of a window, those
-            after it are the same as without.
+        position: Samples to skip at the start of the epoch; at the end of a window, the windows after it are the
+            same as without skipping.
 
     Raises:
-        ValueError: Both or none of the two sizes are given, or a number is out of range.
+        ValueError: Both sizes are set, or neither, or a number is out of range.
     """
     if (global_batch is None) == (global_batch_tokens is None):
         raise ValueError(
             f"global_batch={global_batch} and global_batch_tokens={global_batch_tokens}: the batch is counted in "
-            "sequences or in tokens. Give exactly one of them."
+            "sequences or in tokens. Set exactly one of them."
         )
     order = epoch_order(len(lengths), seed=seed, epoch=epoch)[position:]
     if global_batch is not None:

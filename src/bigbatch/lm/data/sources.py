@@ -1,6 +1,6 @@
-"""Where documents come from: a word, a file, a folder or a hub name → a corpus. No torch, no model library.
+"""Read a corpus from a built-in source, a file, a folder or the hub. No torch, no model library.
 
-data: str → _find → text files, record files, saved datasets, the hub, the built-in sources → Corpus
+data: str → built-in source | text files | record files | saved dataset | hub → Corpus
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Corpus, Document
-from bigbatch.lm.data.hub import hub_answers
+from bigbatch.lm.data.hub import is_on_hub
 from bigbatch.lm.data.python_stdlib import read_standard_library, read_standard_library_functions
 from bigbatch.lm.data.record_files import (
     FIELDS,
@@ -27,7 +27,8 @@ from bigbatch.lm.data.record_files import (
     read_records,
     rows_to_documents,
 )
-from bigbatch.lm.text import first_line, plural
+from bigbatch.lm.files import os_reason
+from bigbatch.lm.text import plural
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "read_corpus"]
 
@@ -41,18 +42,18 @@ _LOCAL_SUFFIXES = (*RECORD_SUFFIXES, ".txt", ".text", ".md", ".rst", ".py", ".js
 
 
 def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
-    """Return every document that ``data`` names, in an order that depends on the data alone.
+    """Return every document of ``data``, in an order that depends on the data only.
 
     Args:
         data: ``python-stdlib`` or ``python-stdlib-functions``; a file of text, which is one document; a ``.jsonl`` or
             ``.parquet`` file, each record of which is a document (see
-            :func:`bigbatch.lm.data.record_files.to_document`); a folder of such files, read with the folders in it,
-            hidden entries and ``__pycache__`` left out; a folder that ``datasets`` saved; or the name of a dataset on
-            the hub. Of the last two ``train`` is read. Text is UTF-8, with or without a byte-order mark.
-        skip_broken: Whether records that cannot be learned are left out and counted, instead of refused.
+            :func:`bigbatch.lm.data.record_files.to_document`); a folder of such files, read recursively without
+            hidden entries and ``__pycache__``; a folder saved by ``datasets``; or the name of a dataset on the hub.
+            Of the last two the split ``train`` is read. Text is UTF-8, with or without a byte-order mark.
+        skip_broken: Whether to skip and count invalid records instead of raising.
 
     Raises:
-        InputError: There is no such thing, it cannot be read, it is empty, or a document in it has nothing to learn.
+        InputError: ``data`` does not exist, cannot be read, is empty, or has a document without training tokens.
     """
     if data in BUILT_IN:
         return BUILT_IN[data]()
@@ -76,8 +77,8 @@ def _read(data: str, broken: list[str] | None) -> Corpus:
         if path.is_file():
             return _read_files([(path, data)], data, [], broken)
     except OSError as error:
-        raise InputError(f"cannot read {error.filename or data}: {error.strerror or first_line(error)}.") from None
-    raise InputError(f"{data} is neither a file nor a folder.")
+        raise InputError(f"cannot read {error.filename or data}: {os_reason(error)}.") from None
+    raise InputError(f"{data} is neither a regular file nor a folder.")
 
 
 def _exists(path: Path) -> bool:
@@ -91,27 +92,27 @@ def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
     files: list[Path] = []
     left_out = 0
 
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that it may not read
+    def raise_error(error: OSError) -> None:
+        raise error  # os.walk would skip a folder that it cannot read
 
-    for folder, folders, names in os.walk(root, onerror=refuse):
+    for folder, folders, names in os.walk(root, onerror=raise_error):
         here = Path(folder)
         entries = {name: not name.startswith(".") and name != "__pycache__" for name in (*folders, *names)}
         linked = [name for name in folders if entries[name] and (here / name).is_symlink()]
         if linked:
-            raise InputError(f"{here / linked[0]} is a link to a folder. Name the folder itself, or remove the link.")
-        left_out += sum(not kept for kept in entries.values())
+            raise InputError(f"{here / linked[0]} is a link to a folder. Pass the folder itself, or remove the link.")
+        left_out += sum(not included for included in entries.values())
         folders[:] = [name for name in folders if entries[name]]
         files += [here / name for name in names if entries[name]]
     if not files:
-        raise InputError(f"the folder {data} holds no file to learn from.")
+        raise InputError(f"the folder {data} contains no file to train on.")
     files.sort(key=lambda path: path.relative_to(root).as_posix())
     hidden = f"{left_out:,} hidden or __pycache__ {'entry' if left_out == 1 else 'entries'} left out"
     return _read_files([(path, str(path)) for path in files], data, [hidden] if left_out else [], broken)
 
 
 def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], broken: list[str] | None) -> Corpus:
-    """Read (path, name in messages) pairs: record files by their suffix, everything else as text."""
+    """Read (path, name in messages) pairs: record files, by suffix, or else text."""
     documents: list[Document] = []
     texts = 0
     records: Counter[str] = Counter()
@@ -139,7 +140,7 @@ def _read_text(path: Path, source: str) -> str:
         raise InputError(f"{source} is empty: it {NO_TOKEN}.")
     text = decode_utf8(data, source).removeprefix("\ufeff")
     if not text.strip():
-        raise InputError(f"{source} holds nothing but white space: it {NO_TOKEN}.")
+        raise InputError(f"{source} contains only white space: it {NO_TOKEN}.")
     return text
 
 
@@ -169,17 +170,17 @@ def _read_hub(name: str, broken: list[str] | None) -> Corpus:
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    # In offline mode the library reads its cache and fails at once; without it, it would retry for half a minute.
-    if not hub_answers(name, "dataset") and not HF_HUB_OFFLINE:
+    # In offline mode datasets reads its cache and fails at once; otherwise it would retry for half a minute.
+    if not is_on_hub(name, "dataset") and not HF_HUB_OFFLINE:
         raise InputError(
-            f"there is no file or folder {name!r} here, and the hub that may have such a dataset cannot be reached. "
-            "Check the path or the network; HF_HUB_OFFLINE=1 reads what an earlier run left in the cache."
+            f"there is no file or folder {name!r}, and the hub cannot be reached to look for a dataset of that name. "
+            "Check the path or the network; HF_HUB_OFFLINE=1 reads datasets that were downloaded before."
         )
     try:
         loaded = datasets.load_dataset(name, split="train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"{name!r} is no path here, and as a dataset of the hub it cannot be loaded: {first_line(error)}."
+            f"{name!r} is not a path on this machine and cannot be loaded from the hub: {first_line(error)}."
         ) from None
     return _from_dataset(loaded, name, f"the hub's dataset {name}, split train", broken)
 
@@ -194,9 +195,9 @@ def _from_dataset(dataset: Any, source: str, about: str, broken: list[str] | Non
 
 
 def _hub_name(data: str) -> str:
-    """Return ``data`` if it can be a dataset's name; what reads like a path or nearly like a known name is refused."""
+    """Return ``data`` if it can be the name of a dataset; refuse one that looks like a path or a misspelled name."""
     path = Path(data)
-    near = _near(data)
+    near = _close_matches(data)
     looks_local = (
         not _HUB_NAME.fullmatch(data)
         or path.suffix.lower() in _LOCAL_SUFFIXES
@@ -209,10 +210,10 @@ def _hub_name(data: str) -> str:
     raise InputError(f"there is no file or folder {data!r}. {remedy}")
 
 
-def _near(data: str) -> list[str]:
-    """Return existing paths and built-in names that ``data`` may have meant, the nearest first."""
+def _close_matches(data: str) -> list[str]:
+    """Return existing paths and built-in names with a spelling close to ``data``, the closest first."""
     path = Path(data)
-    # Where several folders of the path are missing, the first of them is the misspelt one.
+    # If several folders of the path are missing, the first of them is the misspelled one.
     while path.name and not _exists(path.parent):
         path = path.parent
     siblings = {entry.name: str(path.parent / entry.name) for entry in _entries(path.parent)}

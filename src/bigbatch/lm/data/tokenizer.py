@@ -1,4 +1,4 @@
-"""The tokenizer: a small one trained on the data, or the one that comes with a model."""
+"""Train a small tokenizer on the data, or load the one of a model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import TypeAlias
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import is_local
-from bigbatch.lm.text import first_line
 
 BEGIN = "<|begin|>"
 END = "<|end|>"
@@ -19,11 +18,11 @@ PAD = "<|pad|>"
 SPECIAL_TOKENS = (BEGIN, END, PAD)
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 MAX_TRAINING_CHARACTERS = 16_000_000
-"""Characters that a tokenizer is trained on; of more, evenly spread pieces are taken."""
+"""Maximum number of characters to train a tokenizer on; longer data is sampled in evenly spread pieces."""
 PIECE_CHARACTERS = 4096
 
-# Role markers are plain text, so that the vocabulary needs none; the end mark is last in the assistant's turn, so
-# that nothing learned comes after it.
+# Role markers are plain text and need no special tokens; the end token is last in the assistant's turn, so that no
+# trained token follows it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ message['role'] + ':\n' + message['content'] }}"
@@ -31,27 +30,27 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 
-# Files that hold a vocabulary, in the formats that transformers loads. Without any of them it may build an empty
-# tokenizer from the model's configuration, and say nothing.
+# Vocabulary files of the formats that transformers loads. Without any of them it may silently build an empty
+# tokenizer from the model's configuration.
 _VOCABULARY_FILES = ("tokenizer*", "tekken.json", "vocab*", "*.model", "*.tiktoken")
 
 AnyTokenizer: TypeAlias = PreTrainedTokenizerBase
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer; the same texts in the same order always give the same one.
+    """Train a byte-level BPE tokenizer; deterministic for the same texts in the same order.
 
-    Every string round-trips exactly: ``decode(encode(text)) == begin mark + text``. It begins every text with
-    ``<|begin|>``; ``<|end|>`` ends one and ``<|pad|>`` fills rows. Its chat template renders the first turns of a
-    conversation as a prefix of the whole.
+    Every string round-trips exactly: ``decode(encode(text)) == "<|begin|>" + text``. ``<|begin|>`` starts a text,
+    ``<|end|>`` ends it and ``<|pad|>`` pads rows. The chat template renders the first turns of a conversation as a
+    prefix of the whole.
 
     Args:
-        texts: What to learn the pieces from. Of more than ``MAX_TRAINING_CHARACTERS`` characters, pieces of
-            ``PIECE_CHARACTERS`` spread evenly over all of them are used.
-        vocabulary_size: Largest number of tokens, special ones included. Little text may give fewer.
+        texts: Training texts. Of more than ``MAX_TRAINING_CHARACTERS`` characters, evenly spread pieces of
+            ``PIECE_CHARACTERS`` are used.
+        vocabulary_size: Maximum number of tokens, special ones included. Little text may result in fewer.
 
     Raises:
-        ValueError: ``vocabulary_size`` does not hold the 256 bytes and the special tokens.
+        ValueError: ``vocabulary_size`` is too small for the 256 bytes and the special tokens.
     """
     if vocabulary_size < SMALLEST_VOCABULARY:
         raise ValueError(
@@ -83,28 +82,28 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> PreTrained
 
 
 def load_tokenizer(folder_or_name: str) -> AnyTokenizer:
-    """Load the tokenizer of a model folder, or of a model on the hub; code that comes with a model is not run.
+    """Load the tokenizer of a model folder or of a model on the hub, without running code of the model.
 
-    A tokenizer without a padding token pads with its end token: padding is masked, so nothing depends on it.
+    A tokenizer without a padding token pads with its end token: padding is masked and does not affect the result.
 
     Raises:
-        InputError: There is no such folder or model, it has no tokenizer, or the tokenizer has no end token.
+        InputError: The folder or model does not exist or has no tokenizer, or the tokenizer has no end token.
     """
     folder = Path(folder_or_name)
     is_folder = folder.is_dir()
     if is_folder and not any(any(folder.glob(pattern)) for pattern in _VOCABULARY_FILES):
         raise InputError(
-            f"the folder {folder_or_name} holds no tokenizer. "
-            "Save the model's own into it with tokenizer.save_pretrained(folder)."
+            f"the folder {folder_or_name} contains no tokenizer. "
+            "Save the model's tokenizer into it with tokenizer.save_pretrained(folder)."
         )
-    # The hub is asked first: transformers would retry an unreachable one for most of a minute.
+    # Check the hub first: transformers would retry an unreachable one for most of a minute.
     local_only = is_local(folder_or_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder_or_name, trust_remote_code=False, local_files_only=local_only)
-    except Exception as error:  # noqa: BLE001  the tokenizers library raises bare Exception for a file it cannot read
+    except Exception as error:  # noqa: BLE001  tokenizers raises a bare Exception for an unreadable file
         if local_only and not is_folder:
             raise InputError(
-                f"{folder_or_name!r} is no folder here, and the hub that may have such a model cannot be reached. "
+                f"{folder_or_name!r} is not a folder, and the hub cannot be reached to look for a model of that name. "
                 "Check the path or the network."
             ) from None
         raise InputError(f"the tokenizer of {folder_or_name} cannot be loaded: {first_line(error)}.") from None
@@ -112,12 +111,12 @@ def load_tokenizer(folder_or_name: str) -> AnyTokenizer:
 
 
 def _usable(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
-    """Refuse a tokenizer that cannot encode or end a text, and give it a padding token."""
+    """Check that a tokenizer can encode and end a text, and set its padding token if it has none."""
     if set(tokenizer("a text", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
-        raise InputError(f"the tokenizer of {name} knows no text: the files of its vocabulary are missing.")
+        raise InputError(f"the tokenizer of {name} cannot encode text: its vocabulary files are missing.")
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"the tokenizer of {name} has no end token, so a text could not be ended. "
+            f"the tokenizer of {name} has no end token to terminate documents with. "
             "Set eos_token in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
@@ -126,16 +125,16 @@ def _usable(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
 
 
 def _evenly_spread(texts: list[str], max_characters: int) -> Iterator[str]:
-    """Yield the texts, or every so many-th piece of them where they have more than ``max_characters``."""
+    """Yield the texts, or evenly spread pieces of them with about ``max_characters`` characters in total."""
     total = sum(map(len, texts))
     if total <= max_characters:
         yield from texts
         return
-    seen = kept = 0
+    seen = sampled = 0
     for text in texts:
         for start in range(0, len(text), PIECE_CHARACTERS):
             piece = text[start : start + PIECE_CHARACTERS]
-            if kept * total <= seen * max_characters:  # what is kept has fallen behind its share
-                kept += len(piece)
+            if sampled * total <= seen * max_characters:  # below its share of the characters so far
+                sampled += len(piece)
                 yield piece
             seen += len(piece)

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: decided by their content, so it survives reordering and additions."""
+"""Validation split by a hash of the content: stable when documents are reordered or added."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from io import StringIO
 from bigbatch.lm.data.documents import Document
 
 SMALLEST_CUT_LINES = 20
-"""Lines that a single text must have to give some of them for validation."""
+"""Minimum number of lines of a single text for a validation split by lines."""
 
 
 def split_documents(
@@ -18,13 +18,14 @@ def split_documents(
 
         held out  ⇔  first 64 bits of the SHA-256 of the content < validation_fraction × 2^64
 
-    so equal documents are always on one side, and a document stays on its side when others come or go. Where that
-    leaves one side empty, the nearest document, with its equals, moves over. A single document of text with at least
-    ``SMALLEST_CUT_LINES`` lines gives its last lines; any other single document is for training.
+    so equal documents are always on the same side, and a document stays on its side when others are added or removed.
+    If one side would be empty, the document closest to the threshold moves to it, with its duplicates. Of a single
+    text with at least ``SMALLEST_CUT_LINES`` lines the last lines are held out; any other single document is for
+    training.
 
     Args:
-        documents: Any number of them.
-        validation_fraction: From 0, which holds nothing out, to below 1.
+        documents: Any number of documents, including none.
+        validation_fraction: At least 0, which holds nothing out, and below 1.
 
     Raises:
         ValueError: ``validation_fraction`` is out of range.
@@ -49,21 +50,21 @@ def split_documents(
 
 
 def _position(key: str) -> float:
-    """Return where in [0, 1) a key lies; 64 bits are far more than there are documents."""
+    """Map the first 64 bits of a key to [0, 1)."""
     return int(key[:16], 16) / 2**64
 
 
 def _cut_single(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Hold out the last lines of the only document, if it is a text long enough for it."""
-    whole = list(documents)
-    text = whole[0].text
-    # Lines end at \n alone, so that the number in the source is the one that an editor shows.
+    """Hold out the last lines of the only document, if it is a text that is long enough."""
+    training = list(documents)
+    text = training[0].text
+    # Split at \n only, so that the line number in the source matches an editor's.
     lines = StringIO(text, newline="\n").readlines() if text is not None else []
-    if len(whole) > 1 or len(lines) < SMALLEST_CUT_LINES:
-        return whole, []
-    kept = min(len(lines) - 1, max(1, len(lines) - round(len(lines) * fraction)))
-    first = Document(whole[0].source, text="".join(lines[:kept]))
-    last = Document(f"{whole[0].source}:{kept + 1}", text="".join(lines[kept:]))
+    if len(training) > 1 or len(lines) < SMALLEST_CUT_LINES:
+        return training, []
+    num_training = min(len(lines) - 1, max(1, len(lines) - round(len(lines) * fraction)))
+    first = Document(training[0].source, text="".join(lines[:num_training]))
+    last = Document(f"{training[0].source}:{num_training + 1}", text="".join(lines[num_training:]))
     if first.key == last.key or not (first.text or "").strip() or not (last.text or "").strip():
-        return whole, []
+        return training, []
     return [first], [last]

@@ -15,8 +15,7 @@ from torch import nn
 from bigbatch.distributed.detect import detect_sync
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.replicated import Replicated
-from bigbatch.errors import InputError
-from bigbatch.lm.text import first_line
+from bigbatch.errors import InputError, first_line
 
 
 @dataclass(frozen=True)

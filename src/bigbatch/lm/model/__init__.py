@@ -1,1 +1,1 @@
-"""Load a causal language model and set up how it runs."""
+"""Load a causal language model and configure its attention, loss, layout and compilation."""

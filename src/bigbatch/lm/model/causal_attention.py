@@ -1,7 +1,7 @@
-"""Causal attention without a mask: right-padded rows need none, and packed rows are told apart by their offsets.
+"""Causal attention without a mask: right-padded rows need none, and packed rows are separated by offsets.
 
-transformers makes a mask of rows × length × length where a row is padded, and reads values back to the host to find out
-whether it may leave it away. Under an attention implementation that it knows no mask for it does neither.
+For padded rows transformers builds a mask of rows × length × length, and synchronizes with the device to decide whether
+it can be omitted. For an attention implementation without a registered mask function it does neither.
 """
 
 import inspect
@@ -19,37 +19,36 @@ from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.padding_check import ignores_right_padding, reference_logits
 
 NAME = "bigbatch_causal"
-AGREEMENT_TOLERANCE = 0.02  # of the logits, in any precision; a bias that is missing changes them by much more
+AGREEMENT_TOLERANCE = 0.02  # relative, of the logits, in any precision; a missing bias changes them by much more
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-# torch 2.11 shares key and value heads unasked, later ones want to be asked
+# torch 2.11 shares key and value heads by default; later versions need the argument
 _SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def drop_mask_if_causal(model: Any, device_spec: DeviceSpec, *, max_length: int) -> bool:
-    """Let a model attend without a mask where right-padded rows need none; tell whether it does.
+    """Switch a model to attention without a mask if right-padded rows need none; return whether they need none.
 
-    Tried on the model itself by `ignores_right_padding`. A window or chunk shorter than ``max_length`` needs the mask
-    that transformers makes for it.
+    `ignores_right_padding` checks this on the model. A window or chunk shorter than ``max_length`` needs the mask that
+    transformers builds for it.
 
     Args:
         model: A transformers language model, on its device, without adapters.
         device_spec: Decides about autocast.
-        max_length: Tokens of the longest row that will come.
+        max_length: Tokens of the longest row.
     """
     if not ignores_right_padding(model, device_spec):
         return False
     if has_full_attention(model.config, max_length=max_length):
         expected = reference_logits(model, device_spec)
         use_causal_attention(model)
-        if (
-            reference_logits(model, device_spec) - expected
-        ).norm() > AGREEMENT_TOLERANCE * expected.norm():  # its masks say more than causal
+        difference = reference_logits(model, device_spec) - expected
+        if difference.norm() > AGREEMENT_TOLERANCE * expected.norm():  # its masks are more than causal
             model.set_attn_implementation("sdpa")
     return True
 
 
 def has_full_attention(config: Any, *, max_length: int) -> bool:
-    """Tell from a configuration whether layers attend through torch, and to everything before within a length."""
+    """Return whether layers use torch's attention, over all previous tokens of at most ``max_length``."""
     if getattr(config, "_attn_implementation", None) not in ("sdpa", NAME):
         return False
     limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -57,12 +56,12 @@ def has_full_attention(config: Any, *, max_length: int) -> bool:
 
 
 def looks_causal(model: Any) -> bool:
-    """Tell from its layers whether a model is causal, where it has no weights to try it with."""
+    """Return whether the layers of a model are causal, by their attributes: for models without weights to test."""
     return all(getattr(module, "is_causal", True) is not False for module in model.modules())
 
 
 def use_causal_attention(model: Any) -> None:
-    """Let every layer of a model attend causally, without a mask."""
+    """Switch every layer of a model to causal attention without a mask."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attend)
@@ -80,9 +79,9 @@ def _attend(
     max_length_q: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within rows, or within the sequences of one row; tensors are ``[rows, heads, length, width]``.
+    """Attend within rows, or within the sequences of one packed row; tensors are ``[rows, heads, length, width]``.
 
-    The offsets of packed sequences come under the names that transformers has for them.
+    The offsets of packed sequences are passed under the names that transformers uses.
     """
     if cu_seq_lens_q is not None:
         assert max_length_q is not None, "offsets come with the length of the longest sequence"
@@ -91,7 +90,7 @@ def _attend(
 
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1 and query.is_cuda and query.dtype not in VARLEN_DTYPES:
-        # Wider dtypes have no kernel there that shares key and value heads, but the one that writes out all pairs.
+        # For wider dtypes, the only CUDA kernel that shares key and value heads materializes the attention matrix.
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     window = options.get("sliding_window")
     mask = None
@@ -113,32 +112,32 @@ def attend_packed(
     sliding_window: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """Attend causally within each of the sequences that one row consists of.
+    """Attend causally within each sequence of one packed row.
 
-    On CUDA it is one kernel of torch, in bfloat16 or float16; elsewhere one call for each sequence, in any dtype.
+    On CUDA one kernel, in bfloat16 or float16; on other devices one call per sequence, in any dtype.
 
     Args:
         query: ``[1, heads, tokens, width]``.
         key: ``[1, key heads, tokens, width]``; heads are a multiple of key heads.
         value: As ``key``.
-        offsets: int32 ``[sequences + 1]``: where sequences begin, and the tokens at the end. Sequences may be empty,
+        offsets: int32 ``[sequences + 1]``: starts of the sequences, then the number of tokens. Sequences may be empty
             and must cover the row: the kernel writes neither the output nor the gradient of a token outside, and a NaN
-            that is there by chance reaches every weight.
+            in that uninitialized memory would reach every weight.
         longest: At least the tokens of the longest sequence.
-        scaling: Of the products; by default 1 / √width.
+        scaling: Factor of the products; by default 1 / √width.
         dropout: Only on the CPU.
-        sliding_window: How many tokens each attends to, itself included; None for all before.
-        options: Others that transformers hands to attention.
+        sliding_window: Tokens that each token attends to, itself included; None for all previous tokens.
+        options: Further options that transformers passes to attention.
 
     Returns:
         ``[1, tokens, heads, width]``.
 
     Raises:
-        ValueError: Something that attention within sequences does not have.
+        ValueError: An option that packed attention does not support.
     """
     unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
     if unknown:
-        raise ValueError(f"attention with {unknown[0]} is not there for packed rows")
+        raise ValueError(f"attention with {unknown[0]} is not supported for packed rows")
     if not query.is_cuda and not isinstance(query, FakeTensor):
         parts = [
             _attend_to_one(query[:, :, part], key[:, :, part], value[:, :, part], scaling, dropout, sliding_window)
@@ -146,7 +145,7 @@ def attend_packed(
         ]
         return torch.cat(parts, 2).transpose(1, 2)
     if dropout:
-        raise ValueError("attention with dropout is not there for packed rows")
+        raise ValueError("attention with dropout is not supported for packed rows")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
@@ -159,8 +158,7 @@ def attend_packed(
 
 
 def _slices(offsets: Tensor) -> Iterator[slice]:
-    places = offsets.tolist()
-    return (slice(start, end) for start, end in pairwise(places) if end > start)
+    return (slice(start, end) for start, end in pairwise(offsets.tolist()) if end > start)
 
 
 def _attend_to_one(
@@ -181,7 +179,7 @@ def _attend_to_one(
 
 
 def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Tell which keys the last so many queries attend to, bool ``[1, 1, queries, keys]``."""
+    """Return which keys each of the last ``queries`` tokens attends to, bool ``[1, 1, queries, keys]``."""
     key = torch.arange(keys, device=device)
     query = key[keys - queries :, None]
     return ((key <= query) & (key > query - window))[None, None]

@@ -1,4 +1,4 @@
-"""The causal language-modelling loss: the sum over the trained tokens, and how many they are."""
+"""Causal language-modelling loss: the sum over the trained tokens, and their number."""
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ class CausalLMLoss:
 
     Args:
         device_spec: Decides about autocast.
-        needs_mask: Whether the model is given the attention mask. Without one, attention takes its causal kernels,
-            whose memory grows with the tokens of a row and not with their square. Right only for a model of which
-            `ignores_right_padding` holds.
+        needs_mask: Whether to pass the attention mask to the model. Without a mask, attention uses its causal kernels,
+            whose memory is linear in the tokens of a row, not quadratic. Correct only for a model for which
+            `ignores_right_padding` is true.
         longest: Tokens of the longest sequence of all packed rows.
     """
 
@@ -31,8 +31,8 @@ class CausalLMLoss:
         Args:
             model: A transformers causal language model.
             microbatch: ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, length]; ``labels[r, t]`` is the
-                token that follows ``input_ids[r, t]``, or -100 where it is not trained on. Or a row of
-                `bigbatch.lm.model.packed_rows.pack`.
+                token after ``input_ids[r, t]``, or -100 if it is not trained on. Or a row of
+                `bigbatch.lm.model.packed_rows.pack_row`.
 
         Returns:
             The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.

@@ -1,9 +1,9 @@
-"""The causal language-modelling loss without the logits: the head's weight goes to the loss, not its output.
+"""Causal language-modelling loss without all logits: the loss uses the weight of the head, not its output.
 
-    model → what its head is given → `linear_cross_entropy` with the head's weight
+    model → hidden states before the head → `linear_cross_entropy` with the weight of the head
 
-The model itself is called, whatever wraps it; only its head is handed a single token instead of all. So nothing has to
-be known of a model but what it does to the logits, and `chunked_loss_is_exact` asks the model about that.
+The model is called as it is, wrappers included; only its head receives a single token instead of all. The only
+assumption is how the model post-processes logits, which `chunked_loss_is_exact` checks on the model.
 """
 
 from collections.abc import Iterator
@@ -22,25 +22,25 @@ from bigbatch.lm.model.linear_cross_entropy import CHUNK_TOKENS, linear_cross_en
 from bigbatch.lm.model.packed_rows import model_inputs
 from bigbatch.preserve import preserved
 from bigbatch.verification.cut_gradients import narrowest_dtype
-from bigbatch.verification.verify import TOLERANCES
+from bigbatch.verification.tolerances import coarser_dtype, tolerance_for
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-LENGTH = 6  # of the rows that are tried
+LENGTH = 6  # tokens of the test rows
 CHUNKED_FROM = 16_384  # tokens in the vocabulary
-SIZES = (1.0, 1000.0)  # of the largest product that is tried: the second is far above any soft cap
+SIZES = (1.0, 1000.0)  # largest product in the tests; the second is far above any soft cap
 
 
 @dataclass(frozen=True)
 class LmHead:
-    """The last layer of a language model, and what the model does to its products.
+    """The last layer of a language model, and how the model post-processes its output.
 
         logits = scale · linear(hidden)
-        logits = softcap · tanh(logits / softcap)                                       where there is a softcap
+        logits = softcap · tanh(logits / softcap)                                       if softcap is not None
 
     Attributes:
         linear: The layer.
         scale: Factor of the logits.
-        softcap: What logits stay below in absolute value; None for no bound.
+        softcap: Bound on the absolute value of the logits; None for no bound.
     """
 
     linear: nn.Linear
@@ -55,8 +55,8 @@ def find_lm_head(model: Any) -> LmHead | None:
         model: A transformers causal language model, or peft's wrapper of one.
 
     Returns:
-        None where the head is no plain linear layer: another kind of model, quantized, or itself adapted. What it says
-        of other models holds where `chunked_loss_is_exact`.
+        None if the head is not a plain linear layer: another kind of model, a quantized head, or one with adapters.
+        Otherwise the head, to be confirmed by `chunked_loss_is_exact`.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
@@ -79,22 +79,22 @@ def _scale(base: Any, config: Any) -> float:
 
 
 def worth_chunking(head: LmHead | None) -> bool:
-    """Tell whether a head is known, and so wide that its logits are what takes the memory.
+    """Return whether the head is known and its vocabulary so large that logits dominate the memory.
 
-    Below 16,384 tokens in the vocabulary they are not, and all logits at once are a little faster: on two CPU cores the
-    tiny model of 4,096 tokens took 1.24 times the tokens/s of one sample at a time with them, and 1.17 times in chunks.
+    Below 16,384 tokens in the vocabulary they do not, and all logits at once are slightly faster: on two CPU cores the
+    tiny model of 4,096 tokens reached 1.24 times the tokens/s of one sample at a time with them, 1.17 times in chunks.
     """
     return head is not None and head.linear.weight.shape[0] >= CHUNKED_FROM
 
 
 class ChunkedCausalLMLoss:
-    """`CausalLMLoss` without the logits: the same sums and gradients, in the memory of a chunk of logits.
+    """`CausalLMLoss` with the same sums and gradients, in the memory of one chunk of logits.
 
     Args:
         device_spec: Decides about autocast.
-        needs_mask: Whether the model is given the attention mask.
+        needs_mask: Whether to pass the attention mask to the model.
         longest: As for `CausalLMLoss`.
-        chunk_tokens: Tokens whose logits are held at a time.
+        chunk_tokens: Tokens in one chunk of logits.
         fused: As for `linear_cross_entropy`.
     """
 
@@ -117,23 +117,26 @@ class ChunkedCausalLMLoss:
         """Compute the summed loss of one micro-batch.
 
         Args:
-            model: A transformers causal language model of which `chunked_loss_is_exact` holds.
+            model: A transformers causal language model for which `chunked_loss_is_exact` is true.
             microbatch: As for `CausalLMLoss`.
 
         Returns:
             The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.
 
         Raises:
-            ValueError: The head of the model is not known.
+            ValueError: The head of the model is not supported.
         """
         head = find_lm_head(model)
         if head is None:
-            raise ValueError(f"the head of this {type(model).__name__} is not known: use CausalLMLoss.")
+            raise ValueError(
+                f"the head of this {type(model).__name__} is not supported by ChunkedCausalLMLoss: use CausalLMLoss."
+            )
         labels = microbatch["labels"]
         inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
         with self._device_spec.autocast():
             hidden = hidden_states(model, head, **inputs)
-        with self._device_spec.autocast():  # another one: the first would keep its own copy of the head's weight
+        # A second context: the first would keep its own cast copy of the head's weight.
+        with self._device_spec.autocast():
             loss_sum = linear_cross_entropy(
                 hidden.flatten(0, 1),
                 head.linear.weight,
@@ -148,50 +151,51 @@ class ChunkedCausalLMLoss:
 
 
 def hidden_states(model: nn.Module, head: LmHead, *, input_ids: Tensor, **inputs: Any) -> Tensor:
-    """Run a model and give what its head was to be given, ``[rows, length, width]``.
+    """Run a model and return the input of its head, ``[rows, length, width]``.
 
     Raises:
-        ValueError: The model does not call its head once with all tokens.
+        ValueError: The model does not call its head exactly once with all tokens.
     """
-    given: list[Tensor] = []
+    inputs_of_head: list[Tensor] = []
 
-    def take(_linear: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        given.append(arguments[0])
+    def capture(_linear: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        inputs_of_head.append(arguments[0])
         return (arguments[0][:1, :1],)
 
-    handle = head.linear.register_forward_pre_hook(take)
+    handle = head.linear.register_forward_pre_hook(capture)
     try:
         model(input_ids=input_ids, use_cache=False, **inputs)
     finally:
         handle.remove()
-    if [tensor.shape[:-1] for tensor in given] != [input_ids.shape]:
+    if [tensor.shape[:-1] for tensor in inputs_of_head] != [input_ids.shape]:
+        shapes = [list(tensor.shape) for tensor in inputs_of_head]
         raise ValueError(
-            f"this {type(model).__name__} gave its head {[list(tensor.shape) for tensor in given]} for tokens of shape "
-            f"{list(input_ids.shape)}: use CausalLMLoss."
+            f"this {type(model).__name__} called its head with {shapes} for tokens of shape {list(input_ids.shape)}: "
+            "use CausalLMLoss."
         )
-    return given[0]
+    return inputs_of_head[0]
 
 
 def chunked_loss_is_exact(model: Any, device_spec: DeviceSpec) -> bool:
-    """Tell whether the loss of a model can be computed without its logits.
+    """Return whether `ChunkedCausalLMLoss` equals `CausalLMLoss` on a model, within rounding.
 
-        scale and softcap of `find_lm_head` make of the head's products, small and large, the logits of the model
-        ChunkedCausalLMLoss = CausalLMLoss                          both within rounding
+        softcap · tanh(scale · linear(hidden) / softcap) = logits               for small and large products of the head
+        ChunkedCausalLMLoss = CausalLMLoss
 
-    Tried on the model itself in evaluation mode, in four forwards of two rows of 6 tokens. Training modes, random
-    states and buffers are put back.
+    Tested on the model in evaluation mode, in four forwards of two rows of 6 tokens. Training modes, random states and
+    buffers are restored.
 
     Args:
         model: A transformers language model, on its device.
         device_spec: Decides about autocast. The tolerance is that of `verify` for the narrowest dtype in use, and at
-            least that for float32, in which some models compute logits whatever they are in.
+            least that for float32, in which some models compute logits in every precision.
 
     Returns:
-        False also where it cannot be told.
+        False also if the test fails to run.
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < LENGTH:
-        return False  # a CUDA device that is asked for a position too many is lost to this process
+        return False  # an out-of-range position would leave the CUDA context of this process unusable
     try:
         head = find_lm_head(model)
         if head is None:
@@ -201,15 +205,14 @@ def chunked_loss_is_exact(model: Any, device_spec: DeviceSpec) -> bool:
             microbatch = _rows(model, device_spec.device)
             errors = [_error_of_logits(model, head, device_spec, microbatch, size) for size in SIZES]
             errors.append(_error_of_loss(model, device_spec, microbatch))
-    except Exception:  # noqa: BLE001 - whatever a model says to this, it can have its logits
+    except Exception:  # noqa: BLE001 - on any error, CausalLMLoss is used instead
         return False
-    dtype = max(dtypes[-1], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
-    return all(error <= tolerance for error in errors)
+    dtype = coarser_dtype(dtypes[-1], torch.float32)
+    return all(error <= tolerance_for(dtype) for error in errors)
 
 
 def _rows(model: Any, device: torch.device) -> dict[str, Tensor]:
-    """Make two rows with tokens from all over the vocabulary; some labels are ignored."""
+    """Create two rows with tokens spread over the vocabulary; some labels are ignored."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(2 * (LENGTH + 1), device=device).reshape(2, -1) * (vocabulary - 1) // (2 * LENGTH + 1)
     labels = tokens[:, 1:].clone()
@@ -220,11 +223,11 @@ def _rows(model: Any, device: torch.device) -> dict[str, Tensor]:
 def _error_of_logits(
     model: Any, head: LmHead, device_spec: DeviceSpec, microbatch: dict[str, Tensor], size: float
 ) -> float:
-    """Compare logits where the head is given such hidden states that its largest product is of a size."""
-    with device_spec.autocast(), _products_of_size(head.linear, size) as given:
+    """Return the relative error of the logits for hidden states whose largest product with the head is ``size``."""
+    with device_spec.autocast(), _products_of_size(head.linear, size) as rescaled:
         tokens = {name: microbatch[name] for name in ("input_ids", "attention_mask")}
         logits = model(**tokens, use_cache=False).logits.cpu().double()
-        expected = F.linear(given[0], head.linear.weight, head.linear.bias).cpu().double() * head.scale
+        expected = F.linear(rescaled[0], head.linear.weight, head.linear.bias).cpu().double() * head.scale
     if head.softcap is not None:
         expected = torch.tanh(expected / head.softcap) * head.softcap
     error: float = ((logits - expected).norm() / logits.norm()).item()
@@ -233,17 +236,17 @@ def _error_of_logits(
 
 @contextmanager
 def _products_of_size(linear: nn.Linear, size: float) -> Iterator[list[Tensor]]:
-    """Scale what a layer is given; collect it."""
-    given: list[Tensor] = []
+    """Rescale the inputs of a layer to a largest product of ``size``, and collect them."""
+    rescaled: list[Tensor] = []
 
     def rescale(_linear: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         products = F.linear(arguments[0], linear.weight)
-        given.append(arguments[0] * (size / products.abs().max()))
-        return (given[-1],)
+        rescaled.append(arguments[0] * (size / products.abs().max()))
+        return (rescaled[-1],)
 
     handle = linear.register_forward_pre_hook(rescale)
     try:
-        yield given
+        yield rescaled
     finally:
         handle.remove()
 

@@ -1,11 +1,11 @@
-"""The layers that a model repeats: compiled once for all of them, and computed anew in backward to save memory.
+"""Compilation and activation checkpointing of a model's repeated decoder layers.
 
-    none         backward finds all activations
-    selective    every second layer keeps its input alone, and computes the rest once more in backward
+    none         all activations are stored for backward
+    selective    every second layer stores only its input and recomputes its activations in backward
     full         every layer does
 
-Compiling one layer serves all: they run the same code on other weights. It takes seconds, where a whole model takes
-minutes.
+The layers run the same code on different weights, so they share one compiled graph: compilation takes seconds, instead
+of minutes for a whole model.
 """
 
 import warnings
@@ -23,51 +23,51 @@ from bigbatch.lm.config.field_types import CheckpointingMode
 
 
 class DecoderLayers:
-    """The repeated layers of one model, found by transformers' base class for them.
+    """The repeated layers of a model: the instances of transformers' ``GradientCheckpointingLayer``.
 
     Args:
         model: A transformers language model, or peft's wrapper of one.
 
     Attributes:
-        mode: What is computed anew.
+        mode: Which layers recompute their activations.
 
     Raises:
-        ValueError: It has no such layers; the message is what transformers says to activation checkpointing.
+        ValueError: The model has no such layers; the message is that of transformers.
     """
 
     def __init__(self, model: Any) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # that transformers will rename the method
+            warnings.simplefilter("ignore", FutureWarning)  # about a future name of the method
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with suppress(AttributeError):  # where a release of transformers has not asked for them
-            model.disable_input_require_grads()  # of embedded tokens, which only reentrant checkpoints need
+        with suppress(AttributeError):  # in releases of transformers that do not enable them
+            model.disable_input_require_grads()  # only reentrant checkpoints need them
         self._layers = _repeated(model)
         self._compiled: list[Any] = []
-        self._draws = uses_randomness(model)
+        self._uses_randomness = uses_randomness(model)
         self.mode: CheckpointingMode = "full"
         self.set_checkpointing("none")
 
     @property
     def is_compiled(self) -> bool:
-        """Whether they are compiled."""
+        """Whether the layers are compiled."""
         return bool(self._compiled)
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile them for rows of any length; done when the first micro-batch runs.
+        """Compile the layers for rows of any length; compilation happens when the first micro-batch runs.
 
-        Inductor is told to round where operations would that run one by one, and to draw the random numbers that they
-        would, so that compiling changes no number but by the order of sums.
+        Inductor is configured to round like eager mode and to draw the same random numbers, so that compilation changes
+        results only by the order of sums.
         """
         options: Any = None
         if backend == "inductor":
-            options = {"emulate_precision_casts": True, "fallback_random": self._draws}
+            options = {"emulate_precision_casts": True, "fallback_random": self._uses_randomness}
         self._compiled = [
             torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options) for layer in self._layers
         ]
         self.set_checkpointing(self.mode)
 
     def decompile(self) -> None:
-        """Run them operation by operation again."""
+        """Return to eager mode."""
         self._compiled = []
         for layer in self._layers:
             layer._compiled_call_impl = None
@@ -75,7 +75,7 @@ class DecoderLayers:
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Run them operation by operation for a while: generation would be compiled for each of its lengths."""
+        """Run the layers eagerly within the context: generation would recompile them for each length."""
         calls = [layer._compiled_call_impl for layer in self._layers]
         for layer in self._layers:
             layer._compiled_call_impl = None
@@ -86,20 +86,20 @@ class DecoderLayers:
                 layer._compiled_call_impl = call
 
     def set_checkpointing(self, mode: CheckpointingMode) -> None:
-        """Choose what is computed anew in backward."""
+        """Select the layers that recompute their activations in backward."""
         self.mode = mode
         for index, layer in enumerate(self._layers):
-            anew = mode == "full" or (mode == "selective" and index % 2 == 0)
-            layer.gradient_checkpointing = anew and not self._compiled
+            recomputes = mode == "full" or (mode == "selective" and index % 2 == 0)
+            layer.gradient_checkpointing = recomputes and not self._compiled
             if self._compiled:
                 run = self._compiled[index]
-                # the random state cannot be looked at while a graph is recorded
-                again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=self._draws)
-                layer._compiled_call_impl = again if anew else run
+                # the random state cannot be read while a CUDA graph is captured
+                checkpointed = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=self._uses_randomness)
+                layer._compiled_call_impl = checkpointed if recomputes else run
 
 
 def uses_randomness(model: nn.Module) -> bool:
-    """Tell whether layers draw random numbers: by dropout modules, or by rates that modules keep as numbers."""
+    """Return whether a model draws random numbers, by its dropout modules or the dropout rates in its attributes."""
     for module in model.modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
             return True

@@ -1,4 +1,4 @@
-"""The embedded tokens of a model as what is differentiated by: all that is behind them, and no weight's gradient."""
+"""Context manager that turns embedding outputs into leaves, to differentiate with respect to them only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,19 @@ from torch import Tensor
 
 @contextmanager
 def embedded_tokens(model: Any) -> Iterator[list[Tensor]]:
-    """Collect what the embedding gives meanwhile, ``[rows, length, width]``, as leaves that require a gradient."""
-    given: list[Tensor] = []
+    """Replace the outputs of the input embedding by leaves that require grad, and collect them.
 
-    def watch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-        given.append(output.detach().requires_grad_())
-        return given[-1]
+    Yields:
+        The list of leaves, one ``[rows, length, width]`` for each call of the embedding.
+    """
+    leaves: list[Tensor] = []
 
-    handle = model.get_input_embeddings().register_forward_hook(watch)
+    def replace(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(replace)
     try:
-        yield given
+        yield leaves
     finally:
         handle.remove()

@@ -1,4 +1,4 @@
-"""Text that goes on from a prompt: what a validation shows, and what ``bigbatch generate`` prints."""
+"""Text generation from a prompt, for validation samples and ``bigbatch generate``."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,28 +11,28 @@ from bigbatch.lm.text import plural
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPACE_MARKS = "Ġ▁"  # how byte-level and SentencePiece vocabularies write a space at the beginning of a token
+SPACE_MARKS = "Ġ▁"  # leading space of a token in byte-level and SentencePiece vocabularies
 
 
 def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, model: Any, name: str) -> list[int]:
-    """Encode a prompt as training began a text: an empty one is the token that documents begin with.
+    """Encode a prompt with the special tokens of training; an empty one becomes the first token of a document.
 
     Args:
-        tokenizer: Of the model.
-        prompt: The text to go on from.
-        model: Its positions must leave room for at least one token more.
-        name: What the user calls the prompt, for the message.
+        tokenizer: Tokenizer of the model.
+        prompt: The text to continue.
+        model: Its positions must leave room for at least one more token.
+        name: Name of the prompt in the error message.
 
     Raises:
-        InputError: The prompt fills the model.
+        InputError: The prompt uses every position of the model.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     tokens: list[int] = tokenizer(prompt, verbose=False)["input_ids"] or [first]
     positions = _positions(model)
     if positions is not None and len(tokens) >= positions:
         raise InputError(
-            f"{name} has {plural(len(tokens), 'token')} and the model knows {plural(positions, 'position')}: "
-            "shorten it, so that there is room to go on."
+            f"{name} has {plural(len(tokens), 'token')} and the model supports {plural(positions, 'position')}: "
+            "shorten it to leave room for new tokens."
         )
     return tokens
 
@@ -48,43 +48,43 @@ def generate_text(
     top_k: int = 50,
     streamer: Any = None,
 ) -> str:
-    """Write on from a prompt, at most to the end of the model's positions.
+    """Continue a prompt, at most up to the last position of the model.
 
     Args:
         model: A transformers causal language model, in evaluation mode.
         tokenizer: Its tokenizer.
-        prompt: The text to go on from.
-        max_new_tokens: Tokens to write at most.
-        temperature: 0 takes the likeliest token; higher is freer.
-        top_k: Choose among that many likeliest tokens; 0 among all.
-        streamer: A transformers streamer that is given the tokens as they come.
+        prompt: The text to continue.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: 0 selects the most likely token; higher values are more random.
+        top_k: Sample from this many most likely tokens; 0 from all.
+        streamer: A transformers streamer that receives the tokens as they are generated.
 
     Returns:
-        The prompt and what follows it, without special tokens.
+        The prompt and its continuation, without special tokens.
 
     Raises:
-        InputError: The prompt fills the model.
+        InputError: The prompt uses every position of the model.
     """
     tokens, first = _without_last_space(
         tokenizer, prompt, prompt_tokens(tokenizer, prompt, model=model, name="the prompt")
     )
-    room = (_positions(model) or len(tokens) + max_new_tokens) - len(tokens)
+    max_fitting = (_positions(model) or len(tokens) + max_new_tokens) - len(tokens)
     input_ids = torch.tensor([tokens], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    written = model.generate(
+    output_ids = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=min(max_new_tokens, max_fitting),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         streamer=streamer,
         logits_processor=[] if first is None else [_FirstToken(first, len(tokens), model.device)],
         **sampling,
     )
-    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+    return str(tokenizer.decode(output_ids[0], skip_special_tokens=True))
 
 
 class _FirstToken:
-    """Lets only some tokens follow the prompt; a logits processor of transformers."""
+    """Logits processor that restricts the first token after the prompt to ``allowed``."""
 
     def __init__(self, allowed: list[int], num_prompt_tokens: int, device: torch.device) -> None:
         self._allowed = torch.tensor(allowed, device=device)
@@ -99,10 +99,10 @@ class _FirstToken:
 def _without_last_space(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: list[int]
 ) -> tuple[list[int], list[int] | None]:
-    """Give the prompt's tokens, and those that may come first after them; None for any.
+    """Return the prompt's tokens, and the tokens allowed after them; None for any.
 
-    Words bring the space before them, so a model has hardly seen a token that ends in one space: the word after "def "
-    begins with it. The space is taken off, and the first token has to begin with it.
+    Tokens of words include the space before them, so a model has hardly seen tokens that end in a single space: the
+    word after "def " starts with it. The space is removed, and the first new token has to start with one.
     """
     if not prompt.endswith(" ") or prompt.endswith("  ") or not prompt.strip():
         return tokens, None

@@ -1,17 +1,16 @@
-"""Next-token cross entropy from hidden states, never with more than a chunk of logits.
+"""Next-token cross entropy from hidden states, with at most one chunk of logits in memory.
 
-    hidden, weight, labels → for each chunk: logits → loss, slopes → gradients of hidden and weight → loss sum
+    hidden, weight, labels → for each chunk: logits → loss, logit gradients → gradients of hidden and weight → loss sum
 
-The gradient of a sum of losses is known up to the factor that backward brings, so forward turns each chunk of logits
-into its share of the gradients and lets go of it. Source: Hsu et al., "Liger Kernel", 2024, on its fused linear cross
-entropy.
+The gradient of a summed loss is known up to the factor passed to backward, so forward converts each chunk of logits to
+its contribution to the gradients and frees it. Source: Hsu et al., "Liger Kernel", 2024, fused linear cross entropy.
 
-Libraries have it too, and none of them serves here. `torch.nn.functional.linear_cross_entropy` (torch 2.13) sums the
-loss in the dtype of the hidden states, which in bfloat16 was wrong by 0.5 to 4 % for two thousand tokens; it ignores
-autocast, knows no soft-capping, and is a single operation to `bigbatch.memory.allocation_tracker.AllocationTracker`, so
-that predictions would miss its logits. Liger Kernel (0.8.5) runs on Triton alone, makes the host wait for the device,
-gives no gradient to a head above frozen layers, multiplies the gradients again in a second backward, and was slower on
-an H200. Compared in tests/lm/test_chunked.py and benchmarks/loss.py.
+Why not a library: `torch.nn.functional.linear_cross_entropy` (torch 2.13) sums the loss in the dtype of the hidden
+states, which in bfloat16 was wrong by 0.5 to 4 % for two thousand tokens; it ignores autocast, has no soft-capping, and
+is a single operation to `bigbatch.memory.allocation_tracker.AllocationTracker`, so that predictions would miss its
+logits. Liger Kernel (0.8.5) runs only on Triton, synchronizes host and device, computes no gradient for a head above
+frozen layers, rescales the gradients again in a second backward, and was slower on an H200. Compared in
+tests/lm/model/test_linear_cross_entropy.py and benchmarks/loss.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +28,8 @@ from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 from bigbatch.lm.data.dataset import IGNORED
 
 CHUNK_TOKENS = 1024
-"""On an H200, 0.85 to 1.04 times the time of all logits of 8,192 tokens, in a fifth of the memory or less:
-benchmarks/results/loss-h200.txt."""
+"""On an H200, 0.85 to 1.04 times the time of all logits of 8,192 tokens, in a fifth of the memory or less
+(benchmarks/results/loss-h200.txt)."""
 
 
 def linear_cross_entropy(
@@ -44,43 +43,45 @@ def linear_cross_entropy(
     scale: float = 1.0,
     fused: bool = False,
 ) -> Tensor:
-    """Sum the cross entropy of next tokens: what the full logits give, without them.
+    """Compute the summed cross entropy of next tokens without materializing all logits.
 
         logits = scale · F.linear(hidden, weight, bias)
-        logits = softcap · tanh(logits / softcap)                                       where there is a softcap
+        logits = softcap · tanh(logits / softcap)                                       if softcap is not None
         F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
 
-    Matrices are multiplied in the dtype of autocast where that is on; everything else is computed in float32. The
-    gradient of the weight is summed over the chunks in float32, and then rounded to the weight's dtype. What is held at
-    a time is twice a chunk of logits in float32, with soft-capping three times, and from forward to backward the
-    gradients of hidden states and weight. In float16 they are made in backward, from logits computed once more: they
-    vanish there unless the factor of the gradient scaler comes first.
+    Matrix products use the autocast dtype if autocast is enabled; everything else is computed in float32. The gradient
+    of the weight is summed over the chunks in float32, then rounded to the dtype of the weight. Memory: two chunks of
+    logits in float32 at a time, three with soft-capping, and from forward to backward the gradients of hidden states
+    and weight. In float16 the gradients are computed in backward from recomputed logits: they would underflow before
+    the loss scale is applied.
 
     Args:
-        hidden: ``[tokens, width]``. Rows whose label is ignored may hold anything, NaN included; their gradient is 0.
-        weight: Of the head, ``[vocabulary, width]``.
+        hidden: ``[tokens, width]``. Rows with an ignored label may have any value, NaN included; their gradient is 0.
+        weight: Weight of the head, ``[vocabulary, width]``.
         bias: ``[vocabulary]``, or None.
-        labels: The next tokens, int64 ``[tokens]``; -100 where there is nothing to learn.
-        chunk_tokens: Tokens whose logits are held at a time.
-        softcap: What logits stay below in absolute value; None for no bound.
+        labels: The next tokens, int64 ``[tokens]``; -100 is ignored.
+        chunk_tokens: Tokens in one chunk of logits.
+        softcap: Bound on the absolute value of the logits; None for no bound.
         scale: Factor of the logits.
-        fused: Whether to compile what happens to a chunk of logits between the products: two passes over it instead of
-            six, the same but for rounding. Takes some seconds when it is first used.
+        fused: Whether to compile the operations on a chunk of logits between the products: two passes over it instead
+            of six, equal up to rounding. The first use takes some seconds.
 
     Returns:
         The 0-d sum in float32, or in float64 for float64.
 
     Raises:
         ValueError: ``chunk_tokens`` is below 1.
-        RuntimeError: In backward, under ``create_graph=True``.
+        RuntimeError: Backward with ``create_graph=True``.
     """
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}: the logits of at least 1 token have to be held.")
-    recipe = _Options(chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor))
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs at least 1 token.")
+    options = _Options(
+        chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor)
+    )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, recipe)  # type: ignore[no-untyped-call]
+        loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options)  # type: ignore[no-untyped-call]
         return loss_sum
-    return _run_chunks(hidden, weight, bias, labels, recipe, (False, False, False))[0]
+    return _run_chunks(hidden, weight, bias, labels, options, (False, False, False))[0]
 
 
 @dataclass(frozen=True)
@@ -91,43 +92,36 @@ class _Options:
     dtype: torch.dtype  # of the matrix products' operands
     fused: bool
 
-    @property
-    def waits_for_backward(self) -> bool:
-        return self.dtype == torch.float16
-
-
-_Gradients = list[Tensor | None]
-
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, recipe: _Options
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.recipe = recipe
+        ctx.options = options
         ctx.gradients = None
-        if recipe.waits_for_backward:
-            return _run_chunks(hidden, weight, bias, labels, recipe, (False, False, False))[0]
-        loss_sum, ctx.gradients = _run_chunks(hidden, weight, bias, labels, recipe, ctx.needs_input_grad[:3])
+        if options.dtype == torch.float16:  # gradients are computed in backward
+            return _run_chunks(hidden, weight, bias, labels, options, (False, False, False))[0]
+        loss_sum, ctx.gradients = _run_chunks(hidden, weight, bias, labels, options, ctx.needs_input_grad[:3])
         return loss_sum
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "linear_cross_entropy cannot be differentiated twice: leave create_graph out, or use "
+                "linear_cross_entropy cannot be differentiated twice: remove create_graph=True, or use "
                 "F.cross_entropy on all logits."
             )
-        gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward makes them anew
+        gradients, ctx.gradients = ctx.gradients, None  # they are returned; a second backward recomputes them
         if gradients is None:
             hidden, weight, bias, labels = ctx.saved_tensors
-            wanted = ctx.needs_input_grad[:3]
-            gradients = _run_chunks(hidden, weight, bias, labels, ctx.recipe, wanted, factor=grad_output)[1]
+            needs_grad = ctx.needs_input_grad[:3]
+            gradients = _run_chunks(hidden, weight, bias, labels, ctx.options, needs_grad, factor=grad_output)[1]
         else:
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(grad_output * ctx.recipe.scale)
+                    gradient.mul_(grad_output * ctx.options.scale)
         return (*gradients, None, None)
 
 
@@ -140,20 +134,20 @@ def _run_chunks(
     needs_grad: Sequence[bool],
     *,
     factor: Tensor | None = None,
-) -> tuple[Tensor, _Gradients]:
-    """Go over the chunks once; give the sum, and of hidden, weight and bias the gradients that are wanted.
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss sum and the requested gradients of hidden, weight and bias, in one pass over the chunks.
 
-    They are those of ``factor · sum``, or without a factor those of ``sum / scale``.
+    The gradients are those of ``factor · sum``, or without a factor those of ``sum / scale``.
     """
     with _without_autocast(hidden.device):
-        run = _ChunkLoop(hidden, weight, bias, options, needs_grad, factor)
+        loop = _ChunkLoop(hidden, weight, bias, options, needs_grad, factor)
         for start in range(0, len(hidden), options.chunk_tokens):
-            run.add(slice(start, start + options.chunk_tokens), labels)
-        return run.loss_sum, run.gradients()
+            loop.add(slice(start, start + options.chunk_tokens), labels)
+        return loop.loss_sum, loop.gradients()
 
 
 class _ChunkLoop:
-    """Sums and operands of one pass over the chunks."""
+    """Running sums and operands of one pass over the chunks."""
 
     def __init__(
         self,
@@ -167,7 +161,7 @@ class _ChunkLoop:
         self.hidden = hidden
         self.weight = weight.to(options.dtype)
         self.bias = None if bias is None else bias.to(options.dtype)
-        self.recipe = options
+        self.options = options
         self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         self.factor = None if factor is None else factor * options.scale
         sums = torch.float64 if options.dtype == torch.float64 else torch.float32
@@ -176,7 +170,7 @@ class _ChunkLoop:
         self.grad_weight = weight.new_zeros(weight.shape, dtype=sums) if needs_grad[1] else None
         self.grad_bias = weight.new_zeros(weight.shape[0], dtype=sums) if needs_grad[2] else None
 
-    def gradients(self) -> _Gradients:
+    def gradients(self) -> list[Tensor | None]:
         weight, bias = (
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip((self.grad_weight, self.grad_bias), self.dtypes, strict=True)
@@ -184,45 +178,45 @@ class _ChunkLoop:
         return [self.grad_hidden, weight, bias]
 
     def add(self, chunk: slice, labels: Tensor) -> None:
-        """Add the share of some tokens."""
+        """Add the loss and the gradients of one chunk of tokens."""
         ignored = labels[chunk] == IGNORED
         targets = labels[chunk].masked_fill(ignored, 0)[:, None]
-        rows = self.hidden[chunk].to(self.recipe.dtype).masked_fill(ignored[:, None], 0)
-        if self.recipe.fused:
+        rows = self.hidden[chunk].to(self.options.dtype).masked_fill(ignored[:, None], 0)
+        if self.options.fused:
             self._add_fused(chunk, rows, targets, ignored)
             return
-        log_probabilities, capped = self._log_softmax(rows)
-        of_targets = log_probabilities.gather(1, targets)
-        self.loss_sum -= of_targets.squeeze(1).masked_fill(ignored, 0).sum()
+        log_probs, capped = self._log_softmax(rows)
+        target_log_probs = log_probs.gather(1, targets)
+        self.loss_sum -= target_log_probs.squeeze(1).masked_fill(ignored, 0).sum()
         if all(gradient is None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):
             return
-        slopes = log_probabilities.exp_().scatter_(1, targets, of_targets.expm1_())  # softmax − one-hot
+        logit_grads = log_probs.exp_().scatter_(1, targets, target_log_probs.expm1_())  # softmax − one-hot
         if capped is not None:
-            slopes.mul_(capped.square_().neg_().add_(1))  # tanh′ = 1 − tanh²
+            logit_grads.mul_(capped.square_().neg_().add_(1))  # tanh′ = 1 − tanh²
         if self.factor is not None:
-            slopes.mul_(torch.where(ignored, 0, self.factor)[:, None])
-        self._add_gradients(chunk, rows, slopes, ignored)
+            logit_grads.mul_(torch.where(ignored, 0, self.factor)[:, None])
+        self._add_gradients(chunk, rows, logit_grads, ignored)
 
     def _add_fused(self, chunk: slice, rows: Tensor, targets: Tensor, ignored: Tensor) -> None:
         products = _multiply(rows, self.weight.T)
-        recipe = self.recipe
-        dtype = recipe.dtype if _has_wide_products(rows) and self.grad_bias is None else self.loss_sum.dtype
-        loss_sum, slopes = _fused()(
-            products, self.bias, targets, ignored, self.factor, scale=recipe.scale, softcap=recipe.softcap, dtype=dtype
+        scale, softcap = self.options.scale, self.options.softcap
+        dtype = self.options.dtype if _has_wide_products(rows) and self.grad_bias is None else self.loss_sum.dtype
+        loss_sum, logit_grads = _fused()(
+            products, self.bias, targets, ignored, self.factor, scale=scale, softcap=softcap, dtype=dtype
         )
         del products
         self.loss_sum += loss_sum
         if any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):
-            self._add_gradients(chunk, rows, slopes, ignored)
+            self._add_gradients(chunk, rows, logit_grads, ignored)
 
     def _log_softmax(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the logarithms of all probabilities, and with soft-capping the tanh on the way to them."""
+        """Return the log-probabilities and, with soft-capping, the tanh that they were computed from."""
         products = _multiply(rows, self.weight.T)
         logits = products if products.dtype == torch.float64 else products.float()
         del products
         if self.bias is not None:
             logits += self.bias
-        scale, softcap = self.recipe.scale, self.recipe.softcap
+        scale, softcap = self.options.scale, self.options.softcap
         if softcap is not None:
             capped = logits.mul_(scale / softcap).tanh_()
             return F.log_softmax(capped * softcap, 1), capped
@@ -231,7 +225,7 @@ class _ChunkLoop:
     def _add_gradients(self, chunk: slice, rows: Tensor, logit_grads: Tensor, ignored: Tensor) -> None:
         if self.grad_bias is not None:
             self.grad_bias += (~ignored).to(logit_grads.dtype) @ logit_grads
-        narrow = logit_grads.to(self.recipe.dtype)
+        narrow = logit_grads.to(self.options.dtype)
         if self.grad_hidden is not None:
             self.grad_hidden[chunk] = _multiply(narrow, self.weight).masked_fill_(ignored[:, None], 0)
         if self.grad_weight is None:
@@ -258,7 +252,7 @@ def _loss_and_logit_grads(
     softcap: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss sum of some tokens and, in ``dtype``, its slopes by their products, but for ``scale``."""
+    """Return the loss sum of a chunk and, in ``dtype``, its gradient by the products, without the factor ``scale``."""
     logits = products if products.dtype == torch.float64 else products.float()
     if bias is not None:
         logits = logits + bias
@@ -271,28 +265,28 @@ def _loss_and_logit_grads(
     log_sum = torch.logsumexp(logits, 1, keepdim=True)
     losses = (log_sum - logits.gather(1, targets)).masked_fill(ignored[:, None], 0)
     columns = torch.arange(logits.shape[1], device=logits.device)
-    slopes = torch.exp(logits - log_sum) - (columns == targets).to(logits.dtype)
+    logit_grads = torch.exp(logits - log_sum) - (columns == targets).to(logits.dtype)
     if capped is not None:
-        slopes = slopes * (1 - capped * capped)
+        logit_grads = logit_grads * (1 - capped * capped)
     if factor is not None:
-        slopes = slopes * torch.where(ignored, 0, factor)[:, None]
-    return losses.sum(), slopes.to(dtype)
+        logit_grads = logit_grads * torch.where(ignored, 0, factor)[:, None]
+    return losses.sum(), logit_grads.to(dtype)
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply matrices; what narrow ones give is not rounded to their dtype where the device can leave it."""
+    """Multiply matrices, with a float32 result for 16-bit operands if the device supports it."""
     return torch.mm(left, right, out_dtype=torch.float32) if _has_wide_products(left) else left @ right
 
 
 def _has_wide_products(operand: Tensor) -> bool:
-    """Tell whether the device multiplies matrices of this narrow dtype into float32."""
+    """Return whether the device can multiply matrices of this 16-bit dtype into float32."""
     if not operand.is_cuda or operand.dtype not in HALF_PRECISION_DTYPES or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(operand.device) >= (8, 0)
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """Tell in which dtype `F.linear` would multiply, here and now."""
+    """Return the dtype in which `F.linear` would multiply under the current autocast state."""
     kind = hidden.device.type
     if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return hidden.dtype

@@ -1,4 +1,4 @@
-"""The model: a tiny Llama from a config, or any causal language model that transformers loads; LoRA through peft."""
+"""Create, load and save models: a tiny Llama, or any causal language model of transformers; LoRA through peft."""
 
 import copy
 import shutil
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import is_local
-from bigbatch.lm.files import sync_folder
-from bigbatch.lm.text import first_line, plural
+from bigbatch.lm.files import PARTIAL, replace_folder, sync_folder
+from bigbatch.lm.text import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +29,12 @@ TINY_SHAPE: dict[str, Any] = {
 
 
 def tiny_model(tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: int) -> "PreTrainedModel":
-    """Make a Llama of about 2.5 million float32 parameters with random weights.
+    """Create a Llama of about 2.5 million float32 parameters with random weights.
 
     Args:
-        tokenizer: Gives the vocabulary's size and the special tokens.
-        max_length: Positions that the model can tell apart, at least 1,024.
-        seed: Decides the weights; the caller's random state is left as it was.
+        tokenizer: Determines the vocabulary size and the special tokens.
+        max_length: Number of positions, raised to at least 1,024.
+        seed: Seed of the weights; the global random state is unchanged.
     """
     from transformers import LlamaForCausalLM
 
@@ -44,7 +44,7 @@ def tiny_model(tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: i
 
 
 def tiny_config(tokenizer: "PreTrainedTokenizerBase", *, max_length: int) -> Any:
-    """Make the configuration of `tiny_model`."""
+    """Create the configuration of `tiny_model`."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -59,10 +59,10 @@ def tiny_config(tokenizer: "PreTrainedTokenizerBase", *, max_length: int) -> Any
 
 
 def load_config(name: str) -> Any:
-    """Load the configuration of a model from a folder or by its name; its weights need not be there.
+    """Load the configuration of a model from a folder or by its name, without its weights.
 
     Raises:
-        InputError: There is none, or it is not one of a causal language model.
+        InputError: It does not exist, or is not that of a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,14 +71,14 @@ def load_config(name: str) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name} has no configuration that transformers knows: {first_line(error)}.") from error
+        raise InputError(f"{name} has no configuration that transformers supports: {first_line(error)}.") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise InputError(f"{name} is a {config.model_type} model, which is no causal language model.")
+        raise InputError(f"{name} is a {config.model_type} model, which is not a causal language model.")
     return config
 
 
 def model_from_config(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """Make the model of a configuration, with random weights; on the device ``meta`` it has none, and no memory."""
+    """Create the model of a configuration with random weights; on ``meta`` without weights or memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
@@ -86,10 +86,10 @@ def model_from_config(config: Any, *, dtype: torch.dtype, device: torch.device) 
 
 
 def load_model(name: str, *, dtype: torch.dtype) -> "PreTrainedModel":
-    """Load a causal language model from a folder or by its name, without running code that comes with it.
+    """Load a causal language model from a folder or by its name, without running code of the model.
 
     Raises:
-        InputError: There is no such model, it is not a causal language model, or its weights are not whole.
+        InputError: It does not exist, is not a causal language model, or has missing or mismatched weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -100,34 +100,34 @@ def load_model(name: str, *, dtype: torch.dtype) -> "PreTrainedModel":
             trust_remote_code=False,
             local_files_only=is_local(name),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, in one sentence and not in a table
+            ignore_mismatched_sizes=True,  # refused below, with a one-line message
         )
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{name} does not load as a causal language model: {first_line(error)}.") from error
-    _check_whole(name, found)
+    _check_weights(name, found)
     return model
 
 
-def _check_whole(name: str, found: dict[str, Any]) -> None:
-    """Refuse weights that do not fit the configuration: transformers would fill in random numbers."""
+def _check_weights(name: str, found: dict[str, Any]) -> None:
+    """Raise if weights do not match the configuration: transformers would initialize them randomly."""
     missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
     problem = f"{name} does not load as a causal language model: its weights"
     if mismatched:
-        key, theirs, ours = mismatched[0]
+        key, stored, expected = mismatched[0]
         raise InputError(
             f"{problem} have another shape than its configuration in {plural(len(mismatched), 'tensor')}, such as "
-            f"{key}: {list(theirs)} and not {list(ours)}."
+            f"{key}: {list(stored)} and not {list(expected)}."
         )
     if missing:
         raise InputError(f"{problem} lack {plural(len(missing), 'tensor')}, such as {missing[0]}.")
 
 
 def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:
-    """Freeze the weights and put trainable low-rank adapters on every linear layer but the head.
+    """Freeze the weights and add trainable low-rank adapters to every linear layer but the head.
 
-    Source: Hu et al., "LoRA", 2021, section 4, as peft implements it.
+    Source: Hu et al., "LoRA", 2021, section 4, implemented by peft.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -139,28 +139,24 @@ def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) ->
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's linear layers
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, about names of theirs
+        warnings.simplefilter("ignore", FutureWarning)  # about names shared by peft and transformers
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
 def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write an ordinary model folder with its tokenizer; LoRA adapters are merged into a copy of the weights.
+    """Save a model and its tokenizer as a transformers folder; LoRA adapters are merged into a copy of the weights.
 
-    Written aside, brought to the disk and renamed, so that a folder of that name is always whole; an older one steps
-    aside before, and is removed after.
+    Written to a temporary folder, synced to disk and renamed, so that a folder of that name is always complete; an
+    older one is renamed before and removed afterwards.
     """
-    aside, older = (folder.with_name(folder.name + ending) for ending in (".partial", ".older"))
-    for left_over in (aside, older):
-        shutil.rmtree(left_over, ignore_errors=True)
+    partial, older = (folder.with_name(folder.name + ending) for ending in (PARTIAL, ".older"))
+    for stale in (partial, older):
+        shutil.rmtree(stale, ignore_errors=True)
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    for path in (*aside.rglob("*"), aside):
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for path in (*partial.rglob("*"), partial):
         sync_folder(path)
-    if folder.exists():
-        folder.rename(older)
-    aside.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(older, ignore_errors=True)
+    replace_folder(partial, folder, old=older)

@@ -1,6 +1,6 @@
-"""How a model is run: attention, loss, layout, compiled layers and recorded launches, each tried on the model itself.
+"""Set up attention, loss, layout, compilation and CUDA graphs of a model, each tested on the model itself.
 
-model → attention without a mask → loss in chunks → LoRA → packed rows → compiled layers → Arrangement
+model → attention without a mask → chunked loss → packed rows → LoRA → compiled layers → ModelSetup
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
@@ -28,28 +28,24 @@ from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
 from bigbatch.lm.model.embedding_hook import embedded_tokens
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
-from bigbatch.lm.text import first_line
 from bigbatch.preserve import preserved
 from bigbatch.rng import seed_everything
 from bigbatch.types import Layout
-
-NARROW_SAME, WIDE_SAME = 0.1, 1e-3
-"""How far compiled layers may move a gradient. Rounding moves it by some hundredths over many layers in bfloat16, and
-by less than a thousandth in float32; wrong code moves it by as much as it is."""
+from bigbatch.verification.tolerances import COMPILED_TOLERANCE, COMPILED_TOLERANCE_HALF
 
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """How a model is run.
+    """A model with its loss, layout and execution mode.
 
     Attributes:
         model: In training mode, with its adapters.
-        loss_fn: As `bigbatch.Engine` takes it.
-        collate: Makes a micro-batch of a list of samples.
-        layout: Of the micro-batches.
-        layers: What can be computed anew in backward; None where the model has no such layers.
-        uses_cuda_graphs: Whether micro-batches are launched from recordings.
-        notes: Sentences about what is not there, and why.
+        loss_fn: Loss function for `bigbatch.Engine`.
+        collate: Collates a list of samples to a micro-batch.
+        layout: Layout of the micro-batches.
+        layers: Layers that support activation checkpointing; None if the model has none.
+        uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
+        notes: Sentences about optimizations that are not used, and why.
     """
 
     model: Any
@@ -82,22 +78,24 @@ class ModelOutline:
 
 
 def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pad_id: int, longest: int) -> ModelSetup:
-    """Find out how a model is run best, of what was not decided.
+    """Resolve the ``auto`` settings of a config for a model, and apply them.
 
     Args:
         model: A transformers language model on its device, without adapters.
-        config: With every default written out.
+        config: A resolved config.
         device_spec: Device and precision.
-        pad_id: Token that rows are filled up with.
-        longest: Tokens of the longest sequence that will come.
+        pad_id: Token that pads rows.
+        longest: Tokens of the longest sequence of the run.
 
     Raises:
-        InputError: The model cannot have what the configuration asks for.
+        InputError: The model does not support a setting of the config.
     """
     notes: list[str] = []
     on_cuda = device_spec.device.type == "cuda"
     if config.compile == "graphs" and not on_cuda:
-        raise InputError(f"--compile graphs is for CUDA, and this run is on {device_spec.device}: say layers or none.")
+        raise InputError(
+            f"--compile graphs needs CUDA, but this run is on {device_spec.device}. Use --compile layers or none."
+        )
     needs_mask = not drop_mask_if_causal(model, device_spec, max_length=longest)
     chunks = worth_chunking(find_lm_head(model)) and chunked_loss_is_exact(model, device_spec)
     layout = _layout(model, config, device_spec, longest, needs_mask, notes)
@@ -178,7 +176,7 @@ def make_loss_fn(
 def _layout(
     model: Any, config: TrainConfig, device_spec: DeviceSpec, longest: int, needs_mask: bool, notes: list[str]
 ) -> Layout:
-    """Decide between packed and padded rows; a model that packs attends by offsets from then on."""
+    """Choose packed or padded rows; for packed rows, switch the model to attention by offsets."""
     if not wants_packed_rows(config, device_spec.device):
         return "padded"
     before = getattr(model.config, "_attn_implementation", None)
@@ -191,36 +189,38 @@ def _layout(
     if before is not None and getattr(model.config, "_attn_implementation", None) != before:
         model.set_attn_implementation(before)
     if config.layout == "packed":
-        raise InputError(f"--layout packed is not there for {config.model}: {why}. Leave it to auto, or say padded.")
+        raise InputError(f"--layout packed is not supported for {config.model}: {why}. Use --layout auto or padded.")
     notes.append(f"rows are padded and not packed: {why}")
     return "padded"
 
 
 def with_lora(model: Any, config: TrainConfig) -> Any:
-    """Give a model the adapters that are asked for.
+    """Add the LoRA adapters of a config to a model.
 
     Raises:
-        InputError: It cannot have them.
+        InputError: The model does not support them.
     """
-    assert config.lora_alpha is not None, "resolved() gives it a value"
+    assert config.lora_alpha is not None, "resolved() sets it"
     try:
         return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     except ValueError as error:
-        raise InputError(f"--lora-rank is not there for {config.model}: {first_line(error)}.") from error
+        raise InputError(f"--lora-rank is not supported for {config.model}: {first_line(error)}.") from error
 
 
 def layers_of(model: Any, config: TrainConfig) -> DecoderLayers | None:
-    """Find the layers of a model, and let them compute anew what is asked for; None where it has no such layers.
+    """Find the decoder layers of a model and set their activation checkpointing; None if the model has none.
 
     Raises:
-        InputError: It has none, and they are asked for.
+        InputError: The config requires checkpointing, and the model has no such layers.
     """
     try:
         layers = DecoderLayers(model)
     except ValueError as error:
         if config.gradient_checkpointing in ("auto", "none"):
             return None
-        raise InputError(f"--gradient-checkpointing is not there for {config.model}: {first_line(error)}.") from error
+        raise InputError(
+            f"--gradient-checkpointing is not supported for {config.model}: {first_line(error)}."
+        ) from error
     if config.gradient_checkpointing != "auto":
         layers.set_checkpointing(config.gradient_checkpointing)
     return layers
@@ -236,22 +236,22 @@ def _compile(
     longest: int,
     notes: list[str],
 ) -> None:
-    """Compile the layers, and hold them to what they gave before."""
+    """Compile the layers, and check their loss and gradient against eager mode."""
     why = "its layers are not those of transformers" if layers is None else None
     if layers is not None:
         microbatch = _trial(model, collator, device_spec, longest)
         mode = layers.mode
-        layers.set_checkpointing("full")  # least memory, and what recomputes is tried as well
+        layers.set_checkpointing("full")  # least memory, and it tests recomputation as well
         before = _loss_and_gradient(model, loss_fn, microbatch)
         layers.compile()
         try:
             after = _loss_and_gradient(model, loss_fn, microbatch)
-        except Exception as error:  # noqa: BLE001 - whatever the compiler says, the model runs without it
+        except Exception as error:  # noqa: BLE001 - on any compiler error, the model runs eagerly
             why = first_line(error)
         else:
             difference = max(_difference(new, old) for new, old in zip(after, before, strict=True))
-            same = NARROW_SAME if device_spec.is_half_precision else WIDE_SAME
-            why = None if difference <= same else f"compiled, it differs by {difference:.0e}"
+            tolerance = COMPILED_TOLERANCE_HALF if device_spec.is_half_precision else COMPILED_TOLERANCE
+            why = None if difference <= tolerance else f"its compiled results differ by {difference:.0e}"
         layers.set_checkpointing(mode)
         if why is not None:
             layers.decompile()
@@ -259,13 +259,13 @@ def _compile(
         return
     if config.compile != "auto":
         raise InputError(
-            f"--compile {config.compile} is not there for {config.model}: {why}. Leave it to auto, or none."
+            f"--compile {config.compile} is not supported for {config.model}: {why}. Use --compile auto or none."
         )
     notes.append(f"layers are not compiled: {why}")
 
 
 def _trial(model: Any, collator: Any, device_spec: DeviceSpec, longest: int) -> dict[str, Tensor]:
-    """Make a micro-batch of some sequences, the longest among them."""
+    """Create a micro-batch of three sequences, one of them of the largest length."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -276,7 +276,7 @@ def _trial(model: Any, collator: Any, device_spec: DeviceSpec, longest: int) -> 
 
 
 def _loss_and_gradient(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute the loss and its gradient by the embedded tokens; nothing else stays."""
+    """Return the loss and its gradient by the embedded tokens; the state of the model is restored."""
     with preserved(model, parameters=False), embedded_tokens(model) as embedded:
         seed_everything(0)
         loss_sum = loss_fn(model, microbatch)[0]

@@ -9,7 +9,8 @@ from itertools import cycle, islice
 from typing import Any
 
 from bigbatch.errors import InputError
-from bigbatch.lm.config.train_config import DEFAULT_MAX_LENGTH, TrainConfig
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.dataset import encode, split_documents
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sampling_order import epoch_windows

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from bigbatch.autotune.choice import largest_below
 from bigbatch.autotune.peak_prediction import Prediction, PredictionError
 from bigbatch.autotune.problem import FULL_ENOUGH
+from bigbatch.autotune.search import largest_below
 from bigbatch.batching.plan import Cost, Plan, TokenBudget, plan
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
-from bigbatch.errors import InputError, MemoryLimitError
+from bigbatch.errors import InputError, MemoryLimitError, first_line
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES
@@ -22,7 +22,6 @@ from bigbatch.lm.model.pretrained import model_from_config
 from bigbatch.lm.model.setup import ModelOutline, outline_model, set_up_model
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
-from bigbatch.lm.text import first_line
 from bigbatch.lm.training.engine_factory import make_engine, make_predictor
 from bigbatch.lm.training.microbatch_limits import microbatch_of
 from bigbatch.lm.training.optimizer import make_optimizer

@@ -1,15 +1,14 @@
-"""One self-contained HTML page of a run, or of several beside one another. No torch, no network, no script needed.
+"""One self-contained HTML page of one run or several. Needs no torch, no network and no script.
 
-    run directory → reading (rows as columns, events, proof) → sections (charts, figures, tables) → page
+    run directory → run_reader → sections, charts, figures, tables → page
 
-journal     what a run writes for it besides metrics: events.jsonl
-reading     a run directory as it lies there, whole or not, running or not
-columns     metrics.jsonl as columns of numbers, in constant work a line
-reduction   many updates as few points that keep every spike
-scales      axes: linear or logarithmic, their ticks, and numbers with units
-drawing     a chart as SVG; blocks draws the micro-batches of a window
-markup      text that cannot become markup
-charts      which charts there are; figures, what stands beside them
-sections    what else is told of a run; proof, comparison
-page        the whole page; writing puts it in its place at once
+run_reader            a run directory: settings, updates, events, verification, and whether it is running
+metrics_table         metrics.jsonl as columns of numbers
+downsampling          many updates as few points that keep every spike
+axes                  axes: linear or logarithmic, their ticks, and numbers with units
+svg_chart             a chart as SVG; window_plan_chart draws the micro-batches of a window
+html                  escaped markup; html_figures puts legend, text and table around a chart
+run_charts            the charts of a page
+sections              status, history, settings and versions; verification_section, comparison
+page                  the whole page; output_file writes it atomically
 """

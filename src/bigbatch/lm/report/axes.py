@@ -1,4 +1,4 @@
-"""Axes: linear or logarithmic, with few round ticks; and numbers as people read them."""
+"""Axes, linear or logarithmic, with few round ticks; and formatted numbers."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Literal
 
 Kind = Literal["plain", "bytes", "share", "count"]
 
-LOG_RATIO = 30.0  # of greatest to least, above which a linear axis would press most of a line flat
+LOG_RATIO = 30.0  # of maximum to minimum; above it, a linear axis would flatten most of a line
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -16,14 +16,14 @@ SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True)
 class Scale:
-    """Where values are on an axis.
+    """An axis.
 
     Attributes:
-        low: What is at its beginning.
-        high: What is at its end; above ``low``.
-        is_log: Whether equal ratios are equally far apart; then ``low`` is positive.
-        ticks: Values with a label, within the axis.
-        kind: What the values are.
+        low: Value at its start.
+        high: Value at its end, above ``low``.
+        is_log: Whether it is logarithmic; ``low`` is positive then.
+        ticks: Labelled values between ``low`` and ``high``.
+        kind: Unit of the values.
     """
 
     low: float
@@ -33,7 +33,7 @@ class Scale:
     kind: Kind = "plain"
 
     def at(self, value: float) -> float:
-        """Give the place of a value as a share of the axis, within 0 and 1."""
+        """Return the position of a value as a fraction of the axis, clamped to 0 and 1."""
         if self.is_log:
             share = (math.log(max(value, self.low)) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         else:
@@ -41,17 +41,17 @@ class Scale:
         return min(1.0, max(0.0, share))
 
     def label(self, tick: float) -> str:
-        """Write a tick; all of an axis in one unit, with as many digits as tell them apart."""
+        """Format a tick in the unit of the axis, with the digits that make the ticks distinct."""
         return tick_label(tick, self.ticks, self.kind, is_log=self.is_log)
 
 
 def wants_log(values: Sequence[float]) -> bool:
-    """Tell whether positive values lie so far apart that only a logarithmic axis shows them all."""
+    """Return whether all values are positive and their range needs a logarithmic axis."""
     return bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_RATIO
 
 
 def value_scale(values: Sequence[float], *, is_log: bool, from_zero: bool, kind: Kind, most_ticks: int) -> Scale:
-    """Make an axis around finite values, of which there is at least one."""
+    """Return an axis that contains all values, which are finite and at least one."""
     low, high = min(values), max(values)
     if is_log:
         low, high = low / 1.15, high * 1.15
@@ -70,7 +70,7 @@ def value_scale(values: Sequence[float], *, is_log: bool, from_zero: bool, kind:
 
 
 def step_scale(first: float, last: float, *, most_ticks: int) -> Scale:
-    """Make an axis of whole numbers from the first to the last."""
+    """Return an axis of integers from the first to the last."""
     if last <= first:
         first, last = first - 0.5, last + 0.5
     step = _step(last - first, most_ticks, whole=True)
@@ -101,7 +101,7 @@ def _log_ticks(low: float, high: float, most_ticks: int) -> tuple[float, ...]:
 
 
 def byte_unit(num_bytes: float) -> tuple[float, str]:
-    """Give the unit that a number of bytes is written in, and its name."""
+    """Return the unit in which a number of bytes is written, and its name."""
     power = 0
     while power < len(BYTE_UNITS) - 1 and abs(num_bytes) >= 1024.0 ** (power + 1):
         power += 1
@@ -109,7 +109,7 @@ def byte_unit(num_bytes: float) -> tuple[float, str]:
 
 
 def tick_label(tick: float, ticks: Sequence[float], kind: Kind, *, is_log: bool = False) -> str:
-    """Write a tick in the unit of its axis; on a logarithmic one every tick has its own."""
+    """Format a tick in the unit of its axis; on a logarithmic axis every tick has its own unit."""
     if tick == 0:
         return "0"
     largest = abs(tick) if is_log else max(map(abs, ticks))
@@ -126,7 +126,7 @@ def tick_label(tick: float, ticks: Sequence[float], kind: Kind, *, is_log: bool 
 
 
 def _scientific(value: float) -> str:
-    """Write a number as 5×10⁻⁶."""
+    """Format a number as 5×10⁻⁶."""
     digits, _, power = f"{value:.3e}".partition("e")
     digits = digits.rstrip("0").rstrip(".").replace("-", "−")
     raised = str(int(power)).translate(RAISED)
@@ -138,7 +138,7 @@ def _smallest_gap(ticks: Sequence[float]) -> float:
 
 
 def _digits(value: float, gap: float) -> str:
-    """Write a number with the decimals that a gap needs, and no more."""
+    """Format a number with the fewest decimals that resolve a gap."""
     for decimals in range(9):
         if abs(round(gap, decimals) - gap) <= 1e-6 * gap:
             break
@@ -146,7 +146,7 @@ def _digits(value: float, gap: float) -> str:
 
 
 def number(value: float | None, kind: Kind = "plain") -> str:
-    """Write one figure with four significant digits and its unit; a dash where there is none."""
+    """Format a number with four significant digits and its unit; a dash for None and non-finite values."""
     if value is None or not math.isfinite(value):
         return "–"
     if kind == "bytes":
@@ -161,8 +161,8 @@ def number(value: float | None, kind: Kind = "plain") -> str:
     return _scientific(value) if abs(value) < 1e-3 or abs(value) >= 1e15 else f"{value:.4g}".replace("-", "−")
 
 
-def written(value: object) -> str:
-    """Write a setting as TOML would, as far as it can; a dash for None."""
+def format_setting(value: object) -> str:
+    """Format a setting as in TOML, strings without quotes where possible; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool):

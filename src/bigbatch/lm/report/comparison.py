@@ -1,8 +1,8 @@
-"""Runs beside one another: a table of how they stand, and the settings in which they differ."""
+"""Comparison of runs: a table of their results, and the settings in which they differ."""
 
 from collections.abc import Sequence
 
-from bigbatch.lm.report.axes import number, written
+from bigbatch.lm.report.axes import format_setting, number
 from bigbatch.lm.report.html import table, tag, text
 from bigbatch.lm.report.html_figures import swatch_of
 from bigbatch.lm.report.run_charts import median
@@ -10,8 +10,8 @@ from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.sections import STATES
 
 
-def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Compare runs in a table, and list the settings in which they differ."""
+def compare(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Return a table that compares runs, and one of the settings in which they differ."""
     rows = []
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         columns = run.columns
@@ -37,23 +37,18 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> str:
         "updates",
         "last loss",
         "best validation",
-        "tokens a second",
+        "tokens/s",
         "peak memory",
         "skipped",
         "resumes",
     ]
-    whole = table(head, rows, caption="The runs", numeric=range(2, 9))
-    differing = [
-        key for key in _all_settings(runs) if key != "out" and len({written(_of(run, key)) for run in runs}) > 1
-    ]
+    results = table(head, rows, caption="The runs", numeric=range(2, 9))
+    values = {key: [format_setting(run.settings.get(key)) for run in runs] for key in _all_settings(runs)}
+    differing = [key for key, of_runs in values.items() if key != "out" and len(set(of_runs)) > 1]
     if not differing:
-        return whole + tag("p", "Their settings are the same.")
-    rows = [[text(key), *(text(written(_of(run, key))) for run in runs)] for key in differing]
-    return whole + table(["setting", *map(text, names)], rows, caption="Settings in which they differ")
-
-
-def _of(run: Run, key: str) -> object:
-    return run.settings.get(key)
+        return results + tag("p", "All settings are the same.")
+    rows = [[text(key), *map(text, values[key])] for key in differing]
+    return results + table(["setting", *map(text, names)], rows, caption="Settings in which they differ")
 
 
 def _all_settings(runs: Sequence[Run]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Many updates as few points that keep every spike: least, mean and greatest of so many updates in a row."""
+"""Downsampling that keeps every spike: minimum, mean and maximum of consecutive updates."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ MOST_POINTS = 360  # about one for each two or three pixels of a chart
 
 @dataclass(frozen=True)
 class Points:
-    """A line as it is drawn.
+    """The points of a drawn line.
 
     Attributes:
-        x: Of each point; the middle of what it stands for.
-        mean: Of the finite values that it stands for; NaN where there is none.
-        low: The least of them.
-        high: The greatest.
-        each: Updates that a point stands for, the last one maybe fewer; 1 where every update is drawn.
+        x: Middle of the updates of each point.
+        mean: Mean of their finite values; NaN without any.
+        low: Their minimum.
+        high: Their maximum.
+        each: Updates per point (fewer for the last one); 1 if every update is drawn.
     """
 
     x: tuple[float, ...]
@@ -27,19 +27,14 @@ class Points:
 
     @property
     def finite(self) -> list[float]:
-        """Every least and greatest value."""
+        """All finite minima and maxima."""
         return [value for value in (*self.low, *self.high) if math.isfinite(value)]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return not any(math.isfinite(value) for value in self.mean)
 
 
 def reduced(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> Points:
-    """Let each point stand for the same number of updates in a row, the fewest that leave at most ``most`` points.
+    """Combine the same number of consecutive updates into each point, as few as leave at most ``most`` points.
 
-    each = ⌈len / most⌉;  point i = min, mean, max of y[i·each : (i+1)·each], NaN left out
+    each = ⌈len / most⌉;  point i = min, mean, max of y[i·each : (i+1)·each], NaN excluded
     """
     each = max(1, -(-len(y) // most))
     if each == 1:

@@ -1,4 +1,4 @@
-"""Text that cannot become markup: whatever a setting, a path or a message holds is shown, never read."""
+"""HTML elements whose text is escaped, so that no setting, path or message can become markup."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,13 +6,13 @@ from html import escape
 
 
 def text(value: object) -> str:
-    """Escape a value for an element or a quoted attribute; what no page may hold is replaced."""
+    """Escape a value for an element or a quoted attribute; unprintable characters are replaced."""
     shown = str(value).encode("utf-8", "replace").decode("utf-8")
     return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown), quote=True)
 
 
 def tag(name: str, inside: str = "", **attributes: object) -> str:
-    """Write an element; ``class_`` is class, underscores are dashes, None leaves an attribute out."""
+    """Return an element; ``class_`` becomes class, underscores become dashes, an attribute of None is omitted."""
     words = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{text(value)}"'
         for key, value in attributes.items()
@@ -24,7 +24,7 @@ def tag(name: str, inside: str = "", **attributes: object) -> str:
 def table(
     head: Iterable[str], rows: Iterable[Iterable[str]], *, caption: str, numeric: Iterable[int] = (), wide: bool = True
 ) -> str:
-    """Write a table of cells that are markup already; the first cell of a row names it."""
+    """Return a table of cells that are already markup; the first cell of a row is its header."""
     right = set(numeric)
 
     def kind(column: int) -> str | None:
@@ -45,6 +45,6 @@ def table(
 
 
 def data(value: Mapping[str, object]) -> str:
-    """Write JSON that a script element may hold: no character of it ends the element or begins a comment."""
+    """Return JSON that is safe in a script element: no character can end the element or start a comment."""
     written = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""Charts as figures of a page: heading, legend, drawing, sentence, table; and what the read-outs need."""
+"""Charts as figures of a page: heading, legend, drawing, caption, table, and the data of the tooltips."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ from bigbatch.lm.report.axes import number
 from bigbatch.lm.report.html import data, table, tag, text
 from bigbatch.lm.report.svg_chart import Chart, Line, draw
 
-BLOCKS = 12  # rows of the table beside a chart
+BLOCKS = 12  # rows of the table of a chart
 
 
 def figure(chart: Chart) -> str:
-    """Write a chart with everything that stands beside it."""
+    """Return a chart with its heading, legend, caption, table and tooltip data."""
     unit = tag("span", text(chart.unit), class_="unit") if chart.unit else ""
     heading = tag("h3", f"{text(chart.title)} {unit}", id=f"{chart.key}-heading")
     caption = tag("figcaption", tag("p", text(chart.summary)) + _note(chart))
@@ -25,14 +25,13 @@ def _note(chart: Chart) -> str:
         return ""
     return tag(
         "p",
-        f"A point stands for {chart.each:,} updates: the line is at their mean, the band reaches from the least to the "
-        "greatest of them.",
+        f"Each point combines {chart.each:,} updates: the line shows their mean, the band their minimum and maximum.",
         class_="note",
     )
 
 
 def _legend(chart: Chart) -> str:
-    """Name the lines, where there is more than one thing to tell apart."""
+    """Return the legend, if the chart has more than one entry."""
     entries = [(line.name, f"{line.style} s{line.colour}") for line in chart.lines]
     entries += [
         (f"{level.name} {number(level.value, chart.kind)}", "level " + _colour(level.colour)) for level in chart.levels
@@ -48,7 +47,7 @@ def _colour(colour: int | None) -> str:
 
 
 def swatch_of(kind: str) -> str:
-    """Draw a piece of a line, as a legend has it."""
+    """Return the sample of a line in a legend."""
     if kind == "skip":
         inside = tag("path", class_="skip", d="M14 1l5 9h-10Z")
     elif kind == "resume":
@@ -63,7 +62,7 @@ def swatch_of(kind: str) -> str:
 
 
 def _figures(chart: Chart) -> str:
-    """Write the values as a table: the mean of each of some stretches, with the least and the greatest."""
+    """Return a table of the values: mean, minimum and maximum of each of 12 ranges of updates."""
     first = min(line.x[0] for line in chart.lines if len(line.x))
     last = max(line.x[-1] for line in chart.lines if len(line.x))
     edges = [first + (last + 1 - first) * block / BLOCKS for block in range(BLOCKS + 1)]
@@ -76,14 +75,14 @@ def _figures(chart: Chart) -> str:
     words = table(
         [chart.x_label + ("s" if chart.x_label == "update" else ""), *(text(line.name) for line in chart.lines)],
         rows,
-        caption=f"{chart.title}: means, with the least and the greatest where they differ",
+        caption=f"{chart.title}: mean (minimum to maximum)",
         numeric=range(1, len(chart.lines) + 1),
     )
     return tag("details", tag("summary", "figures") + words)
 
 
 def _stretch(chart: Chart, low: float, high: float) -> str:
-    begin, end = -int(-low // 1), -int(-high // 1) - 1  # whole numbers from low on, below high
+    begin, end = -int(-low // 1), -int(-high // 1) - 1  # integers from low to below high
     return f"{begin:,}" if end <= begin else f"{begin:,} to {end:,}"
 
 
@@ -106,16 +105,16 @@ def _cell(values: list[float], chart: Chart) -> str:
 
 
 def _readings(chart: Chart) -> dict[str, object]:
-    """Give what the read-outs show: for each line the places and, as text, what is there."""
+    """Return the tooltip data: the positions of each line and, as text, their values."""
     return {"label": chart.x_label, "lines": [_reading(line, chart) for line in chart.lines]}
 
 
 def _reading(line: Line, chart: Chart) -> dict[str, object]:
     points = line.points
-    places, words = [], []
+    positions, words = [], []
     for x, mean, low, high in zip(points.x, points.mean, points.low, points.high, strict=True):
         if mean == mean:
-            places.append(round(x, 1) if x % 1 else int(x))
+            positions.append(round(x, 1) if x % 1 else int(x))
             spread = f" ({number(low, chart.kind)} to {number(high, chart.kind)})" if low != high else ""
             words.append(number(mean, chart.kind) + spread)
-    return {"name": line.name, "colour": line.colour, "x": places, "words": words}
+    return {"name": line.name, "colour": line.colour, "x": positions, "words": words}

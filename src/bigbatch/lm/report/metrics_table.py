@@ -1,4 +1,4 @@
-"""metrics.jsonl as columns of numbers: whole lines alone, by step, whatever a line holds."""
+"""metrics.jsonl as columns of numbers, by step. Accepts any content and ignores an incomplete last line."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ NUMBERS = (
     "slowest_rank",
     "slowest_share",
 )
-"""What of a line is drawn; one that a line lacks, or that is no finite number, is NaN."""
+"""Keys of a line that are drawn; NaN if the line has no finite number there."""
 
-LARGEST = 1e300  # differences of what is larger would not be finite
+LARGEST = 1e300  # differences of larger values would not be finite
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Skip:
     """An update that changed nothing.
 
     Attributes:
-        step: Which.
-        reason: As the line says it.
+        step: Number of the update.
+        reason: The text in its line.
     """
 
     step: int
@@ -51,10 +51,10 @@ class Columns:
     """The lines of a run, by step.
 
     Attributes:
-        steps: Of each line, increasing.
+        steps: Step of each line, increasing.
         skipped: The updates that changed nothing.
-        num_unreadable: Lines that are no record of an update; a last one without its end does not count.
-        num_bytes: What was read, up to the end of the last whole line.
+        num_unreadable: Lines that are no record of an update, an incomplete last one excluded.
+        num_bytes: Bytes up to the end of the last complete line.
     """
 
     steps: array[int] = field(default_factory=lambda: array("q"))
@@ -64,25 +64,25 @@ class Columns:
     _numbers: dict[str, array[float]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Sequence[float]:
-        """Give a column as long as ``steps``; NaN where a line has no finite number."""
+        """Return a column as long as ``steps``; NaN where a line has no finite number."""
         return self._numbers[name] if name in self._numbers else array("d", [math.nan]) * len(self.steps)
 
     def has(self, name: str) -> bool:
-        """Tell whether any line has a finite number there."""
+        """Return whether any line has a finite number in this column."""
         return name in self._numbers
 
     def last(self, name: str) -> float | None:
-        """Give the last finite number of a column."""
+        """Return the last finite number of a column; None without one."""
         return next((value for value in reversed(self[name]) if math.isfinite(value)), None)
 
 
 def read_columns(path: Path) -> Columns:
-    """Read metrics.jsonl as far as it is written by now.
+    """Read the complete lines of metrics.jsonl.
 
-    Of lines with the same step the last counts. Numbers beyond a float are NaN.
+    Of lines with the same step the last one counts. Numbers out of the range of a float are NaN.
 
     Raises:
-        OSError: It cannot be read. One that is not there has no lines.
+        OSError: The file cannot be read. A missing file has no lines.
     """
     try:
         data = path.read_bytes()

@@ -1,55 +1,53 @@
-"""Where a page is put: whole or not at all, and never over a file that is no page."""
+"""Write a page atomically, and never over a file that is not a page."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from bigbatch.errors import InputError
+from bigbatch.lm.files import os_reason, write_atomically
+from bigbatch.lm.runs.file_names import REPORT
 
-BEGINNING = b"<!doctype html>"
+DOCTYPE = b"<!doctype html>"
 
 
 def check_place(path: Path) -> None:
-    """Refuse a place where no page can be put; writes nothing.
+    """Check that a page can be written to a path; writes nothing.
 
     Raises:
-        InputError: It is a folder or a file that is no page, or its folder is not there or not to be written in.
+        InputError: It is a folder or a file that is not a page, or its folder does not exist or is not writable.
     """
     folder = path.absolute().parent
     if path.is_dir():
-        raise InputError(f"--out {path} is a folder: name a file, such as {path / 'report.html'}.")
+        raise InputError(f"--out {path} is a folder: name a file, such as {path / REPORT}.")
     if not folder.is_dir():
         raise InputError(f"--out {path} cannot be written: there is no folder {folder}.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be written: {folder} is not yours to write in. Pass --out FILE.")
+        raise InputError(f"{path} cannot be written: {folder} is not writable. Pass --out FILE.")
     with suppress(FileNotFoundError):
         if not _is_page(path):
-            raise InputError(f"--out {path} is there and is no page: it would be lost. Name another file.")
+            raise InputError(f"--out {path} exists and is not a report: it would be overwritten. Name another file.")
 
 
 def _is_page(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(len(BEGINNING)).lower() in (BEGINNING, b"")
+            return file.read(len(DOCTYPE)).lower() in (DOCTYPE, b"")
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise InputError(f"--out {path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"--out {path} cannot be read: {os_reason(error)}.") from error
 
 
 def write_page(path: Path, page: str) -> int:
-    """Put a page in its place at once: whoever opens it sees the one before or this one, whole; gives its bytes.
+    """Write a page atomically, so that readers see the previous page or the new one; return its size in bytes.
 
     Raises:
-        InputError: It cannot be written; what was there stays.
+        InputError: It cannot be written; the previous page stays.
     """
     data = page.encode("utf-8", "replace")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        aside.write_bytes(data)
-        aside.replace(path)
+        write_atomically(path, data)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise InputError(f"{path} cannot be written: {os_reason(error)}.") from error
     return len(data)

@@ -1,4 +1,4 @@
-"""The whole page: one file that needs nothing else, read by eye, by ear and on paper."""
+"""The page: one self-contained HTML file for screens, screen readers and print."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,28 +14,28 @@ from bigbatch.lm.report.run_charts import RunCharts
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.svg_chart import Chart
 
-MOST_RUNS = 8  # that colours tell apart
+MOST_RUNS = 8  # one colour each
 REFRESH_S = 10
 
 
 def page(runs: Sequence[Run], *, refresh: bool = False, now: datetime | None = None) -> str:
-    """Write the page of a run, or of several beside one another.
+    """Return the HTML page of one run, or of several for comparison.
 
     Args:
         runs: At most 8.
-        refresh: Whether it loads itself again every 10 seconds, for as long as a run is running.
-        now: When it is written.
+        refresh: Whether the page reloads itself every 10 seconds.
+        now: Time of writing that the page shows; by default the current time.
 
     Raises:
-        InputError: They are more.
+        InputError: There are more than 8 runs.
     """
     if len(runs) > MOST_RUNS:
-        raise InputError(f"{len(runs)} runs cannot be told apart on one page: name at most {MOST_RUNS}.")
+        raise InputError(f"{len(runs)} runs are too many for one page: name at most {MOST_RUNS}.")
     names = _names(runs)
-    title = " beside ".join(names) if len(runs) < 4 else f"{len(runs)} runs side by side"
+    title = " vs. ".join(names) if len(runs) < 4 else f"Comparison of {len(runs)} runs"
     parts = _one(runs[0]) if len(runs) == 1 else _several(runs, names)
     moment = (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M:%S UTC")
-    again = f", and again every {REFRESH_S} seconds while the run goes on" if refresh else ""
+    again = f"; reloaded every {REFRESH_S} seconds while the run is running" if refresh else ""
     head = [
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -50,42 +50,45 @@ def page(runs: Sequence[Run], *, refresh: bool = False, now: datetime | None = N
     body = [
         tag("header", tag("p", "bigbatch report", class_="brand") + tag("h1", text(title))),
         tag("main", "".join(parts)),
-        tag("footer", tag("p", text(f"Written {moment} by bigbatch {__version__}{again}. This page loads nothing."))),
+        tag(
+            "footer",
+            tag("p", text(f"Written {moment} by bigbatch {__version__}{again}. This page loads no other files.")),
+        ),
         tag("script", _resource("readout.js")),
     ]
     return f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head><body>{"".join(body)}</body></html>\n'
 
 
 def _one(run: Run) -> Iterator[str]:
-    gallery = RunCharts([run], [run.name])
-    yield sections.standing(run)
+    charts = RunCharts([run], [run.name])
+    yield sections.status(run)
     if run.columns.steps:
         yield sections.tiles(run)
-    yield _section("Learning", gallery.learning(), _missing_learning(run))
-    batch = gallery.batch()
+    yield _section("Learning", charts.learning(), _missing_learning(run))
+    batch = charts.batch()
     yield _section("Batch", batch, "", _missing_noise(run) + sections.window(run))
-    yield _section("Speed and memory", gallery.cost(), "")
-    yield _section("What happened", (), "", sections.happened(run))
-    yield _section("Proof", (), "", verification_section.proof(run))
-    both = tag("div", sections.settings(run) + sections.surroundings(run), class_="tables")
+    yield _section("Speed and memory", charts.cost(), "")
+    yield _section("History", (), "", sections.history(run))
+    yield _section("Verification", (), "", verification_section.verification(run))
+    both = tag("div", sections.settings(run) + sections.environment(run), class_="tables")
     yield _section("Settings and versions", (), "", both)
 
 
 def _several(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
-    gallery = RunCharts(runs, names)
-    yield _section("Side by side", (), "", comparison.side_by_side(runs, names))
-    yield _section("Learning", gallery.learning(), "No update is written yet.")
-    yield _section("Batch", gallery.batch(), "")
-    yield _section("Speed and memory", gallery.cost(), "")
+    charts = RunCharts(runs, names)
+    yield _section("Comparison", (), "", comparison.compare(runs, names))
+    yield _section("Learning", charts.learning(), "No update has been logged yet.")
+    yield _section("Batch", charts.batch(), "")
+    yield _section("Speed and memory", charts.cost(), "")
     each = [
-        tag("details", tag("summary", text(name)) + sections.standing(run) + sections.happened(run))
+        tag("details", tag("summary", text(name)) + sections.status(run) + sections.history(run))
         for run, name in zip(runs, names, strict=True)
     ]
-    yield _section("What happened", (), "", "".join(each))
+    yield _section("History", (), "", "".join(each))
 
 
 def _section(title: str, charts: Sequence[Chart], instead: str, rest: str = "") -> str:
-    """Write a section; one without anything is left out, and ``instead`` stands where charts are missing."""
+    """Return a section, or nothing if it is empty; ``instead`` is the note for missing charts."""
     drawn = tag("div", "".join(map(figure, charts)), class_="charts") if charts else ""
     missing = tag("p", text(instead), class_="missing") if instead and not charts else ""
     words = tag("p", text(instead), class_="missing") if instead and charts else ""
@@ -96,8 +99,8 @@ def _section(title: str, charts: Sequence[Chart], instead: str, rest: str = "") 
 
 def _missing_learning(run: Run) -> str:
     if not run.columns.steps:
-        return "No update is written yet."
-    return "" if run.columns.has("validation_loss") else "There is no validation in this run, or none yet."
+        return "No update has been logged yet."
+    return "" if run.columns.has("validation_loss") else "This run has no validation loss yet."
 
 
 def _missing_noise(run: Run) -> str:
@@ -107,7 +110,7 @@ def _missing_noise(run: Run) -> str:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Tell runs apart: by the names of their directories, with as much of the path as it takes."""
+    """Return the name of each run: that of its directory, or its path if several have the same name."""
     counts = Counter(run.name for run in runs)
     return [run.name if counts[run.name] == 1 else str(run.folder) for run in runs]
 

@@ -1,5 +1,5 @@
 "use strict";
-// Read-outs under the pointer. Everything they tell is in the drawings, sentences and tables too.
+// Tooltips under the pointer. They repeat what the drawings, captions and tables contain.
 for (const figure of document.querySelectorAll("figure.chart")) {
   const source = figure.querySelector("script.readings");
   if (!source) continue;

@@ -1,6 +1,6 @@
-"""Which charts a page has: those that the metrics have something for, each with a sentence that says what it shows.
+"""The charts of a page: one for each quantity in the metrics, with a summary in words.
 
-One run: a colour for each quantity. Several: a colour for each run, and dashes or dots tell quantities apart.
+One run: a colour per quantity. Several runs: a colour per run, and dashes or dots per quantity.
 """
 
 import math
@@ -12,15 +12,15 @@ from bigbatch.lm.report.axes import Kind, number
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.svg_chart import Chart, EventMarks, Line, ReferenceLine
 
-FAR = 20.0  # times beyond the values, where a level would press the line flat and is told instead
+FAR = 20.0  # times outside the values, a reference line would flatten the curve and is only mentioned
 
 
 class RunCharts:
-    """The charts of some runs, under the names that they have in the page.
+    """The charts of some runs.
 
     Args:
-        runs: Runs, at least one.
-        names: Of each, told apart.
+        runs: At least one.
+        names: Distinct names of the runs.
     """
 
     def __init__(self, runs: Sequence[Run], names: Sequence[str]) -> None:
@@ -29,15 +29,15 @@ class RunCharts:
         self._alone = len(runs) == 1
 
     def learning(self) -> list[Chart]:
-        """Loss, learning rate and gradient norm."""
+        """Return the charts of loss, learning rate and gradient norm."""
         return [chart for chart in (self._loss(), self._by_tokens(), self._rate(), self._norm()) if chart]
 
     def batch(self) -> list[Chart]:
-        """Noise scale against the batch, or the batch alone where it changed."""
+        """Return the chart of the noise scale and the batch size, or of the batch size if it changed."""
         return [chart for chart in (self._noise() or self._global_batch(),) if chart]
 
     def cost(self) -> list[Chart]:
-        """Speed, memory and ranks."""
+        """Return the charts of speed, memory and ranks."""
         return [chart for chart in (self._speed(), self._memory(), self._ranks()) if chart]
 
     def _loss(self) -> Chart | None:
@@ -48,13 +48,13 @@ class RunCharts:
         for run, name in self._each_with("validation_loss"):
             values = [(y, x) for x, y in zip(run.columns.steps, run.columns["validation_loss"], strict=True) if y == y]
             best, step = min(values)
-            summary += f" The validation loss{self._of(name)} is least, {number(best)}, at update {step:,}"
+            summary += f" The validation loss{self._of(name)} has its minimum, {number(best)}, at update {step:,}"
             summary += f", and {number(values[-1][0])} at the last validation." if values[-1][1] != step else "."
         marks = self._marks() if self._alone else ()
         return Chart("loss", "Loss", "nats per token", tuple(lines), marks=marks, summary=summary, wide=True)
 
     def _by_tokens(self) -> Chart | None:
-        """Draw the loss over the tokens that were learned from, where runs took different batches."""
+        """Return the loss over the trained tokens, if the batches of the runs differ in size."""
         with_both = [run for run, _ in self._each_with("loss") if run.columns.has("tokens")]
         means = [_mean(run.columns["tokens"]) for run in with_both]
         if len(means) < 2 or max(means) <= 1.05 * min(means):
@@ -64,7 +64,7 @@ class RunCharts:
             if run in with_both:
                 tokens = list(accumulate(0.0 if math.isnan(y) else y for y in run.columns["tokens"]))
                 lines.append(Line(name, tokens, run.columns["loss"], place))
-        summary = "The same losses by the tokens that were learned from: the batches of the runs differ in size."
+        summary = "The same losses over the trained tokens, because the batches of the runs differ in size."
         return Chart(
             "loss-by-tokens",
             "Loss by tokens",
@@ -84,8 +84,8 @@ class RunCharts:
             top, step = max((y, -x) for x, y in zip(run.columns.steps, run.columns["lr"], strict=True) if y == y)
             last = number(run.columns.last("lr"))
             parts.append(
-                f"The learning rate{self._of(name)} is highest, {number(top)}, at update {-step:,}, and {last} at the "
-                "end."
+                f"The learning rate{self._of(name)} has its maximum, {number(top)}, at update {-step:,} and is {last} "
+                "at the end."
             )
         return Chart("lr", "Learning rate", "", tuple(lines), from_zero=True, summary=" ".join(parts))
 
@@ -140,17 +140,14 @@ class RunCharts:
                      summary=self._describe_range("global_batch", "The global batch"))  # fmt: skip
 
     def _speed(self) -> Chart | None:
-        lines = self._lines("tokens_per_s", "tokens a second")
+        lines = self._lines("tokens_per_s", "tokens/s")
         if not lines:
             return None
         parts = [
-            f"Half of the updates{self._of(name)} learned from {number(_median(run.columns['tokens_per_s']), 'count')} "
-            "tokens a second or more."
+            f"Median throughput{self._of(name)}: {number(_median(run.columns['tokens_per_s']), 'count')} tokens/s."
             for run, name in self._each_with("tokens_per_s")
         ]
-        return Chart(
-            "speed", "Speed", "tokens a second", tuple(lines), kind="count", from_zero=True, summary=" ".join(parts)
-        )
+        return Chart("speed", "Speed", "tokens/s", tuple(lines), kind="count", from_zero=True, summary=" ".join(parts))
 
     def _memory(self) -> Chart | None:
         lines = self._lines("peak_bytes", "measured")
@@ -184,13 +181,10 @@ class RunCharts:
         parts = []
         for run, name in self._each_with("slowest_share"):
             slowest = Counter(int(y) for y in run.columns["slowest_rank"] if y == y).most_common(1)
-            who = f" Rank {slowest[0][0]} was the slowest most often." if slowest else ""
+            most_often = f" Rank {slowest[0][0]} is the slowest most often." if slowest else ""
             ranks = number(run.columns.last("ranks"), "count")
             half = number(_median(run.columns["slowest_share"]), "share")
-            parts.append(
-                f"Of {ranks} ranks{self._of(name)}, the slowest took a share of {half} in the middle of all "
-                f"updates.{who}"
-            )
+            parts.append(f"Of {ranks} ranks{self._of(name)}, the slowest has a median share of {half}.{most_often}")
         return Chart("ranks", "The slowest rank", "share", tuple(lines), kind="share", summary=" ".join(parts))
 
     def _lines(self, column: str, what: str, colour: int = 0, *, style: str = "line") -> list[Line]:
@@ -216,7 +210,7 @@ class RunCharts:
         return "" if self._alone else f" of {name}"
 
     def _describe_range(self, column: str, subject: str, kind: Kind = "plain") -> str:
-        """Say where each run's values begin, reach their least and greatest, and end."""
+        """Return a sentence about the first, last, minimum and maximum value of each run."""
         parts = []
         for run, name in self._each_with(column):
             values = [(y, x) for x, y in zip(run.columns.steps, run.columns[column], strict=True) if y == y]
@@ -224,7 +218,7 @@ class RunCharts:
             (low, lowest), (high, highest) = min(values), max(values)
             parts.append(
                 f"{subject}{self._of(name)} is {number(first, kind)} at update {begin:,} and {number(last, kind)} at "
-                f"update {end:,}; it is least at {lowest:,} ({number(low, kind)}) and greatest at {highest:,} "
+                f"update {end:,}; minimum at {lowest:,} ({number(low, kind)}), maximum at {highest:,} "
                 f"({number(high, kind)})."
             )
         return " ".join(parts)
@@ -237,18 +231,18 @@ class RunCharts:
 
 
 def _about_memory(run: Run, of: str, measured: float, predicted: float | None) -> str:
-    """Say how the prediction compares; on the CPU the two do not measure the same."""
-    word = f"The highest measured{of} is {number(measured, 'bytes')}"
+    """Return a sentence that compares measured and predicted memory; on the CPU the two differ in scope."""
+    word = f"The measured peak{of} is {number(measured, 'bytes')}"
     if predicted is None:
-        return f"{word}; nothing was predicted, since the micro-batch was given."
+        return f"{word}; there is no prediction, because the micro-batch was set."
     device = run.last_event_value("device") or str(run.settings.get("device", ""))
     if str(device).startswith("cuda"):
         off = measured / predicted - 1
         more = "more" if off >= 0 else "less"
-        return f"{word}, {number(abs(off), 'share')} {more} than the {number(predicted, 'bytes')} that were predicted."
+        return f"{word}, {number(abs(off), 'share')} {more} than the predicted {number(predicted, 'bytes')}."
     return (
-        f"{word}: on the CPU that is the whole process, Python and libraries included. Predicted were "
-        f"{number(predicted, 'bytes')} for the tensors of an update alone."
+        f"{word}: on the CPU this is the whole process with Python and libraries. The prediction of "
+        f"{number(predicted, 'bytes')} covers only the tensors of an update."
     )
 
 
@@ -262,15 +256,15 @@ def _distinct(values: Sequence[float]) -> set[float]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    there = [value for value in values if value == value]
-    return math.fsum(there) / len(there)
+    finite = [value for value in values if value == value]
+    return math.fsum(finite) / len(finite)
 
 
 def _median(values: Sequence[float]) -> float:
-    there = sorted(value for value in values if value == value)
-    return there[len(there) // 2] if there else math.nan
+    finite = sorted(value for value in values if value == value)
+    return finite[len(finite) // 2] if finite else math.nan
 
 
 def median(run: Run, column: str) -> float:
-    """Give the middle one of a column's values; NaN without any."""
+    """Return the median of a column (upper of the middle two); NaN if it is empty."""
     return _median(run.columns[column])

@@ -1,4 +1,4 @@
-"""A run directory as it lies there: whole or not, running or not, of this version or another."""
+"""Read a run directory: complete or not, running or not, written by this version or another."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.files import os_reason
 from bigbatch.lm.report.metrics_table import Columns, read_columns
 from bigbatch.lm.runs.file_names import CONFIG, EVENTS, LOCK, METRICS, MODEL, TUNED_MICROBATCH, VERIFICATION
 
@@ -22,19 +23,19 @@ ENDS: Mapping[Any, State] = {"finished": "finished", "stopped": "stopped", "fail
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run.
+    """Content of a run directory.
 
     Attributes:
         folder: Its directory.
         name: The directory's own name.
-        state: ``running``: a process holds it now; ``finished``; ``stopped`` by a signal; ``failed`` with an error;
-            ``ended``: without a word, as processes that are killed do.
-        settings: Those of config.json, as they were changed since.
-        changed: Names of the settings that are others than in config.json.
+        state: ``running``: a process holds the lock; ``finished``; ``stopped`` by a signal; ``failed`` with an error;
+            ``ended``: no process runs and none recorded its end, as after a kill.
+        settings: Those of config.json with the changes of the last resume.
+        changed: Names of the settings that the last resume changed.
         columns: The updates.
         events: Lines of events.jsonl.
-        choice: The micro-batch that was chosen, with the peak that was predicted; empty where none was.
-        proof: What ``bigbatch verify --json`` printed, where it was kept in verify.json; empty otherwise.
+        choice: The micro-batch that ``auto`` chose, with its predicted peak; empty if none was chosen.
+        verification: The output of ``bigbatch verify --json`` in verify.json; empty without that file.
     """
 
     folder: Path
@@ -45,46 +46,46 @@ class Run:
     columns: Columns
     events: Sequence[Mapping[str, Any]]
     choice: Mapping[str, Any]
-    proof: Mapping[str, Any]
+    verification: Mapping[str, Any]
 
     @property
     def steps(self) -> int:
-        """Updates that are made."""
+        """Updates done."""
         return self.columns.steps[-1] if self.columns.steps else 0
 
     @property
     def total_steps(self) -> int | None:
-        """Updates of the whole run; None where nothing tells."""
-        told = self.last_event_value("total_steps")
-        total = self.settings.get("steps") if told is None else told
+        """Updates of the whole run; None if unknown."""
+        recorded = self.last_event_value("total_steps")
+        total = self.settings.get("steps") if recorded is None else recorded
         return total if type(total) is int else None
 
     def last_event_value(self, name: str) -> Any:
-        """Give what the last process that began said of something; None where none did."""
+        """Return the value in the last event that has one under this name; None without such an event."""
         return next((event[name] for event in reversed(self.events) if event.get(name) is not None), None)
 
     @property
     def resumes(self) -> list[Mapping[str, Any]]:
-        """The processes that went on with it."""
+        """Events of processes that resumed the run."""
         return [event for event in self.events if event.get("event") == "resume"]
 
 
 def read_run(folder: Path) -> Run:
-    """Read what there is of a run.
+    """Read a run directory; missing files are empty.
 
     Raises:
-        InputError: The folder is no run directory.
-        BigbatchError: Something in it cannot be read.
+        InputError: The folder is not a run directory.
+        BigbatchError: A file in it cannot be read.
     """
     stored = _object(folder / CONFIG)
     if not stored and not (folder / CONFIG).is_file() and not (folder / METRICS).is_file():
-        raise InputError(f"{folder} is no run: it holds neither {CONFIG} nor {METRICS}.")
-    running = is_running(folder)  # before the metrics are read: what ends in between is told as running
+        raise InputError(f"{folder} is not a run: it has neither {CONFIG} nor {METRICS}.")
+    running = is_running(folder)  # before the metrics are read: a run that ends in between is reported as running
     try:
         columns = read_columns(folder / METRICS)
         events = _lines(folder / EVENTS)
     except OSError as error:
-        raise BigbatchError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
+        raise BigbatchError(f"{error.filename or folder} cannot be read: {os_reason(error)}.") from error
     changed = _changed(events)
     return Run(
         folder=folder,
@@ -95,15 +96,15 @@ def read_run(folder: Path) -> Run:
         columns=columns,
         events=events,
         choice=_object(folder / TUNED_MICROBATCH),
-        proof=_object(folder / VERIFICATION),
+        verification=_object(folder / VERIFICATION),
     )
 
 
 def is_running(folder: Path) -> bool:
-    """Tell whether a process holds the run directory now."""
+    """Return whether a process holds the lock of the run directory."""
     path = folder / LOCK
     try:
-        if not path.stat().st_size:  # whoever holds it has written its name
+        if not path.stat().st_size:  # the holder writes its process id
             return False
         if fcntl is None:
             return True
@@ -120,9 +121,9 @@ def _state(folder: Path, stored: Mapping[str, Any], columns: Columns, events: Se
     last = events[-1].get("event") if events else None
     if last in ENDS:
         return ENDS[last]
-    made = columns.steps[-1] if columns.steps else 0
-    whole = not events and (folder / MODEL).is_dir() and stored.get("steps") in (made, None)
-    return "finished" if made and whole else "ended"
+    steps = columns.steps[-1] if columns.steps else 0
+    has_ended = not events and (folder / MODEL).is_dir() and stored.get("steps") in (steps, None)
+    return "finished" if steps and has_ended else "ended"
 
 
 def _changed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; what is there and is none counts as not there."""
+    """Read a JSON object; anything else is empty."""
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_bytes())
         if isinstance(found, dict):
@@ -154,7 +155,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def size_of_metrics(folder: Path) -> int:
-    """Give the bytes of metrics.jsonl; 0 where there is none."""
+    """Return the bytes of metrics.jsonl; 0 without that file."""
     with suppress(OSError):
         return (folder / METRICS).stat().st_size
     return 0

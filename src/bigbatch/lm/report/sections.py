@@ -1,52 +1,51 @@
-"""What is told of a run besides its charts: how it stands, what happened, settings and versions."""
+"""Sections of a page without charts: status, history, settings and versions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from bigbatch.lm.report.axes import number, written
+from bigbatch.lm.report.axes import format_setting, number
 from bigbatch.lm.report.html import table, tag, text
 from bigbatch.lm.report.metrics_table import Columns
 from bigbatch.lm.report.run_charts import median
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.window_plan_chart import draw_window, window_of
+from bigbatch.lm.runs.file_names import CONFIG, METRICS
 
-MOST_LINES = 60  # of what happened; the rest is counted
+MOST_LINES = 60  # rows of a table; the rest is counted
 STATES = {
     "running": "running",
     "finished": "finished",
     "stopped": "stopped",
     "failed": "failed",
-    "ended": "ended without a word",
+    "ended": "ended unexpectedly",
 }
 
 
-def standing(run: Run) -> str:
-    """Say in a sentence how a run stands."""
+def status(run: Run) -> str:
+    """Return the state of a run as a sentence."""
     total = run.total_steps
     of = f" of {total:,}" if total else ""
-    made = f"{run.steps:,}{of} updates made" if run.steps else "no update is written yet"
+    done = f"{run.steps:,}{of} updates done" if run.steps else "no update has been logged yet"
     last = run.events[-1] if run.events else {}
     why = str(last.get("why") or "")
     word = {
-        "running": f"Running: {made}.",
-        "finished": f"Finished: {made}.",
-        "stopped": f"Stopped{f' by {why}' if why else ''}: {made}. bigbatch resume goes on with it.",
-        "failed": f"Failed: {made}. {why}",
-        "ended": f"Not running, and not finished: {made}. bigbatch resume goes on with it.",
+        "running": f"Running: {done}.",
+        "finished": f"Finished: {done}.",
+        "stopped": f"Stopped{f' by {why}' if why else ''}: {done}. Continue with bigbatch resume.",
+        "failed": f"Failed: {done}. {why}",
+        "ended": f"Not running and not finished: {done}. Continue with bigbatch resume.",
     }[run.state]
     sentences = [tag("strong", text(STATES[run.state]), class_=f"state {run.state}") + " " + text(word)]
     if run.columns.num_unreadable:
         count = run.columns.num_unreadable
         lines = "1 line" if count == 1 else f"{count:,} lines"
-        sentences.append(
-            text(f"{lines} of metrics.jsonl could not be read and {'is' if count == 1 else 'are'} left out.")
-        )
-    return tag("p", " ".join(sentences), class_="standing")
+        sentences.append(text(f"{lines} of {METRICS} could not be read and {'was' if count == 1 else 'were'} skipped."))
+    return tag("p", " ".join(sentences), class_="status")
 
 
 def tiles(run: Run) -> str:
-    """Write the figures that are looked for first."""
+    """Return the key figures of a run."""
     columns = run.columns
     best = min((value for value in columns["validation_loss"] if value == value), default=None)
     peak = max((value for value in columns["peak_bytes"] if value == value), default=None)
@@ -54,9 +53,9 @@ def tiles(run: Run) -> str:
         ("updates", f"{run.steps:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")),
         ("last loss", number(columns.last("loss"))),
         ("best validation loss", number(best)),
-        ("tokens a second", number(median(run, "tokens_per_s"), "count")),
+        ("tokens/s", number(median(run, "tokens_per_s"), "count")),
         ("peak memory", number(peak, "bytes")),
-        ("micro-batches an update", _range(columns)),
+        ("micro-batches per update", _range(columns)),
         ("skipped updates", f"{len(columns.skipped):,}"),
         ("resumes", f"{len(run.resumes):,}" if run.events else "–"),
     ]
@@ -76,18 +75,18 @@ def _range(columns: Columns) -> str:
 
 
 def window(run: Run) -> str:
-    """Draw the first window's micro-batches, where the run told of them; say so in a sentence where not."""
+    """Return a drawing of the first window's micro-batches, or a note if the run has not recorded them."""
     found = window_of(run.last_event_value("window"))
     if found is None:
-        return tag("p", "How the first window was cut is not in this run's directory.", class_="missing")
+        return tag("p", "This run has not recorded the plan of its first window.", class_="missing")
     shares = [
         [f"{place:,}", f"{len(lengths):,}", f"{max(lengths):,}", f"{sum(lengths):,}", f"{found.laid_out(lengths):,}"]
         for place, lengths in found.shown
     ]
-    head = ["micro-batch", "sequences", "longest", "tokens", "as laid out"]
-    rows = table(head, shares, caption="The micro-batches that are drawn", numeric=range(1, 5))
+    head = ["micro-batch", "sequences", "longest", "tokens", "with padding"]
+    rows = table(head, shares, caption="Micro-batches in the drawing", numeric=range(1, 5))
     entries = [("even", "a sequence")]
-    entries += [("odd", "the next one")] if any(len(lengths) > 1 for _, lengths in found.shown) else []
+    entries += [("odd", "the next sequence")] if any(len(lengths) > 1 for _, lengths in found.shown) else []
     entries += [("padding", "padding")] if found.laid_out_tokens > found.tokens else []
     swatch = (
         '<svg viewBox="0 0 28 12" class="swatch" aria-hidden="true"><rect class="{}" width="28" height="12"/></svg>'
@@ -105,39 +104,39 @@ def window(run: Run) -> str:
     )
 
 
-def happened(run: Run) -> str:
-    """List the processes of a run, and the updates that were skipped or had to be run again."""
+def history(run: Run) -> str:
+    """Return the processes of a run, and its skipped and retried updates."""
     parts = []
     processes = list(_processes(run.events))
     if processes:
-        head = ["when (UTC)", "update", "what happened"]
-        parts.append(table(head, _first(processes, 3), caption="Processes of this run", numeric=(1,)))
+        head = ["when (UTC)", "update", "event"]
+        parts.append(table(head, _truncated(processes, 3), caption="Processes of this run", numeric=(1,)))
     else:
-        parts.append(tag("p", "When it began, stopped and went on is not in this run's directory.", class_="missing"))
+        parts.append(tag("p", "This run has not recorded its starts, stops and resumes.", class_="missing"))
     updates = list(_updates(run.columns))
     if updates:
-        parts.append(table(["updates", "what happened"], _first(updates, 2), caption="Updates out of the ordinary"))
+        parts.append(table(["updates", "event"], _truncated(updates, 2), caption="Skipped and retried updates"))
     elif run.columns.steps:
-        parts.append(tag("p", "No update was skipped, and none ran out of memory."))
+        parts.append(tag("p", "No update was skipped or ran out of memory."))
     return "".join(parts)
 
 
-def _first(rows: list[list[str]], width: int) -> list[list[str]]:
+def _truncated(rows: list[list[str]], width: int) -> list[list[str]]:
     if len(rows) <= MOST_LINES:
         return rows
     return [*rows[:MOST_LINES], ["…", *[""] * (width - 2), f"{len(rows) - MOST_LINES:,} more"]]
 
 
 def _processes(events: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    is_open = began = False
+    is_open = has_begun = False
     for event in events:
         kind = event.get("event")
         if kind in ("begin", "resume"):
             if is_open:
-                yield ["–", "–", "the process ended without a word, as when it is killed"]
+                yield ["–", "–", "the process ended unexpectedly (killed?)"]
             is_open = True
-            event = {**event, "again": began}
-            began = True
+            event = {**event, "again": has_begun}
+            has_begun = True
         elif kind in ("stopped", "failed", "finished"):
             is_open = False
         else:
@@ -157,17 +156,17 @@ def _when(at: object) -> str:
 def _sentence(event: Mapping[str, Any]) -> str:
     kind, why = event["event"], str(event.get("why") or "")
     if kind == "begin":
-        began = "began anew, without a checkpoint," if event.get("again") else "began"
-        return f"{began} on {event.get('machine', 'a machine that it does not name')}"
+        began = "started again without a checkpoint" if event.get("again") else "started"
+        return f"{began} on {event.get('machine', 'an unknown machine')}"
     if kind == "resume":
-        words = f"went on from checkpoint {event.get('checkpoint')}, on {event.get('machine')}"
+        words = f"resumed from checkpoint {event.get('checkpoint')}, on {event.get('machine')}"
         passed = event.get("passed_over")
         for pair in passed if isinstance(passed, list) else []:
             if isinstance(pair, list) and len(pair) == 2:
-                words += f"; passed over {pair[0]}: {pair[1]}"
+                words += f"; skipped {pair[0]}: {pair[1]}"
         settings = event.get("settings")
         if isinstance(settings, dict) and settings:
-            words += "; with " + ", ".join(f"{name} = {written(value)}" for name, value in settings.items())
+            words += "; with " + ", ".join(f"{name} = {format_setting(value)}" for name, value in settings.items())
         return words
     if kind == "stopped":
         return f"stopped by {why}, after saving" if why else "stopped, after saving"
@@ -181,45 +180,45 @@ def _updates(columns: Columns) -> Iterator[list[str]]:
     for (_, reason), group in runs:
         steps = [skip.step for _, skip in group]
         name = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-        found.append((steps[0], [name, text(f"skipped, nothing was changed: {reason}")]))
+        found.append((steps[0], [name, text(f"skipped without a change: {reason}")]))
     for step, retries in zip(columns.steps, columns["retries"], strict=True):
         if retries == retries and retries > 0:
             times = "once" if retries == 1 else f"{retries:,.0f} times"
-            found.append((step, [f"{step:,}", f"memory ran out {times}; run again in smaller pieces"]))
+            found.append((step, [f"{step:,}", f"out of memory {times}; retried with smaller micro-batches"]))
     for _, row in sorted(found, key=lambda pair: pair[0]):
         yield row
 
 
 def settings(run: Run) -> str:
-    """List every setting, those marked that a resume changed."""
+    """Return a table of all settings; those that a resume changed are marked."""
     if not run.settings:
-        return tag("p", "config.json is not there or cannot be read, so the settings are not known.", class_="missing")
+        return tag("p", f"{CONFIG} does not exist or cannot be read, so the settings are unknown.", class_="missing")
     rows = [
         [
             text(name),
-            text(written(value)) + (" " + tag("em", "(changed since it began)") if name in run.changed else ""),
+            text(format_setting(value)) + (" " + tag("em", "(changed by resume)") if name in run.changed else ""),
         ]
         for name, value in run.settings.items()
     ]
     return table(["setting", "value"], rows, caption="Settings, as flags and TOML name them")
 
 
-def surroundings(run: Run) -> str:
-    """List machine, model and versions."""
+def environment(run: Run) -> str:
+    """Return a table of machine, model and versions."""
     rows = [
         [name, text(shown)]
         for name, key in (
             ("machine", "machine"),
             ("parameters", "parameters"),
-            ("of them trained", "trained"),
-            ("computed anew", "recomputed"),
+            ("trainable parameters", "trained"),
+            ("activation checkpointing", "recomputed"),
         )
-        if (told := run.last_event_value(key)) is not None
-        and (shown := f"{told:,}" if type(told) is int else str(told))
+        if (value := run.last_event_value(key)) is not None
+        and (shown := f"{value:,}" if type(value) is int else str(value))
     ]
     versions = run.last_event_value("versions")
     if isinstance(versions, dict):
         rows += [[text(name), text(value)] for name, value in versions.items()]
     if not rows:
-        return tag("p", "Machine and versions are not in this run's directory.", class_="missing")
-    return table(["what", "which"], rows, caption="Machine, model and versions")
+        return tag("p", "This run has not recorded its machine and versions.", class_="missing")
+    return table(["name", "value"], rows, caption="Machine, model and versions")

@@ -1,7 +1,7 @@
 """A chart as SVG: lines, dots, bands and marks over updates, in three widths of which a page shows one.
 
-Colours are classes that the style of the page fills, so that the same drawing serves light, dark and paper. Text stays
-readable because each width is drawn for itself, not shrunk.
+Colours are CSS classes, so that one drawing serves light mode, dark mode and print. Each width is drawn separately and
+not scaled, so that text stays readable.
 """
 
 import math
@@ -19,7 +19,7 @@ TOP, BOTTOM, RIGHT = 12, 38, 16
 
 
 class Size(NamedTuple):
-    """A width that a chart is drawn for."""
+    """Size of a drawing, in pixels."""
 
     name: str
     width: int
@@ -34,11 +34,12 @@ class Line:
     """Values over updates.
 
     Attributes:
-        name: For the legend.
+        name: Name in the legend.
         x: Updates, increasing.
-        y: As long; NaN where there is nothing.
+        y: Values, as many; NaN if missing.
         colour: 0 to 7.
-        style: ``line``; ``dashed``; ``dots``: a point for each value, joined thinly; ``steps``: level until it changes.
+        style: ``line``; ``dashed``; ``dots``: a dot per value, joined by a thin line; ``steps``: constant until it
+            changes.
     """
 
     name: str
@@ -49,14 +50,14 @@ class Line:
 
     @cached_property
     def points(self) -> Points:
-        """What is drawn of it."""
+        """The downsampled points that are drawn."""
         pairs = [(x, y) for x, y in zip(self.x, self.y, strict=True) if y == y] if self.style == "dots" else None
         return reduced([x for x, _ in pairs], [y for _, y in pairs]) if pairs else reduced(self.x, self.y)
 
 
 @dataclass(frozen=True)
 class ReferenceLine:
-    """One value for all updates, as a dashed line."""
+    """A horizontal dashed line."""
 
     name: str
     value: float
@@ -65,7 +66,7 @@ class ReferenceLine:
 
 @dataclass(frozen=True)
 class EventMarks:
-    """Updates at which something happened: ``skip`` stands on the axis, ``resume`` crosses the chart."""
+    """Marks at updates: ``skip`` is a triangle on the axis, ``resume`` a vertical line."""
 
     name: str
     kind: Literal["skip", "resume"]
@@ -74,20 +75,20 @@ class EventMarks:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn; at least one of its lines has a finite value.
+    """A chart; at least one of its lines has a finite value.
 
     Attributes:
-        key: Its name in the page.
-        title: In a few words.
-        unit: What the values are, beside the title.
-        lines: Behind one another, the first at the back.
-        levels: Over the whole width.
-        marks: Of things that happened.
-        kind: How values are written.
-        from_zero: Whether a linear axis begins at zero.
-        x_label: What is counted along the other axis.
-        summary: What the chart shows, in a sentence or two: the text in its place.
-        wide: Whether it takes the width of the page.
+        key: Identifier in the page.
+        title: Heading.
+        unit: Unit of the values, next to the title.
+        lines: Lines, drawn in this order.
+        levels: Horizontal reference lines.
+        marks: Marks of events.
+        kind: Format of the values.
+        from_zero: Whether a linear axis starts at zero.
+        x_label: Label of the horizontal axis.
+        summary: Caption, which is also the text alternative of the drawing.
+        wide: Whether the figure has the width of the page.
     """
 
     key: str
@@ -104,28 +105,28 @@ class Chart:
 
     @cached_property
     def is_log(self) -> bool:
-        """Whether the values want a logarithmic axis."""
+        """Whether the axis of the values is logarithmic."""
         return not self.from_zero and wants_log(self.values)
 
     @cached_property
     def values(self) -> list[float]:
-        """All that has to be within the axis."""
+        """All values that the axis has to contain."""
         return [value for line in self.lines for value in line.points.finite] + [level.value for level in self.levels]
 
     @property
     def each(self) -> int:
-        """Updates that a point of the busiest line stands for."""
+        """Updates per point of the line with the most."""
         return max(line.points.each for line in self.lines)
 
 
 def draw(chart: Chart) -> str:
-    """Draw a chart in every width."""
+    """Return a chart as SVG in every width."""
     return "".join(_draw(chart, size) for size in SIZES)
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values are in a drawing."""
+    """Mapping of values to pixels."""
 
     size: Size
     x: Scale
@@ -195,7 +196,7 @@ def _grid(frame: _Frame, chart: Chart) -> Iterator[str]:
         yield tag("line", class_="grid", x1=_short(frame.left), x2=_short(frame.right), y1=y, y2=y)
         yield tag("text", text(frame.y.label(tick)), class_="tick end", x=_short(frame.left - 8), y=y, dy="0.35em")
     yield tag("line", class_="axis", x1=_short(frame.left), x2=_short(frame.right), y1=frame.bottom, y2=frame.bottom)
-    free_from = frame.left  # labels never overlap: the next one begins after the last
+    free_from = frame.left  # labels never overlap: each starts after the previous one
     for tick in frame.x.ticks:
         label = frame.x.label(tick)
         x, half = float(frame.px(tick)), CHARACTER * len(label) / 2
@@ -209,35 +210,35 @@ def _grid(frame: _Frame, chart: Chart) -> Iterator[str]:
 
 
 def _band(frame: _Frame, line: Line) -> str:
-    """Fill between the least and the greatest of what each point stands for."""
+    """Return the band between the minimum and the maximum of each point."""
     points = line.points
     if points.each == 1:
         return ""
     paths = []
     for part in _unbroken(points.x, points.low, points.high):
-        there = [f"{frame.px(x)} {frame.py(high)}" for x, _, high in part]
-        back = [f"{frame.px(x)} {frame.py(low)}" for x, low, _ in reversed(part)]
-        paths.append(f"M{'L'.join([*there, *back])}Z")
+        upper = [f"{frame.px(x)} {frame.py(high)}" for x, _, high in part]
+        lower = [f"{frame.px(x)} {frame.py(low)}" for x, low, _ in reversed(part)]
+        paths.append(f"M{'L'.join([*upper, *lower])}Z")
     return tag("path", class_=f"band s{line.colour}", d="".join(paths))
 
 
 def _line(frame: _Frame, line: Line) -> Iterator[str]:
     points = line.points
-    path, alone = [], []
+    path, dots = [], []
     for part in _unbroken(points.x, points.mean, points.mean):
         places = [(frame.px(x), frame.py(y)) for x, y, _ in part]
         if len(places) == 1:
-            alone.append(places[0])
+            dots.append(places[0])
         elif line.style == "steps":
             first, *rest = places
             path.append(f"M{' '.join(first)}" + "".join(f"H{x}V{y}" for x, y in rest))
         else:
             path.append("M" + "L".join(f"{x} {y}" for x, y in places))
         if line.style == "dots":
-            alone += places if len(places) > 1 else []
+            dots += places if len(places) > 1 else []
     if path:
         yield tag("path", class_=f"line {line.style} s{line.colour}", d="".join(path))
-    for x, y in alone:
+    for x, y in dots:
         yield tag("circle", class_=f"dot s{line.colour}", cx=x, cy=y, r="3.4")
 
 
@@ -248,7 +249,7 @@ def _level(frame: _Frame, level: ReferenceLine) -> str:
 
 
 def _marks(frame: _Frame, marks: EventMarks) -> Iterator[str]:
-    """Mark updates; those that fall on the same place are one mark."""
+    """Return the marks of updates; those at the same pixel are one mark."""
     inside = (x for x in marks.x if frame.x.low <= x <= frame.x.high)
     for x in sorted({round(float(frame.px(value)), 0) for value in inside}):
         if marks.kind == "resume":
@@ -261,7 +262,7 @@ def _marks(frame: _Frame, marks: EventMarks) -> Iterator[str]:
 def _unbroken(
     x: Iterable[float], low: Iterable[float], high: Iterable[float]
 ) -> Iterator[list[tuple[float, float, float]]]:
-    """Cut points into stretches without a gap."""
+    """Split points into runs without a gap."""
     part: list[tuple[float, float, float]] = []
     for point in zip(x, low, high, strict=True):
         if math.isfinite(point[1]):

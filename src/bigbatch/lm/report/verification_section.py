@@ -1,4 +1,4 @@
-"""What ``bigbatch verify --json`` said, where it was kept beside a run."""
+"""Section with the result of ``bigbatch verify --json`` that is stored in a run directory."""
 
 import math
 
@@ -7,16 +7,15 @@ from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.runs.file_names import VERIFICATION
 
 
-def proof(run: Run) -> str:
-    """Write the table of ``bigbatch verify``, where its JSON was kept beside the run."""
-    found = run.proof
+def verification(run: Run) -> str:
+    """Return the table of ``bigbatch verify``, or how to store one if the run has none."""
+    found = run.verification
     cuts = found.get("cuts")
     if not isinstance(cuts, list) or not all(isinstance(cut, dict) for cut in cuts) or not cuts:
         return tag(
             "p",
-            f"No proof is kept with this run: "
-            f"{tag('code', 'bigbatch verify --json > RUN/' + VERIFICATION)}, with the flags "
-            "of the run, puts it here.",
+            "No verification is stored in this run. To add one, run "
+            f"{tag('code', 'bigbatch verify --json > RUN/' + VERIFICATION)} with the flags of the run.",
             class_="missing",
         )
     tolerance = _float(found.get("tolerance"))
@@ -36,7 +35,7 @@ def proof(run: Run) -> str:
         else "NOT exact: a cut changes the gradient."
     )
     return (
-        tag("p", tag("strong", text(verdict), class_=f"verdict {'exact' if exact else 'wrong'}") + _proved(run))
+        tag("p", tag("strong", text(verdict), class_=f"verdict {'exact' if exact else 'wrong'}") + _verified_on(run))
         + table(
             ["micro-batch", "micro-batches", "bigbatch", "mean of means"],
             rows,
@@ -47,19 +46,19 @@ def proof(run: Run) -> str:
     )
 
 
-def _proved(run: Run) -> str:
-    """Say what was proved on, and whether that is what this run trains."""
-    found = run.proof
+def _verified_on(run: Run) -> str:
+    """Return the model, data and machine of the verification, and whether the run has the same model and data."""
+    found = run.verification
     on = [str(found[name]) for name in ("model", "data", "machine") if found.get(name)]
     size = _whole(found.get("num_samples"))
     words = f" {size} sequences" + (f" of {on[1]} with {on[0]}, on {on[2]}" if len(on) == 3 else "")
-    words += "" if len(on) == 3 else f", {found.get('dtype')}"  # a machine names its precision
+    words += "" if len(on) == 3 else f", {found.get('dtype')}"  # the machine includes the precision
     words += f", tolerance {_error(found.get('tolerance'))}."
     others = [
         name for name in ("model", "data") if found.get(name) and found[name] != run.settings.get(name, found[name])
     ]
     if others:
-        words += f" This is another {' and other '.join(others)} than the run's."
+        words += f" The {' and '.join(others)} differ{'s' if len(others) == 1 else ''} from the run's."
     return text(words)
 
 

@@ -1,4 +1,4 @@
-"""The micro-batches of a window as packed blocks: a bar for each, a block for each sample, padding beside it."""
+"""Drawing of a window: a bar per micro-batch with a block per sample, followed by its padding."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ from bigbatch.lm.report.html import tag, text
 from bigbatch.lm.report.svg_chart import CHARACTER, SIZES, Size
 
 ROW, BAR, HEAD = 24, 16, 26  # pixels
-FEWEST_PIXELS = 3.0  # of a block on average; below, the samples of a bar are drawn as one
+FEWEST_PIXELS = 3.0  # average width of a block; below that, the samples of a bar are drawn as one block
 
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """The first window of a run.
+    """Micro-batches of the first window of a run.
 
     Attributes:
         layout: ``padded`` or ``packed``.
-        token_budget: Tokens that no micro-batch exceeds; None where samples were the limit.
-        num_samples: In all.
-        tokens: In all, without padding.
-        laid_out_tokens: In all, padding included.
-        num_microbatches: In all.
+        token_budget: Largest number of tokens in a micro-batch; None if samples are the limit.
+        num_samples: Samples of the window.
+        tokens: Tokens of the window without padding.
+        laid_out_tokens: Tokens of the window with padding.
+        num_microbatches: Micro-batches of the window.
         first: Tokens of each sample of the first micro-batches.
-        last: Of the last ones, where there are more between.
+        last: Tokens of each sample of the last micro-batches; those in between are not recorded.
     """
 
     layout: str
@@ -37,49 +37,48 @@ class WindowLayout:
 
     @property
     def shown(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The micro-batches that are drawn, by number from 1 on."""
+        """The micro-batches that are drawn, numbered from 1."""
         end = self.num_microbatches - len(self.last)
         return [*enumerate(self.first, 1), *enumerate(self.last, end + 1)]
 
     @property
     def num_hidden(self) -> int:
-        """Those that are not."""
+        """Number of micro-batches that are not drawn."""
         return self.num_microbatches - len(self.first) - len(self.last)
 
     def laid_out(self, lengths: Sequence[int]) -> int:
-        """Tokens of a micro-batch, padding included."""
+        """Return the tokens of a micro-batch with padding."""
         return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths)
 
     @property
     def scale(self) -> int:
-        """Tokens that the width of the drawing stands for."""
+        """Tokens at the full width of the drawing."""
         return max(self.token_budget or 0, *(self.laid_out(lengths) for _, lengths in self.shown))
 
     def describe(self) -> str:
-        """Say what is drawn."""
+        """Return a sentence about the window."""
         budget = "" if self.token_budget is None else f" of at most {self.token_budget:,} tokens"
         padding = self.laid_out_tokens - self.tokens
         share = padding / self.laid_out_tokens
-        told = f"{padding:,} of {self.laid_out_tokens:,} tokens as laid out are padding ({share:.1%})"
-        waste = told if padding else "there is no padding"
+        waste = f"{padding:,} of {self.laid_out_tokens:,} tokens are padding ({share:.1%})" if padding else "no padding"
         batches = "1 micro-batch" if self.num_microbatches == 1 else f"{self.num_microbatches:,} micro-batches"
         return f"{self.num_samples:,} sequences, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
 
 
-def window_of(told: object) -> WindowLayout | None:
-    """Read what an event holds; None where it holds no window that could be drawn."""
-    if not isinstance(told, Mapping):
+def window_of(recorded: object) -> WindowLayout | None:
+    """Return the window that an event has recorded; None if it cannot be drawn."""
+    if not isinstance(recorded, Mapping):
         return None
     try:
-        first, last = _microbatches(told["first"]), _microbatches(told["last"])
-        budget = told["token_budget"]
+        first, last = _microbatches(recorded["first"]), _microbatches(recorded["last"])
+        budget = recorded["token_budget"]
         window = WindowLayout(
-            layout=str(told["layout"]),
+            layout=str(recorded["layout"]),
             token_budget=None if budget is None else _count(budget),
-            num_samples=_count(told["num_samples"]),
-            tokens=_count(told["tokens"]),
-            laid_out_tokens=_count(told["laid_out_tokens"]),
-            num_microbatches=_count(told["num_microbatches"]),
+            num_samples=_count(recorded["num_samples"]),
+            tokens=_count(recorded["tokens"]),
+            laid_out_tokens=_count(recorded["laid_out_tokens"]),
+            num_microbatches=_count(recorded["num_microbatches"]),
             first=first,
             last=last,
         )
@@ -88,8 +87,8 @@ def window_of(told: object) -> WindowLayout | None:
     return window if first and window.num_hidden >= 0 else None
 
 
-def _microbatches(told: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(_count(length) for length in lengths) for lengths in told if lengths)
+def _microbatches(recorded: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(_count(length) for length in lengths) for lengths in recorded if lengths)
 
 
 def _count(value: object) -> int:
@@ -99,7 +98,7 @@ def _count(value: object) -> int:
 
 
 def draw_window(window: WindowLayout) -> str:
-    """Draw a window in every width."""
+    """Return a window as SVG in every width."""
     return "".join(_draw(window, size) for size in SIZES)
 
 
@@ -108,8 +107,8 @@ def _draw(window: WindowLayout, size: Size) -> str:
     budget = window.token_budget
     height = HEAD + rows * ROW + 6
     number_width = 10 + CHARACTER * len(f"{window.num_microbatches:,}")
-    beside = 96 if size.name == "narrow" else 216
-    left, right = number_width, size.width - beside
+    text_width = 96 if size.name == "narrow" else 216
+    left, right = number_width, size.width - text_width
     unit = (right - left) / window.scale
     parts = [*_head(window, left, right, unit, height, budget)]
     y = float(HEAD)
@@ -166,7 +165,7 @@ def _bar(
 
 
 def _samples(window: WindowLayout, lengths: tuple[int, ...], left: float, y: float, unit: float) -> Iterator[str]:
-    """Draw the samples of a bar, each with its padding behind it; or all as one, where they are too many to be seen."""
+    """Return the blocks of a bar: each sample followed by its padding, or one block if they are too narrow to see."""
     laid_out = window.laid_out(lengths)
     if laid_out * unit / len(lengths) < FEWEST_PIXELS:
         yield _block("even", left, y, sum(lengths) * unit)

@@ -1,4 +1,4 @@
-"""The run directory: config.json, metrics.jsonl (one line an update, flushed), quarantine.jsonl, checkpoints, model."""
+"""Run directory: config.json, metrics.jsonl (a flushed line per update), quarantine.jsonl, checkpoints, model."""
 
 import json
 import math
@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigbatch.errors import BigbatchError, InputError
-from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL, PARTIAL, QUARANTINE
-
-CONFIG_ASIDE = CONFIG + PARTIAL
+from bigbatch.lm.files import PARTIAL, os_reason, write_atomically
+from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL, QUARANTINE
 
 
 class RunDirectory:
-    """A folder that holds one run and nothing else.
+    """A folder that holds one run and nothing else. Make a new one with `create`, which writes the configuration.
 
-        with RunDirectory.create(path, config) as run:
-            run.write_metrics({"step": 1, "loss": 8.3})
-
-    Use `create`; it writes the configuration.
+    with RunDirectory.create(path, config) as run:
+        run.write_metrics({"step": 1, "loss": 8.3})
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,18 +30,15 @@ class RunDirectory:
         """Make the folder and write config.json; a failure leaves nothing behind.
 
         Raises:
-            InputError: It holds something already, or cannot be written.
+            InputError: The folder is not empty or cannot be written.
         """
         check_free(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            aside = path / CONFIG_ASIDE
-            with aside.open("wb") as file:
-                file.write((json.dumps(config, indent=2) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(path / CONFIG)
+            for leftover in filter(_is_partial_config, path.iterdir()):
+                leftover.unlink()
+            write_atomically(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
             _remove(path, made)
             raise InputError(_cannot_be_written(path, error)) from error
@@ -66,30 +60,30 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # closing tries once more to write what could not be written, which was told
+            with suppress(OSError):  # closing retries a failed write, which has raised before
                 file.close()
         self._files = {}
 
     def discard_model(self) -> None:
-        """Take its name from a model that was saved when the run was stopped.
+        """Rename the model that was saved when the run was stopped, so that it is not taken for the final one.
 
         Raises:
             BigbatchError: The folder cannot be written.
         """
-        aside = self.model.with_name(self.model.name + PARTIAL)
-        shutil.rmtree(aside, ignore_errors=True)
+        partial = self.model.with_name(self.model.name + PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
         try:
             with suppress(FileNotFoundError):
-                self.model.rename(aside)
+                self.model.rename(partial)
         except OSError as error:
-            raise BigbatchError(f"{self.model} cannot be written: {error.strerror or error}.") from error
+            raise BigbatchError(f"{self.model} cannot be written: {os_reason(error)}.") from error
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one line and flush it; numbers that JSON cannot hold become null."""
+        """Append one line to metrics.jsonl and flush it; NaN and infinity become null."""
         self._append(METRICS, row)
 
     def write_quarantine(self, row: Mapping[str, Any]) -> None:
-        """Append one line about samples that changed nothing, and flush it."""
+        """Append one line about the samples of a skipped update to quarantine.jsonl and flush it."""
         self._append(QUARANTINE, row)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -100,50 +94,50 @@ class RunDirectory:
             self._files[name].write(as_line(row))
             self._files[name].flush()
         except OSError as error:
-            raise BigbatchError(f"{self.path / name} cannot be written: {error.strerror or error}.") from error
+            raise BigbatchError(f"{self.path / name} cannot be written: {os_reason(error)}.") from error
 
     def _open(self, name: str) -> BinaryIO:
         try:
             return (self.path / name).open("ab")
         except OSError as error:
-            raise BigbatchError(f"{self.path / name} cannot be written: {error.strerror or error}.") from error
+            raise BigbatchError(f"{self.path / name} cannot be written: {os_reason(error)}.") from error
 
     def sync(self) -> tuple[int, int]:
-        """Bring all lines to the disk; give the bytes of metrics.jsonl and of quarantine.jsonl."""
+        """Sync all lines to disk; return the sizes of metrics.jsonl and quarantine.jsonl in bytes."""
         try:
             for file in self._files.values():
                 os.fsync(file.fileno())
         except OSError as error:
-            raise BigbatchError(f"{self.path} cannot be written: {error.strerror or error}.") from error
-        # Not tell(): it is where the last line ended that this process wrote, also after the file was cut.
+            raise BigbatchError(f"{self.path} cannot be written: {os_reason(error)}.") from error
+        # Not file.tell(), which is the end of the last line that this process wrote, also after a truncation.
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
         return sizes.get(METRICS, 0), sizes.get(QUARANTINE, 0)
 
     def truncate_to(self, metrics_bytes: int, quarantine_bytes: int) -> None:
-        """Cut the lines off that were written after a point of the run; opens what is left of them.
+        """Truncate both files to their sizes at a checkpoint, and open quarantine.jsonl if it is not empty.
 
         Raises:
-            BigbatchError: There are fewer than were there at that point, or they cannot be cut.
+            BigbatchError: A file is shorter than at the checkpoint, or cannot be truncated.
         """
         for name, num_bytes in ((METRICS, metrics_bytes), (QUARANTINE, quarantine_bytes)):
             path = self.path / name
-            there = path.stat().st_size if path.exists() else 0
-            if there < num_bytes:
+            found_bytes = path.stat().st_size if path.exists() else 0
+            if found_bytes < num_bytes:
                 raise BigbatchError(
-                    f"{path} has {there:,} bytes, and had {num_bytes:,} when the checkpoint was made: lines are "
-                    "missing. Put the file back."
+                    f"{path} has {found_bytes:,} bytes and had {num_bytes:,} at the checkpoint: lines are missing. "
+                    "Restore the file."
                 )
             try:
                 if path.exists():
                     os.truncate(path, num_bytes)
             except OSError as error:
-                raise BigbatchError(f"{path} cannot be written: {error.strerror or error}.") from error
+                raise BigbatchError(f"{path} cannot be written: {os_reason(error)}.") from error
             if num_bytes and self._files and name not in self._files:
                 self._files[name] = self._open(name)
 
 
 class ReadOnlyRunDirectory(RunDirectory):
-    """The folder of a run that another process writes to: nothing is written from here."""
+    """Run directory of a process that writes nothing to it, because rank 0 does."""
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -155,15 +149,15 @@ class ReadOnlyRunDirectory(RunDirectory):
         """Do nothing."""
 
     def sync(self) -> tuple[int, int]:
-        """Do nothing; what is written is not this process's to count."""
+        """Do nothing and return 0, 0."""
         return 0, 0
 
-    def rewind(self, metrics_bytes: int, quarantine_bytes: int) -> None:
+    def truncate_to(self, metrics_bytes: int, quarantine_bytes: int) -> None:
         """Do nothing."""
 
 
 def as_line(row: Mapping[str, Any]) -> bytes:
-    """Write a row as a line of JSON; numbers that it cannot hold become null."""
+    """Return a row as a line of JSON; NaN and infinity become null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
     }
@@ -171,45 +165,49 @@ def as_line(row: Mapping[str, Any]) -> bytes:
 
 
 def check_free(path: Path) -> None:
-    """Refuse a folder that holds something, or that cannot be made where it is wanted; writes nothing.
+    """Check that a folder is empty or can be made; writes nothing.
 
     Raises:
-        InputError: It does, or cannot.
+        InputError: It is not empty or cannot be made.
     """
     try:
-        if path.is_dir() and any(entry.name != CONFIG_ASIDE for entry in path.iterdir()):
+        if path.is_dir() and not all(map(_is_partial_config, path.iterdir())):
             run = (path / CONFIG).exists()
-            go_on = f", or go on with it: bigbatch resume {path}" if run else ""
+            resume = f", or continue it: bigbatch resume {path}" if run else ""
             raise InputError(
-                f"--out {path} holds {'another run' if run else 'other files'}: name a folder that is empty or not "
-                f"there yet{go_on}."
+                f"--out {path} holds {'another run' if run else 'other files'}: name a new or empty folder{resume}."
             )
-        place = next(place for place in (path, *path.absolute().parents) if place.exists())
+        parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:
         raise InputError(_cannot_be_written(path, error)) from error
-    if place == path and not path.is_dir():
-        raise InputError(f"--out {path} is a file: name a folder that is empty or not there yet.")
-    if not place.is_dir():
-        raise InputError(f"--out {path} cannot be written: {place} is a file.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"--out {path} cannot be written: {place} is not yours to write in.")
+    if parent == path and not path.is_dir():
+        raise InputError(f"--out {path} is a file: name a new or empty folder.")
+    if not parent.is_dir():
+        raise InputError(f"--out {path} cannot be written: {parent} is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {path} cannot be written: {parent} is not writable.")
+
+
+def _is_partial_config(path: Path) -> bool:
+    """Return whether a file is what a killed `RunDirectory.create` left."""
+    return path.name.startswith(f"{CONFIG}.") and path.name.endswith(PARTIAL)
 
 
 def _remove(path: Path, made: list[Path]) -> None:
-    """Take back what a failed `RunDirectory.create` made: the folders from ``path`` upwards that were not there."""
+    """Remove what a failed `RunDirectory.create` made: the configuration and the folders that did not exist before."""
     with suppress(OSError):
-        (path / CONFIG_ASIDE).unlink(missing_ok=True)
+        (path / CONFIG).unlink(missing_ok=True)
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
 
 
 def _cannot_be_written(path: Path, error: OSError) -> str:
-    return f"--out {path} cannot be written: {error.strerror or error}."
+    return f"--out {path} cannot be written: {os_reason(error)}."
 
 
 def default_path(model: str, data: str) -> Path:
-    """Give runs/MODEL-DATA, or the first of runs/MODEL-DATA-2, -3 … that is not there yet."""
+    """Return runs/MODEL-DATA, or the first of runs/MODEL-DATA-2, -3 … that does not exist."""
     name = f"{_short(model)}-{_short(data)}"
     path = Path("runs") / name
     number = 1

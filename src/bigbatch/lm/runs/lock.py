@@ -1,4 +1,4 @@
-"""One process at a time in a run directory: a lock that the kernel drops when its holder dies, however it dies."""
+"""Exclusive lock of a run directory, released by the operating system when its holder ends for any reason."""
 
 import errno
 import json
@@ -9,37 +9,38 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from bigbatch.errors import InputError
+from bigbatch.lm.files import os_reason
 from bigbatch.lm.runs.file_names import LOCK
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+MAX_OWNER_BYTES = 4096  # of the file that are read for a message
 
-LONGEST = 4096  # bytes of the file that are read for a message
-
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # by the file system, as some of clusters are mounted
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # the file system has no locks, as on some clusters
 
 
 class RunLock:
-    """Hold a run directory for oneself.
+    """Exclusive, non-blocking lock of a run directory.
 
         with RunLock(folder):
-            ...                     # a second one, of any thread or process that sees this file system, is refused
+            ...                     # any other RunLock(folder), in any thread or process, raises InputError
 
-    The lock is on the open file ``.lock``, not in its content, so a killed holder leaves nothing stale; the content
-    only tells the second one whom to ask, and the empty file stays. Children that are forked do not hold the lock.
+    The lock is that of `filelock` on the open file ``.lock`` (``flock`` on Unix, ``LockFileEx`` on Windows), so the
+    system releases it when the holder is killed. `filelock.lock_descriptor` is used and not `filelock.FileLock`: this
+    class opens the file itself, which follows no link, and writes the owner into it. The content only serves the error
+    message of a second process; the empty file stays. Forked children close their copy of the file and do not hold the
+    lock.
 
     Args:
-        folder: The run directory, which is there.
+        folder: The run directory, which exists.
 
     Attributes:
-        is_exclusive: Whether the lock is held. False within the context where the system has no such locks (Windows,
-            some network file systems): nothing keeps a second one out there.
+        is_exclusive: Whether the lock is held. False within the context if the file system has no locks (some network
+            file systems): another process is not kept out then.
 
     Raises:
-        InputError: On entering: somebody else holds it, or the folder is not there or cannot be written.
+        InputError: On entering: another process holds it, or the folder does not exist or cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,10 +53,10 @@ class RunLock:
         self._descriptor = self._open()
         try:
             self.is_exclusive = self._lock(self._descriptor)
-            _write(self._descriptor, _owner())
+            _write_owner(self._descriptor, _owner())
         except OSError as error:
             self._close()
-            raise InputError(f"{self.folder} cannot be locked: {_why(error)}.") from error
+            raise InputError(f"{self.folder} cannot be locked: {os_reason(error)}.") from error
         except BaseException:
             self._close()
             raise
@@ -76,19 +77,17 @@ class RunLock:
         except FileNotFoundError:
             raise InputError(f"there is no folder {self.folder}.") from None
         except OSError as error:
-            raise InputError(f"{self.folder} cannot be written: {_why(error)}.") from error
+            raise InputError(f"{self.folder} cannot be written: {os_reason(error)}.") from error
 
     def _lock(self, descriptor: int) -> bool:
-        if fcntl is None:
-            return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder} is in use by {_holder(descriptor)}: wait for it, or stop it.") from None
+            locked = lock_descriptor(descriptor, blocking=False)
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 return False
             raise
+        if not locked:
+            raise InputError(f"{self.folder} is in use by {_read_owner(descriptor)}: wait for it, or stop it.")
         return True
 
     def _close(self) -> None:
@@ -102,25 +101,20 @@ def _owner() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
 
 
-def _write(descriptor: int, owner: dict[str, Any]) -> None:
+def _write_owner(descriptor: int, owner: dict[str, Any]) -> None:
     text = json.dumps(owner).encode("ascii") + b"\n"
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.write(descriptor, text)
     os.ftruncate(descriptor, len(text))
 
 
-def _holder(descriptor: int) -> str:
-    """Say who holds the lock, as far as the file tells; it may be half written, or by anyone."""
+def _read_owner(descriptor: int) -> str:
+    """Describe the holder from the content of the file, which may be incomplete or written by another program."""
     try:
-        owner = json.loads(os.read(descriptor, LONGEST))
+        owner = json.loads(os.read(descriptor, MAX_OWNER_BYTES))
         pid, host, since = int(owner["pid"]), str(owner["host"]), str(owner["since"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "another process"
     if not (host + since).isprintable():
         return "another process"
     return f"process {pid} on {host} since {since}"
-
-
-def _why(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return reason[:1].lower() + reason[1:]

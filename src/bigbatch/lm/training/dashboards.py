@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.files import os_reason
+from bigbatch.lm.runs.file_names import TENSORBOARD
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 
-FOLDER = "tensorboard"
 TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -113,7 +114,7 @@ def with_dashboard(
 def _tensorboard(folder: Path, done: int) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
-    place = folder / FOLDER
+    place = folder / TENSORBOARD
     with _write_errors(place):
         writer = SummaryWriter(str(place), purge_step=done + 1 if done else None, flush_secs=10)
 
@@ -147,4 +148,4 @@ def _write_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BigbatchError(f"{place} cannot be written: {error.strerror or error}.") from error
+        raise BigbatchError(f"{place} cannot be written: {os_reason(error)}.") from error

@@ -93,7 +93,7 @@ def make_training_engine(
         model_setup = replace(model_setup, uses_cuda_graphs=False)
         if microbatch != "auto":
             microbatch = apply_override(config.out, microbatch, longest=longest)
-    return make_engine(
+    engine = make_engine(
         model_setup,
         optimizer,
         microbatch=microbatch,
@@ -103,6 +103,9 @@ def make_training_engine(
         scaler=setup.device_spec.scaler(),
         sync=sync,
     )
+    if ranks.are_sharded:
+        engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
+    return engine
 
 
 def make_predictor(outline: ModelOutline, config: TrainConfig, *, target: torch.device) -> PeakPredictor:
@@ -122,7 +125,7 @@ def sample_lengths(samples: Sequence[dict[str, Tensor]]) -> list[int]:
     return [len(sample["input_ids"]) for sample in samples]
 
 
-def shortest_microbatch(setup: TrainingSetup) -> dict[str, Any]:
+def _shortest_microbatch(setup: TrainingSetup) -> dict[str, Any]:
     """Return the shortest sample as a micro-batch: the padding micro-batch of a rank that has fewer than the others."""
     training = setup.training
     shortest = min(range(len(training)), key=training.lengths.__getitem__)

@@ -4,13 +4,13 @@ A sharded run cannot continue in place after an out-of-memory error: it saves a 
 """
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import RestartError, ShardedMemoryError
+from bigbatch.lm.files import write_atomically
 from bigbatch.lm.runs.file_names import SMALLER_MICROBATCH
 from bigbatch.lm.training.setup import TrainingSetup
 
@@ -63,13 +63,8 @@ def next_smaller(microbatch: int | TokenBudget, *, longest: int) -> int | None:
 
 
 def save_override(folder: Path, size: int, unit: str) -> None:
-    """Write a size into a run directory atomically; ``unit`` is tokens or sequences."""
-    temporary = folder / f"{SMALLER_MICROBATCH}.{os.getpid()}"
-    with temporary.open("wb") as file:
-        file.write(json.dumps({"size": size, "unit": unit}).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / SMALLER_MICROBATCH)
+    """Write a micro-batch into a run directory, atomically; ``unit`` is tokens or sequences."""
+    write_atomically(folder / SMALLER_MICROBATCH, json.dumps({"size": size, "unit": unit}).encode() + b"\n")
 
 
 def apply_override(folder: Path | None, microbatch: int | TokenBudget, *, longest: int) -> int | TokenBudget:

@@ -13,9 +13,11 @@ import torch
 from pydantic import ValidationError
 
 from bigbatch import __version__
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
-from bigbatch.lm.config.train_config import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION, TrainConfig
+from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.files import os_reason
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.training.setup import TrainingSetup
 
@@ -32,9 +34,9 @@ def stored_config(folder: Path) -> TrainConfig:
             update={"out": folder}
         )
     except OSError as error:
-        raise InputError(f"{folder} is no run: {path} cannot be read ({error.strerror or error}).") from error
+        raise InputError(f"{folder} is no run: {path} cannot be read ({os_reason(error)}).") from error
     except (ValueError, ValidationError) as error:
-        raise InputError(f"{path} is not the configuration of a run: {str(error).splitlines()[0]}.") from error
+        raise InputError(f"{path} is not the configuration of a run: {first_line(error)}.") from error
 
 
 def with_saved_changes(stored: TrainConfig, facts: Mapping[str, Any] | None) -> TrainConfig:

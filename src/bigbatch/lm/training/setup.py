@@ -6,7 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bigbatch.errors import InputError
-from bigbatch.lm.config.train_config import DEFAULT_MAX_LENGTH, TrainConfig
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.dataset import TokenDataset, encode, split_documents
 from bigbatch.lm.data.sources import Document, read_corpus
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer

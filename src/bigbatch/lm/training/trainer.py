@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError
 from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, copy_to_meta, gather_full_model
+from bigbatch.lm.files import os_reason
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.training.autotune import choose_microbatch
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
-from bigbatch.lm.training.engine_factory import make_training_engine, shortest_microbatch
+from bigbatch.lm.training.engine_factory import make_training_engine
 from bigbatch.lm.training.evaluation import deterministic_algorithms, sample_text, seeded, validation_loss
 from bigbatch.lm.training.microbatch_limits import enforce_memory_budget
 from bigbatch.lm.training.oom_restart import restart_smaller
@@ -76,8 +77,6 @@ class Trainer:
             self.config.batch_scaling().apply(self.optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule.lr_factor)
         self.engine = make_training_engine(setup, self.optimizer, scheduler=self.scheduler, ranks=ranks, sync=sync)
-        if ranks.are_sharded:
-            self.engine.accumulator.padding_microbatch = shortest_microbatch(setup)
         self._is_tuned = self.engine.microbatch != "auto"
 
     def tune(self, cache: Path | None = None, *, progress: Callable[[str], object] = lambda words: None) -> Path | None:
@@ -265,9 +264,8 @@ class Trainer:
         try:
             save_model(model, self.setup.tokenizer, directory.model)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             raise BigbatchError(
-                f"{directory.model} cannot be written: {reason}. The checkpoints are whole: bigbatch resume "
+                f"{directory.model} cannot be written: {os_reason(error)}. The checkpoints are whole: bigbatch resume "
                 f"{directory.path} goes on from there."
             ) from error
 

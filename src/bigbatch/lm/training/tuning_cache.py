@@ -13,6 +13,7 @@ from bigbatch import __version__
 from bigbatch.autotune.choice import MicrobatchChoice
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.files import write_atomically
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
 from bigbatch.lm.training.setup import TrainingSetup
 
@@ -62,9 +63,8 @@ def _is_compiled(setup: TrainingSetup) -> bool:
 def save_cached(folder: Path, choice: MicrobatchChoice, key: str, *, checkpointing_mode: CheckpointingMode) -> None:
     """Write a choice into a run directory; a write error is ignored, and the next run tunes again."""
     with suppress(OSError):
-        (folder / TUNED_MICROBATCH).write_text(
-            json.dumps({"key": key, "level": checkpointing_mode, **asdict(choice)}, indent=2) + "\n", encoding="utf-8"
-        )
+        cached = {"key": key, "level": checkpointing_mode, **asdict(choice)}
+        write_atomically(folder / TUNED_MICROBATCH, (json.dumps(cached, indent=2) + "\n").encode())
 
 
 def load_cached(folder: Path, key: str, *, usable_bytes: int | None = None) -> CachedChoice | None:

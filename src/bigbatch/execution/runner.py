@@ -1,0 +1,109 @@
+"""How the micro-batches of a window are run: base class, and the runner of sharded models."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.distributed.gradient_sync import Microbatch
+from bigbatch.errors import ShardedMemoryError, first_line
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
+from bigbatch.types import LossFunction
+
+
+class WindowInputs(NamedTuple):
+    """What the micro-batches of a window are computed from.
+
+    Attributes:
+        loss_fn: As for `bigbatch.Engine`.
+        take: Returns the micro-batch of some samples, by their indices, on the device.
+        lengths: Tokens of each sample, for messages; None if unknown.
+    """
+
+    loss_fn: LossFunction
+    take: Callable[[Sequence[int]], Any]
+    lengths: Sequence[int] | None = None
+
+
+class MicrobatchRunner(ABC):
+    """Runs forward and backward of the micro-batches of windows, one window after the other.
+
+        runner.prepare()
+        with runner.window(WindowInputs(loss_fn, take)):
+            for microbatch in pending.microbatches():
+                runner.run(microbatch, pending)
+            runner.end(pending)
+
+    Args:
+        model: The module that loss functions receive.
+
+    Attributes:
+        retries: Attempts in the last window that ran out of memory and were repeated.
+        disabled_reason: Why a faster way to run is not used, in a few words; None if it is, or none was requested.
+        static_buffers: Gradient sums that the next window must use in place; None without any.
+    """
+
+    retries = 0
+    disabled_reason: str | None = None
+    static_buffers: Mapping[Tensor, Tensor] | None = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._inputs: WindowInputs | None = None
+
+    @property
+    def inputs(self) -> WindowInputs:
+        """The inputs of the current window."""
+        assert self._inputs is not None, "no window is open"
+        return self._inputs
+
+    def prepare(self) -> None:  # noqa: B027 - optional
+        """Prepare for a window, before it opens."""
+
+    @contextmanager
+    def window(self, inputs: WindowInputs) -> Iterator[None]:
+        """Run one window; its inputs are not referenced afterwards."""
+        self._inputs = inputs
+        try:
+            yield
+        finally:
+            self._inputs = None
+
+    @abstractmethod
+    def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
+        """Add the gradient of one micro-batch, each sample exactly once."""
+
+    def end(self, pending: PendingUpdate) -> None:  # noqa: B027 - optional
+        """Handle the end of the micro-batches, before the update."""
+
+    def release(self) -> None:  # noqa: B027 - optional
+        """Free memory that is held between windows."""
+
+
+class LockstepRunner(MicrobatchRunner):
+    """Runs the micro-batches of a sharded model, whose other ranks run the same layers at the same time."""
+
+    def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
+        """Add the gradient of one micro-batch; a padding one adds zeros.
+
+        Raises:
+            ShardedMemoryError: Memory ran out.
+        """
+        try:
+            content = self.inputs.take(microbatch.content) if microbatch.counts else microbatch.content
+            pending.add(self.inputs.loss_fn(self._model, content), counts=microbatch.counts)
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = first_line(error)
+        free_cached_memory()
+        size = len(microbatch.content) if microbatch.counts else 0
+        samples = f"a micro-batch of {size} samples" if size else "a padding micro-batch"
+        raise ShardedMemoryError(
+            f"memory ran out in {samples} ({message}), and the other ranks of a sharded model cannot wait for it to be "
+            "split: start again from a checkpoint with smaller micro-batches."
+        )

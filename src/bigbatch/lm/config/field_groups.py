@@ -1,0 +1,100 @@
+"""How the fields of a training run belong together: in ``--help``, as alternatives, and in ``bigbatch resume``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+EXCLUSIVE = (
+    ("global_batch", "global_batch_tokens"),
+    ("global_batch_schedule", "global_batch_tokens"),
+    ("microbatch", "token_budget"),
+    ("steps", "epochs"),
+    ("memory", "gpu"),
+)
+"""Pairs of fields that set the same quantity; at most one of each pair may be set."""
+
+
+NEEDS_PERMISSION = {
+    "global_batch": "batch",
+    "global_batch_tokens": "batch",
+    "global_batch_schedule": "batch",
+    "seed": "seed",
+    "data": "data",
+    "skip_broken": "data",
+}
+"""Settings that affect the result, each with the kind of ``--allow-KIND-change`` that ``bigbatch resume`` requires."""
+
+CHANGEABLE = (
+    "microbatch",
+    "token_budget",
+    "device",
+    "precision",
+    "memory",
+    "gpu",
+    "gradient_checkpointing",
+    "layout",
+    "compile",
+    "sample_prompt",
+    "log",
+    "checkpoint_every",
+    "keep",
+    "async_checkpoint",
+    "max_skipped",
+    "grace_s",
+    "deterministic",
+    "parallel",
+    "timeout_s",
+)
+"""Settings that ``bigbatch resume`` may change freely: execution and output, not what is trained."""
+
+
+class FieldGroup(NamedTuple):
+    """Fields that ``--help`` lists together, under a title and a one-line description."""
+
+    title: str
+    about: str
+    fields: tuple[str, ...]
+
+
+GROUPS = (
+    FieldGroup(
+        "data", "Training data and its validation split.", ("data", "validation_fraction", "max_length", "skip_broken")
+    ),
+    FieldGroup("model", "Model and LoRA adapters.", ("model", "lora_rank", "lora_alpha")),
+    FieldGroup(
+        "batch",
+        "Size of one update, and of what is in memory at a time. Only the global batch affects the result.",
+        (
+            "global_batch",
+            "global_batch_tokens",
+            "global_batch_schedule",
+            "rebase_second_moment",
+            "microbatch",
+            "token_budget",
+        ),
+    ),
+    FieldGroup("length", "Length of the run, in updates or in passes over the data.", ("steps", "epochs")),
+    FieldGroup(
+        "optimization",
+        "AdamW. Steps are optimizer updates, never micro-batches.",
+        ("lr", "scale_from", "lr_rule", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+    ),
+    FieldGroup(
+        "machine",
+        "Device, precision, memory and execution.",
+        ("device", "precision", "memory", "gpu", "gradient_checkpointing", "layout", "compile"),
+    ),
+    FieldGroup(
+        "ranks",
+        "How the processes started by torchrun share the work; without torchrun there is one. The update is the same "
+        "for any number of them.",
+        ("parallel", "timeout_s"),
+    ),
+    FieldGroup("output", "Run directory, validation and logging.", ("out", "validation_every", "sample_prompt", "log")),
+    FieldGroup(
+        "safety",
+        "Checkpoints, interruptions and failures.",
+        ("checkpoint_every", "keep", "async_checkpoint", "max_skipped", "grace_s", "deterministic"),
+    ),
+)
+"""Every field of a training run, in the order of ``--help``."""

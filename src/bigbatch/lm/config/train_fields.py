@@ -1,0 +1,256 @@
+"""The fields of a training run: type, range, default and the ``--help`` text of each setting, defined once.
+
+No torch here: the command line builds its help and its errors from these fields.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bigbatch.lm.config.field_types import (
+    LARGEST_COUNT,
+    BatchScheduleText,
+    Checkpointing,
+    Count,
+    Device,
+    Folder,
+    Gpu,
+    LrRule,
+    MemoryText,
+    Microbatch,
+    NormLimit,
+    Number,
+    Seed,
+    Text,
+    Whole,
+)
+
+DEFAULT_MAX_LENGTH_TINY = 128
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_GLOBAL_BATCH = 32
+DEFAULT_EPOCHS = 1
+DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the run that starts without any flag
+DEFAULT_LR_TINY = 5e-3
+DEFAULT_LR = 2e-5
+DEFAULT_LR_LORA = 2e-4
+WARMUP_PERCENT = 10
+VALIDATIONS_PER_RUN = 10
+
+
+class TrainFields(BaseModel):
+    """The fields of :class:`bigbatch.lm.config.train_config.TrainConfig`, in the order of ``--help``.
+
+    ``None`` in a field that allows it stands for a default that depends on other fields.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Text = Field(
+        default="python-stdlib",
+        min_length=1,
+        description="training data: python-stdlib (Python files of this machine's standard library), "
+        "python-stdlib-functions (docstring as prompt, body as completion), a .txt, .jsonl or .parquet file, "
+        "a folder of such files, or a datasets folder or Hub name",
+    )
+    validation_fraction: Number = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share of the documents held out for validation and never trained on, selected by a hash of their "
+        "content; 0 = no validation",
+    )
+    max_length: Count | None = Field(
+        default=None,
+        description="longest sequence in tokens; longer documents are cut into pieces, not dropped. Lower it to save "
+        f"memory (default: {DEFAULT_MAX_LENGTH_TINY} for tiny, else {DEFAULT_MAX_LENGTH} or the limit of the model, "
+        "whichever is less)",
+    )
+    skip_broken: bool = Field(
+        default=False,
+        strict=True,
+        description="skip and count records that cannot be trained on, instead of stopping with an error at the first",
+    )
+    model: Text = Field(
+        default="tiny",
+        min_length=1,
+        description="tiny (a Llama of a few million parameters, trained from scratch with its own tokenizer), "
+        "or a folder or Hub name that AutoModelForCausalLM loads",
+    )
+    lora_rank: Whole = Field(
+        default=0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="rank of the LoRA adapters, such as 16, to train in less memory; 0 = train all weights",
+    )
+    lora_alpha: Number | None = Field(
+        default=None,
+        gt=0,
+        description="LoRA scaling: adapter outputs are multiplied by alpha / rank (default: twice --lora-rank)",
+    )
+    global_batch: Count | None = Field(
+        default=None,
+        description="sequences in one update, over all ranks. It affects the result: choose it for learning, not for "
+        f"memory (default: {DEFAULT_GLOBAL_BATCH}, unless --global-batch-tokens is given)",
+    )
+    global_batch_tokens: Count | None = Field(
+        default=None,
+        description="global batch in tokens instead of sequences: each update uses the number of whole sequences whose "
+        "total comes closest (default: none, the batch is counted in sequences)",
+    )
+    global_batch_schedule: BatchScheduleText | None = Field(
+        default=None,
+        description='global batch that changes during the run: "0:64 2e6:128" = 64 sequences, then 128 from 2,000,000 '
+        'tokens on; "ramp 64 256 8e6" = linearly from 64 to 256 over 8,000,000 tokens; "seesaw 0.5" = wherever the '
+        "learning rate would halve, it is divided by √2 and the batch doubles (default: none, a constant batch)",
+    )
+    rebase_second_moment: bool = Field(
+        default=False,
+        strict=True,
+        description="when the scheduled batch changes, multiply AdamW's second moment by old batch / new batch, so "
+        "that it follows the smaller gradient noise at once",
+    )
+    microbatch: Microbatch | None = Field(
+        default=None,
+        description="sequences in one forward and backward; affects memory and speed, not the result. auto = the "
+        "fastest size that fits in memory: predicted, then measured, so it depends on timing; set a number for "
+        "bit-identical runs. More than the batch = one micro-batch (default: auto, unless --token-budget is given)",
+    )
+    token_budget: Count | None = Field(
+        default=None,
+        description="tokens, padding included, in one forward and backward, instead of --microbatch; sequences of "
+        "similar length are grouped. Use it when lengths differ widely (default: none, --microbatch decides)",
+    )
+    steps: Count | None = Field(
+        default=None,
+        description=f"optimizer updates (default: {DEFAULT_STEPS} for tiny on python-stdlib, "
+        "else as many as --epochs needs)",
+    )
+    epochs: Count | None = Field(
+        default=None,
+        description=f"passes over the training documents, instead of --steps (default: {DEFAULT_EPOCHS} if "
+        "--steps has no default)",
+    )
+    lr: Number | None = Field(
+        default=None,
+        gt=0,
+        description="peak learning rate, reached at the end of the warm-up "
+        f"(default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, {DEFAULT_LR_LORA:g} with LoRA)",
+    )
+    scale_from: Count | None = Field(
+        default=None,
+        description="global batch at which --lr and AdamW's betas were tuned, in the unit of this run's batch; prints "
+        "the effect of each scaling rule and changes nothing without --lr-rule (default: none)",
+    )
+    lr_rule: LrRule = Field(
+        default="none",
+        description="scaling rule for a batch of k times --scale-from: sqrt = lr × √k; sde = sqrt, and 1 − k·(1 − β) "
+        "for both betas and epsilon / √k; half-life = β2 to the power of k; sqrt+half-life = both; linear = lr × k, "
+        "the rule of SGD; none = no change",
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine",
+        description="learning rate after the warm-up: cosine = decays to a tenth of the peak at the last update; "
+        "constant = stays at the peak",
+    )
+    warmup_steps: Whole | None = Field(
+        default=None,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="updates over which the learning rate rises linearly from zero "
+        f"(default: {WARMUP_PERCENT} % of the steps)",
+    )
+    weight_decay: Number = Field(
+        default=0.1, ge=0, description="AdamW's decoupled weight decay; biases and norms have none"
+    )
+    max_grad_norm: NormLimit = Field(
+        default=1.0, description="clip the gradient of the global batch to this norm; 0 or none = no clipping"
+    )
+    seed: Seed = Field(default=0, description="seed of the initial weights and of the order of the documents")
+    device: Device = Field(
+        default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = CUDA if available, else MPS, else CPU"
+    )
+    precision: Literal["auto", "float32", "float64", "bf16", "bf16-weights", "fp16"] = Field(
+        default="auto",
+        description="bf16 and fp16 = autocast over float32 weights; bf16-weights = weights in bf16, gradient sums "
+        "in float32, in less memory; auto = bf16 on CUDA, float32 elsewhere",
+    )
+    memory: MemoryText | None = Field(
+        default=None,
+        description="memory that the run may use with --microbatch auto, such as 24GiB or 80%; set it to leave memory "
+        "to other processes (default: what is free at the start, less a margin)",
+    )
+    gpu: Gpu | None = Field(
+        default=None,
+        description="memory limit by the name of a GPU, such as a100-40gb, instead of --memory: what is usually free "
+        "on it (default: none)",
+    )
+    gradient_checkpointing: Checkpointing = Field(
+        default="auto",
+        json_schema_extra={"alone": "full"},
+        description="activation checkpointing: layers recompute their activations in backward instead of storing them, "
+        "for less memory and about a third more time. none, selective (every second layer) or full; auto = the "
+        "fastest that fits in memory with --microbatch auto, else none; without a value: full",
+    )
+    layout: Literal["auto", "padded", "packed"] = Field(
+        default="auto",
+        description="padded = one row for each sequence; packed = one row without padding, in which sequences do not "
+        "attend to one another; auto = packed on CUDA if a check of the model finds no difference",
+    )
+    compile: Literal["auto", "none", "layers", "graphs"] = Field(
+        default="auto",
+        description="layers = compile the layers of the model, which takes some seconds; graphs = also capture and "
+        "replay each micro-batch as a CUDA graph; none = run eagerly; auto = graphs on CUDA, none elsewhere",
+    )
+    parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
+        default="ddp",
+        description="ddp = the whole model on every rank; fsdp = weights, gradients and optimizer state sharded over "
+        "all ranks, for models too large for one device; hsdp = sharded within a machine, replicated across machines",
+    )
+    timeout_s: Number = Field(
+        default=600.0,
+        gt=0,
+        description="seconds without an update after which a rank assumes that others have failed, dumps its stacks "
+        "and exits; raise it if one update takes longer",
+    )
+    out: Folder | None = Field(
+        default=None, description="run directory (default: runs/MODEL-DATA, numbered if that exists)"
+    )
+    validation_every: Count | None = Field(
+        default=None,
+        description=f"updates between two validations (default: about {VALIDATIONS_PER_RUN} validations per run)",
+    )
+    sample_prompt: Text = Field(default="def ", description="prompt of the text that is generated at each validation")
+    log: Literal["none", "tensorboard", "trackio"] = Field(
+        default="none",
+        description="dashboard that receives every update in addition to metrics.jsonl, if it is installed: "
+        "tensorboard writes to tensorboard/ in the run directory, trackio to its own folder",
+    )
+    checkpoint_every: Count = Field(
+        default=50,
+        description="updates between two checkpoints; lower it to repeat fewer updates after a crash",
+    )
+    keep: Count = Field(
+        default=2, description="checkpoints to keep; older ones are deleted when a newer one is verified"
+    )
+    async_checkpoint: bool = Field(
+        default=False,
+        strict=True,
+        description="write checkpoints in the background while training continues, from a copy in host memory",
+    )
+    max_skipped: Count = Field(
+        default=50, description="consecutive updates skipped because of NaN/Inf gradients before the run stops"
+    )
+    grace_s: Number = Field(
+        default=30.0,
+        ge=0,
+        description="seconds that the current update may take to finish after a signal; then it is discarded and the "
+        "run saved as it was before it",
+    )
+    deterministic: bool = Field(
+        default=False,
+        strict=True,
+        description="byte-identical results from every run on the same machine: deterministic kernels, no times in "
+        "metrics.jsonl, and a fixed micro-batch instead of auto, which depends on timing",
+    )

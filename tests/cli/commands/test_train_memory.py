@@ -1,0 +1,107 @@
+"""``bigbatch train`` under a memory limit: the chosen micro-batch, its reuse by the next run, and refusals."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bigbatch.cli import main
+from support.command_line import SENTENCE, files_below
+from support.language_models import metrics, records, save_model_folder, write_jsonl
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, with data and a model beside it."""
+    write_jsonl(tmp_path / "data.jsonl", records(40))
+    save_model_folder(tmp_path / "base")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+SMALL = ("train", "--data", "../data.jsonl", "--model", "../base", "--device", "cpu", "--steps", "1")
+
+
+def trained(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main([*SMALL, *words]) == 0
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    return printed
+
+
+def test_the_micro_batch_is_chosen_for_the_memory_and_taken_by_the_next_run(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reason = (
+        r"\nat most [\d,]+ tokens a micro-batch(, longer samples alone)?: about [\d,]+ tokens/s, peak .* of 4\.0 GiB"
+    )
+    first = trained(capfd, "--memory", "4GiB")
+    assert re.search(rf"{reason}[^(\n]*\n", first), first
+    again = trained(capfd, "--memory", "4GiB")
+    assert re.search(rf"{reason}.* \(as runs/base-data found for the same model, device and settings\)\n", again), again
+    chosen = [re.search(r"\nat most ([\d,]+) tokens", printed)[1] for printed in (first, again)]
+    assert chosen[0] == chosen[1]
+    other = trained(capfd, "--memory", "3GiB")
+    assert " of 3.0 GiB" in other
+    assert "found for the same" not in other
+    kept = [(folder / "runs" / name / "microbatch.json").read_bytes() for name in ("base-data", "base-data-2")]
+    assert kept[0] == kept[1]
+
+
+def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    printed = trained(capfd, "--token-budget", "64", "--gradient-checkpointing", "--out", "run")
+    number = metrics(folder / "run")[0]["num_microbatches"]
+    assert number > 1
+    assert f"\ncomputed as {number} micro-batches of at most 64 tokens, on cpu, float32: a matter of memory" in printed
+    assert " tokens a micro-batch: " not in printed
+    assert not (folder / "run" / "microbatch.json").exists()
+    config = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
+    assert (config["token_budget"], config["microbatch"], config["gradient_checkpointing"]) == (64, None, "full")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--memory 4GiB --microbatch 4",
+            r"--memory limits --microbatch auto and cannot be combined with --microbatch 4\. Remove one of them\.",
+        ),
+        (
+            "--gpu t4 --token-budget 64",
+            r"--gpu limits --microbatch auto and cannot be combined with --token-budget 64\. Remove one of them\.",
+        ),
+        ("--gpu t4", r"--gpu t4 needs a CUDA device, and this run is on cpu\. Pass --memory\."),
+        (
+            "--token-budget 31",
+            r"--token-budget 31 is less than the longest sequence, which has 32 tokens and is never cut: pass "
+            r"--token-budget 32 or more, or a smaller --max-length\.",
+        ),
+        (
+            "--memory 100TiB",
+            r"--memory 100TiB is more than the [\d.]+GiB that the device has: pass [\d.]+GiB or less, or a share such "
+            r"as 90%\.",
+        ),
+        (
+            "--memory 1MiB",
+            r"a sample of 32 tokens needs [\d.]+ KiB \(parameters .*\), and memory is limited to 1MiB, and this "
+            r"process holds as much without its tensors\. .*\. "
+            r"Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and --lora-rank\.",
+        ),
+        (
+            "--token-budget 64 --microbatch auto",
+            r"--microbatch and --token-budget exclude each other: give one of them\.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_and_leaves_no_file(
+    folder: Path, words: str, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = files_below(folder.parent)
+    assert main([*SMALL, *words.split()]) == 2
+    printed, complained = capfd.readouterr()
+    assert SENTENCE.fullmatch(complained), complained
+    assert re.fullmatch(f"bigbatch train: {expected}\n", complained), complained
+    assert all(line.endswith(" …") for line in printed.splitlines()), printed
+    assert files_below(folder.parent) == before

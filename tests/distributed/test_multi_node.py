@@ -1,0 +1,101 @@
+"""Two nodes, each a network namespace with its own address, and a network link that fails."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.distributed_runs import DROPPING, RunFolder
+from support.run_comparison import unlike
+from support.torchrun_agents import torchrun, wait_for
+
+WIRE = "wire"
+PORT = 29400
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A network namespace, which lasts as long as a process."""
+
+    pid: int
+    address: str
+
+    def words(self, *words: str) -> list[str]:
+        """A command there."""
+        return ["nsenter", f"--target={self.pid}", "--user", "--preserve-credentials", "--net", *words]
+
+    def do(self, *words: str) -> None:
+        subprocess.run(self.words(*words), check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[Machine, Machine]]:
+    """Two of them with a wire; skipped where that is not allowed."""
+    if missing := [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]:
+        pytest.skip(f"network namespaces need {missing[0]}")
+    with ExitStack() as stack:
+        first = hold(stack, ["unshare", "--user", "--map-root-user", "--net"])
+        inside = ["nsenter", f"--target={first.pid}", "--user", "--preserve-credentials"]
+        second = hold(stack, [*inside, "unshare", "--net"])
+        pair = Machine(first.pid, "10.111.0.1"), Machine(second.pid, "10.111.0.2")
+        try:
+            pair[0].do("ip", "link", "add", WIRE, "type", "veth", "peer", "name", WIRE, "netns", str(second.pid))
+            for machine in pair:
+                machine.do("ip", "address", "add", f"{machine.address}/24", "dev", WIRE)
+                machine.do("ip", "link", "set", "lo", "up")
+                machine.do("ip", "link", "set", WIRE, "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network of one's own here: {error.stderr.strip()}")
+        yield pair
+
+
+def hold(stack: ExitStack, inside: list[str]) -> "subprocess.Popen[str]":
+    """Keep a namespace until the end."""
+    process = subprocess.Popen(
+        [*inside, "sh", "-c", "echo there; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    stack.callback(process.communicate)  # closes its input, which ends it
+    assert process.stdout is not None
+    if process.stdout.readline() != "there\n":
+        pytest.skip("namespaces of users and networks are not allowed here")
+    return process
+
+
+def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
+    ground: RunFolder,
+    undisturbed: dict[str, Path],
+    machines: tuple[Machine, Machine],
+) -> None:
+    words = ground.words("cut", *DROPPING, "--timeout-s", "10")
+    reached, pipe = ground.folder / "reached", ground.folder / "pipe"
+    os.mkfifo(pipe)
+    paths = [str(reached), str(pipe)]
+    fault = f"rank_faults.on({{1}}, rank_faults.hold_in_window(6, *map(rank_faults.Path, {paths})))(rank)"
+    logs = [ground.folder / f"machine-{number}" for number in (0, 1)]
+    with ExitStack() as stack:
+        agents = []
+        for number, machine in enumerate(machines):
+            flags = [
+                *("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
+                *("--rdzv-endpoint", f"{machines[0].address}:{PORT}", "--rdzv-id", "cut"),
+                *("--rdzv-conf", f"is_host={number == 0}", "--local-addr", machine.address),
+            ]
+            agent = torchrun(
+                flags, words, ground.folder, fault=fault, inside=machine.words(), log=logs[number], interface=WIRE
+            )
+            agents.append(stack.enter_context(agent))
+        wait_for(agents[0], reached.exists)
+        machines[0].do("ip", "link", "set", WIRE, "down")
+        pipe.write_bytes(b"!")
+        wait_for(agents[0], lambda: all("Timeout (0:00:10)!" in log.read_text() for log in logs))
+        machines[0].do("ip", "link", "set", WIRE, "up")
+        codes = [agent.wait(timeout=240) for agent in agents]
+    assert codes == [0, 0], [log.read_text() for log in logs]
+    printed = logs[0].read_text() + logs[1].read_text()
+    assert printed.count("going on with cut: after update 3\n") == 1
+    assert unlike(ground.folder / "cut", undisturbed["ddp"]) == []

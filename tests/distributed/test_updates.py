@@ -1,0 +1,114 @@
+"""Several updates over ranks: parameters against one process, and bit-identical on all ranks."""
+
+import pytest
+import torch
+
+from distributed import updates_cases
+from support.process_pool import Pools
+
+EXACT = 1e-10  # of parameters after some updates of AdamW, which amplifies rounding by the inverse of small gradients
+TOLERANCE = 1e-12
+REPLICATED = ("ddp", "plain")
+
+
+def check_identical_ranks(trained: list[updates_cases.Trained]) -> None:
+    for other in trained[1:]:
+        assert all(torch.equal(trained[0].parameters[name], value) for name, value in other.parameters.items())
+        assert all(torch.equal(trained[0].buffers[name], value) for name, value in other.buffers.items())
+        assert other.grad_norms == trained[0].grad_norms
+
+
+@pytest.mark.parametrize("kind", updates_cases.KINDS)
+@pytest.mark.parametrize("how", REPLICATED)
+def test_clipped_updates_of_any_model_are_those_of_one_process_and_alike_to_the_last_bit(
+    pools: Pools, how: str, kind: str
+) -> None:
+    trained = pools(2).run(updates_cases.train, how, kind, 6)
+    check_identical_ranks(trained)
+    for one in trained:
+        assert one.error <= EXACT
+        assert one.grad_norms == pytest.approx(one.expected_norms, rel=EXACT)
+        assert max(one.grad_norms) > 0.3  # some were clipped
+
+
+@pytest.mark.parametrize("how", ["fsdp", "fsdp-last", "hsdp-shard", "hsdp-every", "hsdp-last"])
+def test_clipped_updates_of_sharded_models_are_those_of_one_process(pools: Pools, how: str) -> None:
+    trained = pools(4 if how.startswith("hsdp") else 2).run(updates_cases.train, how, "tokens", 5)
+    check_identical_ranks(trained)
+    for one in trained:
+        assert one.error <= EXACT
+        assert one.grad_norms == pytest.approx(one.expected_norms, rel=EXACT)
+
+
+@pytest.mark.parametrize("how", REPLICATED)
+def test_twenty_updates_over_four_ranks_leave_parameters_alike_to_the_last_bit(pools: Pools, how: str) -> None:
+    trained = pools(4).run(updates_cases.train, how, "tied", 20)
+    check_identical_ranks(trained)
+    assert all(one.error <= 10 * EXACT for one in trained)
+
+
+@pytest.mark.parametrize("how", REPLICATED)
+def test_bfloat16_parameters_stay_alike_to_the_last_bit(pools: Pools, how: str) -> None:
+    trained = pools(2).run(updates_cases.train, how, "tokens", 20, torch.bfloat16)
+    check_identical_ranks(trained)
+
+
+@pytest.mark.parametrize("how", REPLICATED)
+def test_bfloat16_gradients_are_summed_over_ranks_in_float32(pools: Pools, how: str) -> None:
+    results = pools(2).run(updates_cases.narrow_sums, how)
+    for error, naive_error, found in results:
+        # The same micro-gradients in another order: a float32 sum then rounds to another bfloat16 once in 2**-14 cases.
+        assert error < 2**-13
+        assert naive_error > 2**-8
+        assert all(torch.equal(found[name], gradient) for name, gradient in results[0][2].items())
+
+
+def test_bfloat16_gradients_of_shards_are_summed_over_micro_batches_in_float32(pools: Pools) -> None:
+    for error, naive_error, _ in pools(2).run(updates_cases.narrow_sums, "fsdp"):
+        # FSDP rounds each mean over the two ranks by up to 2**-9, so that some sums round to the next bfloat16.
+        assert error < 2**-8
+        assert naive_error > 2**-8
+
+
+@pytest.mark.parametrize("how", REPLICATED)
+def test_a_scaler_backs_off_on_all_ranks_and_prescales_that_differ_do_not_matter(pools: Pools, how: str) -> None:
+    results = pools(2).run(updates_cases.scaled, how)
+    for skipped, (error, scale), parameters in results:
+        assert skipped == [1.0, 0.0, 0.0]
+        assert scale == 2.0**10
+        assert error < 2**-8  # float16 rounds by 2**-11
+        assert all(torch.equal(results[0][2][name], value) for name, value in parameters.items())
+
+
+@pytest.mark.parametrize("how", REPLICATED)
+def test_parameters_that_are_unfrozen_in_mid_run_are_summed_over_ranks(pools: Pools, how: str) -> None:
+    assert max(pools(2).run(updates_cases.unfreezing, how)) <= EXACT
+
+
+@pytest.mark.parametrize("how", REPLICATED)
+def test_of_many_parameters_those_that_any_rank_reached_have_a_gradient_and_the_others_none(
+    pools: Pools, how: str
+) -> None:
+    for error, found, expected in pools(2).run(updates_cases.deep, how):
+        assert error <= TOLERANCE
+        assert found == expected
+        assert 2 < len(expected) < 122
+
+
+@pytest.mark.parametrize("how", REPLICATED)
+def test_sparse_gradients_are_refused_on_all_ranks(pools: Pools, how: str) -> None:
+    for kind, message in pools(2).run(updates_cases.sparse, how):
+        assert kind == "TypeError"
+        assert message == (
+            "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with "
+            "sparse=False."
+        )
+
+
+@pytest.mark.parametrize(("how", "settings"), [("ddp", {}), ("plain", {}), ("ddp", {"static_graph": True})])
+def test_windows_of_two_accumulators_may_be_open_over_one_replicated_model(
+    pools: Pools, how: str, settings: dict[str, bool]
+) -> None:
+    for error, before, after in pools(2).run(updates_cases.overlapping_accumulators, how, settings):
+        assert error <= TOLERANCE
+        assert before == after

@@ -1,0 +1,1 @@
+"""Builders that several test packages share: models, data, checkpoints, run directories and ranks."""

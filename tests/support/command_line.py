@@ -1,0 +1,52 @@
+"""The real command in a subprocess without a terminal or input, in its own working directory."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SENTENCE = re.compile(r"bigbatch (train|resume|verify|plan|generate|checkpoints|advise|report|bench): [^\n]+[.?]\n")
+LIMIT_S = 120
+
+
+def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``bigbatch WORDS`` in ``folder``, and wait for it."""
+    return subprocess.run(
+        [sys.executable, "-m", "bigbatch", *words],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+
+@contextmanager
+def running(*words: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run ``bigbatch WORDS`` in ``folder`` in the background, with SIGINT handled as in a terminal."""
+    start = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job ignores it
+        "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, *words],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def files_below(folder: Path) -> set[str]:
+    """Return every file and folder below ``folder``, as relative paths."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
