@@ -37,7 +37,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     workload = WORKLOADS[options.workload]
-    machine = workload.machine()
+    machine = workload.device_spec()
     if machine.device.type == "cuda" and workload.memory is not None:
         total_bytes = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(float(workload.memory.removesuffix("GiB")) * 2**30 / total_bytes, 0)

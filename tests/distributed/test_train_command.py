@@ -161,8 +161,8 @@ def test_sharded_models_begin_again_smaller_when_memory_runs_out_on_one_rank(gro
     launch = ground.train("oom-fsdp", 2, *words, codes=[1, 76], patch=patch, max_restarts=1)
     assert re.fullmatch(
         r"bigbatch train: memory ran out in a micro-batch of \d+ samples \(CUDA out of memory. Tried to allocate 2.00 "
-        r"GiB\) on rank 1: started again, the run goes on from its last checkpoint with 51 tokens a micro-batch, by "
-        r"torchrun with --max-restarts, or bigbatch resume oom-fsdp\.\n",
+        r"GiB\) on rank 1\. Restart the run with torchrun --max-restarts or bigbatch resume oom-fsdp: it resumes from "
+        r"its last checkpoint with micro-batches of 51 tokens\.\n",
         launch.complained(1),
     )
     assert "has lost another rank" in launch.complained(0)
@@ -244,12 +244,11 @@ def refused(ground: RunFolder, words: list[str], size: int = 3, **how: Any) -> s
         ),
         (
             ["--parallel", "fsdp", "--async-checkpoint"],
-            "--async-checkpoint writes from one process, and with --parallel fsdp every rank writes its shards: leave "
-            "it out.",
+            "--async-checkpoint is not supported with --parallel fsdp, where every rank writes its shards. Remove it.",
         ),
         (
             ["--parallel", "fsdp", "--memory", "1GiB"],
-            "--memory decides about the micro-batch, and --token-budget 64 has decided: leave one of them out.",
+            "--memory limits --microbatch auto and cannot be combined with --token-budget 64. Remove one of them.",
         ),
         (
             ["--out", "data.jsonl/run"],

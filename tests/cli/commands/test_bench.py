@@ -80,7 +80,7 @@ def test_json_is_one_object_and_the_file_has_the_table_under_its_command(
 def test_the_exit_code_says_that_ours_has_no_figures(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_little(*_: object) -> None:
+    def too_little(*_: object, **__: object) -> None:
         raise MemoryLimitError("a single sample does not fit")
 
     monkeypatch.setattr(bigbatch_runner, "make_engine", too_little)
@@ -102,7 +102,7 @@ NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, ac
         ),
         (
             ["--only", "bigbatch:4"],
-            "--only holds 'bigbatch:4': bigbatch chooses its micro-batch; only the others take a number of samples.",
+            "--only holds 'bigbatch:4': bigbatch chooses its micro-batch; only the others accept a number of samples.",
         ),
         (["--rounds", "0"], "--rounds is 0: it must be at least 1."),
         (["--workload", "x"], "--workload is 'x': it must be auto, w, w-lora or w-small."),

@@ -52,7 +52,7 @@ def test_a_plan_is_told_from_top_to_bottom(folder: Path, capfd: pytest.CaptureFi
 measuring the documents …
 predicting the memory …
 timing an update with random weights …
-looking for what would help …
+predicting memory savings …
 \.\./base, 15,056 parameters, all trained, on cpu, float32
 
 micro-batches of at most 10 sequences: as asked
@@ -130,7 +130,9 @@ def test_json_and_sentences_have_the_same_figures(
     assert sum(laid_out) == first["padded_tokens"]
     assert unit == "samples" or max(laid_out) <= found["microbatch"]["size"]
     assert f"{found['updates']} updates" in told
-    assert (found["update_s"] is None) == ("how long one takes was not measured: that device is not here" in told)
+    assert (found["update_s"] is None) == (
+        "how long one takes was not measured: the device is not in this machine" in told
+    )
     for lever in found["levers"]:
         assert re.search(rf"\n  {lever['flags']} +{re.escape(describe_bytes(lever['peak_bytes']))}  \(−", told)
     assert all(note in told for note in found["notes"])
@@ -161,7 +163,7 @@ def test_seven_billion_parameters_need_their_configuration_alone(
     assert re.search(r"\nmicro-batches of at most \d+ tokens: the longest sequence alone\n", printed)
     assert re.search(r"\n  parameters +12\.\d GiB\n", printed)
     assert "\n  which does NOT fit: memory is limited to the 13.8 GiB that are usually free on t4, of which " in printed
-    assert printed.endswith("\n2 updates; how long one takes was not measured: that device is not here\n")
+    assert printed.endswith("\n2 updates; how long one takes was not measured: the device is not in this machine\n")
 
 
 def test_one_short_document_is_planned_in_the_singular(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +236,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str, code: int = 2) -> st
             "--token-budget 31 is less than the longest sequence, which has 32 tokens and is never cut: pass "
             "--token-budget 32 or more, or a smaller --max-length.",
         ),
-        ("--device cpu --gpu t4", "--gpu t4 and --device cpu exclude each other: give one of them."),
+        ("--device cpu --gpu t4", "--gpu t4 and --device cpu exclude each other: pass one of them."),
         ("--gpu a100", "--gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
         ("--memory 1", "--memory is 1: it needs a unit, such as 1GiB."),
         (
@@ -276,4 +278,4 @@ def test_a_model_that_cannot_be_predicted_fails_with_what_to_do(
     MixtralConfig(**shape, vocab_size=300, num_local_experts=2).save_pretrained(folder.parent / "experts")
     said = refused(capfd, "plan", "--data", "../data.jsonl", "--model", "../experts", "--device", "cpu", code=1)
     assert said.startswith("the memory of ../experts cannot be predicted: the step cannot run without data (")
-    assert said.endswith("). bigbatch train finds the micro-batch by trying, where it is to run.")
+    assert said.endswith("). Run bigbatch train on the target machine: it finds the micro-batch by trying sizes.")

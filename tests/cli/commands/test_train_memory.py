@@ -66,13 +66,13 @@ def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureF
     [
         (
             "--memory 4GiB --microbatch 4",
-            r"--memory decides about the micro-batch, and --microbatch 4 has decided: leave one of them out\.",
+            r"--memory limits --microbatch auto and cannot be combined with --microbatch 4\. Remove one of them\.",
         ),
         (
             "--gpu t4 --token-budget 64",
-            r"--gpu decides about the micro-batch, and --token-budget 64 has decided: leave one of them out\.",
+            r"--gpu limits --microbatch auto and cannot be combined with --token-budget 64\. Remove one of them\.",
         ),
-        ("--gpu t4", r"--gpu t4 is about a card, and this run is on cpu: pass --memory\."),
+        ("--gpu t4", r"--gpu t4 needs a CUDA device, and this run is on cpu\. Pass --memory\."),
         (
             "--token-budget 31",
             r"--token-budget 31 is less than the longest sequence, which has 32 tokens and is never cut: pass "

@@ -238,7 +238,7 @@ def test_ours_is_the_update_of_the_whole_batch_in_every_round() -> None:
     assert row.similarity.cosine > SAME
     assert row.similarity.norm_ratio == pytest.approx(1, abs=1e-5)
     assert len(row.notes) == 1
-    assert re.match(r"chosen once, in [\d.]+ s that are not counted: .* of (3\.0|2\.\d) GiB", row.notes[0])
+    assert re.match(r"tuned once, in [\d.]+ s that are not counted: .* of (3\.0|2\.\d) GiB", row.notes[0])
     assert (row.peak_bytes is None) == (TINY_WORKLOAD.device == "cpu")
 
 

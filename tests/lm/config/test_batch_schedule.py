@@ -145,7 +145,7 @@ def test_seesaw_grows_no_further_than_it_is_told_and_the_rate_then_falls_as_it_w
 
 
 def test_seesaw_needs_a_rate_that_falls() -> None:
-    with pytest.raises(InputError, match="--schedule constant never falls: say cosine"):
+    with pytest.raises(InputError, match=r"--schedule constant never lowers\. Pass --schedule cosine"):
         course(global_batch=4, steps=10, schedule="constant", global_batch_schedule="seesaw 0.5")
 
 

@@ -227,7 +227,7 @@ def test_a_forecast_has_all_of_it(place: Path) -> None:
     assert found.config.precision == "float32"
 
 
-# what would help -------------------------------------------------------------------------------------------------
+# memory savings --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_a_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, cap
         forecast_of(place, model=experts, microbatch=1)
     said = str(caught.value)
     assert said.startswith(f"the memory of {experts} cannot be predicted: the step cannot run without data (")
-    assert said.endswith("). bigbatch train finds the micro-batch by trying, where it is to run.")
+    assert said.endswith("). Run bigbatch train on the target machine: it finds the micro-batch by trying sizes.")
     assert not isinstance(caught.value, InputError)
     assert "Traceback" not in capfd.readouterr().err
 
@@ -393,7 +393,7 @@ def test_a_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, cap
 def test_a_card_is_known_by_its_name(place: Path) -> None:
     found = forecast_of(place, device="auto", gpu="t4", microbatch=4)
     assert (found.target.name, found.target.is_local, found.fits) == ("t4, bf16", False, True)
-    assert found.untimed == "that device is not here"
+    assert found.untimed == "the device is not in this machine"
     assert found.update_s is None
     assert "libraries" in found.prediction.parts
     assert str(found.target.budget).startswith(
@@ -404,7 +404,7 @@ def test_a_card_is_known_by_its_name(place: Path) -> None:
 def test_a_card_beside_another_device_is_refused(place: Path) -> None:
     with pytest.raises(InputError) as caught:
         resolve_target(asked(place, gpu="t4"))
-    assert str(caught.value) == "--gpu t4 and --device cpu exclude each other: give one of them."
+    assert str(caught.value) == "--gpu t4 and --device cpu exclude each other: pass one of them."
 
 
 def test_more_memory_than_there_is_is_refused(place: Path) -> None:
@@ -420,7 +420,7 @@ class TestWithoutCuda:
         target = resolve_target(asked(place, device="cuda:1", memory="1GiB"))
         assert (target.name, target.device.type, target.device_spec.device) == ("a CUDA device, bf16", "cuda", CPU)
         assert target.budget == MemoryBudget.from_limit(2**30, "1GiB")
-        assert target.notes[0].endswith(" here: memory is that of the CPU's operations, counted as CUDA counts")
+        assert target.notes[0].endswith(": estimated from CPU kernels with CUDA's allocation rounding.")
 
     def test_a_share_of_nothing_known_is_refused(self, place: Path) -> None:
         with pytest.raises(InputError) as caught:
@@ -434,8 +434,8 @@ class TestWithoutCuda:
         with pytest.raises(InputError) as caught:
             resolve_target(asked(place, device="cuda").resolved())
         assert str(caught.value) == (
-            "--device cuda is not here, so its memory is not known: name a card, such as --gpu h100, or an amount, "
-            "such as --memory 24GiB, or give --microbatch or --token-budget."
+            "--device cuda is not in this machine, so its memory is unknown. Pass a GPU, such as --gpu h100, or an "
+            "amount, such as --memory 24GiB, or pass --microbatch or --token-budget."
         )
 
     def test_a_micro_batch_that_is_given_is_predicted_without_a_limit(self, place: Path) -> None:

@@ -20,7 +20,7 @@ from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
-from bigbatch.lm.training.autotune import describe, take, tune
+from bigbatch.lm.training.autotune import apply_choice, describe, tune
 from bigbatch.memory import usage
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import resolve_memory_budget
@@ -135,11 +135,11 @@ def test_nothing_that_fits_at_any_level_is_refused_with_what_the_last_one_needs(
 def test_a_level_that_was_decided_is_the_only_one(level: CheckpointingMode) -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted(**{level: found})
-    engine.recompute(level)
+    engine.set_checkpointing(level)
     assert tune(engine, engine, [], modes=False) == (level, found)  # type: ignore[arg-type]
     assert engine.tried == [level]
     refusing = Scripted(**{level: TOO_LARGE})
-    refusing.recompute(level)
+    refusing.set_checkpointing(level)
     with pytest.raises(MemoryLimitError):
         tune(refusing, refusing, [], modes=False)  # type: ignore[arg-type]
     assert refusing.tried == [level]
@@ -156,15 +156,17 @@ def test_without_layers_there_is_one_search(levels: bool) -> None:
 def test_what_was_found_may_be_taken_again() -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted()
-    take(engine, engine, "selective", found)  # type: ignore[arg-type]
+    apply_choice(engine, engine, "selective", found)  # type: ignore[arg-type]
     assert (engine.mode, engine.used) == ("selective", [found])
-    take(engine, None, "none", found)  # type: ignore[arg-type]
+    apply_choice(engine, None, "none", found)  # type: ignore[arg-type]
     assert engine.mode == "selective"
 
 
 def test_what_is_computed_anew_is_said_where_something_is() -> None:
     assert [describe(level) for level in CHECKPOINTING_MODES] == [
-        "", ", every second layer computed anew", ", all layers computed anew"
+        "",
+        ", activation checkpointing in every second layer",
+        ", activation checkpointing in all layers",
     ]  # fmt: skip
 
 

@@ -406,7 +406,7 @@ def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
     saved, _ = load(folder / "run")
     trainer = Trainer(set_up_training(asked), checkpoint=saved)
     trainer.run(RunDirectory(folder / "run"), callback=RecordingCallback())
-    assert trainer.checkpointing_mode == "full"
+    assert trainer.model_setup.checkpointing_mode == "full"
     assert trainer.engine.choice is not None
     assert saved is not None
     assert trainer.engine.progress["choice"] == saved.engine["engine"]["choice"]

@@ -311,15 +311,15 @@ def refused(settings: dict[str, Any]) -> str:
 
 def test_memory_beside_a_micro_batch_that_is_given_is_refused(settings: dict[str, Any]) -> None:
     assert refused(settings | {"memory": "1GiB"}) == (
-        "--memory decides about the micro-batch, and --microbatch 8 has decided: leave one of them out."
+        "--memory limits --microbatch auto and cannot be combined with --microbatch 8. Remove one of them."
     )
     assert refused(settings | {"gpu": "t4", "microbatch": None, "token_budget": 70}) == (
-        "--gpu decides about the micro-batch, and --token-budget 70 has decided: leave one of them out."
+        "--gpu limits --microbatch auto and cannot be combined with --token-budget 70. Remove one of them."
     )
 
 
 def test_a_card_is_refused_where_there_is_none(settings: dict[str, Any]) -> None:
-    assert refused(cut(settings, gpu="t4")) == "--gpu t4 is about a card, and this run is on cpu: pass --memory."
+    assert refused(cut(settings, gpu="t4")) == "--gpu t4 needs a CUDA device, and this run is on cpu. Pass --memory."
 
 
 def test_a_token_budget_below_the_longest_sequence_is_refused(settings: dict[str, Any]) -> None:
@@ -354,5 +354,5 @@ def test_a_limit_that_would_choose_by_the_clock_is_refused_where_the_clock_is_le
     prepared = set_up_training(
         TrainConfig(**settings | {"microbatch": "auto", "memory": "4GiB", "deterministic": True})
     )
-    with pytest.raises(InputError, match=r"^--memory is for a micro-batch that is chosen by the clock, which --determ"):
+    with pytest.raises(InputError, match=r"^--memory is for a micro-batch that is chosen by timing, which --determ"):
         Trainer(prepared)

@@ -79,8 +79,8 @@ def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> 
             else f"after update {checkpoint.progress.step}"
         )
         console.print(f"going on with {path}: {where}")
-        if checkpoint is None and trainer.config.microbatch == "auto":
-            trainer.tune(cache=path)
+        with fail_together(ranks, "resume"), progress_display(console) as progress:
+            trainer.tune(cache=path, progress=progress)
         for line in (*setup.notes, *(summary_lines(trainer) if checkpoint is None else ())):
             console.print(line)
         return train(trainer, directory, console, config=config)

@@ -70,10 +70,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         from bigbatch.lm.training.trainer import Trainer
 
         trainer = Trainer(setup, ranks=ranks)
-        origin = None
-        if trainer.config.microbatch == "auto":
-            progress("choosing the micro-batch")
-            origin = trainer.tune(cache=path)
+        origin = trainer.tune(cache=path, progress=progress)
     for line in (
         *setup.notes,
         *summary_lines(trainer),
@@ -99,4 +96,4 @@ def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
         return []
     taken = "" if origin is None else f" (as {origin} found for the same model, device and settings)"
     unpredicted = "" if choice.prediction_failure is None else f"; found by trying, since {choice.prediction_failure}"
-    return [f"{choice}{describe(trainer.checkpointing_mode)}{taken}{unpredicted}"]
+    return [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{taken}{unpredicted}"]

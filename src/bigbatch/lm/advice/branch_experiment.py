@@ -1,8 +1,8 @@
-"""Short branches from a checkpoint, each at another batch: the largest batch that costs no loss, measured.
+"""Measurement of the largest batch without loss penalty: short branches from a checkpoint, each at another batch.
 
-checkpoint → for each multiple k: its state, lr·√k and β2^k, the same samples in updates of k batches → held-out loss
+checkpoint → for each multiple k: its state, lr·√k and β2^k, the same samples in updates of k batches → validation loss
 
-Source: Merrill et al., "Critical Batch Size Revisited", 2025, who branch a run to find how far its batch may grow.
+Source: Merrill et al., "Critical Batch Size Revisited", 2025.
 """
 
 import math
@@ -12,23 +12,25 @@ from dataclasses import dataclass
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.manager import RunCheckpoint
 from bigbatch.lm.data.sampling_order import epoch_order
+from bigbatch.lm.training.engine_factory import make_training_engine
+from bigbatch.lm.training.evaluation import validation_loss
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.scaling.hyperparameters import rescale
 
 MULTIPLES = (1, 2, 4, 8)
-TOLERANCE = 0.01  # nats a token: below it, a loss counts as the same
+TOLERANCE = 0.01  # nats per token; smaller differences count as equal
 
 
 @dataclass(frozen=True)
 class BranchResult:
-    """What one branch came to.
+    """Result of one branch.
 
     Attributes:
-        multiple: Of the batch of the run.
-        batch: Sequences.
-        updates: That it made.
-        loss: On the held-out sequences, in nats per token.
-        penalty: What that is more than at the batch of the run.
+        multiple: Batch of the branch / batch of the run.
+        batch: Sequences per update.
+        updates: Updates of the branch.
+        loss: Validation loss in nats per token.
+        penalty: Loss minus the loss at the batch of the run.
     """
 
     multiple: int
@@ -39,39 +41,43 @@ class BranchResult:
 
 
 def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: int) -> Iterator[BranchResult]:
-    """Train each branch over the same samples, one after the other; nothing is written, and the run stays as it is.
+    """Train the branches on the same samples, one after the other; the run directory is not changed.
 
     Args:
-        trainer: Of the run, made with what was saved.
-        checkpoint: Its checkpoint.
-        updates: Of the branch with the largest batch; the others take as many samples.
+        trainer: Trainer of the run, created with ``checkpoint``.
+        checkpoint: Checkpoint at which the branches begin.
+        updates: Updates of the branch with the largest batch; the others use as many samples.
 
     Raises:
-        InputError: The run has no held-out sequences, or counts its batch in tokens.
+        InputError: The run has no validation set, or counts its batch in tokens.
     """
     if trainer.setup.validation is None:
-        raise InputError("--branch compares losses on held-out sequences, and this run keeps none apart.")
+        raise InputError(
+            "--branch compares validation losses, and this run has no validation set. Train with --validation-fraction."
+        )
     batch = trainer.schedule.batch_after(checkpoint.progress.cursor)
     if batch is None:
-        raise InputError("--branch needs a batch in sequences, and this run counts its batch in tokens.")
-    update, base = trainer.engine.accumulator.update, math.inf
+        raise InputError(
+            "--branch needs a batch in sequences, and this run counts its batch in tokens. Train with --global-batch."
+        )
+    setup, optimizer, base = trainer.setup, trainer.optimizer, math.inf
+    engine = make_training_engine(setup, optimizer)  # no scheduler: the rate stays that of the checkpoint
+    state = {**checkpoint.engine_of(trainer.ranks, [setup.device_spec.device]), "scheduler": None}
     for multiple in MULTIPLES:
-        update.scheduler = trainer.scheduler
-        trainer.engine.load_state_dict(checkpoint.engine_of(trainer.ranks, [trainer.setup.device_spec.device]))
-        update.scheduler = None  # the rate stays what it was at the checkpoint
-        rescale(trainer.optimizer, multiple, rule="sqrt+half-life", scheduler=trainer.scheduler)
+        engine.load_state_dict(state)
+        rescale(optimizer, multiple, rule="sqrt+half-life", scheduler=[])
         size = multiple * batch
         samples = _following(trainer, checkpoint.progress.cursor, updates * max(MULTIPLES) * batch)
         windows = [samples[start : start + size] for start in range(0, len(samples), size)]
         for window in windows:
-            trainer.engine.step(trainer.fetch(window))
-        loss = trainer.validate()
+            engine.step(trainer.fetch(window))
+        loss = validation_loss(setup, engine)
         base = loss if multiple == 1 else base
         yield BranchResult(multiple, size, len(windows), loss, loss - base)
 
 
 def largest_without_penalty(found: Sequence[BranchResult]) -> BranchResult:
-    """Give the branch with the largest batch whose loss, and that of all smaller ones, is that of the run's own."""
+    """Return the branch with the largest batch such that it and all smaller ones have no loss penalty."""
     good = found[0]
     for branch in found[1:]:
         if not branch.penalty <= TOLERANCE:
@@ -81,7 +87,7 @@ def largest_without_penalty(found: Sequence[BranchResult]) -> BranchResult:
 
 
 def _following(trainer: Trainer, cursor: int, number: int) -> list[int]:
-    """Give the samples that a run takes next."""
+    """Return the next ``number`` samples of a run."""
     lengths = trainer.setup.training.lengths
     epoch, position = divmod(cursor, len(lengths))
     samples: list[int] = []

@@ -1,6 +1,6 @@
-"""bigbatch beside what a user would pick instead: one workload, one process, updates taken in turn.
+"""Benchmark of bigbatch against other training tools: one workload, one process, updates in alternation.
 
-    names → workload → stage → reference gradient → a checked update each → rounds of timed updates → rows
+    entries → workload → shared model → reference gradient → rounds of timed updates, the first one checked → rows
 
-A contestant is a class with ``turn(stage, meter)``. `ours.ours` alone knows how bigbatch is run.
+A contestant is a class with ``turn(stage, meter)``. Only `bigbatch_runner` uses bigbatch's own engine.
 """

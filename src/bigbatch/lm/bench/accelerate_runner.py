@@ -1,4 +1,4 @@
-"""accelerate's ``accumulate``, as its guide to gradient accumulation shows it."""
+"""accelerate's ``accumulate`` loop, from its guide to gradient accumulation."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from bigbatch.lm.bench.workload import Sample
 
 
 class AccelerateRunner(Peer):
-    """The loop of the guide, with the loss that the model computes."""
+    """The loop of the guide, with the loss of the model."""
 
     def update(self, stage: SharedModel, samples: Sequence[Sample], meter: Meter) -> None:
         """Run the loop until its first step."""

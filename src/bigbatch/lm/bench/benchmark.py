@@ -1,4 +1,4 @@
-"""The race: rounds in which each takes a timed update, in turn; the first is compared with the reference."""
+"""Rounds of timed updates, one per contestant; the gradient of the first is compared with the reference."""
 
 import contextlib
 import io
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContestantResult:
-    """What became of one contestant.
+    """Result of one contestant.
 
     Attributes:
         name: Its name.
-        about: What it is.
-        samples: Of its micro-batches; None for one that chooses.
-        speeds: Tokens a second, of each round.
-        peak_bytes: The most that torch allocated on the device in any round; None where there is no CUDA.
-        similarity: Of the gradient that its optimizer was given to that of the whole batch.
-        problem: Why it has no figures, in a few words; None where it has.
-        notes: What a reader should know.
+        about: Its description.
+        samples: Samples per micro-batch; None if it chooses them.
+        speeds: Tokens per second of each round.
+        peak_bytes: Peak of memory allocated by torch on the device over all rounds; None without CUDA.
+        similarity: Similarity of its first gradient to that of the whole batch.
+        problem: Why it has no measurements, in a few words; None if it has.
+        notes: Remarks for the reader.
     """
 
     name: str
@@ -59,17 +59,17 @@ class ContestantResult:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """All rows, and what they were measured on.
+    """Results of all contestants, with the conditions of the measurement.
 
     Attributes:
-        workload: What an update was.
+        workload: Model and batch of an update.
         device_spec: Device and precision.
-        memory: The limit, as it was asked for; None for none.
-        rounds: Timed updates of each contestant.
-        num_parameters: Of the model.
-        num_sequences: Of the global batch.
-        num_tokens: Of the global batch.
-        rows: In the order asked for.
+        memory: The memory limit as requested; None for none.
+        rounds: Timed updates per contestant.
+        num_parameters: Trained parameters of the model.
+        num_sequences: Sequences of the global batch.
+        num_tokens: Tokens of the global batch.
+        rows: One result per entry, in order.
     """
 
     workload: Workload
@@ -83,11 +83,11 @@ class BenchmarkResult:
 
     @property
     def ours(self) -> ContestantResult | None:
-        """The row of this package; None where it was not asked for."""
+        """The result of bigbatch; None if it did not take part."""
         return next((row for row in self.rows if row.name == OURS), None)
 
     def ratio(self, row: ContestantResult) -> float | None:
-        """How many times the tokens a second of a row this package made; None where either made none."""
+        """Return the throughput of bigbatch divided by that of a row; None if either has none."""
         ours = None if self.ours is None else self.ours.tokens_per_s
         return ours / row.tokens_per_s if ours and row.tokens_per_s else None
 
@@ -95,30 +95,30 @@ class BenchmarkResult:
 def run_benchmark(
     workload: Workload, entries: Sequence[Entry], *, memory: str | None, rounds: int, progress: "ProgressCallback"
 ) -> BenchmarkResult:
-    """Let everyone take the update of a workload, in turn, in each of the rounds; the first is compared as well.
+    """Run the update of a workload with every contestant in turn, in each round.
 
     Args:
-        workload: What an update is.
-        entries: Who takes part.
-        memory: What the process may use of a CUDA device, which it is held to. On the CPU only this package knows it.
-        rounds: Timed updates of each contestant.
-        progress: Told what goes on.
+        workload: Model and batch of an update.
+        entries: The contestants.
+        memory: Memory limit of this process on a CUDA device; on the CPU only bigbatch applies it. None for no limit.
+        rounds: Timed updates per contestant.
+        progress: Receives progress messages.
 
     Raises:
-        InputError: The device is not there, or has less memory.
+        InputError: The device does not exist, or has less memory.
     """
-    device_spec = workload.machine()
+    device_spec = workload.device_spec()
     with _limited(device_spec, memory):
-        progress("making the model")
+        progress("creating the model")
         stage = SharedModel(workload, memory)
         progress("computing the reference gradient, in float32")
-        with _unlimited(device_spec):  # it takes no part
+        with _unlimited(device_spec):  # not part of the comparison
             reference = reference_gradient(stage)
-        lanes = [_ContestantRun(entry) for entry in entries]
+        runs = [_ContestantRun(entry) for entry in entries]
         for number in range(1, rounds + 1):
-            for lane in lanes:
-                progress(f"round {number} of {rounds}: {lane.title}")
-                lane.time(stage, reference)
+            for run in runs:
+                progress(f"round {number} of {rounds}: {run.title}")
+                run.time(stage, reference)
     return BenchmarkResult(
         workload=workload,
         device_spec=device_spec,
@@ -127,12 +127,12 @@ def run_benchmark(
         num_parameters=sum(parameter.numel() for parameter in stage.parameters),
         num_sequences=len(stage.samples),
         num_tokens=count_tokens(stage.samples),
-        rows=tuple(lane.row() for lane in lanes),
+        rows=tuple(run.row() for run in runs),
     )
 
 
 class _ContestantRun:
-    """One contestant on its way: what was measured so far, or what stopped it."""
+    """Measurements of one contestant so far, or the reason why it stopped."""
 
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
@@ -147,7 +147,7 @@ class _ContestantRun:
         return self._entry.name if self._entry.samples is None else f"{self._entry.name}:{self._entry.samples}"
 
     def time(self, stage: SharedModel, reference: Sequence[Tensor]) -> None:
-        """Take a timed update; the gradient of the first is compared meanwhile, which does not count as time."""
+        """Time one update; the first one also compares the gradient, which does not count as time."""
         timer = Timer(stage.device)
         if self._speeds:
             self._take_turn(stage, timer)
@@ -199,7 +199,7 @@ def _describe(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _limited(device_spec: DeviceSpec, memory: str | None) -> Iterator[None]:
-    """Hold this process to a limit on CUDA."""
+    """Limit the CUDA memory of this process; restore the limit at the end."""
     if memory is None or device_spec.device.type != "cuda":
         yield
         return
@@ -218,7 +218,7 @@ def _limited(device_spec: DeviceSpec, memory: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unlimited(device_spec: DeviceSpec) -> Iterator[None]:
-    """Lift the limit of this process on CUDA for a while."""
+    """Remove the CUDA memory limit of this process; restore it at the end."""
     if device_spec.device.type != "cuda":
         yield
         return
@@ -233,7 +233,7 @@ def _unlimited(device_spec: DeviceSpec) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep warnings, logs and prints of libraries away from the table."""
+    """Suppress warnings, logs and prints of libraries."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,12 +1,9 @@
-"""How this package takes its update. Nothing else in here knows."""
+"""bigbatch as a contestant: model setup, tuning and engine of `bigbatch train`."""
 
 import time
 from typing import Any
 
-from torch.optim import Optimizer
-
 from bigbatch.autotune.choice import MicrobatchChoice
-from bigbatch.engine.engine import Engine
 from bigbatch.lm.bench.meter import Meter
 from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Workload, shift
@@ -14,73 +11,52 @@ from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
-from bigbatch.lm.training.autotune import describe, take, tune
+from bigbatch.lm.training.autotune import apply_choice, describe, tune
+from bigbatch.lm.training.engine_factory import make_engine
 
-WARM_UPDATES = 2  # one that runs operation by operation, one that records
+WARM_UPDATES = 2  # one eager update, one that captures CUDA graphs
 
 
 def set_up(model: Any, workload: Workload) -> ModelSetup:
-    """Arrange a model as `bigbatch train` would.
+    """Set up a model as `bigbatch train` does.
 
     Args:
         model: On its device. It is changed.
-        workload: Tells precision and lengths.
+        workload: Provides precision and lengths.
     """
-    config = TrainConfig(model=workload.name, max_length=workload.longest).resolved()  # adapters are there already
-    return set_up_model(model, config, workload.machine(), pad_id=0, longest=workload.longest)
-
-
-def make_engine(run: ModelSetup, optimizer: Optimizer, memory: str | None) -> Engine:
-    """Make the engine as `bigbatch train` would.
-
-    Args:
-        run: How the model is run.
-        optimizer: Of the model, with its states.
-        memory: What the process may use; None for what is free.
-
-    Returns:
-        An engine that takes lists of samples, each position of which has its label, and chooses its micro-batch.
-    """
-    return Engine(
-        run.model,
-        optimizer,
-        run.loss_fn,
-        microbatch="auto",
-        memory=memory,
-        collate=run.collate,
-        lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
-        layout=run.layout,
-        cuda_graphs=run.uses_cuda_graphs,
-    )
+    config = TrainConfig(
+        model=workload.name, max_length=workload.longest
+    ).resolved()  # the workload adds adapters itself
+    return set_up_model(model, config, workload.device_spec(), pad_id=0, longest=workload.longest)
 
 
 class BigbatchRunner:
-    """The engine as a contestant: arranges the model and chooses in its first turn, and keeps to that in the others."""
+    """The engine as a contestant: sets up the model and tunes in its first turn, and reuses both in later turns."""
 
     def __init__(self) -> None:
-        self._run: ModelSetup | None = None
+        self._model_setup: ModelSetup | None = None
         self._chosen: tuple[CheckpointingMode, MicrobatchChoice] | None = None
         self.notes: list[str] = []
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
-        """Take whole updates to warm up, then the one that counts."""
+        """Warm up with whole updates, then run the measured one."""
         samples = shift(stage.samples)
         started_s = time.perf_counter()
-        if self._run is None:
-            self._run = set_up(stage.model, stage.workload)
-        elif self._run.layout == "packed":
-            use_causal_attention(stage.model)  # the stage has put the model's own back
-        run = self._run
-        engine = make_engine(run, stage.optimizer, stage.memory)
+        if self._model_setup is None:
+            self._model_setup = set_up(stage.model, stage.workload)
+        elif self._model_setup.layout == "packed":
+            use_causal_attention(stage.model)  # reset between turns
+        model_setup = self._model_setup
+        engine = make_engine(model_setup, stage.optimizer, memory=stage.memory)
         if self._chosen is None:
-            self._chosen = tune(engine, run.layers, samples, modes=True)
+            self._chosen = tune(engine, model_setup.layers, samples, modes=True)
             elapsed_s = time.perf_counter() - started_s
-            level, choice = self._chosen
-            self.notes += [f"chosen once, in {elapsed_s:.1f} s that are not counted: {choice}{describe(level)}"]
-            self.notes += run.notes
+            mode, choice = self._chosen
+            self.notes += [f"tuned once, in {elapsed_s:.1f} s that are not counted: {choice}{describe(mode)}"]
+            self.notes += model_setup.notes
         else:
-            take(engine, run.layers, *self._chosen)
-        stage.forget_peak()  # of the sizes that were tried
+            apply_choice(engine, model_setup.layers, *self._chosen)
+        stage.reset_peak()  # excludes tuning
         for _ in range(WARM_UPDATES):
             engine.step(samples)
         stage.reset()
@@ -89,6 +65,6 @@ class BigbatchRunner:
         meter.stop()
         engine.release_cuda_graphs()
         if report.retries:
-            self.notes.append(f"ran out of memory and went on with smaller micro-batches, {report.retries} times")
+            self.notes.append(f"ran out of memory {report.retries} times and retried with smaller micro-batches")
         if engine.runner.disabled_reason is not None:
             self.notes.append(f"no CUDA graphs: {engine.runner.disabled_reason}")

@@ -1,4 +1,4 @@
-"""Who takes part, with how many samples at a time, and what has to be installed for it. No torch here."""
+"""The contestants, their samples per micro-batch and their required packages. Does not import torch."""
 
 import importlib.util
 import re
@@ -15,13 +15,13 @@ SAMPLES: dict[str, int | None] = {
     "accelerate": 1,
     "lightning": 1,
 }
-"""The contestants, in the order of the table, and the samples of their micro-batches; None for one that chooses."""
+"""Samples per micro-batch of every contestant, in the order of the table; None if it chooses them."""
 
 ABOUT = {
-    OURS: 'Engine(microbatch="auto"), arranged as bigbatch train does',
-    "trainer": "transformers Trainer as it comes",
+    OURS: 'Engine(microbatch="auto"), set up as in bigbatch train',
+    "trainer": "transformers Trainer with default options",
     "trainer-checkpointing": "transformers Trainer with activation checkpointing",
-    "trainer-expert": "transformers Trainer with activation checkpointing, length grouping, Liger Kernel where it runs",
+    "trainer-expert": "transformers Trainer with activation checkpointing, length grouping, Liger Kernel if available",
     "accelerate": "the accumulate loop of accelerate's documentation",
     "lightning": "Lightning's Trainer with accumulate_grad_batches",
 }
@@ -33,32 +33,31 @@ NEEDS = {
     "accelerate": ("accelerate",),
     "lightning": ("lightning", "pytorch_lightning"),
 }
-"""Modules that a contestant runs on, any one of them."""
+"""Modules of a contestant, of which one must be installed."""
 
 LIBRARIES = ("torch", "transformers", "accelerate", "lightning", "liger-kernel")
-"""What the figures depend on, by the names of the distributions."""
+"""Distributions on which the measurements depend."""
 
-ALSO_CALLED = {"lightning": "pytorch-lightning"}
+ALTERNATIVE_NAMES = {"lightning": "pytorch-lightning"}
 
 
 class Entry(NamedTuple):
-    """One row of the table: a contestant, and the samples of its micro-batches, None for one that chooses."""
+    """One row of the table: a contestant and its samples per micro-batch, None if it chooses them."""
 
     name: str
     samples: int | None
 
 
 def default_entries() -> tuple[Entry, ...]:
-    """Return every contestant with its own number of samples."""
+    """Return every contestant with its default number of samples."""
     return tuple(Entry(name, samples) for name, samples in SAMPLES.items())
 
 
 def read_entry(text: str) -> Entry:
-    """Understand ``"trainer"``, or with other samples than its own ``"trainer:4"``.
+    """Parse ``"trainer"``, or ``"trainer:4"`` for another number of samples.
 
     Raises:
-        ValueError: The message is what goes after ``NAME is VALUE:``, without the full stop.
-
+        ValueError: The text is not an entry; the message continues ``NAME is VALUE:``, without the full stop.
     """
     name, colon, number = text.strip().partition(":")
     if name not in SAMPLES:
@@ -67,14 +66,14 @@ def read_entry(text: str) -> Entry:
     if not colon:
         return Entry(name, SAMPLES[name])
     if SAMPLES[name] is None:
-        raise ValueError(f"{name} chooses its micro-batch; only the others take a number of samples")
+        raise ValueError(f"{name} chooses its micro-batch; only the others accept a number of samples")
     if not re.fullmatch("[1-9][0-9]{0,7}", number):
         raise ValueError(f"after the colon comes a number of samples, such as {name}:4")
     return Entry(name, int(number))
 
 
 def missing(name: str) -> str | None:
-    """Say what a contestant lacks to take part; None if it lacks nothing."""
+    """Return which package a contestant lacks; None if it can run."""
     modules = NEEDS.get(name, ())
     if not modules or any(importlib.util.find_spec(module) for module in modules):
         return None
@@ -82,8 +81,8 @@ def missing(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of the libraries that the figures depend on; None for one that is not installed."""
-    return {name: _version(name) or _version(ALSO_CALLED.get(name, name)) for name in LIBRARIES}
+    """Return the versions of `LIBRARIES`; None for one that is not installed."""
+    return {name: _version(name) or _version(ALTERNATIVE_NAMES.get(name, name)) for name in LIBRARIES}
 
 
 def _version(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with ``accumulate_grad_batches``, as its documentation shows it."""
+"""Lightning's Trainer with ``accumulate_grad_batches``, from its documentation."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from bigbatch.lm.bench.workload import Sample
 
 
 class LightningRunner(Peer):
-    """The Trainer on a module whose ``training_step`` returns the model's loss. Its construction is not measured."""
+    """Lightning's Trainer on a module that returns the model's loss. Its construction is not measured."""
 
     def update(self, stage: SharedModel, samples: Sequence[Sample], meter: Meter) -> None:
         """Fit for one step."""
@@ -58,6 +58,6 @@ class LightningRunner(Peer):
 
 
 def _import() -> Any:
-    """Import either of the two names that it is published under."""
+    """Import Lightning under whichever of its two names is installed."""
     name = next(name for name in NEEDS["lightning"] if importlib.util.find_spec(name))
     return importlib.import_module("lightning.pytorch" if name == "lightning" else name)

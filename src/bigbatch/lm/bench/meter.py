@@ -1,4 +1,4 @@
-"""What is measured of one update: how long it takes and its peak, or the gradient that the optimizer is given."""
+"""Measurements of one update: time, peak memory, and the gradient that the optimizer receives."""
 
 import math
 import time
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from bigbatch.lm.bench.shared_model import SharedModel
 
-PIECE = 2**22  # values compared at a time, so that no second gradient is needed on the device
+CHUNK_VALUES = 2**22  # compared at a time, so that the device need not hold a second gradient
 
 
 class Meter(Protocol):
-    """Told by a contestant where its update begins and ends."""
+    """Receiver of the beginning and the end of an update."""
 
     def start(self) -> None:
-        """Hear that the first micro-batch is next."""
+        """Begin, before the first micro-batch."""
 
     def stop(self) -> None:
-        """Hear that the optimizer has stepped."""
+        """End, after the optimizer step."""
 
 
 class NoMeter:
-    """Measures nothing: for warming up."""
+    """Meter that measures nothing, for warm-up."""
 
     def start(self) -> None:
         """Do nothing."""
@@ -36,15 +36,14 @@ class NoMeter:
 
 
 class Timer:
-    """Seconds from before the first micro-batch until the device has made the step, and the peak in between.
+    """Time of an update on its device, from before the first micro-batch until after the step, and peak memory.
 
     Args:
-        device: Waited for at both ends.
+        device: Synchronized at the beginning and at the end.
 
     Attributes:
-        elapsed_s: None before the end.
-        peak_bytes: The most that torch allocated on the device since the stage last forgot it; None on others than
-            CUDA, and before the end.
+        elapsed_s: Seconds; None before the end.
+        peak_bytes: Peak of memory allocated by torch since the last reset; None before the end and without CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,7 +65,7 @@ class Timer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave something out."""
+        """Exclude a block from the time."""
         began_s = self._now_s()
         try:
             yield
@@ -80,22 +79,22 @@ class Timer:
 
 
 class Similarity(NamedTuple):
-    """How near a gradient is to another: the cosine of their angle, and the ratio of their norms."""
+    """Cosine similarity of two gradients, and the ratio of their norms."""
 
     cosine: float
     norm_ratio: float
 
 
 class GradientMeter:
-    """Compares the gradient that the optimizer is given with that of the whole batch.
+    """Meter that compares the gradient that the optimizer receives with that of the whole batch.
 
     Args:
-        stage: Whose optimizer is watched between start and stop.
-        reference: As from `reference_gradient`.
-        timer: Told of start and stop as well, and paused while the two are compared.
+        stage: The shared model; its optimizer is hooked between start and stop.
+        reference: Result of `reference_gradient`.
+        timer: Started and stopped as well, and paused during the comparison.
 
     Attributes:
-        similarity: Of the first step; None if there was none.
+        similarity: Similarity at the first step; None if there was none.
     """
 
     def __init__(self, stage: SharedModel, reference: Sequence[Tensor], *, timer: Timer | None = None) -> None:
@@ -106,34 +105,34 @@ class GradientMeter:
         self.similarity: Similarity | None = None
 
     def start(self) -> None:
-        """Watch the optimizer."""
-        self._handle = self._stage.optimizer.register_step_pre_hook(self._look)
+        """Hook the optimizer, and start the timer."""
+        self._handle = self._stage.optimizer.register_step_pre_hook(self._before_step)
         if self._timer is not None:
             self._timer.start()
 
     def stop(self) -> None:
-        """Watch it no longer."""
+        """Stop the timer, and remove the hook."""
         if self._timer is not None:
             self._timer.stop()
         self.close()
 
     def close(self) -> None:
-        """Watch it no longer, whether the update came to its end or not."""
+        """Remove the hook, even if the update failed."""
         if self._handle is not None:
             self._handle.remove()
 
-    def _look(self, _optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before_step(self, _optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         closure = kwargs.get("closure")
         if closure is None:
             self._compare()
             return None
 
-        def look_after() -> Any:  # Lightning runs the last micro-batch within the step
+        def closure_then_compare() -> Any:  # Lightning runs the last micro-batch within the step
             result = closure()
             self._compare()
             return result
 
-        return args, {**kwargs, "closure": look_after}
+        return args, {**kwargs, "closure": closure_then_compare}
 
     def _compare(self) -> None:
         if self.similarity is None:
@@ -147,7 +146,7 @@ def reference_gradient(stage: SharedModel) -> list[Tensor]:
         Σ_i ∇ loss_sum_i / Σ_i labels_i
 
     Returns:
-        On the CPU, one tensor for each parameter.
+        One tensor per parameter, on the CPU.
     """
     num_labels = sum(len(sample["labels"]) - 1 for sample in stage.samples)
     with stage.isolated(), stage.in_float32():
@@ -165,16 +164,18 @@ def _gradient_of(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def similarity(found: Iterable[Tensor | None], expected: Iterable[Tensor]) -> Similarity:
-    """Compare two gradients, in float64, in pieces of 4 million values on the device of the first.
+    """Compare two gradients in float64, in chunks of 4 million values on the device of the first.
 
     Args:
-        found: One tensor for each parameter, on any device; None counts as zeros.
-        expected: The same, with values.
+        found: One tensor per parameter, on any device; None counts as zeros.
+        expected: One tensor per parameter.
     """
     product = found_square = expected_square = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         ours = torch.zeros_like(theirs) if ours is None else ours
-        for a, b in zip(torch.split(ours.flatten(), PIECE), torch.split(theirs.flatten(), PIECE), strict=True):
+        for a, b in zip(
+            torch.split(ours.flatten(), CHUNK_VALUES), torch.split(theirs.flatten(), CHUNK_VALUES), strict=True
+        ):
             a, b = a.double(), b.to(a.device).double()
             product += torch.dot(a, b).item()
             found_square += torch.dot(a, a).item()

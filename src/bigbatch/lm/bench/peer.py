@@ -1,4 +1,4 @@
-"""Base class of the tools that bigbatch is compared with."""
+"""Interface of a contestant, and base class of the tools that bigbatch is compared with."""
 
 import importlib.util
 from abc import ABC, abstractmethod
@@ -17,23 +17,23 @@ WARM_SAMPLES = 8
 
 
 class Contestant(Protocol):
-    """Takes the update of a stage.
+    """A tool that runs the update of a workload.
 
     Attributes:
-        notes: What a reader of its row should know.
+        notes: Remarks for the reader of its row.
     """
 
     notes: list[str]
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
-        """Warm up, then take one whole update from the first weights, between ``meter.start`` and ``meter.stop``."""
+        """Warm up, then run one whole update from the initial weights, between ``meter.start`` and ``meter.stop``."""
 
 
 class Peer(ABC):
-    """A contestant that takes a fixed number of samples at a time, whatever their length.
+    """A contestant with a fixed number of samples per micro-batch, independent of their length.
 
     Args:
-        samples: Of a micro-batch.
+        samples: Samples per micro-batch.
     """
 
     def __init__(self, samples: int) -> None:
@@ -41,7 +41,7 @@ class Peer(ABC):
         self.notes: list[str] = []
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
-        """Warm up with the longest sequences, so that the memory is there, then take the whole update."""
+        """Warm up with the longest sequences, so that the memory is allocated, then run the whole update."""
         longest = sorted(stage.samples, key=lambda sample: -len(sample["input_ids"]))
         self.update(stage, longest[: max(WARM_SAMPLES, self.samples)], NoMeter())
         stage.restore_model()
@@ -49,14 +49,14 @@ class Peer(ABC):
 
     @abstractmethod
     def update(self, stage: SharedModel, samples: Sequence[Sample], meter: Meter) -> None:
-        """Take one update of the stage's model, by its optimizer, on some samples."""
+        """Run one update of the shared model on some samples, with its optimizer."""
 
     def num_microbatches(self, samples: Sequence[Sample]) -> int:
-        """Count the micro-batches of some samples."""
+        """Return the number of micro-batches of some samples."""
         return -(-len(samples) // self.samples)
 
     def loader(self, stage: SharedModel, samples: Sequence[Sample]) -> "DataLoader[Any]":
-        """Make the loader of a training script."""
+        """Create the data loader of a training script."""
         return DataLoader(
             list(samples),  # type: ignore[arg-type]
             batch_size=self.samples,
@@ -67,12 +67,12 @@ class Peer(ABC):
 
 
 def pad(samples: Sequence[Sample]) -> Sample:
-    """Pad on the right to the longest; the attention mask says where."""
+    """Pad samples on the right to the longest, with an attention mask."""
     return collate(samples, pad_id=0)
 
 
-def liger_runs(device: torch.device) -> str | None:
-    """Say why Liger Kernel cannot be used; None if it can."""
+def liger_obstacle(device: torch.device) -> str | None:
+    """Return why Liger Kernel cannot be used; None if it can."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "it is not installed"
     return None if device.type == "cuda" else "it needs a GPU"

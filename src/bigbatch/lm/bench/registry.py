@@ -1,4 +1,4 @@
-"""The other contestants: what is common to them, and which there are."""
+"""Factory of contestants by name."""
 
 from bigbatch.lm.bench.bigbatch_runner import BigbatchRunner
 from bigbatch.lm.bench.entries import OURS, Entry
@@ -6,7 +6,7 @@ from bigbatch.lm.bench.peer import Contestant, Peer
 
 
 def make_contestant(entry: Entry) -> Contestant:
-    """Make what is called by that name; imports no other library yet."""
+    """Create the contestant of an entry; its library is imported when it runs."""
     if entry.name == OURS:
         return BigbatchRunner()
     from bigbatch.lm.bench.accelerate_runner import AccelerateRunner
@@ -20,5 +20,5 @@ def make_contestant(entry: Entry) -> Contestant:
         "accelerate": AccelerateRunner,
         "lightning": LightningRunner,
     }
-    assert entry.samples is not None, "names.SAMPLES gives every peer its own"
+    assert entry.samples is not None, "every peer has a number of samples in SAMPLES"
     return kinds[entry.name](entry.samples)

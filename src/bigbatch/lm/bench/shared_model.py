@@ -1,6 +1,6 @@
-"""What all contestants share: one model and one optimizer, put back between turns to what they were.
+"""The model and optimizer that all contestants share, restored to their initial state between turns.
 
-A contestant may wrap the forward, patch modules, hook parameters, or move the model away, as these libraries do.
+A contestant may wrap the forward, patch modules, hook parameters, or move the model to another device.
 """
 
 import sys
@@ -17,24 +17,24 @@ from bigbatch.memory.usage import free_cached_memory
 
 
 class SharedModel:
-    """One model with its optimizer, at the same weights in every turn.
+    """One model with its optimizer, with the same weights in every turn.
 
-        with stage.turn():
-            ...                                     # as if the model had just been made
-            stage.reset()                           # the first weights and empty states again, where they are
+        with stage.isolated():
+            ...                                     # a model in its initial state
+            stage.reset()                           # initial weights and zero optimizer states, in place
 
     Args:
-        workload: What the model is made of.
-        memory: What the process may use, as the contestants that ask for it take it; None for what is there.
+        workload: Provides model and batch.
+        memory: Memory limit for contestants that support one; None for no limit.
 
     Raises:
-        InputError: The device of the workload is not there.
+        InputError: The device of the workload does not exist.
     """
 
     def __init__(self, workload: Workload, memory: str | None) -> None:
         self.workload = workload
         self.memory = memory
-        self.device_spec = workload.machine()
+        self.device_spec = workload.device_spec()
         self.device = self.device_spec.device
         self.samples = workload.make_samples()
         self.model = workload.make_trained_model(self.device)
@@ -44,38 +44,38 @@ class SharedModel:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Open a turn, with the optimizer's states there as in a run that goes on; undo whatever was done in it."""
+        """Open a turn with allocated optimizer states, as in the middle of a run; undo all changes at the end."""
         if self.device.type == "cuda":
             free_cached_memory()
-        self.model.to(self.device)  # a peer may have left it elsewhere
-        self._found = _ModelSnapshot(self.model)
+        self.model.to(self.device)  # a peer may have moved it
+        self._snapshot = _ModelSnapshot(self.model)
         init_optimizer_state(self.optimizer)
         self.reset()
-        self.forget_peak()
+        self.reset_peak()
         try:
             yield
         finally:
-            self._found.put_back()
+            self._snapshot.restore()
             self.optimizer.zero_grad()
             self.optimizer.state.clear()
 
     def restore_model(self) -> None:
-        """Undo what was done to the model in this turn, and go back to the first weights.
+        """Undo all changes to the model in this turn, and restore the initial weights.
 
-        What a library wraps twice need not be what it wraps once: accelerate leaves a model alone that it has prepared
-        before, and after Liger Kernel has replaced its forward again, it would run without autocast.
+        Needed before a library wraps the model a second time: accelerate skips a model that it has prepared before,
+        which would run without autocast once Liger Kernel has replaced its forward again.
         """
-        self._found.put_back()
+        self._snapshot.restore()
         self.reset()
 
-    def forget_peak(self) -> None:
-        """Count the peak of the device's memory from here."""
+    def reset_peak(self) -> None:
+        """Reset the peak memory statistics of the device."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Hold parameters that are in a narrower dtype in float32 for a while."""
+        """Convert parameters of narrower dtypes to float32; restore them at the end."""
         narrow = [(parameter, parameter.data) for parameter in self.model.parameters() if parameter.itemsize < 4]
         for parameter, data in narrow:
             parameter.data = data.float()
@@ -87,7 +87,7 @@ class SharedModel:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Go back to the first weights, no gradients, and an optimizer that has taken no step."""
+        """Restore the initial weights, no gradients, and zero optimizer states."""
         self.model.to(self.device)
         for parameter, first in zip(self.parameters, self._first, strict=True):
             parameter.copy_(first)
@@ -98,10 +98,10 @@ class SharedModel:
 
 
 class _ModelSnapshot:
-    """The attributes of a model's modules, of its configuration, and of the file that its class comes from."""
+    """Snapshot of the attributes of a model's modules, of its configuration, and of the Python module of its class."""
 
     def __init__(self, model: nn.Module) -> None:
-        code = sys.modules[type(model).__module__]  # Liger Kernel replaces functions in there
+        code = sys.modules[type(model).__module__]  # Liger Kernel replaces functions in it
         owners: list[Any] = [*model.modules(), model.config, code]
         self._attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
         self._inside = [
@@ -111,8 +111,8 @@ class _ModelSnapshot:
             if isinstance(inside, dict)
         ]
 
-    def put_back(self) -> None:
-        """Undo what was changed since; the dictionaries stay the ones that they are."""
+    def restore(self) -> None:
+        """Restore the attributes in place; the dictionaries keep their identity."""
         for current, found in (*self._attributes, *self._inside):
             for name in current.keys() - found.keys():
                 del current[name]

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from bigbatch.lm.bench.meter import Meter
-from bigbatch.lm.bench.peer import Peer, liger_runs, pad
+from bigbatch.lm.bench.peer import Peer, liger_obstacle, pad
 from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Sample
 
 
 class TransformersDefault(Peer):
-    """The Trainer as it comes. Its construction is not measured, nor the loading of the batch."""
+    """The Trainer with default options. Its construction and the loading of the batch are not measured."""
 
     def options(self, stage: SharedModel) -> dict[str, Any]:
-        """Give what is set besides the micro-batch."""
+        """Return the options in addition to the micro-batch."""
         return {}
 
     def update(self, stage: SharedModel, samples: Sequence[Sample], meter: Meter) -> None:
@@ -47,7 +47,7 @@ class TransformersDefault(Peer):
                 disable_tqdm=True,
                 **self.options(stage),
             )
-            arguments._n_gpu = min(1, arguments.n_gpu)  # it would spread over all that it sees
+            arguments._n_gpu = min(1, arguments.n_gpu)  # otherwise it uses all visible GPUs
             trainer = transformers.Trainer(
                 stage.model,
                 arguments,
@@ -63,26 +63,26 @@ class TransformersCheckpointing(TransformersDefault):
     """The Trainer with activation checkpointing."""
 
     def options(self, stage: SharedModel) -> dict[str, Any]:
-        """Give what is set besides the micro-batch."""
+        """Return the options in addition to the micro-batch."""
         return _checkpointing()
 
 
 class TransformersTuned(TransformersDefault):
-    """The Trainer with every option that makes it faster or smaller."""
+    """The Trainer with every option that saves time or memory."""
 
     def options(self, stage: SharedModel) -> dict[str, Any]:
-        """Give what is set besides the micro-batch."""
-        why_not = liger_runs(stage.device)
-        self.notes = ["Liger Kernel was used" if why_not is None else f"Liger Kernel was not used: {why_not}"]
+        """Return the options in addition to the micro-batch."""
+        obstacle = liger_obstacle(stage.device)
+        self.notes = ["Liger Kernel was used" if obstacle is None else f"Liger Kernel was not used: {obstacle}"]
         return {
             **_checkpointing(),
             "train_sampling_strategy": "group_by_length",
-            "use_liger_kernel": why_not is None,
+            "use_liger_kernel": obstacle is None,
         }
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Give the arguments by their names, which changed after transformers 5.17; the old ones warn."""
+    """Return the checkpointing arguments; their names changed after transformers 5.17, and the old ones warn."""
     import transformers
 
     names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}

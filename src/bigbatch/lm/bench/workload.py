@@ -1,4 +1,4 @@
-"""The workloads: a model with random weights, and one global batch of sequences of very different lengths."""
+"""Workloads: a model with random weights, and one global batch of sequences of very different lengths."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,23 +16,23 @@ Sample: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """One update to make: of a Qwen2 of some size, on sequences whose lengths are log-normal.
+    """One update of a Qwen2 model on sequences with log-normal lengths.
 
         length = exp(deviation · N(0, 1) + mean), cut to shortest … longest
 
     Attributes:
-        name: On the command line.
-        device: Where it is meant to run: ``cuda`` or ``cpu``.
+        name: Name on the command line.
+        device: ``cuda`` or ``cpu``.
         precision: As for `DeviceSpec`.
         model: Settings of ``Qwen2Config``.
-        sequences: Of the global batch.
-        mean: Of the logarithm of the lengths.
-        shortest: Tokens of a sequence, at least.
-        longest: Tokens of a sequence, at most.
-        memory: What a process may use of the device where nobody says; None for no limit.
-        deviation: Of the logarithm of the lengths.
-        lr: Of AdamW.
-        lora_rank: Of adapters, which alone are trained then, over weights in bfloat16; 0 for none.
+        sequences: Sequences of the global batch.
+        mean: Mean of the logarithm of the lengths.
+        shortest: Minimum tokens of a sequence.
+        longest: Maximum tokens of a sequence.
+        memory: Default memory limit of the process on the device; None for no limit.
+        deviation: Standard deviation of the logarithm of the lengths.
+        lr: Learning rate of AdamW.
+        lora_rank: Rank of adapters on weights in bfloat16, of which only the adapters are trained; 0 for none.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Workload:
     lr: float = 1e-5
     lora_rank: int = 0
 
-    def machine(self) -> DeviceSpec:
-        """Find the device.
+    def device_spec(self) -> DeviceSpec:
+        """Resolve device and precision.
 
         Raises:
-            InputError: It is not there.
+            InputError: The device does not exist.
         """
         return resolve_device(self.device, self.precision)
 
     def make_model(self, device: torch.device | str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-        """Make the model in training mode, with the same random weights each time on the same kind of device."""
+        """Create the model in training mode; its random weights are the same for every call on one device type."""
         import transformers
 
         config = transformers.Qwen2Config(**{**self.model, "max_position_embeddings": self.longest, **changes})
@@ -66,14 +66,14 @@ class Workload:
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
     def make_trained_model(self, device: torch.device | str) -> Any:
-        """Make the model with what is trained of it."""
+        """Create the model with its adapters, if any."""
         if not self.lora_rank:
             return self.make_model(device)
         model = self.make_model(device, dtype=torch.bfloat16)
         return add_lora(model, rank=self.lora_rank, alpha=2.0 * self.lora_rank, seed=0).to(device)
 
     def make_sequences(self, *, vocabulary: int | None = None, seed: int = 0) -> list[Tensor]:
-        """Make the global batch: random token ids, int64 ``[length]``; seed 0 is the workload's."""
+        """Create the global batch: random token ids, int64 ``[length]``; the workload uses seed 0."""
         generator = torch.Generator().manual_seed(seed)
         normal = torch.randn(self.sequences, generator=generator)
         lengths = (normal * self.deviation + self.mean).exp().clamp(self.shortest, self.longest).long()
@@ -81,17 +81,17 @@ class Workload:
         return [torch.randint(most, (length,), generator=generator) for length in lengths.tolist()]
 
     def make_samples(self) -> list[Sample]:
-        """Make the global batch as transformers takes it: every token is a label, and the model shifts them."""
+        """Create the global batch for transformers: labels equal the inputs, and the model shifts them."""
         return [{"input_ids": ids, "labels": ids} for ids in self.make_sequences()]
 
 
 def count_tokens(samples: Sequence[Sample]) -> int:
-    """Count the tokens of some samples."""
+    """Return the number of tokens of some samples."""
     return sum(len(sample["input_ids"]) for sample in samples)
 
 
 def shift(samples: Sequence[Sample]) -> list[Sample]:
-    """Give each position the token after it as its label, as `bigbatch.lm.data.dataset` does; the last one has none."""
+    """Set the label of each position to the next token, as `bigbatch.lm.data.dataset` does; the last has none."""
     none = torch.tensor([IGNORED])
     return [{**sample, "labels": torch.cat([sample["labels"][1:], none])} for sample in samples]
 

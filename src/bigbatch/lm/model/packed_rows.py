@@ -87,6 +87,19 @@ def model_inputs(microbatch: dict[str, Tensor], *, longest: int | None, needs_ma
     }
 
 
+def static_packing_obstacle(model: Any, device_spec: DeviceSpec) -> str | None:
+    """Return why a model cannot run packed rows, judged by its configuration and the device alone; None if it may."""
+    if device_spec.device.type == "cuda" and not device_spec.is_half_precision:
+        return f"attention has no kernel for packed rows in {device_spec.precision}"
+    if device_spec.device.type not in ("cuda", "cpu"):
+        return f"attention has no kernel for packed rows on {device_spec.device.type}"
+    if getattr(model.config, "_attn_implementation", None) != NAME:
+        return "the model uses its own attention implementation"
+    if getattr(model.config, "attention_chunk_size", None) is not None:
+        return "the model uses chunked attention"
+    return None
+
+
 def packing_obstacle(model: Any, device_spec: DeviceSpec, *, longest: int) -> str | None:
     """Return why a model cannot run packed rows, in a few words; None if it can.
 
@@ -104,14 +117,8 @@ def packing_obstacle(model: Any, device_spec: DeviceSpec, *, longest: int) -> st
             least that for float32.
         longest: Tokens of the longest sequence of all rows.
     """
-    if device_spec.device.type == "cuda" and not device_spec.is_half_precision:
-        return f"attention has no kernel for packed rows in {device_spec.precision}"
-    if device_spec.device.type not in ("cuda", "cpu"):
-        return f"attention has no kernel for packed rows on {device_spec.device.type}"
-    if getattr(model.config, "_attn_implementation", None) != NAME:
-        return "the model uses its own attention implementation"
-    if getattr(model.config, "attention_chunk_size", None) is not None:
-        return "the model uses chunked attention"
+    if (obstacle := static_packing_obstacle(model, device_spec)) is not None:
+        return obstacle
     try:
         with preserved(model, parameters=False), narrowest_dtype(model) as dtypes, _recorded_windows() as windows:
             model.train()

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from bigbatch.errors import InputError, first_line
+from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
-from bigbatch.lm.model.causal_attention import drop_mask_if_causal, use_causal_attention
+from bigbatch.lm.model.causal_attention import (
+    drop_mask_if_causal,
+    has_full_attention,
+    looks_causal,
+    use_causal_attention,
+)
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
-from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
 from bigbatch.lm.model.embedding_hook import embedded_tokens
-from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle
+from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
 from bigbatch.preserve import preserved
 from bigbatch.rng import seed_everything
@@ -50,6 +56,26 @@ class ModelSetup:
     uses_cuda_graphs: bool
     notes: tuple[str, ...]
 
+    @property
+    def checkpointing_mode(self) -> CheckpointingMode:
+        """The current mode of activation checkpointing."""
+        return "none" if self.layers is None else self.layers.mode
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """The part of a `ModelSetup` that follows from a model without weights.
+
+    Attributes:
+        model: In training mode, with its adapters, attention and activation checkpointing.
+        loss_fn: As `bigbatch.Engine` accepts it.
+        layout: Of the micro-batches.
+    """
+
+    model: Any
+    loss_fn: CausalLMLoss | ChunkedCausalLMLoss
+    layout: Layout
+
 
 def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pad_id: int, longest: int) -> ModelSetup:
     """Resolve the ``auto`` settings of a config for a model, and apply them.
@@ -77,28 +103,81 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
         model = with_lora(model, config)
     model = model.to(device_spec.device).train()
     layers = layers_of(model, config)
-    compiles = config.compile in ("layers", "graphs") or (config.compile == "auto" and on_cuda)
-    if chunks:
-        loss: Any = partial(ChunkedCausalLMLoss, fused=compiles)
-    else:
-        loss = CausalLMLoss
-    loss_fn = loss(device_spec, needs_mask=needs_mask, longest=longest)
+    compiles = compiles_layers(config, device_spec.device)
+    loss_fn = make_loss_fn(device_spec, chunked=chunks, needs_mask=needs_mask, longest=longest, fused=compiles)
     if layout == "packed":
         collator: Any = partial(pack_row, pad_id=pad_id, longest=longest, most=config.token_budget)
     else:
         collator = partial(collate, pad_id=pad_id)
     if compiles:
         _compile(model, config, layers, loss_fn, collator, device_spec, longest, notes)
-    records = on_cuda and config.compile in ("auto", "graphs")
-    return ModelSetup(model, loss_fn, collator, layout, layers, records, tuple(notes))
+    uses_cuda_graphs = captures_cuda_graphs(config, device_spec.device)
+    return ModelSetup(model, loss_fn, collator, layout, layers, uses_cuda_graphs, tuple(notes))
+
+
+def outline_model(
+    model: Any, config: TrainConfig, device_spec: DeviceSpec, *, target: torch.device, longest: int, max_length: int
+) -> ModelOutline:
+    """Decide as `set_up_model` does, for a model without weights: whatever it tries on the weights is assumed to work.
+
+    Args:
+        model: A transformers language model on the device ``meta``, without adapters. It is changed.
+        config: With every default resolved.
+        device_spec: Device and precision of the loss.
+        target: Device of the run, which decides the layout.
+        longest: Tokens of the longest sequence.
+        max_length: Tokens to which sequences are cut.
+
+    Raises:
+        InputError: The model does not support what the configuration asks for.
+    """
+    is_causal = looks_causal(model)
+    if is_causal and has_full_attention(model.config, max_length=max_length):
+        use_causal_attention(model)
+    layout: Layout = "padded"
+    if config.layout == "packed" or (
+        wants_packed_rows(config, target)
+        and static_packing_obstacle(model, DeviceSpec(target, device_spec.precision)) is None
+        and not uses_randomness(model)  # dropout in attention has no packed kernel
+    ):
+        layout = "packed"
+    if config.lora_rank:
+        model = with_lora(model, config)
+    layers_of(model, config)
+    chunked = worth_chunking(find_lm_head(model))
+    loss_fn = make_loss_fn(device_spec, chunked=chunked, needs_mask=not is_causal, longest=longest)
+    return ModelOutline(model.train(), loss_fn, layout)
+
+
+def compiles_layers(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether the decoder layers are compiled on a device, if they can be."""
+    return config.compile in ("layers", "graphs") or (config.compile == "auto" and device.type == "cuda")
+
+
+def captures_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether micro-batches are captured as CUDA graphs on a device."""
+    return config.compile in ("auto", "graphs") and device.type == "cuda"
+
+
+def wants_packed_rows(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether rows are packed on a device, if the model supports it."""
+    return config.layout == "packed" or (config.layout == "auto" and device.type == "cuda")
+
+
+def make_loss_fn(
+    device_spec: DeviceSpec, *, chunked: bool, needs_mask: bool, longest: int, fused: bool = False
+) -> CausalLMLoss | ChunkedCausalLMLoss:
+    """Create the loss function of a language model: over chunks of logits, or over all logits at once."""
+    if chunked:
+        return ChunkedCausalLMLoss(device_spec, needs_mask=needs_mask, longest=longest, fused=fused)
+    return CausalLMLoss(device_spec, needs_mask=needs_mask, longest=longest)
 
 
 def _layout(
     model: Any, config: TrainConfig, device_spec: DeviceSpec, longest: int, needs_mask: bool, notes: list[str]
 ) -> Layout:
     """Choose packed or padded rows; for packed rows, switch the model to attention by offsets."""
-    wanted = config.layout == "packed" or (config.layout == "auto" and device_spec.device.type == "cuda")
-    if not wanted:
+    if not wants_packed_rows(config, device_spec.device):
         return "padded"
     before = getattr(model.config, "_attn_implementation", None)
     why = "it needs a mask for padding" if needs_mask else None

@@ -1,4 +1,4 @@
-"""What a plan needs to know of the data: how long the sequences are, without keeping any of them.
+"""Statistics of the data for a plan: the lengths of the sequences, without their tokens.
 
 documents → at most 2,000 of them, the longest included → tokens of each sequence
 """
@@ -20,22 +20,22 @@ from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config, tin
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.setup import ProgressCallback
 
-MOST_DOCUMENTS = 2_000  # that are encoded for their lengths: evenly spaced, if there are more
-BYTES_A_TOKEN = 4  # where there is no tokenizer: of English text and of code, about
+MOST_DOCUMENTS = 2_000  # encoded for their lengths; evenly spaced if the data has more
+BYTES_A_TOKEN = 4  # approximately, of English text and code; used without a tokenizer
 
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """What is known of the data, and of the model that is to learn it.
+    """Lengths of the data, and the configuration of the model.
 
     Attributes:
-        model_config: Of transformers.
-        max_length: Tokens of the longest sequence that there may be.
-        lengths: Every number of tokens that a sequence has, the longest first.
+        model_config: Model configuration of transformers.
+        max_length: Tokens to which sequences are cut.
+        lengths: The distinct lengths of sequences in tokens, the longest first.
         window: Tokens of each sequence of the first update.
         most_rows: Sequences of the largest update.
-        num_updates: Of the run; about, where updates are counted in tokens or not all documents were measured.
-        notes: Sentences about what was estimated.
+        num_updates: Updates of the run; approximate if the batch is counted in tokens or documents were sampled.
+        notes: Sentences about the estimates.
     """
 
     model_config: Any
@@ -48,19 +48,19 @@ class DataStatistics:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that there is."""
+        """Tokens of the longest sequence."""
         return self.lengths[0]
 
 
 def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStatistics:
-    """Read the data of a run and measure it.
+    """Read the data of a run and measure its sequences.
 
     Args:
-        config: With every default written out.
-        progress: Told what goes on.
+        config: With every default resolved.
+        progress: Receives progress messages.
 
     Raises:
-        InputError: Data, model or length is not there or not usable.
+        InputError: Data, model or length does not exist or is not usable.
     """
     notes = []
     model_config: Any = None
@@ -81,7 +81,7 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
         progress("training a tokenizer")
         texts = [text for document in documents for text in document.texts]
         tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
-        assert config.max_length is not None, "resolved() gives it a value"
+        assert config.max_length is not None, "set by resolved()"
         model_config = tiny_config(tokenizer, max_length=config.max_length)
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, _positions(model_config) or DEFAULT_MAX_LENGTH)
     measured = sample_documents(documents, MOST_DOCUMENTS)
@@ -93,7 +93,7 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
     else:
         lengths = encode(measured, tokenizer, max_length=max_length)[0].lengths
     if not lengths:
-        raise InputError(f"{config.data} holds nothing to learn from.")
+        raise InputError(f"{config.data} contains no text to train on. Pass other --data.")
     windows, num_updates = _windows(config, lengths, len(documents) / len(measured))
     return DataStatistics(
         model_config=model_config,
@@ -107,7 +107,7 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
 
 
 def _positions(model_config: Any) -> int | None:
-    """Give how many a model can tell apart; None where it knows no limit."""
+    """Return the number of positions of a model; None if it has no limit."""
     positions = getattr(model_config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
@@ -122,7 +122,7 @@ def _check_length(config: TrainConfig, model_config: Any) -> None:
 
 
 def sample_documents(documents: Sequence[Document], most: int) -> Sequence[Document]:
-    """Give the documents if there are no more than that, else so many: evenly spaced, and the longest."""
+    """Return at most ``most`` documents: evenly spaced, the longest included."""
     if len(documents) <= most:
         return documents
     longest = max(range(len(documents)), key=lambda i: sum(map(len, documents[i].texts)))
@@ -133,7 +133,7 @@ def sample_documents(documents: Sequence[Document], most: int) -> Sequence[Docum
 
 
 def estimated_lengths(documents: Sequence[Document], max_length: int) -> list[int]:
-    """Give the tokens of each sequence by the bytes of the documents, where there is no tokenizer to count them."""
+    """Estimate the tokens of each sequence from the bytes of the documents, without a tokenizer."""
     lengths = []
     for document in documents:
         tokens = max(1, sum(len(text.encode()) for text in document.texts) // BYTES_A_TOKEN)
@@ -142,22 +142,24 @@ def estimated_lengths(documents: Sequence[Document], max_length: int) -> list[in
 
 
 def _windows(config: TrainConfig, lengths: list[int], share: float) -> tuple[list[tuple[int, ...]], int]:
-    """Give the lengths of each update of a pass, and how many updates the run has.
+    """Return the lengths of each update of an epoch, and the number of updates of the run.
 
-    Where ``lengths`` are those of one document in ``share``, they stand for as many others as an update takes.
+    If ``lengths`` are those of one document in ``share``, they are repeated until an update is full.
     """
-    there_are = round(len(lengths) * share)
+    num_sequences = round(len(lengths) * share)
     wanted = config.global_batch or -(-(config.global_batch_tokens or 0) * len(lengths) // sum(lengths))
-    standing_in = list(islice(cycle(lengths), min(there_are, max(len(lengths), wanted))))
+    sequences = list(islice(cycle(lengths), min(num_sequences, max(len(lengths), wanted))))
     windows = epoch_windows(
-        standing_in,
+        sequences,
         global_batch=config.global_batch,
         global_batch_tokens=config.global_batch_tokens,
         seed=config.seed,
         epoch=0,
     )
     if config.global_batch is not None:
-        a_pass = -(-there_are // config.global_batch)
+        updates_per_epoch = -(-num_sequences // config.global_batch)
     else:
-        a_pass = max(1, round(len(windows) * there_are / len(standing_in)))
-    return [tuple(standing_in[i] for i in window) for window in windows], config.steps or (config.epochs or 0) * a_pass
+        updates_per_epoch = max(1, round(len(windows) * num_sequences / len(sequences)))
+    return [tuple(sequences[i] for i in window) for window in windows], config.steps or (
+        config.epochs or 0
+    ) * updates_per_epoch

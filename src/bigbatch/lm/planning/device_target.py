@@ -1,4 +1,4 @@
-"""What a run is planned for: a device of this machine, or a card that is somewhere else, and its memory."""
+"""Target of a plan: a device of this machine or a GPU elsewhere, and its memory."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from bigbatch.memory.usage import MemoryBudget, resolve_memory_budget
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """What is planned for.
+    """Device and memory of a planned run.
 
     Attributes:
-        name: Of the device, with the precision.
-        device: Its kind; it need not be here.
-        device_spec: Where the step is rehearsed, and in which precision it is to run.
-        budget: The memory; None where it is not known.
-        is_local: Whether the run could begin on this machine.
+        name: Device and precision, for display.
+        device: Device of the run; it need not exist on this machine.
+        device_spec: Device on which the step is predicted, and precision of the run.
+        budget: The memory; None if unknown.
+        is_local: Whether the run can start on this machine.
     """
 
     name: str
@@ -32,28 +32,28 @@ class PlanTarget:
 
     @property
     def notes(self) -> list[str]:
-        """What is behind the figures that a user would not expect."""
+        """Return what a user would not expect of the estimates."""
         if self.device.type == self.device_spec.device.type:
             return []
-        why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
-        return [f"torch {why} here: memory is that of the CPU's operations, counted as CUDA counts"]
+        why = "No CUDA build of PyTorch" if torch.version.cuda is None else "No CUDA device found"
+        return [f"{why}: estimated from CPU kernels with CUDA's allocation rounding."]
 
 
 def resolve_target(config: TrainConfig) -> PlanTarget:
-    """Find what a plan is for: a card by its name, a device of this machine, or a CUDA device that is not here.
+    """Return the target of a plan: a GPU by name, a device of this machine, or a CUDA device elsewhere.
 
     Raises:
-        InputError: The memory that is asked for is more than there is, a share of what is not known, or not known where
-            the micro-batch depends on it; or a card is named beside another device.
+        InputError: The requested memory is more than the device has or a share of an unknown amount, the memory is
+            unknown but determines the micro-batch, or --gpu is combined with a device that is not CUDA.
     """
     if config.gpu is not None and not config.device.startswith(("auto", "cuda")):
-        raise InputError(f"--gpu {config.gpu} and --device {config.device} exclude each other: give one of them.")
+        raise InputError(f"--gpu {config.gpu} and --device {config.device} exclude each other: pass one of them.")
     elsewhere = config.gpu is not None or (config.device.startswith("cuda") and not torch.cuda.is_available())
     try:
         return _elsewhere(config) if elsewhere else _here(config)
     except InputError:
         raise
-    except ValueError as error:  # about the memory, which it calls by the name of the flag
+    except ValueError as error:  # its message begins with the name of the flag
         raise InputError(f"--{error}") from error
 
 
@@ -81,7 +81,7 @@ def _elsewhere(config: TrainConfig) -> PlanTarget:
         budget = MemoryBudget.from_limit(parse_memory(config.memory).to_bytes(), config.memory)
     elif config.microbatch == "auto":
         raise InputError(
-            f"--device {config.device} is not here, so its memory is not known: name a card, such as --gpu h100, or an "
-            "amount, such as --memory 24GiB, or give --microbatch or --token-budget."
+            f"--device {config.device} is not in this machine, so its memory is unknown. Pass a GPU, such as --gpu "
+            "h100, or an amount, such as --memory 24GiB, or pass --microbatch or --token-budget."
         )
     return PlanTarget(f"{config.gpu or 'a CUDA device'}, {device_spec.precision}", device, device_spec, budget, False)

@@ -1,37 +1,33 @@
-"""The figures of a plan: peaks by size of the micro-batch, the size that fits, what would help, an update's time.
+"""Estimates of a plan: peak memory by micro-batch size, the size that fits, memory savings, and time of an update.
 
-Models are made on the device ``meta``, without weights; only `Desk.measure` makes one that runs.
+Models are created on the device ``meta``, without weights; only `RunEstimator.measure` creates one that runs.
 """
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError
+from bigbatch.autotune.peak_prediction import Prediction, PredictionError
 from bigbatch.autotune.problem import FULL_ENOUGH
 from bigbatch.autotune.search import largest_below
 from bigbatch.batching.plan import Cost, Plan, TokenBudget, plan
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
-from bigbatch.engine.engine import Engine
 from bigbatch.errors import InputError, MemoryLimitError, first_line
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
-from bigbatch.lm.model.causal_attention import NAME, has_full_attention, looks_causal, use_causal_attention
-from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, find_lm_head, worth_chunking
-from bigbatch.lm.model.decoder_layers import uses_randomness
 from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES
 from bigbatch.lm.model.pretrained import model_from_config
-from bigbatch.lm.model.setup import layers_of, set_up_model, with_lora
+from bigbatch.lm.model.setup import ModelOutline, outline_model, set_up_model
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
+from bigbatch.lm.training.engine_factory import make_engine, make_predictor
+from bigbatch.lm.training.microbatch_limits import microbatch_of
 from bigbatch.lm.training.optimizer import make_optimizer
-from bigbatch.types import Layout
 
-PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # in one update: seconds on two cores, and on a card of today
-PROBE_UPDATES = 10  # that measuring may take in all
+PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # of one update: seconds on two cores, and on an H100
+PROBE_UPDATES = 10  # limit of a measurement, in updates of that size
 MEMORY_SAVINGS: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing full": {"gradient_checkpointing": "full"},
     "--precision bf16-weights": {"precision": "bf16-weights"},
@@ -39,6 +35,7 @@ MEMORY_SAVINGS: dict[str, dict[str, Any]] = {
 }
 
 ASKED = "as asked"
+FIXED = "fixed by --deterministic"
 LARGEST = "the largest that fits"
 FASTEST = "the fastest that fits"
 LEAST = "the longest sequence alone"
@@ -46,12 +43,12 @@ LEAST = "the longest sequence alone"
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """What other settings would make of the peak.
+    """Predicted peak memory under other settings.
 
     Attributes:
         flags: The settings, as on the command line.
-        peak_bytes: Of the same micro-batch.
-        fits: Whether that is within the memory; None where that is not known.
+        peak_bytes: Peak with the same micro-batch.
+        fits: Whether the peak is within the memory; None if the memory is unknown.
     """
 
     flags: str
@@ -61,12 +58,12 @@ class MemorySaving:
 
 @dataclass(frozen=True)
 class UpdateTiming:
-    """What a measurement on this machine found.
+    """A measurement of an update on this machine.
 
     Attributes:
-        size: The most of a micro-batch, as asked or as chosen.
-        cost: What the cut of a batch is weighed by at that size.
-        seconds: Of an update.
+        size: Limit of a micro-batch, as configured or as chosen.
+        cost: Cost model of micro-batches at that size.
+        seconds: Time of an update.
     """
 
     size: int
@@ -75,35 +72,34 @@ class UpdateTiming:
 
 
 class RunEstimator:
-    """Works out the figures of one configuration; sizes are in the unit of its micro-batch."""
+    """Estimates memory and time of one configuration; sizes are in ``unit``, samples or tokens."""
 
     def __init__(self, config: TrainConfig, target: PlanTarget, data: DataStatistics) -> None:
         self._config = config
         self._target = target
         self._data = data
         self.unit = "samples" if isinstance(config.microbatch, int) else "tokens"
-        self.layout: Layout = "padded"
-        model = self._model(config, torch.device("meta"))
-        self.layout = self._layout_of(model)
-        self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self._predictor = self._make_predictor(config, model)
+        outline = self._outline(config)
+        self.layout = outline.layout
+        self.num_parameters = sum(p.numel() for p in outline.model.parameters())
+        self.num_trained = sum(p.numel() for p in outline.model.parameters() if p.requires_grad)
+        self._predictor = make_predictor(outline, config, target=target.device)
         self._predicted: dict[tuple[int, int], Prediction] = {}
 
+    @property
+    def limit(self) -> int | TokenBudget | Literal["auto"]:
+        """The limit of the micro-batch, as training passes it to its engine."""
+        return microbatch_of(self._config, longest=self._data.longest)
+
     def microbatch(self) -> tuple[int, str]:
-        """Give the size of the micro-batch and why: as asked, else the largest that fits."""
-        config, longest = self._config, self._data.longest
-        if config.token_budget is not None:
-            if config.token_budget < longest:
-                raise InputError(
-                    f"--token-budget {config.token_budget} is less than the longest sequence, which has {longest} "
-                    f"tokens and is never cut: pass --token-budget {longest} or more, or a smaller --max-length."
-                )
-            return config.token_budget, ASKED
-        if isinstance(config.microbatch, int):
-            return config.microbatch, ASKED
+        """Return the size of the micro-batch and the reason: as configured, else the largest that fits."""
+        longest = self._data.longest
+        limit = self.limit
+        if limit != "auto":
+            reason = FIXED if self._config.microbatch == "auto" else ASKED
+            return (limit.tokens if isinstance(limit, TokenBudget) else limit), reason
         budget = self._target.budget
-        assert budget is not None, "find_target() asks for it"
+        assert budget is not None, "resolve_target() requires it"
         if not self.fits(self.predict(longest).peak_bytes):
             return longest, LEAST
 
@@ -114,20 +110,20 @@ class RunEstimator:
         return (largest if self.layout == "padded" else max(longest, round_down_row(largest))), LARGEST
 
     def fits(self, peak_bytes: int) -> bool | None:
-        """Whether a peak is within the memory."""
+        """Return whether a peak is within the memory; None if the memory is unknown."""
         return None if self._target.budget is None else peak_bytes <= self._target.budget.usable_bytes
 
     def predict(self, size: int) -> Prediction:
-        """Predict the peak of a window of micro-batches of a size."""
+        """Predict the peak of a window with micro-batches of a size."""
         for shape in self._worst_cases(size):
             if shape not in self._predicted:
                 self._predicted[shape] = self._predictor.predict(self._rows(shape))
         return max((self._predicted[shape] for shape in self._worst_cases(size)), key=lambda found: found.peak_bytes)
 
     def _worst_cases(self, size: int) -> list[tuple[int, int]]:
-        """Rows and tokens of the fullest micro-batches of a size that an update can bring.
+        """Return rows and tokens of the largest micro-batches that a size allows.
 
-        As many as fit of the longest; and, under a limit in tokens, of those that fill it best.
+        As many of the longest sequences as fit; and, under a limit in tokens, those of the length that fills it best.
         """
         longest, most_rows = self._data.longest, self._data.most_rows
         if self.layout == "packed":
@@ -141,7 +137,7 @@ class RunEstimator:
         return list(dict.fromkeys([shapes[0], fullest]))
 
     def plan(self, size: int, cost: Cost) -> Plan:
-        """Cut the first update into micro-batches of a size, as training would."""
+        """Split the first update into micro-batches of a size, as training does."""
         window = self._data.window
         if self.unit == "samples":
             return plan(window, microbatch_size=size, layout=self.layout)
@@ -150,21 +146,21 @@ class RunEstimator:
         return Plan((groups,), window, self.layout, most, None, 1)
 
     def memory_savings(self, size: int) -> list[MemorySaving]:
-        """Predict the same with other settings; those that are set already, or that do not help, are left out.
+        """Predict the peak under other settings; settings that are active already or do not lower it are left out.
 
-        One setting more; or, where no single one makes it fit, also the fewest together that do.
+        Each setting alone and, if none of them makes the micro-batch fit, the smallest combinations that do.
         """
         now_bytes = self.predict(size).peak_bytes
         shape = max(self._worst_cases(size), key=lambda shape: self._predicted[shape].peak_bytes)
         found: list[MemorySaving] = []
         for number in range(1, len(MEMORY_SAVINGS) + 1):
-            if number > 1 and (self.fits(now_bytes) is not False or any(lever.fits for lever in found)):
+            if number > 1 and (self.fits(now_bytes) is not False or any(saving.fits for saving in found)):
                 break
             for names in combinations(MEMORY_SAVINGS, number):
-                lever = self._memory_saving(names, shape)
-                if lever is not None and (lever.peak_bytes < now_bytes if number == 1 else lever.fits):
-                    found.append(lever)
-        return sorted(found, key=lambda lever: lever.peak_bytes)
+                saving = self._memory_saving(names, shape)
+                if saving is not None and (saving.peak_bytes < now_bytes if number == 1 else saving.fits):
+                    found.append(saving)
+        return sorted(found, key=lambda saving: saving.peak_bytes)
 
     def _memory_saving(self, names: tuple[str, ...], shape: tuple[int, int]) -> MemorySaving | None:
         if any(_is_set(self._config, flags) for flags in names):
@@ -172,47 +168,41 @@ class RunEstimator:
         changes = {name: value for flags in names for name, value in MEMORY_SAVINGS[flags].items()}
         config = self._config.model_copy(update=changes)
         try:
-            predictor = self._make_predictor(config, self._model(config, torch.device("meta")))
+            predictor = make_predictor(self._outline(config), config, target=self._target.device)
             peak_bytes = predictor.predict(self._rows(shape)).peak_bytes
-        except (InputError, PredictionError):  # the model cannot have it
+        except (InputError, PredictionError):  # not supported by the model
             return None
         return MemorySaving(" ".join(names), peak_bytes, self.fits(peak_bytes))
 
     def why_untimed(self, size: int) -> str | None:
-        """Say why an update cannot be measured; None where it can."""
+        """Return why an update is not measured; None if it can be."""
         if not self._target.is_local:
-            return "that device is not here"
+            return "the device is not in this machine"
         if not self.fits(self.predict(size).peak_bytes):
             return "it does not fit"
         tokens = sum(self._data.window)
-        if self._config.microbatch == "auto":
-            tokens += 8 * size  # what choosing takes
+        if self.limit == "auto":
+            tokens += 8 * size  # cost of tuning
         most = PROBE_UPDATES * PROBE_OPERATIONS.get(self._target.device_spec.device.type, 0.0)
-        return None if 6.0 * self.num_parameters * tokens < most else "that would take more than some seconds"
+        return None if 6.0 * self.num_parameters * tokens < most else "it would take more than a few seconds"
 
     def measure(self, size: int) -> UpdateTiming | None:
-        """Run two updates with random weights and samples; None where they do not fit after all."""
-        device_spec, config = self._target.device_spec, self._config
+        """Time two updates with random weights and samples, and return the faster; None if they run out of memory."""
+        device_spec, config, limit = self._target.device_spec, self._config, self.limit
         model = self._bare_model(config, device_spec.device)
-        run = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
-        chosen: Any = size if self.unit == "samples" else TokenBudget(size)
-        engine = Engine(
-            run.model,
-            make_optimizer(run.model, config, device_spec),
-            run.loss_fn,
-            microbatch="auto" if config.microbatch == "auto" else chosen,
-            memory=config.memory if config.microbatch == "auto" else None,
-            collate=run.collate,
-            lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
-            layout=run.layout,
-            cuda_graphs=run.uses_cuda_graphs,
+        model_setup = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
+        engine = make_engine(
+            model_setup,
+            make_optimizer(model_setup.model, config, device_spec),
+            microbatch="auto" if limit == "auto" else size if self.unit == "samples" else TokenBudget(size),
+            memory=config.memory if limit == "auto" else None,
             max_grad_norm=config.max_grad_norm,
             scaler=device_spec.scaler(),
         )
         window = sorted(self._data.window, reverse=True)
         longest = [self._data.longest] * (self._data.longest > window[0])
         try:
-            choice = engine.tune(_samples(window + longest)) if config.microbatch == "auto" else None
+            choice = engine.tune(_samples(window + longest)) if limit == "auto" else None
             seconds = min(engine.step(_samples(window)).elapsed_s for _ in range(2))
         except MemoryLimitError:
             return None
@@ -224,49 +214,27 @@ class RunEstimator:
         dtype = DeviceSpec(self._target.device_spec.device, config.precision).weights_dtype
         try:
             return model_from_config(self._data.model_config, dtype=dtype, device=device)
-        except Exception as error:  # whatever a model says to numbers that do not go together
+        except Exception as error:  # models raise many types for an inconsistent configuration
             raise InputError(f"the configuration of {config.model} makes no model: {first_line(error)}.") from error
 
-    def _model(self, config: TrainConfig, device: torch.device) -> Any:
-        model = self._bare_model(config, device)
-        if looks_causal(model) and has_full_attention(model.config, max_length=self._data.max_length):
-            use_causal_attention(model)
-        if config.lora_rank:
-            model = with_lora(model, config)
-        if config.gradient_checkpointing not in ("auto", "none"):
-            layers_of(model, config)
-        return model.train()
-
-    def _layout_of(self, model: Any) -> Layout:
-        """Take the layout that training would take, as far as it shows without weights."""
-        config, device = self._config, self._target.device
-        if config.layout == "packed" or (
-            config.layout == "auto"
-            and device.type == "cuda"
-            and DeviceSpec(device, config.precision).is_half_precision
-            and getattr(model.config, "_attn_implementation", None) == NAME
-            and not uses_randomness(model)
-        ):
-            return "packed"
-        return "padded"
+    def _outline(self, config: TrainConfig) -> ModelOutline:
+        """Decide how training would run the model, without weights."""
+        return outline_model(
+            self._bare_model(config, torch.device("meta")),
+            config,
+            DeviceSpec(self._target.device_spec.device, config.precision),
+            target=self._target.device,
+            longest=self._data.longest,
+            max_length=self._data.max_length,
+        )
 
     def _rows(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Make a micro-batch without data."""
+        """Return a micro-batch on the device ``meta``."""
         names = ("input_ids", "labels", "attention_mask" if self.layout == "padded" else "position_ids")
         rows = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
         if self.layout == "packed":
             rows["offsets"] = torch.empty(MIN_ROW_PLACES + 1, dtype=torch.int32, device="meta")
         return rows
-
-    def _make_predictor(self, config: TrainConfig, model: Any) -> PeakPredictor:
-        device_spec = DeviceSpec(self._target.device_spec.device, config.precision)
-        optimizer = make_optimizer(model, config, DeviceSpec(self._target.device, config.precision))
-        return PeakPredictor.from_training(model, optimizer, self._loss(device_spec, model), device=self._target.device)
-
-    def _loss(self, device_spec: DeviceSpec, model: Any) -> CausalLMLoss | ChunkedCausalLMLoss:
-        """Take the loss that training would take, as far as it shows without weights."""
-        kind = ChunkedCausalLMLoss if worth_chunking(find_lm_head(model)) else CausalLMLoss
-        return kind(device_spec, needs_mask=not looks_causal(model), longest=self._data.longest)
 
 
 def _is_set(config: TrainConfig, flags: str) -> bool:

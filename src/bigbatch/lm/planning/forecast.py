@@ -1,9 +1,8 @@
-"""What a run is going to need, before anything is spent: from the configuration, the data and a limit.
+"""Forecast of a run before it starts: memory, micro-batches and time, from configuration, data and a memory limit.
 
-    configuration → a model without weights → the peak of a step → the micro-batch that fits → the first update's plan
+    configuration → model without weights → peak of a step → micro-batch that fits → plan of the first update
 
-No weights are read and no GPU is needed. Where the run could begin here and now, the time of an update is measured too,
-with random weights.
+No weights are read and no GPU is needed. If the run can start on this machine, an update is timed with random weights.
 """
 
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from bigbatch.batching.plan import Plan
 from bigbatch.batching.token_groups import DEFAULT_COST
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.model.setup import compiles_layers
 from bigbatch.lm.planning.data_statistics import DataStatistics, measure_data
 from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
 from bigbatch.lm.planning.estimator import FASTEST, LARGEST, MemorySaving, RunEstimator
@@ -20,9 +20,9 @@ from bigbatch.lm.training.setup import ProgressCallback
 
 
 def _make_estimator(config: TrainConfig, target: PlanTarget, data: DataStatistics) -> tuple[TrainConfig, RunEstimator]:
-    """Plan at the first level of recomputation at which the longest sequence fits, where training would choose it."""
+    """Choose the first checkpointing mode in which the longest sequence fits, if training would choose the mode."""
     estimator = RunEstimator(config, target, data)
-    if config.gradient_checkpointing != "auto" or config.microbatch != "auto":
+    if config.gradient_checkpointing != "auto" or estimator.limit != "auto":
         return config, estimator
     for mode in ("selective", "full"):
         if estimator.fits(estimator.predict(data.longest).peak_bytes):
@@ -30,49 +30,47 @@ def _make_estimator(config: TrainConfig, target: PlanTarget, data: DataStatistic
         more = config.model_copy(update={"gradient_checkpointing": mode})
         try:
             found = RunEstimator(more, target, data)
-        except InputError:  # the model cannot have it
+        except InputError:  # not supported by the model
             break
         if mode == "full" and not found.fits(found.predict(data.longest).peak_bytes):
-            break  # then what helps is told beside what is needed without
+            break  # nothing fits: report the peak without checkpointing, and the savings
         config, estimator = more, found
     return config, estimator
 
 
 def _notes(config: TrainConfig, asked: TrainConfig, target: PlanTarget) -> list[str]:
-    """Say what a user would not expect of the figures."""
+    """Return what a user would not expect of the estimates."""
     notes = []
     if config.gradient_checkpointing != asked.gradient_checkpointing:
-        layers = "all layers are" if config.gradient_checkpointing == "full" else "every second layer is"
-        notes.append(f"{layers} computed anew in backward: the longest sequence does not fit otherwise")
-    if target.device.type == "cuda" and config.compile != "none":
-        notes.append(
-            "training compiles the layers there, which keep less than is predicted here, operation by operation"
-        )
+        layers = "all layers" if config.gradient_checkpointing == "full" else "every second layer"
+        notes.append(f"activation checkpointing in {layers}: the longest sequence does not fit without it")
+    if target.device.type == "cuda" and compiles_layers(config, target.device):
+        notes.append("on that GPU layers are compiled and need less memory than this eager-mode estimate")
     return notes
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run is going to need.
+    """Memory, micro-batches and time of a run.
 
     Attributes:
-        config: With every default written out.
-        target: What it is planned for.
-        num_parameters: Of the model.
-        num_trained: Those of them that are trained.
-        num_updates: Of the run; about, where they are counted in tokens or not all documents were measured.
-        unit: What ``size`` counts: ``"tokens"`` or ``"samples"``.
-        size: The most of a micro-batch; a sequence that is longer is one by itself.
+        config: With every default resolved.
+        target: Device and memory of the run.
+        num_parameters: All parameters of the model.
+        num_trained: Parameters with ``requires_grad``.
+        num_updates: Updates of the run; approximate if the batch is counted in tokens or documents were sampled.
+        unit: Unit of ``size``: ``"tokens"`` or ``"samples"``.
+        size: Limit of a micro-batch; a longer sequence is a micro-batch of its own.
         longest: Tokens of the longest sequence.
         reason: Why that size, in a few words.
-        prediction: The peak at the fullest micro-batch of that size.
-        fits: Whether it is within the memory; None where that is not known.
+        prediction: The peak with the largest micro-batch of that size.
+        fits: Whether the peak is within the memory; None if the memory is unknown.
         plan: The micro-batches of the first update.
-        memory_savings: What would lower the peak, the least first: one setting more, or several where it takes them to
-            fit.
-        update_s: Seconds of an update, where they were measured.
-        untimed: Why not, where they were not.
-        notes: Sentences about what was estimated.
+        memory_savings: Settings that lower the peak, the lowest peak first: single ones, or the fewest together that
+            make it fit.
+        update_s: Seconds of an update; None if not measured.
+        untimed: Why the update was not measured; None if it was.
+        notes: Sentences about the estimates.
     """
 
     config: TrainConfig
@@ -94,10 +92,14 @@ class Forecast:
 
 
 def forecast(config: TrainConfig, *, progress: ProgressCallback) -> Forecast:
-    """Predict memory, micro-batches and, where possible, time of a run.
+    """Predict memory, micro-batches and, if possible, time of a run.
+
+    Args:
+        config: The configuration of the run.
+        progress: Receives progress messages.
 
     Raises:
-        InputError: Something that the configuration names is not there or not usable.
+        InputError: Something that the configuration names does not exist or is not usable.
         BigbatchError: The memory of this model cannot be predicted.
     """
     config = config.resolved()
@@ -113,16 +115,16 @@ def forecast(config: TrainConfig, *, progress: ProgressCallback) -> Forecast:
         if untimed is None:
             progress("timing an update with random weights")
             timed = estimator.measure(size)
-            untimed = "it does not fit after all" if timed is None else None
+            untimed = "it ran out of memory" if timed is None else None
         if timed is not None and reason == LARGEST:
             size, reason = timed.size, FASTEST
         prediction = estimator.predict(size)
-        progress("looking for what would help")
+        progress("predicting memory savings")
         memory_savings = estimator.memory_savings(size)
     except PredictionError as error:
         raise BigbatchError(
-            f"the memory of {config.model} cannot be predicted: {error}. bigbatch train finds the micro-batch by "
-            "trying, where it is to run."
+            f"the memory of {config.model} cannot be predicted: {error}. Run bigbatch train on the target machine: it "
+            "finds the micro-batch by trying sizes."
         ) from error
     return Forecast(
         config=config,

@@ -1,44 +1,88 @@
-"""The fastest way to run a batch in the memory that is there: what is computed anew, and the micro-batch to go with it.
+"""The choice of micro-batch and activation checkpointing under ``--microbatch auto``: a cached one, or a measured one.
 
-for each level of recomputation: Engine.tune → faster than the one before, and is memory what limits it? → next level
+for each checkpointing mode: Engine.tune → faster than the mode before, and limited by memory? → next mode
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bigbatch.autotune.choice import SPEED_TOLERANCE, MicrobatchChoice
 from bigbatch.engine.engine import Engine
-from bigbatch.errors import MemoryLimitError
+from bigbatch.errors import InputError, MemoryLimitError
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.lm.distributed.ranks import RankContext
 from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.training.setup import TrainingSetup
+from bigbatch.lm.training.tuning_cache import cache_key, load_cached
+
+
+def choose_microbatch(
+    engine: Engine,
+    setup: TrainingSetup,
+    make_samples: Callable[[], list[Any]],
+    *,
+    ranks: RankContext,
+    cache: Path | None,
+    usable_bytes: int | None,
+) -> Path | None:
+    """Apply the choice of an earlier run with the same cache key, or tune. Collective.
+
+    Args:
+        engine: With ``microbatch="auto"``.
+        setup: Model, data and settings of the engine.
+        make_samples: Returns the samples to tune with: this rank's share of a window, and the longest sample.
+        ranks: The processes of the run; the first one reads the cache.
+        cache: A run directory; it and its siblings are searched for a cached choice. None to tune always.
+        usable_bytes: Memory that tensors may use.
+
+    Returns:
+        The run directory of the cached choice; None if the choice is new.
+
+    Raises:
+        InputError: A single sequence does not fit in memory.
+    """
+    layers = setup.model_setup.layers
+    found = ranks.broadcast(None if cache is None else load_cached(cache, cache_key(setup), usable_bytes=usable_bytes))
+    if found is not None:
+        apply_choice(engine, layers, found.checkpointing_mode, found.choice)
+        return Path(found.folder)
+    try:
+        tune(engine, layers, make_samples(), modes=setup.config.gradient_checkpointing == "auto")
+    except MemoryLimitError as error:
+        raise InputError(
+            f"{error} Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and --lora-rank."
+        ) from error
+    return None
 
 
 def tune(
     engine: Engine, layers: DecoderLayers | None, samples: list[Any], *, modes: bool
 ) -> tuple[CheckpointingMode, MicrobatchChoice]:
-    """Choose the micro-batch, and what is computed anew where it is asked for; the engine takes the choice.
+    """Choose and apply the micro-batch and, with ``modes``, the mode of activation checkpointing.
 
-    Computing anew costs time and saves memory, so a level is tried only where memory limits the micro-batch of the one
-    before, and the search ends with the first that is not faster.
+    Checkpointing trades time for memory, so a mode is tried only if memory limits the micro-batch of the mode before,
+    and the search ends with the first mode that is not faster.
 
     Args:
         engine: Of the model that the layers belong to.
-        layers: None where nothing can be computed anew.
+        layers: None if the model does not support checkpointing.
         samples: As for `Engine.tune`.
-        modes: Whether to try others than the one that is set.
+        modes: Whether to try all modes instead of the current one.
 
     Raises:
-        MemoryLimitError: A single sample does not fit at any level that was to be tried.
+        MemoryLimitError: A single sample does not fit in any mode that was tried.
     """
     found: tuple[CheckpointingMode, MicrobatchChoice] | None = None
-    refused: MemoryLimitError | None = None
-    now: CheckpointingMode = "none" if layers is None else layers.mode
-    for mode in CHECKPOINTING_MODES if modes and layers is not None else (now,):
+    last_error: MemoryLimitError | None = None
+    current: CheckpointingMode = "none" if layers is None else layers.mode
+    for mode in CHECKPOINTING_MODES if modes and layers is not None else (current,):
         if layers is not None:
             layers.set_checkpointing(mode)
         try:
             choice = engine.tune(samples)
         except MemoryLimitError as error:
-            refused = error
+            last_error = error
             continue
         faster = found is None or choice.per_s > found[1].per_s * SPEED_TOLERANCE
         if faster:
@@ -46,19 +90,25 @@ def tune(
         if not faster or not choice.limited:
             break
     if found is None:
-        assert refused is not None, "one of the two has happened"
-        raise refused
-    take(engine, layers, *found)
+        assert last_error is not None, "every mode failed"
+        raise last_error
+    apply_choice(engine, layers, *found)
     return found
 
 
-def take(engine: Engine, layers: DecoderLayers | None, mode: CheckpointingMode, choice: MicrobatchChoice) -> None:
-    """Take what `tune` found."""
+def apply_choice(
+    engine: Engine, layers: DecoderLayers | None, mode: CheckpointingMode, choice: MicrobatchChoice
+) -> None:
+    """Apply a result of `tune` to an engine and its layers."""
     if layers is not None:
         layers.set_checkpointing(mode)
     engine.set_microbatch(choice)
 
 
 def describe(mode: CheckpointingMode) -> str:
-    """Say what is computed anew, for a line about a choice; nothing where nothing is."""
-    return {"none": "", "selective": ", every second layer computed anew", "full": ", all layers computed anew"}[mode]
+    """Describe activation checkpointing for a line about a choice; an empty string for none."""
+    return {
+        "none": "",
+        "selective": ", activation checkpointing in every second layer",
+        "full": ", activation checkpointing in all layers",
+    }[mode]

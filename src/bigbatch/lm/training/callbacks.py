@@ -1,4 +1,4 @@
-"""What a run tells: whom, when, the line of each update, and how it ended."""
+"""Training callbacks, the metrics row of an update, and the result of a run."""
 
 import math
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ MetricsRow = dict[str, Any]
 
 
 class TrainerCallback(Protocol):
-    """Whom a run tells what happens, when it happens."""
+    """Receiver of the events of a run, as they happen."""
 
     def on_update(self, row: MetricsRow) -> None:
-        """Hear of one update: what its line of metrics.jsonl will hold, without a validation loss."""
+        """Handle one update; ``row`` is its row of metrics.jsonl, without a validation loss."""
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Hear of a validation: the mean loss in nats per token."""
+        """Handle a validation; ``loss`` is the mean in nats per token."""
 
     def on_sample(self, step: int, text: str) -> None:
-        """Hear what the model writes by now."""
+        """Handle a text that the model generated."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        step: Updates done, the skipped ones included: each had its batch.
-        skipped: How many of them changed nothing, for want of items or of finite gradients.
-        finished: Whether that is all; False if it was told to stop.
+        step: Updates done, the skipped ones included.
+        skipped: Updates that changed nothing: without items, or with gradients that are not finite.
+        finished: Whether all updates are done; False if the run was stopped.
         validation_loss: The last one, in nats per token, or None.
         elapsed_s: Seconds of the whole loop.
     """
@@ -43,9 +43,9 @@ class TrainResult:
 
 
 def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> MetricsRow:
-    """Make the line of metrics.jsonl for one update; without ``clock``, what differs from run to run is None.
+    """Return the row of metrics.jsonl for one update; without ``clock``, values that depend on timing are None.
 
-    All of it is over all ranks: loss, items, tokens a second, micro-batches, and the peak of the rank that took most.
+    All values are global: loss, items, tokens per second, micro-batches, and the highest peak of any rank.
     """
     tokens = report.tokens or 0
     retries = {"retries": report.retries} if report.retries else {}
@@ -73,7 +73,7 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
 
 
 def _noise(noise: NoiseScale | None) -> MetricsRow:
-    """Tell of the noise scale, in items and in sequences; infinite ends become null in the file."""
+    """Return the noise scale in items and in sequences; infinite bounds become null in the file."""
     if noise is None:
         return {"noise_scale_items": None}
     per_sequence = noise.items_per_sample or math.nan

@@ -1,4 +1,4 @@
-"""The figures of a run for dashboards beside its own: TensorBoard or trackio, where they are installed.
+"""Export of metrics to a dashboard: TensorBoard or trackio.
 
 updates, validations → finite numbers by tag → the writer of a dashboard
 """
@@ -29,29 +29,29 @@ TAGS = {
     "peak_bytes": "cost/peak_bytes",
     "slowest_share": "cost/slowest_share",
 }
-"""What of a line of metrics.jsonl is written, and under which tag."""
+"""Fields of metrics.jsonl that are exported, with their tags."""
 
 Write = Callable[[int, Mapping[str, float]], None]
 
 
 def check_log(log: str) -> None:
-    """Refuse a dashboard whose package is not installed.
+    """Check that the package of a dashboard is installed.
 
     Raises:
-        InputError: It is not; the message says how to install it.
+        InputError: It is not installed.
     """
     if log != "none" and find_spec(log) is None:
         raise InputError(f"--log {log} needs {log}, which is not installed: pip install {log}.")
 
 
 class DashboardCallback:
-    """Hand the figures of updates and validations to a dashboard."""
+    """Callback that writes updates and validations to a dashboard."""
 
     def __init__(self, write: Write) -> None:
         self._write = write
 
     def on_update(self, row: MetricsRow) -> None:
-        """Write what of an update is a finite number."""
+        """Write the finite numbers of an update."""
         values = {tag: float(row[name]) for name, tag in TAGS.items() if isinstance(row.get(name), int | float)}
         self._write(row["step"], {tag: value for tag, value in values.items() if math.isfinite(value)})
 
@@ -61,28 +61,28 @@ class DashboardCallback:
             self._write(step, {"validation/loss": loss})
 
     def on_sample(self, step: int, text: str) -> None:
-        """Leave out what the model writes."""
+        """Ignore generated text."""
 
 
 class CallbackList:
-    """Tell several listeners the same, in order."""
+    """Callback that calls several callbacks in order."""
 
-    def __init__(self, *listeners: TrainerCallback) -> None:
-        self._listeners = listeners
+    def __init__(self, *callbacks: TrainerCallback) -> None:
+        self._callbacks = callbacks
 
     def on_update(self, row: MetricsRow) -> None:
-        """Tell of an update."""
-        for callback in self._listeners:
+        """Forward an update."""
+        for callback in self._callbacks:
             callback.on_update(row)
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Tell of a validation."""
-        for callback in self._listeners:
+        """Forward a validation."""
+        for callback in self._callbacks:
             callback.on_validation(step, loss)
 
     def on_sample(self, step: int, text: str) -> None:
-        """Tell what the model writes."""
-        for callback in self._listeners:
+        """Forward a generated text."""
+        for callback in self._callbacks:
             callback.on_sample(step, text)
 
 
@@ -90,14 +90,14 @@ class CallbackList:
 def with_dashboard(
     callback: TrainerCallback, log: str, folder: Path, *, done: int, settings: Mapping[str, Any]
 ) -> Iterator[TrainerCallback]:
-    """Let a dashboard hear what a listener hears; the listener alone under ``"none"``.
+    """Yield a callback that also writes to a dashboard; under ``"none"``, the callback itself.
 
     Args:
-        callback: Whom the run tells anyway.
+        callback: The callback of the run.
         log: ``none``, ``tensorboard`` or ``trackio``.
         folder: The run directory.
-        done: Updates that earlier processes made; what they wrote beyond is taken back where the dashboard can.
-        settings: Of the run, for dashboards that show them.
+        done: Updates of earlier processes; later points are deleted if the dashboard supports that.
+        settings: Settings of the run, for dashboards that show them.
 
     Raises:
         BigbatchError: The dashboard's files cannot be written.
@@ -115,18 +115,18 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
     place = folder / TENSORBOARD
-    with _close_message(place):
+    with _write_errors(place):
         writer = SummaryWriter(str(place), purge_step=done + 1 if done else None, flush_secs=10)
 
     def write(step: int, values: Mapping[str, float]) -> None:
-        with _close_message(place):
+        with _write_errors(place):
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
 
     try:
         yield write
     finally:
-        with _close_message(place):
+        with _write_errors(place):
             writer.close()
 
 
@@ -144,7 +144,7 @@ def _trackio(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[W
 
 
 @contextmanager
-def _close_message(place: Path) -> Iterator[None]:
+def _write_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

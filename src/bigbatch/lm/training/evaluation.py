@@ -1,4 +1,4 @@
-"""A look at a model between two updates: its loss on what is held out, and what it writes."""
+"""Evaluation between two updates: validation loss and generated text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,20 +11,20 @@ from bigbatch.lm.model.generation import generate_text
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.rng import random_states, seed_everything, seed_of, set_random_states
 
-MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the held-out ones: enough to see learning, a second on two cores
+MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the validation set: enough to see progress, a second on two cores
 SAMPLE_TOKENS = 64
 
 
 @torch.no_grad()
 def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
-    """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token.
+    """Compute the mean loss over a fixed sample of the validation set, in nats per token. Collective.
 
     Args:
         setup: With validation data.
-        engine: Tells how large a micro-batch may be; what it has recorded is given back.
+        engine: Limits the micro-batches; its CUDA graphs are released.
     """
     held_out = setup.validation
-    assert held_out is not None, "asked for only where there is validation data"
+    assert held_out is not None, "called only with validation data"
     chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
     chosen.sort(key=lambda i: held_out.lengths[i])
     device = setup.device_spec.device
@@ -51,7 +51,7 @@ def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
 
 
 def sample_text(setup: TrainingSetup, engine: Engine, prompt: str) -> str:
-    """Let the model go on with a text; the random state of training is left as it was."""
+    """Generate a continuation of a prompt; the random state of training is not changed."""
     with _evaluating(setup, engine) as model, seeded(setup), setup.device_spec.autocast():
         return generate_text(model, setup.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
 
@@ -70,7 +70,7 @@ def _evaluating(setup: TrainingSetup, engine: Engine) -> Iterator[Any]:
 
 @contextmanager
 def seeded(setup: TrainingSetup, *, rank: int = 0) -> Iterator[None]:
-    """Draw the numbers that the seed of the run decides, others on each rank, and put the random state back."""
+    """Seed all generators with the run's seed and the rank; restore the random state at the end."""
     devices = [setup.device_spec.device]
     before = random_states(devices)
     seed_everything(seed_of(setup.config.seed, rank))
@@ -80,8 +80,19 @@ def seeded(setup: TrainingSetup, *, rank: int = 0) -> Iterator[None]:
         set_random_states(before, devices)
 
 
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Use deterministic torch algorithms, if enabled here or before; restore the setting at the end."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def evenly_spaced(length: int, most: int) -> list[int]:
-    """Give at most ``most`` indices below ``length``, as far apart as they can be."""
+    """Return at most ``most`` indices below ``length``, evenly spaced."""
     if length <= most:
         return list(range(length))
     return [i * length // most for i in range(most)]

@@ -1,8 +1,8 @@
-"""What happens to a run besides its updates: events.jsonl, a line whenever a process begins, goes on or ends.
+"""Event log of a run, events.jsonl: one line whenever a process begins, resumes or ends the run.
 
-    begin → finished | stopped | failed | nothing, where the process was killed → resume → …
+    begin → finished | stopped | failed | nothing if the process was killed → resume → …
 
-Lines are only added: metrics.jsonl is cut when a run goes on from a checkpoint, and what happened before stays true.
+The file is append-only: metrics.jsonl is truncated when a run resumes from a checkpoint, the events are not.
 """
 
 import json
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from bigbatch.lm.training.trainer import Trainer
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors")
-KEPT_FIRST, KEPT_LAST = 20, 4  # micro-batches of the first window that are told with all their lengths
+LOGGED_FIRST, LOGGED_LAST = 20, 4  # micro-batches of the first window whose lengths are logged
 
 
 class EventLog:
-    """Tell the beginning and the end of one process of a run.
+    """Log of the beginning and the end of one process of a run.
 
-        with Journal(trainer, folder) as journal:
-            journal.ended(trainer.run(...), signal=None)
+        with EventLog(trainer, folder) as event_log:
+            event_log.log_end(trainer.run(...), signal=None)
 
-    What cannot be written is not: the run goes on, and its report lacks that line.
+    A write error is ignored: the run continues, and its report lacks that line.
 
     Args:
-        trainer: Of this process, ready to run.
+        trainer: The trainer of this process, ready to run.
         folder: The run directory.
     """
 
@@ -52,7 +52,7 @@ class EventLog:
             self._write({"event": "failed", "why": str(error) or type(error).__name__})
 
     def log_end(self, outcome: "TrainResult", *, signal: str | None) -> None:
-        """Tell how it ended; ``signal`` is what stopped it, where something did."""
+        """Log the result; ``signal`` names the signal that stopped the run, if any."""
         self._write(
             {
                 "event": "finished" if outcome.finished else "stopped",
@@ -74,7 +74,7 @@ class EventLog:
 
 
 def _ends_a_line(file: Any) -> bool:
-    """Tell whether a file is empty or ends with a whole line: a killed process may have written half of one."""
+    """Return whether a file is empty or ends with a newline; a killed process may leave an incomplete line."""
     if file.seek(0, os.SEEK_END) == 0:
         return True
     file.seek(-1, os.SEEK_END)
@@ -95,14 +95,14 @@ def _beginning(trainer: "Trainer", folder: Path) -> dict[str, Any]:
         "device": setup.device_spec.device.type,
         "parameters": sum(p.numel() for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
-        "recomputed": trainer.checkpointing_mode,
+        "recomputed": trainer.model_setup.checkpointing_mode,
         "versions": versions(),
         "window": first_window(trainer),
     }
 
 
 def versions() -> dict[str, str]:
-    """Give what the figures of a run depend on, by name."""
+    """Return the versions on which the metrics of a run depend, by name."""
     found = {"bigbatch": __version__, "Python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def _changed(trainer: "Trainer", folder: Path) -> dict[str, Any]:
-    """Give the settings that are others than those of config.json: those that `bigbatch resume` was given."""
+    """Return the settings that differ from config.json, because `bigbatch resume` changed them."""
     with suppress(OSError, ValueError):
         stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         now = trainer.config.model_dump(mode="json", exclude={"out"})
@@ -120,7 +120,7 @@ def _changed(trainer: "Trainer", folder: Path) -> dict[str, Any]:
 
 
 def first_window(trainer: "Trainer") -> dict[str, Any] | None:
-    """Give the micro-batches of the first window, as tokens of each sample; None where none are chosen yet."""
+    """Return the micro-batches of the first window as tokens per sample; None before the micro-batch is chosen."""
     engine = trainer.engine
     if engine.microbatch == "auto" and engine.choice is None:
         return None
@@ -133,12 +133,12 @@ def first_window(trainer: "Trainer") -> dict[str, Any] | None:
         "token_budget": engine.token_budget,
         "num_samples": len(lengths),
         "tokens": sum(lengths),
-        "laid_out_tokens": sum(_laid_out(group, engine.layout) for group in microbatches),
+        "laid_out_tokens": sum(_padded_tokens(group, engine.layout) for group in microbatches),
         "num_microbatches": len(microbatches),
-        "first": microbatches[:KEPT_FIRST],
-        "last": microbatches[KEPT_FIRST:][-KEPT_LAST:],
+        "first": microbatches[:LOGGED_FIRST],
+        "last": microbatches[LOGGED_FIRST:][-LOGGED_LAST:],
     }
 
 
-def _laid_out(lengths: Sequence[int], layout: str) -> int:
+def _padded_tokens(lengths: Sequence[int], layout: str) -> int:
     return sum(lengths) if layout == "packed" else len(lengths) * max(lengths)

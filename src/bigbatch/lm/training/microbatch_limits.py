@@ -1,4 +1,4 @@
-"""What limits the micro-batch of a run, as its settings say."""
+"""Limits of the micro-batch of a run, from its configuration."""
 
 from typing import Literal
 
@@ -11,28 +11,27 @@ from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.memory.limit import gpu_limit
 from bigbatch.memory.usage import MemoryBudget, resolve_memory_budget
 
-SHARED_PERCENT = 80  # of a machine's memory, for all ranks on its processors together
-REPEATABLE = 8  # of the longest sequences in a micro-batch, where a choice by the clock is not wanted
+SHARED_PERCENT = 80  # of the host memory, shared by all ranks of a machine that run on the CPU
+REPEATABLE = 8  # longest sequences per micro-batch under --deterministic, which excludes a choice by timing
 
 
 def microbatch_of(
     config: TrainConfig, *, longest: int, ranks: RankContext = SINGLE_PROCESS
 ) -> "int | TokenBudget | Literal['auto']":
-    """Give what `bigbatch.Engine` takes.
+    """Return the ``microbatch`` argument of `bigbatch.Engine`.
 
     Args:
-        config: With every default written out.
+        config: With every default resolved.
         longest: Tokens of the longest sequence.
         ranks: The processes of the run.
 
     Raises:
-        InputError: The longest sequence is above the budget that was asked for, or the ranks of a sharded model cannot
-            do what is asked.
+        InputError: The longest sequence exceeds --token-budget, or a setting is not supported for sharded models.
     """
     if config.async_checkpoint and ranks.are_sharded:
         raise InputError(
-            f"--async-checkpoint writes from one process, and with --parallel {config.parallel} every rank writes its "
-            "shards: leave it out."
+            f"--async-checkpoint is not supported with --parallel {config.parallel}, where every rank writes its "
+            "shards. Remove it."
         )
     if config.token_budget is not None:
         if longest > config.token_budget:
@@ -41,22 +40,22 @@ def microbatch_of(
                 f"and is never cut: pass --token-budget {longest} or more, or a smaller --max-length."
             )
         return TokenBudget(config.token_budget)
-    assert config.microbatch is not None, "resolved() gives one of the two"
+    assert config.microbatch is not None, "set by resolved()"
     if config.microbatch == "auto" and config.deterministic:
         return TokenBudget(REPEATABLE * longest)
     if config.microbatch == "auto" and ranks.are_sharded:
         raise InputError(
-            f"--parallel {config.parallel} cannot try micro-batches until one does not fit, since its ranks cannot go "
-            "on after that: pass --token-budget or --microbatch."
+            f"--microbatch auto is not supported with --parallel {config.parallel}, whose ranks cannot continue after "
+            "an out-of-memory error. Pass --token-budget or --microbatch."
         )
     return config.microbatch
 
 
 def memory_of(config: TrainConfig, device_spec: DeviceSpec, *, ranks: RankContext = SINGLE_PROCESS) -> str | int | None:
-    """Give what ``auto`` may use; None where nobody said. Ranks on the processors of one machine share its memory.
+    """Return the memory limit for ``--microbatch auto``; None if not set. CPU ranks of one machine share its memory.
 
     Raises:
-        InputError: Memory was given, and the micro-batch is decided; or a card, and the run is not on one.
+        InputError: --memory or --gpu is combined with a fixed micro-batch, or --gpu with a device that is not CUDA.
     """
     name = "memory" if config.memory is not None else "gpu" if config.gpu is not None else None
     if name is None:
@@ -65,26 +64,28 @@ def memory_of(config: TrainConfig, device_spec: DeviceSpec, *, ranks: RankContex
     decided = "token_budget" if config.token_budget is not None else "microbatch"
     if config.microbatch != "auto":
         raise InputError(
-            f"--{name} decides about the micro-batch, and --{decided.replace('_', '-')} {getattr(config, decided)} has "
-            "decided: leave one of them out."
+            f"--{name} limits --microbatch auto and cannot be combined with --{decided.replace('_', '-')} "
+            f"{getattr(config, decided)}. Remove one of them."
         )
     if config.deterministic:
         raise InputError(
-            f"--{name} is for a micro-batch that is chosen by the clock, which --deterministic leaves out: pass "
+            f"--{name} is for a micro-batch that is chosen by timing, which --deterministic excludes. Pass "
             f"--token-budget instead of --{name}."
         )
     if config.gpu is None:
         return config.memory
     if device_spec.device.type != "cuda":
-        raise InputError(f"--gpu {config.gpu} is about a card, and this run is on {device_spec.device}: pass --memory.")
+        raise InputError(
+            f"--gpu {config.gpu} needs a CUDA device, and this run is on {device_spec.device}. Pass --memory."
+        )
     return gpu_limit(config.gpu)
 
 
 def enforce_memory_budget(memory: str | int | None, setup: TrainingSetup) -> MemoryBudget:
-    """Find what a run may use, and hold this process to it where it was asked for.
+    """Resolve the memory budget of a run; with an explicit limit, apply it to this process.
 
     Raises:
-        InputError: It is no amount, or more than there is.
+        InputError: The limit is not an amount of memory, or exceeds the device's.
     """
     device_spec, model = setup.device_spec, setup.model
     try:

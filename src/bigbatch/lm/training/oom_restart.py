@@ -1,50 +1,60 @@
-"""The micro-batch that a sharded run goes on with after memory ran out on one of its ranks, kept in its folder."""
+"""The smaller micro-batch of a sharded run that ran out of memory on one rank, stored in its run directory.
+
+A sharded run cannot continue in place after an out-of-memory error: it saves a smaller size and restarts.
+"""
 
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import RestartError, ShardedMemoryError
 from bigbatch.lm.files import write_atomically
 from bigbatch.lm.runs.file_names import SMALLER_MICROBATCH
+from bigbatch.lm.training.setup import TrainingSetup
 
-SHRINK = 0.8  # a restart costs minutes: fewer and larger steps than an engine takes that goes on in place
+SHRINK = 0.8  # a restart costs minutes, so the size shrinks faster than in `Engine.step`, which retries in place
 
 
 def restart_smaller(
-    error: ShardedMemoryError, microbatch: int | TokenBudget, folder: Path, *, longest: int, rank: int
+    error: ShardedMemoryError,
+    microbatch: int | TokenBudget | Literal["auto"],
+    setup: TrainingSetup,
+    *,
+    rank: int,
 ) -> NoReturn:
-    """Keep a smaller micro-batch for the processes that go on after this one has ended.
+    """Save a smaller micro-batch for the restarted processes, and raise.
 
     Args:
-        error: That of this rank.
-        microbatch: In which memory ran out.
-        folder: The run directory.
-        longest: As for `next_smaller`.
-        rank: This one.
+        error: The error of this rank.
+        microbatch: The size that ran out of memory; never ``"auto"`` in a sharded run.
+        setup: Of the run, whose directory receives the smaller size.
+        rank: This rank.
 
     Raises:
-        RestartError: It is kept.
-        ShardedMemoryError: There is no smaller one.
+        RestartError: The smaller size is saved.
+        ShardedMemoryError: No smaller size exists.
     """
-    smaller, unit = next_smaller(microbatch, longest=longest), unit_of(microbatch)
+    assert microbatch != "auto", "sharded runs have a fixed micro-batch"
+    folder = setup.config.out
+    assert folder is not None, "set before training"
+    smaller, unit = next_smaller(microbatch, longest=max(setup.training.lengths)), unit_of(microbatch)
     if smaller is None:
         raise error
     save_override(folder, smaller, unit)
     raise RestartError(
-        f"{str(error).partition(',')[0]} on rank {rank}: started again, the run goes on from its last checkpoint with "
-        f"{smaller:,} {unit} a micro-batch, by torchrun with --max-restarts, or bigbatch resume {folder}."
+        f"{str(error).partition(',')[0]} on rank {rank}. Restart the run with torchrun --max-restarts or bigbatch "
+        f"resume {folder}: it resumes from its last checkpoint with micro-batches of {smaller:,} {unit}."
     ) from error
 
 
 def next_smaller(microbatch: int | TokenBudget, *, longest: int) -> int | None:
-    """Give the next smaller number of samples or tokens; None where there is none.
+    """Return the next smaller number of samples or tokens; None if there is none.
 
     Args:
-        microbatch: That did not fit.
-        longest: Tokens of the longest sequence, which no budget may be below.
+        microbatch: The size that did not fit.
+        longest: Tokens of the longest sequence, the minimum of a token budget.
     """
     now = microbatch.tokens if isinstance(microbatch, TokenBudget) else microbatch
     least = longest if isinstance(microbatch, TokenBudget) else 1
@@ -58,11 +68,11 @@ def save_override(folder: Path, size: int, unit: str) -> None:
 
 
 def apply_override(folder: Path | None, microbatch: int | TokenBudget, *, longest: int) -> int | TokenBudget:
-    """Give a micro-batch, or the smaller one that a run directory holds where that counts in the same.
+    """Return a micro-batch, or the smaller one that a run directory holds in the same unit.
 
     Args:
-        folder: The run directory; None where there is none yet.
-        microbatch: That is asked for.
+        folder: The run directory; None if it does not exist yet.
+        microbatch: The configured size.
         longest: As for `next_smaller`.
     """
     if folder is None:
@@ -78,5 +88,5 @@ def apply_override(folder: Path | None, microbatch: int | TokenBudget, *, longes
 
 
 def unit_of(microbatch: int | TokenBudget) -> str:
-    """Give what a micro-batch is counted in."""
+    """Return the unit of a micro-batch."""
     return "tokens" if isinstance(microbatch, TokenBudget) else "sequences"

@@ -1,6 +1,6 @@
-"""The course of a run: the samples of every window and the learning rate of every update, decided before the first.
+"""Training schedule: the samples of every window and the learning rate of every update, fixed before the first.
 
-order of the data, global batch or its schedule → windows → how many updates → the rate of each
+order of the data, global batch or its schedule → windows → number of updates → learning rate of each
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +19,17 @@ class TrainingSchedule:
     """The windows of a run and their learning rates; the same on every rank and after every resume.
 
     Args:
-        config: With every default written out.
+        config: With every default resolved.
         lengths: Tokens of every sample.
-        step: Updates that were made before this process, with whatever batch.
-        cursor: Samples that they took.
+        step: Updates before this process, with any batch.
+        cursor: Samples of these updates.
 
     Attributes:
         total_steps: Updates of the whole run.
-        warmup_steps: Of them, with a rising rate.
+        warmup_steps: Warm-up updates, a part of ``total_steps``.
 
     Raises:
-        InputError: The warm-up is longer than the run, or the schedule of the batch does not go with that of the rate.
+        InputError: The warm-up is longer than the run, or the batch schedule is incompatible with --schedule.
     """
 
     def __init__(self, config: TrainConfig, lengths: Sequence[int], *, step: int = 0, cursor: int = 0) -> None:
@@ -38,14 +38,18 @@ class TrainingSchedule:
         self._step, self._cursor = step, cursor
         text = config.global_batch_schedule
         self.schedule: Schedule | None = None if text is None else read(text)
-        self._place: tuple[int, list[int], list[int]] = (-1, [], [])  # a pass, its order, and the tokens before each
+        self._cached_epoch: tuple[int, list[int], list[int]] = (
+            -1,
+            [],
+            [],
+        )  # epoch, its order, and the tokens before each sample
         self._base_steps = config.steps or self._count_steps(config.epochs or 0)
         self.warmup_steps = config.warmup_steps_of(self._base_steps)
         if isinstance(self.schedule, Seesaw):
             if config.schedule == "constant":
                 raise InputError(
-                    f'--global-batch-schedule "{text}" grows the batch where the learning rate would fall, and '
-                    "--schedule constant never falls: say cosine."
+                    f'--global-batch-schedule "{text}" grows the batch instead of lowering the learning rate, which '
+                    "--schedule constant never lowers. Pass --schedule cosine."
                 )
             self.total_steps = len(self._samples_before)
         else:
@@ -57,7 +61,7 @@ class TrainingSchedule:
             )
 
     def windows(self, step: int, cursor: int) -> Iterator[list[int]]:
-        """Give the windows that are left after so many updates and samples."""
+        """Yield the windows that remain after ``step`` updates and ``cursor`` samples."""
         epoch, position = divmod(cursor, len(self._lengths))
         while True:
             for window in self._epoch_windows(epoch, position):
@@ -68,22 +72,22 @@ class TrainingSchedule:
             epoch, position = epoch + 1, 0
 
     def first_window(self) -> list[int]:
-        """Give the samples of the first update."""
+        """Return the samples of the first update."""
         return self._epoch_windows(0)[0]
 
     def updates_per_epoch(self) -> int:
-        """Count the updates of the first pass over the data."""
+        """Return the number of updates of the first epoch."""
         return len(self._epoch_windows(0))
 
     def batch_after(self, cursor: int) -> int | None:
-        """Give the sequences of the window after so many samples; None where the batch is counted in tokens."""
+        """Return the sequences of the window after ``cursor`` samples; None if the batch is counted in tokens."""
         if self.schedule is None:
             return self._config.global_batch
         epoch, position = divmod(cursor, len(self._lengths))
         return self._batch_at(self._order_of(epoch)[1][position], cursor)
 
     def lr_factor(self, step: int) -> float:
-        """Give the learning rate of an update, as a share of the peak."""
+        """Return the learning rate of an update, as a fraction of the peak."""
         if isinstance(self.schedule, Seesaw) and step >= self.warmup_steps:
             return self.schedule.factor(self._plain_factor(self._samples_before[min(step, self.total_steps - 1)]))
         return lr_factor(
@@ -91,7 +95,7 @@ class TrainingSchedule:
         )
 
     def _plain_factor(self, samples: int) -> float:
-        """Give the share of the peak that the rate would have after so many samples, with the first batch all along."""
+        """Return the fraction of the peak after ``samples`` samples, if the batch were the first one throughout."""
         step = samples / self._first_batch
         if step < self.warmup_steps:
             return 1.0
@@ -106,7 +110,7 @@ class TrainingSchedule:
 
     @cached_property
     def _samples_before(self) -> list[int]:
-        """Samples before each update of a run that ends with as many as it would take with the first batch."""
+        """Samples before each update of a run with as many samples in all as with the first batch throughout."""
         befores, samples, wanted = [], 0, self._base_steps * self._first_batch
         epoch = 0
         while samples < wanted:
@@ -119,21 +123,21 @@ class TrainingSchedule:
         return befores
 
     def _count_steps(self, epochs: int) -> int:
-        """Count the updates of a run of so many passes: those made, with whatever batch, and those that are left.
+        """Return the updates of ``epochs`` epochs: those done, with any batch, and those that remain.
 
-        Under `Seesaw`, those that there would be with the first batch, however far the run has come.
+        Under `Seesaw`, the number with the first batch throughout, independent of progress.
         """
         in_one_batch = self.schedule is None and self._config.global_batch is not None and not self._step
         if in_one_batch or isinstance(self.schedule, Seesaw):
             return epochs * -(-len(self._lengths) // self._first_batch)
         first, position = divmod(self._cursor, len(self._lengths))
-        left = (self._epoch_windows(epoch, position * (epoch == first)) for epoch in range(first, epochs))
-        return self._step + sum(map(len, left))  # windows of tokens depend on the order
+        remaining = (self._epoch_windows(epoch, position * (epoch == first)) for epoch in range(first, epochs))
+        return self._step + sum(map(len, remaining))  # windows of tokens depend on the order
 
     def _batch_at(self, tokens: int, samples: int) -> int:
         if isinstance(self.schedule, Seesaw):
             return self.schedule.batch(self._first_batch, self._plain_factor(samples))
-        assert self.schedule is not None, "asked for only where there is one"
+        assert self.schedule is not None, "called only with a schedule"
         return self.schedule.batch_at(tokens)
 
     def _epoch_windows(self, epoch: int, position: int = 0) -> list[list[int]]:
@@ -155,9 +159,9 @@ class TrainingSchedule:
         return windows
 
     def _order_of(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Give the order of a pass, and the tokens of the run before each of its samples; the last one is kept."""
-        if self._place[0] != epoch:
+        """Return the order of an epoch, and the tokens of the run before each of its samples; the last is cached."""
+        if self._cached_epoch[0] != epoch:
             order = epoch_order(len(self._lengths), seed=self._config.seed, epoch=epoch)
             tokens = accumulate((self._lengths[i] for i in order), initial=epoch * sum(self._lengths))
-            self._place = epoch, order, list(tokens)
-        return self._place[1:]
+            self._cached_epoch = epoch, order, list(tokens)
+        return self._cached_epoch[1:]

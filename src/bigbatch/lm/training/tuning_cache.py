@@ -1,4 +1,4 @@
-"""The micro-batch that earlier runs chose: kept in each run directory, and taken again where everything is the same."""
+"""Cache of tuned micro-batches: stored in the run directory, reused by runs with the same cache key."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ SETTINGS = ("max_length", "global_batch", "global_batch_tokens", "memory", "gpu"
 
 
 def cache_key(setup: TrainingSetup) -> str:
-    """Give what a choice depends on as one word: model, device, settings, lengths of the data, and versions."""
+    """Return a hash of everything a choice depends on: model, device, settings, lengths of the data, and versions."""
     import transformers
 
     config: TrainConfig = setup.config
@@ -42,12 +42,12 @@ def cache_key(setup: TrainingSetup) -> str:
 
 @dataclass(frozen=True)
 class CachedChoice:
-    """What an earlier run chose.
+    """The choice of an earlier run.
 
     Attributes:
         choice: The micro-batch.
-        checkpointing_mode: What was computed anew in backward.
-        folder: The run directory that it comes from.
+        checkpointing_mode: The mode of activation checkpointing.
+        folder: The run directory that holds it.
     """
 
     choice: MicrobatchChoice
@@ -61,37 +61,36 @@ def _is_compiled(setup: TrainingSetup) -> bool:
 
 
 def save_cached(folder: Path, choice: MicrobatchChoice, key: str, *, checkpointing_mode: CheckpointingMode) -> None:
-    """Write a choice into a run directory; where that cannot be, the next run chooses for itself."""
+    """Write a choice into a run directory; a write error is ignored, and the next run tunes again."""
     with suppress(OSError):
         cached = {"key": key, "level": checkpointing_mode, **asdict(choice)}
         write_atomically(folder / TUNED_MICROBATCH, (json.dumps(cached, indent=2) + "\n").encode())
 
 
 def load_cached(folder: Path, key: str, *, usable_bytes: int | None = None) -> CachedChoice | None:
-    """Find a choice that was made for the same, in a run directory or in those beside it.
+    """Return a choice with the same key from a run directory or its siblings; None if there is none.
 
-    What is there and cannot be read counts as not there.
+    Unreadable files are ignored.
 
     Args:
-        folder: The run directory, which need not be there.
-        key: The `fingerprint` of the run.
-        usable_bytes: What tensors may take now, where a choice whose peak is above does not count: memory that was free
-            when it was made need not be free any more.
+        folder: The run directory; it need not exist.
+        key: The `cache_key` of the run.
+        usable_bytes: Memory that tensors may use now; a choice with a higher peak is ignored. None for no limit.
     """
-    for place in _places(folder):
+    for candidate in _candidate_folders(folder):
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            kept = json.loads((place / TUNED_MICROBATCH).read_text(encoding="utf-8"))
-            if not isinstance(kept, dict) or kept.pop("key") != key:
+            stored = json.loads((candidate / TUNED_MICROBATCH).read_text(encoding="utf-8"))
+            if not isinstance(stored, dict) or stored.pop("key") != key:
                 continue
-            mode = kept.pop("level")
-            choice = MicrobatchChoice.from_dict(kept)
+            mode = stored.pop("level")
+            choice = MicrobatchChoice.from_dict(stored)
             if mode in CHECKPOINTING_MODES and (usable_bytes is None or choice.peak_bytes <= usable_bytes):
-                return CachedChoice(choice, mode, place)
+                return CachedChoice(choice, mode, candidate)
     return None
 
 
-def _places(folder: Path) -> Iterator[Path]:
+def _candidate_folders(folder: Path) -> Iterator[Path]:
     yield folder
     with suppress(OSError):
-        beside = [path for path in folder.parent.iterdir() if (path / TUNED_MICROBATCH).is_file()]
-        yield from sorted(beside, key=lambda path: (path / TUNED_MICROBATCH).stat().st_mtime, reverse=True)
+        siblings = [path for path in folder.parent.iterdir() if (path / TUNED_MICROBATCH).is_file()]
+        yield from sorted(siblings, key=lambda path: (path / TUNED_MICROBATCH).stat().st_mtime, reverse=True)

@@ -1,0 +1,133 @@
+"""The `bigbatch.Engine` of a language model and its peak predictor, for training, planning and benchmarks.
+
+ModelSetup, optimizer, limits → Engine                     model without weights, optimizer → PeakPredictor
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from bigbatch.autotune.peak_prediction import PeakPredictor
+from bigbatch.batching.plan import TokenBudget
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
+from bigbatch.engine.engine import Engine
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
+from bigbatch.lm.model.setup import ModelOutline, ModelSetup
+from bigbatch.lm.training.microbatch_limits import memory_of, microbatch_of
+from bigbatch.lm.training.oom_restart import apply_override
+from bigbatch.lm.training.optimizer import make_optimizer
+from bigbatch.lm.training.setup import TrainingSetup
+
+
+def make_engine(
+    model_setup: ModelSetup,
+    optimizer: Optimizer,
+    *,
+    microbatch: int | TokenBudget | Literal["auto"] = "auto",
+    memory: str | int | None = None,
+    max_grad_norm: float | None = None,
+    scheduler: LRScheduler | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    sync: GradientSync | SyncPolicy | None = None,
+) -> Engine:
+    """Create an engine whose batches are lists of samples with ``input_ids`` and ``labels``, int64 ``[length]``.
+
+    Args:
+        model_setup: Model, loss, layout and collate function.
+        optimizer: Of the model's trained parameters.
+        microbatch: As for `bigbatch.Engine`, and so are the other arguments.
+        memory: Limit of ``"auto"``.
+        max_grad_norm: None for no clipping.
+        scheduler: Stepped once per update.
+        scaler: Of float16.
+        sync: How gradients cross ranks; None for a single process.
+    """
+    return Engine(
+        model_setup.model,
+        optimizer,
+        model_setup.loss_fn,
+        microbatch=microbatch,
+        memory=memory,
+        collate=model_setup.collate,
+        lengths=sample_lengths,
+        layout=model_setup.layout,
+        cuda_graphs=model_setup.uses_cuda_graphs,
+        max_grad_norm=max_grad_norm,
+        scheduler=scheduler,
+        scaler=scaler,
+        sync=sync,
+    )
+
+
+def make_training_engine(
+    setup: TrainingSetup,
+    optimizer: Optimizer,
+    *,
+    scheduler: LRScheduler | None = None,
+    ranks: RankContext = SINGLE_PROCESS,
+    sync: GradientSync | SyncPolicy | None = None,
+) -> Engine:
+    """Create the engine of a training run, with the limits and the clipping of its configuration.
+
+    Args:
+        setup: Model, data and settings.
+        optimizer: Of the model, after `RankContext.parallelize`.
+        scheduler: Stepped once per update; None for a constant learning rate.
+        ranks: The processes of the run. Sharded models are not captured as CUDA graphs.
+        sync: As returned by `RankContext.parallelize`.
+
+    Raises:
+        InputError: The configured micro-batch or memory is not possible.
+    """
+    config, model_setup = setup.config, setup.model_setup
+    longest = max(setup.training.lengths)
+    microbatch = microbatch_of(config, longest=longest, ranks=ranks)
+    if ranks.are_sharded:
+        model_setup = replace(model_setup, uses_cuda_graphs=False)
+        if microbatch != "auto":
+            microbatch = apply_override(config.out, microbatch, longest=longest)
+    engine = make_engine(
+        model_setup,
+        optimizer,
+        microbatch=microbatch,
+        memory=memory_of(config, setup.device_spec, ranks=ranks),
+        max_grad_norm=config.max_grad_norm,
+        scheduler=scheduler,
+        scaler=setup.device_spec.scaler(),
+        sync=sync,
+    )
+    if ranks.are_sharded:
+        engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
+    return engine
+
+
+def make_predictor(outline: ModelOutline, config: TrainConfig, *, target: torch.device) -> PeakPredictor:
+    """Create the memory model of an engine's step, with the optimizer of training, for a model without weights.
+
+    Args:
+        outline: The model and its loss.
+        config: With every default resolved, the precision included.
+        target: Device of the run; it need not exist on this machine.
+    """
+    optimizer = make_optimizer(outline.model, config, DeviceSpec(target, config.precision))
+    return PeakPredictor.from_training(outline.model, optimizer, outline.loss_fn, device=target)
+
+
+def sample_lengths(samples: Sequence[dict[str, Tensor]]) -> list[int]:
+    """Return the tokens of each sample."""
+    return [len(sample["input_ids"]) for sample in samples]
+
+
+def _shortest_microbatch(setup: TrainingSetup) -> dict[str, Any]:
+    """Return the shortest sample as a micro-batch: the padding micro-batch of a rank that has fewer than the others."""
+    training = setup.training
+    shortest = min(range(len(training)), key=training.lengths.__getitem__)
+    microbatch = setup.collate([training[shortest]])
+    return {name: tensor.to(setup.device_spec.device) for name, tensor in microbatch.items()}
