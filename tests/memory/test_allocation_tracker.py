@@ -255,9 +255,9 @@ def test_parts_add_up_at_every_moment_of_a_training_step() -> None:
     with Checked(CPU) as tracker:
         tracker.track(model.parameters(), MemoryCategory.PARAMETERS)
         for part in (MemoryCategory.ACTIVATIONS, MemoryCategory.LOSS):
-            tracker.part = part
+            tracker.set_category(part)
             nn.functional.cross_entropy(model(torch.arange(50)), torch.arange(50)).backward()
-            tracker.part = lambda: MemoryCategory.OPTIMIZER
+            tracker.set_category(lambda: MemoryCategory.OPTIMIZER)
             optimizer.step()
             optimizer.zero_grad()
             tracker.reset_peak()
@@ -268,9 +268,9 @@ def test_parts_add_up_at_every_moment_of_a_training_step() -> None:
 
 def test_the_parts_of_the_peak_are_those_of_its_moment() -> None:
     with AllocationTracker(CPU) as tracker:
-        tracker.part = MemoryCategory.LOSS
+        tracker.set_category(MemoryCategory.LOSS)
         one = torch.zeros(10)
-        tracker.part = MemoryCategory.GRADIENTS
+        tracker.set_category(MemoryCategory.GRADIENTS)
         two = torch.zeros(20)
         del one
         three = torch.zeros(5)

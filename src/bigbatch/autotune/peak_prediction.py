@@ -178,14 +178,14 @@ class PeakPredictor:
         """Track what is allocated before the micro-batch starts."""
         tracker.track([*self._model.parameters(), *self._model.buffers(), *self._parameters], MemoryCategory.PARAMETERS)
         tracker.track(state_of(self._optimizer), MemoryCategory.OPTIMIZER)
-        tracker.part = MemoryCategory.GRADIENTS
+        tracker.set_category(MemoryCategory.GRADIENTS)
         sums.fill_missing_with_zeros()
 
     def _differentiate(
         self, tracker: AllocationTracker, sums: GradientSums, microbatch: Any
     ) -> "tuple[dict[str, _Phase], int]":
         """Run forward and backward; return their peaks, and the bytes of buffer copies and prefetched inputs."""
-        tracker.part = MemoryCategory.ACTIVATIONS
+        tracker.set_category(MemoryCategory.ACTIVATIONS)
         resident_bytes = tracker.live_bytes.total()
         engine_tensors: list[Any] = [buffer.clone() for buffer in self._model.buffers()]
         if self.device.type == "cuda":
@@ -209,7 +209,7 @@ class PeakPredictor:
         return phases, engine_bytes
 
     def _update(self, tracker: AllocationTracker, sums: GradientSums) -> "_Phase":
-        tracker.part = MemoryCategory.OPTIMIZER
+        tracker.set_category(MemoryCategory.OPTIMIZER)
         tracker.reset_peak()
         gradients = sums.tensors()
         torch.nn.utils.get_total_norm(gradients)
@@ -266,7 +266,7 @@ def _loss_tracked_separately(tracker: AllocationTracker, model: nn.Module) -> It
     def after_forward(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
         tensors = tensors_in(outputs)
         tracker.track(tensors, MemoryCategory.LOSS)
-        tracker.part = part
+        tracker.set_category(part)
         nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
         last_model_node[0] = max((node._sequence_nr() for node in nodes), default=-1)
 
@@ -276,7 +276,7 @@ def _loss_tracked_separately(tracker: AllocationTracker, model: nn.Module) -> It
             return MemoryCategory.LOSS
         return MemoryCategory.ACTIVATIONS
 
-    tracker.part = MemoryCategory.ACTIVATIONS
+    tracker.set_category(MemoryCategory.ACTIVATIONS)
     handle = model.register_forward_hook(after_forward)
     try:
         yield

@@ -46,7 +46,7 @@ class AllocationTracker(TorchDispatchMode):
         unit: Bytes that each allocation is rounded up to; by default as torch's allocator rounds on that device.
 
     Attributes:
-        part: Category of new allocations, or a function that returns it.
+        category: Category of new allocations, or a function that returns it; see `set_category`.
         live_bytes: Bytes by category now.
         parts_at_peak: Bytes by category at the peak of the total.
         peak_bytes: The peak of the total, in bytes, since the start or the last `reset_peak`.
@@ -59,7 +59,7 @@ class AllocationTracker(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._total_bytes = 0
         self._num_reads = 0
-        self.part: MemoryCategory | Callable[[], MemoryCategory] = MemoryCategory.ACTIVATIONS
+        self.category: MemoryCategory | Callable[[], MemoryCategory] = MemoryCategory.ACTIVATIONS
         self.live_bytes: Counter[MemoryCategory] = Counter()
         self.parts_at_peak: Counter[MemoryCategory] = Counter()
         self.peak_bytes = 0
@@ -68,9 +68,13 @@ class AllocationTracker(TorchDispatchMode):
         """Count tensors that already exist, or move them to another category."""
         for tensor in tensors:
             for storage in self._count_tensor(tensor, category):
-                self.live_bytes[storage.part] -= storage.num_bytes
+                self.live_bytes[storage.category] -= storage.num_bytes
                 self.live_bytes[category] += storage.num_bytes
-                storage.part = category
+                storage.category = category
+
+    def set_category(self, category: MemoryCategory | Callable[[], MemoryCategory]) -> None:
+        """Set the category of new allocations, or a function that returns it."""
+        self.category = category
 
     def reset_peak(self) -> None:
         """Reset the peak to the bytes that are live now."""
@@ -101,19 +105,19 @@ class AllocationTracker(TorchDispatchMode):
 
     def _count_all(self, result: Any) -> None:
         if isinstance(result, Tensor):
-            self._count_tensor(result, self.part)
+            self._count_tensor(result, self.category)
         elif isinstance(result, tuple | list):
             for part in result:
                 self._count_all(part)
 
-    def _count_tensor(self, tensor: Tensor, part: MemoryCategory | Callable[[], MemoryCategory]) -> "list[_Storage]":
+    def _count_tensor(self, tensor: Tensor, category: MemoryCategory | Callable[[], MemoryCategory]) -> "list[_Storage]":
         """Count storages of a tensor that are new or were resized; return all of its storages on the device."""
         if not _is_on(tensor.device, self._device):
             return []
-        return [self._count_storage(memory, part) for memory in storages(tensor)]
+        return [self._count_storage(memory, category) for memory in storages(tensor)]
 
     def _count_storage(
-        self, memory: torch.UntypedStorage, part: MemoryCategory | Callable[[], MemoryCategory]
+        self, memory: torch.UntypedStorage, category: MemoryCategory | Callable[[], MemoryCategory]
     ) -> "_Storage":
         key = memory._cdata
         num_bytes = -(-memory.nbytes() // self._unit) * self._unit
@@ -121,10 +125,10 @@ class AllocationTracker(TorchDispatchMode):
         if storage is None:
             # The reference dies with the storage, not with this Python object: torch keeps one object per storage.
             reference = weakref.ref(memory, lambda _: self._free(key))
-            storage = _Storage(0, part if isinstance(part, MemoryCategory) else part(), reference)
+            storage = _Storage(0, category if isinstance(category, MemoryCategory) else category(), reference)
             self._storages[key] = storage
         if num_bytes != storage.num_bytes:
-            self.live_bytes[storage.part] += num_bytes - storage.num_bytes
+            self.live_bytes[storage.category] += num_bytes - storage.num_bytes
             self._total_bytes += num_bytes - storage.num_bytes
             storage.num_bytes = num_bytes
             if self._total_bytes > self.peak_bytes:
@@ -133,16 +137,16 @@ class AllocationTracker(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         storage = self._storages.pop(key)
-        self.live_bytes[storage.part] -= storage.num_bytes
+        self.live_bytes[storage.category] -= storage.num_bytes
         self._total_bytes -= storage.num_bytes
 
 
 class _Storage:
-    __slots__ = ("num_bytes", "part", "reference")
+    __slots__ = ("category", "num_bytes", "reference")
 
-    def __init__(self, num_bytes: int, part: MemoryCategory, reference: "weakref.ref[Any]") -> None:
+    def __init__(self, num_bytes: int, category: MemoryCategory, reference: "weakref.ref[Any]") -> None:
         self.num_bytes = num_bytes
-        self.part = part
+        self.category = category
         self.reference = reference
 
 
