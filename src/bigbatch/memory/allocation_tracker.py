@@ -110,7 +110,9 @@ class AllocationTracker(TorchDispatchMode):
             for part in result:
                 self._count_all(part)
 
-    def _count_tensor(self, tensor: Tensor, category: MemoryCategory | Callable[[], MemoryCategory]) -> "list[_Storage]":
+    def _count_tensor(
+        self, tensor: Tensor, category: MemoryCategory | Callable[[], MemoryCategory]
+    ) -> "list[_Storage]":
         """Count storages of a tensor that are new or were resized; return all of its storages on the device."""
         if not _is_on(tensor.device, self._device):
             return []
