@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from bigbatch.cli import COMMANDS, main
-from bigbatch.cli.arguments import help_text, parse
+from bigbatch.cli.arguments import POSITIONAL_NAMES, help_text, parse
 from bigbatch.cli.command_specs import COMMAND_SPECS
 from bigbatch.cli.error_messages import FOREIGN_NAMES
 from bigbatch.cli.options import GenerateOptions, PlanOptions, VerifyOptions
@@ -471,7 +471,7 @@ def test_help_shows_every_flag_and_the_true_default(command: str):
     shown = " ".join(help_text(command).split())
     spec = COMMAND_SPECS[command]
     for key, info in spec.fields().items():
-        name = key.upper() if key in spec.positionals else "--" + key.replace("_", "-")
+        name = POSITIONAL_NAMES[key] if key in spec.positionals else "--" + key.replace("_", "-")
         assert f"{name} " in shown
         if info.annotation is bool or info.is_required():
             continue

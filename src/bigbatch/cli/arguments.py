@@ -31,6 +31,9 @@ Model = TypeVar("Model", bound=BaseModel)
 FILES = ("config", "save")
 """Fields whose value is the path of a file."""
 
+POSITIONAL_NAMES = {"run": "RUN", "runs": "RUN", "prompt": "PROMPT"}
+"""Names of the positional arguments in help and messages."""
+
 
 def parse(command: str, argv: Sequence[str]) -> tuple[BaseModel, ...]:
     """Return the arguments of the command's ``run``: its validated models, in order.
@@ -82,7 +85,7 @@ def help_text(command: str) -> str:
     parser = _parser(command)
     for key in spec.positionals:
         info = spec.fields()[key]
-        parser.add_argument(key, metavar=key.upper(), nargs="?", help=_help(info))
+        parser.add_argument(key, metavar=POSITIONAL_NAMES[key], nargs="?", help=_help(info))
     return parser.format_help()
 
 
@@ -282,11 +285,7 @@ def _validate(
     ``display_names`` are the names of fields in messages; by default the flag, or the metavar of a positional.
     """
     keys = {flag_key(name, info) for name, info in model.model_fields.items()}
-    names = (
-        {key: _flag(key) for key in keys}
-        | {"run": "RUN", "runs": "RUN", "prompt": "PROMPT"}
-        | dict(display_names or {})
-    )
+    names = {key: _flag(key) for key in keys} | POSITIONAL_NAMES | dict(display_names or {})
     try:
         return model.model_validate({key: value for key, value in values.items() if key in keys})
     except ValidationError as error:

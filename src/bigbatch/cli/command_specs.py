@@ -33,7 +33,7 @@ class CommandSpec(NamedTuple):
         examples: Command lines at the end of ``--help``.
         sections: Groups of flags.
         positionals: Names of the positional arguments.
-        usage_words: The accepted positional arguments in words, for the error about an unexpected one.
+        usage_words: Accepted arguments in plain words, for the error about an unexpected one.
         collects_all: Whether the only positional accepts any number of values.
     """
 
@@ -86,8 +86,8 @@ COMMAND_SPECS = {
     ),
     "resume": CommandSpec(
         about="Resume an interrupted run from its last good checkpoint; results are bit-identical on CPU. The run sees "
-        "the same samples in the same order. Flags replace the run's settings; those that change what is learned "
-        "(batch, data, seed) need the matching --allow-... flag.",
+        "the same samples in the same order. A flag replaces a setting of the run; without it the setting is kept (the "
+        "defaults below are those of a new run). Another batch, data or seed needs the matching --allow-... flag.",
         examples=("bigbatch resume runs/tiny-python-stdlib", "bigbatch resume RUN --memory 16GiB"),
         sections=(
             _section(ResumeOptions, "run", "Run to resume."),
@@ -107,8 +107,8 @@ COMMAND_SPECS = {
         sections=(_section(PlanOptions, "plan", "Output format."), *_CONFIG),
     ),
     "verify": CommandSpec(
-        about="Verify on this model, loss and data that every way of splitting the batch gives the gradient of the "
-        "full batch. The table also shows the error of averaging the means of the micro-batches. Accepts the flags of "
+        about="Verify on this model, loss and data that every split of the batch produces the gradient of the full "
+        "batch. The table also shows the error of averaging the means of the micro-batches. Accepts the flags of "
         "train; trains nothing. The exit code is 0 only if every split is exact.",
         examples=("bigbatch verify", "bigbatch verify --data chats.jsonl --precision float64 --cuts 1,2,4 --json"),
         sections=(_section(VerifyOptions, "verification", "What to compare."), *_CONFIG),
@@ -151,9 +151,9 @@ COMMAND_SPECS = {
     "bench": CommandSpec(
         about="Compare one update of bigbatch with that of transformers' Trainer, accelerate and Lightning, on the "
         "same model, batch, optimizer and memory: tokens per second, peak memory, and how close the gradient is to "
-        "that of the full batch (cosine 1 and norm 1: the same update; averaging the means of the micro-batches gives "
-        "another one). All tools start from the same weights and run in alternation; a tool that is missing or runs "
-        "out of memory is listed as such.\n"
+        "that of the full batch (cosine 1 and norm 1: the same update; averaging the means of the micro-batches "
+        "produces another one). All tools start from the same weights and run in alternation; a tool that is missing "
+        "or runs out of memory is listed as such.\n"
         'Needs pip install "bigbatch[train,bench]"; trainer-expert also uses liger-kernel if it is installed. '
         "Writes only the file named by --save.",
         examples=(

@@ -99,7 +99,7 @@ class GenerateOptions(BaseModel):
     top_k: Whole = Field(
         default=50, ge=0, le=LARGEST_COUNT, description="sample from the K most likely tokens; 0 = from all tokens"
     )
-    seed: Seed = Field(default=0, description="random seed; the same seed gives the same text")
+    seed: Seed = Field(default=0, description="random seed; the same seed produces the same text")
     device: Device = Field(
         default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = the best available device"
     )
