@@ -28,7 +28,7 @@ class ProgressCallback(Protocol):
         """Hear in a few words of work that takes seconds; of some work, also how much of it is done."""
 
 
-def _no_progress(words: str, done: int = 0, total: int = 0) -> None: ...
+def _no_progress(activity: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
