@@ -99,12 +99,7 @@ class LossTotals:
             move the exponent.
     """
 
-    def __init__(
-        self,
-        totals: Mapping[str, Items] | None = None,
-        *,
-        prescale: bool = False,
-    ) -> None:
+    def __init__(self, totals: Mapping[str, Items] | None = None, *, prescale: bool = False) -> None:
         self.totals = None if totals is None else {name: _host(items) for name, items in totals.items()}
         self._prescale = prescale
         self._prescaled_by: float | Tensor | None = None
@@ -157,8 +152,7 @@ class LossTotals:
 
     def _add_term(self, name: str, loss_sum: Tensor, items: Items) -> bool:
         """Record one term of one micro-batch; return whether it may have items."""
-        if isinstance(items, Tensor):
-            items = _host(items)
+        items = _host(items)
         self._items[name].append(items)
         sums = self._sums[name]
         has_items = may_have_items(items)
