@@ -152,7 +152,7 @@ class LossTotals:
 
     def _add_term(self, name: str, loss_sum: Tensor, items: Items) -> bool:
         """Record one term of one micro-batch; return whether it may have items."""
-        items = _host(items)
+        items = _host(items) if isinstance(items, Tensor) else items
         self._items[name].append(items)
         sums = self._sums[name]
         has_items = may_have_items(items)
