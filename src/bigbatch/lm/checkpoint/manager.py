@@ -3,6 +3,7 @@
 engine, progress → state → a checkpoint beside the training → the newest that verifies → engine, progress
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,8 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.engine.engine import Engine
+from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint import newest, prune, read, write
+from bigbatch.lm.checkpoint.manifest import Manifest
+from bigbatch.lm.checkpoint.sharded_reader import newest_together, read_into
 from bigbatch.lm.checkpoint.sharded_writer import write_sharded
 from bigbatch.lm.checkpoint.state_tree import bits, copy_to_cpu, join_tensors, split_tensors
 from bigbatch.lm.config.field_types import CheckpointingMode
@@ -72,6 +77,8 @@ class RunCheckpoint:
         facts: What the run was made of: see `bigbatch.lm.training.resume`.
         path: The checkpoint.
         rejected: Newer ones that cannot be trusted, with the reason.
+        manifest: Of a checkpoint of which each rank will read its shards: the tensors of model and optimizer in
+            ``engine`` are empty then. None where they were read.
     """
 
     progress: Progress
@@ -82,6 +89,7 @@ class RunCheckpoint:
     facts: Mapping[str, Any]
     path: Path
     rejected: tuple[tuple[Path, str], ...]
+    manifest: Manifest | None = None
 
     def engine_of(self, ranks: RankContext, devices: Sequence[torch.device]) -> Mapping[str, Any]:
         """Give the state of the engine on this rank; on another number of ranks, the others draw new random numbers."""
@@ -92,6 +100,36 @@ class RunCheckpoint:
             return self.engine
         seed = seed_of(self.facts["settings"]["seed"], ranks.rank, self.progress.step)
         return {**self.engine, "random": states_of_seed(seed, devices)}
+
+    def restore(
+        self, engine: Engine, optimizer: torch.optim.Optimizer, ranks: RankContext, device: torch.device
+    ) -> None:
+        """Load the state of the engine on this rank. Collective if each rank reads its shards.
+
+        Shards are read in place, so that no tensor of the model or of the optimizer is in memory twice.
+
+        Args:
+            engine: Of the run.
+            optimizer: Of the engine.
+            ranks: The processes of the run.
+            device: Of this rank.
+
+        Raises:
+            ValueError: It is the state of another model or optimizer.
+            CheckpointError: A file of the checkpoint can no longer be read.
+        """
+        state = self.engine_of(ranks, [device])
+        if self.manifest is None:
+            engine.load_state_dict(state)
+            return
+        _, saved = split_tensors({"engine": state})
+        own = engine.state_dict()["model"]
+        model = {name: own.get(name, tensor) for name, tensor in state["model"].items()}
+        engine.load_state_dict({**state, "model": model, "optimizer": {**state["optimizer"], "state": {}}})
+        init_optimizer_state(optimizer)
+        _, tensors = split_tensors({"engine": engine.state_dict()})
+        to_fill = {place: t for place, t in tensors.items() if place in saved and place.startswith(tuple(FILES))}
+        read_into(self.path, to_fill, manifest=self.manifest)
 
 
 class CheckpointManager:
@@ -193,13 +231,31 @@ class CheckpointManager:
             prune(folder, keep=self._keep)
 
 
-def load(directory: Path) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str], ...]]:
-    """Find the newest checkpoint of a run that verifies; give it with those that were rejected, newest first."""
-    path, rejected = newest(directory / CHECKPOINTS)
+def load(
+    directory: Path, ranks: RankContext = SINGLE_PROCESS
+) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str], ...]]:
+    """Find the newest checkpoint of a run that verifies; return it with those that were rejected, newest first.
+
+    Collective if the ranks shard the model: each hashes its share of the files and reads no tensor of the model or of
+    the optimizer until `RunCheckpoint.restore`.
+
+    Raises:
+        InputError: Ranks that shard the model find different checkpoints.
+    """
+    manifest: Manifest | None = None
+    if ranks.are_sharded:
+        try:
+            path, manifest, rejected = newest_together(directory / CHECKPOINTS)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    else:
+        path, rejected = newest(directory / CHECKPOINTS)
     if path is None:
         return None, tuple(rejected)
-    contents = read(path)
+    contents = read(path) if manifest is None else read(path, parts=(OTHERS,))
     tensors = {place: tensor for file in contents.tensors.values() for place, tensor in file.items()}
+    if manifest is not None:
+        tensors = defaultdict(lambda: torch.empty(0, device="meta"), tensors)
     state = join_tensors(contents.values["state"], tensors)
     progress = Progress(**{OLD_NAMES.get(name, name): value for name, value in state["progress"].items()})
     checkpoint = RunCheckpoint(
@@ -211,6 +267,7 @@ def load(directory: Path) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str],
         state["facts"],
         path,
         tuple(rejected),
+        manifest,
     )
     return checkpoint, checkpoint.rejected
 
@@ -221,12 +278,18 @@ def run_id(folder: Path) -> str:
 
 
 def frozen_fingerprint(model: nn.Module) -> str | None:
-    """Give the SHA-256, in hex, of the parameters that are not trained, which checkpoints leave out; None without."""
+    """Return the SHA-256, in hex, of the parameters that are not trained, which checkpoints leave out; None without.
+
+    Collective if the model is sharded; it is the same then as of the whole model. One tensor is gathered at a time.
+    """
+    from torch.distributed.tensor import DTensor
+
     frozen = [(name, p) for name, p in sorted(model.named_parameters()) if not p.requires_grad]
     if not frozen:
         return None
     digest = sha256()
     for name, parameter in frozen:
         digest.update(name.encode())
-        digest.update(bits(parameter).numpy().tobytes())
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(bits(whole).numpy().tobytes())
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import fstat
 from pathlib import Path
@@ -35,7 +35,7 @@ class Contents:
     values: Mapping[str, Any]
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, *, parts: Collection[str] | None = None) -> Contents:
     """Load a checkpoint onto the CPU.
 
         bytes = the file, once → size and SHA-256 of these bytes → tensors or values of these bytes
@@ -45,6 +45,7 @@ def read(path: Path) -> Contents:
 
     Args:
         path: The folder ``…/step-N``.
+        parts: Of the tensors, those to read; None for all. The others' files are not read.
 
     Raises:
         CheckpointError: It cannot be trusted; the message names the file and the reason.
@@ -55,6 +56,8 @@ def read(path: Path) -> Contents:
         manifest = verified_manifest(path)
         for name, stamp in manifest.files.items():
             part, _, ending = name.rpartition(".")
+            if parts is not None and ending != "json" and _base_part(name) not in parts:
+                continue
             data = checked_bytes(path, name, stamp)
             if ending == "json":
                 values[part] = parsed(name, data)
@@ -64,6 +67,13 @@ def read(path: Path) -> Contents:
     except IntegrityError as reason:
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}.") from reason
     return Contents(manifest.step, manifest.run_id, tensors, values)
+
+
+def _base_part(file: str) -> str:
+    """Return the part of which a file of tensors contains all, or the pieces of one rank."""
+    from bigbatch.lm.checkpoint.shards import is_piece, part_of  # brings torch
+
+    return part_of(file) if is_piece(file) else file.rpartition(".")[0]
 
 
 class _Pieces:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import file_digest, sha256
 from os import fstat
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.catalog import numbered
 from bigbatch.lm.checkpoint.collective import RankGroup
 from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
 from bigbatch.lm.checkpoint.manifest import Manifest
@@ -42,7 +44,55 @@ if TYPE_CHECKING:
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-def read_into(path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | None" = None) -> Contents:
+def newest_together(
+    folder: Path, group: "ProcessGroup | None" = None
+) -> tuple[Path | None, Manifest | None, list[tuple[Path, str]]]:
+    """Find the newest checkpoint that is whole, each file hashed by one rank. Collective.
+
+    Args:
+        folder: The checkpoints, the same on all ranks.
+        group: All ranks that will hold a shard; None for all of the process group.
+
+    Returns:
+        Its folder and its manifest, or None and None; then the rejected newer ones with reasons, the newest first.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+        ValueError: The ranks find different checkpoints in it.
+    """
+    ranks = RankGroup(group)
+    try:
+        names = ranks.run_together(
+            lambda: [path.name for path in numbered(folder)], partial(_check_same_names, folder), str
+        )
+        rejected: list[tuple[Path, str]] = []
+        for path in (folder / name for name in reversed(names)):
+            loading = _Loading(path, {}, ranks)
+            try:
+                ranks.run_together(loading.verify, loading.agree, loading.give_up)
+            except IntegrityError as reason:
+                rejected.append((path, str(reason)))
+            else:
+                return path, loading.manifest, rejected
+    except ConnectionError as error:
+        raise CheckpointError(f"the checkpoints in {folder} cannot be verified: {error}.") from error
+    return None, None, rejected
+
+
+def _check_same_names(folder: Path, names: list[list[str]]) -> list[list[str]]:
+    for rank, found in enumerate(names):
+        if found[-1:] != names[0][-1:]:
+            own, other = (" ".join(newest[-1:]) for newest in (names[0], found))
+            raise ValueError(
+                f"rank {rank} finds {other or 'no checkpoint'} in {folder.parent}, and rank 0 {own or 'none'}: the run "
+                "directory has to be one folder that all machines see, with one content."
+            )
+    return [names[0]] * len(names)
+
+
+def read_into(
+    path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | None" = None, *, manifest: Manifest | None = None
+) -> Contents:
     """Fill tensors in place, every rank what it holds of them. Collective.
 
         read_into(path, tensors).values → what the values of the checkpoint say
@@ -57,6 +107,7 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | 
         tensors: What is to be filled, by the name it has in its part: DTensors, and plain tensors, which every rank
             fills whole. Others that the checkpoint holds are left alone.
         group: All ranks that hold a shard; None for all there are.
+        manifest: As `newest_together` returned it for this folder; the files are not hashed again then.
 
     Returns:
         What the checkpoint holds, on every rank; of its tensors those that were filled.
@@ -67,9 +118,10 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | 
         TypeError, ValueError: A tensor is not in it, or has another shape or dtype there. No tensor was changed.
     """
     ranks = RankGroup(group)
-    loading = _Loading(path, tensors, ranks)
+    loading = _Loading(path, tensors, ranks, manifest)
     try:
-        ranks.run_together(loading.verify, loading.agree, loading.give_up)
+        if manifest is None:
+            ranks.run_together(loading.verify, loading.agree, loading.give_up)
         ranks.run_together(loading.plan, list, loading.give_up)
         ranks.run_together(loading.fill, list, loading.give_up)
     except (IntegrityError, ConnectionError) as error:
@@ -91,9 +143,13 @@ class _Piece:
 class _Loading:
     """One checkpoint that is being read, as one rank sees it."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], ranks: RankGroup) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Tensor], ranks: RankGroup, manifest: Manifest | None = None
+    ) -> None:
         self._path, self._tensors, self._ranks = path, dict(tensors), ranks
-        self._manifest: Manifest
+        self.manifest: Manifest
+        if manifest is not None:
+            self.manifest = manifest
         self._values: dict[str, Any] = {}
         self._parts: dict[str, str] = {}
         self._items: dict[str, list[ReadItem]] = {}
@@ -101,19 +157,18 @@ class _Loading:
 
     def verify(self) -> str:
         """Hold this rank's share of the files to the manifest, and give the SHA-256 of the latter."""
-        check_shards("what is to be filled", self._tensors)
-        self._manifest = verified_manifest(self._path)
+        self.manifest = verified_manifest(self._path)
         for name in self._share():
-            stamp = self._manifest.files[name]
+            stamp = self.manifest.files[name]
             with opened(self._path, name) as file:
                 check_size(name, stamp, fstat(file.fileno()).st_size)
                 check_digest(name, stamp, file_digest(file, "sha256").hexdigest())
-        return sha256(self._manifest.to_bytes()).hexdigest()
+        return sha256(self.manifest.to_bytes()).hexdigest()
 
     def _share(self) -> list[str]:
         """Share out the files, the largest first, each to the rank with the fewest bytes so far."""
         loads, own = [0] * self._ranks.size, []
-        for name, stamp in sorted(self._manifest.files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
+        for name, stamp in sorted(self.manifest.files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
             rank = loads.index(min(loads))
             loads[rank] += stamp.num_bytes
             if rank == self._ranks.rank:
@@ -128,8 +183,9 @@ class _Loading:
 
     def plan(self) -> None:
         """Read the values and the headers, and find what this rank needs; nothing is filled yet."""
+        check_shards("what is to be filled", self._tensors)
         held: dict[str, list[_Piece]] = defaultdict(list)
-        for name, stamp in self._manifest.files.items():
+        for name, stamp in self.manifest.files.items():
             if name.endswith(".json"):
                 self._values[name.removesuffix(".json")] = parsed(name, checked_bytes(self._path, name, stamp))
             else:
@@ -154,8 +210,11 @@ class _Loading:
                 f"{name} has the shape {list(pieces[0].place.shape)} in checkpoint {self._path.name}, not "
                 f"{list(tensor.shape)}."
             )
-        if dtypes := {piece.dtype for piece in pieces} - {tensor.dtype}:
-            raise ValueError(f"{name} is {dtypes.pop()} in checkpoint {self._path.name}, not {tensor.dtype}.")
+        dtypes = {piece.dtype for piece in pieces}
+        if len(dtypes) > 1:
+            raise IntegrityError(f"{name} has pieces of several dtypes")
+        if (dtype := dtypes.pop()) != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
+            raise ValueError(f"{name} is {dtype} in checkpoint {self._path.name}, not {tensor.dtype}.")
 
     def fill(self) -> None:
         """Copy the slices."""
@@ -172,7 +231,7 @@ class _Loading:
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, part in self._parts.items():
             tensors.setdefault(part, {})[name] = self._tensors[name]
-        return Contents(self._manifest.step, self._manifest.run_id, tensors, self._values)
+        return Contents(self.manifest.step, self.manifest.run_id, tensors, self._values)
 
     def give_up(self, reason: str) -> str:
         """Make the sentence."""

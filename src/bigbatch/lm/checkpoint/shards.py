@@ -36,6 +36,11 @@ def piece_name(part: str, rank: int, size: int) -> str:
     return f"{part}-rank-{rank}-of-{size}"
 
 
+def is_piece(file: str) -> bool:
+    """Return whether a file has the name of one rank's pieces."""
+    return _FILE.fullmatch(file) is not None
+
+
 def part_of(file: str) -> str:
     """Give the part that a file of one rank belongs to.
 
