@@ -181,5 +181,7 @@ def _shard(model: Any, ranks: RankContext, kind: str) -> None:
             raise ValueError("it shards within each machine and there is one, so say fsdp")
         mesh = init_device_mesh(kind, (machines, ranks.local_size), mesh_dim_names=("replicas", "shards"))
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in (*layers, model):
-        fully_shard(layer, mesh=mesh)
+    # peft generates text by calling the base model, whose own hooks then have to gather the embeddings.
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in (*layers, root):
+        fully_shard(module, mesh=mesh)

@@ -27,7 +27,8 @@ def stand_in(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def fewest_layers(config: Any) -> Any:
-    """Cut a configuration to 1, 2, 4, … layers, the fewest that contain every kind of module; itself if none do."""
+    """Return a copy of a configuration with 1, 2, 4, … layers, the fewest that contain every kind of module."""
+    config = copy.deepcopy(config)  # building a model writes its dtype into its configuration
     total = getattr(config, "num_hidden_layers", None)
     if not isinstance(total, int):
         return config
