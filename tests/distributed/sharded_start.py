@@ -113,7 +113,7 @@ def measure_resume(settings: dict[str, Any], run: Path) -> dict[str, int]:
         ranks = this_rank()
         checkpoint, _ = load(run, ranks)
         trainer = Trainer(set_up_training(TrainConfig(**settings), ranks=ranks), checkpoint=checkpoint, ranks=ranks)
-        before = dict(read)
+        before = dict(read)  # the model's own files were read until here
         assert checkpoint is not None
         checkpoint.restore(trainer.engine, trainer.optimizer, ranks, CPU)
     _, tensors = split_tensors(trainer.engine.state_dict())

@@ -105,10 +105,10 @@ def test_start_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, more: 
         assert found["own"] * 0.9 < found["slices"] <= found["own"] + sampled
 
 
-WORDS = (
-    "--data data.jsonl --model deep --max-length 32 --steps 4 --global-batch 8 --token-budget 64 --validation-fraction "
-    "0 --device cpu --deterministic --checkpoint-every 2"
-).split()
+WORDS = [
+    "--data", "data.jsonl", "--model", "deep", "--max-length", "32", "--steps", "4", "--global-batch", "8",
+    "--token-budget", "64", "--validation-fraction", "0", "--device", "cpu", "--deterministic", "--checkpoint-every", "2",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("writer", ["fsdp", "ddp", "alone"])
