@@ -186,16 +186,31 @@ class _CountedSlice:
 
 
 class DeviceTracker(AllocationTracker):
-    """Counts of a DTensor what this rank holds of it, and notices at once when FSDP frees a storage by resizing it."""
+    """Counts of a DTensor what this rank holds of it, and notices soon when FSDP frees a storage by resizing it."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
+        self._operations = 0
+        self._notices = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in list(self._storages.values()):
-            if (memory := storage.reference()) is not None:
-                self._count(memory, storage.part)
+        self._operations += 1
+        if self._operations % 16 == 0:  # a layer has several times as many
+            self._notice_resized()
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def reset_peak(self) -> None:
+        self._notice_resized()
+        if self._now > self.peak_bytes:
+            super().reset_peak()
+
+    def _notice_resized(self) -> None:
+        if not self._notices:
+            self._notices = True
+            for storage in list(self._storages.values()):
+                if (memory := storage.reference()) is not None:
+                    self._count(memory, storage.part)
+            self._notices = False
 
     def _see(self, tensor: Tensor, part: Any) -> Any:
         return super()._see(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, part)

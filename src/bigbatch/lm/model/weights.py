@@ -189,7 +189,7 @@ def load_shards(model: nn.Module, weights: Weights, device: torch.device) -> Non
         device: Where the shards go.
 
     Raises:
-        InputError: A file can no longer be read.
+        InputError: A file can no longer be read, or the shards do not fit on the device.
     """
     loaded: dict[nn.Parameter, nn.Parameter] = {}
     try:
@@ -197,7 +197,7 @@ def load_shards(model: nn.Module, weights: Weights, device: torch.device) -> Non
             if parameter.is_meta:
                 loaded[parameter] = _load_shard(name, parameter, weights, device)  # type: ignore[arg-type]
     except Exception as error:
-        raise InputError(f"the weights of the model cannot be read: {first_line(error)}.") from error
+        raise InputError(f"the weights of the model cannot be loaded onto {device}: {first_line(error)}.") from error
     finally:
         weights.close()
     replace_parameters(model, loaded)
