@@ -92,7 +92,7 @@ class RunCheckpoint:
     manifest: Manifest | None = None
 
     def engine_of(self, ranks: RankContext, devices: Sequence[torch.device]) -> Mapping[str, Any]:
-        """Return the engine's state on this rank; if the number of ranks changed, others than the first get new seeds."""
+        """Return the engine's state on this rank; on a new number of ranks, all but the first get new seeds."""
         of_ranks = self.ranks or ({},)
         if len(of_ranks) == ranks.size:
             return {**self.engine, **of_ranks[ranks.rank]}
