@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from bigbatch.lm.checkpoint import newest
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.training.setup import set_up_training
-from distributed import sharded_start
-from distributed.launch import run
-from distributed.pool import Pools
-from distributed.trouble import all_of, signal_in_update
-from lm.helpers import metrics, records, save_model_folder, write_jsonl
+from distributed import sharded_start_cases as cases
+from support.language_models import metrics, records, save_model_folder, write_jsonl
+from support.process_pool import Pools
+from support.rank_faults import all_of, signal_in_update
+from support.torchrun_ranks import run
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("llama", {}),
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "data.jsonl", records(40))
     for kind in ("llama", "qwen2", "gpt2"):
         save_model_folder(folder / kind, kind=kind)
-    sharded_start.save_deep_model(folder / "deep", max_shard_size="1MB")
+    cases.save_deep_model(folder / "deep", max_shard_size="1MB")
     shutil.copytree(folder / "llama", folder / "bin")
     _as_pickle(folder / "bin")
     shutil.copytree(folder / "llama", folder / "mixtral")
@@ -76,8 +76,8 @@ def settings_of(models: Path, kind: str, more: dict[str, Any]) -> dict[str, Any]
 def test_sharded_start_has_the_bits_of_one_process(models: Path, pools: Pools, case: str) -> None:
     settings = settings_of(models, *CASES[case])
     alone = set_up_training(TrainConfig(**settings))
-    expected = sharded_start.describe(alone)
-    for found, gathered in pools(2).run(sharded_start.start, settings):
+    expected = cases.describe(alone)
+    for found, gathered in pools(2).run(cases.start, settings):
         frozen = found.pop("frozen")
         assert (frozen is None) == ("lora_rank" not in settings)
         assert found == expected
@@ -89,16 +89,16 @@ def test_sharded_start_has_the_bits_of_one_process(models: Path, pools: Pools, c
 
 def test_replicas_of_shards_start_with_the_bits_of_one_process(models: Path, pools: Pools) -> None:
     settings = settings_of(models, "qwen2", {"lora_rank": 2})
-    expected = sharded_start.describe(set_up_training(TrainConfig(**settings)))
-    for found, _ in pools(4).run(sharded_start.start, settings, "hsdp"):
+    expected = cases.describe(set_up_training(TrainConfig(**settings)))
+    for found, _ in pools(4).run(cases.start, settings, "hsdp"):
         assert found["state"] == expected["state"]
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 2}])
 def test_start_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, more: dict[str, Any]) -> None:
-    full_bytes = sharded_start.save_deep_model(tmp_path / "deep")
+    full_bytes = cases.save_deep_model(tmp_path / "deep")
     write_jsonl(tmp_path / "data.jsonl", records(40))
-    for found in pools(2).run(sharded_start.measure_start, settings_of(tmp_path, "deep", more)):
+    for found in pools(2).run(cases.measure_start, settings_of(tmp_path, "deep", more)):
         assert found["own"] < 0.55 * full_bytes
         assert found["peak"] < 0.75 * full_bytes, found["peak"] / full_bytes
         sampled = 4096 * 80  # bytes of each tensor, which ranks compare before they load
@@ -114,7 +114,7 @@ WORDS = [
 
 @pytest.mark.parametrize("writer", ["fsdp", "ddp", "alone"])
 def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, writer: str) -> None:
-    sharded_start.save_deep_model(tmp_path / "deep")
+    cases.save_deep_model(tmp_path / "deep")
     write_jsonl(tmp_path / "data.jsonl", records(40))
     size = 1 if writer == "alone" else 2
     parallel = [] if writer == "alone" else ["--parallel", writer]
@@ -124,7 +124,7 @@ def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, write
     sizes = {file.name: file.stat().st_size for file in path.iterdir()}
     small = sum(num_bytes for name, num_bytes in sizes.items() if name.startswith(("random", "state", "manifest")))
     total, largest = sum(sizes.values()), max(sizes.values())
-    found = pools(2).run(sharded_start.measure_resume, settings_of(tmp_path, "deep", {"steps": 4}), tmp_path / "run")
+    found = pools(2).run(cases.measure_resume, settings_of(tmp_path, "deep", {"steps": 4}), tmp_path / "run")
     for rank in found:
         assert rank["slices"] <= rank["own"] < 0.55 * total
         assert rank["whole"] <= 2 * small
@@ -136,9 +136,9 @@ def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, write
 @pytest.mark.parametrize(("more", "cap"), [((), 3.3), (("--lora-rank", "2"), 0.97)])
 def test_model_above_the_cap_trains_and_resumes_in_shards(tmp_path: Path, more: tuple[str, ...], cap: float) -> None:
     """Whole, a frozen model is 1.0 of its bytes and does not start; a trained one needs more than four times them."""
-    full_bytes = sharded_start.save_deep_model(tmp_path / "deep", layers=12)
+    full_bytes = cases.save_deep_model(tmp_path / "deep", layers=12)
     write_jsonl(tmp_path / "data.jsonl", records(40))
-    limit = partial(sharded_start.cap_memory, int(cap * full_bytes))
+    limit = partial(cases.cap_memory, int(cap * full_bytes))
     words = ["train", *WORDS, *more, "--gradient-checkpointing", "full"]
     words[words.index("--steps") + 1], words[words.index("--global-batch") + 1] = "3", "4"
     whole = run([*words, "--out", "whole"], 1, folder=tmp_path, alone=True, patch=limit, codes=1)
@@ -147,7 +147,7 @@ def test_model_above_the_cap_trains_and_resumes_in_shards(tmp_path: Path, more: 
     first = run([*words, "--parallel", "fsdp", "--out", "run"], 2, folder=tmp_path, patch=stop, codes=75)
     assert "after update 2 of 3; the model is saved" in first.said()
     again = run(["resume", "run"], 2, folder=tmp_path, patch=limit)
-    assert "going on with run: after update 2" in again.said()
+    assert "resuming run after update 2" in again.said()
     assert len(metrics(tmp_path / "run")) == 3
     for rank in range(2):
         assert 0 < json.loads((tmp_path / f"peak-{rank}.json").read_text()) <= cap * full_bytes

@@ -45,7 +45,9 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.manager import load
 
-            ranks = replace(ranks, parallel=(asked if "parallel" in asked.model_fields_set else stored).parallel)
+            ranks = replace(
+                ranks, parallel=(overrides if "parallel" in overrides.model_fields_set else stored).parallel
+            )
             checkpoint, rejected = load(path, ranks)
         with fail_together(ranks, "resume"):
             check_same(None if checkpoint is None else checkpoint.path.name, path, ranks)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import is_local
 from bigbatch.lm.model.meta_model import copy_to_meta, meta_model_from_config, replace_parameters
 from bigbatch.lm.model.pretrained import load_config, load_model
-from bigbatch.lm.text import first_line
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

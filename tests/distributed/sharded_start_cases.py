@@ -25,7 +25,7 @@ from bigbatch.lm.training import evaluation
 from bigbatch.lm.training.setup import TrainingSetup, set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.memory.allocation_tracker import AllocationTracker
-from lm.helpers import records
+from support.language_models import records
 
 CPU = torch.device("cpu")
 
