@@ -246,7 +246,7 @@ def refuse_to_fill(path: Path) -> list[Any]:
     first = dist.get_rank() == 0
     others: list[dict[str, Tensor]] = [
         {"weight": torch.zeros(5, 8)},
-        {"bias": torch.zeros(3)},
+        {"bias": torch.zeros(3, dtype=torch.int64)},
         {"new": torch.zeros(3)},
         {} if first else {"new": torch.zeros(3)},
         {"weight": torch.zeros(5, 7, device="meta")},

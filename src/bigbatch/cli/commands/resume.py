@@ -45,7 +45,10 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.manager import load
 
-            checkpoint, rejected = load(path)
+            ranks = replace(
+                ranks, parallel=(overrides if "parallel" in overrides.model_fields_set else stored).parallel
+            )
+            checkpoint, rejected = load(path, ranks)
         with fail_together(ranks, "resume"):
             check_same(None if checkpoint is None else checkpoint.path.name, path, ranks)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
@@ -68,9 +71,9 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             from bigbatch.lm.training.trainer import Trainer
 
             quiet_libraries()
-            setup = set_up_training(config, progress=progress)
+            setup = set_up_training(config, ranks=ranks, progress=progress)
         with fail_together(ranks, "resume"):
-            trainer = Trainer(setup, checkpoint=checkpoint, ranks=replace(ranks, parallel=config.parallel))
+            trainer = Trainer(setup, checkpoint=checkpoint, ranks=ranks)
             if checkpoint is not None:
                 check_facts(path, config.data, checkpoint.facts, trainer.facts, allowed=options.allowed)
         where = (

@@ -65,7 +65,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         from bigbatch.lm.training.setup import set_up_training
 
         quiet_libraries()
-        setup = set_up_training(config.model_copy(update={"out": path}), progress=progress)
+        setup = set_up_training(config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
     with fail_together(ranks, "train"), progress_display(console) as progress:
         from bigbatch.lm.training.trainer import Trainer
 

@@ -1,10 +1,10 @@
-"""The checkpoints in a folder: which there are, which is the newest whole one, which may go.
+"""The checkpoints in a folder: list them, find the newest valid one, remove old ones.
 
-    step-N            a checkpoint, under this name only when it is complete
-    step-N.partial    one that was being written when its process ended
-    step-N.deleted    one that was being removed when its process ended
+    step-N            a complete checkpoint
+    step-N.partial    a checkpoint that was being written when its process ended
+    step-N.deleted    a checkpoint that was being removed when its process ended
 
-Any other name is nobody's and left alone.
+Files of any other name are ignored.
 """
 
 import os
@@ -29,10 +29,10 @@ class CheckpointInfo:
 
     Attributes:
         path: Its folder.
-        step: Updates that were done.
-        num_bytes: What its files take, whole or not.
-        written_at: When, in UTC; None if the manifest cannot be read.
-        reason: Why it cannot be trusted, as `verify` says it; None if it is whole.
+        step: Number of updates done.
+        num_bytes: Size of its files, valid or not.
+        written_at: Time of writing, in UTC; None if the manifest cannot be read.
+        reason: Why it is invalid, as `verify` returns it; None if it is valid.
     """
 
     path: Path
@@ -43,10 +43,10 @@ class CheckpointInfo:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """Give the checkpoints in a folder, the oldest first, whole or not.
+    """Return the checkpoints in a folder, oldest first, valid or not; none if the folder does not exist.
 
     Raises:
-        CheckpointError: The folder cannot be listed. One that is not there has none.
+        CheckpointError: The folder cannot be listed.
     """
     try:
         found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
@@ -58,12 +58,12 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Give the step in the name of a checkpoint."""
+    """Return the step in the name of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
 def _verified(paths: list[Path]) -> Iterator[tuple[Path, str | None]]:
-    """Verify one after the other; one that another process removed meanwhile was never there."""
+    """Verify one checkpoint after the other; skip those that another process removes meanwhile."""
     for path in paths:
         reason = verify(path)
         if reason is None or os.path.lexists(path):
@@ -71,10 +71,10 @@ def _verified(paths: list[Path]) -> Iterator[tuple[Path, str | None]]:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Find the newest checkpoint that is whole, and the newer ones that are not.
+    """Find the newest valid checkpoint, and the newer ones that are invalid.
 
     Returns:
-        Its folder, or None; then the rejected ones with reasons, the newest first.
+        Its folder, or None; then the invalid ones with reasons, newest first.
 
     Raises:
         CheckpointError: The folder cannot be listed.
@@ -88,7 +88,7 @@ def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def list_all(folder: Path) -> list[CheckpointInfo]:
-    """Verify every checkpoint in a folder; the newest comes last.
+    """Verify every checkpoint in a folder; return them with the newest last.
 
     Raises:
         CheckpointError: The folder cannot be listed.
@@ -97,7 +97,7 @@ def list_all(folder: Path) -> list[CheckpointInfo]:
 
 
 def examine(path: Path) -> CheckpointInfo | None:
-    """Verify one checkpoint and describe it; None if it is gone by now."""
+    """Verify one checkpoint and describe it; return None if it no longer exists."""
     reason = verify(path)
     if reason is not None and not os.path.lexists(path):
         return None
@@ -116,17 +116,17 @@ def _size_of(path: Path) -> int:
 
 
 def prune(folder: Path, *, keep: int) -> list[Path]:
-    """Remove the checkpoints that are older than the ``keep`` newest whole ones; reads those ``keep``.
+    """Remove the checkpoints that are older than the ``keep`` newest valid ones; those are read to verify them.
 
-    Broken ones do not count, and nothing goes while the very newest is broken. Each is renamed to ``step-N.deleted``
-    first, so that what a killed process leaves never looks like a checkpoint.
+    Invalid ones do not count, and nothing is removed while the newest of all is invalid. Each is renamed to
+    ``step-N.deleted`` first, so that a killed process never leaves a partly removed checkpoint under a valid name.
 
     Args:
-        folder: Of the checkpoints.
-        keep: How many whole ones stay, at least 1.
+        folder: The folder of the checkpoints.
+        keep: Number of valid ones to keep, at least 1.
 
     Returns:
-        What was removed, the oldest first.
+        The removed ones, oldest first.
 
     Raises:
         ValueError: ``keep`` is less than 1.
@@ -148,7 +148,7 @@ def prune(folder: Path, *, keep: int) -> list[Path]:
 
 
 def _oldest_kept(paths: list[Path], keep: int) -> Path:
-    """Give the oldest that stays: the keep-th whole one, or the first of all."""
+    """Return the oldest checkpoint to keep: the ``keep``-th valid one from the newest, or the oldest of all."""
     num_whole = 0
     for path, reason in _verified(paths[::-1]):
         if reason is not None and path == paths[-1]:
@@ -160,7 +160,7 @@ def _oldest_kept(paths: list[Path], keep: int) -> Path:
 
 
 def _remove_renamed(folder: Path, old: list[Path]) -> None:
-    """Empty the folders only once their new names are on disk: a power cut could bring the old names back."""
+    """Empty the folders only after their new names are on disk: a power failure could restore the old names."""
     path = old[0]
     try:
         sync_folder(folder)
@@ -171,7 +171,7 @@ def _remove_renamed(folder: Path, old: list[Path]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left; what cannot be removed stays and is no harm."""
+    """Remove the leftovers of killed processes; those that cannot be removed stay and do no harm."""
     with suppress(OSError):
         for path in folder.iterdir():
             if _LEFT_OVER.fullmatch(path.name):
@@ -180,7 +180,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def failure(folder: Path, path: Path, done: str, error: OSError) -> str:
-    """Make the sentence about a checkpoint that could not be written or removed, and what stays valid."""
+    """Return the message about a checkpoint that could not be written or removed, with the last valid one."""
     good = None
     with suppress(CheckpointError):
         good = next((p for p in numbered(folder)[::-1] if p != path and verify(p) is None), None)

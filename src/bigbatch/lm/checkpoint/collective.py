@@ -1,8 +1,8 @@
-"""What ranks do together: each its part, the first one concludes from all of them, and all go on or all raise.
+"""Collective operations with a decision: every rank does its part, the first rank decides, all return or all raise.
 
-    do() on every rank → outcomes to the first → conclude(outcomes) there → its share to every rank
+    do() on every rank → outcomes gathered on the first → on_first_rank(outcomes) → a result scattered to every rank
 
-A failure travels as a kind and a sentence, never as an exception with a traceback.
+A failure is sent as the name of its class and its message, never as a pickled exception with a traceback.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,21 +24,21 @@ R = TypeVar("R")
 _BY_KIND: dict[str, type[Exception]] = {
     "TypeError": TypeError,
     "ValueError": ValueError,
-    "UntrustedError": IntegrityError,
+    "IntegrityError": IntegrityError,
     "CheckpointError": CheckpointError,
 }
-_Outcome = tuple[Any, "tuple[str, str] | None"]  # what was given, or the kind and the sentence of a failure
+_Outcome = tuple[Any, "tuple[str, str] | None"]  # the result, or the class and the message of a failure
 
 
 class RankGroup:
-    """The ranks of a process group; without torch.distributed there is one.
+    """The ranks of a process group; a single one without torch.distributed.
 
     Args:
-        group: The group, or None for all ranks. This rank is one of it.
+        group: The group, or None for all ranks. This rank is a member.
 
     Attributes:
-        rank: Of this process in the group.
-        size: How many there are.
+        rank: Rank of this process in the group.
+        size: Number of ranks.
 
     Raises:
         ValueError: This process is not in the group.
@@ -58,61 +58,64 @@ class RankGroup:
         on_first_rank: Callable[[list[T]], list[R]],
         error_message: Callable[[str], str],
     ) -> R:
-        """Do something on every rank, and go on with what the first rank concludes from it. Collective.
+        """Run a function on every rank and return what the first rank makes of the results. Collective.
 
-        Two messages a rank, however it ends. No rank raises before every rank knows.
+        Two messages per rank, with or without an error. No rank raises before every rank knows of the failure.
 
         Args:
             do: Runs on every rank.
-            on_first_rank: Runs on the first rank alone, with what each gave, and gives what each is to have.
-            error_message: Runs on the first rank alone when any rank failed, with the reason as a clause that names the
-                rank, and makes the sentence that all raise.
+            on_first_rank: Runs on the first rank only, with the results of all ranks; returns one value per rank.
+            error_message: Runs on the first rank only, if any rank failed, with the reason as a clause that names the
+                rank; returns the message that all ranks raise.
 
         Raises:
-            TypeError, ValueError, UntrustedError, CheckpointError: A rank raised it; all raise it with its words.
-            CheckpointError: A rank raised anything else; all raise the sentence of ``error_message``. The rank itself
-                goes on raising what is no OSError.
-            ConnectionError: Another rank is gone.
+            TypeError, ValueError, IntegrityError, CheckpointError: A rank raised it; all raise it with its message.
+            CheckpointError: A rank raised anything else; all raise the message of ``error_message``. The rank itself
+                re-raises its own error unless that is an OSError.
+            ConnectionError: Another rank cannot be reached.
         """
         outcome, error = self._attempt(do)
         outcomes = self._gather(outcome)
         shares: list[_Outcome] = []
         if outcomes is not None:
-            shares, own = self._conclude(outcomes, on_first_rank, error_message)
+            shares, own = self._decide(outcomes, on_first_rank, error_message)
             error = error or own
         share, failure = self._scatter(shares)
         if failure is not None:
             if error is not None and not isinstance(error, (OSError, *_BY_KIND.values())):
                 raise error
-            kind, sentence = failure
-            raise _BY_KIND.get(kind, CheckpointError)(sentence) from error
-        given: R = share
-        return given
+            kind, message = failure
+            raise _BY_KIND.get(kind, CheckpointError)(message) from error
+        result: R = share
+        return result
 
     def _attempt(self, do: Callable[[], Any]) -> tuple[_Outcome, BaseException | None]:
         try:
             return (do(), None), None
-        except BaseException as error:  # noqa: BLE001, the other ranks wait to hear of it; `confer` raises it
-            return (None, self._described(error)), error
+        except BaseException as error:  # noqa: BLE001, the other ranks wait for it; `run_together` raises it
+            return (None, self._describe(error)), error
 
-    def _described(self, error: BaseException) -> tuple[str, str]:
+    def _describe(self, error: BaseException) -> tuple[str, str]:
         for kind, raised in _BY_KIND.items():
             if isinstance(error, raised):
                 return kind, str(error)
         reason = os_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return "", reason if self.size == 1 else f"rank {self.rank}: {reason}"
 
-    def _conclude(
-        self, outcomes: list[_Outcome], conclude: Callable[[list[Any]], list[Any]], give_up: Callable[[str], str]
+    def _decide(
+        self,
+        outcomes: list[_Outcome],
+        on_first_rank: Callable[[list[Any]], list[Any]],
+        error_message: Callable[[str], str],
     ) -> tuple[list[_Outcome], BaseException | None]:
         failure, error = next((failure for _, failure in outcomes if failure is not None), None), None
         if failure is None:
-            (shares, failure), error = self._attempt(lambda: conclude([given for given, _ in outcomes]))
+            (shares, failure), error = self._attempt(lambda: on_first_rank([result for result, _ in outcomes]))
             if failure is None:
                 return [(share, None) for share in shares], None
         kind, reason = failure
-        sentence = give_up(reason)
-        return [(None, (kind, reason if kind else sentence))] * self.size, error
+        message = error_message(reason)
+        return [(None, (kind, reason if kind else message))] * self.size, error
 
     def _gather(self, outcome: _Outcome) -> list[_Outcome] | None:
         if self.size == 1:
@@ -136,5 +139,5 @@ class RankGroup:
 def _connected() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of whatever kind the backend has for a peer that is gone
+    except RuntimeError as error:  # each backend has its own for a lost peer
         raise ConnectionError("another rank cannot be reached") from error

@@ -1,4 +1,4 @@
-"""Files that count once they are on disk: hashed while they are written, synced, removed without a trace."""
+"""New files that are hashed while they are written, and synced to the disk."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from bigbatch.lm.checkpoint.manifest import Stamp
 
 
 class HashedFile:
-    """A file being written; what goes into it is counted and hashed on its way, not read back afterwards."""
+    """A file being written; its bytes are counted and hashed as they are written, not read back."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -26,16 +26,16 @@ class HashedFile:
 
     @property
     def stamp(self) -> Stamp:
-        """Size and SHA-256 of what was written so far."""
+        """Size and SHA-256 of the bytes written so far."""
         return Stamp(self._num_bytes, self._digest.hexdigest())
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[HashedFile]:
-    """Open a file that is not there yet; at the end of the block it is on disk.
+    """Create a file; at the end of the block it is on disk.
 
     Raises:
-        OSError: It cannot be made, written or synced; what there is of it stays.
+        OSError: It exists, or cannot be created, written or synced; a partly written file stays.
     """
     with path.open("xb") as file:
         yield HashedFile(file)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be trusted: nothing missing, nothing added, every byte as it was written.
+"""Integrity of a checkpoint: no file missing, none added, every byte as it was written.
 
 folder → manifest → names → for each file: size → SHA-256
 """
@@ -15,20 +15,20 @@ from bigbatch.lm.checkpoint import manifest as manifests
 from bigbatch.lm.checkpoint.manifest import Manifest, Stamp
 from bigbatch.lm.files import os_reason
 
-LARGEST_MANIFEST = 2**24  # bytes; about 150 for each file, of which every rank may write a few
+LARGEST_MANIFEST = 2**24  # bytes; about 150 per file, and every rank may write several files
 
 
 class IntegrityError(Exception):
-    """Why a checkpoint cannot be trusted: a clause that names the file."""
+    """A checkpoint that is incomplete or damaged; the message is a clause that names the file."""
 
 
 def verify(path: Path) -> str | None:
-    """Say why a checkpoint cannot be trusted, or None if it is whole.
+    """Return why a checkpoint is invalid, or None if it is valid.
 
-    Every byte is read, in constant memory; nothing is loaded.
+    Reads every byte, in constant memory, and loads nothing.
 
     Args:
-        path: The folder ``…/step-N``; it counts only under the name that its manifest has.
+        path: The folder ``…/step-N``; it must have the step of its manifest.
 
     Returns:
         A clause that names the file, such as ``model.safetensors has 1,024 bytes, and the manifest says 2,048``.
@@ -41,10 +41,10 @@ def verify(path: Path) -> str | None:
 
 
 def verified(path: Path) -> Manifest:
-    """Do what `verify` does, and give the manifest.
+    """Verify a checkpoint like `verify`, and return its manifest.
 
     Raises:
-        UntrustedError: The checkpoint cannot be trusted.
+        IntegrityError: The checkpoint is invalid.
     """
     manifest = verified_manifest(path)
     for name, stamp in manifest.files.items():
@@ -55,14 +55,14 @@ def verified(path: Path) -> Manifest:
 
 
 def verified_manifest(path: Path) -> Manifest:
-    """Read the manifest of a checkpoint and hold the names in its folder to it; the files are not read yet.
+    """Read the manifest of a checkpoint and check the names in its folder against it; the files are not read.
 
     Raises:
-        UntrustedError: It is broken, of another step, or the folder holds more or fewer files.
+        IntegrityError: The manifest is damaged or of another step, or the folder contains more or fewer files.
     """
     names = _names(path)
     with opened(path, manifests.FILE) as file:
-        num_bytes = fstat(file.fileno()).st_size  # reading takes the memory for what it is told to read
+        num_bytes = fstat(file.fileno()).st_size  # read() allocates the size that it is called with
         data = file.read(min(num_bytes, LARGEST_MANIFEST))
     try:
         manifest = manifests.parse(data)
@@ -96,10 +96,10 @@ def opened(path: Path, name: str) -> Iterator[BufferedReader]:
     """Open a file of a checkpoint for reading.
 
     Raises:
-        UntrustedError: It is missing, not a file, or cannot be read, be it in the block.
+        IntegrityError: It is missing, not a file, or cannot be read, also within the block.
     """
     try:
-        if not stat.S_ISREG((path / name).stat().st_mode):  # opening a pipe would wait for its writer
+        if not stat.S_ISREG((path / name).stat().st_mode):  # opening a pipe would wait for a writer
             raise IntegrityError(f"{name} is not a file")
         with (path / name).open("rb") as file:
             yield file
@@ -110,20 +110,20 @@ def opened(path: Path, name: str) -> Iterator[BufferedReader]:
 
 
 def check_size(name: str, stamp: Stamp, num_bytes: int) -> None:
-    """Hold the size of a file to the manifest.
+    """Check the size of a file against the manifest.
 
     Raises:
-        UntrustedError: It has another.
+        IntegrityError: It differs.
     """
     if num_bytes != stamp.num_bytes:
         raise IntegrityError(f"{name} has {num_bytes:,} bytes, and the manifest says {stamp.num_bytes:,}")
 
 
 def check_digest(name: str, stamp: Stamp, sha256: str) -> None:
-    """Hold the SHA-256 of a file to the manifest.
+    """Check the SHA-256 of a file against the manifest.
 
     Raises:
-        UntrustedError: It has another.
+        IntegrityError: It differs.
     """
     if sha256 != stamp.sha256:
         raise IntegrityError(f"{name} differs from what was written (SHA-256)")

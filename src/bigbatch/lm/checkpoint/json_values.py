@@ -1,26 +1,26 @@
-"""Values that come back from JSON as they went in, or are refused.
+"""Values that survive a round trip through JSON unchanged; others are rejected.
 
-Floats are written as ``repr`` writes them, so every bit comes back. NaN and the infinities are written as ``NaN``,
-``Infinity`` and ``-Infinity``, as Python's json does although the standard has no such words; the sign and payload of a
-NaN are lost.
+Floats are written like ``repr``, so every bit is preserved. NaN and the infinities are written as ``NaN``, ``Infinity``
+and ``-Infinity``, as Python's json does although the standard does not define them; the sign and payload of a NaN are
+lost.
 """
 
 import json
 from typing import Any
 
-DEEPEST = 100  # levels; Python's json itself gives up somewhere below a thousand, depending on who calls it
+DEEPEST = 100  # levels; Python's json itself fails somewhere below a thousand, depending on the depth of the caller
 
 
 def to_json(name: str, value: Any) -> bytes:
-    """Write a value as the content of a JSON file: ``json.loads(to_json(name, value)) == value``, NaN aside.
+    """Return a value as the content of a JSON file: ``json.loads(to_json(name, value)) == value``, NaN aside.
 
     Args:
-        name: What the caller calls the value, for the messages.
-        value: None, a bool, a number, a str, or a list or dict of such with keys that are str.
+        name: Name of the value in messages.
+        value: None, a bool, a number, a str, or a list or dict of these with str keys.
 
     Raises:
-        TypeError: It holds something else, such as a tuple (which would come back as a list).
-        ValueError: It is nested too deeply, or holds text that is not valid Unicode, or a number of too many digits.
+        TypeError: It contains another type, such as a tuple, which would be loaded as a list.
+        ValueError: It is nested too deeply, or contains text that is not valid Unicode or a number of too many digits.
     """
     _check(name, value, 0)
     text = json.dumps(value, ensure_ascii=False, indent=1)

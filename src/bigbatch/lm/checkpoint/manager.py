@@ -1,8 +1,9 @@
-"""When a run is saved, and how it goes on: its state between two updates, in checkpoints that are whole or not there.
+"""Save and restore runs: their state between two updates, in checkpoints that are complete or do not exist.
 
-engine, progress → state → a checkpoint beside the training → the newest that verifies → engine, progress
+engine, progress → state → a checkpoint, in the background → the newest valid one → engine, progress
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,8 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.engine.engine import Engine
+from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint import newest, prune, read, write
+from bigbatch.lm.checkpoint.manifest import Manifest
+from bigbatch.lm.checkpoint.sharded_reader import newest_together, read_into
 from bigbatch.lm.checkpoint.sharded_writer import write_sharded
 from bigbatch.lm.checkpoint.state_tree import bits, copy_to_cpu, join_tensors, split_tensors
 from bigbatch.lm.config.field_types import CheckpointingMode
@@ -24,28 +29,27 @@ from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG
 from bigbatch.rng import seed_of, states_of_seed
 
-FILES = {"/engine/model/": "model", "/engine/optimizer/": "optimizer"}  # tensors of the rest are random states
+FILES = {"/engine/model/": "model", "/engine/optimizer/": "optimizer"}  # the other tensors are random states
 OTHERS = "random"
 OLD_NAMES = {"owed": "pending_metrics_row"}  # in checkpoints of bigbatch 0.1.0
-BY_RANK = ("random", "engine")  # of an engine's state; the rest is the same on every rank
+BY_RANK = ("random", "engine")  # parts of the engine's state that differ by rank
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        step: Updates done, the skipped ones included: each had its batch.
-        cursor: Samples taken since the beginning of the first pass: the place in the data, which is all that its order
-            depends on besides the seed.
-        skipped: Updates that changed nothing.
-        skipped_in_a_row: The last of them without one that did between them.
-        validation_loss: The last one, in nats per token, or None.
-        metrics_bytes: Of metrics.jsonl at this point.
-        quarantine_bytes: Of quarantine.jsonl.
-        batch: Sequences of the last window as its schedule had it; 0 without one.
-        pending_metrics_row: The last line of metrics.jsonl, where the run was stopped before what comes after that
-            update: it is written again with the validation loss; None otherwise.
+        step: Number of updates done, including skipped ones.
+        cursor: Number of samples used since the start of the first pass. With the seed, it determines the next samples.
+        skipped: Number of skipped updates.
+        skipped_in_a_row: Number of skipped updates since the last one that was applied.
+        validation_loss: Last validation loss, in nats per token, or None.
+        metrics_bytes: Size of metrics.jsonl.
+        quarantine_bytes: Size of quarantine.jsonl.
+        batch: Sequences in the last window according to the batch schedule; 0 without a schedule.
+        pending_metrics_row: Last line of metrics.jsonl if the run was stopped before validating that update; it is
+            written again with the validation loss. None otherwise.
     """
 
     step: int = 0
@@ -61,17 +65,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """What a checkpoint held.
+    """The contents of a checkpoint.
 
     Attributes:
-        progress: How far the run had come.
-        engine: As `bigbatch.Engine.load_state_dict` takes it, of the first rank.
-        ranks: What of it differs by rank, of each: random states, and the micro-batch in use. Empty of a single one.
-        checkpointing_mode: What was computed anew in backward.
-        total_steps: Updates of the whole run.
-        facts: What the run was made of: see `bigbatch.lm.training.resume`.
-        path: The checkpoint.
-        rejected: Newer ones that cannot be trusted, with the reason.
+        progress: Progress of the run.
+        engine: State of the engine on the first rank, for `bigbatch.Engine.load_state_dict`.
+        ranks: The parts of it that differ by rank, for each rank: random states and the micro-batch in use. Empty for
+            a single rank.
+        checkpointing_mode: Activation checkpointing in use.
+        total_steps: Number of updates of the whole run.
+        facts: Fingerprints of data, vocabulary and weights; see `bigbatch.lm.training.resume`.
+        path: Folder of the checkpoint.
+        rejected: Newer invalid checkpoints, with the reason.
+        manifest: Manifest of a checkpoint of which each rank will read its own shards; the tensors of model and
+            optimizer in ``engine`` are empty then. None if they have been read.
     """
 
     progress: Progress
@@ -82,9 +89,10 @@ class RunCheckpoint:
     facts: Mapping[str, Any]
     path: Path
     rejected: tuple[tuple[Path, str], ...]
+    manifest: Manifest | None = None
 
     def engine_of(self, ranks: RankContext, devices: Sequence[torch.device]) -> Mapping[str, Any]:
-        """Give the state of the engine on this rank; on another number of ranks, the others draw new random numbers."""
+        """Return the engine's state on this rank; on a new number of ranks, all but the first get new seeds."""
         of_ranks = self.ranks or ({},)
         if len(of_ranks) == ranks.size:
             return {**self.engine, **of_ranks[ranks.rank]}
@@ -93,20 +101,50 @@ class RunCheckpoint:
         seed = seed_of(self.facts["settings"]["seed"], ranks.rank, self.progress.step)
         return {**self.engine, "random": states_of_seed(seed, devices)}
 
+    def restore(
+        self, engine: Engine, optimizer: torch.optim.Optimizer, ranks: RankContext, device: torch.device
+    ) -> None:
+        """Load the state of the engine on this rank. Collective if each rank reads its shards.
+
+        Shards are read in place, so that no tensor of the model or of the optimizer is in memory twice.
+
+        Args:
+            engine: Of the run.
+            optimizer: Of the engine.
+            ranks: The processes of the run.
+            device: Of this rank.
+
+        Raises:
+            ValueError: It is the state of another model or optimizer.
+            CheckpointError: A file of the checkpoint can no longer be read.
+        """
+        state = self.engine_of(ranks, [device])
+        if self.manifest is None:
+            engine.load_state_dict(state)
+            return
+        _, saved = split_tensors({"engine": state})
+        own = engine.state_dict()["model"]
+        model = {name: own.get(name, tensor) for name, tensor in state["model"].items()}
+        engine.load_state_dict({**state, "model": model, "optimizer": {**state["optimizer"], "state": {}}})
+        init_optimizer_state(optimizer)
+        _, tensors = split_tensors({"engine": engine.state_dict()})
+        to_fill = {place: t for place, t in tensors.items() if place in saved and place.startswith(tuple(FILES))}
+        read_into(self.path, to_fill, manifest=self.manifest)
+
 
 class CheckpointManager:
-    """Saves a run every so many updates; a context, which ends when the last checkpoint is written.
+    """Writes the checkpoints of a run, in the background if asked to.
 
-        with Keeper(directory, keep=2, beside=False, total_steps=300, facts=facts).open() as keeper:
-            keeper.save(engine, progress, level)
+        with CheckpointManager(directory, keep=2, in_background=False, total_steps=300, facts=facts).open() as manager:
+            manager.save(engine, progress, checkpointing_mode)
 
     Args:
-        directory: The run's.
-        keep: Checkpoints that are kept.
-        in_background: Whether to write beside the training, from a copy on the host; not of shards, which all ranks
-            write.
-        total_steps: Updates of the whole run.
-        facts: What the run is made of, for whoever goes on with it.
+        directory: The run directory.
+        keep: Number of checkpoints to keep.
+        in_background: Whether to write during training, from a copy on the host; not supported for shards, which all
+            ranks write.
+        total_steps: Number of updates of the whole run.
+        facts: Fingerprints of data, vocabulary and weights, which resuming compares.
         ranks: The processes of the run; the first writes.
     """
 
@@ -123,7 +161,7 @@ class CheckpointManager:
         self._ranks = ranks
         self._directory = directory
         self._keep = keep
-        self._beside = in_background
+        self._in_background = in_background
         self._total_steps = total_steps
         self._facts = facts
         self._pool: ThreadPoolExecutor | None = None
@@ -131,12 +169,12 @@ class CheckpointManager:
 
     @contextmanager
     def open(self) -> Iterator["CheckpointManager"]:
-        """Wait, in the end, for what is being written.
+        """Wait at the end of the block for the checkpoint that is being written.
 
         Raises:
             CheckpointError: It could not be written.
         """
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if self._beside else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if self._in_background else None
         try:
             yield self
             self._wait()
@@ -145,12 +183,10 @@ class CheckpointManager:
                 self._pool.shutdown()
 
     def save(self, engine: Engine, progress: Progress, checkpointing_mode: str) -> None:
-        """Save the run as it is between two updates; the lines of its files up to here are on the disk before.
-
-        Collective: every rank brings what is its own.
+        """Save the run between two updates, after syncing the lines written to its files so far. Collective.
 
         Raises:
-            CheckpointError: This one or the one before could not be written.
+            CheckpointError: This checkpoint or the previous one could not be written.
         """
         self._wait()
         progress.metrics_bytes, progress.quarantine_bytes = self._directory.sync()
@@ -187,19 +223,37 @@ class CheckpointManager:
             file = next((file for prefix, file in FILES.items() if place.startswith(prefix)), OTHERS)
             files.setdefault(file, {})[place] = tensor
         folder = self._directory.checkpoints
-        together = write_sharded if self._ranks.are_sharded else write
-        together(folder, step, run_id=run_id(self._directory.path), tensors=files, values={"state": values})
+        write_files = write_sharded if self._ranks.are_sharded else write
+        write_files(folder, step, run_id=run_id(self._directory.path), tensors=files, values={"state": values})
         if self._ranks.is_first:
             prune(folder, keep=self._keep)
 
 
-def load(directory: Path) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str], ...]]:
-    """Find the newest checkpoint of a run that verifies; give it with those that were rejected, newest first."""
-    path, rejected = newest(directory / CHECKPOINTS)
+def load(
+    directory: Path, ranks: RankContext = SINGLE_PROCESS
+) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str], ...]]:
+    """Find the newest valid checkpoint of a run; return it with the invalid ones, newest first.
+
+    Collective if the ranks shard the model: each hashes its share of the files and reads no tensor of the model or of
+    the optimizer until `RunCheckpoint.restore`.
+
+    Raises:
+        InputError: Ranks that shard the model find different checkpoints.
+    """
+    manifest: Manifest | None = None
+    if ranks.are_sharded:
+        try:
+            path, manifest, rejected = newest_together(directory / CHECKPOINTS)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    else:
+        path, rejected = newest(directory / CHECKPOINTS)
     if path is None:
         return None, tuple(rejected)
-    contents = read(path)
+    contents = read(path) if manifest is None else read(path, parts=(OTHERS,))
     tensors = {place: tensor for file in contents.tensors.values() for place, tensor in file.items()}
+    if manifest is not None:
+        tensors = defaultdict(lambda: torch.empty(0, device="meta"), tensors)
     state = join_tensors(contents.values["state"], tensors)
     progress = Progress(**{OLD_NAMES.get(name, name): value for name, value in state["progress"].items()})
     checkpoint = RunCheckpoint(
@@ -211,22 +265,29 @@ def load(directory: Path) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str],
         state["facts"],
         path,
         tuple(rejected),
+        manifest,
     )
     return checkpoint, checkpoint.rejected
 
 
 def run_id(folder: Path) -> str:
-    """Tell runs apart by their configuration, which is written before anything else and never again."""
+    """Return an identifier of a run: a hash of its configuration, which is written once, before anything else."""
     return sha256((folder / CONFIG).read_bytes()).hexdigest()[:16]
 
 
 def frozen_fingerprint(model: nn.Module) -> str | None:
-    """Give the SHA-256, in hex, of the parameters that are not trained, which checkpoints leave out; None without."""
+    """Return the SHA-256, in hex, of the parameters that are not trained, which checkpoints leave out; None without.
+
+    Collective if the model is sharded; it is the same then as of the whole model. One tensor is gathered at a time.
+    """
+    from torch.distributed.tensor import DTensor
+
     frozen = [(name, p) for name, p in sorted(model.named_parameters()) if not p.requires_grad]
     if not frozen:
         return None
     digest = sha256()
     for name, parameter in frozen:
         digest.update(name.encode())
-        digest.update(bits(parameter).numpy().tobytes())
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(bits(whole).numpy().tobytes())
     return digest.hexdigest()

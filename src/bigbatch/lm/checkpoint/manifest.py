@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: what belongs to it, down to the last bit, its own included.
+"""The manifest of a checkpoint: the name, size and SHA-256 of every file, and a digest of its own.
 
-content → canonical JSON → SHA-256 → manifest.json, which counts only if it is, byte for byte, what would be written
+content → canonical JSON → SHA-256 → manifest.json, valid only if writing its content again gives the same bytes
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.(safetensors|json)", re.ASCI
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a file must be: its size in bytes and its SHA-256 in hex."""
+    """The size of a file in bytes and its SHA-256 in hex."""
 
     num_bytes: int
     sha256: str
@@ -27,14 +27,14 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
-        version: Of the bigbatch that wrote it.
-        step: Updates that were done.
-        run_id: Of the run that wrote it.
-        written_at: When, in UTC, to the second.
-        files: What each file must be, by name, without the manifest's own.
+        version: Version of bigbatch that wrote it.
+        step: Number of updates done.
+        run_id: Identifier of the run that wrote it.
+        written_at: Time of writing in UTC, to the second.
+        files: Size and SHA-256 of each file by name, without the manifest.
     """
 
     version: str
@@ -44,7 +44,7 @@ class Manifest:
     files: Mapping[str, Stamp]
 
     def to_bytes(self) -> bytes:
-        """Write the file: indented for people, with the SHA-256 of its canonical content as ``digest``."""
+        """Return the file as indented JSON, with the SHA-256 of its canonical content as ``digest``."""
         content = {
             "format": FORMAT,
             "bigbatch": self.version,
@@ -61,7 +61,7 @@ class Manifest:
 
 
 def parse(data: bytes) -> Manifest:
-    """Read what `Manifest.to_bytes` wrote.
+    """Parse the output of `Manifest.to_bytes`.
 
     Raises:
         ValueError: It is anything else; the message is a clause that begins with ``manifest.json``.
@@ -102,7 +102,7 @@ def _items(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _file_name(name: str) -> str:
-    if name == FILE or not _FILE_NAME.fullmatch(name):  # never a path that leads out of the folder
+    if name == FILE or not _FILE_NAME.fullmatch(name):  # never a path out of the folder
         raise ValueError
     return name
 
@@ -120,10 +120,10 @@ def _text(value: object) -> str:
 
 
 def file_name(name: str, ending: str) -> str:
-    """Give the file of a part: ``model`` and ``safetensors`` → ``model.safetensors``.
+    """Return the file name of a part: ``model`` and ``safetensors`` → ``model.safetensors``.
 
     Raises:
-        ValueError: The name could not be told from another on every system, or is the manifest's.
+        ValueError: The name is not unique on every file system, or is that of the manifest.
     """
     file = f"{name}.{ending}"
     if file == FILE or not _FILE_NAME.fullmatch(file):

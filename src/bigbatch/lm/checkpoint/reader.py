@@ -1,8 +1,8 @@
-"""Read a checkpoint: what is checked are the very bytes that are loaded."""
+"""Read a checkpoint; the bytes that are verified are the ones that are loaded."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import fstat
 from pathlib import Path
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What a checkpoint holds; compared by identity.
+    """The contents of a checkpoint; compared by identity.
 
     Attributes:
-        step: Updates that were done.
-        run_id: Of the run that wrote it.
-        tensors: By part, then by name; on the CPU, each with memory of its own.
+        step: Number of updates done.
+        run_id: Identifier of the run that wrote it.
+        tensors: By part, then by name; on the CPU, each with its own storage.
         values: By part.
     """
 
@@ -35,47 +35,57 @@ class Contents:
     values: Mapping[str, Any]
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, *, parts: Collection[str] | None = None) -> Contents:
     """Load a checkpoint onto the CPU.
 
         bytes = the file, once → size and SHA-256 of these bytes → tensors or values of these bytes
 
-    so that a file that changes in between is noticed. The peak in memory is the whole content, and its largest file
-    once more. Of a checkpoint that several ranks wrote, the tensors are put together.
+    so a file that changes in between is detected. Peak memory is the whole content plus its largest file. Shards that
+    several ranks wrote are joined to whole tensors.
 
     Args:
         path: The folder ``…/step-N``.
+        parts: Parts whose tensors are read, None for all; files of other tensors are not read.
 
     Raises:
-        CheckpointError: It cannot be trusted; the message names the file and the reason.
+        CheckpointError: It is invalid; the message names the file and the reason.
     """
     tensors: dict[str, Mapping[str, Tensor]] = {}
-    values, pieces = {}, _Pieces()
+    values, shards = {}, _Shards()
     try:
         manifest = verified_manifest(path)
         for name, stamp in manifest.files.items():
             part, _, ending = name.rpartition(".")
+            if parts is not None and ending != "json" and _base_part(name) not in parts:
+                continue
             data = checked_bytes(path, name, stamp)
             if ending == "json":
                 values[part] = parsed(name, data)
-            elif not pieces.take(name, named := _tensors(name, data), data):
+            elif not shards.add(name, named := _tensors(name, data), data):
                 tensors[part] = named
-        tensors |= pieces.joined()
+        tensors |= shards.joined()
     except IntegrityError as reason:
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}.") from reason
     return Contents(manifest.step, manifest.run_id, tensors, values)
 
 
-class _Pieces:
-    """Pieces of tensors, by part and name, until all of them are there."""
+def _base_part(file: str) -> str:
+    """Return the part of a file that contains whole tensors or the shards of one rank."""
+    from bigbatch.lm.checkpoint.shards import is_piece, part_of  # imports torch
+
+    return part_of(file) if is_piece(file) else file.rpartition(".")[0]
+
+
+class _Shards:
+    """Shards of tensors, by part and name, until all have been read."""
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[str, list[tuple[ShardInfo, Tensor]]]] = {}
 
-    def take(self, file: str, tensors: "Mapping[str, Tensor]", data: bytes) -> bool:
-        """Keep the tensors of a file if they are pieces."""
+    def add(self, file: str, tensors: "Mapping[str, Tensor]", data: bytes) -> bool:
+        """Store the tensors of a file if they are shards; return whether they are."""
         from bigbatch.lm.checkpoint.safetensors_file import read_notes
-        from bigbatch.lm.checkpoint.shards import from_header, part_of  # brings torch
+        from bigbatch.lm.checkpoint.shards import from_header, part_of  # imports torch
 
         places = from_header(file, read_notes(data), tensors)
         if places is None:
@@ -86,10 +96,10 @@ class _Pieces:
         return True
 
     def joined(self) -> "dict[str, dict[str, Tensor]]":
-        """Put them together, one by one; what was put together is not kept in pieces."""
+        """Join the shards, one tensor at a time; the shards of a joined tensor are freed."""
         if not self._parts:
             return {}
-        from bigbatch.lm.checkpoint.shards import join_shards  # brings torch
+        from bigbatch.lm.checkpoint.shards import join_shards  # imports torch
 
         return {
             part: {name: join_shards(name, named.pop(name)) for name in list(named)}
@@ -98,10 +108,10 @@ class _Pieces:
 
 
 def checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
-    """Read a file of a checkpoint, once.
+    """Read a file of a checkpoint once and verify its bytes.
 
     Raises:
-        UntrustedError: It is not what the manifest says.
+        IntegrityError: It differs from the manifest.
     """
     with opened(path, name) as file:
         check_size(name, stamp, fstat(file.fileno()).st_size)
@@ -112,10 +122,10 @@ def checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
 
 
 def parsed(name: str, data: bytes) -> Any:
-    """Read values.
+    """Parse values.
 
     Raises:
-        UntrustedError: They are no JSON.
+        IntegrityError: They are not JSON.
     """
     try:
         return json.loads(data)
@@ -124,7 +134,7 @@ def parsed(name: str, data: bytes) -> Any:
 
 
 def _tensors(name: str, data: bytes) -> "dict[str, Tensor]":
-    from bigbatch.lm.checkpoint.safetensors_file import read_tensors  # brings torch
+    from bigbatch.lm.checkpoint.safetensors_file import read_tensors  # imports torch
 
     try:
         return read_tensors(data)

@@ -1,7 +1,7 @@
-"""Tensors as a safetensors file, written one at a time.
+"""Safetensors files, written one tensor at a time.
 
-`safetensors.torch.save_file` wants every tensor of a file on the CPU at once, reports a full disk without its errno and
-gives no digest of what it meant to write. Reading is safetensors' own, so tests hold this to the format.
+`safetensors.torch.save_file` needs every tensor of a file on the CPU at once, reports a full disk without its errno and
+returns no digest of the bytes it writes. Files are read by safetensors itself, so tests check the format.
 
     8 bytes: length of the header | header: JSON, padded to 8 bytes | the tensors' bytes, widest dtype first
 """
@@ -35,15 +35,15 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls the dtypes that its ``load`` gives back."""
+"""The names in safetensors of the dtypes that its ``load`` returns."""
 
 
 def check_tensors(part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what `write_tensors` cannot write so that it comes back the same; no tensor is read.
+    """Reject tensors that would not survive a round trip through `write_tensors`; reads no tensor.
 
     Raises:
-        TypeError: A name is not a str, or a value is not a plain dense tensor of a dtype that safetensors has.
-        ValueError: A name is one that the format cannot hold, or a tensor has no storage.
+        TypeError: A name is not a str, or a value is not a plain dense tensor of a dtype that safetensors supports.
+        ValueError: The format cannot store a name, or a tensor has no storage.
     """
     for name, tensor in tensors.items():
         if not isinstance(name, str):
@@ -74,17 +74,17 @@ def _check_name(part: str, name: str) -> None:
 def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
     """Write checked tensors from any device; at most one of them is copied at a time.
 
-    Strides are not kept. Names that share a storage are written one by one and come back as tensors of their own.
+    Strides are not preserved. Tensors that share a storage are written separately and loaded as separate tensors.
 
     Args:
-        file: Where to.
+        file: The file to write to.
         tensors: By name.
-        notes: Text for the header, which `read_notes` gives back; what safetensors calls metadata.
+        notes: Text for the header, which `read_notes` returns; the metadata of safetensors.
 
     Raises:
-        OSError: The file cannot take them.
+        OSError: The file cannot be written.
     """
-    order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
+    order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so all are aligned
     header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     end = 0
     for name, tensor in order:
@@ -100,15 +100,15 @@ def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor], notes: Mappin
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    flat = plain.as_strided((plain.numel(),), (1,))  # one element counts as contiguous whatever its strides are
+    flat = plain.as_strided((plain.numel(),), (1,))  # a single element is contiguous with any strides
     return flat.view(torch.uint8).numpy().data
 
 
 def read_tensors(data: bytes) -> dict[str, Tensor]:
-    """Load the bytes of a safetensors file onto the CPU.
+    """Load tensors onto the CPU from the bytes of a safetensors file.
 
     Raises:
-        ValueError: They are not such a file.
+        ValueError: The bytes are not a safetensors file.
     """
     import safetensors.torch
     from safetensors import SafetensorError
@@ -121,7 +121,7 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
 
 
 def read_notes(data: bytes) -> dict[str, str]:
-    """Give the text in the header of a safetensors file that `read_tensors` can load; nothing if it has none."""
+    """Return the metadata in the header of a safetensors file that `read_tensors` can load; empty without any."""
     size = int.from_bytes(data[:8], "little")
     notes: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     return notes

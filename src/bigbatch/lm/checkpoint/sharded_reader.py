@@ -1,14 +1,15 @@
-"""Fill tensors from a checkpoint, each rank its own shards, whatever number of ranks wrote it.
+"""Fill tensors from a checkpoint, each rank its own shards; the number of ranks may differ from the writing run.
 
-manifest → every file hashed by one rank → agreed → headers: which file holds what → agreed → slices → tensors
+manifest → every file hashed by one rank → vote → headers: the tensors of each file → vote → slices → tensors
 
-The planner of `torch.distributed.checkpoint` says which slice of which piece belongs where.
+The planner of `torch.distributed.checkpoint` maps slices of the stored shards to slices of the tensors.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import file_digest, sha256
 from os import fstat
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from bigbatch.errors import CheckpointError
+from bigbatch.lm.checkpoint.catalog import numbered
 from bigbatch.lm.checkpoint.collective import RankGroup
 from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
 from bigbatch.lm.checkpoint.manifest import Manifest
@@ -42,44 +44,96 @@ if TYPE_CHECKING:
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-def read_into(path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | None" = None) -> Contents:
-    """Fill tensors in place, every rank what it holds of them. Collective.
+def newest_together(
+    folder: Path, group: "ProcessGroup | None" = None
+) -> tuple[Path | None, Manifest | None, list[tuple[Path, str]]]:
+    """Find the newest valid checkpoint; each file is hashed by one rank. Collective.
 
-        read_into(path, tensors).values → what the values of the checkpoint say
-        tensors[name] is then what was written under that name, cut as it is cut here
+    Args:
+        folder: The checkpoints, the same on all ranks.
+        group: All ranks that will hold a shard; None for all of the process group.
 
-    It takes checkpoints of any number of ranks, and of `bigbatch.lm.checkpoint.write`. No rank reads more of a tensor
-    than it holds, but to hash files: each is hashed by one rank. A file that is changed between its hash and its
-    reading is not noticed; `bigbatch.lm.checkpoint.read` notices. Six messages a rank, none of them a tensor.
+    Returns:
+        Its folder and its manifest, or None and None; then the invalid newer ones with reasons, newest first.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+        ValueError: The ranks find different checkpoints in it.
+    """
+    ranks = RankGroup(group)
+    try:
+        names = ranks.run_together(
+            lambda: [path.name for path in numbered(folder)], partial(_check_same_names, folder), str
+        )
+        rejected: list[tuple[Path, str]] = []
+        for path in (folder / name for name in reversed(names)):
+            loading = _ShardedRead(path, {}, ranks)
+            try:
+                ranks.run_together(loading.verify, loading.agree, loading.failure_message)
+            except IntegrityError as reason:
+                rejected.append((path, str(reason)))
+            else:
+                return path, loading.manifest, rejected
+    except ConnectionError as error:
+        raise CheckpointError(f"the checkpoints in {folder} cannot be verified: {error}.") from error
+    return None, None, rejected
+
+
+def _check_same_names(folder: Path, names: list[list[str]]) -> list[list[str]]:
+    for rank, found in enumerate(names):
+        if found[-1:] != names[0][-1:]:
+            own, other = (" ".join(newest[-1:]) for newest in (names[0], found))
+            raise ValueError(
+                f"rank {rank} finds {other or 'no checkpoint'} in {folder.parent}, and rank 0 {own or 'none'}: the run "
+                "directory has to be one folder that all machines see, with one content."
+            )
+    return [names[0]] * len(names)
+
+
+def read_into(
+    path: Path, tensors: Mapping[str, Tensor], group: "ProcessGroup | None" = None, *, manifest: Manifest | None = None
+) -> Contents:
+    """Fill tensors in place, every rank its own shards. Collective.
+
+        contents = read_into(path, tensors)
+        contents.values == the values of the checkpoint
+        tensors[name] == the stored tensor of that name, sharded like tensors[name]
+
+    Accepts checkpoints of any number of ranks, and those of `bigbatch.lm.checkpoint.write`. No rank reads more of a
+    tensor than its shard, except to hash files, each of which one rank hashes. A file that changes between its
+    verification and its reading is not detected, unlike in `bigbatch.lm.checkpoint.read`. Six messages per rank, four
+    with a manifest; none contains a tensor.
 
     Args:
         path: The folder ``…/step-N``, the same on all ranks.
-        tensors: What is to be filled, by the name it has in its part: DTensors, and plain tensors, which every rank
-            fills whole. Others that the checkpoint holds are left alone.
-        group: All ranks that hold a shard; None for all there are.
+        tensors: The tensors to fill, by their name in the checkpoint: DTensors, and plain tensors, which every rank
+            fills whole. Floating-point tensors may have another dtype than the stored ones.
+        group: All ranks that hold a shard; None for all ranks.
+        manifest: As `newest_together` returned it for this folder; the files are not hashed again then.
 
     Returns:
-        What the checkpoint holds, on every rank; of its tensors those that were filled.
+        The contents of the checkpoint on every rank, with the filled tensors only.
 
     Raises:
-        CheckpointError: It cannot be trusted; the message names the file and the reason. No tensor was changed, unless
-            a file became unreadable after it had been checked.
-        TypeError, ValueError: A tensor is not in it, or has another shape or dtype there. No tensor was changed.
+        CheckpointError: It is invalid; the message names the file and the reason. No tensor was changed, unless a file
+            became unreadable after its verification.
+        TypeError, ValueError: A tensor is missing in it, or has another shape or kind of dtype. No tensor was changed.
     """
     ranks = RankGroup(group)
-    loading = _Loading(path, tensors, ranks)
+    loading = _ShardedRead(path, tensors, ranks, manifest)
     try:
-        ranks.run_together(loading.verify, loading.agree, loading.give_up)
-        ranks.run_together(loading.plan, list, loading.give_up)
-        ranks.run_together(loading.fill, list, loading.give_up)
+        if manifest is None:
+            ranks.run_together(loading.verify, loading.agree, loading.failure_message)
+        ranks.run_together(loading.plan, list, loading.failure_message)
+        ranks.run_together(loading.fill, list, loading.failure_message)
     except (IntegrityError, ConnectionError) as error:
-        raise CheckpointError(loading.give_up(str(error))) from error
+        raise CheckpointError(loading.failure_message(str(error))) from error
     return loading.contents()
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What the header of a file says of a tensor in it."""
+class _StoredShard:
+    """A shard of a tensor, as the header of its file describes it."""
 
     part: str
     file: str
@@ -88,32 +142,35 @@ class _Piece:
     dtype: torch.dtype
 
 
-class _Loading:
-    """One checkpoint that is being read, as one rank sees it."""
+class _ShardedRead:
+    """The state of one read on one rank."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], ranks: RankGroup) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Tensor], ranks: RankGroup, manifest: Manifest | None = None
+    ) -> None:
         self._path, self._tensors, self._ranks = path, dict(tensors), ranks
-        self._manifest: Manifest
+        self.manifest: Manifest
+        if manifest is not None:
+            self.manifest = manifest
         self._values: dict[str, Any] = {}
         self._parts: dict[str, str] = {}
         self._items: dict[str, list[ReadItem]] = {}
         self._planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def verify(self) -> str:
-        """Hold this rank's share of the files to the manifest, and give the SHA-256 of the latter."""
-        check_shards("what is to be filled", self._tensors)
-        self._manifest = verified_manifest(self._path)
+        """Verify this rank's share of the files, and return the SHA-256 of the manifest."""
+        self.manifest = verified_manifest(self._path)
         for name in self._share():
-            stamp = self._manifest.files[name]
+            stamp = self.manifest.files[name]
             with opened(self._path, name) as file:
                 check_size(name, stamp, fstat(file.fileno()).st_size)
                 check_digest(name, stamp, file_digest(file, "sha256").hexdigest())
-        return sha256(self._manifest.to_bytes()).hexdigest()
+        return sha256(self.manifest.to_bytes()).hexdigest()
 
     def _share(self) -> list[str]:
-        """Share out the files, the largest first, each to the rank with the fewest bytes so far."""
+        """Assign files to ranks, largest first, each to the rank with the fewest bytes so far."""
         loads, own = [0] * self._ranks.size, []
-        for name, stamp in sorted(self._manifest.files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
+        for name, stamp in sorted(self.manifest.files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
             rank = loads.index(min(loads))
             loads[rank] += stamp.num_bytes
             if rank == self._ranks.rank:
@@ -121,19 +178,20 @@ class _Loading:
         return own
 
     def agree(self, digests: list[str]) -> list[None]:
-        """Make sure that all ranks have seen one manifest. First rank."""
+        """Check that all ranks have read the same manifest. First rank."""
         if len(set(digests)) > 1:
             raise IntegrityError("manifest.json is not the same on all ranks")
         return [None] * len(digests)
 
     def plan(self) -> None:
-        """Read the values and the headers, and find what this rank needs; nothing is filled yet."""
-        held: dict[str, list[_Piece]] = defaultdict(list)
-        for name, stamp in self._manifest.files.items():
+        """Read the values and the headers, and plan the slices that this rank reads; fills nothing."""
+        check_shards("the tensors to fill", self._tensors)
+        held: dict[str, list[_StoredShard]] = defaultdict(list)
+        for name, stamp in self.manifest.files.items():
             if name.endswith(".json"):
                 self._values[name.removesuffix(".json")] = parsed(name, checked_bytes(self._path, name, stamp))
             else:
-                for held_name, piece in _pieces(self._path, name):
+                for held_name, piece in _stored_shards(self._path, name):
                     held[held_name].append(piece)
         for name, tensor in self._tensors.items():
             self._check(name, tensor, held.get(name, []))
@@ -143,7 +201,7 @@ class _Loading:
         for item in self._planner.finish_plan(self._planner.create_local_plan()).items:
             self._items.setdefault(metadata.storage_data[item.storage_index], []).append(item)
 
-    def _check(self, name: str, tensor: Tensor, pieces: list[_Piece]) -> None:
+    def _check(self, name: str, tensor: Tensor, pieces: list[_StoredShard]) -> None:
         if not pieces:
             raise ValueError(f"checkpoint {self._path.name} has no tensor called {name}: it is of another model.")
         if len({piece.part for piece in pieces}) > 1:
@@ -154,8 +212,11 @@ class _Loading:
                 f"{name} has the shape {list(pieces[0].place.shape)} in checkpoint {self._path.name}, not "
                 f"{list(tensor.shape)}."
             )
-        if dtypes := {piece.dtype for piece in pieces} - {tensor.dtype}:
-            raise ValueError(f"{name} is {dtypes.pop()} in checkpoint {self._path.name}, not {tensor.dtype}.")
+        dtypes = {piece.dtype for piece in pieces}
+        if len(dtypes) > 1:
+            raise IntegrityError(f"{name} has pieces of several dtypes")
+        if (dtype := dtypes.pop()) != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
+            raise ValueError(f"{name} is {dtype} in checkpoint {self._path.name}, not {tensor.dtype}.")
 
     def fill(self) -> None:
         """Copy the slices."""
@@ -168,14 +229,14 @@ class _Loading:
                     self._planner.resolve_tensor(item).detach().copy_(piece)
 
     def contents(self) -> Contents:
-        """Give what the checkpoint holds."""
+        """Return the contents of the checkpoint."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, part in self._parts.items():
             tensors.setdefault(part, {})[name] = self._tensors[name]
-        return Contents(self._manifest.step, self._manifest.run_id, tensors, self._values)
+        return Contents(self.manifest.step, self.manifest.run_id, tensors, self._values)
 
-    def give_up(self, reason: str) -> str:
-        """Make the sentence."""
+    def failure_message(self, reason: str) -> str:
+        """Return the message of an error."""
         return f"checkpoint {self._path} cannot be used: {reason}."
 
 
@@ -192,19 +253,19 @@ def _header(path: Path, name: str) -> Iterator[Any]:
         raise IntegrityError(f"{name} cannot be read: {os_reason(error)}") from error
 
 
-def _pieces(path: Path, name: str) -> Iterator[tuple[str, _Piece]]:
+def _stored_shards(path: Path, name: str) -> Iterator[tuple[str, _StoredShard]]:
     with _header(path, name) as file:
-        tensors = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118, it is no mapping
+        tensors = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118, not a mapping
         places = from_header(name, file.metadata(), tensors)
         part = name.removesuffix(".safetensors") if places is None else part_of(name)
         for tensor, view in tensors.items():
             sizes = tuple(view.get_shape())
             place = ShardInfo(sizes, (0,) * len(sizes)) if places is None else places[tensor]
-            yield tensor, _Piece(part, name, place, sizes, _DTYPES[view.get_dtype()])
+            yield tensor, _StoredShard(part, name, place, sizes, _DTYPES[view.get_dtype()])
 
 
-def _metadata(held: Mapping[str, list[_Piece]]) -> Metadata:
-    """Say it in the words of DCP; pieces without elements hold nothing."""
+def _metadata(held: Mapping[str, list[_StoredShard]]) -> Metadata:
+    """Describe shards in the classes of DCP, without those that have no elements."""
     tensors: dict[str, Any] = {}
     files: dict[MetadataIndex, str] = {}
     for name, pieces in held.items():

@@ -1,11 +1,11 @@
-"""Write a checkpoint from several ranks, each its own shards: whole, or not there, and every rank knows which.
+"""Write a checkpoint from several ranks, each its own shards; it is complete or does not exist, on all ranks.
 
-every rank: what it holds → first rank: who writes what (DCP's planner), step-N.partial/
+every rank: its shards → first rank: which rank writes which (DCP's planner), step-N.partial/
 every rank: its files, hashed and synced → first rank: values, manifest.json → step-N/ → parent synced
 
-The planner of `torch.distributed.checkpoint` says who writes which shard, each once. The files are our own: its writers
-give no digest of what they meant to write, and hold a rank's share in memory several times. So is what the ranks tell
-each other: its `save` sends pickled exceptions with tracebacks, and raises a BaseException of all of them.
+The planner of `torch.distributed.checkpoint` assigns each shard to one rank. The files are written here: its writers
+return no digest of the bytes they write, and hold a rank's share in memory several times. The messages are sent here
+too: its `save` sends pickled exceptions with tracebacks, and raises a BaseException of all of them.
 """
 
 from collections.abc import Mapping
@@ -43,47 +43,47 @@ def write_sharded(
     values: Mapping[str, Any],
     group: "ProcessGroup | None" = None,
 ) -> Path:
-    """Write ``folder/step-N`` together; it is there with everything in it, durably, or it is not there. Collective.
+    """Write ``folder/step-N``, which is then complete and durable, or does not exist. Collective.
 
-        read(write_sharded(folder, step, run_id=run_id, tensors=tensors, values=values)) gives whole tensors
+        read(write_sharded(folder, step, run_id=run_id, tensors=tensors, values=values)) returns whole tensors
 
-    What `bigbatch.lm.checkpoint.write` promises holds here, with one file for each part and rank, such as
-    model-rank-0-of-2.safetensors. Replicas are written once. A rank that cannot write makes all of them raise the same
-    sentence. Four messages a rank; none waits for a rank that failed, and one that was killed is the launcher's to end.
+    The guarantees of `bigbatch.lm.checkpoint.write` hold, with one file for each part and rank, such as
+    model-rank-0-of-2.safetensors. Replicas are written once. If a rank cannot write, all ranks raise the same message.
+    Four messages per rank; no rank waits for one that failed, and the launcher must end the others if one is killed.
 
     Args:
-        folder: Of the checkpoints, the same on all ranks and on a file system that all of them see.
-        step: Updates that were done.
-        run_id: Of the run; a checkpoint of another is not overwritten.
-        tensors: ``tensors["model"][name]``: DTensors, of which every rank writes what it holds, and plain tensors, of
-            which the first rank's are written. No name is in two parts.
-        values: As `bigbatch.lm.checkpoint.write` takes them; the first rank's are written.
-        group: All ranks that hold a shard; None for all there are.
+        folder: The folder of the checkpoints, the same on all ranks, on a shared file system.
+        step: Number of updates done.
+        run_id: Identifier of the run; a checkpoint of another run is not overwritten.
+        tensors: ``tensors["model"][name]``: DTensors, of which every rank writes its shards, and plain tensors, which
+            the first rank writes. No name is in two parts.
+        values: As for `bigbatch.lm.checkpoint.write`; the first rank writes them.
+        group: All ranks that hold a shard; None for all ranks.
 
     Returns:
         The folder of the checkpoint, on every rank.
 
     Raises:
-        TypeError, ValueError: Something cannot be stored so that it comes back the same; nothing was written.
-        CheckpointError: A rank could not write, or the place is another run's. The message names the rank and what
-            stays valid; nothing is left of what was begun, where that can be.
+        TypeError, ValueError: A value would not survive a round trip; nothing was written.
+        CheckpointError: A rank could not write, or a checkpoint of another run exists. The message names the rank and
+            the last valid checkpoint. Partly written files are removed where possible.
     """
     ranks = RankGroup(group)
-    writing = _Writing(folder, step, run_id, tensors, values, ranks)
+    write = _ShardedWrite(folder, step, run_id, tensors, values, ranks)
     try:
-        plan = ranks.run_together(writing.propose, writing.begin, writing.give_up)
+        plan = ranks.run_together(write.propose, write.begin, write.failure_message)
         if plan is not None:
-            ranks.run_together(partial(writing.write_own, plan), writing.finish, writing.give_up)
+            ranks.run_together(partial(write.write_own, plan), write.finish, write.failure_message)
     except ConnectionError as error:
-        raise CheckpointError(writing.give_up(str(error))) from error
+        raise CheckpointError(write.failure_message(str(error))) from error
     except BaseException:
-        writing.clear()
+        write.clear()
         raise
-    return writing.target
+    return write.target
 
 
-class _Writing:
-    """One checkpoint that is being written, as one rank sees it."""
+class _ShardedWrite:
+    """The state of one write on one rank."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class _Writing:
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def propose(self) -> SavePlan:
-        """Check everything that this rank is to write, and say which shards it holds."""
+        """Check the tensors and values of this rank, and return the plan for its shards."""
         check_names(self._step, self._run_id)
         held: dict[str, Tensor] = {}
         for part, named in self._tensors.items():
@@ -119,7 +119,7 @@ class _Writing:
         return self._planner.create_local_plan()
 
     def begin(self, plans: list[SavePlan]) -> list[SavePlan | None]:
-        """Decide who writes what, and make the folder; nobody writes what is there already. First rank."""
+        """Assign shards to ranks and create the folder; assign nothing if the checkpoint exists. First rank."""
         try:
             decided, _ = self._planner.create_global_plan(plans)
         except (AssertionError, ValueError) as error:
@@ -133,7 +133,7 @@ class _Writing:
         return list(decided)
 
     def write_own(self, plan: SavePlan) -> _Stamps:
-        """Write the shards of this rank, a file for each part, and say what the files must be."""
+        """Write the shards of this rank, one file per part; return the size and SHA-256 of each file."""
         pieces: dict[str, Tensor] = {}
         places: dict[str, ShardInfo] = {}
         for item in self._planner.finish_plan(plan).items:
@@ -155,7 +155,7 @@ class _Writing:
         return stamps
 
     def finish(self, written: list[_Stamps]) -> list[None]:
-        """Write the values and the manifest of what all ranks wrote, and give the folder its name. First rank."""
+        """Write the values and the manifest of the files of all ranks, and rename the folder. First rank."""
         stamps = {file: Stamp(*stamp) for own in written for file, stamp in own.items()}
         for file, stamp in stamps.items():
             if not (self._aside / file).is_file() or (self._aside / file).stat().st_size != stamp.num_bytes:
@@ -165,13 +165,13 @@ class _Writing:
         sync_folder(self._folder.parent)
         return [None] * self._ranks.size
 
-    def give_up(self, reason: str) -> str:
-        """Remove what was begun and make the sentence about it."""
+    def failure_message(self, reason: str) -> str:
+        """Remove the partly written checkpoint and return the message of the error."""
         self.clear()
         return failure(self._folder, self.target, "written to", OSError(reason))
 
     def clear(self) -> None:
-        """Remove what was begun. First rank; the others leave it to that one."""
+        """Remove the partly written checkpoint, on the first rank only."""
         if self._ranks.rank == 0:
             with suppress(OSError):
                 remove(self._aside)
@@ -182,11 +182,11 @@ class _Writing:
 
 
 def check_shards(part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of which this rank's piece cannot be stored or filled; none is read.
+    """Reject tensors whose local shard cannot be stored or filled; reads no tensor.
 
     Raises:
         TypeError, ValueError: As `bigbatch.lm.checkpoint.safetensors_file.check_tensors` raises them for the local
-            pieces, or a DTensor is a sum that is not finished.
+            shards, or a DTensor is a partial sum.
     """
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):

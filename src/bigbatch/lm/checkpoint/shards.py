@@ -1,6 +1,7 @@
-"""Tensors in pieces: where each piece belongs, in the header of its file, and whole tensors from them.
+"""Shards of tensors: their offsets in the header of their file, and whole tensors joined from them.
 
-The header is what `torch.distributed.checkpoint.HuggingFaceStorageReader` reads, and the shape of the whole beside it.
+The header is the one that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads, plus the shape of the whole
+tensor.
 """
 
 import json
@@ -20,11 +21,11 @@ _FILE = re.compile(r"(.+)-rank-[0-9]+-of-[0-9]+\.safetensors", re.ASCII)
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """Where a piece of a tensor belongs.
+    """The place of a shard in its tensor.
 
     Attributes:
-        shape: Of the whole tensor.
-        saved_offsets: Of the first element of the piece in it, for each dimension.
+        shape: Shape of the whole tensor.
+        saved_offsets: Offset of the first element of the shard in each dimension.
     """
 
     shape: tuple[int, ...]
@@ -32,15 +33,20 @@ class ShardInfo:
 
 
 def piece_name(part: str, rank: int, size: int) -> str:
-    """Name the file of one rank, without its ending: ``model`` → ``model-rank-0-of-2``."""
+    """Return the file name of one rank, without its extension: ``model`` → ``model-rank-0-of-2``."""
     return f"{part}-rank-{rank}-of-{size}"
 
 
+def is_piece(file: str) -> bool:
+    """Return whether a file has the name of one rank's shards."""
+    return _FILE.fullmatch(file) is not None
+
+
 def part_of(file: str) -> str:
-    """Give the part that a file of one rank belongs to.
+    """Return the part that a file of one rank belongs to.
 
     Raises:
-        UntrustedError: It has no such name.
+        IntegrityError: Its name is not that of a file of one rank.
     """
     if not (match := _FILE.fullmatch(file)):
         raise IntegrityError(f"{file} holds pieces of tensors and has no name of such a file")
@@ -48,16 +54,16 @@ def part_of(file: str) -> str:
 
 
 def to_header(places: Mapping[str, ShardInfo]) -> dict[str, str]:
-    """Make the notes in the header of a file of pieces."""
+    """Return the metadata in the header of a file of shards."""
     described = {name: asdict(place) for name, place in sorted(places.items())}
     return {"format": "pt", "DCP_VERSION": "1.0", _PLACES: json.dumps(described, ensure_ascii=False)}
 
 
 def from_header(file: str, notes: Mapping[str, str] | None, names: Iterable[str]) -> dict[str, ShardInfo] | None:
-    """Read where the tensors of a file belong; None if they are whole.
+    """Return the places of the tensors of a file, from its metadata; None if they are whole.
 
     Raises:
-        UntrustedError: The header says it in no way that can be understood.
+        IntegrityError: The metadata cannot be parsed.
     """
     if not notes or _PLACES not in notes:
         return None
@@ -78,10 +84,10 @@ def _whole(numbers: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_cover(name: str, pieces: Sequence[tuple[ShardInfo, Sequence[int]]]) -> None:
-    """Make sure that pieces, each with its own shape, fill a tensor exactly.
+    """Check that shards, each with its own shape, cover a tensor exactly once.
 
     Raises:
-        UntrustedError: Some of it is missing, or there twice, or outside, or the pieces are of several tensors.
+        IntegrityError: Elements are missing, covered twice or out of bounds, or the shards are of several tensors.
     """
     shape = pieces[0][0].shape
     boxes = []
@@ -102,7 +108,7 @@ def check_cover(name: str, pieces: Sequence[tuple[ShardInfo, Sequence[int]]]) ->
     for index, box in enumerate(boxes):
         for other in boxes[index + 1 :]:
             if other and other[0][0] >= box[0][1]:
-                break  # so do all that come after it
+                break  # and so do all later ones
             if all(start < end for start, end in _shared(box, other)):
                 raise IntegrityError(f"{name} has pieces that overlap")
 
@@ -112,10 +118,10 @@ def _shared(box: list[tuple[int, int]], other: list[tuple[int, int]]) -> list[tu
 
 
 def join_shards(name: str, pieces: Sequence[tuple[ShardInfo, Tensor]]) -> Tensor:
-    """Put a tensor together on the CPU.
+    """Join a tensor on the CPU.
 
     Raises:
-        UntrustedError: The pieces do not fill it exactly, or have several dtypes.
+        IntegrityError: The shards do not cover it exactly once, or have several dtypes.
     """
     check_cover(name, [(place, piece.shape) for place, piece in pieces])
     if len({piece.dtype for _, piece in pieces}) > 1:

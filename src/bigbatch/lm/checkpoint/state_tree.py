@@ -1,6 +1,6 @@
-"""State as files can hold it: tensors apart from plain values, and back.
+"""State in a form that files can store: tensors separated from plain values, and joined again.
 
-tree → values with a mark where a tensor was, tensors by the place of the mark → tree
+tree → values with a placeholder for each tensor, tensors by the path of the placeholder → tree
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
 
 
 def split_tensors(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split a tree of dictionaries, lists and tuples into what JSON can hold and its tensors.
+    """Split a tree of dictionaries, lists and tuples into values that JSON can store and tensors by path.
 
-    Tuples and dictionaries whose keys are no strings are marked, so that `join_tensors` gives them back as they were.
+    Tuples and dictionaries with other keys than strings are marked, so that `join_tensors` restores them.
 
     Raises:
         TypeError: A leaf is neither a tensor nor None, a bool, a number or a string.
@@ -26,7 +26,7 @@ def split_tensors(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def _values(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
-        while place in tensors:  # keys such as 1 and "1", or one with a slash in it
+        while place in tensors:  # keys such as 1 and "1", or one that contains a slash
             place += "'"
         tensors[place] = node
         return {_TENSOR: place}
@@ -43,7 +43,7 @@ def _values(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def join_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Give back the tree that `split_tensors` split."""
+    """Return the tree that `split_tensors` split."""
     if isinstance(values, dict):
         if _TENSOR in values:
             return tensors[values[_TENSOR]]
@@ -58,13 +58,13 @@ def join_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def copy_to_cpu(tree: Any) -> Any:
-    """Copy the tensors of a tree to the CPU, so that later updates do not reach them."""
+    """Return a tree with its tensors copied to the CPU, where later updates do not change them."""
     values, tensors = split_tensors(tree)
     return join_tensors(values, {place: t.detach().to("cpu", copy=True) for place, t in tensors.items()})
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Tell whether two trees are the same to the last bit."""
+    """Return whether two trees are equal to the last bit."""
     (values, tensors), (others, theirs) = split_tensors(one), split_tensors(other)
     return (
         repr(values) == repr(others)
@@ -76,5 +76,5 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Give the bytes of a tensor, uint8 ``[bytes]`` on the CPU."""
+    """Return the bytes of a tensor, uint8 ``[bytes]`` on the CPU."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Write a checkpoint: aside, synced, and under its name only when all of it is on disk."""
+"""Write a checkpoint under a temporary name, sync it, and rename it when all of it is on disk."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Parts = Mapping[str, Callable[[HashedFile], None]]
-"""What writes each file of a checkpoint, by the name of the file."""
+"""A function that writes each file of a checkpoint, by file name."""
 
 
 def write(
@@ -32,29 +32,29 @@ def write(
     tensors: "Mapping[str, Mapping[str, Tensor]]",
     values: Mapping[str, Any],
 ) -> Path:
-    """Write ``folder/step-N``; it is there with everything in it, durably, or it is not there.
+    """Write ``folder/step-N``, which is then complete and durable, or does not exist.
 
-        read(write(folder, step, run_id=run_id, tensors=tensors, values=values)) gives the same back
+        read(write(folder, step, run_id=run_id, tensors=tensors, values=values)) returns the same contents
 
-    One that is there already, whole and of this run, is left alone, whatever it was to hold now; one that is broken is
-    replaced. What killed processes left is removed first.
+    An existing valid checkpoint of this run is left as it is, whatever the arguments; an invalid one is replaced.
+    Leftovers of killed processes are removed first.
 
     Args:
-        folder: Of the checkpoints; the one that it lies in is there.
-        step: Updates that were done.
-        run_id: Of the run; a checkpoint of another is not overwritten.
+        folder: The folder of the checkpoints; its parent exists.
+        step: Number of updates done.
+        run_id: Identifier of the run; a checkpoint of another run is not overwritten.
         tensors: ``tensors["model"]`` becomes model.safetensors: plain tensors of any device, shape and strides, copied
-            to the CPU one at a time. Names that share a storage come back as tensors of their own.
-        values: ``values["state"]`` becomes state.json, as `to_json` takes it: floats to the last bit, keys that are
-            str, no tuples.
+            to the CPU one at a time. Tensors that share a storage are loaded as separate tensors.
+        values: ``values["state"]`` becomes state.json, as `to_json` accepts it: floats to the last bit, str keys, no
+            tuples.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        TypeError, ValueError: Something cannot be stored so that it comes back the same; nothing was written.
-        CheckpointError: The system would not take it, or the place is another run's; what stays valid is said, and
-            nothing is left of what was begun, where that can be.
+        TypeError, ValueError: A value would not survive a round trip; nothing was written.
+        CheckpointError: The system failed to write it, or a checkpoint of another run exists; the message names the
+            last valid checkpoint. Partly written files are removed where possible.
     """
     check_names(step, run_id)
     parts = _parts(tensors, values)
@@ -73,10 +73,10 @@ def write(
 
 
 def check_names(step: int, run_id: str) -> None:
-    """Refuse a step or a run that no checkpoint can be of.
+    """Validate the step and the identifier of a run.
 
     Raises:
-        ValueError: It is one.
+        ValueError: One is invalid.
     """
     if step < 0:
         raise ValueError(f"step={step} cannot be the number of updates done: pass 0 or more.")
@@ -85,7 +85,7 @@ def check_names(step: int, run_id: str) -> None:
 
 
 def _parts(tensors: "Mapping[str, Mapping[str, Tensor]]", values: Mapping[str, Any]) -> Parts:
-    """Check everything that is to be written, and say how."""
+    """Check tensors and values; return the functions that write them."""
     parts = dict(value_parts(values))
     if tensors:
         from bigbatch.lm.checkpoint.safetensors_file import check_tensors, write_tensors  # brings torch
@@ -97,10 +97,10 @@ def _parts(tensors: "Mapping[str, Mapping[str, Tensor]]", values: Mapping[str, A
 
 
 def value_parts(values: Mapping[str, Any]) -> Parts:
-    """Check the values that are to be written, and say how.
+    """Check values; return the functions that write them.
 
     Raises:
-        TypeError, ValueError: JSON would change one, or it has a name that no file can have.
+        TypeError, ValueError: JSON would change a value, or its name is not valid as a file name.
     """
     return {
         file_name(name, "json"): partial(HashedFile.write, data=to_json(name, value)) for name, value in values.items()
@@ -108,10 +108,10 @@ def value_parts(values: Mapping[str, Any]) -> Parts:
 
 
 def is_there(target: Path, run_id: str) -> bool:
-    """Tell whether a checkpoint is there already, whole and of this run.
+    """Return whether a valid checkpoint of this run exists already.
 
     Raises:
-        CheckpointError: It is whole, and of another run.
+        CheckpointError: A valid checkpoint of another run exists.
     """
     try:
         owner = verified(target).run_id
@@ -126,7 +126,7 @@ def is_there(target: Path, run_id: str) -> bool:
 
 
 def _write_aside(target: Path, parts: Parts, *, step: int, run_id: str) -> None:
-    """Write step-N.partial and give it its name; whatever fails, it does not stay behind."""
+    """Write step-N.partial and rename it; remove it after any failure."""
     aside = target.with_name(target.name + PARTIAL)
     try:
         aside.mkdir()
@@ -152,10 +152,10 @@ def complete(aside: Path, target: Path, stamps: Mapping[str, Stamp], *, step: in
 
 
 def write_file(path: Path, write_part: Callable[[HashedFile], None]) -> Stamp:
-    """Write a file that is not there yet, bring it to the disk, and say what it must be.
+    """Create a file, sync it to the disk, and return its size and SHA-256.
 
     Raises:
-        OSError: The system would not take it; what there is of it stays.
+        OSError: The system failed to write it; a partly written file stays.
     """
     with new_file(path) as file:
         write_part(file)

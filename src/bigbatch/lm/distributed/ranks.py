@@ -3,14 +3,15 @@
 global window → share → this rank's samples;    model → spread → how its gradients cross ranks
 """
 
-import copy
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.distributed.detect import detect_sync
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
@@ -85,8 +86,15 @@ class RankContext:
                     "settings, data, model and versions."
                 )
 
-    def parallelize(self, model: Any) -> GradientSync | SyncPolicy | None:
-        """Spread a model over the ranks, before its optimizer is made; give what an engine is told. Collective.
+    def parallelize(self, model: Any, device: torch.device) -> GradientSync | SyncPolicy | None:
+        """Replicate or shard a model over the ranks, before its optimizer is made. Collective.
+
+        Args:
+            model: On the device; or on the meta device if it is sharded, which it stays.
+            device: Of this rank.
+
+        Returns:
+            What `bigbatch.Engine` accepts as ``sync``.
 
         Raises:
             InputError: It cannot be sharded.
@@ -96,10 +104,27 @@ class RankContext:
         if not self.are_sharded:
             return Replicated(model)
         try:
-            _shard(model, self)
+            _shard(model, self, device.type)
             return detect_sync(model)
         except (ValueError, TypeError, AssertionError) as error:
             raise InputError(f"--parallel {self.parallel} is not there for this model: {first_line(error)}.") from error
+
+    @contextmanager
+    def raise_together(self) -> Iterator[None]:
+        """Raise on every rank if any rank raises an `InputError` in the block. Collective at its end.
+
+        Raises:
+            InputError: That of the first rank that raised one.
+        """
+        error: InputError | None = None
+        try:
+            yield
+        except InputError as raised:
+            error = raised
+        messages = self.all_gather(None if error is None else str(error))
+        first = next((message for message in messages if message is not None), None)
+        if first is not None:
+            raise InputError(first) from error
 
     def all_gather(self, value: Any) -> list[Any]:
         """Give what every rank has, in their order. Collective."""
@@ -117,34 +142,37 @@ class RankContext:
 SINGLE_PROCESS = RankContext()
 
 
-def copy_to_meta(model: Any) -> Any:
-    """Copy a model without its weights, to put them in again after it was sharded."""
-    weights = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo=dict(weights))
-
-
 def gather_full_model(model: Any, empty: Any) -> Any:
-    """Give a sharded model whole, on the host of the first rank; elsewhere what is given is empty. Collective.
+    """Gather a sharded model on the host of the first rank, tensor by tensor. Collective.
+
+    A device holds one whole tensor at a time.
 
     Args:
         model: With shards of its weights.
-        empty: A `hollow` of it, which receives them.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        empty: A copy of it on the meta device, made before it was sharded; receives the weights.
 
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if state:
-        empty.load_state_dict(state, assign=True)
+    Returns:
+        ``empty``; on the other ranks, still without weights.
+    """
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[Tensor, Tensor] = {}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if tensor not in whole:  # tied tensors are gathered once
+            gathered = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+            whole[tensor] = gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0)
+    if dist.get_rank() == 0:
+        empty.load_state_dict({name: whole[tensor] for name, tensor in state.items()}, assign=True)
         empty.tie_weights()
     return empty
 
 
-def _shard(model: Any, ranks: RankContext) -> None:
+def _shard(model: Any, ranks: RankContext, kind: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    kind = next(model.parameters()).device.type
     if ranks.parallel == "fsdp":
         mesh = init_device_mesh(kind, (ranks.size,))
     else:
@@ -153,5 +181,7 @@ def _shard(model: Any, ranks: RankContext) -> None:
             raise ValueError("it shards within each machine and there is one, so say fsdp")
         mesh = init_device_mesh(kind, (machines, ranks.local_size), mesh_dim_names=("replicas", "shards"))
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in (*layers, model):
-        fully_shard(layer, mesh=mesh)
+    # peft generates text by calling the base model, whose own hooks then have to gather the embeddings.
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in (*layers, root):
+        fully_shard(module, mesh=mesh)

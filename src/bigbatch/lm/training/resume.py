@@ -88,23 +88,26 @@ def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
 
 
 def run_facts(setup: TrainingSetup) -> dict[str, Any]:
-    """Give what a run is made of besides its settings, as a checkpoint keeps it."""
+    """Return what a run is made of besides its settings, as a checkpoint stores it.
+
+    The fingerprint of the weights that are not trained is None until the weights of a sharded model are loaded.
+    """
     return {
         "settings": {name: getattr(setup.config, name) for name in NEEDS_PERMISSION},
         "data_sha256": setup.training.fingerprint(),
         "num_samples": len(setup.training),
         "vocabulary_sha256": sha256(json.dumps(sorted(setup.tokenizer.get_vocab().items())).encode()).hexdigest(),
         "weights_dtype": str(setup.device_spec.weights_dtype),
-        "frozen_sha256": frozen_fingerprint(setup.model),
+        "frozen_sha256": None if setup.weights is not None else frozen_fingerprint(setup.model),
     }
 
 
 def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what has to be the same on all ranks of a run, by the name that a user knows it by.
+    """Return what must be the same on all ranks of a run, by the name that a user knows it by.
 
     Args:
         setup: On this rank.
-        facts: What `run_facts` gave of it.
+        facts: What `run_facts` returned for it.
     """
     settings = setup.config.model_dump(mode="json", exclude={"device", "out"})
     tensors = [(n, str(t.dtype), list(t.shape), t.requires_grad) for n, t in setup.model.named_parameters()]
@@ -113,6 +116,7 @@ def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str,
         "the samples": facts["data_sha256"],
         "the tokenizers": facts["vocabulary_sha256"],
         "the parameters of the models": sha256(json.dumps(tensors).encode()).hexdigest(),
+        "the weights of the models": None if setup.weights is None else setup.weights.fingerprint(),
         "the weights that are not trained": facts["frozen_sha256"],
         "the versions": [__version__, torch.__version__],
     }

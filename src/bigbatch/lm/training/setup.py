@@ -12,11 +12,13 @@ from bigbatch.lm.data.dataset import TokenDataset, encode, split_documents
 from bigbatch.lm.data.sources import Document, read_corpus
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
 from bigbatch.lm.device import DeviceSpec, resolve_device
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.generation import prompt_tokens
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
-from bigbatch.lm.model.setup import ModelSetup, set_up_model
+from bigbatch.lm.model.setup import ModelSetup, set_up_meta_model, set_up_model
+from bigbatch.lm.model.weights import Weights, empty_copy, empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +42,9 @@ class TrainingSetup:
         config: With every default written out.
         device_spec: Device and precision.
         tokenizer: Of the model.
-        model_setup: The model, in training mode and on the device, and how it is run.
+        model_setup: The model, in training mode and on the device, and how it is run. Of a sharded run, the parameters
+            are on the meta device until the trainer shards the model.
+        weights: What their values are loaded from then; None otherwise.
         training: What is learned from.
         validation: What is not; None where there is too little data to keep any apart.
         notes: Sentences with the counts of what was read, cut and left out.
@@ -53,10 +57,11 @@ class TrainingSetup:
     training: TokenDataset
     validation: TokenDataset | None
     notes: tuple[str, ...]
+    weights: Weights | None = None
 
     @property
     def model(self) -> Any:
-        """In training mode, on the device, in the precision's dtype, with its adapters."""
+        """The model of `model_setup`: in training mode, in the precision's dtype, with its adapters."""
         return self.model_setup.model
 
     @property
@@ -70,11 +75,17 @@ class TrainingSetup:
         return self.model_setup.collate
 
 
-def set_up_training(config: TrainConfig, *, progress: ProgressCallback = _no_progress) -> TrainingSetup:
+def set_up_training(
+    config: TrainConfig, *, ranks: RankContext = SINGLE_PROCESS, progress: ProgressCallback = _no_progress
+) -> TrainingSetup:
     """Read the data, make or load tokenizer and model, and put them on the device.
+
+    Where the ranks shard the model, no rank puts the whole of it on its device: it stays on the meta device, and
+    `bigbatch.lm.training.trainer.Trainer` loads the shards. Nothing here is collective.
 
     Args:
         config: What is asked for.
+        ranks: The processes of the run, with which the trainer is made.
         progress: Told what goes on.
 
     Raises:
@@ -87,23 +98,31 @@ def set_up_training(config: TrainConfig, *, progress: ProgressCallback = _no_pro
     progress(f"reading {config.data}")
     corpus = read_corpus(config.data, skip_broken=config.skip_broken)
     documents, held_out = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
+    weights: Weights | None = None
     if tokenizer is None:
         progress("training a tokenizer")
         tokenizer, model = _make_tiny(config, device_spec, documents)
+        if ranks.are_sharded:
+            model, weights = empty_copy(model)
     else:
         progress(f"loading {config.model}")
-        model = load_model(config.model, dtype=device_spec.weights_dtype)
+        if ranks.are_sharded:
+            model, weights = empty_model(config.model, dtype=device_spec.weights_dtype)
+        else:
+            model = load_model(config.model, dtype=device_spec.weights_dtype)
         config = _fit(config, model, tokenizer)
     prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
     training, validation, notes = _encode(config, tokenizer, documents, held_out, progress)
-    assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
-    model = model.to(device_spec.device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(max(part.lengths) for part in (training, validation) if part is not None)
     progress("trying how the model runs best")
-    model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
+    if weights is None:
+        model = model.to(device_spec.device)
+        model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
+    else:
+        model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
     notes = [*corpus.notes, *notes, *model_setup.notes]
-    return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes))
+    return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes), weights)
 
 
 def _make_tiny(config: TrainConfig, device_spec: DeviceSpec, documents: Sequence[Document]) -> tuple[Any, Any]:

@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError
 
 from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError
-from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint
-from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, copy_to_meta, gather_full_model
+from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint, frozen_fingerprint
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_full_model
 from bigbatch.lm.files import os_reason
+from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.model.pretrained import save_model
+from bigbatch.lm.model.weights import load_shards
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.training.autotune import choose_microbatch
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
@@ -70,8 +72,12 @@ class Trainer:
         self.schedule = TrainingSchedule(self.config, setup.training.lengths, step=done.step, cursor=done.cursor)
         self.total_steps, self.warmup_steps = self.schedule.total_steps, self.schedule.warmup_steps
         self.model_setup = setup.model_setup
-        self._hollow = copy_to_meta(setup.model) if ranks.are_sharded else None
-        sync = ranks.parallelize(setup.model)
+        self._meta_model = copy_to_meta(setup.model) if ranks.are_sharded else None
+        sync = ranks.parallelize(setup.model, setup.device_spec.device)
+        if setup.weights is not None:
+            with ranks.raise_together():
+                load_shards(setup.model, setup.weights, setup.device_spec.device)
+            self.facts["frozen_sha256"] = frozen_fingerprint(setup.model)
         self.optimizer = make_optimizer(setup.model, self.config, setup.device_spec)
         if checkpoint is None:  # a saved optimizer is scaled already
             self.config.batch_scaling().apply(self.optimizer)
@@ -192,7 +198,7 @@ class Trainer:
         if self.model_setup.layers is not None and is_chosen:
             self.model_setup.layers.set_checkpointing(checkpoint.checkpointing_mode)
         try:
-            self.engine.load_state_dict(checkpoint.engine_of(self.ranks, [self.setup.device_spec.device]))
+            checkpoint.restore(self.engine, self.optimizer, self.ranks, self.setup.device_spec.device)
         except ValueError as error:
             raise InputError(f"{checkpoint.path} is not of this model: {error}") from error
         now = replace(checkpoint.progress)
@@ -257,8 +263,8 @@ class Trainer:
 
     def _save_model(self, directory: RunDirectory) -> None:
         model = self.setup.model
-        if self._hollow is not None:
-            model = gather_full_model(model, self._hollow)
+        if self._meta_model is not None:
+            model = gather_full_model(model, self._meta_model)
         if not self.ranks.is_first:
             return
         try:
