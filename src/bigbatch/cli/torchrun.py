@@ -125,7 +125,7 @@ def fail_together(ranks: "RankContext", command: str) -> Iterator[None]:
         failure = exit_for(error)
         if ranks.size == 1 or failure is None:
             raise
-    failures = ranks.all_gather(failure)
+    failures = [other and tuple(other) for other in ranks.all_gather(failure)]
     first = next((other for other in failures if other is not None), None)
     if first is None:
         return

@@ -128,6 +128,20 @@ def fail_together(announce: Callable[[], object]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def raise_together(ranks: RankGroup, error_class: type[Exception]) -> Iterator[None]:
+    """Raise ``error_class`` on all ranks, with the first message, if the block does on any. Collective at its end."""
+    error: Exception | None = None
+    try:
+        yield
+    except error_class as raised:
+        error = raised
+    messages = ranks.all_gather(None if error is None else str(error))
+    first = next((message for message in messages if message is not None), None)
+    if first is not None:
+        raise error_class(first) from error
+
+
 def run_on_first_rank(ranks: RankGroup, function: Callable[[], T]) -> T:
     """Call a function on the first rank, and return its JSON value on every rank. Collective.
 

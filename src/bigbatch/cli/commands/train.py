@@ -56,7 +56,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
     console = make_console(quiet=not ranks.is_first)
     config = with_local_device(config, ranks)
     enable_determinism(config)
-    path = ranks.broadcast(config.out or default_path(config.model, config.data))
+    path = Path(ranks.broadcast(str(config.out or default_path(config.model, config.data))))
     with fail_together(ranks, "train"):
         check_log(config.log)
         if ranks.is_first:

@@ -22,7 +22,7 @@ from bigbatch.lm.checkpoint import newest, prune, read, write
 from bigbatch.lm.checkpoint.manifest import Manifest
 from bigbatch.lm.checkpoint.sharded_reader import newest_together, read_into
 from bigbatch.lm.checkpoint.sharded_writer import write_sharded
-from bigbatch.lm.checkpoint.state_tree import bits, copy_to_cpu, join_tensors, split_tensors
+from bigbatch.lm.checkpoint.state_tree import bits, copy_to_cpu, from_message, join_tensors, split_tensors, to_message
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.runs.directory import RunDirectory
@@ -189,14 +189,16 @@ class CheckpointManager:
             CheckpointError: This checkpoint or the previous one could not be written.
         """
         self._wait()
-        progress.metrics_bytes, progress.quarantine_bytes = self._directory.sync()
+        metrics_bytes, quarantine_bytes = self._directory.sync()
         whole = engine.state_dict()
         own = {name: whole[name] for name in BY_RANK}
-        of_ranks = [] if self._ranks.size == 1 else self._ranks.all_gather(copy_to_cpu(own))
+        of_ranks = (
+            [] if self._ranks.size == 1 else [from_message(each) for each in self._ranks.all_gather(to_message(own))]
+        )
         state = {
             "engine": whole,
             "ranks": of_ranks,
-            "progress": asdict(progress),
+            "progress": asdict(progress) | {"metrics_bytes": metrics_bytes, "quarantine_bytes": quarantine_bytes},
             "level": checkpointing_mode,
             "total_steps": self._total_steps,
             "facts": dict(self._facts),

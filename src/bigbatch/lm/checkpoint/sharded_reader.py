@@ -27,14 +27,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+from bigbatch.distributed.collective import RankGroup, rank_group, run_together
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint.catalog import numbered
-from bigbatch.lm.checkpoint.collective import RankGroup
 from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
 from bigbatch.lm.checkpoint.manifest import Manifest
 from bigbatch.lm.checkpoint.reader import Contents, checked_bytes, parsed
 from bigbatch.lm.checkpoint.safetensors_file import NAMES
-from bigbatch.lm.checkpoint.sharded_writer import check_shards
+from bigbatch.lm.checkpoint.sharded_writer import CHECKPOINT_ERRORS, check_shards
 from bigbatch.lm.checkpoint.shards import ShardInfo, check_cover, from_header, part_of
 from bigbatch.lm.files import os_reason
 
@@ -60,16 +60,15 @@ def newest_together(
         CheckpointError: The folder cannot be listed.
         ValueError: The ranks find different checkpoints in it.
     """
-    ranks = RankGroup(group)
+    ranks = rank_group(group)
+    together = partial(run_together, ranks, errors=CHECKPOINT_ERRORS)
     try:
-        names = ranks.run_together(
-            lambda: [path.name for path in numbered(folder)], partial(_check_same_names, folder), str
-        )
+        names = together(lambda: [path.name for path in numbered(folder)], partial(_check_same_names, folder), str)
         rejected: list[tuple[Path, str]] = []
         for path in (folder / name for name in reversed(names)):
             loading = _ShardedRead(path, {}, ranks)
             try:
-                ranks.run_together(loading.verify, loading.agree, loading.failure_message)
+                together(loading.verify, loading.agree, loading.failure_message)
             except IntegrityError as reason:
                 rejected.append((path, str(reason)))
             else:
@@ -119,13 +118,14 @@ def read_into(
             became unreadable after its verification.
         TypeError, ValueError: A tensor is missing in it, or has another shape or kind of dtype. No tensor was changed.
     """
-    ranks = RankGroup(group)
+    ranks = rank_group(group)
+    together = partial(run_together, ranks, errors=CHECKPOINT_ERRORS)
     loading = _ShardedRead(path, tensors, ranks, manifest)
     try:
         if manifest is None:
-            ranks.run_together(loading.verify, loading.agree, loading.failure_message)
-        ranks.run_together(loading.plan, list, loading.failure_message)
-        ranks.run_together(loading.fill, list, loading.failure_message)
+            together(loading.verify, loading.agree, loading.failure_message)
+        together(loading.plan, list, loading.failure_message)
+        together(loading.fill, list, loading.failure_message)
     except (IntegrityError, ConnectionError) as error:
         raise CheckpointError(loading.failure_message(str(error))) from error
     return loading.contents()

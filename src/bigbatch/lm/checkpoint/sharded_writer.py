@@ -8,7 +8,8 @@ return no digest of the bytes they write, and hold a rank's share in memory seve
 too: its `save` sends pickled exceptions with tracebacks, and raises a BaseException of all of them.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
+from bigbatch.distributed.collective import ERRORS, RankGroup, rank_group, run_together
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint.catalog import failure, remove_leftovers
-from bigbatch.lm.checkpoint.collective import RankGroup
+from bigbatch.lm.checkpoint.integrity import IntegrityError
 from bigbatch.lm.checkpoint.manifest import Stamp, file_name
 from bigbatch.lm.checkpoint.safetensors_file import check_tensors, write_tensors
-from bigbatch.lm.checkpoint.shards import ShardInfo, piece_name, to_header
+from bigbatch.lm.checkpoint.shards import ShardInfo, check_cover, piece_name, to_header
 from bigbatch.lm.checkpoint.writer import Parts, check_names, complete, is_there, value_parts, write_file
 from bigbatch.lm.files import remove, sync_folder
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _Stamps = dict[str, tuple[int, str]]
+_Shard = tuple[list[int], list[int], list[int]]  # shape of the whole tensor, offsets and sizes of the shard
+
+CHECKPOINT_ERRORS: tuple[type[Exception], ...] = (IntegrityError, *ERRORS)
 
 
 def write_sharded(
@@ -68,12 +72,13 @@ def write_sharded(
         CheckpointError: A rank could not write, or a checkpoint of another run exists. The message names the rank and
             the last valid checkpoint. Partly written files are removed where possible.
     """
-    ranks = RankGroup(group)
+    ranks = rank_group(group)
+    together = partial(run_together, ranks, errors=CHECKPOINT_ERRORS)
     write = _ShardedWrite(folder, step, run_id, tensors, values, ranks)
     try:
-        plan = ranks.run_together(write.propose, write.begin, write.failure_message)
-        if plan is not None:
-            ranks.run_together(partial(write.write_own, plan), write.finish, write.failure_message)
+        names = together(write.propose, write.begin, write.failure_message)
+        if names is not None:
+            together(partial(write.write_own, names), write.finish, write.failure_message)
     except ConnectionError as error:
         raise CheckpointError(write.failure_message(str(error))) from error
     except BaseException:
@@ -100,9 +105,11 @@ class _ShardedWrite:
         self._tensors, self._values, self._ranks = tensors, values, ranks
         self._parts: Parts = {}
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces: dict[str, Tensor] = {}
+        self._shards: dict[str, _Shard] = {}
 
-    def propose(self) -> SavePlan:
-        """Check the tensors and values of this rank, and return the plan for its shards."""
+    def propose(self) -> dict[str, _Shard]:
+        """Check the tensors and values of this rank, and return the shard that it holds of each tensor."""
         check_names(self._step, self._run_id)
         held: dict[str, Tensor] = {}
         for part, named in self._tensors.items():
@@ -116,33 +123,31 @@ class _ShardedWrite:
             self._parts = value_parts(self._values)
         own = {name: t for name, t in held.items() if isinstance(t, DTensor) or self._ranks.rank == 0}
         self._planner.set_up_planner(own, is_coordinator=self._ranks.rank == 0)
-        return self._planner.create_local_plan()
+        for item in self._planner.create_local_plan().items:
+            assert item.tensor_data is not None
+            chunk, piece = item.tensor_data.chunk, self._planner.resolve_data(item)
+            assert isinstance(piece, Tensor)
+            assert piece.shape == chunk.sizes
+            name = item.index.fqn
+            self._pieces[name] = piece
+            self._shards[name] = list(item.tensor_data.size), list(chunk.offsets), list(chunk.sizes)
+        return self._shards
 
-    def begin(self, plans: list[SavePlan]) -> list[SavePlan | None]:
+    def begin(self, held: list[dict[str, _Shard]]) -> Sequence[list[str] | None]:
         """Assign shards to ranks and create the folder; assign nothing if the checkpoint exists. First rank."""
-        try:
-            decided, _ = self._planner.create_global_plan(plans)
-        except (AssertionError, ValueError) as error:
-            raise ValueError(f"the shards of the ranks do not make whole tensors: {error}.") from error
+        assigned = _assign(held)
         remove_leftovers(self._folder)
         if is_there(self.target, self._run_id):
             self._sync()
             return [None] * self._ranks.size
         self._folder.mkdir(exist_ok=True)
         self._aside.mkdir()
-        return list(decided)
+        return assigned
 
-    def write_own(self, plan: SavePlan) -> _Stamps:
+    def write_own(self, names: list[str]) -> _Stamps:
         """Write the shards of this rank, one file per part; return the size and SHA-256 of each file."""
-        pieces: dict[str, Tensor] = {}
-        places: dict[str, ShardInfo] = {}
-        for item in self._planner.finish_plan(plan).items:
-            assert item.tensor_data is not None
-            piece, chunk = self._planner.resolve_data(item), item.tensor_data.chunk
-            assert isinstance(piece, Tensor)
-            assert piece.shape == chunk.sizes
-            pieces[item.index.fqn] = piece
-            places[item.index.fqn] = ShardInfo(tuple(item.tensor_data.size), tuple(chunk.offsets))
+        pieces = {name: self._pieces[name] for name in names}
+        places = {name: ShardInfo(tuple(shape), tuple(offsets)) for name, (shape, offsets, _) in self._shards.items()}
         stamps: _Stamps = {}
         for part, named in self._tensors.items():
             own = {name: pieces[name] for name in named if name in pieces}
@@ -179,6 +184,33 @@ class _ShardedWrite:
     def _sync(self) -> None:
         sync_folder(self._folder)
         sync_folder(self._folder.parent)
+
+
+def _assign(held: list[dict[str, _Shard]]) -> list[list[str]]:
+    """Assign each distinct shard to one of the ranks that hold it, the one with the fewest elements so far.
+
+    Raises:
+        ValueError: The shards of a tensor do not cover it.
+    """
+    holders: dict[str, dict[tuple[int, ...], list[int]]] = {}
+    for rank, shards in enumerate(held):
+        for name, (_, offsets, _) in shards.items():
+            holders.setdefault(name, {}).setdefault(tuple(offsets), []).append(rank)
+    loads = [0] * len(held)
+    assigned: list[list[str]] = [[] for _ in held]
+    for name, by_offsets in holders.items():
+        pieces = []
+        for ranks in by_offsets.values():
+            rank = min(ranks, key=loads.__getitem__)
+            shape, offsets, sizes = held[rank][name]
+            loads[rank] += math.prod(sizes)
+            assigned[rank].append(name)
+            pieces.append((ShardInfo(tuple(shape), tuple(offsets)), tuple(sizes)))
+        try:
+            check_cover(name, pieces)
+        except IntegrityError as error:
+            raise ValueError(f"the shards of the ranks do not make whole tensors: {error}.") from error
+    return assigned
 
 
 def check_shards(part: str, tensors: Mapping[str, Tensor]) -> None:

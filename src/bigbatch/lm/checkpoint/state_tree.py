@@ -3,6 +3,7 @@
 tree → values with a placeholder for each tensor, tensors by the path of the placeholder → tree
 """
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,21 @@ def copy_to_cpu(tree: Any) -> Any:
     """Return a tree with its tensors copied to the CPU, where later updates do not change them."""
     values, tensors = split_tensors(tree)
     return join_tensors(values, {place: t.detach().to("cpu", copy=True) for place, t in tensors.items()})
+
+
+def to_message(tree: Any) -> Any:
+    """Return a tree of plain values and small uint8 tensors, such as random states, as one JSON value."""
+    values, tensors = split_tensors(tree)
+    return [values, {place: base64.b85encode(bits(t).numpy().tobytes()).decode() for place, t in tensors.items()}]
+
+
+def from_message(message: Any) -> Any:
+    """Return the tree of `to_message`; its tensors are uint8 ``[bytes]`` on the CPU."""
+    values, encoded = message
+    tensors = {
+        place: torch.frombuffer(bytearray(base64.b85decode(text)), dtype=torch.uint8) for place, text in encoded.items()
+    }
+    return join_tensors(values, tensors)
 
 
 def equal(one: Any, other: Any) -> bool:

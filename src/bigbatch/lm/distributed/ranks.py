@@ -4,8 +4,8 @@ global window → share → this rank's samples;    model → spread → how its
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bigbatch.distributed.collective import RankGroup, raise_together, rank_group
 from bigbatch.distributed.detect import detect_sync
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.replicated import Replicated
@@ -109,34 +110,20 @@ class RankContext:
         except (ValueError, TypeError, AssertionError) as error:
             raise InputError(f"--parallel {self.parallel} is not there for this model: {first_line(error)}.") from error
 
-    @contextmanager
-    def raise_together(self) -> Iterator[None]:
-        """Raise on every rank if any rank raises an `InputError` in the block. Collective at its end.
-
-        Raises:
-            InputError: That of the first rank that raised one.
-        """
-        error: InputError | None = None
-        try:
-            yield
-        except InputError as raised:
-            error = raised
-        messages = self.all_gather(None if error is None else str(error))
-        first = next((message for message in messages if message is not None), None)
-        if first is not None:
-            raise InputError(first) from error
+    def raise_together(self) -> AbstractContextManager[None]:
+        """Raise on every rank if any rank raises an `InputError` in the block. Collective at its end."""
+        return raise_together(self._group(), InputError)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Give what every rank has, in their order. Collective."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        """Return the JSON value of every rank. Collective."""
+        return self._group().all_gather(value)
 
     def broadcast(self, value: Any) -> Any:
-        """Give what the first rank has. Collective."""
-        return self.all_gather(value if self.is_first else None)[0]
+        """Return the JSON value of the first rank. Collective."""
+        return self._group().broadcast(value)
+
+    def _group(self) -> RankGroup:
+        return RankGroup() if self.size == 1 else rank_group()
 
 
 SINGLE_PROCESS = RankContext()

@@ -4,6 +4,7 @@ for each checkpointing mode: Engine.tune → faster than the mode before, and li
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,12 @@ def choose_microbatch(
         InputError: A single sequence does not fit in memory.
     """
     layers = setup.model_setup.layers
-    found = ranks.broadcast(None if cache is None else load_cached(cache, cache_key(setup), usable_bytes=usable_bytes))
+    own = None if cache is None else load_cached(cache, cache_key(setup), usable_bytes=usable_bytes)
+    found = ranks.broadcast(own and [asdict(own.choice), own.checkpointing_mode, str(own.folder)])
     if found is not None:
-        apply_choice(engine, layers, found.checkpointing_mode, found.choice)
-        return Path(found.folder)
+        choice, mode, folder = found
+        apply_choice(engine, layers, mode, MicrobatchChoice.from_dict(choice))
+        return Path(folder)
     try:
         tune(engine, layers, make_samples(), modes=setup.config.gradient_checkpointing == "auto")
     except MemoryLimitError as error:
