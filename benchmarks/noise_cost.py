@@ -22,7 +22,7 @@ from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import WORKLOADS, count_tokens, shift
 from bigbatch.lm.training.autotune import tune
 from bigbatch.memory.usage import free_cached_memory
-from bigbatch.scaling.noise_scale import FIRST
+from bigbatch.scaling.noise_scale import MEASURE_FIRST
 
 NAMES = {"without": False, "with": True, "without, again": False}
 
@@ -68,7 +68,7 @@ def main() -> None:
     engines = {name: engine(microbatch=bigbatch.TokenBudget(size), noise=noise) for name, noise in NAMES.items()}
     measuring = engines["with"].accumulator.noise
     assert measuring is not None
-    for _ in range(FIRST):  # these windows are all measured
+    for _ in range(MEASURE_FIRST):  # these windows are all measured
         measuring.skip_window(0.0)
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(options.turns):

@@ -14,8 +14,9 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 
-from bigbatch.batching.packing import Cost, SortedBatch, cut_cheapest, cut_full, pack_best_fit
+from bigbatch.batching.packing import cut_cheapest, cut_full, pack_best_fit
 from bigbatch.batching.plan import Plan, plan
+from bigbatch.batching.sorted_batch import Cost, SortedBatch
 
 SIZE = 8  # samples of a micro-batch of fixed size
 

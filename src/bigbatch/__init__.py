@@ -1,4 +1,4 @@
-"""Gradient accumulation that gives exactly the full-batch update.
+"""Gradient accumulation that computes exactly the full-batch update.
 
     global batch → split → window (forward, backward, accumulate) → update → report
 
@@ -6,8 +6,8 @@ With ``s_i`` the *sum* of the item losses of micro-batch i and ``n_i`` its numbe
 
     gradient = Σ_i ∇ s_i  /  Σ_i n_i          one sum, one count, one division
 
-so that the way in which the batch was cut does not change the result. `Accumulator` brings this to an existing
-loop, `Engine` takes the whole batch, and `verify` proves it on a model, a loss and a batch of yours.
+so that the result does not depend on how the batch is split. `Accumulator` adds this to an existing training loop,
+`Engine` accepts the whole batch, and `verify` checks it on your model, loss and batch.
 """
 
 import importlib
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name → module. Loaded at first use: `bigbatch --help` must not pay for torch.
+# Public name → module. Loaded on first access: `bigbatch --help` must not import torch.
 _PUBLIC = {
     "Accumulator": "bigbatch.accumulation.accumulator",
     "BigbatchError": "bigbatch.errors",

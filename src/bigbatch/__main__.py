@@ -1,4 +1,4 @@
-"""``python -m bigbatch``: the command line, where the ``bigbatch`` script is not on the path."""
+"""``python -m bigbatch``: the command line without the ``bigbatch`` script."""
 
 from bigbatch.cli import main
 

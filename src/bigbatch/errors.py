@@ -1,59 +1,59 @@
-"""Errors: one base class and few leaves, each of which a caller would handle differently.
+"""Exceptions: one base class and one subclass per case that a caller handles differently.
 
-Input that is wrong in an ordinary way is a plain ``ValueError``, and a wrapper or object of a kind that cannot
-work is a plain ``TypeError``. The leaves below are for what those two cannot say.
+Invalid arguments raise a plain ``ValueError``, unsupported types and wrappers a plain ``TypeError``.
 """
 
 
 class BigbatchError(Exception):
-    """Base of every error that this package defines."""
+    """Base class of all exceptions that bigbatch defines."""
 
 
 class CheckpointError(BigbatchError, RuntimeError):
-    """A checkpoint that cannot be written, read or trusted.
+    """A checkpoint cannot be written or read, or fails its integrity check.
 
-    The message is one sentence that names the checkpoint, the file where it is one, the reason, and after a failed
-    write what stays valid.
+    The message names the checkpoint, the file if a single one is affected, and the reason; after a failed write also
+    the checkpoint that remains valid.
     """
 
 
 class InputError(BigbatchError, ValueError):
-    """Bad input to a product command: flags, configuration, data or folders.
+    """Invalid input to a command: flags, configuration, data or directories.
 
-    The message is one sentence for the person at the keyboard. Raised before anything is written; the command
-    line prints it without a traceback and exits with code 2.
+    Raised before anything is written. The command line prints the message, one sentence, without a traceback and exits
+    with code 2.
     """
 
 
 class MemoryLimitError(BigbatchError, RuntimeError):
-    """Memory does not suffice and no smaller micro-batch can help; the message says what may.
+    """Out of memory where a smaller micro-batch cannot help.
 
-    It was too little for a single sample, for the optimizer's state, or within the optimizer's step.
+    Memory is insufficient for a single sample, for the optimizer state, or during the optimizer step. The message names
+    the settings that reduce it.
     """
 
 
 class NonFiniteError(BigbatchError, ArithmeticError):
-    """A window whose loss or gradient is not finite, where that is to be an error. Nothing was changed by it."""
+    """The loss or gradient of a window is not finite, under ``nonfinite="raise"``. The window changed no state."""
 
 
 class RankFailedError(BigbatchError, RuntimeError):
-    """Another rank ended the window by an error of its own. Nothing was changed by the window."""
+    """Another rank raised an error in the window. The window changed no state on any rank."""
 
 
 class RestartError(BigbatchError, RuntimeError):
-    """A run that has to be started again, and then goes on otherwise: torchrun does it with ``--max-restarts``."""
+    """The run must be restarted and then resumes with other settings; torchrun does so with ``--max-restarts``."""
 
 
 class ShardedMemoryError(MemoryLimitError):
-    """Memory ran out on one rank of a sharded model, where the others cannot wait for a smaller micro-batch."""
+    """A rank of a sharded model ran out of memory; the other ranks cannot wait while it retries smaller pieces."""
 
 
 class WindowAbandonedError(BigbatchError, RuntimeError):
-    """A window that was to be given up in the middle. Nothing was changed by it."""
+    """The window was abandoned before its update. The window changed no state."""
 
 
 class WindowStateError(BigbatchError, RuntimeError):
-    """An operation that the window's state does not allow; the message names the state and the legal calls."""
+    """An operation that the state of the window forbids; the message names the state and the legal calls."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Put a model and the random generators back as they were."""
+"""Save and restore the state of a model and of the random generators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +11,24 @@ from bigbatch.rng import random_states, set_random_states
 
 @contextmanager
 def preserved(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
-    """Restore on leaving: parameters, gradients, buffers, training modes, and the random states of this process.
+    """Restore parameters, gradients, buffers, training modes and the random states of this process on exit.
 
-    Keeps a copy of the parameters and buffers on the host meanwhile. Random states are those of torch on the CPU and on
-    every CUDA device in use, of ``random``, and of NumPy where it is loaded.
+    Parameters and buffers are copied to the host on entry. Inside the context every ``grad`` starts as None. Random
+    states are those of torch on the CPU and on every CUDA device, of ``random``, and of NumPy if it is loaded.
 
     Args:
-        model: Whose state is restored.
-        parameters: Whether the parameters are, too; without an update in between they stay as they are.
+        model: The model whose state is restored.
+        parameters: Whether to copy and restore the parameters as well; pass False if no update runs inside.
     """
     tensors: list[Tensor] = [*(model.parameters() if parameters else ()), *model.buffers()]
     copies = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may bind other ones
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may rebind buffers
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     states = random_states(devices)
     for parameter in model.parameters():
-        parameter.grad = None  # what is added meanwhile must not reach the tensors that come back
+        parameter.grad = None  # accumulation inside must not modify the gradients that are restored
     try:
         yield
     finally:

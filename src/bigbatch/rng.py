@@ -1,4 +1,4 @@
-"""The random generators of this process: torch on the CPU and on CUDA devices, Python, and NumPy where it is loaded."""
+"""Random generators of this process: torch on the CPU and on CUDA devices, ``random``, and NumPy if it is loaded."""
 
 import random
 import sys
@@ -10,7 +10,10 @@ import torch
 
 
 def random_states(devices: Sequence[torch.device] = ()) -> dict[str, Any]:
-    """Give the states of all generators; of CUDA devices, those that are named.
+    """Return the states of all generators.
+
+    Args:
+        devices: CUDA devices to include; devices of other types are ignored.
 
     Returns:
         Tensors and plain values, under ``cpu``, ``devices``, ``python`` and ``numpy``.
@@ -27,11 +30,11 @@ def random_states(devices: Sequence[torch.device] = ()) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], devices: Sequence[torch.device] = ()) -> None:
-    """Put all generators back; those of a device or library that is not here any more stay as they are.
+    """Set the states of all generators; ignore states of devices or libraries that are no longer available.
 
     Args:
-        states: As from `random_states`.
-        devices: Those that were named there.
+        states: Returned by `random_states`.
+        devices: The devices passed to `random_states`, in the same order.
     """
     torch.set_rng_state(states["cpu"])
     on_cuda = [device for device in devices if device.type == "cuda"]
@@ -46,7 +49,7 @@ def set_random_states(states: Mapping[str, Any], devices: Sequence[torch.device]
 
 
 def states_of_seed(seed: int, devices: Sequence[torch.device] = ()) -> dict[str, Any]:
-    """Give the states that all generators have after `seed_everything`; they stay as they are."""
+    """Return the states that `seed_everything` sets, without changing the generators."""
     before = random_states(devices)
     seed_everything(seed)
     try:
@@ -56,7 +59,7 @@ def states_of_seed(seed: int, devices: Sequence[torch.device] = ()) -> dict[str,
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator."""
+    """Seed all generators."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -64,7 +67,7 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_of(seed: int, rank: int, step: int = 0) -> int:
-    """Give the seed of a rank that goes on after an update; that of the run itself for the first rank's beginning."""
+    """Return the 32-bit seed of a rank from an update onwards; ``seed`` itself for rank 0 at step 0."""
     if not rank and not step:
         return seed
     return int.from_bytes(sha256(f"seed {seed} rank {rank} step {step}".encode()).digest()[:4], "big")

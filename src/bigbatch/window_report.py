@@ -1,4 +1,4 @@
-"""What one window did: a frozen record whose device values are read only when asked for."""
+"""Report of one window: a frozen record whose device values are read on access only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from bigbatch.scaling.noise_scale import NoiseScale
 
 @dataclass(frozen=True)
 class TermReport:
-    """One term of the loss over a window.
+    """One term of the loss in a window, over all ranks.
 
     Attributes:
-        loss: Sum of the item losses divided by ``items``; NaN without items.
-        items: Number of items the term averages over, in the whole window.
+        loss: Sum of the item losses divided by ``items``; NaN if there are none.
+        items: Items of the term in the window, over all ranks.
     """
 
     loss: float
@@ -21,14 +21,15 @@ class TermReport:
 
 @dataclass(frozen=True)
 class RanksReport:
-    """What the ranks of a window did.
+    """Statistics of the data-parallel ranks in a window; identical on all ranks.
 
     Attributes:
-        size: Ranks that hold different data.
-        num_microbatches: Of each rank.
-        slowest: The rank whose gradients were there last.
-        slowest_share: What of its time until then the others waited for it, on average: 0 where all were as fast.
-        stopping: Whether any rank was told to stop after this update.
+        size: Number of ranks that hold different data.
+        num_microbatches: Micro-batches of each rank, by rank.
+        slowest: The rank that took the longest time t until its gradient was ready.
+        slowest_share: ``1 − mean(t) / max(t)`` over the ranks, the mean waiting time as a fraction of the slowest
+            rank's time; 0 if all are equally fast.
+        stopping: Whether any rank has requested a stop after this update.
     """
 
     size: int
@@ -40,24 +41,23 @@ class RanksReport:
 
 @dataclass(frozen=True)
 class WindowReport:
-    """What one window did.
+    """Report of one window: counts, gradient norm, memory, time and, on access, losses.
 
     Attributes:
-        step: Optimizer updates done so far, this one included. A skipped window does not count.
-        items: Items of the window, over all ranks: of the only term, or of the first where there are several (see
-            ``terms``).
-        grad_norm: 2-norm of the divided gradient before clipping; NaN for a window without items.
+        step: Optimizer updates so far, this one included. Skipped windows do not count.
+        items: Items of the window, over all ranks; with several terms, those of the first (see ``terms``).
+        grad_norm: 2-norm of the averaged gradient, over all ranks and parameters, before clipping; NaN for a window
+            without items.
         num_microbatches: Micro-batches of this rank in this window.
-        tokens: Tokens of the window without padding, over all ranks, where ``Engine(lengths=...)`` can tell; None
-            elsewhere.
-        peak_bytes: Highest memory in bytes so far in this process: what torch allocated on the device for CUDA,
-            the resident set on the CPU. Of the rank that took most; None where the platform does not tell.
-        elapsed_s: Seconds on the host's clock from the opening of the window to the end of the update.
-        syncs: How often gradients crossed ranks; 0 in one process.
-        skipped: Why the window changed nothing ("no items", "non-finite gradient"), or None if it was applied.
-        retries: Attempts at micro-batches of this rank that ran out of memory and were made again in pieces.
-        ranks: What the ranks did; None in one process.
-        noise: The gradient noise scale, as averaged so far; None before it is known, and where it is not measured.
+        tokens: Tokens of the window without padding, over all ranks; None without ``Engine(lengths=...)``.
+        peak_bytes: Peak memory of the process so far, in bytes: allocated by torch on the CUDA device, or the resident
+            set on the CPU. The maximum over ranks; None if the platform does not report it.
+        elapsed_s: Host time from the start of the window to the end of the update, in seconds.
+        syncs: Number of gradient synchronizations over ranks; 0 in a single process.
+        skipped: Why no update was applied ("no items", "non-finite gradient"); None if it was.
+        retries: Micro-batch attempts of this rank that ran out of memory and were retried in smaller pieces.
+        ranks: Statistics of the ranks; None in a single process.
+        noise: The gradient noise scale, averaged so far; None if it is not measured or too few windows were.
     """
 
     step: int
@@ -76,14 +76,14 @@ class WindowReport:
 
     @property
     def terms(self) -> dict[str, TermReport]:
-        """Each term of the loss by its name. Waits for the device."""
+        """The terms of the loss, by name. Waits for the device."""
         return self._read_terms()
 
     @property
     def loss(self) -> float:
-        """Σ over the terms of (sum of item losses) / (items), over the window. Waits for the device.
+        """Σ over the terms of (sum of item losses) / (items), over the window and all ranks. Waits for the device.
 
-        Terms without an item are left out; NaN where no term has any.
+        Terms without items are omitted; NaN if no term has any.
         """
         losses = [term.loss for term in self.terms.values() if term.items]
         return sum(losses) if losses else float("nan")

@@ -1,8 +1,10 @@
 """The largest size that fits, and what is chosen up to it, with the memory that is there given in bytes."""
 
 import gc
+import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -151,8 +153,8 @@ def test_sizes_that_run_out_of_memory_may_be_infinite() -> None:
 # the fullest micro-batches --------------------------------------------------------------------------------------------
 
 
-def batch_of(lengths: list[int], *, alike: bool) -> TuningProblem:
-    if not alike:
+def batch_of(lengths: list[int], *, uniform: bool) -> TuningProblem:
+    if not uniform:
         return make_step([torch.ones(length) for length in lengths], model=nn.Linear(1, 1), by_length=True)
     model = nn.Linear(1, 1)
     parts = split(torch.ones(len(lengths), max(lengths)), 1, device=CPU)
@@ -165,7 +167,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 @thoroughly
 @given(LENGTHS, st.data())
 def test_no_micro_batch_of_a_size_takes_more_than_the_fullest(lengths: list[int], data: st.DataObject) -> None:
-    step = batch_of(lengths, alike=False)
+    step = batch_of(lengths, uniform=False)
     size = data.draw(st.integers(step.longest_sample, len(lengths) * step.longest_sample))
     filled = step.usable_size(size)
     fullest = [step.size_of(rows) for rows in step.worst_cases(size)]
@@ -178,7 +180,7 @@ def test_no_micro_batch_of_a_size_takes_more_than_the_fullest(lengths: list[int]
 @thoroughly
 @given(LENGTHS, st.data())
 def test_of_tensors_no_micro_batch_has_more_rows_than_the_fullest(lengths: list[int], data: st.DataObject) -> None:
-    step = batch_of(lengths, alike=True)
+    step = batch_of(lengths, uniform=True)
     size = data.draw(st.integers(step.longest_sample, len(lengths) * step.longest_sample))
     (rows,) = step.worst_cases(size)
     assert max(map(len, step.groups(size))) <= len(rows) <= len(lengths)
@@ -187,13 +189,13 @@ def test_of_tensors_no_micro_batch_has_more_rows_than_the_fullest(lengths: list[
 
 def test_shorter_samples_that_fill_a_size_better_are_not_forgotten() -> None:
     """Of 60 tokens only one fits into 119, and of 39, which few samples have, three."""
-    step = batch_of([60] * 6 + [39] * 5, alike=False)
+    step = batch_of([60] * 6 + [39] * 5, uniform=False)
     assert [step.size_of(rows) for rows in step.worst_cases(119)] == [60, 117]
     assert step.usable_size(119) == 117
 
 
 def test_short_rows_of_a_padded_tensor_are_as_wide_as_all() -> None:
-    step = batch_of([60] * 6 + [1] * 5, alike=True)
+    step = batch_of([60] * 6 + [1] * 5, uniform=True)
     assert len(step.worst_cases(60)[0]) == 5
 
 
@@ -304,19 +306,24 @@ def test_the_figures_of_a_choice_fit_together() -> None:
     assert all(tried.per_s > 0 for tried in choice.trials)
     assert choice.per_s > 0
     assert choice.microbatch.tokens == max(choice.size, 36)
-    assert str(choice).startswith(f"at most {choice.size:,} tokens a micro-batch")
+    assert str(choice).startswith(f"at most {choice.size:,} tokens per micro-batch")
     assert f"peak {describe_bytes(choice.peak_bytes)} of {describe_bytes(choice.limit_bytes)}" in str(choice)
+
+
+def test_choice_survives_a_round_trip_through_json() -> None:
+    choice = choose(make_step(samples(*range(5, 37)), by_length=True), room_for(peak(20, 36)))
+    assert MicrobatchChoice.from_dict(json.loads(json.dumps(asdict(choice)))) == choice
 
 
 def test_an_empty_batch_has_nothing_to_choose_from() -> None:
     for step in (make_step(tokens(1)[:0]), make_step([]), make_step([], by_length=True)):
         with pytest.raises(ValueError, match="empty") as raised:
             choose(step, AMPLE)
-        assert str(raised.value) == "the batch is empty: a micro-batch is chosen by trying some of its samples."
+        assert str(raised.value) == "the batch is empty: auto-tuning runs some of its samples."
 
 
 MEANS = (
-    "Shorten it, or use activation checkpointing, narrower weights or fewer trained parameters, or give more memory."
+    "Shorten it, use activation checkpointing, a narrower dtype or fewer trained parameters, or raise the memory limit."
 )
 
 
@@ -336,8 +343,8 @@ def test_a_sample_that_does_not_fit_is_refused_with_what_it_needs_before_it_is_r
     parts = ", ".join(f"{name} {describe_bytes(part)}" for name, part in predicted.parts.items() if part)
     sample = "a sample of 24 tokens" if by_length else "one sample"
     assert str(raised.value) == (
-        f"{sample} needs {describe_bytes(predicted.peak_bytes)} ({parts}), and memory is limited to 400000B, of which "
-        f"tensors may take 278.3 KiB. {MEANS}"
+        f"{sample} needs {describe_bytes(predicted.peak_bytes)} ({parts}), but memory is limited to 400000B, of which "
+        f"278.3 KiB are usable for tensors. {MEANS}"
     )
     assert "parameters" in parts
     assert "optimizer" in parts
@@ -382,7 +389,7 @@ def test_a_sample_that_does_not_fit_when_it_is_tried_is_refused_with_what_it_too
     text = str(raised.value)
     assert text.startswith("a sample of 24 tokens needs ")
     assert text.endswith(
-        f" KiB, and memory is limited to what is asked for, of which tensors may take 293.0 KiB. {MEANS}"
+        f" KiB, but memory is limited to what is asked for, of which 293.0 KiB are usable for tensors. {MEANS}"
     )
 
 
@@ -419,7 +426,9 @@ def test_one_sample_that_runs_out_does_not_fit(loss: Any) -> None:
     with pytest.raises(MemoryLimitError) as raised:
         choose(make_step(tokens(32), loss=limited), AMPLE)
     assert str(raised.value).startswith("one sample does not fit")
-    assert str(raised.value).endswith(f", and memory is limited to 8GiB, of which tensors may take 7.6 GiB. {MEANS}")
+    assert str(raised.value).endswith(
+        f", but memory is limited to 8GiB, of which 7.6 GiB are usable for tensors. {MEANS}"
+    )
     assert ("(parameters" in str(raised.value)) is (loss is loss_fn)
 
 
@@ -446,7 +455,7 @@ def test_a_prediction_that_one_sample_refutes_is_not_believed() -> None:
     choice = choose(make_step(tokens(8, 48), model=Skipping()), AMPLE)
     assert choice.prediction_failure is not None
     assert choice.prediction_failure.startswith("one sample was predicted to need ")
-    assert ", and needed " in choice.prediction_failure
+    assert " but needed " in choice.prediction_failure
 
 
 def test_a_loss_that_runs_another_model_than_it_is_given_is_tried() -> None:
@@ -458,7 +467,7 @@ def test_a_loss_that_runs_another_model_than_it_is_given_is_tried() -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     choice = choose(make_step(tokens(8), model=model, loss=closed), AMPLE)
     assert choice.prediction_failure == (
-        "loss_fn does not use the model that it is given, or none of its parameters that are trained"
+        "loss_fn does not use the model that it is passed, or no parameter of it that is trained"
     )
     assert choice.peak_bytes >= 0.95 * peak(choice.size, norm=True)
     for name, buffer in model.named_buffers():
@@ -477,7 +486,7 @@ def test_a_loop_that_waits_for_a_value_is_tried(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(allocation_tracker, "MAX_READS", 100)
     assert choose(make_step(tokens(4), loss=waiting), AMPLE).prediction_failure == (
-        "the step cannot run without data (more than 100 values were read, perhaps in a loop that waits for one)"
+        "the step cannot run without data (more than 100 tensor values were read, perhaps in a loop that waits for one)"
     )
 
 
@@ -494,9 +503,9 @@ def test_a_tensor_without_data_that_a_cache_kept_is_found_and_told() -> None:
     with pytest.raises(PredictionError) as raised:
         choose(make_step(tokens(4), loss=cached), AMPLE)
     assert str(raised.value) == (
-        "loss_fn keeps tensors from one call to the next, in a cache outside of the model, and kept one of those "
-        "without data that memory is predicted with. Keep them in the model; or start again, and pass a number or "
-        'a TokenBudget instead of microbatch="auto".'
+        "loss_fn caches tensors outside the model between calls, and has cached a fake tensor of the memory "
+        "prediction. Store them in the model; or restart, and pass a number or a TokenBudget instead of "
+        'microbatch="auto".'
     )
 
 
@@ -636,7 +645,7 @@ def test_for_cuda_the_inputs_that_come_next_are_counted() -> None:
         images = 4 * 128 * 1024 * 4
         assert wide.peak_bytes - narrow.peak_bytes == copies * images, device
         assert wide.phases["update"] == narrow.phases["update"], "both are gone then"
-        assert wide.running_bytes - narrow.running_bytes == images, device
+        assert wide.forward_backward_bytes - narrow.forward_backward_bytes == images, device
 
 
 def test_copies_of_the_buffers_are_counted() -> None:
@@ -650,8 +659,8 @@ def test_copies_of_the_buffers_are_counted() -> None:
 
     without, with_buffers = predict(buffers=0), predict(buffers=3)
     assert with_buffers.peak_bytes - without.peak_bytes == 2 * 3 * 4000
-    assert with_buffers.running_bytes - without.running_bytes == 3 * 4000
-    assert with_buffers.held_bytes - without.held_bytes == 3 * 4000
+    assert with_buffers.forward_backward_bytes - without.forward_backward_bytes == 3 * 4000
+    assert with_buffers.resident_bytes - without.resident_bytes == 3 * 4000
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

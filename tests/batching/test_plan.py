@@ -1,4 +1,4 @@
-"""Planning: every sample once, the limit kept, ranks alike, the same plan every time, and no cheaper cut than ours."""
+"""Planning: every sample once, limits kept, ranks balanced, deterministic plans, and no cheaper cut than ours."""
 
 import array
 import itertools
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bigbatch.batching.packing import Cost, cut_cheapest, cut_evenly, cut_full, distribute, pack_best_fit, pack_evenly
-from bigbatch.batching.plan import Plan, plan
+from bigbatch.batching.packing import cut_cheapest, cut_evenly, cut_full, distribute, pack_best_fit, pack_evenly
+from bigbatch.batching.plan import Cost, Plan, plan
 
 LAYOUTS = ("padded", "packed")
 
@@ -425,7 +425,7 @@ def test_wrong_types_are_told_by_name(lengths, options, message):
 
 
 def test_a_cost_takes_whole_numbers_alone():
-    with pytest.raises(TypeError, match=r"Cost.per_pair is 0.5: it must be an int. Only the ratios count"):
+    with pytest.raises(TypeError, match=r"Cost.per_pair is 0.5: it must be an int. Only the ratios matter"):
         Cost(1, 1, 0.5)
     with pytest.raises(ValueError, match=r"Cost.per_token is 0: it must be at least 1"):
         Cost(1, 0, 0)

@@ -1,4 +1,4 @@
-"""The feed on a CUDA device: one micro-batch ahead, never waited for, and its memory never taken too early."""
+"""Prefetching to a CUDA device: one micro-batch ahead, no waiting on the host, and no memory reused too early."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -142,7 +142,7 @@ def test_rows_that_run_again_are_taken_by_themselves_and_the_next_ones_come_in_t
         assert feed.take(first).tolist() == [0, 1]
         assert feed._fetched is not None
         assert feed.take(first).tolist() == [0, 1]
-        assert feed._fetched is None  # whoever runs again needs the memory
+        assert feed._fetched is None  # the retry needs the memory
         assert feed.take(first[:1]).tolist() == [0]
         assert feed.take(first[1:]).tolist() == [1]
         assert feed.take(second).tolist() == [2, 3]

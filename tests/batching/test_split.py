@@ -102,14 +102,14 @@ def test_tensors_that_disagree_are_named_with_their_sizes():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"text": ["a", "b"]}, r"batch\['text'\]\[0\] is a str, which cannot be cut"),
-        ("abc", "batch is a str, which cannot be cut"),
+        ({"text": ["a", "b"]}, r"batch\['text'\]\[0\] is a str, which cannot be split"),
+        ("abc", "batch is a str, which cannot be split"),
         ({"n": 3}, r"batch\['n'\] is a int"),
         (object(), "batch is a object"),
-        ({}, "the batch holds no tensor with a sample dimension"),
-        (None, "the batch holds no tensor with a sample dimension"),
-        (torch.tensor(1.0), "the batch holds no tensor with a sample dimension"),
-        ((torch.tensor(1.0), None), "the batch holds no tensor with a sample dimension"),
+        ({}, "the batch contains no tensor with a sample dimension"),
+        (None, "the batch contains no tensor with a sample dimension"),
+        (torch.tensor(1.0), "the batch contains no tensor with a sample dimension"),
+        ((torch.tensor(1.0), None), "the batch contains no tensor with a sample dimension"),
     ],
 )
 def test_what_cannot_be_cut_is_a_type_error_that_names_it(batch, message):
@@ -125,7 +125,7 @@ def test_arrays_are_refused_by_their_name():
 
 @pytest.mark.parametrize("batch", ["abc", iter([1, 2]), {"a": 1}, torch.ones(3)])
 def test_collate_needs_a_list(batch):
-    with pytest.raises(TypeError, match="with collate= the batch must be a list of samples, and it is a"):
+    with pytest.raises(TypeError, match="with collate= the batch must be a list of samples, not a"):
         split(batch, 2, device=CPU, collate=list)
 
 

@@ -8,7 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigbatch.batching.plan import plan
-from bigbatch.batching.token_groups import MIN_ROW_STEP, SIZES_A_DOUBLING, group_by_tokens, round_down_row, round_up_row
+from bigbatch.batching.token_groups import (
+    MIN_ROW_STEP,
+    SIZES_PER_DOUBLING,
+    group_by_tokens,
+    round_down_row,
+    round_up_row,
+)
 
 TOKENS = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
 LENGTHS = st.lists(st.integers(1, 900), max_size=60)
@@ -32,7 +38,7 @@ def laid_out(lengths: list[int], group: tuple[int, ...], layout: str) -> int:
 @example(2**40 - 1)
 def test_a_size_holds_its_tokens_with_less_than_an_eighth_of_filling(tokens: int) -> None:
     size = round_up_row(tokens)
-    assert tokens <= size < tokens + max(MIN_ROW_STEP, tokens / SIZES_A_DOUBLING + 1)
+    assert tokens <= size < tokens + max(MIN_ROW_STEP, tokens / SIZES_PER_DOUBLING + 1)
     assert size % MIN_ROW_STEP == 0
 
 
@@ -53,7 +59,7 @@ def test_the_size_below_is_the_largest_that_is_no_more(tokens: int) -> None:
         return
     assert below <= tokens < round_up_row(below + 1)
     assert below == round_up_row(below)
-    assert tokens - below < max(MIN_ROW_STEP, tokens / SIZES_A_DOUBLING)
+    assert tokens - below < max(MIN_ROW_STEP, tokens / SIZES_PER_DOUBLING)
 
 
 @given(TOKENS, TOKENS)
@@ -72,7 +78,7 @@ def test_the_sizes_are_those_of_the_docstring_and_few() -> None:
         *(2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840),
         *(4096, 4608),
     ]
-    assert all(sum(size <= most < 2 * size for size in sizes) == SIZES_A_DOUBLING for most in (1024, 5000, 2**16 - 1))
+    assert all(sum(size <= most < 2 * size for size in sizes) == SIZES_PER_DOUBLING for most in (1024, 5000, 2**16 - 1))
 
 
 # groups ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import pytest
 from pydantic import BaseModel
 
 from bigbatch.cli import COMMANDS, main
-from bigbatch.cli import options as cli_options
-from bigbatch.cli.arguments import help_text, parse
-from bigbatch.cli.options import FOREIGN_NAMES, GenerateOptions, PlanOptions, VerifyOptions
+from bigbatch.cli.arguments import POSITIONAL_NAMES, help_text, parse
+from bigbatch.cli.command_specs import COMMAND_SPECS
+from bigbatch.cli.error_messages import FOREIGN_NAMES
+from bigbatch.cli.options import GenerateOptions, PlanOptions, VerifyOptions
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_STEPS
@@ -200,8 +201,8 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ("--memory=", "--memory is '': it must be an amount such as 24GiB or a share such as 80%."),
         ("--memory {}", "--memory is '{}': it must be an amount such as 24GiB or a share such as 80%."),
         ("--memory", "--memory needs a value: --memory MEMORY."),
-        ("--gpu a100", "--gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
-        ("--gpu voodoo", "--gpu is 'voodoo': it is not a known card; give its memory instead, such as 24GiB."),
+        ("--gpu a100", "--gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
+        ("--gpu voodoo", "--gpu is 'voodoo': it is not a known GPU; pass its memory instead, such as 24GiB."),
         ("--memory 24GiB --gpu t4", "--memory and --gpu exclude each other: give one of them."),
         (
             "--gradient-checkpointing=true",
@@ -277,10 +278,10 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ),
         ("-lr 3", "unknown flag -lr: did you mean --lr?"),
         ("--hlp", "unknown flag --hlp: did you mean --help?"),
-        ("--zzz 3", "unknown flag --zzz: bigbatch train --help lists them."),
-        ("texts", "'texts' is not expected: train takes flags alone."),
-        ("--steps 3 texts", "'texts' is not expected: train takes flags alone."),
-        ("-- texts", "'texts' is not expected: train takes flags alone."),
+        ("--zzz 3", "unknown flag --zzz: see bigbatch train --help."),
+        ("texts", "unexpected argument 'texts': train accepts flags only."),
+        ("--steps 3 texts", "unexpected argument 'texts': train accepts flags only."),
+        ("-- texts", "unexpected argument 'texts': train accepts flags only."),
         ("--steps 3 --epochs 2", "--steps and --epochs exclude each other: give one of them."),
         (
             "--global-batch 3 --global-batch-tokens 2",
@@ -300,8 +301,8 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ),
         (
             "--gradient-accumulation-steps 2 --global-batch-tokens 4",
-            "--gradient-accumulation-steps needs a batch in sequences: give --global-batch, "
-            "or --microbatch beside the batch in tokens.",
+            "--gradient-accumulation-steps needs a batch in sequences: pass --global-batch, "
+            "or --microbatch with --global-batch-tokens.",
         ),
     ],
 )
@@ -318,25 +319,25 @@ def test_train_says_in_one_sentence_what_is_wrong(
 @pytest.mark.parametrize(
     ("command", "words", "expected"),
     [
-        ("verify", ["--json=yes"], "--json is a switch: it takes no value."),
-        ("verify", ["--json", "yes"], "'yes' is not expected: verify takes flags alone."),
-        ("verify", ["--cuts", "1,x"], "--cuts holds 'x': it must be a whole number."),
-        ("verify", ["--cuts", "1,0"], "--cuts holds 0: it must be at least 1."),
+        ("verify", ["--json=yes"], "--json is a switch and accepts no value."),
+        ("verify", ["--json", "yes"], "unexpected argument 'yes': verify accepts flags only."),
+        ("verify", ["--cuts", "1,x"], "--cuts contains 'x': it must be a whole number."),
+        ("verify", ["--cuts", "1,0"], "--cuts contains 0: it must be at least 1."),
         ("verify", ["--cut", "1"], "unknown flag --cut: did you mean --cuts?"),
         ("verify", ["--samples", "0"], "--samples is 0: it must be at least 1."),
         ("verify", ["--lr", "x"], "--lr is 'x': it must be a number."),
-        ("plan", ["--json=yes"], "--json is a switch: it takes no value."),
+        ("plan", ["--json=yes"], "--json is a switch and accepts no value."),
         ("plan", ["--memory", "24"], "--memory is 24: it needs a unit, such as 24GiB."),
-        ("plan", ["--cuts", "1"], "unknown flag --cuts: bigbatch plan --help lists them."),
-        ("train", ["--json"], "unknown flag --json: bigbatch train --help lists them."),
-        ("train", ["--cuts", "1"], "unknown flag --cuts: bigbatch train --help lists them."),
-        ("generate", [], "RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib."),
+        ("plan", ["--cuts", "1"], "unknown flag --cuts: see bigbatch plan --help."),
+        ("train", ["--json"], "unknown flag --json: see bigbatch train --help."),
+        ("train", ["--cuts", "1"], "unknown flag --cuts: see bigbatch train --help."),
+        ("generate", [], "RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib."),
         ("generate", [""], "RUN is '': it must not be empty."),
-        ("generate", ["a", "b", "c"], "'c' is not expected: generate takes RUN and one PROMPT, in quotes if it "
-         "holds spaces."),
+        ("generate", ["a", "b", "c"], "unexpected argument 'c': generate accepts RUN and one PROMPT (in "
+         "quotes if it contains spaces)."),
         ("generate", ["a", "--temperature", "-1"], "--temperature is -1: it must be at least 0."),
         ("generate", ["a", "--top-k", "x"], "--top-k is 'x': it must be a whole number."),
-        ("generate", ["a", "--run", "b"], "unknown flag --run: bigbatch generate --help lists them."),
+        ("generate", ["a", "--run", "b"], "unknown flag --run: see bigbatch generate --help."),
         ("generate", ["a", "\0"], r"PROMPT is '\x00': it must not contain a NUL character."),
     ],
 )  # fmt: skip
@@ -351,11 +352,11 @@ def test_verify_and_generate_complain_alike(command: str, words: list[str], expe
         ("per_device_train_batch_size = 1", "run.toml has the unknown key 'per_device_train_batch_size': did you mean "
          "'microbatch'?"),
         ("global-batch = 1", "run.toml has the unknown key 'global-batch': did you mean 'global_batch'?"),
-        ("zzz = 1", "run.toml has the unknown key 'zzz': bigbatch train --help lists them."),
+        ("zzz = 1", "run.toml has the unknown key 'zzz': see bigbatch train --help."),
         ("gradient_accumulation_steps = 1", "run.toml has the unknown key 'gradient_accumulation_steps': "
-         "bigbatch train --help lists them."),
-        ("[batch]\nglobal_batch = 1", "run.toml has the table [batch]: write the settings at its top, "
-         "without tables."),
+         "see bigbatch train --help."),
+        ("[batch]\nglobal_batch = 1", "run.toml has the table [batch]: write the settings at the top "
+         "level, without tables."),
         ("[lr]\nvalue = 1", "lr in run.toml is a table: it must be a number."),
         ("lr = [1]", "lr in run.toml is a list: it must be a number."),
         ('lr = "fast"', "lr in run.toml is 'fast': it must be a number."),
@@ -374,7 +375,7 @@ def test_verify_and_generate_complain_alike(command: str, words: list[str], expe
         ("memory = true", "memory in run.toml is true: it must be text."),
         ('memory = "120%"', "memory in run.toml is '120%': a share must be at most 100%, such as 80%."),
         ("gpu = 4090", "gpu in run.toml is 4090: it must be text."),
-        ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known card; nearest are v100-16gb and v100-32gb."),
+        ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known GPU; nearest are v100-16gb and v100-32gb."),
         ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
          "them."),
         ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective or "
@@ -394,7 +395,7 @@ def test_verify_and_generate_complain_alike(command: str, words: list[str], expe
         ("steps = 1\nlr = \n", "run.toml is not valid TOML: invalid value (at line 2, column 6)."),
         ("steps 1", "run.toml is not valid TOML: expected '=' after a key in a key/value pair (at line 1, "
          "column 7)."),
-        ("lr = " + "[" * 9999, "run.toml is nested too deeply for settings, which are single values."),
+        ("lr = " + "[" * 9999, "run.toml is nested too deeply: settings are single values."),
         (b"data = '\xff'", "run.toml is not UTF-8 text: byte 8 cannot be read."),
     ],
 )  # fmt: skip
@@ -405,8 +406,8 @@ def test_a_file_is_complained_about_by_name_and_key(text: str | bytes, expected:
 
 def test_a_file_that_is_not_there_or_is_a_folder(folder: Path):
     (folder / "runs").mkdir()
-    assert complaint("train", "--config", "no.toml") == "no.toml does not exist: --config takes a TOML file."
-    assert complaint("train", "--config", "runs") == "runs is a folder: --config takes a TOML file."
+    assert complaint("train", "--config", "no.toml") == "no.toml does not exist: --config needs a TOML file."
+    assert complaint("train", "--config", "runs") == "runs is a folder: --config needs a TOML file."
     assert complaint("train", "--config", "") == "--config is '': it must not be empty."
 
 
@@ -424,9 +425,9 @@ def test_a_long_value_is_cut_short():
     ("words", "expected"),
     [
         (["trian"], "unknown command 'trian': did you mean train?"),
-        (["xyz"], "unknown command 'xyz': bigbatch --help lists them."),
-        ([""], "unknown command '': bigbatch --help lists them."),
-        (["--lr=3", "train"], "--lr comes before any command: bigbatch --help lists them."),
+        (["xyz"], "unknown command 'xyz': see bigbatch --help."),
+        ([""], "unknown command '': see bigbatch --help."),
+        (["--lr=3", "train"], "--lr must follow a command, as in bigbatch train --steps 3: see bigbatch --help."),
     ],
 )
 def test_what_is_no_command(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
@@ -443,11 +444,14 @@ def test_the_overview_names_the_commands_and_the_exit_codes(capsys: pytest.Captu
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == overview
     assert all(f"\n  {command} " in overview for command in COMMANDS)
-    assert "0 done    1 failed    2 bad input    75 stopped by a signal after saving" in overview
+    assert (
+        "0 success    1 failure    2 invalid input    130 interrupted\n  75 stopped by a signal after saving"
+        in overview
+    )
 
 
 def test_the_commands_are_the_same_everywhere():
-    assert list(COMMANDS) == list(cli_options.COMMANDS)
+    assert list(COMMANDS) == list(COMMAND_SPECS)
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]):
@@ -466,9 +470,9 @@ def test_help_fits_the_terminal(command: str, columns: str, monkeypatch: pytest.
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_help_shows_every_flag_and_the_true_default(command: str):
     shown = " ".join(help_text(command).split())
-    spec = cli_options.COMMANDS[command]
+    spec = COMMAND_SPECS[command]
     for key, info in spec.fields().items():
-        name = key.upper() if key in spec.positionals else "--" + key.replace("_", "-")
+        name = POSITIONAL_NAMES[key] if key in spec.positionals else "--" + key.replace("_", "-")
         assert f"{name} " in shown
         if info.annotation is bool or info.is_required():
             continue
@@ -506,14 +510,14 @@ def test_help_wins_over_what_else_is_wrong(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_the_examples_of_the_help_are_understood(command: str):
-    for example in cli_options.COMMANDS[command].examples:
+    for example in COMMAND_SPECS[command].examples:
         program, name, *words = shlex.split(example)
         assert (program, name) == ("bigbatch", command)
         assert all(isinstance(model, BaseModel) for model in parse(command, words))
 
 
 def test_names_from_elsewhere_lead_to_ours():
-    ours = cli_options.COMMANDS["verify"].fields()
+    ours = COMMAND_SPECS["verify"].fields()
     assert set(FOREIGN_NAMES.values()) <= set(ours)
     assert not set(FOREIGN_NAMES) & set(ours)
 

@@ -97,5 +97,5 @@ def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
         codes = [agent.wait(timeout=240) for agent in agents]
     assert codes == [0, 0], [log.read_text() for log in logs]
     printed = logs[0].read_text() + logs[1].read_text()
-    assert printed.count("going on with cut: after update 3\n") == 1
+    assert printed.count("resuming cut after update 3\n") == 1
     assert unlike(ground.folder / "cut", undisturbed["ddp"]) == []

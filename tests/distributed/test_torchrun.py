@@ -25,7 +25,7 @@ def test_kill_9_of_a_rank_leaves_no_trace(ground: RunFolder, undisturbed: dict[s
     fault = "rank_faults.on({1}, rank_faults.kill_in_window(6))(rank)"
     code, printed, complained = run_torchrun(flags, words, ground.folder, fault=fault)
     assert code == 0, complained
-    assert f"going on with {out}: after update 3\n" in printed
+    assert f"resuming {out} after update 3\n" in printed
     assert printed.count("update 8/8 ") == 1
     assert all("has lost another rank" in line for line in ours(complained)), complained
     assert unlike(ground.folder / out, undisturbed[parallel]) == []
@@ -42,5 +42,5 @@ def test_ctrl_c_reaches_every_rank_once_and_all_save(ground: RunFolder, undistur
     assert [(ground.folder / f"ended-0-{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
     step = len(metrics(out))
     assert f"stopped by Ctrl-C after update {step} of 2000; the model is saved\n" in printed
-    assert complained.count("stopping after this update and saving; once more to stop at once") == 1
+    assert complained.count("stopping after this update, then saving; signal again to stop immediately") == 1
     assert (out / "model" / "model.safetensors").exists()

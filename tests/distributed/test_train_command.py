@@ -49,7 +49,7 @@ def test_twenty_updates_on_ranks_are_those_of_one(
     local_size = 2 if parallel == "hsdp" else None
     launch = ground.train(out, size, *words, local_size=local_size, patch=ground.noting(out))
     check_same(ground, out, alone)
-    assert f" on the first of {size} ranks ({parallel}), on cpu, float64: " in launch.said()
+    assert f" on the first of {size} ranks ({parallel}), on cpu, float64 (affects memory only" in launch.said()
     assert "20 updates in " in launch.said()
     for rank in range(1, size):
         assert launch.said(rank) == "", "only the first rank prints"
@@ -60,14 +60,14 @@ def test_a_run_that_is_stopped_goes_on_on_other_numbers_of_ranks(ground: RunFold
     noting = ground.noting("moved")
     first = ground.train("moved", 4, "--parallel", "fsdp", codes=75, patch=all_of(noting, on({1}, signal_in_update(5))))
     assert "stopped by a signal to another rank after update 5 of 20; the model is saved\n" in first.said()
-    assert "\nto go on: bigbatch resume moved\n" in first.said()
+    assert "\nto continue: bigbatch resume moved\n" in first.said()
     assert apart(ground.model("moved"), ground.model("alone")) > TIGHT
     second = ground.resume(
         "moved", 2, "--parallel", "ddp", codes=75, patch=all_of(noting, on({0}, signal_in_update(10)))
     )
-    assert "going on with moved: after update 5\n" in second.said()
+    assert "resuming moved after update 5\n" in second.said()
     assert "stopped by SIGTERM after update 10 of 20; the model is saved\n" in second.said()
-    assert second.complained() == "\nstopping after this update and saving; once more to stop at once\n"
+    assert second.complained() == "\nstopping after this update, then saving; signal again to stop immediately\n"
     ground.resume("moved", 1, codes=75, patch=all_of(noting, signal_in_update(13)))
     ground.resume("moved", 2, "--parallel", "fsdp", patch=noting)
     check_same(ground, "moved", alone)
@@ -90,7 +90,7 @@ def test_there_may_be_more_ranks_than_samples(ground: RunFolder) -> None:
     [
         ("ddp", 1, kill_in_window(6), "after update 3", (1, 1)),
         ("ddp", 0, kill_at_checkpoint(2), "after update 3", (0, 1)),
-        ("fsdp", 0, kill_in_window(2), "there is no checkpoint, so it begins anew", (1, 1)),
+        ("fsdp", 0, kill_in_window(2), "from the beginning (no checkpoint)", (1, 1)),
         ("fsdp", 1, kill_at_checkpoint(2), "after update 3", (1, 0)),
     ],
 )
@@ -108,17 +108,17 @@ def test_a_killed_rank_leaves_no_trace_once_torchrun_has_started_all_again(
         r"bigbatch train: [^\n]*(has lost another rank|another rank cannot be reached)[^\n]*\.\n", other
     )
     again = ground.train(out, 2, *words, restart=restart, max_restarts=2)
-    assert f"going on with {out}: {where}\n" in again.said()
+    assert f"resuming {out} {where}\n" in again.said()
     assert unlike(ground.folder / out, undisturbed[parallel]) == []
     finished = ground.train(out, 2, *words, restart=restart, max_restarts=2)
-    assert finished.said().endswith(f"{out} is finished: all its 8 updates are made, its model is saved\n")
+    assert finished.said().endswith(f"{out} is already finished: all 8 updates are done, the model is saved\n")
 
 
 def test_a_run_of_one_rank_is_found_again_too(ground: RunFolder) -> None:
     words = ground.words("one", *DROPPING)
     run(words, 1, folder=ground.folder, patch=kill_in_window(6), codes=-signal.SIGKILL, max_restarts=1)
     again = run(words, 1, folder=ground.folder, restart=1, max_restarts=1)
-    assert "going on with one: after update 3\n" in again.said()
+    assert "resuming one after update 3\n" in again.said()
     assert len(metrics(ground.folder / "one")) == 8
 
 
@@ -269,7 +269,7 @@ def test_what_all_ranks_refuse_is_said_once_and_nothing_is_written(
 def test_a_run_that_may_be_started_again_needs_a_name(ground: RunFolder) -> None:
     words = [word for word in ground.words("refused") if word not in ("--out", "refused")]
     assert refused(ground, words, max_restarts=1) == (
-        "torchrun may start this run again, which then has to find it: name its folder by --out."
+        "torchrun may restart this run, and a restart must find the same directory: pass --out."
     )
 
 
@@ -340,6 +340,6 @@ def test_ranks_that_find_other_checkpoints_are_refused(ground: RunFolder, alone:
     assert path is not None
     shutil.rmtree(path)
     assert refused(ground, ["resume", alone], patch=on({1}, partial(elsewhere, copy.parent))) == (
-        "rank 1 finds step-18 in alone, and rank 0 step-20: the run directory has to be one folder that all machines "
-        "see, with one content."
+        "rank 1 finds step-18 in alone, but rank 0 finds step-20: the run directory must be on a file system shared by "
+        "all machines."
     )

@@ -500,9 +500,9 @@ def test_a_sample_that_does_not_fit_is_named_and_nothing_is_chosen(limit: Limit)
     with pytest.raises(MemoryLimitError) as raised:
         engine.step([short[0], long, short[1]])
     assert str(raised.value) == (
-        f"a sample of 2,000 tokens needs {describe_bytes(predicted.peak_bytes)} ({describe_parts(predicted)}), and "
-        f"memory is limited to {engine.memory}B, of which tensors may take 8.0 MiB. Shorten it, or use activation "
-        "checkpointing, narrower weights or fewer trained parameters, or give more memory."
+        f"a sample of 2,000 tokens needs {describe_bytes(predicted.peak_bytes)} ({describe_parts(predicted)}), but "
+        f"memory is limited to {engine.memory}B, of which 8.0 MiB are usable for tensors. Shorten it, use activation "
+        "checkpointing, a narrower dtype or fewer trained parameters, or raise the memory limit."
     )
     assert engine.choice is None
     assert engine.step(short).step == 1, "the shorter ones fit"
@@ -512,7 +512,7 @@ def test_an_empty_batch_cannot_be_tuned_with() -> None:
     for batch in ([], ()):
         with pytest.raises(ValueError, match="empty") as raised:
             engine_of(make(), **BY_LENGTH).tune(batch)
-        assert str(raised.value) == "the batch is empty: a micro-batch is chosen by trying some of its samples."
+        assert str(raised.value) == "the batch is empty: auto-tuning runs some of its samples."
 
 
 @pytest.mark.parametrize(("found", "samples_of_it"), [(2, 3), (4, 3), (0, 3)])
@@ -534,7 +534,7 @@ def test_a_sample_without_tokens_is_named(where: int) -> None:
     with pytest.raises(ValueError, match="lengths") as raised:
         engine.tune(samples(8, 9, 10))
     assert str(raised.value) == (
-        f"lengths[{where}] is 0: a sample has at least 1 token. Leave out samples that have none."
+        f"lengths[{where}] is 0: a sample has at least 1 token. Remove samples without tokens."
     )
 
 

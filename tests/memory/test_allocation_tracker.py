@@ -28,7 +28,7 @@ class Checked(AllocationTracker):
 
 
 def check(tracker: AllocationTracker) -> None:
-    assert tracker.live_bytes.total() == tracker._now <= tracker.peak_bytes == tracker.parts_at_peak.total()
+    assert tracker.live_bytes.total() == tracker._total_bytes <= tracker.peak_bytes == tracker.parts_at_peak.total()
     assert min(tracker.live_bytes.values(), default=0) >= 0
 
 
@@ -255,9 +255,9 @@ def test_parts_add_up_at_every_moment_of_a_training_step() -> None:
     with Checked(CPU) as tracker:
         tracker.track(model.parameters(), MemoryCategory.PARAMETERS)
         for part in (MemoryCategory.ACTIVATIONS, MemoryCategory.LOSS):
-            tracker.part = part
+            tracker.set_category(part)
             nn.functional.cross_entropy(model(torch.arange(50)), torch.arange(50)).backward()
-            tracker.part = lambda: MemoryCategory.OPTIMIZER
+            tracker.set_category(lambda: MemoryCategory.OPTIMIZER)
             optimizer.step()
             optimizer.zero_grad()
             tracker.reset_peak()
@@ -268,9 +268,9 @@ def test_parts_add_up_at_every_moment_of_a_training_step() -> None:
 
 def test_the_parts_of_the_peak_are_those_of_its_moment() -> None:
     with AllocationTracker(CPU) as tracker:
-        tracker.part = MemoryCategory.LOSS
+        tracker.set_category(MemoryCategory.LOSS)
         one = torch.zeros(10)
-        tracker.part = MemoryCategory.GRADIENTS
+        tracker.set_category(MemoryCategory.GRADIENTS)
         two = torch.zeros(20)
         del one
         three = torch.zeros(5)
@@ -403,5 +403,5 @@ def test_a_loop_that_waits_for_a_value_that_is_not_there_ends(monkeypatch: pytes
 
     with FakeTensorMode(), AllocationTracker(CPU), pytest.raises(RuntimeError) as raised:
         wait()
-    assert str(raised.value) == "more than 1,234 values were read, perhaps in a loop that waits for one"
+    assert str(raised.value) == "more than 1,234 tensor values were read, perhaps in a loop that waits for one"
     assert len(times) == 1234

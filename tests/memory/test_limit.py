@@ -112,7 +112,7 @@ def test_limits_that_ask_for_the_same_are_equal_however_they_are_written():
         ("24", "memory is '24': it needs a unit, such as 24GiB."),
         ("1.5", "memory is '1.5': it needs a unit, such as 1.5GiB."),
         ("25769803776", "memory is '25769803776': it needs a unit, such as 25769803776B."),
-        (24, "memory is 24: a number alone is in bytes; write text with a unit, such as '24GiB'."),
+        (24, "memory is 24: a number without a unit is in bytes; pass text with a unit, such as '24GiB'."),
         ("0GiB", "memory is '0GiB': it must be more than 0, such as 24GiB or 80%."),
         ("0", "memory is '0': it must be more than 0, such as 24GiB or 80%."),
         (0, "memory is 0: it must be more than 0, such as 24GiB or 80%."),
@@ -126,8 +126,8 @@ def test_limits_that_ask_for_the_same_are_equal_however_they_are_written():
         ("100.01 %", "memory is '100.01 %': a share must be at most 100%, such as 80%."),
         ("24XB", "memory is '24XB': its unit must be KiB, MiB, GiB, TiB or %, such as 24GiB."),
         ("24 gigabytes", "memory is '24 gigabytes': its unit must be KiB, MiB, GiB, TiB or %, such as 24GiB."),
-        ("8388608TiB", "memory is '8388608TiB': it is more than any machine has."),
-        (2**63, f"memory is {2**63}: it is more than any machine has."),
+        ("8388608TiB", "memory is '8388608TiB': it must be less than 8 EiB, such as 24GiB."),
+        (2**63, f"memory is {2**63}: it must be less than 8 EiB, such as 24GiB."),
         *(
             (word, f"memory is {word!r}: it must be an amount such as 24GiB or a share such as 80%.")
             for word in ("", "nan", "nanGiB", "inf%", "1e3GiB", "1,5GiB", "24GiB!", "24 GiB 3", "+3GiB", "much", "٣GiB")
@@ -172,8 +172,8 @@ def test_more_than_the_device_has_is_refused_with_the_most_it_has(total_bytes: i
 
 def test_a_share_needs_a_device():
     assert complaint(parse_memory("80%").to_bytes) == (
-        "memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or a card "
-        "by its name, such as --gpu a100-40gb."
+        "memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or the "
+        "name of a GPU, such as --gpu a100-40gb."
     )
     assert parse_memory("192GiB").to_bytes() == 192 * GIB
 
@@ -229,17 +229,17 @@ def test_a_card_may_be_named_as_its_driver_does(asked: str, name: str):
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ("a100", "gpu is 'a100': it is not a known card; nearest are a100-40gb and a100-80gb."),
-        ("NVIDIA A100-SXM4-40GB", "gpu is 'NVIDIA A100-SXM4-40GB': it is not a known card; nearest are a100-40gb and "
+        ("a100", "gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
+        ("NVIDIA A100-SXM4-40GB", "gpu is 'NVIDIA A100-SXM4-40GB': it is not a known GPU; nearest are a100-40gb and "
          "a100-80gb."),
-        ("NVIDIA H100 80GB HBM3", "gpu is 'NVIDIA H100 80GB HBM3': it is not a known card; nearest are h100 and "
+        ("NVIDIA H100 80GB HBM3", "gpu is 'NVIDIA H100 80GB HBM3': it is not a known GPU; nearest are h100 and "
          "h100-nvl."),
-        ("v100", "gpu is 'v100': it is not a known card; nearest are v100-16gb and v100-32gb."),
-        ("rtx-4070", "gpu is 'rtx-4070': it is not a known card; nearest are rtx-4080 and rtx-4090."),
-        ("h20", "gpu is 'h20': it is not a known card; nearest is h200."),
-        ("mi300", "gpu is 'mi300': it is not a known card; nearest are mi250 and mi300x."),
-        ("voodoo", "gpu is 'voodoo': it is not a known card; give its memory instead, such as 24GiB."),
-        ("", "gpu is '': it is not a known card; give its memory instead, such as 24GiB."),
+        ("v100", "gpu is 'v100': it is not a known GPU; nearest are v100-16gb and v100-32gb."),
+        ("rtx-4070", "gpu is 'rtx-4070': it is not a known GPU; nearest are rtx-4080 and rtx-4090."),
+        ("h20", "gpu is 'h20': it is not a known GPU; nearest is h200."),
+        ("mi300", "gpu is 'mi300': it is not a known GPU; nearest are mi250 and mi300x."),
+        ("voodoo", "gpu is 'voodoo': it is not a known GPU; pass its memory instead, such as 24GiB."),
+        ("", "gpu is '': it is not a known GPU; pass its memory instead, such as 24GiB."),
     ],
 )  # fmt: skip
 def test_an_unknown_card_is_told_with_the_nearest(asked: str, expected: str):

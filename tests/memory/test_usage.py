@@ -35,10 +35,13 @@ def test_a_room_is_never_negative(others_bytes: int) -> None:
 
 
 def test_a_room_says_where_it_comes_from() -> None:
-    assert str(MemoryBudget.from_limit(2**31, "2GiB")) == "memory is limited to 2GiB, of which tensors may take 1.9 GiB"
+    assert (
+        str(MemoryBudget.from_limit(2**31, "2GiB"))
+        == "memory is limited to 2GiB, of which 1.9 GiB are usable for tensors"
+    )
     assert (
         str(MemoryBudget.from_limit(2**31, None))
-        == "2.0 GiB are free, less a margin, of which tensors may take 1.9 GiB"
+        == "memory is limited to 2.0 GiB (free memory less a margin), of which 1.9 GiB are usable for tensors"
     )
 
 
@@ -133,7 +136,7 @@ def test_more_than_there_is_is_refused_in_a_sentence() -> None:
     [
         ("many", "memory is 'many': it must be an amount such as 24GiB or a share such as 80%."),
         ("", "memory is '': it must be an amount such as 24GiB or a share such as 80%."),
-        (24, "memory is 24: a number alone is in bytes; write text with a unit, such as '24GiB'."),
+        (24, "memory is 24: a number without a unit is in bytes; pass text with a unit, such as '24GiB'."),
         ("120%", "memory is '120%': a share must be at most 100%, such as 80%."),
         (-1, "memory is -1: it must be more than 0, such as 24GiB or 80%."),
         (2.5, "memory is 2.5: it must be an amount such as 24GiB or a share such as 80%."),
@@ -354,4 +357,4 @@ def test_an_update_passes_the_last_word_on() -> None:
 def test_a_process_that_holds_the_limit_already_is_told_so() -> None:
     room = MemoryBudget.from_limit(2**20, "1MiB", reserved_bytes=2**30)
     assert room.usable_bytes == 0
-    assert str(room) == "memory is limited to 1MiB, and this process holds as much without its tensors"
+    assert str(room) == "memory is limited to 1MiB, all of which this process uses outside of tensors"

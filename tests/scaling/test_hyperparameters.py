@@ -159,7 +159,7 @@ def test_every_optimizer_takes_the_rules_that_suit_it_and_keeps_what_is_not_thei
 
 def test_a_rule_of_another_kind_of_optimizer_says_that_it_is():
     linear_on_adam = changes(make("AdamW"), 4, rule="linear")[0]
-    assert linear_on_adam.reason.startswith("warning: a rule of SGD; AdamW divides by the size of its gradients")
+    assert linear_on_adam.reason.startswith("warning: derived for SGD; AdamW normalizes gradients")
     assert changes(make("SGD"), 4, rule="sqrt")[0].reason.startswith("warning")
     assert changes(make("Adagrad"), 4, rule="sqrt")[0].reason.startswith("warning: no rule was derived for Adagrad")
     assert all("analogy" in changes(make(name), 4, rule="sqrt")[0].reason for name in ("Muon", "Adafactor", "NAdam"))
@@ -266,7 +266,7 @@ def test_a_forgotten_scheduler_is_refused_before_it_puts_the_rate_back():
     optimizer = make("AdamW")
     lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     before = settings(optimizer)
-    with pytest.raises(ValueError, match="Pass scheduler=, or scheduler=\\[\\] if it is not used any more"):
+    with pytest.raises(ValueError, match="Pass scheduler=, or scheduler=\\[\\] if it is no longer used"):
         rescale(optimizer, 4, rule="sqrt")
     assert settings(optimizer) == before
     rescale(optimizer, 4, rule="half-life")  # moves no rate
@@ -293,7 +293,7 @@ def test_the_sentence_names_what_is_out_of_range_and_the_nearest_factor():
         ValueError, match=r"would make beta1 of group 0 -0\.6 instead of 0\.9, which is below 0"
     ) as caught:
         changes(make("AdamW"), 16, rule="sde")
-    assert "The nearest factor that works is 10, or rule=" in str(caught.value)
+    assert "The nearest valid factor is 10, or rule=" in str(caught.value)
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf, "4", True, None])
@@ -311,7 +311,7 @@ def test_what_does_not_belong_together_is_refused():
         changes(make("SGD"), 4, rule="adascale")
     with pytest.raises(ValueError, match="both must be finite numbers above 0"):
         changes(make("SGD"), 4, rule="adascale", noise_scale=0, batch=1)
-    with pytest.raises(ValueError, match='do nothing with rule="linear"'):
+    with pytest.raises(ValueError, match='have no effect with rule="linear"'):
         changes(make("SGD"), 4, rule="linear", noise_scale=1)
 
 
@@ -357,11 +357,11 @@ def test_out_of_range_changes_nothing_and_the_nearest_factor_works(factor, beta1
         rescale(optimizer, factor, rule=rule, **noise(rule))
     except ValueError as error:
         assert settings(optimizer) == before
-        nearest = float(str(error).partition("nearest factor that works is ")[2].rstrip(".").partition(",")[0])
+        nearest = float(str(error).partition("nearest valid factor is ")[2].rstrip(".").partition(",")[0])
         assert min(1, factor) <= nearest <= max(1, factor)
         rescale(optimizer, nearest, rule=rule, **noise(rule))
         further = math.exp(math.log(nearest) + 1e-3 * math.copysign(1, math.log(factor)))
-        with pytest.raises(ValueError, match="nearest factor"):
+        with pytest.raises(ValueError, match="nearest valid factor"):
             changes(make("AdamW", betas=(beta1, beta2)), further, rule=rule, **noise(rule))
     after = group(optimizer)
     assert 0 <= after["betas"][0] < 1

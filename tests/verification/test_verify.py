@@ -131,7 +131,7 @@ def test_batch_norm_in_eval_mode_is_exact():
 def test_batch_norm_that_cannot_run_on_one_sample_is_told():
     found = bigbatch.verify(mlp(nn.BatchNorm1d(6)), squares, rows(), microbatch=1)
     assert not found.exact
-    assert "micro-batches of 1 cannot run, though larger ones can" in found.causes[0]
+    assert "micro-batches of 1 cannot run, although larger ones can" in found.causes[0]
 
 
 def test_dropout_is_named():
@@ -176,7 +176,7 @@ def test_a_mean_with_one_item_each_is_told_by_its_items():
         return ref.loss_mean(model, part), 1
 
     (cause,) = cause_of(ref.make_model(), loss_fn, batch_with_items())
-    assert "the items of the term 'loss' do not add up: 1 in the full batch, and 4 over its micro-batches of 3" in cause
+    assert "the items of the term 'loss' do not add up: 1 in the full batch, but 4 over its micro-batches of 3" in cause
 
 
 def test_items_that_do_not_add_up_are_named_with_their_term():
@@ -184,7 +184,7 @@ def test_items_that_do_not_add_up_are_named_with_their_term():
         return {"value": (model(part).square().sum(), len(part) ** 2)}
 
     (cause,) = cause_of(mlp(nn.Tanh()), loss_fn)
-    assert "the items of the term 'value' do not add up: 144 in the full batch, and 36" in cause
+    assert "the items of the term 'value' do not add up: 144 in the full batch, but 36" in cause
 
 
 def contrastive(model, part):
@@ -437,7 +437,7 @@ def test_a_model_without_trained_parameters_is_refused():
 
 
 def test_a_batch_without_items_is_refused():
-    with pytest.raises(ValueError, match="the batch has no item: its loss averages over nothing"):
+    with pytest.raises(ValueError, match="the batch has no items, so the gradient of the mean loss is undefined"):
         bigbatch.verify(mlp(), lambda model, part: (model(part).sum(), 0), rows())
 
 
@@ -523,5 +523,5 @@ def test_it_prints_a_table_that_says_what_holds():
 def test_it_prints_what_does_not_hold_and_why():
     text = str(bigbatch.verify(mlp(nn.BatchNorm1d(6)), squares, rows(), microbatch=[3, 5]))
     assert text.count("  not exact") == 2
-    assert "\nNOT exact\n  differs most: " in text
+    assert "\nNOT exact\n  largest error: " in text
     assert "\n  cause: BatchNorm in training mode (1: BatchNorm1d)" in text

@@ -21,10 +21,10 @@ from bigbatch.distributed.gradient_sync import GradientSync, Microbatch
 from bigbatch.distributed.window_vote import RankVote, VoteResult, announce_failed_window, from_numbers, to_numbers
 from bigbatch.errors import RankFailedError, WindowAbandonedError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
-from bigbatch.gradients.loss_totals import LossTotals, as_terms, may_have_items
+from bigbatch.gradients.loss_totals import LossTotals, as_terms
 from bigbatch.memory.usage import peak_bytes
-from bigbatch.types import Items, LossResult, Terms
-from bigbatch.window_report import RanksReport, WindowReport
+from bigbatch.types import Items, LossResult
+from bigbatch.window_report import WindowReport
 
 
 class WindowState(Enum):
@@ -168,8 +168,7 @@ class PendingUpdate:
         terms = as_terms(result)
         loss = self.loss_totals.record(terms) if counts else None
         has_items = loss is not None
-        if self._sync.runs_in_lockstep:
-            loss = _keep_unused_terms_in_graph(loss, terms)
+        loss = self._sync.loss_to_differentiate(loss, terms)
         if loss is not None and (only is None or only):
             with self._sync.backward(counts=has_items):
                 self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
@@ -219,18 +218,19 @@ class PendingUpdate:
                 items=items,
                 skipped=outcome.skipped is not None,
             )
+        tokens, peak = self._content.tokens, peak_bytes(self._update.device)
         return WindowReport(
             step=self._update.num_steps,
             items=items,
             grad_norm=outcome.grad_norm,
             num_microbatches=self.num_microbatches,
-            tokens=self._global_tokens(result),
-            peak_bytes=self._highest_peak(result),
+            tokens=tokens if tokens is None or result is None else result.tokens,
+            peak_bytes=peak if peak is None or result is None else max(peak, result.peak_bytes),
             elapsed_s=time.perf_counter() - self._started_s,
             syncs=self._num_syncs,
             skipped=outcome.skipped,
             retries=retries,
-            ranks=None if result is None else _ranks_report(result),
+            ranks=None if result is None else result.report(),
             noise=noise,
             _read_terms=self.loss_totals.terms,
         )
@@ -296,31 +296,3 @@ class PendingUpdate:
         if self._observer is None:
             return NOT_MEASURED
         return self._observer.scalars(self.sums, self.loss_totals, retries=retries)
-
-    def _global_tokens(self, result: VoteResult | None) -> int | None:
-        own = self._content.tokens
-        return own if own is None or result is None else sum(vote.tokens for vote in result.votes)
-
-    def _highest_peak(self, result: VoteResult | None) -> int | None:
-        own = peak_bytes(self._update.device)
-        return own if own is None or result is None else max(own, *(vote.peak_bytes for vote in result.votes))
-
-
-def _keep_unused_terms_in_graph(loss: Tensor | None, terms: Terms) -> Tensor:
-    """Add the terms without items as zeros: other ranks may run backward through their layers."""
-    for unused in (loss_sum for loss_sum, items in terms.values() if loss is None or not may_have_items(items)):
-        loss = unused * 0.0 if loss is None else loss + unused * 0.0
-    assert loss is not None, "there is at least one term"
-    return loss
-
-
-def _ranks_report(result: VoteResult) -> RanksReport:
-    times = [vote.elapsed_s for vote in result.votes]
-    slowest = max(range(len(times)), key=times.__getitem__)
-    return RanksReport(
-        size=len(times),
-        num_microbatches=tuple(vote.num_microbatches for vote in result.votes),
-        slowest=slowest,
-        slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
-        stopping=bool(result.ranks_with("stopping")),
-    )

@@ -1,1 +1,1 @@
-"""Choose the micro-batch that is fastest in the memory available: predict, probe, time, search."""
+"""Choose the fastest micro-batch size that fits in memory: predict, probe, time, search."""

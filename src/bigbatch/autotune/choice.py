@@ -1,164 +1,93 @@
-"""The micro-batch that is fastest in the memory that is there.
+"""Choose the fastest micro-batch size that fits in memory.
 
-predict the smallest → run it, for its time and for what the prediction did not know
-→ the largest that fits, by prediction → time some in between → the smallest within 2 % of the fastest
+predict one sample → run it, to correct the prediction → the largest size that fits, by prediction
+→ time sizes up to it → the smallest size within 2 % of the fastest
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
+from bigbatch.autotune.microbatch_choice import MicrobatchChoice as MicrobatchChoice
+from bigbatch.autotune.microbatch_choice import Trial as Trial
 from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError, state_of
 from bigbatch.autotune.probe import Probe, probe
 from bigbatch.autotune.problem import TuningProblem as TuningProblem
 from bigbatch.autotune.search import largest_below
 from bigbatch.autotune.time_model import TimeModel
-from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory, storages
 from bigbatch.memory.limit import describe_bytes
 from bigbatch.memory.usage import MemoryBudget, free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
 
-SPEED_TOLERANCE = 1.02  # of the least time: what a smaller micro-batch may cost
+SPEED_TOLERANCE = 1.02  # largest time of the chosen size relative to the fastest
 MAX_PROBING_S = 20.0
-MAX_PREDICTION_ERROR = 0.1  # of what is predicted for a micro-batch: where one takes that much more, none is predicted
+MAX_PREDICTION_ERROR = 0.1  # relative: above it, peaks are measured instead of predicted
 NEGLIGIBLE_BYTES = 2**16
-STEPS_BETWEEN = 4  # sizes compared for each doubling
-_OLD_NAMES = {"tried": "trials", "unpredicted": "prediction_failure"}  # in runs of bigbatch 0.1.0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One size that was run.
-
-    Attributes:
-        size: Tokens or samples of a micro-batch, at most.
-        per_s: Tokens (samples) of the whole batch in a second at that size, updates not counted.
-    """
-
-    size: int
-    per_s: float
-
-
-@dataclass(frozen=True)
-class MicrobatchChoice:
-    """The micro-batch that ``auto`` chose, and why; ``print(choice)`` says it in a line.
-
-    Attributes:
-        size: Tokens, padding included, or samples, that no micro-batch exceeds; a longer sample is one by itself.
-        longest: Tokens of the longest sample; 1 where samples are counted.
-        unit: ``"tokens"`` or ``"samples"``.
-        peak_bytes: What an update is expected to need at its peak.
-        limit_bytes: What it may need.
-        per_s: Tokens (samples) of the batch in a second, updates not counted.
-        largest: The largest size that fits.
-        trials: The sizes that were run, smallest first.
-        timing: What a micro-batch takes by its size.
-        prediction_failure: Why the memory was found by trying instead of by prediction; None where it was predicted.
-        limited: Whether it was memory that kept the micro-batch from being larger.
-    """
-
-    size: int
-    longest: int
-    unit: str
-    peak_bytes: int
-    limit_bytes: int
-    per_s: float
-    largest: int
-    trials: tuple[Trial, ...]
-    timing: TimeModel = field(repr=False)
-    prediction_failure: str | None = None
-    limited: bool = False
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "MicrobatchChoice":
-        """Return the choice that `dataclasses.asdict` turned into ``values``, read back from JSON or not."""
-        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
-        trials = tuple(Trial(**each) for each in values["trials"])
-        points = tuple((int(size), float(seconds)) for size, seconds in values["timing"]["points"])
-        return cls(**{**values, "trials": trials, "timing": TimeModel(points)})
-
-    @property
-    def microbatch(self) -> int | TokenBudget:
-        """The choice as a limit that `bigbatch.Engine` takes, and that the longest sample keeps."""
-        return TokenBudget(max(self.size, self.longest)) if self.unit == "tokens" else self.size
-
-    def __str__(self) -> str:
-        smallest = self.trials[0]
-        reasons = f"about {self.per_s:,.0f} {self.unit}/s, peak {describe_bytes(self.peak_bytes)} of "
-        reasons += describe_bytes(self.limit_bytes)
-        if smallest.size < self.size:
-            reasons += f"; {smallest.size:,} gave {smallest.per_s:,.0f}/s"
-        if self.largest > self.size:
-            reasons += f"; up to {self.largest:,} fit and are not 2 % faster"
-        alone = ", longer samples alone" if self.longest > self.size else ""
-        return f"at most {self.size:,} {self.unit} a micro-batch{alone}: {reasons}"
+SIZES_PER_DOUBLING = 4  # sizes compared by the time model
 
 
 def choose(problem: TuningProblem, budget: MemoryBudget) -> MicrobatchChoice:
-    """Choose the smallest micro-batch within 2 % of the fastest that fits.
+    """Choose the smallest micro-batch size within 2 % of the fastest that fits.
 
-    Runs some micro-batches, for less than half a minute, and throws their gradients away; parameters, random states and
-    buffers stay as they are.
+    Runs some micro-batches, for less than half a minute, and discards their gradients. Parameters, gradients, buffers
+    and random states are restored.
 
     Args:
-        problem: What is trained.
-        budget: The memory that is there.
+        problem: The training step.
+        budget: The memory that it may use.
 
     Raises:
         MemoryLimitError: A single sample does not fit.
         ValueError: The batch is empty.
     """
     if not problem.num_samples:
-        raise ValueError("the batch is empty: a micro-batch is chosen by trying some of its samples.")
-    gradients = [(parameter, parameter.grad) for parameter in problem.parameters]  # they need not be the model's
+        raise ValueError("the batch is empty: auto-tuning runs some of its samples.")
+    gradients = [(parameter, parameter.grad) for parameter in problem.parameters]  # may be others than the model's
     try:
         with preserved(problem.model, parameters=False):
-            unpredicted = problem.prediction_obstacle
-            if unpredicted is None:
+            failure = problem.prediction_obstacle
+            if failure is None:
                 try:
                     return _Search(problem, budget).choose()
                 except PredictionError as error:
-                    unpredicted = str(error)
-            return _Search(problem, budget, unpredicted=unpredicted).choose()
+                    failure = str(error)
+            return _Search(problem, budget, prediction_failure=failure).choose()
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
 
 class _Search:
-    """Peaks and times by size, found as they are asked for: predicted, or measured where ``unpredicted`` says why."""
+    """Lazily computed and cached peaks and times by size; measured instead of predicted if prediction has failed."""
 
-    def __init__(self, problem: TuningProblem, budget: MemoryBudget, *, unpredicted: str | None = None) -> None:
+    def __init__(self, problem: TuningProblem, budget: MemoryBudget, *, prediction_failure: str | None = None) -> None:
         self._problem = problem
         self._budget = budget
-        self._unpredicted = unpredicted
+        self._prediction_failure = prediction_failure
         self._predictor: PeakPredictor | None = None
-        self._unmade_bytes = 0  # what a window makes and a probe does not: state of the optimizer, copies of buffers
-        self._unknown_bytes = 0  # what was measured beyond the prediction
-        self._least_bytes = 0  # where nothing but the update is predicted, what that takes
+        self._unprobed_bytes = 0  # allocated by a window but not by a probe: optimizer state, copies of buffers
+        self._correction_bytes = 0  # measured peak of one sample minus its prediction
+        self._update_bytes = 0  # predicted peak of the update, if only that is predicted
         self._peaks: dict[tuple[int, int, int], float] = {}
-        self._points: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}
         self._timing = TimeModel(())
-        self._pays = True  # whether the last doubling was worth its memory
+        self._speed_increases = True  # whether one of the two largest sizes that were run is the fastest
 
     def choose(self) -> MicrobatchChoice:
-        """Find the largest size that fits, time some up to it, and weigh them."""
+        """Find the largest size that fits, time sizes up to it, and choose among sizes in between by the time model."""
         problem = self._problem
-        if self._unpredicted is None:
+        if self._prediction_failure is None:
             self._predict_and_correct()
         else:
-            self._predict_the_update()
-        fits = problem.usable_size(self._largest())
-        tried, largest = self._time_up_to(fits)
-        sizes = _sizes_between(problem.first_size, tried[-1])
+            self._predict_update()
+        timed_sizes, largest = self._time_up_to(problem.usable_size(self._find_largest()))
+        sizes = _sizes_between(problem.first_size, timed_sizes[-1])
         seconds = {size: self._batch_seconds(size) for size in sizes}
         size = problem.usable_size(
             next(size for size in sizes if seconds[size] <= SPEED_TOLERANCE * min(seconds.values()))
@@ -171,159 +100,161 @@ class _Search:
             limit_bytes=self._budget.limit_bytes,
             per_s=problem.total / self._batch_seconds(size),
             largest=largest,
-            trials=tuple(Trial(size, problem.total / self._batch_seconds(size)) for size in tried),
+            trials=tuple(Trial(size, problem.total / self._batch_seconds(size)) for size in timed_sizes),
             timing=self._timing,
-            prediction_failure=self._unpredicted,
-            limited=self._pays and size * 2 ** (1 / STEPS_BETWEEN) > largest and largest < problem.whole_batch_size,
+            prediction_failure=self._prediction_failure,
+            limited=self._speed_increases
+            and size * 2 ** (1 / SIZES_PER_DOUBLING) > largest
+            and largest < problem.whole_batch_size,
         )
 
     def _predict_and_correct(self) -> None:
-        """Predict one sample, and run it: on CUDA to learn what the prediction leaves out, elsewhere to check it."""
+        """Predict one sample and run it: on CUDA to correct the prediction, elsewhere to check it."""
         problem = self._problem
-        predictor = self._make_predictor()
+        predictor = self._build_predictor()
         rows = problem.worst_cases(problem.longest_sample)[0]
         prediction = predictor.predict(problem.peek(rows))
-        self._refuse_above(prediction.peak_bytes, prediction)
-        beyond_bytes = self._measure(rows) + self._unmade_bytes - prediction.forward_backward_bytes
-        if math.isinf(beyond_bytes) or predictor.device.type == "cuda":
-            self._refuse_above(prediction.peak_bytes + beyond_bytes, prediction)
-            self._unknown_bytes = int(beyond_bytes)
-        elif beyond_bytes > NEGLIGIBLE_BYTES + MAX_PREDICTION_ERROR * (
+        self._raise_above_limit(prediction.peak_bytes, prediction)
+        error_bytes = self._measure(rows) + self._unprobed_bytes - prediction.forward_backward_bytes
+        if math.isinf(error_bytes) or predictor.device.type == "cuda":
+            self._raise_above_limit(prediction.peak_bytes + error_bytes, prediction)
+            self._correction_bytes = int(error_bytes)
+        elif error_bytes > NEGLIGIBLE_BYTES + MAX_PREDICTION_ERROR * (
             prediction.forward_backward_bytes - prediction.resident_bytes
         ):
             raise PredictionError(
-                f"one sample was predicted to need {describe_bytes(prediction.forward_backward_bytes)}, and needed "
-                f"{describe_bytes(int(prediction.forward_backward_bytes + beyond_bytes))}"
+                f"one sample was predicted to need {describe_bytes(prediction.forward_backward_bytes)} but needed "
+                f"{describe_bytes(int(prediction.forward_backward_bytes + error_bytes))}"
             )
         self._predictor = predictor
 
-    def _predict_the_update(self) -> None:
+    def _predict_update(self) -> None:
         with suppress(PredictionError):
-            self._least_bytes = self._make_predictor().predict_update()
-        self._unmade_bytes += sum(
+            self._update_bytes = self._build_predictor().predict_update()
+        self._unprobed_bytes += sum(
             memory.nbytes() for buffer in self._problem.model.buffers() for memory in storages(buffer)
         )
 
-    def _make_predictor(self) -> PeakPredictor:
+    def _build_predictor(self) -> PeakPredictor:
         problem = self._problem
         predictor = PeakPredictor.from_training(problem.model, problem.optimizer, problem.loss_fn)
-        made = AllocationTracker(predictor.device)
-        made.track(state_of(problem.optimizer), MemoryCategory.OPTIMIZER)
-        self._unmade_bytes = predictor.state_bytes - made.live_bytes.total()
+        existing = AllocationTracker(predictor.device)
+        existing.track(state_of(problem.optimizer), MemoryCategory.OPTIMIZER)
+        self._unprobed_bytes = predictor.state_bytes - existing.live_bytes.total()
         return predictor
 
     def _peak_of(self, size: int) -> float:
-        """The peak at a size, predicted where that is possible."""
+        """Return the largest peak of a micro-batch of a size in bytes, predicted if possible."""
         return max(map(self._peak_of_samples, self._problem.worst_cases(size)))
 
     def _peak_of_samples(self, rows: Sequence[int]) -> float:
         shape = (rows[0], len(rows), self._problem.size_of(rows))
         if shape not in self._peaks:
             if self._predictor is None:
-                self._peaks[shape] = max(self._measure(rows) + self._unmade_bytes, self._least_bytes)
+                self._peaks[shape] = max(self._measure(rows) + self._unprobed_bytes, self._update_bytes)
             else:
                 predicted = self._predictor.predict(self._problem.peek(rows))
-                self._peaks[shape] = predicted.peak_bytes + self._unknown_bytes
+                self._peaks[shape] = predicted.peak_bytes + self._correction_bytes
         return self._peaks[shape]
 
-    def _largest(self) -> int:
-        """Find the largest size that fits: in rows of the longest sample, then by what of a row others can fill."""
-        least, usable = self._problem.longest_sample, self._budget.usable_bytes
-        self._refuse_above(self._peak_of(least), None)
+    def _find_largest(self) -> int:
+        """Return the largest size that fits: first in rows of the longest sample, then within the next row."""
+        longest, usable = self._problem.longest_sample, self._budget.usable_bytes
+        self._raise_above_limit(self._peak_of(longest), None)
 
         def peak_of_rows(rows: int) -> float:
-            return self._peak_of(rows * least)
+            return self._peak_of(rows * longest)
 
         low, high = 1, self._problem.num_samples
-        if self._predictor is None:  # nothing is tried that is far from what fitted
+        if self._predictor is None:  # sizes are run: double them, rather than run one far above those that fit
             while low < high and peak_of_rows(min(high, 2 * low)) <= usable:
                 low = min(high, 2 * low)
-                self._pays = self._still_pays()
-                if not self._pays:
-                    return low * least
+                self._speed_increases = self._largest_are_fastest()
+                if not self._speed_increases:
+                    return low * longest
             high = min(high, 2 * low)
         rows = largest_below(peak_of_rows, low, high, usable)
         if rows == self._problem.num_samples:
-            return rows * least
-        return largest_below(self._peak_of, rows * least, (rows + 1) * least - 1, usable)
+            return rows * longest
+        return largest_below(self._peak_of, rows * longest, (rows + 1) * longest - 1, usable)
 
-    def _still_pays(self) -> bool:
-        """Tell whether one of the two largest sizes that were run in the search for the largest was the fastest."""
-        if self._problem.prediction_obstacle is None or len(self._points) < 3:
+    def _largest_are_fastest(self) -> bool:
+        """Return whether one of the two largest sizes that were run for their peak is the fastest."""
+        if self._problem.prediction_obstacle is None or len(self._seconds) < 3:
             return True
-        seconds = [self._batch_seconds(size) for size in sorted(self._points)]
+        seconds = [self._batch_seconds(size) for size in sorted(self._seconds)]
         return min(seconds[-2:]) * SPEED_TOLERANCE <= min(seconds[:-2])
 
     def _time_up_to(self, largest: int) -> tuple[list[int], int]:
-        """Time sizes that double, until they are not faster any more; give them, and the largest that fits then."""
-        tried: list[int] = []
+        """Time doubling sizes until two in a row are not faster; return them, and the largest size that fits."""
+        timed_sizes: list[int] = []
         started_s = time.perf_counter()
-        best_s, slower = math.inf, 0
+        best_s, num_slower = math.inf, 0
         size = self._problem.first_size
         while True:
-            if not self._time(self._typical(size)):
-                self._refuse_above(math.inf if not tried else 0, None)
-                return tried, tried[-1]
-            tried.append(size)
+            if not self._time(self._median_microbatch(size)):
+                self._raise_above_limit(math.inf if not timed_sizes else 0, None)
+                return timed_sizes, timed_sizes[-1]
+            timed_sizes.append(size)
             batch_s = self._batch_seconds(size)
-            slower = slower + 1 if batch_s * SPEED_TOLERANCE > best_s else 0
+            num_slower = num_slower + 1 if batch_s * SPEED_TOLERANCE > best_s else 0
             best_s = min(best_s, batch_s)
-            if size >= largest or slower == 2 or time.perf_counter() - started_s > MAX_PROBING_S:
-                return tried, largest
+            if size >= largest or num_slower == 2 or time.perf_counter() - started_s > MAX_PROBING_S:
+                return timed_sizes, largest
             size = min(2 * size, largest)
 
-    def _typical(self, size: int) -> Sequence[int]:
-        """The middle one of the micro-batches that are no longer sample alone, where there are such."""
+    def _median_microbatch(self, size: int) -> Sequence[int]:
+        """Return the median micro-batch of a size, single oversized samples excluded if there are others."""
         groups = self._problem.groups(size)
         return groups[(sum(self._problem.size_of(rows) > size for rows in groups) + len(groups)) // 2]
 
     def _batch_seconds(self, size: int) -> float:
-        """Seconds of the whole batch in micro-batches of a size, updates not counted."""
+        """Return the predicted seconds of forward and backward of the whole batch in micro-batches of a size."""
         groups = self._problem.groups(size, self._timing.cost(size))
         return sum(self._timing.of(self._problem.size_of(rows)) for rows in groups)
 
     def _time(self, rows: Sequence[int]) -> bool:
-        """Time a micro-batch; tell whether it fitted."""
+        """Time a micro-batch; return whether it fits."""
         size = self._problem.size_of(rows)
-        if size not in self._points:
-            if (found := self._probe(rows)) is None:
+        if size not in self._seconds:
+            if (result := self._probe(rows)) is None:
                 return False
-            self._note(size, found)
+            self._record_time(size, result)
         return True
 
-    def _note(self, size: int, found: Probe) -> None:
-        self._points[size] = found.seconds
-        self._timing = TimeModel(tuple(sorted(self._points.items())))
+    def _record_time(self, size: int, result: Probe) -> None:
+        self._seconds[size] = result.seconds
+        self._timing = TimeModel(tuple(sorted(self._seconds.items())))
 
     def _measure(self, rows: Sequence[int]) -> float:
-        """Run a micro-batch and give its peak; infinite where memory ran out."""
-        found = self._probe(rows, held=self._problem.resident_tensors())
-        if found is None:
+        """Run a micro-batch and return its peak in bytes; infinity if it does not fit."""
+        result = self._probe(rows, resident=self._problem.resident_tensors())
+        if result is None:
             return math.inf
-        assert found.peak_bytes is not None, "it was asked for"
+        assert result.peak_bytes is not None, "requested by resident="
         if self._problem.prediction_obstacle is not None:
-            self._note(self._problem.size_of(rows), found)
-        return found.peak_bytes
+            self._record_time(self._problem.size_of(rows), result)
+        return result.peak_bytes
 
-    def _probe(self, rows: Sequence[int], *, held: list[Tensor] | None = None) -> Probe | None:
+    def _probe(self, rows: Sequence[int], *, resident: list[Tensor] | None = None) -> Probe | None:
+        """Run a micro-batch; return None if it does not fit."""
         problem = self._problem
         try:
-            take = partial(problem.batch.take, rows)
             return probe(
                 problem.model,
                 problem.parameters,
                 problem.loss_fn,
-                take,
-                held=held,
+                partial(problem.batch.take, rows),
+                resident=resident,
                 uses_cuda_graphs=problem.uses_cuda_graphs,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        free_cached_memory()  # outside the except block, whose traceback holds tensors
+        free_cached_memory()  # outside the except block, whose traceback references tensors
         return None
 
-    def _refuse_above(self, peak_bytes: float, prediction: Prediction | None) -> None:
+    def _raise_above_limit(self, peak_bytes: float, prediction: Prediction | None) -> None:
         if peak_bytes <= self._budget.usable_bytes:
             return
         longest = self._problem.longest_sample
@@ -331,18 +262,18 @@ class _Search:
         needs = f"needs {describe_bytes(int(peak_bytes))}" if math.isfinite(peak_bytes) else "does not fit"
         parts = "" if prediction is None else f" ({describe_parts(prediction)})"
         raise MemoryLimitError(
-            f"{sample} {needs}{parts}, and {self._budget}. Shorten it, or use activation checkpointing, narrower "
-            "weights or fewer trained parameters, or give more memory."
+            f"{sample} {needs}{parts}, but {self._budget}. Shorten it, use activation checkpointing, a narrower dtype "
+            "or fewer trained parameters, or raise the memory limit."
         )
 
 
 def describe_parts(prediction: Prediction) -> str:
-    """Say what the peak consists of, such as "parameters 1.8 GiB, gradients 1.8 GiB"."""
+    """Format the categories of the peak, such as "parameters 1.8 GiB, gradients 1.8 GiB"."""
     return ", ".join(f"{name} {describe_bytes(num_bytes)}" for name, num_bytes in prediction.parts.items() if num_bytes)
 
 
-def _sizes_between(least: int, most: int) -> list[int]:
-    sizes = [least]
-    while sizes[-1] < most:
-        sizes.append(min(most, max(sizes[-1] + 1, round(sizes[-1] * 2 ** (1 / STEPS_BETWEEN)))))
+def _sizes_between(smallest: int, largest: int) -> list[int]:
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * 2 ** (1 / SIZES_PER_DOUBLING)))))
     return sizes

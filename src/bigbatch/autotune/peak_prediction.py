@@ -1,15 +1,13 @@
-"""The peak of a training step, from one forward, backward and update on tensors without data.
+"""Predict the peak memory of a training step from one forward, backward and update on fake tensors.
 
-    model, optimizer → copies without data → forward, backward, update under a Tracker → Prediction
+    model, optimizer → fake copies → forward, backward, update under an AllocationTracker → Prediction
 
-`torch._subclasses.FakeTensorMode` runs the very operations of the step on shapes alone: a model of 7 billion parameters
-takes a second, and no memory. Gradient sums and optimizer state are there from the beginning, as in any but the first
-micro-batch. For CUDA on a machine without it, the operations are those of the CPU, counted as CUDA's allocator counts;
-docs/explanation/memory.md has both beside what an H200 measured.
+`torch._subclasses.FakeTensorMode` runs the operations of the step on shapes only: a model of 7 billion parameters takes
+a second and no memory. Gradient sums and optimizer state exist from the start, as in all but the first window. For CUDA
+on a machine without it, the operations are those of the CPU, with sizes rounded as CUDA's allocator rounds;
+docs/explanation/memory.md compares both with measurements on an H200.
 """
 
-import copy
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,10 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from bigbatch.errors import BigbatchError, first_line
+from bigbatch.autotune.fake_tensors import PredictionError as PredictionError
+from bigbatch.autotune.fake_tensors import (
+    attention_without_dropout,
+    errors_as_prediction_errors,
+    fake_copies,
+    proxy_device,
+)
 from bigbatch.gradients.gradient_sums import GradientSums, optimizer_parameters
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
@@ -33,29 +37,25 @@ if TYPE_CHECKING:
     from bigbatch.types import LossFunction
 
 CUDA_LIBRARIES_BYTES = 64 * 2**20
-"""What cuBLAS takes as its workspaces: 32 MiB on Hopper and later for each of the two threads that multiply matrices,
-that of forward and that of backward. A quarter of it on earlier cards."""
-
-
-class PredictionError(BigbatchError, RuntimeError):
-    """The step cannot run on tensors without data; the message says what it ran into."""
+"""cuBLAS workspaces: 32 MiB on Hopper and later for each of the two threads that run matrix products, one for forward
+and one for backward. A quarter of that on earlier GPUs."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a training step is going to need.
+    """Predicted memory of a training step on one device, in bytes.
 
     Attributes:
-        peak_bytes: The most that is allocated at any moment of forward, backward and update.
-        phase: Where that is: ``"forward"``, ``"backward"`` or ``"update"``.
-        parts: The bytes of that moment by what they are for: parameters, gradients, optimizer, activations, loss, and
-            for CUDA the workspaces of its libraries.
-        phases: The peak in bytes of each phase.
-        forward_backward_bytes: The peak of forward and backward without what `bigbatch.Engine` holds besides the
-            micro-batch that runs: a copy of the buffers, for when memory runs out, and for CUDA the inputs that come
-            next.
-        resident_bytes: Of that, what is there between micro-batches: parameters, buffers, gradients, optimizer state,
-            and the workspaces.
+        peak_bytes: Peak of forward, backward and update.
+        phase: The phase of the peak: ``"forward"``, ``"backward"`` or ``"update"``.
+        parts: Bytes at the peak by category: parameters, gradients, optimizer, activations, loss, and on CUDA
+            ``libraries``, their workspaces.
+        phases: Peak of each phase.
+        forward_backward_bytes: Peak of forward and backward without what `bigbatch.Engine` allocates in addition to the
+            running micro-batch: a copy of the buffers, for retries after out-of-memory errors, and on CUDA the
+            prefetched inputs of the next micro-batch.
+        resident_bytes: The part of it that stays allocated between micro-batches: parameters, buffers, gradients,
+            optimizer state, and workspaces.
     """
 
     peak_bytes: int
@@ -67,20 +67,21 @@ class Prediction:
 
 
 class PeakPredictor:
-    """A training step on tensors without data.
+    """A training step on fake tensors, run once per prediction.
 
-        rehearsal = Rehearsal.of(model, optimizer, loss_fn)
-        rehearsal.predict(microbatch).peak_bytes
+        predictor = PeakPredictor.from_training(model, optimizer, loss_fn)
+        predictor.predict(microbatch).peak_bytes
 
     Args:
-        mode: What model and optimizer were made under.
-        model: Without data, in the mode and on the device of the training.
-        optimizer: Over its parameters; its state is made here where there is none.
+        mode: The mode of the fake tensors of ``model`` and ``optimizer``.
+        model: With fake tensors, in the training mode and on the device of the training, or its proxy.
+        optimizer: Over the parameters of ``model``; its state is created here if it has none.
         loss_fn: As for `bigbatch.Engine`.
-        device: What the prediction is for, where model and optimizer stand in for it on the CPU.
+        device: Device that the prediction is for; by default that of the fake tensors.
 
     Attributes:
-        state_bytes: What the optimizer's state takes once it is made.
+        device: Device that the prediction is for.
+        state_bytes: Bytes of the optimizer state.
     """
 
     def __init__(
@@ -97,11 +98,11 @@ class PeakPredictor:
         self._optimizer = optimizer
         self._loss_fn = loss_fn
         self._parameters = optimizer_parameters(optimizer)
-        self._runs_on = self._parameters[0].device
-        self.device = device or self._runs_on
+        self._fake_device = self._parameters[0].device
+        self.device = device or self._fake_device
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
-        with self._failing_clearly(), mode, AllocationTracker(self._runs_on, unit=self._unit) as tracker:
-            self._make_state()
+        with errors_as_prediction_errors(), mode, AllocationTracker(self._fake_device, unit=self._unit) as tracker:
+            self._create_state()
             tracker.track(state_of(optimizer), MemoryCategory.OPTIMIZER)
         self.state_bytes = tracker.live_bytes[MemoryCategory.OPTIMIZER]
 
@@ -114,47 +115,34 @@ class PeakPredictor:
         *,
         device: torch.device | None = None,
     ) -> "PeakPredictor":
-        """Rehearse with copies of a model and its optimizer, which share nothing with them and hold no data.
+        """Build a predictor from fake copies of a model and its optimizer; the originals are not modified.
 
         Args:
             model: On any device, ``meta`` included.
-            optimizer: Over its parameters.
+            optimizer: Over the parameters of ``model``.
             loss_fn: As for `bigbatch.Engine`.
-            device: Where the step is to run: by default where the parameters are. It need not be there.
+            device: Device that the step will run on, available or not; by default that of the parameters.
 
         Raises:
-            PredictionError: They cannot be copied.
+            PredictionError: The model or the optimizer cannot be copied, or its state cannot be created without data.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        runs_on = None if device is None else proxy_device(device)
-        copies: dict[int, Any] = {}
-        try:
-            for tensor in [*model.parameters(), *model.buffers(), *tensors_in(vars(optimizer))]:
-                if id(tensor) not in copies:
-                    copies[id(tensor)] = _without_data(mode, tensor, runs_on)
-                    if tensor.grad is not None:
-                        copies[id(tensor.grad)] = None
-            twin, optimizer_twin = copy.deepcopy((model, optimizer), copies)
-            for name, value in vars(optimizer).items():  # what the optimizers of torch leave out of their copies
-                if name not in vars(optimizer_twin) and name != "step":  # a scheduler's, around that of the original
-                    setattr(optimizer_twin, name, copy.deepcopy(value, copies))
-        except Exception as error:  # whatever a user's module raises when it is copied
-            raise PredictionError(f"the model or its optimizer cannot be copied ({first_line(error)})") from error
-        return cls(mode, twin, optimizer_twin, loss_fn, device=device)
+        copies = fake_copies(mode, model, optimizer, None if device is None else proxy_device(device))
+        return cls(mode, *copies, loss_fn, device=device)
 
     def predict(self, microbatch: Any) -> Prediction:
-        """Run one micro-batch and the update.
+        """Predict the peak of one micro-batch and the update.
 
         Args:
-            microbatch: What ``loss_fn`` takes; of its tensors, on any device, only shapes and dtypes matter.
+            microbatch: The argument of ``loss_fn``, on any device; only shapes and dtypes of its tensors matter.
 
         Raises:
-            PredictionError: The step needs the data itself.
+            PredictionError: The step depends on the data.
         """
         with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
             self._track(tracker, sums)
-            held_bytes = tracker.live_bytes.total()
-            phases, waiting_bytes = self._differentiate(tracker, sums, microbatch)
+            resident_bytes = tracker.live_bytes.total()
+            phases, engine_bytes = self._differentiate(tracker, sums, microbatch)
             phases["update"] = self._update(tracker, sums)
         libraries = self._libraries_bytes
         phase = max(phases, key=lambda name: phases[name].peak_bytes)
@@ -162,11 +150,11 @@ class PeakPredictor:
         if libraries:
             parts["libraries"] = libraries
         peaks = {name: recorded.peak_bytes + libraries for name, recorded in phases.items()}
-        running_bytes = max(peaks["forward"], peaks["backward"]) - waiting_bytes
-        return Prediction(peaks[phase], phase, parts, peaks, running_bytes, held_bytes + libraries)
+        forward_backward_bytes = max(peaks["forward"], peaks["backward"]) - engine_bytes
+        return Prediction(peaks[phase], phase, parts, peaks, forward_backward_bytes, resident_bytes + libraries)
 
     def predict_update(self) -> int:
-        """Give the peak in bytes of an update alone, which no micro-batch matters to."""
+        """Predict the peak of the update alone in bytes, which does not depend on the micro-batch."""
         with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
             self._track(tracker, sums)
             return self._update(tracker, sums).peak_bytes + self._libraries_bytes
@@ -177,29 +165,34 @@ class PeakPredictor:
 
     @contextmanager
     def _running_without_data(self) -> Iterator[AllocationTracker]:
-        pinned = _attention_without_dropout() if self._runs_on.type != self.device.type else nullcontext()
-        with self._failing_clearly(), self._mode, pinned, AllocationTracker(self._runs_on, unit=self._unit) as tracker:
+        is_proxy = self._fake_device.type != self.device.type
+        with (
+            errors_as_prediction_errors(),
+            self._mode,
+            attention_without_dropout() if is_proxy else nullcontext(),
+            AllocationTracker(self._fake_device, unit=self._unit) as tracker,
+        ):
             yield tracker
 
     def _track(self, tracker: AllocationTracker, sums: GradientSums) -> None:
-        """Count what is there before a micro-batch begins."""
+        """Track what is allocated before the micro-batch starts."""
         tracker.track([*self._model.parameters(), *self._model.buffers(), *self._parameters], MemoryCategory.PARAMETERS)
         tracker.track(state_of(self._optimizer), MemoryCategory.OPTIMIZER)
-        tracker.part = MemoryCategory.GRADIENTS
+        tracker.set_category(MemoryCategory.GRADIENTS)
         sums.fill_missing_with_zeros()
 
     def _differentiate(
         self, tracker: AllocationTracker, sums: GradientSums, microbatch: Any
     ) -> "tuple[dict[str, _Phase], int]":
-        """Run forward and backward; give their peaks, and the bytes of what only waits meanwhile."""
-        tracker.part = MemoryCategory.ACTIVATIONS
-        held_bytes = tracker.live_bytes.total()
-        waiting: list[Any] = [buffer.clone() for buffer in self._model.buffers()]
+        """Run forward and backward; return their peaks, and the bytes of buffer copies and prefetched inputs."""
+        tracker.set_category(MemoryCategory.ACTIVATIONS)
+        resident_bytes = tracker.live_bytes.total()
+        engine_tensors: list[Any] = [buffer.clone() for buffer in self._model.buffers()]
         if self.device.type == "cuda":
-            waiting.append(self._fake_inputs(microbatch))
-        waiting_bytes = tracker.live_bytes.total() - held_bytes
+            engine_tensors.append(self._fake_inputs(microbatch))
+        engine_bytes = tracker.live_bytes.total() - resident_bytes
         phases = {}
-        with _parts_of_the_step(tracker, self._model):
+        with _loss_tracked_separately(tracker, self._model):
             tracker.reset_peak()
             terms = as_terms(self._loss_fn(self._model, self._fake_inputs(microbatch)))
             loss = reduce(add, (loss_sum for loss_sum, _ in terms.values()))
@@ -211,12 +204,12 @@ class PeakPredictor:
             phases["backward"] = _Phase.of(tracker)
         if len(sums.unchanged_since(versions)) == sum(p.requires_grad for p in self._parameters):
             raise PredictionError(
-                "loss_fn does not use the model that it is given, or none of its parameters that are trained"
+                "loss_fn does not use the model that it is passed, or no parameter of it that is trained"
             )
-        return phases, waiting_bytes
+        return phases, engine_bytes
 
     def _update(self, tracker: AllocationTracker, sums: GradientSums) -> "_Phase":
-        tracker.part = MemoryCategory.OPTIMIZER
+        tracker.set_category(MemoryCategory.OPTIMIZER)
         tracker.reset_peak()
         gradients = sums.tensors()
         torch.nn.utils.get_total_norm(gradients)
@@ -226,58 +219,27 @@ class PeakPredictor:
         self._optimizer.step()
         return _Phase.of(tracker)
 
-    def _make_state(self) -> None:
-        """Let the optimizer make its state, and count no step."""
+    def _create_state(self) -> None:
+        """Create the optimizer state by a step with zero gradients."""
         with GradientSums(self._parameters) as sums:
             sums.fill_missing_with_zeros()
             sums.write_to_grad()
             self._optimizer.step()
 
     def _fake_inputs(self, microbatch: Any) -> Any:
-        def stand_in(leaf: Any) -> Any:
+        def to_fake(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device=self._runs_on)
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=self._fake_device)
 
-        return pytree.tree_map(stand_in, microbatch)
-
-    @contextmanager
-    def _failing_clearly(self) -> Iterator[None]:
-        try:
-            with _quiet_log():
-                yield
-        except PredictionError:
-            raise
-        except Exception as error:  # whatever a user's model does with data that is not there
-            raise PredictionError(f"the step cannot run without data ({first_line(error)})") from error
+        return pytree.tree_map(to_fake, microbatch)
 
 
 def prediction_obstacle(model: nn.Module) -> str | None:
-    """Say why a model cannot show without data what it keeps, where that is known; else None."""
+    """Return why the activations of a model cannot be predicted; None if no reason is known."""
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()):
-        return "it is compiled, and what it keeps is decided when it runs"
+        return "it is compiled, so the saved activations are known only when it runs"
     return None
-
-
-def proxy_device(device: torch.device) -> torch.device:
-    """Give where a prediction for a device runs: there, or on the CPU where torch finds no CUDA."""
-    return torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
-
-
-@contextmanager
-def _attention_without_dropout() -> Iterator[None]:
-    """Keep attention on the CPU in one kernel, as it is on CUDA: with dropout the CPU would write out all pairs."""
-    functional: Any = nn.functional
-    attend = functional.scaled_dot_product_attention
-
-    def pinned(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any) -> Any:
-        return attend(query, key, value, attn_mask=attn_mask, **options)
-
-    functional.scaled_dot_product_attention = pinned
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = attend
 
 
 @dataclass(frozen=True)
@@ -293,28 +255,28 @@ class _Phase:
 
 
 @contextmanager
-def _parts_of_the_step(tracker: AllocationTracker, model: nn.Module) -> Iterator[None]:
-    """Tell what belongs to the loss from what belongs to the layers, in forward and in backward.
+def _loss_tracked_separately(tracker: AllocationTracker, model: nn.Module) -> Iterator[None]:
+    """Categorize allocations of forward and backward as loss or activations.
 
-    The outputs of the model, and whatever is computed from them, are the loss's; in backward, so is what nodes of the
-    graph allocate that were made after the outputs.
+    The outputs of the model and everything computed from them belong to the loss; in backward, so do allocations of
+    autograd nodes that were created after the outputs.
     """
-    last_of_model = [-1]
+    last_model_node = [-1]
 
     def after_forward(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
         tensors = tensors_in(outputs)
         tracker.track(tensors, MemoryCategory.LOSS)
-        tracker.part = part
+        tracker.set_category(part)
         nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-        last_of_model[0] = max((node._sequence_nr() for node in nodes), default=-1)
+        last_model_node[0] = max((node._sequence_nr() for node in nodes), default=-1)
 
     def part() -> MemoryCategory:
         node = torch._C._current_autograd_node()
-        if node is None or ("AccumulateGrad" not in node.name() and node._sequence_nr() > last_of_model[0]):
+        if node is None or ("AccumulateGrad" not in node.name() and node._sequence_nr() > last_model_node[0]):
             return MemoryCategory.LOSS
         return MemoryCategory.ACTIVATIONS
 
-    tracker.part = MemoryCategory.ACTIVATIONS
+    tracker.set_category(MemoryCategory.ACTIVATIONS)
     handle = model.register_forward_hook(after_forward)
     try:
         yield
@@ -323,26 +285,5 @@ def _parts_of_the_step(tracker: AllocationTracker, model: nn.Module) -> Iterator
 
 
 def state_of(optimizer: "Optimizer") -> list[Tensor]:
-    """Give the tensors of an optimizer's state."""
+    """Return the tensors in the state of an optimizer."""
     return tensors_in(optimizer.state)
-
-
-def _without_data(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None) -> Tensor:
-    if device is None or device == tensor.device:
-        twin: Tensor = mode.from_tensor(tensor)
-        return twin
-    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    twin = FakeTensor(mode, shape, device)
-    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-
-
-@contextmanager
-def _quiet_log() -> Iterator[None]:
-    """Keep torch from writing a traceback about what becomes a sentence."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

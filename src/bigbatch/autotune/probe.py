@@ -1,4 +1,4 @@
-"""The time and the peak of a real micro-batch, its gradients thrown away."""
+"""Measure the time and the peak memory of a real micro-batch; its gradients are discarded."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -23,17 +23,17 @@ from bigbatch.types import Items
 if TYPE_CHECKING:
     from bigbatch.types import LossFunction
 
-MIN_SECONDS = 0.1  # of timing: small micro-batches are timed often
-MIN_REPEATS = 2  # whatever they take: machines have other work, too
+MIN_SECONDS = 0.1  # of timing in total: small micro-batches are repeated more often
+MIN_REPEATS = 2  # for any duration: other processes may disturb one run
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one micro-batch took.
+    """Measurements of one micro-batch.
 
     Attributes:
-        seconds: Of forward and backward, the fastest of some.
-        peak_bytes: The most that was allocated meanwhile, what was there before included; None if not asked for.
+        seconds: Time of forward and backward, the minimum over repetitions.
+        peak_bytes: Peak of allocated memory, resident tensors included; None if not requested.
     """
 
     seconds: float
@@ -46,25 +46,25 @@ def probe(
     loss_fn: "LossFunction",
     take: Callable[[], Any],
     *,
-    held: Iterable[Tensor] | None = None,
+    resident: Iterable[Tensor] | None = None,
     uses_cuda_graphs: bool = False,
 ) -> Probe:
-    """Run one micro-batch several times, as within a window, and throw its gradients away.
+    """Run forward and backward of one micro-batch several times, as in a window, and discard the gradients.
 
-    Random states, buffers and gradients are put back. On CUDA the device is waited for. Elsewhere the peak is that of a
-    `AllocationTracker`, in a run that is not timed.
+    Random states, buffers and gradients are restored. On CUDA the host synchronizes with the device; elsewhere the peak
+    comes from an `AllocationTracker`, in a run that is not timed.
 
     Args:
         model: In training mode.
-        parameters: Those of the optimizer.
+        parameters: The parameters of the optimizer.
         loss_fn: As for `bigbatch.Engine`.
-        take: Makes the micro-batch, on the device.
-        held: What is there already and counts, where the peak is asked for.
-        uses_cuda_graphs: Whether to time what will be timed in training: a recording of it, where it can be recorded.
+        take: Returns the micro-batch, on the device.
+        resident: Tensors that are already allocated and count towards the peak; None to skip measuring the peak.
+        uses_cuda_graphs: Whether to time the replay of a captured CUDA graph, if forward and backward can be captured.
 
     Raises:
-        PredictionError: ``loss_fn`` kept a tensor of the rehearsal.
-        torch.OutOfMemoryError: It does not fit.
+        PredictionError: ``loss_fn`` has cached a fake tensor of the prediction.
+        torch.OutOfMemoryError: The micro-batch does not fit.
     """
     device = parameters[0].device
     with preserved(model, parameters=False), GradientSums(parameters) as sums:
@@ -74,26 +74,26 @@ def probe(
             if losses:
                 sums.backward(reduce(add, losses))
 
-        run()  # makes the sums, and whatever else is made once
-        peak_bytes = None if held is None else _measure(held, sums, run, device)
+        run()  # allocates the sums, and initializes what is created on first use
+        peak_bytes = None if resident is None else _measure_peak(resident, sums, run, device)
         if uses_cuda_graphs and sums.grads_in_place() is not None:
-            run = _captured(sums, partial(loss_fn, model, take())) or run
-        spent_s, best_s, times = 0.0, float("inf"), 0
-        while spent_s < MIN_SECONDS or times < MIN_REPEATS:
-            _wait(device)
+            run = _capture(sums, partial(loss_fn, model, take())) or run
+        total_s, best_s, repeats = 0.0, float("inf"), 0
+        while total_s < MIN_SECONDS or repeats < MIN_REPEATS:
+            _synchronize(device)
             started_s = time.perf_counter()
             run()
-            _wait(device)
-            took_s = time.perf_counter() - started_s
-            spent_s, best_s, times = spent_s + took_s, min(best_s, took_s), times + 1
+            _synchronize(device)
+            elapsed_s = time.perf_counter() - started_s
+            total_s, best_s, repeats = total_s + elapsed_s, min(best_s, elapsed_s), repeats + 1
     return Probe(best_s, peak_bytes)
 
 
-def _captured(sums: GradientSums, loss_of: Callable[[], Any]) -> Callable[[], None] | None:
-    """Record forward and backward; None where that cannot be."""
+def _capture(sums: GradientSums, compute_loss: Callable[[], Any]) -> Callable[[], None] | None:
+    """Capture forward and backward in a CUDA graph and return its replay; None if they cannot be captured."""
 
     def run() -> None:
-        if losses := _losses(loss_of()):
+        if losses := _losses(compute_loss()):
             sums.backward(reduce(add, losses))
 
     try:
@@ -106,13 +106,13 @@ def _captured(sums: GradientSums, loss_of: Callable[[], Any]) -> Callable[[], No
 
 
 def _losses(result: Any) -> list[Tensor]:
-    """Give the losses that have items, as a window differentiates them."""
+    """Return the loss sums of terms with items, as a window differentiates them."""
     losses = [loss_sum for loss_sum, items in as_terms(result).values() if not _is_zero(items)]
     if any(isinstance(loss_sum, FakeTensor) for loss_sum in losses):
         raise PredictionError(
-            "loss_fn keeps tensors from one call to the next, in a cache outside of the model, and kept one of those "
-            "without data that memory is predicted with. Keep them in the model; or start again, and pass a number or "
-            'a TokenBudget instead of microbatch="auto".'
+            "loss_fn caches tensors outside the model between calls, and has cached a fake tensor of the memory "
+            "prediction. Store them in the model; or restart, and pass a number or a TokenBudget instead of "
+            'microbatch="auto".'
         )
     return losses
 
@@ -121,20 +121,20 @@ def _is_zero(items: Items) -> bool:
     return items == 0 if not isinstance(items, Tensor) else items.is_cpu and items.item() == 0
 
 
-def _measure(held: Iterable[Tensor], sums: GradientSums, run: Callable[[], None], device: torch.device) -> int:
+def _measure_peak(resident: Iterable[Tensor], sums: GradientSums, run: Callable[[], None], device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        on_device: int = torch.cuda.max_memory_allocated(device)
-        return on_device
+        cuda_peak: int = torch.cuda.max_memory_allocated(device)
+        return cuda_peak
     with AllocationTracker(device) as tracker:
-        tracker.track(held, MemoryCategory.PARAMETERS)
+        tracker.track(resident, MemoryCategory.PARAMETERS)
         tracker.track((total for total in sums.snapshot_versions()[0] if total is not None), MemoryCategory.GRADIENTS)
         run()
-    elsewhere: int = tracker.peak_bytes
-    return elsewhere
+    tracked_peak: int = tracker.peak_bytes
+    return tracked_peak
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

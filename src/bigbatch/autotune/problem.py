@@ -1,4 +1,4 @@
-"""The training step whose micro-batch is to be chosen: its batch, and the micro-batches that it can bring."""
+"""The training step to tune: its batch, and the micro-batches that batches like it can contain."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
     from bigbatch.types import LossFunction
 
-SMALLEST_SHARE = 16  # of the longest sample: the smallest size that is timed
-FULL_ENOUGH = 0.99  # of the tokens of the fullest micro-batch: a longer sample is taken in its place
+SMALLEST_SHARE = 16  # the first size that is timed is at least the longest sample divided by this
+FULL_ENOUGH = 0.99  # of the largest micro-batch in tokens: worst cases prefer longer samples above it
 
 
 @dataclass(frozen=True)
 class TuningProblem:
-    """The training step whose micro-batch is to be chosen.
+    """The training step whose micro-batch size is tuned.
 
     Attributes:
         model: In training mode, on its device.
-        optimizer: Over its parameters.
+        optimizer: Over the parameters of ``model``.
         loss_fn: As for `bigbatch.Engine`.
-        batch: What micro-batches are taken of.
-        lengths: Tokens of each sample, where the micro-batch is limited in tokens.
-        uniform_length: Whether all samples are laid out alike, as in tensors, which keep the padding that they came
-            with; otherwise micro-batches are collated, and padded to their longest sample.
-        layout: ``"packed"`` where micro-batches are collated into one row, whose sizes are those of `round_up`.
-        uses_cuda_graphs: Whether micro-batches will be launched from recordings, see `bigbatch.execution.cuda_graphs`.
-        prediction_obstacle: Why the step cannot run without data, where that is known.
+        batch: The batch of one window of this rank.
+        lengths: Tokens of each sample, if the micro-batch is limited in tokens; None if limited in samples.
+        uniform_length: Whether all samples have the same laid-out length, as rows of tensors, which keep their padding;
+            otherwise micro-batches are collated and padded to their longest sample.
+        layout: ``"packed"`` if micro-batches are collated into one row, with the sizes of `round_up_row`.
+        uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs, see `bigbatch.execution.cuda_graphs`.
+        prediction_obstacle: Why the step cannot run on fake tensors, if known in advance.
     """
 
     model: nn.Module
@@ -59,110 +59,111 @@ class TuningProblem:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those of the optimizer."""
+        """The parameters of the optimizer."""
         return optimizer_parameters(self.optimizer)
 
     def resident_tensors(self) -> list[Tensor]:
-        """What is there already: parameters, buffers, and the optimizer's state."""
+        """Return the tensors that are allocated already: parameters, buffers and optimizer state."""
         return [*self.model.parameters(), *self.model.buffers(), *self.parameters, *state_of(self.optimizer)]
 
     def peek(self, rows: Sequence[int]) -> Any:
-        """Give a micro-batch where the batch is, which may have more memory than the device."""
+        """Return a micro-batch on the device of the batch, which may have more memory than that of the model."""
         return pytree.tree_unflatten(*self.batch.gather(rows))
 
     @property
     def longest_sample(self) -> int:
-        """What has to fit: one sample, whichever it is."""
+        """Size of the longest sample, which has to fit: its tokens, or 1 if sizes are in samples."""
         return 1 if self.lengths is None else max(self.lengths)
 
     @property
     def first_size(self) -> int:
-        """The smallest size that is timed: under it, samples that are longer run alone."""
+        """Smallest size to time: the median sample, at least 1/16 of the longest; if packed, a row of the longest."""
         if self.lengths is None:
             return 1
         if self.layout == "packed":
             return round_up_row(max(self.lengths))
-        middling = sorted(self.lengths, reverse=True)[self.num_samples // 2]
-        return max(middling, max(self.lengths) // SMALLEST_SHARE)
+        median = sorted(self.lengths, reverse=True)[self.num_samples // 2]
+        return max(median, max(self.lengths) // SMALLEST_SHARE)
 
     @property
     def unit(self) -> str:
-        """What sizes count."""
+        """Unit of sizes: ``"samples"`` or ``"tokens"``."""
         return "samples" if self.lengths is None else "tokens"
 
     def worst_cases(self, size: int) -> list[Sequence[int]]:
-        """Samples of the fullest micro-batches that batches of such samples can bring, those of this one repeated.
+        """Return the micro-batches of the largest memory that batches of such samples can contain, as sample indices.
 
-        As many as fit of the longest sample, and of the longest of those that fill the size best. Of tensors, as many
-        rows as this batch brings: how many tokens of them are no padding does not change what they take.
+        Samples are repeated: as many copies as fit of the longest sample, and of the longest of those that fill the
+        size best. For tensors, as many rows as this batch can fill: their memory does not depend on padding.
 
         Args:
-            size: At least `least`.
+            size: At least `longest_sample`.
         """
         if self.uniform_length:
-            return [range(self._most_rows(size))]
+            return [range(self._max_rows(size))]
         if self.lengths is None:
-            return [[self._heaviest] * size]
+            return [[self._largest_sample] * size]
         if self.layout == "packed":
             return [self._fill_row(size)]
         filled = FULL_ENOUGH * self.usable_size(size)
-        fullest = max(length for length in self._where if size // length * length >= filled)
-        return [[self._where[length]] * (size // length) for length in dict.fromkeys((self.longest_sample, fullest))]
+        best_filling = max(length for length in self._sample_of_length if size // length * length >= filled)
+        lengths = dict.fromkeys((self.longest_sample, best_filling))
+        return [[self._sample_of_length[length]] * (size // length) for length in lengths]
 
     def _fill_row(self, size: int) -> list[int]:
-        """Samples that fill a row of so many tokens, the longest first."""
+        """Return samples that fill a packed row of ``size`` tokens, the longest first."""
         rows: list[int] = []
-        for length in sorted(self._where, reverse=True):
-            rows += [self._where[length]] * (size // length)
+        for length in sorted(self._sample_of_length, reverse=True):
+            rows += [self._sample_of_length[length]] * (size // length)
             size %= length
         return rows
 
     def usable_size(self, size: int) -> int:
-        """Of a size, what a micro-batch of such samples can use: between it and the size, all cuts are the same."""
+        """Return the part of a size that such samples can fill: sizes in between split the batch in the same way."""
         if self.layout == "packed":
             return max(round_up_row(self.longest_sample), round_down_row(size))
         if self.lengths is None or self.uniform_length or size < self.longest_sample:
             return size
-        return max(size // length * length for length in self._where)
+        return max(size // length * length for length in self._sample_of_length)
 
     @cached_property
-    def _where(self) -> dict[int, int]:
-        """A sample of each length."""
-        assert self.lengths is not None, "asked for only where tokens are counted"
+    def _sample_of_length(self) -> dict[int, int]:
+        """Length → index of a sample with that length."""
+        assert self.lengths is not None, "only used if sizes are in tokens"
         return {length: sample for sample, length in enumerate(self.lengths)}
 
     @cached_property
-    def _heaviest(self) -> int:
-        """The sample with the most bytes, where nobody tells lengths."""
+    def _largest_sample(self) -> int:
+        """Index of the sample with the most bytes, if lengths are unknown."""
         return max(range(self.num_samples), key=lambda sample: _num_bytes(self.peek([sample])))
 
-    def _most_rows(self, size: int) -> int:
+    def _max_rows(self, size: int) -> int:
         if self.lengths is None:
             return size
         return max(min(size // length, rows) for rows, length in enumerate(sorted(self.lengths), start=1))
 
     def groups(self, size: int, cost: Cost = DEFAULT_COST) -> Sequence[Sequence[int]]:
-        """The batch in micro-batches of at most that size."""
+        """Return the batch in micro-batches of at most ``size``, as sample indices."""
         if self.lengths is None:
             return [range(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
         return group_by_tokens(self.lengths, size, cost=cost, layout=self.layout)
 
     @property
     def whole_batch_size(self) -> int:
-        """The size from which on the whole batch is one micro-batch, about."""
+        """Approximate size from which on the whole batch is one micro-batch."""
         if self.lengths is None:
             return self.num_samples
         return sum(self.lengths) if self.layout == "packed" else self.num_samples * max(self.lengths)
 
     def size_of(self, rows: Sequence[int]) -> int:
-        """Tokens with padding, or samples, of a micro-batch."""
+        """Return the size of a micro-batch: tokens with padding, or samples."""
         if self.lengths is not None and self.layout == "packed":
             return round_up_row(sum(self.lengths[i] for i in rows))
         return len(rows) if self.lengths is None else len(rows) * max(self.lengths[i] for i in rows)
 
     @property
     def total(self) -> int:
-        """Tokens without padding, or samples, of the batch."""
+        """Size of the whole batch: tokens without padding, or samples."""
         return self.num_samples if self.lengths is None else sum(self.lengths)
 
 

@@ -1,4 +1,4 @@
-"""The largest size that fits, from few peaks: each of them may take a second."""
+"""Find the largest size that fits with few evaluations of its peak: each may take a second."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,25 +6,32 @@ from functools import cache
 from itertools import islice
 from typing import TypeAlias
 
-RESOLUTION = 50  # a share of the size: where the search ends
+RESOLUTION = 50  # the search ends within size / RESOLUTION
 MAX_GUESSES = 12
 
 _PeakOf: TypeAlias = Callable[[int], float]
 
 
-def largest_below(peak_of: _PeakOf, least: int, most: int, usable_bytes: int) -> int:
-    """Find the largest size from ``least``, which fits, to ``most`` whose peak is at most ``usable_bytes``.
+def largest_below(peak_of: _PeakOf, low: int, high: int, usable_bytes: int) -> int:
+    """Return the largest size from ``low`` to ``high`` whose peak is at most ``usable_bytes``.
 
-    The peak is a maximum of lines over the sizes. Where the limit is reached on a line that two known sizes lie on, it
-    leads there; where it is not, halving brings them closer. Ends within 2 % of the size, or after 14 peaks.
+    The peak is assumed to be convex and piecewise linear in the size: a maximum of lines. Secants through known sizes
+    hit the limit exactly if both lie on the line that crosses it; bisection (geometric) brings them closer otherwise.
+    Ends within 2 % of the size, or after 14 evaluations.
+
+    Args:
+        peak_of: Peak of a size, in bytes; infinity if it does not fit.
+        low: A size that fits.
+        high: The largest size to consider.
+        usable_bytes: The limit.
     """
     peak_of = cache(peak_of)
-    if peak_of(most) <= usable_bytes:
-        return most
-    fitting, failing = [least], [most]  # the last of each is the nearest
+    if peak_of(high) <= usable_bytes:
+        return high
+    fitting, failing = [low], [high]  # the last of each is the nearest
     for guess in islice(_guesses(peak_of, fitting, failing, usable_bytes), MAX_GUESSES):
         low, high = fitting[-1], failing[-1]
-        beyond = _intersect(peak_of, fitting[-2:], usable_bytes)  # nothing fits there: the peak rises ever faster
+        beyond = _intersect(peak_of, fitting[-2:], usable_bytes)  # an upper bound: the peak is convex
         if high - low <= _step_of(low) or beyond - low < _step_of(low):
             break
         middle = min(max(guess, low + 1), high - 1)
@@ -33,28 +40,28 @@ def largest_below(peak_of: _PeakOf, least: int, most: int, usable_bytes: int) ->
 
 
 def _guesses(peak_of: _PeakOf, fitting: list[int], failing: list[int], usable_bytes: int) -> Iterator[int]:
-    """Follow a line and look whether it led there, halve, and so on; the lists grow in between."""
+    """Yield the size at a secant, one next to it to confirm, then a bisection; the caller extends the lists."""
     while True:
-        ahead = _extrapolate(peak_of, fitting, failing, usable_bytes)
-        if ahead is not None:
-            yield ahead
+        secant_size = _extrapolate(peak_of, fitting, failing, usable_bytes)
+        if secant_size is not None:
+            yield secant_size
             low, high = fitting[-1], failing[-1]
-            yield low + _step_of(low) if low == ahead else high - _step_of(low)
+            yield low + _step_of(low) if low == secant_size else high - _step_of(low)
         yield math.isqrt(fitting[-1] * failing[-1])
 
 
 def _extrapolate(peak_of: _PeakOf, fitting: list[int], failing: list[int], usable_bytes: int) -> int | None:
-    """Give where a line leads: that of the two smallest that fail, else that across the limit; None if nowhere new."""
+    """Return where a secant reaches the limit: of the two smallest failing sizes, else across it; None if not new."""
     low, high = fitting[-1], failing[-1]
-    if (ahead := _intersect(peak_of, failing[-2:], usable_bytes)) < high:  # nothing fits there, or just so
-        return max(int(ahead), low + _step_of(low))
-    if low + _step_of(low) <= (ahead := _intersect(peak_of, [low, high], usable_bytes)) < high:
-        return int(ahead)
+    if (size := _intersect(peak_of, failing[-2:], usable_bytes)) < high:  # an upper bound of the sizes that fit
+        return max(int(size), low + _step_of(low))
+    if low + _step_of(low) <= (size := _intersect(peak_of, [low, high], usable_bytes)) < high:
+        return int(size)
     return None
 
 
 def _intersect(peak_of: _PeakOf, sizes: list[int], usable_bytes: int) -> float:
-    """Give the size at which the line through two sizes reaches the limit; infinity where it does not."""
+    """Return the size at which the line through two sizes reaches the limit; infinity if it does not."""
     if len(sizes) < 2:
         return math.inf
     (left, left_bytes), (right, right_bytes) = sorted((size, peak_of(size)) for size in sizes)

@@ -1,31 +1,31 @@
-"""What a micro-batch takes by its size, from a few that were timed."""
+"""Time of a micro-batch as a function of its size, interpolated from a few measurements."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
 from bigbatch.batching.plan import Cost
 
-MAX_OVERHEAD_TOKENS = 65_536
+MAX_OVERHEAD_TOKENS = 65_536  # if the time does not increase with the size
 
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Seconds of a micro-batch by its size, linear between those that were timed.
+    """Seconds of forward and backward of a micro-batch by its size, piecewise linear between measurements.
 
-    Below the smallest, the line through the first two goes on, though never to nothing; above the largest, that through
-    the last two. Where the larger of two was faster, they count as equally fast beyond.
+    Below the smallest size the line through the first two is extrapolated, but not below a proportional time; above the
+    largest size the line through the last two. A negative slope extrapolates as zero.
 
     Attributes:
-        points: (size, seconds), sizes rising.
+        points: ``(size, seconds)``, sizes ascending.
     """
 
     points: tuple[tuple[int, float], ...]
 
     def of(self, size: int) -> float:
-        """Seconds of one micro-batch of a size."""
+        """Return the seconds of one micro-batch of a size."""
         sizes = [point for point, _ in self.points]
         place = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
-        if place == 0:  # only one was timed
+        if place == 0:  # only one measurement
             return self.points[0][1] * size / sizes[0]
         (left, left_s), (right, right_s) = self.points[place - 1], self.points[place]
         if left <= size <= right:
@@ -36,10 +36,10 @@ class TimeModel:
         return max(near_s + slope * (size - near), near_s * min(1.0, size / near))
 
     def overhead_tokens(self, size: int) -> int:
-        """How many tokens a micro-batch of about a size could have more for the time that another one costs to start.
+        """Return the fixed time of a micro-batch in tokens: how many more could run in the time of its overhead.
 
-        From the smallest that was timed and the one nearest to ``size``: what is larger may miss the caches, and take
-        longer for each token.
+        The intercept divided by the slope of the line through the smallest measurement and the one nearest to
+        ``size``. Larger sizes are ignored: they may miss caches and need more time per token.
         """
         (first, first_s), *others = self.points
         if not others:
@@ -51,6 +51,6 @@ class TimeModel:
         return min(MAX_OVERHEAD_TOKENS, max(0, round(first_s / slope - first)))
 
     def cost(self, size: int) -> Cost:
-        """The same as weights for `bigbatch.plan`; a pair of tokens keeps its share of a token."""
-        usual = Cost()
-        return Cost(self.overhead_tokens(size) * usual.per_token, usual.per_token, usual.per_pair)
+        """Return the cost model for `bigbatch.plan`: the measured overhead, and default costs of tokens and pairs."""
+        default = Cost()
+        return Cost(self.overhead_tokens(size) * default.per_token, default.per_token, default.per_pair)

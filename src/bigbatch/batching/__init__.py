@@ -1,1 +1,1 @@
-"""Plan which samples run together, and split a batch into micro-batches."""
+"""Plan which samples run together, split a batch into micro-batches, and prefetch them."""

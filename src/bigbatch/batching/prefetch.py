@@ -1,8 +1,8 @@
-"""Micro-batches on their way to a CUDA device: one is copied while the one before it computes.
+"""Prefetching to a CUDA device: each micro-batch is copied while the previous one computes.
 
-take micro-batch i: wait, on the device, for its copy → collate, pin and begin to copy micro-batch i + 1 → give i
+    take(i): stream waits for the copy of i → collate, pin and start copying micro-batch i + 1 → return i
 
-Elsewhere, and where the batch is on the device already, nothing is done ahead: a micro-batch comes when it is taken.
+On other devices, and if the batch is already on the device, nothing is prefetched.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,24 +20,24 @@ from bigbatch.batching.split import Split
 class _Fetched(NamedTuple):
     leaves: list[Any]
     structure: pytree.TreeSpec
-    num_copied: int  # leaves that were on the host
+    num_copied: int  # leaves copied from the host
 
 
 class Prefetcher:
-    """Take the micro-batches of a split in their order, each fetched while the one before it computes.
+    """Source of the micro-batches of a split, in order, each copied while the previous one computes.
 
-        with Feed(parts) as feed:
+        with Prefetcher(parts) as prefetcher:
             for rows in parts.groups:
-                loss_fn(model, feed.take(rows))
+                loss_fn(model, prefetcher.take(rows))
 
-    Copies go from pinned memory over a stream of their own. Their memory is allocated on the stream that ``take`` is
-    called on and freed like any tensor's: the device holds the inputs of two micro-batches, however far the host is
-    ahead. Outside the ``with`` block, ``take`` is that of the split.
+    Copies are asynchronous, from pinned memory on a separate stream. Device memory is allocated on the stream that
+    ``take`` is called on and freed like that of any tensor: the device holds the inputs of at most two micro-batches,
+    no matter how far the host runs ahead. Outside the ``with`` block, ``take`` is that of the split.
 
     Args:
-        parts: Its samples are collated once, in order, each micro-batch when the one before it is taken. What fails
-            then is tried again in its turn, and raised then. A collate that draws random numbers draws others for
-            samples that run again.
+        parts: Its samples are collated once, in order, each micro-batch when the previous one is taken. An error while
+            prefetching is discarded; that micro-batch is collated again when it is taken, and an error is raised then.
+            A collate that draws random numbers draws new ones for samples that are retried.
     """
 
     def __init__(self, parts: Split) -> None:
@@ -60,13 +60,13 @@ class Prefetcher:
         self._drop()
 
     def take(self, rows: Sequence[int]) -> Any:
-        """Give the micro-batch of some samples, on the device.
+        """Return the micro-batch of some samples, on the device.
 
         Args:
-            rows: The next of ``parts.groups``. Any others are samples that are run again for want of memory: they are
-                taken by themselves, and what was fetched ahead is given back, to be fetched anew in its turn.
+            rows: The next of ``parts.groups``. Other rows are a retry after an out-of-memory error: they are not
+                prefetched, and the prefetched micro-batch is freed and fetched again when it is taken.
         """
-        if rows is not self._next_rows:  # always so on the CPU
+        if rows is not self._next_rows:  # always true on the CPU
             self._drop()
             return self._parts.take(rows)
         self._next_rows = next(self._pending_rows, None)
@@ -79,16 +79,16 @@ class Prefetcher:
         return self._parts.assemble(fetched.leaves, fetched.structure)
 
     def _fetch_ahead(self, rows: Sequence[int]) -> None:
-        with suppress(Exception):  # it will be raised in the turn of these rows, and put down to them
+        with suppress(Exception):  # raised when these rows are taken, and attributed to them
             self._fetched = self._fetch(rows)
 
     def _fetch(self, rows: Sequence[int]) -> _Fetched:
-        """Gather a micro-batch and begin to copy to the device what of it is on the host."""
+        """Gather a micro-batch and start copying its host tensors to the device."""
         leaves, structure = self._parts.gather(rows)
         pinned = {index: _pin(leaf) for index, leaf in enumerate(leaves) if _is_plain_host_tensor(leaf)}
         device = self._parts.device
         copies = {index: torch.empty_like(source, device=device) for index, source in pinned.items()}
-        if copies:  # whoever had their memory before may use it up to here
+        if copies:  # kernels queued so far may still use the memory that was allocated for the copies
             self._copying.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(self._copying):
@@ -105,12 +105,12 @@ class Prefetcher:
             self._fetched = None
 
     def _wait_for_copies(self) -> None:
-        """Let what is queued from now on come after the copies: their readers, and whoever gets their memory next."""
+        """Order later work of the current stream after the copies: their readers, and reuse of their memory."""
         torch.cuda.current_stream(self._parts.device).wait_stream(self._copying)
 
 
 def _is_plain_host_tensor(leaf: Any) -> bool:
-    """Tell what is copied ahead; the rest is left to the split: other layouts and classes, and what has a graph."""
+    """Return whether a leaf is prefetched; not tensor subclasses, other layouts, or tensors that require grad."""
     return (
         type(leaf) is Tensor
         and leaf.device.type == "cpu"
@@ -121,7 +121,7 @@ def _is_plain_host_tensor(leaf: Any) -> bool:
 
 
 def _pin(leaf: Tensor) -> Tensor:
-    """Give the tensor in pinned memory, without gaps; as it is where there is no more of such memory."""
+    """Return a contiguous copy in pinned memory; the tensor itself if pinning fails."""
     if leaf.is_pinned() and leaf.is_contiguous():
         return leaf
     try:

@@ -1,4 +1,4 @@
-"""The global batch, cut into micro-batches: views of tensors, or collated lists of samples."""
+"""Split a batch into micro-batches: views of tensors, or collated lists of samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ Gather: TypeAlias = Callable[[Sequence[int]], tuple[list[Any], pytree.TreeSpec]]
 
 @dataclass(frozen=True)
 class Split:
-    """A global batch in micro-batches; iterates over these, on the device.
+    """A batch split into micro-batches. Iterating yields them on ``device``.
 
     Attributes:
         num_samples: Samples of the batch.
-        groups: The indices of the samples of each micro-batch.
-        device: Where micro-batches are wanted.
-        gather: Gives the micro-batch of some samples where the batch is, as its leaves and their structure.
+        groups: The sample indices of each micro-batch.
+        device: Device of the micro-batches.
+        gather: Returns the micro-batch of some samples on the device of the batch, as pytree leaves and structure.
     """
 
     num_samples: int
@@ -31,11 +31,11 @@ class Split:
     gather: Gather
 
     def take(self, rows: Sequence[int]) -> Any:
-        """Give the micro-batch of some samples, on the device."""
+        """Return the micro-batch of some samples, on the device."""
         return self.assemble(*self.gather(rows))
 
     def assemble(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> Any:
-        """Make a micro-batch of its leaves, moved to the device where they are not yet there."""
+        """Build a micro-batch from its leaves, moved to the device if necessary."""
         return pytree.tree_unflatten([_move(leaf, self.device) for leaf in leaves], structure)
 
     def __len__(self) -> int:
@@ -46,17 +46,17 @@ class Split:
 
 
 def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate | None = None) -> Split:
-    """Cut a batch into micro-batches of ``microbatch`` samples, the last of them shorter where it does not divide.
+    """Split a batch into micro-batches of ``microbatch`` samples; the last one may have fewer.
 
     Args:
-        batch: A pytree (dicts, lists, tuples) of tensors ``[samples, ...]``; 0-d tensors and None are handed to every
-            micro-batch as they are. With ``collate``, a sequence of samples of any kind.
-        microbatch: Samples, at least 1. More than the batch has make one micro-batch of it.
-        device: Where each micro-batch is moved when its turn comes.
-        collate: Makes a micro-batch, a pytree, from a list of samples.
+        batch: A pytree (dicts, lists, tuples) of tensors ``[samples, ...]``; 0-d tensors and None are passed to every
+            micro-batch unchanged. With ``collate``, a sequence of samples of any type.
+        microbatch: Samples per micro-batch, at least 1. More than the batch has yields one micro-batch.
+        device: Device to which each micro-batch is moved when it is used.
+        collate: Builds a micro-batch, a pytree, from a list of samples.
 
     Raises:
-        TypeError: The batch holds something that cannot be cut.
+        TypeError: The batch contains something that cannot be split.
         ValueError: Tensors disagree on the number of samples, or ``microbatch`` is below 1.
     """
     if type(microbatch) is not int or microbatch < 1:
@@ -68,11 +68,11 @@ def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate
 def split_into(
     batch: Any, groups: Sequence[Sequence[int]], *, device: torch.device, collate: Collate | None = None
 ) -> Split:
-    """Cut a batch as a plan says; arguments and errors are those of `split`.
+    """Split a batch into the given groups of samples; other arguments and errors are those of `split`.
 
     Args:
-        batch: As for `split`. Tensors keep the padding that they came with: pass a list with ``collate`` to pad less.
-        groups: The indices of the samples of each micro-batch.
+        batch: As for `split`. Tensors keep their padding: pass a list with ``collate`` to pad less.
+        groups: The sample indices of each micro-batch.
         device: As for `split`.
         collate: As for `split`.
     """
@@ -85,11 +85,11 @@ def _ranges(num_samples: int, microbatch: int) -> list[range]:
 
 
 def _gatherer(batch: Any, collate: Collate | None) -> tuple[int, Gather]:
-    """Count the samples of a batch; give what gathers a micro-batch of some of them."""
+    """Return the number of samples of a batch, and the function that gathers a micro-batch of some of them."""
     if collate is None:
         return _tensor_gatherer(_plain(batch))
     if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
-        raise TypeError(f"with collate= the batch must be a list of samples, and it is a {type(batch).__name__}.")
+        raise TypeError(f"with collate= the batch must be a list of samples, not a {type(batch).__name__}.")
 
     def gather(rows: Sequence[int]) -> tuple[list[Any], pytree.TreeSpec]:
         return pytree.tree_flatten(_plain(collate([batch[i] for i in rows])))
@@ -109,7 +109,7 @@ def _tensor_gatherer(batch: Any) -> tuple[int, Gather]:
 
 
 def _plain(batch: Any) -> Any:
-    """Turn mappings that torch cannot take apart, such as a tokenizer's output, into dicts."""
+    """Convert mappings that are not pytree nodes, such as a tokenizer's output, to dicts."""
     return pytree.tree_map(lambda leaf: dict(leaf) if isinstance(leaf, Mapping) else leaf, batch)
 
 
@@ -128,15 +128,15 @@ def _count_samples(batch: Any) -> int:
                 counts[name] = leaf.shape[0]
         elif leaf is not None:
             raise TypeError(
-                f"{name} is a {type(leaf).__name__}, which cannot be cut into micro-batches. Pass tensors whose "
+                f"{name} is a {type(leaf).__name__}, which cannot be split into micro-batches. Pass tensors whose "
                 "dimension 0 is the sample, or a list of samples with collate=."
             )
     if not counts:
-        raise TypeError("the batch holds no tensor with a sample dimension: pass tensors, or a list with collate=.")
+        raise TypeError("the batch contains no tensor with a sample dimension: pass tensors, or a list with collate=.")
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise ValueError(
-            f"the tensors of the batch disagree on the number of samples: {told}. Dimension 0 must be the sample in "
+            f"the tensors of the batch disagree on the number of samples: {listed}. Dimension 0 must be the sample in "
             "every one of them."
         )
     return next(iter(counts.values()))

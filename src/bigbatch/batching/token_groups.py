@@ -1,7 +1,7 @@
-"""Which samples of a window run together: a plan under a token budget, and what is longer than the budget alone.
+"""Grouping of a window's samples under a token budget; samples above the budget run alone.
 
-Packed rows come in few sizes, so that kernels are made and recorded for few: those of `round_up_row` and
-`round_down_row`.
+Packed rows are padded to a few sizes, those of `round_up_row` and `round_down_row`, which bounds the number of kernels
+that are compiled and CUDA graphs that are captured.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ from bigbatch.batching.plan import Cost, plan
 from bigbatch.types import Layout
 
 DEFAULT_COST = Cost()
-SIZES_A_DOUBLING = 8
-MIN_ROW_STEP = 64  # tokens between two sizes, at least
+SIZES_PER_DOUBLING = 8
+MIN_ROW_STEP = 64  # smallest difference in tokens between two sizes
 
 
 def group_by_tokens(
     lengths: Sequence[int], size: int, *, cost: Cost = DEFAULT_COST, layout: Layout = "padded"
 ) -> tuple[tuple[int, ...], ...]:
-    """Group samples into micro-batches of at most so many tokens, padding included, the largest first.
+    """Group samples into micro-batches of at most ``size`` tokens, padding included, the largest first.
 
     Args:
         lengths: Tokens of each sample.
-        size: Tokens of a micro-batch. Samples that are longer come first, each alone: no size makes them smaller.
+        size: Tokens of a micro-batch. Longer samples come first, each in a micro-batch of its own.
         cost: As for `bigbatch.plan`.
         layout: As for `bigbatch.plan`.
 
     Returns:
-        The indices of the samples of each micro-batch.
+        The sample indices of each micro-batch.
     """
     longer = sorted((i for i, length in enumerate(lengths) if length > size), key=lambda i: (-lengths[i], i))
     if not longer:
@@ -40,20 +40,20 @@ def group_by_tokens(
 
 
 def round_up_row(tokens: int) -> int:
-    """Give the size of a packed row that holds so many tokens: multiples of an eighth of the power of two below.
+    """Return the smallest row size that holds ``tokens``: a multiple of an eighth of the power of two below.
 
-    1,024, 1,152, …, 2,048, 2,304, …, 4,096, 4,608, … and below 512 the multiples of 64. The row that a budget of such a
-    size fills has no filling; the last of a window has less than an eighth.
+    Sizes are 1,024, 1,152, …, 2,048, 2,304, …, 4,096, 4,608, …, and multiples of 64 below 512. A row filled to a budget
+    of such a size has no padding; the last row of a window has less than an eighth.
     """
     step = _step(tokens)
     return -(-tokens // step) * step
 
 
 def round_down_row(tokens: int) -> int:
-    """Give the largest size of a packed row that is at most so many tokens; the tokens themselves below 64."""
+    """Return the largest row size of at most ``tokens``; below 64, ``tokens`` itself."""
     step = _step(tokens)
     return tokens // step * step or tokens
 
 
 def _step(tokens: int) -> int:
-    return max(MIN_ROW_STEP, (1 << (max(1, tokens).bit_length() - 1)) // SIZES_A_DOUBLING)
+    return max(MIN_ROW_STEP, (1 << (max(1, tokens).bit_length() - 1)) // SIZES_PER_DOUBLING)

@@ -1,8 +1,8 @@
-"""The ``bigbatch`` command: names the command, lets :mod:`~bigbatch.cli.arguments` read its words, and runs it.
+"""Entry point of the ``bigbatch`` command: selects the command, parses its arguments and runs it.
 
-    words → parse (pydantic) → the command's module, imported only now → its exit code
+    argv → parse (pydantic) → module of the command, imported only now → exit code
 
-Help and complaints about input load no torch, no terminal library and no data library. This package is the only
+Help and errors about arguments load no torch, no terminal library and no data library. This package is the only
 one that prints or reads the environment.
 """
 
@@ -23,39 +23,39 @@ from bigbatch.cli.exit_codes import DONE, FAILED, INTERRUPTED, exit_for
 from bigbatch.errors import BigbatchError, InputError
 
 COMMANDS = {
-    "train": "pretrain or fine-tune a causal language model with the batch you want",
-    "resume": "go on with a run that was stopped or killed, as if it never had been",
-    "plan": "memory, micro-batches and time, before spending anything",
-    "verify": "prove on your model, loss and data that every cut gives the full-batch gradient",
-    "generate": "let a trained run go on with a text",
-    "checkpoints": "which checkpoints a run has, and which of them are whole",
-    "advise": "how the batch of a run stands to its gradient noise, and what a smaller one would cost",
-    "report": "one HTML page of a run, or of several side by side",
-    "bench": "this package beside what you would pick instead, in one run",
+    "train": "pretrain or fine-tune a causal language model with any global batch size",
+    "resume": "resume an interrupted run from its last good checkpoint; results are bit-identical on CPU",
+    "plan": "predict memory, micro-batches and time of a run before training",
+    "verify": "verify on your model, loss and data that splitting the batch does not change the gradient",
+    "generate": "generate text with a trained model",
+    "checkpoints": "list the checkpoints of a run and verify them",
+    "advise": "compare the batch of a run with its gradient noise scale",
+    "report": "write an HTML page about a run, or a comparison of several runs",
+    "bench": "compare speed, memory and gradient with other training libraries",
 }
-"""The commands, each a module of this package with ``run(...) -> int``, and their line in ``--help``."""
+"""The commands and their line in ``--help``. Each one is a module of ``commands`` with ``run(...) -> int``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 75 stopped after saving, 76 start again.
+    """Run one command and return its exit code (see :mod:`~bigbatch.cli.exit_codes`; 75: stopped after saving).
 
     Args:
-        argv: the words after the program's name; ``None`` takes those of this process.
+        argv: Arguments after the program's name; ``None`` for those of this process.
 
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    speaker = f"bigbatch {words[0]}" if words and words[0] in COMMANDS else "bigbatch"
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prefix = f"bigbatch {argv[0]}" if argv and argv[0] in COMMANDS else "bigbatch"
     try:
-        code = _dispatch(words)
+        code = _dispatch(argv)
         sys.stdout.flush()
     except (BigbatchError, ModuleNotFoundError) as error:
-        ending = exit_for(error)
-        if ending is None:
+        message_and_code = exit_for(error)
+        if message_and_code is None:
             raise
-        return _print_error(speaker, *ending)
+        return _print_error(prefix, *message_and_code)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal has just written ^C
-        return _print_error(speaker, "interrupted.", INTERRUPTED)
+        return _print_error(prefix, "interrupted.", INTERRUPTED)
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _dispatch(words: Sequence[str]) -> int:
-    first, *rest = words or ["--help"]
+def _dispatch(argv: Sequence[str]) -> int:
+    first, *rest = argv or ["--help"]
     if first in ("-h", "--help"):
         print(_overview())
         return DONE
@@ -76,8 +76,8 @@ def _dispatch(words: Sequence[str]) -> int:
 
     from bigbatch.cli.arguments import help_text, parse
 
-    asked = rest[: rest.index("--")] if "--" in rest else rest
-    if "-h" in asked or "--help" in asked:
+    before_dashes = rest[: rest.index("--")] if "--" in rest else rest
+    if "-h" in before_dashes or "--help" in before_dashes:
         print(help_text(first), end="")
         return DONE
     from bigbatch.cli.torchrun import reject_together
@@ -89,16 +89,16 @@ def _dispatch(words: Sequence[str]) -> int:
     return code
 
 
-def _unknown_command(word: str) -> str:
-    if word.startswith("-"):
-        return f"{word.partition('=')[0]} comes before any command: bigbatch --help lists them."
-    near = difflib.get_close_matches(word, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "bigbatch --help lists them."
-    return f"unknown command {word!r}: {hint}"
+def _unknown_command(name: str) -> str:
+    if name.startswith("-"):
+        return f"{name.partition('=')[0]} must follow a command, as in bigbatch train --steps 3: see bigbatch --help."
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see bigbatch --help."
+    return f"unknown command {name!r}: {hint}"
 
 
 def _overview() -> str:
-    """Return ``bigbatch --help``, wrapped to the terminal; written by hand because it must load nothing."""
+    """Return the text of ``bigbatch --help``, wrapped to the terminal; no argparse, so that it loads nothing."""
     width = min(100, shutil.get_terminal_size().columns) - 2
     indent = " " * 15
     return "\n".join(
@@ -106,37 +106,40 @@ def _overview() -> str:
             "usage: bigbatch COMMAND [--flag value ...]",
             "",
             textwrap.fill(
-                "Train with the batch you want on the memory you have, and get exactly the update the big batch "
-                "would have given.",
+                "Train with any global batch size on the memory you have: the batch is split into micro-batches, and "
+                "every update is exactly that of the full batch.",
                 width,
             ),
             "",
             "commands:",
             *(
-                textwrap.fill(about, width, initial_indent=f"  {name:<13}", subsequent_indent=indent)
+                textwrap.fill(
+                    about, width, initial_indent=f"  {name:<13}", subsequent_indent=indent, break_on_hyphens=False
+                )
                 for name, about in COMMANDS.items()
             ),
             "",
-            "where to begin:",
-            "  bigbatch train            a small model on Python's own standard library",
-            "  bigbatch train --help     every setting, with its default",
+            "getting started:",
+            "  bigbatch train            train a small model on Python's standard library",
+            "  bigbatch train --help     list every setting with its default",
             "",
             "exit codes:",
-            "  0 done    1 failed    2 bad input    75 stopped by a signal after saving",
-            "  76 a sharded run is out of memory: started again, it goes on with smaller micro-batches",
+            "  0 success    1 failure    2 invalid input    130 interrupted",
+            "  75 stopped by a signal after saving: continue with bigbatch resume",
+            "  76 a sharded run is out of memory: restart it to continue with smaller micro-batches",
         ]
     )
 
 
-def _print_error(speaker: str, sentence: str, code: int) -> int:
-    print(f"{speaker}: {sentence}", file=sys.stderr)
+def _print_error(prefix: str, message: str, code: int) -> int:
+    print(f"{prefix}: {message}", file=sys.stderr)
     return code
 
 
 def _stdout_is_closed() -> bool:
-    """Return whether nobody reads our output any more, as in ``bigbatch ... | head``, and if so discard the rest.
+    """Return whether the reader has closed our stdout, as in ``bigbatch ... | head``; if so, discard further output.
 
-    The interpreter would otherwise try once more to flush it at exit, and complain.
+    Otherwise the interpreter would flush stdout again at exit and print an error.
     """
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no poll on Windows; a stdout without a descriptor
         descriptor = sys.stdout.fileno()

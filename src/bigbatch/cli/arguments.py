@@ -1,9 +1,9 @@
-"""From the words of a command line to validated models, or to one sentence about what is wrong with them.
+"""Parsing of command-line arguments into validated models, with one-sentence errors.
 
-    words → argparse: text by field → over the values of the TOML file → pydantic → frozen models
+    argv → argparse: text by field → merged over the values of the TOML file → pydantic → frozen models
 
-Flags, defaults and help come from the models' fields; flags and TOML share one validation and one way to complain.
-Nothing here writes, or loads more than pydantic.
+Flags, defaults and help come from the fields of the models. Flags and TOML share validation and error messages.
+Nothing here writes a file or imports more than pydantic.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from bigbatch.cli.error_messages import hint, nearest, sentence, short
-from bigbatch.cli.options import COMMANDS, SourceOptions, flag_key
+from bigbatch.cli.command_specs import COMMAND_SPECS
+from bigbatch.cli.error_messages import nearest, sentence, suggestion, truncate
+from bigbatch.cli.options import SourceOptions, flag_key
 from bigbatch.errors import InputError
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.train_config import TrainConfig
@@ -30,39 +31,41 @@ from bigbatch.lm.files import os_reason
 Model = TypeVar("Model", bound=BaseModel)
 
 FILES = ("config", "save")
-"""Fields that name a file."""
+"""Fields whose value is the path of a file."""
+
+POSITIONAL_NAMES = {"run": "RUN", "runs": "RUN", "prompt": "PROMPT"}
+"""Names of the positional arguments in help and messages."""
 
 
-def parse(command: str, words: Sequence[str]) -> tuple[BaseModel, ...]:
-    """Return what the command's ``run`` takes: its models, validated, in order.
+def parse(command: str, argv: Sequence[str]) -> tuple[BaseModel, ...]:
+    """Return the arguments of the command's ``run``: its validated models, in order.
 
-    train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; verify: ``(TrainConfig, VerifyOptions)``;
-    generate: ``(GenerateOptions,)``; checkpoints: ``(CheckpointsOptions,)``; report: ``(ReportOptions,)``;
-    bench: ``(BenchOptions,)``.
+    train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; resume: ``(TrainConfig, ResumeOptions)``; verify:
+    ``(TrainConfig, VerifyOptions)``; generate: ``(GenerateOptions,)``, and so on for the other commands.
 
     Raises:
-        InputError: anything wrong in the words or in the TOML file that they name; one sentence.
+        InputError: An argument, or the TOML file named by ``--config``, is invalid; the message is one sentence.
 
     """
-    given = _read_words(command, words)
-    models = COMMANDS[command].models()
-    config = (train_config(command, given),) if TrainConfig in models else ()
-    return (*config, *(_validate(model, given) for model in models if model not in (TrainConfig, SourceOptions)))
+    values = _read_argv(command, argv)
+    models = COMMAND_SPECS[command].models()
+    config = (train_config(command, values),) if TrainConfig in models else ()
+    return (*config, *(_validate(model, values) for model in models if model not in (TrainConfig, SourceOptions)))
 
 
-def train_config(command: str, given: Mapping[str, object]) -> TrainConfig:
-    """Return the configuration that the flags ``given`` and the TOML file that they may name ask for; flags win.
+def train_config(command: str, values: Mapping[str, object]) -> TrainConfig:
+    """Return the configuration from the flags in ``values`` and the TOML file named by ``--config``; flags win.
 
-    A flag also replaces the file's other name for the same quantity: ``--epochs`` a ``steps`` of the file.
+    A flag also replaces an exclusive setting of the file: ``--epochs`` replaces ``steps``.
     """
-    source = _validate(SourceOptions, given)
-    flags = {key: value for key, value in given.items() if key in TrainConfig.model_fields}
+    source = _validate(SourceOptions, values)
+    flags = {key: value for key, value in values.items() if key in TrainConfig.model_fields}
     table = {} if source.config is None else _read_toml(command, source.config)
     for names in EXCLUSIVE:
         if any(name in flags for name in names):
             table = {key: value for key, value in table.items() if key not in names}
-    spelled = {key: f"{key} in {source.config}" for key in table if key not in flags}
-    config = _validate(TrainConfig, table | flags, spelled)
+    display_names = {key: f"{key} in {source.config}" for key in table if key not in flags}
+    config = _validate(TrainConfig, table | flags, display_names)
     if source.gradient_accumulation_steps is None:
         return config
     for name in ("microbatch", "token_budget"):
@@ -71,35 +74,37 @@ def train_config(command: str, given: Mapping[str, object]) -> TrainConfig:
     global_batch = config.resolved().global_batch
     if global_batch is None:
         raise InputError(
-            "--gradient-accumulation-steps needs a batch in sequences: give --global-batch, "
-            "or --microbatch beside the batch in tokens."
+            "--gradient-accumulation-steps needs a batch in sequences: pass --global-batch, "
+            "or --microbatch with --global-batch-tokens."
         )
     microbatch = -(-global_batch // source.gradient_accumulation_steps)
     return config.model_copy(update={"microbatch": microbatch, "token_budget": None})
 
 
 def help_text(command: str) -> str:
-    """Return what ``bigbatch COMMAND --help`` prints, for the width of this terminal."""
-    spec = COMMANDS[command]
+    """Return the text of ``bigbatch COMMAND --help``, wrapped to the width of this terminal."""
+    spec = COMMAND_SPECS[command]
     parser = _parser(command)
     for key in spec.positionals:
         info = spec.fields()[key]
-        parser.add_argument(key, metavar=key.upper(), nargs="?", help=_help(info))
+        parser.add_argument(key, metavar=POSITIONAL_NAMES[key], nargs="?", help=_help(info))
     return parser.format_help()
 
 
-# words -----------------------------------------------------------------------------------------------------------
+# command line ----------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse that complains by an :class:`InputError` instead of printing its usage and leaving."""
+    """Argument parser that raises :class:`InputError` instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}.")
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Wraps each paragraph to the terminal by itself, and leaves indented ones (the examples) alone."""
+    """Help formatter that wraps each paragraph separately, does not wrap indented lines (the examples), and does not
+    break the names of flags at their hyphens.
+    """
 
     def __init__(self, prog: str, **options: Any) -> None:
         width = min(100, shutil.get_terminal_size().columns - 2)
@@ -109,17 +114,16 @@ class _Formatter(argparse.HelpFormatter):
         return "\n".join(
             line
             if line.startswith(" ")
-            else textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
+            else textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
             for line in text.splitlines()
         )
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        # Flag names are not broken at their hyphens.
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def _parser(command: str) -> _Parser:
-    spec = COMMANDS[command]
+    spec = COMMAND_SPECS[command]
     usage = " ".join([f"bigbatch {command}", *(f"[{key.upper()}]" for key in spec.positionals), "[--flag value ...]"])
     parser = _Parser(
         usage=usage.replace("[RUN]", "RUN").replace("[RUNS]", "RUN ..."),
@@ -145,58 +149,58 @@ def _parser(command: str) -> _Parser:
     return parser
 
 
-def _read_words(command: str, words: Sequence[str]) -> dict[str, object]:
-    """Return the text of each flag and positional by field; a flag given twice counts as its last."""
-    spec = COMMANDS[command]
-    tokens, after_dashes = _bind_values(command, words)
+def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
+    """Return the text of each flag and positional by field; the last value of a repeated flag wins."""
+    spec = COMMAND_SPECS[command]
+    tokens, after_dashes = _bind_values(command, argv)
     try:
         namespace, extras = _parser(command).parse_known_args(tokens)
-    except argparse.ArgumentError as error:  # the values are bound, so only a switch with one remains
-        raise InputError(f"{error.argument_name} is a switch: it takes no value.") from None
-    for word in extras:
-        if word.startswith("-") and word != "-":
-            flag = word.partition("=")[0]
+    except argparse.ArgumentError as error:  # values are bound already, so only a switch with a value remains
+        raise InputError(f"{error.argument_name} is a switch and accepts no value.") from None
+    for argument in extras:
+        if argument.startswith("-") and argument != "-":
+            flag = argument.partition("=")[0]
             near = nearest(flag, [*(key for key in spec.fields() if key not in spec.positionals), "help"])
-            raise InputError(f"unknown flag {short(flag)}: {hint(command, near and _flag(near))}")
+            raise InputError(f"unknown flag {truncate(flag)}: {suggestion(command, near and _flag(near))}")
     positionals = [*extras, *after_dashes]
     if spec.collects_all and positionals:
         return vars(namespace) | {spec.positionals[0]: positionals}
     if len(positionals) > len(spec.positionals):
-        stray = short(repr(positionals[len(spec.positionals)]))
-        raise InputError(f"{stray} is not expected: {command} takes {spec.usage_words}.")
+        unexpected = truncate(repr(positionals[len(spec.positionals)]))
+        raise InputError(f"unexpected argument {unexpected}: {command} accepts {spec.usage_words}.")
     if spec.positionals and not positionals:
-        raise InputError("RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib.")
+        raise InputError("RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib.")
     return vars(namespace) | dict(zip(spec.positionals, positionals, strict=False))
 
 
-def _bind_values(command: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Write ``--flag value`` as ``--flag=value`` and split at ``--``.
+def _bind_values(command: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Rewrite ``--flag value`` as ``--flag=value``; return the arguments before and after ``--``.
 
-    argparse would take the value in ``--lr -1e-3`` or ``--sample-prompt -x`` for a flag.
+    Otherwise argparse would parse the value in ``--lr -1e-3`` or ``--sample-prompt -x`` as a flag.
     """
-    spec = COMMANDS[command]
-    valued = {_flag(key): key for key, info in spec.fields().items() if info.annotation is not bool}
+    spec = COMMAND_SPECS[command]
+    keys_by_flag = {_flag(key): key for key, info in spec.fields().items() if info.annotation is not bool}
     tokens: list[str] = []
-    rest = list(words)
+    rest = list(argv)
     while rest:
-        word = rest.pop(0)
-        if word == "--":
+        token = rest.pop(0)
+        if token == "--":
             return tokens, rest
-        if word not in valued or valued[word] in spec.positionals:
-            tokens.append(word)
+        if token not in keys_by_flag or keys_by_flag[token] in spec.positionals:
+            tokens.append(token)
         elif not rest or rest[0].startswith("--"):
-            key = valued[word]
-            if (alone := _alone(spec.fields()[key])) is not None:
-                tokens.append(f"{word}={alone}")
+            key = keys_by_flag[token]
+            if (implied := _implied_value(spec.fields()[key])) is not None:
+                tokens.append(f"{token}={implied}")
                 continue
-            raise InputError(f"{word} needs a value: {word} {_metavar(key, spec.fields()[key])}.")
+            raise InputError(f"{token} needs a value: {token} {_metavar(key, spec.fields()[key])}.")
         else:
-            tokens.append(f"{word}={rest.pop(0)}")
+            tokens.append(f"{token}={rest.pop(0)}")
     return tokens, []
 
 
-def _alone(info: FieldInfo) -> object:
-    """What a flag means without a value; None where it needs one."""
+def _implied_value(info: FieldInfo) -> object:
+    """Return the value of a flag that is passed without one; None if it needs a value."""
     return info.json_schema_extra.get("alone") if isinstance(info.json_schema_extra, dict) else None
 
 
@@ -205,7 +209,7 @@ def _flag(key: str) -> str:
 
 
 def _help(info: FieldInfo) -> str:
-    """The description, and the default unless it says that itself; argparse reads ``%`` as a format."""
+    """Return the description, with the default unless it states one itself; ``%`` is escaped for argparse."""
     text = info.description or ""
     if "(default" not in text and not info.is_required() and info.annotation is not bool:
         default = info.default
@@ -233,7 +237,7 @@ def _placeholder(key: str, kind: Any) -> str:
 
 
 def _base_types(annotation: Any) -> list[Any]:
-    """``[int]`` behind ``Annotated[int, ...] | None``."""
+    """Return the types of an annotation without metadata and None: ``[int]`` for ``Annotated[int, ...] | None``."""
     if get_origin(annotation) is Annotated:
         return _base_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -245,19 +249,19 @@ def _base_types(annotation: Any) -> list[Any]:
 
 
 def _read_toml(command: str, path: Path) -> dict[str, object]:
-    """Return the file's settings, whose names are those of :class:`TrainConfig`; their values are not looked at."""
+    """Return the settings of the file; raise if a name is not one of :class:`TrainConfig`. Values are not checked."""
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: --config takes a TOML file.") from None
+        raise InputError(f"{path} does not exist: --config needs a TOML file.") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder: --config takes a TOML file.") from None
+        raise InputError(f"{path} is a folder: --config needs a TOML file.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {os_reason(error)}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from None
     except RecursionError:
-        raise InputError(f"{path} is nested too deeply for settings, which are single values.") from None
+        raise InputError(f"{path} is nested too deeply: settings are single values.") from None
     except ValueError as error:
         reason = str(error)
         raise InputError(f"{path} is not valid TOML: {reason[:1].lower()}{reason[1:]}.") from None
@@ -265,20 +269,26 @@ def _read_toml(command: str, path: Path) -> dict[str, object]:
         if key in TrainConfig.model_fields:
             continue
         if isinstance(value, dict):
-            raise InputError(f"{path} has the table [{short(key)}]: write the settings at its top, without tables.")
+            raise InputError(
+                f"{path} has the table [{truncate(key)}]: write the settings at the top level, without tables."
+            )
         near = nearest(key, TrainConfig.model_fields)
-        raise InputError(f"{path} has the unknown key {short(repr(key))}: {hint(command, near and repr(near))}")
+        raise InputError(
+            f"{path} has the unknown key {truncate(repr(key))}: {suggestion(command, near and repr(near))}"
+        )
     return table
 
 
-def _validate(model: type[Model], given: Mapping[str, object], spelled: Mapping[str, str] | None = None) -> Model:
-    """Build ``model`` from those values in ``given`` that are its own, or say in one sentence why it cannot be.
+def _validate(
+    model: type[Model], values: Mapping[str, object], display_names: Mapping[str, str] | None = None
+) -> Model:
+    """Build ``model`` from those ``values`` that are its fields; raise a one-sentence `InputError` if invalid.
 
-    ``spelled`` is what the user called a field; a flag or, for what argparse had no flag for, a word in capitals.
+    ``display_names`` are the names of fields in messages; by default the flag, or the metavar of a positional.
     """
     keys = {flag_key(name, info) for name, info in model.model_fields.items()}
-    names = {key: _flag(key) for key in keys} | {"run": "RUN", "runs": "RUN", "prompt": "PROMPT"} | dict(spelled or {})
+    names = {key: _flag(key) for key in keys} | POSITIONAL_NAMES | dict(display_names or {})
     try:
-        return model.model_validate({key: value for key, value in given.items() if key in keys})
+        return model.model_validate({key: value for key, value in values.items() if key in keys})
     except ValidationError as error:
         raise InputError(sentence(error, names)) from None

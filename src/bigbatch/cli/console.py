@@ -1,4 +1,4 @@
-"""What a run shows: a live line on a terminal, plain lines elsewhere."""
+"""Console output of a run: a live line on a terminal, plain lines elsewhere."""
 
 import math
 import re
@@ -15,19 +15,19 @@ from bigbatch.cli.eta import EtaEstimator
 if TYPE_CHECKING:
     from bigbatch.lm.training.setup import ProgressCallback
 
-PLAIN_LINES = 20  # lines that a run without a terminal prints about its updates
+PLAIN_LINES = 20  # approximate number of update lines per run without a terminal
 SAMPLE_LINES = 12
-STATUS_COLUMNS = 68  # of a terminal: "update 350/350", loss, speed, time left and memory
+STATUS_COLUMNS = 68  # terminal columns for "update 350/350", loss, speed, time left and memory
 NARROWEST_BAR, WIDEST_BAR = 8, 32
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Make a console that neither invents colours nor reads markup or :emoji: in what it is given."""
+    """Return a console without automatic highlighting, markup or :emoji: codes."""
     return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars and advice off the screen."""
+    """Disable the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -36,41 +36,41 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress_display(console: Console | None) -> "Iterator[ProgressCallback]":
-    """Show what a preparation is at: one line that changes on a terminal, a line for each kind of work elsewhere.
+    """Yield a callback that shows progress: one live line on a terminal, one line per kind of work elsewhere.
 
     Args:
-        console: Where to show it; None for nowhere.
+        console: Output console; None for no output.
     """
     last = ""
 
-    def print_once(words: str, done: int = 0, total: int = 0) -> None:
+    def print_once(activity: str, done: int = 0, total: int = 0) -> None:
         nonlocal last
-        if console is not None and words != last:
-            console.print(f"{words} …")
-        last = words
+        if console is not None and activity != last:
+            console.print(f"{activity} …")
+        last = activity
 
     if console is None or not console.is_terminal:
         yield print_once
         return
     with console.status("starting …") as status:
 
-        def replace(words: str, done: int = 0, total: int = 0) -> None:
+        def replace(activity: str, done: int = 0, total: int = 0) -> None:
             progress = f": {done:,} of {total:,}" if total else ""
-            status.update(f"{words}{progress} …")
+            status.update(f"{activity}{progress} …")
 
         yield replace
 
 
 class TrainingDisplay:
-    """Listens to a run and shows it; a context, so that the terminal is left in order.
+    """Training callback that displays a run; a context manager that restores the terminal on exit.
 
     Args:
-        console: Where to print.
+        console: Output console.
         total_steps: Updates of the run.
-        validation_every: Updates between two validations, or None where there is no validation.
+        validation_every: Updates between two validations, or None without validation.
         entropy: Unigram entropy of the validation text in nats per token, or None.
-        prompt: What samples of text begin with, to tell the model's words from it.
-        done: Updates that an earlier process made.
+        prompt: Start of the text samples, highlighted in the output.
+        done: Updates made before this process started.
     """
 
     def __init__(
@@ -116,28 +116,28 @@ class TrainingDisplay:
             self._console.print(f"update {step} was skipped and changed nothing: {row['skipped']}")
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Show a validation loss beside what knowing only token frequencies would reach."""
+        """Show a validation loss next to the unigram baseline (the loss of predicting token frequencies only)."""
         self._pace.validated()
-        beside = "" if self._entropy is None else f" (token frequencies alone: {self._entropy:.3f})"
-        self._console.print(f"update {step}: validation loss {loss:.3f}{beside}")
+        baseline = "" if self._entropy is None else f" (unigram baseline: {self._entropy:.3f})"
+        self._console.print(f"update {step}: validation loss {loss:.3f}{baseline}")
 
     def on_sample(self, step: int, text: str) -> None:
-        """Show what the model writes, the prompt set off from it where the terminal can."""
+        """Show a text sample, with the prompt in bold on a terminal."""
         self._pace.paused()
-        self._console.print(f"update {step}: the model writes")
+        self._console.print(f"update {step}: sample from the model")
         self._console.print(quote(text, self._prompt))
 
 
 def noise(row: dict[str, Any]) -> str:
-    """Say the noise scale of a line of metrics.jsonl, where it is known."""
+    """Format the noise scale of a row of metrics.jsonl; empty if it was not measured."""
     scale = row.get("noise_scale_sequences")
     if scale is None:
         return ""
-    return f" · noise scale {scale:,.0f} seq" if math.isfinite(scale) else " · noise scale not to be told yet"
+    return f" · noise scale {scale:,.0f} seq" if math.isfinite(scale) else " · noise scale not measurable yet"
 
 
 def _columns(width: int) -> list[TextColumn | BarColumn]:
-    """Lay out the live line: the bar takes what is left of the width, or goes where there is too little."""
+    """Return the columns of the live line; the bar fills the remaining width and is omitted on a narrow terminal."""
     bar = min(WIDEST_BAR, width - STATUS_COLUMNS)
     if bar < NARROWEST_BAR:
         return [TextColumn("{task.completed}/{task.total} · {task.fields[status]}")]
@@ -149,10 +149,10 @@ def _columns(width: int) -> list[TextColumn | BarColumn]:
 
 
 def quote(text: str, prompt: str) -> Text:
-    """Set a sample apart from what is around it: its first lines, indented behind a bar, without runs of empty ones."""
-    # An untrained model also writes what would move the cursor or ring the bell.
+    """Format a sample: its first lines, indented behind a bar, with consecutive empty lines merged."""
+    # An untrained model also generates control characters, which would move the cursor or ring the bell.
     visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", visible.rstrip("\ufffd \n"))  # a character may be cut in the middle
+    shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", visible.rstrip("\ufffd \n"))  # the last character may be incomplete
     lines = shown.splitlines() or [""]
     if len(lines) > SAMPLE_LINES:
         lines = [*lines[:SAMPLE_LINES], "…"]
@@ -164,7 +164,7 @@ def quote(text: str, prompt: str) -> Text:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as 0.4 s, 42 s, 3:07 or 1:02:03."""
+    """Format seconds as 0.4 s, 42 s, 3:07 or 1:02:03."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if 0.05 <= seconds < 9.95 else f"{whole} s"

@@ -1,4 +1,4 @@
-"""One sentence about what is wrong: pydantic's complaints in the user's words, and near matches of misspelt names."""
+"""Error messages about arguments: pydantic errors as one sentence in the user's names, and spelling suggestions."""
 
 from __future__ import annotations
 
@@ -8,22 +8,57 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import ValidationError
 
-from bigbatch.cli.options import FOREIGN_NAMES
+FOREIGN_NAMES = {
+    "learning_rate": "lr",
+    "batch_size": "global_batch",
+    "train_batch_size": "global_batch",
+    "total_batch_size": "global_batch",
+    "per_device_train_batch_size": "microbatch",
+    "micro_batch_size": "microbatch",
+    "device_batch_size": "microbatch",
+    "auto_find_batch_size": "microbatch",
+    "max_tokens": "token_budget",
+    "max_tokens_per_batch": "token_budget",
+    "batch_tokens": "token_budget",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "max_steps": "steps",
+    "max_iters": "steps",
+    "num_iterations": "steps",
+    "num_train_epochs": "epochs",
+    "max_seq_length": "max_length",
+    "block_size": "max_length",
+    "warmup": "warmup_steps",
+    "gradient_clip_val": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "lr_scheduler_type": "schedule",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "eval_steps": "validation_every",
+    "output_dir": "out",
+    "dtype": "precision",
+    "gpu_memory": "memory",
+    "max_memory": "memory",
+    "vram": "memory",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+"""Names of our settings in other tools, used only for suggestions; never accepted as input."""
 
 
-def sentence(error: ValidationError, spelled: Mapping[str, str]) -> str:
-    """Return the first thing that ``error`` complains about as one sentence, in the user's names of the fields."""
+def sentence(error: ValidationError, display_names: Mapping[str, str]) -> str:
+    """Return the first problem of ``error`` as one sentence; ``display_names`` maps fields to the user's names."""
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
-    if not first["loc"]:  # about several fields, which the message names
+    if not first["loc"]:  # a problem of several fields, which the message names
         names = "|".join(re.escape(str(value)) for value in context.values())
-        return re.sub(rf"\b({names})\b", lambda found: spelled.get(found[0], found[0]), first["msg"]) + "."
+        return re.sub(rf"\b({names})\b", lambda match: display_names.get(match[0], match[0]), first["msg"]) + "."
     key, *inside = map(str, first["loc"])
-    verb = "holds" if inside else "is"
-    return f"{spelled.get(key, key)} {verb} {shown(first['input'])}: {_demand(first['type'], first['msg'], context)}."
+    verb = "contains" if inside else "is"
+    requirement = _requirement(first["type"], first["msg"], context)
+    return f"{display_names.get(key, key)} {verb} {format_value(first['input'])}: {requirement}."
 
 
-_DEMANDS = {
+_REQUIREMENTS = {
     "int": "it must be a whole number",
     "int_parsing_size": "it is too large",
     "float": "it must be a number",
@@ -40,17 +75,17 @@ _DEMANDS = {
 }
 
 
-def _demand(kind: str, message: str, context: Mapping[str, object]) -> str:
-    """What a value must be, from pydantic's error type; our own validators' messages say it already."""
+def _requirement(kind: str, message: str, context: Mapping[str, object]) -> str:
+    """Return the requirement for an error type of pydantic; messages of our own validators are used as they are."""
     if kind == "literal_error":
         return "it must be " + str(context["expected"]).replace("'", "")
-    if kind.startswith(("int_", "float_")) and kind not in _DEMANDS:
+    if kind.startswith(("int_", "float_")) and kind not in _REQUIREMENTS:
         kind = kind.partition("_")[0]
-    return _DEMANDS[kind].format(**context) if kind in _DEMANDS else message[0].lower() + message[1:]
+    return _REQUIREMENTS[kind].format(**context) if kind in _REQUIREMENTS else message[0].lower() + message[1:]
 
 
-def shown(value: object) -> str:
-    """A value as the user wrote it: numbers bare, text in quotes, TOML's words for the rest."""
+def format_value(value: object) -> str:
+    """Format a value as the user wrote it: numbers without quotes, text in quotes, other types by TOML's names."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
@@ -60,23 +95,23 @@ def shown(value: object) -> str:
     if isinstance(value, str) and not re.fullmatch(
         r"[+-]?([\d.][\d_.]*(e[+-]?\d+)?|nan|inf(inity)?)", value, re.IGNORECASE
     ):
-        return short(repr(value))
-    return short(str(value))
+        return truncate(repr(value))
+    return truncate(str(value))
 
 
-def short(text: str) -> str:
-    """Cut what the user wrote to what fits a sentence."""
+def truncate(text: str) -> str:
+    """Truncate user input to 60 characters."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Find the field that the user probably meant: nearest by spelling, to its name here or elsewhere."""
+    """Return the field with the most similar name, either ours or that of another tool; None if none is similar."""
     names = {key: key for key in known}
     names |= {theirs: ours for theirs, ours in FOREIGN_NAMES.items() if ours in names}
     near = difflib.get_close_matches(word.strip("-").replace("-", "_").lower(), names, n=1)
     return names[near[0]] if near else None
 
 
-def hint(command: str, near: str | None) -> str:
-    """Say what was probably meant, or where to look."""
-    return f"did you mean {near}?" if near else f"bigbatch {command} --help lists them."
+def suggestion(command: str, near: str | None) -> str:
+    """Return a suggestion: the similar name if there is one, else the help page."""
+    return f"did you mean {near}?" if near else f"see bigbatch {command} --help."

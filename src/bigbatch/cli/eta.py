@@ -1,18 +1,18 @@
-"""How fast a run goes and how long the rest of it takes; what is not training does not count as training."""
+"""Throughput and remaining time of a run; validation and sampling do not count as training time."""
 
 import time
 from collections.abc import Callable
 
 
 class EtaEstimator:
-    """Times updates, validations and the rest of a run apart from each other.
+    """Timer with separate totals for updates, validations and other work.
 
         seconds left = updates left × mean update + validations left × mean validation
 
     Args:
         total_steps: Updates of the run.
-        validation_every: Updates between two validations, one more being after the last update; None for none.
-        clock: Gives seconds.
+        validation_every: Updates between two validations, with one more after the last update; None for none.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -26,32 +26,32 @@ class EtaEstimator:
         self._updates_s = self._validations_s = 0.0
 
     def start(self) -> None:
-        """Begin: time up to now belongs to nothing."""
+        """Start the first lap; earlier time is not counted."""
         self._lap()
 
     def updated(self, tokens: int) -> None:
-        """Count the time since the last call as that of one update, of so many tokens."""
+        """Count the time since the last call as one update of ``tokens`` tokens."""
         self._updates_s += self._lap()
         self._steps += 1
         self._tokens += tokens
 
     def validated(self) -> None:
-        """Count the time since the last call as that of one validation."""
+        """Count the time since the last call as one validation."""
         self._validations_s += self._lap()
         self._validations += 1
 
     def paused(self) -> None:
-        """Count the time since the last call as nothing."""
+        """Discard the time since the last call."""
         self._lap()
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of all updates by the time of all updates."""
+        """Tokens per second over all updates."""
         return self._tokens / self._updates_s if self._updates_s else 0.0
 
     @property
     def left_s(self) -> float:
-        """Seconds that the rest of the run takes, at the mean pace so far."""
+        """Estimated seconds until the end of the run, at the mean pace so far."""
         update_s = self._updates_s / max(1, self._steps)
         validation_s = self._validations_s / max(1, self._validations)
         return update_s * (self._total_steps - self._steps) + validation_s * self._validations_left()

@@ -1,30 +1,22 @@
-"""Exit codes of the commands, and which error ends in which."""
+"""Exit codes of the commands, and the mapping from errors to them."""
 
 from bigbatch.errors import BigbatchError, InputError, RestartError
 
 DONE = 0
-
-
 FAILED = 1
-
-
 BAD_INPUT = 2
-
-
-START_AGAIN = 76  # of a sharded run out of memory: started again, it goes on with smaller micro-batches
-
-
+START_AGAIN = 76  # sharded run out of memory: restarted, it continues with smaller micro-batches
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 TRAIN_EXTRA = frozenset(
     ["transformers", "tokenizers", "datasets", "safetensors", "peft", "pydantic", "pydantic_core", "rich", "filelock"]
 )
-"""Modules that the extra ``train`` installs; one that is missing is a sentence, not a traceback."""
+"""Modules installed by the extra ``train``; a missing one is reported as one sentence, without a traceback."""
 
 
 def exit_for(error: BigbatchError | ModuleNotFoundError) -> tuple[str, int] | None:
-    """Give the sentence and the exit code that a command ends with; None for what deserves a traceback."""
+    """Return the message and the exit code for an error; None if the traceback should be shown."""
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
         return (

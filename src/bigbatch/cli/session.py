@@ -1,4 +1,4 @@
-"""The training session that `train` and `resume` share: display, signals, messages."""
+"""Training session shared by `train` and `resume`: display, signals and messages."""
 
 import os
 import shlex
@@ -26,16 +26,15 @@ if TYPE_CHECKING:
     from bigbatch.lm.training.trainer import Trainer, TrainResult
 
 
-DUPLICATE_SIGNAL_S = (
-    5.0  # in which a scheduler that signals every process, and torchrun, which passes it on, come to the same rank
-)
-
+# A rank may receive one signal twice: from the scheduler, which signals every process, and from torchrun, which
+# forwards it. A second signal within this time counts as the same one.
+DUPLICATE_SIGNAL_S = 5.0
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving
 
 
 def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:
-    """Run a trainer to its end, or until a signal; ``config`` is what was asked for. Returns the exit code."""
+    """Run a trainer to its end or until a signal; return the exit code. ``config`` is the requested configuration."""
     setup, total_steps, ranks = trainer.setup, trainer.total_steps, trainer.ranks
     done = 0 if trainer.checkpoint is None else trainer.checkpoint.progress.step
     display = TrainingDisplay(
@@ -50,7 +49,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
         watchdog(ranks, setup.config.timeout_s) as watch,
         _event_log(trainer, directory) as event_log,
         stop_on_signals(
-            setup.config.grace_s, echo_s=DUPLICATE_SIGNAL_S if ranks.size > 1 else 0.0, quiet=not ranks.is_first
+            setup.config.grace_s, duplicate_s=DUPLICATE_SIGNAL_S if ranks.size > 1 else 0.0, quiet=not ranks.is_first
         ) as stop,
         with_dashboard(
             display,
@@ -58,10 +57,10 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
             directory.path,
             done=done,
             settings=config.model_dump(mode="json"),
-        ) as heard,
+        ) as displays,
         display,
     ):
-        callback = WatchdogCallback(heard if ranks.is_first else None, watch)
+        callback = WatchdogCallback(displays if ranks.is_first else None, watch)
         outcome = trainer.run(
             directory, callback=callback, should_stop=lambda: stop.requested, should_abandon=lambda: stop.grace_expired
         )
@@ -70,9 +69,9 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
     if not outcome.finished:
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
-        console.print(f"to go on: bigbatch resume {shlex.quote(str(directory.path))}")
+        console.print(f"to continue: bigbatch resume {shlex.quote(str(directory.path))}")
     if (reason := trainer.engine.runner.disabled_reason) is not None:
-        console.print(f"without CUDA graphs: {reason}")
+        console.print(f"CUDA graphs are disabled: {reason}")
     if ranks.is_first and (advice := _advice_line(directory)) is not None:
         console.print(advice)
     for line in final_lines(config, directory, outcome):
@@ -81,12 +80,12 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
 
 
 def _event_log(trainer: "Trainer", directory: RunDirectory) -> "AbstractContextManager[EventLog | None]":
-    """Give what notes when a run begins and ends, on the rank that writes."""
+    """Return the event log on the first rank, a null context on the others."""
     return EventLog(trainer, directory.path) if trainer.ranks.is_first else nullcontext()
 
 
 def _advice_line(directory: RunDirectory) -> str | None:
-    """Give one line about the batch of a run that has ended, where it is known how large a batch pays."""
+    """Return one line that compares the batch with the noise scale; None if the noise scale is not known."""
     with suppress(InputError):
         line = one_line(read_evidence(directory.path))
         return line and f"{line} (bigbatch advise {shlex.quote(str(directory.path))})"
@@ -94,41 +93,41 @@ def _advice_line(directory: RunDirectory) -> str | None:
 
 
 def enable_determinism(config: TrainConfig) -> None:
-    """Let CUDA's libraries compute in one order, where that is asked for; before they are loaded."""
+    """Configure cuBLAS for deterministic results if ``config.deterministic``; call it before torch is imported."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
-    """Say in three lines what is behind one update, how it is computed, and how many there are."""
+    """Return three lines: the global batch, its micro-batches, and the number of updates with the learning rate."""
     config, setup = trainer.config, trainer.setup
     passes = trainer.total_steps / trainer.schedule.updates_per_epoch()
     peak = trainer.scheduler.base_lrs[0]
-    warmup = f"{plural(trainer.warmup_steps, 'update')} of warm-up" if trainer.warmup_steps else "no warm-up"
+    warmup = plural(trainer.warmup_steps, "warm-up update") if trainer.warmup_steps else "no warm-up"
+    decay = "cosine decay" if config.schedule == "cosine" else config.schedule
     ranks = trainer.ranks
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
-        f"global batch: {_batch(setup)}, behind every update",
-        f"computed as {_cut(trainer)}{on_ranks}, on {setup.device_spec}: a matter of memory that does not change "
-        "the update",
+        f"global batch per update: {_batch(setup)}",
+        f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} (affects memory only, not the result)",
         f"{plural(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
-        f"{plural(len(setup.training), 'sequence')}; learning rate {peak:g}, {warmup}, then {config.schedule}",
+        f"{plural(len(setup.training), 'sequence')}; learning rate {peak:g}, {decay}, {warmup}",
     )
 
 
 def final_lines(config: TrainConfig, directory: RunDirectory, outcome: "TrainResult") -> list[str]:
-    """Say where everything lies, and what to run next; ``config`` is what was asked for."""
+    """Return the lines with the output files and the next commands; ``config`` is the requested configuration."""
     skipped = f", {outcome.skipped:,} of them skipped," if outcome.skipped else ""
     path = shlex.quote(str(directory.path))
     return [
-        f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; everything is in "
+        f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; output is in "
         f"{directory.path}{os.sep}",
-        f"  {MODEL + '/':<15}the model and its tokenizer, for AutoModelForCausalLM.from_pretrained",
-        f"  {METRICS:<15}a line for each update",
-        f"  {CHECKPOINTS + '/':<15}where bigbatch resume goes on",
-        f"  {CONFIG:<15}every setting",
+        f"  {MODEL + '/':<15}model and tokenizer, for AutoModelForCausalLM.from_pretrained",
+        f"  {METRICS:<15}one line per update",
+        f"  {CHECKPOINTS + '/':<15}for bigbatch resume",
+        f"  {CONFIG:<15}all settings",
         f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
-        f"      bigbatch verify{_same_job(config)}   proves that no cut of the batch changes the gradient",
+        f"      bigbatch verify{_same_job(config)}   proves that splitting the batch does not change the gradient",
     ]
 
 
@@ -141,9 +140,9 @@ def _batch(setup: "TrainingSetup") -> str:
     mean = sum(lengths) / len(lengths)
     if config.global_batch is not None:
         sequences = min(config.global_batch, len(lengths))
-        all_there_are = f" (all there are, of the {config.global_batch:,} asked for)"
+        limited = f" (the whole data set; {config.global_batch:,} requested)"
         return (
-            f"{plural(sequences, 'sequence')}{all_there_are if sequences < config.global_batch else ''}, "
+            f"{plural(sequences, 'sequence')}{limited if sequences < config.global_batch else ''}, "
             f"about {plural(round(sequences * mean), 'token')}"
         )
     assert config.global_batch_tokens is not None, "resolved() gives one of the two"
@@ -151,7 +150,7 @@ def _batch(setup: "TrainingSetup") -> str:
     return f"{plural(config.global_batch_tokens, 'token')}, about {plural(sequences, 'sequence')}"
 
 
-def _cut(trainer: "Trainer") -> str:
+def _split(trainer: "Trainer") -> str:
     lengths = [trainer.setup.training.lengths[i] for i in trainer.shard_window(trainer.schedule.first_window())]
     if not lengths:
         return "no micro-batch"
@@ -160,18 +159,18 @@ def _cut(trainer: "Trainer") -> str:
     if len(groups) == 1:
         return f"1 micro-batch of {plural(len(lengths), 'sequence')}"
     if budget is not None:
-        return f"{plural(len(groups), 'micro-batch')} of at most {plural(budget, 'token')}"
+        return f"{plural(len(groups), 'micro-batch')} of up to {plural(budget, 'token')}"
     up_to = "" if len(lengths) % len(groups[0]) == 0 else "up to "
     return f"{plural(len(groups), 'micro-batch')} of {up_to}{plural(len(groups[0]), 'sequence')}"
 
 
 def _quoted(prompt: str) -> str:
-    """Write a prompt as a word of a shell, in the quotes of the documentation where they do."""
+    """Quote a prompt for a shell, with double quotes as in the documentation if they are sufficient."""
     return f'"{prompt}"' if prompt.isprintable() and not set(prompt) & set('"$`\\!') else shlex.quote(prompt)
 
 
 def _same_job(config: TrainConfig) -> str:
-    """Give the flags of a command that prepares the same model and data."""
+    """Return the flags for a command on the same model and data."""
     default = TrainConfig()
     names = [
         name

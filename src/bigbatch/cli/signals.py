@@ -1,4 +1,4 @@
-"""What the first SIGINT or SIGTERM asks for, and since when; a second one interrupts at once."""
+"""Handling of SIGINT and SIGTERM: the first one requests a stop, a second one interrupts immediately."""
 
 import os
 import signal
@@ -9,30 +9,30 @@ from typing import Any
 
 
 class StopRequest:
-    """Whether a run was asked to stop.
+    """State of a stop request by signal.
 
     Args:
-        grace_s: Seconds after the signal in which the update may be finished.
-        echo_s: Seconds after the signal in which others count as the same.
+        grace_s: Seconds after the signal in which the current update may finish.
+        duplicate_s: Seconds after the signal in which further signals count as the same one.
 
     Attributes:
-        signal: The name of the first signal; None before it.
+        signal: Name of the first signal; None before it.
     """
 
-    def __init__(self, grace_s: float, *, echo_s: float = 0.0) -> None:
+    def __init__(self, grace_s: float, *, duplicate_s: float = 0.0) -> None:
         self._grace_s = grace_s
-        self._echo_s = echo_s
+        self._duplicate_s = duplicate_s
         self._since_s = 0.0
         self.signal: str | None = None
 
-    def ask(self, number: int) -> bool:
-        """Hear of a signal; tell whether it is the first.
+    def receive(self, number: int) -> bool:
+        """Record a signal; return whether it is the first one.
 
         Raises:
-            KeyboardInterrupt: It is another one.
+            KeyboardInterrupt: It is a second one, and not a duplicate of the first.
         """
         if self.signal is not None:
-            if time.monotonic() - self._since_s < self._echo_s:
+            if time.monotonic() - self._since_s < self._duplicate_s:
                 return False
             raise KeyboardInterrupt
         self._since_s = time.monotonic()
@@ -41,34 +41,34 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop after this update."""
+        """Whether the run is to stop after the current update."""
         return self.signal is not None
 
     @property
     def grace_expired(self) -> bool:
-        """Whether the time is over in which this update may be finished."""
+        """Whether the time in which the current update may finish has passed."""
         return self.signal is not None and time.monotonic() - self._since_s >= self._grace_s
 
 
 @contextmanager
-def stop_on_signals(grace_s: float, *, echo_s: float = 0.0, quiet: bool = False) -> Iterator[StopRequest]:
-    """Collect the first SIGINT or SIGTERM; handlers that were there come back.
+def stop_on_signals(grace_s: float, *, duplicate_s: float = 0.0, quiet: bool = False) -> Iterator[StopRequest]:
+    """Install handlers for SIGINT and SIGTERM that record a stop request; restore the previous handlers on exit.
 
     Args:
         grace_s: As for `StopRequest`.
-        echo_s: As for `StopRequest`.
-        quiet: Whether another rank speaks.
+        duplicate_s: As for `StopRequest`.
+        quiet: Whether to print nothing, as on all ranks but the first.
     """
-    stop = StopRequest(grace_s, echo_s=echo_s)
+    stop = StopRequest(grace_s, duplicate_s=duplicate_s)
 
-    def note(number: int, _frame: Any) -> None:
-        # Not print(): the signal may have come in the middle of another one, which cannot be entered twice.
-        if stop.ask(number) and not quiet:
-            os.write(2, b"\nstopping after this update and saving; once more to stop at once\n")
+    def handler(number: int, _frame: Any) -> None:
+        # Not print(): the signal may have interrupted another print(), which is not reentrant.
+        if stop.receive(number) and not quiet:
+            os.write(2, b"\nstopping after this update, then saving; signal again to stop immediately\n")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)

@@ -1,6 +1,6 @@
-"""The processes that torchrun starts for one run: they find one another, one speaks, and none waits for ever.
+"""Process-group setup, rank-0 output and a watchdog for runs under torchrun.
 
-environment of torchrun → process group → Ranks → train or resume on each → a code that torchrun understands
+environment of torchrun → process group → RankContext → train or resume on each rank → exit code for torchrun
 """
 
 import faulthandler
@@ -19,33 +19,31 @@ if TYPE_CHECKING:
     from bigbatch.lm.distributed.ranks import RankContext
     from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 
-COLLECTIVE_EXTRA_S = (
-    30.0  # that collectives wait longer than a rank watches itself, so that the stacks are written first
-)
+COLLECTIVE_EXTRA_S = 30.0  # added to the timeout of collectives, so that the watchdog dumps the stacks first
 
 
 def launched_size() -> int:
-    """Tell how many processes torchrun has started for this run; 1 without it."""
+    """Return the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def is_restarted() -> bool:
-    """Tell whether torchrun has started the processes again after one was lost."""
+    """Return whether torchrun has restarted the processes after a failure."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def may_be_restarted() -> bool:
-    """Tell whether torchrun would start the processes again."""
+    """Return whether torchrun may restart the processes."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 @contextmanager
 def process_group(config: TrainConfig) -> "Iterator[RankContext]":
-    """Join the process group of the run, and leave it in the end. Without torchrun, there is one rank and no group.
+    """Initialize the process group of the run and destroy it on exit. Without torchrun: one rank and no group.
 
     Raises:
         InputError: torchrun started more processes than there are devices.
-        BigbatchError: The processes do not find one another, or one was lost.
+        BigbatchError: The processes cannot connect to each other, or one was lost.
     """
     from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 
@@ -56,15 +54,15 @@ def process_group(config: TrainConfig) -> "Iterator[RankContext]":
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
-    _init_process_group(rank, size, on_cuda=_set_local_device(config), patience_s=config.timeout_s + COLLECTIVE_EXTRA_S)
+    _init_process_group(rank, size, on_cuda=_set_local_device(config), timeout_s=config.timeout_s + COLLECTIVE_EXTRA_S)
     try:
         yield RankContext(size, rank, int(os.environ["LOCAL_WORLD_SIZE"]), config.parallel)
     except RuntimeError as error:
-        if isinstance(error, BigbatchError) or not _is_of_a_collective(error):
+        if isinstance(error, BigbatchError) or not _is_collective_error(error):
             raise
         raise BigbatchError(
-            f"rank {rank} has lost another rank ({_sentence_of(error)}): see what that one said. A run that had begun "
-            "goes on from its last checkpoint by bigbatch resume, and by itself under torchrun with --max-restarts."
+            f"rank {rank} has lost another rank ({_first_sentence(error)}): see the error of that rank. Resume the run "
+            "from its last checkpoint with bigbatch resume; torchrun --max-restarts does so automatically."
         ) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -72,81 +70,81 @@ def process_group(config: TrainConfig) -> "Iterator[RankContext]":
 
 
 def _set_local_device(config: TrainConfig) -> bool:
-    """Let this process use the CUDA device of its number, where the run is on such; tell whether it is."""
+    """Select the CUDA device of this process's local rank; return False if the run does not use CUDA."""
     import torch
 
     if not (config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())):
         return False
-    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= there:
+    local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= num_devices:
         raise InputError(
-            f"torchrun started process {local} of this machine, which has {there} CUDA devices: pass it that many as "
-            "--nproc-per-node."
+            f"torchrun started a process with local rank {local_rank}, but this machine has only {num_devices} CUDA "
+            f"devices: pass --nproc-per-node {num_devices} to torchrun."
         )
-    torch.cuda.set_device(local)
+    torch.cuda.set_device(local_rank)
     return True
 
 
-def _init_process_group(rank: int, size: int, *, on_cuda: bool, patience_s: float) -> None:
-    """Make the process group, of the processes that were started with this one."""
+def _init_process_group(rank: int, size: int, *, on_cuda: bool, timeout_s: float) -> None:
+    """Initialize the process group over all processes of this launch."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     from bigbatch.lm.distributed.rendezvous import fresh_store
 
-    backend, waits = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=patience_s)
+    backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=waits))
-        store = fresh_store(store, rank, size, timeout_s=patience_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store = fresh_store(store, rank, size, timeout_s=timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise BigbatchError(
-            f"the processes that torchrun started do not find one another: {_sentence_of(error)}."
+            f"the processes started by torchrun cannot connect to each other: {_first_sentence(error)}."
         ) from error
 
 
 @contextmanager
 def fail_together(ranks: "RankContext", command: str) -> Iterator[None]:
-    """Let the ranks fail together while they get ready, with what is the same for several of them said by one.
+    """Make all ranks exit if the block fails on any of them; a message shared by several ranks is printed once.
 
-    Whoever has something to say has said it before any of them ends: torchrun ends all others when the first one does.
-    Collective; what is within and may fail on one rank alone comes before what is collective.
+    Every rank prints its message before any rank exits, because torchrun terminates the others after the first exit.
+    Collective. Inside the block, code that can fail on one rank alone must come before any collective.
 
     Args:
-        ranks: That get ready.
-        command: Which they run, for the message.
+        ranks: Ranks that enter the block.
+        command: Name of the command, for the message.
 
     Raises:
-        BigbatchError: Without other ranks, what was raised.
-        SystemExit: Of several ranks, one could not begin.
+        BigbatchError: On a single rank, the error of the block.
+        SystemExit: On several ranks, if the block failed on any of them.
     """
-    ending: tuple[str, int] | None = None
+    failure: tuple[str, int] | None = None
     try:
         yield
     except (BigbatchError, ModuleNotFoundError) as error:
-        ending = exit_for(error)
-        if ranks.size == 1 or ending is None:
+        failure = exit_for(error)
+        if ranks.size == 1 or failure is None:
             raise
-    endings = ranks.all_gather(ending)
-    first = next((theirs for theirs in endings if theirs is not None), None)
+    failures = ranks.all_gather(failure)
+    first = next((other for other in failures if other is not None), None)
     if first is None:
         return
-    alike = [rank for rank, theirs in enumerate(endings) if theirs == ending]
-    if ending is not None and ranks.rank == alike[0]:
-        numbers = f"rank{'s' if len(alike) > 1 else ''} {', '.join(map(str, alike))}"
-        where = "" if ranks.is_first else f"{numbers}: "  # the first one speaks for all
-        print(f"bigbatch {command}: {where}{ending[0]}", file=sys.stderr, flush=True)
+    same = [rank for rank, other in enumerate(failures) if other == failure]
+    if failure is not None and ranks.rank == same[0]:
+        numbers = f"rank{'s' if len(same) > 1 else ''} {', '.join(map(str, same))}"
+        prefix = "" if ranks.is_first else f"{numbers}: "  # no prefix for a message of the first rank
+        print(f"bigbatch {command}: {prefix}{failure[0]}", file=sys.stderr, flush=True)
     ranks.all_gather(None)
     raise SystemExit(first[1])
 
 
 @contextmanager
 def reject_together(command: str) -> Iterator[None]:
-    """Let the processes say once what all of them refuse before they have found one another.
+    """Print an input error of the block once for all processes, before the process group exists.
 
     Raises:
-        InputError: Without other ranks, what was raised.
-        SystemExit: Of several.
+        InputError: In a single process, the error of the block.
+        SystemExit: In several processes, if the block failed.
     """
     try:
         yield
@@ -159,7 +157,7 @@ def reject_together(command: str) -> Iterator[None]:
 
 @contextmanager
 def watchdog(ranks: "RankContext", timeout_s: float) -> "Iterator[Watchdog | None]":
-    """End this process, with its stacks on stderr, when the run has not moved for so many seconds."""
+    """Dump the stacks and exit with 1 if the watchdog is not reset for ``timeout_s`` seconds; None on one rank."""
     if ranks.size == 1:
         yield None
         return
@@ -172,29 +170,29 @@ def watchdog(ranks: "RankContext", timeout_s: float) -> "Iterator[Watchdog | Non
 
 
 def with_local_device(config: TrainConfig, ranks: "RankContext") -> TrainConfig:
-    """Let every rank take the CUDA device that it was given, whatever the number of the one that was asked for."""
+    """Replace ``cuda:N`` by ``cuda`` on several ranks, so that each rank uses the device of its local rank."""
     if ranks.size == 1 or not config.device.startswith("cuda:"):
         return config
     return config.model_copy(update={"device": "cuda"})
 
 
 class Watchdog:
-    """Wound up whenever the run moves; when it runs down, the process writes its stacks to stderr and ends with 1."""
+    """Watchdog: dumps all stacks to stderr and exits with 1 if not reset within ``timeout_s``."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
 
     def reset(self) -> None:
-        """Begin to count anew."""
+        """Restart the timeout."""
         faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=2)
 
 
 class WatchdogCallback:
-    """A listener that winds up the watch; of all ranks but the first, it says nothing.
+    """Training callback that resets the watchdog and forwards to another callback.
 
     Args:
-        callback: Who is told as well; None for nobody.
-        watch: None for none.
+        callback: Callback to forward to; None on all ranks but the first.
+        watch: Watchdog to reset; None on a single rank.
     """
 
     def __init__(self, callback: "TrainerCallback | None", watch: Watchdog | None) -> None:
@@ -202,30 +200,30 @@ class WatchdogCallback:
         self._watch = watch
 
     def on_update(self, row: "MetricsRow") -> None:
-        """Hear of an update."""
+        """Forward an update."""
         self._forward("on_update", row)
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Hear of a validation."""
+        """Forward a validation loss."""
         self._forward("on_validation", step, loss)
 
     def on_sample(self, step: int, text: str) -> None:
-        """Hear what the model writes."""
+        """Forward a text sample."""
         self._forward("on_sample", step, text)
 
-    def _forward(self, what: str, *arguments: Any) -> None:
+    def _forward(self, method: str, *arguments: Any) -> None:
         if self._watch is not None:
             self._watch.reset()
         if self._callback is not None:
-            getattr(self._callback, what)(*arguments)
+            getattr(self._callback, method)(*arguments)
 
 
-def _is_of_a_collective(error: RuntimeError) -> bool:
+def _is_collective_error(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
 
 
-def _sentence_of(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     """Return the first sentence of an error of a library."""
     return first_line(error).partition(". ")[0]

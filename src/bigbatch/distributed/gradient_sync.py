@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bigbatch.distributed.collective import DistributedRankGroup, Number, RankGroup
 from bigbatch.errors import WindowAbandonedError
+from bigbatch.types import Terms
 
 if TYPE_CHECKING:
     from bigbatch.gradients.gradient_sums import GradientSums
@@ -125,6 +126,15 @@ class GradientSync:
                 return True
             yield Microbatch(content)
         return False
+
+    def loss_to_differentiate(self, loss: Tensor | None, terms: Terms) -> Tensor | None:
+        """Return the 0-d loss to run backward of; None for no backward.
+
+        Args:
+            loss: Of the terms with items; None if there are none.
+            terms: All terms of the micro-batch.
+        """
+        return loss
 
     @contextmanager
     def backward(self, *, counts: bool) -> Iterator[None]:

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from bigbatch.distributed.gradient_sync import Microbatch, MultiRankSync, SyncPolicy
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
+from bigbatch.gradients.loss_totals import may_have_items
+from bigbatch.types import Terms
 
 
 class ShardedSync(MultiRankSync):
@@ -115,6 +117,12 @@ class ShardedSync(MultiRankSync):
             counts = index < len(own)
             yield Microbatch(own[index] if counts else self._padding_microbatch, counts)
         return is_abandoned
+
+    def loss_to_differentiate(self, loss: Tensor | None, terms: Terms) -> Tensor | None:
+        """Add the terms without items as zeros: other ranks may run backward through their layers."""
+        for unused in (loss_sum for loss_sum, items in terms.values() if loss is None or not may_have_items(items)):
+            loss = unused * 0.0 if loss is None else loss + unused * 0.0
+        return loss
 
     @contextmanager
     def backward(self, *, counts: bool) -> Iterator[None]:

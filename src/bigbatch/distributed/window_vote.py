@@ -12,6 +12,7 @@ from typing import Any
 
 from bigbatch.distributed.collective import Number
 from bigbatch.distributed.gradient_sync import GradientSync
+from bigbatch.window_report import RanksReport
 
 MAX_TERMS = 8
 NUM_EXTRA = 3  # numbers of an observer
@@ -57,6 +58,28 @@ class VoteResult:
     terms: tuple[tuple[float, float], ...]
     has_gradient: tuple[bool, ...]
     extra: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Global tokens of the window, without padding."""
+        return sum(vote.tokens for vote in self.votes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Highest memory of any rank."""
+        return max(vote.peak_bytes for vote in self.votes)
+
+    def report(self) -> RanksReport:
+        """Return what users see of the ranks."""
+        times = [vote.elapsed_s for vote in self.votes]
+        slowest = max(range(len(times)), key=times.__getitem__)
+        return RanksReport(
+            size=len(times),
+            num_microbatches=tuple(vote.num_microbatches for vote in self.votes),
+            slowest=slowest,
+            slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
+            stopping=bool(self.ranks_with("stopping")),
+        )
 
     def ranks_with(self, flag: str) -> list[int]:
         """Return the ranks whose vote has a flag."""

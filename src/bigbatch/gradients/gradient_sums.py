@@ -4,6 +4,8 @@ Parameters in float32 or wider are summed in ``.grad``. Parameters in bfloat16 o
 many small bfloat16 gradients to a large sum loses 1.1 % of it at 128 micro-batches and half of it at a thousand that
 agree. A hook moves every micro-batch gradient into its sum as soon as autograd has computed it, so that at most one
 gradient exists in the narrow dtype.
+
+Long because every rule about ``.grad`` is here: dtypes, foreign writes, retries, sparse gradients, leaves of the graph.
 """
 
 from typing import TYPE_CHECKING

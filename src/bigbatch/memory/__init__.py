@@ -1,1 +1,1 @@
-"""Memory: parse a limit, measure usage, track allocations. Imports nothing: use its modules."""
+"""Memory limits, memory usage and allocation tracking. Re-exports nothing: import the modules."""

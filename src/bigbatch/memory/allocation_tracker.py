@@ -1,4 +1,4 @@
-"""Every allocation of a stretch of code, with or without data behind the tensors."""
+"""Track every tensor allocation in a region of code, for real and for fake tensors."""
 
 import weakref
 from collections import Counter
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-CUDA_UNIT = 512  # bytes: what torch's CUDA allocator rounds each allocation up to
-MAX_READS = 20_000  # of values that are not there: a loop that waits for one would never end
+CUDA_UNIT = 512  # bytes: torch's CUDA allocator rounds each allocation up to a multiple
+MAX_READS = 20_000  # of values of fake tensors: a loop that waits for a certain value would never end
 
 
 class MemoryCategory(Enum):
-    """What memory is taken for."""
+    """Purpose of an allocation."""
 
     PARAMETERS = "parameters"
     GRADIENTS = "gradients"
@@ -26,30 +26,30 @@ class MemoryCategory(Enum):
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the bytes of all tensors on one device that are made while it is active, and when they were most.
+    """Dispatch mode that counts the bytes of all tensors created on one device while it is active, and their peak.
 
-        with Tracker(device) as tracker:
-            tracker.hold(model.parameters(), Part.PARAMETERS)
+        with AllocationTracker(device) as tracker:
+            tracker.track(model.parameters(), MemoryCategory.PARAMETERS)
             ...
         tracker.peak_bytes, tracker.parts_at_peak
 
-    A tensor counts from the operation that makes it until its storage is freed; views count once, with their storage,
-    and a storage that is resized counts as large as the last operation on it found it. Of sparse tensors and of
-    subclasses that wrap others, what they consist of counts. Memory that a kernel takes and gives back within one
-    operation is not seen. Slows every operation down by some microseconds: it is for measuring, not for training.
+    A tensor counts from the operation that creates it until its storage is freed. Views count once, with their storage;
+    a resized storage counts with its size at the last operation on it. For sparse tensors and wrapper subclasses, the
+    tensors inside count. Temporary memory within one kernel is not seen. Adds some microseconds to every operation:
+    for measurement, not for training.
 
-    Where tensors have no data (`torch._subclasses.FakeTensorMode` around it), a value that the code reads comes out as
-    1 or True. Code that reads more than 20,000 of them gets a RuntimeError: it may wait for one to be something else.
+    Under `torch._subclasses.FakeTensorMode`, a value that the code reads is 1 or True. More than 20,000 such reads
+    raise a RuntimeError, because the code may be looping until the value changes.
 
     Args:
-        device: What is made elsewhere does not count, another device of the same type included; without an index,
-            all of a type count.
-        unit: Bytes that each allocation is rounded up to; by default what torch's allocator does on that device.
+        device: The device to count, by type and index; without an index, all devices of the type.
+        unit: Bytes that each allocation is rounded up to; by default as torch's allocator rounds on that device.
 
     Attributes:
-        part: What allocations are counted as; a value or a function that gives it.
-        live_bytes: Bytes by part at this moment.
-        parts_at_peak: Bytes by part when they were most in all.
+        category: Category of new allocations, or a function that returns it; see `set_category`.
+        live_bytes: Bytes by category now.
+        parts_at_peak: Bytes by category at the peak of the total.
+        peak_bytes: The peak of the total, in bytes, since the start or the last `reset_peak`.
     """
 
     def __init__(self, device: torch.device, *, unit: int | None = None) -> None:
@@ -57,24 +57,28 @@ class AllocationTracker(TorchDispatchMode):
         self._device = device
         self._unit = unit or (CUDA_UNIT if device.type == "cuda" else 1)
         self._storages: dict[int, _Storage] = {}
-        self._now = 0
+        self._total_bytes = 0
         self._num_reads = 0
-        self.part: MemoryCategory | Callable[[], MemoryCategory] = MemoryCategory.ACTIVATIONS
+        self.category: MemoryCategory | Callable[[], MemoryCategory] = MemoryCategory.ACTIVATIONS
         self.live_bytes: Counter[MemoryCategory] = Counter()
         self.parts_at_peak: Counter[MemoryCategory] = Counter()
         self.peak_bytes = 0
 
     def track(self, tensors: Iterable[Tensor], category: MemoryCategory) -> None:
-        """Count tensors that are there already, or count them as something else from now on."""
+        """Count tensors that already exist, or move them to another category."""
         for tensor in tensors:
-            for storage in self._see(tensor, category):
-                self.live_bytes[storage.part] -= storage.num_bytes
+            for storage in self._count_tensor(tensor, category):
+                self.live_bytes[storage.category] -= storage.num_bytes
                 self.live_bytes[category] += storage.num_bytes
-                storage.part = category
+                storage.category = category
+
+    def set_category(self, category: MemoryCategory | Callable[[], MemoryCategory]) -> None:
+        """Set the category of new allocations, or a function that returns it."""
+        self.category = category
 
     def reset_peak(self) -> None:
-        """Forget what was the most, and begin with what there is now."""
-        self.peak_bytes = self._now
+        """Reset the peak to the bytes that are live now."""
+        self.peak_bytes = self._total_bytes
         self.parts_at_peak = self.live_bytes.copy()
 
     def __torch_dispatch__(
@@ -88,81 +92,85 @@ class AllocationTracker(TorchDispatchMode):
         if func is torch.ops.aten.equal.default and _has_no_data(args[0]):
             self._count_read()
             return True
-        if _fills_what_it_is_given(func) and _has_no_data(kwargs and kwargs.get("out")):
+        if _is_addmm_with_wide_out(func) and _has_no_data(kwargs and kwargs.get("out")):
             return kwargs["out"]  # type: ignore[index]
         result = func(*args, **(kwargs or {}))
-        self._see_all(result)
+        self._count_all(result)
         return result
 
     def _count_read(self) -> None:
         self._num_reads += 1
         if self._num_reads > MAX_READS:
-            raise RuntimeError(f"more than {MAX_READS:,} values were read, perhaps in a loop that waits for one")
+            raise RuntimeError(f"more than {MAX_READS:,} tensor values were read, perhaps in a loop that waits for one")
 
-    def _see_all(self, result: Any) -> None:
+    def _count_all(self, result: Any) -> None:
         if isinstance(result, Tensor):
-            self._see(result, self.part)
+            self._count_tensor(result, self.category)
         elif isinstance(result, tuple | list):
             for part in result:
-                self._see_all(part)
+                self._count_all(part)
 
-    def _see(self, tensor: Tensor, part: MemoryCategory | Callable[[], MemoryCategory]) -> "list[_Storage]":
-        """Count what is new of a tensor, or has another size than before; give all of its storages on the device."""
+    def _count_tensor(
+        self, tensor: Tensor, category: MemoryCategory | Callable[[], MemoryCategory]
+    ) -> "list[_Storage]":
+        """Count storages of a tensor that are new or were resized; return all of its storages on the device."""
         if not _is_on(tensor.device, self._device):
             return []
-        return [self._count(memory, part) for memory in storages(tensor)]
+        return [self._count_storage(memory, category) for memory in storages(tensor)]
 
-    def _count(self, memory: torch.UntypedStorage, part: MemoryCategory | Callable[[], MemoryCategory]) -> "_Storage":
+    def _count_storage(
+        self, memory: torch.UntypedStorage, category: MemoryCategory | Callable[[], MemoryCategory]
+    ) -> "_Storage":
         key = memory._cdata
         num_bytes = -(-memory.nbytes() // self._unit) * self._unit
         storage = self._storages.get(key)
         if storage is None:
-            # The reference dies with the memory, not with this Python object: torch keeps one object for each memory.
+            # The reference dies with the storage, not with this Python object: torch keeps one object per storage.
             reference = weakref.ref(memory, lambda _: self._free(key))
-            storage = _Storage(0, part if isinstance(part, MemoryCategory) else part(), reference)
+            storage = _Storage(0, category if isinstance(category, MemoryCategory) else category(), reference)
             self._storages[key] = storage
         if num_bytes != storage.num_bytes:
-            self.live_bytes[storage.part] += num_bytes - storage.num_bytes
-            self._now += num_bytes - storage.num_bytes
+            self.live_bytes[storage.category] += num_bytes - storage.num_bytes
+            self._total_bytes += num_bytes - storage.num_bytes
             storage.num_bytes = num_bytes
-            if self._now > self.peak_bytes:
+            if self._total_bytes > self.peak_bytes:
                 self.reset_peak()
         return storage
 
     def _free(self, key: int) -> None:
         storage = self._storages.pop(key)
-        self.live_bytes[storage.part] -= storage.num_bytes
-        self._now -= storage.num_bytes
+        self.live_bytes[storage.category] -= storage.num_bytes
+        self._total_bytes -= storage.num_bytes
 
 
 class _Storage:
-    __slots__ = ("num_bytes", "part", "reference")
+    __slots__ = ("category", "num_bytes", "reference")
 
-    def __init__(self, num_bytes: int, part: MemoryCategory, reference: "weakref.ref[Any]") -> None:
+    def __init__(self, num_bytes: int, category: MemoryCategory, reference: "weakref.ref[Any]") -> None:
         self.num_bytes = num_bytes
-        self.part = part
+        self.category = category
         self.reference = reference
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Give the tensors of mappings, lists, tuples and sets in one another; what else there is, is left alone."""
+    """Return all tensors in nested mappings, lists, tuples and sets; ignore values of other types."""
     found: list[Tensor] = []
-    todo = [tree]
-    while todo:
-        value = todo.pop()
+    stack = [tree]
+    while stack:
+        value = stack.pop()
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, Mapping):
-            todo.extend(value.values())
+            stack.extend(value.values())
         elif isinstance(value, list | tuple | set):
-            todo.extend(value)
+            stack.extend(value)
     return found
 
 
 def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Give the memory behind a tensor: one storage; several for sparse tensors and subclasses that wrap tensors.
+    """Yield the storages of a tensor: one, or several for sparse tensors and wrapper subclasses.
 
-    None for a parameter that a lazy module has not made yet, and for layouts that tell nothing of their memory.
+    Yields nothing for uninitialized parameters of lazy modules and for layouts without an accessible storage.
     """
     if is_lazy(tensor):
         return
@@ -188,12 +196,12 @@ _COMPRESSED = {
 }
 
 
-def _is_on(device: torch.device, asked: torch.device) -> bool:
-    return device.type == asked.type and (None in (device.index, asked.index) or device.index == asked.index)
+def _is_on(device: torch.device, target: torch.device) -> bool:
+    return device.type == target.type and (None in (device.index, target.index) or device.index == target.index)
 
 
-def _fills_what_it_is_given(func: Any) -> bool:
-    """Tell of a product that is added to a wide matrix; torch 2.11 cannot run it without data, and it makes nothing."""
+def _is_addmm_with_wide_out(func: Any) -> bool:
+    """Return whether it is ``addmm.dtype_out``, which torch 2.11 cannot run on fake tensors; it allocates nothing."""
     return func is getattr(torch.ops.aten.addmm, "dtype_out", None)
 
 

@@ -1,10 +1,10 @@
-"""How much memory may be used: as a person writes it, by the name of a card, or what is free less a margin.
+"""Memory limits: parsed from text, by the name of a GPU, or the free memory less a margin.
 
-    "24GiB", "80%" → MemoryLimit → bytes_of(total)
-    "a100-40gb"    → gpu_memory  → gpu_limit
+    "24GiB", "80%" → parse_memory → MemoryLimit.to_bytes(total_bytes)
+    "a100-40gb"    → gpu_memory   → gpu_limit
     free, total    → default_limit
 
-Integers, in bytes. No torch here, and no device is asked.
+Integers, in bytes. No torch, and no device is queried.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 MARGIN_PERCENT = 2
 MARGIN_BYTES = 256 * MIB
-"""What :func:`default_limit` leaves free: this share of the device, and at least so many bytes."""
+"""Margin of :func:`default_limit`: this percentage of the device's memory, and at least ``MARGIN_BYTES``."""
 
 CONTEXT_BYTES = 512 * MIB
-"""What CUDA itself takes of a card before any tensor, about: the memory that is "not PyTorch's" in its messages."""
+"""Approximate size of the CUDA context, allocated before any tensor: "non-PyTorch memory" in torch's messages."""
 
 GPU_GIB = {
     "a100-40gb": 39.38,
@@ -42,13 +42,13 @@ GPU_GIB = {
     "rtx-4080": 15.49,
     "rtx-4090": 23.52,
     "rtx-5090": 31.34,
-    "mi250": 63.98,  # one of its two dies, each a device of its own
+    "mi250": 63.98,  # per die: each of its two dies is a device
     "mi300x": 191.69,
 }
-"""Memory of well-known cards in GiB, as torch's ``total_memory`` gives it; nominal, not measured here.
+"""Memory of common GPUs in GiB, as torch's ``total_memory`` reports it; nominal, not measured here.
 
-Each figure is the smallest that PyTorch's out-of-memory messages in public reports name for the card on Linux ("GPU 0
-has a total capacity of 79.10 GiB"), error correction on where it is the default. Other drivers give up to 1.5 % more.
+Each figure is the smallest in PyTorch's out-of-memory messages in public reports for the GPU on Linux ("GPU 0 has a
+total capacity of 79.10 GiB"), with error correction on where it is the default. Other drivers report up to 1.5 % more.
 """
 
 _LARGEST_BYTES = 2**63 - 1
@@ -62,12 +62,12 @@ _UNITS = {"b": 1} | {
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """Memory that may be used: an amount, or a share of whatever the device has.
+    """A memory limit: an amount in bytes, or a share of the device's memory.
 
     Attributes:
-        text: How it was asked for; two limits that ask for the same are equal however they are written.
+        text: The limit as requested; not compared by ``==``.
         amount_bytes: The amount; None for a share.
-        share: More than 0 and at most 1; None for an amount.
+        share: Greater than 0 and at most 1; None for an amount.
     """
 
     text: str = field(compare=False)
@@ -81,66 +81,66 @@ class MemoryLimit:
         """Return the limit in bytes, a share rounded down.
 
         Args:
-            total_bytes: All memory of the device; None where there is none, as in planning for another machine.
+            total_bytes: Total memory of the device; None if unknown, as when planning for another machine.
 
         Raises:
-            ValueError: An amount that the device does not have, or a share of a device that is not known.
+            ValueError: An amount above ``total_bytes``, or a share of an unknown device.
         """
         if self.amount_bytes is None:
             assert self.share is not None, "a limit is an amount or a share"
             if total_bytes is None:
                 raise ValueError(
                     f"memory {self.text} is a share of a device's memory, and no device is known: pass an amount such "
-                    "as 24GiB, or a card by its name, such as --gpu a100-40gb."
+                    "as 24GiB, or the name of a GPU, such as --gpu a100-40gb."
                 )
             return int(total_bytes * self.share)
         if total_bytes is not None and self.amount_bytes > total_bytes:
-            most = _rounded_down(total_bytes)
+            largest = _format_rounded_down(total_bytes)
             raise ValueError(
-                f"memory {self.text} is more than the {most} that the device has: pass {most} or less, or a share "
-                "such as 90%."
+                f"memory {self.text} is more than the {largest} that the device has: pass {largest} or less, or a "
+                "share such as 90%."
             )
         return self.amount_bytes
 
 
-def parse_memory(asked: str | int) -> MemoryLimit:
-    """Understand ``"24GiB"``, ``"24 G"`` (the same), ``"24GB"`` (24·10⁹ bytes), ``"80%"``, or a number of bytes.
+def parse_memory(value: str | int) -> MemoryLimit:
+    """Parse ``"24GiB"``, ``"24 G"`` (the same), ``"24GB"`` (24·10⁹ bytes), ``"80%"``, or an int, in bytes.
 
-    Units count whether large or small: B; KiB, Ki and K; KB; and so on for M, G and T. ``str(limit)`` parses back to
-    an equal limit.
+    Units are case-insensitive: B; KiB, Ki and K; KB; likewise for M, G and T. ``str(limit)`` parses to an equal limit.
 
     Raises:
-        ValueError: Nothing of that, zero, less or more than all; the message has the value and an example.
+        ValueError: Another format, not above zero, more than 100 % or more than 2⁶³ − 1 bytes; the message has the
+            value and an example.
     """
     try:
-        return read_memory(asked)
+        return read_memory(value)
     except ValueError as error:
-        raise ValueError(f"memory is {asked!r}: {error}.") from None
+        raise ValueError(f"memory is {value!r}: {error}.") from None
 
 
-def read_memory(asked: object) -> MemoryLimit:
-    """Do what :func:`parse_memory` does, for callers with their own name for the value.
+def read_memory(value: object) -> MemoryLimit:
+    """Parse like :func:`parse_memory`, for callers that name the value themselves in the message.
 
     Raises:
-        ValueError: The message is what goes after ``NAME is VALUE:``, without the full stop.
+        ValueError: The message continues ``NAME is VALUE:`` and has no full stop.
     """
-    if isinstance(asked, int) and not isinstance(asked, bool):
-        if 0 < asked < KIB:
-            raise ValueError(f"a number alone is in bytes; write text with a unit, such as '{asked}GiB'")
-        return _amount(Fraction(asked), f"{asked}B")
-    found = _NUMBER.fullmatch(asked.strip()) if isinstance(asked, str) else None
-    if found is None or not isinstance(asked, str):
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 0 < value < KIB:
+            raise ValueError(f"a number without a unit is in bytes; pass text with a unit, such as '{value}GiB'")
+        return _amount(Fraction(value), f"{value}B")
+    match = _NUMBER.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or not isinstance(value, str):
         raise ValueError("it must be an amount such as 24GiB or a share such as 80%")
-    number, unit = Fraction(found[1]), found[2].lower()
+    number, unit = Fraction(match[1]), match[2].lower()
     if unit == "%":
         if number > 100:
             raise ValueError("a share must be at most 100%, such as 80%")
         if number > 0:
-            return MemoryLimit(asked, None, number / 100)
+            return MemoryLimit(value, None, number / 100)
     elif number > 0 and unit not in _UNITS:
         problem = "its unit must be KiB, MiB, GiB, TiB or %" if unit else "it needs a unit"
-        raise ValueError(f"{problem}, such as {found[1]}{'GiB' if number < MIB else 'B'}")
-    return _amount(number * _UNITS.get(unit, 1), asked)
+        raise ValueError(f"{problem}, such as {match[1]}{'GiB' if number < MIB else 'B'}")
+    return _amount(number * _UNITS.get(unit, 1), value)
 
 
 def _amount(exact_bytes: Fraction, text: str) -> MemoryLimit:
@@ -149,15 +149,15 @@ def _amount(exact_bytes: Fraction, text: str) -> MemoryLimit:
     if exact_bytes < 1:
         raise ValueError("it must be at least one byte, such as 24GiB")
     if exact_bytes > _LARGEST_BYTES:
-        raise ValueError("it is more than any machine has")
+        raise ValueError("it must be less than 8 EiB, such as 24GiB")
     return MemoryLimit(text, int(exact_bytes), None)
 
 
 def known_gpu(name: str) -> str:
-    """Return the name that :data:`GPU_GIB` has for a card; ``"NVIDIA GeForce RTX 4090"`` and ``"4090"`` count too.
+    """Return the key of a GPU in :data:`GPU_GIB`; also accepts ``"NVIDIA GeForce RTX 4090"`` and ``"4090"``.
 
     Raises:
-        ValueError: None of them. The message is what goes after ``NAME is VALUE:``, without the full stop.
+        ValueError: The GPU is unknown. The message continues ``NAME is VALUE:`` and has no full stop.
     """
     word = re.sub(r"[\s_-]+", "-", name.strip().lower())
     word = re.sub(r"^((nvidia|geforce|tesla|amd|instinct)-)+", "", word)
@@ -170,15 +170,15 @@ def known_gpu(name: str) -> str:
     near = difflib.get_close_matches(word[:60], family or GPU_GIB, n=2, cutoff=0.0 if family else 0.6)
     near.sort(key=list(GPU_GIB).index)
     if near:
-        raise ValueError(f"it is not a known card; nearest {'is' if len(near) == 1 else 'are'} {' and '.join(near)}")
-    raise ValueError("it is not a known card; give its memory instead, such as 24GiB")
+        raise ValueError(f"it is not a known GPU; nearest {'is' if len(near) == 1 else 'are'} {' and '.join(near)}")
+    raise ValueError("it is not a known GPU; pass its memory instead, such as 24GiB")
 
 
 def gpu_memory(name: str) -> int:
-    """Return all memory in bytes of the card ``name``, as nominal as :data:`GPU_GIB`.
+    """Return the total memory of a GPU in bytes, from :data:`GPU_GIB`.
 
     Raises:
-        ValueError: No known card; the message names the nearest.
+        ValueError: The GPU is unknown; the message names the nearest.
     """
     try:
         return int(GPU_GIB[known_gpu(name)] * GIB)
@@ -187,42 +187,42 @@ def gpu_memory(name: str) -> int:
 
 
 def gpu_limit(name: str) -> int:
-    """Return in bytes what a run may use by default of a card ``name`` that nobody else uses.
+    """Return the default limit in bytes on an otherwise unused GPU.
 
         default_limit(free = total − CONTEXT_BYTES, total)
 
     Raises:
-        ValueError: No known card; the message names the nearest.
+        ValueError: The GPU is unknown; the message names the nearest.
     """
     total_bytes = gpu_memory(name)
     return default_limit(total_bytes - CONTEXT_BYTES, total_bytes)
 
 
 def default_limit(free_bytes: int, total_bytes: int) -> int:
-    """Return in bytes what a run may use where nobody said: what is free now, less a margin, never below 0.
+    """Return the limit in bytes if none is set: the free memory less a margin, at least 0.
 
         free − max(2 % of total, 256 MiB)
 
-    The margin is for what no prediction counts: fragmentation of the allocator's blocks, and what libraries take later
-    for themselves (workspaces, communication buffers, kernels loaded at first use).
+    The margin covers memory that predictions do not count: fragmentation of the allocator's blocks, and later
+    allocations by libraries (workspaces, communication buffers, kernels loaded on first use).
 
     Args:
-        free_bytes: Free on the device now, with the process's own context already there.
-        total_bytes: All memory of the device.
+        free_bytes: Free memory of the device now, after the context of this process was created.
+        total_bytes: Total memory of the device.
     """
     return max(0, free_bytes - max(total_bytes * MARGIN_PERCENT // 100, MARGIN_BYTES))
 
 
 def describe_bytes(num_bytes: int) -> str:
-    """Write a number of bytes for people, in the largest unit that it fills: ``23.4 GiB``, ``512.0 KiB``, ``17 B``."""
+    """Format bytes in the largest unit of at least 1: ``23.4 GiB``, ``512.0 KiB``, ``17 B``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if round(num_bytes / size * 1024, 1) >= 1024:  # what would be shown as 1024.0 of the unit below
+        if round(num_bytes / size * 1024, 1) >= 1024:  # it would be 1024.0 of the next smaller unit
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes} B"
 
 
-def _rounded_down(num_bytes: int) -> str:
-    """Write what :func:`parse_memory` reads as at most ``num_bytes``."""
+def _format_rounded_down(num_bytes: int) -> str:
+    """Format bytes so that :func:`parse_memory` reads at most ``num_bytes``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if num_bytes >= size:
             hundredths = num_bytes * 100 // size

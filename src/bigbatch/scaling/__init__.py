@@ -1,8 +1,8 @@
-"""Batch size against learning rate, betas and gradient noise. Imports no torch.
+"""Rescaling of hyper-parameters to another batch size, and the gradient noise scale. Imports no torch.
 
-rules            the equations, with their papers
-hyperparameters  the settings of an optimizer for another batch size
-noise_scale      the gradient noise scale
+rules            the scaling rules, with their papers
+hyperparameters  apply a rule to an optimizer and its schedulers
+noise_scale      estimate the gradient noise scale
 """
 
 from bigbatch.scaling.hyperparameters import Change as Change

@@ -1,39 +1,51 @@
-"""The gradient noise scale, from the micro-batches of every window: how large a batch is still worth its samples.
+"""The gradient noise scale, estimated from the micro-batch gradients of every window.
 
-norms of the micro-gradients → signal and noise of one window → averaged over windows → scale, with an interval
+    norms of micro-batch gradients → signal and noise of one window → averages over windows → scale, with an interval
 
-With S_i the summed gradient of micro-batch i and n_i its items, A = Σ S_i and N = Σ n_i, two sums tell the squared
-length of the true gradient, |G|², and the variance of one item's gradient, tr Σ:
+With S_i the summed gradient of micro-batch i over its n_i items, A = Σ S_i and N = Σ n_i (over all ranks), the squared
+norm |G|² of the true gradient and the variance tr Σ of the gradient of one item (the trace of its covariance) are
+estimated by
 
     |G|² = (|A|² − Σ |S_i|²) / (N² − Σ n_i²)        tr Σ = N (|A|² / N² − |G|²)        scale = tr Σ / |G|²
 
-Both are unbiased for micro-batches of any sizes, if items are drawn alike. Source: McCandlish et al., "An Empirical
-Model of Large-Batch Training", 2018, appendix A.1, which compares two sizes; here each micro-batch counts by its items.
+Both estimates are unbiased for micro-batches of any sizes if items are independent and identically distributed:
+E|S_i|² = n_i² |G|² + n_i tr Σ and E|A|² = N² |G|² + N tr Σ. For micro-batches of equal size they are those of
+McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 1812.06162, appendix A.1, which compares a
+large and a small batch; the scale is their B_simple. Items of one sample, such as the tokens of a sequence, are
+correlated: tr Σ is then the variance per item at the given lengths, and ``scale_samples`` the more meaningful unit.
+Micro-batches grouped by length underestimate |G|² if the mean gradient depends on the length.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-HALF_LIFE_WINDOWS = 32  # of the average, counted in the items of the first window
-MIN_WINDOWS = 4  # before anything is said
-FIRST, EVERY = 8, 4  # the first eight windows are measured, then one in four: the average moves no faster
-WIDTH = 1.96  # standard errors on either side: 95 % where many windows have been averaged
+HALF_LIFE_WINDOWS = 32  # default half-life of the averages, in windows with the items of the first one
+MIN_WINDOWS = 4  # before an estimate is reported
+MEASURE_FIRST, MEASURE_EVERY = (
+    8,
+    4,
+)  # the first 8 windows are measured, then one in 4: sufficient for averages of this half-life
+Z_95 = 1.96  # standard errors of a 95 % interval, for many windows
 
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """What is known of the gradient noise by now.
+    """Estimate of the gradient noise scale tr Σ / |G|², from running averages over windows and all ranks.
+
+    The scale approximates the critical batch size (McCandlish et al., "An Empirical Model of Large-Batch Training",
+    2018, arXiv 1812.06162, B_simple of section 2.2, estimated as in appendix A.1): a global batch of that size needs
+    about twice the minimum number of updates and twice the minimum number of samples. Far smaller batches need more
+    updates, far larger ones more samples.
 
     Attributes:
-        scale_items: The noise scale tr Σ / |G|², in items, as averaged so far: a batch far below it wastes updates, one
-            far above it wastes samples. Infinite where no signal can be told from the noise.
-        low_items: Lower end of its 95 % interval.
-        high_items: Upper end; infinite where the signal may be zero.
-        signal: |G|², the squared 2-norm of the true gradient.
-        noise: tr Σ, the variance of the gradient of one item, summed over all parameters.
+        scale_items: The noise scale in items of the global batch; infinity if the estimate of |G|² is not positive.
+        low_items: Lower bound of its 95 % interval, in items.
+        high_items: Upper bound, in items; infinity if |G|² may be zero.
+        signal: Estimate of |G|², the squared 2-norm of the true gradient of the mean loss.
+        noise: Estimate of tr Σ, the variance of the gradient of one item, summed over all parameters.
         num_windows: Windows that were averaged.
-        items_per_sample: Of the batch, where `bigbatch.Engine` counts its samples; None elsewhere.
+        items_per_sample: Mean items per sample, if `bigbatch.Engine` counts samples; None otherwise.
     """
 
     scale_items: float
@@ -46,13 +58,13 @@ class NoiseScale:
 
     @property
     def scale_samples(self) -> float | None:
-        """The noise scale in samples of the batch, where they are counted."""
+        """The noise scale in samples of the global batch; None if samples are not counted."""
         return None if self.items_per_sample is None else self.scale_items / self.items_per_sample
 
 
 @dataclass
 class _Averages:
-    """Weighted sums over windows: of the weights and their squares, of signal and noise, and of their products."""
+    """Weighted sums over windows of signal, noise and their products; the fields are keys of checkpoints."""
 
     weight: float = 0.0
     weight_squared: float = 0.0
@@ -70,33 +82,36 @@ class _Averages:
 
 
 def signal_and_noise(
-    square_of_mean: float, squares: float, items: float, items_squared: float
+    squared_grad_norm: float, squared_norm_sum: float, items: float, squared_items_sum: float
 ) -> tuple[float, float] | None:
     """Estimate signal and noise from one window, without bias.
 
     Args:
-        square_of_mean: |A|² / N², of the window's gradient, before clipping.
-        squares: Σ |S_i|².
-        items: N.
-        items_squared: Σ n_i².
+        squared_grad_norm: |A|² / N², the squared norm of the averaged gradient, over all ranks, before clipping.
+        squared_norm_sum: Σ |S_i|², over the micro-batches of all ranks.
+        items: N, over all ranks.
+        squared_items_sum: Σ n_i², over the micro-batches of all ranks.
 
     Returns:
-        ``(|G|², tr Σ)``; None where there is nothing to compare: fewer than two micro-batches with items.
+        ``(|G|², tr Σ)``, either of which may be negative; None with fewer than two micro-batches with items, or norms
+        that are not finite.
     """
-    pairs = items * items - items_squared
-    if not pairs > 0 or not math.isfinite(square_of_mean) or not math.isfinite(squares):
+    divisor = items * items - squared_items_sum  # Σ n_i n_j over pairs i ≠ j
+    if not divisor > 0 or not math.isfinite(squared_grad_norm) or not math.isfinite(squared_norm_sum):
         return None
-    signal = (square_of_mean * items * items - squares) / pairs
-    return signal, items * (square_of_mean - signal)
+    signal = (squared_grad_norm * items * items - squared_norm_sum) / divisor
+    return signal, items * (squared_grad_norm - signal)
 
 
 class NoiseScaleEstimator:
-    """Averages signal and noise over windows, each apart: the ratio of the averages is the scale.
+    """Exponential moving averages of signal and noise over windows; the noise scale is the ratio of the averages.
 
-    A window's own ratio would be biased, and is often negative. Weights halve with every so many items.
+    The ratio of a single window is biased and often negative. A window is weighted by its items, and its weight halves
+    every ``half_life_items`` items.
 
     Args:
-        half_life_items: Items after which a window counts half; by default 32 times those of the first window.
+        half_life_items: Half-life of the averages in items of the global batch; by default 32 times those of the first
+            window.
     """
 
     def __init__(self, half_life_items: float | None = None) -> None:
@@ -105,42 +120,56 @@ class NoiseScaleEstimator:
 
     @property
     def measures_next(self) -> bool:
-        """Whether the next window is to be measured."""
-        return self._sums.num_seen < FIRST or self._sums.num_seen % EVERY == 0
+        """Whether the next window should be measured: the first 8 and then one in 4."""
+        return self._sums.num_seen < MEASURE_FIRST or self._sums.num_seen % MEASURE_EVERY == 0
 
     def skip_window(self, items: float) -> None:
-        """Take note of a window that was not measured: what came before it counts less."""
+        """Count a window that was not measured: its items reduce the weight of earlier windows."""
         self._sums.num_seen += 1
         self._sums.items_unmeasured += items
 
     def update(
-        self, square_of_mean: float, squares: float, items: float, items_squared: float, *, samples: float = 0.0
+        self,
+        squared_grad_norm: float,
+        squared_norm_sum: float,
+        items: float,
+        squared_items_sum: float,
+        *,
+        samples: float = 0.0,
     ) -> None:
-        """Take in one window; the arguments are those of `signal_and_noise`, and samples where they are known."""
-        found = signal_and_noise(square_of_mean, squares, items, items_squared)
-        if found is None:
+        """Add one window to the averages; a window that cannot be measured is skipped.
+
+        Args:
+            squared_grad_norm: As for `signal_and_noise`.
+            squared_norm_sum: As for `signal_and_noise`.
+            items: As for `signal_and_noise`.
+            squared_items_sum: As for `signal_and_noise`.
+            samples: Samples of the window, over all ranks; 0 if unknown.
+        """
+        estimates = signal_and_noise(squared_grad_norm, squared_norm_sum, items, squared_items_sum)
+        if estimates is None:
             self.skip_window(items)
             return
         sums = self._sums
         sums.num_seen += 1
         if not sums.half_life_items:
             sums.half_life_items = self._half_life_items or HALF_LIFE_WINDOWS * items
-        keep = 0.5 ** ((items + sums.items_unmeasured) / sums.half_life_items)
+        decay = 0.5 ** ((items + sums.items_unmeasured) / sums.half_life_items)
         sums.items_unmeasured = 0.0
-        signal, noise = found
-        sums.weight = keep * sums.weight + items
-        sums.weight_squared = keep * keep * sums.weight_squared + items * items
-        sums.signal = keep * sums.signal + items * signal
-        sums.noise = keep * sums.noise + items * noise
-        sums.signal_squared = keep * sums.signal_squared + items * signal * signal
-        sums.noise_squared = keep * sums.noise_squared + items * noise * noise
-        sums.product = keep * sums.product + items * signal * noise
-        sums.items = keep * sums.items + items
-        sums.samples = keep * sums.samples + samples
+        signal, noise = estimates
+        sums.weight = decay * sums.weight + items
+        sums.weight_squared = decay * decay * sums.weight_squared + items * items
+        sums.signal = decay * sums.signal + items * signal
+        sums.noise = decay * sums.noise + items * noise
+        sums.signal_squared = decay * sums.signal_squared + items * signal * signal
+        sums.noise_squared = decay * sums.noise_squared + items * noise * noise
+        sums.product = decay * sums.product + items * signal * noise
+        sums.items = decay * sums.items + items
+        sums.samples = decay * sums.samples + samples
         sums.num_windows += 1
 
     def estimate(self) -> NoiseScale | None:
-        """Give what is known; None before the fourth window."""
+        """Return the current estimate; None before 4 windows were measured."""
         sums = self._sums
         if sums.num_windows < MIN_WINDOWS:
             return None
@@ -159,29 +188,32 @@ class NoiseScaleEstimator:
         )
 
     def _interval(self, signal: float, noise: float) -> tuple[float, float]:
-        """Bound the ratio of two averages by their scatter over the windows: Fieller's theorem."""
+        """Return the 95 % interval of the ratio of the averages, from their variance over windows (Fieller's theorem).
+
+        Fieller, "Some Problems in Interval Estimation", 1954.
+        """
         sums = self._sums
-        share = sums.weight_squared / (sums.weight * sums.weight)  # one over the number of windows that count
-        scatter = share / (1 - share) if share < 1 else math.inf
-        variance_signal = max(0.0, sums.signal_squared / sums.weight - signal * signal) * scatter
-        variance_noise = max(0.0, sums.noise_squared / sums.weight - noise * noise) * scatter
-        covariance = (sums.product / sums.weight - signal * noise) * scatter
-        a = signal * signal - WIDTH * WIDTH * variance_signal
-        b = signal * noise - WIDTH * WIDTH * covariance
-        c = noise * noise - WIDTH * WIDTH * variance_noise
-        root = b * b - a * c
-        if not math.isfinite(root):
+        share = sums.weight_squared / (sums.weight * sums.weight)  # 1 / effective number of windows
+        correction = share / (1 - share) if share < 1 else math.inf  # variance over windows → variance of their mean
+        variance_signal = max(0.0, sums.signal_squared / sums.weight - signal * signal) * correction
+        variance_noise = max(0.0, sums.noise_squared / sums.weight - noise * noise) * correction
+        covariance = (sums.product / sums.weight - signal * noise) * correction
+        a = signal * signal - Z_95 * Z_95 * variance_signal
+        b = signal * noise - Z_95 * Z_95 * covariance
+        c = noise * noise - Z_95 * Z_95 * variance_noise
+        discriminant = b * b - a * c  # the bounds are the roots of a x² − 2 b x + c
+        if not math.isfinite(discriminant):
             return 0.0, math.inf
-        if a <= 0 or signal <= 0:  # the signal may be zero, and the ratio anything above what follows
-            low = c / (b + math.sqrt(root)) if root >= 0 and b + math.sqrt(max(0.0, root)) > 0 else 0.0
+        root = math.sqrt(max(0.0, discriminant))
+        if a <= 0 or signal <= 0:  # the signal may be zero: the ratio has no upper bound
+            low = c / (b + root) if discriminant >= 0 and b + root > 0 else 0.0
             return max(0.0, low), math.inf
-        half = math.sqrt(max(0.0, root))
-        return max(0.0, (b - half) / a), max(0.0, (b + half) / a)
+        return max(0.0, (b - root) / a), max(0.0, (b + root) / a)
 
     def state_dict(self) -> dict[str, float]:
-        """Give what it has taken in, as plain values."""
+        """Return the averages as plain values."""
         return asdict(self._sums)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from what `state` gave."""
+        """Restore the averages from `state_dict`."""
         self._sums = _Averages(**state)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Verify on a user's model that micro-batches give the full-batch gradient."""
+"""Verify on a user's model, loss and batch that micro-batches yield the full-batch gradient."""

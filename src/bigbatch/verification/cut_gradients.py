@@ -1,4 +1,4 @@
-"""Gradients of one batch under different cuts, each from the same random state."""
+"""Gradients of one batch under different splits (cuts), each from the same random seed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +22,14 @@ Gradients: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class CutGradients:
-    """A model, a loss and a batch to take gradients of; `preserve.preserved` is the caller's business.
+    """A model, a loss and a batch whose gradients are compared. Call inside `preserve.preserved`.
 
     Attributes:
-        model: On its device, in the mode to be tried.
-        loss_fn: As for `Engine`.
-        batch: As for `Engine`.
-        collate: As for `Engine`.
-        count_items: As for `Engine`.
+        model: On its device, in the mode to verify.
+        loss_fn: As for `bigbatch.Engine`.
+        batch: As for `bigbatch.Engine`.
+        collate: As for `bigbatch.Engine`.
+        count_items: As for `bigbatch.Engine`.
     """
 
     model: nn.Module
@@ -39,18 +39,22 @@ class CutGradients:
     count_items: "CountItems | None" = None
 
     def names(self) -> dict[Tensor, str]:
-        """Names of the parameters that require a gradient."""
+        """Return the parameters that require a gradient, with their names."""
         return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
 
     def split(self, microbatch: int) -> Split:
-        """Cut the batch; micro-batches come on the model's device."""
+        """Split the batch into micro-batches on the device of the model."""
         return split(self.batch, microbatch, device=next(self.model.parameters()).device, collate=self.collate)
 
     def gradient(self, microbatch: int, *, seed: int = 0) -> Gradients:
-        """Compute Σ∇s / Σn over the micro-batches, by parameter name.
+        """Compute Σ_i ∇s_i / Σ_i n_i over the micro-batches, by parameter name.
+
+        Args:
+            microbatch: Samples per micro-batch.
+            seed: Seed of all random generators before the first micro-batch.
 
         Raises:
-            ValueError: The batch has no item.
+            ValueError: The batch has no items.
         """
         loss_totals = LossTotals(None if self.count_items is None else self.count_items(self.batch))
         names = self.names()
@@ -60,11 +64,13 @@ class CutGradients:
                 if (loss := loss_totals.record(as_terms(self.loss_fn(self.model, part)))) is not None:
                     sums.backward(loss)
             if not (divisor := loss_totals.divisor()):
-                raise ValueError("the batch has no item: its loss averages over nothing, so there is no gradient.")
+                raise ValueError(
+                    "the batch has no items, so the gradient of the mean loss is undefined. Pass samples with items."
+                )
             return {name: gradient / divisor for name, gradient in sums.named_by(names).items()}
 
     def mean_of_means(self, microbatch: int) -> Gradients:
-        """Compute what textbook loops do: the mean of the mean losses. NaN where a micro-batch has no item."""
+        """Compute the gradient of the mean of the micro-batches' mean losses; NaN if a micro-batch has no items."""
         names = self.names()
         parts = self.split(microbatch)
         seed_everything(0)
@@ -75,7 +81,7 @@ class CutGradients:
             return {name: gradient.clone() for name, gradient in sums.named_by(names).items()}
 
     def terms(self, microbatch: int) -> list[dict[str, tuple[float, float]]]:
-        """Evaluate each micro-batch's loss sums and items, without gradients."""
+        """Compute ``(loss_sum, items)`` of each term in each micro-batch, without gradients."""
         seed_everything(0)
         with torch.no_grad():
             return [
@@ -91,14 +97,14 @@ def relative_difference(gradients: Gradients, reference: Gradients) -> float:
 
 
 def parameter_differences(gradients: Gradients, reference: Gradients) -> dict[str, float]:
-    """Compute `relative_difference` for each parameter by itself."""
+    """Compute `relative_difference` separately for each parameter."""
     return {name: relative_difference({name: gradients[name]}, {name: reference[name]}) for name in reference}
 
 
-def _ratio(difference: float, size: float) -> float:
-    if not size:
+def _ratio(difference: float, norm: float) -> float:
+    if not norm:
         return 0.0 if not difference else float("inf")
-    return difference / size
+    return difference / norm
 
 
 def _norm(tensors: Any) -> float:
@@ -109,26 +115,30 @@ def _norm(tensors: Any) -> float:
 
 @contextmanager
 def narrowest_dtype(model: nn.Module) -> Iterator[list[torch.dtype]]:
-    """Collect, as the last element of a list, the narrowest floating dtype that any module gives meanwhile."""
+    """Yield a list whose last element is the narrowest floating dtype of parameters and module outputs so far."""
     inexact = {_real(p.dtype) for p in model.parameters() if p.is_floating_point() or p.is_complex()}
-    found = [max(inexact, key=_width)]
+    narrowest = [max(inexact, key=_epsilon)]
 
-    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and _width(output.dtype) > _width(found[-1]):
-            found.append(output.dtype)
+    def record_dtype(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if (
+            isinstance(output, Tensor)
+            and output.is_floating_point()
+            and _epsilon(output.dtype) > _epsilon(narrowest[-1])
+        ):
+            narrowest.append(output.dtype)
 
-    handles = [module.register_forward_hook(look) for module in model.modules()]
+    handles = [module.register_forward_hook(record_dtype) for module in model.modules()]
     try:
-        yield found
+        yield narrowest
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the parts of a complex number, and any other as it is."""
+    """Return the dtype of the real part of a complex dtype, and any other dtype unchanged."""
     return dtype.to_real() if dtype.is_complex else dtype
 
 
-def _width(dtype: torch.dtype) -> float:
+def _epsilon(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps

@@ -1,6 +1,6 @@
-"""Proof on a model, a loss and a batch of the user's own: every cut of the batch gives the full-batch gradient.
+"""Verify on a user's model, loss and batch that every cut of the batch yields the full-batch gradient.
 
-reference = ∇ of the whole batch in one micro-batch (or in the fewest that fit)
+reference = Σ_i ∇s_i / Σ_i n_i  with the whole batch as one micro-batch (or the fewest that fit)
 for each cut:  ‖Σ_i ∇s_i / Σ_i n_i − reference‖ / ‖reference‖  ≤  tolerance of the dtype
 """
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from bigbatch.types import CountItems, LossFunction
 
 NUM_WORST = 5
-CUT_ERRORS = (ArithmeticError, IndexError, RuntimeError, ValueError)  # what a model may say to a shape it cannot take
-DEFAULT_CUTS = (16, 5, 2)  # micro-batches; 5 leaves a short last one for most sizes
+CUT_ERRORS = (ArithmeticError, IndexError, RuntimeError, ValueError)  # raised by models for unsupported shapes
+DEFAULT_CUTS = (16, 5, 2)  # micro-batches; with 5 the last one is shorter for most batch sizes
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One way of cutting the batch, against the reference.
+    """One cut of the batch into micro-batches, compared with the reference.
 
     Attributes:
-        microbatch: Samples of a micro-batch.
-        num_microbatches: How many the batch makes.
-        relative_error: ‖gradient − reference‖ / ‖reference‖ over all parameters.
-        mean_of_means_error: The same for the mean of the micro-batches' mean losses, as textbook loops compute it;
-            NaN where the mean over a micro-batch without items is 0/0.
+        microbatch: Samples per micro-batch.
+        num_microbatches: Number of micro-batches.
+        relative_error: ‖gradient − reference‖ / ‖reference‖ (2-norms) over all parameters; NaN if the cut cannot run.
+        mean_of_means_error: The same for the gradient of the mean of the micro-batches' mean losses, as loops that
+            divide by the number of micro-batches compute it; NaN if a micro-batch has no items (0/0).
     """
 
     microbatch: int
@@ -54,10 +54,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class ParameterError:
-    """How far one parameter's gradient is off in the worst cut.
+    """Error of the gradient of one parameter in the worst cut.
 
     Attributes:
-        name: The parameter, as ``model.named_parameters()`` names it.
+        name: Name of the parameter in ``model.named_parameters()``.
         relative_error: ‖gradient − reference‖ / ‖reference‖ of this parameter.
     """
 
@@ -67,18 +67,18 @@ class ParameterError:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify`; prints as a table.
+    """Result of `verify`; ``print`` formats it as a table.
 
     Attributes:
-        exact: Whether every cut is within the tolerance.
-        relative_error: That of the worst cut.
-        tolerance: Largest relative error that counts as rounding in ``dtype``.
-        dtype: The narrowest dtype that the loss was computed in.
+        exact: Whether the relative error of every cut is at most ``tolerance``.
+        relative_error: Relative error of the worst cut.
+        tolerance: Largest relative error that counts as rounding.
+        dtype: The narrowest floating dtype of parameters and module outputs.
         num_samples: Samples of the batch.
-        reference_microbatch: Samples of a micro-batch of the reference: all, unless memory allowed fewer.
-        cuts: Each cut's figures.
-        worst: The parameters that differ most, worst first; empty if ``exact``.
-        causes: Why it is not exact, in sentences, most likely first; empty if ``exact``.
+        reference_microbatch: Samples per micro-batch of the reference: all samples, or the largest number that fits.
+        cuts: Result of each cut, ascending by micro-batch size by default.
+        worst: Up to 5 parameters with the largest error in the worst cut, largest first; empty if ``exact``.
+        causes: Why the gradients differ, in sentences; empty if ``exact``.
     """
 
     exact: bool
@@ -105,7 +105,7 @@ class Verification:
                 f"{cut.mean_of_means_error:>16.1e}{mark}"
             )
         lines.append("exact: every cut gives the full-batch gradient" if self.exact else "NOT exact")
-        lines += [f"  differs most: {parameter.name}, {parameter.relative_error:.1e}" for parameter in self.worst]
+        lines += [f"  largest error: {parameter.name}, {parameter.relative_error:.1e}" for parameter in self.worst]
         lines += [f"  cause: {cause}" for cause in self.causes]
         return "\n".join(lines)
 
@@ -125,35 +125,41 @@ def verify(
     count_items: "CountItems | None" = None,
     tolerance: float | None = None,
 ) -> Verification:
-    """Prove that every cut of a batch gives the gradient of the whole, or say why it does not.
+    """Verify that every cut of a batch yields the full-batch gradient, and diagnose why if not.
 
-    Everything is put back as it was: parameters, gradients, buffers, random states, training modes. Takes the memory
-    of the largest micro-batch, three gradients and a copy of parameters and buffers on the host.
+    Compares Σ_i ∇s_i / Σ_i n_i over the micro-batches of each cut with the gradient of the whole batch of this process,
+    from the same random seed. Restores parameters, gradients, buffers, random states and training modes. Needs memory
+    for the largest micro-batch, three gradients, and a copy of parameters and buffers on the host.
 
     Args:
-        model: In the mode in which it trains, on its device.
+        model: In training mode, or the mode to verify, on its device.
         loss_fn: ``loss_fn(model, microbatch) → (loss_sum, items)``, or ``{term: (loss_sum, items)}``.
-        batch: A pytree of tensors ``[samples, ...]``, or with ``collate`` a list of samples. Uneven ones prove most.
-        microbatch: Samples of a micro-batch, one cut or several; by default about 16, 5 and 2 micro-batches.
-        collate: Makes one micro-batch of a list of samples.
-        count_items: ``count_items(batch) → {term: items}``, for a loss of several terms.
-        tolerance: Relative error that counts as rounding; by default that of the narrowest dtype in use.
+        batch: A pytree of tensors ``[samples, ...]``, or with ``collate`` a list of samples. Samples with different
+            numbers of items are the strongest test.
+        microbatch: Samples per micro-batch, of one cut or several; by default about 16, 5 and 2 micro-batches.
+        collate: Builds a micro-batch from a list of samples.
+        count_items: ``count_items(batch) → {term: items}``; required for a loss of several terms.
+        tolerance: Largest relative error that counts as rounding; by default that of the narrowest dtype in use:
+            1e-12 (float64), 2e-5 (float32), 5e-3 (float16), 3e-2 (bfloat16).
 
     Raises:
-        ValueError: The batch has no sample or no item, no parameter requires a gradient, or a setting is out of range.
-        TypeError: The batch cannot be cut.
+        ValueError: The batch has fewer than 2 samples or no items, no parameter requires a gradient, or ``microbatch``
+            is empty or below 1.
+        TypeError: The batch cannot be split, or ``loss_fn`` returns something other than sums and items.
     """
-    trial = CutGradients(model, loss_fn, batch, collate=collate, count_items=count_items)
-    if not trial.names():
+    cut_gradients = CutGradients(model, loss_fn, batch, collate=collate, count_items=count_items)
+    if not cut_gradients.names():
         raise ValueError("no parameter of the model requires a gradient: there is nothing to verify.")
-    num_samples = trial.split(1).num_samples
+    num_samples = cut_gradients.split(1).num_samples
     if num_samples < 2:
-        raise ValueError(f"the batch has {num_samples} sample(s): pass at least 2, or there is nothing to cut.")
+        raise ValueError(f"the batch has {num_samples} sample(s): pass at least 2, so that it can be split.")
     with preserved(model):
-        largest, reference, dtype = _reference_gradient(trial, num_samples)
+        largest, reference, dtype = _reference_gradient(cut_gradients, num_samples)
         tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
-        outcomes = [_try_cut(trial, size, reference) for size in _sizes(microbatch, num_samples, largest=largest)]
-        worst = max(outcomes, key=lambda outcome: _badness(outcome.cut.relative_error))
+        results = [
+            _verify_cut(cut_gradients, size, reference) for size in _sizes(microbatch, num_samples, largest=largest)
+        ]
+        worst = max(results, key=lambda result: _nan_as_infinity(result.cut.relative_error))
         exact = worst.cut.relative_error <= tolerance
         return Verification(
             exact=exact,
@@ -162,9 +168,9 @@ def verify(
             dtype=dtype,
             num_samples=num_samples,
             reference_microbatch=largest,
-            cuts=tuple(outcome.cut for outcome in outcomes),
+            cuts=tuple(result.cut for result in results),
             worst=() if exact else worst.parameters,
-            causes=() if exact else _causes(trial, largest, outcomes, tolerance),
+            causes=() if exact else _causes(cut_gradients, largest, results, tolerance),
         )
 
 
@@ -175,61 +181,63 @@ class _CutResult:
     failure: str | None = None
 
 
-def _try_cut(trial: CutGradients, size: int, reference: Gradients) -> _CutResult:
-    """Take one cut's gradients. A cut that cannot run, though the whole batch could, has an error of NaN."""
-    num_microbatches = len(trial.split(size))
+def _verify_cut(cut_gradients: CutGradients, size: int, reference: Gradients) -> _CutResult:
+    """Compare the gradient of one cut with the reference; the error is NaN if the cut cannot run."""
+    num_microbatches = len(cut_gradients.split(size))
     try:
-        gradient = trial.gradient(size)
+        gradient = cut_gradients.gradient(size)
     except CUT_ERRORS as error:
-        why = "do not fit in memory" if is_out_of_memory(error) else "cannot run, though larger ones can"
+        why = "do not fit in memory" if is_out_of_memory(error) else "cannot run, although larger ones can"
         failure = f"micro-batches of {size} {why}: {type(error).__name__}: {error}"
         return _CutResult(Cut(size, num_microbatches, math.nan, math.nan), failure=failure)
     try:
-        naive = relative_difference(trial.mean_of_means(size), reference)
-    except CUT_ERRORS:  # a micro-batch without items may have no mean at all
-        naive = math.nan
-    cut = Cut(size, num_microbatches, relative_difference(gradient, reference), naive)
-    errors = sorted(parameter_differences(gradient, reference).items(), key=lambda pair: -_badness(pair[1]))
+        mean_of_means_error = relative_difference(cut_gradients.mean_of_means(size), reference)
+    except CUT_ERRORS:  # the mean over a micro-batch without items is undefined
+        mean_of_means_error = math.nan
+    cut = Cut(size, num_microbatches, relative_difference(gradient, reference), mean_of_means_error)
+    errors = sorted(parameter_differences(gradient, reference).items(), key=lambda pair: -_nan_as_infinity(pair[1]))
     return _CutResult(cut, tuple(ParameterError(name, error) for name, error in errors[:NUM_WORST]))
 
 
-def _causes(trial: CutGradients, largest: int, outcomes: Sequence[_CutResult], tolerance: float) -> tuple[str, ...]:
-    failures = tuple(outcome.failure for outcome in outcomes if outcome.failure is not None)
-    ran = [outcome.cut for outcome in outcomes if outcome.failure is None]
+def _causes(
+    cut_gradients: CutGradients, largest: int, results: Sequence[_CutResult], tolerance: float
+) -> tuple[str, ...]:
+    failures = tuple(result.failure for result in results if result.failure is not None)
+    ran = [result.cut for result in results if result.failure is None]
     if not ran:
         return failures
-    worst = max(ran, key=lambda cut: _badness(cut.relative_error))
+    worst = max(ran, key=lambda cut: _nan_as_infinity(cut.relative_error))
     if worst.relative_error <= tolerance:
         return failures
-    return failures + find_causes(trial, largest, worst.microbatch, tolerance)
+    return failures + find_causes(cut_gradients, largest, worst.microbatch, tolerance)
 
 
-def _reference_gradient(trial: CutGradients, num_samples: int) -> tuple[int, Gradients, torch.dtype]:
-    """Take the gradient of the whole batch in one micro-batch, or in halves of it until they fit."""
+def _reference_gradient(cut_gradients: CutGradients, num_samples: int) -> tuple[int, Gradients, torch.dtype]:
+    """Compute the gradient of the whole batch as one micro-batch, halving it until it fits."""
     size = num_samples
     while True:
         try:
-            with narrowest_dtype(trial.model) as dtypes:
-                return size, trial.gradient(size), dtypes[-1]
+            with narrowest_dtype(cut_gradients.model) as dtypes:
+                return size, cut_gradients.gradient(size), dtypes[-1]
         except RuntimeError as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-        # Outside the except block: there the traceback still holds the tensors that did not fit.
+        # Outside the except block, whose traceback references tensors.
         size = -(-size // 2)
         free_cached_memory()
 
 
 def _sizes(microbatch: int | Sequence[int] | None, num_samples: int, *, largest: int) -> list[int]:
     if microbatch is None:
-        smallest = 2 if num_samples >= 4 else 1  # some layers cannot run on one sample, for reasons of their own
+        smallest = 2 if num_samples >= 4 else 1  # some layers do not support a single sample
         return sorted({min(max(-(-num_samples // parts), smallest), largest) for parts in DEFAULT_CUTS})
     sizes = list(microbatch) if isinstance(microbatch, Sequence) else [microbatch]
     if not sizes:
-        raise ValueError("microbatch is an empty list: give at least one number of samples.")
+        raise ValueError("microbatch is an empty list: pass at least one number of samples.")
     for size in sizes:
         check_count("microbatch", size, "the samples of one micro-batch")
     return sizes
 
 
-def _badness(error: float) -> float:
+def _nan_as_infinity(error: float) -> float:
     return math.inf if math.isnan(error) else error

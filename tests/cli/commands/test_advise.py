@@ -131,7 +131,7 @@ def test_branches_take_the_same_samples_and_leave_the_run_as_it_is(
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", str(tmp_path / "none")]) == 2
-    assert "there is no run" in capfd.readouterr().err
+    assert "none does not exist" in capfd.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["advise", str(tmp_path / "empty")]) == 2
     assert "is not a readable run" in capfd.readouterr().err
@@ -143,4 +143,4 @@ def test_without_a_checkpoint_there_are_no_branches(
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     assert main(["advise", str(tmp_path), "--branch"]) == 2
-    assert f"--branch begins at a checkpoint, and {tmp_path} has none that is whole." in capfd.readouterr().err
+    assert f"--branch needs a checkpoint, but {tmp_path} has no whole one." in capfd.readouterr().err

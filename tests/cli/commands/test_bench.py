@@ -37,7 +37,7 @@ def test_the_table_has_a_row_for_everyone_and_nothing_is_written(
     first, second, *_ = printed.splitlines()
     assert re.fullmatch(r"CPU \(.+ threads\), torch .+, transformers .+, bigbatch .+, Python 3.+", first)
     assert re.fullmatch(
-        r"w-small: Qwen2, 0\.\dM parameters, float32; 8 sequences, \d+ tokens an update; no limit of .+; 1 round",
+        r"w-small: Qwen2, 0\.\dM parameters, float32; 8 sequences, \d+ tokens per update; no memory limit; 1 round",
         second,
     )
     assert re.search(r"^bigbatch +auto +[\d,]+ +× 1\.00 +1\.00000 +1\.000$", printed, re.MULTILINE)
@@ -94,26 +94,27 @@ NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, ac
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--only", "trianer"], f"--only holds 'trianer': {NAMES}."),
-        (["--only", "trainer,"], f"--only holds '': {NAMES}."),
+        (["--only", "trianer"], f"--only contains 'trianer': {NAMES}."),
+        (["--only", "trainer,"], f"--only contains '': {NAMES}."),
         (
             ["--only", "trainer:0"],
-            "--only holds 'trainer:0': after the colon comes a number of samples, such as trainer:4.",
+            "--only contains 'trainer:0': after the colon comes a number of samples, such as trainer:4.",
         ),
         (
             ["--only", "bigbatch:4"],
-            "--only holds 'bigbatch:4': bigbatch chooses its micro-batch; only the others accept a number of samples.",
+            "--only contains 'bigbatch:4': bigbatch chooses its micro-batch; only the others accept a number of "
+            "samples.",
         ),
         (["--rounds", "0"], "--rounds is 0: it must be at least 1."),
         (["--workload", "x"], "--workload is 'x': it must be auto, w, w-lora or w-small."),
         (["--memory", "24"], "--memory is 24: it needs a unit, such as 24GiB."),
         (["--save", ""], "--save is '': it must not be empty."),
-        (["--save", "."], "--save . is a folder: name a file in it, such as bench.txt."),
+        (["--save", "."], "--save . is a folder: pass a file, such as bench.txt."),
         (
             ["--save", "no/file"],
-            "--save no/file cannot be written: there is no folder no. Make it, or name another file.",
+            "--save no/file cannot be written: the folder no does not exist. Create it, or pass another file.",
         ),
-        (["--samples", "4"], "unknown flag --samples: bigbatch bench --help lists them."),
+        (["--samples", "4"], "unknown flag --samples: see bigbatch bench --help."),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(
@@ -132,4 +133,4 @@ def test_the_large_workload_needs_cuda(capfd: pytest.CaptureFixture[str], monkey
     assert bench.find_workload("auto") is TINY_WORKLOAD
     assert main(["bench", "--workload", "w"]) == 2
     said = capfd.readouterr().err.splitlines()[-1]
-    assert said == ("bigbatch bench: --workload w needs a CUDA device, and torch finds none: use --workload w-small.")
+    assert said == ("bigbatch bench: --workload w needs a CUDA device, but torch finds none: use --workload w-small.")

@@ -51,7 +51,7 @@ def test_every_checkpoint_has_a_line_and_the_newest_is_last(run: Path, capfd: py
     assert [line.split()[0] for line in lines[1:4]] == ["step-3", "step-20", "step-100"]
     for line in lines[1:4]:
         assert re.fullmatch(r"step-\d+ +\d\.\d KiB  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  whole", line)
-    assert lines[4:] == ["the newest whole one is step-100"]
+    assert lines[4:] == ["newest whole checkpoint: step-100"]
     assert files_below(run) == before
 
 
@@ -61,13 +61,13 @@ def test_a_broken_one_is_named_and_the_newest_whole_one_too(run: Path, capfd: py
     said = printed(capfd, 0, run)
     assert "NOT whole: state.json has 1 bytes, and the manifest says " in said
     assert re.search(r"\nstep-20 .* time unknown         NOT whole: manifest\.json is not JSON\n", said)
-    assert said.endswith("\nthe newest whole one is step-3\n")
+    assert said.endswith("\nnewest whole checkpoint: step-3\n")
 
 
 def test_the_exit_code_is_1_when_none_is_whole(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for path in (run / "checkpoints").iterdir():
         (path / "model.safetensors").unlink()
-    assert printed(capfd, 1, run).endswith("\nnone of them is whole\n")
+    assert printed(capfd, 1, run).endswith("\nno checkpoint is whole\n")
     assert json.loads(printed(capfd, 1, run, "--json"))["newest_whole_step"] is None
 
 
@@ -85,11 +85,11 @@ def test_json_has_the_same_and_times_in_utc(run: Path, capfd: pytest.CaptureFixt
 
 def test_bad_input_is_one_sentence(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     near = run.with_name("mien")
-    assert refused(capfd, near) == f"there is no run {near}: did you mean {run}?"
+    assert refused(capfd, near) == f"run {near} does not exist: did you mean {run}?"
     shutil.rmtree(run / "checkpoints")
-    assert refused(capfd, run) == (f"{run} has no checkpoint yet: a run writes them to {run / 'checkpoints'}.")
-    assert refused(capfd) == "RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib."
-    assert refused(capfd, "a", "b") == "'b' is not expected: checkpoints takes one RUN."
+    assert refused(capfd, run) == (f"{run} has no checkpoint yet: a run saves them in {run / 'checkpoints'}.")
+    assert refused(capfd) == "RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib."
+    assert refused(capfd, "a", "b") == "unexpected argument 'b': checkpoints accepts one RUN."
     assert refused(capfd, run, "--jsn") == "unknown flag --jsn: did you mean --json?"
 
 

@@ -72,15 +72,15 @@ def test_a_prompt_that_fills_the_model_is_refused(tmp_path: Path, capfd: pytest.
 
 def test_a_run_that_is_not_there_leads_to_the_nearest(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     near = trained.with_name("mien")
-    assert refused(capfd, near) == f"there is no run {near}: did you mean {trained}?"
+    assert refused(capfd, near) == f"run {near} does not exist: did you mean {trained}?"
     far = trained / "nowhere" / "at-all"
-    assert refused(capfd, far) == f"there is no run {far}: bigbatch train makes one."
+    assert refused(capfd, far) == f"run {far} does not exist: create one with bigbatch train."
 
 
 def test_a_run_without_a_model_yet_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert refused(capfd, tmp_path) == (
-        f"{tmp_path} holds no trained model: a run has one in {tmp_path / 'model'} once it has ended."
+        f"{tmp_path} contains no trained model: a run saves it in {tmp_path / 'model'} when it ends."
     )
 
 

@@ -71,8 +71,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path: Path, capfd:
     (tmp_path / "empty").mkdir()
     before = files_below(tmp_path)
     near = tmp_path / "mien"
-    assert refused(capfd) == "RUN is missing: name the folder of a trained run, such as runs/tiny-python-stdlib."
-    assert refused(capfd, run, near) == f"there is no run {near}: did you mean {run}?"
+    assert refused(capfd) == "RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib."
+    assert refused(capfd, run, near) == f"run {near} does not exist: did you mean {run}?"
     assert refused(capfd, tmp_path / "empty").startswith(f"{tmp_path / 'empty'} is not a run: it has neither ")
     assert refused(capfd, run, "--out", run / "config.json") == (
         f"--out {run / 'config.json'} exists and is not a report: it would be overwritten. Name another file."
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_watch_and_leaves_a_static_page(tmp_path: Path) -> None:
     with RunLock(run), running("report", str(run), "--watch", folder=tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline().endswith("running after 4 updates\n")
-        assert process.stdout.readline() == "writing it again whenever an update is made; Ctrl-C ends that\n"
+        assert process.stdout.readline() == "rewriting the page after every update; press Ctrl-C to stop\n"
         process.send_signal(signal.SIGINT)
         out, complained = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, complained) == (0, "")

@@ -48,15 +48,15 @@ def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) ->
         "trying how the model runs best …",
         "choosing the micro-batch …",
     ]
-    assert "global batch: 4 sequences, about 5" in done.stdout
+    assert "global batch per update: 4 sequences, about 5" in done.stdout
     assert re.search(
-        r"computed as (1 micro-batch of 4 sequences|\d micro-batches of at most \d+ tokens), on ", done.stdout
+        r"split into (1 micro-batch of 4 sequences|\d micro-batches of up to \d+ tokens), on ", done.stdout
     )
     assert "2 updates, 0.00" in done.stdout
     assert "update 2: validation loss " in done.stdout
     assert lines[-2:] == [
         'next: bigbatch generate runs/tiny-python-stdlib "def "',
-        "      bigbatch verify   proves that no cut of the batch changes the gradient",
+        "      bigbatch verify   proves that splitting the batch does not change the gradient",
     ]
     run = tmp_path / "runs" / "tiny-python-stdlib"
     names = {".lock", "checkpoints", "config.json", "events.jsonl", "metrics.jsonl", "microbatch.json", "model"}
@@ -80,13 +80,11 @@ trying how the model runs best …
 40 records in 1 file from ../data.jsonl
 to learn from: 39 documents with """
     assert printed.startswith(expected), printed
-    assert "computed as 3 micro-batches of up to 4 sequences, on cpu, float32: a matter of memory" in printed
-    assert (
-        "\n4 updates, 0.8 passes over 39 sequences; learning rate 2e-05, 1 update of warm-up, then cosine\n" in printed
-    )
-    assert printed.count(": the model writes\n    │ def ") == 2
-    assert printed.count("token frequencies alone: ") == 1
-    assert "; everything is in runs/small-data/\n" in printed
+    assert "split into 3 micro-batches of up to 4 sequences, on cpu, float32 (affects memory only" in printed
+    assert "\n4 updates, 0.8 passes over 39 sequences; learning rate 2e-05, cosine decay, 1 warm-up update\n" in printed
+    assert printed.count(": sample from the model\n    │ def ") == 2
+    assert printed.count("unigram baseline: ") == 1
+    assert "; output is in runs/small-data/\n" in printed
     assert f"bigbatch verify --data ../data.jsonl --model {base}   proves" in printed
     assert [row["step"] for row in metrics(folder / "runs" / "small-data")] == [1, 2, 3, 4]
     config = json.loads((folder / "runs" / "small-data" / "config.json").read_text(encoding="utf-8"))
@@ -138,9 +136,9 @@ def test_one_of_something_is_singular(folder: Path, base: Path, capfd: pytest.Ca
     write_jsonl(folder / "one.jsonl", records(1))
     assert main(["train", "--data", "one.jsonl", "--model", str(base), "--out", "run it"]) == 0
     printed = capfd.readouterr().out
-    assert "global batch: 1 sequence (all there are, of the 32 asked for), about " in printed
-    assert "computed as 1 micro-batch of 1 sequence, on " in printed
-    assert "1 update, 1 pass over 1 sequence; learning rate 2e-05, no warm-up, then cosine" in printed
+    assert "global batch per update: 1 sequence (the whole data set; 32 requested), about " in printed
+    assert "split into 1 micro-batch of 1 sequence, on " in printed
+    assert "1 update, 1 pass over 1 sequence; learning rate 2e-05, cosine decay, no warm-up" in printed
     assert "1 update in " in printed
     assert "next: bigbatch generate 'run it' \"def \"" in printed
 
@@ -315,12 +313,12 @@ def test_a_signal_ends_the_run_after_its_update_and_saves(folder: Path, base: Pa
         process.send_signal(number)
         printed, complained = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75
-    assert complained == "\nstopping after this update and saving; once more to stop at once\n"
+    assert complained == "\nstopping after this update, then saving; signal again to stop immediately\n"
     rows = metrics(folder / "run")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert f"stopped by {name} after update {len(rows)} of 1000000; the model is saved\n" in printed
     assert f"{len(rows)} update" in printed
-    assert "everything is in run/\n" in printed
+    assert "output is in run/\n" in printed
     assert AutoModelForCausalLM.from_pretrained(folder / "run" / "model").config.vocab_size == 308
 
 

@@ -35,17 +35,17 @@ def test_the_micro_batch_is_chosen_for_the_memory_and_taken_by_the_next_run(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     reason = (
-        r"\nat most [\d,]+ tokens a micro-batch(, longer samples alone)?: about [\d,]+ tokens/s, peak .* of 4\.0 GiB"
+        r"\nat most [\d,]+ tokens per micro-batch(, longer samples alone)?: about [\d,]+ tokens/s, peak .* of 4\.0 GiB"
     )
     first = trained(capfd, "--memory", "4GiB")
     assert re.search(rf"{reason}[^(\n]*\n", first), first
     again = trained(capfd, "--memory", "4GiB")
-    assert re.search(rf"{reason}.* \(as runs/base-data found for the same model, device and settings\)\n", again), again
+    assert re.search(rf"{reason}.* \(cached by runs/base-data: same model, device and settings\)\n", again), again
     chosen = [re.search(r"\nat most ([\d,]+) tokens", printed)[1] for printed in (first, again)]
     assert chosen[0] == chosen[1]
     other = trained(capfd, "--memory", "3GiB")
     assert " of 3.0 GiB" in other
-    assert "found for the same" not in other
+    assert "cached by" not in other
     kept = [(folder / "runs" / name / "microbatch.json").read_bytes() for name in ("base-data", "base-data-2")]
     assert kept[0] == kept[1]
 
@@ -54,8 +54,8 @@ def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureF
     printed = trained(capfd, "--token-budget", "64", "--gradient-checkpointing", "--out", "run")
     number = metrics(folder / "run")[0]["num_microbatches"]
     assert number > 1
-    assert f"\ncomputed as {number} micro-batches of at most 64 tokens, on cpu, float32: a matter of memory" in printed
-    assert " tokens a micro-batch: " not in printed
+    assert f"\nsplit into {number} micro-batches of up to 64 tokens, on cpu, float32 (affects memory only" in printed
+    assert " tokens per micro-batch: " not in printed
     assert not (folder / "run" / "microbatch.json").exists()
     config = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
     assert (config["token_budget"], config["microbatch"], config["gradient_checkpointing"]) == (64, None, "full")
@@ -85,8 +85,8 @@ def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureF
         ),
         (
             "--memory 1MiB",
-            r"a sample of 32 tokens needs [\d.]+ KiB \(parameters .*\), and memory is limited to 1MiB, and this "
-            r"process holds as much without its tensors\. .*\. "
+            r"a sample of 32 tokens needs [\d.]+ KiB \(parameters .*\), but memory is limited to 1MiB, all of "
+            r"which this process uses outside of tensors\. .*\. "
             r"Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and --lora-rank\.",
         ),
         (

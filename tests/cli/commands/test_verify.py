@@ -80,7 +80,7 @@ def test_one_sequence_cannot_be_cut(folder: Path, capfd: pytest.CaptureFixture[s
     assert main([*SMALL, "--samples", "1"]) == 2
     said = capfd.readouterr().err
     assert SENTENCE.fullmatch(said)
-    assert said == "bigbatch verify: a batch of 1 sequence cannot be cut: pass --samples 2 or more, or more data.\n"
+    assert said == "bigbatch verify: a batch of 1 sequence cannot be split: pass --samples 2 or more, or more data.\n"
     write_jsonl(folder.parent / "one.jsonl", records(1))
     assert main(["verify", "--data", "../one.jsonl", "--model", "../base"]) == 2
     assert capfd.readouterr().err == said

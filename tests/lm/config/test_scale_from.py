@@ -151,7 +151,7 @@ def test_what_a_rule_cannot_do_is_told_beside_what_others_can() -> None:
 
 
 def test_the_rule_of_sgd_is_applied_with_a_warning() -> None:
-    assert "warning: a rule of SGD; AdamW" in resolved(scale_from=8, lr_rule="linear").batch_scaling().lines()[1]
+    assert "warning: derived for SGD; AdamW" in resolved(scale_from=8, lr_rule="linear").batch_scaling().lines()[1]
     lines = resolved(scale_from=32, lr_rule="linear").batch_scaling().lines()
     assert lines[1].endswith("no change: the batch is the same")
     assert resolved().batch_scaling().lines() == []

@@ -275,7 +275,7 @@ def test_interpreted_layers_are_those_of_before() -> None:
     layers = DecoderLayers(model)
     assert prediction_obstacle(model) is None
     layers.compile("eager")
-    assert prediction_obstacle(model) == "it is compiled, and what it keeps is decided when it runs"
+    assert prediction_obstacle(model) == "it is compiled, so the saved activations are known only when it runs"
     layers.decompile()
     assert not layers.is_compiled
     assert prediction_obstacle(model) is None

@@ -433,8 +433,8 @@ class TestWithoutCuda:
         with pytest.raises(InputError) as caught:
             resolve_target(asked(place, device="cuda", memory="80%"))
         assert str(caught.value) == (
-            "--memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or a "
-            "card by its name, such as --gpu a100-40gb."
+            "--memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or "
+            "the name of a GPU, such as --gpu a100-40gb."
         )
 
     def test_a_micro_batch_cannot_be_chosen_for_nobody_knows_what(self, place: Path) -> None:

@@ -259,13 +259,13 @@ def test_a_signal_saves_and_resume_goes_on_to_the_last_bit(
         printed, complained = process.communicate(timeout=LIMIT_S)
     assert refused.startswith(f"{run} is in use by process {process.pid} on ")
     assert process.returncode == 75
-    assert complained == "\nstopping after this update and saving; once more to stop at once\n"
+    assert complained == "\nstopping after this update, then saving; signal again to stop immediately\n"
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     (step,) = re.findall(rf"(?m)^stopped by {name} after update (\d+) of 80; the model is saved$", printed)
-    assert f"\nto go on: bigbatch resume {run}\n" in printed
+    assert f"\nto continue: bigbatch resume {run}\n" in printed
     assert len(metrics(Path(run))) == int(step) < 80
     assert main(["train", *job, "--out", reference, "--grace-s", grace_s]) == 0
-    assert f"going on with {run}: after update {step}\n" in said(["resume", run], capfd)
+    assert f"resuming {run} after update {step}\n" in said(["resume", run], capfd)
     assert differences(Path(run), Path(reference)) == []
 
 
@@ -415,7 +415,7 @@ def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
 def test_a_finished_run_says_so_and_nothing_changes(reference: Path, capfd: Capture) -> None:
     before = everything_in(reference)
     printed = said(["resume", str(reference)], capfd)
-    assert printed.endswith(f"{reference} is finished: all its 10 updates are made, its model is saved\n")
+    assert printed.endswith(f"{reference} is already finished: all 10 updates are done, the model is saved\n")
     assert everything_in(reference) == before
     assert not list(reference.rglob("*.partial"))
 
@@ -506,8 +506,11 @@ def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-6", "step-7"]
     flip_a_byte(run / "checkpoints" / "step-7" / "optimizer.safetensors")
     printed = said(["resume", str(run)], capfd)
-    assert f"passed over {run}/checkpoints/step-7: optimizer.safetensors differs from what was written (SHA" in printed
-    assert f"going on with {run}: after update 6\n" in printed
+    assert (
+        f"skipping checkpoint {run}/checkpoints/step-7: optimizer.safetensors differs from what was written (SHA"
+        in printed
+    )
+    assert f"resuming {run} after update 6\n" in printed
     assert differences(run, reference) == []
 
 
@@ -519,9 +522,9 @@ def test_a_run_whose_checkpoints_are_all_broken_begins_anew_and_says_so(
     flip_a_byte(run / "checkpoints" / "step-7" / "state.json")
     (run / "checkpoints" / "step-6" / "model.safetensors").unlink()
     printed = said(["resume", str(run)], capfd)
-    assert printed.count("passed over ") == 2
+    assert printed.count("skipping checkpoint ") == 2
     assert "/step-6: model.safetensors is missing\n" in printed
-    assert f"going on with {run}: there is no checkpoint, so it begins anew\n" in printed
+    assert f"resuming {run} from the beginning (no checkpoint)\n" in printed
     assert differences(run, reference) == []
 
 

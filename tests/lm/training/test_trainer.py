@@ -342,7 +342,7 @@ def test_memory_that_is_not_there_is_refused(settings: dict[str, Any]) -> None:
 def test_memory_for_less_than_one_sequence_is_refused(settings: dict[str, Any]) -> None:
     said = refused(cut(settings, memory="1MiB"))
     assert said.startswith("a sample of 32 tokens needs ")
-    assert ", and memory is limited to 1MiB, and this process holds as much without its tensors. " in said
+    assert ", but memory is limited to 1MiB, all of which this process uses outside of tensors. " in said
     assert said.endswith(
         "Here that is --max-length, --gradient-checkpointing, --precision bf16-weights and --lora-rank."
     )

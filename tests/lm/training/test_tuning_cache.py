@@ -111,7 +111,7 @@ def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Pa
         b"[" * 100_000,
         b'{"key": "this job"}',
         b'{"key": "this job", "size": 3}',
-        written(tried=None, timing=None),
+        written(trials=None, timing=None),
         written(timing={"points": [[1, "x"]]}),
         written(new=1),
         written(level="some"),

@@ -1,1 +1,1 @@
-"""One module for each command, with ``run(...) -> int``."""
+"""One module per command, each with ``run(...) -> int``."""

@@ -1,4 +1,4 @@
-"""``bigbatch advise``: how the batch of a run stands to its gradient noise, in plain words; measured by --branch."""
+"""``bigbatch advise``: compare the batch of a run with its gradient noise scale; --branch measures it."""
 
 import json
 import math
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 
     from bigbatch.lm.advice.branch_experiment import BranchResult
 
-WIDEST = 100
+MAX_WIDTH = 100
 
 
 def run(options: AdviseOptions) -> int:
-    """Say what the run has measured and what follows from it."""
+    """Print the measurements of the run and the advice based on them."""
     check_run(options.run)
-    found = read_evidence(options.run)
-    advice = advise(found)
+    evidence = read_evidence(options.run)
+    advice = advise(evidence)
     console = make_console(stderr=options.as_json)
-    branched = _branch(options, console) if options.branch else []
+    branches = _train_branches(options, console) if options.branch else []
     if options.as_json:
-        print(json.dumps(_finite({**asdict(found), **asdict(advice), "branches": [asdict(b) for b in branched]})))
+        print(json.dumps(_finite({**asdict(evidence), **asdict(advice), "branches": [asdict(b) for b in branches]})))
         return DONE
     for sentence in advice.sentences:
-        width = min(WIDEST, console.width)
+        width = min(MAX_WIDTH, console.width)
         console.print(textwrap.fill(sentence, width, subsequent_indent="  ", break_on_hyphens=False))
-    if branched:
-        _show(branched, console)
+    if branches:
+        _show(branches, console)
     return DONE
 
 
-def _branch(options: AdviseOptions, console: "Console") -> "list[BranchResult]":
+def _train_branches(options: AdviseOptions, console: "Console") -> "list[BranchResult]":
     from bigbatch.lm.checkpoint.manager import load
     from bigbatch.lm.training.resume import stored_config, with_saved_changes
 
     checkpoint, _ = load(options.run)
     if checkpoint is None:
-        raise InputError(f"--branch begins at a checkpoint, and {options.run} has none that is whole.")
+        raise InputError(f"--branch needs a checkpoint, but {options.run} has no whole one.")
     if checkpoint.ranks:
-        raise InputError(f"--branch runs in one process, and {options.run} was saved by {len(checkpoint.ranks)} ranks.")
+        raise InputError(f"--branch runs in one process, but {options.run} was saved by {len(checkpoint.ranks)} ranks.")
     with progress_display(console) as progress:
         from bigbatch.lm.advice.branch_experiment import MULTIPLES, branch_experiment
         from bigbatch.lm.training.evaluation import seeded
@@ -58,30 +58,30 @@ def _branch(options: AdviseOptions, console: "Console") -> "list[BranchResult]":
         setup = set_up_training(with_saved_changes(stored_config(options.run), checkpoint.facts), progress=progress)
         trainer = Trainer(setup, checkpoint=checkpoint)
         progress(f"training {len(MULTIPLES)} branches from update {checkpoint.progress.step}")
-        found = []
+        results = []
         with seeded(setup):
             for branch in branch_experiment(trainer, checkpoint, updates=options.branch_updates):
-                found.append(branch)
-                progress(f"training {len(MULTIPLES)} branches", len(found), len(MULTIPLES))
-    return found
+                results.append(branch)
+                progress(f"training {len(MULTIPLES)} branches", len(results), len(MULTIPLES))
+    return results
 
 
-def _show(found: "list[BranchResult]", console: "Console") -> None:
+def _show(branches: "list[BranchResult]", console: "Console") -> None:
     from bigbatch.lm.advice.branch_experiment import TOLERANCE, largest_without_penalty
 
     console.print(f"\n{'batch':>8}{'updates':>9}{'held-out loss':>15}{'penalty':>9}")
-    for branch in found:
+    for branch in branches:
         console.print(f"{branch.batch:>8,}{branch.updates:>9,}{branch.loss:>15.4f}{branch.penalty:>+9.4f}")
-    good = largest_without_penalty(found)
-    open_end = " or more" if good is found[-1] else ""
+    largest = largest_without_penalty(branches)
+    open_end = " or more" if largest is branches[-1] else ""
     console.print(
-        f"the largest batch without loss penalty here: {good.batch:,} sequences{open_end} (the same samples, the rate "
-        f"times √k, beta2 to the power k; {TOLERANCE} nats count as the same)"
+        f"largest batch without loss penalty: {largest.batch:,} sequences{open_end} (same samples in every branch; at "
+        f"k times the batch: learning rate × √k, beta2 to the power k; a penalty up to {TOLERANCE} nats is ignored)"
     )
 
 
 def _finite(value: Any) -> Any:
-    """Make null of numbers that JSON does not have."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

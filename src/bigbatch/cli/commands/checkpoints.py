@@ -1,4 +1,4 @@
-"""``bigbatch checkpoints``: which checkpoints a run has, and which of them are whole; or one JSON object of it."""
+"""``bigbatch checkpoints``: list and verify the checkpoints of a run, as lines or one JSON object."""
 
 import json
 from datetime import datetime
@@ -18,65 +18,66 @@ NONE_WHOLE = 1
 
 
 def run(options: CheckpointsOptions) -> int:
-    """Verify and list; return 0 only if at least one checkpoint is whole."""
+    """Verify and list the checkpoints; return 0 only if at least one is whole."""
     check_run(options.run)
     folder = options.run / CHECKPOINTS
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
-        found = []
+        checkpoints = []
         paths = numbered(folder)
         for done, path in enumerate(paths):
             progress("verifying checkpoints", done, len(paths))
-            kept = examine(path)
-            found += [] if kept is None else [kept]
-    if not found:
-        raise InputError(f"{options.run} has no checkpoint yet: a run writes them to {folder}.")
+            checkpoint = examine(path)
+            checkpoints += [] if checkpoint is None else [checkpoint]
+    if not checkpoints:
+        raise InputError(f"{options.run} has no checkpoint yet: a run saves them in {folder}.")
     if options.as_json:
-        console.print(json.dumps(as_json(options.run, found)))
+        console.print(json.dumps(as_json(options.run, checkpoints)))
     else:
-        for line in describe(found):
+        for line in describe(checkpoints):
             console.print(line)
-    return SOME_WHOLE if newest_whole(found) is not None else NONE_WHOLE
+    return SOME_WHOLE if newest_whole(checkpoints) is not None else NONE_WHOLE
 
 
-def newest_whole(found: list[CheckpointInfo]) -> CheckpointInfo | None:
-    """Give the last one that is whole."""
-    return next((kept for kept in reversed(found) if kept.reason is None), None)
+def newest_whole(checkpoints: list[CheckpointInfo]) -> CheckpointInfo | None:
+    """Return the newest checkpoint that is whole; None if there is none."""
+    return next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint.reason is None), None)
 
 
-def describe(found: list[CheckpointInfo]) -> list[str]:
-    """Give a line for each checkpoint, the newest last, and one about where a run would go on."""
-    width = max(len(kept.path.name) for kept in found)
+def describe(checkpoints: list[CheckpointInfo]) -> list[str]:
+    """Return one line per checkpoint, the newest last, and a line with the one that a run would resume from."""
+    width = max(len(checkpoint.path.name) for checkpoint in checkpoints)
     lines = [
-        f"{kept.path.name:<{width}}{describe_bytes(kept.num_bytes):>12}  {_local(kept.written_at)}  {_verdict(kept)}"
-        for kept in found
+        f"{checkpoint.path.name:<{width}}{describe_bytes(checkpoint.num_bytes):>12}  "
+        f"{_local(checkpoint.written_at)}  {_verdict(checkpoint)}"
+        for checkpoint in checkpoints
     ]
-    newest = newest_whole(found)
-    last = "none of them is whole" if newest is None else f"the newest whole one is {newest.path.name}"
+    newest = newest_whole(checkpoints)
+    last = "no checkpoint is whole" if newest is None else f"newest whole checkpoint: {newest.path.name}"
     return [*lines, last]
 
 
-def as_json(folder: Path, found: list[CheckpointInfo]) -> dict[str, Any]:
-    """Turn the list into what JSON can hold; times are in UTC."""
-    newest = newest_whole(found)
+def as_json(folder: Path, checkpoints: list[CheckpointInfo]) -> dict[str, Any]:
+    """Convert the list to JSON values; times are in UTC."""
+    newest = newest_whole(checkpoints)
     return {
         "run": str(folder),
         "newest_whole_step": None if newest is None else newest.step,
         "checkpoints": [
             {
-                "step": kept.step,
-                "bytes": kept.num_bytes,
-                "written_at": None if kept.written_at is None else kept.written_at.isoformat(),
-                "whole": kept.reason is None,
-                "reason": kept.reason,
+                "step": checkpoint.step,
+                "bytes": checkpoint.num_bytes,
+                "written_at": None if checkpoint.written_at is None else checkpoint.written_at.isoformat(),
+                "whole": checkpoint.reason is None,
+                "reason": checkpoint.reason,
             }
-            for kept in found
+            for checkpoint in checkpoints
         ],
     }
 
 
-def _verdict(kept: CheckpointInfo) -> str:
-    return "whole" if kept.reason is None else f"NOT whole: {kept.reason}"
+def _verdict(checkpoint: CheckpointInfo) -> str:
+    return "whole" if checkpoint.reason is None else f"NOT whole: {checkpoint.reason}"
 
 
 def _local(written_at: datetime | None) -> str:

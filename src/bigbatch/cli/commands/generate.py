@@ -1,4 +1,4 @@
-"""``bigbatch generate``: let the model of a run go on with a text."""
+"""``bigbatch generate``: generate text with the model of a run."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from bigbatch.lm.runs.file_names import MODEL
 
 
 def run(options: GenerateOptions) -> int:
-    """Print the prompt and what the model writes after it, as it comes."""
+    """Print the prompt and the generated text, streamed."""
     folder = _model_folder(options.run)
 
     import torch
@@ -40,9 +40,9 @@ def run(options: GenerateOptions) -> int:
 
 
 def _model_folder(run: Path) -> Path:
-    """Find the model of a run; a model folder by itself will do."""
+    """Return the model directory of a run; ``run`` may also be a model directory itself."""
     for folder in (run / MODEL, run):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
     check_run(run)
-    raise InputError(f"{run} holds no trained model: a run has one in {run / MODEL} once it has ended.")
+    raise InputError(f"{run} contains no trained model: a run saves it in {run / MODEL} when it ends.")

@@ -1,4 +1,4 @@
-"""``bigbatch plan``: what a run is going to need, before anything is spent; or one JSON object of it."""
+"""``bigbatch plan``: memory, micro-batches and time of a run before training, as text or one JSON object."""
 
 import json
 from collections.abc import Iterator
@@ -12,94 +12,110 @@ from bigbatch.memory.limit import describe_bytes
 
 if TYPE_CHECKING:
     from bigbatch.lm.planning.forecast import Forecast
+    from bigbatch.memory.usage import MemoryBudget
 
 FITS = 0
 DOES_NOT_FIT = 1
 
 
 def run(config: TrainConfig, options: PlanOptions) -> int:
-    """Print the forecast; return 1 only if a micro-batch does not fit in the memory."""
+    """Print the forecast; return 1 only if a micro-batch does not fit in memory."""
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.planning.forecast import forecast
 
         quiet_libraries()
-        found = forecast(config, progress=progress)
+        result = forecast(config, progress=progress)
     if options.as_json:
-        console.print(json.dumps(as_json(found)))
+        console.print(json.dumps(as_json(result)))
     else:
-        for line in describe(found):
+        for line in describe(result):
             console.print(line)
-    return DOES_NOT_FIT if found.fits is False else FITS
+    return DOES_NOT_FIT if result.fits is False else FITS
 
 
-def describe(found: "Forecast") -> Iterator[str]:
+def describe(forecast: "Forecast") -> Iterator[str]:
     """Yield the lines of a forecast."""
-    config = found.config
-    trained = "all trained" if found.num_trained == found.num_parameters else f"{found.num_trained:,} of them trained"
-    yield f"{config.model}, {found.num_parameters:,} parameters, {trained}, on {found.target.name}"
-    yield from found.notes
+    config = forecast.config
+    trained = (
+        "all trained"
+        if forecast.num_trained == forecast.num_parameters
+        else f"{forecast.num_trained:,} of them trained"
+    )
+    yield f"{config.model}, {forecast.num_parameters:,} parameters, {trained}, on {forecast.target.name}"
+    yield from forecast.notes
     yield ""
-    yield from _memory(found)
+    yield from _memory(forecast)
     yield ""
-    yield "the first update"
-    yield str(found.plan)
+    yield "first update:"
+    yield str(forecast.plan)
     yield ""
-    yield _time(found)
-    yield from _memory_savings(found)
+    yield _time(forecast)
+    yield from _memory_savings(forecast)
 
 
-def _memory(found: "Forecast") -> Iterator[str]:
-    prediction, budget = found.prediction, found.target.budget
-    size = plural(found.size, "token" if found.unit == "tokens" else "sequence")
-    alone = ", longer sequences alone" if found.unit == "tokens" and found.size < found.longest else ""
-    yield f"micro-batches of at most {size}{alone}: {found.reason}"
-    yield f"memory at the peak of an update, in {prediction.phase}"
+def _memory(forecast: "Forecast") -> Iterator[str]:
+    prediction, budget = forecast.prediction, forecast.target.budget
+    size = plural(forecast.size, "token" if forecast.unit == "tokens" else "sequence")
+    alone = ", longer sequences alone" if forecast.unit == "tokens" and forecast.size < forecast.longest else ""
+    yield f"micro-batches of up to {size}{alone}: {forecast.reason}"
+    yield f"peak memory of an update (phase: {prediction.phase}):"
     for name, num_bytes in prediction.parts.items():
         yield f"  {name:<14}{describe_bytes(num_bytes):>12}"
-    yield f"  {'in all':<14}{describe_bytes(prediction.peak_bytes):>12}"
+    yield f"  {'total':<14}{describe_bytes(prediction.peak_bytes):>12}"
     if budget is None:
-        yield "  of how much is not known: name a card, such as --gpu h100, or an amount, such as --memory 24GiB"
+        yield "  available memory is not known: pass a GPU, such as --gpu h100, or an amount, such as --memory 24GiB"
     else:
-        yield f"  which {'fits' if found.fits else 'does NOT fit'}: {budget}"
+        needed, usable = describe_bytes(prediction.peak_bytes), describe_bytes(budget.usable_bytes)
+        verdict = "fits" if forecast.fits else "does not fit"
+        yield f"  {verdict}: {needed} needed, {usable} usable {_limit(forecast.config, budget)}"
 
 
-def _time(found: "Forecast") -> str:
-    updates = plural(found.num_updates, "update")
-    if found.update_s is None:
-        return f"{updates}; how long one takes was not measured: {found.untimed}"
+def _limit(config: TrainConfig, budget: "MemoryBudget") -> str:
+    """Return where the usable memory comes from: a GPU by name, a requested limit, or the free memory."""
+    if config.gpu is not None:
+        return f"on {config.gpu}"
+    if not budget.usable_bytes:
+        return f"of {budget.requested or describe_bytes(budget.limit_bytes)} (the process itself uses as much)"
+    return f"of {budget.requested}" if budget.requested else f"of {describe_bytes(budget.limit_bytes)} free"
+
+
+def _time(forecast: "Forecast") -> str:
+    updates = plural(forecast.num_updates, "update")
+    if forecast.update_s is None:
+        return f"{updates}; the time per update was not measured: {forecast.untimed}"
     return (
-        f"an update takes {_about(found.update_s)}, measured with random weights; {updates} "
-        f"{_about(found.update_s * found.num_updates)}, validation not counted"
+        f"time per update: {_about(forecast.update_s)} (measured with random weights); {updates}: "
+        f"{_about(forecast.update_s * forecast.num_updates)}, without validation"
     )
 
 
-def _memory_savings(found: "Forecast") -> Iterator[str]:
-    if not found.memory_savings:
+def _memory_savings(forecast: "Forecast") -> Iterator[str]:
+    if not forecast.memory_savings:
         return
-    yield "what would lower the peak of the same micro-batch:"
-    width = max(26, *(len(saving.flags) for saving in found.memory_savings))
-    for saving in found.memory_savings:
-        change = _change(saving.peak_bytes - found.prediction.peak_bytes)
-        fits = ", which fits" if saving.fits and not found.fits else ""
+    yield "settings that lower the peak for the same micro-batch:"
+    width = max(26, *(len(saving.flags) for saving in forecast.memory_savings))
+    for saving in forecast.memory_savings:
+        change = _change(saving.peak_bytes - forecast.prediction.peak_bytes)
+        fits = ", which fits" if saving.fits and not forecast.fits else ""
         yield f"  {saving.flags:<{width}}{describe_bytes(saving.peak_bytes):>12}  ({change}){fits}"
 
 
-def as_json(found: "Forecast") -> dict[str, Any]:
-    """Turn a forecast into what JSON can hold."""
-    budget, plan = found.target.budget, found.plan
+def as_json(forecast: "Forecast") -> dict[str, Any]:
+    """Convert a forecast to JSON values."""
+    budget, plan = forecast.target.budget, forecast.plan
     return {
-        "model": found.config.model,
-        "parameters": found.num_parameters,
-        "trained_parameters": found.num_trained,
-        "device": found.target.name,
+        "model": forecast.config.model,
+        "parameters": forecast.num_parameters,
+        "trained_parameters": forecast.num_trained,
+        "device": forecast.target.name,
         "limit_bytes": None if budget is None else budget.limit_bytes,
         "usable_bytes": None if budget is None else budget.usable_bytes,
-        "fits": found.fits,
-        "peak_bytes": found.prediction.peak_bytes,
-        "peak_phase": found.prediction.phase,
-        "parts": dict(found.prediction.parts),
-        "microbatch": {"unit": found.unit, "size": found.size, "reason": found.reason},
+        "fits": forecast.fits,
+        "peak_bytes": forecast.prediction.peak_bytes,
+        "peak_phase": forecast.prediction.phase,
+        "parts": dict(forecast.prediction.parts),
+        "microbatch": {"unit": forecast.unit, "size": forecast.size, "reason": forecast.reason},
         "first_update": {
             "sequences": len(plan.lengths),
             "tokens": plan.tokens,
@@ -108,13 +124,13 @@ def as_json(found: "Forecast") -> dict[str, Any]:
             "num_microbatches": plan.num_microbatches,
             "microbatches": [[plan.lengths[i] for i in rows] for rows in plan.microbatches[0]],
         },
-        "updates": found.num_updates,
-        "update_s": found.update_s,
+        "updates": forecast.num_updates,
+        "update_s": forecast.update_s,
         "levers": [
             {"flags": saving.flags, "peak_bytes": saving.peak_bytes, "fits": saving.fits}
-            for saving in found.memory_savings
+            for saving in forecast.memory_savings
         ],
-        "notes": list(found.notes),
+        "notes": list(forecast.notes),
     }
 
 

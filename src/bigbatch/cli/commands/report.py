@@ -1,4 +1,4 @@
-"""``bigbatch report``: one self-contained HTML page of a run, or of several beside one another."""
+"""``bigbatch report``: one self-contained HTML page about a run, or about several runs side by side."""
 
 import time
 from pathlib import Path
@@ -18,12 +18,12 @@ from bigbatch.memory.limit import describe_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOOK_EVERY_S = 1.0
-SHARE = 10  # of its time that --watch may spend on writing is one in so many
+POLL_INTERVAL_S = 1.0
+WAIT_PER_WRITE = 10  # --watch waits at least this many times as long as it took to write the page
 
 
 def run(options: ReportOptions) -> int:
-    """Write the page; under ``--watch`` again and again, until no run is running any more or Ctrl-C."""
+    """Write the page; with ``--watch``, rewrite it until all runs have ended or on Ctrl-C."""
     folders = options.runs
     for folder in folders:
         check_run(folder)
@@ -41,11 +41,11 @@ def run(options: ReportOptions) -> int:
 
 
 def _watch(folders: tuple[Path, ...], target: Path, console: "Console") -> list[Run]:
-    """Write the page whenever metrics grow; in the end once more, as a page that does not load itself again."""
+    """Rewrite the page whenever the metrics grow, and at the end once more without automatic reload."""
     try:
-        console.print("writing it again whenever an update is made; Ctrl-C ends that")
+        console.print("rewriting the page after every update; press Ctrl-C to stop")
         shown = [-1 for _ in folders]
-        pause_s = LOOK_EVERY_S
+        pause_s = POLL_INTERVAL_S
         while any(is_running(folder) for folder in folders):
             time.sleep(pause_s)
             now = [size_of_metrics(folder) for folder in folders]
@@ -55,7 +55,7 @@ def _watch(folders: tuple[Path, ...], target: Path, console: "Console") -> list[
             started_s = time.perf_counter()
             runs = [read_run(folder) for folder in folders]
             write_page(target, page(runs, refresh=_any_running(runs)))
-            pause_s = max(LOOK_EVERY_S, SHARE * (time.perf_counter() - started_s))
+            pause_s = max(POLL_INTERVAL_S, WAIT_PER_WRITE * (time.perf_counter() - started_s))
     except KeyboardInterrupt:
         print()  # the terminal has just written ^C
     runs = [read_run(folder) for folder in folders]

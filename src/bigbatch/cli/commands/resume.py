@@ -1,4 +1,4 @@
-"""``bigbatch resume``: go on with a run from its newest checkpoint that can be trusted."""
+"""``bigbatch resume``: resume a run from its newest checkpoint that verifies."""
 
 import contextlib
 from dataclasses import replace
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from bigbatch.lm.distributed.ranks import RankContext
 
 
-def run(asked: TrainConfig, options: ResumeOptions) -> int:
-    """Go on with one run; return 0, or 75 when a signal stopped it after saving."""
+def run(overrides: TrainConfig, options: ResumeOptions) -> int:
+    """Resume one run; return 0, or 75 if a signal stopped it after saving."""
     with reject_together("resume"):
         stored = stored_config(options.run)
-    given = asked.model_fields_set & {"device", "parallel", "timeout_s"}
-    now: dict[str, Any] = {name: getattr(asked, name) for name in given}
-    with process_group(stored.model_copy(update=now)) as ranks:
-        return resume(asked, options, ranks)
+    names = overrides.model_fields_set & {"device", "parallel", "timeout_s"}
+    changes: dict[str, Any] = {name: getattr(overrides, name) for name in names}
+    with process_group(stored.model_copy(update=changes)) as ranks:
+        return resume(overrides, options, ranks)
 
 
-def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> int:
-    """Go on with one run on ranks that have found one another. Collective; returns as `run` does."""
+def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> int:
+    """Resume one run on the ranks of a process group. Collective; returns the same codes as `run`."""
     path = options.run
     console = make_console(quiet=not ranks.is_first)
     with contextlib.ExitStack() as stack:
@@ -40,7 +40,7 @@ def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> 
             stored = stored_config(path)
             if ranks.is_first:
                 stack.enter_context(RunLock(path))
-        enable_determinism(asked if "deterministic" in asked.model_fields_set else stored)
+        enable_determinism(overrides if "deterministic" in overrides.model_fields_set else stored)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.manager import load
@@ -50,10 +50,10 @@ def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> 
             check_same(None if checkpoint is None else checkpoint.path.name, path, ranks)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             stored = with_saved_changes(stored, None if checkpoint is None else checkpoint.facts)
-            config = with_local_device(merge_config(stored, asked, allowed=options.allowed), ranks)
+            config = with_local_device(merge_config(stored, overrides, allowed=options.allowed), ranks)
             check_log(config.log)
-            for folder, why in rejected:
-                console.print(f"passed over {folder}: {why}")
+            for folder, reason in rejected:
+                console.print(f"skipping checkpoint {folder}: {reason}")
             directory = RunDirectory(path) if ranks.is_first else ReadOnlyRunDirectory(path)
             if (
                 checkpoint is not None
@@ -61,7 +61,7 @@ def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> 
                 and directory.model.is_dir()
             ):
                 console.print(
-                    f"{path} is finished: all its {checkpoint.total_steps:,} updates are made, its model is saved"
+                    f"{path} is already finished: all {checkpoint.total_steps:,} updates are done, the model is saved"
                 )
                 return DONE
             from bigbatch.lm.training.setup import set_up_training
@@ -74,11 +74,9 @@ def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> 
             if checkpoint is not None:
                 check_facts(path, config.data, checkpoint.facts, trainer.facts, allowed=options.allowed)
         where = (
-            "there is no checkpoint, so it begins anew"
-            if checkpoint is None
-            else f"after update {checkpoint.progress.step}"
+            "from the beginning (no checkpoint)" if checkpoint is None else f"after update {checkpoint.progress.step}"
         )
-        console.print(f"going on with {path}: {where}")
+        console.print(f"resuming {path} {where}")
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             trainer.tune(cache=path, progress=progress)
         for line in (*setup.notes, *(summary_lines(trainer) if checkpoint is None else ())):
@@ -87,15 +85,15 @@ def resume(asked: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> 
 
 
 def check_same(checkpoint: str | None, path: Path, ranks: "RankContext") -> None:
-    """Refuse ranks that would go on from different checkpoints. Collective.
+    """Raise if the ranks would resume from different checkpoints. Collective.
 
     Raises:
-        InputError: They would.
+        InputError: The checkpoints differ.
     """
     found = ranks.all_gather(checkpoint)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    other = next((rank for rank, name in enumerate(found) if name != found[0]), None)
     if other is not None:
         raise InputError(
-            f"rank {other} finds {found[other] or 'no checkpoint'} in {path}, and rank 0 {found[0] or 'none'}: the run "
-            "directory has to be one folder that all machines see, with one content."
+            f"rank {other} finds {found[other] or 'no checkpoint'} in {path}, but rank 0 finds "
+            f"{found[0] or 'no checkpoint'}: the run directory must be on a file system shared by all machines."
         )

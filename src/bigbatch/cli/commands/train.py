@@ -1,4 +1,4 @@
-"""``bigbatch train``: prepare, explain the batch, train, say where everything lies."""
+"""``bigbatch train``: set up, print the split of the batch, train, print the output files."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
 
 
 def run(config: TrainConfig) -> int:
-    """Train one model; return 0, or 75 when a signal stopped it after saving.
+    """Train one model; return 0, or 75 if a signal stopped it after saving.
 
-    Where torchrun has started the processes again after one was lost, go on with the run that they had begun.
+    After a restart by torchrun, resume the run that the previous processes started.
     """
     with process_group(config) as ranks:
         with fail_together(ranks, "train"):
             if config.out is None and may_be_restarted():
                 raise InputError(
-                    "torchrun may start this run again, which then has to find it: name its folder by --out."
+                    "torchrun may restart this run, and a restart must find the same directory: pass --out."
                 )
-        if _has_begun(config, ranks):
+        if _must_resume(config, ranks):
             from bigbatch.cli.commands.resume import resume
 
-            assert config.out is not None, "found there"
+            assert config.out is not None, "the run directory exists"
             return resume(config, ResumeOptions(run=config.out), ranks)
         return _run(config, ranks)
 
 
-def _has_begun(config: TrainConfig, ranks: "RankContext") -> bool:
-    """Tell whether this is a run that was started again. Collective: torchrun counts restarts by machine."""
-    again = any(ranks.all_gather(is_restarted()))
-    begun: bool = ranks.broadcast(config.out is not None and (config.out / CONFIG).exists())
-    return again and begun
+def _must_resume(config: TrainConfig, ranks: "RankContext") -> bool:
+    """Return whether this is a restart of an existing run. Collective: torchrun counts restarts per machine."""
+    restarted = any(ranks.all_gather(is_restarted()))
+    exists: bool = ranks.broadcast(config.out is not None and (config.out / CONFIG).exists())
+    return restarted and exists
 
 
 def _run(config: TrainConfig, ranks: "RankContext") -> int:
@@ -75,7 +75,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         *setup.notes,
         *summary_lines(trainer),
         *trainer.config.batch_scaling().lines(),
-        *_reasons(trainer, origin),
+        *_choice_lines(trainer, origin),
     ):
         console.print(line)
     with ExitStack() as stack:
@@ -87,13 +87,14 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         return train(trainer, directory, console, config=config)
 
 
-def _reasons(trainer: "Trainer", origin: Path | None) -> list[str]:
-    """Say why the micro-batch is what it is, where nobody gave it."""
+def _choice_lines(trainer: "Trainer", origin: Path | None) -> list[str]:
+    """Return the line that explains an automatically chosen micro-batch; empty if the user set it."""
     from bigbatch.lm.training.autotune import describe
 
     choice = trainer.engine.choice
     if choice is None:
         return []
-    taken = "" if origin is None else f" (as {origin} found for the same model, device and settings)"
-    unpredicted = "" if choice.prediction_failure is None else f"; found by trying, since {choice.prediction_failure}"
-    return [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{taken}{unpredicted}"]
+    cached = "" if origin is None else f" (cached by {origin}: same model, device and settings)"
+    failure = choice.prediction_failure
+    unpredicted = "" if failure is None else f"; measured without a memory prediction: {failure}"
+    return [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{cached}{unpredicted}"]

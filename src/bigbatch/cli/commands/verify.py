@@ -1,4 +1,4 @@
-"""``bigbatch verify``: every cut of one batch against the whole, on the model, data and loss of a run."""
+"""``bigbatch verify``: compare every split of a batch with the full batch, on the model, data and loss of a run."""
 
 import json
 from dataclasses import asdict
@@ -17,7 +17,7 @@ NOT_EXACT = 1
 
 
 def run(config: TrainConfig, options: VerifyOptions) -> int:
-    """Print the proof; return 0 only if every cut is exact."""
+    """Print the verification; return 0 only if every split is exact."""
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.data.sampling_order import epoch_order
@@ -28,8 +28,10 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
         setup = set_up_training(config, progress=progress)
         order = epoch_order(len(setup.training), seed=config.seed, epoch=0)[: options.samples]
         if len(order) < 2:
-            raise InputError(f"a batch of {len(order)} sequence cannot be cut: pass --samples 2 or more, or more data.")
-        progress("taking gradients")
+            raise InputError(
+                f"a batch of {len(order)} sequence cannot be split: pass --samples 2 or more, or more data."
+            )
+        progress("computing gradients")
         verification = verify(
             setup.model,
             setup.loss_fn,
@@ -38,8 +40,8 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
             collate=setup.collate,
         )
     if options.as_json:
-        on = {"model": config.model, "data": config.data, "machine": str(setup.device_spec)}
-        console.print(json.dumps(on | as_json(verification)))
+        subject = {"model": config.model, "data": config.data, "machine": str(setup.device_spec)}
+        console.print(json.dumps(subject | as_json(verification)))
     else:
         console.print(f"{config.model} on {config.data}, {setup.device_spec}")
         console.print(str(verification))
@@ -47,13 +49,13 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
 
 
 def default_cuts(num_samples: int) -> list[int]:
-    """Give powers of two below the batch, and one that leaves a shorter last micro-batch."""
+    """Return the powers of two below the batch, and 3, which leaves a shorter last micro-batch."""
     sizes = {2**power for power in range(num_samples.bit_length()) if 2**power < num_samples}
     return sorted(sizes | ({3} if num_samples > 3 else set()))
 
 
 def as_json(verification: "Verification") -> dict[str, object]:
-    """Turn a verification into what JSON can hold: dtypes by name, NaN and infinity as null."""
+    """Convert a verification to JSON values: dtypes by name, NaN and infinity as null."""
     record = asdict(verification)
     record["dtype"] = str(verification.dtype).removeprefix("torch.")
     return {name: _finite(value) for name, value in record.items()}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bigbatch.autotune.peak_prediction import proxy_device
+from bigbatch.autotune.fake_tensors import proxy_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec, resolve_device

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class ProgressCallback(Protocol):
     """Whom a preparation tells what goes on."""
 
-    def __call__(self, words: str, done: int = 0, total: int = 0) -> None:
+    def __call__(self, activity: str, done: int = 0, total: int = 0) -> None:
         """Hear in a few words of work that takes seconds; of some work, also how much of it is done."""
 
 
-def _no_progress(words: str, done: int = 0, total: int = 0) -> None: ...
+def _no_progress(activity: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Run a training step on fake tensors: copies of model and optimizer without data, and errors in one sentence."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from bigbatch.errors import BigbatchError, first_line
+from bigbatch.memory.allocation_tracker import tensors_in
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class PredictionError(BigbatchError, RuntimeError):
+    """The step cannot run on fake tensors; the message has the reason."""
+
+
+def proxy_device(device: torch.device) -> torch.device:
+    """Return the device of the fake tensors for a prediction: ``device``, or the CPU if CUDA is not available."""
+    return torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
+
+
+def fake_copies(
+    mode: FakeTensorMode, model: nn.Module, optimizer: "Optimizer", device: torch.device | None
+) -> "tuple[nn.Module, Optimizer]":
+    """Copy a model and its optimizer to fake tensors that share nothing with the originals.
+
+    Args:
+        mode: Mode of the fake tensors.
+        model: On any device, ``meta`` included.
+        optimizer: Over the parameters of ``model``.
+        device: Device of the copies; None for the devices of the originals.
+
+    Raises:
+        PredictionError: The model or the optimizer cannot be copied.
+    """
+    copies: dict[int, Any] = {}  # the memo of deepcopy: id of the original → copy
+    try:
+        for tensor in [*model.parameters(), *model.buffers(), *tensors_in(vars(optimizer))]:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = _fake_copy(mode, tensor, device)
+                if tensor.grad is not None:
+                    copies[id(tensor.grad)] = None
+        fake_model, fake_optimizer = copy.deepcopy((model, optimizer), copies)
+        for name, value in vars(optimizer).items():  # attributes that torch's optimizers omit from their copies
+            if name not in vars(fake_optimizer) and name != "step":  # a scheduler's wrapper around the original's step
+                setattr(fake_optimizer, name, copy.deepcopy(value, copies))
+    except Exception as error:  # any exception that a user's module raises when copied
+        raise PredictionError(f"the model or its optimizer cannot be copied ({first_line(error)})") from error
+    return fake_model, fake_optimizer
+
+
+def _fake_copy(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None) -> Tensor:
+    if device is None or device == tensor.device:
+        fake: Tensor = mode.from_tensor(tensor)
+        return fake
+    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    fake = FakeTensor(mode, shape, device)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+@contextmanager
+def errors_as_prediction_errors() -> Iterator[None]:
+    """Convert every exception to a `PredictionError`, and keep torch from logging its traceback."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except PredictionError:
+        raise
+    except Exception as error:  # any exception that a user's model raises on fake tensors
+        raise PredictionError(f"the step cannot run without data ({first_line(error)})") from error
+    finally:
+        log.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+
+
+@contextmanager
+def attention_without_dropout() -> Iterator[None]:
+    """Ignore dropout in attention: with it the CPU kernel materializes all pairs, which the CUDA kernel does not."""
+    functional: Any = nn.functional
+    attention = functional.scaled_dot_product_attention
+
+    def without_dropout(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
+    ) -> Any:
+        return attention(query, key, value, attn_mask=attn_mask, **options)
+
+    functional.scaled_dot_product_attention = without_dropout
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention
