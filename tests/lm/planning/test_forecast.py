@@ -34,7 +34,7 @@ from bigbatch.lm.planning.data_statistics import (
     sample_documents,
 )
 from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
-from bigbatch.lm.planning.estimator import ASKED, FASTEST, LARGEST, LEAST, MemorySaving, RunEstimator
+from bigbatch.lm.planning.estimator import ASKED, FASTEST, FIXED, LARGEST, LEAST, MemorySaving, RunEstimator
 from bigbatch.lm.planning.forecast import Forecast, forecast
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
@@ -214,6 +214,13 @@ def test_the_first_update_is_the_one_that_a_run_makes(place: Path, settings: dic
     assert trainer.engine.step(samples).num_microbatches == found.num_microbatches
     data = survey_of(place, **settings)
     assert (data.num_updates, data.max_length) == (trainer.total_steps, trainer.config.max_length)
+
+
+def test_deterministic_plan_uses_the_micro_batch_of_training(place: Path) -> None:
+    found = forecast_of(place, deterministic=True)
+    trainer = Trainer(set_up_training(asked(place, deterministic=True)))
+    assert (found.unit, found.reason, found.config.gradient_checkpointing) == ("tokens", FIXED, "auto")
+    assert found.size == trainer.engine.token_budget == 8 * found.longest
 
 
 def test_a_forecast_has_all_of_it(place: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bigbatch.autotune.choice import MicrobatchChoice
 from bigbatch.cli import main
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint import newest, read, verify
@@ -409,7 +410,7 @@ def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
     assert trainer.model_setup.checkpointing_mode == "full"
     assert trainer.engine.choice is not None
     assert saved is not None
-    assert trainer.engine.progress["choice"] == saved.engine["engine"]["choice"]
+    assert trainer.engine.choice == MicrobatchChoice.from_dict(saved.engine["engine"]["choice"])
 
 
 def test_a_finished_run_says_so_and_nothing_changes(reference: Path, capfd: Capture) -> None:
