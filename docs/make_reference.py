@@ -39,8 +39,21 @@ def _entry(heading: str, name: str, thing: object) -> str:
 def _call(thing: object) -> inspect.Signature:
     """Return the signature without types, which the docstrings describe in words."""
     signature = inspect.signature(thing)
-    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
+    plain = [
+        p.replace(annotation=p.empty, default=_Name(p.default.__name__) if inspect.isfunction(p.default) else p.default)
+        for p in signature.parameters.values()
+        if p.name != "self"
+    ]
     return signature.replace(parameters=plain, return_annotation=signature.empty)
+
+
+class _Name(str):
+    """Prints as a name, without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _is_plain(thing: object) -> bool:

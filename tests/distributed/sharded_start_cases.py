@@ -209,11 +209,11 @@ class DeviceTracker(AllocationTracker):
             self._notices = True
             for storage in list(self._storages.values()):
                 if (memory := storage.reference()) is not None:
-                    self._count(memory, storage.part)
+                    self._count_storage(memory, storage.category)
             self._notices = False
 
-    def _see(self, tensor: Tensor, part: Any) -> Any:
-        return super()._see(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, part)
+    def _count_tensor(self, tensor: Tensor, category: Any) -> Any:
+        return super()._count_tensor(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, category)
 
 
 # a cap on the device ---------------------------------------------------------------------------------------------
