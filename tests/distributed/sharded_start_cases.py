@@ -201,7 +201,7 @@ class DeviceTracker(AllocationTracker):
 
     def reset_peak(self) -> None:
         self._notice_resized()
-        if self._now > self.peak_bytes:
+        if self._total_bytes > self.peak_bytes:
             super().reset_peak()
 
     def _notice_resized(self) -> None:
