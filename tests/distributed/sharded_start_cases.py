@@ -186,7 +186,7 @@ class _CountedSlice:
 
 
 class DeviceTracker(AllocationTracker):
-    """Counts of a DTensor what this rank holds of it, and notices soon when FSDP frees a storage by resizing it."""
+    """Counts what this rank holds on the device, and notices soon when FSDP frees a storage by resizing it."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
@@ -201,7 +201,7 @@ class DeviceTracker(AllocationTracker):
 
     def reset_peak(self) -> None:
         self._notice_resized()
-        if self._now > self.peak_bytes:
+        if self._total_bytes > self.peak_bytes:
             super().reset_peak()
 
     def _notice_resized(self) -> None:
@@ -209,11 +209,8 @@ class DeviceTracker(AllocationTracker):
             self._notices = True
             for storage in list(self._storages.values()):
                 if (memory := storage.reference()) is not None:
-                    self._count(memory, storage.part)
+                    self._count_storage(memory, storage.category)
             self._notices = False
-
-    def _see(self, tensor: Tensor, part: Any) -> Any:
-        return super()._see(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, part)
 
 
 # a cap on the device ---------------------------------------------------------------------------------------------

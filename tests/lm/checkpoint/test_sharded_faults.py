@@ -239,7 +239,7 @@ def test_tensors_of_another_model_are_refused_and_nothing_is_filled(two: Path) -
         ("ValueError", "bias is torch.bfloat16 in checkpoint step-2, not torch.int64."),
         ("ValueError", "checkpoint step-2 has no tensor called new: it is of another model."),
         ("ValueError", "checkpoint step-2 has no tensor called new: it is of another model."),
-        ("ValueError", "what is to be filled: weight is on the meta device and has no values."),
+        ("ValueError", "the tensors to fill: weight is on the meta device and has no values."),
     ]
 
 
