@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from bigbatch.lm.checkpoint import sharded_reader
@@ -115,13 +114,6 @@ def count_reads() -> ReadBytes:
     return read
 
 
-class LocalTracker(AllocationTracker):
-    """Counts of a DTensor what this rank holds of it."""
-
-    def _see(self, tensor: Tensor, part: Any) -> Any:
-        return super()._see(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, part)
-
-
 @contextmanager
 def counted_peak(device: torch.device) -> Iterator[Callable[[], int]]:
     """Yield a function that returns the highest bytes on the device so far."""
@@ -129,7 +121,7 @@ def counted_peak(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats()
         yield torch.cuda.max_memory_allocated
     else:
-        with LocalTracker(device) as tracker:
+        with AllocationTracker(device) as tracker:
             yield lambda: tracker.peak_bytes
 
 

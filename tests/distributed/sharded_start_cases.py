@@ -186,7 +186,7 @@ class _CountedSlice:
 
 
 class DeviceTracker(AllocationTracker):
-    """Counts of a DTensor what this rank holds of it, and notices soon when FSDP frees a storage by resizing it."""
+    """Counts what this rank holds on the device, and notices soon when FSDP frees a storage by resizing it."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
@@ -211,9 +211,6 @@ class DeviceTracker(AllocationTracker):
                 if (memory := storage.reference()) is not None:
                     self._count_storage(memory, storage.category)
             self._notices = False
-
-    def _count_tensor(self, tensor: Tensor, category: Any) -> Any:
-        return super()._count_tensor(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, category)
 
 
 # a cap on the device ---------------------------------------------------------------------------------------------

@@ -240,7 +240,8 @@ def refused(ground: RunFolder, words: list[str], size: int = 3, **how: Any) -> s
         (["--data", "datta.jsonl"], "there is no file or folder 'datta.jsonl'. Did you mean data.jsonl?"),
         (
             ["--parallel", "hsdp"],
-            "--parallel hsdp is not there for this model: it shards within each machine and there is one, so say fsdp.",
+            "--parallel hsdp is not supported here: it replicates shards over machines, and this run has one machine. "
+            "Use --parallel fsdp.",
         ),
         (
             ["--parallel", "fsdp", "--async-checkpoint"],
@@ -297,13 +298,13 @@ def test_a_run_that_is_not_there_is_refused_once(ground: RunFolder) -> None:
         (["--lr"], "ranks 1, 2: --lr needs a value: --lr X."),
         (
             ["--lr", "0.02"],
-            "rank 1 has read something else than rank 0 (--lr 0.02, not 0.01): give every machine the same settings, "
-            "data, model and versions.",
+            "rank 1 differs from rank 0 (--lr 0.02, not 0.01). Use the same settings, data, model and versions on "
+            "every machine.",
         ),
         (
             ["--data", "others/data.jsonl"],
-            "rank 1 has read something else than rank 0 (--data others/data.jsonl, not data.jsonl): give every machine "
-            "the same settings, data, model and versions.",
+            "rank 1 differs from rank 0 (--data others/data.jsonl, not data.jsonl). Use the same settings, data, model "
+            "and versions on every machine.",
         ),
     ],
 )
@@ -328,8 +329,7 @@ def test_other_data_or_another_model_under_the_same_name_is_refused(ground: RunF
     write_jsonl(other / "data.jsonl", records(41 if kind == "data" else 40))
     words = ground.words(str(ground.folder / "refused"))
     assert refused(ground, words, patch=on({2}, partial(elsewhere, other))) == (
-        f"rank 2 has read something else than rank 0 ({what}): give every machine the same settings, data, model and "
-        "versions."
+        f"rank 2 differs from rank 0 ({what}). Use the same settings, data, model and versions on every machine."
     )
 
 

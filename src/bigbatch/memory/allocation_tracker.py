@@ -175,8 +175,10 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     if is_lazy(tensor):
         return
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name))
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for value in inner:
+            if isinstance(value, Tensor):  # a DTensor of torch 2.13 also names its device mesh
+                yield from storages(value)
     elif tensor.layout is torch.sparse_coo:
         yield from storages(tensor._indices())
         yield from storages(tensor._values())

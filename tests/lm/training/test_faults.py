@@ -318,8 +318,8 @@ def test_other_data_is_refused_unless_it_is_allowed(folder: Path, stopped: Path,
     write_jsonl(folder / "data.jsonl", [*records(39), {"prompt": "x", "completion": "another"}])
     before = everything_in(stopped)
     assert failed(2, ["resume", str(stopped)], capfd) == (
-        f"the data of {stopped} is not what it was when the run began: {folder / 'data.jsonl'} gives 39 sequences now "
-        "and gave 39, or they read otherwise. Put it back, or pass --allow-data-change."
+        f"the data of {stopped} has changed since the run started: {folder / 'data.jsonl'} has 39 sequences now and "
+        "had 39, or their content differs. Restore it, or pass --allow-data-change."
     )
     assert everything_in(stopped) == before
     said(["resume", str(stopped), "--allow-data-change"], capfd)
@@ -334,7 +334,7 @@ def test_another_batch_or_seed_is_refused_unless_it_is_allowed(
 ) -> None:
     before = everything_in(stopped)
     sentence = failed(2, ["resume", str(stopped), flag, value], capfd)
-    assert sentence.startswith(f"{stopped} was begun with {flag} ")
+    assert sentence.startswith(f"{stopped} was started with {flag} ")
     assert sentence.endswith(f"Leave the flag out to go on, or pass --allow-{kind}-change.")
     assert everything_in(stopped) == before
     said(["resume", str(stopped), flag, value, f"--allow-{kind}-change"], capfd)
@@ -361,8 +361,8 @@ def test_a_setting_that_makes_the_run_what_it_is_is_refused(tmp_path: Path) -> N
     with pytest.raises(InputError) as caught:
         merge_config(TrainConfig(out=tmp_path, lr=0.01), TrainConfig(lr=0.5), allowed=("batch", "seed", "data"))
     assert str(caught.value) == (
-        f"{tmp_path} was begun with --lr 0.01, and this asks for 0.5: it would not be the run that it is. Leave the "
-        "flag out, or begin another run."
+        f"{tmp_path} was started with --lr 0.01 and cannot be resumed with --lr 0.5. Leave the flag out, or start a "
+        "new run."
     )
 
 
@@ -457,7 +457,7 @@ def test_other_frozen_weights_are_refused(folder: Path, capfd: Capture) -> None:
     before = everything_in(folder / "run")
     save_model_folder(folder / "base")  # other random weights
     assert failed(2, ["resume", str(folder / "run")], capfd).endswith(
-        "does not train are not those that it was begun with: its adapters would not fit them. Put the model back."
+        "differ from those that its adapters were trained with. Restore the original model."
     )
     assert everything_in(folder / "run") == before
 
@@ -487,7 +487,7 @@ def test_the_tokenizer_of_the_tiny_model_is_held_to_what_it_was(folder: Path, ca
     go_on(run, until=lambda step: step == 1)
     write_jsonl(folder / "data.jsonl", [{"text": f"quite another vocabulary {i} " * 3} for i in range(40)])
     sentence = failed(2, ["resume", str(run), "--allow-data-change"], capfd)
-    assert sentence.startswith(f"the tokenizer of {run} is not the one that it was begun with, ")
+    assert sentence.startswith(f"the tokenizer of {run} has changed since the run started, ")
 
 
 # checkpoints that are broken -------------------------------------------------------------------------------------

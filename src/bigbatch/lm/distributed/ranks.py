@@ -1,6 +1,6 @@
-"""The processes of one run: which samples each takes, how the model is spread over them, what they tell each other.
+"""The ranks of one run: their shares of the samples, and the replication or sharding of the model.
 
-global window → share → this rank's samples;    model → spread → how its gradients cross ranks
+global window → this rank's samples;    model → replicas or shards → gradient synchronization
 """
 
 import heapq
@@ -22,14 +22,14 @@ from bigbatch.errors import InputError, first_line
 
 @dataclass(frozen=True)
 class RankContext:
-    """The processes of one run.
+    """The ranks of one run.
 
     Attributes:
-        size: How many there are; 1 without a process group.
-        rank: Of this one.
-        local_size: How many of them are on this machine.
-        parallel: How the model is spread: whole on every rank; in shards; in shards within a machine, and each machine
-            a replica.
+        size: Number of ranks; 1 without a process group.
+        rank: Rank of this process.
+        local_size: Number of ranks on this machine.
+        parallel: Distribution of the model: replicated on every rank (ddp), sharded over all ranks (fsdp), or sharded
+            within each machine and replicated over machines (hsdp).
     """
 
     size: int = 1
@@ -48,13 +48,13 @@ class RankContext:
         return self.size > 1 and self.parallel != "ddp"
 
     def shard_window(self, window: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """Give the samples of a window that this rank runs: the same computation on every rank, and nothing is sent.
+        """Return the samples of a window that this rank runs. Deterministic, so ranks do not communicate.
 
         Longest first, each sample goes to the rank that has the fewest tokens so far.
 
         Args:
             window: Samples of one update.
-            lengths: Tokens of every sample there is.
+            lengths: Tokens of every sample of the data set.
         """
         if self.size == 1:
             return list(window)
@@ -68,23 +68,23 @@ class RankContext:
         return own
 
     def check_equal(self, facts: Mapping[str, Any]) -> None:
-        """Refuse ranks that would not train the same model on the same data. Collective.
+        """Reject ranks that would train another model or on other data. Collective.
 
         Args:
-            facts: What has to be the same on all of them, by the name that a user knows it by.
+            facts: Values that must be equal on all ranks, by their name for the user.
 
         Raises:
-            InputError: Something is not; all raise the same.
+            InputError: A value differs; all ranks raise the same.
         """
         per_machine = {"--nproc-per-node": self.local_size} if self.parallel == "hsdp" else {}
-        everyone = self.all_gather({**facts, **per_machine})
-        for name, own in everyone[0].items():
-            other = next((rank for rank, theirs in enumerate(everyone) if theirs[name] != own), None)
+        gathered = self.all_gather({**facts, **per_machine})
+        for name, own in gathered[0].items():
+            other = next((rank for rank, values in enumerate(gathered) if values[name] != own), None)
             if other is not None:
-                differs = f"{name} {everyone[other][name]}, not {own}" if name.startswith("--") else f"{name} differ"
+                differs = f"{name} {gathered[other][name]}, not {own}" if name.startswith("--") else f"{name} differ"
                 raise InputError(
-                    f"rank {other} has read something else than rank 0 ({differs}): give every machine the same "
-                    "settings, data, model and versions."
+                    f"rank {other} differs from rank 0 ({differs}). Use the same settings, data, model and versions on "
+                    "every machine."
                 )
 
     def parallelize(self, model: Any, device: torch.device) -> GradientSync | SyncPolicy | None:
@@ -108,7 +108,7 @@ class RankContext:
             _shard(model, self, device.type)
             return detect_sync(model)
         except (ValueError, TypeError, AssertionError) as error:
-            raise InputError(f"--parallel {self.parallel} is not there for this model: {first_line(error)}.") from error
+            raise InputError(f"--parallel {self.parallel} is not supported here: {first_line(error)}.") from error
 
     def raise_together(self) -> AbstractContextManager[None]:
         """Raise on every rank if any rank raises an `InputError` in the block. Collective at its end."""
@@ -165,7 +165,7 @@ def _shard(model: Any, ranks: RankContext, kind: str) -> None:
     else:
         machines = ranks.size // ranks.local_size
         if machines < 2:
-            raise ValueError("it shards within each machine and there is one, so say fsdp")
+            raise ValueError("it replicates shards over machines, and this run has one machine. Use --parallel fsdp")
         mesh = init_device_mesh(kind, (machines, ranks.local_size), mesh_dim_names=("replicas", "shards"))
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     # peft generates text by calling the base model, whose own hooks then have to gather the embeddings.

@@ -1,10 +1,9 @@
-"""How the processes of a run find those that were started together with them, and nobody who came before.
+"""Rendezvous of the processes that were started together, in a store that earlier processes have written to.
 
-a store with the words of earlier processes → each asks, the first answers, each confirms → a part of it that is empty
+a store with keys of earlier processes → each rank asks, rank 0 answers, each confirms → a new prefix of the store
 
-torchrun keeps its store when it starts processes again. What the lost ones wrote there, such as the addresses that
-they listened at, would be taken for that of the new ones; how often they were started does not tell them apart, since
-each machine counts for itself.
+torchrun reuses its store when it restarts processes. Keys of the lost processes, such as their addresses, would be read
+as those of the new ones. The restart count does not distinguish them, because each machine counts for itself.
 """
 
 import time
@@ -13,25 +12,25 @@ from collections.abc import Callable
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-PAUSE_S = 0.02  # between two looks into the store
+PAUSE_S = 0.02  # between two reads of the store
 PREFIX = "bigbatch"
 
 
 def fresh_store(store: Store, rank: int, size: int, *, timeout_s: float) -> Store:
-    """Give a part of a store that only the processes see that were started with this one. Collective.
+    """Return a prefix of a store that is new to the processes started together. Collective.
 
-        rank r: asks with a number of its own → the first answers it with the name of the part → r confirms the name
+        rank r: writes a random number → rank 0 answers it with the prefix → rank r confirms the prefix
 
-    An answer to another number is one of an earlier process, and so is a confirmation of another name.
+    An answer to another number, or a confirmation of another prefix, is from an earlier process and is ignored.
 
     Args:
-        store: That all of them see, whatever is in it.
-        rank: Of this process.
-        size: How many there are.
-        timeout_s: Seconds to wait for the others.
+        store: Shared by all ranks; may contain any keys.
+        rank: Rank of this process.
+        size: Number of ranks.
+        timeout_s: Seconds to wait for the other ranks.
 
     Raises:
-        TimeoutError: They do not come.
+        TimeoutError: A rank does not answer in time.
     """
     store = PrefixStore(PREFIX, store)
     name = _gathered(store, size, timeout_s) if rank == 0 else _answered(store, rank, timeout_s)

@@ -1,6 +1,6 @@
-"""Going on with a run: what it was made of, and what may be otherwise now.
+"""Resuming a run: its stored configuration, the settings that may change, and the facts that may not.
 
-config.json and flags → the configuration to go on with → prepared → facts beside those of the checkpoint
+config.json and flags → merged configuration → set-up → facts compared with those of the checkpoint
 """
 
 import json
@@ -26,7 +26,7 @@ def stored_config(folder: Path) -> TrainConfig:
     """Read the configuration of a run.
 
     Raises:
-        InputError: There is no run, or its configuration is not one.
+        InputError: The folder is not a run, or its configuration is invalid.
     """
     path = folder / CONFIG
     try:
@@ -40,20 +40,20 @@ def stored_config(folder: Path) -> TrainConfig:
 
 
 def with_saved_changes(stored: TrainConfig, facts: Mapping[str, Any] | None) -> TrainConfig:
-    """Give the configuration of a run as it was when a checkpoint was made: an earlier resume may have changed it."""
+    """Return the configuration at the time of a checkpoint, which an earlier resume may have changed."""
     return stored if facts is None else stored.model_copy(update=facts["settings"])
 
 
 def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[str]) -> TrainConfig:
-    """Combine a run's own settings with those asked for now.
+    """Merge the stored settings of a run with those given now.
 
     Args:
-        stored: As the run began.
-        asked: Its fields that were given count.
-        allowed: Which of ``batch``, ``seed`` and ``data`` may be changed.
+        stored: The configuration of the run.
+        asked: The new configuration; only fields that were set explicitly count.
+        allowed: Which of ``batch``, ``seed`` and ``data`` may change.
 
     Raises:
-        InputError: A setting is asked for otherwise that makes the run what it is.
+        InputError: A setting that must not change is different.
     """
     allowed = set(allowed)
     changes: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[s
         elif now != before:
             raise InputError(_refusal(stored.out, name, before, now))
     if changes.get("token_budget") is not None or changes.get("microbatch", "auto") != "auto":
-        changes = dict.fromkeys(("memory", "gpu")) | changes  # they decided about auto
+        changes = dict.fromkeys(("memory", "gpu")) | changes  # limits of auto, which is replaced
     for first, second in EXCLUSIVE:
         for one, other in ((first, second), (second, first)):
             if changes.get(one) is not None and other not in changes:
@@ -76,14 +76,14 @@ def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
     flag = "--" + name.replace("_", "-")
     if name not in NEEDS_PERMISSION:
         return (
-            f"{folder} was begun with {flag} {before}, and this asks for {now}: it would not be the run that it is. "
-            "Leave the flag out, or begin another run."
+            f"{folder} was started with {flag} {before} and cannot be resumed with {flag} {now}. Leave the flag out, "
+            "or start a new run."
         )
     changed = {"batch": "the schedule and the order of the data", "seed": "the order of the data", "data": "the data"}
     kind = NEEDS_PERMISSION[name]
     return (
-        f"{folder} was begun with {flag} {before}, and this asks for {now}: {changed[kind]} would change. Leave the "
-        f"flag out to go on, or pass --allow-{kind}-change."
+        f"{folder} was started with {flag} {before}, and {flag} {now} would change {changed[kind]}. Leave the flag "
+        f"out, or pass --allow-{kind}-change."
     )
 
 
@@ -125,27 +125,26 @@ def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str,
 def check_facts(
     folder: Path, data: str, before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Iterable[str]
 ) -> None:
-    """Refuse to go on with other data, another vocabulary or other frozen weights than a run was begun with.
+    """Reject data, a vocabulary or frozen weights that differ from those of the run.
 
-    Frozen weights are not compared where another precision rounds them otherwise.
+    Frozen weights are not compared if their dtype changed, because they are rounded differently.
 
     Raises:
-        InputError: They are others, and nobody allowed it.
+        InputError: They differ, and the difference is not allowed.
     """
-    alike = now["weights_dtype"] == before["weights_dtype"]
-    if alike and now["frozen_sha256"] != before["frozen_sha256"]:
+    same_dtype = now["weights_dtype"] == before["weights_dtype"]
+    if same_dtype and now["frozen_sha256"] != before["frozen_sha256"]:
         raise InputError(
-            f"the weights that {folder} does not train are not those that it was begun with: its adapters would not "
-            "fit them. Put the model back."
+            f"the frozen weights of {folder} differ from those that its adapters were trained with. Restore the "
+            "original model."
         )
     if now["data_sha256"] != before["data_sha256"] and "data" not in allowed:
         raise InputError(
-            f"the data of {folder} is not what it was when the run began: {data} gives {now['num_samples']:,} "
-            f"sequences now and gave {before['num_samples']:,}, or they read otherwise. Put it back, or pass "
-            "--allow-data-change."
+            f"the data of {folder} has changed since the run started: {data} has {now['num_samples']:,} sequences now "
+            f"and had {before['num_samples']:,}, or their content differs. Restore it, or pass --allow-data-change."
         )
     if now["vocabulary_sha256"] != before["vocabulary_sha256"]:
         raise InputError(
-            f"the tokenizer of {folder} is not the one that it was begun with, so its model would not know the words: "
-            "--model tiny makes one from the data. Put the data back, or begin another run."
+            f"the tokenizer of {folder} has changed since the run started, and its model needs the original one: "
+            "--model tiny trains it on the data. Restore the data, or start a new run."
         )

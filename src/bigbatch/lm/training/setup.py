@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first update, from its configuration: checked first, written never."""
+"""Set-up of a run from its configuration, before the first update: data, tokenizer, model. Writes nothing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class ProgressCallback(Protocol):
-    """Whom a preparation tells what goes on."""
+    """A function that receives the progress of a set-up."""
 
     def __call__(self, activity: str, done: int = 0, total: int = 0) -> None:
-        """Hear in a few words of work that takes seconds; of some work, also how much of it is done."""
+        """Receive the current activity in a few words, and for some activities the amount done and the total."""
 
 
 def _no_progress(activity: str, done: int = 0, total: int = 0) -> None: ...
@@ -36,18 +36,18 @@ def _no_progress(activity: str, done: int = 0, total: int = 0) -> None: ...
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A run that could begin.
+    """A run that is ready to start.
 
     Attributes:
-        config: With every default written out.
+        config: With every default resolved.
         device_spec: Device and precision.
         tokenizer: Of the model.
-        model_setup: The model, in training mode and on the device, and how it is run. Of a sharded run, the parameters
-            are on the meta device until the trainer shards the model.
-        weights: What their values are loaded from then; None otherwise.
-        training: What is learned from.
-        validation: What is not; None where there is too little data to keep any apart.
-        notes: Sentences with the counts of what was read, cut and left out.
+        model_setup: The model, in training mode and on the device, with its loss and layout. In a sharded run, its
+            parameters are on the meta device until the trainer shards it.
+        weights: The source of their values in a sharded run; None otherwise.
+        training: Training data.
+        validation: Validation data; None if there is too little data to hold any out.
+        notes: Sentences with the counts of records read, truncated and skipped.
     """
 
     config: TrainConfig
@@ -66,12 +66,12 @@ class TrainingSetup:
 
     @property
     def loss_fn(self) -> CausalLMLoss | ChunkedCausalLMLoss:
-        """What the model is trained with, as `bigbatch.Engine` takes it."""
+        """The loss function for `bigbatch.Engine`."""
         return self.model_setup.loss_fn
 
     @property
     def collate(self) -> Callable[..., Any]:
-        """Makes a micro-batch of a list of samples."""
+        """A function that collates a list of samples to a micro-batch."""
         return self.model_setup.collate
 
 
@@ -84,12 +84,12 @@ def set_up_training(
     `bigbatch.lm.training.trainer.Trainer` loads the shards. Nothing here is collective.
 
     Args:
-        config: What is asked for.
+        config: The configuration of the run.
         ranks: The processes of the run, with which the trainer is made.
-        progress: Told what goes on.
+        progress: Receives the current activity.
 
     Raises:
-        InputError: Something that the configuration names is not there or not usable.
+        InputError: A model, data or device of the configuration does not exist or cannot be used.
     """
     config = config.resolved()
     device_spec = resolve_device(config.device, config.precision)
@@ -140,7 +140,7 @@ def _encode(
     held_out: Sequence[Document],
     progress: ProgressCallback,
 ) -> tuple[TokenDataset, TokenDataset | None, list[str]]:
-    """Encode both sides of the split; tell in sentences what became of them."""
+    """Encode both sides of the split; return them with sentences about their counts."""
     assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
     progress = partial(progress, "encoding the documents")
     progress()
@@ -155,12 +155,12 @@ def _encode(
 
 
 def _fit(config: TrainConfig, model: Any, tokenizer: "PreTrainedTokenizerBase") -> TrainConfig:
-    """Check that model, tokenizer and length go together; choose the length where none was asked for."""
+    """Check that model, tokenizer and length are compatible; choose the length if none is given."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
-            f"--model {config.model}: its tokenizer has {len(tokenizer)} tokens and the model knows {rows}. "
-            "The two do not belong together."
+            f"--model {config.model}: its tokenizer has {len(tokenizer)} tokens and the model has {rows}. "
+            "Use the tokenizer of the model."
         )
     positions = getattr(model.config, "max_position_embeddings", None)
     if config.max_length is None:
