@@ -400,7 +400,7 @@ def test_a_sample_that_does_not_fit_is_named_with_its_length() -> None:
         engine.step((tokens, labels))
     assert str(raised.value) == (
         "sample 2 of the batch, 2,048 tokens long, does not fit in memory by itself (CUDA out of memory. Tried to "
-        "allocate 2.00 GiB). Shorten it, or use activation checkpointing, narrower weights or fewer trained "
+        "allocate 2.00 GiB). Shorten it, or use activation checkpointing, lower-precision weights or fewer trained "
         "parameters."
     )
 

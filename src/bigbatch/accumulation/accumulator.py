@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.noise_observer import NoiseObserver
-from bigbatch.accumulation.optimizer_update import NonFinite, OptimizerUpdate
+from bigbatch.accumulation.optimizer_update import NonFinite, OptimizerUpdate, optimizer_parameters
 from bigbatch.accumulation.pending_update import PendingUpdate, WindowContent, WindowState, never
 from bigbatch.accumulation.window import Window
 from bigbatch.batching.checks import check_count
@@ -20,7 +20,6 @@ from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import WindowStateError
-from bigbatch.gradients.gradient_sums import optimizer_parameters
 from bigbatch.types import CountItems, Items
 
 if TYPE_CHECKING:
@@ -154,12 +153,12 @@ class Accumulator:
                         totals = {**dict.fromkeys(names, 0), **_total_items(map(count_items, drawn))}
                 if drawn:
                     self.sync.set_padding_microbatch(drawn[-1])
-                num_everywhere, totals = self.agree_on_start(len(drawn), totals)
-                if not num_everywhere:
+                max_num_microbatches, totals = self.agree_on_start(len(drawn), totals)
+                if not max_num_microbatches:
                     break
                 names = tuple(totals or ())
                 own = drawn if draws_ahead else chain(drawn, islice(microbatches, num_microbatches - 1))
-                window = Window(self.open(WindowContent(own, num_everywhere, totals)))
+                window = Window(self.open(WindowContent(own, max_num_microbatches, totals)))
                 yield window
         finally:
             if window is not None:

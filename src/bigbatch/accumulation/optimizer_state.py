@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 _State: TypeAlias = dict[Tensor, dict[str, Any]]
 
 # Their ``_init_group`` creates the whole state, from constants. Rprop and ASGD start from the learning rate of the
-# first
-# step, SGD from the first gradient. Subclasses may do anything in their step.
+# first step, SGD from the first gradient. Subclasses may do anything in their step.
 _INIT_IS_CONSTANT = (
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -70,15 +69,15 @@ def init_optimizer_state(optimizer: "Optimizer") -> bool:
     needed = describe_bytes(_bytes(_first_state(optimizer, _without_data, fused=False)))
     raise MemoryLimitError(
         f"the state of {type(optimizer).__name__}, {needed}, does not fit in memory with the model ({message}). "
-        "Train fewer or narrower parameters, or use an optimizer with less state for each."
+        "Train fewer parameters or in lower precision, or use an optimizer with less state for each."
     )
 
 
 def _first_state(optimizer: "Optimizer", proxy: Callable[[Tensor], Tensor], **settings: Any) -> _State:
     """Run the optimizer state initialization on proxy tensors; no value is read."""
-    twin = object.__new__(type(optimizer))
-    vars(twin).update(vars(optimizer), state=defaultdict(dict))
-    num_lists = len(inspect.signature(twin._init_group).parameters) - 1  # type: ignore[attr-defined]
+    optimizer_copy = object.__new__(type(optimizer))
+    vars(optimizer_copy).update(vars(optimizer), state=defaultdict(dict))
+    num_lists = len(inspect.signature(optimizer_copy._init_group).parameters) - 1  # type: ignore[attr-defined]
     state: _State = {}
     for group in optimizer.param_groups:
         parameters = [p for p in group["params"] if _wants_state(optimizer, p)]
@@ -86,8 +85,8 @@ def _first_state(optimizer: "Optimizer", proxy: Callable[[Tensor], Tensor], **se
         for tensor in proxies:
             tensor.grad = tensor.detach()
         lists: list[list[Any]] = [[] for _ in range(num_lists)]
-        twin._init_group({**group, **settings, "params": proxies}, *lists)  # type: ignore[attr-defined]
-        state.update((p, twin.state[tensor]) for p, tensor in zip(parameters, proxies, strict=True))
+        optimizer_copy._init_group({**group, **settings, "params": proxies}, *lists)  # type: ignore[attr-defined]
+        state.update((p, optimizer_copy.state[tensor]) for p, tensor in zip(parameters, proxies, strict=True))
     return state
 
 

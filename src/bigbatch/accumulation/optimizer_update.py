@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.errors import MemoryLimitError, NonFiniteError, first_line
-from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums, optimizer_parameters
+from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
 from bigbatch.memory.usage import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -205,8 +205,9 @@ class OptimizerUpdate:
             message = first_line(error)
             raise MemoryLimitError(
                 f"memory ran out within the step of {type(self.optimizer).__name__} ({message}): some parameters may "
-                "be updated and others not. Return to a checkpoint, and leave more memory for the step: train fewer or "
-                "narrower parameters, or pass fused=True or foreach=False to the optimizer if it accepts them."
+                "be updated and others not. Return to a checkpoint, and leave more memory for the step: train fewer "
+                "parameters or in lower precision, or pass fused=True or foreach=False to the optimizer if it accepts "
+                "them."
             ) from error
         self.num_steps += 1
         if self.scheduler is not None:
@@ -256,3 +257,8 @@ def _check_scalable(optimizer: "Optimizer") -> None:
 
 def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def optimizer_parameters(optimizer: "Optimizer") -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -46,15 +45,15 @@ class WindowContent:
     """What a window will run, as far as it is known when it opens.
 
     Attributes:
-        own: One entry for each micro-batch of this rank, in order.
-        num_everywhere: The largest number of micro-batches on any rank.
+        microbatches: One entry for each micro-batch of this rank, in order.
+        max_num_microbatches: The largest number of micro-batches on any rank.
         totals: Global items of each term, for a loss of several terms.
-        tokens: Of this rank, without padding; None if unknown.
-        samples: Of this rank; None if unknown.
+        tokens: Number of tokens on this rank, without padding; None if unknown.
+        samples: Number of samples on this rank; None if unknown.
     """
 
-    own: Iterable[Any] = ()
-    num_everywhere: int = 0
+    microbatches: Iterable[Any] = ()
+    max_num_microbatches: int = 0
     totals: Mapping[str, Items] | None = None
     tokens: int | None = None
     samples: int | None = None
@@ -110,7 +109,8 @@ class PendingUpdate:
         self.loss_totals = LossTotals(content.totals, prescale=is_float16)
         self.sums = GradientSums(
             parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
-        ).__enter__()
+        )
+        self.sums.open()
         self._observer = observer
         if observer is not None and (is_float16 or content.totals is not None):
             observer.skip_window()
@@ -121,9 +121,7 @@ class PendingUpdate:
     def __enter__(self) -> "PendingUpdate":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
     @property
@@ -145,11 +143,13 @@ class PendingUpdate:
         Raises:
             WindowAbandonedError: It is dropped, in a single process; over several ranks `apply` raises it.
         """
-        own = self._content.own
-        if not isinstance(own, Sequence):
-            yield from map(Microbatch, own)  # drawn lazily: the number is not known
+        microbatches = self._content.microbatches
+        if not isinstance(microbatches, Sequence):
+            yield from map(Microbatch, microbatches)  # drawn lazily: the number is not known
             return
-        self._is_abandoned = yield from self._sync.turns(own, self._content.num_everywhere, should_abandon)
+        self._is_abandoned = yield from self._sync.turns(
+            microbatches, self._content.max_num_microbatches, should_abandon
+        )
         self._all_have_run = True
 
     def add(self, result: LossResult, *, counts: bool = True, only: Sequence[Tensor] | None = None) -> None:
@@ -209,11 +209,11 @@ class PendingUpdate:
         self._release(WindowState.CLOSED)
         items = self.loss_totals.items()
         read = iter(outcome.extra_scalars)
-        own = [next(read, 0.0) if isinstance(value, Tensor) else value for value in extra]
+        local = [next(read, 0.0) if isinstance(value, Tensor) else value for value in extra]
         noise = None
         if self._observer is not None:
             noise = self._observer.finish(
-                [own] if result is None else result.extra,
+                [local] if result is None else result.extra,
                 grad_norm=outcome.grad_norm,
                 items=items,
                 skipped=outcome.skipped is not None,
@@ -247,7 +247,7 @@ class PendingUpdate:
 
     def _release(self, state: WindowState) -> None:
         self.state = state
-        self.sums.__exit__(None, None, None)
+        self.sums.close()
         self._sync.end_window()
 
     def _require_open(self) -> None:

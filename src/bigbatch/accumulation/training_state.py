@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.accumulation.optimizer_update import OptimizerUpdate
-from bigbatch.gradients.gradient_sums import optimizer_parameters
+from bigbatch.accumulation.optimizer_update import OptimizerUpdate, optimizer_parameters
 from bigbatch.rng import random_states, set_random_states
 
 if TYPE_CHECKING:

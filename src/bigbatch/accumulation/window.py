@@ -49,7 +49,7 @@ class Window:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches added so far on this rank; those that only keep step with other ranks do not count."""
+        """Micro-batches added so far on this rank, without padding."""
         return self._pending.num_microbatches
 
     def backward(self, loss_sum: "Any | Mapping[str, tuple[Any, Items]]", *, items: "Items | None" = None) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from bigbatch.accumulation.optimizer_update import optimizer_parameters
 from bigbatch.autotune.fake_tensors import PredictionError as PredictionError
 from bigbatch.autotune.fake_tensors import (
     attention_without_dropout,
@@ -27,7 +28,7 @@ from bigbatch.autotune.fake_tensors import (
     fake_copies,
     proxy_device,
 )
-from bigbatch.gradients.gradient_sums import GradientSums, optimizer_parameters
+from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
 

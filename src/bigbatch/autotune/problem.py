@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bigbatch.accumulation.optimizer_update import optimizer_parameters
 from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.batching.plan import Cost
 from bigbatch.batching.split import Split
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
-from bigbatch.gradients.gradient_sums import optimizer_parameters
 from bigbatch.memory.allocation_tracker import tensors_in
 from bigbatch.types import Layout
 

@@ -5,6 +5,7 @@ from bigbatch.errors import BigbatchError, InputError, RestartError
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving
 START_AGAIN = 76  # sharded run out of memory: restarted, it continues with smaller micro-batches
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from bigbatch.cli.console import TrainingDisplay, duration
-from bigbatch.cli.exit_codes import DONE
+from bigbatch.cli.exit_codes import DONE, STOPPED
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.cli.torchrun import WatchdogCallback, watchdog
 from bigbatch.errors import InputError
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # A rank may receive one signal twice: from the scheduler, which signals every process, and from torchrun, which
 # forwards it. A second signal within this time counts as the same one.
 DUPLICATE_SIGNAL_S = 5.0
-
-STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving
 
 
 def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:

@@ -1,6 +1,6 @@
 """Messages between ranks, and functions that all ranks finish or fail together.
 
-Numbers and texts cross as tensors and JSON; nothing is pickled. An error crosses as its kind and its sentence.
+Numbers are sent as tensors and values as JSON; nothing is pickled. An error is sent as its class name and its message.
 """
 
 import json
@@ -17,7 +17,7 @@ from bigbatch.errors import CheckpointError, InputError, MemoryLimitError, RankF
 T = TypeVar("T")
 R = TypeVar("R")
 Failure: TypeAlias = tuple[str, str]
-"""The kind of an error, empty for one that only its own rank can raise again, and its sentence."""
+"""The class name of an error, empty if only its own rank can raise it, and its message."""
 
 Number: TypeAlias = float | Tensor
 """A number, or a 0-d tensor on any device."""
@@ -31,7 +31,7 @@ class RankGroup:
 
     Attributes:
         size: Number of ranks.
-        rank: Of this process among them.
+        rank: Rank of this process.
     """
 
     size = 1
@@ -153,7 +153,7 @@ def run_on_first_rank(ranks: RankGroup, function: Callable[[], T]) -> T:
     if ranks.rank == 0:
         try:
             result = function()
-        except BaseException as raised:  # noqa: BLE001, the other ranks wait to hear of it; raised below
+        except BaseException as raised:  # noqa: BLE001, the other ranks wait for the result; raised below
             failure, error = describe(raised), raised
     result, failure = ranks.broadcast([result, failure])
     if error is not None:
@@ -249,7 +249,7 @@ def _attempt(
 ) -> tuple[Any, Failure | None, BaseException | None]:
     try:
         return function(), None, None
-    except BaseException as error:  # noqa: BLE001, the other ranks wait to hear of it; raised by the caller
+    except BaseException as error:  # noqa: BLE001, the other ranks wait for the result; raised by the caller
         kind, sentence = describe(error, errors)
         if not kind:
             reason = os_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -47,7 +47,7 @@ class Microbatch:
 
     Attributes:
         content: The entry of the list that was passed to `GradientSync.turns`; or the padding micro-batch.
-        counts: Whether its loss and items count. False for padding, which keeps step with the other ranks.
+        counts: Whether its loss and items count. False for padding, which is run so that all ranks run equally many.
     """
 
     content: Any
@@ -55,7 +55,7 @@ class Microbatch:
 
 
 class GradientSync:
-    """Single-process synchronization: every method is a no-op. Base class of the distributed ones.
+    """Single-process synchronization: nothing is communicated. Base class of the distributed ones.
 
     Attributes:
         model: As passed by the user.
@@ -79,12 +79,12 @@ class GradientSync:
 
     @property
     def size(self) -> int:
-        """Ranks that hold different data."""
+        """Number of ranks that hold different data."""
         return self.ranks.size
 
     @property
     def rank(self) -> int:
-        """Of this process among them."""
+        """Rank of this process among them."""
         return self.ranks.rank
 
     @property
@@ -102,13 +102,13 @@ class GradientSync:
         """Set the micro-batch that is run in place of missing ones, on the device."""
 
     def turns(
-        self, own: Sequence[Any], num_everywhere: int, should_abandon: Callable[[], bool]
+        self, own: Sequence[Any], max_num_microbatches: int, should_abandon: Callable[[], bool]
     ) -> Generator[Microbatch, None, bool]:
         """Yield the micro-batches that this rank runs in a window.
 
         Args:
             own: One entry for each micro-batch of this rank.
-            num_everywhere: The largest number of them on any rank.
+            max_num_microbatches: The largest number of them on any rank.
             should_abandon: Called before each micro-batch.
 
         Returns:
@@ -141,7 +141,7 @@ class GradientSync:
         """Surround the backward of one micro-batch.
 
         Args:
-            counts: False if it only keeps step with other ranks: the gradient that enters the model is then zero.
+            counts: False for padding: the gradient that enters the model is then zero.
         """
         yield
 

@@ -104,16 +104,16 @@ class ShardedSync(MultiRankSync):
         self._clear_fsdp_state()
 
     def turns(
-        self, own: Sequence[Any], num_everywhere: int, should_abandon: Callable[[], bool]
+        self, own: Sequence[Any], max_num_microbatches: int, should_abandon: Callable[[], bool]
     ) -> Generator[Microbatch, None, bool]:
         """Yield this rank's micro-batches and then padding, as many as any rank has; also if the window is abandoned.
 
         The other ranks wait in the layers of the model, so no rank may stop early.
         """
         is_abandoned = False
-        for index in range(num_everywhere):
+        for index in range(max_num_microbatches):
             is_abandoned = should_abandon() or is_abandoned
-            self._set_reduction(is_last=index == num_everywhere - 1)
+            self._set_reduction(is_last=index == max_num_microbatches - 1)
             counts = index < len(own)
             yield Microbatch(own[index] if counts else self._padding_microbatch, counts)
         return is_abandoned

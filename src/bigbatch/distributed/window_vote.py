@@ -15,7 +15,7 @@ from bigbatch.distributed.gradient_sync import GradientSync
 from bigbatch.window_report import RanksReport
 
 MAX_TERMS = 8
-NUM_EXTRA = 3  # numbers of an observer
+NUM_EXTRA = 3  # scalars of the noise observer
 BITS = 48  # flags in one float64, which represents integers of 53 bits exactly
 NO_EXTRA = (math.nan, 0.0, 0.0)
 
@@ -51,7 +51,7 @@ class VoteResult:
         votes: One for each rank.
         terms: Global ``(items, loss_sum)`` of each term, in the order of the sorted names.
         has_gradient: For each parameter, whether it received a gradient on any rank.
-        extra: The observer's numbers of each rank.
+        extra: The scalars of the noise observer of each rank.
     """
 
     votes: tuple[RankVote, ...]
@@ -106,7 +106,7 @@ def to_numbers(
         vote: Of this rank.
         terms: Local ``(items, loss_sum)`` by name.
         has_gradient: For each parameter, whether it received a gradient on this rank.
-        extra: `NUM_EXTRA` numbers of an observer.
+        extra: `NUM_EXTRA` scalars of the noise observer.
 
     Raises:
         ValueError: There are more than `MAX_TERMS` terms.

@@ -38,7 +38,7 @@ def check_layout(layout: str, lengths: object, collate: object) -> Layout:
     """Return the layout if it is valid together with lengths= and collate=.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The layout is unknown, or needs an argument that is missing.
     """
     if layout == "packed" and (lengths is None or collate is None):
         missing = "lengths=, a function from the batch to the tokens of each sample" if lengths is None else "collate="
@@ -52,7 +52,7 @@ def check_graphs(cuda_graphs: bool, device: torch.device) -> None:
     """Validate cuda_graphs=.
 
     Raises:
-        ValueError: It is set, and the model is not on CUDA.
+        ValueError: The model is not on CUDA.
     """
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
@@ -62,7 +62,7 @@ def check_sharded(sync: GradientSync, microbatch: object, cuda_graphs: bool) -> 
     """Reject settings that sharded models do not support.
 
     Raises:
-        ValueError: One is set.
+        ValueError: A setting is not supported.
     """
     if not sync.runs_in_lockstep:
         return
@@ -79,7 +79,7 @@ def check_lengths(lengths: Sequence[int], num_samples: int) -> None:
     """Check that there is one length for each sample, each at least 1.
 
     Raises:
-        ValueError: There is not.
+        ValueError: Lengths and samples differ in number, or a length is below 1.
     """
     if len(lengths) != num_samples:
         raise ValueError(

@@ -46,7 +46,7 @@ class Engine:
             report = engine.step(batch)
 
     The gradient is Σ_i ∇loss_sum_i / Σ_i items_i over the micro-batches i of the batch: ``microbatch`` affects memory
-    and time, never the result. No gradient outlives a step.
+    and time, never the result. ``.grad`` is None after each step.
 
     Args:
         model: The module being trained; micro-batches are moved to the device of its first parameter.
@@ -223,9 +223,9 @@ class Engine:
                 rank.
 
         If memory runs out inside the window, the micro-batch that failed is run again, then in halves, and every sample
-        still counts once; the next windows use micro-batches smaller by 7 % (packed rows: by one of their sizes), which
-        grow back after 20 windows without out-of-memory. Any other error of ``loss_fn`` is raised, with the window
-        aborted and the gradients cleared. An empty batch is a window without items.
+        still counts once; the next windows use micro-batches that are 7 % smaller (packed: the next smaller row size),
+        and after 20 windows without out-of-memory larger ones again. Any other error of ``loss_fn`` is raised, with the
+        window aborted and the gradients cleared. An empty batch is a window without items.
 
         Raises:
             MemoryLimitError: A single sample does not fit in memory.
@@ -248,8 +248,8 @@ class Engine:
     @contextmanager
     def _open_window(self, batch: Any, should_stop: Callable[[], bool]) -> Iterator[PendingUpdate]:
         """Split the batch, agree with the other ranks, and open a window; discard it if it is not applied."""
-        agrees = self.sync.runs_in_lockstep or self.count_items is not None
-        with self.accumulator.fail_together(before_window=agrees):
+        needs_agreement = self.sync.runs_in_lockstep or self.count_items is not None
+        with self.accumulator.fail_together(before_window=needs_agreement):
             self.accumulator.prepare()
             lengths = self._lengths_of(batch)
             parts = self._split(batch, lengths)
@@ -257,11 +257,11 @@ class Engine:
             self.runner.prepare()
             if self.sync.needs_padding_microbatch and parts.groups:
                 self.sync.set_padding_microbatch(parts.take(parts.groups[-1][:1]))
-        num_everywhere = len(parts.groups)
-        if agrees:
-            num_everywhere, totals = self.accumulator.agree_on_start(num_everywhere, totals)
+        max_num_microbatches = len(parts.groups)
+        if needs_agreement:
+            max_num_microbatches, totals = self.accumulator.agree_on_start(max_num_microbatches, totals)
         tokens = None if lengths is None else sum(lengths)
-        content = WindowContent(parts.groups, num_everywhere, totals, tokens, parts.num_samples)
+        content = WindowContent(parts.groups, max_num_microbatches, totals, tokens, parts.num_samples)
         pending = self.accumulator.open(content, static_buffers=self.runner.static_buffers, should_stop=should_stop)
         source = Prefetcher(parts) if self.accumulator.device.type == "cuda" else nullcontext(parts)
         with pending, source as taken_from, self.runner.window(WindowInputs(self.loss_fn, taken_from.take, lengths)):

@@ -102,7 +102,7 @@ class OomRetry(MicrobatchRunner):
         length = "" if lengths is None else f", {lengths[sample]:,} tokens long,"
         raise MemoryLimitError(
             f"sample {sample} of the batch{length} does not fit in memory by itself ({message}). Shorten it, or use "
-            "activation checkpointing, narrower weights or fewer trained parameters."
+            "activation checkpointing, lower-precision weights or fewer trained parameters."
         )
 
     def _save(self) -> _State:

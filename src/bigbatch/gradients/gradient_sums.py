@@ -5,13 +5,13 @@ many small bfloat16 gradients to a large sum loses 1.1 % of it at 128 micro-batc
 agree. A hook moves every micro-batch gradient into its sum as soon as autograd has computed it, so that at most one
 gradient exists in the narrow dtype.
 
-Long because every rule about ``.grad`` is here: dtypes, foreign writes, retries, sparse gradients, leaves of the graph.
+Long because every rule about ``.grad`` is here: dtypes, writes by other code, retries, sparse gradients, leaves.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
+    pass
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
@@ -80,6 +80,11 @@ class GradientSums:
         self._tamper_check: tuple[Tensor, Tensor, int] | None = None
 
     def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def open(self) -> None:
+        """Clear all gradients, and start to sum."""
         self.clear()
         if self._static_buffers:
             torch._foreach_zero_(list(self._static_buffers.values()))
@@ -89,11 +94,14 @@ class GradientSums:
         half = (p for p in self.parameters if p.dtype in HALF_PRECISION_DTYPES and p.requires_grad)
         self._handles += [_on_accumulated(p, move) for p in half]
         self._unhook = finalize(self, _remove, self._handles)  # also of a window that is dropped without an end
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks and drop all sums and gradients."""
         self._unhook()
         self._static_buffers = {}  # their owner decides how long they live
         self.clear()
@@ -337,8 +345,3 @@ def _find_leaves(loss: Tensor, own: set[Tensor]) -> _GraphLeaves:
                 seen.add(child)
                 todo.append(child)
     return found
-
-
-def optimizer_parameters(optimizer: "Optimizer") -> list[Tensor]:
-    """Return the parameters of all groups of an optimizer, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

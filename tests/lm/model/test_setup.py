@@ -15,7 +15,7 @@ from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import IGNORED, collate
 from bigbatch.lm.device import DeviceSpec
-from bigbatch.lm.model import setup
+from bigbatch.lm.model import compilation, setup
 from bigbatch.lm.model.causal_attention import NAME
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
@@ -322,7 +322,7 @@ def test_what_compiles_wrong_is_left_out_with_a_note_under_auto(where: str, comp
     layers.set_checkpointing("selective")
     loss_fn, collator = CausalLMLoss(DOUBLE, needs_mask=False), lambda rows: collate(rows, pad_id=0)
     config = TrainConfig().resolved()
-    setup._compile(model, config, layers, loss_fn, collator, DOUBLE, LONGEST, notes)
+    compilation.compile_layers(model, config, layers, loss_fn, collator, DOUBLE, LONGEST, notes)
     assert (layers.is_compiled, layers.mode) == (False, "selective")
     (note,) = notes
     assert note.startswith("layers are not compiled: ")
@@ -338,7 +338,7 @@ def test_trying_a_compiler_leaves_the_model_and_the_random_state_as_they_were(ma
     random_state = torch.get_rng_state()
     collator = lambda rows: collate(rows, pad_id=0)  # noqa: E731
     arguments = (DecoderLayers(model), CausalLMLoss(DOUBLE), collator, DOUBLE, LONGEST, [])
-    setup._compile(model, TrainConfig().resolved(), *arguments)  # type: ignore[arg-type]
+    compilation.compile_layers(model, TrainConfig().resolved(), *arguments)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

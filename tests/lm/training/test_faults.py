@@ -625,8 +625,8 @@ def test_a_model_that_finds_no_room_is_one_sentence_and_is_saved_by_resume(
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "save_model", full)
         assert failed(1, ["train", *words(folder, base, "--out", str(run))], capfd) == (
-            f"{run}/model cannot be written: no space left on device. The checkpoints are whole: bigbatch resume {run} "
-            "goes on from there."
+            f"{run}/model cannot be written: no space left on device. The checkpoints are complete: continue "
+            f"from the last one with bigbatch resume {run}."
         )
     said(["resume", str(run)], capfd)
     assert differences(run, reference) == []

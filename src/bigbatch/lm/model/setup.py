@@ -24,17 +24,14 @@ from bigbatch.lm.model.causal_attention import (
 )
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
+from bigbatch.lm.model.compilation import compile_layers
 from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
-from bigbatch.lm.model.embedding_hook import embedded_tokens
 from bigbatch.lm.model.meta_model import with_adapters_on_cpu
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
 from bigbatch.lm.model.stand_in import stand_in
 from bigbatch.lm.model.weights import Weights
-from bigbatch.preserve import preserved
-from bigbatch.rng import seed_everything
 from bigbatch.types import Layout
-from bigbatch.verification.tolerances import COMPILED_TOLERANCE, COMPILED_TOLERANCE_HALF
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
     else:
         collator = partial(collate, pad_id=pad_id)
     if compiles:
-        _compile(model, config, layers, loss_fn, collator, device_spec, longest, notes)
+        compile_layers(model, config, layers, loss_fn, collator, device_spec, longest, notes)
     uses_cuda_graphs = captures_cuda_graphs(config, device_spec.device)
     return ModelSetup(model, loss_fn, collator, layout, layers, uses_cuda_graphs, tuple(notes))
 
@@ -263,66 +260,3 @@ def layers_of(model: Any, config: TrainConfig) -> DecoderLayers | None:
     if config.gradient_checkpointing != "auto":
         layers.set_checkpointing(config.gradient_checkpointing)
     return layers
-
-
-def _compile(
-    model: Any,
-    config: TrainConfig,
-    layers: DecoderLayers | None,
-    loss_fn: Any,
-    collator: Any,
-    device_spec: DeviceSpec,
-    longest: int,
-    notes: list[str],
-) -> None:
-    """Compile the layers, and check their loss and gradient against eager mode."""
-    why = "its layers are not those of transformers" if layers is None else None
-    if layers is not None:
-        microbatch = _trial(model, collator, device_spec, longest)
-        mode = layers.mode
-        layers.set_checkpointing("full")  # least memory, and it tests recomputation as well
-        before = _loss_and_gradient(model, loss_fn, microbatch)
-        layers.compile()
-        try:
-            after = _loss_and_gradient(model, loss_fn, microbatch)
-        except Exception as error:  # noqa: BLE001 - on any compiler error, the model runs eagerly
-            why = first_line(error)
-        else:
-            difference = max(_difference(new, old) for new, old in zip(after, before, strict=True))
-            tolerance = COMPILED_TOLERANCE_HALF if device_spec.is_half_precision else COMPILED_TOLERANCE
-            why = None if difference <= tolerance else f"its compiled results differ by {difference:.0e}"
-        layers.set_checkpointing(mode)
-        if why is not None:
-            layers.decompile()
-    if why is None:
-        return
-    if config.compile != "auto":
-        raise InputError(
-            f"--compile {config.compile} is not supported for {config.model}: {why}. Use --compile auto or none."
-        )
-    notes.append(f"layers are not compiled: {why}")
-
-
-def _trial(model: Any, collator: Any, device_spec: DeviceSpec, longest: int) -> dict[str, Tensor]:
-    """Create a micro-batch of three sequences, one of them of the largest length."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for length in (longest, max(1, longest // 2), max(1, longest // 3)):
-        tokens = torch.randint(vocabulary, (length,), generator=generator)
-        samples.append({"input_ids": tokens, "labels": tokens.roll(-1)})
-    return {name: tensor.to(device_spec.device) for name, tensor in collator(samples).items()}
-
-
-def _loss_and_gradient(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the loss and its gradient by the embedded tokens; the state of the model is restored."""
-    with preserved(model, parameters=False), embedded_tokens(model) as embedded:
-        seed_everything(0)
-        loss_sum = loss_fn(model, microbatch)[0]
-        (gradient,) = torch.autograd.grad(loss_sum, embedded[0])
-    return loss_sum.detach(), gradient
-
-
-def _difference(new: Tensor, old: Tensor) -> float:
-    size, difference = float(old.double().norm()), float((new.double() - old.double()).norm())
-    return difference / size if size else difference

@@ -227,8 +227,7 @@ class Trainer:
             session.directory.write_quarantine({"step": now.step, "reason": row["skipped"], "samples": sorted(window)})
         session.callback.on_update(row)
         is_last = now.step == self.total_steps
-        stopping = not is_last and should_stop()
-        if stopping:
+        if stopping := not is_last and should_stop():
             now.pending_metrics_row = row
             session.directory.write_metrics(row)
         else:
@@ -271,19 +270,16 @@ class Trainer:
             save_model(model, self.setup.tokenizer, directory.model)
         except (OSError, SafetensorError) as error:
             raise BigbatchError(
-                f"{directory.model} cannot be written: {os_reason(error)}. The checkpoints are whole: bigbatch resume "
-                f"{directory.path} goes on from there."
+                f"{directory.model} cannot be written: {os_reason(error)}. The checkpoints are complete: continue from "
+                f"the last one with bigbatch resume {directory.path}."
             ) from error
 
     def _update(self, step: int, window: list[int], session: _Session) -> tuple[MetricsRow, Callable[[], bool]]:
         """Run one update; return its metrics row and the stop condition, on which several ranks have agreed."""
         lr = float(self.scheduler.get_last_lr()[0])
+        batch = self.fetch(self.shard_window(window))
         try:
-            report = self.engine.step(
-                self.fetch(self.shard_window(window)),
-                should_abandon=session.should_abandon,
-                should_stop=session.should_stop,
-            )
+            report = self.engine.step(batch, should_abandon=session.should_abandon, should_stop=session.should_stop)
         except ShardedMemoryError as error:
             restart_smaller(error, self.engine.microbatch, self.setup, rank=self.ranks.rank)
         row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
