@@ -37,7 +37,7 @@ def disturb(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_parameters_gradients_buffers_modes_and_random_states_come_back(fails):
+def test_parameters_gradients_buffers_modes_and_rng_are_restored(fails):
     model = model_with_everything()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tensors = [*model.parameters(), *model.buffers()]
@@ -62,7 +62,7 @@ def test_parameters_gradients_buffers_modes_and_random_states_come_back(fails):
     assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), random_states[2], strict=True))
 
 
-def test_gradients_that_a_backward_adds_to_come_back():
+def test_gradients_accumulated_by_backward_are_restored():
     model = nn.Linear(2, 1)
     model.weight.grad = before = torch.ones(1, 2)
     with preserved(model):
@@ -71,7 +71,7 @@ def test_gradients_that_a_backward_adds_to_come_back():
     assert before.tolist() == [[1, 1]]
 
 
-def test_a_buffer_that_is_assigned_anew_comes_back():
+def test_reassigned_buffer_is_restored():
     """``self.count = self.count + 1`` binds another tensor to the buffer's name."""
 
     class Counter(nn.Module):

@@ -19,14 +19,14 @@ def run(code):
 PUBLIC = [name for name in bigbatch.__all__ if name != "__version__"]
 
 
-def test_all_names_what_the_design_promises():
+def test_all_lists_designed_names():
     assert {"Accumulator", "Engine", "verify", "Verification", "WindowReport", "WindowStateError"} <= set(PUBLIC)
     assert len(set(bigbatch.__all__)) == len(bigbatch.__all__)
     assert dir(bigbatch) == sorted(bigbatch.__all__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_loads_and_has_a_docstring(name):
+def test_every_public_name_loads_and_has_docstring(name):
     value = getattr(bigbatch, name)
     assert inspect.getdoc(value)
     assert not inspect.getdoc(value).startswith(f"{name}(")  # what a dataclass makes up
@@ -34,18 +34,18 @@ def test_every_public_name_loads_and_has_a_docstring(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isclass(getattr(bigbatch, name))])
-def test_every_public_member_has_a_docstring(name):
+def test_every_public_member_has_docstring(name):
     for member, value in vars(getattr(bigbatch, name)).items():
         if not member.startswith("_") and (callable(value) or isinstance(value, property)):
             assert inspect.getdoc(value), f"{name}.{member}"
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="module 'bigbatch' has no attribute 'Acumulator'"):
         bigbatch.Acumulator  # noqa: B018
 
 
-def test_verify_is_the_function_whatever_is_imported():
+def test_verify_stays_function_after_submodule_import():
     code = """
 import bigbatch.verification.verify
 import bigbatch.batching.plan
@@ -55,18 +55,18 @@ print(bigbatch.verify is verify, type(bigbatch.plan).__name__)
     assert run(code) == ["True", "function"]
 
 
-def test_importing_the_package_loads_neither_torch_nor_libraries_of_the_product():
+def test_importing_package_loads_no_torch_or_lm_library():
     heavy = ("torch", "numpy", "rich", "pydantic", "transformers", "tokenizers", "datasets", "peft", "safetensors")
     assert run(f"import sys, bigbatch; print(*[name for name in {heavy} if name in sys.modules])") == []
 
 
-def test_the_modules_of_states_and_records_do_not_import_torch():
+def test_state_and_record_modules_import_no_torch():
     modules = "bigbatch.scaling, bigbatch.memory.limit, bigbatch.batching.plan, bigbatch.window_report, bigbatch.errors"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert run(code) == ["False"]
 
 
-def test_the_whole_core_loads_no_library_but_torch():
+def test_core_loads_no_library_but_torch():
     heavy = ("rich", "pydantic", "transformers", "tokenizers", "datasets", "peft", "safetensors")
     code = f"""
 import sys
@@ -77,7 +77,7 @@ print(*[name for name in sys.modules if name.startswith(("bigbatch.lm", "bigbatc
     assert run(code) == []
 
 
-def test_the_errors_are_what_callers_catch():
+def test_errors_have_documented_base_classes():
     assert issubclass(bigbatch.WindowStateError, RuntimeError)
     assert issubclass(bigbatch.InputError, ValueError)
     assert issubclass(bigbatch.WindowStateError, bigbatch.BigbatchError)

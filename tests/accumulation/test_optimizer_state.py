@@ -128,7 +128,7 @@ def assert_same_state(found: dict[str, dict[str, Any]], expected: dict[str, dict
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_is_bitwise_what_it_is_without(name: str, dtype: torch.dtype) -> None:
+def test_training_after_preallocation_is_bit_identical(name: str, dtype: torch.dtype) -> None:
     lazy_model, lazy = make(name, dtype)
     model, optimizer = make(name, dtype)
     assert init_optimizer_state(optimizer)
@@ -144,7 +144,7 @@ def test_training_is_bitwise_what_it_is_without(name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_parameters_gradients_and_groups_are_left_as_they_are(name: str) -> None:
+def test_preallocation_leaves_parameters_gradients_and_groups_unchanged(name: str) -> None:
     model, optimizer = make(name)
     model.set_gradients(0)
     gradients = {parameter: p.grad for parameter, p in model.named_parameters()}
@@ -165,7 +165,7 @@ def test_parameters_gradients_and_groups_are_left_as_they_are(name: str) -> None
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_no_step_is_counted_and_what_is_frozen_gets_no_state(name: str) -> None:
+def test_preallocation_counts_no_step_and_skips_frozen_parameters(name: str) -> None:
     model, optimizer = make(name)
     init_optimizer_state(optimizer)
     state = named_state(model, optimizer)
@@ -175,7 +175,7 @@ def test_no_step_is_counted_and_what_is_frozen_gets_no_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_has_state_keeps_it(name: str) -> None:
+def test_existing_state_is_kept(name: str) -> None:
     """As after a resume: of the trained parameters only ``unused`` and ``late`` have none yet."""
     model, optimizer = make(name)
     take_steps(model, optimizer, 2)
@@ -190,7 +190,7 @@ def test_what_has_state_keeps_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_state_loads_over_it(name: str) -> None:
+def test_saved_state_loads_over_preallocated_state(name: str) -> None:
     trained_model, trained = make(name)
     take_steps(trained_model, trained)
     model, optimizer = make(name)
@@ -205,7 +205,7 @@ def test_a_saved_state_loads_over_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_optimizers_that_begin_otherwise_are_left_alone(name: str) -> None:
+def test_optimizers_with_other_initialization_are_skipped(name: str) -> None:
     kind, settings = LEFT_ALONE[name]
     model = nn.Linear(2, 3)
     optimizer = kind(model.parameters(), **settings)
@@ -214,7 +214,7 @@ def test_optimizers_that_begin_otherwise_are_left_alone(name: str) -> None:
     assert {id(p): dict(values) for p, values in optimizer.state.items()} == before
 
 
-def test_a_subclass_is_left_alone() -> None:
+def test_optimizer_subclass_is_skipped() -> None:
     model = nn.Linear(2, 3)
     optimizer = Stepping(model.parameters())
     assert init_optimizer_state(optimizer) is False
@@ -236,7 +236,7 @@ def test_complex_parameters_have_complex_state() -> None:
     assert found[0][1].is_complex()
 
 
-def test_parameters_without_data_or_without_shape_do_no_harm() -> None:
+def test_parameters_without_data_or_shape_are_accepted() -> None:
     model = nn.Sequential(nn.Linear(2, 3, device="meta"), nn.LazyLinear(4), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters())
     init_optimizer_state(optimizer)
@@ -248,7 +248,7 @@ def test_parameters_without_data_or_without_shape_do_no_harm() -> None:
     assert optimizer.state[model[2].weight]["step"] == 0
 
 
-def test_an_option_that_the_optimizer_refuses_is_its_own_error_and_leaves_nothing() -> None:
+def test_optimizer_error_passes_through_and_leaves_no_state() -> None:
     model = nn.Linear(2, 3, device="meta")
     optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(2))]}, {"params": model.parameters()}])
     optimizer.param_groups[1]["fused"] = True
@@ -272,7 +272,7 @@ def too_large(num_elements: int = 1 << 50) -> nn.Parameter:
         (torch.optim.Adafactor, {}, 1),
     ],
 )
-def test_state_that_does_not_fit_is_one_sentence_and_leaves_nothing(kind: Any, settings: Any, needed: int) -> None:
+def test_oversized_state_raises_one_sentence_and_is_freed(kind: Any, settings: Any, needed: int) -> None:
     small = nn.Parameter(torch.ones(3))
     optimizer = kind([{"params": [small]}, {"params": [too_large()]}], **settings)
     gibibytes = f"{needed * 4 * 2**20}.0 GiB"
@@ -285,7 +285,7 @@ def test_state_that_does_not_fit_is_one_sentence_and_leaves_nothing(kind: Any, s
     assert small.grad is None
 
 
-def test_an_update_prepares_once_and_again_after_it_did_not_fit() -> None:
+def test_update_prepares_once_and_again_after_failure() -> None:
     small, large = nn.Parameter(torch.ones(3)), too_large()
     optimizer = torch.optim.AdamW([small, large])
     update = OptimizerUpdate(optimizer)
@@ -301,7 +301,7 @@ def test_an_update_prepares_once_and_again_after_it_did_not_fit() -> None:
     assert not optimizer.state, "it does nothing from the second time on"
 
 
-def test_windows_after_it_are_bitwise_what_they_are_without() -> None:
+def test_windows_after_prepare_are_bit_identical() -> None:
     found = []
     for ahead in (False, True):
         torch.manual_seed(0)
@@ -327,7 +327,7 @@ def test_windows_after_it_are_bitwise_what_they_are_without() -> None:
         (torch.optim.RMSprop, {"capturable": True, "momentum": 0.9}),
     ],
 )
-def test_on_a_gpu_training_is_bitwise_what_it_is_without(kind: Any, settings: Any) -> None:
+def test_training_on_gpu_is_bit_identical(kind: Any, settings: Any) -> None:
     found = []
     for ahead in (False, True):
         model = Net().cuda()
@@ -343,7 +343,7 @@ def test_on_a_gpu_training_is_bitwise_what_it_is_without(kind: Any, settings: An
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_state_that_does_not_fit_leaves_the_memory_as_it_was() -> None:
+def test_oversized_state_on_gpu_leaves_memory_unchanged() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()

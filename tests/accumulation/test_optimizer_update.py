@@ -8,7 +8,7 @@ import bigbatch
 from support import full_batch_reference as ref
 
 
-def test_a_scheduler_that_needs_a_validation_loss_is_refused():
+def test_scheduler_that_needs_validation_loss_is_rejected():
     model = ref.make_model()
     optimizer = torch.optim.SGD(model.parameters())
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
@@ -19,13 +19,13 @@ def test_a_scheduler_that_needs_a_validation_loss_is_refused():
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
-def test_a_clipping_norm_that_is_no_norm_is_refused(limit):
+def test_invalid_clipping_norm_is_rejected(limit):
     model = ref.make_model()
     with pytest.raises(ValueError, match=f"max_grad_norm is {limit}: it must be above 0, or None"):
         bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), max_grad_norm=limit)
 
 
-def test_an_infinite_clipping_norm_does_not_clip():
+def test_infinite_clipping_norm_does_not_clip():
     model, batch = ref.make_model(), ref.ragged_batch(8)
     optimizer = ref.RecordingSGD(model)
     ref.step_by_engine(model, optimizer, batch, 3, max_grad_norm=float("inf"))
@@ -34,24 +34,24 @@ def test_an_infinite_clipping_norm_does_not_clip():
     assert ref.relative_error(ref.mean_of_means_gradient(model, ref.cut(batch, 3)), full) > 1e-3
 
 
-def test_what_is_no_optimizer_is_refused():
+def test_non_optimizer_is_rejected():
     model = ref.make_model()
     with pytest.raises(TypeError, match=r"optimizer is a list: pass a torch.optim.Optimizer"):
         bigbatch.Accumulator(model, list(model.parameters()))
 
 
-def test_what_is_no_module_is_refused():
+def test_non_module_is_rejected():
     model = ref.make_model()
     with pytest.raises(TypeError, match=r"model is a function: pass the torch.nn.Module"):
         bigbatch.Accumulator(lambda x: x, torch.optim.SGD(model.parameters()))
 
 
-def test_an_optimizer_over_other_parameters_is_refused():
+def test_optimizer_over_other_parameters_is_rejected():
     with pytest.raises(ValueError, match="none of the optimizer's parameters belongs to the model"):
         bigbatch.Accumulator(ref.make_model(), torch.optim.SGD(ref.make_model().parameters()))
 
 
-def test_a_scheduler_of_another_optimizer_is_refused():
+def test_scheduler_of_another_optimizer_is_rejected():
     model, other = ref.make_model(), ref.make_model()
     scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(other.parameters()), 1)
     with pytest.raises(ValueError, match="scheduler"):
@@ -59,7 +59,7 @@ def test_a_scheduler_of_another_optimizer_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["FullyShardedDataParallel", "DataParallel"])
-def test_a_wrapper_whose_gradients_no_window_can_add_to_is_refused(kind):
+def test_unsupported_wrapper_is_rejected(kind):
     class Wrapper(nn.Module):
         def __init__(self, module):
             super().__init__()
@@ -71,7 +71,7 @@ def test_a_wrapper_whose_gradients_no_window_can_add_to_is_refused(kind):
         bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()))
 
 
-def test_a_fused_optimizer_works_with_and_without_a_scaler():
+def test_fused_optimizer_works_with_and_without_scaler():
     inputs = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
 
     def train(size, **settings):
@@ -90,7 +90,7 @@ def test_a_fused_optimizer_works_with_and_without_a_scaler():
     assert ref.relative_error(train(2, scaler=torch.amp.GradScaler("cpu", init_scale=64.0)), full) <= 1e-5
 
 
-def test_a_model_without_parameters_trains_those_of_the_optimizer():
+def test_model_without_parameters_trains_optimizer_parameters():
     """Prompt tuning of a function: the module holds nothing."""
 
     class Function(nn.Module):
@@ -108,7 +108,7 @@ def test_a_model_without_parameters_trains_those_of_the_optimizer():
     assert torch.allclose(1 - prompt.detach(), 2 * rows.square().mean(0), rtol=1e-12)
 
 
-def test_an_empty_first_parameter_group_does_no_harm():
+def test_empty_first_parameter_group_is_accepted():
     model = nn.Linear(2, 1).double()
     optimizer = torch.optim.SGD([{"params": []}, {"params": list(model.parameters())}], lr=1.0)
     before = model.bias.detach().clone()
@@ -118,7 +118,7 @@ def test_an_empty_first_parameter_group_does_no_harm():
     assert torch.equal(before - 1, model.bias)
 
 
-def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_an_error_or_no_step():
+def test_loss_without_optimizer_parameters_raises_or_skips_step():
     """AdamW with no gradient at all does nothing: a step that changed nothing must not be reported as an update."""
     model = nn.ModuleDict({"trained": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
     optimizer = torch.optim.AdamW(model["trained"].parameters())
@@ -128,7 +128,7 @@ def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_an_error_or_no_ste
             engine.step(torch.ones(3, 1))
 
 
-def test_step_hooks_of_the_optimizer_see_the_divided_gradient_once():
+def test_optimizer_step_hooks_see_divided_gradient_once():
     model, batch = ref.make_model(), ref.ragged_batch(8)
     full = ref.full_gradient(model, batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -151,7 +151,7 @@ class RunningOut(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_out_of_memory_within_the_step_says_that_the_parameters_are_lost(scaled):
+def test_out_of_memory_in_step_reports_lost_parameters(scaled):
     model = nn.Linear(2, 1)
     optimizer = RunningOut(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -172,7 +172,7 @@ def test_out_of_memory_within_the_step_says_that_the_parameters_are_lost(scaled)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_other_errors_of_a_step_pass_through():
+def test_other_errors_in_step_pass_through():
     class Broken(torch.optim.SGD):
         def step(self, closure=None):
             raise RuntimeError("shapes do not match")

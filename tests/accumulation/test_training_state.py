@@ -91,7 +91,7 @@ def through_files(state: dict[str, Any]) -> Any:
     ],
     ids=["AdamW", "Adam", "SGD", "RMSprop", "Adafactor", "NAdam", "ASGD", "Rprop"],
 )
-def test_another_engine_goes_on_to_the_last_bit(
+def test_another_engine_resumes_bit_identically(
     make_optimizer: Callable[..., torch.optim.Optimizer], scaled: bool, carry: Callable[[Any], Any]
 ) -> None:
     one = an_engine(make_optimizer=make_optimizer, scaled=scaled)
@@ -109,7 +109,7 @@ def test_another_engine_goes_on_to_the_last_bit(
     assert equal(one.model.state_dict(), other.model.state_dict()), "statistics of batch norm are state as well"
 
 
-def test_state_that_was_loaded_stays_as_it_is_so_that_it_can_be_loaded_again() -> None:
+def test_loaded_state_is_unchanged_and_reloadable() -> None:
     engine = an_engine()
     engine.step(batches(1)[0])
     state = copy_to_cpu(engine.state_dict())
@@ -121,7 +121,7 @@ def test_state_that_was_loaded_stays_as_it_is_so_that_it_can_be_loaded_again() -
         assert equal(state, expected), "the step has written to the state that was loaded"
 
 
-def test_state_before_the_first_window_goes_on_as_well() -> None:
+def test_state_before_first_window_resumes() -> None:
     one, other = an_engine(), an_engine(seed=1)
     state = copy_to_cpu(one.state_dict())
     one.step(batches(1)[0])
@@ -130,14 +130,14 @@ def test_state_before_the_first_window_goes_on_as_well() -> None:
     assert equal(one.state_dict(), other.state_dict())
 
 
-def test_a_smaller_micro_batch_after_memory_ran_out_is_part_of_the_state() -> None:
+def test_reduced_microbatch_after_oom_is_saved_in_state() -> None:
     one, other = an_engine(microbatch=8), an_engine(microbatch=8, seed=1)
     one.microbatch_size.observe(retries=1)
     other.load_state_dict(through_files(one.state_dict()))
     assert [len(rows) for rows in other.groups([1] * 8)] == [7, 1]
 
 
-def test_another_micro_batch_is_kept_and_gives_the_same_update() -> None:
+def test_own_microbatch_survives_load_with_equal_update() -> None:
     engines = [an_engine(microbatch=size, seed=size) for size in (8, 3)]
     for engine in engines:
         engine.model.double().eval()
@@ -165,7 +165,7 @@ def test_another_micro_batch_is_kept_and_gives_the_same_update() -> None:
     ],
     ids=str,
 )
-def test_state_of_another_kind_is_refused_before_anything_changes(change: dict[str, Any], message: str) -> None:
+def test_state_of_another_kind_is_rejected_unchanged(change: dict[str, Any], message: str) -> None:
     one, other = an_engine(), an_engine(seed=1, **change)
     one.step(batches(1)[0])
     other.step(batches(1)[0])
@@ -176,7 +176,7 @@ def test_state_of_another_kind_is_refused_before_anything_changes(change: dict[s
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_state_with_more_or_fewer_tensors_is_refused_before_anything_changes(missing: bool) -> None:
+def test_state_with_other_tensor_count_is_rejected_unchanged(missing: bool) -> None:
     engine = an_engine()
     before = copy_to_cpu(engine.state_dict())
     state = copy_to_cpu(before)
@@ -236,7 +236,7 @@ def learned(engine: bigbatch.Engine) -> dict[str, Any]:
 
 @pytest.mark.parametrize("first", [True, False], ids=["first window", "later window"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_window_with_one_micro_batch_that_is_not_finite_is_skipped_whole(where: str, first: bool) -> None:
+def test_nonfinite_microbatch_skips_whole_window(where: str, first: bool) -> None:
     engine = an_engine(loss_fn=poisoned(where))
     if first:
         engine.accumulator.prepare()
@@ -252,7 +252,7 @@ def test_a_window_with_one_micro_batch_that_is_not_finite_is_skipped_whole(where
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_run_goes_on_as_if_the_skipped_window_had_done_nothing(where: str) -> None:
+def test_run_continues_as_without_skipped_window(where: str) -> None:
     skipping, plain = an_engine(loss_fn=poisoned(where)), an_engine()
     for engine in (skipping, plain):  # statistics and dropout go on in a window that is skipped
         engine.model.eval()
@@ -265,7 +265,7 @@ def test_a_run_goes_on_as_if_the_skipped_window_had_done_nothing(where: str) -> 
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_window_that_is_not_finite_raises_where_that_is_asked_for_and_changes_nothing(where: str) -> None:
+def test_nonfinite_window_raises_on_request_and_changes_nothing(where: str) -> None:
     engine = an_engine(loss_fn=poisoned(where), nonfinite="raise")
     engine.step(batches(1)[0])
     before = copy_to_cpu(learned(engine))
@@ -276,7 +276,7 @@ def test_a_window_that_is_not_finite_raises_where_that_is_asked_for_and_changes_
     assert engine.step(batches(1, first=2)[0]).skipped is None
 
 
-def test_a_scaler_backs_off_where_a_window_is_skipped() -> None:
+def test_scaler_backs_off_when_window_is_skipped() -> None:
     engine = an_engine(loss_fn=poisoned("gradient"), scaled=True)
     engine.step(batches(1)[0])
     before = copy_to_cpu(learned(engine))
@@ -285,7 +285,7 @@ def test_a_scaler_backs_off_where_a_window_is_skipped() -> None:
     assert equal(learned(engine), before)
 
 
-def test_a_window_that_is_given_up_in_the_middle_changes_nothing() -> None:
+def test_abandoned_window_changes_nothing() -> None:
     engine = an_engine()
     engine.step(batches(1)[0])
     before = copy_to_cpu(learned(engine))

@@ -24,7 +24,7 @@ def assert_clean(model):
     assert ref.hooks_of(model) == 0
 
 
-def test_a_window_goes_from_empty_over_accumulating_to_closed():
+def test_window_goes_from_empty_to_accumulating_to_closed():
     model, _, accumulator, parts = setup()
     window = accumulator.window(parts[:2])
     assert window.state is WindowState.EMPTY
@@ -39,7 +39,7 @@ def test_a_window_goes_from_empty_over_accumulating_to_closed():
     assert_clean(model)
 
 
-def test_step_twice_is_an_error_that_names_the_state():
+def test_second_step_raises_and_names_state():
     model, optimizer, accumulator, parts = setup()
     window = accumulator.window(parts[:2])
     fill(window, model)
@@ -51,7 +51,7 @@ def test_step_twice_is_an_error_that_names_the_state():
     assert len(optimizer.recorded) == 1
 
 
-def test_backward_after_step_is_an_error_and_adds_nothing():
+def test_backward_after_step_raises_and_adds_nothing():
     model, _, accumulator, parts = setup()
     window = accumulator.window(parts[:2])
     fill(window, model)
@@ -61,7 +61,7 @@ def test_backward_after_step_is_an_error_and_adds_nothing():
     assert_clean(model)
 
 
-def test_an_aborted_window_is_dropped_and_takes_nothing_more():
+def test_aborted_window_is_dropped_and_rejects_backward():
     model, optimizer, accumulator, parts = setup()
     window = accumulator.window(parts[:2])
     fill(window, model)
@@ -84,14 +84,14 @@ def test_abort_after_step_changes_nothing():
     assert window.state is WindowState.CLOSED
 
 
-def test_step_on_a_window_that_saw_nothing_changes_nothing():
+def test_step_on_empty_window_changes_nothing():
     _, optimizer, accumulator, _ = setup()
     report = accumulator.window().step()
     assert (report.skipped, report.num_microbatches, report.step) == ("no items", 0, 0)
     assert not optimizer.recorded
 
 
-def test_a_forgotten_step_is_an_error_at_the_next_window():
+def test_missing_step_raises_at_next_window():
     model, optimizer, accumulator, parts = setup()
 
     def loop():
@@ -106,7 +106,7 @@ def test_a_forgotten_step_is_an_error_at_the_next_window():
     assert_clean(model)
 
 
-def test_a_forgotten_step_on_the_very_last_window_is_an_error_too():
+def test_missing_step_on_last_window_raises():
     model, optimizer, accumulator, parts = setup()
 
     def loop():
@@ -121,7 +121,7 @@ def test_a_forgotten_step_on_the_very_last_window_is_an_error_too():
     assert_clean(model)
 
 
-def test_an_exception_in_the_loop_body_leaves_the_next_epoch_clean():
+def test_exception_in_loop_body_leaves_next_epoch_clean():
     model, optimizer, accumulator, parts = setup()
 
     def loop(fail):
@@ -141,7 +141,7 @@ def test_an_exception_in_the_loop_body_leaves_the_next_epoch_clean():
     assert ref.relative_error(ref.mean_of_means_gradient(model, parts), full) > 1e-3
 
 
-def test_a_loader_that_fails_in_mid_window_aborts_it_at_once():
+def test_loader_failure_inside_window_aborts_it():
     model, optimizer, accumulator, parts = setup()
 
     def loader():
@@ -157,7 +157,7 @@ def test_a_loader_that_fails_in_mid_window_aborts_it_at_once():
     assert optimizer.recorded == []
 
 
-def test_leaving_the_loop_in_mid_window_drops_that_window():
+def test_break_inside_window_drops_it():
     model, optimizer, accumulator, parts = setup()
     for window in accumulator.windows(parts, num_microbatches=4):
         window.backward(ref.loss_and_items(model, parts[0]))
@@ -167,7 +167,7 @@ def test_leaving_the_loop_in_mid_window_drops_that_window():
     assert not optimizer.recorded
 
 
-def test_closing_the_generator_drops_its_open_window():
+def test_closing_generator_drops_its_open_window():
     model, _, accumulator, parts = setup()
     windows = accumulator.windows(parts, num_microbatches=4)
     window = next(windows)
@@ -177,7 +177,7 @@ def test_closing_the_generator_drops_its_open_window():
     assert_clean(model)
 
 
-def test_closing_a_generator_leaves_a_window_that_is_not_its_own_alone():
+def test_closing_generator_leaves_foreign_window_open():
     model, optimizer, accumulator, parts = setup()
     windows = accumulator.windows(parts, num_microbatches=2)
     first = next(windows)
@@ -191,7 +191,7 @@ def test_closing_a_generator_leaves_a_window_that_is_not_its_own_alone():
     assert len(optimizer.recorded) == 2
 
 
-def test_an_old_generator_that_is_dropped_leaves_the_windows_of_the_new_one_alone():
+def test_dropped_old_generator_leaves_new_windows_open():
     """An endless loop that renews its generator: the old one is only freed when the name is bound again."""
     model, optimizer, accumulator, parts = setup()
     old = accumulator.windows(parts, num_microbatches=2)
@@ -205,7 +205,7 @@ def test_an_old_generator_that_is_dropped_leaves_the_windows_of_the_new_one_alon
     assert len(optimizer.recorded) == 2
 
 
-def test_nested_windows_of_one_accumulator_are_an_error_that_keeps_the_outer_one():
+def test_nested_window_raises_and_keeps_outer_one():
     model, optimizer, accumulator, parts = setup()
     outer = accumulator.window(parts[:2])
     fill(outer, model)
@@ -216,7 +216,7 @@ def test_nested_windows_of_one_accumulator_are_an_error_that_keeps_the_outer_one
     assert len(optimizer.recorded) == 1
 
 
-def test_a_second_window_by_hand_is_an_error_that_keeps_the_first():
+def test_second_manual_window_raises_and_keeps_first():
     model, optimizer, accumulator, parts = setup()
     first = accumulator.window(parts[:2])
     fill(first, model)
@@ -226,14 +226,14 @@ def test_a_second_window_by_hand_is_an_error_that_keeps_the_first():
     assert len(optimizer.recorded) == 1
 
 
-def test_an_open_window_without_a_micro_batch_gives_way_to_the_next():
+def test_open_window_without_microbatch_yields_to_next():
     _, _, accumulator, _ = setup()
     first, second = accumulator.window(), accumulator.window()
     assert first.state is WindowState.ABORTED
     assert second.state is WindowState.EMPTY
 
 
-def test_a_backward_that_fails_aborts_the_window():
+def test_failing_backward_aborts_window():
     model, optimizer, accumulator, parts = setup()
     window = accumulator.window()
     window.backward(ref.loss_and_items(model, parts[0]))
@@ -250,7 +250,7 @@ def test_a_backward_that_fails_aborts_the_window():
     assert not optimizer.recorded
 
 
-def test_a_step_that_fails_aborts_the_window_and_clears_the_gradients():
+def test_failing_step_aborts_window_and_clears_gradients():
     model, _, accumulator, parts = setup()
 
     class Failing(torch.optim.SGD):
@@ -268,7 +268,7 @@ def test_a_step_that_fails_aborts_the_window_and_clears_the_gradients():
 
 
 @pytest.mark.parametrize("num_microbatches", [0, -1])
-def test_a_window_of_no_micro_batch_is_refused_at_once(num_microbatches):
+def test_window_of_zero_microbatches_is_rejected(num_microbatches):
     _, _, accumulator, parts = setup()
     with pytest.raises(
         ValueError,
@@ -278,14 +278,14 @@ def test_a_window_of_no_micro_batch_is_refused_at_once(num_microbatches):
 
 
 @pytest.mark.parametrize("num_microbatches", [2.5, "4", None, True])
-def test_a_number_of_micro_batches_that_is_no_int_is_refused_with_its_name(num_microbatches):
+def test_non_integer_number_of_microbatches_is_rejected(num_microbatches):
     _, _, accumulator, parts = setup()
     with pytest.raises(TypeError, match="num_microbatches"):
         accumulator.windows(parts, num_microbatches=num_microbatches)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zeroing_the_gradients_within_a_window_is_not_silently_wrong(set_to_none):
+def test_zero_grad_inside_window_is_not_silently_wrong(set_to_none):
     """Users who change three lines forget the fourth: ``optimizer.zero_grad()`` drops what was summed."""
     model, optimizer, accumulator, parts = setup()
     window = accumulator.window()
@@ -298,7 +298,7 @@ def test_zeroing_the_gradients_within_a_window_is_not_silently_wrong(set_to_none
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_window_that_is_forgotten_leaves_no_hook_behind(dtype):
+def test_discarded_window_leaves_no_hook(dtype):
     """A notebook makes the accumulator anew; the parameters live on."""
     model = torch.nn.Linear(2, 1, dtype=dtype)
     inputs = torch.ones(3, 2, dtype=dtype)

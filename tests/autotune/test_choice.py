@@ -95,7 +95,7 @@ def steps(draw: st.DrawFn) -> tuple[Peaks, int]:
 
 @thoroughly
 @given(convex())
-def test_the_largest_is_found_within_three_percent_unless_looks_run_out(case: tuple[Peaks, int]) -> None:
+def test_largest_size_is_within_three_percent_of_optimum(case: tuple[Peaks, int]) -> None:
     peaks, usable = case
     found, best = largest_below(peaks, peaks.least, peaks.most, usable), peaks.largest_below(usable)
     assert peaks.function(found) <= usable
@@ -106,7 +106,7 @@ def test_the_largest_is_found_within_three_percent_unless_looks_run_out(case: tu
 
 @thoroughly
 @given(steps())
-def test_what_is_found_fits_where_the_peak_jumps_too(case: tuple[Peaks, int]) -> None:
+def test_chosen_size_fits_when_peak_jumps(case: tuple[Peaks, int]) -> None:
     peaks, usable = case
     found = largest_below(peaks, peaks.least, peaks.most, usable)
     assert peaks.function(found) <= usable
@@ -115,9 +115,7 @@ def test_what_is_found_fits_where_the_peak_jumps_too(case: tuple[Peaks, int]) ->
 
 @thoroughly
 @given(st.integers(0, 10**9), st.integers(1, 10**6), st.integers(1, 50), st.integers(51, 10**6))
-def test_of_one_line_the_very_largest_small_size_is_found_in_few_steps(
-    start: int, slope: int, best: int, most: int
-) -> None:
+def test_largest_size_on_linear_peak_needs_few_steps(start: int, slope: int, best: int, most: int) -> None:
     peaks = Peaks(lambda size: start + slope * size, 1, most)
     for usable in (peaks.function(best), peaks.function(best + 1) - 1):
         peaks.asked.clear()
@@ -126,26 +124,26 @@ def test_of_one_line_the_very_largest_small_size_is_found_in_few_steps(
 
 
 @pytest.mark.parametrize("best", [1, 2, 17, 101, 999])
-def test_where_the_update_takes_nearly_all_the_memory_what_fits_beside_it_is_found(best: int) -> None:
+def test_size_is_found_when_update_dominates_memory(best: int) -> None:
     """The peak is that of the update, for small sizes: the limit is near it everywhere."""
     peaks = Peaks(lambda size: max(10**9, 10**9 - 1000 * best + 1000 * size), 1, 1000)
     assert 0.97 * best - 1 <= largest_below(peaks, 1, 1000, 10**9 + 5) <= best
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (64, 64), (1, 2), (5, 1000)])
-def test_where_only_the_least_fits_it_is_found(least: int, most: int) -> None:
+def test_minimum_size_is_found_when_only_it_fits(least: int, most: int) -> None:
     peaks = Peaks(lambda size: size, least, most)
     assert largest_below(peaks, least, most, least) == least
     assert len(peaks.asked) <= 6
 
 
-def test_where_everything_fits_one_look_is_enough() -> None:
+def test_one_evaluation_is_enough_when_everything_fits() -> None:
     peaks = Peaks(lambda size: size, 1, 10**6)
     assert largest_below(peaks, 1, 10**6, 10**6) == 10**6
     assert peaks.asked == [10**6]
 
 
-def test_sizes_that_run_out_of_memory_may_be_infinite() -> None:
+def test_sizes_out_of_memory_may_have_infinite_peak() -> None:
     peaks = Peaks(lambda size: size if size <= 700 else 2**60, 1, 10**6)
     assert 600 <= largest_below(lambda size: peaks(size) if size <= 700 else float("inf"), 1, 10**6, 10**6) <= 700
 
@@ -166,7 +164,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 @thoroughly
 @given(LENGTHS, st.data())
-def test_no_micro_batch_of_a_size_takes_more_than_the_fullest(lengths: list[int], data: st.DataObject) -> None:
+def test_no_microbatch_exceeds_the_fullest_worst_case(lengths: list[int], data: st.DataObject) -> None:
     step = batch_of(lengths, uniform=False)
     size = data.draw(st.integers(step.longest_sample, len(lengths) * step.longest_sample))
     filled = step.usable_size(size)
@@ -179,7 +177,7 @@ def test_no_micro_batch_of_a_size_takes_more_than_the_fullest(lengths: list[int]
 
 @thoroughly
 @given(LENGTHS, st.data())
-def test_of_tensors_no_micro_batch_has_more_rows_than_the_fullest(lengths: list[int], data: st.DataObject) -> None:
+def test_tensor_microbatches_never_exceed_rows_of_worst_case(lengths: list[int], data: st.DataObject) -> None:
     step = batch_of(lengths, uniform=True)
     size = data.draw(st.integers(step.longest_sample, len(lengths) * step.longest_sample))
     (rows,) = step.worst_cases(size)
@@ -187,25 +185,25 @@ def test_of_tensors_no_micro_batch_has_more_rows_than_the_fullest(lengths: list[
     assert step.peek(rows).shape == (len(rows), max(lengths))
 
 
-def test_shorter_samples_that_fill_a_size_better_are_not_forgotten() -> None:
+def test_shorter_samples_that_fill_better_are_included() -> None:
     """Of 60 tokens only one fits into 119, and of 39, which few samples have, three."""
     step = batch_of([60] * 6 + [39] * 5, uniform=False)
     assert [step.size_of(rows) for rows in step.worst_cases(119)] == [60, 117]
     assert step.usable_size(119) == 117
 
 
-def test_short_rows_of_a_padded_tensor_are_as_wide_as_all() -> None:
+def test_short_rows_of_padded_tensor_count_full_width() -> None:
     step = batch_of([60] * 6 + [1] * 5, uniform=True)
     assert len(step.worst_cases(60)[0]) == 5
 
 
-def test_without_lengths_the_heaviest_sample_is_the_one_that_is_repeated() -> None:
+def test_worst_case_without_lengths_repeats_heaviest_sample() -> None:
     step = make_step(samples(3, 4, 50, 5), model=nn.Linear(1, 1))
     assert step.worst_cases(3) == [[2, 2, 2]]
     assert step.peek(step.worst_cases(3)[0]).shape == (3, 50)
 
 
-def test_without_lengths_the_rows_of_a_tensor_are_looked_at_and_not_copied() -> None:
+def test_tensor_rows_without_lengths_are_viewed_not_copied() -> None:
     batch = torch.ones(8, 5)
     step = make_step(batch, model=nn.Linear(1, 1))
     seen = step.peek(step.worst_cases(8)[0])
@@ -244,7 +242,7 @@ def measured(rows: list[Tensor] | Tensor, loss: Any = loss_fn, **kind: Any) -> i
 
 
 @pytest.mark.parametrize("best", [1, 2, 3, 7, 20])
-def test_the_largest_number_of_samples_that_fits_is_found_by_prediction(best: int) -> None:
+def test_prediction_finds_largest_sample_count_that_fits(best: int) -> None:
     choice = choose(make_step(tokens(32)), room_for(peak(best)))
     assert (choice.largest, choice.prediction_failure, choice.unit) == (best, None, "samples")
     assert choice.size <= best
@@ -253,7 +251,7 @@ def test_the_largest_number_of_samples_that_fits_is_found_by_prediction(best: in
 
 
 @pytest.mark.parametrize("best", [1, 2, 3, 7])
-def test_the_largest_number_of_tokens_that_fits_is_found_by_prediction(best: int) -> None:
+def test_prediction_finds_largest_token_count_that_fits(best: int) -> None:
     step = make_step(samples(*[24] * 8, *[5, 7, 11, 13] * 4), by_length=True)
     choice = choose(step, room_for(peak(best)))
     assert (choice.longest, choice.prediction_failure, choice.unit) == (24, None, "tokens")
@@ -262,7 +260,7 @@ def test_the_largest_number_of_tokens_that_fits_is_found_by_prediction(best: int
     assert choice.peak_bytes <= room_for(peak(best)).usable_bytes
 
 
-def test_a_whole_batch_that_fits_is_not_exceeded() -> None:
+def test_choice_never_exceeds_whole_batch() -> None:
     choice = choose(make_step(tokens(6)), AMPLE)
     assert choice.largest == 6
     assert choice.size <= 6
@@ -271,13 +269,13 @@ def test_a_whole_batch_that_fits_is_not_exceeded() -> None:
 
 
 @pytest.mark.parametrize("by_length", [True, False])
-def test_one_sample_is_a_batch(by_length: bool) -> None:
+def test_one_sample_is_a_valid_batch(by_length: bool) -> None:
     choice = choose(make_step(samples(24), by_length=by_length), AMPLE)
     assert choice.size == choice.largest == choice.longest == (24 if by_length else 1)
     assert [tried.size for tried in choice.trials] == [choice.size]
 
 
-def test_samples_of_a_list_without_lengths_are_weighed_by_the_heaviest() -> None:
+def test_list_samples_without_lengths_count_as_heaviest() -> None:
     """The first micro-batches are of short samples, and the last one, of long ones, must fit."""
     batch = samples(*[2] * 12, *[48] * 4)
     choice = choose(make_step(batch), room_for(peak(3, 48)))
@@ -285,7 +283,7 @@ def test_samples_of_a_list_without_lengths_are_weighed_by_the_heaviest() -> None
     assert measured(batch[-3:]) <= 1.01 * peak(3, 48)
 
 
-def test_padded_tensors_with_lengths_are_weighed_as_wide_as_they_are() -> None:
+def test_padded_tensors_with_lengths_count_full_width() -> None:
     lengths = [48] * 4 + [1] * 12
     padded = collate([*samples(*lengths)])
     model = make()
@@ -296,7 +294,7 @@ def test_padded_tensors_with_lengths_are_weighed_as_wide_as_they_are() -> None:
     assert measured(padded[:rows]) <= 1.01 * usable
 
 
-def test_the_figures_of_a_choice_fit_together() -> None:
+def test_figures_of_choice_are_consistent() -> None:
     step = make_step(samples(*range(5, 37)), by_length=True)
     choice = choose(step, room_for(peak(20, 36)))
     assert [tried.size for tried in choice.trials] == sorted({tried.size for tried in choice.trials})
@@ -315,7 +313,7 @@ def test_choice_survives_a_round_trip_through_json() -> None:
     assert MicrobatchChoice.from_dict(json.loads(json.dumps(asdict(choice)))) == choice
 
 
-def test_an_empty_batch_has_nothing_to_choose_from() -> None:
+def test_empty_batch_has_no_choice() -> None:
     for step in (make_step(tokens(1)[:0]), make_step([]), make_step([], by_length=True)):
         with pytest.raises(ValueError, match="empty") as raised:
             choose(step, AMPLE)
@@ -328,7 +326,7 @@ MEANS = (
 
 
 @pytest.mark.parametrize("by_length", [True, False])
-def test_a_sample_that_does_not_fit_is_refused_with_what_it_needs_before_it_is_run(by_length: bool) -> None:
+def test_predicted_oversized_sample_is_rejected_with_its_needs(by_length: bool) -> None:
     ran: list[type] = []
 
     def watched(model: nn.Module, tokens: Tensor) -> Any:
@@ -358,7 +356,7 @@ def selecting(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     return F.cross_entropy(logits, tokens[wanted], reduction="sum"), len(logits)
 
 
-def test_a_step_that_cannot_be_predicted_is_tried() -> None:
+def test_unpredictable_step_is_measured() -> None:
     batch = samples(*[24] * 12)
     usable = measured(batch[:5], selecting)
     choice = choose(make_step(batch, loss=selecting), room_for(usable))
@@ -369,7 +367,7 @@ def test_a_step_that_cannot_be_predicted_is_tried() -> None:
     assert measured(batch[: choice.largest], selecting) <= 1.01 * usable
 
 
-def test_a_step_that_cannot_be_predicted_counts_its_update_nevertheless() -> None:
+def test_unpredictable_step_counts_optimizer_update() -> None:
     """State and temporaries of the optimizer are no part of a micro-batch that is tried."""
     model = make(width=64)
     small = samples(2, 2)
@@ -382,7 +380,7 @@ def test_a_step_that_cannot_be_predicted_counts_its_update_nevertheless() -> Non
         choose(make_step(small, model=model, optimizer=optimizer, loss=selecting), room_for(4 * parameters))
 
 
-def test_a_sample_that_does_not_fit_when_it_is_tried_is_refused_with_what_it_took() -> None:
+def test_measured_oversized_sample_is_rejected_with_its_peak() -> None:
     room = room_for(300_000)
     with pytest.raises(MemoryLimitError) as raised:
         choose(make_step(samples(24, 3), loss=selecting, by_length=True), room)
@@ -404,12 +402,12 @@ def failing_above(rows: int) -> Any:
     return limited
 
 
-def test_a_size_that_was_predicted_to_fit_and_does_not_ends_the_search() -> None:
+def test_mispredicted_size_ends_search() -> None:
     choice = choose(make_step(tokens(32), loss=failing_above(1)), AMPLE)
     assert (choice.prediction_failure, choice.largest, choice.size) == (None, 1, 1)
 
 
-def test_a_size_that_runs_out_when_it_is_tried_is_too_large() -> None:
+def test_size_that_runs_out_when_tried_is_rejected() -> None:
     def limited(model: nn.Module, tokens: Tensor) -> Any:
         return selecting(model, tokens) if len(tokens) <= 5 else failing_above(5)(model, tokens)
 
@@ -419,7 +417,7 @@ def test_a_size_that_runs_out_when_it_is_tried_is_too_large() -> None:
 
 
 @pytest.mark.parametrize("loss", [loss_fn, selecting])
-def test_one_sample_that_runs_out_does_not_fit(loss: Any) -> None:
+def test_one_sample_out_of_memory_does_not_fit(loss: Any) -> None:
     def limited(model: nn.Module, tokens: Tensor) -> Any:
         return loss(model, tokens) if type(tokens) is not Tensor else failing_above(0)(model, tokens)
 
@@ -451,14 +449,14 @@ class Skipping(Decoder):
         return self.head(hidden)
 
 
-def test_a_prediction_that_one_sample_refutes_is_not_believed() -> None:
+def test_prediction_refuted_by_one_sample_is_discarded() -> None:
     choice = choose(make_step(tokens(8, 48), model=Skipping()), AMPLE)
     assert choice.prediction_failure is not None
     assert choice.prediction_failure.startswith("one sample was predicted to need ")
     assert " but needed " in choice.prediction_failure
 
 
-def test_a_loss_that_runs_another_model_than_it_is_given_is_tried() -> None:
+def test_loss_that_runs_another_model_is_measured() -> None:
     model = make(norm=True)
 
     def closed(_: nn.Module, tokens: Tensor) -> Any:
@@ -475,7 +473,7 @@ def test_a_loss_that_runs_another_model_than_it_is_given_is_tried() -> None:
         assert torch.equal(buffer, before[name])
 
 
-def test_a_loop_that_waits_for_a_value_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_that_waits_for_value_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from bigbatch.memory import allocation_tracker
 
     def waiting(model: nn.Module, tokens: Tensor) -> Any:
@@ -491,7 +489,7 @@ def test_a_loop_that_waits_for_a_value_is_tried(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, when it meets such a tensor
-def test_a_tensor_without_data_that_a_cache_kept_is_found_and_told() -> None:
+def test_cached_tensor_without_data_is_detected_and_reported() -> None:
     @lru_cache
     def weights(length: int) -> Tensor:
         return torch.ones(length)
@@ -509,7 +507,7 @@ def test_a_tensor_without_data_that_a_cache_kept_is_found_and_told() -> None:
     )
 
 
-def test_a_cache_within_the_model_does_no_harm() -> None:
+def test_cache_inside_model_is_accepted() -> None:
     class Cached(Decoder):
         weights: Tensor | None = None
 
@@ -539,7 +537,7 @@ class Keeping(torch.optim.SGD):
         super().step(closure)
 
 
-def test_an_optimizer_with_attributes_of_its_own_is_predicted_too() -> None:
+def test_optimizer_with_custom_attributes_is_predicted() -> None:
     model = make()
     optimizer = Keeping(model)
     choice = choose(make_step(tokens(4), model=model, optimizer=optimizer), AMPLE)
@@ -548,7 +546,7 @@ def test_an_optimizer_with_attributes_of_its_own_is_predicted_too() -> None:
     assert not optimizer.state
 
 
-def test_a_scheduler_neither_counts_a_step_nor_is_stepped_by_a_prediction() -> None:
+def test_prediction_neither_counts_nor_runs_scheduler_step() -> None:
     model = make()
     optimizer = adamw(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -569,7 +567,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], bool]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_other_optimizers_are_predicted_or_tried(name: str) -> None:
+def test_other_optimizers_are_predicted_or_measured(name: str) -> None:
     make_optimizer, predicted = OPTIMIZERS[name]
     model = make()
     choice = choose(make_step(tokens(4), model=model, optimizer=make_optimizer(model.parameters())), AMPLE)
@@ -577,7 +575,7 @@ def test_other_optimizers_are_predicted_or_tried(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_sparse_gradients_are_tried() -> None:
+def test_sparse_gradients_are_measured() -> None:
     model = nn.EmbeddingBag(VOCABULARY, 8, sparse=True)
     step = make_step(
         tokens(8),
@@ -591,7 +589,7 @@ def test_sparse_gradients_are_tried() -> None:
     assert choice.largest == 8
 
 
-def test_parameters_outside_of_the_model_keep_their_gradients() -> None:
+def test_parameters_outside_model_keep_their_gradients() -> None:
     model, scale = make(), nn.Parameter(torch.ones(()))
     scale.grad = torch.full((), 7.0)
     kept = scale.grad
@@ -607,7 +605,7 @@ def test_parameters_outside_of_the_model_keep_their_gradients() -> None:
     assert (kept.item(), scale.item()) == (7.0, 1.0)
 
 
-def test_random_numbers_that_a_collate_or_a_loss_draws_are_given_back() -> None:
+def test_random_state_after_collate_and_loss_is_restored() -> None:
     def drawing(model: nn.Module, tokens: Tensor) -> Any:
         random.random()
         torch.rand(3)
@@ -629,7 +627,7 @@ def test_random_numbers_that_a_collate_or_a_loss_draws_are_given_back() -> None:
 # what an engine holds besides -----------------------------------------------------------------------------------------
 
 
-def test_for_cuda_the_inputs_that_come_next_are_counted() -> None:
+def test_cuda_prediction_counts_prefetched_inputs() -> None:
     """Not only those that are computed with: while one micro-batch computes, the next is copied."""
 
     def predict(width: int, device: str) -> Any:
@@ -648,7 +646,7 @@ def test_for_cuda_the_inputs_that_come_next_are_counted() -> None:
         assert wide.forward_backward_bytes - narrow.forward_backward_bytes == images, device
 
 
-def test_copies_of_the_buffers_are_counted() -> None:
+def test_buffer_copies_are_counted() -> None:
     """The first micro-batch of a run keeps them, for when memory runs out."""
 
     def predict(*, buffers: int) -> Any:
@@ -664,7 +662,7 @@ def test_copies_of_the_buffers_are_counted() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_is_held_what_runs_and_the_update_are_told_apart(device: str) -> None:
+def test_resident_running_and_update_memory_are_separate(device: str) -> None:
     model = make()
     rehearsal = PeakPredictor.from_training(model, adamw(model), loss_fn, device=torch.device(device))
     prediction = rehearsal.predict(tokens(4))
@@ -675,7 +673,7 @@ def test_what_is_held_what_runs_and_the_update_are_told_apart(device: str) -> No
     assert rehearsal.predict_update() == prediction.phases["update"]
 
 
-def test_choices_of_the_same_step_know_the_same_peaks() -> None:
+def test_repeated_choices_predict_same_peaks() -> None:
     """What was predicted before changes nothing."""
     model = make(norm=True)
     step = make_step(tokens(8), model=model)

@@ -72,7 +72,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rows", [1, 16])
-def test_a_prediction_is_what_the_step_allocates(name: str, dtype: torch.dtype, rows: int) -> None:
+def test_prediction_equals_allocated_memory_of_step(name: str, dtype: torch.dtype, rows: int) -> None:
     if name == "Adafactor" and dtype == torch.bfloat16:
         pytest.skip("torch's Adafactor mixes dtypes for bfloat16 parameters")
     model = Decoder(dropout=0.1).to(dtype)
@@ -85,7 +85,7 @@ def test_a_prediction_is_what_the_step_allocates(name: str, dtype: torch.dtype, 
     assert predicted.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
 
 
-def test_one_row_peaks_in_the_update_and_many_in_the_backward() -> None:
+def test_one_row_peaks_in_update_many_in_backward() -> None:
     model = Decoder(width=256)
     rehearsal = PeakPredictor.from_training(model, OPTIMIZERS["foreach AdamW"](model.parameters()), loss_fn)
     assert rehearsal.predict(tokens(1, 4)).phase == "update"
@@ -93,7 +93,7 @@ def test_one_row_peaks_in_the_update_and_many_in_the_backward() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_prediction_is_within_one_percent_of_the_profilers_peak(tmp_path: Path) -> None:
+def test_prediction_is_within_one_percent_of_profiler_peak(tmp_path: Path) -> None:
     model = Decoder()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=16)
@@ -111,7 +111,7 @@ def test_a_prediction_is_within_one_percent_of_the_profilers_peak(tmp_path: Path
     assert predicted.peak_bytes == pytest.approx(peak, rel=0.01)
 
 
-def test_the_parts_add_up_and_say_what_they_are() -> None:
+def test_memory_parts_are_named_and_add_up() -> None:
     model = Decoder()
     prediction = PeakPredictor.from_training(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn).predict(
         tokens(16)
@@ -154,7 +154,7 @@ def test_tied_weights_count_once() -> None:
     assert parts["parameters"] == parts["gradients"] == parameters
 
 
-def test_nothing_of_the_model_or_the_optimizer_changes() -> None:
+def test_prediction_changes_neither_model_nor_optimizer() -> None:
     model = Decoder(dropout=0.5)
     optimizer = OPTIMIZERS["fused AdamW"](model.parameters())
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=2)
@@ -170,7 +170,7 @@ def test_nothing_of_the_model_or_the_optimizer_changes() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_on_meta_is_predicted_for_a_device_that_is_not_here() -> None:
+def test_meta_model_is_predicted_for_absent_device() -> None:
     with torch.device("meta"):
         model = Decoder(width=1024, vocabulary=50_000, layers=8)
     rehearsal = PeakPredictor.from_training(
@@ -182,7 +182,7 @@ def test_a_model_on_meta_is_predicted_for_a_device_that_is_not_here() -> None:
     assert prediction.parts["parameters"] == pytest.approx(parameters, rel=1e-3)
 
 
-def test_values_that_a_loss_reads_stand_in_as_one() -> None:
+def test_values_read_by_loss_are_replaced_by_one() -> None:
     def reading(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
         loss_sum, items = loss_fn(model, inputs)
         weight = 2.0 if inputs.float().mean().item() > 0 else 0.0
@@ -194,7 +194,7 @@ def test_values_that_a_loss_reads_stand_in_as_one() -> None:
     assert read.peak_bytes == pytest.approx(plain.peak_bytes, rel=0.01)
 
 
-def test_a_step_whose_shapes_depend_on_the_data_says_that_it_cannot_be_predicted() -> None:
+def test_step_with_data_dependent_shapes_reports_itself_unpredictable() -> None:
     def selecting(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
         chosen = inputs[inputs > 7]
         return F.cross_entropy(model(chosen[None])[0], chosen, reduction="sum"), len(chosen)
@@ -205,7 +205,7 @@ def test_a_step_whose_shapes_depend_on_the_data_says_that_it_cannot_be_predicted
         rehearsal.predict(tokens(4))
 
 
-def test_a_model_that_cannot_be_copied_says_so() -> None:
+def test_model_that_cannot_be_copied_reports_it() -> None:
     class Uncopied(Decoder):
         def __deepcopy__(self, memo: object) -> None:
             raise TypeError("I am the only one")
@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
         PeakPredictor.from_training(model, OPTIMIZERS["SGD"](model.parameters()), loss_fn)
 
 
-def test_a_wide_product_into_a_matrix_that_is_there_allocates_nothing() -> None:
+def test_wide_product_into_existing_matrix_allocates_nothing() -> None:
     cuda = torch.device("cuda")
     with FakeTensorMode(), AllocationTracker(cuda) as tracker:
         total, left = torch.empty(64, 64, device=cuda), torch.empty(64, 64, device=cuda, dtype=torch.bfloat16)

@@ -52,7 +52,7 @@ def requests(draw):
 
 @thoroughly
 @given(requests())
-def test_every_sample_is_in_one_micro_batch(request_):
+def test_every_sample_is_in_one_microbatch(request_):
     lengths, options = request_
     made = plan(lengths, **options)
     taken = [index for rank in made.microbatches for microbatch in rank for index in microbatch]
@@ -63,7 +63,7 @@ def test_every_sample_is_in_one_micro_batch(request_):
 
 @thoroughly
 @given(requests())
-def test_no_micro_batch_exceeds_the_limit(request_):
+def test_no_microbatch_exceeds_limit(request_):
     lengths, options = request_
     made = plan(lengths, **options)
     for microbatch in itertools.chain(*in_lengths(made)):
@@ -76,7 +76,7 @@ def test_no_micro_batch_exceeds_the_limit(request_):
 
 @thoroughly
 @given(requests())
-def test_ranks_have_equally_many_the_largest_first_and_empty_ones_last(request_):
+def test_ranks_have_equal_counts_largest_first_empty_last(request_):
     lengths, options = request_
     made = plan(lengths, **options)
     assert len(made.microbatches) == options["data_parallel_size"]
@@ -92,7 +92,7 @@ def test_ranks_have_equally_many_the_largest_first_and_empty_ones_last(request_)
 
 @thoroughly
 @given(requests(), st.randoms(use_true_random=False))
-def test_another_order_of_the_samples_changes_indices_alone(request_, source):
+def test_sample_order_changes_indices_only(request_, source):
     lengths, options = request_
     shuffled = source.sample(lengths, len(lengths))
     assert in_lengths(plan(shuffled, **options)) == in_lengths(plan(lengths, **options))
@@ -100,7 +100,7 @@ def test_another_order_of_the_samples_changes_indices_alone(request_, source):
 
 @thoroughly
 @given(requests())
-def test_the_same_request_gives_an_equal_plan_that_hashes_and_prints_alike(request_):
+def test_equal_requests_give_equal_plan_hash_and_repr(request_):
     lengths, options = request_
     first, second = plan(lengths, **options), plan(tuple(lengths), **options)
     assert first == second
@@ -109,7 +109,7 @@ def test_the_same_request_gives_an_equal_plan_that_hashes_and_prints_alike(reque
     assert first != plan([*lengths, 1], **options)
 
 
-def test_a_plan_does_not_depend_on_the_hash_seed():
+def test_plan_does_not_depend_on_hash_seed():
     call = "plan([7, 3, 3, 9, 1, 4] * 9, token_budget=20, data_parallel_size=4)"
     code = f"from bigbatch.batching.plan import plan; print({call}.microbatches)"
     told = {
@@ -129,7 +129,7 @@ def test_planning_loads_neither_torch_nor_numpy():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ranks", [1, 8])
-def test_a_hundred_thousand_lengths_are_planned_whole(layout, ranks):
+def test_hundred_thousand_lengths_are_planned_completely(layout, ranks):
     made = plan(heavy_tailed(100_000), token_budget=8192, layout=layout, data_parallel_size=ranks)
     taken = [index for rank in made.microbatches for microbatch in rank for index in microbatch]
     assert sorted(taken) == list(range(100_000))
@@ -161,7 +161,7 @@ def partitions(items):
 )
 @example([5, 5, 5, 5, 5, 5], 20, 0, 0)
 @example([20, 1, 1, 1, 1, 1, 1], 20, 1, 1)
-def test_the_cheapest_cut_is_the_cheapest_of_all_partitions(lengths, budget, per_group, per_pair):
+def test_cheapest_cut_is_minimum_over_all_partitions(lengths, budget, per_group, per_pair):
     lengths = sorted(lengths, reverse=True)
     row_costs = [Cost(0, 3, per_pair).of_row(length) for length in lengths]
     cut = cut_cheapest(row_costs, [budget // length for length in lengths], per_group=per_group)
@@ -175,7 +175,7 @@ def test_the_cheapest_cut_is_the_cheapest_of_all_partitions(lengths, budget, per
 
 @thoroughly
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(300, 3000), st.integers(0, 10**6))
-def test_the_cheapest_cut_equals_the_quadratic_recurrence(lengths, budget, per_group):
+def test_cheapest_cut_equals_quadratic_recurrence(lengths, budget, per_group):
     lengths = sorted(lengths, reverse=True)
     row_costs = [length * (50 + length) for length in lengths]
     best = [(0, 0)]
@@ -189,7 +189,7 @@ def test_the_cheapest_cut_equals_the_quadratic_recurrence(lengths, budget, per_g
 @pytest.mark.parametrize("number", [1, 50, 1000, 20_000])
 @pytest.mark.parametrize("budget", [2048, 8192, 65_536])
 @pytest.mark.parametrize("per_group", [0, 10**4, 10**6, 10**7, 10**9])
-def test_the_cheapest_cut_is_never_worse_than_filling_up(number, budget, per_group):
+def test_cheapest_cut_is_never_worse_than_greedy_filling(number, budget, per_group):
     lengths = sorted(heavy_tailed(number), reverse=True)
     row_costs = [Cost().of_row(length) for length in lengths]
     max_rows = [budget // length for length in lengths]
@@ -198,7 +198,7 @@ def test_the_cheapest_cut_is_never_worse_than_filling_up(number, budget, per_gro
     assert len(cheapest) >= len(full)
 
 
-def test_a_dear_micro_batch_gives_fewest_and_a_free_one_no_padding():
+def test_microbatch_cost_trades_count_against_padding():
     lengths = heavy_tailed(500)
     fewest = len(cut_full([8192 // length for length in sorted(lengths, reverse=True)]))
     assert plan(lengths, token_budget=8192, cost=Cost(10**12, 1, 0)).num_microbatches == fewest
@@ -209,7 +209,7 @@ def test_a_dear_micro_batch_gives_fewest_and_a_free_one_no_padding():
 
 @thoroughly
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(6, 40), st.integers(1, 12))
-def test_the_even_cut_has_the_least_dearest_group(lengths, budget, at_most):
+def test_even_cut_minimizes_largest_group_cost(lengths, budget, at_most):
     lengths = sorted(lengths, reverse=True)
     max_rows = [budget // length for length in lengths]
     cuts = (
@@ -231,7 +231,7 @@ def test_the_even_cut_has_the_least_dearest_group(lengths, budget, at_most):
 
 
 @pytest.mark.parametrize("number", [1, 7, 8, 9, 40])
-def test_a_fixed_size_is_kept_by_sorted_neighbours(number):
+def test_fixed_size_groups_sorted_neighbours(number):
     made = plan(heavy_tailed(number), microbatch_size=8)
     sizes = sorted(map(len, made.microbatches[0]), reverse=True)
     assert sizes == [8] * (number // 8) + [number % 8] * bool(number % 8)
@@ -242,7 +242,7 @@ def test_a_fixed_size_is_kept_by_sorted_neighbours(number):
 # Packed: best-fit-decreasing
 
 
-def test_packed_stays_within_one_percent_of_the_bound_on_heavy_tails():
+def test_packed_heavy_tails_stay_near_lower_bound():
     # Bound: a micro-batch holds at most `budget` tokens, so no packing has fewer than ⌈tokens / budget⌉.
     for seed, number, budget in itertools.product(range(5), (2_000, 20_000), (4096, 5000, 8192, 16_384)):
         lengths = heavy_tailed(number, seed)
@@ -251,7 +251,7 @@ def test_packed_stays_within_one_percent_of_the_bound_on_heavy_tails():
         assert bound <= made.num_microbatches <= max(1.01 * bound, bound + 1)  # below 100, one more is above 1 %
 
 
-def test_packed_batches_of_one_update_need_at_most_one_more_than_the_bound():
+def test_packed_update_exceeds_bound_by_at_most_one():
     for seed, number, budget in itertools.product(range(100), (50, 256, 1000), (4096, 8192)):
         lengths = sorted(heavy_tailed(number, seed), reverse=True)
         assert len(pack_best_fit(lengths, budget)) <= -(-sum(lengths) // budget) + 1
@@ -259,7 +259,7 @@ def test_packed_batches_of_one_update_need_at_most_one_more_than_the_bound():
 
 @thoroughly
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 60))
-def test_best_fit_chooses_as_a_search_through_all_groups_would(lengths, budget):
+def test_best_fit_equals_search_through_all_groups(lengths, budget):
     lengths = sorted(lengths, reverse=True)
     rooms = []
     for length in lengths:
@@ -273,7 +273,7 @@ def test_best_fit_chooses_as_a_search_through_all_groups_would(lengths, budget):
 
 @thoroughly
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 60), st.integers(1, 12))
-def test_the_even_packing_keeps_the_cap_or_declines(lengths, budget, number):
+def test_even_packing_keeps_cap_or_declines(lengths, budget, number):
     lengths = sorted(lengths, reverse=True)
     packed = pack_evenly(lengths, budget, num_groups=number)
     if packed is not None:
@@ -283,7 +283,7 @@ def test_the_even_packing_keeps_the_cap_or_declines(lengths, budget, number):
         assert max(sums) - min(sums) <= lengths[0]
 
 
-def test_packed_rows_of_a_fixed_size_hold_about_as_many_tokens():
+def test_packed_rows_of_fixed_size_have_similar_tokens():
     made = plan(heavy_tailed(800), microbatch_size=8, layout="packed")
     sums = [sum(microbatch) for microbatch in in_lengths(made)[0]]
     assert len(sums) == 100
@@ -295,7 +295,7 @@ def test_packed_rows_of_a_fixed_size_hold_about_as_many_tokens():
 
 @thoroughly
 @given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 9))
-def test_a_deal_leaves_hands_no_further_apart_than_the_widest_layer(costs, num_hands):
+def test_distribution_spread_is_bounded_by_widest_layer(costs, num_hands):
     costs.sort(reverse=True)
     hands = distribute(costs, num_hands)
     assert sorted(i for hand in hands for i in hand) == list(range(len(costs)))
@@ -311,7 +311,7 @@ def lockstep_tokens(made):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_even_grouping_replaces_empty_micro_batches_where_it_is_cheaper(layout):
+def test_even_grouping_replaces_empty_microbatches_when_cheaper(layout):
     lengths = [100] * 36  # nine full micro-batches for eight ranks: two rounds, the second nearly empty
     made = plan(lengths, token_budget=400, data_parallel_size=8, layout=layout)
     assert made.num_microbatches == 2
@@ -319,19 +319,19 @@ def test_an_even_grouping_replaces_empty_micro_batches_where_it_is_cheaper(layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_wait_for_one_another_for_less_than_a_tenth_of_the_tokens(layout):
+def test_ranks_idle_for_less_than_tenth_of_tokens(layout):
     made = plan(heavy_tailed(256, seed=264), token_budget=8192, data_parallel_size=8, layout=layout)
     assert lockstep_tokens(made) <= 1.1 * made.padded_tokens / 8  # 1.3 if the groups for one rank were dealt
 
 
-def test_groups_are_joined_where_one_round_less_is_cheaper():
+def test_groups_are_merged_when_fewer_rounds_are_cheaper():
     lengths = heavy_tailed(64, seed=67)
     alone = plan(lengths, token_budget=8192)
     together = plan(lengths, token_budget=8192, data_parallel_size=3)
     assert (alone.num_microbatches, together.num_microbatches) == (7, 2)  # 7 on 3 ranks would take 3 rounds
 
 
-def test_a_size_asked_for_is_kept_where_it_fits_the_ranks_and_not_exceeded_elsewhere():
+def test_requested_size_is_kept_or_lowered_for_ranks():
     kept = plan(heavy_tailed(57), microbatch_size=8, data_parallel_size=4)
     assert sorted(len(microbatch) for rank in kept.microbatches for microbatch in rank) == [1, *[8] * 7]
     uneven = plan([100] * 36, microbatch_size=8, data_parallel_size=4)
@@ -340,13 +340,13 @@ def test_a_size_asked_for_is_kept_where_it_fits_the_ranks_and_not_exceeded_elsew
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fewer_samples_than_ranks_leave_empty_micro_batches(layout):
+def test_fewer_samples_than_ranks_leave_empty_microbatches(layout):
     made = plan([5, 3], token_budget=8, data_parallel_size=4, layout=layout)
     assert made.microbatches == (((0,),), ((1,),), ((),), ((),))
     assert made.padded_tokens == 8
 
 
-def test_ties_go_to_the_lower_index():
+def test_ties_go_to_lower_index():
     assert plan([4] * 5, microbatch_size=2).microbatches == (((0, 1), (2, 3), (4,)),)
     assert plan([4] * 4, token_budget=8, data_parallel_size=2, layout="packed").microbatches in (
         (((0, 1),), ((2, 3),)),
@@ -357,7 +357,7 @@ def test_ties_go_to_the_lower_index():
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("limit", [{"token_budget": 8}, {"microbatch_size": 8}])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_empty_batch_is_a_plan_without_micro_batches(ranks, limit, layout):
+def test_empty_batch_has_plan_without_microbatches(ranks, limit, layout):
     made = plan([], data_parallel_size=ranks, layout=layout, **limit)
     assert made.microbatches == ((),) * ranks
     assert (made.num_microbatches, made.tokens, made.padded_tokens, made.largest_tokens) == (0, 0, 0, 0)
@@ -368,7 +368,7 @@ def test_an_empty_batch_is_a_plan_without_micro_batches(ranks, limit, layout):
 # What goes in
 
 
-def test_arrays_and_tensors_of_lengths_are_taken():
+def test_length_arrays_and_tensors_are_accepted():
     torch = pytest.importorskip("torch")
     expected = plan([3, 1, 2], token_budget=4)
     for lengths in ((3, 1, 2), array.array("i", [3, 1, 2]), torch.tensor([3, 1, 2]), list(torch.tensor([3, 1, 2]))):
@@ -396,7 +396,7 @@ def test_arrays_and_tensors_of_lengths_are_taken():
         ([1], {"token_budget": 8, "layout": None}, r"layout is None"),
     ],
 )
-def test_wrong_values_are_told_with_the_nearest_legal_one(lengths, options, message):
+def test_invalid_values_are_reported_with_nearest_legal_one(lengths, options, message):
     with pytest.raises(ValueError, match=message):
         plan(lengths, **options)
 
@@ -419,12 +419,12 @@ def test_wrong_values_are_told_with_the_nearest_legal_one(lengths, options, mess
         ([1], {"token_budget": 8, "cost": 5}, r"cost is 5: pass a Cost\(per_microbatch="),
     ],
 )
-def test_wrong_types_are_told_by_name(lengths, options, message):
+def test_invalid_types_are_reported_by_name(lengths, options, message):
     with pytest.raises(TypeError, match=message):
         plan(lengths, **options)
 
 
-def test_a_cost_takes_whole_numbers_alone():
+def test_cost_accepts_only_integers():
     with pytest.raises(TypeError, match=r"Cost.per_pair is 0.5: it must be an int. Only the ratios matter"):
         Cost(1, 1, 0.5)
     with pytest.raises(ValueError, match=r"Cost.per_token is 0: it must be at least 1"):
@@ -436,7 +436,7 @@ def test_a_cost_takes_whole_numbers_alone():
 # What it looks like
 
 
-def test_a_plan_draws_itself():
+def test_plan_draws_itself():
     assert str(plan([10, 9, 5, 4, 1], token_budget=20, cost=Cost(1, 1, 0))).splitlines() == [
         "5 sequences, 29 tokens, padded",
         "3 micro-batches, at most 20 tokens each",
@@ -451,7 +451,7 @@ def test_a_plan_draws_itself():
     ]
 
 
-def test_a_packed_plan_of_several_ranks_draws_its_budget_and_its_empty_micro_batches():
+def test_packed_plan_drawing_shows_budget_and_empty_microbatches():
     assert str(plan([7, 5], token_budget=8, data_parallel_size=3, layout="packed")).splitlines() == [
         "2 sequences, 12 tokens, packed",
         "1 micro-batch on each of 3 ranks, at most 8 tokens each",
@@ -469,7 +469,7 @@ def test_a_packed_plan_of_several_ranks_draws_its_budget_and_its_empty_micro_bat
 
 @thoroughly
 @given(requests())
-def test_a_drawing_is_bounded_in_lines_and_columns(request_):
+def test_drawing_is_bounded_in_lines_and_columns(request_):
     lengths, options = request_
     lines = str(plan(lengths, **options)).splitlines()
     assert len(lines) <= 26
@@ -477,7 +477,7 @@ def test_a_drawing_is_bounded_in_lines_and_columns(request_):
     assert not any(line != line.rstrip() for line in lines)
 
 
-def test_a_drawing_of_many_shows_the_first_and_the_last():
+def test_long_drawing_shows_first_and_last():
     made = plan(heavy_tailed(20_000), token_budget=131_072, data_parallel_size=64)
     lines = str(made).splitlines()
     assert max(map(len, lines)) <= 80
@@ -486,7 +486,7 @@ def test_a_drawing_of_many_shows_the_first_and_the_last():
     assert any(line.split()[0] == f"63:{made.num_microbatches - 1}" for line in lines if line)
 
 
-def test_the_repr_of_a_plan_is_short():
+def test_plan_repr_is_short():
     made = plan(heavy_tailed(1000), token_budget=4096)
     assert isinstance(made, Plan)
     assert repr(made) == "Plan(layout='padded', token_budget=4096, microbatch_size=None, data_parallel_size=1)"

@@ -17,7 +17,7 @@ def column(samples: int, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("groups", [[], [[4, 0]], [[3], [1, 2, 0], [4]]])
-def test_every_micro_batch_is_that_of_the_split(groups: list[list[int]]) -> None:
+def test_every_microbatch_equals_split(groups: list[list[int]]) -> None:
     parts = split_into({"a": column(5, 2), "b": [column(5), None]}, groups, device=CPU)
     with Prefetcher(parts) as feed:
         taken = [feed.take(rows) for rows in parts.groups]
@@ -26,7 +26,7 @@ def test_every_micro_batch_is_that_of_the_split(groups: list[list[int]]) -> None
     ]
 
 
-def test_what_is_no_tensor_comes_as_it_is() -> None:
+def test_non_tensors_pass_through_unchanged() -> None:
     def collate(samples: list[str]) -> tuple[object, ...]:
         return torch.tensor([len(sample) for sample in samples]), samples, len(samples), None, {"first": samples[0]}
 
@@ -39,7 +39,7 @@ def test_what_is_no_tensor_comes_as_it_is() -> None:
     assert second[1:] == (["ccc"], 1, None, {"first": "ccc"})
 
 
-def test_on_the_cpu_a_micro_batch_is_collated_in_its_own_turn_and_kept_by_nobody() -> None:
+def test_cpu_microbatch_is_collated_lazily_and_not_kept() -> None:
     alive: list[int] = []
 
     class Part(list):
@@ -67,7 +67,7 @@ class Holder:
         self.held = held
 
 
-def test_on_the_cpu_micro_batches_are_views_of_the_batch() -> None:
+def test_cpu_microbatches_are_views_of_batch() -> None:
     batch = column(6, 2)
     parts = split(batch, 3, device=CPU)
     with Prefetcher(parts) as feed:
@@ -75,7 +75,7 @@ def test_on_the_cpu_micro_batches_are_views_of_the_batch() -> None:
     assert pointers == {batch.untyped_storage().data_ptr()}
 
 
-def test_other_rows_are_taken_too_and_any_number_of_times() -> None:
+def test_any_rows_can_be_taken_repeatedly() -> None:
     parts = split(column(5), 3, device=CPU)
     with Prefetcher(parts) as feed:
         for rows in [parts.groups[0], range(2), range(2, 3), parts.groups[0], parts.groups[1], [4, 1]]:
@@ -83,7 +83,7 @@ def test_other_rows_are_taken_too_and_any_number_of_times() -> None:
     assert feed.take(range(1, 4)).tolist() == [1, 2, 3]
 
 
-def test_an_error_of_collate_comes_from_the_rows_it_is_about() -> None:
+def test_collate_error_comes_from_its_rows() -> None:
     def collate(samples: list[int]) -> Tensor:
         if 3 in samples:
             raise ValueError("no three")
@@ -98,7 +98,7 @@ def test_an_error_of_collate_comes_from_the_rows_it_is_about() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is pinned memory")
-def test_without_pinned_memory_a_tensor_is_copied_from_where_it_is() -> None:
+def test_tensor_without_pinned_memory_is_copied_directly() -> None:
     tensor = torch.ones(3)
     assert _pin(tensor) is tensor
 
@@ -119,5 +119,5 @@ def test_without_pinned_memory_a_tensor_is_copied_from_where_it_is() -> None:
         (3, False),
     ],
 )
-def test_only_ordinary_tensors_on_the_host_are_copied_ahead(leaf: object, expected: bool) -> None:
+def test_only_plain_host_tensors_are_prefetched(leaf: object, expected: bool) -> None:
     assert _is_plain_host_tensor(leaf) is expected

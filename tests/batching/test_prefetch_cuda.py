@@ -61,7 +61,7 @@ class Counting:
     ],
 )
 @pytest.mark.parametrize("groups", [[], [[2, 0]], [range(3), range(3, 6), range(6, 7)], [[6], [1, 5, 0], [2, 4, 3]]])
-def test_every_micro_batch_is_that_of_the_split(batch: Any, groups: list[Sequence[int]]) -> None:
+def test_every_microbatch_equals_split(batch: Any, groups: list[Sequence[int]]) -> None:
     parts = split_into(batch, groups, device=DEVICE)
     for part, rows in zip(take_all(parts), groups, strict=True):
         expected = parts.take(rows)
@@ -76,13 +76,13 @@ def test_every_micro_batch_is_that_of_the_split(batch: Any, groups: list[Sequenc
                 assert torch.equal(found, wanted)
 
 
-def test_channels_last_stays_channels_last() -> None:
+def test_channels_last_format_is_kept() -> None:
     batch = column(6, 4, 3, 2).contiguous(memory_format=torch.channels_last)
     for part in take_all(split(batch, 2, device=DEVICE)):
         assert part.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_what_the_feed_does_not_copy_ahead_still_comes_to_the_device() -> None:
+def test_values_not_prefetched_still_reach_device() -> None:
     def collate(samples: list[int]) -> dict[str, Any]:
         return {
             "plain": torch.tensor(samples),
@@ -103,7 +103,7 @@ def test_what_the_feed_does_not_copy_ahead_still_comes_to_the_device() -> None:
         assert (part["text"], part["count"], part["none"]) == ([str(row) for row in rows], 2, None)
 
 
-def test_samples_are_collated_once_in_order_and_one_micro_batch_ahead() -> None:
+def test_samples_are_collated_once_one_microbatch_ahead() -> None:
     collate = Counting()
     parts = split(list(range(5)), 2, device=DEVICE, collate=collate)
     with Prefetcher(parts) as feed:
@@ -114,7 +114,7 @@ def test_samples_are_collated_once_in_order_and_one_micro_batch_ahead() -> None:
     assert collate.calls == [[0, 1], [2, 3], [4]]
 
 
-def test_a_batch_that_is_on_the_device_is_not_touched_ahead() -> None:
+def test_batch_on_device_is_not_prefetched() -> None:
     batch = column(6, 4).to(DEVICE)
     parts = split(batch, 2, device=DEVICE)
     with Prefetcher(parts) as feed:
@@ -134,7 +134,7 @@ def test_a_batch_that_is_on_the_device_is_not_touched_ahead() -> None:
         assert feed.take(parts.groups[1]).tolist() == [2, 3]
 
 
-def test_rows_that_run_again_are_taken_by_themselves_and_the_next_ones_come_in_their_turn() -> None:
+def test_repeated_rows_do_not_disturb_prefetch_order() -> None:
     collate = Counting()
     parts = split(list(range(6)), 2, device=DEVICE, collate=collate)
     with Prefetcher(parts) as feed:
@@ -150,7 +150,7 @@ def test_rows_that_run_again_are_taken_by_themselves_and_the_next_ones_come_in_t
     assert collate.calls == [[0, 1], [2, 3], [0, 1], [0], [1], [2, 3], [4, 5]]
 
 
-def test_an_error_ahead_comes_in_the_turn_of_its_rows() -> None:
+def test_prefetch_error_is_raised_at_its_rows() -> None:
     errors = [(3, ValueError("no three")), (3, ValueError("still no three"))]
     parts = split(list(range(6)), 2, device=DEVICE, collate=Counting(errors))
     with Prefetcher(parts) as feed:
@@ -173,7 +173,7 @@ def at_most(num_bytes: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
-def test_running_out_of_memory_ahead_counts_in_the_turn_of_the_rows() -> None:
+def test_prefetch_oom_is_raised_at_its_rows() -> None:
     def collate(samples: list[int]) -> Tensor:
         return torch.full((samples[0] * MIB,), samples[0], dtype=torch.uint8)
 
@@ -189,7 +189,7 @@ def test_running_out_of_memory_ahead_counts_in_the_turn_of_the_rows() -> None:
 
 @pytest.mark.parametrize("sleep", [0, SHORT])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_no_copy_is_read_too_early_or_overwritten_too_early(sleep: int, pinned: bool) -> None:
+def test_no_copy_is_read_or_overwritten_too_early(sleep: int, pinned: bool) -> None:
     batch = torch.arange(16, dtype=torch.int32)[:, None].repeat(1, 2 * MIB)
     parts = split(batch.pin_memory() if pinned else batch, 1, device=DEVICE)
     sums = []
@@ -205,7 +205,7 @@ def test_no_copy_is_read_too_early_or_overwritten_too_early(sleep: int, pinned: 
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_memory_that_was_given_back_is_not_written_by_a_copy_under_way(again: bool) -> None:
+def test_freed_memory_is_not_written_by_pending_copy(again: bool) -> None:
     torch.cuda.empty_cache()  # so that what is given back is what the next one gets
     batch = torch.ones(2, 64 * MIB, dtype=torch.int8).pin_memory()
     parts = split(batch, 1, device=DEVICE)
@@ -225,7 +225,7 @@ def test_memory_that_was_given_back_is_not_written_by_a_copy_under_way(again: bo
     assert first.all()
 
 
-def test_the_next_micro_batch_is_copied_while_this_one_computes_and_the_host_waits_for_neither() -> None:
+def test_next_copy_overlaps_compute_without_host_wait() -> None:
     parts = split(torch.ones(3, MIB), 1, device=DEVICE)
     take_all(parts)  # the first pinned memory of a size may wait for the device
     torch.cuda.synchronize()
@@ -240,7 +240,7 @@ def test_the_next_micro_batch_is_copied_while_this_one_computes_and_the_host_wai
     torch.cuda.synchronize()
 
 
-def test_the_device_holds_two_micro_batches_however_far_the_host_is_ahead() -> None:
+def test_device_holds_at_most_two_microbatches() -> None:
     size = 32 * MIB
     parts = split(torch.zeros(12, size, dtype=torch.uint8), 1, device=DEVICE)
     take_all(split(torch.zeros(12, size, dtype=torch.uint8), 1, device=DEVICE))
@@ -275,7 +275,7 @@ def ragged(rows: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("collated", [False, True])
-def test_no_micro_batch_waits_for_the_device(collated: bool) -> None:
+def test_no_microbatch_waits_for_device(collated: bool) -> None:
     model, batch = mlp(), ragged(32)
     accumulator = bigbatch.Accumulator(model, torch.optim.AdamW(model.parameters(), fused=True))
     if collated:
@@ -305,7 +305,7 @@ class RecordingSGD(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("fails", [None, 0, 1, 2])
-def test_an_engine_counts_every_sample_once_also_when_memory_runs_out(fails: int | None) -> None:
+def test_engine_counts_every_sample_once_despite_oom(fails: int | None) -> None:
     model, batch = mlp(), ragged(10)
     loss_sum, items = loss_fn(model, tuple(tensor.to(DEVICE) for tensor in batch))
     expected = torch.autograd.grad(loss_sum / items, list(model.parameters()))

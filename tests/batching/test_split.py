@@ -19,7 +19,7 @@ def column(samples, *shape):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 30), st.integers(1, 40))
-def test_every_sample_comes_once_in_order_in_micro_batches_of_the_size_asked_for(samples, size):
+def test_every_sample_comes_once_in_requested_size(samples, size):
     parts = split(column(samples), size, device=CPU)
     taken = list(parts)
     assert len(parts) == len(taken) == -(-samples // size)
@@ -40,7 +40,7 @@ def test_every_sample_comes_once_in_order_in_micro_batches_of_the_size_asked_for
         collections.OrderedDict(a=column(5)),
     ],
 )
-def test_a_pytree_keeps_its_structure(batch):
+def test_pytree_structure_is_kept(batch):
     parts = list(split(batch, 2, device=CPU))
     leaves = torch.utils._pytree.tree_leaves(batch)
     assert len(parts) == 3
@@ -53,27 +53,27 @@ def test_a_pytree_keeps_its_structure(batch):
         assert isinstance(part, dict) or type(part) is type(batch)
 
 
-def test_micro_batches_are_views_not_copies():
+def test_microbatches_are_views_not_copies():
     batch = column(6, 2)
     (first, _) = split(batch, 3, device=CPU)
     assert first.untyped_storage().data_ptr() == batch.untyped_storage().data_ptr()
 
 
-def test_the_output_of_a_tokenizer_is_cut_like_a_dict():
+def test_tokenizer_output_is_split_like_dict():
     transformers = pytest.importorskip("transformers")
     batch = transformers.BatchEncoding({"input_ids": column(5, 3), "attention_mask": column(5, 3)})
     parts = list(split(batch, 2, device=CPU))
     assert [part["input_ids"].tolist() for part in parts] == [part.tolist() for part in column(5, 3).split(2)]
 
 
-def test_the_output_of_a_tokenizer_is_cut_within_a_tuple_too():
+def test_tokenizer_output_inside_tuple_is_split():
     transformers = pytest.importorskip("transformers")
     batch = (transformers.BatchEncoding({"input_ids": column(5, 3)}), column(5))
     parts = list(split(batch, 2, device=CPU))
     assert [part[0]["input_ids"].tolist() for part in parts] == [part.tolist() for part in column(5, 3).split(2)]
 
 
-def test_a_list_of_samples_is_collated_one_micro_batch_at_a_time():
+def test_sample_list_is_collated_one_microbatch_at_time():
     samples = ["a", "bb", "ccc", "dddd", "eeeee"]
     collated = []
 
@@ -87,12 +87,12 @@ def test_a_list_of_samples_is_collated_one_micro_batch_at_a_time():
     assert collated == [["a", "bb"], ["ccc", "dddd"], ["eeeee"]]
 
 
-def test_no_sample_makes_no_micro_batch():
+def test_no_samples_give_no_microbatch():
     assert list(split(column(0, 3), 2, device=CPU)) == []
     assert list(split([], 2, device=CPU, collate=torch.stack)) == []
 
 
-def test_tensors_that_disagree_are_named_with_their_sizes():
+def test_tensors_of_different_size_are_reported_with_sizes():
     with pytest.raises(
         ValueError, match=r"batch\['a'\] has 5, batch\['b'\]\[0\] has 4. Dimension 0 must be the sample"
     ):
@@ -112,25 +112,25 @@ def test_tensors_that_disagree_are_named_with_their_sizes():
         ((torch.tensor(1.0), None), "the batch contains no tensor with a sample dimension"),
     ],
 )
-def test_what_cannot_be_cut_is_a_type_error_that_names_it(batch, message):
+def test_unsplittable_value_raises_type_error_naming_it(batch, message):
     with pytest.raises(TypeError, match=message):
         split(batch, 2, device=CPU)
 
 
-def test_arrays_are_refused_by_their_name():
+def test_arrays_are_rejected_by_name():
     numpy = pytest.importorskip("numpy")
     with pytest.raises(TypeError, match=r"batch\['x'\] is a ndarray.*Pass tensors"):
         split({"x": numpy.zeros((4, 2))}, 2, device=CPU)
 
 
 @pytest.mark.parametrize("batch", ["abc", iter([1, 2]), {"a": 1}, torch.ones(3)])
-def test_collate_needs_a_list(batch):
+def test_collate_requires_list(batch):
     with pytest.raises(TypeError, match="with collate= the batch must be a list of samples, not a"):
         split(batch, 2, device=CPU, collate=list)
 
 
 @pytest.mark.parametrize("microbatch", [0, -3])
-def test_no_sample_a_micro_batch_is_refused(microbatch):
+def test_microbatch_of_zero_samples_is_rejected(microbatch):
     with pytest.raises(
         ValueError, match=f"microbatch is {microbatch}: it must be at least 1, the samples of one micro-batch"
     ):
@@ -138,6 +138,6 @@ def test_no_sample_a_micro_batch_is_refused(microbatch):
 
 
 @pytest.mark.parametrize("microbatch", [True, 2.5, "2", None])
-def test_a_micro_batch_that_is_no_int_is_refused(microbatch):
+def test_non_integer_microbatch_is_rejected(microbatch):
     with pytest.raises(TypeError, match=f"microbatch is {microbatch!r}: it must be an int"):
         split(column(5), microbatch, device=CPU)

@@ -36,14 +36,14 @@ def laid_out(lengths: list[int], group: tuple[int, ...], layout: str) -> int:
 @example(512)
 @example(1023)
 @example(2**40 - 1)
-def test_a_size_holds_its_tokens_with_less_than_an_eighth_of_filling(tokens: int) -> None:
+def test_rounded_size_pads_less_than_one_eighth(tokens: int) -> None:
     size = round_up_row(tokens)
     assert tokens <= size < tokens + max(MIN_ROW_STEP, tokens / SIZES_PER_DOUBLING + 1)
     assert size % MIN_ROW_STEP == 0
 
 
 @given(TOKENS)
-def test_a_size_is_its_own_size_in_both_directions(tokens: int) -> None:
+def test_rounded_size_is_its_own_fixed_point(tokens: int) -> None:
     size = round_up_row(tokens)
     assert round_up_row(size) == round_down_row(size) == size
 
@@ -52,7 +52,7 @@ def test_a_size_is_its_own_size_in_both_directions(tokens: int) -> None:
 @example(63)
 @example(64)
 @example(512)
-def test_the_size_below_is_the_largest_that_is_no_more(tokens: int) -> None:
+def test_size_below_is_largest_not_greater(tokens: int) -> None:
     below = round_down_row(tokens)
     if tokens < MIN_ROW_STEP:
         assert below == tokens
@@ -63,13 +63,13 @@ def test_the_size_below_is_the_largest_that_is_no_more(tokens: int) -> None:
 
 
 @given(TOKENS, TOKENS)
-def test_more_tokens_never_have_a_smaller_size(one: int, other: int) -> None:
+def test_more_tokens_never_have_smaller_size(one: int, other: int) -> None:
     fewer, more = sorted((one, other))
     assert round_up_row(fewer) <= round_up_row(more)
     assert round_down_row(fewer) <= round_down_row(more)
 
 
-def test_the_sizes_are_those_of_the_docstring_and_few() -> None:
+def test_sizes_match_docstring_and_are_few() -> None:
     sizes = sorted({round_up_row(tokens) for tokens in range(1, 2**16 + 1)})
     assert sizes == sorted({round_down_row(tokens) for tokens in range(MIN_ROW_STEP, 2**16 + 1)})
     assert sizes[:9] == [64, 128, 192, 256, 320, 384, 448, 512, 576]
@@ -86,9 +86,7 @@ def test_the_sizes_are_those_of_the_docstring_and_few() -> None:
 
 @LAYOUTS
 @given(lengths=LENGTHS, size=st.integers(1, 1200))
-def test_every_sample_is_in_one_group_and_none_is_above_the_size_but_a_single_one(
-    layout: str, lengths: list[int], size: int
-) -> None:
+def test_groups_partition_samples_and_only_singles_exceed_size(layout: str, lengths: list[int], size: int) -> None:
     groups = group_by_tokens(lengths, size, layout=layout)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(groups)
@@ -98,9 +96,7 @@ def test_every_sample_is_in_one_group_and_none_is_above_the_size_but_a_single_on
 
 @LAYOUTS
 @given(lengths=LENGTHS, size=st.integers(1, 1200))
-def test_longer_samples_come_first_each_alone_and_change_nothing_for_the_others(
-    layout: str, lengths: list[int], size: int
-) -> None:
+def test_longer_samples_come_first_without_affecting_others(layout: str, lengths: list[int], size: int) -> None:
     groups = group_by_tokens(lengths, size, layout=layout)
     longer = [i for i, length in enumerate(lengths) if length > size]
     alone, others = groups[: len(longer)], groups[len(longer) :]
@@ -112,7 +108,7 @@ def test_longer_samples_come_first_each_alone_and_change_nothing_for_the_others(
 
 @LAYOUTS
 @given(lengths=LENGTHS, size=st.integers(1, 1200), seed=st.integers(0, 9))
-def test_the_same_lengths_in_any_order_are_grouped_alike(layout: str, lengths: list[int], size: int, seed: int) -> None:
+def test_grouping_does_not_depend_on_sample_order(layout: str, lengths: list[int], size: int, seed: int) -> None:
     groups = group_by_tokens(lengths, size, layout=layout)
     assert group_by_tokens(tuple(lengths), size, layout=layout) == groups
     shuffled = random.Random(seed).sample(lengths, len(lengths))
@@ -121,7 +117,7 @@ def test_the_same_lengths_in_any_order_are_grouped_alike(layout: str, lengths: l
 
 
 @given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=60), size=st.integers(400, 1200))
-def test_packed_groups_come_largest_first_and_are_not_many(lengths: list[int], size: int) -> None:
+def test_packed_groups_come_largest_first_and_are_few(lengths: list[int], size: int) -> None:
     groups = group_by_tokens(lengths, size, layout="packed")
     tokens = [laid_out(lengths, group, "packed") for group in groups]
     assert tokens == sorted(tokens, reverse=True)
@@ -136,5 +132,5 @@ def test_packed_rows_are_no_more_than_padded_ones(lengths: list[int], size: int)
     assert len(packed) <= len(padded)
 
 
-def test_no_samples_are_no_groups() -> None:
+def test_no_samples_give_no_groups() -> None:
     assert group_by_tokens([], 8, layout="packed") == group_by_tokens([], 8) == ()

@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # what is understood ----------------------------------------------------------------------------------------------
 
 
-def test_no_words_are_the_defaults():
+def test_no_arguments_give_defaults():
     assert parse("train", []) == (TrainConfig(),)
     assert parse("plan", []) == (TrainConfig(), PlanOptions())
     assert parse("verify", []) == (TrainConfig(), VerifyOptions())
@@ -61,7 +61,7 @@ def test_flags_of_every_kind_reach_their_fields():
     )
 
 
-def test_how_much_is_in_memory_at_once_is_said_in_several_ways():
+def test_microbatch_size_has_several_flags():
     assert config_of("--microbatch", "Auto") == TrainConfig(microbatch="auto")
     assert config_of("--microbatch=4", "--memory", "80%") == TrainConfig(microbatch=4, memory="80%")
     assert config_of("--memory", "24 GiB").memory == "24 GiB"
@@ -69,17 +69,17 @@ def test_how_much_is_in_memory_at_once_is_said_in_several_ways():
     assert config == TrainConfig(token_budget=4096, gpu="a100-40gb", gradient_checkpointing=True, steps=3)
 
 
-def test_a_value_may_hold_an_equals_sign():
+def test_value_may_contain_equals_sign():
     assert config_of("--sample-prompt=x = 3").sample_prompt == "x = 3"
     assert config_of("--sample-prompt=--x").sample_prompt == "--x"
     assert config_of("--sample-prompt=").sample_prompt == ""
 
 
-def test_the_last_of_a_repeated_flag_wins():
+def test_last_repeated_flag_wins():
     assert config_of("--steps", "3", "--steps=4").steps == 4
 
 
-def test_verify_takes_the_flags_of_train_and_its_own():
+def test_verify_accepts_train_flags_and_its_own():
     config, options = parse("verify", ["--cuts", "1, 2,4", "--json", "--samples", "4", "--model", "gpt2"])
     assert config == TrainConfig(model="gpt2")
     assert options == VerifyOptions.model_validate({"cuts": (1, 2, 4), "samples": 4, "json": True})
@@ -87,7 +87,7 @@ def test_verify_takes_the_flags_of_train_and_its_own():
     assert options.as_json
 
 
-def test_plan_takes_the_flags_of_train_and_its_own():
+def test_plan_accepts_train_flags_and_its_own():
     config, options = parse("plan", ["--gpu", "h100", "--json", "--out", "runs/a", "--global-batch", "512"])
     assert config == TrainConfig(gpu="h100", out=Path("runs/a"), global_batch=512)
     assert options == PlanOptions.model_validate({"json": True})
@@ -95,7 +95,7 @@ def test_plan_takes_the_flags_of_train_and_its_own():
     assert options.as_json
 
 
-def test_generate_takes_a_run_a_prompt_and_flags_in_any_order():
+def test_generate_arguments_may_have_any_order():
     expected = (GenerateOptions(run=Path("runs/a"), prompt="class ", seed=3),)
     assert parse("generate", ["runs/a", "class ", "--seed", "3"]) == expected
     assert parse("generate", ["runs/a", "--seed", "3", "class "]) == expected
@@ -104,18 +104,18 @@ def test_generate_takes_a_run_a_prompt_and_flags_in_any_order():
     assert parse("generate", ["runs/a", "--", "--x"]) == (GenerateOptions(run=Path("runs/a"), prompt="--x"),)
 
 
-def test_a_file_gives_values_and_flags_win(folder: Path):
+def test_file_sets_values_and_flags_win(folder: Path):
     write(folder, 'global_batch = 32\nlr = 1\nmax_grad_norm = "none"\nschedule = "constant"\n')
     config = config_of("--config", "run.toml", "--lr", "0.5")
     assert config == TrainConfig(global_batch=32, lr=0.5, max_grad_norm=None, schedule="constant")
 
 
-def test_a_file_may_start_with_a_byte_order_mark_and_end_lines_like_windows(folder: Path):
+def test_file_may_have_bom_and_windows_line_ends(folder: Path):
     write(folder, b"\xef\xbb\xbfsteps = 3\r\nseed = 4\r\n")
     assert config_of("--config=run.toml") == TrainConfig(steps=3, seed=4)
 
 
-def test_a_flag_replaces_the_other_name_of_its_quantity_in_the_file(folder: Path):
+def test_flag_overrides_alternative_setting_in_file(folder: Path):
     write(folder, "global_batch = 32\nsteps = 10\n")
     config = config_of("--config", "run.toml", "--global-batch-tokens", "4096", "--epochs", "2")
     assert config == TrainConfig(global_batch_tokens=4096, epochs=2)
@@ -124,7 +124,7 @@ def test_a_flag_replaces_the_other_name_of_its_quantity_in_the_file(folder: Path
     assert config == TrainConfig(token_budget=4096, gpu="t4")
 
 
-def test_a_file_gives_memory_and_switches(folder: Path):
+def test_file_sets_memory_and_switches(folder: Path):
     write(folder, 'microbatch = 4\nmemory = "80%"\ngradient_checkpointing = true\n')
     assert config_of("--config", "run.toml") == TrainConfig(microbatch=4, memory="80%", gradient_checkpointing="full")
     write(folder, 'token_budget = 4096\ngpu = "h100"\ngradient_checkpointing = false\n')
@@ -137,7 +137,7 @@ def test_a_file_gives_memory_and_switches(folder: Path):
 
 
 @pytest.mark.parametrize("words", ["", "--gradient-checkpointing auto", "--layout auto --compile auto"])
-def test_what_is_left_to_the_run_is_auto(words: str):
+def test_explicit_auto_equals_default(words: str):
     assert config_of(*words.split()) == TrainConfig()
 
 
@@ -151,11 +151,11 @@ def test_what_is_left_to_the_run_is_auto(words: str):
         "--gradient-checkpointing none --gradient-checkpointing",
     ],
 )
-def test_checkpointing_without_a_value_is_full(words: str):
+def test_checkpointing_without_value_is_full(words: str):
     assert config_of(*words.split()).gradient_checkpointing == "full"
 
 
-def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
+def test_accumulation_steps_set_microbatch(folder: Path):
     assert config_of("--gradient-accumulation-steps", "4").microbatch == 8
     assert config_of("--global-batch", "10", "--gradient-accumulation-steps", "4").microbatch == 3
     assert config_of("--global-batch", "2", "--gradient-accumulation-steps", "4").microbatch == 1
@@ -306,9 +306,7 @@ def test_accumulation_steps_are_another_way_to_say_microbatch(folder: Path):
         ),
     ],
 )
-def test_train_says_in_one_sentence_what_is_wrong(
-    words: str, expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_train_errors_are_one_sentence(words: str, expected: str, folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["train", *words.split(" ")]) == 2
     printed = capsys.readouterr()
     assert printed.err == f"bigbatch train: {expected}\n"
@@ -341,7 +339,7 @@ def test_train_says_in_one_sentence_what_is_wrong(
         ("generate", ["a", "\0"], r"PROMPT is '\x00': it must not contain a NUL character."),
     ],
 )  # fmt: skip
-def test_verify_and_generate_complain_alike(command: str, words: list[str], expected: str):
+def test_verify_and_generate_report_errors_equally(command: str, words: list[str], expected: str):
     assert complaint(command, *words) == expected
 
 
@@ -399,24 +397,24 @@ def test_verify_and_generate_complain_alike(command: str, words: list[str], expe
         (b"data = '\xff'", "run.toml is not UTF-8 text: byte 8 cannot be read."),
     ],
 )  # fmt: skip
-def test_a_file_is_complained_about_by_name_and_key(text: str | bytes, expected: str, folder: Path):
+def test_file_error_names_file_and_key(text: str | bytes, expected: str, folder: Path):
     write(folder, text)
     assert complaint("train", "--config", "run.toml") == expected
 
 
-def test_a_file_that_is_not_there_or_is_a_folder(folder: Path):
+def test_missing_file_or_folder_is_rejected(folder: Path):
     (folder / "runs").mkdir()
     assert complaint("train", "--config", "no.toml") == "no.toml does not exist: --config needs a TOML file."
     assert complaint("train", "--config", "runs") == "runs is a folder: --config needs a TOML file."
     assert complaint("train", "--config", "") == "--config is '': it must not be empty."
 
 
-def test_a_wrong_flag_over_a_right_file_is_named_as_the_flag(folder: Path):
+def test_invalid_flag_over_valid_file_names_flag(folder: Path):
     write(folder, "lr = 1\n")
     assert complaint("train", "--config", "run.toml", "--lr", "x") == "--lr is 'x': it must be a number."
 
 
-def test_a_long_value_is_cut_short():
+def test_long_value_is_truncated():
     said = complaint("train", "--steps", "9" * 6000)
     assert said == f"--steps is {'9' * 57}...: it is too large."
 
@@ -430,7 +428,7 @@ def test_a_long_value_is_cut_short():
         (["--lr=3", "train"], "--lr must follow a command, as in bigbatch train --steps 3: see bigbatch --help."),
     ],
 )
-def test_what_is_no_command(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+def test_unknown_command_is_rejected(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
     assert main(words) == 2
     assert capsys.readouterr() == ("", f"bigbatch: {expected}\n")
 
@@ -438,7 +436,7 @@ def test_what_is_no_command(words: list[str], expected: str, capsys: pytest.Capt
 # help ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_overview_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixture[str]):
+def test_overview_lists_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
     overview = capsys.readouterr().out
     assert main(["--help"]) == 0
@@ -450,25 +448,25 @@ def test_the_overview_names_the_commands_and_the_exit_codes(capsys: pytest.Captu
     )
 
 
-def test_the_commands_are_the_same_everywhere():
+def test_commands_are_the_same_everywhere():
     assert list(COMMANDS) == list(COMMAND_SPECS)
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]):
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "bigbatch 0.1.0\n"
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("columns", ["50", "80", "300"])
-def test_help_fits_the_terminal(command: str, columns: str, monkeypatch: pytest.MonkeyPatch):
+def test_help_fits_terminal(command: str, columns: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", columns)
     flags_and_text = [line for line in help_text(command).splitlines() if "bigbatch" not in line and "|" not in line]
     assert max(map(len, flags_and_text)) <= min(int(columns), 100)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
-def test_help_shows_every_flag_and_the_true_default(command: str):
+def test_help_shows_every_flag_and_true_default(command: str):
     shown = " ".join(help_text(command).split())
     spec = COMMAND_SPECS[command]
     for key, info in spec.fields().items():
@@ -480,7 +478,7 @@ def test_help_shows_every_flag_and_the_true_default(command: str):
         assert "(default: " in described[: len(info.description or "") + 30]
 
 
-def test_defaults_that_depend_on_other_fields_are_told_truly():
+def test_dependent_defaults_are_described_correctly():
     shown = " ".join(help_text("train").split())
     assert f"(default: {TrainConfig().resolved().global_batch}, unless --global-batch-tokens is given)" in shown
     assert f"(default: {DEFAULT_STEPS} for tiny on python-stdlib" in shown
@@ -491,7 +489,7 @@ def test_defaults_that_depend_on_other_fields_are_told_truly():
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "verify"])
-def test_help_teaches_how_much_is_in_memory_at_once(command: str):
+def test_help_explains_microbatch_settings(command: str):
     shown = " ".join(help_text(command).split())
     assert "--microbatch auto|N sequences in one forward and backward; affects memory and speed, not the " in shown
     assert "--token-budget N tokens, padding included, in one forward and backward, instead of --microbatch; " in shown
@@ -503,20 +501,20 @@ def test_help_teaches_how_much_is_in_memory_at_once(command: str):
     assert "--compile auto|none|layers|graphs layers = compile the layers of the model" in shown
 
 
-def test_help_wins_over_what_else_is_wrong(capsys: pytest.CaptureFixture[str]):
+def test_help_wins_over_errors(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "--bogus", "--help"]) == 0
     assert capsys.readouterr().out == help_text("train")
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
-def test_the_examples_of_the_help_are_understood(command: str):
+def test_help_examples_parse(command: str):
     for example in COMMAND_SPECS[command].examples:
         program, name, *words = shlex.split(example)
         assert (program, name) == ("bigbatch", command)
         assert all(isinstance(model, BaseModel) for model in parse(command, words))
 
 
-def test_names_from_elsewhere_lead_to_ours():
+def test_foreign_flag_names_suggest_ours():
     ours = COMMAND_SPECS["verify"].fields()
     assert set(FOREIGN_NAMES.values()) <= set(ours)
     assert not set(FOREIGN_NAMES) & set(ours)
@@ -526,7 +524,7 @@ def test_names_from_elsewhere_lead_to_ours():
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_closed_pipe_ends_quietly(unbuffered: str):
+def test_closed_pipe_ends_quietly(unbuffered: str):
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
@@ -542,7 +540,7 @@ def test_a_closed_pipe_ends_quietly(unbuffered: str):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_ctrl_c_ends_with_a_sentence_and_130(folder: Path):
+def test_ctrl_c_ends_with_sentence_and_130(folder: Path):
     os.mkfifo(folder / "run.toml")  # reading it waits for a writer: a command that is busy for sure
     script = (
         "import signal, sys; from bigbatch.cli import main;"

@@ -31,7 +31,7 @@ def shown(*, terminal: bool, width: int = 100, total_steps: int = 100, skipped: 
     return out.getvalue()
 
 
-def test_off_a_terminal_there_are_about_twenty_plain_lines() -> None:
+def test_output_without_terminal_has_about_twenty_lines() -> None:
     printed = shown(terminal=False)
     lines = [line for line in printed.splitlines() if re.match(r"update \d+/100 · ", line)]
     assert len(lines) == 21  # the first, and every fifth
@@ -42,7 +42,7 @@ def test_off_a_terminal_there_are_about_twenty_plain_lines() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 120, 300])
-def test_on_a_terminal_the_live_line_fits(width: int) -> None:
+def test_live_line_fits_terminal(width: int) -> None:
     printed = shown(terminal=True, width=width)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed)
     live = [line for line in re.split(r"[\r\n]", plain) if re.match(r"(update )?\d+/100 ", line)]
@@ -55,16 +55,16 @@ def test_on_a_terminal_the_live_line_fits(width: int) -> None:
         assert live[-1].rstrip().endswith("GiB")
 
 
-def test_a_skipped_update_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_update_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert "update 7 was skipped and changed nothing: no items\n" in shown(terminal=False, skipped=7)
     assert "update 7 was skipped and changed nothing: no items" in shown(terminal=True, skipped=7)
 
 
-def test_a_run_of_one_update_shows_it_once() -> None:
+def test_run_of_one_update_shows_it_once() -> None:
     assert shown(terminal=False, total_steps=1).count("update 1/1 · ") == 1
 
 
-def test_unknown_memory_is_said() -> None:
+def test_unknown_memory_is_reported() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=False, width=100)
     with TrainingDisplay(console, total_steps=1, validation_every=None, entropy=None, prompt="") as display:
@@ -74,7 +74,7 @@ def test_unknown_memory_is_said() -> None:
     assert "validation loss 3.000\n" in out.getvalue()
 
 
-def test_preparation_prints_each_kind_of_work_once_off_a_terminal() -> None:
+def test_setup_without_terminal_prints_each_stage_once() -> None:
     out = io.StringIO()
     with progress_display(Console(file=out, force_terminal=False)) as say:
         say("reading a")
@@ -83,7 +83,7 @@ def test_preparation_prints_each_kind_of_work_once_off_a_terminal() -> None:
     assert out.getvalue() == "reading a …\nencoding …\n"
 
 
-def test_preparation_shows_how_far_it_is_on_a_terminal_and_leaves_nothing() -> None:
+def test_setup_on_terminal_shows_progress_and_clears_it() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80)
     with progress_display(console) as say:
@@ -93,12 +93,12 @@ def test_preparation_shows_how_far_it_is_on_a_terminal_and_leaves_nothing() -> N
     assert out.getvalue().endswith("\x1b[2K")
 
 
-def test_preparation_may_be_silent() -> None:
+def test_setup_can_be_silent() -> None:
     with progress_display(None) as say:
         say("reading a")
 
 
-def test_a_sample_keeps_its_first_lines_and_no_half_character() -> None:
+def test_sample_keeps_first_lines_and_whole_characters() -> None:
     assert quote("def f\n\n\n \nx\ufffd\n", "def ").plain == "    │ def f\n    │ \n    │ x"
     assert quote("", "").plain == "    │ "
     assert quote("a\x1b[2J\x07b\tc", "").plain == "    │ a\ufffd[2J\ufffdb\tc"
@@ -106,13 +106,13 @@ def test_a_sample_keeps_its_first_lines_and_no_half_character() -> None:
     assert (len(long), long[-1]) == (13, "    │ …")
 
 
-def test_the_prompt_of_a_sample_is_set_off() -> None:
+def test_sample_prompt_is_marked() -> None:
     spans = quote("def f(x)", "def ").spans
     assert [("bold" in str(span.style), span.start, span.end) for span in spans] == [(True, 6, 10)]
     assert quote("other", "def ").spans == []
 
 
-def test_the_console_reads_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_reads_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     make_console().print("[bold]x[/bold] " * 40)
     assert capsys.readouterr().out == "[bold]x[/bold] " * 40 + "\n"
 
@@ -149,7 +149,7 @@ def test_validations_and_samples_do_not_count_as_training() -> None:
     assert pace.left_s == 0
 
 
-def test_a_validation_after_a_last_shorter_stretch_is_foreseen() -> None:
+def test_eta_includes_validation_after_shorter_last_stretch() -> None:
     now = 0.0
     pace = EtaEstimator(total_steps=5, validation_every=4, clock=lambda: now)
     for _ in range(4):

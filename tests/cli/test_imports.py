@@ -18,7 +18,7 @@ def loaded_after(code: str, watched: tuple[str, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["--version"], ["trian"]])
-def test_the_overview_loads_not_even_pydantic(words: list[str]):
+def test_overview_loads_no_pydantic(words: list[str]):
     code = f"from bigbatch.cli import main; main({words!r})"
     assert loaded_after(code, (*HEAVY, "pydantic", "argparse")) == set()
 
@@ -38,22 +38,22 @@ def test_the_overview_loads_not_even_pydantic(words: list[str]):
         ["generate"],
     ],
 )
-def test_help_and_complaints_of_a_command_load_no_heavy_library(words: list[str]):
+def test_help_and_errors_load_no_heavy_library(words: list[str]):
     assert loaded_after(f"from bigbatch.cli import main; main({words!r})", HEAVY) == set()
 
 
-def test_a_file_that_cannot_be_written_is_told_before_torch_is_loaded():
+def test_unwritable_file_is_reported_before_torch_loads():
     code = "from bigbatch.cli import main; main(['bench', '--save', '/nonexistent/folder/file'])"
     assert loaded_after(code, ("torch", "transformers")) == set()
 
 
-def test_importing_the_package_loads_no_terminal_data_or_model_library():
+def test_importing_package_loads_no_optional_library():
     watched = ("transformers", "rich", "pydantic", "datasets", "tokenizers", "peft")
     assert loaded_after("import bigbatch", watched) == set()
 
 
 @pytest.mark.parametrize("words", [["train", "--help"], ["train"], ["verify"], ["generate", "RUN"], ["bench"]])
-def test_a_missing_extra_is_one_sentence(words: list[str]):
+def test_missing_extra_is_one_sentence(words: list[str]):
     script = f"import sys; sys.modules['pydantic'] = None; from bigbatch.cli import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2

@@ -43,21 +43,19 @@ def check(found_by_rank: list[cases.WindowResult]) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("how", KINDS)
 @pytest.mark.parametrize("name", CUTS)
-def test_every_cut_over_two_ranks_gives_the_gradient_of_the_whole_batch(
-    pools: Pools, how: str, name: str, loss: str
-) -> None:
+def test_any_cut_over_two_ranks_is_exact(pools: Pools, how: str, name: str, loss: str) -> None:
     check(pools(2).run(cases.window_of, how, CUTS[name], loss))
 
 
 @pytest.mark.parametrize("how", [*KINDS, "hsdp", "hsdp-shard", "hsdp-every", "hsdp-last"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_cut_over_four_ranks_gives_the_gradient_of_the_whole_batch(pools: Pools, how: str, loss: str) -> None:
+def test_cut_over_four_ranks_is_exact(pools: Pools, how: str, loss: str) -> None:
     check(pools(4).run(cases.window_of, how, OVER_FOUR, loss))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("how", KINDS)
-def test_three_against_eight_micro_batches_of_an_engine_are_exact(pools: Pools, how: str, loss: str) -> None:
+def test_engines_with_3_and_8_microbatches_are_exact(pools: Pools, how: str, loss: str) -> None:
     found = pools(2).run(cases.engine_of, how, [range(3), range(3, 11)], (1, 1), loss)
     check(found)
     assert found[0].report.ranks.num_microbatches == (3, 8)
@@ -65,9 +63,7 @@ def test_three_against_eight_micro_batches_of_an_engine_are_exact(pools: Pools, 
 
 @pytest.mark.parametrize("how", KINDS)
 @pytest.mark.parametrize("limit", ["padded", "packed"])
-def test_token_budgets_that_differ_by_rank_give_the_gradient_of_the_whole_batch(
-    pools: Pools, how: str, limit: str
-) -> None:
+def test_token_budgets_differing_by_rank_are_exact(pools: Pools, how: str, limit: str) -> None:
     check(
         pools(2).run(cases.engine_of, how, [[0, 3, 5], [1, 2, 4, 6, 7, 8, 9, 10, 11]], (6, 9), "loss_and_items", limit)
     )
@@ -75,13 +71,13 @@ def test_token_budgets_that_differ_by_rank_give_the_gradient_of_the_whole_batch(
 
 @pytest.mark.parametrize("how", KINDS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_engine_whose_rank_has_an_empty_batch_is_exact(pools: Pools, how: str, loss: str) -> None:
+def test_engine_with_empty_rank_is_exact(pools: Pools, how: str, loss: str) -> None:
     check(pools(2).run(cases.engine_of, how, [[], range(12)], (4, 5), loss))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), how=st.sampled_from(["plain", "ddp", "fsdp", "fsdp-last"]), loss=st.sampled_from(LOSSES))
-def test_any_assignment_of_samples_to_ranks_and_micro_batches_gives_the_gradient(
+def test_any_assignment_to_ranks_and_microbatches_is_exact(
     pools: Pools, data: st.DataObject, how: str, loss: str
 ) -> None:
     places = data.draw(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), min_size=12, max_size=12))

@@ -21,9 +21,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("how", REPLICATED)
 @pytest.mark.parametrize("several", [False, True])
-def test_gradients_cross_once_an_update_whatever_the_number_of_micro_batches(
-    pools: Pools, how: str, several: bool
-) -> None:
+def test_gradients_are_reduced_once_per_update(pools: Pools, how: str, several: bool) -> None:
     for size in (6, 2, 1):
         for small, large, syncs in pools(2).run(gradient_sync_cases.collectives_of_engine, how, size, several):
             assert large == {"allreduce_": 1}  # all gradients of this model fit in one bucket
@@ -33,20 +31,20 @@ def test_gradients_cross_once_an_update_whatever_the_number_of_micro_batches(
 
 @pytest.mark.parametrize("how", REPLICATED)
 @pytest.mark.parametrize("several", [False, True])
-def test_a_window_of_a_loop_sends_its_gradients_and_two_small_messages(pools: Pools, how: str, several: bool) -> None:
+def test_loop_window_sends_gradients_and_two_small_messages(pools: Pools, how: str, several: bool) -> None:
     for num_microbatches in (1, 3, 8):
         for small, large in pools(2).run(gradient_sync_cases.collectives_of_loop, how, num_microbatches, several):
             assert large == {"allreduce_": 1}
             assert small.total() == 2
 
 
-def test_the_same_counter_shows_that_naive_ddp_reduces_with_every_micro_batch(pools: Pools) -> None:
+def test_naive_ddp_reduces_every_microbatch(pools: Pools) -> None:
     for num_microbatches in (1, 3, 8):
         for large in pools(2).run(gradient_sync_cases.collectives_of_naive_ddp, num_microbatches):
             assert large.total() == num_microbatches
 
 
-def test_a_sharded_model_reduces_with_every_micro_batch_or_with_the_last_as_its_policy_says(pools: Pools) -> None:
+def test_sharded_model_reduces_as_its_policy_says(pools: Pools) -> None:
     counts = {}
     for how in ("fsdp-every", "fsdp-last"):
         (_, large, syncs), *_ = pools(2).run(gradient_sync_cases.collectives_of_engine, how, 2)
@@ -57,9 +55,7 @@ def test_a_sharded_model_reduces_with_every_micro_batch_or_with_the_last_as_its_
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("used_before", [False, True])
-def test_ddp_with_any_settings_is_exact_and_keeps_them(
-    pools: Pools, settings: dict[str, Any], used_before: bool
-) -> None:
+def test_ddp_with_any_settings_is_exact_and_restored(pools: Pools, settings: dict[str, Any], used_before: bool) -> None:
     for errors, kept, num_large in pools(2).run(gradient_sync_cases.with_settings, settings, used_before):
         assert max(errors) <= TOLERANCE
         assert kept
@@ -67,15 +63,15 @@ def test_ddp_with_any_settings_is_exact_and_keeps_them(
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_ddp_reduces_by_itself_again_after_a_window(pools: Pools, settings: dict[str, Any]) -> None:
+def test_ddp_reduces_by_itself_after_window(pools: Pools, settings: dict[str, Any]) -> None:
     assert max(pools(2).run(gradient_sync_cases.ddp_after_windows, settings)) <= TOLERANCE
 
 
-def test_a_compiled_ddp_is_recognised(pools: Pools) -> None:
+def test_compiled_ddp_is_recognised(pools: Pools) -> None:
     assert max(pools(2).run(gradient_sync_cases.compiled)) <= TOLERANCE
 
 
-def test_two_pairs_of_ranks_train_beside_one_another(pools: Pools) -> None:
+def test_two_pairs_of_ranks_train_independently(pools: Pools) -> None:
     for rank, (error, report) in enumerate(pools(4).run(gradient_sync_cases.sub_group)):
         assert error <= TOLERANCE
         assert report.ranks.size == 2
@@ -83,7 +79,7 @@ def test_two_pairs_of_ranks_train_beside_one_another(pools: Pools) -> None:
 
 
 @pytest.mark.parametrize("how", ["ddp", "plain", "fsdp", "fsdp-every", "fsdp-last"])
-def test_a_world_of_one_rank_is_exact_and_sends_nothing_of_its_own(pools: Pools, how: str) -> None:
+def test_single_rank_world_is_exact_and_sends_nothing(pools: Pools, how: str) -> None:
     (results,) = pools(1).run(gradient_sync_cases.alone, how)
     for found in results:
         assert max(found.error, found.norm_error, found.loss_error) <= TOLERANCE
@@ -141,13 +137,13 @@ def test_a_world_of_one_rank_is_exact_and_sends_nothing_of_its_own(pools: Pools,
         ),
     ],
 )
-def test_what_cannot_be_is_refused_on_all_ranks(pools: Pools, what: str, kind: str, message: str) -> None:
+def test_invalid_setups_are_rejected_on_all_ranks(pools: Pools, what: str, kind: str, message: str) -> None:
     for found, told in pools(2).run(gradient_sync_cases.refusal, what):
         assert (found, message in told) == (kind, True), told
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_the_first_rank_chooses_the_micro_batch_of_all(pools: Pools, how: str) -> None:
+def test_first_rank_chooses_microbatch_for_all(pools: Pools, how: str) -> None:
     results = pools(2).run(gradient_sync_cases.auto, how)
     for kind, message, choice, error in results:
         assert (kind, message) == ("", "")
@@ -157,7 +153,7 @@ def test_the_first_rank_chooses_the_micro_batch_of_all(pools: Pools, how: str) -
 
 
 @pytest.mark.parametrize("fails", ["memory", "other"])
-def test_a_choice_that_fails_is_told_to_all_and_may_be_made_again(pools: Pools, fails: str) -> None:
+def test_failed_choice_reaches_all_ranks_and_is_repeatable(pools: Pools, fails: str) -> None:
     first, second = pools(2).run(gradient_sync_cases.auto, "plain", fails)
     assert (first[0], second[0]) == {
         "memory": ("MemoryLimitError", "MemoryLimitError"),
@@ -169,7 +165,7 @@ def test_a_choice_that_fails_is_told_to_all_and_may_be_made_again(pools: Pools, 
 
 
 @pytest.mark.parametrize("how", ["ddp", "plain", "fsdp"])
-def test_reports_of_all_ranks_tell_of_all_ranks(pools: Pools, how: str) -> None:
+def test_reports_are_aggregated_over_all_ranks(pools: Pools, how: str) -> None:
     ours, theirs = pools(2).run(gradient_sync_cases.reports, how)
     batch = ref.ragged_batch(12)
     for report in (ours, theirs):
@@ -188,20 +184,18 @@ def test_reports_of_all_ranks_tell_of_all_ranks(pools: Pools, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
-def test_ranks_that_ask_different_layers_run_backward_through_both(pools: Pools, how: str) -> None:
+def test_ranks_using_different_layers_run_both_backwards(pools: Pools, how: str) -> None:
     assert max(pools(2).run(gradient_sync_cases.two_heads, how)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
-def test_a_model_called_twice_a_micro_batch_is_exact_where_some_have_no_item(pools: Pools, how: str) -> None:
+def test_model_called_twice_is_exact_with_empty_microbatches(pools: Pools, how: str) -> None:
     assert max(pools(2).run(gradient_sync_cases.called_twice, how)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
 @pytest.mark.parametrize("place", ["forward", "backward"])
-def test_a_pass_that_fails_in_mid_layer_on_all_ranks_leaves_nothing_to_the_next_window(
-    pools: Pools, how: str, place: str
-) -> None:
+def test_failure_inside_layer_leaves_next_window_clean(pools: Pools, how: str, place: str) -> None:
     for errors in pools(2).run(gradient_sync_cases.failing_on_all, how, place):
         if how.startswith("fsdp") and place == "backward":
             assert errors == (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.distributed_runs import DROPPING, RunFolder
-from support.run_comparison import unlike
+from support.run_comparison import differing_results
 from support.torchrun_agents import torchrun, wait_for
 
 WIRE = "wire"
@@ -66,17 +66,17 @@ def hold(stack: ExitStack, inside: list[str]) -> "subprocess.Popen[str]":
     return process
 
 
-def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
-    ground: RunFolder,
-    undisturbed: dict[str, Path],
+def test_network_failure_inside_window_leaves_result_unchanged(
+    run_folder: RunFolder,
+    uninterrupted: dict[str, Path],
     machines: tuple[Machine, Machine],
 ) -> None:
-    words = ground.words("cut", *DROPPING, "--timeout-s", "10")
-    reached, pipe = ground.folder / "reached", ground.folder / "pipe"
+    words = run_folder.words("cut", *DROPPING, "--timeout-s", "10")
+    reached, pipe = run_folder.folder / "reached", run_folder.folder / "pipe"
     os.mkfifo(pipe)
     paths = [str(reached), str(pipe)]
     fault = f"rank_faults.on({{1}}, rank_faults.hold_in_window(6, *map(rank_faults.Path, {paths})))(rank)"
-    logs = [ground.folder / f"machine-{number}" for number in (0, 1)]
+    logs = [run_folder.folder / f"machine-{number}" for number in (0, 1)]
     with ExitStack() as stack:
         agents = []
         for number, machine in enumerate(machines):
@@ -86,7 +86,7 @@ def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
                 *("--rdzv-conf", f"is_host={number == 0}", "--local-addr", machine.address),
             ]
             agent = torchrun(
-                flags, words, ground.folder, fault=fault, inside=machine.words(), log=logs[number], interface=WIRE
+                flags, words, run_folder.folder, fault=fault, inside=machine.words(), log=logs[number], interface=WIRE
             )
             agents.append(stack.enter_context(agent))
         wait_for(agents[0], reached.exists)
@@ -98,4 +98,4 @@ def test_a_wire_that_is_cut_in_mid_window_leaves_no_trace(
     assert codes == [0, 0], [log.read_text() for log in logs]
     printed = logs[0].read_text() + logs[1].read_text()
     assert printed.count("resuming cut after update 3\n") == 1
-    assert unlike(ground.folder / "cut", undisturbed["ddp"]) == []
+    assert differing_results(run_folder.folder / "cut", uninterrupted["ddp"]) == []

@@ -13,9 +13,7 @@ NAMES = [name for name, _ in ref.TokenModel().named_parameters()]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", REPLICATED)
-def test_a_backward_that_runs_out_half_way_on_one_rank_leaves_the_gradient_exact(
-    pools: Pools, how: str, name: str
-) -> None:
+def test_backward_oom_on_one_rank_is_exact(pools: Pools, how: str, name: str) -> None:
     for at in [(1,), (2, 3), (2, 3, 4)]:
         ours, theirs = pools(2).run(out_of_memory_cases.in_backward, how, name, *at)
         assert max(ours[0], theirs[0]) <= TOLERANCE
@@ -26,9 +24,7 @@ def test_a_backward_that_runs_out_half_way_on_one_rank_leaves_the_gradient_exact
 
 @pytest.mark.parametrize("how", REPLICATED)
 @pytest.mark.parametrize("at", [(1,), (3,), (1, 2, 3)])
-def test_a_forward_that_runs_out_on_one_rank_leaves_the_gradient_exact(
-    pools: Pools, how: str, at: tuple[int, ...]
-) -> None:
+def test_forward_oom_on_one_rank_is_exact(pools: Pools, how: str, at: tuple[int, ...]) -> None:
     ours, theirs = pools(2).run(out_of_memory_cases.in_forward, how, *at)
     assert (ours[0], theirs[0]) == ("", "")
     assert max(ours[2], theirs[2]) <= TOLERANCE
@@ -36,9 +32,7 @@ def test_a_forward_that_runs_out_on_one_rank_leaves_the_gradient_exact(
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_a_sample_that_does_not_fit_on_one_rank_ends_the_window_of_all_and_the_next_is_exact(
-    pools: Pools, how: str
-) -> None:
+def test_oversized_sample_on_one_rank_ends_all_windows(pools: Pools, how: str) -> None:
     ours, theirs = pools(2).run(out_of_memory_cases.in_forward, how, 1, 2, 3, 4)
     assert theirs[0] == "MemoryLimitError"
     assert "sample 0 of the batch does not fit in memory by itself (CUDA out of memory. Tried to" in theirs[1]
@@ -48,7 +42,7 @@ def test_a_sample_that_does_not_fit_on_one_rank_ends_the_window_of_all_and_the_n
 
 
 @pytest.mark.parametrize("how", ["fsdp", "fsdp-last"])
-def test_a_sharded_model_that_runs_out_on_one_rank_says_why_it_cannot_go_on(pools: Pools, how: str) -> None:
+def test_sharded_oom_on_one_rank_reports_the_reason(pools: Pools, how: str) -> None:
     ours, theirs = pools(2).run(out_of_memory_cases.of_shards, how)
     assert ours == ("", "")
     assert theirs[0] == "ShardedMemoryError"

@@ -87,7 +87,7 @@ def test_sharded_start_has_the_bits_of_one_process(models: Path, pools: Pools, c
             }
 
 
-def test_replicas_of_shards_start_with_the_bits_of_one_process(models: Path, pools: Pools) -> None:
+def test_hsdp_start_is_bit_identical_to_one_process(models: Path, pools: Pools) -> None:
     settings = settings_of(models, "qwen2", {"lora_rank": 2})
     expected = cases.describe(set_up_training(TrainConfig(**settings)))
     for found, _ in pools(4).run(cases.start, settings, "hsdp"):
@@ -134,7 +134,7 @@ def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, write
 
 
 @pytest.mark.parametrize(("more", "cap"), [((), 3.3), (("--lora-rank", "2"), 0.97)])
-def test_model_above_the_cap_trains_and_resumes_in_shards(tmp_path: Path, more: tuple[str, ...], cap: float) -> None:
+def test_model_above_cap_trains_and_resumes_sharded(tmp_path: Path, more: tuple[str, ...], cap: float) -> None:
     """Whole, a frozen model is 1.0 of its bytes and does not start; a trained one needs more than four times them."""
     full_bytes = cases.save_deep_model(tmp_path / "deep", layers=12)
     write_jsonl(tmp_path / "data.jsonl", records(40))

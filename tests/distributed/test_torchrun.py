@@ -8,7 +8,7 @@ import pytest
 
 from support.distributed_runs import DROPPING, RunFolder
 from support.language_models import metrics
-from support.run_comparison import unlike
+from support.run_comparison import differing_results
 from support.torchrun_agents import LIMIT_S, run_torchrun, torchrun, wait_for
 
 
@@ -18,28 +18,30 @@ def ours(complained: str) -> list[str]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_kill_9_of_a_rank_leaves_no_trace(ground: RunFolder, undisturbed: dict[str, Path], parallel: str) -> None:
+def test_kill_9_of_rank_leaves_result_unchanged(
+    run_folder: RunFolder, uninterrupted: dict[str, Path], parallel: str
+) -> None:
     out = f"torchrun-{parallel}"
-    words = ground.words(out, *DROPPING, "--parallel", parallel)
+    words = run_folder.words(out, *DROPPING, "--parallel", parallel)
     flags = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     fault = "rank_faults.on({1}, rank_faults.kill_in_window(6))(rank)"
-    code, printed, complained = run_torchrun(flags, words, ground.folder, fault=fault)
+    code, printed, complained = run_torchrun(flags, words, run_folder.folder, fault=fault)
     assert code == 0, complained
     assert f"resuming {out} after update 3\n" in printed
     assert printed.count("update 8/8 ") == 1
     assert all("has lost another rank" in line for line in ours(complained)), complained
-    assert unlike(ground.folder / out, undisturbed[parallel]) == []
+    assert differing_results(run_folder.folder / out, uninterrupted[parallel]) == []
 
 
-def test_ctrl_c_reaches_every_rank_once_and_all_save(ground: RunFolder, undisturbed: dict[str, Path]) -> None:
-    out = ground.folder / "interrupted"
-    words = ground.words("interrupted", *DROPPING, "--steps", "2000", "--checkpoint-every", "500")
-    with torchrun(["--standalone", "--nproc-per-node", "2"], words, ground.folder) as process:
+def test_ctrl_c_reaches_every_rank_and_all_save(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:
+    out = run_folder.folder / "interrupted"
+    words = run_folder.words("interrupted", *DROPPING, "--steps", "2000", "--checkpoint-every", "500")
+    with torchrun(["--standalone", "--nproc-per-node", "2"], words, run_folder.folder) as process:
         wait_for(process, lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
         os.killpg(process.pid, signal.SIGINT)
         printed, complained = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
-    assert [(ground.folder / f"ended-0-{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
+    assert [(run_folder.folder / f"ended-0-{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
     step = len(metrics(out))
     assert f"stopped by Ctrl-C after update {step} of 2000; the model is saved\n" in printed
     assert complained.count("stopping after this update, then saving; signal again to stop immediately") == 1

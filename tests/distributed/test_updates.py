@@ -20,9 +20,7 @@ def check_identical_ranks(trained: list[updates_cases.Trained]) -> None:
 
 @pytest.mark.parametrize("kind", updates_cases.KINDS)
 @pytest.mark.parametrize("how", REPLICATED)
-def test_clipped_updates_of_any_model_are_those_of_one_process_and_alike_to_the_last_bit(
-    pools: Pools, how: str, kind: str
-) -> None:
+def test_clipped_replicated_updates_match_one_process(pools: Pools, how: str, kind: str) -> None:
     trained = pools(2).run(updates_cases.train, how, kind, 6)
     check_identical_ranks(trained)
     for one in trained:
@@ -32,7 +30,7 @@ def test_clipped_updates_of_any_model_are_those_of_one_process_and_alike_to_the_
 
 
 @pytest.mark.parametrize("how", ["fsdp", "fsdp-last", "hsdp-shard", "hsdp-every", "hsdp-last"])
-def test_clipped_updates_of_sharded_models_are_those_of_one_process(pools: Pools, how: str) -> None:
+def test_clipped_sharded_updates_match_one_process(pools: Pools, how: str) -> None:
     trained = pools(4 if how.startswith("hsdp") else 2).run(updates_cases.train, how, "tokens", 5)
     check_identical_ranks(trained)
     for one in trained:
@@ -41,14 +39,14 @@ def test_clipped_updates_of_sharded_models_are_those_of_one_process(pools: Pools
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_twenty_updates_over_four_ranks_leave_parameters_alike_to_the_last_bit(pools: Pools, how: str) -> None:
+def test_twenty_updates_keep_four_ranks_bit_identical(pools: Pools, how: str) -> None:
     trained = pools(4).run(updates_cases.train, how, "tied", 20)
     check_identical_ranks(trained)
     assert all(one.error <= 10 * EXACT for one in trained)
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_bfloat16_parameters_stay_alike_to_the_last_bit(pools: Pools, how: str) -> None:
+def test_bfloat16_parameters_stay_bit_identical(pools: Pools, how: str) -> None:
     trained = pools(2).run(updates_cases.train, how, "tokens", 20, torch.bfloat16)
     check_identical_ranks(trained)
 
@@ -63,7 +61,7 @@ def test_bfloat16_gradients_are_summed_over_ranks_in_float32(pools: Pools, how: 
         assert all(torch.equal(found[name], gradient) for name, gradient in results[0][2].items())
 
 
-def test_bfloat16_gradients_of_shards_are_summed_over_micro_batches_in_float32(pools: Pools) -> None:
+def test_sharded_bfloat16_gradients_are_summed_in_float32(pools: Pools) -> None:
     for error, naive_error, _ in pools(2).run(updates_cases.narrow_sums, "fsdp"):
         # FSDP rounds each mean over the two ranks by up to 2**-9, so that some sums round to the next bfloat16.
         assert error < 2**-8
@@ -71,7 +69,7 @@ def test_bfloat16_gradients_of_shards_are_summed_over_micro_batches_in_float32(p
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_a_scaler_backs_off_on_all_ranks_and_prescales_that_differ_do_not_matter(pools: Pools, how: str) -> None:
+def test_scaler_backs_off_on_all_ranks_despite_prescales(pools: Pools, how: str) -> None:
     results = pools(2).run(updates_cases.scaled, how)
     for skipped, (error, scale), parameters in results:
         assert skipped == [1.0, 0.0, 0.0]
@@ -81,14 +79,12 @@ def test_a_scaler_backs_off_on_all_ranks_and_prescales_that_differ_do_not_matter
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_parameters_that_are_unfrozen_in_mid_run_are_summed_over_ranks(pools: Pools, how: str) -> None:
+def test_unfrozen_parameters_are_summed_over_ranks(pools: Pools, how: str) -> None:
     assert max(pools(2).run(updates_cases.unfreezing, how)) <= EXACT
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_of_many_parameters_those_that_any_rank_reached_have_a_gradient_and_the_others_none(
-    pools: Pools, how: str
-) -> None:
+def test_only_parameters_used_on_any_rank_have_gradients(pools: Pools, how: str) -> None:
     for error, found, expected in pools(2).run(updates_cases.deep, how):
         assert error <= TOLERANCE
         assert found == expected
@@ -96,7 +92,7 @@ def test_of_many_parameters_those_that_any_rank_reached_have_a_gradient_and_the_
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_sparse_gradients_are_refused_on_all_ranks(pools: Pools, how: str) -> None:
+def test_sparse_gradients_are_rejected_on_all_ranks(pools: Pools, how: str) -> None:
     for kind, message in pools(2).run(updates_cases.sparse, how):
         assert kind == "TypeError"
         assert message == (
@@ -106,9 +102,7 @@ def test_sparse_gradients_are_refused_on_all_ranks(pools: Pools, how: str) -> No
 
 
 @pytest.mark.parametrize(("how", "settings"), [("ddp", {}), ("plain", {}), ("ddp", {"static_graph": True})])
-def test_windows_of_two_accumulators_may_be_open_over_one_replicated_model(
-    pools: Pools, how: str, settings: dict[str, bool]
-) -> None:
+def test_overlapping_windows_over_replicated_model_are_exact(pools: Pools, how: str, settings: dict[str, bool]) -> None:
     for error, before, after in pools(2).run(updates_cases.overlapping_accumulators, how, settings):
         assert error <= TOLERANCE
         assert before == after

@@ -39,22 +39,20 @@ def check(endings: list[window_vote_cases.WindowOutcome], kind: str, message: st
         ("stopping raises", "OwnError", "do not stop me"),
     ],
 )
-def test_an_engine_that_fails_on_one_rank_tells_the_others_who_go_on(
+def test_engine_failure_on_one_rank_reaches_all_ranks(
     pools: Pools, how: str, place: str, kind: str, message: str
 ) -> None:
     check(pools(2).run(window_vote_cases.engine_outcome, how, place), kind, message, IN_WINDOW)
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
-def test_counts_that_fail_on_one_rank_end_the_window_before_it_begins(pools: Pools, how: str) -> None:
+def test_failing_counts_on_one_rank_end_window_early(pools: Pools, how: str) -> None:
     check(pools(2).run(window_vote_cases.engine_outcome, how, "count_items"), "OwnError", "no counts", BEFORE_WINDOW)
 
 
 @pytest.mark.parametrize("how", ["fsdp", "fsdp-last"])
 @pytest.mark.parametrize("place", ["batch", "lengths"])
-def test_a_batch_that_cannot_be_cut_on_one_rank_of_a_sharded_model_is_told_before_any_layer_runs(
-    pools: Pools, how: str, place: str
-) -> None:
+def test_sharded_split_error_is_shared_before_any_layer(pools: Pools, how: str, place: str) -> None:
     kind, message = {"batch": ("TypeError", "must be a list"), "lengths": ("OwnError", "no lengths")}[place]
     check(pools(2).run(window_vote_cases.engine_outcome, how, place), kind, message, BEFORE_WINDOW)
 
@@ -71,7 +69,7 @@ def test_a_batch_that_cannot_be_cut_on_one_rank_of_a_sharded_model_is_told_befor
         ("no step", "WindowStateError", "a window is still open and holds the gradients of 3 micro-batches", IN_WINDOW),
     ],
 )
-def test_a_loop_that_fails_on_one_rank_tells_the_others_who_go_on(
+def test_loop_failure_on_one_rank_reaches_all_ranks(
     pools: Pools, how: str, place: str, kind: str, message: str, others_message: str
 ) -> None:
     check(pools(2).run(window_vote_cases.loop_outcome, how, place), kind, message, others_message)
@@ -79,9 +77,7 @@ def test_a_loop_that_fails_on_one_rank_tells_the_others_who_go_on(
 
 @pytest.mark.parametrize("how", ["fsdp", "fsdp-last"])
 @pytest.mark.parametrize("place", ["first draw", "later draw", "count_items"])
-def test_micro_batches_that_cannot_be_drawn_for_a_sharded_model_are_told_before_any_layer_runs(
-    pools: Pools, how: str, place: str
-) -> None:
+def test_sharded_loader_error_is_shared_before_any_layer(pools: Pools, how: str, place: str) -> None:
     message = {"first draw": "no micro-batch 0", "later draw": "no micro-batch 1", "count_items": "no counts"}[place]
     check(pools(2).run(window_vote_cases.loop_outcome, how, place), "OwnError", message, BEFORE_WINDOW)
 
@@ -90,7 +86,7 @@ def test_micro_batches_that_cannot_be_drawn_for_a_sharded_model_are_told_before_
     ("how", "place"),
     [("ddp", "abort"), ("plain", "abort"), ("ddp", "late abort"), ("fsdp", "late abort"), ("fsdp-last", "late abort")],
 )
-def test_an_aborted_window_of_one_rank_changes_nothing_on_any(pools: Pools, how: str, place: str) -> None:
+def test_abort_on_one_rank_changes_nothing_anywhere(pools: Pools, how: str, place: str) -> None:
     ours, theirs = endings = pools(2).run(window_vote_cases.loop_outcome, how, place)
     assert theirs.kind == ""
     assert ours.kind == "RankFailedError"
@@ -101,21 +97,21 @@ def test_an_aborted_window_of_one_rank_changes_nothing_on_any(pools: Pools, how:
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last", "mixed", "mixed-last"])
-def test_a_window_that_all_ranks_abort_half_way_leaves_nothing_behind(pools: Pools, how: str) -> None:
+def test_abort_on_all_ranks_leaves_nothing_behind(pools: Pools, how: str) -> None:
     for changed, error in pools(2).run(window_vote_cases.abort_on_all_ranks, how):
         assert changed == []
         assert error <= (1e-6 if how.startswith("mixed") else TOLERANCE)  # layers then compute in float32
 
 
 @pytest.mark.parametrize("how", ["hsdp-shard", "hsdp-last"])
-def test_a_window_over_replicas_of_shards_that_all_ranks_abort_leaves_nothing_behind(pools: Pools, how: str) -> None:
+def test_abort_of_hybrid_shards_leaves_nothing_behind(pools: Pools, how: str) -> None:
     for changed, error in pools(4).run(window_vote_cases.abort_on_all_ranks, how):
         assert changed == []
         assert error <= TOLERANCE
 
 
 @pytest.mark.parametrize("how", REPLICATED)
-def test_a_loop_goes_on_after_a_window_that_one_rank_aborted(pools: Pools, how: str) -> None:
+def test_loop_continues_after_abort_on_one_rank(pools: Pools, how: str) -> None:
     (first, seen, num_steps), (second, *_) = pools(2).run(window_vote_cases.abort_in_loop, how)
     assert first == ["closed", "rank failed", "closed"]
     assert second == ["closed", "aborted", "closed"]
@@ -127,7 +123,7 @@ def test_a_loop_goes_on_after_a_window_that_one_rank_aborted(pools: Pools, how: 
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
-def test_a_loss_that_is_nan_on_one_rank_is_skipped_on_all(pools: Pools, how: str) -> None:
+def test_nan_loss_on_one_rank_skips_all(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "nonfinite skip"):
         assert ending.kind == "OwnError"
         assert ending.message == "skipped: non-finite gradient, stopping: False"
@@ -136,7 +132,7 @@ def test_a_loss_that_is_nan_on_one_rank_is_skipped_on_all(pools: Pools, how: str
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
-def test_a_loss_that_is_nan_on_one_rank_is_raised_on_all_where_that_is_asked_for(pools: Pools, how: str) -> None:
+def test_nan_loss_on_one_rank_raises_when_requested(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "nonfinite raise"):
         assert ending.kind == "NonFiniteError"
         assert "the window after update 1 has a non-finite gradient, and changed nothing" in ending.message
@@ -145,7 +141,7 @@ def test_a_loss_that_is_nan_on_one_rank_is_raised_on_all_where_that_is_asked_for
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
-def test_a_window_that_one_rank_gives_up_is_dropped_on_all(pools: Pools, how: str) -> None:
+def test_window_abandoned_on_one_rank_is_dropped_everywhere(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "give_up"):
         assert ending.kind == "WindowAbandonedError"
         assert ending.message == "the window was abandoned on rank 1."
@@ -154,7 +150,7 @@ def test_a_window_that_one_rank_gives_up_is_dropped_on_all(pools: Pools, how: st
 
 
 @pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
-def test_a_rank_that_wants_to_stop_is_heard_on_all_and_the_update_is_made(pools: Pools, how: str) -> None:
+def test_stop_request_of_one_rank_reaches_all_ranks(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "stopping"):
         assert ending.message == "skipped: None, stopping: True"
         assert ending.changed
@@ -162,7 +158,7 @@ def test_a_rank_that_wants_to_stop_is_heard_on_all_and_the_update_is_made(pools:
 
 
 @pytest.mark.parametrize("how", ["fsdp", "fsdp-last"])
-def test_a_question_to_stop_that_raises_after_all_layers_ran_is_told_to_the_other_ranks(pools: Pools, how: str) -> None:
+def test_stop_check_error_after_layers_reaches_all_ranks(pools: Pools, how: str) -> None:
     check(
         pools(2).run(window_vote_cases.engine_outcome, how, "stopping raises"), "OwnError", "do not stop me", IN_WINDOW
     )

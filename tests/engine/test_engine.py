@@ -39,7 +39,7 @@ def assert_full(optimizer, model, batch, size=3):
     assert ref.relative_error(naive, ref.full_gradient(model, batch)) > WRONG
 
 
-def test_batches_may_be_any_pytree():
+def test_any_pytree_is_a_batch():
     batch = ref.ragged_batch(10)
     shapes = {
         "tuple": (lambda b: (b["tokens"], b["labels"]), lambda b: b),
@@ -56,7 +56,7 @@ def test_batches_may_be_any_pytree():
         assert_full(optimizer, engine.model, batch)
 
 
-def test_lists_of_samples_are_padded_by_micro_batch():
+def test_sample_lists_are_padded_per_microbatch():
     """Padding of another width in each micro-batch is masked, and changes nothing."""
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randint(ref.VOCABULARY, (length,), generator=generator) for length in (6, 1, 3, 2, 5, 1, 4)]
@@ -73,7 +73,7 @@ def test_lists_of_samples_are_padded_by_micro_batch():
     assert report.num_microbatches == 3
 
 
-def test_lengths_become_the_tokens_of_the_report():
+def test_lengths_become_report_tokens():
     batch = ref.ragged_batch(10)
     engine, _ = make(lengths=lambda part: (part["labels"] != ref.IGNORED).sum(1))
     tokens = engine.step(batch).tokens
@@ -82,14 +82,14 @@ def test_lengths_become_the_tokens_of_the_report():
     assert make()[0].step(batch).tokens is None
 
 
-def test_lengths_that_fail_do_so_before_the_update():
+def test_failing_lengths_raise_before_update():
     engine, optimizer = make(lengths=lambda part: part["no such column"])
     with pytest.raises(KeyError):
         engine.step(ref.ragged_batch(10))
     assert not optimizer.recorded
 
 
-def test_a_batch_smaller_than_the_micro_batch_is_one_micro_batch():
+def test_batch_smaller_than_microbatch_is_one_microbatch():
     batch = ref.ragged_batch(4)
     engine, optimizer = make(microbatch=100)
     report = engine.step(batch)
@@ -98,7 +98,7 @@ def test_a_batch_smaller_than_the_micro_batch_is_one_micro_batch():
 
 
 @pytest.mark.parametrize("batch", [{"tokens": torch.zeros(0, 6).long(), "labels": torch.zeros(0, 6).long()}])
-def test_an_empty_batch_is_a_window_without_items(batch):
+def test_empty_batch_is_window_without_items(batch):
     engine, optimizer = make()
     report = engine.step(batch)
     assert (report.skipped, report.num_microbatches, report.items, report.step) == ("no items", 0, 0, 0)
@@ -107,7 +107,7 @@ def test_an_empty_batch_is_a_window_without_items(batch):
 
 
 @pytest.mark.parametrize("microbatch", [0, -1])
-def test_a_micro_batch_without_samples_is_refused_at_once(microbatch):
+def test_zero_microbatch_is_rejected(microbatch):
     with pytest.raises(
         ValueError, match=f"microbatch is {microbatch}: it must be at least 1, the samples of one micro-batch"
     ):
@@ -115,7 +115,7 @@ def test_a_micro_batch_without_samples_is_refused_at_once(microbatch):
 
 
 @pytest.mark.parametrize("microbatch", [True, 2.5])
-def test_a_micro_batch_that_is_no_int_is_refused_at_once(microbatch):
+def test_non_integer_microbatch_is_rejected(microbatch):
     with pytest.raises(TypeError, match=f"microbatch is {microbatch!r}: it must be an int"):
         make(microbatch=microbatch)
 
@@ -135,7 +135,7 @@ def test_a_micro_batch_that_is_no_int_is_refused_at_once(microbatch):
         (lambda m, b: None, TypeError, "is a NoneType: return the pair"),
     ],
 )
-def test_a_loss_function_that_returns_something_else_is_told_so(loss_fn, error, message):
+def test_loss_function_with_wrong_result_is_rejected(loss_fn, error, message):
     engine, optimizer = make(loss_fn)
     before = ref.parameters_of(engine.model)
     with pytest.raises(error, match=message):
@@ -147,7 +147,7 @@ def test_a_loss_function_that_returns_something_else_is_told_so(loss_fn, error, 
     assert engine.step(ref.ragged_batch(10)).step == 1
 
 
-def test_what_the_loss_function_raises_passes_through_and_the_next_step_is_exact():
+def test_loss_function_error_leaves_next_step_exact():
     batch, calls = ref.ragged_batch(10), []
 
     def loss_fn(model, part):
@@ -164,7 +164,7 @@ def test_what_the_loss_function_raises_passes_through_and_the_next_step_is_exact
     assert_full(optimizer, engine.model, batch)
 
 
-def test_a_mean_with_its_items_is_what_verify_is_for():
+def test_mean_returned_as_sum_is_found_by_verify():
     batch = ref.ragged_batch(10)
 
     def mean_with_items(model, part):
@@ -176,7 +176,7 @@ def test_a_mean_with_its_items_is_what_verify_is_for():
     assert "is not a sum" in verification.causes[0]
 
 
-def test_an_engine_step_within_an_open_window_is_refused():
+def test_engine_step_inside_open_window_is_rejected():
     engine, _ = make()
     window = engine.accumulator.window()
     window.backward(ref.loss_and_items(engine.model, ref.ragged_batch(3)))
@@ -185,7 +185,7 @@ def test_an_engine_step_within_an_open_window_is_refused():
     window.abort()
 
 
-def test_the_report_holds_what_the_window_did():
+def test_report_describes_window():
     batch = ref.ragged_batch(10)
     engine, _ = make(lengths=lambda part: [ref.LENGTH] * len(part["tokens"]))
     engine.step(batch)
@@ -219,7 +219,7 @@ def test_the_report_holds_what_the_window_did():
     assert {type(getattr(report, name)) for name in ("loss", "grad_norm", "elapsed_s")} == {float}
 
 
-def test_a_report_is_frozen_and_may_be_copied_and_pickled():
+def test_report_is_frozen_and_copies_and_pickles():
     engine, _ = make()
     report = engine.step(ref.ragged_batch(10))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -231,7 +231,7 @@ def test_a_report_is_frozen_and_may_be_copied_and_pickled():
     assert "_read" not in repr(report)
 
 
-def test_reports_of_earlier_windows_stay_as_they_were():
+def test_earlier_reports_stay_unchanged():
     engine, _ = make(model=ref.make_model())
     engine.accumulator.optimizer.param_groups[0]["lr"] = 1.0
     losses = []
@@ -242,7 +242,7 @@ def test_reports_of_earlier_windows_stay_as_they_were():
     assert [report.loss for report in reports] == pytest.approx(losses, rel=EXACT)
 
 
-def test_micro_batches_are_cut_lazily_and_the_batch_is_left_as_it_was():
+def test_microbatches_are_split_lazily_and_batch_is_unchanged():
     batch = ref.ragged_batch(10)
     kept = copy.deepcopy(batch)
     engine, _ = make()
@@ -250,7 +250,7 @@ def test_micro_batches_are_cut_lazily_and_the_batch_is_left_as_it_was():
     assert all(torch.equal(batch[name], kept[name]) for name in kept)
 
 
-def test_an_inplace_activation_gives_the_full_batch_gradient():
+def test_inplace_activation_gives_full_batch_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 1)).double()
     inputs = torch.randn(10, 3).double()
@@ -264,7 +264,7 @@ def test_an_inplace_activation_gives_the_full_batch_gradient():
     assert ref.relative_error(optimizer.recorded[0], full) <= EXACT
 
 
-def test_several_accumulators_and_engines_over_one_model_take_turns():
+def test_accumulators_and_engines_over_one_model_alternate():
     model, batch = ref.make_model(), ref.ragged_batch(10)
     first, one = make(model=model)
     second, other = make(model=model)
@@ -275,7 +275,7 @@ def test_several_accumulators_and_engines_over_one_model_take_turns():
         assert ref.relative_error(recorded, ref.full_gradient(model, batch)) <= EXACT
 
 
-def test_a_copied_engine_trains_its_own_model():
+def test_copied_engine_trains_its_own_model():
     model = ref.make_model()
     engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=1.0), ref.loss_and_items, microbatch=3)
     other = copy.deepcopy(engine)
@@ -318,7 +318,7 @@ def budgeted(budget, seen, **settings):
 
 
 @pytest.mark.parametrize("tokens", [39, 64, 200, 5000])
-def test_a_token_budget_is_never_exceeded_and_gives_the_full_batch_gradient(tokens):
+def test_token_budget_is_respected_and_exact(tokens):
     samples, whole, seen = ragged(30), [], []
     engine, full = budgeted(len(samples), whole)
     engine.step(samples)
@@ -331,24 +331,24 @@ def test_a_token_budget_is_never_exceeded_and_gives_the_full_batch_gradient(toke
     assert ref.relative_error(optimizer.recorded[0], full.recorded[0]) <= 1e-12
 
 
-def test_a_sample_longer_than_the_budget_is_named():
+def test_sample_longer_than_budget_is_named():
     engine, _ = budgeted(bigbatch.TokenBudget(20), [])
     with pytest.raises(ValueError, match=r"^lengths\[10\] is 39, .* token_budget=20, .* Pass token_budget=39"):
         engine.step(ragged(30))
 
 
-def test_a_token_budget_needs_lengths():
+def test_token_budget_requires_lengths():
     with pytest.raises(ValueError, match="a TokenBudget needs the length of each sample: pass lengths="):
         budgeted(bigbatch.TokenBudget(20), [], lengths=None)
 
 
 @pytest.mark.parametrize(("tokens", "kind"), [(0, ValueError), (-4, ValueError), (2.5, TypeError), (True, TypeError)])
-def test_a_token_budget_is_a_positive_int(tokens, kind):
+def test_token_budget_is_positive_int(tokens, kind):
     with pytest.raises(kind, match="the token budget is"):
         bigbatch.TokenBudget(tokens)
 
 
-def test_a_token_budget_that_runs_out_of_memory_shrinks_but_takes_the_longest_sample():
+def test_token_budget_shrinks_on_oom_to_longest_sample():
     samples, seen = ragged(30), []
     engine, _ = budgeted(bigbatch.TokenBudget(200), seen)
     loss_fn, limit = engine.loss_fn, [100]
@@ -380,7 +380,7 @@ def packing(budget, seen, **settings):
     return budgeted(budget, seen, **{"collate": pack, "layout": "packed", **settings})
 
 
-def test_packed_rows_need_lengths_and_a_collate():
+def test_packed_rows_require_lengths_and_collate():
     for missing, said in (
         ("lengths", "lengths=, a function from the batch to the tokens of each sample"),
         ("collate", "collate="),
@@ -391,14 +391,14 @@ def test_packed_rows_need_lengths_and_a_collate():
 
 
 @pytest.mark.parametrize("layout", ["dense", "Packed", "", None, True])
-def test_a_layout_is_padded_or_packed(layout):
+def test_layout_is_padded_or_packed(layout):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         make(layout=layout)
     assert str(caught.value) == f'layout is {layout!r}: it must be "padded" or "packed".'
 
 
 @pytest.mark.parametrize("tokens", [39, 64, 130, 256, 5000])
-def test_packed_rows_stay_within_the_budget_and_give_the_full_batch_gradient(tokens):
+def test_packed_rows_respect_budget_and_are_exact(tokens):
     samples, whole, seen = ragged(30), [], []
     engine, full = budgeted(len(samples), whole)
     engine.step(samples)
@@ -428,7 +428,7 @@ def test_packed_rows_are_fewer_than_padded_ones():
     assert packed == -(-sum(map(len, samples)) // 64) or packed < padded
 
 
-def test_packed_samples_may_be_counted_instead_of_tokens():
+def test_packed_samples_can_be_counted_instead_of_tokens():
     samples, seen = ragged(30), []
     engine, optimizer = packing(7, seen)
     assert engine.token_budget is None
@@ -439,13 +439,13 @@ def test_packed_samples_may_be_counted_instead_of_tokens():
     assert ref.relative_error(optimizer.recorded[0], full.recorded[0]) <= EXACT
 
 
-def test_a_packed_sample_longer_than_the_budget_is_named():
+def test_packed_sample_longer_than_budget_is_named():
     engine, _ = packing(bigbatch.TokenBudget(20), [])
     with pytest.raises(ValueError, match=r"^lengths\[10\] is 39, .* token_budget=20, .* Pass token_budget=39"):
         engine.step(ragged(30))
 
 
-def test_packed_rows_that_run_out_of_memory_move_between_their_few_sizes():
+def test_packed_rows_after_oom_use_few_sizes():
     samples, seen = ragged(60), []
     engine, optimizer = packing(bigbatch.TokenBudget(600), seen)
     full_engine, full = budgeted(len(samples), [])
@@ -482,7 +482,7 @@ def test_packed_rows_that_run_out_of_memory_move_between_their_few_sizes():
     assert grown == [448, 512, 576, 600], "a size at a time, and no further than what was asked for"
 
 
-def test_packed_rows_of_one_sample_are_as_small_as_they_become():
+def test_packed_rows_of_one_sample_have_minimum_size():
     """Below 64 tokens there are no sizes; a budget of 1 leaves every sample alone."""
     samples = ragged(4)
     engine, _ = packing(bigbatch.TokenBudget(70), [])
@@ -508,14 +508,14 @@ def test_packed_rows_of_one_sample_are_as_small_as_they_become():
     )
 
 
-def test_recorded_launches_need_a_cuda_device():
+def test_cuda_graphs_require_cuda_device():
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         make(cuda_graphs=True)
     said = "cuda_graphs=True needs a model on a CUDA device, and this one is on cpu: leave it out."
     assert str(caught.value) == said
 
 
-def test_without_recorded_launches_there_is_nothing_to_release():
+def test_release_without_cuda_graphs_does_nothing():
     engine, optimizer = make()
     engine.release_cuda_graphs()
     batch = ref.ragged_batch(10)

@@ -53,7 +53,7 @@ class RecordingSGD(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 5, 12])
-def test_a_batch_on_the_cpu_gives_the_full_gradient_on_the_device(microbatch: int) -> None:
+def test_cpu_batch_gives_full_gradient_on_device(microbatch: int) -> None:
     model, batch = mlp(torch.float64), masked_batch(12, torch.float64)
     expected = full_gradient(model, batch)
     optimizer = RecordingSGD(model.parameters(), lr=0.1)
@@ -63,7 +63,7 @@ def test_a_batch_on_the_cpu_gives_the_full_gradient_on_the_device(microbatch: in
     assert difference(optimizer.seen, expected) <= 1e-12
 
 
-def test_verify_holds_on_the_device_and_shows_the_naive_error() -> None:
+def test_verify_passes_on_device_and_shows_naive_error() -> None:
     verification = bigbatch.verify(mlp(torch.float32), masked_loss, masked_batch(24, torch.float32), microbatch=[2, 5])
     assert verification.exact
     assert not any(cut.mean_of_means_error < 1e-2 for cut in verification.cuts)
@@ -71,7 +71,7 @@ def test_verify_holds_on_the_device_and_shows_the_naive_error() -> None:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_microbatch_waits_for_the_device(dtype: torch.dtype) -> None:
+def test_no_microbatch_waits_for_device(dtype: torch.dtype) -> None:
     model, batch = mlp(dtype), masked_batch(32, dtype, "cuda")
     accumulator = bigbatch.Accumulator(model, torch.optim.AdamW(model.parameters(), fused=True), max_grad_norm=1.0)
     window = accumulator.window()
@@ -91,7 +91,7 @@ def test_no_microbatch_waits_for_the_device(dtype: torch.dtype) -> None:
     assert 1 <= len([w for w in waits if "synchroniz" in str(w.message)]) <= 3  # items twice and the norm: one wait
 
 
-def test_float16_autocast_with_a_scaler_does_not_overflow_from_summing() -> None:
+def test_float16_autocast_with_scaler_does_not_overflow() -> None:
     model, batch = mlp(torch.float32), masked_batch(4096, torch.float32)
     expected = full_gradient(model, batch)
 
@@ -119,7 +119,7 @@ def test_bfloat16_parameters_sum_in_float32() -> None:
     assert difference(optimizer.seen, expected) <= 3e-3
 
 
-def test_peak_memory_does_not_grow_with_the_number_of_microbatches() -> None:
+def test_peak_memory_does_not_grow_with_microbatches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 2048), nn.Tanh(), nn.Linear(2048, 256)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -87,7 +87,7 @@ MANY = samples(*[96] * 40, *range(8, 72))
 
 @pytest.mark.parametrize("settings", [LISTED, BY_LENGTH], ids=["samples", "tokens"])
 @pytest.mark.parametrize("loss", ["predicted", "tried"])
-def test_a_step_stays_within_the_memory_that_was_asked_for(settings: dict[str, Any], loss: str, limit: Limit) -> None:
+def test_step_stays_within_requested_memory(settings: dict[str, Any], loss: str, limit: Limit) -> None:
     """With the size that was chosen, and with the largest: memory alone decides about that."""
     usable = 16 * MIB
     engine = limit(engine_of(make(width=64), loss_fn if loss == "predicted" else selecting, **settings), usable)
@@ -103,7 +103,7 @@ def test_a_step_stays_within_the_memory_that_was_asked_for(settings: dict[str, A
     assert peak_of_a_step(engine, MANY) > 1.05 * usable
 
 
-def test_a_step_over_a_tensor_stays_within_the_memory_that_was_asked_for(limit: Limit) -> None:
+def test_tensor_step_stays_within_requested_memory(limit: Limit) -> None:
     usable, batch = 16 * MIB, torch.stack(samples(*[64] * 64))
     engine = limit(engine_of(make(width=64)), usable)
     chosen = engine.tune(batch)
@@ -112,7 +112,7 @@ def test_a_step_over_a_tensor_stays_within_the_memory_that_was_asked_for(limit: 
     assert 0.8 * usable <= peak_of_a_step(engine, batch) <= 1.005 * usable
 
 
-def test_a_padded_tensor_with_lengths_stays_within_the_memory_that_was_asked_for(limit: Limit) -> None:
+def test_padded_tensor_with_lengths_stays_within_requested_memory(limit: Limit) -> None:
     """Its rows are as wide as it is, however short the samples in them are."""
     usable, batch = 16 * MIB, collate(MANY)
     lengths = {"lengths": lambda tokens: (tokens != 0).sum(1)}
@@ -122,7 +122,7 @@ def test_a_padded_tensor_with_lengths_stays_within_the_memory_that_was_asked_for
     assert peak_of_a_step(engine, batch) <= 1.005 * usable
 
 
-def test_large_buffers_are_within_the_memory_in_the_first_window_too(limit: Limit) -> None:
+def test_first_window_with_large_buffers_stays_within_memory(limit: Limit) -> None:
     usable = 24 * MIB
     model = make(width=64)
     model.register_buffer("mask", torch.ones(MIB))
@@ -139,7 +139,7 @@ def selecting(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     return F.cross_entropy(logits, tokens[wanted], reduction="sum"), len(logits)
 
 
-def test_why_nothing_was_predicted_is_told() -> None:
+def test_missing_prediction_reports_its_reason() -> None:
     engine = engine_of(make(), selecting, **BY_LENGTH)
     assert engine.tune(samples(8, 9, 10)).prediction_failure == (
         "the step cannot run without data (aten.nonzero.default)"
@@ -147,7 +147,7 @@ def test_why_nothing_was_predicted_is_told() -> None:
 
 
 @pytest.mark.parametrize("memory", [None, "50%", "2GiB", 2**31])
-def test_the_limit_is_what_was_asked_for_or_what_is_free(memory: Any) -> None:
+def test_limit_is_requested_or_free_memory(memory: Any) -> None:
     chosen = engine_of(make(), memory=memory, **BY_LENGTH).tune(samples(8, 9, 10))
     total = resolve_memory_budget("100%", CPU, ()).limit_bytes
     expected = {None: chosen.limit_bytes, "50%": total // 2, "2GiB": 2**31, 2**31: 2**31}[memory]
@@ -216,7 +216,7 @@ def trained(model: nn.Module, loss: Any = drawing, **settings: Any) -> Engine:
 
 
 @pytest.mark.parametrize("loss", [drawing, lambda model, tokens: (drawing(model, tokens), selecting(model, tokens))[1]])
-def test_nothing_that_was_there_changes(loss: Any) -> None:
+def test_tuning_leaves_state_unchanged(loss: Any) -> None:
     model = make(dropout=0.3, norm=True)
     engine = trained(model, loss)
     before = snapshot(model, engine.accumulator.optimizer)
@@ -230,7 +230,7 @@ ERRORS = [ValueError("mine"), RuntimeError("mine"), KeyError("mine"), KeyboardIn
 
 @pytest.mark.parametrize("when", [1, 2, 3, 5])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_error_of_the_loss_passes_through_and_nothing_changes(error: BaseException, when: int) -> None:
+def test_loss_error_passes_through_and_changes_nothing(error: BaseException, when: int) -> None:
     """An error where there is no data is one of the prediction, and the same comes again where there is."""
     calls: list[type] = []
 
@@ -256,7 +256,7 @@ def test_an_error_of_the_loss_passes_through_and_nothing_changes(error: BaseExce
     error.__traceback__ = None
 
 
-def test_an_error_of_the_users_own_comes_from_a_run_with_data() -> None:
+def test_user_error_comes_from_run_with_data() -> None:
     def failing(model: nn.Module, tokens: Tensor) -> Any:
         raise ValueError(f"no {type(tokens).__name__} is good enough")
 
@@ -276,12 +276,12 @@ def test_an_error_of_the_users_own_comes_from_a_run_with_data() -> None:
         (lambda m, x: {"a": loss_fn(m, x), "b": loss_fn(m, x)}, ValueError, "Pass count_items="),
     ],
 )
-def test_a_loss_that_returns_something_else_is_told_so(loss: Any, kind: type[Exception], message: str) -> None:
+def test_loss_with_wrong_result_is_rejected(loss: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         engine_of(make(), loss, **BY_LENGTH).step(samples(8, 9))
 
 
-def test_gradients_of_a_window_that_is_open_are_not_lost() -> None:
+def test_gradients_of_open_window_are_kept() -> None:
     batch = samples(8, 9, 10)
     found = []
     for tunes in (False, True):
@@ -311,9 +311,7 @@ def updated(engine: Engine, batch: Any, before: Callable[[Engine], object]) -> l
 
 @pytest.mark.parametrize("kind", [{}, {"dropout": 0.3}, {"norm": True}], ids=["plain", "dropout", "batch norm"])
 @pytest.mark.parametrize("settings", [LISTED, BY_LENGTH], ids=["samples", "tokens"])
-def test_updates_after_tuning_are_to_the_bit_those_of_an_engine_that_took_the_choice(
-    settings: dict[str, Any], kind: dict[str, Any]
-) -> None:
+def test_tuned_updates_equal_those_with_given_choice(settings: dict[str, Any], kind: dict[str, Any]) -> None:
     batch = samples(*range(8, 40))
     engine = engine_of(make(**kind), **settings)
     found = updated(engine, batch, lambda engine: engine.tune(batch))
@@ -326,7 +324,7 @@ def test_updates_after_tuning_are_to_the_bit_those_of_an_engine_that_took_the_ch
         assert all(map(torch.equal, found, updated(fixed, batch, lambda engine: None)))
 
 
-def test_updates_after_tuning_are_to_the_bit_those_of_the_same_budget_and_plan() -> None:
+def test_tuned_updates_equal_those_with_same_budget() -> None:
     batch = samples(*range(8, 40))
     engine = engine_of(make(dropout=0.3), **BY_LENGTH)
     found = updated(engine, batch, lambda engine: engine.tune(batch))
@@ -337,7 +335,7 @@ def test_updates_after_tuning_are_to_the_bit_those_of_the_same_budget_and_plan()
     assert all(map(torch.equal, found, updated(fixed, batch, lambda engine: None)))
 
 
-def test_the_first_step_tunes_by_itself_and_later_ones_do_not() -> None:
+def test_only_the_first_step_tunes() -> None:
     batch = samples(*range(8, 24))
     engine = engine_of(make(), **BY_LENGTH)
     assert (engine.choice, engine.token_budget) == (None, None)
@@ -350,7 +348,7 @@ def test_the_first_step_tunes_by_itself_and_later_ones_do_not() -> None:
     assert engine.choice is chosen
 
 
-def test_tuning_again_takes_the_new_choice() -> None:
+def test_retuning_replaces_choice() -> None:
     engine = engine_of(make(), **BY_LENGTH)
     first = engine.tune(samples(8, 8))
     second = engine.tune(samples(*[30] * 8))
@@ -359,7 +357,7 @@ def test_tuning_again_takes_the_new_choice() -> None:
     assert engine.token_budget == second.size
 
 
-def test_a_choice_may_be_used_by_another_engine() -> None:
+def test_choice_can_be_used_by_another_engine() -> None:
     batch = samples(*range(8, 24))
     chosen = engine_of(make(), **BY_LENGTH).tune(batch)
     engine = engine_of(make(), **BY_LENGTH)
@@ -381,7 +379,7 @@ def test_later_windows_may_have_longer_samples() -> None:
     assert engine.choice is chosen
 
 
-def test_a_model_in_evaluation_mode_stays_there() -> None:
+def test_model_in_evaluation_mode_stays_in_it() -> None:
     model = make(dropout=0.5, norm=True).eval()
     engine = engine_of(model, **BY_LENGTH)
     before = snapshot(model, engine.accumulator.optimizer)["buffers"]
@@ -391,7 +389,7 @@ def test_a_model_in_evaluation_mode_stays_there() -> None:
     assert_same(before, snapshot(model, engine.accumulator.optimizer)["buffers"])
 
 
-def test_frozen_parameters_take_neither_gradients_nor_state() -> None:
+def test_frozen_parameters_use_neither_gradients_nor_state() -> None:
     class Adapted(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
@@ -430,7 +428,7 @@ def count_two(batch: list[Tensor]) -> dict[str, Any]:
     return {"class": sum(map(len, batch)), "size": len(batch)}
 
 
-def test_losses_of_several_terms_are_chosen_for_too() -> None:
+def test_multi_term_losses_are_tuned() -> None:
     def both(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
         logits = model(tokens)
         return {"class": loss_fn(model, tokens), "size": (logits.square().sum(), len(tokens))}
@@ -444,7 +442,7 @@ def test_losses_of_several_terms_are_chosen_for_too() -> None:
         assert {name: term.items for name, term in report.terms.items()} == count_two(batch)
 
 
-def test_micro_batches_without_items_need_no_graph() -> None:
+def test_microbatches_without_items_need_no_graph() -> None:
     """As in a window, where their loss is not looked at."""
 
     def sparing(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
@@ -456,7 +454,7 @@ def test_micro_batches_without_items_need_no_graph() -> None:
     assert (report.skipped, report.items) == ("no items", 0)
 
 
-def test_a_gradient_scaler_is_left_alone() -> None:
+def test_gradient_scaler_is_unchanged() -> None:
     def autocast(model: nn.Module, tokens: Tensor) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return loss_fn(model, tokens)
@@ -470,7 +468,7 @@ def test_a_gradient_scaler_is_left_alone() -> None:
     assert engine.step(samples(8, 9, 10)).skipped is None
 
 
-def test_weights_in_bfloat16_are_chosen_for_and_stay_as_they_are() -> None:
+def test_bfloat16_weights_are_tuned_and_unchanged() -> None:
     model = make().bfloat16()
     engine = engine_of(model, **BY_LENGTH)
     before = snapshot(model, engine.accumulator.optimizer)["parameters"]
@@ -480,7 +478,7 @@ def test_weights_in_bfloat16_are_chosen_for_and_stay_as_they_are() -> None:
     assert engine.step(samples(8, 9, 10)).skipped is None
 
 
-def test_modules_whose_parameters_are_not_made_yet_are_made() -> None:
+def test_lazy_modules_are_initialized() -> None:
     model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 1))
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, x: (m(x).square().sum(), len(x)))
     report = engine.step(torch.ones(8, 3))
@@ -492,7 +490,7 @@ def test_modules_whose_parameters_are_not_made_yet_are_made() -> None:
 # what does not go ---------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_that_does_not_fit_is_named_and_nothing_is_chosen(limit: Limit) -> None:
+def test_oversized_sample_is_named_and_nothing_chosen(limit: Limit) -> None:
     model = make(width=64)
     engine = limit(engine_of(model, **BY_LENGTH), 8 * MIB)
     long, *short = samples(2000, 8, 9)
@@ -508,7 +506,7 @@ def test_a_sample_that_does_not_fit_is_named_and_nothing_is_chosen(limit: Limit)
     assert engine.step(short).step == 1, "the shorter ones fit"
 
 
-def test_an_empty_batch_cannot_be_tuned_with() -> None:
+def test_empty_batch_cannot_be_tuned() -> None:
     for batch in ([], ()):
         with pytest.raises(ValueError, match="empty") as raised:
             engine_of(make(), **BY_LENGTH).tune(batch)
@@ -516,7 +514,7 @@ def test_an_empty_batch_cannot_be_tuned_with() -> None:
 
 
 @pytest.mark.parametrize(("found", "samples_of_it"), [(2, 3), (4, 3), (0, 3)])
-def test_lengths_are_one_for_each_sample(found: int, samples_of_it: int) -> None:
+def test_lengths_are_one_per_sample(found: int, samples_of_it: int) -> None:
     engine = engine_of(make(), collate=collate, lengths=lambda batch: [8] * found)
     with pytest.raises(ValueError, match="lengths") as raised:
         engine.tune(samples(*[8] * samples_of_it))
@@ -527,7 +525,7 @@ def test_lengths_are_one_for_each_sample(found: int, samples_of_it: int) -> None
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-def test_a_sample_without_tokens_is_named(where: int) -> None:
+def test_sample_without_tokens_is_named(where: int) -> None:
     lengths = [8, 9, 10]
     lengths[where] = 0
     engine = engine_of(make(), collate=collate, lengths=lambda batch: lengths)
@@ -555,13 +553,13 @@ def test_a_sample_without_tokens_is_named(where: int) -> None:
         ({"microbatch": ""}, "microbatch is '': it must be \"auto\", an int, or a TokenBudget."),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+def test_incompatible_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="microbatch") as raised:
         engine_of(make(), **settings)
     assert str(raised.value) == message
 
 
-def test_more_memory_than_there_is_is_refused() -> None:
+def test_memory_above_device_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"^memory 1000TiB is more than the .*GiB that the device has: pass "):
         engine_of(make(), memory="1000TiB", **BY_LENGTH).tune(samples(8, 9))
 
@@ -570,7 +568,7 @@ CHOICE = MicrobatchChoice(16, 9, "tokens", 1, 2, 1.0, 16, (), choice.TimeModel((
 
 
 @pytest.mark.parametrize("microbatch", [4, TokenBudget(64)])
-def test_an_engine_whose_micro_batch_is_decided_neither_tunes_nor_takes_a_choice(microbatch: Any) -> None:
+def test_engine_with_fixed_microbatch_rejects_tuning_and_choice(microbatch: Any) -> None:
     engine = engine_of(make(), microbatch=microbatch, **BY_LENGTH)
     with pytest.raises(ValueError, match="is fixed") as raised:
         engine.tune(samples(8, 9))
@@ -581,7 +579,7 @@ def test_an_engine_whose_micro_batch_is_decided_neither_tunes_nor_takes_a_choice
     assert engine.step(samples(8, 9)).num_microbatches == 1
 
 
-def test_a_choice_of_tokens_is_none_of_samples() -> None:
+def test_token_choice_is_not_valid_for_samples() -> None:
     with pytest.raises(ValueError, match="choice") as raised:
         engine_of(make(), **LISTED).set_microbatch(CHOICE)
     assert str(raised.value) == (
@@ -595,13 +593,13 @@ def test_a_choice_of_tokens_is_none_of_samples() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, LISTED, BY_LENGTH])
-def test_groups_are_not_known_before_a_micro_batch_is_chosen(settings: dict[str, Any]) -> None:
+def test_groups_are_unknown_before_tuning(settings: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="chosen") as raised:
         engine_of(make(), **settings).groups([8, 9])
     assert str(raised.value) == ("no micro-batch is chosen yet: call tune(batch) first, or step(batch), which does it.")
 
 
-def test_a_tuned_engine_may_be_copied() -> None:
+def test_tuned_engine_can_be_copied() -> None:
     batch = samples(*range(8, 24))
     engine = engine_of(make(), **BY_LENGTH)
     engine.tune(batch)

@@ -26,7 +26,7 @@ def recorded_gradient(stepper, model, batch, size, **settings):
 @pytest.mark.parametrize("stepper", ref.STEPPERS.values(), ids=ref.STEPPERS.keys())
 @pytest.mark.parametrize("loss_fn", [ref.loss_and_items, ref.mean_times_items])
 @pytest.mark.parametrize("size", range(1, SAMPLES + 1))
-def test_every_cut_gives_the_gradient_of_the_full_batch(stepper, loss_fn, size):
+def test_every_cut_gives_full_batch_gradient(stepper, loss_fn, size):
     model, batch = ref.make_model(), ref.ragged_batch(SAMPLES, seed=3)
     assert min(map(ref.count, ref.cut(batch, 1))) == 0, "the data must hold a sample without items"
     full = ref.full_gradient(model, batch)
@@ -42,7 +42,7 @@ def test_every_cut_gives_the_gradient_of_the_full_batch(stepper, loss_fn, size):
 
 
 @pytest.mark.parametrize("stepper", ref.STEPPERS.values(), ids=ref.STEPPERS.keys())
-def test_parameter_differences_at_unit_learning_rate_are_the_gradient(stepper):
+def test_unit_learning_rate_update_equals_gradient(stepper):
     model, batch = ref.make_model(), ref.ragged_batch(SAMPLES)
     before, full = ref.parameters_of(model), ref.full_gradient(model, batch)
     stepper(model, torch.optim.SGD(model.parameters(), lr=1.0), batch, 5)
@@ -51,7 +51,7 @@ def test_parameter_differences_at_unit_learning_rate_are_the_gradient(stepper):
     assert ref.relative_error(ref.mean_of_means_gradient(model, ref.cut(batch, 5)), full) > WRONG
 
 
-def test_the_data_holds_micro_batches_whose_gradient_would_be_not_a_number():
+def test_data_contains_microbatches_with_nan_mean_gradient():
     model = ref.make_model()
     empty = next(part for part in ref.cut(ref.ragged_batch(SAMPLES, seed=3), 1) if not ref.count(part))
     gradient = ref.gradients_of(model, ref.mean_times_items(model, empty)[0])
@@ -70,7 +70,7 @@ def cut_batches(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(cut_batches(), st.sampled_from([ref.loss_and_items, ref.mean_times_items]), st.integers(0, 3))
-def test_any_mask_and_any_partition_give_the_gradient_of_the_full_batch(cut_batch, loss_fn, seed):
+def test_any_mask_and_partition_gives_full_batch_gradient(cut_batch, loss_fn, seed):
     mask, sizes = cut_batch
     model, batch = ref.make_model(seed), ref.ragged_batch(len(mask), seed=seed)
     labels = torch.randint(ref.VOCABULARY, mask.shape, generator=torch.Generator().manual_seed(seed))
@@ -93,7 +93,7 @@ def test_any_mask_and_any_partition_give_the_gradient_of_the_full_batch(cut_batc
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 10), st.integers(1, 12), st.integers(0, 5))
-def test_any_microbatch_of_the_engine_gives_the_gradient_of_the_full_batch(samples, size, seed):
+def test_any_engine_microbatch_gives_full_batch_gradient(samples, size, seed):
     model, batch = ref.make_model(seed), ref.ragged_batch(samples, seed=seed)
     full = ref.full_gradient(model, batch)
     gradient, _ = recorded_gradient(ref.step_by_engine, model, batch, size, loss_fn=ref.mean_times_items)
@@ -124,7 +124,7 @@ def test_items_may_be_tensors_floats_or_weights():
     assert ref.relative_error(ref.gradients_of(model, naive / 3), full) > WRONG
 
 
-def test_what_grad_held_before_a_window_does_not_leak_in():
+def test_grad_before_window_does_not_leak_in():
     model, batch = ref.make_model(), ref.ragged_batch(SAMPLES)
     full = ref.full_gradient(model, batch)
     for stepper in ref.STEPPERS.values():

@@ -92,7 +92,7 @@ MODELS = [Adapted, Tied, Routed, Checkpointed, ReentrantCheckpointed, Checkpoint
 @pytest.mark.parametrize("stepper", ref.STEPPERS.values(), ids=ref.STEPPERS.keys())
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("size", [1, 4])
-def test_every_kind_of_parameter_gets_the_full_batch_update(kind, stepper, size):
+def test_every_parameter_kind_gets_full_batch_update(kind, stepper, size):
     torch.manual_seed(0)
     model = kind().double()
     batch = ref.ragged_batch(10, seed=8)
@@ -117,7 +117,7 @@ def test_every_kind_of_parameter_gets_the_full_batch_update(kind, stepper, size)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_parameters_that_no_micro_batch_used_keep_their_state_and_values():
+def test_unused_parameters_keep_state_and_values():
     """Weight decay must not touch what received no gradient, as in the full batch."""
     torch.manual_seed(0)
     model = Routed().double()
@@ -136,7 +136,7 @@ def test_parameters_that_no_micro_batch_used_keep_their_state_and_values():
     assert torch.equal(model.experts[2].weight, start.experts[2].weight)
 
 
-def test_parameters_outside_the_optimizer_get_no_gradient():
+def test_parameters_outside_optimizer_get_no_gradient():
     model, batch = ref.make_model(), ref.ragged_batch(9)
     optimizer = torch.optim.SGD(model.head.parameters(), lr=1.0)
     before, full = ref.parameters_of(model), ref.full_gradient(model, batch)
@@ -151,7 +151,7 @@ def test_parameters_outside_the_optimizer_get_no_gradient():
     assert torch.equal(after["hidden.weight"], before["hidden.weight"])
 
 
-def test_parameters_frozen_or_added_between_windows_are_taken_as_they_are():
+def test_parameters_changed_between_windows_are_handled():
     batch = ref.ragged_batch(9)
     model = ref.make_model()
     optimizer = torch.optim.SGD(model.head.parameters(), lr=1.0)
@@ -169,7 +169,7 @@ def test_parameters_frozen_or_added_between_windows_are_taken_as_they_are():
     assert not moved["head.bias"].any()
 
 
-def test_parameters_unfrozen_after_the_window_opened_are_trained_or_refused():
+def test_parameters_unfrozen_inside_window_are_trained_or_rejected():
     """A GAN's loop freezes and unfreezes one model while windows over it are open."""
     model, batch = ref.make_model(), ref.ragged_batch(9)
     optimizer = ref.RecordingSGD(model)
@@ -188,7 +188,7 @@ def test_parameters_unfrozen_after_the_window_opened_are_trained_or_refused():
 
 @OLD_SCRIPT
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_model_gets_the_full_batch_update(dynamic):
+def test_compiled_model_gets_full_batch_update(dynamic):
     model, batch = ref.make_model(), ref.ragged_batch(8, seed=3)
     before, full = ref.parameters_of(model), ref.full_gradient(model, batch)
     compiled = torch.compile(model, backend="aot_eager", dynamic=dynamic)
@@ -201,7 +201,7 @@ def test_a_compiled_model_gets_the_full_batch_update(dynamic):
 
 
 @OLD_SCRIPT
-def test_a_compiled_bf16_model_sums_in_float32():
+def test_compiled_bf16_model_sums_in_float32():
     model, batch = ref.make_model(dtype=torch.bfloat16), ref.ragged_batch(8, seed=3)
 
     def loss_fn(module, part):
@@ -292,7 +292,7 @@ def test_each_term_divides_by_its_own_total(size, leave_out_empty, use_engine):
         assert ref.relative_error(ref.gradients_of(model, torch.stack(means).mean()), full) > WRONG
 
 
-def test_a_micro_batch_in_which_every_term_is_missing_adds_nothing():
+def test_microbatch_without_any_term_adds_nothing():
     model, batch, _ = two_term_setup()
     batch["labels"][4] = ref.IGNORED
     full = ref.gradients_of(model, sum(loss / items for loss, items in two_terms(model, batch).values()))
@@ -308,7 +308,7 @@ def test_a_micro_batch_in_which_every_term_is_missing_adds_nothing():
     assert ref.relative_error(optimizer.recorded[0], full) <= EXACT
 
 
-def test_a_term_without_items_in_the_whole_window_adds_nothing():
+def test_term_without_items_in_window_adds_nothing():
     model, batch, _ = two_term_setup()
     batch["labels"][:, 0] = 1
     assert count_two(batch)["values"] == 0
@@ -322,7 +322,7 @@ def test_a_term_without_items_in_the_whole_window_adds_nothing():
     assert report.terms["values"].loss != report.terms["values"].loss
 
 
-def test_a_window_in_which_no_term_has_an_item_changes_nothing():
+def test_window_without_items_in_any_term_changes_nothing():
     model, batch, _ = two_term_setup()
     batch["labels"].fill_(ref.IGNORED)
     before = ref.parameters_of(model)
@@ -332,7 +332,7 @@ def test_a_window_in_which_no_term_has_an_item_changes_nothing():
     assert all(torch.equal(before[name], p) for name, p in ref.parameters_of(model).items())
 
 
-def test_windows_of_several_terms_use_the_totals_of_each_window():
+def test_multi_term_windows_use_their_own_totals():
     model, batch, _ = two_term_setup()
     batch["labels"][[0, 5, 9], 0] = 3
     optimizer = ref.RecordingSGD(model)
@@ -349,7 +349,7 @@ def test_windows_of_several_terms_use_the_totals_of_each_window():
         assert ref.relative_error(gradient, full) <= EXACT
 
 
-def test_a_count_that_lies_is_found_before_the_update():
+def test_wrong_count_is_found_before_update():
     model, batch, _ = two_term_setup()
     before = ref.parameters_of(model)
     engine = bigbatch.Engine(
@@ -367,14 +367,14 @@ def test_a_count_that_lies_is_found_before_the_update():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_several_terms_without_their_totals_are_refused():
+def test_several_terms_without_totals_are_rejected():
     model, batch, _ = two_term_setup()
     engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters()), two_terms, microbatch=5)
     with pytest.raises(ValueError, match=r"the terms 'tokens', 'values': several terms need their totals"):
         engine.step(batch)
 
 
-def test_a_term_that_count_items_does_not_know_is_refused():
+def test_term_missing_from_count_items_is_rejected():
     model, batch, _ = two_term_setup()
     engine = bigbatch.Engine(
         model,
@@ -387,7 +387,7 @@ def test_a_term_that_count_items_does_not_know_is_refused():
         engine.step(batch)
 
 
-def test_totals_that_are_weights_may_round_differently_from_their_parts():
+def test_weight_totals_may_round_differently_from_parts():
     """Σ over the batch and Σ over the micro-batches of float32 weights differ in the last bit, and that is no lie."""
     torch.manual_seed(0)
     model, inputs, weights = nn.Linear(3, 1).double(), torch.randn(9, 3).double(), torch.rand(9)
@@ -404,7 +404,7 @@ def test_totals_that_are_weights_may_round_differently_from_their_parts():
     assert ref.relative_error(optimizer.recorded[0], full) <= 1e-6
 
 
-def test_a_single_named_term_needs_no_totals():
+def test_single_named_term_needs_no_totals():
     model, batch = ref.make_model(), ref.ragged_batch(9)
     optimizer = ref.RecordingSGD(model)
     report = bigbatch.Engine(
@@ -414,7 +414,7 @@ def test_a_single_named_term_needs_no_totals():
     assert list(report.terms) == ["tokens"]
 
 
-def test_a_gradient_penalty_is_differentiated_twice():
+def test_gradient_penalty_is_differentiated_twice():
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.randn(9, 3).double()
 
@@ -451,7 +451,7 @@ def test_complex_and_mixed_parameters_are_summed():
     assert ref.relative_error(real, expected) <= 1e-6
 
 
-def test_parameters_that_share_storage_are_trained_as_two():
+def test_parameters_sharing_storage_are_trained_as_two():
     storage = torch.randn(4, 3).double()
     model = nn.ParameterDict({"top": nn.Parameter(storage[:2]), "bottom": nn.Parameter(storage[2:])})
     inputs = torch.randn(9, 3).double()

@@ -54,7 +54,7 @@ def accumulated_by_bigbatch(model, parts):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_sums_of_128_narrow_gradients_cost_one_rounding(dtype):
+def test_sum_of_128_narrow_gradients_rounds_once(dtype):
     """A float32 sum of 128 is off by at most 128 · 2⁻²⁴ ≈ 1e-5 of Σ|g|, and the cast back rounds once.
 
     One rounding is at most 2⁻⁹ = 0.2 % of each element in bfloat16, so of the norm too: within the 0.3 % promised.
@@ -70,7 +70,7 @@ def test_sums_of_128_narrow_gradients_cost_one_rounding(dtype):
     assert naive > 3 * ours
 
 
-def test_bf16_sums_are_closer_to_the_true_gradient_than_those_of_grad():
+def test_bf16_sums_are_more_accurate_than_grad():
     """Against the float64 model with the same parameters; bfloat16 forwards and backwards dominate what is left."""
     model, batch, parts = narrow_setup(torch.bfloat16)
     true = ref.full_gradient(copy.deepcopy(model).double(), batch)
@@ -81,7 +81,7 @@ def test_bf16_sums_are_closer_to_the_true_gradient_than_those_of_grad():
     assert ours < 0.01
 
 
-def test_a_thousand_gradients_that_agree_do_not_stall():
+def test_thousand_equal_gradients_do_not_stall():
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     optimizer = ref.RecordingSGD(model)
     inputs = torch.full((1000, 1), 0.001, dtype=torch.bfloat16)
@@ -93,7 +93,7 @@ def test_a_thousand_gradients_that_agree_do_not_stall():
     assert model.weight.grad.item() / 1000 < 0.0006
 
 
-def test_bf16_and_float32_parameters_in_one_model_sum_each_in_float32_at_least():
+def test_mixed_bf16_and_float32_parameters_sum_in_float32():
     torch.manual_seed(0)
     model = ref.TokenModel(16)
     model.hidden.to(torch.bfloat16)
@@ -119,7 +119,7 @@ def test_bf16_and_float32_parameters_in_one_model_sum_each_in_float32_at_least()
     assert ref.relative_error(recorded, total) <= 2**-9 + 1e-4
 
 
-def test_bf16_updates_clip_on_the_norm_of_the_wide_sum():
+def test_bf16_updates_clip_on_float32_norm():
     model, _, parts = narrow_setup(torch.bfloat16)
     reference = sum_of_micro_gradients(model, parts)
     norm = torch.nn.utils.get_total_norm(list(reference.values())).item()
@@ -160,7 +160,7 @@ def autocast_loss(dtype, gain=1.0):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_autocast_windows_differ_from_the_full_batch_by_rounding_alone(dtype, size):
+def test_autocast_windows_differ_only_by_rounding(dtype, size):
     """Activations are rounded to 2⁻⁸ or 2⁻¹¹ alike in every cut; float32 parameters sum in float32."""
     model, batch = ref.make_model(dtype=torch.float32), ref.ragged_batch(16)
     loss, items = autocast_loss(dtype)(model, batch)
@@ -222,7 +222,7 @@ def test_fp16_sums_over_many_items_do_not_overflow(size, use_engine):
     assert report.grad_norm == pytest.approx(torch.nn.utils.get_total_norm(list(full.values())).item(), rel=2**-10)
 
 
-def test_fp16_gradients_keep_small_values_that_an_unscaled_backward_loses():
+def test_fp16_gradients_keep_values_lost_without_scaling():
     model = torch.nn.Linear(1, 1, bias=False)
 
     def loss_fn(module, inputs):
@@ -239,7 +239,7 @@ def test_fp16_gradients_keep_small_values_that_an_unscaled_backward_loses():
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_fp16_scaling_does_not_depend_on_the_first_micro_batch(first):
+def test_fp16_scaling_ignores_first_microbatch(first):
     torch.manual_seed(0)
     model, inputs = torch.nn.Linear(3, 1).double(), torch.randn(12, 3).double()
     full = ref.gradients_of(model, model(inputs).square().mean())
@@ -252,7 +252,7 @@ def test_fp16_scaling_does_not_depend_on_the_first_micro_batch(first):
     assert ref.relative_error(optimizer.recorded[0], full) <= 1e-12
 
 
-def test_fp16_scaling_takes_fractional_weights_as_items():
+def test_fp16_scaling_accepts_fractional_item_weights():
     torch.manual_seed(0)
     model, inputs = torch.nn.Linear(3, 1).double(), torch.randn(6, 3).double()
     weights = torch.tensor([0.1, 0.2, 3, 4, 5, 6]).double()[:, None]
@@ -266,7 +266,7 @@ def test_fp16_scaling_takes_fractional_weights_as_items():
     assert ref.relative_error(optimizer.recorded[0], full) <= 1e-12
 
 
-def test_a_found_inf_skips_the_window_lowers_the_scale_and_leaves_the_schedule():
+def test_found_inf_skips_window_and_lowers_scale():
     model, inputs = Regression(), torch.rand(64, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -287,7 +287,7 @@ def test_a_found_inf_skips_the_window_lowers_the_scale_and_leaves_the_schedule()
     assert scheduler.last_epoch == 1
 
 
-def test_the_scale_grows_once_a_window():
+def test_scale_grows_once_per_window():
     model, inputs = Regression(), torch.rand(64, 4)
     ours = scaler(init_scale=4.0, growth_interval=3)
     engine = bigbatch.Engine(model, ref.RecordingSGD(model), regression_loss, microbatch=4, scaler=ours)
@@ -298,7 +298,7 @@ def test_the_scale_grows_once_a_window():
     assert scales == [4, 4, 8, 8, 8, 16]
 
 
-def test_a_window_without_items_leaves_the_scale_alone():
+def test_window_without_items_keeps_scale():
     model = Regression()
     ours = scaler(growth_interval=1)
     engine = bigbatch.Engine(model, ref.RecordingSGD(model), lambda m, x: (m(x).sum(), 0), microbatch=4, scaler=ours)
@@ -306,7 +306,7 @@ def test_a_window_without_items_leaves_the_scale_alone():
     assert ours.get_scale() == 2.0**14
 
 
-def test_a_disabled_scaler_is_like_none():
+def test_disabled_scaler_has_no_effect():
     batch = ref.ragged_batch(9)
     results = []
     for ours in (None, scaler(enabled=False)):
@@ -316,7 +316,7 @@ def test_a_disabled_scaler_is_like_none():
     assert all(torch.equal(results[0][name], p) for name, p in results[1].items())
 
 
-def test_ten_scaled_updates_with_clipping_equal_full_batch_training():
+def test_ten_scaled_clipped_updates_equal_full_batch_training():
     def make(module):
         return torch.optim.AdamW(module.parameters(), lr=0.05)
 
@@ -330,7 +330,7 @@ def test_ten_scaled_updates_with_clipping_equal_full_batch_training():
     assert ref.relative_error(ref.parameters_of(model), full.parameters) <= 1e-10
 
 
-def test_two_accumulators_may_share_a_scaler_while_both_windows_are_open():
+def test_overlapping_windows_can_share_a_scaler():
     """An overflow in one window lowers the scale under the other, whose gradients carry the old one."""
     torch.manual_seed(0)
     one, other, inputs = torch.nn.Linear(2, 1).double(), torch.nn.Linear(2, 1).double(), torch.randn(4, 2).double()
@@ -346,7 +346,7 @@ def test_two_accumulators_may_share_a_scaler_while_both_windows_are_open():
     assert ref.relative_error(optimizer.recorded[0], full) <= 1e-12
 
 
-def test_a_scaler_works_on_after_a_window_that_failed():
+def test_scaler_works_after_failed_window():
     model = torch.nn.Linear(3, 1)
     told = [5]
     engine = bigbatch.Engine(
@@ -363,13 +363,13 @@ def test_a_scaler_works_on_after_a_window_that_failed():
     assert engine.step(torch.randn(9, 3)).skipped is None
 
 
-def test_narrow_parameters_with_a_scaler_are_refused():
+def test_narrow_parameters_with_scaler_are_rejected():
     model = torch.nn.Linear(1, 1, dtype=torch.float16)
     with pytest.raises(TypeError, match=r"a GradScaler is for float16 autocast over float32 parameters.*float16"):
         bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), scaler=scaler())
 
 
-def test_fp16_parameters_do_not_overflow_where_the_full_batch_mean_does_not():
+def test_fp16_parameter_sums_stay_finite_with_finite_mean():
     model = torch.nn.Linear(1, 1, dtype=torch.float16)
     inputs = torch.ones(100_000, 1, dtype=torch.float16)
     mean = ref.gradients_of(model, model(inputs).float().mean())

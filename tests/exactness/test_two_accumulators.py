@@ -59,7 +59,7 @@ def mean_of_means(gan, noise, real):
     ]
 
 
-def test_a_later_micro_batch_that_reaches_an_open_window_of_another_model_makes_that_window_refuse():
+def test_foreign_backward_makes_open_window_reject_step():
     """The adversarial term of a generator often starts after a warm-up of the reconstruction term."""
     gan, noise, real = gan_setup(torch.float64)
     one, other = (bigbatch.Accumulator(gan, optimizer).window() for optimizer in optimizers(gan))
@@ -70,7 +70,7 @@ def test_a_later_micro_batch_that_reaches_an_open_window_of_another_model_makes_
         other.step()
 
 
-def test_a_later_micro_batch_that_reaches_an_open_bf16_window_of_another_model_adds_nothing_to_it():
+def test_foreign_backward_adds_nothing_to_bf16_window():
     gan, noise, real = gan_setup(torch.bfloat16)
     _, full = two_references(gan, noise, real)
     recorders = optimizers(gan)
@@ -83,7 +83,7 @@ def test_a_later_micro_batch_that_reaches_an_open_bf16_window_of_another_model_a
     assert ref.relative_error(recorders[1].recorded[0], full) <= 2e-2
 
 
-def test_a_reentrant_checkpoint_that_reaches_an_open_window_of_another_model_makes_that_window_refuse():
+def test_foreign_reentrant_checkpoint_makes_window_reject_step():
     gan, noise, real = gan_setup(torch.float64)
     one, other = (bigbatch.Accumulator(gan, optimizer).window() for optimizer in optimizers(gan))
     other.backward(gan.discriminator_loss(noise, real), items=24)
@@ -114,7 +114,7 @@ def train_given(model, seed, results):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_second_open_window_over_the_same_parameters_is_refused_not_silently_wrong(dtype):
+def test_second_window_over_same_parameters_is_rejected(dtype):
     """Both would live in one ``.grad``, or fight for one hook."""
     model, batch = ref.make_model(dtype=dtype), ref.ragged_batch(9)
     window = bigbatch.Accumulator(model, ref.RecordingSGD(model)).window()

@@ -66,7 +66,7 @@ def test_ten_updates_equal_full_batch_training(stepper_name, name, size):
 
 @pytest.mark.parametrize("stepper_name", ref.STEPPERS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_clipping_acts_once_on_the_norm_of_the_full_batch(stepper_name, name):
+def test_clipping_acts_once_on_full_batch_norm(stepper_name, name):
     limit = 0.25
     parameters, reports, _ = train(stepper_name, OPTIMIZERS[name], 2, max_grad_norm=limit)
     full = ref.train_reference(ref.make_model(), OPTIMIZERS[name], ref.batches(STEPS), max_grad_norm=limit)
@@ -78,14 +78,14 @@ def test_clipping_acts_once_on_the_norm_of_the_full_batch(stepper_name, name):
     assert ref.relative_error(unclipped.parameters, full.parameters) > WRONG
 
 
-def test_a_norm_below_the_limit_is_left_alone():
+def test_norm_below_limit_is_unchanged():
     parameters, reports, _ = train("Engine", sgd, 2, max_grad_norm=1e6)
     full = ref.train_reference(ref.make_model(), sgd, ref.batches(STEPS), max_grad_norm=1e6)
     assert ref.relative_error(parameters, full.parameters) <= EXACT
     assert [report.grad_norm for report in reports] == pytest.approx(full.grad_norms, rel=1e-10)
 
 
-def test_clipping_each_micro_batch_by_itself_would_be_wrong():
+def test_clipping_each_microbatch_would_be_wrong():
     batch = ref.ragged_batch(9, seed=100)
     model = ref.make_model()
     parts = [part for part in ref.cut(batch, 2) if ref.count(part)]
@@ -106,7 +106,7 @@ def test_clipping_each_micro_batch_by_itself_would_be_wrong():
 
 
 @pytest.mark.parametrize("stepper_name", ref.STEPPERS)
-def test_the_schedule_advances_once_a_window(stepper_name):
+def test_schedule_advances_once_per_window(stepper_name):
     parameters, _, optimizer = train(stepper_name, sgd, 2, make_scheduler=warmup)
     full = ref.train_reference(ref.make_model(), sgd, ref.batches(STEPS), make_scheduler=warmup)
     assert ref.relative_error(parameters, full.parameters) <= EXACT
@@ -115,7 +115,7 @@ def test_the_schedule_advances_once_a_window(stepper_name):
     assert ref.relative_error(unscheduled.parameters, full.parameters) > WRONG
 
 
-def test_one_accumulator_may_change_the_cut_from_window_to_window():
+def test_cut_may_change_between_windows():
     model = ref.make_model()
     accumulator = bigbatch.Accumulator(model, adamw(model))
     for size, batch in zip([1, 9, 2, 4, 3, 5, 8, 1, 7, 6], ref.batches(STEPS), strict=True):
@@ -153,7 +153,7 @@ class Matrices(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", all_optimizers())
-def test_every_optimizer_of_torch_gets_the_full_batch_update(name):
+def test_every_torch_optimizer_gets_full_batch_update(name):
     kind, settings = all_optimizers()[name]
     torch.manual_seed(0)
     plain = name not in ("Muon", "SparseAdam")
@@ -182,7 +182,7 @@ def test_every_optimizer_of_torch_gets_the_full_batch_update(name):
 
 
 @pytest.mark.parametrize("limit", [0.05, None])
-def test_sparse_gradients_are_summed_clipped_and_handed_over_like_dense_ones(limit):
+def test_sparse_gradients_are_summed_and_clipped_like_dense(limit):
     torch.manual_seed(0)
     sparse, dense = Matrices(sparse=True).double(), Matrices(sparse=False).double()
     dense.load_state_dict(sparse.state_dict())
@@ -202,7 +202,7 @@ def test_sparse_gradients_are_summed_clipped_and_handed_over_like_dense_ones(lim
     assert [report.grad_norm for report in reports] == pytest.approx(full.grad_norms, rel=1e-12)
 
 
-def test_an_lbfgs_that_evaluates_the_loss_again_is_refused():
+def test_lbfgs_that_reevaluates_loss_is_rejected():
     model = ref.make_model()
     for settings in ({}, {"max_iter": 1, "line_search_fn": "strong_wolfe"}):
         with pytest.raises(TypeError, match=r"evaluates the loss again within one update.*max_iter=1"):

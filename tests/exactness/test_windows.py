@@ -19,7 +19,7 @@ def without_items(samples=3, seed=0):
 
 
 @pytest.mark.parametrize("left_over", [1, 2, 3])
-def test_a_partial_last_window_divides_by_the_items_it_saw(left_over):
+def test_partial_window_divides_by_items_seen(left_over):
     model, batch = ref.make_model(), ref.ragged_batch(8 + left_over, seed=5)
     batch["labels"][8:, 0] = 1
     optimizer = ref.RecordingSGD(model)
@@ -33,7 +33,7 @@ def test_a_partial_last_window_divides_by_the_items_it_saw(left_over):
     assert ref.relative_error(textbook, full) > WRONG
 
 
-def test_two_epochs_with_partial_windows_equal_full_batch_training():
+def test_epochs_with_partial_windows_equal_full_batch_training():
     """The textbook loop would drop the tail of an epoch, or leak it into the first window of the next."""
     epochs = [ref.ragged_batch(11, seed=seed) for seed in (1, 2)]
     windows = [{name: column[a : a + 8] for name, column in epoch.items()} for epoch in epochs for a in (0, 8)]
@@ -63,7 +63,7 @@ def test_no_window_is_empty(microbatches, expected):
     assert [report.num_microbatches for report in reports] == expected
 
 
-def test_micro_batches_are_drawn_one_at_a_time():
+def test_microbatches_are_drawn_one_at_a_time():
     model, batch = ref.make_model(), ref.ragged_batch(8)
     accumulator = bigbatch.Accumulator(model, ref.RecordingSGD(model))
     drawn = []
@@ -80,7 +80,7 @@ def test_micro_batches_are_drawn_one_at_a_time():
         window.step()
 
 
-def test_micro_batches_left_by_a_break_go_to_the_next_window():
+def test_microbatches_left_by_break_join_next_window():
     model, batch = ref.make_model(), ref.ragged_batch(8, seed=2)
     optimizer = ref.RecordingSGD(model)
     accumulator = bigbatch.Accumulator(model, optimizer)
@@ -136,7 +136,7 @@ def trained_setup():
 
 @pytest.mark.parametrize("use_engine", [True, False])
 @pytest.mark.parametrize("loss_fn", [ref.loss_and_items, ref.mean_times_items])
-def test_a_window_without_items_changes_nothing(use_engine, loss_fn):
+def test_window_without_items_changes_nothing(use_engine, loss_fn):
     model, optimizer, scheduler = trained_setup()
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=2, scheduler=scheduler, max_grad_norm=1.0)
 
@@ -158,7 +158,7 @@ def test_a_window_without_items_changes_nothing(use_engine, loss_fn):
     assert run(ref.ragged_batch(4)).step == 2
 
 
-def test_training_with_windows_without_items_in_between_equals_training_without_them():
+def test_windows_without_items_do_not_affect_training():
     model, optimizer, scheduler = trained_setup()
     start = copy.deepcopy(model)
     engine = bigbatch.Engine(model, optimizer, ref.mean_times_items, microbatch=2, scheduler=scheduler)
@@ -176,7 +176,7 @@ def test_training_with_windows_without_items_in_between_equals_training_without_
 
 @pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_one_non_finite_micro_batch_skips_the_window(poison, max_grad_norm):
+def test_nonfinite_microbatch_skips_window(poison, max_grad_norm):
     model, optimizer, scheduler = trained_setup()
     batch = ref.ragged_batch(6)
     poisoned = []
@@ -199,7 +199,7 @@ def test_one_non_finite_micro_batch_skips_the_window(poison, max_grad_norm):
     assert engine.step(batch).step == 2
 
 
-def test_a_finite_gradient_whose_undivided_sum_has_no_finite_norm_is_applied():
+def test_finite_gradient_with_overflowing_sum_is_applied():
     """The norm of the divided gradient is what counts; squares of the sum overflow float32 before it does."""
     model = torch.nn.Linear(1, 1)
     inputs = torch.full((4, 1), 1e19)
@@ -215,7 +215,7 @@ def test_a_finite_gradient_whose_undivided_sum_has_no_finite_norm_is_applied():
     assert ref.relative_error(optimizer.recorded[0], full) <= 1e-6
 
 
-def test_the_loss_of_a_report_is_that_of_the_whole_window():
+def test_report_loss_covers_whole_window():
     model, batch = ref.make_model(), ref.ragged_batch(9, seed=4)
     (report,) = ref.run_windows(
         bigbatch.Accumulator(model, ref.RecordingSGD(model, lr=1.0)), ref.cut(batch, 2), num_microbatches=9
@@ -227,7 +227,7 @@ def test_the_loss_of_a_report_is_that_of_the_whole_window():
     assert abs(means[-1] / report.loss - 1) > WRONG
 
 
-def test_windows_of_images_and_pixels_count_what_the_loss_averages_over():
+def test_image_and_pixel_windows_count_their_items():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(2, 1, 1)).double()
     images = [torch.randn(2, 1, size, size).double() for size in (3, 5, 9)]

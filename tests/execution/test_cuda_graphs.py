@@ -99,7 +99,7 @@ class Pair:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [12, 10, 3], ids=["whole", "a partial one", "one partial one"])
-def test_recorded_windows_have_the_gradients_of_unrecorded_ones(dtype: torch.dtype, rows: int) -> None:
+def test_captured_windows_have_eager_gradients(dtype: torch.dtype, rows: int) -> None:
     pair = Pair(mlp(dtype), max_grad_norm=0.5)
     for window in range(5):
         assert pair.step(masked_batch(rows, window, dtype)) <= WITHIN[dtype]
@@ -109,7 +109,7 @@ def test_recorded_windows_have_the_gradients_of_unrecorded_ones(dtype: torch.dty
     assert difference(*([*model.parameters()] for model in pair.models)) <= 10 * WITHIN[dtype]
 
 
-def test_the_gradient_is_that_of_the_whole_batch_and_not_a_mean_of_means() -> None:
+def test_captured_gradient_equals_full_batch() -> None:
     pair = Pair(mlp(torch.float64))
     pair.step(masked_batch(11, 0, torch.float64))
     for window in (1, 2):
@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_the_whole_batch_and_not_a_mean_of_means() -> No
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_autocast_and_adamw_are_the_same_recorded(fused: bool) -> None:
+def test_captured_autocast_and_adamw_match_eager(fused: bool) -> None:
     def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             outputs = model(microbatch[0])
@@ -150,7 +150,7 @@ def test_autocast_and_adamw_are_the_same_recorded(fused: bool) -> None:
     assert difference(*([*engine.model.parameters()] for engine in adamw)) <= 1e-4
 
 
-def test_shapes_are_recorded_one_by_one_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_are_captured_separately_and_oldest_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3)
     pair = Pair(mlp(torch.float64))
     for rows, recordings in ((4, 0), (4, 1), (3, 2), (2, 3), (1, 3), (4, 3), (10, 3), (7, 3)):
@@ -159,7 +159,7 @@ def test_shapes_are_recorded_one_by_one_and_the_oldest_goes(monkeypatch: pytest.
     assert pair.recorder.disabled_reason is None
 
 
-def test_lists_of_samples_of_many_lengths_are_recorded_by_shape() -> None:
+def test_sample_lists_are_captured_by_shape() -> None:
     """Padded to the longest of the micro-batch, under a limit of tokens."""
 
     class Embedder(nn.Module):
@@ -195,7 +195,7 @@ def test_lists_of_samples_of_many_lengths_are_recorded_by_shape() -> None:
     assert pair.recorder.num_graphs > 3
 
 
-def test_dropout_drops_others_in_every_micro_batch_and_window() -> None:
+def test_dropout_differs_in_every_microbatch_and_window() -> None:
     class Dropped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -225,7 +225,7 @@ def test_dropout_drops_others_in_every_micro_batch_and_window() -> None:
     assert len({tuple(kept.tolist()) for kept in seen}) == 4
 
 
-def test_evaluation_and_training_are_recorded_apart() -> None:
+def test_evaluation_and_training_are_captured_separately() -> None:
     model = nn.Sequential(mlp(torch.float64), nn.Dropout(0.5))
     pair = Pair(model.eval())
     for window in range(3):
@@ -243,7 +243,7 @@ def test_evaluation_and_training_are_recorded_apart() -> None:
     assert pair.recorder.num_graphs == 2
 
 
-def test_a_parameter_that_nothing_reaches_gets_no_gradient() -> None:
+def test_unused_parameter_gets_no_gradient() -> None:
     model = mlp(torch.float64)
     model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64, device=DEVICE)))
     pair = Pair(model)
@@ -256,7 +256,7 @@ def test_a_parameter_that_nothing_reaches_gets_no_gradient() -> None:
 # where the sums are ----------------------------------------------------------------------------------------------
 
 
-def test_sums_stay_where_they_are_and_leave_nothing_behind() -> None:
+def test_sums_keep_their_address_and_leave_no_residue() -> None:
     pair = Pair(mlp())
     pair.step(masked_batch(8, 0))
     assert pair.recorder.static_buffers is not None
@@ -268,7 +268,7 @@ def test_sums_stay_where_they_are_and_leave_nothing_behind() -> None:
         assert all(parameter.grad is None for parameter in pair.models[0].parameters())
 
 
-def test_gradients_of_somebody_else_between_windows_change_nothing() -> None:
+def test_foreign_gradients_between_windows_change_nothing() -> None:
     pair = Pair(mlp())
     for window in range(4):
         assert pair.step(masked_batch(8, window)) <= 1e-6
@@ -283,7 +283,7 @@ def reserved_bytes() -> int:
     return torch.cuda.memory_reserved()
 
 
-def test_what_is_released_is_given_back_and_recorded_again() -> None:
+def test_released_graphs_are_freed_and_captured_again() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, 8192), nn.Tanh(), nn.Linear(8192, 8)).to(DEVICE)
     optimizer = RecordingSGD(model.parameters(), lr=0.0)
@@ -306,7 +306,7 @@ def test_what_is_released_is_given_back_and_recorded_again() -> None:
     assert difference(optimizer.seen, first) <= 1e-6
 
 
-def test_a_copied_engine_records_its_own_model() -> None:
+def test_copied_engine_captures_its_own_model() -> None:
     pair = Pair(mlp())
     for window in range(2):
         pair.step(masked_batch(8, window))
@@ -330,7 +330,7 @@ def bias_of(model: nn.Module) -> nn.Parameter:
     return found
 
 
-def test_a_parameter_that_is_frozen_in_mid_run_gets_no_gradient() -> None:
+def test_parameter_frozen_during_run_gets_no_gradient() -> None:
     pair = Pair(mlp(torch.float64))
     for window in range(3):
         pair.step(masked_batch(8, window, torch.float64))
@@ -342,7 +342,7 @@ def test_a_parameter_that_is_frozen_in_mid_run_gets_no_gradient() -> None:
     assert (pair.recorder.num_graphs, pair.recorder.disabled_reason) == (1, None)
 
 
-def test_a_parameter_that_is_trained_from_some_window_on_gets_its_gradient() -> None:
+def test_parameter_unfrozen_during_run_gets_its_gradient() -> None:
     model = mlp(torch.float64)
     bias_of(model).requires_grad_(False)
     pair = Pair(model)
@@ -368,7 +368,7 @@ class TwoHeads(nn.Module):
         return self.heads[head](torch.tanh(self.trunk(inputs)))
 
 
-def test_a_micro_batch_that_reaches_other_parameters_is_run_as_it_is() -> None:
+def test_microbatch_with_other_parameters_runs_eagerly() -> None:
     def loss_fn(model: nn.Module, microbatch: tuple[Tensor, Tensor, Tensor, int]) -> tuple[Tensor, Tensor]:
         inputs, targets, mask, head = microbatch
         return (F.mse_loss(model(inputs, head), targets, reduction="none") * mask).sum(), mask.sum()
@@ -423,7 +423,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str | None]] = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_what_cannot_be_recorded_is_run_as_it_is_and_counts_once(why: str) -> None:
+def test_uncapturable_model_runs_eagerly_and_counts_once(why: str) -> None:
     loss_fn, said = REFUSED[why]
     pair = Pair(mlp(torch.float64), loss_fn)
     for window in range(4):
@@ -436,7 +436,7 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_counts_once(why: str) -> No
 
 
 @pytest.mark.parametrize("loss_fn", [reads_a_value, fails_after_backward_began])
-def test_memory_can_be_given_back_after_a_recording_that_failed(loss_fn: Callable[..., Any]) -> None:
+def test_memory_is_released_after_failed_capture(loss_fn: Callable[..., Any]) -> None:
     pair = Pair(mlp(torch.float64), loss_fn)
     for window in range(3):
         pair.step(masked_batch(10, window, torch.float64))
@@ -448,7 +448,7 @@ def test_memory_can_be_given_back_after_a_recording_that_failed(loss_fn: Callabl
     assert torch.cuda.memory_reserved() == before
 
 
-def test_losses_of_several_terms_are_run_as_they_are() -> None:
+def test_multi_term_losses_run_eagerly() -> None:
     def loss_fn(model: nn.Module, microbatch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         loss_sum, items = masked_loss(model, microbatch)
         return {"one": (loss_sum, items), "other": (0.5 * loss_sum, items)}
@@ -462,7 +462,7 @@ def test_losses_of_several_terms_are_run_as_they_are() -> None:
     assert pair.recorder.num_graphs == 0
 
 
-def test_weights_in_bfloat16_are_run_as_they_are() -> None:
+def test_bfloat16_weights_run_eagerly() -> None:
     pair = Pair(mlp(torch.bfloat16))
     for window in range(3):
         assert pair.step(masked_batch(10, window, torch.bfloat16)) <= 1e-6
@@ -470,7 +470,7 @@ def test_weights_in_bfloat16_are_run_as_they_are() -> None:
     assert pair.recorder.num_graphs == 0
 
 
-def test_a_gradient_scaler_keeps_the_launches_as_they_are() -> None:
+def test_gradient_scaler_disables_capture() -> None:
     def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
         with torch.autocast(DEVICE.type, dtype=torch.float16):
             return masked_loss(model, microbatch)
@@ -485,7 +485,7 @@ def test_a_gradient_scaler_keeps_the_launches_as_they_are() -> None:
     assert engine.runner.num_graphs == 0
 
 
-def test_running_out_of_memory_while_recording_falls_back_and_counts_once() -> None:
+def test_injected_oom_during_capture_counts_once() -> None:
     times = [0]
 
     def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
@@ -502,7 +502,7 @@ def test_running_out_of_memory_while_recording_falls_back_and_counts_once() -> N
     assert pair.recorder.num_graphs == 0
 
 
-def test_running_out_of_memory_for_real_while_recording_falls_back() -> None:
+def test_real_oom_during_capture_falls_back() -> None:
     def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
         if torch.cuda.is_current_stream_capturing():
             torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
@@ -516,7 +516,7 @@ def test_running_out_of_memory_for_real_while_recording_falls_back() -> None:
     assert torch.ones(3, device=DEVICE).sum().item() == 3, "the device is well"
 
 
-def test_running_out_of_memory_in_the_first_window_delays_recording_by_one() -> None:
+def test_oom_in_first_window_delays_capture_by_one() -> None:
     failing = [True]
 
     def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
@@ -534,7 +534,7 @@ def test_running_out_of_memory_in_the_first_window_delays_recording_by_one() -> 
     assert recordings == [0, 0, 2]  # a size of 3 since the failure: 3, 3 and 2 samples
 
 
-def test_an_error_of_the_loss_in_a_recorded_window_leaves_the_next_one_exact() -> None:
+def test_loss_error_in_captured_window_leaves_next_exact() -> None:
     failing = [False]
 
     def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
@@ -560,7 +560,7 @@ def test_an_error_of_the_loss_in_a_recorded_window_leaves_the_next_one_exact() -
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_no_replayed_micro_batch_waits_for_the_device() -> None:
+def test_no_replayed_microbatch_waits_for_device() -> None:
     """As many waits for 4 micro-batches as for 32: those of the update."""
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -586,7 +586,7 @@ def test_no_replayed_micro_batch_waits_for_the_device() -> None:
     assert engine.runner.num_graphs == 1
 
 
-def test_peak_memory_does_not_grow_with_the_number_of_recorded_micro_batches() -> None:
+def test_peak_memory_does_not_grow_with_captured_microbatches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 2048), nn.Tanh(), nn.Linear(2048, 256)).to(DEVICE)
 
@@ -607,7 +607,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_recorded_micro_batches() -
     assert peaks[1] / peaks[0] <= 1.01
 
 
-def test_the_micro_batch_that_auto_chooses_is_timed_and_run_recorded() -> None:
+def test_auto_microbatch_is_timed_and_run_captured() -> None:
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

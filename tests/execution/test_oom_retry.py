@@ -166,7 +166,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_out_of_memory_in_any_parameters_backward_counts_every_sample_once(name: str, call: int, kind: str) -> None:
+def test_backward_oom_counts_every_sample_once(name: str, call: int, kind: str) -> None:
     (expected,), _ = run(make(**KINDS[kind]))
     model = make(**KINDS[kind])
     with fail_at_parameter(dict(model.named_parameters())[name], call) as calls:
@@ -178,7 +178,7 @@ def test_out_of_memory_in_any_parameters_backward_counts_every_sample_once(name:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_plain_retry_would_count_samples_twice(name: str) -> None:
+def test_plain_retry_would_count_samples_twice(name: str) -> None:
     """The same failure, tried again without looking at what was added: the bound above must notice."""
     model, batch = make(), make_batch()
     (expected,), _ = run(make())
@@ -199,7 +199,7 @@ def test_a_plain_retry_would_count_samples_twice(name: str) -> None:
 
 @pytest.mark.parametrize("fits", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_micro_batches_that_never_fit_are_halved(fits: int, dtype: torch.dtype) -> None:
+def test_microbatches_that_never_fit_are_halved(fits: int, dtype: torch.dtype) -> None:
     def narrow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if len(batch[0]) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -212,7 +212,7 @@ def test_micro_batches_that_never_fit_are_halved(fits: int, dtype: torch.dtype) 
     assert report.retries >= 2
 
 
-def test_failures_within_the_pieces_are_exact_too() -> None:
+def test_failures_inside_pieces_are_exact() -> None:
     (expected,), _ = run(make())
     model = make()
     with fail_at_parameter(model.first.weight, 1, 2, 3):
@@ -250,7 +250,7 @@ def num_calls(name: str, kind: dict[str, Any]) -> int:
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("name", MODULES)
-def test_out_of_memory_in_any_modules_forward_counts_every_sample_once(name: str, kind: str, before: bool) -> None:
+def test_forward_oom_counts_every_sample_once(name: str, kind: str, before: bool) -> None:
     """At each of its calls, those of a recomputation within backward included."""
     undisturbed = make_stack(**STACKS[kind])
     (expected,), _ = run(undisturbed)
@@ -274,9 +274,7 @@ def test_out_of_memory_in_any_modules_forward_counts_every_sample_once(name: str
 @pytest.mark.parametrize("then", [1, 2], ids=["next call", "the one after"])
 @pytest.mark.parametrize("kind", [kind for kind in STACKS if "dropout" not in kind])
 @pytest.mark.parametrize("name", MODULES)
-def test_out_of_memory_twice_in_a_forward_takes_halves_and_counts_every_sample_once(
-    name: str, kind: str, then: int
-) -> None:
+def test_second_forward_oom_halves_and_stays_exact(name: str, kind: str, then: int) -> None:
     """Halves draw other dropout masks, so there is none here."""
     (expected,), _ = run(make_stack(**STACKS[kind]))
     halved = 0
@@ -292,7 +290,7 @@ def test_out_of_memory_twice_in_a_forward_takes_halves_and_counts_every_sample_o
 
 @pytest.mark.parametrize("kind", [kind for kind in STACKS if "dropout" not in kind])
 @pytest.mark.parametrize("name", MODULES)
-def test_out_of_memory_down_to_one_sample_counts_every_sample_once(name: str, kind: str) -> None:
+def test_oom_down_to_one_sample_stays_exact(name: str, kind: str) -> None:
     """Four failures in succession, in forwards and in what a checkpoint computes again."""
     (expected,), _ = run(make_stack(**STACKS[kind]))
     for first in (1, 2, 3):
@@ -304,7 +302,7 @@ def test_out_of_memory_down_to_one_sample_counts_every_sample_once(name: str, ki
         assert difference(found, expected) <= EXACT
 
 
-def test_a_plain_retry_of_a_recomputation_would_count_samples_twice() -> None:
+def test_plain_recomputation_retry_would_count_samples_twice() -> None:
     """The head and the second block have had their share when the first block is computed again."""
     model, batch = make_stack(checkpointed=True), make_batch()
     (expected,), _ = run(make_stack())
@@ -334,7 +332,7 @@ def make_reentrant() -> nn.Module:
 
 
 @pytest.mark.parametrize("at", [(1,), (2,), (3,), (1, 2), (2, 3), (3, 4)])
-def test_out_of_memory_before_a_backward_is_recovered_with_reentrant_checkpoints_too(at: tuple[int, ...]) -> None:
+def test_oom_before_reentrant_backward_is_retried(at: tuple[int, ...]) -> None:
     (expected,), _ = run(make_reentrant())
     model = make_reentrant()
     with fail_at_module(model.head, *at):
@@ -344,14 +342,14 @@ def test_out_of_memory_before_a_backward_is_recovered_with_reentrant_checkpoints
 
 
 @pytest.mark.parametrize("call", [2, 4, 6])
-def test_out_of_memory_within_a_backward_of_reentrant_checkpoints_passes_through(call: int) -> None:
+def test_oom_inside_reentrant_backward_passes_through(call: int) -> None:
     model = make_reentrant()
     with fail_at_module(model.first, call), pytest.raises(torch.OutOfMemoryError):
         run(model)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_buffers_are_as_if_the_attempt_had_not_been() -> None:
+def test_buffers_are_restored_after_failed_attempt() -> None:
     undisturbed, model = make(norm=True), make(norm=True)
     run(undisturbed, windows=2)
     with fail_at_parameter(model.first.weight, 5):
@@ -361,7 +359,7 @@ def test_buffers_are_as_if_the_attempt_had_not_been() -> None:
         assert torch.equal(buffer, model.get_buffer(name)), name
 
 
-def test_the_next_windows_use_smaller_micro_batches_that_grow_back() -> None:
+def test_next_windows_shrink_and_grow_microbatches() -> None:
     model = make()
     engine = bigbatch.Engine(model, Recording(model), loss_fn, microbatch=9)
     with fail_at_parameter(model.first.weight, 1):
@@ -372,7 +370,7 @@ def test_the_next_windows_use_smaller_micro_batches_that_grow_back() -> None:
     assert sizes[-1] == 1
 
 
-def test_a_sample_that_does_not_fit_is_one_sentence_and_leaves_nothing() -> None:
+def test_oversized_sample_is_one_sentence_without_side_effects() -> None:
     def never(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
 
@@ -385,7 +383,7 @@ def test_a_sample_that_does_not_fit_is_one_sentence_and_leaves_nothing() -> None
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_sample_that_does_not_fit_is_named_with_its_length() -> None:
+def test_oversized_sample_is_named_with_its_length() -> None:
     def limited(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
         if 2 in batch[0][:, 0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
@@ -405,7 +403,7 @@ def test_a_sample_that_does_not_fit_is_named_with_its_length() -> None:
     )
 
 
-def test_other_errors_pass_through_untouched_with_the_gradients_cleared() -> None:
+def test_other_errors_pass_through_with_gradients_cleared() -> None:
     calls = []
 
     def broken(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -421,7 +419,7 @@ def test_other_errors_pass_through_untouched_with_the_gradients_cleared() -> Non
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_several_terms_are_recovered_too() -> None:
+def test_several_terms_are_retried() -> None:
     def two(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
         logits = model(batch[0])
         loss, items = loss_fn(model, batch)

@@ -17,7 +17,7 @@ def inputs(dtype=torch.float64):
     return torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
-def test_wide_sums_live_in_grad():
+def test_wide_sums_are_stored_in_grad():
     model = linear()
     with GradientSums(model.parameters()) as sums:
         sums.backward(model(inputs()).sum())
@@ -26,7 +26,7 @@ def test_wide_sums_live_in_grad():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_sums_live_in_float32_and_leave_no_gradient_behind(dtype):
+def test_narrow_sums_are_float32_and_leave_no_grad(dtype):
     model = linear(dtype)
     with GradientSums(model.parameters()) as sums:
         for row in inputs(dtype):
@@ -40,7 +40,7 @@ def test_narrow_sums_live_in_float32_and_leave_no_gradient_behind(dtype):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_hooks_of_the_user_stay():
+def test_user_hooks_are_kept():
     model = linear(torch.bfloat16)
     seen = []
     handle = model.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.dtype))
@@ -51,7 +51,7 @@ def test_hooks_of_the_user_stay():
     handle.remove()
 
 
-def test_sums_are_undivided_and_the_sum_of_all_backwards():
+def test_sums_are_undivided_over_all_backwards():
     model = linear()
     full = ref.gradients_of(model, model(inputs()).square().sum())
     mean = ref.gradients_of(model, model(inputs()).square().sum() / 6)
@@ -63,7 +63,7 @@ def test_sums_are_undivided_and_the_sum_of_all_backwards():
         assert ref.relative_error(mean, full) > 1e-3
 
 
-def test_parameters_without_a_gradient_are_named_with_zeros_and_not_listed():
+def test_parameters_without_gradient_have_zeros_and_are_unlisted():
     model = nn.ModuleDict({"used": linear(), "unused": linear()})
     with GradientSums(model.parameters()) as sums:
         sums.backward(model["used"](inputs()).sum())
@@ -72,7 +72,7 @@ def test_parameters_without_a_gradient_are_named_with_zeros_and_not_listed():
         assert not named["unused.weight"].any()
 
 
-def test_leaves_that_are_not_named_get_no_gradient():
+def test_other_leaves_get_no_gradient():
     model, other, rows = linear(), nn.Linear(2, 1).double(), inputs().requires_grad_()
     with GradientSums(model.parameters()) as sums:
         sums.backward(other(model(rows)).sum())
@@ -81,7 +81,7 @@ def test_leaves_that_are_not_named_get_no_gradient():
     assert rows.grad is None
 
 
-def test_a_detached_loss_is_an_error_that_says_so():
+def test_detached_loss_raises_clear_error():
     model = linear()
     with (
         GradientSums(model.parameters()) as sums,
@@ -90,7 +90,7 @@ def test_a_detached_loss_is_an_error_that_says_so():
         sums.backward(model(inputs()).sum().detach())
 
 
-def test_a_retained_graph_may_be_differentiated_by_the_user_as_well():
+def test_retained_graph_can_be_differentiated_again():
     model = linear()
     loss = model(inputs()).square().sum()
     full = dict(
@@ -101,7 +101,7 @@ def test_a_retained_graph_may_be_differentiated_by_the_user_as_well():
         assert ref.relative_error(sums.named_by({p: name for name, p in model.named_parameters()}), full) <= 1e-12
 
 
-def test_sparse_sums_are_coalesced_values_that_reach_the_gradient():
+def test_sparse_sums_are_coalesced_into_gradient():
     table = nn.Embedding(5, 2, sparse=True).double()
     with GradientSums(table.parameters()) as sums:
         for tokens in ([0, 1, 1], [1, 4]):

@@ -11,7 +11,7 @@ LOSS = torch.tensor(6.0, requires_grad=True)
 
 
 @pytest.mark.parametrize("result", [(LOSS, 3), [LOSS, 3.0], (LOSS, torch.tensor(3)), (LOSS, torch.tensor([3]))])
-def test_a_pair_is_one_term(result):
+def test_pair_is_one_term(result):
     terms = as_terms(result)
     assert list(terms) == ["loss"]
     ledger = LossTotals()
@@ -20,7 +20,7 @@ def test_a_pair_is_one_term(result):
     assert ledger.terms()["loss"].loss == 2
 
 
-def test_a_mapping_is_its_terms():
+def test_mapping_is_its_terms():
     terms = {"a": (LOSS, 3), "b": (LOSS, 0)}
     assert as_terms(terms) is terms
 
@@ -40,7 +40,7 @@ def test_a_mapping_is_its_terms():
         (({"a": (LOSS, 1)}, 3), "the loss of the term 'loss' is a dict"),
     ],
 )
-def test_what_is_no_term_is_a_type_error_that_names_it(result, message):
+def test_invalid_term_raises_type_error_naming_it(result, message):
     with pytest.raises(TypeError, match=message):
         as_terms(result)
 
@@ -58,32 +58,32 @@ def test_what_is_no_term_is_a_type_error_that_names_it(result, message):
         ((LOSS, torch.ones(4)), r"the items of the term 'loss' have shape \(4,\).*Call .sum\(\) on the mask"),
     ],
 )
-def test_what_is_no_sum_or_no_count_is_a_value_error_that_names_it(result, message):
+def test_invalid_sum_or_count_raises_naming_it(result, message):
     with pytest.raises(ValueError, match=message):
         as_terms(result)
 
 
-def test_integers_of_numpy_are_counts_too():
+def test_numpy_integers_are_valid_counts():
     numpy = pytest.importorskip("numpy")
     ledger = LossTotals()
     ledger.record(as_terms((LOSS, numpy.int64(3))))
     assert ledger.divisor() == 3
 
 
-def test_counts_in_a_dtype_that_cannot_count_that_far_are_refused():
+def test_counts_in_too_narrow_dtype_are_rejected():
     """A mask in bfloat16 sums 299 ones to 300."""
     mask = torch.ones(299, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16"):
         as_terms((LOSS, mask.sum()))
 
 
-def test_a_micro_batch_without_a_term_needs_totals():
+def test_microbatch_without_term_needs_totals():
     assert LossTotals({"a": 3}).record(as_terms({})) is None
     with pytest.raises(ValueError, match="the loss has no term"):
         LossTotals().record(as_terms({}))
 
 
-def test_counts_are_compared_exactly_however_large():
+def test_counts_are_compared_exactly():
     """A window of a million tokens whose count is one off was counted by another rule."""
     ledger = LossTotals({"a": 1_000_001})
     ledger.record({"a": (LOSS, 1_000_000)})
@@ -91,7 +91,7 @@ def test_counts_are_compared_exactly_however_large():
         ledger.divisor()
 
 
-def test_the_divisor_is_the_sum_of_the_items_never_the_number_of_micro_batches():
+def test_divisor_is_item_sum_not_microbatch_count():
     ledger = LossTotals()
     for items in (5, 0, 2):
         ledger.record({"loss": (LOSS, items)})
@@ -99,7 +99,7 @@ def test_the_divisor_is_the_sum_of_the_items_never_the_number_of_micro_batches()
     assert ledger.terms()["loss"].loss == pytest.approx(12 / 7)  # the one without an item is left out
 
 
-def test_a_micro_batch_without_items_has_nothing_to_differentiate():
+def test_microbatch_without_items_has_no_gradient():
     ledger = LossTotals()
     assert ledger.record({"loss": (torch.tensor(math.nan), 0)}) is None
     assert ledger.divisor() == 0
@@ -108,21 +108,21 @@ def test_a_micro_batch_without_items_has_nothing_to_differentiate():
     assert math.isnan(report.loss)
 
 
-def test_term_names_may_not_change_between_micro_batches_without_totals():
+def test_term_names_are_fixed_without_totals():
     ledger = LossTotals()
     ledger.record({"a": (LOSS, 1)})
     with pytest.raises(ValueError, match="the loss has the terms 'a', 'b': several terms need their totals"):
         ledger.record({"b": (LOSS, 1)})
 
 
-def test_a_term_that_was_counted_and_never_came_is_found():
+def test_counted_but_missing_term_is_found():
     ledger = LossTotals({"a": 2, "b": 1})
     ledger.record({"a": (LOSS, 2)})
     with pytest.raises(ValueError, match="count_items returned 1 items for the term 'b', and the micro-batches had 0"):
         ledger.divisor()
 
 
-def test_items_for_a_term_whose_total_is_zero_are_found():
+def test_items_of_term_with_zero_total_are_found():
     ledger = LossTotals({"a": 0})
     ledger.record({"a": (LOSS, 2)})
     with pytest.raises(ValueError, match="returned 0 items for the term 'a', and the micro-batches had 2"):
@@ -130,7 +130,7 @@ def test_items_for_a_term_whose_total_is_zero_are_found():
 
 
 @pytest.mark.parametrize("items", [[1, 8], [8, 1], [1, 1, 1], [0.25, 5.0], [3], [1000, 1]])
-def test_prescaling_divides_every_micro_batch_by_the_same_power_of_two(items):
+def test_prescaling_uses_one_power_of_two(items):
     ledger = LossTotals(prescale=True)
     loss = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     factors = [ledger.record({"loss": (loss, count)}).item() for count in items]
@@ -139,7 +139,7 @@ def test_prescaling_divides_every_micro_batch_by_the_same_power_of_two(items):
     assert ledger.divisor() == pytest.approx(sum(items) * factors[0], rel=1e-15)
 
 
-def test_changing_the_loss_in_place_afterwards_does_not_change_the_report():
+def test_inplace_loss_change_does_not_affect_report():
     ledger = LossTotals()
     loss = torch.tensor(6.0)
     ledger.record({"loss": (loss, 3)})
@@ -147,7 +147,7 @@ def test_changing_the_loss_in_place_afterwards_does_not_change_the_report():
     assert ledger.terms()["loss"].loss == 2
 
 
-def test_loss_sums_of_several_dtypes_are_summed_in_float64():
+def test_mixed_dtype_loss_sums_use_float64():
     ledger = LossTotals()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         ledger.record({"loss": (torch.tensor(256.0, dtype=dtype), 1)})

@@ -8,7 +8,7 @@ from bigbatch.lm.files import os_reason, replace_folder, write_atomically
 from support.checkpoints import mounted
 
 
-def test_write_replaces_the_content_and_leaves_no_partial_file(tmp_path: Path) -> None:
+def test_write_replaces_content_without_partial_file(tmp_path: Path) -> None:
     for data in (b"first", b"second"):
         write_atomically(tmp_path / "file", data)
         assert (tmp_path / "file").read_bytes() == data

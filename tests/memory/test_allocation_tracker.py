@@ -36,7 +36,7 @@ def live(tracker: AllocationTracker) -> int:
     return tracker.live_bytes.total()
 
 
-def test_the_peak_of_a_few_operations_is_what_it_is_by_hand() -> None:
+def test_peak_of_few_operations_matches_manual_count() -> None:
     with AllocationTracker(CPU) as tracker:
         a = torch.ones(100)  # 400
         b = a * 2  # 800
@@ -50,7 +50,7 @@ def test_the_peak_of_a_few_operations_is_what_it_is_by_hand() -> None:
     assert live(tracker) == 0
 
 
-def test_the_peak_of_a_linear_layer_is_what_it_is_by_hand() -> None:
+def test_peak_of_linear_layer_matches_manual_count() -> None:
     layer, inputs = nn.Linear(3, 5), torch.ones(7, 3)
     with AllocationTracker(CPU) as tracker:
         tracker.track(layer.parameters(), MemoryCategory.PARAMETERS)
@@ -64,7 +64,7 @@ def test_the_peak_of_a_linear_layer_is_what_it_is_by_hand() -> None:
     assert tracker.live_bytes[MemoryCategory.PARAMETERS] == 4 * 20
 
 
-def test_views_count_once_and_until_the_last_of_them_is_gone() -> None:
+def test_views_count_once_until_last_is_freed() -> None:
     with AllocationTracker(CPU) as tracker:
         whole = torch.zeros(10, 10)
         views = [whole.view(100), whole.t(), whole[3:], whole[2, 2], whole.detach(), whole.expand(5, 10, 10)]
@@ -92,7 +92,7 @@ def test_memory_is_freed_in_any_order(order: tuple[int, ...]) -> None:
     assert tracker.peak_bytes == 4440
 
 
-def test_memory_at_an_address_that_was_used_before_counts_anew() -> None:
+def test_memory_at_reused_address_counts_again() -> None:
     with Checked(CPU) as tracker:
         addresses = set()
         for i in range(1000):
@@ -104,7 +104,7 @@ def test_memory_at_an_address_that_was_used_before_counts_anew() -> None:
     assert tracker.peak_bytes <= 4 * 6
 
 
-def test_what_is_freed_after_leaving_is_freed() -> None:
+def test_tensors_freed_after_exit_are_subtracted() -> None:
     with AllocationTracker(CPU) as tracker:
         tensor = torch.zeros(10)
     torch.zeros(1000)
@@ -113,7 +113,7 @@ def test_what_is_freed_after_leaving_is_freed() -> None:
     assert live(tracker) == 0
 
 
-def test_what_only_the_garbage_collector_frees_lives_until_then() -> None:
+def test_cyclic_garbage_counts_until_collected() -> None:
     class Loop:
         def __init__(self) -> None:
             self.me, self.tensor = self, torch.zeros(10)
@@ -125,7 +125,7 @@ def test_what_only_the_garbage_collector_frees_lives_until_then() -> None:
     assert (live(tracker), tracker.peak_bytes) == (0, 40)
 
 
-def test_operations_in_place_allocate_nothing() -> None:
+def test_inplace_operations_allocate_nothing() -> None:
     tensor, other = torch.ones(100), torch.ones(100)
     with AllocationTracker(CPU) as tracker:
         tracker.track([tensor], MemoryCategory.PARAMETERS)
@@ -146,7 +146,7 @@ RESIZES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize("start", [0, 10, 49])
 @pytest.mark.parametrize("name", RESIZES)
-def test_a_tensor_that_grows_counts_what_it_has_become(name: str, start: int) -> None:
+def test_growing_tensor_counts_its_new_size(name: str, start: int) -> None:
     with Checked(CPU) as tracker:
         tensor = torch.empty(start)
         RESIZES[name](tensor)
@@ -155,7 +155,7 @@ def test_a_tensor_that_grows_counts_what_it_has_become(name: str, start: int) ->
         assert live(tracker) == 0
 
 
-def test_a_storage_that_shrinks_counts_less_from_the_next_operation_on() -> None:
+def test_shrunk_storage_counts_less_from_next_operation() -> None:
     with Checked(CPU) as tracker:
         tensor = torch.zeros(100)
         tensor.untyped_storage().resize_(40)
@@ -179,7 +179,7 @@ LAYOUTS = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bs
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_of_sparse_tensors_indices_and_values_count(layout: torch.layout) -> None:
+def test_sparse_tensors_count_indices_and_values(layout: torch.layout) -> None:
     blocks = {"blocksize": (1, 1)} if layout in LAYOUTS[3:] else {}
     dense = torch.eye(10)
     with Checked(CPU) as tracker:
@@ -195,7 +195,7 @@ def test_of_sparse_tensors_indices_and_values_count(layout: torch.layout) -> Non
     assert held.peak_bytes == 10 * 4 + indices * 8
 
 
-def test_the_sparse_gradient_of_an_embedding_counts() -> None:
+def test_sparse_embedding_gradient_counts() -> None:
     table = nn.Embedding(1000, 8, sparse=True)
     with Checked(CPU) as tracker:
         table(torch.tensor([1, 2, 3])).sum().backward()
@@ -207,21 +207,21 @@ def test_the_sparse_gradient_of_an_embedding_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_of_a_tensor_that_wraps_others_these_count() -> None:
+def test_wrapper_tensors_count_inner_tensors() -> None:
     with Checked(CPU) as tracker:
         nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(4)], layout=torch.jagged)
         tracker.track([nested], MemoryCategory.LOSS)
     assert tracker.live_bytes[MemoryCategory.LOSS] >= 4 * 7 + 8 * 3, "the values, and the offsets"
 
 
-def test_what_has_no_memory_of_its_own_to_tell_is_left_out() -> None:
+def test_tensors_without_visible_memory_are_skipped() -> None:
     lazy = nn.LazyLinear(3)
     with AllocationTracker(CPU) as tracker:
         tracker.track([*lazy.parameters(), torch.ones(4, 4).to_mkldnn()], MemoryCategory.PARAMETERS)
     assert tracker.live_bytes[MemoryCategory.PARAMETERS] == 0
 
 
-def test_what_was_there_before_counts_once_it_is_held() -> None:
+def test_existing_tensors_count_once_tracked() -> None:
     early = torch.zeros(10)
     with Checked(CPU) as tracker:
         tracker.track([early], MemoryCategory.PARAMETERS)
@@ -233,7 +233,7 @@ def test_what_was_there_before_counts_once_it_is_held() -> None:
     assert tracker.parts_at_peak == {MemoryCategory.PARAMETERS: 40, MemoryCategory.ACTIVATIONS: 40}
 
 
-def test_holding_twice_counts_once_and_under_the_last_name() -> None:
+def test_tracking_twice_counts_once_under_last_name() -> None:
     early = torch.zeros(10)
     tracker = AllocationTracker(CPU)
     tracker.track([early, early, early.view(2, 5)], MemoryCategory.PARAMETERS)
@@ -248,7 +248,7 @@ def test_holding_twice_counts_once_and_under_the_last_name() -> None:
     check(tracker)
 
 
-def test_parts_add_up_at_every_moment_of_a_training_step() -> None:
+def test_parts_add_up_throughout_training_step() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.5), nn.Linear(32, 50))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -266,7 +266,7 @@ def test_parts_add_up_at_every_moment_of_a_training_step() -> None:
     assert all(tracker.live_bytes[part] for part in (MemoryCategory.PARAMETERS, MemoryCategory.OPTIMIZER))
 
 
-def test_the_parts_of_the_peak_are_those_of_its_moment() -> None:
+def test_peak_parts_are_those_at_peak() -> None:
     with AllocationTracker(CPU) as tracker:
         tracker.set_category(MemoryCategory.LOSS)
         one = torch.zeros(10)
@@ -278,7 +278,7 @@ def test_the_parts_of_the_peak_are_those_of_its_moment() -> None:
     assert tracker.parts_at_peak == {MemoryCategory.LOSS: 40, MemoryCategory.GRADIENTS: 80}
 
 
-def test_a_reset_peak_begins_with_what_there_is() -> None:
+def test_reset_peak_starts_at_live_memory() -> None:
     with AllocationTracker(CPU) as tracker:
         kept = torch.zeros(10)
         torch.zeros(100)
@@ -290,7 +290,7 @@ def test_a_reset_peak_begins_with_what_there_is() -> None:
     assert tracker.peak_bytes == 52
 
 
-def test_two_trackers_in_one_another_both_count() -> None:
+def test_nested_trackers_both_count() -> None:
     with Checked(CPU) as outer:
         first = torch.zeros(10)
         with Checked(CPU) as inner:
@@ -303,7 +303,7 @@ def test_two_trackers_in_one_another_both_count() -> None:
     assert live(outer) == live(inner) == 0
 
 
-def test_an_error_inside_passes_through_and_ends_the_counting() -> None:
+def test_inner_error_passes_through_and_ends_tracking() -> None:
     kept = []
 
     def fail() -> None:
@@ -323,7 +323,7 @@ def test_an_error_inside_passes_through_and_ends_the_counting() -> None:
     assert tracker.peak_bytes == 40 + 80
 
 
-def test_memory_that_runs_out_inside_leaves_the_counts_in_order() -> None:
+def test_inner_out_of_memory_keeps_counts_consistent() -> None:
     with Checked(CPU) as tracker:
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             torch.empty(2**60, dtype=torch.uint8)
@@ -333,7 +333,7 @@ def test_memory_that_runs_out_inside_leaves_the_counts_in_order() -> None:
 
 
 @pytest.mark.parametrize(("numbers", "expected"), [(0, 0), (1, 512), (128, 512), (129, 1024), (1000, 4096)])
-def test_allocations_are_rounded_up_to_the_unit(numbers: int, expected: int) -> None:
+def test_allocations_are_rounded_up_to_unit(numbers: int, expected: int) -> None:
     with Checked(CPU, unit=512) as tracker:
         tensor = torch.zeros(numbers)
         assert live(tracker) == tracker.peak_bytes == expected
@@ -345,7 +345,7 @@ def test_allocations_are_rounded_up_to_the_unit(numbers: int, expected: int) -> 
     assert live(tracker) == 0
 
 
-def test_cuda_rounds_to_512_and_the_cpu_does_not() -> None:
+def test_cuda_rounds_to_512_and_cpu_does_not() -> None:
     with FakeTensorMode():
         for device, expected in ((torch.device("cuda"), 512), (CPU, 12)):
             with AllocationTracker(device) as tracker:
@@ -363,7 +363,7 @@ def test_tensors_elsewhere_do_not_count() -> None:
     assert both.device == META
 
 
-def test_another_device_of_the_same_type_does_not_count_either() -> None:
+def test_another_device_of_same_type_does_not_count() -> None:
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
     with FakeTensorMode():
         held = [torch.zeros(1000, device=device) for device in (first, second)]
@@ -375,7 +375,7 @@ def test_another_device_of_the_same_type_does_not_count_either() -> None:
     assert [tracker.peak_bytes for tracker in trackers.values()] == [4096, 4096 + 8192, 2 * 4096 + 8192]
 
 
-def test_values_without_data_come_out_as_one() -> None:
+def test_values_without_data_read_as_one() -> None:
     with FakeTensorMode(), AllocationTracker(CPU):
         assert torch.zeros(()).item() == 1.0
         assert torch.zeros((), dtype=torch.int64).item() == 1
@@ -384,14 +384,14 @@ def test_values_without_data_come_out_as_one() -> None:
         assert torch.equal(torch.zeros(3), torch.ones(3))
 
 
-def test_values_with_data_are_what_they_are() -> None:
+def test_values_with_data_are_unchanged() -> None:
     with AllocationTracker(CPU):
         assert torch.full((), 3.5).item() == 3.5
         assert not torch.zeros(3).any()
         assert not torch.equal(torch.zeros(3), torch.ones(3))
 
 
-def test_a_loop_that_waits_for_a_value_that_is_not_there_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_waiting_for_absent_value_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_READS", 1234)
     times = []
 

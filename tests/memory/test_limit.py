@@ -67,40 +67,40 @@ def complaint(ask: Callable[..., object], *arguments: object) -> str:
         (KIB, KIB),
     ],
 )
-def test_an_amount_is_the_bytes_it_says(asked: str | int, expected: int):
+def test_amount_is_parsed_to_bytes(asked: str | int, expected: int):
     limit = parse_memory(asked)
     assert (limit.amount_bytes, limit.share) == (expected, None)
     assert limit.to_bytes() == limit.to_bytes(expected) == expected
 
 
 @given(numbers, st.sampled_from(list(UNITS)))
-def test_fractions_of_a_unit_are_exact_down_to_the_byte(number: str, unit: str):
+def test_unit_fractions_are_exact_to_the_byte(number: str, unit: str):
     exact = Fraction(number) * UNITS[unit]
     if exact >= 1:
         assert parse_memory(f"{number}{unit}").to_bytes() == exact // 1
 
 
 @given(st.one_of(spellings, shares, st.integers(KIB, 2**63 - 1)))
-def test_a_limit_written_out_parses_back_equal(asked: str | int):
+def test_written_limit_parses_back_equal(asked: str | int):
     limit = parse_memory(asked)
     assert parse_memory(str(limit)) == limit
     assert str(limit) == (asked if isinstance(asked, str) else f"{asked}B")
 
 
 @given(st.one_of(spellings, shares))
-def test_letters_large_or_small_and_blanks_do_not_matter(asked: str):
+def test_letter_case_and_blanks_do_not_matter(asked: str):
     assert parse_memory(f" {asked.swapcase()} ") == parse_memory(asked)
 
 
 @given(shares, st.integers(0, 2**50))
-def test_a_share_is_rounded_down_and_never_more_than_all(asked: str, total_bytes: int):
+def test_share_is_rounded_down_and_at_most_all(asked: str, total_bytes: int):
     share = Fraction(asked.rstrip("%")) / 100
     used = parse_memory(asked).to_bytes(total_bytes)
     assert used <= share * total_bytes < used + 1
     assert used <= total_bytes
 
 
-def test_limits_that_ask_for_the_same_are_equal_however_they_are_written():
+def test_equivalent_limits_compare_equal():
     assert parse_memory("24GiB") == parse_memory("24 g") == parse_memory(24 * GIB)
     assert len({parse_memory("80%"), parse_memory("80.0 %")}) == 1
     assert parse_memory("80%") != parse_memory("81%")
@@ -138,12 +138,12 @@ def test_limits_that_ask_for_the_same_are_equal_however_they_are_written():
         (None, "memory is None: it must be an amount such as 24GiB or a share such as 80%."),
     ],
 )
-def test_what_is_no_limit_is_told_with_the_value_and_an_example(asked: object, expected: str):
+def test_invalid_limit_is_reported_with_value_and_example(asked: object, expected: str):
     assert complaint(parse_memory, asked) == expected
 
 
 @given(st.one_of(st.text(), st.from_regex(r"-?[0-9.]{1,6} ?[A-Za-z%]{0,3}", fullmatch=True)))
-def test_any_text_is_a_limit_or_one_sentence(asked: str):
+def test_any_text_is_limit_or_one_sentence(asked: str):
     said = None
     try:
         limit = parse_memory(asked)
@@ -163,14 +163,14 @@ def test_any_text_is_a_limit_or_one_sentence(asked: str):
     ("total_bytes", "most"),
     [(192 * GIB - 1, "191.99GiB"), (23 * GIB, "23.00GiB"), (700 * MIB + 1, "700.00MiB"), (1536, "1.50KiB"), (7, "7B")],
 )
-def test_more_than_the_device_has_is_refused_with_the_most_it_has(total_bytes: int, most: str):
+def test_limit_above_device_is_rejected_with_maximum(total_bytes: int, most: str):
     assert complaint(parse_memory("192GiB").to_bytes, total_bytes) == (
         f"memory 192GiB is more than the {most} that the device has: pass {most} or less, or a share such as 90%."
     )
     assert total_bytes * 99 // 100 <= parse_memory(most).to_bytes(total_bytes) <= total_bytes
 
 
-def test_a_share_needs_a_device():
+def test_share_needs_device():
     assert complaint(parse_memory("80%").to_bytes) == (
         "memory 80% is a share of a device's memory, and no device is known: pass an amount such as 24GiB, or the "
         "name of a GPU, such as --gpu a100-40gb."
@@ -179,14 +179,14 @@ def test_a_share_needs_a_device():
 
 
 @given(st.integers(0, 2**50), st.integers(0, 2**50))
-def test_the_default_leaves_the_margin_and_is_never_negative(one: int, other: int):
+def test_default_keeps_margin_and_is_never_negative(one: int, other: int):
     free_bytes, total_bytes = sorted((one, other))
     limit = default_limit(free_bytes, total_bytes)
     assert 0 <= limit <= free_bytes
     assert limit == 0 or free_bytes - limit == max(total_bytes // 50, MARGIN_BYTES)
 
 
-def test_the_margin_is_a_share_of_large_devices_and_an_amount_on_small_ones():
+def test_margin_is_share_or_amount_by_device_size():
     assert default_limit(100 * GIB, 100 * GIB) == 98 * GIB
     assert default_limit(4 * GIB, 8 * GIB) == 4 * GIB - 256 * MIB
     assert default_limit(200 * MIB, 8 * GIB) == 0
@@ -196,7 +196,7 @@ def test_the_margin_is_a_share_of_large_devices_and_an_amount_on_small_ones():
 
 
 @pytest.mark.parametrize("name", list(GPU_GIB))
-def test_a_card_has_a_little_less_than_its_name_says(name: str):
+def test_gpu_has_slightly_less_than_nominal_memory(name: str):
     assert known_gpu(name) == name
     assert 0 < gpu_limit(name) < gpu_memory(name) - CONTEXT_BYTES
     said = name.rpartition("-")[2]
@@ -221,7 +221,7 @@ def test_a_card_has_a_little_less_than_its_name_says(name: str):
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )
-def test_a_card_may_be_named_as_its_driver_does(asked: str, name: str):
+def test_gpu_may_be_named_as_by_its_driver(asked: str, name: str):
     assert known_gpu(asked) == name
     assert gpu_memory(asked) == gpu_memory(name)
 
@@ -242,7 +242,7 @@ def test_a_card_may_be_named_as_its_driver_does(asked: str, name: str):
         ("", "gpu is '': it is not a known GPU; pass its memory instead, such as 24GiB."),
     ],
 )  # fmt: skip
-def test_an_unknown_card_is_told_with_the_nearest(asked: str, expected: str):
+def test_unknown_gpu_is_reported_with_nearest(asked: str, expected: str):
     assert complaint(gpu_memory, asked) == complaint(gpu_limit, asked) == expected
 
 
@@ -264,12 +264,12 @@ def test_an_unknown_card_is_told_with_the_nearest(asked: str, expected: str):
         (2048 * GIB, "2048.0 GiB"),
     ],
 )
-def test_bytes_are_told_in_the_largest_unit_that_they_fill(num_bytes: int, expected: str):
+def test_bytes_are_formatted_in_largest_full_unit(num_bytes: int, expected: str):
     assert describe_bytes(num_bytes) == expected
 
 
 @given(st.integers(KIB, 2**55))
-def test_told_bytes_are_within_a_twentieth_of_the_truth(num_bytes: int):
+def test_formatted_bytes_are_within_five_percent(num_bytes: int):
     told = parse_memory(describe_bytes(num_bytes)).to_bytes()
     assert abs(told - num_bytes) <= num_bytes / 20 + 1
 

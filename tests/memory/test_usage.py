@@ -23,18 +23,18 @@ NOWHERE = Path("/nowhere at all")
 # Room -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_room_keeps_five_percent_free() -> None:
+def test_budget_keeps_five_percent_free() -> None:
     assert MemoryBudget.from_limit(1000, "1000B") == MemoryBudget(1000, 950, "1000B")
     assert MemoryBudget.from_limit(1000, None, reserved_bytes=200) == MemoryBudget(1000, 760, None)
 
 
 @pytest.mark.parametrize("others_bytes", [1000, 1001, 10**15])
-def test_a_room_is_never_negative(others_bytes: int) -> None:
+def test_budget_is_never_negative(others_bytes: int) -> None:
     assert MemoryBudget.from_limit(1000, "1000B", reserved_bytes=others_bytes).usable_bytes == 0
     assert MemoryBudget.from_limit(0, None).usable_bytes == 0
 
 
-def test_a_room_says_where_it_comes_from() -> None:
+def test_budget_names_its_source() -> None:
     assert (
         str(MemoryBudget.from_limit(2**31, "2GiB"))
         == "memory is limited to 2GiB, of which 1.9 GiB are usable for tensors"
@@ -58,21 +58,21 @@ def tensors(num_bytes: int) -> list[torch.Tensor]:
     return [torch.ones(num_bytes, dtype=torch.uint8)]
 
 
-def test_an_amount_is_for_the_whole_process() -> None:
+def test_amount_covers_whole_process() -> None:
     room = resolve_memory_budget("2GiB", CPU, ())
     others_bytes = 2**31 - room.usable_bytes * 100 / 95
     assert (room.limit_bytes, room.requested) == (2**31, "2GiB")
     assert others_bytes == pytest.approx(resident(), rel=0.05)
 
 
-def test_held_tensors_are_none_of_the_others() -> None:
+def test_resident_tensors_are_not_counted_as_others() -> None:
     held = tensors(200 * MIB)
     without, with_held = resolve_memory_budget("4GiB", CPU, ()), resolve_memory_budget("4GiB", CPU, held)
     assert with_held.limit_bytes == without.limit_bytes
     assert with_held.usable_bytes - without.usable_bytes == pytest.approx(0.95 * 200 * MIB, rel=0.05)
 
 
-def test_held_tensors_count_once_and_where_they_are() -> None:
+def test_resident_tensors_count_once_per_device() -> None:
     held = tensors(200 * MIB)
     elsewhere = torch.empty(2**33, device="meta")
     once = resolve_memory_budget("4GiB", CPU, held)
@@ -81,38 +81,38 @@ def test_held_tensors_count_once_and_where_they_are() -> None:
     )
 
 
-def test_held_tensors_may_be_sparse_or_not_made_yet() -> None:
+def test_resident_tensors_may_be_sparse_or_uninitialized() -> None:
     lazy = nn.LazyLinear(3)
     assert resolve_memory_budget("4GiB", CPU, [*lazy.parameters(), torch.eye(4).to_sparse()]).usable_bytes > 0
 
 
-def test_held_tensors_that_take_more_than_the_process_leave_no_less_than_nothing_to_others() -> None:
+def test_resident_tensors_above_process_leave_others_zero() -> None:
     untouched = torch.empty(2**31, dtype=torch.uint8)  # the kernel has not given this memory
     room = resolve_memory_budget("1GiB", CPU, [untouched])
     assert room == MemoryBudget.from_limit(2**30, "1GiB")
 
 
 @pytest.mark.parametrize("memory", ["1MiB", 2000, "0.001%"])
-def test_less_than_the_process_takes_leaves_nothing(memory: str | int) -> None:
+def test_amount_below_process_use_leaves_nothing(memory: str | int) -> None:
     room = resolve_memory_budget(memory, CPU, ())
     assert room.usable_bytes == 0
     assert 0 < room.limit_bytes < resident()
 
 
-def test_a_share_is_one_of_all_that_there_is() -> None:
+def test_share_refers_to_total_memory() -> None:
     total = usage._host_memory()[1]
     assert resolve_memory_budget("50%", CPU, ()).limit_bytes == total // 2
     assert resolve_memory_budget("100%", CPU, ()).limit_bytes == total
 
 
 @pytest.mark.parametrize("memory", [2**31, "2GiB", "2147483648B", parse_memory("2 GiB")])
-def test_an_amount_may_be_written_in_several_ways(memory: Any) -> None:
+def test_amount_has_several_spellings(memory: Any) -> None:
     room = resolve_memory_budget(memory, CPU, ())
     assert room.limit_bytes == 2**31
     assert room.requested in {"2GiB", "2147483648B", "2 GiB"}
 
 
-def test_without_an_amount_the_limit_is_what_is_free_less_a_margin() -> None:
+def test_default_limit_is_free_memory_minus_margin() -> None:
     room = resolve_memory_budget(None, CPU, ())
     free, total = usage._host_memory()
     assert room.requested is None
@@ -121,7 +121,7 @@ def test_without_an_amount_the_limit_is_what_is_free_less_a_margin() -> None:
     assert 0 <= room.limit_bytes < total
 
 
-def test_more_than_there_is_is_refused_in_a_sentence() -> None:
+def test_amount_above_total_is_one_sentence() -> None:
     total = usage._host_memory()[1]
     most = f"{total * 100 // 2**30 // 100}.{total * 100 // 2**30 % 100:02}GiB"
     with pytest.raises(ValueError, match="memory") as raised:
@@ -142,7 +142,7 @@ def test_more_than_there_is_is_refused_in_a_sentence() -> None:
         (2.5, "memory is 2.5: it must be an amount such as 24GiB or a share such as 80%."),
     ],
 )
-def test_what_is_no_amount_is_refused_in_a_sentence(memory: Any, message: str) -> None:
+def test_invalid_amount_is_one_sentence(memory: Any, message: str) -> None:
     with pytest.raises(ValueError, match="memory") as raised:
         resolve_memory_budget(memory, CPU, ())
     assert str(raised.value) == message
@@ -162,13 +162,13 @@ def meminfo(available_kib: object) -> str:
     return f"MemTotal:       99999999 kB\nMemFree:        1 kB\nMemAvailable:   {available_kib} kB\nBuffers: 5 kB\n"
 
 
-def test_what_is_free_is_what_the_kernel_says_is_available(tmp_path: Path) -> None:
+def test_free_memory_is_what_kernel_calls_available(tmp_path: Path) -> None:
     proc = write(tmp_path, {"meminfo": meminfo(4096)})
     assert usage._host_memory(proc, NOWHERE) == (4 * MIB, TOTAL)
 
 
 @pytest.mark.parametrize("text", [None, "", "MemTotal: 5 kB\n", "MemAvailable:\n", "MemAvailable: lots kB\n", "\udcff"])
-def test_where_the_kernel_says_nothing_half_of_all_counts_as_free(tmp_path: Path, text: str | None) -> None:
+def test_half_of_total_is_free_without_kernel_data(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "meminfo").write_bytes(text.encode(errors="surrogateescape"))
     assert usage._host_memory(tmp_path, NOWHERE) == (TOTAL // 2, TOTAL)
@@ -192,11 +192,11 @@ def version_1(most: object, used: object, stat: str | None = None, *, at: str = 
     return {f"memory/{at}memory.limit_in_bytes": most, f"memory/{at}memory.usage_in_bytes": used} | more
 
 
-def test_a_container_limits_what_is_free_and_what_there_is(tmp_path: Path) -> None:
+def test_container_limits_free_and_total_memory(tmp_path: Path) -> None:
     assert host(tmp_path, version_2(f"{48 * MIB}\n", f"{8 * MIB}\n")) == (40, 48)
 
 
-def test_a_container_with_more_than_the_machine_has_free_limits_nothing(tmp_path: Path) -> None:
+def test_container_above_free_memory_limits_nothing(tmp_path: Path) -> None:
     assert host(tmp_path, version_2(2**62, 8 * MIB)) == (64, -1)
 
 
@@ -211,46 +211,44 @@ def test_a_container_with_more_than_the_machine_has_free_limits_nothing(tmp_path
         {},
     ],
 )
-def test_a_container_that_has_no_limit_or_does_not_tell_limits_nothing(
-    tmp_path: Path, files: dict[str, object]
-) -> None:
+def test_container_without_known_limit_limits_nothing(tmp_path: Path, files: dict[str, object]) -> None:
     assert host(tmp_path, files) == (64, -1)
 
 
-def test_a_container_that_is_over_its_limit_has_nothing_free(tmp_path: Path) -> None:
+def test_container_over_its_limit_has_nothing_free(tmp_path: Path) -> None:
     assert host(tmp_path, version_2(8 * MIB, 9 * MIB)) == (0, 8)
 
 
-def test_files_that_the_kernel_keeps_in_a_container_count_as_free(tmp_path: Path) -> None:
+def test_cached_files_in_container_count_as_free(tmp_path: Path) -> None:
     stat = f"anon {5 * MIB}\nfile {30 * MIB}\nshmem 0\ninactive_file {20 * MIB}\nactive_file {10 * MIB}\n"
     assert host(tmp_path, version_2(48 * MIB, 40 * MIB, stat)) == (48 - 10, 48)
 
 
 @pytest.mark.parametrize("stat", ["", "inactive_file\n", "inactive_file many\n", "a b c\n"])
-def test_statistics_that_cannot_be_read_free_nothing(tmp_path: Path, stat: str) -> None:
+def test_unreadable_statistics_free_nothing(tmp_path: Path, stat: str) -> None:
     assert host(tmp_path, version_2(48 * MIB, 40 * MIB, stat)) == (8, 48)
 
 
-def test_files_do_not_make_the_use_negative(tmp_path: Path) -> None:
+def test_files_do_not_make_use_negative(tmp_path: Path) -> None:
     assert host(tmp_path, version_2(48 * MIB, 4 * MIB, f"inactive_file {5 * MIB}\n")) == (48, 48)
 
 
 @pytest.mark.parametrize("group", ["0::/batch/job_7/step\n", "1:name=systemd:/\n0::/batch/job_7/step\n"])
-def test_of_groups_in_one_another_the_tightest_counts(tmp_path: Path, group: str) -> None:
+def test_tightest_of_nested_groups_counts(tmp_path: Path, group: str) -> None:
     files = version_2(50 * MIB, 40 * MIB, at="batch/") | version_2("max", 1, at="batch/job_7/step/")
     assert host(tmp_path, files | version_2(48 * MIB, 8 * MIB, at="batch/job_7/"), group) == (10, 48)
 
 
-def test_another_group_than_the_process_is_in_limits_nothing(tmp_path: Path) -> None:
+def test_other_groups_limit_nothing(tmp_path: Path) -> None:
     assert host(tmp_path, version_2(8 * MIB, 0, at="other/"), "0::/mine\n") == (64, -1)
 
 
 @pytest.mark.parametrize("group", [None, "", "nonsense\n", "4:memory\n", "0::/not/there:even\n"])
-def test_where_the_process_does_not_say_its_group_the_root_counts(tmp_path: Path, group: str | None) -> None:
+def test_unknown_group_uses_root_limit(tmp_path: Path, group: str | None) -> None:
     assert host(tmp_path, version_2(48 * MIB, 8 * MIB), group) == (40, 48)
 
 
-def test_groups_of_the_first_version_count_too(tmp_path: Path) -> None:
+def test_version_one_groups_are_supported(tmp_path: Path) -> None:
     group = "9:name=systemd:/\n5:devices:/elsewhere\n4:memory:/docker/abc\n1:cpu:/\n"
     stat = f"inactive_file 0\ntotal_inactive_file {2 * MIB}\ntotal_active_file {1 * MIB}\n"
     inside = version_1(48 * MIB, 11 * MIB, stat, at="docker/abc/")
@@ -258,19 +256,19 @@ def test_groups_of_the_first_version_count_too(tmp_path: Path) -> None:
     assert host(tmp_path / "in the container", version_1(48 * MIB, 8 * MIB), group) == (40, 48)
 
 
-def test_what_the_process_holds_is_read_in_pages(tmp_path: Path) -> None:
+def test_process_memory_is_read_in_pages(tmp_path: Path) -> None:
     proc = write(tmp_path, {"self/statm": "99999 1234 77 1 0 500 0\n"})
     assert usage._resident_bytes(proc) == 1234 * PAGE
 
 
 @pytest.mark.parametrize("text", [None, "", "7", "many pages"])
-def test_where_the_process_does_not_say_what_it_holds_the_most_so_far_counts(tmp_path: Path, text: str | None) -> None:
+def test_peak_process_memory_is_the_fallback(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         write(tmp_path, {"self/statm": text})
     assert usage._resident_bytes(tmp_path) == peak_bytes(CPU)
 
 
-def test_what_the_process_holds_grows_with_what_is_allocated() -> None:
+def test_process_memory_grows_with_allocations() -> None:
     before = resident()
     held = tensors(300 * MIB)
     assert resident() - before == pytest.approx(held[0].nbytes, rel=0.1)
@@ -301,7 +299,7 @@ def out_of_memory() -> Iterable[tuple[BaseException, bool]]:
 
 
 @pytest.mark.parametrize(("error", "expected"), list(out_of_memory()), ids=lambda value: type(value).__name__)
-def test_a_failed_allocation_is_told_from_other_errors(error: BaseException, *, expected: bool) -> None:
+def test_failed_allocation_is_distinguished_from_other_errors(error: BaseException, *, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
@@ -312,7 +310,7 @@ def huge() -> nn.Module:
     return model
 
 
-def test_state_that_does_not_fit_is_the_last_word() -> None:
+def test_oversized_state_raises_final_memory_error() -> None:
     model = huge()
     accumulator = bigbatch.Accumulator(model, torch.optim.RMSprop(model.parameters(), momentum=0.9))
     with pytest.raises(bigbatch.MemoryLimitError, match="can't allocate memory") as raised:
@@ -328,7 +326,7 @@ def last_word(calls: list[int]) -> Any:
     return loss_fn
 
 
-def test_a_window_tries_no_pieces_after_the_last_word() -> None:
+def test_window_does_not_split_after_final_error() -> None:
     model, calls = nn.Linear(2, 1), []
     engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters()), last_word(calls), microbatch=8)
     with pytest.raises(bigbatch.MemoryLimitError, match=r"^no sample fits"):
@@ -336,14 +334,14 @@ def test_a_window_tries_no_pieces_after_the_last_word() -> None:
     assert calls == [8]
 
 
-def test_verify_tries_no_smaller_reference_after_the_last_word() -> None:
+def test_verify_does_not_retry_after_final_error() -> None:
     calls: list[int] = []
     with pytest.raises(bigbatch.MemoryLimitError, match=r"^no sample fits"):
         bigbatch.verify(nn.Linear(2, 1), last_word(calls), torch.ones(8, 2))
     assert calls == [8]
 
 
-def test_an_update_passes_the_last_word_on() -> None:
+def test_update_passes_final_error_through() -> None:
     class Final(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
             raise bigbatch.MemoryLimitError("no state fits (can't allocate memory)")
@@ -354,7 +352,7 @@ def test_an_update_passes_the_last_word_on() -> None:
         engine.step(torch.ones(8, 2))
 
 
-def test_a_process_that_holds_the_limit_already_is_told_so() -> None:
+def test_process_already_above_limit_is_reported() -> None:
     room = MemoryBudget.from_limit(2**20, "1MiB", reserved_bytes=2**30)
     assert room.usable_bytes == 0
     assert str(room) == "memory is limited to 1MiB, all of which this process uses outside of tensors"

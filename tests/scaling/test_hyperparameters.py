@@ -61,7 +61,7 @@ def allowed(name, k, error):
 
 @pytest.mark.parametrize("k", [4, 16])
 @pytest.mark.parametrize("name", list(lab.EXPERIMENTS))
-def test_the_rule_that_suits_keeps_the_loss_curve(name, k):
+def test_matching_rule_keeps_loss_curve(name, k):
     found, error = deviation(name, k)
     assert error < 0.05, "there are copies enough to tell"
     assert found <= allowed(name, k, error)
@@ -70,24 +70,24 @@ def test_the_rule_that_suits_keeps_the_loss_curve(name, k):
 @pytest.mark.parametrize(
     ("name", "rule"), [(name, rule) for name, made in lab.EXPERIMENTS.items() for rule in made.wrong]
 )
-def test_another_rule_does_not(name, rule):
+def test_other_rule_changes_loss_curve(name, rule):
     found, error = deviation(name, 16, rule)
     assert found > allowed(name, 16, error)
 
 
-def test_k_times_the_rate_is_k_times_too_noisy_with_adam_relative_to_the_root():
+def test_linear_rate_with_adam_is_too_noisy():
     # Where noise dominates, the loss ends in proportion to lr·√batch: √16 = 4 times as high as with the root.
     linear, root = (lab.run(lab.EXPERIMENTS["sqrt"], 16, rule).losses[-1] for rule in ("linear", "sqrt"))
     assert 3 < linear / root < 5
 
 
-def test_beyond_the_noise_scale_the_linear_rule_diverges_and_the_gain_does_not():
+def test_only_linear_rule_diverges_beyond_noise_scale():
     experiment = lab.EXPERIMENTS["adascale"]
     assert lab.run(experiment, lab.BEYOND, "linear").losses[-1] > 10
     assert lab.run(experiment, lab.BEYOND, "adascale").losses[-1] < base("adascale").losses[-1]
 
 
-def test_one_update_makes_as_much_of_the_way_as_the_gain_says():
+def test_update_progress_matches_gain():
     # L falls by the share f·r in one update, and f is what it falls by at the old batch: exact in expectation.
     experiment = lab.EXPERIMENTS["adascale"]
     f = 1 - (1 - lab.GAIN_C * lab.GAIN_X) ** 2 - (lab.GAIN_C * lab.GAIN_X) ** 2 * lab.GAIN_NOISE
@@ -100,7 +100,7 @@ def test_one_update_makes_as_much_of_the_way_as_the_gain_says():
 
 
 @pytest.mark.parametrize(("rule", "exact"), [("half-life", True), ("sqrt+half-life", True), ("sde", False)])
-def test_half_life_keeps_the_memory_of_the_second_moment_in_samples(rule, exact):
+def test_half_life_keeps_second_moment_memory_in_samples(rule, exact):
     # A squared gradient that was seen 16 samples ago: 16 updates at a batch of 1, and one at 16.
     second_moment = []
     for k in (1, 16):
@@ -119,7 +119,7 @@ def test_half_life_keeps_the_memory_of_the_second_moment_in_samples(rule, exact)
 # equations -------------------------------------------------------------------------------------------------------
 
 
-def test_each_rule_moves_what_its_paper_moves():
+def test_each_rule_changes_what_its_paper_changes():
     def after(rule, k=4, **more):
         optimizer = make("AdamW", lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
         rescale(optimizer, k, rule=rule, **more)
@@ -135,7 +135,7 @@ def test_each_rule_moves_what_its_paper_moves():
     assert after("sde", k=0.25) == pytest.approx([5e-4, 0.975, 0.9975, 2e-8])
 
 
-def test_rmsprop_has_its_beta2_under_another_name():
+def test_rmsprop_alpha_is_scaled_as_beta2():
     optimizer = make("RMSprop", lr=0.01, alpha=0.99, momentum=0.9)
     rescale(optimizer, 4, rule="sde")
     assert group(optimizer)["alpha"] == pytest.approx(0.96)
@@ -143,7 +143,7 @@ def test_rmsprop_has_its_beta2_under_another_name():
 
 
 @pytest.mark.parametrize("name", [*ADAPTIVE, "SGD", "Muon", "Adafactor", "Adagrad", "Adadelta", "ASGD", "Rprop"])
-def test_every_optimizer_takes_the_rules_that_suit_it_and_keeps_what_is_not_theirs(name):
+def test_every_optimizer_accepts_suitable_rules_and_keeps_rest(name):
     for rule in suitable(make(name)) or ("linear", "sqrt"):
         optimizer = make(name)
         more = {"noise_scale": 10, "batch": 1} if rule == "adascale" else {}
@@ -157,7 +157,7 @@ def test_every_optimizer_takes_the_rules_that_suit_it_and_keeps_what_is_not_thei
             assert group(optimizer).get(key) == before[0].get(key)
 
 
-def test_a_rule_of_another_kind_of_optimizer_says_that_it_is():
+def test_rule_of_another_optimizer_kind_is_reported():
     linear_on_adam = changes(make("AdamW"), 4, rule="linear")[0]
     assert linear_on_adam.reason.startswith("warning: derived for SGD; AdamW normalizes gradients")
     assert changes(make("SGD"), 4, rule="sqrt")[0].reason.startswith("warning")
@@ -166,20 +166,20 @@ def test_a_rule_of_another_kind_of_optimizer_says_that_it_is():
     assert not changes(make("SGD"), 4, rule="linear")[0].reason.startswith("warning")
 
 
-def test_what_is_kept_says_so():
+def test_unchanged_values_are_reported():
     kept = {change.name: change for change in changes(make("SGD", momentum=0.5), 4, rule="linear")}["momentum"]
     assert not kept.changed
     assert "a half-life of 1 updates, each of 4 times the samples" in kept.reason
     assert "beta2_decay" in [change.name for change in changes(make("Adafactor"), 4, rule="sqrt")]
 
 
-def test_a_change_reads_as_a_line():
+def test_change_prints_as_line():
     line = str(changes(make("SGD", lr=0.1), 4, rule="linear")[0])
     assert line.startswith("group 0: lr 0.1 → 0.4, 1/k of the updates")
     assert line.endswith("(Goyal et al. 2017, arXiv 1706.02677)")
 
 
-def test_groups_are_changed_each_from_its_own_values():
+def test_groups_are_scaled_from_their_own_values():
     optimizer = make("AdamW", groups=2)
     group(optimizer, 1).update(lr=0.5, betas=(0.8, 0.9))
     rescale(optimizer, 4, rule="sde")
@@ -187,7 +187,7 @@ def test_groups_are_changed_each_from_its_own_values():
     assert group(optimizer, 1)["betas"] == pytest.approx((0.2, 0.6))
 
 
-def test_tensors_are_written_in_place_and_once_where_groups_share_them():
+def test_shared_tensors_are_changed_in_place_once():
     rate, beta1, beta2 = torch.tensor(0.5), torch.tensor(0.5), torch.tensor(0.75)
     optimizer = make("Adam", groups=2, lr=rate, betas=(beta1, beta2), capturable=False, foreach=False)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -236,13 +236,13 @@ def rates(make_scheduler, *, at=None, count=25):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("at", [0, 3, 14])
-def test_a_rescaled_rate_survives_every_later_step_of_the_scheduler(name, at):
+def test_rescaled_rate_survives_later_scheduler_steps(name, at):
     once = rates(SCHEDULES[name])
     expected = once[: 2 * at] + [4 * rate for rate in once[2 * at :]]
     assert rates(SCHEDULES[name], at=at) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-def test_a_rate_of_zero_in_the_warm_up_comes_back_scaled():
+def test_zero_warmup_rate_returns_scaled():
     optimizer = make("SGD", lr=0.1)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
     rescale(optimizer, 4, rule="linear", scheduler=scheduler)
@@ -253,7 +253,7 @@ def test_a_rate_of_zero_in_the_warm_up_comes_back_scaled():
     assert group(optimizer)["lr"] == pytest.approx(0.4)
 
 
-def test_a_plateau_scheduler_keeps_its_floor_in_proportion():
+def test_plateau_scheduler_scales_its_floor():
     optimizer = make("SGD", lr=0.1)
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1, min_lr=0.05)
     rescale(optimizer, 4, rule="linear", scheduler=scheduler)
@@ -262,7 +262,7 @@ def test_a_plateau_scheduler_keeps_its_floor_in_proportion():
     assert group(optimizer)["lr"] == pytest.approx(0.2)
 
 
-def test_a_forgotten_scheduler_is_refused_before_it_puts_the_rate_back():
+def test_missing_scheduler_is_rejected_before_rate_is_undone():
     optimizer = make("AdamW")
     lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     before = settings(optimizer)
@@ -274,7 +274,7 @@ def test_a_forgotten_scheduler_is_refused_before_it_puts_the_rate_back():
     assert group(optimizer)["lr"] == group(optimizer)["initial_lr"] == pytest.approx(2e-3)
 
 
-def test_schedulers_that_would_undo_it_are_refused():
+def test_schedulers_that_undo_scaling_are_rejected():
     optimizer = make("Adam")
     foreign = lr_scheduler.LambdaLR(make("Adam"), lambda step: 1.0)
     with pytest.raises(ValueError, match="belongs to another optimizer"):
@@ -288,7 +288,7 @@ def test_schedulers_that_would_undo_it_are_refused():
 # range -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_sentence_names_what_is_out_of_range_and_the_nearest_factor():
+def test_range_error_names_value_and_nearest_factor():
     with pytest.raises(
         ValueError, match=r"would make beta1 of group 0 -0\.6 instead of 0\.9, which is below 0"
     ) as caught:
@@ -297,12 +297,12 @@ def test_the_sentence_names_what_is_out_of_range_and_the_nearest_factor():
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf, "4", True, None])
-def test_a_factor_is_a_finite_number_above_zero(factor):
+def test_factor_is_finite_and_positive(factor):
     with pytest.raises(ValueError, match="new batch / old batch, a finite number above 0"):
         rescale(make(), factor, rule="sqrt")
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_mismatched_arguments_are_rejected():
     with pytest.raises(ValueError, match="it must be one of linear, sqrt"):
         changes(make(), 4, rule="square")
     with pytest.raises(ValueError, match=r'SGD has none\. Pass rule="linear"'):
@@ -327,7 +327,7 @@ def noise(rule, batch=3.0):
 
 @thoroughly
 @given(rule=rules, name=st.sampled_from(["AdamW", "RMSprop", "SGD"]), lr=st.floats(0, 10), beta=betas)
-def test_a_factor_of_one_changes_nothing(rule, name, lr, beta):
+def test_factor_of_one_changes_nothing(rule, name, lr, beta):
     own = {"AdamW": {"betas": (beta, beta)}, "RMSprop": {"alpha": beta}, "SGD": {"momentum": beta}}[name]
     optimizer = make(name, lr=lr, **own)
     if name == "SGD" and rule in ("sde", "half-life", "sqrt+half-life"):
@@ -339,7 +339,7 @@ def test_a_factor_of_one_changes_nothing(rule, name, lr, beta):
 
 @thoroughly
 @given(rule=rules, a=st.floats(0.05, 8), b=st.floats(0.05, 8), beta=st.floats(0.99, 0.999))
-def test_two_changes_of_the_batch_are_one(rule, a, b, beta):
+def test_two_batch_changes_compose(rule, a, b, beta):
     twice, once = make("AdamW", betas=(beta, beta)), make("AdamW", betas=(beta, beta))
     rescale(twice, a, rule=rule, **noise(rule))
     rescale(twice, b, rule=rule, **noise(rule, batch=3.0 * a))
@@ -350,7 +350,7 @@ def test_two_changes_of_the_batch_are_one(rule, a, b, beta):
 
 @thoroughly
 @given(factor=st.floats(1e-300, 1e300), beta1=betas, beta2=betas, rule=rules)
-def test_out_of_range_changes_nothing_and_the_nearest_factor_works(factor, beta1, beta2, rule):
+def test_out_of_range_factor_changes_nothing(factor, beta1, beta2, rule):
     optimizer = make("AdamW", betas=(beta1, beta2))
     before = settings(optimizer)
     try:
@@ -369,11 +369,11 @@ def test_out_of_range_changes_nothing_and_the_nearest_factor_works(factor, beta1
     assert 0 < after["lr"] < math.inf
 
 
-def test_it_is_a_public_name():
+def test_rescale_is_public():
     assert bigbatch.rescale is rescale
 
 
-def test_the_figure_has_every_experiment_in_the_style_of_the_benchmark():
+def test_figure_shows_every_experiment_of_benchmark():
     drawn = (ROOT / "docs" / "explanation" / "scaling-rules.svg").read_text(encoding="utf-8")
     assert lab.STYLE in drawn
     assert all(experiment.title in drawn for experiment in lab.EXPERIMENTS.values())

@@ -81,7 +81,7 @@ def test_signal_and_noise_are_unbiased_for_every_cut(name: str, sort: bool) -> N
     assert_unbiased([noise for _, noise in found], WANTED[1])
 
 
-def test_taking_micro_batches_for_equal_puts_the_signal_far_off() -> None:
+def test_assuming_equal_microbatches_biases_signal() -> None:
     sizes = CUTS["variable"]
     small, large = sum(sizes) / len(sizes), sum(sizes)
     wrong = []
@@ -115,14 +115,14 @@ def on_a_rank(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[float, f
 
 
 @pytest.mark.parametrize("sizes", [((8, 8), (8, 8)), ((1, 30), (2, 5, 11)), ((13,), (20,)), ((4, 9), ())])
-def test_micro_batches_of_all_ranks_count(pools: Callable[[int], Pool], sizes: tuple[tuple[int, ...], ...]) -> None:
+def test_microbatches_of_all_ranks_count(pools: Callable[[int], Pool], sizes: tuple[tuple[int, ...], ...]) -> None:
     one, other = pools(2).run(on_a_rank, sizes, 600)
     assert one == other
     assert_unbiased([signal for signal, _ in one], WANTED[0])
     assert_unbiased([noise for _, noise in one], WANTED[1])
 
 
-def test_the_interval_covers_the_scale_about_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     covered = 0
     for seed in range(200):
         meter = NoiseScaleEstimator()
@@ -138,7 +138,7 @@ def test_the_interval_covers_the_scale_about_as_often_as_it_says() -> None:
     assert 0.88 <= covered / 200 <= 1.0
 
 
-def test_nothing_is_said_before_there_are_some_windows() -> None:
+def test_no_estimate_is_made_before_some_windows() -> None:
     meter = NoiseScaleEstimator()
     for number in range(MIN_WINDOWS):
         assert meter.estimate() is None, number
@@ -146,7 +146,7 @@ def test_nothing_is_said_before_there_are_some_windows() -> None:
     assert meter.estimate() is not None
 
 
-def test_where_no_signal_can_be_told_from_the_noise_the_scale_is_infinite() -> None:
+def test_undetectable_signal_gives_infinite_scale() -> None:
     meter = NoiseScaleEstimator()
     for _ in range(MIN_WINDOWS):
         meter.update(0.5, 60.0, 10, 50)  # |A|² is 50, less than the squares
@@ -155,7 +155,7 @@ def test_where_no_signal_can_be_told_from_the_noise_the_scale_is_infinite() -> N
     assert (found.scale_items, found.high_items) == (math.inf, math.inf)
 
 
-def test_old_windows_count_less_by_the_half_life_in_items() -> None:
+def test_old_windows_decay_by_half_life_in_items() -> None:
     meter = NoiseScaleEstimator(half_life_items=100)
     for _ in range(200):
         meter.update(1.0, 90.0, 10, 50)
@@ -165,7 +165,7 @@ def test_old_windows_count_less_by_the_half_life_in_items() -> None:
     assert meter.estimate().signal == pytest.approx((before + after) / 2)  # type: ignore[union-attr]
 
 
-def test_after_the_first_windows_one_in_four_is_measured_and_the_others_still_make_the_past_count_less() -> None:
+def test_later_windows_are_measured_one_in_four() -> None:
     model = Line()
     accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
     assert accumulator.noise is not None
@@ -193,13 +193,13 @@ def run(model: nn.Module, loss_fn: Callable[..., object], **settings: object) ->
     return report
 
 
-def test_the_engine_also_counts_in_samples() -> None:
+def test_engine_counts_in_samples() -> None:
     report = run(Line(), lambda model, items: (model(items).repeat(3).sum() / 3, 3 * len(items)))
     assert report.noise is not None
     assert report.noise.scale_samples == pytest.approx(report.noise.scale_items / 3)
 
 
-def test_one_micro_batch_says_nothing() -> None:
+def test_single_microbatch_gives_no_estimate() -> None:
     model = Line()
     engine = bigbatch.Engine(
         model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, x: (m(x).sum(), len(x)), microbatch=8
@@ -208,12 +208,12 @@ def test_one_micro_batch_says_nothing() -> None:
     assert [engine.step(items_of(8, generator)).noise for _ in range(6)] == [None] * 6
 
 
-def test_it_can_be_left_out() -> None:
+def test_estimation_can_be_disabled() -> None:
     report = run(Line(), lambda model, items: (model(items).sum(), len(items)), noise=False)
     assert report.noise is None
 
 
-def test_a_loss_of_several_terms_has_none() -> None:
+def test_multi_term_loss_has_no_estimate() -> None:
     def loss_fn(model: nn.Module, items: Tensor) -> dict[str, tuple[Tensor, int]]:
         return {"a": (model(items).sum(), len(items)), "b": (model(items).square().sum(), len(items))}
 
@@ -221,7 +221,7 @@ def test_a_loss_of_several_terms_has_none() -> None:
     assert report.noise is None
 
 
-def test_a_window_that_was_cut_again_for_want_of_memory_is_left_out() -> None:
+def test_window_split_after_oom_is_excluded() -> None:
     model = Line()
     failing = iter([False, True] + [False] * 100)
 
@@ -240,14 +240,14 @@ def test_a_window_that_was_cut_again_for_want_of_memory_is_left_out() -> None:
     assert counts == [0, 1, 2]
 
 
-def test_clipping_and_the_learning_rate_do_not_reach_it() -> None:
+def test_clipping_and_learning_rate_do_not_affect_it() -> None:
     def loss_fn(model: nn.Module, items: Tensor) -> tuple[Tensor, int]:
         return model(items).sum(), len(items)
 
     assert run(Line(), loss_fn).noise == run(Line(), loss_fn, max_grad_norm=0.01).noise
 
 
-def test_it_goes_on_where_it_was() -> None:
+def test_estimate_resumes_from_saved_state() -> None:
     def loss_fn(model: nn.Module, items: Tensor) -> tuple[Tensor, int]:
         return model(items).sum(), len(items)
 
@@ -265,7 +265,7 @@ def test_it_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrower_weights_measure_the_same_to_their_precision(dtype: torch.dtype) -> None:
+def test_narrow_weights_measure_same_within_precision(dtype: torch.dtype) -> None:
     def loss_fn(model: nn.Module, items: Tensor) -> tuple[Tensor, int]:
         return (model(items.to(dtype)).float()).sum(), len(items)
 

@@ -13,13 +13,13 @@ machines = pytest.mark.parametrize("machine", lab.NOMINAL, ids=lambda machine: m
 
 @machines
 @pytest.mark.parametrize("way", lab.WAYS)
-def test_one_rank_takes_its_compute_and_nothing_else(machine, way):
+def test_one_rank_takes_only_its_compute_time(machine, way):
     assert lab.WAYS[way](machine, 1, 8) == pytest.approx(8 * machine.microbatch_s + machine.update_s)
 
 
 @machines
 @pytest.mark.parametrize("ranks", lab.RANKS[1:])
-def test_communication_is_small_from_the_number_that_is_named_and_not_before(machine, ranks):
+def test_communication_is_small_from_documented_count_only(machine, ranks):
     count = lab.enough(machine, ranks)
     crossing_s = lab.crossing_s(machine, ranks)
     assert crossing_s < lab.SMALL * lab.bigbatch_s(machine, ranks, count)
@@ -29,7 +29,7 @@ def test_communication_is_small_from_the_number_that_is_named_and_not_before(mac
 @machines
 @pytest.mark.parametrize("ranks", lab.RANKS[1:])
 @pytest.mark.parametrize("count", lab.COUNTS)
-def test_overlap_wins_no_more_than_one_backward_copies_and_vote(machine, ranks, count):
+def test_overlap_gains_at_most_backward_copies_and_vote(machine, ranks, count):
     won_s = lab.to_win(machine, ranks, count) * lab.bigbatch_s(machine, ranks, count)
     beside_s = lab.crossing_s(machine, ranks) - lab.Network.all_reduce(
         machine.network, ranks, machine.gradient_bytes, 76
@@ -37,13 +37,13 @@ def test_overlap_wins_no_more_than_one_backward_copies_and_vote(machine, ranks, 
     assert 0 < won_s <= machine.backward_s + beside_s + 1e-12
 
 
-def test_the_fit_finds_latency_and_bandwidth():
+def test_fit_recovers_latency_and_bandwidth():
     sizes = [1e3, 1e5, 1e6, 1e7]
     latency_s, slope = lab.fit(sizes, [2e-4 + size / 1e9 for size in sizes])
     assert (latency_s, 1 / slope) == pytest.approx((2e-4, 1e9))
 
 
-def test_the_document_has_the_numbers_of_the_model():
+def test_document_has_numbers_of_model():
     page = (ROOT / "docs" / "explanation" / "scaling.md").read_text(encoding="utf-8")
     for machine in lab.NOMINAL:
         for ranks in (8, 64):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from support.language_models import metrics, records, save_model_folder, write_jsonl
 from support.rank_faults import note_windows
-from support.run_comparison import rates_off
+from support.run_comparison import wrong_learning_rates
 from support.torchrun_ranks import Launch, run
 
 TIGHT = 1e-10  # in float64, after twenty updates
@@ -79,20 +79,20 @@ def make_run_folder(folder: Path) -> RunFolder:
     return RunFolder(folder)
 
 
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def max_relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max() / one[name].abs().max()) for name in one)
 
 
-def check_same(ground: RunFolder, out: str, alone: str) -> None:
+def assert_same_run(run_folder: RunFolder, out: str, alone: str) -> None:
     """Assert the same model, windows and metrics as on one rank."""
-    rows, expected = metrics(ground.folder / out), metrics(ground.folder / alone)
+    rows, expected = metrics(run_folder.folder / out), metrics(run_folder.folder / alone)
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert rates_off(ground.folder / out) == []
+    assert wrong_learning_rates(run_folder.folder / out) == []
     for row, other in zip(rows, expected, strict=True):
         for name in ("step", "items", "tokens", "lr", "skipped"):
             assert row[name] == other[name]
         for name in ("loss", "grad_norm", "validation_loss"):
             assert row.get(name) == (other.get(name) and pytest.approx(other[name], rel=TIGHT)), (row["step"], name)
-    assert apart(ground.model(out), ground.model(alone)) < TIGHT
-    assert ground.windows(out) == ground.windows(alone)
+    assert max_relative_difference(run_folder.model(out), run_folder.model(alone)) < TIGHT
+    assert run_folder.windows(out) == run_folder.windows(alone)

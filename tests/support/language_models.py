@@ -100,9 +100,9 @@ class RecordingCallback:
 def run(folder: Path, **settings: Any) -> tuple[TrainingSetup, RecordingCallback, TrainResult]:
     """Train with the given settings, with ``folder`` as the run directory."""
     prepared = set_up_training(TrainConfig(device="cpu", **settings))
-    heard = RecordingCallback()
+    recorder = RecordingCallback()
     directory = RunDirectory.create(folder, prepared.config.model_dump(mode="json"))
-    return prepared, heard, Trainer(prepared).run(directory, callback=heard)
+    return prepared, recorder, Trainer(prepared).run(directory, callback=recorder)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

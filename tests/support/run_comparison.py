@@ -18,10 +18,10 @@ CLOCK = {"tokens_per_s", "elapsed_s", "peak_bytes"}
 
 def differences(run: Path, reference: Path) -> list[str]:
     """Return the results that differ from an uninterrupted run, timings excluded, and wrong learning rates."""
-    return unlike(run, reference) + rates_off(run)
+    return differing_results(run, reference) + wrong_learning_rates(run)
 
 
-def unlike(run: Path, other: Path) -> list[str]:
+def differing_results(run: Path, other: Path) -> list[str]:
     """Return the names of results that are not bit-identical in two runs, timings excluded."""
     one, two = results(run), results(other)
     return [name for name in one if one[name] != two[name]]
@@ -49,7 +49,7 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def rates_off(run: Path) -> list[str]:
+def wrong_learning_rates(run: Path) -> list[str]:
     """Return the updates whose learning rate differs from the schedule at the number of updates applied before."""
     config = TrainConfig.model_validate_json((run / "config.json").read_bytes())
     rows = metrics(run)

@@ -1,7 +1,7 @@
 """The command on several ranks with torchrun's environment: one forked process per rank, so that torch is loaded once.
 
     ranks = Launch(["train", …], size=2, folder=folder)      → codes = ranks.wait()
-    ranks.said(0), ranks.complained(1)                       stdout of rank 0, stderr of rank 1
+    ranks.stdout(0), ranks.stderr(1)                       stdout of rank 0, stderr of rank 1
 
 The store lives in the test process, as in torchrun's agent. Real agents are tested in test_torchrun.py.
 """
@@ -82,11 +82,11 @@ class Launch:
     def _err(self, rank: int) -> Path:
         return self.folder / f"out-{self._number}" / f"{rank}.err"
 
-    def said(self, rank: int = 0) -> str:
+    def stdout(self, rank: int = 0) -> str:
         """Return the stdout of a rank."""
         return self._out(rank).read_text(encoding="utf-8")
 
-    def complained(self, rank: int = 0) -> str:
+    def stderr(self, rank: int = 0) -> str:
         """Return the stderr of a rank."""
         return self._err(rank).read_text(encoding="utf-8")
 
@@ -97,7 +97,7 @@ class Launch:
             process.join(max(0.1, until - time.monotonic()))
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         self.close()
-        everything = "\n".join(f"rank {rank}: {self.complained(rank)}" for rank in range(self.size))
+        everything = "\n".join(f"rank {rank}: {self.stderr(rank)}" for rank in range(self.size))
         assert not late, f"ranks {late} have not ended; {everything}"
         return [process.exitcode for process in self.processes]
 
@@ -105,9 +105,9 @@ class Launch:
         """Wait until a condition holds; fail if a process exits first."""
         until = time.monotonic() + LIMIT_S
         while not happened():
-            assert time.monotonic() < until, f"timed out waiting: {self.complained()}"
+            assert time.monotonic() < until, f"timed out waiting: {self.stderr()}"
             ended = [rank for rank, process in enumerate(self.processes) if not process.is_alive()]
-            assert not ended or happened(), f"ranks {ended} have ended: {self.complained(ended[0])}"
+            assert not ended or happened(), f"ranks {ended} have ended: {self.stderr(ended[0])}"
             self.processes[0].join(0.02)
 
     def signal(self, rank: int, number: int) -> None:
@@ -159,6 +159,6 @@ def run(words: Sequence[str], size: int, *, folder: Path, codes: int | list[int]
     with Launch(words, size, folder=folder, **how) as launch:
         got = launch.wait()
     expected = [codes] * size if isinstance(codes, int) else codes
-    everything = "\n".join(f"rank {rank}: {launch.said(rank)}{launch.complained(rank)}" for rank in range(size))
+    everything = "\n".join(f"rank {rank}: {launch.stdout(rank)}{launch.stderr(rank)}" for rank in range(size))
     assert got == expected, f"{got}: {everything}"
     return launch

@@ -35,7 +35,7 @@ def mlp(*middle):
 
 
 @pytest.mark.parametrize("microbatch", [None, 1, 5, 12, 100, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
-def test_a_clean_model_is_exact_in_every_cut(microbatch):
+def test_clean_model_is_exact_in_every_cut(microbatch):
     model, batch = ref.make_model(), batch_with_items()
     found = bigbatch.verify(model, ref.loss_and_items, batch, microbatch=microbatch)
     assert found.exact
@@ -52,12 +52,12 @@ def test_a_clean_model_is_exact_in_every_cut(microbatch):
         assert naive > 1e-3 or cut.num_microbatches == 1
 
 
-def test_default_cuts_are_about_sixteen_five_and_two_micro_batches():
+def test_default_cuts_are_sixteen_five_and_two_microbatches():
     found = bigbatch.verify(mlp(), squares, rows(64), microbatch=None)
     assert [(cut.microbatch, cut.num_microbatches) for cut in found.cuts] == [(4, 16), (13, 5), (32, 2)]
 
 
-def test_micro_batches_without_items_are_exact_and_the_mean_of_means_is_not_a_number():
+def test_empty_microbatches_are_exact_unlike_mean_of_means():
     batch = batch_with_items()
     batch["labels"][:4] = ref.IGNORED
     found = bigbatch.verify(ref.make_model(), ref.mean_times_items, batch, microbatch=2)
@@ -65,7 +65,7 @@ def test_micro_batches_without_items_are_exact_and_the_mean_of_means_is_not_a_nu
     assert math.isnan(found.cuts[0].mean_of_means_error)
 
 
-def test_a_constant_loss_of_a_micro_batch_without_items_is_exact():
+def test_constant_loss_of_empty_microbatch_is_exact():
     """``return torch.zeros(()), 0`` is what careful users write for nothing."""
 
     def loss_fn(model, part):
@@ -128,7 +128,7 @@ def test_batch_norm_in_eval_mode_is_exact():
     assert bigbatch.verify(model, squares, rows(), microbatch=3).exact
 
 
-def test_batch_norm_that_cannot_run_on_one_sample_is_told():
+def test_batch_norm_failing_on_one_sample_is_reported():
     found = bigbatch.verify(mlp(nn.BatchNorm1d(6)), squares, rows(), microbatch=1)
     assert not found.exact
     assert "micro-batches of 1 cannot run, although larger ones can" in found.causes[0]
@@ -149,12 +149,12 @@ class FunctionalDropout(nn.Module):
         return F.dropout(hidden, 0.5, training=self.training)
 
 
-def test_functional_dropout_is_told_as_random_numbers():
+def test_functional_dropout_is_reported_as_random_numbers():
     (cause,) = cause_of(mlp(FunctionalDropout(), nn.Tanh(), FunctionalDropout()))
     assert "random numbers in the forward or in the loss" in cause
 
 
-def test_noise_that_does_not_ask_for_the_mode_is_told_as_random_numbers():
+def test_mode_independent_noise_is_reported_as_random_numbers():
     def loss_fn(model, part):
         noisy = part + torch.randn_like(part)
         return (model(noisy) + torch.randn_like(part[:, :1])).square().sum(), len(part)
@@ -162,7 +162,7 @@ def test_noise_that_does_not_ask_for_the_mode_is_told_as_random_numbers():
     assert "random numbers in the forward or in the loss" in cause_of(mlp(nn.Tanh()), loss_fn)[0]
 
 
-def test_a_mean_is_told_from_a_sum():
+def test_mean_is_distinguished_from_sum():
     def loss_fn(model, part):
         return ref.loss_mean(model, part), ref.count(part)
 
@@ -171,7 +171,7 @@ def test_a_mean_is_told_from_a_sum():
     assert "reduction='sum'" in cause
 
 
-def test_a_mean_with_one_item_each_is_told_by_its_items():
+def test_mean_of_single_items_is_detected_by_items():
     def loss_fn(model, part):
         return ref.loss_mean(model, part), 1
 
@@ -179,7 +179,7 @@ def test_a_mean_with_one_item_each_is_told_by_its_items():
     assert "the items of the term 'loss' do not add up: 1 in the full batch, but 4 over its micro-batches of 3" in cause
 
 
-def test_items_that_do_not_add_up_are_named_with_their_term():
+def test_inconsistent_items_are_named_with_their_term():
     def loss_fn(model, part):
         return {"value": (model(part).square().sum(), len(part) ** 2)}
 
@@ -192,7 +192,7 @@ def contrastive(model, part):
     return F.cross_entropy(embedded @ embedded.T, torch.arange(len(part)), reduction="sum"), len(part)
 
 
-def test_a_contrastive_loss_is_named():
+def test_contrastive_loss_is_named():
     torch.manual_seed(0)
     (cause,) = cause_of(nn.Linear(4, 3).double(), contrastive)
     assert cause.startswith("the loss couples samples")
@@ -203,12 +203,12 @@ class Centred(nn.Module):
         return hidden - hidden.mean(0)
 
 
-def test_a_module_that_mixes_samples_is_named():
+def test_sample_mixing_module_is_named():
     (cause,) = cause_of(mlp(nn.Tanh(), Centred()))
     assert "the module '2' (Centred) mixes samples" in cause
 
 
-def test_a_module_that_mixes_samples_inside_another_is_named_by_its_path():
+def test_nested_sample_mixing_module_is_named_by_path():
     (cause,) = cause_of(mlp(nn.Sequential(nn.Tanh(), Centred(), nn.Tanh())))
     assert "'1.1' (Centred)" in cause
 
@@ -234,7 +234,7 @@ class Balanced(nn.Module):
 @pytest.mark.parametrize(
     ("keep", "named"), [("attribute", "aux_loss"), ("tuple", "output 1"), ("dict", "output 'balance'")]
 )
-def test_an_auxiliary_loss_inside_the_model_is_named(keep, named):
+def test_auxiliary_loss_inside_model_is_named(keep, named):
     def loss_fn(model, part):
         result = model(part)
         if keep == "attribute":
@@ -249,12 +249,12 @@ def test_an_auxiliary_loss_inside_the_model_is_named(keep, named):
     assert named in cause
 
 
-def test_two_causes_at_once_are_both_named():
+def test_two_causes_are_both_named():
     causes = cause_of(mlp(nn.BatchNorm1d(6), nn.Dropout(0.5)))
     assert [cause.partition(" ")[0] for cause in causes] == ["dropout", "BatchNorm"]
 
 
-def test_a_clamping_gradient_hook_is_not_exact_and_something_is_said():
+def test_clamping_gradient_hook_is_inexact_and_reported():
     model = mlp(nn.Tanh())
     model[0].weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
     found = bigbatch.verify(model, squares, rows(), microbatch=3)
@@ -263,7 +263,7 @@ def test_a_clamping_gradient_hook_is_not_exact_and_something_is_said():
     assert found.causes
 
 
-def test_the_parameters_that_differ_most_come_first():
+def test_most_different_parameters_come_first():
     found = bigbatch.verify(mlp(nn.BatchNorm1d(6)), squares, rows(), microbatch=3)
     errors = [parameter.relative_error for parameter in found.worst]
     assert errors == sorted(errors, reverse=True)
@@ -289,7 +289,7 @@ class Everything(nn.Module):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("mutates", [False, True])
-def test_everything_is_put_back_as_it_was(fails, mutates):
+def test_all_state_is_restored(fails, mutates):
     numpy = pytest.importorskip("numpy")
     torch.manual_seed(0)
     model = Everything().double()
@@ -346,7 +346,7 @@ def out_of_memory_above(limit, calls):
 
 
 @pytest.mark.parametrize(("limit", "reference"), [(11, 6), (5, 3), (2, 2), (1, 1)])
-def test_a_batch_that_does_not_fit_is_compared_with_the_largest_that_does(limit, reference):
+def test_oversized_batch_is_compared_with_largest_that_fits(limit, reference):
     calls = []
     found = bigbatch.verify(mlp(nn.Tanh()), out_of_memory_above(limit, calls), rows())
     assert found.exact, str(found)
@@ -355,12 +355,12 @@ def test_a_batch_that_does_not_fit_is_compared_with_the_largest_that_does(limit,
     assert f"micro-batches of {reference}, the largest that fit" in str(found)
 
 
-def test_a_single_sample_that_does_not_fit_is_an_out_of_memory_error():
+def test_oversized_single_sample_raises_out_of_memory_error():
     with pytest.raises(torch.OutOfMemoryError):
         bigbatch.verify(mlp(), out_of_memory_above(0, []), rows())
 
 
-def test_a_cut_that_does_not_fit_is_not_said_to_fit_as_the_full_batch():
+def test_oversized_cut_is_not_reported_as_full_batch():
     found = bigbatch.verify(mlp(nn.Tanh()), out_of_memory_above(4, []), rows(), microbatch=[8, 2])
     assert not any("though the full batch can" in cause for cause in found.causes), str(found)
 
@@ -392,7 +392,7 @@ def wide_loss(model, part):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_tolerance_of_each_dtype_passes_a_clean_transformer_and_fails_mean_of_means(dtype, seed):
+def test_dtype_tolerance_separates_exact_from_mean_of_means(dtype, seed):
     torch.manual_seed(seed)
     model, batch = Transformer().to(dtype), batch_with_items(32)
     found = bigbatch.verify(model, wide_loss, batch, microbatch=[1, 3, 16])
@@ -403,7 +403,7 @@ def test_the_tolerance_of_each_dtype_passes_a_clean_transformer_and_fails_mean_o
     assert all(cut.mean_of_means_error > 2 * found.tolerance for cut in found.cuts)
 
 
-def test_autocast_is_noticed_and_gets_the_tolerance_of_its_dtype():
+def test_autocast_is_detected_and_sets_dtype_tolerance():
     torch.manual_seed(0)
     model, batch = Transformer(), batch_with_items(16)
 
@@ -416,19 +416,19 @@ def test_autocast_is_noticed_and_gets_the_tolerance_of_its_dtype():
     assert found.exact, str(found)
 
 
-def test_a_tolerance_of_ones_own_decides():
+def test_explicit_tolerance_decides():
     found = bigbatch.verify(mlp(nn.BatchNorm1d(6)), squares, rows(), microbatch=3, tolerance=1e9)
     assert found.exact
     assert found.tolerance == 1e9
 
 
 @pytest.mark.parametrize("samples", [0, 1])
-def test_a_batch_that_cannot_be_cut_is_refused(samples):
+def test_unsplittable_batch_is_rejected(samples):
     with pytest.raises(ValueError, match=rf"the batch has {samples} sample\(s\): pass at least 2"):
         bigbatch.verify(mlp(), squares, rows(samples))
 
 
-def test_a_model_without_trained_parameters_is_refused():
+def test_model_without_trained_parameters_is_rejected():
     for model in (mlp().requires_grad_(False), nn.Identity()):
         with pytest.raises(
             ValueError, match="no parameter of the model requires a gradient: there is nothing to verify"
@@ -436,34 +436,34 @@ def test_a_model_without_trained_parameters_is_refused():
             bigbatch.verify(model, squares, rows())
 
 
-def test_a_batch_without_items_is_refused():
+def test_batch_without_items_is_rejected():
     with pytest.raises(ValueError, match="the batch has no items, so the gradient of the mean loss is undefined"):
         bigbatch.verify(mlp(), lambda model, part: (model(part).sum(), 0), rows())
 
 
 @pytest.mark.parametrize("microbatch", [0, -1, [2, 0]])
-def test_a_cut_of_no_sample_is_refused(microbatch):
+def test_cut_of_no_sample_is_rejected(microbatch):
     with pytest.raises(ValueError, match="it must be at least 1, the samples of one micro-batch"):
         bigbatch.verify(mlp(), squares, rows(), microbatch=microbatch)
 
 
-def test_no_cut_at_all_is_refused():
+def test_empty_list_of_cuts_is_rejected():
     with pytest.raises(ValueError, match="microbatch is an empty list"):
         bigbatch.verify(mlp(), squares, rows(), microbatch=[])
 
 
 @pytest.mark.parametrize("microbatch", [True, 2.5, "2", [2.5]])
-def test_a_cut_that_is_no_int_is_refused(microbatch):
+def test_non_integer_cut_is_rejected(microbatch):
     with pytest.raises(TypeError, match="it must be an int"):
         bigbatch.verify(mlp(), squares, rows(), microbatch=microbatch)
 
 
-def test_a_loss_function_that_returns_no_pair_is_told_so():
+def test_loss_function_without_pair_is_rejected():
     with pytest.raises(TypeError, match=r"return the pair \(loss_sum, items\)"):
         bigbatch.verify(mlp(), lambda model, part: model(part).sum(), rows())
 
 
-def test_quantised_and_other_frozen_parameters_do_not_disturb():
+def test_quantised_and_other_frozen_parameters_are_ignored():
     class Quantised(nn.Module):
         def __init__(self):
             super().__init__()
@@ -499,7 +499,7 @@ def test_frozen_and_sparse_parameters_are_verified():
     assert bigbatch.verify(model, loss_fn, ref.ragged_batch(SAMPLES), microbatch=[1, 5]).exact
 
 
-def test_a_loss_of_both_signs_is_not_taken_for_a_mean():
+def test_loss_with_both_signs_is_not_called_mean():
     """Sums of +5 and −4 make 1, which lies between them as a mean's would; the cause is what the model does."""
     signs = torch.tensor([1.0, -1.0]).double().repeat(6)
 
@@ -511,7 +511,7 @@ def test_a_loss_of_both_signs_is_not_taken_for_a_mean():
     assert any("Centred" in cause for cause in causes), causes
 
 
-def test_it_prints_a_table_that_says_what_holds():
+def test_printed_table_shows_passing_cuts():
     text = str(bigbatch.verify(ref.make_model(), ref.loss_and_items, batch_with_items(), microbatch=[3, 5]))
     lines = text.splitlines()
     assert lines[0] == ("gradient of 12 samples, relative error against the full batch (float64, tolerance 1e-12)")
@@ -520,7 +520,7 @@ def test_it_prints_a_table_that_says_what_holds():
     assert lines[4:] == ["exact: every cut gives the full-batch gradient"]
 
 
-def test_it_prints_what_does_not_hold_and_why():
+def test_printed_table_explains_failures():
     text = str(bigbatch.verify(mlp(nn.BatchNorm1d(6)), squares, rows(), microbatch=[3, 5]))
     assert text.count("  not exact") == 2
     assert "\nNOT exact\n  largest error: " in text

@@ -35,11 +35,11 @@ def found(**changes: Any) -> RunEvidence:
         ({"batch": 0.0}, "unknown"),
     ],
 )
-def test_the_batch_is_judged_by_the_scale_and_its_interval(changes: dict[str, Any], verdict: str) -> None:
+def test_batch_is_judged_by_noise_scale_interval(changes: dict[str, Any], verdict: str) -> None:
     assert classify(found(**changes)) == verdict
 
 
-def test_the_words_have_the_numbers_and_the_way_to_a_smaller_batch() -> None:
+def test_advice_has_figures_and_smaller_batch() -> None:
     text = " ".join(advise(found(batch=1024.0, microbatches=16)).sentences)
     assert "The batch of 1,020 sequences is far above the gradient noise scale, about 64 sequences (50 to 80)" in text
     assert "An update takes 16 micro-batches and 4 s:" in text
@@ -49,17 +49,17 @@ def test_the_words_have_the_numbers_and_the_way_to_a_smaller_batch() -> None:
     assert "This is an estimate" in text
 
 
-def test_where_the_batch_is_far_below_the_scale_a_smaller_one_gains_nothing() -> None:
+def test_smaller_batch_gains_nothing_far_below_scale() -> None:
     advice = advise(found(batch=8.0, microbatches=4, scale=4000.0, low=3000.0, high=5000.0))
     assert (advice.verdict, advice.smaller_batch) == ("far below", None)
     assert "less than 5 % sooner: keep the batch" in " ".join(advice.sentences)
 
 
-def test_one_micro_batch_accumulates_nothing() -> None:
+def test_single_microbatch_needs_no_accumulation() -> None:
     assert "nothing is accumulated" in advise(found(microbatches=1)).sentences[1]
 
 
-def test_a_run_ends_with_one_line_only_where_something_is_known() -> None:
+def test_run_prints_advice_line_only_when_known() -> None:
     assert one_line(found(scale=None, low=None, high=None)) is None
     assert one_line(found(batch=8.0)) == (
         "batch: 8 sequences, far below the gradient noise scale about 64 sequences (50 to 80): a larger batch would "
@@ -67,14 +67,14 @@ def test_a_run_ends_with_one_line_only_where_something_is_known() -> None:
     )
 
 
-def test_an_infinite_scale_is_read_back_from_its_null() -> None:
+def test_infinite_scale_is_read_from_null() -> None:
     row = {"step": 9, "num_microbatches": 2, "sequences": 32, "elapsed_s": 1.0}
     noise = {"noise_scale_items": None, "noise_scale_sequences": None, "noise_low_sequences": 5.0}
     assert evidence([{**row, **noise}], TrainConfig().resolved()).scale == math.inf
     assert evidence([row], TrainConfig().resolved()).scale is None
 
 
-def test_the_last_shorter_window_of_a_pass_is_not_taken_for_the_batch() -> None:
+def test_shorter_last_window_does_not_define_batch() -> None:
     rows = [{"step": i, "num_microbatches": n, "sequences": s} for i, (n, s) in enumerate([(4, 30), (4, 30), (1, 7)])]
     asked = TrainConfig(global_batch=30).resolved()
     assert (evidence(rows, asked).batch, evidence(rows, asked).microbatches) == (30, 4)
@@ -100,7 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_the_command_says_it_in_sentences_and_writes_nothing(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_sentences_and_writes_nothing(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = files_below(run)
     assert main(["advise", str(run)]) == 0
     out, complained = capfd.readouterr()
@@ -110,16 +110,14 @@ def test_the_command_says_it_in_sentences_and_writes_nothing(run: Path, capfd: p
     assert files_below(run) == before
 
 
-def test_as_json_it_is_one_object(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_is_one_object(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", str(run), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["batch"] == 8
     assert told["verdict"] in ("far below", "near", "far above", "unknown")
 
 
-def test_branches_take_the_same_samples_and_leave_the_run_as_it_is(
-    run: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_branches_use_same_samples_and_keep_run_unchanged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["advise", str(run), "--branch", "--branch-updates", "1", "--json"]) == 0
     branches = json.loads(capfd.readouterr().out)["branches"]
@@ -129,7 +127,7 @@ def test_branches_take_the_same_samples_and_leave_the_run_as_it_is(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_path_without_run_is_rejected(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", str(tmp_path / "none")]) == 2
     assert "none does not exist" in capfd.readouterr().err
     (tmp_path / "empty").mkdir()
@@ -137,9 +135,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "is not a readable run" in capfd.readouterr().err
 
 
-def test_without_a_checkpoint_there_are_no_branches(
-    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_run_without_checkpoint_has_no_branches(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     assert main(["advise", str(tmp_path), "--branch"]) == 2

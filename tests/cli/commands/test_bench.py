@@ -29,9 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SMALL = ("bench", "--workload", "w-small", "--rounds", "1")
 
 
-def test_the_table_has_a_row_for_everyone_and_nothing_is_written(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_table_lists_every_tool_and_nothing_is_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL]) == 0
     printed, said = capfd.readouterr()
     first, second, *_ = printed.splitlines()
@@ -52,7 +50,7 @@ def test_the_table_has_a_row_for_everyone_and_nothing_is_written(
     assert files_below(folder) == set()
 
 
-def test_json_is_one_object_and_the_file_has_the_table_under_its_command(
+def test_json_is_one_object_and_file_has_table(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -77,7 +75,7 @@ def test_json_is_one_object_and_the_file_has_the_table_under_its_command(
     assert any(line.startswith("accelerate ") for line in lines)
 
 
-def test_the_exit_code_says_that_ours_has_no_figures(
+def test_exit_code_reports_missing_own_figures(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_little(*_: object, **__: object) -> None:
@@ -117,7 +115,7 @@ NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, ac
         (["--samples", "4"], "unknown flag --samples: see bigbatch bench --help."),
     ],
 )
-def test_what_cannot_be_compared_is_one_sentence(
+def test_invalid_comparison_is_one_sentence(
     words: list[str], expected: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *words]) == 2
@@ -128,7 +126,7 @@ def test_what_cannot_be_compared_is_one_sentence(
     assert files_below(folder) == set()
 
 
-def test_the_large_workload_needs_cuda(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_workload_needs_cuda(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.find_workload("auto") is TINY_WORKLOAD
     assert main(["bench", "--workload", "w"]) == 2

@@ -44,7 +44,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return complained.removeprefix("bigbatch checkpoints: ").rstrip("\n")
 
 
-def test_every_checkpoint_has_a_line_and_the_newest_is_last(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_checkpoint_has_line_and_newest_is_last(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = files_below(run)
     lines = printed(capfd, 0, run).splitlines()
     assert lines[0] == "verifying checkpoints …"
@@ -55,7 +55,7 @@ def test_every_checkpoint_has_a_line_and_the_newest_is_last(run: Path, capfd: py
     assert files_below(run) == before
 
 
-def test_a_broken_one_is_named_and_the_newest_whole_one_too(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_broken_checkpoint_and_newest_intact_are_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     os.truncate(run / "checkpoints" / "step-100" / "state.json", 1)
     (run / "checkpoints" / "step-20" / "manifest.json").write_bytes(b"")
     said = printed(capfd, 0, run)
@@ -64,14 +64,14 @@ def test_a_broken_one_is_named_and_the_newest_whole_one_too(run: Path, capfd: py
     assert said.endswith("\nnewest whole checkpoint: step-3\n")
 
 
-def test_the_exit_code_is_1_when_none_is_whole(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_is_1_without_intact_checkpoint(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for path in (run / "checkpoints").iterdir():
         (path / "model.safetensors").unlink()
     assert printed(capfd, 1, run).endswith("\nno checkpoint is whole\n")
     assert json.loads(printed(capfd, 1, run, "--json"))["newest_whole_step"] is None
 
 
-def test_json_has_the_same_and_times_in_utc(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_has_same_entries_and_utc_times(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints" / "step-100" / "extra").touch()
     found = json.loads(printed(capfd, 0, run, "--json"))
     assert (found["run"], found["newest_whole_step"]) == (str(run), 20)
@@ -93,7 +93,7 @@ def test_bad_input_is_one_sentence(run: Path, capfd: pytest.CaptureFixture[str])
     assert refused(capfd, run, "--jsn") == "unknown flag --jsn: did you mean --json?"
 
 
-def test_a_place_that_cannot_be_listed_is_a_failure(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_folder_is_a_failure(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").touch()
     assert main(["checkpoints", str(run)]) == 1
@@ -102,7 +102,7 @@ def test_a_place_that_cannot_be_listed_is_a_failure(run: Path, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize(("words", "watched"), [(["--help"], ("torch", "rich", "safetensors")), (["RUN"], ("torch",))])
-def test_the_command_loads_no_torch(words: list[str], watched: tuple[str, ...], run: Path) -> None:
+def test_command_loads_no_torch(words: list[str], watched: tuple[str, ...], run: Path) -> None:
     words = [str(run) if word == "RUN" else word for word in words]
     script = (
         f"import sys; from bigbatch.cli import main; code = main(['checkpoints', *{words!r}]);"

@@ -24,7 +24,7 @@ def written(capfd: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return printed
 
 
-def test_the_process_prints_the_prompt_and_what_follows(trained: Path, tmp_path: Path) -> None:
+def test_process_prints_prompt_and_continuation(trained: Path, tmp_path: Path) -> None:
     done = command("generate", str(trained), "def ", "--max-new-tokens", "20", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("def ")
@@ -32,26 +32,24 @@ def test_the_process_prints_the_prompt_and_what_follows(trained: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_seed_writes_the_same_text(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_same_seed_generates_same_text(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one, again, other = (written(capfd, trained, "def ", "--seed", seed) for seed in ("3", "3", "4"))
     assert one == again != other
 
 
-def test_temperature_zero_takes_the_likeliest_whatever_the_seed(
-    trained: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_temperature_zero_ignores_seed(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     greedy = {written(capfd, trained, "def ", "--temperature", "0", "--seed", seed) for seed in ("0", "1")}
     assert len(greedy) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("prompt", ["", "für 日本語 ", "--x"])
-def test_any_prompt_is_gone_on_from(tmp_path: Path, kind: str, prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_any_prompt_is_continued(tmp_path: Path, kind: str, prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save_model_folder(tmp_path, kind=kind)
     assert written(capfd, folder, "--max-new-tokens", "9", "--top-k", "0", "--", prompt).startswith(prompt)
 
 
-def test_writing_ends_where_the_positions_of_the_model_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_generation_ends_at_model_positions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save_model_folder(tmp_path, kind="gpt2")
     written(capfd, folder, "☃" * 15, "--max-new-tokens", "500")
 
@@ -64,31 +62,31 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return complained.removeprefix("bigbatch generate: ").rstrip("\n")
 
 
-def test_a_prompt_that_fills_the_model_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_prompt_that_fills_model_is_rejected(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = refused(capfd, save_model_folder(tmp_path, kind="gpt2"), "☃" * 40)
     assert said.startswith("the prompt has ")
     assert said.endswith(" tokens and the model supports 64 positions: shorten it to leave room for new tokens.")
 
 
-def test_a_run_that_is_not_there_leads_to_the_nearest(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_run_suggests_nearest(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     near = trained.with_name("mien")
     assert refused(capfd, near) == f"run {near} does not exist: did you mean {trained}?"
     far = trained / "nowhere" / "at-all"
     assert refused(capfd, far) == f"run {far} does not exist: create one with bigbatch train."
 
 
-def test_a_run_without_a_model_yet_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_without_model_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert refused(capfd, tmp_path) == (
         f"{tmp_path} contains no trained model: a run saves it in {tmp_path / 'model'} when it ends."
     )
 
 
-def test_a_run_with_a_broken_model_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_broken_model_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_model_folder(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
     assert "does not load as a causal language model" in refused(capfd, tmp_path)
 
 
-def test_a_device_that_is_not_there_is_refused(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unavailable_device_is_rejected(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert refused(capfd, trained, "--device", "cuda:77").startswith("--device cuda:77 is not available: ")

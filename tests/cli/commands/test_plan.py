@@ -46,7 +46,7 @@ def planned(capfd: pytest.CaptureFixture[str], *words: str, code: int = 0) -> st
     return printed
 
 
-def test_a_plan_is_told_from_top_to_bottom(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_plan_is_printed_in_order(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = planned(capfd, *SMALL, "--microbatch", "10", "--global-batch", "24", "--memory", "4GiB", "--epochs", "3")
     expected = r"""reading \.\./data\.jsonl …
 measuring the documents …
@@ -101,7 +101,7 @@ settings that lower the peak for the same micro-batch:
         ("--gpu a100-40gb --global-batch-tokens 200 --precision float32", "tokens", None, "padded"),
     ],
 )
-def test_json_and_sentences_have_the_same_figures(
+def test_json_and_sentences_have_same_figures(
     folder: Path, words: str, unit: str, size: int | None, layout: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found: dict[str, Any] = json.loads(planned(capfd, *SMALL, *words.split(), "--json"))
@@ -139,7 +139,7 @@ def test_json_and_sentences_have_the_same_figures(
     assert found["fits"] is True
 
 
-def test_the_process_prints_one_object_and_nothing_else(folder: Path) -> None:
+def test_process_prints_one_object_and_nothing_else(folder: Path) -> None:
     before = files_below(folder.parent)
     done = command(*SMALL, "--json", folder=folder)
     assert (done.returncode, done.stderr) == (0, "")
@@ -149,7 +149,7 @@ def test_the_process_prints_one_object_and_nothing_else(folder: Path) -> None:
     assert files_below(folder.parent) == before
 
 
-def test_seven_billion_parameters_need_their_configuration_alone(
+def test_seven_billion_parameters_need_only_their_configuration(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     LlamaConfig().save_pretrained(folder.parent / "llama")
@@ -166,7 +166,7 @@ def test_seven_billion_parameters_need_their_configuration_alone(
     assert printed.endswith("\n2 updates; the time per update was not measured: the device is not in this machine\n")
 
 
-def test_one_short_document_is_planned_in_the_singular(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_single_short_document_is_described_in_singular(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_jsonl(folder.parent / "one.jsonl", [{"text": "x"}])
     printed = planned(capfd, "plan", "--data", "../one.jsonl", "--model", "../base", "--microbatch", "1")
     assert "\nmicro-batches of up to 1 sequence: as asked\n" in printed
@@ -174,7 +174,7 @@ def test_one_short_document_is_planned_in_the_singular(folder: Path, capfd: pyte
     assert "; 1 update: " in printed
 
 
-def test_a_micro_batch_that_does_not_fit_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_oversized_microbatch_is_reported(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = planned(capfd, *SMALL, "--memory", "1MiB", code=1)
     assert re.search(
         r"\n  does not fit: [\d.]+ KiB needed, 0 B usable of 1MiB \(the process itself uses as much\)\n", printed
@@ -184,7 +184,7 @@ def test_a_micro_batch_that_does_not_fit_is_told(folder: Path, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize("words", [["--microbatch", "4"], ["--token-budget", "64"]])
-def test_the_exit_code_says_that_a_given_micro_batch_does_not_fit(
+def test_exit_code_reports_oversized_microbatch(
     folder: Path, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["--memory", "1MiB", "--gradient-checkpointing", "--precision", "bf16-weights"]
@@ -195,7 +195,7 @@ def test_the_exit_code_says_that_a_given_micro_batch_does_not_fit(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
-def test_memory_that_nobody_knows_is_no_failure(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unknown_memory_is_no_failure(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = planned(capfd, *SMALL, "--device", "cuda", "--microbatch", "4")
     assert "parameters, all trained, on a CUDA device, bf16\n" in printed
     assert (
@@ -262,7 +262,7 @@ def test_bad_input_is_one_sentence(folder: Path, words: str, expected: str, capf
         ('{"model_type": "llama", "num_hidden_layers": "many"}', "../odd has no configuration that "),
     ],
 )
-def test_a_configuration_that_is_none_is_refused_before_the_data_is_read(
+def test_invalid_configuration_is_rejected_before_reading_data(
     folder: Path, content: str, expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (folder.parent / "odd").mkdir()
@@ -270,9 +270,7 @@ def test_a_configuration_that_is_none_is_refused_before_the_data_is_read(
     assert refused(capfd, "plan", "--data", "../nothing.txt", "--model", "../odd").startswith(expected)
 
 
-def test_a_model_that_cannot_be_predicted_fails_with_what_to_do(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_unpredictable_model_fails_with_advice(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     MixtralConfig(**shape, vocab_size=300, num_local_experts=2).save_pretrained(folder.parent / "experts")
     said = refused(capfd, "plan", "--data", "../data.jsonl", "--model", "../experts", "--device", "cpu", code=1)

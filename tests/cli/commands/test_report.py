@@ -34,9 +34,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return complained.removeprefix("bigbatch report: ").rstrip("\n")
 
 
-def test_the_page_is_in_the_run_directory_and_nothing_else_changes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_page_is_written_to_run_directory_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = make_rich_run(tmp_path / "rich")
     before = files_below(run)
     said = printed(capfd, run)
@@ -56,7 +54,7 @@ def test_out_sets_the_path_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixt
     assert files_below(run) == before
 
 
-def test_several_runs_are_one_page_in_the_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_share_page_in_first_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(tmp_path / name, rows(5, seed=place)) for place, name in enumerate(("one", "two", "three"))]
     said = printed(capfd, *runs)
     assert said.startswith(f"{runs[0]}/comparison.html: ")
@@ -66,7 +64,7 @@ def test_several_runs_are_one_page_in_the_first(tmp_path: Path, capfd: pytest.Ca
     assert not (runs[0] / "report.html").exists()
 
 
-def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "mine", rows(3))
     (tmp_path / "empty").mkdir()
     before = files_below(tmp_path)
@@ -118,7 +116,7 @@ def add(run: Path, step: int) -> None:
         file.write(f'{{"step": {step}, "loss": {step / 10}}}\n')
 
 
-def test_a_watched_run_is_written_again_until_it_ends(tmp_path: Path) -> None:
+def test_watched_run_is_rewritten_until_it_ends(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(4), events=[BEGIN | {"total_steps": 9}])
     place = run / "report.html"
 
@@ -142,7 +140,7 @@ def test_a_watched_run_is_written_again_until_it_ends(tmp_path: Path) -> None:
     assert not holds(REFRESH)()
 
 
-def test_ctrl_c_ends_watch_and_leaves_a_static_page(tmp_path: Path) -> None:
+def test_ctrl_c_ends_watch_with_static_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(4), events=[BEGIN | {"total_steps": 9}])
     with RunLock(run), running("report", str(run), "--watch", folder=tmp_path) as process:
         assert process.stdout is not None
@@ -164,7 +162,7 @@ def test_watch_of_an_ended_run_writes_once(tmp_path: Path, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize("words", [["--help"], ["RUN"], ["RUN", "RUN"]])
-def test_the_command_loads_no_torch(words: list[str], tmp_path: Path) -> None:
+def test_command_loads_no_torch(words: list[str], tmp_path: Path) -> None:
     run = make_rich_run(tmp_path / "run")
     words = [str(run) if word == "RUN" else word for word in words]
     script = (

@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # what it does ----------------------------------------------------------------------------------------------------
 
 
-def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) -> None:
+def test_main_job_runs_from_any_folder_without_terminal(tmp_path: Path) -> None:
     done = command("train", "--steps", "2", "--global-batch", "4", "--validation-every", "2", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -65,9 +65,7 @@ def test_the_main_job_runs_from_any_folder_without_a_terminal(tmp_path: Path) ->
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 2e6
 
 
-def test_a_small_model_is_tuned_and_everything_is_told(
-    folder: Path, base: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_small_model_is_tuned_and_reported(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "4", "--validation-every", "4"]
     assert main([*words, "--global-batch", "9", "--microbatch", "4", "--warmup-steps", "1"]) == 0
     printed, complained = capfd.readouterr()
@@ -91,13 +89,13 @@ to learn from: 39 documents with """
     assert (config["out"], config["precision"], config["max_length"]) == ("runs/small-data", "float32", 64)
 
 
-def test_the_same_command_twice_numbers_its_folder(folder: Path, base: Path) -> None:
+def test_repeated_command_numbers_its_folder(folder: Path, base: Path) -> None:
     words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "1"]
     assert main(words) == main(words) == 0
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["small-data", "small-data-2"]
 
 
-def test_a_file_of_settings_runs_like_its_flags(folder: Path, base: Path) -> None:
+def test_settings_file_runs_like_flags(folder: Path, base: Path) -> None:
     (folder / "run.toml").write_text(
         f'data = "../data.jsonl"\nmodel = "{base}"\nsteps = 2\nglobal_batch_tokens = 60\nlora_rank = 2\n'
         'out = "kept"\nsample_prompt = "für 日本語"\n',
@@ -132,7 +130,7 @@ def test_data_of_every_kind_trains(folder: Path, kind: str, capfd: pytest.Captur
     assert metrics(folder / "run")[0]["num_microbatches"] == 1
 
 
-def test_one_of_something_is_singular(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_counts_of_one_are_singular(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_jsonl(folder / "one.jsonl", records(1))
     assert main(["train", "--data", "one.jsonl", "--model", str(base), "--out", "run it"]) == 0
     printed = capfd.readouterr().out
@@ -245,7 +243,7 @@ def check_refusal(done: subprocess.CompletedProcess[str], expected: str) -> None
 @pytest.mark.parametrize(
     ("spoil", "words", "expected"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
 )
-def test_bad_input_is_one_sentence_and_leaves_no_file(
+def test_bad_input_is_one_sentence_without_files(
     folder: Path,
     base: Path,
     spoil: Callable[[Path], None] | None,
@@ -277,7 +275,7 @@ def device_is_there(words: str) -> bool:
 
 
 @pytest.mark.parametrize("case", ["unknown flag", "broken JSONL", "out below a file", "broken weights"])
-def test_the_process_refuses_like_its_function(folder: Path, base: Path, case: str) -> None:
+def test_process_rejects_like_its_function(folder: Path, base: Path, case: str) -> None:
     spoil, words, expected = next(found[1:] for found in REFUSED if found[0] == case)
     shutil.copytree(base, folder.parent / "m")
     if spoil is not None:
@@ -307,7 +305,7 @@ def has_a_line(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
-def test_a_signal_ends_the_run_after_its_update_and_saves(folder: Path, base: Path, number: int, name: str) -> None:
+def test_signal_ends_run_after_update_and_saves(folder: Path, base: Path, number: int, name: str) -> None:
     with running(*long_run(base), folder=folder) as process:
         wait_for(process, lambda: has_a_line(folder))
         process.send_signal(number)
@@ -322,7 +320,7 @@ def test_a_signal_ends_the_run_after_its_update_and_saves(folder: Path, base: Pa
     assert AutoModelForCausalLM.from_pretrained(folder / "run" / "model").config.vocab_size == 308
 
 
-def test_a_second_signal_ends_the_run_at_once(folder: Path, base: Path) -> None:
+def test_second_signal_ends_run_immediately(folder: Path, base: Path) -> None:
     hold = folder.parent / "hold"
     os.mkfifo(hold)
     # Saving waits for the other end of a pipe, so that the second signal comes in the middle of it for sure.
@@ -356,7 +354,7 @@ def open_when_read(process: subprocess.Popen[str], pipe: Path) -> int:
             assert process.poll() is None
 
 
-def test_ctrl_c_during_the_preparation_leaves_nothing(folder: Path, base: Path) -> None:
+def test_ctrl_c_during_setup_leaves_no_files(folder: Path, base: Path) -> None:
     os.mkfifo(folder.parent / "pipe.jsonl")  # not a regular file, but a folder of records reads it: it waits for us
     (folder.parent / "records").mkdir()
     (folder.parent / "pipe.jsonl").rename(folder.parent / "records" / "pipe.jsonl")

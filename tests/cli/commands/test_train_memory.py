@@ -31,9 +31,7 @@ def trained(capfd: pytest.CaptureFixture[str], *words: str) -> str:
     return printed
 
 
-def test_the_micro_batch_is_chosen_for_the_memory_and_taken_by_the_next_run(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_microbatch_fits_memory_and_next_run_reuses_it(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     reason = (
         r"\nat most [\d,]+ tokens per micro-batch(, longer samples alone)?: about [\d,]+ tokens/s, peak .* of 4\.0 GiB"
     )
@@ -50,7 +48,7 @@ def test_the_micro_batch_is_chosen_for_the_memory_and_taken_by_the_next_run(
     assert kept[0] == kept[1]
 
 
-def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_token_budget_is_reported_and_saved(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = trained(capfd, "--token-budget", "64", "--gradient-checkpointing", "--out", "run")
     number = metrics(folder / "run")[0]["num_microbatches"]
     assert number > 1
@@ -95,7 +93,7 @@ def test_a_limit_in_tokens_is_told_and_kept(folder: Path, capfd: pytest.CaptureF
         ),
     ],
 )
-def test_what_cannot_be_is_one_sentence_and_leaves_no_file(
+def test_invalid_memory_settings_are_one_sentence_without_files(
     folder: Path, words: str, expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = files_below(folder.parent)

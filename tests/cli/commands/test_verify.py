@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SMALL = ("verify", "--data", "../data.jsonl", "--model", "../base")
 
 
-def test_the_table_shows_every_cut_beside_the_mean_of_means(folder: Path) -> None:
+def test_table_shows_every_cut_and_mean_of_means(folder: Path) -> None:
     done = command(*SMALL, "--samples", "9", folder=folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "../base on ../data.jsonl, cpu, float32\ngradient of 9 samples" in done.stdout
@@ -44,7 +44,7 @@ def test_json_is_one_object_and_nothing_else(folder: Path, capfd: pytest.Capture
     assert proof["relative_error"] < 1e-12
 
 
-def test_dropout_is_not_exact_and_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dropout_is_inexact_and_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_model_folder(folder.parent / "drops", kind="gpt2", dropout=0.1)
     words = ["verify", "--data", "../data.jsonl", "--model", "../drops"]
     assert main(words) == 1
@@ -59,17 +59,17 @@ def test_dropout_is_not_exact_and_is_named(folder: Path, capfd: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("extra", [["--lora-rank", "2"], ["--precision", "bf16-weights"], ["--precision", "bf16"]])
-def test_every_way_of_training_is_proved(folder: Path, extra: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_training_setting_is_verified(folder: Path, extra: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, *extra]) == 0
     assert capfd.readouterr().err == ""
 
 
-def test_conversations_are_proved_too(folder: Path) -> None:
+def test_conversations_are_verified(folder: Path) -> None:
     write_jsonl(folder.parent / "chat.jsonl", conversations(12))
     assert main(["verify", "--data", "../chat.jsonl", "--model", "../base", "--cuts", "1,3"]) == 0
 
 
-def test_a_cut_larger_than_the_batch_is_one_micro_batch(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_cut_larger_than_batch_is_one_microbatch(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--samples", "4", "--cuts", "100"]) == 0
     assert [line.split()[:2] for line in capfd.readouterr().out.splitlines() if line[:12].strip().isdigit()] == [
         ["100", "1"]
@@ -87,7 +87,7 @@ def test_one_sequence_cannot_be_cut(folder: Path, capfd: pytest.CaptureFixture[s
     assert files_below(folder) == set()
 
 
-def test_the_default_cuts_are_powers_of_two_and_three() -> None:
+def test_default_cuts_are_powers_of_two_and_three() -> None:
     assert default_cuts(2) == [1]
     assert default_cuts(3) == [1, 2]
     assert default_cuts(4) == [1, 2, 3]

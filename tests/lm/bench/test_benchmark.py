@@ -50,26 +50,26 @@ def run(*entries: str, rounds: int = 1, memory: str | None = None, said: list[st
 # the workload ----------------------------------------------------------------------------------------------------
 
 
-def test_the_workload_is_the_one_of_the_figures() -> None:
+def test_workload_is_that_of_published_figures() -> None:
     lengths = [len(sequence) for sequence in W.make_sequences()]
     assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (256, 92_493, 33, 2_048)
     assert sum(parameter.numel() for parameter in W.make_model("meta").parameters()) == 494_032_768
 
 
-def test_the_small_workload_is_as_the_help_says() -> None:
+def test_small_workload_matches_help() -> None:
     samples = W_SMALL.make_samples()
     assert (len(samples), count_tokens(samples)) == (32, 1_444)
     assert round(sum(parameter.numel() for parameter in W_SMALL.make_model("meta").parameters()) / 1e6) == 4
 
 
-def test_the_model_and_the_batch_are_the_same_each_time() -> None:
+def test_model_and_batch_are_reproducible() -> None:
     one, other = (TINY_WORKLOAD.make_model("cpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     samples, again = TINY_WORKLOAD.make_samples(), TINY_WORKLOAD.make_samples()
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(samples, again, strict=True))
 
 
-def test_shifted_labels_are_those_that_transformers_makes() -> None:
+def test_shifted_labels_equal_those_of_transformers() -> None:
     (sample,) = shift([{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([5, 6, 7])}])
     assert sample["labels"].tolist() == [6, 7, -100]
 
@@ -84,7 +84,7 @@ def test_entries_are_names_with_samples() -> None:
 # the gradient ----------------------------------------------------------------------------------------------------
 
 
-def test_similarity_is_cosine_and_ratio_of_norms() -> None:
+def test_similarity_is_cosine_and_norm_ratio() -> None:
     expected = [torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])]
     assert similarity([2 * t for t in expected], expected) == Similarity(1.0, 2.0)
     assert similarity([-t for t in expected], expected) == Similarity(-1.0, 1.0)
@@ -93,7 +93,7 @@ def test_similarity_is_cosine_and_ratio_of_norms() -> None:
         similarity(expected[:1], expected)
 
 
-def test_the_reference_is_the_gradient_of_the_padded_batch_at_once(stage: SharedModel) -> None:
+def test_reference_is_gradient_of_whole_padded_batch(stage: SharedModel) -> None:
     reference = reference_gradient(stage)
     stage.model(**pad(stage.samples)).loss.backward()
     cosine, norm_ratio = similarity([parameter.grad for parameter in stage.parameters], reference)
@@ -133,18 +133,18 @@ def found_of(stage: SharedModel, weight: Callable[[SharedModel, dict[str, Tensor
     return meter.similarity
 
 
-def test_a_gradient_that_is_a_mean_of_means_is_told_from_the_right_one(stage: SharedModel) -> None:
+def test_mean_of_means_gradient_is_detected(stage: SharedModel) -> None:
     assert found_of(stage, mean_of_means).cosine < 0.97
     assert found_of(stage, share_of_labels).cosine > SAME
 
 
-def test_a_gradient_of_the_wrong_size_shows_in_the_ratio_of_norms(stage: SharedModel) -> None:
+def test_gradient_of_wrong_size_shows_in_norm_ratio(stage: SharedModel) -> None:
     cosine, norm_ratio = found_of(stage, lambda stage, batch: 3 * share_of_labels(stage, batch))
     assert cosine > SAME
     assert norm_ratio == pytest.approx(3, rel=1e-4)
 
 
-def test_a_step_with_a_closure_is_looked_at_after_the_closure(stage: SharedModel) -> None:
+def test_step_with_closure_is_measured_after_closure(stage: SharedModel) -> None:
     meter = GradientMeter(stage, reference_gradient(stage))
     meter.start()
     stage.optimizer.step(closure=lambda: stage.model(**pad(stage.samples)).loss.backward())
@@ -153,7 +153,7 @@ def test_a_step_with_a_closure_is_looked_at_after_the_closure(stage: SharedModel
     assert meter.similarity.cosine > SAME
 
 
-def test_only_steps_between_start_and_stop_are_looked_at(stage: SharedModel) -> None:
+def test_only_steps_between_start_and_stop_are_measured(stage: SharedModel) -> None:
     meter = GradientMeter(stage, reference_gradient(stage))
     meter.stop()
     stage.optimizer.step()
@@ -163,7 +163,7 @@ def test_only_steps_between_start_and_stop_are_looked_at(stage: SharedModel) -> 
 # the stage -------------------------------------------------------------------------------------------------------
 
 
-def test_a_turn_leaves_nothing_of_what_was_done_to_the_model(stage: SharedModel) -> None:
+def test_turn_restores_model(stage: SharedModel) -> None:
     model, code = stage.model, sys.modules[type(stage.model).__module__]
     expected = model(**pad(stage.samples)).logits
     rotary = code.apply_rotary_pos_emb
@@ -182,7 +182,7 @@ def test_a_turn_leaves_nothing_of_what_was_done_to_the_model(stage: SharedModel)
     assert torch.equal(model(**pad(stage.samples)).logits, expected)
 
 
-def test_every_turn_begins_at_the_same_weights_with_the_states_of_a_first_step(stage: SharedModel) -> None:
+def test_every_turn_starts_from_same_state(stage: SharedModel) -> None:
     first = [parameter.detach().clone() for parameter in stage.parameters]
     for _ in range(2):
         with stage.isolated():
@@ -196,7 +196,7 @@ def test_every_turn_begins_at_the_same_weights_with_the_states_of_a_first_step(s
     assert not stage.optimizer.state
 
 
-def test_a_reset_keeps_everything_where_it_is(stage: SharedModel) -> None:
+def test_reset_keeps_tensor_addresses(stage: SharedModel) -> None:
     with stage.isolated():
         tensors = [*stage.parameters, *(value for state in stage.optimizer.state.values() for value in state.values())]
         where = [tensor.data_ptr() for tensor in tensors]
@@ -209,7 +209,7 @@ def test_a_reset_keeps_everything_where_it_is(stage: SharedModel) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name != OURS])
-def test_every_peer_takes_exactly_one_update_of_the_whole_batch(name: str, stage: SharedModel) -> None:
+def test_every_peer_makes_one_whole_batch_update(name: str, stage: SharedModel) -> None:
     if reason := missing(name):
         pytest.skip(reason)
     reference = reference_gradient(stage)
@@ -229,7 +229,7 @@ def test_every_peer_takes_exactly_one_update_of_the_whole_batch(name: str, stage
     assert timer.elapsed_s > 0
 
 
-def test_ours_is_the_update_of_the_whole_batch_in_every_round() -> None:
+def test_our_update_covers_whole_batch_every_round() -> None:
     (row,) = run(OURS, rounds=2, memory="3GiB").rows
     assert row.problem is None
     assert len(row.speeds) == 2
@@ -260,7 +260,7 @@ def contestants(monkeypatch: pytest.MonkeyPatch, **errors: Exception | None) -> 
     monkeypatch.setattr(race_module, "make_contestant", lambda entry: Instant(errors.get(entry.name)))
 
 
-def test_everyone_takes_turns_and_who_fails_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_alternate_and_failures_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants(monkeypatch, trainer=torch.OutOfMemoryError("CUDA out of memory."), lightning=KeyError("x\ny"))
     said: list[str] = []
     found = run("trainer", "lightning", "accelerate:2", OURS, rounds=2, said=said)
@@ -272,7 +272,7 @@ def test_everyone_takes_turns_and_who_fails_has_a_row_that_says_so(monkeypatch: 
     assert said[-8:] == [f"round {n} of 2: {name}" for n in (1, 2) for name in names]
 
 
-def test_ours_may_run_out_of_memory_but_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_oom_is_reported_and_other_errors_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants(monkeypatch, bigbatch=MemoryLimitError("a single sample does not fit"))
     found = run(OURS, "trainer")
     assert found.ours is not None
@@ -283,13 +283,13 @@ def test_ours_may_run_out_of_memory_but_not_fail(monkeypatch: pytest.MonkeyPatch
         run(OURS)
 
 
-def test_an_optimizer_that_never_steps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_that_never_steps_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants(monkeypatch)
     monkeypatch.setattr(Instant, "turn", lambda self, stage, meter: None)
     assert run("trainer").rows[0].problem == "its optimizer took no step"
 
 
-def test_what_is_not_installed_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_has_row_with_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("accelerate", "lightning", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, module, None)
     found = run("trainer", "accelerate", "lightning")
@@ -300,7 +300,7 @@ def test_what_is_not_installed_has_a_row_that_says_so(monkeypatch: pytest.Monkey
     ]
 
 
-def test_warming_up_does_not_change_where_the_update_begins(stage: SharedModel) -> None:
+def test_warmup_does_not_change_starting_point(stage: SharedModel) -> None:
     class Weights(NoMeter):
         def start(self) -> None:
             self.found = [parameter.detach().clone() for parameter in stage.parameters]
@@ -316,7 +316,7 @@ def test_warming_up_does_not_change_where_the_update_begins(stage: SharedModel) 
 TINY_LORA = dataclasses.replace(TINY_WORKLOAD, name="w-lora", precision="bf16", lora_rank=2)
 
 
-def test_the_reference_of_adapters_is_computed_with_their_base_in_float32_and_puts_it_back() -> None:
+def test_adapter_reference_uses_and_restores_float32_base() -> None:
     stage = SharedModel(TINY_LORA, None)
     base = {name: p for name, p in stage.model.named_parameters() if not p.requires_grad}
     before = {name: (p.data_ptr(), p.dtype, p.clone()) for name, p in base.items()}
@@ -329,7 +329,7 @@ def test_the_reference_of_adapters_is_computed_with_their_base_in_float32_and_pu
 
 
 @pytest.mark.parametrize("name", [OURS, "trainer", "trainer-checkpointing", "trainer-expert"])
-def test_adapters_get_the_gradient_of_the_whole_batch_from_everyone(name: str) -> None:
+def test_every_tool_gives_adapters_whole_batch_gradient(name: str) -> None:
     if (why := missing(name)) is not None:
         pytest.skip(why)
     (row,) = run_benchmark(TINY_LORA, [read_entry(name)], memory=None, rounds=1, progress=lambda *_, **__: None).rows
@@ -339,7 +339,7 @@ def test_adapters_get_the_gradient_of_the_whole_batch_from_everyone(name: str) -
     assert row.similarity.norm_ratio == pytest.approx(1, abs=0.02)
 
 
-def test_a_turn_can_begin_anew_with_the_model_as_it_was_made(stage: SharedModel) -> None:
+def test_turn_can_rebuild_model_from_scratch(stage: SharedModel) -> None:
     with stage.isolated():
         layer = stage.model.model.layers[0]
         layer.forward = lambda *_, **__: None

@@ -71,7 +71,7 @@ def of_every_kind() -> dict[str, torch.Tensor]:
     return kinds
 
 
-def test_tensors_of_every_dtype_and_shape_come_back_to_the_last_bit(tmp_path: Path) -> None:
+def test_every_dtype_and_shape_loads_bit_identically(tmp_path: Path) -> None:
     kinds = of_every_kind()
     kinds |= {"conjugate": torch.tensor([1 + 2j]).conj(), "imaginary": torch.tensor([1 + 2j]).conj().imag}
     kinds |= {"parameter": torch.nn.Parameter(torch.ones(2)), "expanded": torch.tensor(2.5).expand(3, 2)}
@@ -81,7 +81,7 @@ def test_tensors_of_every_dtype_and_shape_come_back_to_the_last_bit(tmp_path: Pa
     read(path).tensors["all"]["F32/flat"].add_(1)  # its memory is its own
 
 
-def test_the_files_have_the_size_of_safetensors_own_and_load_with_it(tmp_path: Path) -> None:
+def test_files_have_safetensors_size_and_load_with_it(tmp_path: Path) -> None:
     kinds = {name: tensor.contiguous().clone() for name, tensor in of_every_kind().items()}
     path = write(tmp_path, 0, run_id=RUN_ID, tensors={"all": kinds}, values={})
     ours, theirs = (path / "all.safetensors").read_bytes(), safetensors.torch.save(kinds)
@@ -92,7 +92,7 @@ def test_the_files_have_the_size_of_safetensors_own_and_load_with_it(tmp_path: P
     assert_same({"all": safetensors.torch.load_file(path / "all.safetensors")}, {"all": kinds})
 
 
-def test_tensors_that_share_a_storage_come_back_each_with_its_values(tmp_path: Path) -> None:
+def test_tensors_sharing_storage_load_with_their_values(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     shared = {"whole": whole, "tied": whole, "row": whole[1], "overlapping": whole.reshape(-1)[2:9]}
     path = write(tmp_path, 1, run_id=RUN_ID, tensors={"model": shared}, values={})
@@ -100,7 +100,7 @@ def test_tensors_that_share_a_storage_come_back_each_with_its_values(tmp_path: P
 
 
 @pytest.mark.gpu
-def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path: Path) -> None:
+def test_gpu_tensors_load_on_cpu(tmp_path: Path) -> None:
     named = {name: tensor.cuda() for name, tensor in of_every_kind().items()}
     path = write(tmp_path, 1, run_id=RUN_ID, tensors={"model": named}, values={})
     assert_same(read(path).tensors, {"model": named})
@@ -110,7 +110,7 @@ DTYPES = sorted({kind for kind in vars(torch).values() if isinstance(kind, torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_dtype_that_would_not_come_back_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_unsupported_dtype_is_rejected(dtype: torch.dtype, tmp_path: Path) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch deprecates or calls experimental
             tensor = torch.empty(4, dtype=dtype)
@@ -137,7 +137,7 @@ class Own(torch.Tensor):
         ({"\ud800": torch.ones(1)}, ValueError, r"model has a tensor called '\ud800', which UTF-8 cannot hold."),
     ],
 )
-def test_what_no_file_can_hold_is_refused_before_anything_is_written(
+def test_unstorable_content_is_rejected_before_writing(
     tensors: Any, kind: type[Exception], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -155,11 +155,11 @@ JSON = st.recursive(
 
 @given(value=JSON)
 @settings(max_examples=200, deadline=None)
-def test_values_come_back_from_json_as_they_went_in(value: Any) -> None:
+def test_json_values_round_trip(value: Any) -> None:
     assert repr(json.loads(to_json("state", value))) == repr(value)  # repr tells -0.0, nan and True from 1
 
 
-def test_values_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint_values_round_trip(tmp_path: Path) -> None:
     state = {
         "nan": math.nan,
         "inf": [math.inf, -math.inf],
@@ -191,16 +191,14 @@ def test_values_come_back_from_a_checkpoint(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_values_that_json_would_change_are_refused(
-    value: Any, kind: type[Exception], said: str, tmp_path: Path
-) -> None:
+def test_values_changed_by_json_are_rejected(value: Any, kind: type[Exception], said: str, tmp_path: Path) -> None:
     with pytest.raises(kind) as caught:
         write(tmp_path, 1, run_id=RUN_ID, tensors={}, values={"state": value})
     assert said in str(caught.value)
     assert names_in(tmp_path) == set()
 
 
-def test_values_may_be_deep_but_not_without_end(tmp_path: Path) -> None:
+def test_value_nesting_is_limited(tmp_path: Path) -> None:
     value: Any = []
     for _ in range(DEEPEST):
         value = [value]
@@ -213,13 +211,13 @@ def test_values_may_be_deep_but_not_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "manifest", "a/b", "..", "A", "a.b", "é", "a" * 65])
-def test_a_part_whose_name_could_be_mistaken_is_refused(name: str, tmp_path: Path) -> None:
+def test_ambiguous_part_name_is_rejected(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a part of a checkpoint cannot be called"):
         write(tmp_path, 1, run_id=RUN_ID, tensors={}, values={name: 1})
 
 
 @pytest.mark.parametrize(("step", "run_id"), [(-1, "a"), (1, ""), (1, "a\nb"), (1, "\ud800")])
-def test_a_step_and_a_run_need_a_name(step: int, run_id: str, tmp_path: Path) -> None:
+def test_step_and_run_id_are_required(step: int, run_id: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^(step|run_id)="):
         write(tmp_path, step, run_id=run_id, tensors={}, values={})
 
@@ -227,7 +225,7 @@ def test_a_step_and_a_run_need_a_name(step: int, run_id: str, tmp_path: Path) ->
 # twice -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_one_of_this_run_is_left_alone_and_a_broken_one_replaced(folder: Path) -> None:
+def test_intact_checkpoint_is_kept_and_broken_one_replaced(folder: Path) -> None:
     path = folder / "step-2"
     before = (path / "manifest.json").stat().st_ino
     assert save(folder, 2) == path
@@ -240,13 +238,13 @@ def test_a_whole_one_of_this_run_is_left_alone_and_a_broken_one_replaced(folder:
     assert names_in(folder) == {"step-1", "step-2"}
 
 
-def test_one_of_another_run_is_not_overwritten(folder: Path) -> None:
+def test_checkpoint_of_another_run_is_not_overwritten(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step-2 is there already, of run a-run and not of run other: remove it"):
         save(folder, 2, run_id="other")
     assert_holds(folder / "step-2", 2)
 
 
-def test_a_file_in_the_place_of_a_checkpoint_is_replaced(folder: Path) -> None:
+def test_file_at_checkpoint_path_is_replaced(folder: Path) -> None:
     (folder / "step-3").write_text("notes", encoding="utf-8")
     assert verify(folder / "step-3") == f"{folder / 'step-3'} is not a folder"
     assert_holds(save(folder, 3), 3)
@@ -356,7 +354,7 @@ FAULTS = [flip, flip, truncate, empty, lengthen, miss, become_a_folder, swap_wit
 FAULTS += [edit, forge, garble]
 
 
-def test_every_one_of_many_faults_is_found_and_named_and_the_last_good_one_is_taken(two: Path, tmp_path: Path) -> None:
+def test_every_fault_is_named_and_last_good_chosen(two: Path, tmp_path: Path) -> None:
     done: set[tuple[str, str]] = set()
     for seed in range(280):
         random = Random(seed)
@@ -376,7 +374,7 @@ def test_every_one_of_many_faults_is_found_and_named_and_the_last_good_one_is_ta
     assert len(done) == len(set(FAULTS)) * len(FILES)
 
 
-def test_every_bit_of_a_manifest_counts(folder: Path) -> None:
+def test_every_bit_of_manifest_is_checked(folder: Path) -> None:
     file = folder / "step-2" / "manifest.json"
     whole = file.read_bytes()
     for place in range(len(whole)):
@@ -384,7 +382,7 @@ def test_every_bit_of_a_manifest_counts(folder: Path) -> None:
         assert (verify(folder / "step-2") or "").startswith("manifest.json "), place
 
 
-def test_the_reasons_are_clauses_that_teach(folder: Path) -> None:
+def test_reasons_are_helpful_clauses(folder: Path) -> None:
     path, model = folder / "step-2", folder / "step-2" / "model.safetensors"
     size = model.stat().st_size
     os.truncate(model, 24)
@@ -403,16 +401,14 @@ def test_the_reasons_are_clauses_that_teach(folder: Path) -> None:
     assert verify(path) == "manifest.json has format 2, and this bigbatch reads format 1"
 
 
-def test_a_pipe_in_a_files_place_does_not_make_anybody_wait(folder: Path) -> None:
+def test_pipe_at_file_path_does_not_block(folder: Path) -> None:
     for name in ("model.safetensors", "manifest.json"):
         (folder / "step-2" / name).unlink()
         os.mkfifo(folder / "step-2" / name)
         assert verify(folder / "step-2") == f"{name} is not a file"
 
 
-def test_a_file_that_changes_between_the_look_at_its_size_and_its_bytes_is_noticed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_changed_during_verification_is_detected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bigbatch.lm.checkpoint import reader
 
     def lengthen_after(descriptor: int) -> os.stat_result:
@@ -426,7 +422,7 @@ def test_a_file_that_changes_between_the_look_at_its_size_and_its_bytes_is_notic
         read(folder / "step-2")
 
 
-def test_verifying_takes_little_memory_however_large_the_files_are(tmp_path: Path) -> None:
+def test_verification_memory_does_not_grow_with_files(tmp_path: Path) -> None:
     path = write(tmp_path, 1, run_id=RUN_ID, tensors={"model": {"x": torch.zeros(2**23)}}, values={})
     tracemalloc.start()
     try:
@@ -452,9 +448,7 @@ class Payload:
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("file", FILES)
-def test_a_pickle_in_a_files_place_never_runs_and_is_named(
-    file: str, known: bool, kind: str, folder: Path, tmp_path: Path
-) -> None:
+def test_pickle_at_file_path_never_runs(file: str, known: bool, kind: str, folder: Path, tmp_path: Path) -> None:
     marker, path = tmp_path / "ran", folder / "step-2"
     data = pickle.dumps(Payload(marker))
     if kind == "torch":
@@ -492,7 +486,7 @@ print(len(found))
 # many ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_is_by_number_and_foreign_names_are_nobodys(folder: Path) -> None:
+def test_newest_is_by_number_and_ignores_foreign_names(folder: Path) -> None:
     for name in ("step-10.partial", "step-11.deleted", "step-012", "step-x", "best", "step-", "step-٣"):
         shutil.copytree(folder / "step-2", folder / name)
     save(folder, 10)
@@ -504,7 +498,7 @@ def test_the_newest_is_by_number_and_foreign_names_are_nobodys(folder: Path) -> 
         newest(folder / "file")
 
 
-def test_the_list_tells_size_time_and_verdict_of_each(folder: Path) -> None:
+def test_list_has_size_time_and_verdict(folder: Path) -> None:
     os.truncate(folder / "step-1" / "state.json", 0)
     broken, whole = list_all(folder)
     assert (broken.step, whole.step) == (1, 2)
@@ -538,7 +532,7 @@ def filled(folder: Path, steps: int, *broken: int) -> Path:
         ((1, 2, 3, 4, 5), 1, {1, 2, 3, 4, 5}),
     ],
 )
-def test_pruning_keeps_the_newest_whole_ones(
+def test_pruning_keeps_newest_intact_checkpoints(
     broken: tuple[int, ...], keep: int, left: set[int], tmp_path: Path
 ) -> None:
     folder = filled(tmp_path, 5, *broken)
@@ -549,14 +543,14 @@ def test_pruning_keeps_the_newest_whole_ones(
     assert names_in(folder) == {f"step-{step}" for step in left} | {"mine"}
 
 
-def test_pruning_to_nothing_is_refused_and_nowhere_there_is_nothing_to_prune(tmp_path: Path) -> None:
+def test_pruning_to_zero_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep=0 would leave no checkpoint: pass 1 or more"):
         prune(tmp_path, keep=0)
     assert prune(tmp_path, keep=1) == []
     assert prune(tmp_path / "nowhere", keep=1) == []
 
 
-def test_the_error_is_one_of_the_packages() -> None:
+def test_error_belongs_to_package() -> None:
     assert bigbatch.CheckpointError is CheckpointError
     assert issubclass(CheckpointError, bigbatch.BigbatchError)
 

@@ -37,7 +37,7 @@ def a_keeper(directory: RunDirectory) -> CheckpointManager:
     return CheckpointManager(directory, keep=2, in_background=True, total_steps=9, facts={"of": "a test"})
 
 
-def test_what_is_written_beside_the_training_is_the_state_of_the_moment(
+def test_async_write_saves_state_of_its_moment(
     engine: bigbatch.Engine, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained_on = threading.Event()
@@ -64,7 +64,7 @@ def test_what_is_written_beside_the_training_is_the_state_of_the_moment(
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["at the next", "at the end"])
-def test_what_goes_wrong_beside_the_training_is_raised(
+def test_async_write_error_is_raised(
     engine: bigbatch.Engine, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     monkeypatch.setattr(HashedFile, "write", lambda *_, **__: no_space("beside"))
@@ -85,11 +85,11 @@ def test_what_goes_wrong_beside_the_training_is_raised(
     assert reached == [1]
 
 
-def test_a_run_without_checkpoints_has_none_to_load(directory: RunDirectory) -> None:
+def test_run_without_checkpoints_loads_none(directory: RunDirectory) -> None:
     assert load(directory.path) == (None, ())
 
 
-def test_frozen_weights_are_told_apart_by_every_bit_and_trained_ones_are_not() -> None:
+def test_fingerprint_covers_every_bit_of_frozen_weights() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     assert frozen_fingerprint(model) is None
     model[0].requires_grad_(False)

@@ -20,7 +20,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple, tuple]:
     return folder, *first
 
 
-def test_two_ranks_go_on_as_if_nothing_had_been(two) -> None:
+def test_two_ranks_resume_bit_identically(two) -> None:
     folder, saved, later = two
     assert run(load, 2, folder, "fsdp") == [(saved, later)] * 2
     assert names_in(folder / "step-2") == {
@@ -30,7 +30,7 @@ def test_two_ranks_go_on_as_if_nothing_had_been(two) -> None:
     }
 
 
-def test_two_ranks_become_four_and_four_become_two(two, tmp_path: Path) -> None:
+def test_two_ranks_load_on_four_and_back(two, tmp_path: Path) -> None:
     folder, saved, _ = two
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
     assert run(load_and_save, 4, copy, "fsdp", 3, timeout_s=180) == [saved] * 4
@@ -38,7 +38,7 @@ def test_two_ranks_become_four_and_four_become_two(two, tmp_path: Path) -> None:
     assert run(load_and_save, 2, copy, "fsdp", 4) == [saved] * 2
 
 
-def test_two_ranks_become_one_process_without_a_group(two) -> None:
+def test_two_ranks_load_in_one_process(two) -> None:
     folder, saved, _ = two
     whole = Run("plain", 3)
     whole.load_whole(folder / "step-2")
@@ -49,7 +49,7 @@ def test_two_ranks_become_one_process_without_a_group(two) -> None:
     assert filled.bits() == saved
 
 
-def test_one_process_becomes_two_ranks(tmp_path: Path) -> None:
+def test_one_process_loads_on_two_ranks(tmp_path: Path) -> None:
     from bigbatch.lm.checkpoint import write
 
     plain = Run("plain", 5)
@@ -57,7 +57,7 @@ def test_one_process_becomes_two_ranks(tmp_path: Path) -> None:
     assert [loaded for loaded, _ in run(load, 2, tmp_path, "fsdp")] == [plain.bits()] * 2
 
 
-def test_four_ranks_with_replicas_become_two_and_every_shard_is_written_once(tmp_path: Path) -> None:
+def test_replicated_shards_are_written_once(tmp_path: Path) -> None:
     saved, _ = run(save, 4, tmp_path, "hsdp", timeout_s=180)[0]
     assert verify(tmp_path / "step-2") is None
     num_bytes = sum(len(data) for _, _, data in saved.values())

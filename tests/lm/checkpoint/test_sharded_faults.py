@@ -34,17 +34,17 @@ def folder(two: Path, tmp_path: Path) -> Path:
     return shutil.copytree(two, tmp_path / "checkpoints")
 
 
-def test_one_process_reads_what_two_ranks_wrote(two: Path) -> None:
+def test_one_process_reads_checkpoint_of_two_ranks(two: Path) -> None:
     assert_holds(two / "step-1", 1)
     assert_holds(two / "step-2", 2)
     assert names_in(two / "step-2") == set(FILES)
 
 
-def test_tensors_of_every_dtype_and_cut_come_back_to_the_last_bit(tmp_path: Path) -> None:
+def test_every_dtype_and_sharding_loads_bit_identically(tmp_path: Path) -> None:
     run(sharded_faults_cases.every_kind, 2, tmp_path)
 
 
-def test_the_reader_of_torch_reads_the_files(tmp_path: Path) -> None:
+def test_torch_reader_reads_files(tmp_path: Path) -> None:
     assert run(sharded_faults_cases.read_by_the_reader_of_dcp, 2, tmp_path) == [True, True]
 
 
@@ -52,9 +52,7 @@ def test_the_reader_of_torch_reads_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_no_space_at_any_point_of_one_rank_is_one_sentence_of_all_and_leaves_the_last_good_one(
-    failing: int, tmp_path: Path
-) -> None:
+def test_no_space_on_one_rank_keeps_last_good(failing: int, tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.no_space_at_every_point, 2, tmp_path, failing, timeout_s=120)
     points, survived = first
     assert first == second
@@ -70,7 +68,7 @@ def test_no_space_at_any_point_of_one_rank_is_one_sentence_of_all_and_leaves_the
     assert survived == (["mkdir checkpoints"] if failing == 0 else [])  # which is there
 
 
-def test_a_limit_of_one_rank_is_one_sentence_of_all(tmp_path: Path) -> None:
+def test_file_size_limit_on_one_rank_fails_all(tmp_path: Path) -> None:
     why = "rank 1: file too large; the last good one is step-1."
     said = ("CheckpointError", f"checkpoint step-2 could not be written to {tmp_path}: {why}")
     assert (
@@ -78,14 +76,14 @@ def test_a_limit_of_one_rank_is_one_sentence_of_all(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_no_failure_of_the_disk_goes_on_where_it_was_raised_and_is_told_elsewhere(tmp_path: Path) -> None:
+def test_non_disk_error_is_raised_and_shared(tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.raise_on_one, 2, tmp_path, 1)
     assert [kind for kind, _ in second] == ["MemoryError", "KeyboardInterrupt", "SystemExit", "OutOfMemoryError"]
     assert {kind for kind, _ in first} == {"CheckpointError"}
     assert first[0][1].endswith("rank 1: MemoryError: 32 GiB; the last good one is step-1.")
 
 
-def test_what_no_file_can_hold_is_refused_by_all_with_the_same_words(tmp_path: Path) -> None:
+def test_unstorable_content_is_rejected_on_all_ranks(tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.refuse, 2, tmp_path / "new")
     assert first == second
     expected = [
@@ -103,14 +101,14 @@ def test_what_no_file_can_hold_is_refused_by_all_with_the_same_words(tmp_path: P
         assert said.startswith(words)
 
 
-def test_one_that_is_there_is_left_alone_and_one_of_another_run_refused(tmp_path: Path) -> None:
+def test_existing_checkpoint_is_kept_or_rejected_by_run(tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.refuse_another_run, 2, tmp_path)
     assert first == second
     assert first[0] == "CheckpointError"
     assert f"step-1 is there already, of run other and not of run {RUN_ID}" in first[1]
 
 
-def test_ranks_that_see_different_disks_notice_it(two: Path, tmp_path: Path) -> None:
+def test_ranks_on_different_disks_are_detected(two: Path, tmp_path: Path) -> None:
     seen = "model-rank-1-of-2.safetensors cannot be seen by the first rank: all ranks need one file system"
     for (wrote, written), (read_kind, was_read) in run(sharded_faults_cases.separate_disks, 2, two, tmp_path):
         assert wrote == read_kind == "CheckpointError"
@@ -138,9 +136,7 @@ def killed(two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, lis
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_anywhere_in_a_write_leaves_the_old_or_the_new(
-    rank: int, killed: dict[int, list[tuple[str, str, Path]]]
-) -> None:
+def test_rank_killed_during_write_leaves_old_or_new(rank: int, killed: dict[int, list[tuple[str, str, Path]]]) -> None:
     points = [point for point, _, _ in killed[rank]]
     assert {f"open {file}" for file in PARTS if f"rank-{rank}" in file} <= set(points)
     assert {"write ", "after fsync"} <= set(points)
@@ -200,7 +196,7 @@ def add(path: Path, file: str, random: Random) -> str:
 FAULTS = [flip, truncate, miss, swap_ranks, take_the_older, add]
 
 
-def test_every_fault_is_found_and_named_by_one_process_and_by_two(two: Path, tmp_path: Path) -> None:
+def test_every_fault_is_named_on_any_rank_count(two: Path, tmp_path: Path) -> None:
     reasons: dict[Path, str] = {}
     swapped: dict[Path, str] = {}
     for seed in range(len(FAULTS) * len(FILES)):
@@ -231,7 +227,7 @@ def test_every_fault_is_found_and_named_by_one_process_and_by_two(two: Path, tmp
             assert said == f"checkpoint {path} cannot be used: {reason}."
 
 
-def test_tensors_of_another_model_are_refused_and_nothing_is_filled(two: Path) -> None:
+def test_tensors_of_another_model_are_rejected_unfilled(two: Path) -> None:
     first, second = run(sharded_faults_cases.refuse_to_fill, 2, two / "step-2")
     assert first == second
     assert first == [
@@ -246,7 +242,7 @@ def test_tensors_of_another_model_are_refused_and_nothing_is_filled(two: Path) -
 # nothing runs ----------------------------------------------------------------------------------------------------
 
 
-def test_reading_unpickles_nothing_and_metadata_of_torch_is_a_foreign_file(folder: Path, tmp_path: Path) -> None:
+def test_reading_unpickles_nothing_and_ignores_torch_metadata(folder: Path, tmp_path: Path) -> None:
     marker, path = tmp_path / "ran", folder / "step-2"
     assert run(sharded_faults_cases.unpickled, 2, path) == [(None, 0, 1)] * 2
     (path / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
@@ -259,7 +255,7 @@ def test_reading_unpickles_nothing_and_metadata_of_torch_is_a_foreign_file(folde
 TOGETHER = ["all_gather", "all_gather", "broadcast", "broadcast"]  # sizes and texts, one decision
 
 
-def test_messages_are_few_slices_are_small_and_each_file_is_hashed_once(tmp_path: Path) -> None:
+def test_sharded_io_is_minimal_and_hashes_files_once(tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.counted, 2, tmp_path)
     assert first["write"] == second["write"] == TOGETHER * 2
     assert first["read"] == second["read"] == TOGETHER * 3

@@ -39,7 +39,7 @@ def cut(draw: st.DrawFn) -> tuple[Tensor, Pieces]:
 
 @given(cut())
 @settings(deadline=None)
-def test_pieces_of_any_cut_make_the_whole(made: tuple[Tensor, Pieces]) -> None:
+def test_shards_of_any_split_form_the_tensor(made: tuple[Tensor, Pieces]) -> None:
     whole, pieces = made
     found = join_shards("x", pieces)
     assert found.shape == whole.shape
@@ -48,9 +48,7 @@ def test_pieces_of_any_cut_make_the_whole(made: tuple[Tensor, Pieces]) -> None:
 
 @given(cut(), st.data())
 @settings(deadline=None)
-def test_a_piece_that_is_missing_doubled_moved_or_of_another_tensor_is_noticed(
-    made: tuple[Tensor, Pieces], data: st.DataObject
-) -> None:
+def test_missing_duplicated_or_moved_shard_is_detected(made: tuple[Tensor, Pieces], data: st.DataObject) -> None:
     whole, pieces = made
     assume(len(pieces) > 1 and whole.numel())
     index = data.draw(st.integers(0, len(pieces) - 1))
@@ -93,7 +91,7 @@ def of_rank(rank: int, start: int, rows: int, **notes: Any) -> dict[str, tuple[d
     return {f"{piece_name('model', rank, 2)}.safetensors": ({"x": torch.full((rows, 2), 1.0 + rank)}, described)}
 
 
-def test_a_whole_forgery_is_read_by_both_readers(tmp_path: Path) -> None:
+def test_consistent_forgery_is_read_by_both_readers(tmp_path: Path) -> None:
     path = forged(tmp_path, of_rank(0, 0, 3) | of_rank(1, 3, 1))
     expected = torch.tensor([[1.0, 1], [1, 1], [1, 1], [2, 2]])
     assert torch.equal(read(path).tensors["model"]["x"], expected)
@@ -122,7 +120,7 @@ def test_a_whole_forgery_is_read_by_both_readers(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_pieces_that_make_no_whole_are_refused_even_when_the_manifest_vouches_for_them(
+def test_incomplete_shards_are_rejected_despite_valid_manifest(
     files: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     path = forged(tmp_path, files)
@@ -134,7 +132,7 @@ def test_pieces_that_make_no_whole_are_refused_even_when_the_manifest_vouches_fo
     assert not into.any()
 
 
-def test_a_name_in_two_parts_is_not_guessed(tmp_path: Path) -> None:
+def test_name_in_two_parts_is_rejected(tmp_path: Path) -> None:
     path = forged(tmp_path, {f"{part}.safetensors": ({"x": torch.ones(1)}, {}) for part in ("a", "b")})
     with pytest.raises(CheckpointError, match=r"step-1 cannot be used: x is in two parts of it\.$"):
         read_into(path, {"x": torch.zeros(1)})

@@ -45,42 +45,42 @@ def same(one: Any, other: Any) -> bool:
 
 @given(TREES)
 @settings(deadline=None)
-def test_what_is_taken_apart_comes_back_through_json(tree: Any) -> None:
+def test_split_state_round_trips_through_json(tree: Any) -> None:
     values, tensors = split_tensors(tree)
     back = join_tensors(json.loads(to_json("tree", values)), tensors)
     assert same(back, tree)
     assert equal(back, tree)
 
 
-def test_places_that_read_alike_are_kept_apart() -> None:
+def test_similar_paths_are_kept_distinct() -> None:
     tree = {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "c": {1: torch.tensor(3), "1": torch.tensor(4)}}
     values, tensors = split_tensors(tree)
     assert len(tensors) == 4
     assert same(join_tensors(values, tensors), tree)
 
 
-def test_numbers_that_are_not_finite_come_back() -> None:
+def test_nonfinite_numbers_round_trip() -> None:
     values, tensors = split_tensors([math.inf, -math.inf, math.nan])
     up, down, none = join_tensors(json.loads(to_json("tree", values)), tensors)
     assert (up, down) == (math.inf, -math.inf)
     assert math.isnan(none)
 
 
-def test_what_json_does_not_have_is_refused_by_its_place() -> None:
+def test_unsupported_json_value_is_rejected_with_its_path() -> None:
     with pytest.raises(TypeError, match=r"^/a/1 is a set, which a checkpoint cannot hold\.$"):
         split_tensors({"a": [1, {2}]})
     with pytest.raises(TypeError, match=r"^the state is a object, which a checkpoint cannot hold\.$"):
         split_tensors(object())
 
 
-def test_copies_are_out_of_reach() -> None:
+def test_copies_are_independent() -> None:
     tensor = torch.zeros(3)
     copied = copy_to_cpu({"t": (tensor,)})
     tensor.add_(1)
     assert torch.equal(copied["t"][0], torch.zeros(3))
 
 
-def test_equal_sees_every_bit() -> None:
+def test_equal_compares_every_bit() -> None:
     assert equal({"t": torch.tensor([0.0])}, {"t": torch.tensor([0.0])})
     assert not equal({"t": torch.tensor([0.0])}, {"t": torch.tensor([-0.0])})
     assert not equal({"t": torch.tensor([0.0])}, {"t": torch.tensor([0.0], dtype=torch.float64)})

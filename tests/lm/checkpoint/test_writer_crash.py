@@ -42,7 +42,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str
     return found
 
 
-def test_a_process_killed_anywhere_in_a_write_leaves_the_old_or_the_new(
+def test_process_killed_during_write_leaves_old_or_new(
     killed: dict[str, list[tuple[str, Path]]],
 ) -> None:
     points = [point for point, _ in killed["write"]]
@@ -59,7 +59,7 @@ def test_a_process_killed_anywhere_in_a_write_leaves_the_old_or_the_new(
         assert_holds(folder / "step-2", 2)
 
 
-def test_a_process_killed_while_it_replaces_a_broken_one_leaves_the_older_or_the_new(
+def test_process_killed_during_replacement_leaves_older_or_new(
     killed: dict[str, list[tuple[str, Path]]],
 ) -> None:
     points = [point for point, _ in killed["replace"]]
@@ -73,7 +73,7 @@ def test_a_process_killed_while_it_replaces_a_broken_one_leaves_the_older_or_the
         assert names_in(folder) == {"step-1", "step-2"}, point
 
 
-def test_a_process_killed_anywhere_in_a_prune_leaves_whole_ones_and_the_newest(
+def test_process_killed_during_prune_leaves_intact_checkpoints(
     killed: dict[str, list[tuple[str, Path]]],
 ) -> None:
     points = [point for point, _ in killed["prune"]]
@@ -85,9 +85,7 @@ def test_a_process_killed_anywhere_in_a_prune_leaves_whole_ones_and_the_newest(
         assert names_in(folder) == {"step-3"}, point
 
 
-def test_every_file_and_folder_is_synced_before_the_name_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_folders_are_synced_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:
         seen = DiskOperations(patch, no_space).seen
@@ -99,9 +97,7 @@ def test_every_file_and_folder_is_synced_before_the_name_counts(
     assert seen[renamed + 1 :] == ["fsync checkpoints", "fsync run"]
 
 
-def test_pruned_folders_are_emptied_only_when_their_new_names_are_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pruned_folders_are_emptied_after_synced_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         save(folder, step)
@@ -115,9 +111,7 @@ def test_pruned_folders_are_emptied_only_when_their_new_names_are_on_disk(
 # full ------------------------------------------------------------------------------------------------------------
 
 
-def test_no_space_at_any_point_of_a_write_leaves_the_last_good_one_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_space_during_write_keeps_last_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "template", 1)
     number, survived = 0, []
     while True:
@@ -146,14 +140,14 @@ def test_no_space_at_any_point_of_a_write_leaves_the_last_good_one_and_says_so(
     assert survived == ["mkdir 0"]  # making the folder, which is there
 
 
-def test_without_another_good_one_the_sentence_says_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_good_checkpoint_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         DiskOperations(patch, no_space, at=4)
         with pytest.raises(CheckpointError, match=r": no space left on device; there is no other good one\.$"):
             save(tmp_path, 1)
 
 
-def test_a_limit_on_the_size_of_files_is_one_sentence(tmp_path: Path) -> None:
+def test_file_size_limit_is_one_sentence(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (0, 1, 9, 100, 400, 600):
@@ -170,7 +164,7 @@ def test_a_limit_on_the_size_of_files_is_one_sentence(tmp_path: Path) -> None:
     assert_holds(save(tmp_path, 2), 2)
 
 
-def test_a_full_disk_is_one_sentence_and_what_was_begun_is_gone(tmp_path: Path) -> None:
+def test_full_disk_is_one_sentence_and_cleans_up(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=128k") as disk:
         folder = disk / "checkpoints"
         save(folder, 1)
@@ -186,7 +180,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_begun_is_gone(tmp_path: Path) 
         assert_holds(save(folder, 2), 2)
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=128k") as disk:
         folder = disk / "checkpoints"
         save(folder, 1)
@@ -204,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_write_protected_folder_is_one_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save(folder, 1)
     folder.chmod(0o500)
@@ -215,7 +209,7 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> Non
         folder.chmod(0o700)
 
 
-def test_a_folder_in_no_run_is_one_sentence(tmp_path: Path) -> None:
+def test_folder_outside_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"step-1 could not be written to .*: no such file or directory; there is"
     ):
@@ -225,7 +219,7 @@ def test_a_folder_in_no_run_is_one_sentence(tmp_path: Path) -> None:
         save(tmp_path / "file", 1)
 
 
-def test_an_interruption_leaves_nothing_of_what_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_removes_partial_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(point: str) -> None:
         raise KeyboardInterrupt
 

@@ -33,7 +33,7 @@ def course(*, step: int = 0, cursor: int = 0, lengths: Sequence[int] = LENGTHS, 
         ("seesaw 0.25 16", Seesaw(0.25, 16.0)),
     ],
 )
-def test_a_flag_is_read(text: str, wanted: object) -> None:
+def test_flag_is_parsed(text: str, wanted: object) -> None:
     assert read(text) == wanted
 
 
@@ -53,19 +53,19 @@ def test_a_flag_is_read(text: str, wanted: object) -> None:
         ("seesaw", "seesaw needs the decay factor of the rate"),
     ],
 )
-def test_what_is_no_schedule_is_refused_with_the_reason(text: str, said: str) -> None:
+def test_invalid_schedule_is_rejected_with_reason(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=f"^.*{said}"):
         read(text)
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 10**6), st.integers(0, 2 * 10**6))
-def test_a_ramp_stays_between_its_ends_and_reaches_the_second(start: int, end: int, tokens: int, now: int) -> None:
+def test_ramp_stays_between_ends_and_reaches_second(start: int, end: int, tokens: int, now: int) -> None:
     batch = Ramp(start, end, tokens).batch_at(now)
     assert min(start, end) <= batch <= max(start, end)
     assert now < tokens or batch == end
 
 
-def test_every_sample_comes_once_a_pass_in_the_order_that_it_has_without_a_schedule() -> None:
+def test_schedule_keeps_sample_order_of_every_epoch() -> None:
     one = course(global_batch_schedule="0:3 200:10 900:40", epochs=2)
     windows = list(one.windows(0, 0))
     assert [i for window in windows for i in window] == [
@@ -74,7 +74,7 @@ def test_every_sample_comes_once_a_pass_in_the_order_that_it_has_without_a_sched
     assert len(windows) == one.total_steps
 
 
-def test_the_batch_changes_at_the_first_window_that_begins_after_so_many_tokens() -> None:
+def test_batch_changes_at_first_window_after_tokens() -> None:
     tokens = 0
     for window in course(global_batch_schedule="0:3 200:10 900:40", steps=20).windows(0, 0):
         wanted = 3 if tokens < 200 else 10 if tokens < 900 else 40
@@ -84,7 +84,7 @@ def test_the_batch_changes_at_the_first_window_that_begins_after_so_many_tokens(
             return
 
 
-def test_tokens_are_counted_over_passes() -> None:
+def test_tokens_are_counted_over_epochs() -> None:
     of_a_pass = sum(LENGTHS)
     one = course(global_batch_schedule=f"0:10 {of_a_pass + 400}:40", epochs=2)
     sizes = [len(window) for window in one.windows(0, 0)]
@@ -95,7 +95,7 @@ def test_tokens_are_counted_over_passes() -> None:
 
 
 @pytest.mark.parametrize("text", ["0:3 200:10 900:40", "ramp 2 60 2000", "seesaw 0.5 8"])
-def test_a_run_that_goes_on_anywhere_takes_the_windows_that_it_would_have_taken(text: str) -> None:
+def test_resumed_run_makes_the_same_windows(text: str) -> None:
     settings = {"global_batch_schedule": text, "steps": 40}
     whole = course(**settings)
     windows = list(whole.windows(0, 0))
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_anywhere_takes_the_windows_that_it_would_have_taken(
 
 
 @pytest.mark.parametrize("text", ["0:3 200:10 900:40", "ramp 2 60 2000"])
-def test_passes_are_counted_with_the_batches_that_they_have(text: str) -> None:
+def test_epochs_are_counted_with_scheduled_batches(text: str) -> None:
     one = course(global_batch_schedule=text, epochs=3)
     assert sum(map(len, one.windows(0, 0))) == 3 * len(LENGTHS)
     steps = list(one.windows(0, 0))
@@ -117,7 +117,7 @@ def test_passes_are_counted_with_the_batches_that_they_have(text: str) -> None:
     assert course(global_batch_schedule=text, epochs=3, step=7, cursor=halfway).total_steps == one.total_steps
 
 
-def test_seesaw_takes_the_samples_of_the_plain_run_in_fewer_updates_at_rates_that_fall_by_the_root() -> None:
+def test_seesaw_uses_same_samples_in_fewer_updates() -> None:
     plain = course(global_batch=4, steps=100, warmup_steps=10)
     seesaw = course(global_batch=4, steps=100, warmup_steps=10, global_batch_schedule="seesaw 0.5")
     windows = list(seesaw.windows(0, 0))
@@ -137,14 +137,14 @@ def test_seesaw_takes_the_samples_of_the_plain_run_in_fewer_updates_at_rates_tha
     assert seen == {1.0, 2.0, 4.0, 8.0}
 
 
-def test_seesaw_grows_no_further_than_it_is_told_and_the_rate_then_falls_as_it_would() -> None:
+def test_seesaw_stops_at_limit_and_rate_decays() -> None:
     one = Seesaw(0.5, max_multiple=2)
     assert [one.batch(8, factor) for factor in (1.0, 0.6, 0.5, 0.3, 0.1)] == [8, 8, 16, 16, 16]
     assert one.factor(0.5) == pytest.approx(math.sqrt(0.5))
     assert one.factor(0.1) == pytest.approx(math.sqrt(0.5) * 0.2)
 
 
-def test_seesaw_needs_a_rate_that_falls() -> None:
+def test_seesaw_requires_decaying_rate() -> None:
     with pytest.raises(InputError, match=r"--schedule constant never lowers\. Pass --schedule cosine"):
         course(global_batch=4, steps=10, schedule="constant", global_batch_schedule="seesaw 0.5")
 
@@ -158,18 +158,18 @@ def test_seesaw_needs_a_rate_that_falls() -> None:
         ({"global_batch_schedule": "3:8"}, "it must start at 0 tokens"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], said: str) -> None:
+def test_incompatible_settings_are_rejected(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         TrainConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_a_schedule_survives_being_written_down() -> None:
+def test_schedule_round_trips_through_json() -> None:
     config = TrainConfig(global_batch_schedule="0:8 100:16").resolved()
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
     assert config.global_batch == 8
 
 
-def test_re_basing_scales_the_second_moment_alone() -> None:
+def test_rebasing_scales_second_moment_only() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.tensor([1.0, 2.0, 3.0])

@@ -40,13 +40,13 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 def go_on(run: Path, config: TrainConfig, *, until: int | None = None) -> tuple[Trainer, RecordingCallback]:
     """Begin or resume a run, and stop after an update."""
-    heard = RecordingCallback()
+    recorder = RecordingCallback()
     prepared = set_up_training(config)
     if not run.exists():
         RunDirectory.create(run, prepared.config.model_dump(mode="json"))
     trainer = Trainer(prepared, checkpoint=load(run)[0])
-    trainer.run(RunDirectory(run), callback=heard, should_stop=lambda: heard.rows[-1]["step"] == until)
-    return trainer, heard
+    trainer.run(RunDirectory(run), callback=recorder, should_stop=lambda: recorder.rows[-1]["step"] == until)
+    return trainer, recorder
 
 
 def hyperparameters(trainer: Trainer) -> list[Any]:
@@ -69,13 +69,13 @@ RULED = {
 
 
 @pytest.mark.parametrize("rule", RULED)
-def test_a_run_begins_with_what_its_rule_says(settings: dict[str, Any], rule: str) -> None:
+def test_run_starts_with_values_of_its_rule(settings: dict[str, Any], rule: str) -> None:
     trainer = Trainer(set_up_training(TrainConfig(**settings, scale_from=2, lr_rule=rule)))
     assert hyperparameters(trainer) == [pytest.approx(RULED[rule])] * 2
     assert trainer.scheduler.base_lrs == pytest.approx([RULED[rule][0]] * 2)
 
 
-def test_without_a_rule_nothing_is_changed_to_the_last_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_run_without_rule_is_bit_identical(tmp_path: Path, settings: dict[str, Any]) -> None:
     plain, told = (
         go_on(tmp_path / name, TrainConfig(**settings, **more))[0]
         for name, more in (("plain", {}), ("told", {"scale_from": 2}))
@@ -83,7 +83,7 @@ def test_without_a_rule_nothing_is_changed_to_the_last_bit(tmp_path: Path, setti
     assert all(map(torch.equal, tensors(plain), tensors(told)))
 
 
-def test_the_rate_of_every_update_is_scaled(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_rate_of_every_update_is_scaled(tmp_path: Path, settings: dict[str, Any]) -> None:
     plain, scaled = (
         [row["lr"] for row in go_on(tmp_path / name, TrainConfig(**settings, **more))[1].rows]
         for name, more in (("plain", {}), ("scaled", {"scale_from": 2, "lr_rule": "sqrt"}))
@@ -92,19 +92,19 @@ def test_the_rate_of_every_update_is_scaled(tmp_path: Path, settings: dict[str, 
 
 
 @pytest.mark.parametrize("rule", ["sde", "sqrt+half-life"])
-def test_a_run_that_goes_on_is_not_changed_again(tmp_path: Path, settings: dict[str, Any], rule: str) -> None:
+def test_resumed_run_is_not_rescaled(tmp_path: Path, settings: dict[str, Any], rule: str) -> None:
     config = TrainConfig(**settings, precision="float64", scale_from=2, lr_rule=rule)
     whole, _ = go_on(tmp_path / "whole", config)
     go_on(tmp_path / "parts", config, until=2)
-    parts, heard = go_on(tmp_path / "parts", config)
-    assert [row["step"] for row in heard.rows] == [3, 4]
+    parts, recorder = go_on(tmp_path / "parts", config)
+    assert [row["step"] for row in recorder.rows] == [3, 4]
     assert hyperparameters(parts) == [pytest.approx(RULED[rule])] * 2
     assert [tuple(h) for h in hyperparameters(parts)] == [tuple(h) for h in hyperparameters(whole)]
     assert all(map(torch.equal, tensors(parts), tensors(whole)))
     assert [row["lr"] for row in metrics(tmp_path / "parts")] == [row["lr"] for row in metrics(tmp_path / "whole")]
 
 
-def test_a_run_without_a_checkpoint_is_changed_when_it_begins_anew(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_restart_without_checkpoint_is_rescaled(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = TrainConfig(**settings, scale_from=2, lr_rule="sde")
     whole, _ = go_on(tmp_path / "run", config)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -112,14 +112,14 @@ def test_a_run_without_a_checkpoint_is_changed_when_it_begins_anew(tmp_path: Pat
     assert all(map(torch.equal, tensors(again), tensors(whole)))
 
 
-def test_the_settings_are_kept_in_config_json(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_settings_are_saved_in_config_json(tmp_path: Path, settings: dict[str, Any]) -> None:
     go_on(tmp_path / "run", TrainConfig(**settings, scale_from=2, lr_rule="sqrt"))
     written = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (written["scale_from"], written["lr_rule"], written["lr"]) == (2, "sqrt", 1e-2)
     assert TrainConfig.model_validate(written).lr_rule == "sqrt"
 
 
-def test_the_command_tells_and_applies(tmp_path: Path, settings: dict[str, Any], capfd: Any) -> None:
+def test_command_reports_and_applies_rescaling(tmp_path: Path, settings: dict[str, Any], capfd: Any) -> None:
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["train", *words, "--out", str(tmp_path / "told"), "--scale-from", "2"]) == 0
     printed = capfd.readouterr().out
@@ -139,18 +139,18 @@ def resolved(**given: Any) -> TrainConfig:
     return TrainConfig(**given).resolved()
 
 
-def test_a_batch_in_tokens_is_compared_in_tokens() -> None:
+def test_token_batches_are_compared_in_tokens() -> None:
     lines = resolved(global_batch_tokens=4096, scale_from=1024).batch_scaling().lines()
     assert lines[0].startswith("tuned at a global batch of 1,024 tokens, now 4,096: k = 4;")
 
 
-def test_what_a_rule_cannot_do_is_told_beside_what_others_can() -> None:
+def test_unsupported_rule_is_reported_with_alternatives() -> None:
     lines = resolved(scale_from=2).batch_scaling().lines()
     assert "  sde             not applicable at this k: beta1 would be -0.6, below 0" in lines
     assert sum("→" in line for line in lines) == 4
 
 
-def test_the_rule_of_sgd_is_applied_with_a_warning() -> None:
+def test_sgd_rule_is_applied_with_warning() -> None:
     assert "warning: derived for SGD; AdamW" in resolved(scale_from=8, lr_rule="linear").batch_scaling().lines()[1]
     lines = resolved(scale_from=32, lr_rule="linear").batch_scaling().lines()
     assert lines[1].endswith("no change: the batch is the same")
@@ -158,30 +158,30 @@ def test_the_rule_of_sgd_is_applied_with_a_warning() -> None:
 
 
 @pytest.mark.parametrize("scale_from", [1, 8, 39])
-def test_the_nearest_batch_works_and_the_next_does_not(scale_from: int) -> None:
+def test_nearest_batch_works_and_next_fails(scale_from: int) -> None:
     given = {"global_batch": 397, "lr_rule": "sde"}
     with pytest.raises(ValidationError, match="the nearest scale_from that works is 40"):
         TrainConfig(**given, scale_from=scale_from)
     assert TrainConfig(**given, scale_from=40).scale_from == 40
 
 
-def test_a_larger_batch_at_the_tuning_is_in_range() -> None:
+def test_larger_batch_at_tuning_is_in_range() -> None:
     assert resolved(global_batch=1, scale_from=2**31 - 1, lr_rule="sde").batch_scaling().problem() is None
 
 
-def test_a_configuration_that_was_never_validated_is_refused_all_the_same(settings: dict[str, Any]) -> None:
+def test_unvalidated_configuration_is_rejected_when_applied(settings: dict[str, Any]) -> None:
     config = TrainConfig(**settings, scale_from=2, lr_rule="sde").model_copy(update={"global_batch": 800})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(InputError, match="--lr-rule sde at 400 times the batch of --scale-from would make beta1"):
         config.batch_scaling().apply(optimizer)
 
 
-def test_the_command_knows_every_rule_but_the_one_that_it_cannot_apply() -> None:
+def test_command_knows_every_applicable_rule() -> None:
     annotation = get_args(TrainConfig.model_fields["lr_rule"].annotation)
     assert set(annotation) == set(RULES) - {"adascale"}
 
 
-def test_the_lines_are_about_the_optimizer_that_is_made(settings: dict[str, Any]) -> None:
+def test_lines_describe_the_actual_optimizer(settings: dict[str, Any]) -> None:
     prepared = set_up_training(TrainConfig(**settings))
     optimizer = make_optimizer(prepared.model, prepared.config, prepared.device_spec)
     assert all((g["betas"], g["eps"]) == (BETAS, EPS) for g in optimizer.param_groups)

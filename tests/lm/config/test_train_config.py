@@ -18,24 +18,24 @@ def error_types(**given: object) -> list[str]:
     return [error["type"] for error in caught.value.errors()]
 
 
-def test_every_field_is_in_exactly_one_group_and_described():
+def test_every_field_has_one_group_and_description():
     grouped = [name for group in GROUPS for name in group.fields]
     assert grouped == list(TrainConfig.model_fields)
     assert all(info.description for info in TrainConfig.model_fields.values())
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_rejected():
     assert error_types(lerning_rate=1) == ["extra_forbidden"]
 
 
-def test_the_config_is_frozen():
+def test_config_is_frozen():
     config = TrainConfig()
     with pytest.raises(ValidationError):
         config.steps = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("value", ["64", " 64 ", 64, "6_4"])
-def test_whole_numbers_come_as_numbers_or_text(value: object):
+def test_integers_are_numbers_or_text(value: object):
     assert TrainConfig.model_validate({"global_batch": value}).global_batch == 64
 
 
@@ -44,7 +44,7 @@ def test_whole_numbers_come_as_numbers_or_text(value: object):
     "name",
     ["global_batch", "global_batch_tokens", "microbatch", "token_budget", "steps", "epochs", "max_length"],
 )
-def test_counts_refuse_what_is_no_whole_number_of_at_least_one(name: str, value: object):
+def test_counts_reject_non_positive_or_fractional_values(name: str, value: object):
     assert len(error_types(**{name: value})) == 1
 
 
@@ -54,7 +54,7 @@ def test_numbers_are_finite_and_not_negative(name: str, value: object):
     assert len(error_types(**{name: value})) == 1
 
 
-def test_ranges_end_where_they_say():
+def test_ranges_end_as_documented():
     TrainConfig(weight_decay=0, validation_fraction=0, warmup_steps=0, lora_rank=0, seed=LARGEST_SEED)
     assert error_types(lr=0) == ["greater_than"]
     assert error_types(validation_fraction=1) == ["less_than"]
@@ -68,18 +68,18 @@ def test_no_clipping_has_one_value(value: object):
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"])
-def test_known_devices(device: str):
+def test_known_devices_are_accepted(device: str):
     assert TrainConfig(device=device).device == device
 
 
 @pytest.mark.parametrize("device", ["", "GPU", "cuda:", "cuda:x", "cuda:-1", "CPU", "cpu:0"])
-def test_other_devices_are_refused(device: str):
+def test_other_devices_are_rejected(device: str):
     assert error_types(device=device) == ["device_name"]
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\udcff"])
 @pytest.mark.parametrize("name", ["data", "model", "out", "sample_prompt"])
-def test_text_that_no_file_could_hold_is_refused(name: str, text: str):
+def test_text_that_no_file_can_hold_is_rejected(name: str, text: str):
     assert len(error_types(**{name: text})) == 1
 
 
@@ -95,11 +95,11 @@ def test_one_quantity_has_one_name(names: tuple[str, str]):
 
 
 @pytest.mark.parametrize("value", ["auto", "Auto", " AUTO "])
-def test_auto_is_a_microbatch_however_it_is_written(value: str):
+def test_auto_microbatch_has_any_spelling(value: str):
     assert TrainConfig.model_validate({"microbatch": value}).microbatch == "auto"
 
 
-def test_microbatch_is_auto_or_a_count():
+def test_microbatch_is_auto_or_count():
     assert TrainConfig.model_validate({"microbatch": "4"}).microbatch == 4
     for wrong in ("fast", 2.5, True, "", [1]):
         assert error_types(microbatch=wrong) == ["auto_or_count"]
@@ -109,12 +109,12 @@ def test_microbatch_is_auto_or_a_count():
 
 
 @pytest.mark.parametrize("memory", ["24GiB", "24 gb", "80%", "1.5TiB"])
-def test_memory_is_kept_as_it_was_written(memory: str):
+def test_memory_is_kept_as_written(memory: str):
     assert TrainConfig(memory=memory).memory == memory
 
 
 @pytest.mark.parametrize("memory", ["", "24", 24, 2.5, "0GiB", "-1GiB", "101%", "nan", "24XB", "a\0b", "\udcff"])
-def test_memory_that_means_nothing_is_refused(memory: object):
+def test_meaningless_memory_is_rejected(memory: object):
     assert error_types(memory=memory) == ["memory"]
 
 
@@ -123,7 +123,7 @@ def test_memory_is_text(memory: object):
     assert error_types(memory=memory) == ["string_type"]
 
 
-def test_a_card_is_kept_by_its_known_name():
+def test_gpu_is_saved_by_its_known_name():
     assert TrainConfig(gpu="NVIDIA A100 40GB").gpu == "a100-40gb"
     assert error_types(gpu="a100") == ["gpu"]
     assert error_types(gpu=4090) == ["string_type"]
@@ -131,18 +131,18 @@ def test_a_card_is_kept_by_its_known_name():
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "layout", "compile"])
 @pytest.mark.parametrize("value", [1, 0, 1.0, "true", "yes", "", "Full", None, ["full"]])
-def test_a_word_is_one_of_those_there_are(name: str, value: object):
+def test_choices_are_limited_to_known_words(name: str, value: object):
     assert error_types(**{name: value}) == ["literal_error"]
 
 
-def test_checkpointing_may_be_written_as_a_switch_and_nothing_else_may():
+def test_checkpointing_may_be_switch_or_known_mode():
     words = {True: "full", False: "none", "auto": "auto", "none": "none", "selective": "selective", "full": "full"}
     for value, word in words.items():
         assert TrainConfig(gradient_checkpointing=value).gradient_checkpointing == word
     assert error_types(layout=True) == error_types(compile=False) == ["literal_error"]
 
 
-def test_resolved_writes_out_the_main_job():
+def test_resolved_writes_out_main_job():
     config = TrainConfig().resolved()
     assert (config.global_batch, config.global_batch_tokens) == (32, None)
     assert (config.steps, config.epochs) == (DEFAULT_STEPS, None)
@@ -154,22 +154,22 @@ def test_resolved_writes_out_the_main_job():
 
 
 @pytest.mark.parametrize("idle", [{"lora_alpha": 8.0}, {"steps": 3, "warmup_steps": 4}])
-def test_settings_that_would_do_nothing_are_refused(idle: dict[str, float]):
+def test_settings_without_effect_are_rejected(idle: dict[str, float]):
     assert error_types(**idle) == ["idle"]
 
 
-def test_resolved_trains_other_data_and_other_models_for_an_epoch():
+def test_resolved_trains_other_data_for_one_epoch():
     for config in (TrainConfig(data="texts"), TrainConfig(model="gpt2"), TrainConfig(data="python-stdlib-functions")):
         assert (config.resolved().steps, config.resolved().epochs) == (None, 1)
 
 
-def test_resolved_learning_rate_follows_the_model():
+def test_resolved_learning_rate_follows_model():
     assert TrainConfig(model="gpt2").resolved().lr == 2e-5
     lora = TrainConfig(model="gpt2", lora_rank=8).resolved()
     assert (lora.lr, lora.lora_alpha) == (2e-4, 16.0)
 
 
-def test_resolved_keeps_what_was_asked():
+def test_resolved_keeps_explicit_settings():
     asked = TrainConfig(global_batch_tokens=4096, epochs=2, lr=1.0, max_length=64, lora_rank=4, lora_alpha=1.0)
     assert asked.resolved() == asked.model_copy(update={"microbatch": "auto"})
     assert TrainConfig(microbatch=3).resolved().microbatch == 3
@@ -178,7 +178,7 @@ def test_resolved_keeps_what_was_asked():
     assert budget.resolved() == budget
 
 
-def test_warmup_and_validation_scale_with_the_run_unless_asked():
+def test_warmup_and_validation_scale_unless_explicit():
     assert [TrainConfig().warmup_steps_of(steps) for steps in (1, 19, 20, 300)] == [0, 1, 2, 30]
     assert TrainConfig(warmup_steps=0).warmup_steps_of(300) == 0
     assert [TrainConfig().validation_every_of(steps) for steps in (1, 9, 300)] == [1, 1, 30]
@@ -201,6 +201,6 @@ def test_json_loads_back_equal(config: TrainConfig):
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_the_config_loads_no_torch():
+def test_config_loads_no_torch():
     code = "import sys, bigbatch.lm.config.train_config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -56,7 +56,7 @@ def only_sample(document: Document, tokenizer: Any = TOKENIZER) -> tuple[list[in
 
 @settings(deadline=None)
 @given(documents=DOCUMENTS, max_length=st.integers(1, 9))
-def test_every_token_to_learn_is_a_label_exactly_once(documents: list[Document], max_length: int) -> None:
+def test_every_token_to_learn_is_labelled_once(documents: list[Document], max_length: int) -> None:
     dataset, counts = encode(documents, TOKENIZER, max_length=max_length)
     times_a_label = torch.zeros(len(dataset.tokens), dtype=torch.int64)
     for i in range(len(dataset)):
@@ -77,7 +77,7 @@ def test_every_token_to_learn_is_a_label_exactly_once(documents: list[Document],
 
 @settings(deadline=None)
 @given(documents=DOCUMENTS, max_length=st.integers(1, 9))
-def test_only_pieces_without_a_label_are_left_out_and_counted(documents: list[Document], max_length: int) -> None:
+def test_only_unlabelled_chunks_are_dropped_and_counted(documents: list[Document], max_length: int) -> None:
     dataset, counts = encode(documents, TOKENIZER, max_length=max_length)
     whole, uncut = encode(documents, TOKENIZER, max_length=10**6)
     inputs = whole.lengths
@@ -88,13 +88,13 @@ def test_only_pieces_without_a_label_are_left_out_and_counted(documents: list[Do
     assert (uncut.samples, uncut.cut_documents, uncut.masked_pieces_left_out) == (len(documents), 0, 0)
 
 
-def test_a_text_is_learned_from_its_first_token_to_its_end_mark() -> None:
+def test_text_is_labelled_up_to_end_token() -> None:
     inputs, labels = only_sample(Document("a", text="the quick é"))
     assert inputs == [BEGIN, *plain("the quick é")]
     assert labels == [*plain("the quick é"), END]
 
 
-def test_without_a_begin_mark_of_the_tokenizer_the_first_token_is_predicted_all_the_same() -> None:
+def test_first_token_is_predicted_without_begin_token() -> None:
     from tokenizers import processors
 
     with_begin = tokenizer_with()
@@ -115,7 +115,7 @@ def test_without_a_begin_mark_of_the_tokenizer_the_first_token_is_predicted_all_
     )
 
 
-def test_an_end_mark_that_the_tokenizer_adds_is_not_doubled() -> None:
+def test_end_token_of_tokenizer_is_not_doubled() -> None:
     from tokenizers import processors
 
     tokenizer = tokenizer_with()
@@ -131,14 +131,14 @@ def test_an_end_mark_that_the_tokenizer_adds_is_not_doubled() -> None:
     assert inputs == [tokenizer.bos_token_id, *plain("ab", tokenizer), *plain("c", tokenizer)]
 
 
-def test_of_a_prompt_nothing_is_learned_and_of_its_completion_everything() -> None:
+def test_prompt_is_masked_and_completion_labelled() -> None:
     inputs, labels = only_sample(Document("a", prompt="the quick", completion=" brown"))
     prompt, completion = plain("the quick"), plain(" brown")
     assert inputs == [BEGIN, *prompt, *completion]
     assert labels == [IGNORED] * len(prompt) + [*completion, END]
 
 
-def test_of_a_conversation_the_turns_of_the_assistant_are_learned_with_their_end_marks() -> None:
+def test_assistant_turns_are_labelled_with_end_tokens() -> None:
     # The second answer begins with a line break, which could merge with the one before it.
     turns = conversation("the quick", "brown 🦊", "and?", "\nthe hen", "bye")
     inputs, labels = only_sample(Document("a", messages=turns))
@@ -151,7 +151,7 @@ def test_of_a_conversation_the_turns_of_the_assistant_are_learned_with_their_end
         assert label in (IGNORED, inputs[position + 1])
 
 
-def test_another_template_is_masked_where_its_own_markers_are() -> None:
+def test_other_chat_template_is_masked_at_its_markers() -> None:
     tokenizer = tokenizer_with(
         chat_template="{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -161,7 +161,7 @@ def test_another_template_is_masked_where_its_own_markers_are() -> None:
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "é</>\ns</>\n"
 
 
-def test_documents_of_all_kinds_keep_their_order_across_batches() -> None:
+def test_mixed_documents_keep_order_across_batches() -> None:
     documents = [
         Document(str(i), text=f"text {i}")
         if i % 3 == 0
@@ -180,7 +180,7 @@ def test_documents_of_all_kinds_keep_their_order_across_batches() -> None:
     assert calls[-1] == (1203, 1203)
 
 
-def test_long_documents_are_cut_without_a_word_from_the_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
+def test_long_documents_are_cut_without_tokenizer_warning(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tokenizer_with(model_max_length=4)
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:
@@ -193,7 +193,7 @@ def test_long_documents_are_cut_without_a_word_from_the_tokenizer(caplog: pytest
     assert not caplog.records
 
 
-def test_the_counts_are_one_line_that_names_every_piece_left_out() -> None:
+def test_counts_are_one_line_naming_dropped_chunks() -> None:
     documents = [Document("a", text="ab"), Document("b", prompt="x" * 9, completion="y")]
     _, counts = encode(documents, tokenizer_with(), max_length=4)
     assert counts.describe() == (
@@ -202,12 +202,12 @@ def test_the_counts_are_one_line_that_names_every_piece_left_out() -> None:
     )
 
 
-def test_no_documents_make_an_empty_dataset() -> None:
+def test_no_documents_make_empty_dataset() -> None:
     dataset, counts = encode([], TOKENIZER, max_length=4)
     assert (len(dataset), dataset.lengths, dataset.label_counts, counts.tokens) == (0, [], [], 0)
 
 
-def test_an_index_beyond_the_samples_is_an_index_error() -> None:
+def test_index_beyond_samples_raises_index_error() -> None:
     dataset, _ = encode([Document("a", text="the")], TOKENIZER, max_length=100)
     assert len(dataset) == 1
     with pytest.raises(IndexError):
@@ -234,13 +234,13 @@ def test_an_index_beyond_the_samples_is_an_index_error() -> None:
         ({"eos_token": None}, "the tokenizer has no end token"),
     ],
 )
-def test_a_tokenizer_that_cannot_mask_a_conversation_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_tokenizer_unable_to_mask_conversations_is_rejected(changes: dict[str, Any], message: str) -> None:
     document = Document("a.jsonl:3", messages=conversation("a", "b", "c", "d"))
     with pytest.raises(InputError, match=message):
         encode([document], tokenizer_with(**changes), max_length=8)
 
 
-def test_a_length_that_holds_no_token_is_refused() -> None:
+def test_length_without_tokens_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"max_length=0 leaves no token in a sample\. Use at least 1\."):
         encode([], TOKENIZER, max_length=0)
 
@@ -250,7 +250,7 @@ def texts(number: int) -> list[Document]:
 
 
 @given(number=st.integers(2, 80), fraction=st.floats(0.001, 0.999), copies=st.integers(1, 3))
-def test_the_split_loses_nothing_and_keeps_equal_documents_together(number: int, fraction: float, copies: int) -> None:
+def test_split_loses_nothing_and_groups_equal_documents(number: int, fraction: float, copies: int) -> None:
     documents = texts(number) * copies
     training, validation = split_documents(documents, validation_fraction=fraction)
     assert training
@@ -260,7 +260,7 @@ def test_the_split_loses_nothing_and_keeps_equal_documents_together(number: int,
     assert training == [document for document in documents if document in training]
 
 
-def test_the_split_is_by_content_and_outlasts_order_and_additions() -> None:
+def test_split_depends_on_content_not_order() -> None:
     documents = texts(1000)
     _, validation = split_documents(documents, validation_fraction=0.1)
     assert 70 <= len(validation) <= 130
@@ -270,24 +270,24 @@ def test_the_split_is_by_content_and_outlasts_order_and_additions() -> None:
     assert more[: len(validation)] == validation
 
 
-def test_where_one_side_would_be_empty_the_nearest_document_moves() -> None:
+def test_nearest_document_moves_to_empty_side() -> None:
     documents = sorted(texts(3), key=lambda document: document.key)
     assert split_documents(documents, validation_fraction=1e-9) == (documents[1:], documents[:1])
     assert split_documents(documents, validation_fraction=1 - 1e-9) == (documents[2:], documents[:2])
 
 
-def test_a_fraction_of_zero_holds_nothing_out() -> None:
+def test_zero_fraction_holds_nothing_out() -> None:
     assert split_documents(texts(3), validation_fraction=0) == (texts(3), [])
     assert split_documents([], validation_fraction=0.5) == ([], [])
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, math.nan])
-def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
+def test_fraction_out_of_range_is_rejected(fraction: float) -> None:
     with pytest.raises(ValueError, match="must be at least 0 and below 1"):
         split_documents(texts(3), validation_fraction=fraction)
 
 
-def test_a_single_long_text_gives_its_last_lines() -> None:
+def test_single_long_text_splits_off_last_lines() -> None:
     lines = [f"line {i}\u2028\n" for i in range(40)]
     document = Document("a.txt", text="".join(lines))
     training, validation = split_documents([document], validation_fraction=0.1)
@@ -309,11 +309,11 @@ def test_a_single_long_text_gives_its_last_lines() -> None:
     ],
     ids=["short", "blank-end", "copies", "equal-halves", "prompt"],
 )
-def test_a_single_document_that_cannot_be_cut_is_for_training(documents: list[Document]) -> None:
+def test_single_uncuttable_document_is_for_training(documents: list[Document]) -> None:
     assert split_documents(documents, validation_fraction=0.5) == (documents, [])
 
 
-def test_unigram_entropy_is_the_cross_entropy_of_the_empirical_distribution() -> None:
+def test_unigram_entropy_equals_empirical_cross_entropy() -> None:
     documents = [Document("a", text="the quick brown fox"), Document("b", prompt="and the", completion=" brown hen")]
     dataset, _ = encode(documents, TOKENIZER, max_length=3)
     labels = torch.cat([dataset[i]["labels"] for i in range(len(dataset))])
@@ -323,14 +323,14 @@ def test_unigram_entropy_is_the_cross_entropy_of_the_empirical_distribution() ->
     assert dataset.unigram_entropy() == pytest.approx(expected, abs=1e-12)
 
 
-def test_unigram_entropy_of_one_distinct_token_is_zero_and_of_none_is_refused() -> None:
+def test_unigram_entropy_handles_single_and_no_token() -> None:
     same = TokenDataset(torch.full((8,), 7, dtype=torch.int32), torch.tensor([False] + [True] * 7), [(0, 7, 0)])
     assert same.unigram_entropy() == 0.0
     with pytest.raises(ValueError, match="the dataset has no token to train on"):
         encode([], TOKENIZER, max_length=3)[0].unigram_entropy()
 
 
-def test_samples_are_padded_on_the_right_without_labels_or_attention() -> None:
+def test_samples_are_right_padded_without_labels_or_attention() -> None:
     samples: list[dict[str, torch.Tensor]] = [
         {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([IGNORED, 7, END])},
         {"input_ids": torch.tensor([8]), "labels": torch.tensor([END])},
@@ -344,7 +344,7 @@ def test_samples_are_padded_on_the_right_without_labels_or_attention() -> None:
         collate([], pad_id=PAD)
 
 
-def test_a_dataset_is_a_sequence_for_the_engine() -> None:
+def test_dataset_is_a_sequence_for_engine() -> None:
     dataset, _ = encode(texts(4), TOKENIZER, max_length=100)
     assert isinstance(dataset, TokenDataset)
     batch = collate([dataset[i] for i in (3, 0)], pad_id=PAD)

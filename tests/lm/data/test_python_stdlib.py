@@ -63,7 +63,7 @@ def functions() -> Corpus:
     return read_corpus("python-stdlib-functions")
 
 
-def test_the_files_are_sorted_and_leave_out_tests_and_installed_packages() -> None:
+def test_files_are_sorted_without_tests_and_installed_packages() -> None:
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root).as_posix() for path in standard_library_files()]
     assert names == sorted(names)
@@ -83,7 +83,7 @@ def test_every_file_is_read_or_counted() -> None:
     assert all(document.text and document.text.strip() for document in corpus.documents)
 
 
-def test_a_file_is_read_in_the_encoding_that_it_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_read_in_its_declared_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "a.py").write_bytes("# coding: latin-1\nx = 'é'\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes(b"x = '\xe9'\n")
@@ -99,7 +99,7 @@ def test_a_file_is_read_in_the_encoding_that_it_declares(tmp_path: Path, monkeyp
     )
 
 
-def test_files_that_do_not_parse_and_duplicates_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unparsable_files_and_duplicates_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text('def f():\n    "Doc."\n    return "\\d"\n')
@@ -111,13 +111,13 @@ def test_files_that_do_not_parse_and_duplicates_are_counted(tmp_path: Path, monk
     assert corpus.notes[2] == "1 exact duplicate left out"
 
 
-def test_a_machine_without_standard_library_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_standard_library_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(InputError, match="there is no standard library to train on"):
         read_corpus("python-stdlib")
 
 
-def test_functions_with_a_docstring_and_a_body_are_taken_apart() -> None:
+def test_documented_functions_are_split_into_prompt_and_body() -> None:
     found = {document.source: document for document in documented_functions(MODULE, "m.py")}
     assert list(found) == ["m.py:3", "m.py:12", "m.py:20", "m.py:42"]
     assert found["m.py:3"].prompt == 'def plain(a):\n    """Say what."""\n'
@@ -131,7 +131,7 @@ def test_functions_with_a_docstring_and_a_body_are_taken_apart() -> None:
     assert found["m.py:42"].completion == '    return "\f"\n'
 
 
-def test_every_function_of_the_standard_library_parses_and_ends_with_a_newline(functions: Corpus) -> None:
+def test_every_function_parses_and_ends_with_newline(functions: Corpus) -> None:
     assert len(functions.documents) > 2000
     assert len({document.key for document in functions.documents}) == len(functions.documents)
     for document in functions.documents:

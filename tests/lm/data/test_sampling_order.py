@@ -11,7 +11,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @given(num_samples=st.integers(0, 200), seed=SEEDS, epoch=st.integers(0, 10))
-def test_an_order_holds_every_sample_once(num_samples: int, seed: int, epoch: int) -> None:
+def test_order_contains_every_sample_once(num_samples: int, seed: int, epoch: int) -> None:
     order = epoch_order(num_samples, seed=seed, epoch=epoch)
     assert sorted(order) == list(range(num_samples))
     assert order == epoch_order(num_samples, seed=seed, epoch=epoch)
@@ -22,15 +22,13 @@ def test_seeds_and_epochs_have_their_own_orders() -> None:
     assert len(orders) == 25
 
 
-def test_the_order_never_changes_between_versions() -> None:
+def test_order_is_stable_between_versions() -> None:
     # A resumed run must find the order that it began with, on any machine.
     assert epoch_order(10, seed=0, epoch=0) == [9, 1, 6, 8, 0, 4, 3, 2, 7, 5]
 
 
 @given(lengths=LENGTHS, global_batch=st.integers(1, 70), seed=SEEDS)
-def test_windows_of_sequences_are_consecutive_chunks_of_the_order(
-    lengths: list[int], global_batch: int, seed: int
-) -> None:
+def test_sequence_windows_are_consecutive_chunks_of_order(lengths: list[int], global_batch: int, seed: int) -> None:
     windows = epoch_windows(lengths, global_batch=global_batch, global_batch_tokens=None, seed=seed, epoch=1)
     assert [index for window in windows for index in window] == epoch_order(len(lengths), seed=seed, epoch=1)
     assert all(len(window) == global_batch for window in windows[:-1])
@@ -38,7 +36,7 @@ def test_windows_of_sequences_are_consecutive_chunks_of_the_order(
 
 
 @given(lengths=LENGTHS, target=st.integers(1, 300), seed=SEEDS)
-def test_windows_of_tokens_close_where_they_come_closest(lengths: list[int], target: int, seed: int) -> None:
+def test_token_windows_close_nearest_to_target(lengths: list[int], target: int, seed: int) -> None:
     windows = epoch_windows(lengths, global_batch=None, global_batch_tokens=target, seed=seed, epoch=0)
     assert [index for window in windows for index in window] == epoch_order(len(lengths), seed=seed, epoch=0)
     for i, window in enumerate(windows):
@@ -65,12 +63,12 @@ def test_ties_close_early() -> None:
         ((None, -5), "global_batch_tokens is -5 and must be at least 1."),
     ],
 )
-def test_a_batch_of_no_size_or_of_two_is_refused(sizes: tuple[int | None, int | None], message: str) -> None:
+def test_batch_needs_exactly_one_size(sizes: tuple[int | None, int | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         epoch_windows([1], global_batch=sizes[0], global_batch_tokens=sizes[1], seed=0, epoch=0)
 
 
-def test_numbers_out_of_range_are_refused() -> None:
+def test_numbers_out_of_range_are_rejected() -> None:
     with pytest.raises(ValueError, match="num_samples=-1 is negative"):
         epoch_order(-1, seed=0, epoch=0)
     with pytest.raises(ValueError, match="epoch=-1 is negative"):

@@ -28,7 +28,7 @@ def refusal(data: str | Path) -> str:
     return str(caught.value)
 
 
-def test_a_text_file_is_one_document_exactly_as_it_stands(tmp_path: Path) -> None:
+def test_text_file_is_one_unchanged_document(tmp_path: Path) -> None:
     text = "Füße, 你好, עברית\r\n\tπ\u2028 end"
     (tmp_path / "a.txt").write_bytes(text.encode())
     corpus = read_corpus(str(tmp_path / "a.txt"))
@@ -36,13 +36,13 @@ def test_a_text_file_is_one_document_exactly_as_it_stands(tmp_path: Path) -> Non
     assert corpus.notes == (f"1 text file from {tmp_path / 'a.txt'}",)
 
 
-def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_stripped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}')
     assert [document.text for document in read_corpus(str(tmp_path)).documents] == ["hello", "hello"]
 
 
-def test_a_folder_is_read_with_its_folders_in_sorted_order_without_hidden_entries(tmp_path: Path) -> None:
+def test_folder_is_read_recursively_sorted_without_hidden_entries(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.md", "a/c/y.py", ".hidden", ".git/config", "__pycache__/x.pyc"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def test_a_folder_is_read_with_its_folders_in_sorted_order_without_hidden_entrie
     assert corpus.notes == (f"3 text files from {tmp_path}", "3 hidden or __pycache__ entries left out")
 
 
-def test_json_lines_take_every_kind_of_record_and_skip_blank_lines(tmp_path: Path) -> None:
+def test_json_lines_accept_every_record_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [
         {"text": "one\u2028two", "id": 7},
@@ -68,7 +68,7 @@ def test_json_lines_take_every_kind_of_record_and_skip_blank_lines(tmp_path: Pat
     assert third == Document(f"{path}:4", messages=tuple(CONVERSATION))
 
 
-def test_parquet_gives_the_documents_that_json_lines_give(tmp_path: Path) -> None:
+def test_parquet_gives_same_documents_as_json_lines(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [{"text": "été"}, {"prompt": "p", "completion": "c"}, {"messages": CONVERSATION}]
     columns = ("text", "prompt", "completion", "messages")
     rows = [{name: record.get(name) for name in columns} | {"id": 1} for record in records]
@@ -81,7 +81,7 @@ def test_parquet_gives_the_documents_that_json_lines_give(tmp_path: Path) -> Non
     assert corpus.notes == (f"6 records in 2 files from {tmp_path}",)
 
 
-def test_the_key_is_of_the_content_and_not_of_its_place() -> None:
+def test_key_depends_on_content_not_path() -> None:
     assert Document("a", text="x").key == Document("b", text="x").key
     keys = {
         Document("a", text="x").key,
@@ -105,7 +105,7 @@ def test_the_key_is_of_the_content_and_not_of_its_place() -> None:
         (b"caf\xe9 au lait", "is not UTF-8: byte 0xe9 at offset 3. Convert it to UTF-8, or remove it."),
     ],
 )
-def test_text_without_content_or_in_another_encoding_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_empty_or_misencoded_text_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     assert refusal(path) == f"{path} {message}"
@@ -159,7 +159,7 @@ def test_text_without_content_or_in_another_encoding_is_refused(tmp_path: Path, 
         ),
     ],
 )
-def test_a_broken_record_is_refused_with_its_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+def test_broken_record_is_rejected_with_file_and_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n\n' + line + "\n")
     found = refusal(path)
@@ -168,19 +168,19 @@ def test_a_broken_record_is_refused_with_its_file_and_line(tmp_path: Path, line:
     assert "\n" not in found
 
 
-def test_json_lines_in_another_encoding_name_the_line_and_the_offset_in_the_file(tmp_path: Path) -> None:
+def test_misencoded_json_lines_name_line_and_offset(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
     assert refusal(path).startswith(f"{path}:2 is not UTF-8: byte 0xe9 at offset 30.")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_json_lines_without_a_record_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_json_lines_without_records_are_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert refusal(tmp_path / "a.jsonl") == f"{tmp_path / 'a.jsonl'} is empty: it yields no training token."
 
 
-def test_broken_parquet_is_refused(tmp_path: Path) -> None:
+def test_broken_parquet_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"not parquet at all")
     assert refusal(path).startswith(f"{path} cannot be read as a Parquet file: ")
@@ -196,22 +196,22 @@ def test_broken_parquet_is_refused(tmp_path: Path) -> None:
     assert refusal(path) == f"{path} is empty: it yields no training token."
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_empty_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_text("a")
     assert refusal(tmp_path) == f"the folder {tmp_path} contains no file to train on."
 
 
-def test_a_link_to_a_folder_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+def test_link_to_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "link").symlink_to(tmp_path)
     assert refusal(tmp_path).startswith(f"{tmp_path / 'link'} is a link to a folder.")
 
 
-def test_what_is_neither_file_nor_folder_is_refused() -> None:
+def test_special_file_is_rejected() -> None:
     assert refusal("/dev/null") == "/dev/null is neither a regular file nor a folder."
 
 
-def test_a_missing_path_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+def test_missing_path_is_rejected_with_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "data.jsonl").write_text("")
     missing = tmp_path / "corpus" / "date.jsonl"
@@ -223,15 +223,13 @@ def test_a_missing_path_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
     assert refusal("").startswith("there is no file or folder ''.")
 
 
-def test_a_misspelt_built_in_source_is_not_looked_up_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_misspelt_source_is_not_looked_up_on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = refusal("python-stdlbi")
     assert found == "there is no file or folder 'python-stdlbi'. Did you mean python-stdlib?"
 
 
-def test_a_saved_dataset_is_read_and_of_a_dictionary_its_train_split(tmp_path: Path) -> None:
+def test_saved_dataset_is_read_from_train_split(tmp_path: Path) -> None:
     import datasets
 
     rows = datasets.Dataset.from_list([{"text": "a", "id": 1}, {"text": "b", "id": 2}])
@@ -249,14 +247,14 @@ def test_a_saved_dataset_is_read_and_of_a_dictionary_its_train_split(tmp_path: P
     assert refusal(tmp_path / "plain").startswith(f"the saved dataset {tmp_path / 'plain'} cannot be read: ")
 
 
-def test_an_unreachable_hub_is_one_sentence_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_fails_fast_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = refusal("somebody/some-dataset")  # tests run in the hub's offline mode
     assert found.startswith("'somebody/some-dataset' is not a path on this machine and cannot be loaded from the hub:")
     assert "\n" not in found
 
 
-def test_reading_text_loads_neither_torch_nor_a_model_library() -> None:
+def test_reading_text_loads_no_torch_or_model_library() -> None:
     program = (
         "import sys; from bigbatch.lm.data import sampling_order, sources; sources.read_corpus(sys.argv[1]);"
         "print(sorted({'torch', 'transformers', 'tokenizers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"

@@ -38,13 +38,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 @given(st.text())
-def test_every_text_round_trips_behind_the_begin_mark(text: str) -> None:
+def test_every_text_round_trips_after_begin_token(text: str) -> None:
     ids = TOKENIZER(text)["input_ids"]
     assert ids[0] == TOKENIZER.bos_token_id
     assert TOKENIZER.decode(ids[1:]) == text
 
 
-def test_the_vocabulary_learns_from_the_texts_and_keeps_its_size() -> None:
+def test_vocabulary_is_learned_and_keeps_its_size() -> None:
     assert len(TOKENIZER) == 275
     assert len(train_tokenizer(["ab"], vocabulary_size=4096)) == SMALLEST_VOCABULARY
     ids = TOKENIZER("    return x + 1\n", add_special_tokens=False)["input_ids"]
@@ -52,17 +52,17 @@ def test_the_vocabulary_learns_from_the_texts_and_keeps_its_size() -> None:
     assert len({TOKENIZER.bos_token_id, TOKENIZER.eos_token_id, TOKENIZER.pad_token_id}) == 3
 
 
-def test_the_same_texts_give_the_same_tokenizer() -> None:
+def test_same_texts_give_same_tokenizer() -> None:
     again = train_tokenizer(iter(TEXTS), vocabulary_size=275)
     assert again.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
 
 
-def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused() -> None:
+def test_vocabulary_too_small_for_bytes_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"vocabulary_size=258 cannot hold the 256 bytes .* Use at least 259\."):
         train_tokenizer(TEXTS, vocabulary_size=258)
 
 
-def test_of_too_much_text_evenly_spread_pieces_are_used() -> None:
+def test_large_corpus_is_sampled_evenly() -> None:
     long = "".join(chr(i % 1000 + 32) for i in range(100_000))
     short = ["x" * 100] * 1000
     pieces = list(module._evenly_spread([long, *short], 50_000))
@@ -72,7 +72,7 @@ def test_of_too_much_text_evenly_spread_pieces_are_used() -> None:
     assert list(module._evenly_spread(["a", "b"], 2)) == ["a", "b"]
 
 
-def test_the_chat_template_renders_the_first_turns_as_a_prefix() -> None:
+def test_chat_template_renders_first_turns_as_prefix() -> None:
     whole = TOKENIZER.apply_chat_template(TURNS, tokenize=False)
     assert whole == (
         "<|begin|>system:\nBe brief.\nuser:\nHi\nassistant:\nHello.<|end|>user:\nBye\nassistant:\n\nBye.<|end|>"
@@ -86,7 +86,7 @@ def test_the_chat_template_renders_the_first_turns_as_a_prefix() -> None:
 
 
 @pytest.mark.parametrize("beside_a_model", [False, True])
-def test_a_saved_tokenizer_loads_as_the_same_one(tmp_path: Path, beside_a_model: bool) -> None:
+def test_saved_tokenizer_loads_identically(tmp_path: Path, beside_a_model: bool) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     if beside_a_model:
         # A model's type makes transformers prefer its own tokenizer class, which would split texts otherwise.
@@ -98,19 +98,19 @@ def test_a_saved_tokenizer_loads_as_the_same_one(tmp_path: Path, beside_a_model:
         assert loaded.decode(loaded("a . b n't")["input_ids"], skip_special_tokens=True) == "a . b n't"
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
+def test_tokenizer_without_padding_uses_end_token(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     edit_config(tmp_path, pad_token=None)
     assert load_tokenizer(str(tmp_path)).pad_token_id == TOKENIZER.eos_token_id
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_without_end_token_is_rejected(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     edit_config(tmp_path, eos_token=None)
     assert refusal(tmp_path).startswith(f"the tokenizer of {tmp_path} has no end token to terminate documents with.")
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_rejected(tmp_path: Path) -> None:
     # From this configuration alone transformers would build a tokenizer with an empty vocabulary.
     GPT2Config().save_pretrained(tmp_path)
     assert refusal(tmp_path).startswith(
@@ -121,13 +121,13 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{broken", "{}", '{"model": {"type": "None"}}'])
-def test_a_broken_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+def test_broken_tokenizer_is_rejected(tmp_path: Path, content: str) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     assert refusal(tmp_path).startswith(f"the tokenizer of {tmp_path} cannot be loaded: ")
 
 
-def test_an_unreachable_hub_is_one_sentence() -> None:
+def test_unreachable_hub_is_one_sentence() -> None:
     # Tests run in the hub's offline mode.
     assert refusal("somebody/some-model").startswith("'somebody/some-model' is not a folder, and the hub")
     assert refusal("no such/folder/here").startswith("'no such/folder/here' is neither a path on this machine nor a")

@@ -14,13 +14,13 @@ def meeting(store: Store, size: int = 3) -> list[Store]:
         return list(pool.map(lambda rank: fresh_store(store, rank, size, timeout_s=60), range(size)))
 
 
-def test_those_who_meet_share_a_part_of_the_store() -> None:
+def test_ranks_of_one_rendezvous_share_store_prefix() -> None:
     parts = meeting(HashStore())
     parts[1].set("address", b"here")
     assert [part.get("address") for part in parts] == [b"here"] * 3
 
 
-def test_nobody_sees_what_those_wrote_who_met_before() -> None:
+def test_keys_of_earlier_rendezvous_are_invisible() -> None:
     store = HashStore()
     for number in range(3):
         parts = meeting(store)
@@ -29,7 +29,7 @@ def test_nobody_sees_what_those_wrote_who_met_before() -> None:
             part.set("address", b"there")
 
 
-def test_one_who_left_before_all_had_come_is_not_taken_for_the_next() -> None:
+def test_early_leaver_is_not_counted_next_time() -> None:
     store = HashStore()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(fresh_store, store, 0, 3, timeout_s=0.2)
@@ -42,6 +42,6 @@ def test_one_who_left_before_all_had_come_is_not_taken_for_the_next() -> None:
     assert [part.get("address") for part in parts] == [b"here"] * 3
 
 
-def test_one_who_is_alone_says_for_whom_it_waited() -> None:
+def test_timeout_names_the_missing_rank() -> None:
     with pytest.raises(TimeoutError, match=re.escape("rank 2 has waited 0.1 s for rank 0")):
         fresh_store(HashStore(), 2, 3, timeout_s=0.1)

@@ -74,7 +74,7 @@ def gradients(model: Any, **inputs: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_those_of_before(kind: str) -> None:
+def test_logits_and_gradients_equal_original_attention(kind: str) -> None:
     model = build(kind)
     padded = torch.ones_like(rows())
     padded[0, 12:] = 0
@@ -91,7 +91,7 @@ def test_logits_and_gradients_are_those_of_before(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SWAPPED)
-def test_the_text_that_is_written_is_that_of_before(kind: str) -> None:
+def test_generated_text_equals_original_attention(kind: str) -> None:
     model = build(kind)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     before = model.generate(rows(1)[:, :5], **options)
@@ -101,7 +101,7 @@ def test_the_text_that_is_written_is_that_of_before(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_adapters_and_checkpoints_go_on_top(kind: str) -> None:
+def test_adapters_and_checkpointing_are_supported(kind: str) -> None:
     plain, swapped = build(kind), build(kind)
     drop_mask_if_causal(swapped, DeviceSpec(CPU, "float64"), max_length=LENGTH)
     plain, swapped = (add_lora(model, rank=2, alpha=4.0, seed=0).train() for model in (plain, swapped))
@@ -118,7 +118,7 @@ def test_adapters_and_checkpoints_go_on_top(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_shows_without_weights_is_what_a_trial_tells(kind: str) -> None:
+def test_weightless_check_agrees_with_trial(kind: str) -> None:
     model = build(kind)
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(KINDS[kind]())
@@ -127,14 +127,14 @@ def test_what_shows_without_weights_is_what_a_trial_tells(kind: str) -> None:
         assert has_full_attention(bare.config, max_length=LENGTH) == (model.config._attn_implementation == NAME)
 
 
-def test_a_window_shorter_than_the_rows_keeps_its_mask() -> None:
+def test_sliding_window_shorter_than_rows_keeps_mask() -> None:
     config = build("mistral").config
     assert has_full_attention(config, max_length=LENGTH)
     assert not has_full_attention(config, max_length=LENGTH + 1)
     assert not has_full_attention(build("gemma2").config, max_length=16)  # eager: it caps what attention adds up
 
 
-def test_a_model_whose_mask_says_more_than_causal_keeps_it() -> None:
+def test_model_with_non_causal_mask_keeps_it() -> None:
     """Alibi, as some models have it: the distance is in the mask."""
 
     class Biased(type(build("llama"))):
@@ -157,7 +157,7 @@ def test_a_model_whose_mask_says_more_than_causal_keeps_it() -> None:
     assert not torch.allclose(model(input_ids=rows(), use_cache=False).logits, expected, atol=1e-3)
 
 
-def test_what_is_saved_knows_nothing_of_it_and_loads_elsewhere(tmp_path: Path) -> None:
+def test_saved_model_is_unaffected_and_loads_elsewhere(tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "data.jsonl", records(20)))
     base = str(save_model_folder(tmp_path / "base"))
     prepared, _, _ = run(tmp_path / "run", data=data, model=base, steps=1, global_batch=4, microbatch=2)

@@ -18,7 +18,7 @@ def sample(length: int, masked: int, seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens[:-1], "labels": labels}
 
 
-def test_the_sum_is_the_mean_of_transformers_times_the_count(tmp_path: Path) -> None:
+def test_sum_equals_transformers_mean_times_count(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_model_folder(tmp_path)).double().eval()
     samples = [sample(9, 2, 0), sample(4, 0, 1), sample(12, 11, 2)]
     loss_sum, items = CausalLMLoss(resolve_device("cpu", "float64"))(model, collate(samples, pad_id=0))

@@ -112,14 +112,14 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_loss_and_gradients_are_those_of_all_logits(name: str) -> None:
+def test_loss_and_gradients_equal_full_logits(name: str) -> None:
     model = build(KNOWN[name]())
     assert chunked_loss_is_exact(model, FLOAT64)
     chunked = loss_and_gradients(model, ChunkedCausalLMLoss(FLOAT64, chunk_tokens=5))
     assert difference(chunked, loss_and_gradients(model, CausalLMLoss(FLOAT64))) <= 1e-12
 
 
-def test_no_mask_is_passed_on_where_none_is_needed() -> None:
+def test_unneeded_mask_is_not_passed() -> None:
     model = build(KNOWN["llama"]())
     use_causal_attention(model)
     chunked = loss_and_gradients(model, ChunkedCausalLMLoss(FLOAT64, needs_mask=False))
@@ -127,7 +127,7 @@ def test_no_mask_is_passed_on_where_none_is_needed() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2, tied"])
-def test_adapters_below_the_head_train_alike_and_the_head_gets_no_gradient(name: str) -> None:
+def test_adapters_below_head_train_and_head_stays_frozen(name: str) -> None:
     model = add_lora(build(KNOWN[name]()), rank=2, alpha=4, seed=0).double()
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
@@ -141,7 +141,7 @@ def test_adapters_below_the_head_train_alike_and_the_head_gets_no_gradient(name:
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_an_adapted_head_is_not_known(options: dict[str, Any]) -> None:
+def test_adapted_head_is_not_supported(options: dict[str, Any]) -> None:
     import peft
 
     warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, about names of theirs
@@ -187,7 +187,7 @@ class TestExactness:
 
     @pytest.mark.parametrize("change", CHANGES)
     @pytest.mark.parametrize("precision", ["float64", *PRECISIONS])
-    def test_a_model_that_changes_its_logits_keeps_them(self, change: str, precision: str) -> None:
+    def test_model_that_modifies_logits_is_unchanged(self, change: str, precision: str) -> None:
         machine = DeviceSpec(CPU, precision)
         torch.manual_seed(0)
         model = Changed(hf.LlamaConfig(**GROUPED)).to(machine.weights_dtype)
@@ -197,25 +197,25 @@ class TestExactness:
 
     @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2, soft cap", "granite, divided", "phi, bias"])
-    def test_rounding_does_not_hide_what_a_model_is(self, name: str, precision: str) -> None:
+    def test_head_is_recognised_in_every_precision(self, name: str, precision: str) -> None:
         machine = DeviceSpec(CPU, precision)
         assert chunked_loss_is_exact(build(KNOWN[name]()).to(machine.weights_dtype), machine)
 
-    def test_a_head_that_is_called_twice_is_not_known(self) -> None:
+    def test_head_called_twice_is_not_supported(self) -> None:
         model = CalledTwice(hf.LlamaConfig(**GROUPED)).double()
         assert not chunked_loss_is_exact(model, FLOAT64)
         with pytest.raises(ValueError, match="called its head with"):
             ChunkedCausalLMLoss(FLOAT64)(model, collated(samples()))
 
-    def test_no_language_model_has_no_head(self) -> None:
+    def test_non_language_model_has_no_head(self) -> None:
         assert find_lm_head(nn.Linear(2, 2)) is None
         assert not chunked_loss_is_exact(nn.Linear(2, 2), FLOAT64)
 
-    def test_a_model_of_too_few_positions_is_not_tried(self) -> None:
+    def test_model_with_too_few_positions_is_not_tried(self) -> None:
         model = build(hf.GPT2Config(**SHORT_NAMES, **ENDS, n_positions=5))
         assert not chunked_loss_is_exact(model, FLOAT64)
 
-    def test_the_model_is_left_as_it_was(self) -> None:
+    def test_model_is_unchanged(self) -> None:
         model = build(hf.GPT2Config(**SHORT_NAMES, **ENDS, resid_pdrop=0.5)).train()
         model.transformer.h[0].eval()
         modes = [module.training for module in model.modules()]
@@ -227,7 +227,7 @@ class TestExactness:
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_head_gets_its_hidden_states_back_after_an_error() -> None:
+def test_head_is_restored_after_error() -> None:
     model = build(KNOWN["llama"]())
     model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -236,7 +236,7 @@ def test_the_head_gets_its_hidden_states_back_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_engine_makes_the_same_update_of_it(checkpointing: bool) -> None:
+def test_engine_makes_same_update(checkpointing: bool) -> None:
     """Tied weights, dropout, activation checkpoints and micro-batches of other sizes."""
     updated = []
     for loss_fn in (CausalLMLoss(FLOAT64), ChunkedCausalLMLoss(FLOAT64, chunk_tokens=7)):
@@ -252,13 +252,13 @@ def test_an_engine_makes_the_same_update_of_it(checkpointing: bool) -> None:
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*updated, strict=True))
 
 
-def test_every_cut_of_a_batch_gives_its_gradient() -> None:
+def test_every_cut_of_batch_gives_its_gradient() -> None:
     model = build(KNOWN["gpt2"]())
     loss_fn = ChunkedCausalLMLoss(FLOAT64, chunk_tokens=5)
     assert bigbatch.verify(model, loss_fn, samples() * 2, collate=collated).exact
 
 
-def test_an_evaluation_makes_no_graph() -> None:
+def test_evaluation_builds_no_graph() -> None:
     model = build(KNOWN["llama"]())
     with torch.no_grad():
         loss_sum, _ = ChunkedCausalLMLoss(FLOAT64)(model, collated(samples()))
@@ -267,7 +267,7 @@ def test_an_evaluation_makes_no_graph() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_precision_is_that_of_all_logits(precision: str) -> None:
+def test_precision_equals_full_logits(precision: str) -> None:
     machine = DeviceSpec(CPU, precision)
     exact = loss_and_gradients(build(KNOWN["llama, tied"]()), CausalLMLoss(FLOAT64))
     model = build(KNOWN["llama, tied"]()).to(machine.weights_dtype)
@@ -280,7 +280,7 @@ def test_precision_is_that_of_all_logits(precision: str) -> None:
     assert difference(chunked, exact) <= 1.5 * difference(full, exact) + torch.finfo(torch.float32).eps
 
 
-def test_products_are_those_of_autocast() -> None:
+def test_products_use_autocast_dtype() -> None:
     model = build(KNOWN["llama"]()).float()
     single, full, chunked = (
         loss_fn(model, collated(samples()))[0].item()
@@ -312,7 +312,7 @@ class TestPrediction:
 
     @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("lora", [False, True])
-    def test_the_loss_takes_a_chunk_of_logits_instead_of_all(self, precision: str, lora: bool) -> None:
+    def test_loss_holds_one_chunk_of_logits(self, precision: str, lora: bool) -> None:
         machine = DeviceSpec(CPU, precision)
         logits = self.ROWS * self.LENGTH * self.VOCABULARY
         full = self.predict(CausalLMLoss(machine, needs_mask=False), machine, lora=lora)

@@ -98,7 +98,7 @@ def graphs() -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapters"])
-def test_what_is_computed_anew_has_the_same_gradient(kind: str, lora: bool) -> None:
+def test_recomputed_layers_have_same_gradient(kind: str, lora: bool) -> None:
     model = build(KINDS[kind](), lora=lora)
     for microbatch in (padded(5, 9, 16), packed(5, 9, 16)):
         expected = gradient(model, microbatch)
@@ -111,7 +111,7 @@ def test_what_is_computed_anew_has_the_same_gradient(kind: str, lora: bool) -> N
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["interpreted", "compiled"])
-def test_each_level_runs_so_many_layers_again(compiled: bool) -> None:
+def test_each_level_recomputes_expected_layers(compiled: bool) -> None:
     model = build(KINDS["llama"]())
     calls: list[int] = []
     for index, layer in enumerate(model.model.layers):
@@ -134,7 +134,7 @@ def peak_of(model: Any) -> int:
     return tracker.peak_bytes
 
 
-def test_each_level_takes_less_memory_than_the_one_before() -> None:
+def test_each_level_uses_less_memory() -> None:
     model = build(LlamaConfig(**SIZE | {"hidden_size": 64, "intermediate_size": 256}))
     layers = DecoderLayers(model)
     peaks = []
@@ -156,7 +156,7 @@ DROPPING: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("where", DROPPING)
-def test_dropout_drops_the_same_when_compiled_layers_are_computed_anew(where: str) -> None:
+def test_dropout_is_reproduced_in_recomputed_compiled_layers(where: str) -> None:
     model = build(DROPPING[where]())
     microbatch = padded(5, 9, 13)
     expected = gradient(model, microbatch)
@@ -173,7 +173,7 @@ def test_dropout_drops_the_same_when_compiled_layers_are_computed_anew(where: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_graph_serves_all_layers_and_lengths_with_the_same_gradients(kind: str) -> None:
+def test_one_graph_serves_all_layers_and_lengths(kind: str) -> None:
     model = build(KINDS[kind]())
     microbatches = [padded(5, 9, 13), padded(*[14] * 9), padded(7, 6), padded(*[11] * 30), padded(15, 1)]
     expected = [gradient(model, microbatch) for microbatch in microbatches]
@@ -188,7 +188,7 @@ def test_one_graph_serves_all_layers_and_lengths_with_the_same_gradients(kind: s
             assert graphs() == 1
 
 
-def test_packed_rows_may_be_compiled_on_the_cpu_too() -> None:
+def test_packed_rows_can_be_compiled_on_cpu() -> None:
     """There a layer breaks at its sequences, which are one call each."""
     model = build(KINDS["llama"]())
     microbatches = [packed(5, 9, 13), packed(*[14] * 9)]
@@ -200,7 +200,7 @@ def test_packed_rows_may_be_compiled_on_the_cpu_too() -> None:
         assert error(gradient(model, microbatch), gradients) <= EXACT
 
 
-def test_backward_may_be_traced_as_well() -> None:
+def test_backward_can_be_traced() -> None:
     """As the backend that is the default does."""
     model = build(LlamaConfig(**SIZE | {"num_hidden_layers": 1}))
     layers = DecoderLayers(model)
@@ -226,7 +226,7 @@ def test_compiled_layers_leave_checkpointing_to_their_calls() -> None:
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
 
 
-def test_paused_layers_run_without_and_come_back() -> None:
+def test_paused_layers_run_uncompiled_and_return() -> None:
     model = build(KINDS["llama"]())
     expected = gradient(model, padded(5, 9))
     layers = DecoderLayers(model)
@@ -246,7 +246,7 @@ def test_paused_layers_run_without_and_come_back() -> None:
     assert graphs() > compiled
 
 
-def test_layers_come_back_from_a_pause_that_fails() -> None:
+def test_layers_return_after_failing_pause() -> None:
     model = build(KINDS["llama"]())
     layers = DecoderLayers(model)
     layers.compile("eager")
@@ -261,7 +261,7 @@ def test_layers_come_back_from_a_pause_that_fails() -> None:
     assert [layer._compiled_call_impl for layer in model.model.layers] == calls
 
 
-def test_a_pause_of_what_was_never_compiled_changes_nothing() -> None:
+def test_pause_without_compilation_changes_nothing() -> None:
     model = build(KINDS["llama"]())
     layers = DecoderLayers(model)
     with layers.eager():
@@ -269,7 +269,7 @@ def test_a_pause_of_what_was_never_compiled_changes_nothing() -> None:
     assert not layers.is_compiled
 
 
-def test_interpreted_layers_are_those_of_before() -> None:
+def test_eager_layers_equal_original() -> None:
     model = build(KINDS["llama"]())
     expected = gradient(model, padded(5, 9))
     layers = DecoderLayers(model)
@@ -284,7 +284,7 @@ def test_interpreted_layers_are_those_of_before() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_text_is_written_without_compiling(kind: str) -> None:
+def test_text_is_generated_without_compiling(kind: str) -> None:
     model = build(KINDS[kind]())
     prompt = torch.arange(5)[None] + 3
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -302,7 +302,7 @@ def test_text_is_written_without_compiling(kind: str) -> None:
 # models ----------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_within_the_layers() -> None:
+def test_adapters_are_inside_layers() -> None:
     model = build(KINDS["llama"](), lora=True)
     layers = DecoderLayers(model)
     layers.set_checkpointing("full")
@@ -310,7 +310,7 @@ def test_adapters_are_within_the_layers() -> None:
 
 
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES)
-def test_gradients_end_in_what_is_trained(level: CheckpointingMode) -> None:
+def test_gradients_reach_trained_parameters_only(level: CheckpointingMode) -> None:
     """Not in the embedded tokens, which transformers lets require them: one more layer to differentiate."""
     model = build(KINDS["llama"](), lora=True)
     DecoderLayers(model).set_checkpointing(level)
@@ -322,14 +322,14 @@ def test_gradients_end_in_what_is_trained(level: CheckpointingMode) -> None:
         assert sums._leaves is _GraphLeaves.ONLY_OURS
 
 
-def test_what_is_saved_knows_nothing_of_it() -> None:
+def test_saved_model_is_unaffected() -> None:
     model = build(KINDS["llama"]())
     before = list(model.state_dict())
     DecoderLayers(model).compile("eager")
     assert list(model.state_dict()) == before
 
 
-def test_a_model_without_such_layers_is_refused() -> None:
+def test_model_without_decoder_layers_is_rejected() -> None:
     class Plain(nn.Module):
         def gradient_checkpointing_enable(self, **_: Any) -> None: ...
 
@@ -337,14 +337,14 @@ def test_a_model_without_such_layers_is_refused() -> None:
         DecoderLayers(Plain())
 
 
-def test_a_model_that_cannot_be_checkpointed_is_refused_in_the_words_of_transformers() -> None:
+def test_uncheckpointable_model_is_rejected_with_transformers_error() -> None:
     model = build(KINDS["llama"]())
     model.supports_gradient_checkpointing = False
     with pytest.raises(ValueError, match=r"LlamaForCausalLM does not support .* checkpointing"):
         DecoderLayers(model)
 
 
-def test_noise_in_a_router_counts_as_random() -> None:
+def test_router_noise_counts_as_random() -> None:
     quiet, noisy = (
         DecoderLayers(
             build(MixtralConfig(**SIZE, num_key_value_heads=1, num_local_experts=2, router_jitter_noise=noise))

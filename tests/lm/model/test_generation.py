@@ -12,9 +12,7 @@ from support.language_models import save_model_folder
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompt", ["def ", "für ", "def return ", "def  ", "def", "日本語 "])
-def test_the_text_begins_with_the_prompt_and_a_last_space_belongs_to_the_next_word(
-    tmp_path: Path, prompt: str, temperature: float
-) -> None:
+def test_text_starts_with_prompt_without_last_space(tmp_path: Path, prompt: str, temperature: float) -> None:
     folder = save_model_folder(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

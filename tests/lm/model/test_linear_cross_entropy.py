@@ -61,7 +61,7 @@ def with_gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("options", MAPS, ids=str)
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 36, 37, 1000])
 @pytest.mark.parametrize("biased", [False, True])
-def test_sum_and_gradients_are_those_of_all_logits(options: dict[str, float], chunk_tokens: int, biased: bool) -> None:
+def test_sum_and_gradients_equal_full_logits(options: dict[str, float], chunk_tokens: int, biased: bool) -> None:
     hidden, weight, bias, labels = make()
     leaves = (hidden, weight, bias) if biased else (hidden, weight)
     arguments = (hidden, weight, bias if biased else None, labels)
@@ -73,7 +73,7 @@ def test_sum_and_gradients_are_those_of_all_logits(options: dict[str, float], ch
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=9), st.integers(1, 12))
-def test_labels_and_cuts_of_any_kind(targets: list[int], chunk_tokens: int) -> None:
+def test_labels_and_chunks_of_any_kind_are_exact(targets: list[int], chunk_tokens: int) -> None:
     hidden, weight, bias, _ = make(len(targets), 3, 7)
     labels = torch.tensor([IGNORED if target < 0 else target for target in targets])
     found = with_gradients(
@@ -83,7 +83,7 @@ def test_labels_and_cuts_of_any_kind(targets: list[int], chunk_tokens: int) -> N
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(found, expected, strict=True))
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     hidden, weight, bias, labels = make(5, 3, 7)
     assert torch.autograd.gradcheck(
         lambda *leaves: linear_cross_entropy(*leaves, labels, chunk_tokens=2, softcap=2.0, scale=0.7),
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     )
 
 
-def test_a_factor_and_several_uses_reach_the_gradients() -> None:
+def test_scale_and_repeated_use_reach_gradients() -> None:
     hidden, weight, bias, labels = make()
     found, expected = (
         with_gradients(-0.3 * loss + loss.square() / 100, hidden, weight, bias)
@@ -105,7 +105,7 @@ def test_a_factor_and_several_uses_reach_the_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_a_second_backward_gives_the_same_gradients(dtype: torch.dtype) -> None:
+def test_second_backward_gives_same_gradients(dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = make(dtype=dtype)
     loss = linear_cross_entropy(hidden, weight, bias, labels, chunk_tokens=5, scale=0.5)
     first = torch.autograd.grad(3 * loss, (hidden, weight, bias), retain_graph=True)
@@ -115,14 +115,14 @@ def test_a_second_backward_gives_the_same_gradients(dtype: torch.dtype) -> None:
         torch.autograd.grad(loss, (hidden,))
 
 
-def test_a_gradient_of_the_gradient_is_refused() -> None:
+def test_double_backward_is_rejected() -> None:
     hidden, weight, bias, labels = make()
     loss = linear_cross_entropy(hidden, weight, bias, labels)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, (hidden,), create_graph=True)
 
 
-def test_tied_weights_and_checkpointed_layers_sum_their_gradients_over_micro_batches() -> None:
+def test_tied_and_checkpointed_weights_sum_over_microbatches() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(VOCABULARY, (4, 11))
     table = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -147,7 +147,7 @@ def test_tied_weights_and_checkpointed_layers_sum_their_gradients_over_micro_bat
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_nothing_to_learn_is_zero(dtype: torch.dtype) -> None:
+def test_no_labels_give_zero(dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = make(dtype=dtype)
     found = with_gradients(
         linear_cross_entropy(hidden, weight, bias, torch.full_like(labels, IGNORED), chunk_tokens=5),
@@ -160,7 +160,7 @@ def test_nothing_to_learn_is_zero(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_stands_at_ignored_positions_reaches_nothing(value: float, dtype: torch.dtype) -> None:
+def test_ignored_positions_have_no_influence(value: float, dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = make(dtype=dtype)
     ignored = labels == IGNORED
     expected = with_gradients(linear_cross_entropy(hidden, weight, bias, labels, chunk_tokens=5), hidden, weight, bias)
@@ -170,7 +170,7 @@ def test_what_stands_at_ignored_positions_reaches_nothing(value: float, dtype: t
     assert not found[1][ignored].any()
 
 
-def test_a_nan_at_a_label_is_not_hidden() -> None:
+def test_nan_at_label_is_not_hidden() -> None:
     hidden, weight, bias, labels = make()
     broken = hidden.detach().index_fill(0, torch.tensor([1]), float("nan")).requires_grad_()
     assert all(
@@ -178,26 +178,26 @@ def test_a_nan_at_a_label_is_not_hidden() -> None:
     )
 
 
-def test_a_label_that_is_no_token_is_an_error() -> None:
+def test_invalid_label_is_an_error() -> None:
     hidden, weight, bias, labels = make()
     for wrong in (VOCABULARY, -5):
         with pytest.raises(RuntimeError, match="out of bounds"):
             linear_cross_entropy(hidden, weight, bias, labels.index_fill(0, torch.tensor([1]), wrong))
 
 
-def test_a_chunk_without_tokens_is_refused() -> None:
+def test_chunk_without_tokens_is_rejected() -> None:
     with pytest.raises(ValueError, match="at least 1 token"):
         linear_cross_entropy(*make(), chunk_tokens=0)
 
 
-def test_no_tokens_at_all_are_a_sum_of_nothing() -> None:
+def test_empty_input_gives_empty_sum() -> None:
     hidden, weight, bias, labels = make(0)
     loss, *gradients = with_gradients(linear_cross_entropy(hidden, weight, bias, labels), weight, bias)
     assert not loss
     assert not any(gradient.any() for gradient in gradients)
 
 
-def test_a_frozen_head_or_frozen_layers_get_no_gradient() -> None:
+def test_frozen_head_or_layers_get_no_gradient() -> None:
     hidden, weight, bias, labels = make()
     for leaf in (hidden, weight, bias):
         arguments = [tensor if tensor is leaf else tensor.detach() for tensor in (hidden, weight, bias)]
@@ -239,7 +239,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("options", MAPS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_of_parameters(self, dtype: torch.dtype, options: dict[str, float]) -> None:
+    def test_parameters_are_as_accurate_as_full_logits(self, dtype: torch.dtype, options: dict[str, float]) -> None:
         *narrow, labels = make(300, 32, 400, dtype=dtype)
         ours, theirs = self.both(tuple(narrow), labels, options)
         assert ours[0] <= LOSS_ROUNDINGS * torch.finfo(dtype).eps
@@ -247,21 +247,21 @@ class TestPrecision:
 
     @pytest.mark.parametrize("options", MAPS, ids=str)
     @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-    def test_of_autocast(self, autocast: torch.dtype, options: dict[str, float]) -> None:
+    def test_autocast_is_as_accurate_as_full_logits(self, autocast: torch.dtype, options: dict[str, float]) -> None:
         *narrow, labels = make(300, 32, 400, dtype=torch.float32)
         ours, theirs = self.both(tuple(narrow), labels, options, autocast=autocast)
         assert torch.finfo(autocast).eps / 10 < min(ours[1:3]), "autocast was on"
         assert ours[0] <= LOSS_ROUNDINGS * torch.finfo(autocast).eps
         assert all(a <= ROOM * b for a, b in zip(ours[1:], theirs[1:], strict=True))
 
-    def test_of_float64_under_autocast_is_none(self) -> None:
+    def test_float64_under_autocast_stays_exact(self) -> None:
         hidden, weight, bias, labels = make()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = linear_cross_entropy(hidden, weight, bias, labels)
         assert loss.dtype == torch.float64
         assert torch.allclose(loss, full(hidden, weight, bias, labels), rtol=1e-12)
 
-    def test_of_float16_goes_with_the_factor_of_a_gradient_scaler(self) -> None:
+    def test_float16_slopes_scale_with_gradient_scaler(self) -> None:
         """Of a token that the model is sure of, all others have slopes that float16 rounds to 0 until they are scaled.
 
         Their weights have a part in common, whose gradient comes to nothing; without their slopes it does not.
@@ -276,7 +276,7 @@ class TestPrecision:
         assert unscaled[1] > 10 * scaled[1]
 
     @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-    def test_of_float16_is_not_lost_to_an_overflow_at_ignored_labels(self, device: str) -> None:
+    def test_float16_survives_overflow_at_ignored_labels(self, device: str) -> None:
         labels = torch.tensor([0, IGNORED, 1], device=device)
         hidden = 8 * F.one_hot(torch.tensor([0, 0, 1], device=device), 16).half()
         weight = torch.eye(16, device=device).half()
@@ -285,14 +285,14 @@ class TestPrecision:
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(2.0**17 * loss, leaves))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_of_parameters_in_the_dtype_of_autocast_is_the_same_without_it(self, dtype: torch.dtype) -> None:
+    def test_parameters_in_autocast_dtype_are_unaffected_by_it(self, dtype: torch.dtype) -> None:
         *leaves, labels = make(300, 32, 400, dtype=dtype)
         expected = with_gradients(linear_cross_entropy(*leaves, labels, chunk_tokens=32), *leaves)  # type: ignore[misc, arg-type]
         with torch.autocast("cpu", dtype=dtype):
             found = with_gradients(linear_cross_entropy(*leaves, labels, chunk_tokens=32), *leaves)  # type: ignore[misc, arg-type]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-    def test_of_many_chunks_does_not_grow(self) -> None:
+    def test_error_does_not_grow_with_chunks(self) -> None:
         """The weight's gradient is summed in float32: a bfloat16 sum of 256 chunks would be off by a per cent."""
         *narrow, labels = make(2048, 16, 40, dtype=torch.bfloat16)
         exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
@@ -319,7 +319,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("frozen_head", [False, True])
-    def test_is_twice_a_chunk_of_logits_and_the_gradients(self, dtype: torch.dtype, frozen_head: bool) -> None:
+    def test_peak_is_two_logit_chunks_plus_gradients(self, dtype: torch.dtype, frozen_head: bool) -> None:
         chunk = 2 * 4 * self.CHUNK * self.VOCABULARY + 3 * 4 * self.CHUNK * self.WIDTH
         gradients = self.TOKENS * self.WIDTH * dtype.itemsize
         gradients += 0 if frozen_head else 4 * self.VOCABULARY * self.WIDTH
@@ -328,7 +328,7 @@ class TestMemory:
         assert peak < self.peak_bytes(full, dtype, frozen_head=frozen_head) / 5
 
     @pytest.mark.parametrize(("softcap", "times"), [(None, 2), (3.0, 3)])
-    def test_without_gradients_is_twice_a_chunk_of_logits(self, softcap: float | None, times: int) -> None:
+    def test_peak_without_gradients_is_two_logit_chunks(self, softcap: float | None, times: int) -> None:
         hidden, weight, _, labels = make(self.TOKENS, self.WIDTH, self.VOCABULARY, dtype=torch.float32)
         with AllocationTracker(CPU) as tracker, torch.no_grad():
             tracker.track([hidden, weight, labels], MemoryCategory.PARAMETERS)
@@ -336,7 +336,7 @@ class TestMemory:
         chunk = times * 4 * self.CHUNK * self.VOCABULARY + 4 * self.CHUNK * self.WIDTH
         assert tracker.peak_bytes - tracker.live_bytes[MemoryCategory.PARAMETERS] <= chunk + WORKSPACE_BYTES
 
-    def test_is_given_back_with_the_gradients(self) -> None:
+    def test_memory_is_freed_with_gradients(self) -> None:
         hidden, weight, _, labels = make(self.TOKENS, self.WIDTH, self.VOCABULARY, dtype=torch.float32)
         with AllocationTracker(CPU) as tracker:
             tracker.track([hidden, weight, labels], MemoryCategory.PARAMETERS)
@@ -362,14 +362,14 @@ class TestTorchs:
         return loss
 
     @pytest.mark.parametrize("chunk", [1, 5, 37])
-    def test_agrees_in_float64(self, chunk: int) -> None:
+    def test_torch_implementation_agrees_in_float64(self, chunk: int) -> None:
         hidden, weight, bias, labels = make()
         ours = linear_cross_entropy(hidden, weight, bias, labels, chunk_tokens=chunk)
         theirs = self.theirs(hidden, weight, bias, labels, chunk)
         leaves = (hidden, weight, bias)
         assert max(errors(with_gradients(ours, *leaves), with_gradients(theirs, *leaves))) <= 1e-12
 
-    def test_is_not_nearer_in_bfloat16(self) -> None:
+    def test_torch_implementation_is_not_more_accurate_in_bfloat16(self) -> None:
         *narrow, labels = make(2048, 16, 400, dtype=torch.bfloat16)
         exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
         expected = with_gradients(full(*exact, labels), *exact)  # type: ignore[arg-type]
@@ -421,7 +421,7 @@ def test_loss_and_gradients_match_all_logits(options: dict[str, float], biased: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logit_grads_of_narrow_products_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_logit_gradients_of_narrow_products_use_float32(dtype: torch.dtype) -> None:
     hidden, weight, _, labels = make()
     products = (hidden @ weight.T).detach().to(dtype)
     arguments: Any = (None, labels.clamp(min=0)[:, None], labels == IGNORED, None)
@@ -438,9 +438,7 @@ def test_logit_grads_of_narrow_products_are_computed_in_float32(dtype: torch.dty
 @pytest.mark.parametrize("options", MAPS, ids=str)
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
 @pytest.mark.parametrize("biased", [False, True])
-def test_fused_sum_and_gradients_are_those_of_all_logits(
-    options: dict[str, float], chunk_tokens: int, biased: bool
-) -> None:
+def test_fused_sum_and_gradients_equal_full_logits(options: dict[str, float], chunk_tokens: int, biased: bool) -> None:
     hidden, weight, bias, labels = make()
     leaves = (hidden, weight, bias) if biased else (hidden, weight)
     arguments = (hidden, weight, bias if biased else None, labels)
@@ -454,7 +452,7 @@ def test_fused_sum_and_gradients_are_those_of_all_logits(
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_what_stands_at_ignored_positions_reaches_nothing_fused_either(dtype: torch.dtype) -> None:
+def test_ignored_positions_have_no_influence_when_fused(dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = make(dtype=dtype)
     ignored = labels == IGNORED
     broken = hidden.detach().masked_fill(ignored[:, None], float("nan")).requires_grad_()
@@ -468,7 +466,7 @@ def test_what_stands_at_ignored_positions_reaches_nothing_fused_either(dtype: to
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_gradients_are_no_further_off_in_narrow_dtypes(dtype: torch.dtype) -> None:
+def test_fused_narrow_gradients_are_as_accurate(dtype: torch.dtype) -> None:
     *narrow, labels = make(300, 32, 400, dtype=dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
     expected = with_gradients(full(*exact, labels, softcap=3.0), *exact)  # type: ignore[arg-type]
@@ -480,7 +478,7 @@ def test_fused_gradients_are_no_further_off_in_narrow_dtypes(dtype: torch.dtype)
     assert all(a <= ROOM * b for a, b in zip(ours[1:], theirs[1:], strict=True))
 
 
-def test_nothing_is_compiled_where_tensors_have_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meta_tensors_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_fused", lambda: pytest.fail("was compiled"))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         hidden, weight, bias = (mode.from_tensor(tensor.detach()).requires_grad_() for tensor in make()[:3])
@@ -492,7 +490,7 @@ def test_nothing_is_compiled_where_tensors_have_no_data(monkeypatch: pytest.Monk
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_compiled_sum_and_gradients_are_those_of_all_logits() -> None:
+def test_compiled_sum_and_gradients_equal_full_logits() -> None:
     """Once for all lengths: the last chunk is shorter than the others."""
     hidden, weight, bias, labels = make()
     module._fused.cache_clear()
@@ -515,7 +513,7 @@ def test_compiled_sum_and_gradients_are_those_of_all_logits() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_on_cuda_gradients_are_no_further_off_than_those_of_all_logits(
+def test_cuda_gradients_are_as_accurate_as_full_logits(
     dtype: torch.dtype, autocast: bool, fused: bool, biased: bool
 ) -> None:
     *leaves, labels = make(3000, 64, 900, dtype=torch.float32 if autocast else dtype)
@@ -537,7 +535,7 @@ def test_on_cuda_gradients_are_no_further_off_than_those_of_all_logits(
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_on_cuda_the_host_never_waits(fused: bool) -> None:
+def test_cuda_host_never_waits(fused: bool) -> None:
     *leaves, labels = make(300, 32, 400, dtype=torch.bfloat16)
     narrow = [leaf.detach().cuda().requires_grad_() for leaf in leaves]
     labels = labels.cuda()

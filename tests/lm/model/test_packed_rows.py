@@ -94,9 +94,7 @@ LENGTHS = (LONGEST, 1, 9, 17, 6, 2)
     longer=st.integers(0, 50),
     most=st.one_of(st.none(), st.integers(1, 2500)),
 )
-def test_a_row_holds_its_samples_and_filling_in_sequences_of_its_own(
-    lengths: list[int], longer: int, most: int | None
-) -> None:
+def test_row_holds_samples_and_padding_as_separate_sequences(lengths: list[int], longer: int, most: int | None) -> None:
     given_samples = samples(*lengths)
     longest, tokens = max(lengths) + longer, sum(lengths)
     row = pack_row(given_samples, pad_id=PAD, longest=longest, most=most)
@@ -131,13 +129,13 @@ def test_a_row_holds_its_samples_and_filling_in_sequences_of_its_own(
 
 
 @pytest.mark.parametrize(("sequences", "places"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256)])
-def test_places_are_a_power_of_two(sequences: int, places: int) -> None:
+def test_offset_slots_are_a_power_of_two(sequences: int, places: int) -> None:
     row = pack_row(samples(*[64] * sequences), pad_id=PAD, longest=64, most=64 * sequences)
     assert len(row["offsets"]) == places + 1
     assert row["offsets"].unique().numel() == sequences + 1
 
 
-def test_a_row_is_no_longer_than_the_most_where_its_samples_are_not() -> None:
+def test_row_respects_limit_where_samples_do() -> None:
     sizes = [
         pack_row(samples(600, 500), pad_id=PAD, longest=600, most=most)["input_ids"].shape[1]
         for most in (None, 5000, 1152, 1120, 1100, 700)
@@ -145,12 +143,12 @@ def test_a_row_is_no_longer_than_the_most_where_its_samples_are_not() -> None:
     assert sizes == [1152, 1152, 1152, 1120, 1100, 1100]
 
 
-def test_no_samples_are_no_row() -> None:
+def test_no_samples_give_no_row() -> None:
     with pytest.raises(ValueError, match=r"there is no sample to pack\. Pass at least one\."):
         pack_row([], pad_id=PAD, longest=8)
 
 
-def test_a_model_is_given_offsets_or_a_mask() -> None:
+def test_model_receives_offsets_or_mask() -> None:
     packed, padded = pack_row(samples(4, 2), pad_id=PAD, longest=9), collate(samples(4, 2), pad_id=PAD)
     inputs = model_inputs(packed, longest=9, needs_mask=True)
     assert inputs.pop("cu_seq_lens_q") is inputs.pop("cu_seq_lens_k") is packed["offsets"]
@@ -188,7 +186,7 @@ def rows_of(given_samples: list[dict[str, Tensor]], *cuts: int) -> list[dict[str
 
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("loss", [CausalLMLoss, ChunkedCausalLMLoss])
-def test_packed_rows_give_the_loss_and_gradient_of_each_sequence_alone(kind: str, loss: Any) -> None:
+def test_packed_loss_equals_each_sequence_alone(kind: str, loss: Any) -> None:
     model = build(PACKED[kind]())
     expected = one_by_one(model, samples(*LENGTHS))
     use_causal_attention(model)
@@ -201,7 +199,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_each_sequence_alone(kind: str
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_a_row_without_offsets_is_another_loss(kind: str) -> None:
+def test_row_without_offsets_changes_loss(kind: str) -> None:
     """The bound above must notice sequences that see one another, and positions that do not begin anew."""
     model = build(PACKED[kind]())
     expected = one_by_one(model, samples(*LENGTHS))
@@ -216,7 +214,7 @@ def test_a_row_without_offsets_is_another_loss(kind: str) -> None:
     assert (positions > 1e-3) == (kind == "gpt2"), "rotary positions are relative within a sequence"
 
 
-def test_a_window_that_is_left_out_is_another_loss() -> None:
+def test_omitted_sliding_window_changes_loss() -> None:
     model = build(PACKED["mistral with a short window"]())
     expected = one_by_one(model, samples(*LENGTHS))
     use_causal_attention(model)
@@ -227,7 +225,7 @@ def test_a_window_that_is_left_out_is_another_loss() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral with a short window"])
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES)
-def test_adapters_and_recomputation_go_on_top(kind: str, level: Any) -> None:
+def test_adapters_and_recomputation_are_supported(kind: str, level: Any) -> None:
     def adapted(model: Any) -> Any:
         model = add_lora(model, rank=2, alpha=4.0, seed=0).train()
         with torch.no_grad():
@@ -246,7 +244,7 @@ def test_adapters_and_recomputation_go_on_top(kind: str, level: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_what_one_sequence_says_reaches_no_other(kind: str) -> None:
+def test_sequences_do_not_influence_each_other(kind: str) -> None:
     """To the bit: neither the logits of another nor its share of the gradient change."""
     model = build(PACKED[kind]())
     use_causal_attention(model)
@@ -274,7 +272,7 @@ def test_what_one_sequence_says_reaches_no_other(kind: str) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), most=st.integers(1, 80), seed=st.integers(0, 9))
-def test_any_lengths_may_share_a_row(lengths: list[int], most: int, seed: int) -> None:
+def test_any_lengths_can_share_a_row(lengths: list[int], most: int, seed: int) -> None:
     model = build(PACKED["qwen2 with grouped heads"]())
     given_samples = [sample for sample in samples(*lengths, seed=seed) if (sample["labels"] != IGNORED).any()]
     if not given_samples:
@@ -300,7 +298,7 @@ def reason(
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "bf16", "bf16-weights"])
 @pytest.mark.parametrize("kind", PACKED)
-def test_models_whose_attention_is_handed_everything_can(kind: str, precision: str) -> None:
+def test_models_that_pass_attention_arguments_are_supported(kind: str, precision: str) -> None:
     assert reason(PACKED[kind](), precision=precision) is None
 
 
@@ -344,20 +342,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_models_that_cannot_have_packed_rows_are_told_why(kind: str) -> None:
+def test_unsupported_models_are_reported_with_reason(kind: str) -> None:
     config, expected = REFUSED[kind]
     assert reason(config()) == expected
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "bf16-weights"])
 @pytest.mark.parametrize("width", [16, 64])
-def test_a_leak_that_rounding_hides_is_found(precision: str, width: int) -> None:
+def test_leak_hidden_by_rounding_is_found(precision: str, width: int) -> None:
     """With weights as they begin, three tokens of convolution move the logits by less than bfloat16 does."""
     config = Lfm2Config(**HYBRID | {"hidden_size": width}, layer_types=["conv", "full_attention"], block_multiple_of=8)
     assert reason(config, precision=precision, scale=1.0) == SEEN
 
 
-def test_a_window_as_long_as_the_longest_sequence_is_none() -> None:
+def test_window_as_long_as_sequences_is_ignored() -> None:
     assert reason(LlamaConfig(**WIDE, sliding_window=20), longest=20) is None
     assert reason(LlamaConfig(**WIDE, sliding_window=20), longest=21) == "its sliding window exists only as a mask"
     assert reason(LlamaConfig(**WIDE, sliding_window=0)) is None  # what some configurations say for none
@@ -371,12 +369,12 @@ def test_a_window_as_long_as_the_longest_sequence_is_none() -> None:
         ("mps", "float32", "attention has no kernel for packed rows on mps"),
     ],
 )
-def test_a_device_without_a_kernel_is_named_and_nothing_is_run(device: str, precision: str, expected: str) -> None:
+def test_device_without_kernel_is_named_before_running(device: str, precision: str, expected: str) -> None:
     model = build(PACKED["llama"]())
     assert packing_obstacle(model, DeviceSpec(torch.device(device), precision), longest=8) == expected
 
 
-def test_logits_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_logits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that ignores positions counts them itself, across sequences."""
 
     class Counting(modeling_llama.LlamaRotaryEmbedding):
@@ -390,7 +388,7 @@ def test_logits_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.startswith("its logits in a packed row differ by ")
 
 
-def test_trying_leaves_the_model_and_the_random_state_as_they_were() -> None:
+def test_trial_leaves_model_and_random_state_unchanged() -> None:
     model = build(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=VOCABULARY))
     use_causal_attention(model)
     model.eval()
@@ -406,7 +404,7 @@ def test_trying_leaves_the_model_and_the_random_state_as_they_were() -> None:
     assert model.config._attn_implementation == NAME
 
 
-def test_the_random_state_is_left_where_trying_fails() -> None:
+def test_failed_trial_restores_random_state() -> None:
     model = build(REFUSED["softcap"][0]())
     use_causal_attention(model)
     random_state = torch.get_rng_state()
@@ -416,6 +414,6 @@ def test_the_random_state_is_left_where_trying_fails() -> None:
 
 
 @pytest.mark.parametrize(("positions", "expected"), [(2, None), (1, "the model has too few tokens or positions")])
-def test_short_sequences_are_tried_as_short_as_they_are(positions: int, expected: str | None) -> None:
+def test_short_sequences_are_tried_at_their_length(positions: int, expected: str | None) -> None:
     said = reason(LlamaConfig(**WIDE | {"max_position_embeddings": positions}), longest=positions)
     assert said == expected or (expected is not None and said is not None and said.startswith(expected))

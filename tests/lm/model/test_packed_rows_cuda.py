@@ -110,7 +110,7 @@ LOSS = CausalLMLoss(BF16, needs_mask=False, longest=LONGEST)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_are_no_further_off_than_padded_ones(kind: str) -> None:
+def test_packed_rows_are_as_accurate_as_padded(kind: str) -> None:
     model = build(KINDS[kind]())
     expected = exact(model)
     theirs = errors(outcome(model, CausalLMLoss(BF16), padded(*LENGTHS)), expected)
@@ -121,7 +121,7 @@ def test_packed_rows_are_no_further_off_than_padded_ones(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_without_offsets_is_another_loss(kind: str) -> None:
+def test_row_without_offsets_changes_loss(kind: str) -> None:
     """The bound above must notice sequences that see one another."""
     model = build(KINDS[kind]())
     expected = exact(model)
@@ -135,14 +135,14 @@ def test_a_row_without_offsets_is_another_loss(kind: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-weights", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_whose_attention_is_handed_everything_can(kind: str, precision: str) -> None:
+def test_models_that_pass_attention_arguments_are_supported(kind: str, precision: str) -> None:
     machine = DeviceSpec(DEVICE, precision)
     model = build(KINDS[kind](), dtype=machine.weights_dtype)
     use_causal_attention(model)
     assert packing_obstacle(model, machine, longest=LONGEST) is None
 
 
-def test_a_leak_that_rounding_hides_is_found() -> None:
+def test_leak_hidden_by_rounding_is_found() -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     layers = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8, "intermediate_size": 128}
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_a_leak_that_rounding_hides_is_found() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_one_sequence_says_reaches_no_other(kind: str) -> None:
+def test_sequences_do_not_influence_each_other(kind: str) -> None:
     model = build(KINDS[kind]()).eval()
     use_causal_attention(model)
     given, other = samples(*LENGTHS), samples(*LENGTHS, seed=1)
@@ -190,7 +190,7 @@ def fill_memory_with_nan() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES)
-def test_filling_brings_no_nan(kind: str, level: Any) -> None:
+def test_filling_introduces_no_nan(kind: str, level: Any) -> None:
     """What a kernel leaves unwritten holds what was there before."""
     model = build(KINDS[kind]())
     use_causal_attention(model)
@@ -214,7 +214,7 @@ VARIED = ((LONGEST, 40, 9), (LONGEST,) * 7, (3,), (1,) * 90, (50,) * 11, (64, 64
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_layers_are_compiled_once_and_give_the_same_gradients(kind: str) -> None:
+def test_compiled_layers_compile_once_with_same_gradients(kind: str) -> None:
     model = build(KINDS[kind]())
     use_causal_attention(model)
     expected = [outcome(model, LOSS, packed(*lengths, seed=seed)) for seed, lengths in enumerate(VARIED)]
@@ -254,7 +254,7 @@ def engine_of(run: ModelSetup, **settings: Any) -> Engine:
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 20_000], ids=["all logits", "chunks"])
-def test_a_small_model_in_bfloat16_is_packed_compiled_and_recorded(vocabulary: int) -> None:
+def test_small_bfloat16_model_is_packed_compiled_and_captured(vocabulary: int) -> None:
     config = Qwen2Config(**SIZE | {"vocab_size": vocabulary}, num_key_value_heads=2, tie_word_embeddings=True)
     run = arranged(build(config))
     assert run.notes == ()
@@ -283,7 +283,7 @@ def test_a_small_model_in_bfloat16_is_packed_compiled_and_recorded(vocabulary: i
 
 
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES)
-def test_adapters_and_recomputation_go_on_top_compiled_and_recorded(level: str) -> None:
+def test_adapters_and_recomputation_are_compiled_and_captured(level: str) -> None:
     losses = []
     for settings in ({"layout": "padded", "compile": "none"}, {}):
         run = arranged(build(KINDS["qwen2"]()), lora_rank=4, gradient_checkpointing=level, **settings)
@@ -296,7 +296,7 @@ def test_adapters_and_recomputation_go_on_top_compiled_and_recorded(level: str) 
     assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
 
 
-def test_in_float32_rows_are_padded_and_the_reason_is_told() -> None:
+def test_float32_rows_are_padded_with_reported_reason() -> None:
     machine = DeviceSpec(DEVICE, "float32")
     run = arranged(build(KINDS["llama"]()), machine, compile="none")
     assert run.layout == "padded"
@@ -307,7 +307,7 @@ def test_in_float32_rows_are_padded_and_the_reason_is_told() -> None:
         arranged(build(KINDS["llama"]()), machine, layout="packed")
 
 
-def test_dropout_in_attention_has_no_packed_rows() -> None:
+def test_attention_dropout_prevents_packed_rows() -> None:
     model = build(GPT2Config(**GPT2_SIZE, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0.1))
     run = arranged(model, compile="none")
     assert run.layout == "padded"
@@ -315,7 +315,7 @@ def test_dropout_in_attention_has_no_packed_rows() -> None:
 
 
 @pytest.mark.parametrize("records", [False, True])
-def test_peak_memory_does_not_grow_with_the_number_of_packed_micro_batches(records: bool) -> None:
+def test_peak_memory_does_not_grow_with_packed_microbatches(records: bool) -> None:
     run = arranged(build(KINDS["qwen2"]()), compile="graphs" if records else "layers")
     assert (run.layout, run.uses_cuda_graphs) == ("packed", records)
     engine = engine_of(run, microbatch=TokenBudget(640))
@@ -331,7 +331,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_packed_micro_batches(recor
 
 
 @pytest.mark.filterwarnings("default:Synchronization debug mode")
-def test_no_packed_micro_batch_waits_for_the_device() -> None:
+def test_no_packed_microbatch_waits_for_device() -> None:
     run = arranged(build(KINDS["qwen2"]()), compile="layers")
     row = {name: tensor.to(DEVICE) for name, tensor in run.collate(samples(*LENGTHS)).items()}
     trained = list(run.model.parameters())

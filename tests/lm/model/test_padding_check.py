@@ -80,20 +80,20 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_without_a_mask_a_causal_model_has_the_same_gradient(name: str) -> None:
+def test_causal_model_without_mask_has_same_gradient(name: str) -> None:
     model = build(CAUSAL[name]())
     assert ignores_right_padding(model, FLOAT64)
     assert difference(gradients(model, needs_mask=False), gradients(model, needs_mask=True)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", NOT_CAUSAL)
-def test_without_a_mask_a_model_that_looks_ahead_has_another_gradient(name: str) -> None:
+def test_non_causal_model_without_mask_has_other_gradient(name: str) -> None:
     model = build(NOT_CAUSAL[name]())
     assert not ignores_right_padding(model, FLOAT64)
     assert difference(gradients(model, needs_mask=False), gradients(model, needs_mask=True)) > 1e-4
 
 
-def test_adapters_change_nothing_about_it() -> None:
+def test_adapters_do_not_affect_check() -> None:
     model = add_lora(build(CAUSAL["llama"]()), rank=2, alpha=4, seed=0).double()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -103,7 +103,7 @@ def test_adapters_change_nothing_about_it() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "bf16-weights", "fp16"])
-def test_rounding_does_not_hide_what_a_model_is(precision: str) -> None:
+def test_causality_is_detected_in_every_precision(precision: str) -> None:
     machine = DeviceSpec(torch.device("cpu"), precision)
     causal, looking_ahead = (
         build(config()).to(machine.weights_dtype) for config in (CAUSAL["llama"], NOT_CAUSAL["bert"])
@@ -112,7 +112,7 @@ def test_rounding_does_not_hide_what_a_model_is(precision: str) -> None:
     assert not ignores_right_padding(looking_ahead, machine)
 
 
-def test_in_training_mode_dropout_draws_what_it_would_have_drawn() -> None:
+def test_check_restores_random_state_and_training_modes() -> None:
     model = build(hf.GPT2Config(**SHORT_NAMES, **ENDS, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5)).train()
     model.transformer.h[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -159,7 +159,7 @@ class Toy(nn.Module):
         (lambda query, key: key == query, False),  # no token sees another: it cannot be told
     ],
 )
-def test_what_a_position_sees_decides(sees: Any, expected: bool) -> None:
+def test_visible_positions_decide(sees: Any, expected: bool) -> None:
     assert ignores_right_padding(Toy(sees), FLOAT64) is expected
 
 
@@ -167,7 +167,7 @@ def causal(query: Tensor, key: Tensor) -> Tensor:
     return key <= query
 
 
-def test_buffers_and_random_states_are_put_back() -> None:
+def test_buffers_and_random_states_are_restored() -> None:
     model = Toy(causal)
     calls, last, state = model.calls, model.last, torch.get_rng_state()
     assert ignores_right_padding(model, FLOAT64)
@@ -179,13 +179,13 @@ def test_buffers_and_random_states_are_put_back() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_has_only_zeros_to_say_cannot_be_told() -> None:
+def test_zero_output_model_is_undecidable() -> None:
     model = Toy(causal)
     nn.init.zeros_(model.head.weight)
     assert not ignores_right_padding(model, FLOAT64)
 
 
-def test_a_model_that_wants_a_mask_or_is_too_small_keeps_its_mask() -> None:
+def test_mask_requiring_or_too_small_model_keeps_mask() -> None:
     class Wanting(Toy):
         def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
             raise AssertionError("not reached")
@@ -200,13 +200,13 @@ def test_a_model_that_wants_a_mask_or_is_too_small_keeps_its_mask() -> None:
     assert not ignores_right_padding(nn.Linear(3, 3), FLOAT64)
 
 
-def test_a_tokens_number_is_not_taken_for_a_position() -> None:
+def test_token_id_is_not_mistaken_for_position() -> None:
     model = Toy(causal)
     model.config.pad_token_id = 5
     assert ignores_right_padding(model, FLOAT64)
 
 
-def test_the_mask_is_given_where_it_is_needed_and_only_there() -> None:
+def test_mask_is_passed_only_where_needed() -> None:
     given: list[bool] = []
 
     def model(input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True) -> SimpleNamespace:

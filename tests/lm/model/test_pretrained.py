@@ -21,7 +21,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=INPUT).logits
 
 
-def test_the_tiny_model_depends_on_the_seed_alone() -> None:
+def test_tiny_model_depends_on_seed_alone() -> None:
     before = torch.random.get_rng_state()
     one, again, other = (tiny_model(TOKENIZER, max_length=64, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -33,7 +33,7 @@ def test_the_tiny_model_depends_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_lora_adapters_start_without_effect_and_alone_are_trained(tmp_path: Path, kind: str) -> None:
+def test_lora_adapters_start_neutral_and_train_alone(tmp_path: Path, kind: str) -> None:
     model = load_model(str(save_model_folder(tmp_path, kind=kind)), dtype=torch.float32)
     expected = logits(model)
     adapted = add_lora(model, rank=2, alpha=4.0, seed=0)
@@ -46,9 +46,7 @@ def test_lora_adapters_start_without_effect_and_alone_are_trained(tmp_path: Path
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_adapters_are_merged_into_what_is_saved_and_stay_in_the_model(
-    tmp_path: Path, kind: str, dtype: torch.dtype
-) -> None:
+def test_saved_adapters_are_merged_and_stay_in_model(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     base = save_model_folder(tmp_path / "base", kind=kind)
     adapted = add_lora(load_model(str(base), dtype=dtype), rank=2, alpha=4.0, seed=0)
     with torch.no_grad():
@@ -66,7 +64,7 @@ def test_adapters_are_merged_into_what_is_saved_and_stay_in_the_model(
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("für").input_ids == TOKENIZER("für").input_ids
 
 
-def test_a_saved_model_replaces_an_older_one_as_a_whole(tmp_path: Path) -> None:
+def test_saved_model_replaces_older_one_atomically(tmp_path: Path) -> None:
     model = tiny_model(TOKENIZER, max_length=64, seed=0)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "stray.txt").touch()
@@ -113,7 +111,7 @@ def spoil(folder: Path, how: str) -> None:
         "of an unknown kind",
     ],
 )
-def test_a_model_that_is_not_whole_is_one_sentence(tmp_path: Path, how: str) -> None:
+def test_incomplete_model_is_one_sentence(tmp_path: Path, how: str) -> None:
     spoil(save_model_folder(tmp_path / "m"), how)
     with pytest.raises(InputError) as caught:
         load_model(str(tmp_path / "m"), dtype=torch.float32)
@@ -123,28 +121,26 @@ def test_a_model_that_is_not_whole_is_one_sentence(tmp_path: Path, how: str) -> 
     assert "\n" not in said
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+def test_missing_weights_are_not_initialized(tmp_path: Path) -> None:
     spoil(save_model_folder(tmp_path), "incomplete")
     with pytest.raises(InputError, match=r": its weights lack 1 tensor, such as model\.norm\.weight\.$"):
         load_model(str(tmp_path), dtype=torch.float32)
 
 
-def test_weights_of_another_shape_are_told_with_both(tmp_path: Path) -> None:
+def test_weights_of_other_shape_report_both_shapes(tmp_path: Path) -> None:
     spoil(save_model_folder(tmp_path), "of another shape")
     with pytest.raises(InputError, match=r"in 1 tensor, such as model\.norm\.weight: \[7\] and not \[16\]\.$"):
         load_model(str(tmp_path), dtype=torch.float32)
 
 
-def test_a_model_without_a_head_for_language_is_refused(tmp_path: Path) -> None:
+def test_model_without_language_head_is_rejected(tmp_path: Path) -> None:
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(**size, vocab_size=50)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="does not load as a causal language model: its weights lack"):
         load_model(str(tmp_path), dtype=torch.float32)
 
 
-def test_a_name_that_the_hub_cannot_be_asked_about_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_hub_name_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"^no-such-model does not load as a causal language model: "):
         load_model("no-such-model", dtype=torch.float32)

@@ -101,7 +101,7 @@ LAYOUTS += [("packed", kind) for kind in KINDS if kind not in CANNOT_PACK]
 
 
 @pytest.mark.parametrize(("layout", "kind"), LAYOUTS)
-def test_on_the_cpu_rows_are_padded_unless_packed_ones_are_asked_for(layout: str, kind: str) -> None:
+def test_cpu_rows_are_padded_unless_packed_requested(layout: str, kind: str) -> None:
     model = build(kind)
     expected = full_gradient(copy.deepcopy(model))
     run = arranged(model, layout=layout)
@@ -116,7 +116,7 @@ def test_on_the_cpu_rows_are_padded_unless_packed_ones_are_asked_for(layout: str
 
 
 @pytest.mark.parametrize(("kind", "why"), CANNOT_PACK.items())
-def test_packed_rows_that_a_model_cannot_have_are_refused_in_one_sentence(kind: str, why: str) -> None:
+def test_unsupported_packed_rows_are_one_sentence(kind: str, why: str) -> None:
     model = build(kind)
     before = model.config._attn_implementation
     with pytest.raises(InputError) as caught:
@@ -125,7 +125,7 @@ def test_packed_rows_that_a_model_cannot_have_are_refused_in_one_sentence(kind: 
     assert model.config._attn_implementation == before
 
 
-def test_a_model_that_needs_its_mask_has_padded_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_needing_mask_has_padded_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "drop_mask_if_causal", lambda *_, **__: False)
     with pytest.raises(
         InputError, match=r"--layout packed is not supported for the-model: it needs a mask for padding\. "
@@ -136,7 +136,7 @@ def test_a_model_that_needs_its_mask_has_padded_rows_alone(monkeypatch: pytest.M
     assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
 
 
-def test_what_auto_cannot_pack_is_padded_with_a_note_and_attends_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_pads_unpackable_model_with_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, where auto wants packed rows; no device is needed to decide it."""
 
     class AsOnCuda:
@@ -154,14 +154,14 @@ def test_what_auto_cannot_pack_is_padded_with_a_note_and_attends_as_before(monke
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_a_row_is_no_longer_than_the_token_budget(layout: str) -> None:
+def test_row_is_no_longer_than_token_budget(layout: str) -> None:
     run = arranged(build("llama"), layout=layout, token_budget=41)
     tokens = run.collate(SAMPLES)["input_ids"].numel()
     assert tokens == (sum(len(sample["input_ids"]) for sample in SAMPLES) if layout == "packed" else 4 * LONGEST)
 
 
 @pytest.mark.parametrize("level", ["auto", *CHECKPOINTING_MODES])
-def test_the_level_that_is_asked_for_is_set(level: str) -> None:
+def test_requested_level_is_set(level: str) -> None:
     run = arranged(build("llama"), gradient_checkpointing=level)
     assert run.layers is not None
     assert run.layers.mode == ("none" if level == "auto" else level)
@@ -169,7 +169,7 @@ def test_the_level_that_is_asked_for_is_set(level: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_adapters_go_on_top_of_what_was_found(layout: str) -> None:
+def test_adapters_are_added_to_found_layers(layout: str) -> None:
     gradients = []
     for chosen in ("padded", layout):
         run = arranged(build("llama"), layout=chosen, lora_rank=2, seed=3, gradient_checkpointing="full")
@@ -182,13 +182,13 @@ def test_adapters_go_on_top_of_what_was_found(layout: str) -> None:
     assert error(gradients[1], gradients[0]) <= EXACT
 
 
-def test_adapters_that_a_model_cannot_have_are_refused() -> None:
+def test_unsupported_adapters_are_rejected() -> None:
     with pytest.raises(InputError, match=r"^--lora-rank is not supported for the-model: .*Mamba"):
         arranged(build("mamba"), lora_rank=2)
 
 
 @pytest.mark.parametrize("level", ["selective", "full"])
-def test_recomputation_that_a_model_cannot_have_is_refused(level: str) -> None:
+def test_unsupported_recomputation_is_rejected(level: str) -> None:
     model = build("llama")
     model.supports_gradient_checkpointing = False
     with pytest.raises(
@@ -198,7 +198,7 @@ def test_recomputation_that_a_model_cannot_have_is_refused(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["auto", "none"])
-def test_a_model_without_layers_of_transformers_is_run_as_it_is(level: str) -> None:
+def test_model_without_transformers_layers_is_unchanged(level: str) -> None:
     model = build("llama")
     model.supports_gradient_checkpointing = False
     run = arranged(model, gradient_checkpointing=level)
@@ -269,7 +269,7 @@ def failing(_: Compile) -> Compile:
     return fail
 
 
-def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(compiler: Any) -> None:
+def test_cpu_compiles_nothing_unless_requested(compiler: Any) -> None:
     asked = compiler(exact)
     for compile_ in ("auto", "none"):
         run = arranged(build("llama"), compile=compile_)
@@ -283,7 +283,7 @@ def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(compiler: Any) ->
     assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
 
 
-def test_graphs_are_refused_on_the_cpu(compiler: Any) -> None:
+def test_graphs_are_rejected_on_cpu(compiler: Any) -> None:
     compiler(exact)
     with pytest.raises(InputError) as caught:
         arranged(build("llama"), compile="graphs")
@@ -298,7 +298,7 @@ WRONG: dict[str, tuple[Callable[[Compile], Compile], str]] = {
 
 
 @pytest.mark.parametrize("where", WRONG)
-def test_what_compiles_wrong_is_refused_where_it_was_asked_for(where: str, compiler: Any) -> None:
+def test_miscompiled_model_is_rejected_when_compilation_requested(where: str, compiler: Any) -> None:
     make, why = WRONG[where]
     compiler(make)
     with pytest.raises(
@@ -307,14 +307,14 @@ def test_what_compiles_wrong_is_refused_where_it_was_asked_for(where: str, compi
         arranged(build("llama"), compile="layers")
 
 
-def test_features_that_are_mixed_up_by_a_compiler_are_noticed(compiler: Any) -> None:
+def test_features_mixed_up_by_compiler_are_detected(compiler: Any) -> None:
     compiler(mixed)
     with pytest.raises(InputError, match="its compiled results differ by"):
         arranged(build("llama"), compile="layers")
 
 
 @pytest.mark.parametrize("where", WRONG)
-def test_what_compiles_wrong_is_left_out_with_a_note_under_auto(where: str, compiler: Any) -> None:
+def test_auto_skips_miscompiled_model_with_note(where: str, compiler: Any) -> None:
     """As on CUDA, where auto compiles; what decides about it is the same here."""
     compiler(WRONG[where][0])
     model = build("llama").train()
@@ -331,7 +331,7 @@ def test_what_compiles_wrong_is_left_out_with_a_note_under_auto(where: str, comp
 
 
 @pytest.mark.parametrize("make", [exact, shifted, failing])
-def test_trying_a_compiler_leaves_the_model_and_the_random_state_as_they_were(make: Any, compiler: Any) -> None:
+def test_compiler_trial_restores_model_and_random_state(make: Any, compiler: Any) -> None:
     compiler(make)
     model = build("gpt2").train()
     before = copy.deepcopy(model.state_dict())
@@ -345,7 +345,7 @@ def test_trying_a_compiler_leaves_the_model_and_the_random_state_as_they_were(ma
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_model_without_layers_of_transformers_is_not_compiled(compiler: Any) -> None:
+def test_model_without_transformers_layers_is_not_compiled(compiler: Any) -> None:
     compiler(exact)
     model = build("llama")
     model.supports_gradient_checkpointing = False
@@ -366,7 +366,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"data": data, "model": base, "steps": 3, "global_batch": 8, "precision": "float64"}
 
 
-def test_packed_and_padded_runs_learn_the_same(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_packed_and_padded_runs_train_identically(tmp_path: Path, job: dict[str, Any]) -> None:
     ends, losses = [], []
     for name, settings in {
         "padded": {"microbatch": 8, "layout": "padded"},
@@ -374,17 +374,17 @@ def test_packed_and_padded_runs_learn_the_same(tmp_path: Path, job: dict[str, An
         "packed by samples": {"microbatch": 3, "layout": "packed", "gradient_checkpointing": "full"},
         "auto": {"layout": "packed"},
     }.items():
-        prepared, heard, outcome = run(tmp_path / name, **job, **settings)
+        prepared, recorder, outcome = run(tmp_path / name, **job, **settings)
         assert prepared.model_setup.layout == settings["layout"]
         ends.append(torch.cat([parameter.detach().flatten() for parameter in prepared.model.parameters()]))
-        losses.append([row["loss"] for row in heard.rows] + [outcome.validation_loss])
-        assert len({row["items"] for row in heard.rows}) > 1
+        losses.append([row["loss"] for row in recorder.rows] + [outcome.validation_loss])
+        assert len({row["items"] for row in recorder.rows}) > 1
     for end, loss in zip(ends[1:], losses[1:], strict=True):
         assert error(end, ends[0]) <= 1e-10
         assert loss == pytest.approx(losses[0], rel=1e-12)
 
 
-def test_a_packed_row_stays_within_the_budget_of_the_run(job: dict[str, Any]) -> None:
+def test_packed_row_stays_within_run_budget(job: dict[str, Any]) -> None:
     trainer = Trainer(set_up_training(TrainConfig(**job, device="cpu", token_budget=70, layout="packed")))
     lengths = trainer.setup.training.lengths
     groups = trainer.engine.groups(lengths)

@@ -132,9 +132,7 @@ def tracked_peak(config: TrainConfig) -> int:
         *((kind, {}) for kind in ("gpt2", *KINDS)),
     ],
 )
-def test_the_peak_is_that_of_the_second_update_of_a_run(
-    place: Path, tmp_path: Path, kind: str, settings: dict[str, Any]
-) -> None:
+def test_peak_equals_second_update_of_run(place: Path, tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     settings = settings | {"data": str(place / "even.jsonl"), "validation_fraction": 0, "global_batch": 8}
     settings |= {"model": whole(place, tmp_path, kind), "microbatch": 4, "max_length": 32}
     found = desk_of(place, None, **settings).predict(4)
@@ -142,7 +140,7 @@ def test_the_peak_is_that_of_the_second_update_of_a_run(
     assert sum(found.parts.values()) == found.peak_bytes
 
 
-def test_a_limit_above_the_batch_needs_what_the_batch_needs(place: Path) -> None:
+def test_limit_above_batch_needs_same_memory(place: Path) -> None:
     for limit in ({"microbatch": 10**6}, {"token_budget": 10**6}):
         desk = desk_of(place, None, **limit)
         assert desk._worst_cases(10**6) == [(32, 32)]
@@ -151,13 +149,13 @@ def test_a_limit_above_the_batch_needs_what_the_batch_needs(place: Path) -> None
         assert cut.token_budget in (None, cut.largest_tokens)
 
 
-def test_a_token_budget_is_predicted_by_what_fills_it_best(place: Path) -> None:
+def test_token_budget_is_predicted_by_best_filling(place: Path) -> None:
     desk = desk_of(place, None, token_budget=40)
     assert desk._worst_cases(40) == [(1, 32), (2, 20)]
     assert desk.predict(40).peak_bytes > desk.predict(32).peak_bytes
 
 
-def test_a_size_below_the_longest_sequence_runs_it_alone(place: Path) -> None:
+def test_size_below_longest_sequence_runs_it_alone(place: Path) -> None:
     desk = desk_of(place, None)
     assert desk.predict(10) == desk.predict(32)
     cut = desk.plan(10, DEFAULT_COST)
@@ -167,7 +165,7 @@ def test_a_size_below_the_longest_sequence_runs_it_alone(place: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.8])
-def test_the_largest_micro_batch_that_fits_is_found(place: Path, share: float) -> None:
+def test_largest_microbatch_that_fits_is_found(place: Path, share: float) -> None:
     one, most = (desk_of(place, 2**30).predict(size).peak_bytes for size in (32, 32 * 32))
     usable_bytes = int(one + share * (most - one))
     desk = desk_of(place, usable_bytes)
@@ -176,12 +174,12 @@ def test_the_largest_micro_batch_that_fits_is_found(place: Path, share: float) -
     assert desk.predict(size).peak_bytes <= usable_bytes < desk.predict(size + 32).peak_bytes
 
 
-def test_where_one_sequence_does_not_fit_it_is_what_is_told(place: Path) -> None:
+def test_oversized_single_sequence_is_reported(place: Path) -> None:
     desk = desk_of(place, desk_of(place, 2**30).predict(32).peak_bytes - 1)
     assert desk.microbatch() == (32, LEAST)
 
 
-def test_auto_takes_what_is_fastest_where_that_can_be_measured(place: Path) -> None:
+def test_auto_chooses_fastest_where_measurable(place: Path) -> None:
     found = forecast_of(place)
     assert (found.unit, found.reason, found.untimed) == ("tokens", FASTEST, None)
     assert found.update_s > 0
@@ -202,7 +200,7 @@ def test_auto_takes_what_is_fastest_where_that_can_be_measured(place: Path) -> N
         {"microbatch": 3, "steps": 7},
     ],
 )
-def test_the_first_update_is_the_one_that_a_run_makes(place: Path, settings: dict[str, Any]) -> None:
+def test_first_update_equals_that_of_run(place: Path, settings: dict[str, Any]) -> None:
     found = desk_of(place, None, **settings).plan(
         settings.get("token_budget", settings.get("microbatch")), DEFAULT_COST
     )
@@ -223,7 +221,7 @@ def test_deterministic_plan_uses_the_micro_batch_of_training(place: Path) -> Non
     assert found.size == trainer.engine.token_budget == 8 * found.longest
 
 
-def test_a_forecast_has_all_of_it(place: Path) -> None:
+def test_forecast_is_complete(place: Path) -> None:
     found = forecast_of(place, microbatch=5)
     desk = desk_of(place, None, microbatch=5)
     assert (found.unit, found.size, found.longest, found.reason) == ("samples", 5, 32, ASKED)
@@ -258,7 +256,7 @@ CHECKPOINTING, NARROW, LORA = "--gradient-checkpointing full", "--precision bf16
         ({"lora_rank": 2}, {CHECKPOINTING, NARROW}),
     ],
 )
-def test_what_is_set_is_not_offered(place: Path, wide: str, settings: dict[str, Any], offered: set[str]) -> None:
+def test_active_setting_is_not_suggested(place: Path, wide: str, settings: dict[str, Any], offered: set[str]) -> None:
     desk = desk_of(place, 2**30, model=wide, microbatch=8, **settings)
     levers = desk.memory_savings(8)
     assert {lever.flags for lever in levers} == offered
@@ -267,7 +265,7 @@ def test_what_is_set_is_not_offered(place: Path, wide: str, settings: dict[str, 
     assert peaks[-1] < desk.predict(8).peak_bytes
 
 
-def test_a_setting_is_offered_with_the_peak_that_it_has(place: Path, wide: str) -> None:
+def test_suggested_setting_shows_its_peak(place: Path, wide: str) -> None:
     changes = {
         CHECKPOINTING: {"gradient_checkpointing": "full"},
         NARROW: {"precision": "bf16-weights"},
@@ -278,7 +276,7 @@ def test_a_setting_is_offered_with_the_peak_that_it_has(place: Path, wide: str) 
         assert (lever.peak_bytes, lever.fits) == (with_it.predict(8).peak_bytes, None)
 
 
-def test_the_fewest_settings_that_make_it_fit_are_offered(place: Path, wide: str) -> None:
+def test_fewest_settings_that_fit_are_suggested(place: Path, wide: str) -> None:
     singles = desk_of(place, 2**30, model=wide, microbatch=8).memory_savings(8)
     least = desk_of(place, singles[0].peak_bytes, model=wide, microbatch=8).memory_savings(8)
     assert least == [MemorySaving(lever.flags, lever.peak_bytes, lever is singles[0]) for lever in singles]
@@ -291,7 +289,7 @@ def test_the_fewest_settings_that_make_it_fit_are_offered(place: Path, wide: str
     assert len(fitting) == len(together) + 3
 
 
-def test_what_a_model_cannot_have_is_not_offered(place: Path, tmp_path: Path) -> None:
+def test_unsupported_setting_is_not_suggested(place: Path, tmp_path: Path) -> None:
     mamba = configured(tmp_path, KINDS["mamba"]())
     assert LORA not in {lever.flags for lever in desk_of(place, None, model=mamba, microbatch=8).memory_savings(8)}
     with pytest.raises(InputError, match=rf"^--lora-rank is not supported for {mamba}: .*Mamba"):
@@ -301,7 +299,7 @@ def test_what_a_model_cannot_have_is_not_offered(place: Path, tmp_path: Path) ->
 # data ------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_tokenizer_four_bytes_are_a_token(place: Path, wide: str) -> None:
+def test_four_bytes_count_as_token_without_tokenizer(place: Path, wide: str) -> None:
     found = survey_of(place, model=wide, data=str(place / "even.jsonl"))
     assert found.lengths == (len(" ".join(WORDS).encode()) // 4,)
     assert found.notes == (
@@ -312,7 +310,7 @@ def test_without_a_tokenizer_four_bytes_are_a_token(place: Path, wide: str) -> N
     assert estimated_lengths(documents, 10) == [10, 10, 5, 1, 10, 6]
 
 
-def test_of_many_documents_some_stand_for_all(place: Path, tmp_path: Path) -> None:
+def test_sample_represents_many_documents(place: Path, tmp_path: Path) -> None:
     number = MOST_DOCUMENTS + 500
     rows = [{"text": "x" * (1 + i % 7)} for i in range(number)]
     rows[1001]["text"] = " ".join(WORDS)
@@ -328,7 +326,7 @@ def test_of_many_documents_some_stand_for_all(place: Path, tmp_path: Path) -> No
     assert in_tokens.num_updates == pytest.approx(sum(exact.training.lengths) / 4000, abs=1)
 
 
-def test_those_that_are_measured_are_evenly_spaced_and_have_the_longest() -> None:
+def test_measured_documents_are_spaced_and_include_longest() -> None:
     documents = [Document(str(i), text="x" * (9 if i == 17 else 1)) for i in range(100)]
     assert sample_documents(documents, 100) is documents
     chosen = [int(document.source) for document in sample_documents(documents, 11)]
@@ -341,7 +339,7 @@ def test_one_short_document_is_a_batch(place: Path, tmp_path: Path) -> None:
     assert (found.plan.num_microbatches, len(found.plan.lengths), found.num_updates) == (1, 1, 1)
 
 
-def test_a_model_without_a_limit_of_positions_takes_any_length(place: Path, tmp_path: Path) -> None:
+def test_model_without_position_limit_accepts_any_length(place: Path, tmp_path: Path) -> None:
     bloom = configured(tmp_path, KINDS["bloom"]())
     assert survey_of(place, model=bloom, max_length=5000).max_length == 5000
     assert survey_of(place, model=bloom).max_length == 1024
@@ -351,14 +349,14 @@ def test_a_model_without_a_limit_of_positions_takes_any_length(place: Path, tmp_
 # what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_a_length_above_the_positions_is_refused(place: Path) -> None:
+def test_length_above_positions_is_rejected(place: Path) -> None:
     with pytest.raises(
         InputError, match=r"^--max-length 65 is more than the 64 positions of .*: pass --max-length 64 "
     ):
         forecast_of(place, max_length=65)
 
 
-def test_a_budget_below_the_longest_sequence_is_refused(place: Path) -> None:
+def test_budget_below_longest_sequence_is_rejected(place: Path) -> None:
     with pytest.raises(InputError) as caught:
         forecast_of(place, token_budget=30)
     assert str(caught.value) == (
@@ -367,13 +365,13 @@ def test_a_budget_below_the_longest_sequence_is_refused(place: Path) -> None:
     )
 
 
-def test_a_model_that_is_not_causal_is_refused(place: Path, tmp_path: Path) -> None:
+def test_non_causal_model_is_rejected(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         forecast_of(place, model=configured(tmp_path, T5Config()))
     assert str(caught.value) == f"{tmp_path} is a t5 model, which is not a causal language model."
 
 
-def test_numbers_that_make_no_model_are_refused(place: Path, tmp_path: Path) -> None:
+def test_invalid_model_dimensions_are_rejected(place: Path, tmp_path: Path) -> None:
     folder = configured(tmp_path, KINDS["opt"]())
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(written | {"num_attention_heads": 3}), encoding="utf-8")
@@ -383,7 +381,7 @@ def test_numbers_that_make_no_model_are_refused(place: Path, tmp_path: Path) -> 
     assert str(caught.value).endswith(".")
 
 
-def test_a_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     experts = configured(tmp_path, MixtralConfig(**WIDE, **HEADS, num_local_experts=2))
     with pytest.raises(BigbatchError) as caught:
         forecast_of(place, model=experts, microbatch=1)
@@ -397,7 +395,7 @@ def test_a_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, cap
 # what is planned for ---------------------------------------------------------------------------------------------
 
 
-def test_a_card_is_known_by_its_name(place: Path) -> None:
+def test_gpu_is_known_by_name(place: Path) -> None:
     found = forecast_of(place, device="auto", gpu="t4", microbatch=4)
     assert (found.target.name, found.target.is_local, found.fits) == ("t4, bf16", False, True)
     assert found.untimed == "the device is not in this machine"
@@ -408,13 +406,13 @@ def test_a_card_is_known_by_its_name(place: Path) -> None:
     )
 
 
-def test_a_card_beside_another_device_is_refused(place: Path) -> None:
+def test_gpu_with_another_device_is_rejected(place: Path) -> None:
     with pytest.raises(InputError) as caught:
         resolve_target(asked(place, gpu="t4"))
     assert str(caught.value) == "--gpu t4 and --device cpu exclude each other: pass one of them."
 
 
-def test_more_memory_than_there_is_is_refused(place: Path) -> None:
+def test_memory_above_device_is_rejected(place: Path) -> None:
     with pytest.raises(InputError, match=r"^--memory 100TiB is more than the .*GiB that the device has: pass "):
         resolve_target(asked(place, memory="100TiB"))
 
@@ -423,13 +421,13 @@ def test_more_memory_than_there_is_is_refused(place: Path) -> None:
 class TestWithoutCuda:
     """CUDA is planned for where there is none."""
 
-    def test_what_is_planned_for_is_known_by_its_memory(self, place: Path) -> None:
+    def test_absent_device_is_planned_by_its_memory(self, place: Path) -> None:
         target = resolve_target(asked(place, device="cuda:1", memory="1GiB"))
         assert (target.name, target.device.type, target.device_spec.device) == ("a CUDA device, bf16", "cuda", CPU)
         assert target.budget == MemoryBudget.from_limit(2**30, "1GiB")
         assert target.notes[0].endswith(": estimated from CPU kernels with CUDA's allocation rounding.")
 
-    def test_a_share_of_nothing_known_is_refused(self, place: Path) -> None:
+    def test_share_of_unknown_memory_is_rejected(self, place: Path) -> None:
         with pytest.raises(InputError) as caught:
             resolve_target(asked(place, device="cuda", memory="80%"))
         assert str(caught.value) == (
@@ -437,7 +435,7 @@ class TestWithoutCuda:
             "the name of a GPU, such as --gpu a100-40gb."
         )
 
-    def test_a_micro_batch_cannot_be_chosen_for_nobody_knows_what(self, place: Path) -> None:
+    def test_microbatch_choice_requires_known_memory(self, place: Path) -> None:
         with pytest.raises(InputError) as caught:
             resolve_target(asked(place, device="cuda").resolved())
         assert str(caught.value) == (
@@ -445,6 +443,6 @@ class TestWithoutCuda:
             "amount, such as --memory 24GiB, or pass --microbatch or --token-budget."
         )
 
-    def test_a_micro_batch_that_is_given_is_predicted_without_a_limit(self, place: Path) -> None:
+    def test_given_microbatch_is_predicted_without_limit(self, place: Path) -> None:
         found = forecast_of(place, device="cuda", microbatch=4)
         assert (found.fits, found.target.budget) == (None, None)

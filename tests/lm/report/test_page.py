@@ -136,7 +136,7 @@ def test_every_drawing_has_title_and_description(tmp_path: Path) -> None:
     assert all(svg.get("role") == "img" or svg.get("aria-hidden") == "true" for svg in found.all("svg"))
 
 
-def test_missing_data_is_named_and_draws_no_empty_chart(tmp_path: Path) -> None:
+def test_missing_data_is_reported_instead_of_empty_chart(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 3.0, "skipped": None}, {"step": 2, "loss": 2.5, "skipped": None}]
     run = make_run(tmp_path / "bare", lines, events=[])
     (run / "config.json").unlink()
@@ -155,7 +155,7 @@ def test_missing_data_is_named_and_draws_no_empty_chart(tmp_path: Path) -> None:
         assert sentence in found.text.replace("  ", " "), sentence
 
 
-def test_a_run_without_an_update_says_so(tmp_path: Path) -> None:
+def test_run_without_updates_is_reported(tmp_path: Path) -> None:
     found = parsed(make_run(tmp_path / "empty", [], events=[BEGIN]))
     assert figures(found) == {"window"}
     assert "No update has been logged yet." in found.text
@@ -183,18 +183,18 @@ def test_numbers_of_any_size_are_drawn(tmp_path: Path) -> None:
     assert not re.search(r'(d|cx|cy|x1|y1)="[^"]*(nan|inf)', html)
 
 
-def test_a_chart_without_any_finite_value_is_left_out(tmp_path: Path) -> None:
+def test_chart_without_finite_values_is_omitted(tmp_path: Path) -> None:
     lines = [row | {"grad_norm": None, "tokens_per_s": float("nan")} for row in rows(5)]
     assert figures(parsed(make_run(tmp_path / "run", lines))) == {"loss", "lr", "memory", "window"}
 
 
-def test_the_page_of_a_plan_of_samples_has_no_budget(tmp_path: Path) -> None:
+def test_sample_plan_page_has_no_budget(tmp_path: Path) -> None:
     window = WINDOW | {"token_budget": None, "layout": "packed", "laid_out_tokens": 900}
     found = parsed(make_run(tmp_path / "run", rows(3), events=[BEGIN | {"window": window}]))
     assert "8 sequences, 900 tokens, in 3 micro-batches, packed: no padding." in found.text
 
 
-def test_micro_batches_that_are_not_drawn_are_counted(tmp_path: Path) -> None:
+def test_undrawn_microbatches_are_counted(tmp_path: Path) -> None:
     window = WINDOW | {"num_microbatches": 40, "last": [[5, 4]]}
     found = parsed(make_run(tmp_path / "run", rows(3), events=[BEGIN | {"window": window}]))
     assert "… 36 more" in found.text
@@ -221,7 +221,7 @@ def test_invalid_window_is_not_drawn(window: Any) -> None:
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u202e日本語"
 
 
-def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
+def test_run_content_never_becomes_markup(tmp_path: Path) -> None:
     folder = tmp_path / "<script>alert(3)<‹script> für 日本"
     events = [BEGIN | {"machine": HOSTILE, "versions": {HOSTILE: HOSTILE}}, {"event": "failed", "why": HOSTILE}]
     lines = [row | {"skipped": HOSTILE} for row in rows(3)]
@@ -283,7 +283,7 @@ def test_page_counts_unreadable_lines(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=900), st.integers(1, 50))
-def test_points_keep_every_spike_and_combine_equally_many_updates(values: list[float], most: int) -> None:
+def test_points_keep_spikes_and_combine_equal_counts(values: list[float], most: int) -> None:
     steps = list(range(1, len(values) + 1))
     points = reduced(steps, values, most)
     assert len(points.x) <= most
@@ -297,7 +297,7 @@ def test_points_keep_every_spike_and_combine_equally_many_updates(values: list[f
     assert 1 <= points.x[0] <= points.x[-1] <= len(values)
 
 
-def test_few_updates_are_drawn_one_by_one() -> None:
+def test_few_updates_are_drawn_individually() -> None:
     points = reduced([1, 2, 3], [3.0, math.nan, 1.0])
     assert points.each == 1
     assert points.mean[::2] == (3.0, 1.0)
@@ -309,9 +309,7 @@ def test_few_updates_are_drawn_one_by_one() -> None:
     st.booleans(),
     st.sampled_from(["plain", "bytes", "share", "count"]),
 )
-def test_any_values_have_an_axis_that_holds_them_with_few_distinct_ticks(
-    values: list[float], from_zero: bool, kind: Any
-) -> None:
+def test_any_axis_covers_values_with_few_ticks(values: list[float], from_zero: bool, kind: Any) -> None:
     is_log = wants_log(values)
     scale = value_scale(values, is_log=is_log, from_zero=from_zero, kind=kind, most_ticks=6)
     assert scale.low <= min(values) <= max(values) <= scale.high
@@ -346,7 +344,7 @@ def test_numbers_are_formatted_with_units() -> None:
     assert number(3.14e-7) == "3.14×10⁻⁷"
 
 
-def test_a_spike_of_a_long_run_is_in_the_page(tmp_path: Path) -> None:
+def test_spike_of_long_run_is_in_page(tmp_path: Path) -> None:
     lines = rows(5_000)
     lines[3_211]["loss"] = 40.0
     html = written(make_run(tmp_path / "run", lines))
@@ -359,7 +357,7 @@ def test_a_spike_of_a_long_run_is_in_the_page(tmp_path: Path) -> None:
     assert min(heights) < 40  # the top of the chart is at 12
 
 
-def test_values_far_apart_have_a_logarithmic_axis_and_say_so(tmp_path: Path) -> None:
+def test_widely_spread_values_have_labelled_log_axis(tmp_path: Path) -> None:
     lines = [row | {"grad_norm": 10.0 ** (row["step"] % 4)} for row in rows(20)]
     html = written(make_run(tmp_path / "run", lines))
     assert "logarithmic" in html[html.index('id="grad-norm"') :].partition("</figure>")[0]
@@ -372,7 +370,7 @@ def test_distant_clip_limit_does_not_flatten_the_line(tmp_path: Path) -> None:
     assert "0 % of the updates were clipped to 1,000,000." in html.replace("0.0 %", "0 %")
 
 
-def test_page_of_100_000_updates_is_small_and_fast(tmp_path: Path) -> None:
+def test_page_of_100000_updates_is_small_and_fast(tmp_path: Path) -> None:
     run = make_rich_run(tmp_path / "long", 100_000)
     started_s = time.process_time()
     html = written(run)
@@ -490,7 +488,7 @@ def test_runs_with_one_name_are_named_by_path(tmp_path: Path) -> None:
     assert f"{one}: training" in parsed(one, other).text
 
 
-def test_more_runs_than_colours_are_refused(tmp_path: Path) -> None:
+def test_more_runs_than_colours_are_rejected(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", rows(2)))
     with pytest.raises(InputError, match="9 runs are too many for one page: name at most 8"):
         page([run] * 9)
@@ -515,7 +513,7 @@ def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_metrics_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
+def test_unreadable_metrics_are_a_failure(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows(2))
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()

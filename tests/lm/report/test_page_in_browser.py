@@ -79,7 +79,7 @@ def brightness(colour: str) -> float:
     [{}, {"dark": True}, {"width": 375}, {"width": 375, "dark": True}, {"width": 700}, {"paper": True, "width": 700}],
     ids=["light", "dark", "phone", "dark phone", "tablet", "paper"],
 )
-def test_every_chart_has_marks_and_labels_that_can_be_read(
+def test_every_chart_has_readable_marks_and_labels(
     browser: Browser, pages: dict[str, Path], name: str, options: dict[str, Any]
 ) -> None:
     with browser.page(pages[name], **options) as seen:
@@ -106,7 +106,7 @@ def test_every_chart_has_marks_and_labels_that_can_be_read(
         assert seen.complaints == []
 
 
-def test_the_pointer_reads_what_the_line_is_at(browser: Browser, pages: dict[str, Path]) -> None:
+def test_pointer_readout_matches_line(browser: Browser, pages: dict[str, Path]) -> None:
     with browser.page(pages["rich"]) as seen:
         box = seen.value(
             "(() => { const box = document.querySelector('#loss svg.wide').getBoundingClientRect();"
@@ -121,7 +121,7 @@ def test_the_pointer_reads_what_the_line_is_at(browser: Browser, pages: dict[str
         assert seen.requests == [pages["rich"].as_uri()]
 
 
-def test_the_page_is_whole_without_its_script(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_page_is_complete_without_script(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare.html"
     head, script, tail = pages["rich"].read_text(encoding="utf-8").rpartition("<script>")
     assert script

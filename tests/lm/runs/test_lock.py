@@ -83,7 +83,7 @@ def test_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def test_second_lock_in_same_process_or_thread_is_refused(tmp_path: Path) -> None:
+def test_second_lock_in_same_process_is_rejected(tmp_path: Path) -> None:
     with RunLock(tmp_path), ThreadPoolExecutor(1) as pool:
         assert f"is in use by process {os.getpid()} on " in refusal(tmp_path)
         assert f"is in use by process {os.getpid()} on " in pool.submit(refusal, tmp_path).result()
@@ -144,7 +144,7 @@ def test_folder_without_write_access_is_one_sentence(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path} cannot be written: permission denied."
 
 
-def test_full_disk_is_one_sentence_and_holds_no_lock(tmp_path: Path) -> None:
+def test_full_disk_is_one_sentence_without_lock(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=8k") as disk:
         (disk / ".lock").touch()
         with pytest.raises(OSError, match="No space"):

@@ -113,7 +113,7 @@ SEARCHES: dict[str, tuple[dict[str, Any], list[CheckpointingMode], Checkpointing
 
 
 @pytest.mark.parametrize("case", SEARCHES)
-def test_levels_are_tried_for_as_long_as_memory_limits_and_they_are_faster(case: str) -> None:
+def test_levels_are_tried_while_faster_under_limit(case: str) -> None:
     script, tried, best = SEARCHES[case]
     engine = Scripted(**script)
     assert tune(engine, engine, [], modes=True) == (best, script[best])  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_levels_are_tried_for_as_long_as_memory_limits_and_they_are_faster(case:
     assert engine.used == [script[best]]
 
 
-def test_nothing_that_fits_at_any_level_is_refused_with_what_the_last_one_needs() -> None:
+def test_no_fitting_level_reports_needs_of_last() -> None:
     last = MemoryLimitError("a sample of 32 tokens needs 3 MiB.")
     engine = Scripted(none=TOO_LARGE, selective=TOO_LARGE, full=last)
     with pytest.raises(MemoryLimitError) as caught:
@@ -132,7 +132,7 @@ def test_nothing_that_fits_at_any_level_is_refused_with_what_the_last_one_needs(
 
 
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES)
-def test_a_level_that_was_decided_is_the_only_one(level: CheckpointingMode) -> None:
+def test_fixed_level_is_the_only_one_tried(level: CheckpointingMode) -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted(**{level: found})
     engine.set_checkpointing(level)
@@ -146,14 +146,14 @@ def test_a_level_that_was_decided_is_the_only_one(level: CheckpointingMode) -> N
 
 
 @pytest.mark.parametrize("levels", [False, True])
-def test_without_layers_there_is_one_search(levels: bool) -> None:
+def test_model_without_layers_needs_one_search(levels: bool) -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted(none=found)
     assert tune(engine, None, [], modes=levels) == ("none", found)  # type: ignore[arg-type]
     assert engine.tried == ["none"]
 
 
-def test_what_was_found_may_be_taken_again() -> None:
+def test_cached_choice_is_reused() -> None:
     found = choice_of(64, 10.0, limited=True)
     engine = Scripted()
     apply_choice(engine, engine, "selective", found)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def test_what_was_found_may_be_taken_again() -> None:
     assert engine.mode == "selective"
 
 
-def test_what_is_computed_anew_is_said_where_something_is() -> None:
+def test_recomputation_is_reported_when_used() -> None:
     assert [describe(level) for level in CHECKPOINTING_MODES] == [
         "",
         ", activation checkpointing in every second layer",
@@ -262,7 +262,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES[1:])
-def test_a_sample_that_fits_only_when_layers_are_computed_anew_is_trained(made: Run, level: CheckpointingMode) -> None:
+def test_sample_that_fits_only_recomputed_is_trained(made: Run, level: CheckpointingMode) -> None:
     *before, last = CHECKPOINTING_MODES[: CHECKPOINTING_MODES.index(level) + 1]
     more, less = made.peak_bytes(before[-1]), made.peak_bytes(last)
     assert less < 0.95 * more
@@ -276,7 +276,7 @@ def test_a_sample_that_fits_only_when_layers_are_computed_anew_is_trained(made: 
     assert made.engine.step(made.samples).tokens == sum(LENGTHS)
 
 
-def test_a_sample_that_fits_at_no_level_is_refused(made: Run) -> None:
+def test_sample_that_fits_at_no_level_is_rejected(made: Run) -> None:
     made.limit(made.peak_bytes("full") * 9 // 10)
     with pytest.raises(MemoryLimitError, match="a sample of 240 tokens needs"):
         tune(made.engine, made.layers, made.samples, modes=True)
@@ -285,14 +285,14 @@ def test_a_sample_that_fits_at_no_level_is_refused(made: Run) -> None:
 
 
 @pytest.mark.usefixtures("larger_is_faster")
-def test_with_memory_to_spare_nothing_is_computed_anew(made: Run) -> None:
+def test_ample_memory_recomputes_nothing(made: Run) -> None:
     made.limit(2**30)
     found, chosen = tune(made.engine, made.layers, made.samples, modes=True)
     assert (found, made.tried, chosen.limited) == ("none", ["none"], False)
 
 
 @pytest.mark.usefixtures("larger_is_faster")
-def test_where_memory_limits_more_is_computed_anew_for_larger_micro_batches(made: Run) -> None:
+def test_limited_memory_recomputes_for_larger_microbatches(made: Run) -> None:
     made.limit(made.peak_bytes("none", num_samples=2))
     found, _ = tune(made.engine, made.layers, made.samples, modes=True)
     assert (found, made.tried) == ("full", list(CHECKPOINTING_MODES))

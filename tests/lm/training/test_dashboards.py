@@ -46,7 +46,7 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
     assert validation == (1, {"validation/loss": 2.5})
 
 
-def test_every_listener_hears_everything() -> None:
+def test_every_callback_receives_all_events() -> None:
     one, other = RecordingCallback(), RecordingCallback()
     both = CallbackList(one, other)
     both.on_update({"step": 1})
@@ -56,7 +56,7 @@ def test_every_listener_hears_everything() -> None:
 
 
 @pytest.mark.parametrize("log", ["tensorboard", "trackio"])
-def test_one_that_is_not_installed_is_a_sentence_and_nothing_is_written(
+def test_missing_dashboard_is_one_sentence_and_writes_nothing(
     log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dashboards, "find_spec", lambda name: None)
@@ -68,7 +68,7 @@ def test_one_that_is_not_installed_is_a_sentence_and_nothing_is_written(
 
 
 @needs_tensorboard
-def test_tensorboard_has_every_update_once_also_after_a_resume(settings: dict[str, Any]) -> None:
+def test_tensorboard_has_every_update_once_after_resume(settings: dict[str, Any]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = settings["out"]
@@ -86,7 +86,7 @@ def test_tensorboard_has_every_update_once_also_after_a_resume(settings: dict[st
 
 
 @needs_trackio
-def test_trackio_hears_a_run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_receives_run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is loaded, which is now
     from trackio.sqlite_storage import SQLiteStorage
 

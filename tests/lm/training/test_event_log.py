@@ -42,7 +42,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException) ->
     monkeypatch.setattr(trainer.Trainer, "_update", failing)
 
 
-def test_a_run_tells_how_it_began_and_that_it_finished(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_run_logs_begin_and_finish(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert train.run(TrainConfig(out=tmp_path / "run", **settings)) == 0
     began, ended = events(tmp_path / "run")
     assert (began["event"], began["step"], began["total_steps"], began["settings"]) == ("begin", 0, 4, {})
@@ -57,7 +57,7 @@ def test_a_run_tells_how_it_began_and_that_it_finished(tmp_path: Path, settings:
     assert read_run(tmp_path / "run").state == "finished"
 
 
-def test_what_happened_before_stays_when_a_run_goes_on(
+def test_earlier_events_are_kept_on_resume(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -80,12 +80,12 @@ def test_what_happened_before_stays_when_a_run_goes_on(
     assert (found.settings["sample_prompt"], found.changed) == ("x", frozenset({"sample_prompt"}))
 
 
-def test_a_deterministic_run_tells_no_time(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_deterministic_run_logs_no_time(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert train.run(TrainConfig(out=tmp_path / "run", deterministic=True, **settings)) == 0
     assert [(event["at"], event.get("elapsed_s")) for event in events(tmp_path / "run")] == [(None, None)] * 2
 
 
-def test_a_run_goes_on_where_its_events_cannot_be_written(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_run_continues_when_events_are_unwritable(tmp_path: Path, settings: dict[str, Any]) -> None:
     run = tmp_path / "run"
     real = train.RunDirectory.create
     with pytest.MonkeyPatch.context() as patch:

@@ -34,7 +34,7 @@ from bigbatch.lm.training.trainer import Trainer
 from support.command_line import LIMIT_S, running
 from support.kill_points import poison
 from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
-from support.run_comparison import CLOCK, differences, rates_off, unlike
+from support.run_comparison import CLOCK, differences, differing_results, wrong_learning_rates
 
 Capture = pytest.CaptureFixture[str]
 
@@ -87,11 +87,11 @@ def go_on(
 ) -> RecordingCallback:
     """Begin or resume the run of a configuration, without the command line; stop after an update of some number."""
     config = config_of(run) if config is None else config
-    heard = RecordingCallback()
+    recorder = RecordingCallback()
     found, _ = load(run)
-    stop = {"should_stop": lambda: bool(heard.rows) and until(heard.rows[-1]["step"])}
-    Trainer(set_up_training(config), checkpoint=found).run(RunDirectory(run), callback=heard, **stop | how)
-    return heard
+    stop = {"should_stop": lambda: bool(recorder.rows) and until(recorder.rows[-1]["step"])}
+    Trainer(set_up_training(config), checkpoint=found).run(RunDirectory(run), callback=recorder, **stop | how)
+    return recorder
 
 
 def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> RecordingCallback:
@@ -143,7 +143,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_updates_that_are_not_finite_are_skipped_told_and_kept_apart(folder: Path, base: Path, capfd: Capture) -> None:
+def test_nonfinite_updates_are_skipped_reported_and_quarantined(folder: Path, base: Path, capfd: Capture) -> None:
     printed = said(["train", *words(folder, base, "--out", str(folder / "run"))], capfd)
     rows = metrics(folder / "run")
     skipped = [row["step"] for row in rows if row["skipped"]]
@@ -159,11 +159,11 @@ def test_updates_that_are_not_finite_are_skipped_told_and_kept_apart(folder: Pat
     for line in lines:
         assert len(line["samples"]) in (7, 8)
         assert any(sum(training[i]["input_ids"].tolist()) % 13 == 3 for i in line["samples"])
-    assert rates_off(folder / "run") == [], "the schedule goes by the updates that were applied"
+    assert wrong_learning_rates(folder / "run") == [], "the schedule goes by the updates that were applied"
 
 
 @pytest.mark.parametrize("max_skipped", ["1", "3"])
-def test_too_many_skipped_updates_in_a_row_are_a_failure(
+def test_too_many_consecutive_skips_fail(
     folder: Path, base: Path, max_skipped: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     command = ["train", *words(folder, base, "--out", str(folder / "run"), "--max-skipped", max_skipped)]
@@ -188,9 +188,7 @@ def nothing_finite(_self: Any, model: Any, microbatch: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 8, 9])
-def test_a_run_that_is_stopped_after_an_update_goes_on_to_the_last_bit(
-    folder: Path, base: Path, reference: Path, step: int
-) -> None:
+def test_run_stopped_after_update_resumes_bit_identically(folder: Path, base: Path, reference: Path, step: int) -> None:
     """After 4 and 8 it would have validated, after 5 written a sample, after 3 and 9 saved anyway."""
     run = folder / "run"
     before = begin(run, folder, base, until=lambda done: done == step)
@@ -202,7 +200,7 @@ def test_a_run_that_is_stopped_after_an_update_goes_on_to_the_last_bit(
 
 
 @pytest.mark.parametrize("microbatch", [0, 2, 3, 7, 14, 28])
-def test_an_update_that_is_given_up_leaves_no_trace(folder: Path, base: Path, reference: Path, microbatch: int) -> None:
+def test_abandoned_update_leaves_result_unchanged(folder: Path, base: Path, reference: Path, microbatch: int) -> None:
     asked = iter(range(100))
     begin(folder / "run", folder, base, should_abandon=lambda: next(asked) == microbatch)
     saved, _ = load(folder / "run")
@@ -212,9 +210,7 @@ def test_an_update_that_is_given_up_leaves_no_trace(folder: Path, base: Path, re
     assert differences(folder / "run", reference) == []
 
 
-def test_giving_up_the_very_first_update_of_a_run_that_begins_anew_can_be_resumed(
-    folder: Path, base: Path, reference: Path
-) -> None:
+def test_abandoned_first_update_of_restart_can_resume(folder: Path, base: Path, reference: Path) -> None:
     run = folder / "run"
     begin(run, folder, base, should_abandon=lambda: True)
     shutil.rmtree(run / "checkpoints")  # as if it had been killed before its first one
@@ -224,7 +220,7 @@ def test_giving_up_the_very_first_update_of_a_run_that_begins_anew_can_be_resume
     assert differences(run, reference) == []
 
 
-def test_a_model_that_was_saved_at_a_stop_is_not_taken_for_the_last(
+def test_model_saved_at_stop_is_not_final(
     folder: Path, base: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     run = folder / "run"
@@ -243,7 +239,7 @@ def test_a_model_that_was_saved_at_a_stop_is_not_taken_for_the_last(
 
 
 @pytest.mark.parametrize(("number", "grace_s"), [(signal.SIGTERM, "30"), (signal.SIGINT, "30"), (signal.SIGTERM, "0")])
-def test_a_signal_saves_and_resume_goes_on_to_the_last_bit(
+def test_signal_saves_and_resume_is_bit_identical(
     folder: Path, base: Path, number: signal.Signals, grace_s: str, capfd: Capture
 ) -> None:
     job = words(
@@ -270,7 +266,7 @@ def test_a_signal_saves_and_resume_goes_on_to_the_last_bit(
     assert differences(Path(run), Path(reference)) == []
 
 
-def test_a_second_signal_ends_the_run_at_once_and_resume_goes_on_to_the_last_bit(folder: Path, base: Path) -> None:
+def test_second_signal_exits_and_resume_is_bit_identical(folder: Path, base: Path) -> None:
     job = words(folder, base, "--epochs", "16", "--checkpoint-every", "10", "--microbatch", "1")
     with running("train", *job, "--out", "run", folder=folder) as process:
         assert process.stdout is not None
@@ -289,7 +285,7 @@ def test_a_second_signal_ends_the_run_at_once_and_resume_goes_on_to_the_last_bit
     assert differences(folder / "run", folder / "reference") == []
 
 
-def test_the_random_state_of_the_caller_is_left_by_a_run_that_goes_on(folder: Path, base: Path) -> None:
+def test_resumed_run_restores_random_state_of_caller(folder: Path, base: Path) -> None:
     begin(folder / "run", folder, base, until=lambda step: step == 4)
     random.seed(7)
     np.random.seed(7)
@@ -314,7 +310,7 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
-def test_other_data_is_refused_unless_it_is_allowed(folder: Path, stopped: Path, capfd: Capture) -> None:
+def test_changed_data_is_rejected_unless_allowed(folder: Path, stopped: Path, capfd: Capture) -> None:
     write_jsonl(folder / "data.jsonl", [*records(39), {"prompt": "x", "completion": "another"}])
     before = everything_in(stopped)
     assert failed(2, ["resume", str(stopped)], capfd) == (
@@ -329,7 +325,7 @@ def test_other_data_is_refused_unless_it_is_allowed(folder: Path, stopped: Path,
 @pytest.mark.parametrize(
     ("flag", "value", "kind", "total"), [("--global-batch", "4", "batch", 13), ("--seed", "5", "seed", 10)]
 )
-def test_another_batch_or_seed_is_refused_unless_it_is_allowed(
+def test_changed_batch_or_seed_is_rejected_unless_allowed(
     stopped: Path, flag: str, value: str, kind: str, total: int, capfd: Capture
 ) -> None:
     before = everything_in(stopped)
@@ -341,7 +337,7 @@ def test_another_batch_or_seed_is_refused_unless_it_is_allowed(
     assert [row["step"] for row in metrics(stopped)] == [*range(1, total + 1)]
 
 
-def test_what_was_changed_stays_changed_when_the_run_is_resumed_again(stopped: Path, capfd: Capture) -> None:
+def test_changed_settings_persist_on_next_resume(stopped: Path, capfd: Capture) -> None:
     again = stopped.with_name("again")
     shutil.copytree(stopped, again)
     change = ["--global-batch", "4", "--seed", "5", "--allow-batch-change", "--allow-seed-change"]
@@ -349,15 +345,15 @@ def test_what_was_changed_stays_changed_when_the_run_is_resumed_again(stopped: P
     asked = TrainConfig(global_batch=4, seed=5)
     go_on(again, until=lambda step: step == 9, config=merge_config(config_of(again), asked, allowed=("batch", "seed")))
     said(["resume", str(again)], capfd)
-    assert unlike(again, stopped) == []
+    assert differing_results(again, stopped) == []
 
 
-def test_a_batch_that_leaves_nothing_but_the_end_ends(stopped: Path, capfd: Capture) -> None:
+def test_batch_that_leaves_no_update_ends_run(stopped: Path, capfd: Capture) -> None:
     said(["resume", str(stopped), "--global-batch", "39", "--allow-batch-change"], capfd)
     assert [row["step"] for row in metrics(stopped)] == [*range(1, 9)]
 
 
-def test_a_setting_that_makes_the_run_what_it_is_is_refused(tmp_path: Path) -> None:
+def test_changed_defining_setting_is_rejected_on_resume(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         merge_config(TrainConfig(out=tmp_path, lr=0.01), TrainConfig(lr=0.5), allowed=("batch", "seed", "data"))
     assert str(caught.value) == (
@@ -379,7 +375,7 @@ def test_a_setting_that_makes_the_run_what_it_is_is_refused(tmp_path: Path) -> N
     ],
     ids=" ".join,
 )
-def test_another_cut_of_the_batch_goes_on_to_the_same_model(stopped: Path, flags: list[str], capfd: Capture) -> None:
+def test_another_microbatch_resumes_to_same_model(stopped: Path, flags: list[str], capfd: Capture) -> None:
     whole = stopped.with_name("whole")
     shutil.copytree(stopped, whole)
     said(["resume", str(whole)], capfd)
@@ -389,7 +385,7 @@ def test_another_cut_of_the_batch_goes_on_to_the_same_model(stopped: Path, flags
     assert [row["items"] for row in metrics(stopped)] == [row["items"] for row in metrics(whole)]
 
 
-def test_a_micro_batch_that_is_given_takes_the_place_of_the_memory_that_a_run_was_begun_with(tmp_path: Path) -> None:
+def test_given_microbatch_replaces_memory_limit_on_resume(tmp_path: Path) -> None:
     stored = TrainConfig(out=tmp_path, microbatch="auto", memory="24GiB").resolved()
     for given in ({"microbatch": 4}, {"token_budget": 512}):
         now = merge_config(stored, TrainConfig(**given), allowed=())
@@ -398,9 +394,7 @@ def test_a_micro_batch_that_is_given_takes_the_place_of_the_memory_that_a_run_wa
     assert merge_config(stored, TrainConfig(memory="8GiB"), allowed=()).memory == "8GiB"
 
 
-def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
-    folder: Path, plain: Path, capfd: Capture
-) -> None:
+def test_recomputation_can_be_set_on_resume(folder: Path, plain: Path, capfd: Capture) -> None:
     begin(folder / "run", folder, plain, "--microbatch", "auto", until=lambda step: step == 4)
     stored = config_of(folder / "run")
     asked = merge_config(stored, TrainConfig(gradient_checkpointing="full"), allowed=())
@@ -413,7 +407,7 @@ def test_what_is_computed_anew_can_be_asked_for_where_auto_had_decided(
     assert trainer.engine.choice == MicrobatchChoice.from_dict(saved.engine["engine"]["choice"])
 
 
-def test_a_finished_run_says_so_and_nothing_changes(reference: Path, capfd: Capture) -> None:
+def test_finished_run_is_reported_and_unchanged(reference: Path, capfd: Capture) -> None:
     before = everything_in(reference)
     printed = said(["resume", str(reference)], capfd)
     assert printed.endswith(f"{reference} is already finished: all 10 updates are done, the model is saved\n")
@@ -421,14 +415,14 @@ def test_a_finished_run_says_so_and_nothing_changes(reference: Path, capfd: Capt
     assert not list(reference.rglob("*.partial"))
 
 
-def test_a_finished_run_without_its_model_saves_it_again(reference: Path, capfd: Capture) -> None:
+def test_finished_run_without_model_saves_it_again(reference: Path, capfd: Capture) -> None:
     model = (reference / "model" / "model.safetensors").read_bytes()
     shutil.rmtree(reference / "model")
     said(["resume", str(reference)], capfd)
     assert (reference / "model" / "model.safetensors").read_bytes() == model
 
 
-def test_what_is_no_run_is_refused_in_a_sentence(folder: Path, capfd: Capture) -> None:
+def test_path_without_run_is_one_sentence(folder: Path, capfd: Capture) -> None:
     run = folder / "run"
     assert failed(2, ["resume", str(run)], capfd) == (
         f"{run} is no run: {run / 'config.json'} cannot be read (no such file or directory)."
@@ -440,9 +434,7 @@ def test_what_is_no_run_is_refused_in_a_sentence(folder: Path, capfd: Capture) -
         assert sentence.startswith(f"{run / 'config.json'} is not the configuration of a run: ")
 
 
-def test_a_process_that_is_killed_while_it_writes_the_configuration_has_begun_nothing(
-    folder: Path, base: Path, capfd: Capture
-) -> None:
+def test_process_killed_during_config_write_starts_nothing(folder: Path, base: Path, capfd: Capture) -> None:
     run = folder / "run"
     run.mkdir()
     (run / "config.json.1.partial").write_text('{"data": "py', encoding="utf-8")
@@ -451,7 +443,7 @@ def test_a_process_that_is_killed_while_it_writes_the_configuration_has_begun_no
     assert not (run / "config.json.1.partial").exists()
 
 
-def test_other_frozen_weights_are_refused(folder: Path, capfd: Capture) -> None:
+def test_changed_frozen_weights_are_rejected(folder: Path, capfd: Capture) -> None:
     base = save_model_folder(folder / "base")
     begin(folder / "run", folder, base, "--lora-rank", "2", until=lambda step: step == 4)
     before = everything_in(folder / "run")
@@ -462,13 +454,13 @@ def test_other_frozen_weights_are_refused(folder: Path, capfd: Capture) -> None:
     assert everything_in(folder / "run") == before
 
 
-def test_adapters_go_on_in_another_precision(folder: Path, plain: Path, capfd: Capture) -> None:
+def test_adapters_resume_in_another_precision(folder: Path, plain: Path, capfd: Capture) -> None:
     begin(folder / "run", folder, plain, "--lora-rank", "2", until=lambda step: step == 4)
     said(["resume", str(folder / "run"), "--precision", "float64"], capfd)
     assert len(metrics(folder / "run")) == 10
 
 
-def test_a_model_of_another_shape_is_refused_in_a_sentence(folder: Path, capfd: Capture) -> None:
+def test_model_of_another_shape_is_one_sentence(folder: Path, capfd: Capture) -> None:
     base = save_model_folder(folder / "base")
     begin(folder / "run", folder, base, until=lambda step: step == 4)
     shutil.rmtree(base)
@@ -479,7 +471,7 @@ def test_a_model_of_another_shape_is_refused_in_a_sentence(folder: Path, capfd: 
     )
 
 
-def test_the_tokenizer_of_the_tiny_model_is_held_to_what_it_was(folder: Path, capfd: Capture) -> None:
+def test_tiny_model_tokenizer_must_be_unchanged(folder: Path, capfd: Capture) -> None:
     run = folder / "run"
     settings = {"data": str(folder / "data.jsonl"), "steps": 2, "global_batch": 4, "microbatch": 4}
     config = TrainConfig(**settings, checkpoint_every=1, max_length=32, device="cpu")
@@ -499,7 +491,7 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(
+def test_broken_checkpoint_is_skipped_and_result_unchanged(
     folder: Path, base: Path, reference: Path, capfd: Capture
 ) -> None:
     run = folder / "run"
@@ -515,9 +507,7 @@ def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(
     assert differences(run, reference) == []
 
 
-def test_a_run_whose_checkpoints_are_all_broken_begins_anew_and_says_so(
-    folder: Path, base: Path, reference: Path, capfd: Capture
-) -> None:
+def test_run_with_only_broken_checkpoints_restarts(folder: Path, base: Path, reference: Path, capfd: Capture) -> None:
     run = folder / "run"
     begin(run, folder, base, until=lambda step: step == 7)
     flip_a_byte(run / "checkpoints" / "step-7" / "state.json")
@@ -564,7 +554,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_a_disk_that_is_full_is_one_sentence_and_the_run_ends_the_same_once_there_is_room(
+def test_full_disk_is_one_sentence_and_run_resumes(
     folder: Path, base: Path, every: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     run = folder / "run"
@@ -580,7 +570,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_run_ends_the_same_once_ther
 
 @pytest.mark.parametrize("number", [0, 3, 60, 130, 131, 260])
 @pytest.mark.parametrize("beside", [[], ["--async-checkpoint"]], ids=["", "async"])
-def test_a_checkpoint_that_finds_no_room_is_never_half_there(
+def test_checkpoint_without_space_is_never_partial(
     folder: Path,
     base: Path,
     reference: Path,
@@ -614,7 +604,7 @@ def test_a_checkpoint_that_finds_no_room_is_never_half_there(
     assert differences(run, reference) == []
 
 
-def test_a_model_that_finds_no_room_is_one_sentence_and_is_saved_by_resume(
+def test_unsaved_model_is_saved_by_resume(
     folder: Path, base: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     run = folder / "run"
@@ -634,9 +624,7 @@ def test_a_model_that_finds_no_room_is_one_sentence_and_is_saved_by_resume(
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "quarantine.jsonl"])
 @pytest.mark.usefixtures("poisoned")
-def test_a_file_of_lines_that_cannot_be_opened_is_one_sentence(
-    folder: Path, base: Path, name: str, capfd: Capture
-) -> None:
+def test_unopenable_line_file_is_one_sentence(folder: Path, base: Path, name: str, capfd: Capture) -> None:
     run = folder / "run"
     begin(run, folder, base, should_abandon=lambda: True)
     (run / name).unlink(missing_ok=True)
@@ -646,7 +634,7 @@ def test_a_file_of_lines_that_cannot_be_opened_is_one_sentence(
     assert sentence == f"{run / name} cannot be written: is a directory."
 
 
-def test_a_run_in_a_folder_that_cannot_be_written_is_refused(folder: Path, base: Path, capfd: Capture) -> None:
+def test_run_in_unwritable_folder_is_rejected(folder: Path, base: Path, capfd: Capture) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     run = folder / "run"
@@ -659,7 +647,7 @@ def test_a_run_in_a_folder_that_cannot_be_written_is_refused(folder: Path, base:
         run.chmod(0o755)
 
 
-def test_two_processes_cannot_go_on_with_one_run(stopped: Path, capfd: Capture) -> None:
+def test_two_processes_cannot_resume_one_run(stopped: Path, capfd: Capture) -> None:
     before = everything_in(stopped)
     with RunLock(stopped):
         sentence = failed(2, ["resume", str(stopped)], capfd)
@@ -670,7 +658,7 @@ def test_two_processes_cannot_go_on_with_one_run(stopped: Path, capfd: Capture) 
 # the same bytes --------------------------------------------------------------------------------------------------
 
 
-def test_two_deterministic_runs_give_the_same_bytes(folder: Path, base: Path, capfd: Capture) -> None:
+def test_two_deterministic_runs_give_same_bytes(folder: Path, base: Path, capfd: Capture) -> None:
     runs = [folder / "one", folder / "other"]
     for run in runs:
         said(["train", *words(folder, base, "--out", str(run), "--deterministic", "--microbatch", "auto")], capfd)
@@ -684,7 +672,7 @@ def test_two_deterministic_runs_give_the_same_bytes(folder: Path, base: Path, ca
     assert read(runs[0] / "checkpoints" / "step-10").values == read(runs[1] / "checkpoints" / "step-10").values
 
 
-def test_determinism_is_left_as_it_was(folder: Path, base: Path) -> None:
+def test_determinism_setting_is_restored(folder: Path, base: Path) -> None:
     begin(folder / "run", folder, base, "--deterministic", "true", "--steps", "1")
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -692,9 +680,7 @@ def test_determinism_is_left_as_it_was(folder: Path, base: Path) -> None:
 # records that are broken -----------------------------------------------------------------------------------------
 
 
-def test_broken_records_are_refused_by_their_line_or_left_out_and_counted(
-    folder: Path, base: Path, capfd: Capture
-) -> None:
+def test_broken_records_are_rejected_or_skipped_and_counted(folder: Path, base: Path, capfd: Capture) -> None:
     data = folder / "data.jsonl"
     lines = data.read_text(encoding="utf-8").splitlines()
     lines[4:4] = ['{"text": ', '{"text": 3}']

@@ -28,9 +28,7 @@ FULL: dict[str, Any] = {
         {"global_batch": None, "global_batch_tokens": 500},
     ],
 )
-def test_a_run_that_is_started_again_by_the_command_that_began_it_goes_on_as_it_was(
-    tmp_path: Path, more: dict[str, Any]
-) -> None:
+def test_repeated_train_command_resumes_its_run(tmp_path: Path, more: dict[str, Any]) -> None:
     """As torchrun does it."""
     asked = TrainConfig(out=tmp_path, **{name: value for name, value in (FULL | more).items() if value is not None})
     stored = asked.resolved()

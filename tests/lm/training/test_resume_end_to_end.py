@@ -71,7 +71,7 @@ def at(point: str, number: int = 1) -> dict[str, Any]:
         ("before model", 1),  # after the last checkpoint
     ],
 )
-def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_had_been(server: Server, point: str, number: int) -> None:
+def test_run_killed_anywhere_equals_uninterrupted_run(server: Server, point: str, number: int) -> None:
     assert server.kill_and_resume("plain", at(point, number)) == (1, [])
 
 
@@ -88,11 +88,11 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_had_been(server: Serv
         ("poisoned", "middle of quarantine.jsonl", 3),
     ],
 )
-def test_a_run_of_any_kind_survives(server: Server, kind: str, point: str, number: int) -> None:
+def test_killed_run_of_any_kind_equals_uninterrupted(server: Server, kind: str, point: str, number: int) -> None:
     assert server.kill_and_resume(kind, at(point, number)) == (1, [])
 
 
-def test_ten_deaths_in_a_row_within_one_pass_leave_no_trace(server: Server) -> None:
+def test_ten_kills_in_one_epoch_leave_result_unchanged(server: Server) -> None:
     before_it_is_saved = [
         at("before training"),
         at("after micro-batch", 2),
@@ -105,7 +105,7 @@ def test_ten_deaths_in_a_row_within_one_pass_leave_no_trace(server: Server) -> N
     assert server.kill_and_resume("plain", *before_it_is_saved, *after_update_3) == (10, [])
 
 
-def test_a_death_at_any_moment_leaves_no_trace(server: Server) -> None:
+def test_kill_at_any_moment_leaves_result_unchanged(server: Server) -> None:
     died, differs = server.kill_and_resume("async", *({"after_s": 0.02 + 0.01 * i} for i in range(5)))
     assert differs == []
     assert died >= 1

@@ -25,7 +25,7 @@ def learned(prepared: Any) -> set[str]:
     return {prepared.tokenizer.decode(row, skip_special_tokens=True) for row in labels}
 
 
-def test_the_configuration_has_every_default_written_out(tmp_path: Path, model: str) -> None:
+def test_configuration_has_every_default_written_out(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(10)))
     config = set_up_training(TrainConfig(data=data, model=model, device="cpu", lora_rank=2)).config
     assert (config.device, config.precision) == ("cpu", "float32")
@@ -40,13 +40,13 @@ def test_prompts_are_masked_and_completions_learned(tmp_path: Path, model: str) 
     assert learned(prepared) == {row["completion"] for row in rows}
 
 
-def test_of_a_conversation_the_answers_are_learned(tmp_path: Path, model: str) -> None:
+def test_only_assistant_answers_are_learned(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "chat.jsonl", conversations(9)))
     prepared = set_up_training(TrainConfig(data=data, model=model, validation_fraction=0))
     assert learned(prepared) == {f"here is {i}" for i in range(9)}
 
 
-def test_parquet_and_json_lines_prepare_the_same(tmp_path: Path, model: str) -> None:
+def test_parquet_and_json_lines_set_up_equally(tmp_path: Path, model: str) -> None:
     rows = records(12)
     jsonl = write_jsonl(tmp_path / "a.jsonl", rows)
     parquet = tmp_path / "a.parquet"
@@ -56,20 +56,20 @@ def test_parquet_and_json_lines_prepare_the_same(tmp_path: Path, model: str) -> 
     assert one.training.label_counts == other.training.label_counts
 
 
-def test_a_folder_of_markdown_is_a_document_a_file(tmp_path: Path) -> None:
+def test_markdown_folder_has_one_document_per_file(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / f"{i}.md").write_text(f"# Größe {i}\n\nПривет, 日本語 {i}\n", encoding="utf-8")
-    heard: list[str] = []
+    messages: list[str] = []
 
     def say(words: str, done: int = 0, total: int = 0) -> None:
-        heard.append(words)
+        messages.append(words)
         assert done <= total
 
     prepared = set_up_training(TrainConfig(data=str(tmp_path), validation_fraction=0), progress=say)
     assert learned(prepared) == {f"# Größe {i}\n\nПривет, 日本語 {i}\n" for i in range(6)}
     assert prepared.notes[0] == f"6 text files from {tmp_path}"
     assert prepared.notes[1].startswith("to learn from: 6 documents with ")
-    assert list(dict.fromkeys(heard)) == [
+    assert list(dict.fromkeys(messages)) == [
         f"reading {tmp_path}",
         "training a tokenizer",
         "encoding the documents",
@@ -77,7 +77,7 @@ def test_a_folder_of_markdown_is_a_document_a_file(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_held_out_is_told(tmp_path: Path, model: str) -> None:
+def test_validation_split_is_reported(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(1)))
     prepared = set_up_training(TrainConfig(data=data, model=model))
     assert prepared.validation is None
@@ -85,19 +85,19 @@ def test_what_is_held_out_is_told(tmp_path: Path, model: str) -> None:
     assert not any("held out" in note for note in set_up_training(TrainConfig(data=data, validation_fraction=0)).notes)
 
 
-def test_a_length_that_the_model_cannot_take_is_refused(tmp_path: Path, model: str) -> None:
+def test_length_above_model_positions_is_rejected(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(3)))
     with pytest.raises(InputError, match=r"--max-length 65 is more than the 64 positions of .*: pass --max-length 64 "):
         set_up_training(TrainConfig(data=data, model=model, max_length=65))
 
 
-def test_a_sample_prompt_that_fills_the_model_is_refused(tmp_path: Path, model: str) -> None:
+def test_sample_prompt_that_fills_model_is_rejected(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(3)))
     with pytest.raises(InputError, match=r"^--sample-prompt has \d+ tokens and the model supports 64 positions: "):
         set_up_training(TrainConfig(data=data, model=model, sample_prompt="☃" * 30))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, model: str) -> None:
+def test_tokenizer_larger_than_model_is_rejected(tmp_path: Path, model: str) -> None:
     from bigbatch.lm.data.tokenizer import train_tokenizer
 
     folder = save_model_folder(tmp_path / "m")

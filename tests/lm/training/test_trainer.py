@@ -51,53 +51,47 @@ def parameters(prepared: Any) -> torch.Tensor:
     return torch.cat([p.detach().double().flatten() for p in prepared.model.parameters()])
 
 
-def test_every_microbatch_gives_the_same_parameters(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_every_microbatch_gives_same_parameters(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"precision": "float64", "max_grad_norm": 0.5, "warmup_steps": 2}
     runs = {size: run(tmp_path / f"run{size}", **settings | {"microbatch": size}) for size in (1, 3, 8, 100)}
     expected = parameters(runs[100][0])
-    for size, (prepared, heard, _) in runs.items():
+    for size, (prepared, recorder, _) in runs.items():
         assert torch.linalg.norm(parameters(prepared) - expected) / torch.linalg.norm(expected) < 1e-10
-        assert [row["num_microbatches"] for row in heard.rows] == [math.ceil(12 / size)] * 3
-        assert [row["loss"] for row in heard.rows] == pytest.approx(
+        assert [row["num_microbatches"] for row in recorder.rows] == [math.ceil(12 / size)] * 3
+        assert [row["loss"] for row in recorder.rows] == pytest.approx(
             [row["loss"] for row in runs[100][1].rows], rel=1e-9
         )
 
 
-def test_an_epoch_uses_every_sequence_once_and_its_last_window_is_shorter(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_epoch_uses_every_sequence_with_partial_last_window(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": None, "epochs": 1, "validation_fraction": 0.0}
-    prepared, heard, outcome = run(tmp_path / "run", **settings)
-    assert outcome.step == len(heard.rows) == 4  # 40 sequences: 12 + 12 + 12 + 4
-    assert sum(row["items"] for row in heard.rows) == sum(prepared.training.label_counts)
-    assert sum(row["tokens"] for row in heard.rows) == sum(prepared.training.lengths)
-    assert heard.rows[-1]["num_microbatches"] == 1
+    prepared, recorder, outcome = run(tmp_path / "run", **settings)
+    assert outcome.step == len(recorder.rows) == 4  # 40 sequences: 12 + 12 + 12 + 4
+    assert sum(row["items"] for row in recorder.rows) == sum(prepared.training.label_counts)
+    assert sum(row["tokens"] for row in recorder.rows) == sum(prepared.training.lengths)
+    assert recorder.rows[-1]["num_microbatches"] == 1
 
 
-def test_a_batch_in_tokens_takes_the_whole_sequences_that_come_closest(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_token_batch_takes_nearest_whole_sequences(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"global_batch": None, "global_batch_tokens": 100}
-    prepared, heard, _ = run(tmp_path / "run", **settings)
+    prepared, recorder, _ = run(tmp_path / "run", **settings)
     longest = max(prepared.training.lengths)
-    assert all(abs(row["tokens"] - 100) <= longest / 2 for row in heard.rows)
+    assert all(abs(row["tokens"] - 100) <= longest / 2 for row in recorder.rows)
 
 
-def test_metrics_have_one_line_an_update_with_the_keys_that_are_promised(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    _, heard, outcome = run(tmp_path / "run", **settings, validation_every=2)
+def test_metrics_have_one_documented_line_per_update(tmp_path: Path, settings: dict[str, Any]) -> None:
+    _, recorder, outcome = run(tmp_path / "run", **settings, validation_every=2)
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row.keys() - KEYS for row in rows] == [set(), {"validation_loss"}, {"validation_loss"}]
     assert all(row.keys() >= KEYS for row in rows)
     assert [row["skipped"] for row in rows] == [None] * 3
-    assert rows == heard.rows
-    assert outcome.validation_loss == rows[-1]["validation_loss"] == heard.validations[-1][1]
-    assert [step for step, _ in heard.samples] == [1, 3]
+    assert rows == recorder.rows
+    assert outcome.validation_loss == rows[-1]["validation_loss"] == recorder.validations[-1][1]
+    assert [step for step, _ in recorder.samples] == [1, 3]
 
 
-def test_the_learning_rate_goes_by_updates(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_learning_rate_follows_updates(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": 6, "warmup_steps": 2}
     rates = {
         size: [row["lr"] for row in run(tmp_path / f"{size}", **settings | {"microbatch": size})[1].rows]
@@ -106,16 +100,14 @@ def test_the_learning_rate_goes_by_updates(tmp_path: Path, settings: dict[str, A
     assert rates[2] == rates[12] == pytest.approx([0.01 * f for f in (1 / 3, 2 / 3, 1, 0.775, 0.325, 0.1)])
 
 
-def test_a_constant_schedule_stays_after_its_warmup() -> None:
+def test_constant_schedule_is_flat_after_warmup() -> None:
     factors = [lr_factor(step, total_steps=5, warmup_steps=1, schedule="constant") for step in range(5)]
     assert factors == [0.5, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_the_saved_model_is_the_trained_one(
-    tmp_path: Path, settings: dict[str, Any], kind: str, lora_rank: int
-) -> None:
+def test_saved_model_is_the_trained_one(tmp_path: Path, settings: dict[str, Any], kind: str, lora_rank: int) -> None:
     base = save_model_folder(tmp_path / kind, kind=kind)
     before = (base / "model.safetensors").read_bytes()
     prepared, _, _ = run(tmp_path / "run", **settings | {"model": str(base), "lora_rank": lora_rank})
@@ -135,8 +127,8 @@ def test_the_saved_model_is_the_trained_one(
 def test_every_precision_trains_and_saves_its_weights(
     tmp_path: Path, settings: dict[str, Any], precision: str, dtype: torch.dtype
 ) -> None:
-    prepared, heard, _ = run(tmp_path / "run", **settings, precision=precision)
-    assert heard.rows[-1]["loss"] < heard.rows[0]["loss"]
+    prepared, recorder, _ = run(tmp_path / "run", **settings, precision=precision)
+    assert recorder.rows[-1]["loss"] < recorder.rows[0]["loss"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert loaded.dtype == dtype
     trained = dict(prepared.model.named_parameters())
@@ -144,48 +136,48 @@ def test_every_precision_trains_and_saves_its_weights(
 
 
 def test_float16_trains_with_its_scaler(tmp_path: Path, settings: dict[str, Any]) -> None:
-    _, heard, _ = run(tmp_path / "run", **settings, precision="fp16")
-    assert [row["skipped"] for row in heard.rows] == [None] * 3
+    _, recorder, _ = run(tmp_path / "run", **settings, precision="fp16")
+    assert [row["skipped"] for row in recorder.rows] == [None] * 3
 
 
-def test_validation_and_samples_leave_training_as_it_was(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_validation_and_samples_do_not_affect_training(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings["model"] = str(save_model_folder(tmp_path / "dropping", kind="gpt2", dropout=0.2))
     often, rare = (run(tmp_path / f"{n}", **settings, validation_every=n)[0] for n in (1, 3))
     assert torch.equal(parameters(often), parameters(rare)), "dropout drew other masks"
     assert often.model.training
 
 
-def test_the_seed_decides(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_seed_determines_run(tmp_path: Path, settings: dict[str, Any]) -> None:
     once, again, other = (run(tmp_path / f"run{i}", **settings, seed=seed)[1].rows for i, seed in enumerate((1, 1, 2)))
     clock = {"elapsed_s", "tokens_per_s", "peak_bytes"}
     plain = [[{k: v for k, v in row.items() if k not in clock} for row in rows] for rows in (once, again, other)]
     assert plain[0] == plain[1] != plain[2]
 
 
-def test_a_run_that_is_told_to_stop_saves_its_model(tmp_path: Path, settings: dict[str, Any]) -> None:
-    heard = RecordingCallback()
+def test_stopped_run_saves_its_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    recorder = RecordingCallback()
     directory = RunDirectory.create(tmp_path / "run", {})
     outcome = Trainer(set_up_training(TrainConfig(**settings))).run(
-        directory, callback=heard, should_stop=lambda: len(heard.rows) == 1
+        directory, callback=recorder, should_stop=lambda: len(recorder.rows) == 1
     )
     assert (outcome.step, outcome.finished) == (1, False)
     assert len(metrics(tmp_path / "run")) == 1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.vocab_size
 
 
-def test_conversations_train_on_the_turns_of_the_assistant(tmp_path: Path) -> None:
+def test_conversations_train_on_assistant_turns(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "chat.jsonl", conversations(20))
-    prepared, heard, _ = run(tmp_path / "run", data=str(data), steps=2, global_batch=4, max_length=128)
-    assert 0 < heard.rows[0]["items"] < heard.rows[0]["tokens"]
-    assert heard.rows[0]["items"] <= max(prepared.training.label_counts) * 4
+    prepared, recorder, _ = run(tmp_path / "run", data=str(data), steps=2, global_batch=4, max_length=128)
+    assert 0 < recorder.rows[0]["items"] < recorder.rows[0]["tokens"]
+    assert recorder.rows[0]["items"] <= max(prepared.training.label_counts) * 4
 
 
-def test_evenly_spaced_indices_reach_over_the_whole_set() -> None:
+def test_evenly_spaced_indices_span_whole_set() -> None:
     assert evenly_spaced(3, 5) == [0, 1, 2]
     assert evenly_spaced(10, 4) == [0, 2, 5, 7]
 
 
-def test_every_document_is_used_once_an_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_every_document_is_used_once_per_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": None, "epochs": 2, "validation_fraction": 0.0, "global_batch": 7}
     trainer = Trainer(set_up_training(TrainConfig(**settings)))
     windows = list(trainer.schedule.windows(0, 0))
@@ -196,13 +188,13 @@ def test_every_document_is_used_once_an_epoch(tmp_path: Path, settings: dict[str
     assert used[0] != used[1]
 
 
-def test_a_warmup_longer_than_the_run_is_refused(settings: dict[str, Any]) -> None:
+def test_warmup_longer_than_run_is_rejected(settings: dict[str, Any]) -> None:
     prepared = set_up_training(TrainConfig(**settings | {"steps": None, "epochs": 1, "warmup_steps": 5}))
     with pytest.raises(InputError, match=r"^--warmup-steps 5 is more than the 4 updates of the run: "):
         Trainer(prepared)
 
 
-def test_a_skipped_update_keeps_its_number_and_the_rate_waits(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_skipped_update_keeps_number_and_delays_rate(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": 4, "warmup_steps": 4, "validation_fraction": 0.0}
     prepared = set_up_training(TrainConfig(**settings))
     trainer = Trainer(prepared)
@@ -222,7 +214,7 @@ def test_a_skipped_update_keeps_its_number_and_the_rate_waits(tmp_path: Path, se
     assert (outcome.step, outcome.skipped, outcome.finished) == (4, 1, True)
 
 
-def test_a_run_that_only_skips_is_given_up(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_run_that_only_skips_is_stopped(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings |= {"steps": 100, "validation_fraction": 0.0, "global_batch": 1}
     prepared = set_up_training(TrainConfig(**settings))
     next(prepared.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
@@ -231,13 +223,13 @@ def test_a_run_that_only_skips_is_given_up(tmp_path: Path, settings: dict[str, A
     assert len(metrics(tmp_path / "run")) == 50
 
 
-def test_training_leaves_the_random_state_of_the_caller(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_training_restores_random_state_of_caller(tmp_path: Path, settings: dict[str, Any]) -> None:
     before = torch.random.get_rng_state()
     run(tmp_path / "run", **settings)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_sample_and_a_validation_draw_nothing_and_put_the_mode_back(settings: dict[str, Any]) -> None:
+def test_sampling_and_validation_restore_mode_and_random_state(settings: dict[str, Any]) -> None:
     trainer = Trainer(set_up_training(TrainConfig(**settings)))
     before = torch.random.get_rng_state()
     assert trainer.sample_text("def ") == trainer.sample_text("def ")
@@ -254,19 +246,19 @@ def cut(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", [{}, {"memory": "100%"}, {"token_budget": 70}], ids=str)
-def test_a_cut_in_tokens_gives_the_same_parameters_and_validation(
+def test_token_split_gives_same_parameters_and_validation(
     tmp_path: Path, settings: dict[str, Any], how: dict[str, Any]
 ) -> None:
     settings |= {"precision": "float64", "validation_every": 1, "validation_fraction": 0.2}
-    prepared, heard, _ = run(tmp_path / "run", **cut(settings, **how))
+    prepared, recorder, _ = run(tmp_path / "run", **cut(settings, **how))
     whole, expected, _ = run(tmp_path / "whole", **settings | {"microbatch": 100})
     difference = torch.linalg.norm(parameters(prepared) - parameters(whole)) / torch.linalg.norm(parameters(whole))
     assert difference < 1e-10
-    assert [loss for _, loss in heard.validations] == pytest.approx([loss for _, loss in expected.validations])
-    assert [row["items"] for row in heard.rows] == [row["items"] for row in expected.rows]
+    assert [loss for _, loss in recorder.validations] == pytest.approx([loss for _, loss in expected.validations])
+    assert [row["items"] for row in recorder.rows] == [row["items"] for row in expected.rows]
 
 
-def test_no_micro_batch_is_above_the_token_budget(settings: dict[str, Any]) -> None:
+def test_no_microbatch_exceeds_token_budget(settings: dict[str, Any]) -> None:
     trainer = Trainer(set_up_training(TrainConfig(**cut(settings, token_budget=40))))
     for window in trainer.schedule.windows(0, 0):
         lengths = [len(sample["input_ids"]) for sample in trainer.fetch(window)]
@@ -275,7 +267,7 @@ def test_no_micro_batch_is_above_the_token_budget(settings: dict[str, Any]) -> N
         assert all(len(rows) * max(lengths[i] for i in rows) <= 40 for rows in groups)
 
 
-def test_auto_says_what_it_chose_and_keeps_it(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_auto_reports_and_saves_its_choice(tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = Trainer(set_up_training(TrainConfig(**cut(settings))))
     assert trainer.engine.choice is None
     before = parameters(trainer.setup)
@@ -309,7 +301,7 @@ def refused(settings: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_memory_beside_a_micro_batch_that_is_given_is_refused(settings: dict[str, Any]) -> None:
+def test_memory_with_given_microbatch_is_rejected(settings: dict[str, Any]) -> None:
     assert refused(settings | {"memory": "1GiB"}) == (
         "--memory limits --microbatch auto and cannot be combined with --microbatch 8. Remove one of them."
     )
@@ -318,11 +310,11 @@ def test_memory_beside_a_micro_batch_that_is_given_is_refused(settings: dict[str
     )
 
 
-def test_a_card_is_refused_where_there_is_none(settings: dict[str, Any]) -> None:
+def test_gpu_setting_without_gpu_is_rejected(settings: dict[str, Any]) -> None:
     assert refused(cut(settings, gpu="t4")) == "--gpu t4 needs a CUDA device, and this run is on cpu. Pass --memory."
 
 
-def test_a_token_budget_below_the_longest_sequence_is_refused(settings: dict[str, Any]) -> None:
+def test_token_budget_below_longest_sequence_is_rejected(settings: dict[str, Any]) -> None:
     assert refused(cut(settings, token_budget=31)) == (
         "--token-budget 31 is less than the longest sequence, which has 32 tokens and is never cut: pass "
         "--token-budget 32 or more, or a smaller --max-length."
@@ -330,7 +322,7 @@ def test_a_token_budget_below_the_longest_sequence_is_refused(settings: dict[str
     assert Trainer(set_up_training(TrainConfig(**cut(settings, token_budget=32)))).engine.token_budget == 32
 
 
-def test_memory_that_is_not_there_is_refused(settings: dict[str, Any]) -> None:
+def test_memory_above_available_is_rejected(settings: dict[str, Any]) -> None:
     said = refused(cut(settings, memory="100TiB"))
     assert re.fullmatch(
         r"--memory 100TiB is more than the [\d.]+GiB that the device has: pass [\d.]+GiB or less, or a share such as "
@@ -339,7 +331,7 @@ def test_memory_that_is_not_there_is_refused(settings: dict[str, Any]) -> None:
     )
 
 
-def test_memory_for_less_than_one_sequence_is_refused(settings: dict[str, Any]) -> None:
+def test_memory_below_one_sequence_is_rejected(settings: dict[str, Any]) -> None:
     said = refused(cut(settings, memory="1MiB"))
     assert said.startswith("a sample of 32 tokens needs ")
     assert ", but memory is limited to 1MiB, all of which this process uses outside of tensors. " in said
@@ -348,7 +340,7 @@ def test_memory_for_less_than_one_sequence_is_refused(settings: dict[str, Any]) 
     )
 
 
-def test_a_limit_that_would_choose_by_the_clock_is_refused_where_the_clock_is_left_out(
+def test_timed_limit_is_rejected_in_deterministic_runs(
     settings: dict[str, Any],
 ) -> None:
     prepared = set_up_training(

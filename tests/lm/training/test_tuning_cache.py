@@ -42,7 +42,7 @@ def written(**changes: object) -> bytes:
     return json.dumps({name: value for name, value in whole.items() if value is not ...}).encode()
 
 
-def test_a_whole_file_is_read(tmp_path: Path) -> None:
+def test_complete_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / TUNED_MICROBATCH).write_bytes(written())
     assert load_cached(tmp_path / "run", "this job") is not None
@@ -60,7 +60,7 @@ def found(folder: Path, choice: MicrobatchChoice = CHOICE) -> CachedChoice:
     return CachedChoice(choice, "selective", folder)
 
 
-def test_a_choice_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_choice_round_trips(tmp_path: Path) -> None:
     folder = kept(tmp_path / "run")
     assert load_cached(folder, "this job") == found(folder)
     unpredicted = MicrobatchChoice(
@@ -71,12 +71,12 @@ def test_a_choice_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES)
-def test_what_was_computed_anew_comes_back_with_it(tmp_path: Path, level: CheckpointingMode) -> None:
+def test_recomputation_level_round_trips(tmp_path: Path, level: CheckpointingMode) -> None:
     folder = kept(tmp_path / "run", level=level)
     assert load_cached(folder, "this job") == CachedChoice(CHOICE, level, folder)
 
 
-def test_runs_beside_are_looked_through_the_latest_first(tmp_path: Path) -> None:
+def test_neighbouring_runs_are_searched_newest_first(tmp_path: Path) -> None:
     for name in ("one", "two", "other"):
         kept(tmp_path / name, key="other job" if name == "other" else "this job")
     (tmp_path / "a file").touch()
@@ -91,7 +91,7 @@ def test_runs_beside_are_looked_through_the_latest_first(tmp_path: Path) -> None
     assert load_cached(tmp_path / "no" / "folder", "this job") is None
 
 
-def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Path) -> None:
+def test_choice_above_current_memory_is_ignored(tmp_path: Path) -> None:
     folder = kept(tmp_path / "run")
     assert load_cached(folder, "this job", usable_bytes=CHOICE.peak_bytes) is not None
     assert load_cached(folder, "this job", usable_bytes=CHOICE.peak_bytes - 1) is None
@@ -120,7 +120,7 @@ def test_a_choice_above_the_memory_that_is_there_now_does_not_count(tmp_path: Pa
         written(level=...),
     ],
 )
-def test_what_cannot_be_read_is_not_there_and_hides_nothing(tmp_path: Path, content: bytes) -> None:
+def test_unreadable_choice_is_skipped(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / TUNED_MICROBATCH).write_bytes(content)
     assert load_cached(tmp_path / "run", "this job") is None
@@ -128,7 +128,7 @@ def test_what_cannot_be_read_is_not_there_and_hides_nothing(tmp_path: Path, cont
     assert load_cached(tmp_path / "run", "this job") == found(beside)
 
 
-def test_a_folder_that_cannot_be_written_to_does_not_end_the_run(tmp_path: Path) -> None:
+def test_unwritable_folder_does_not_end_run(tmp_path: Path) -> None:
     save_cached(tmp_path / "not there", CHOICE, "this job", checkpointing_mode="none")
     (tmp_path / TUNED_MICROBATCH).mkdir()
     save_cached(tmp_path, CHOICE, "this job", checkpointing_mode="none")
@@ -176,9 +176,7 @@ def test_another_job_has_another_fingerprint(job: dict[str, Any], tmp_path: Path
     assert len(set(found)) == len(changes)
 
 
-def test_what_the_micro_batch_does_not_depend_on_changes_nothing(
-    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_irrelevant_settings_keep_fingerprint(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"steps": 5, "lr": 1e-3, "seed": 0, "out": Path("elsewhere"), "warmup_steps": 1, "weight_decay": 0.0}
     assert fingerprint_of(job) == fingerprint_of(job, **changes)
     before = fingerprint_of(job)
@@ -186,7 +184,7 @@ def test_what_the_micro_batch_does_not_depend_on_changes_nothing(
     assert fingerprint_of(job) != before
 
 
-def test_a_run_takes_the_choice_of_the_one_beside_it(job: dict[str, Any], tmp_path: Path) -> None:
+def test_run_reuses_choice_of_neighbouring_run(job: dict[str, Any], tmp_path: Path) -> None:
     first = Trainer(set_up_training(TrainConfig(**job)))
     assert first.tune(cache=tmp_path / "one") is None
     first.run(RunDirectory.create(tmp_path / "one", {}), callback=RecordingCallback())
@@ -200,7 +198,7 @@ def test_a_run_takes_the_choice_of_the_one_beside_it(job: dict[str, Any], tmp_pa
     assert torch.equal(*(next(trainer.setup.model.parameters()) for trainer in (first, second)))
 
 
-def test_a_run_with_a_micro_batch_of_its_own_leaves_no_choice(job: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_given_microbatch_saves_no_choice(job: dict[str, Any], tmp_path: Path) -> None:
     kept(tmp_path / "one")
     trainer = Trainer(set_up_training(TrainConfig(**job, microbatch=4)))
     assert trainer.tune(cache=tmp_path / "two") is None
