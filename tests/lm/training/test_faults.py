@@ -331,7 +331,7 @@ def test_changed_batch_or_seed_is_rejected_unless_allowed(
     before = everything_in(stopped)
     sentence = failed(2, ["resume", str(stopped), flag, value], capfd)
     assert sentence.startswith(f"{stopped} was started with {flag} ")
-    assert sentence.endswith(f"Leave the flag out to go on, or pass --allow-{kind}-change.")
+    assert sentence.endswith(f"Leave the flag out, or pass --allow-{kind}-change.")
     assert everything_in(stopped) == before
     said(["resume", str(stopped), flag, value, f"--allow-{kind}-change"], capfd)
     assert [row["step"] for row in metrics(stopped)] == [*range(1, total + 1)]

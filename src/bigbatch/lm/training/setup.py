@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
@@ -16,9 +17,10 @@ from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.generation import prompt_tokens
+from bigbatch.lm.model.meta_setup import set_up_meta_model
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
-from bigbatch.lm.model.setup import ModelSetup, set_up_meta_model, set_up_model
-from bigbatch.lm.model.weights import Weights, empty_copy, empty_model
+from bigbatch.lm.model.setup import ModelSetup, set_up_model
+from bigbatch.lm.model.weights import Weights, empty_copy, empty_model, load_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +125,23 @@ def set_up_training(
         model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
     notes = [*corpus.notes, *notes, *model_setup.notes]
     return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes), weights)
+
+
+def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | SyncPolicy | None:
+    """Replicate or shard the model of a set-up over the ranks, and load the shards of this rank. Collective.
+
+    Returns:
+        The ``sync`` of `bigbatch.Engine`.
+
+    Raises:
+        InputError: The model cannot be sharded, or a rank cannot load its shards.
+    """
+    device = setup.device_spec.device
+    sync = ranks.parallelize(setup.model, device)
+    if setup.weights is not None:
+        with ranks.raise_together():
+            load_shards(setup.model, setup.weights, device)
+    return sync
 
 
 def _make_tiny(config: TrainConfig, device_spec: DeviceSpec, documents: Sequence[Document]) -> tuple[Any, Any]:

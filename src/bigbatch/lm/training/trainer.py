@@ -17,7 +17,6 @@ from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_fu
 from bigbatch.lm.files import os_reason
 from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.model.pretrained import save_model
-from bigbatch.lm.model.weights import load_shards
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.training.autotune import choose_microbatch
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
@@ -29,7 +28,7 @@ from bigbatch.lm.training.oom_restart import restart_smaller
 from bigbatch.lm.training.optimizer import make_optimizer, rescale_second_moment
 from bigbatch.lm.training.resume import rank_invariants, run_facts
 from bigbatch.lm.training.schedule import TrainingSchedule
-from bigbatch.lm.training.setup import TrainingSetup
+from bigbatch.lm.training.setup import TrainingSetup, parallelize
 from bigbatch.lm.training.tuning_cache import cache_key, save_cached
 from bigbatch.rng import random_states, set_random_states
 
@@ -73,10 +72,8 @@ class Trainer:
         self.total_steps, self.warmup_steps = self.schedule.total_steps, self.schedule.warmup_steps
         self.model_setup = setup.model_setup
         self._meta_model = copy_to_meta(setup.model) if ranks.are_sharded else None
-        sync = ranks.parallelize(setup.model, setup.device_spec.device)
-        if setup.weights is not None:
-            with ranks.raise_together():
-                load_shards(setup.model, setup.weights, setup.device_spec.device)
+        sync = parallelize(setup, ranks)
+        if ranks.are_sharded:
             self.facts["frozen_sha256"] = frozen_fingerprint(setup.model)
         self.optimizer = make_optimizer(setup.model, self.config, setup.device_spec)
         if checkpoint is None:  # a saved optimizer is scaled already
