@@ -141,7 +141,7 @@ def no_space_at_every_point(root: Path, failing: int) -> tuple[list[str], list[s
         if said is None:
             survived.append(point)
         else:
-            why = f"rank {failing}: no space left on device; the last good one is step-1."
+            why = f"rank {failing}: no space left on device; the last valid one is step-1."
             assert said == ("CheckpointError", f"checkpoint step-2 could not be written to {folder}: {why}")
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, said)

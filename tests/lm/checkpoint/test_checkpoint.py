@@ -128,12 +128,12 @@ class Own(torch.Tensor):
 @pytest.mark.parametrize(
     ("tensors", "kind", "said"),
     [
-        ({1: torch.ones(1)}, TypeError, "model has a tensor called 1, a int: take str names."),
+        ({1: torch.ones(1)}, TypeError, "model has a tensor called 1, a int: use str names."),
         ({"x": [1.0]}, TypeError, "model: x is a list and not a plain tensor"),
         ({"x": torch.ones(2).as_subclass(Own)}, TypeError, "model: x is a Own and not a plain tensor"),
         ({"x": torch.eye(2).to_sparse()}, TypeError, "model: x is sparse or quantized: pass it dense."),
         ({"x": torch.ones(2, device="meta")}, ValueError, "model: x is on the meta device and has no values."),
-        ({"__metadata__": torch.ones(1)}, ValueError, "a name that safetensors keeps for itself."),
+        ({"__metadata__": torch.ones(1)}, ValueError, "a name that safetensors reserves."),
         ({"\ud800": torch.ones(1)}, ValueError, r"model has a tensor called '\ud800', which UTF-8 cannot hold."),
     ],
 )
@@ -177,9 +177,9 @@ def test_checkpoint_values_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "kind", "said"),
     [
-        ({"a": {3: 1}}, TypeError, "state.a has the key 3, a int, which JSON would turn into text: take str keys."),
-        ({"a": [0, (1, 2)]}, TypeError, "state.a[1] is a tuple, which JSON does not give back: take a list, a dict"),
-        ({"a": torch.ones(1)}, TypeError, "state.a is a Tensor, which JSON does not give back"),
+        ({"a": {3: 1}}, TypeError, "state.a has the key 3, a int, which JSON would turn into text: use str keys."),
+        ({"a": [0, (1, 2)]}, TypeError, "state.a[1] is a tuple, which JSON cannot store. Use a list, a dict"),
+        ({"a": torch.ones(1)}, TypeError, "state.a is a Tensor, which JSON cannot store"),
         ({"a": {1}}, TypeError, "state.a is a set, "),
         ({"a": b""}, TypeError, "state.a is a bytes, "),
         ("\ud83d\ude00", ValueError, "state is text with half a surrogate pair, which UTF-8 cannot hold."),
@@ -239,7 +239,7 @@ def test_intact_checkpoint_is_kept_and_broken_one_replaced(folder: Path) -> None
 
 
 def test_checkpoint_of_another_run_is_not_overwritten(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"step-2 is there already, of run a-run and not of run other: remove it"):
+    with pytest.raises(CheckpointError, match=r"belongs to run a-run, not to run other: remove it"):
         save(folder, 2, run_id="other")
     assert_holds(folder / "step-2", 2)
 

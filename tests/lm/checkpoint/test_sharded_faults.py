@@ -69,7 +69,7 @@ def test_no_space_on_one_rank_keeps_last_good(failing: int, tmp_path: Path) -> N
 
 
 def test_file_size_limit_on_one_rank_fails_all(tmp_path: Path) -> None:
-    why = "rank 1: file too large; the last good one is step-1."
+    why = "rank 1: file too large; the last valid one is step-1."
     said = ("CheckpointError", f"checkpoint step-2 could not be written to {tmp_path}: {why}")
     assert (
         run(sharded_faults_cases.file_too_large, 2, tmp_path, 1) == [[said, ["step-1"], (tmp_path / "step-1", [])]] * 2
@@ -80,7 +80,7 @@ def test_non_disk_error_is_raised_and_shared(tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.raise_on_one, 2, tmp_path, 1)
     assert [kind for kind, _ in second] == ["MemoryError", "KeyboardInterrupt", "SystemExit", "OutOfMemoryError"]
     assert {kind for kind, _ in first} == {"CheckpointError"}
-    assert first[0][1].endswith("rank 1: MemoryError: 32 GiB; the last good one is step-1.")
+    assert first[0][1].endswith("rank 1: MemoryError: 32 GiB; the last valid one is step-1.")
 
 
 def test_unstorable_content_is_rejected_on_all_ranks(tmp_path: Path) -> None:
@@ -88,11 +88,11 @@ def test_unstorable_content_is_rejected_on_all_ranks(tmp_path: Path) -> None:
     assert first == second
     expected = [
         ("TypeError", "model: x is a list and not a plain tensor"),
-        ("ValueError", "model: x is a sum over ranks that is not finished: redistribute it first."),
+        ("ValueError", "model: x is a partial sum over ranks: redistribute it first."),
         ("ValueError", "x is in two parts, of which one is optimizer: give each tensor one name."),
         ("ValueError", "the shards of the ranks do not make whole tensors: "),
         ("ValueError", "a part of a checkpoint cannot be called 'manifest/-rank-0-of-2'"),
-        ("TypeError", "state is a tuple, which JSON does not give back"),
+        ("TypeError", "state is a tuple, which JSON cannot store"),
         ("ValueError", "run_id='' names no run"),
         ("ValueError", "step=-1 cannot be the number of updates done"),
     ]
@@ -105,14 +105,14 @@ def test_existing_checkpoint_is_kept_or_rejected_by_run(tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.refuse_another_run, 2, tmp_path)
     assert first == second
     assert first[0] == "CheckpointError"
-    assert f"step-1 is there already, of run other and not of run {RUN_ID}" in first[1]
+    assert f"step-1 already exists and belongs to run other, not to run {RUN_ID}" in first[1]
 
 
 def test_ranks_on_different_disks_are_detected(two: Path, tmp_path: Path) -> None:
     seen = "model-rank-1-of-2.safetensors cannot be seen by the first rank: all ranks need one file system"
     for (wrote, written), (read_kind, was_read) in run(sharded_faults_cases.separate_disks, 2, two, tmp_path):
         assert wrote == read_kind == "CheckpointError"
-        assert written.endswith(f"rank 0: {seen}; the last good one is step-2.")
+        assert written.endswith(f"rank 0: {seen}; the last valid one is step-2.")
         assert was_read.endswith("step-2 cannot be used: manifest.json is not the same on all ranks.")
     assert names_in(tmp_path / "0") == {"step-1", "step-2"}
 
@@ -146,7 +146,7 @@ def test_rank_killed_during_write_leaves_old_or_new(rank: int, killed: dict[int,
         assert newest(folder / "left") == (folder / "left" / f"step-{step}", []), point
         assert_holds(folder / "left" / f"step-{step}", step)
         assert said.startswith("CheckpointError: checkpoint step-2 could not be written to "), point
-        assert said.endswith(": another rank cannot be reached; the last good one is step-1."), point
+        assert said.endswith(": another rank cannot be reached; the last valid one is step-1."), point
         if number % 3 == 0:
             assert newest(folder / "next") == (folder / "next" / "step-2", []), point
             assert names_in(folder / "next") == {"step-1", "step-2"}, point

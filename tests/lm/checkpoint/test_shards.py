@@ -108,15 +108,15 @@ def test_consistent_forgery_is_read_by_both_readers(tmp_path: Path) -> None:
         (of_rank(0, 0, 2) | of_rank(1, 3, 2), "x has pieces that do not belong together"),
         (
             of_rank(0, 0, 4, DCP_SHARDING_INFO="{"),
-            "model-rank-0-of-2.safetensors does not say where its pieces belong",
+            "model-rank-0-of-2.safetensors has no valid shard metadata",
         ),
         (
             of_rank(0, 0, 4, DCP_SHARDING_INFO='{"x": {"shape": [-1], "saved_offsets": [0, 0]}}'),
-            "model-rank-0-of-2.safetensors does not say where its pieces belong",
+            "model-rank-0-of-2.safetensors has no valid shard metadata",
         ),
         (
             {"model.safetensors": next(iter(of_rank(0, 0, 4).values()))},
-            "model.safetensors holds pieces of tensors and has no name of such a file",
+            "model.safetensors contains shards, but its name is not that of a file of shards",
         ),
     ],
 )

@@ -128,7 +128,7 @@ def test_no_space_during_write_keeps_last_good(tmp_path: Path, monkeypatch: pyte
         if said is None:
             survived.append(points.seen[number])
         else:
-            why = "no space left on device; the last good one is step-1."
+            why = "no space left on device; the last valid one is step-1."
             assert said == f"checkpoint step-2 could not be written to {folder}: {why}"
         named = said is None or "rename step-2.partial" in points.seen[:number]
         assert names_in(folder) == ({"step-1", "step-2"} if named else {"step-1"}), points.seen[number]
@@ -143,7 +143,7 @@ def test_no_space_during_write_keeps_last_good(tmp_path: Path, monkeypatch: pyte
 def test_error_without_good_checkpoint_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         DiskOperations(patch, no_space, at=4)
-        with pytest.raises(CheckpointError, match=r": no space left on device; there is no other good one\.$"):
+        with pytest.raises(CheckpointError, match=r": no space left on device; no other valid one exists\.$"):
             save(tmp_path, 1)
 
 
@@ -158,7 +158,7 @@ def test_file_size_limit_is_one_sentence(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert str(caught.value) == (
-            f"checkpoint step-2 could not be written to {tmp_path}: file too large; the last good one is step-1."
+            f"checkpoint step-2 could not be written to {tmp_path}: file too large; the last valid one is step-1."
         )
         assert names_in(tmp_path) == {"step-1"}
     assert_holds(save(tmp_path, 2), 2)
@@ -174,7 +174,7 @@ def test_full_disk_is_one_sentence_and_cleans_up(tmp_path: Path) -> None:
                 write(folder, 2, run_id=RUN_ID, tensors=large, values={})
             assert str(caught.value) == (
                 f"checkpoint step-2 could not be written to {folder}: no space left on device; "
-                "the last good one is step-1."
+                "the last valid one is step-1."
             )
             assert names_in(folder) == {"step-1"}
         assert_holds(save(folder, 2), 2)
@@ -203,7 +203,7 @@ def test_write_protected_folder_is_one_sentence(tmp_path: Path) -> None:
     save(folder, 1)
     folder.chmod(0o500)
     try:
-        with pytest.raises(CheckpointError, match=r": permission denied; the last good one is step-1\.$"):
+        with pytest.raises(CheckpointError, match=r": permission denied; the last valid one is step-1\.$"):
             save(folder, 2)
     finally:
         folder.chmod(0o700)
@@ -211,7 +211,7 @@ def test_write_protected_folder_is_one_sentence(tmp_path: Path) -> None:
 
 def test_folder_outside_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"step-1 could not be written to .*: no such file or directory; there is"
+        CheckpointError, match=r"step-1 could not be written to .*: no such file or directory; no other"
     ):
         save(tmp_path / "no-run" / "checkpoints", 1)
     (tmp_path / "file").touch()

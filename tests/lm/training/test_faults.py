@@ -550,7 +550,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         ("1000", "{run}/metrics.jsonl cannot be written: file too large."),
         (
             "3",
-            "checkpoint step-3 could not be written to {run}/checkpoints: file too large; there is no other good one.",
+            "checkpoint step-3 could not be written to {run}/checkpoints: file too large; no other valid one exists.",
         ),
     ],
 )
@@ -595,7 +595,7 @@ def test_checkpoint_without_space_is_never_partial(
         sentence = failed(1, ["train", *words(folder, base, "--out", str(run), *beside)], capfd)
     assert re.fullmatch(
         rf"checkpoint step-\d+ could not be written to {run}/checkpoints: no space left on device; "
-        r"(there is no other good one|the last good one is step-\d+)\.",
+        r"(no other valid one exists|the last valid one is step-\d+)\.",
         sentence,
     )
     for path in (run / "checkpoints").iterdir():

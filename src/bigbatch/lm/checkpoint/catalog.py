@@ -184,5 +184,5 @@ def failure(folder: Path, path: Path, done: str, error: OSError) -> str:
     good = None
     with suppress(CheckpointError):
         good = next((p for p in numbered(folder)[::-1] if p != path and verify(p) is None), None)
-    stays = "there is no other good one" if good is None else f"the last good one is {good.name}"
+    stays = "no other valid one exists" if good is None else f"the last valid one is {good.name}"
     return f"checkpoint {path.name} could not be {done} {folder}: {os_reason(error)}; {stays}."

@@ -35,7 +35,7 @@ def _check(place: str, value: Any, depth: int) -> None:
             if not isinstance(key, str):
                 raise TypeError(
                     f"{place} has the key {key!r}, a {type(key).__name__}, which JSON would turn into text: "
-                    "take str keys."
+                    "use str keys."
                 )
             _check_text(f"a key of {place}", key)
             _check(f"{place}.{key}", inner, depth + 1)
@@ -48,7 +48,7 @@ def _check(place: str, value: Any, depth: int) -> None:
         _check_digits(place, value)
     elif not (value is None or isinstance(value, float)):
         raise TypeError(
-            f"{place} is a {type(value).__name__}, which JSON does not give back: take a list, a dict, a str, a "
+            f"{place} is a {type(value).__name__}, which JSON cannot store. Use a list, a dict, a str, a "
             "number, a bool or None."
         )
 

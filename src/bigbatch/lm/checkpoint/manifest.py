@@ -78,7 +78,7 @@ def parse(data: bytes) -> Manifest:
     try:
         manifest = _from_content(content)
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{FILE} is garbled") from None
+        raise ValueError(f"{FILE} is damaged") from None
     if manifest.to_bytes() != data:
         raise ValueError(f"{FILE} differs from what was written (SHA-256)")
     return manifest

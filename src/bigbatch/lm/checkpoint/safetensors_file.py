@@ -47,7 +47,7 @@ def check_tensors(part: str, tensors: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise TypeError(f"{part} has a tensor called {name!r}, a {type(name).__name__}: take str names.")
+            raise TypeError(f"{part} has a tensor called {name!r}, a {type(name).__name__}: use str names.")
         _check_name(part, name)
         if type(tensor) not in (Tensor, nn.Parameter):
             raise TypeError(
@@ -57,7 +57,7 @@ def check_tensors(part: str, tensors: Mapping[str, Tensor]) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise TypeError(f"{part}: {name} is sparse or quantized: pass it dense.")
         if tensor.dtype not in NAMES:
-            raise TypeError(f"{part}: {name} is {tensor.dtype}, which safetensors does not have: pass it as another.")
+            raise TypeError(f"{part}: {name} is {tensor.dtype}, which safetensors does not support: convert it first.")
         if tensor.device.type == "meta":
             raise ValueError(f"{part}: {name} is on the meta device and has no values.")
 
@@ -68,7 +68,7 @@ def _check_name(part: str, name: str) -> None:
     except UnicodeEncodeError:
         raise ValueError(f"{part} has a tensor called {name!r}, which UTF-8 cannot hold.") from None
     if name == "__metadata__":
-        raise ValueError(f"{part} has a tensor called __metadata__, a name that safetensors keeps for itself.")
+        raise ValueError(f"{part} has a tensor called __metadata__, a name that safetensors reserves.")
 
 
 def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:

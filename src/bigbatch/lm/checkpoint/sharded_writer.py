@@ -222,5 +222,5 @@ def check_shards(part: str, tensors: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
-            raise ValueError(f"{part}: {name} is a sum over ranks that is not finished: redistribute it first.")
+            raise ValueError(f"{part}: {name} is a partial sum over ranks: redistribute it first.")
     check_tensors(part, {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()})

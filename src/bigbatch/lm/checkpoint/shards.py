@@ -49,7 +49,7 @@ def part_of(file: str) -> str:
         IntegrityError: Its name is not that of a file of one rank.
     """
     if not (match := _FILE.fullmatch(file)):
-        raise IntegrityError(f"{file} holds pieces of tensors and has no name of such a file")
+        raise IntegrityError(f"{file} contains shards, but its name is not that of a file of shards")
     return match[1]
 
 
@@ -74,7 +74,7 @@ def from_header(file: str, notes: Mapping[str, str] | None, names: Iterable[str]
             for name in names
         }
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise IntegrityError(f"{file} does not say where its pieces belong") from None
+        raise IntegrityError(f"{file} has no valid shard metadata") from None
 
 
 def _whole(numbers: Sequence[int]) -> tuple[int, ...]:

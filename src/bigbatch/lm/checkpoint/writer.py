@@ -119,8 +119,8 @@ def is_there(target: Path, run_id: str) -> bool:
         return False
     if owner != run_id:
         raise CheckpointError(
-            f"checkpoint {target} is there already, of run {owner} and not of run {run_id}: remove it, or write to "
-            "another folder."
+            f"checkpoint {target} already exists and belongs to run {owner}, not to run {run_id}: remove it, or write "
+            "to another folder."
         )
     return True
 
