@@ -215,7 +215,7 @@ def test_folder_outside_run_is_one_sentence(tmp_path: Path) -> None:
     ):
         save(tmp_path / "no-run" / "checkpoints", 1)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"step-1 could not be written to .*file: file exists; there is no"):
+    with pytest.raises(CheckpointError, match=r"step-1 could not be written to .*file: file exists; no other"):
         save(tmp_path / "file", 1)
 
 
