@@ -33,6 +33,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers.utils import logging
 
+from bigbatch.errors import MemoryLimitError
 from bigbatch.lm.checkpoint import sharded_reader
 from bigbatch.lm.checkpoint.manager import load
 from bigbatch.lm.config.train_config import TrainConfig
@@ -161,7 +162,7 @@ def train(rank: int, size: int, folder: Path, options: argparse.Namespace, cap_b
     result: dict[str, Any] = {}
     try:
         result = _run(RankContext(size, rank, size, "fsdp"), folder, options, device, resumes=phase == "resume")
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryLimitError) as error:
         result = {"error": str(error).partition(". ")[0]}
     (folder / f"{phase}-{rank}.json").write_text(json.dumps(result))
     if size > 1:

@@ -142,12 +142,12 @@ def test_model_above_cap_trains_and_resumes_sharded(tmp_path: Path, more: tuple[
     words = ["train", *WORDS, *more, "--gradient-checkpointing", "full"]
     words[words.index("--steps") + 1], words[words.index("--global-batch") + 1] = "3", "4"
     whole = run([*words, "--out", "whole"], 1, folder=tmp_path, alone=True, patch=limit, codes=1)
-    assert "out of memory" in whole.complained().lower()
+    assert "out of memory" in whole.stderr().lower()
     stop = all_of(limit, signal_in_update(2))
     first = run([*words, "--parallel", "fsdp", "--out", "run"], 2, folder=tmp_path, patch=stop, codes=75)
-    assert "after update 2 of 3; the model is saved" in first.said()
+    assert "after update 2 of 3; the model is saved" in first.stdout()
     again = run(["resume", "run"], 2, folder=tmp_path, patch=limit)
-    assert "resuming run after update 2" in again.said()
+    assert "resuming run after update 2" in again.stdout()
     assert len(metrics(tmp_path / "run")) == 3
     for rank in range(2):
         assert 0 < json.loads((tmp_path / f"peak-{rank}.json").read_text()) <= cap * full_bytes

@@ -134,8 +134,8 @@ def test_rank_error_ends_other_ranks_with_sentence(run_folder: RunFolder) -> Non
     launch = run_folder.train("failing", 2, *DROPPING, codes=1, patch=on({1}, fail_in_window(2)))
     assert launch.stderr(1).endswith("ArithmeticError: something of its own\n")
     assert launch.stderr(0) == (
-        "bigbatch train: rank 1 failed in the window after update 1, and it changed nothing on any rank: see what was "
-        "said there. A window that ends without its step() has failed, too.\n"
+        "bigbatch train: rank 1 failed in the window after update 1, which changed nothing on any rank: see the error "
+        "there. A window that ends without its step() has failed, too.\n"
     )
 
 

@@ -125,13 +125,13 @@ def test_command_reports_and_applies_rescaling(tmp_path: Path, settings: dict[st
     printed = capfd.readouterr().out
     assert "tuned at a global batch of 2 sequences, now 8: k = 4; not applied unless selected by --lr-rule\n" in printed
     assert "\n  sde             lr 0.01 → 0.02: " in printed
-    assert "learning rate 0.01, 1 update" in printed
+    assert "learning rate 0.01, cosine decay, 1 warm-up update\n" in printed
     run = tmp_path / "ruled"
     assert main(["train", *words, "--out", str(run), "--scale-from", "2", "--lr-rule", "sqrt"]) == 0
     printed = capfd.readouterr().out
     assert "k = 4; --lr-rule sqrt changes\n  sqrt            lr 0.01 → 0.02: gradients are divided" in printed
     assert "(Malladi et al. 2022, arXiv 2205.10287)\n" in printed
-    assert "learning rate 0.02, 1 update" in printed
+    assert "learning rate 0.02, cosine decay, 1 warm-up update\n" in printed
     assert max(row["lr"] for row in metrics(run)) == pytest.approx(0.02)
 
 
