@@ -45,7 +45,7 @@ def test_main_job_runs_from_any_folder_without_terminal(tmp_path: Path) -> None:
         "reading python-stdlib …",
         "training a tokenizer …",
         "encoding the documents …",
-        "trying how the model runs best …",
+        "testing attention, layout and compilation …",
         "choosing the micro-batch …",
     ]
     assert "global batch per update: 4 sequences, about 5" in done.stdout
@@ -74,9 +74,9 @@ def test_small_model_is_tuned_and_reported(folder: Path, base: Path, capfd: pyte
 reading ../data.jsonl …
 loading {base} …
 encoding the documents …
-trying how the model runs best …
+testing attention, layout and compilation …
 40 records in 1 file from ../data.jsonl
-to learn from: 39 documents with """
+training data: 39 documents with """
     assert printed.startswith(expected), printed
     assert "split into 3 micro-batches of up to 4 sequences, on cpu, float32 (affects memory only" in printed
     assert "\n4 updates, 0.8 passes over 39 sequences; learning rate 2e-05, cosine decay, 1 warm-up update\n" in printed

@@ -68,12 +68,12 @@ def test_markdown_folder_has_one_document_per_file(tmp_path: Path) -> None:
     prepared = set_up_training(TrainConfig(data=str(tmp_path), validation_fraction=0), progress=say)
     assert learned(prepared) == {f"# Größe {i}\n\nПривет, 日本語 {i}\n" for i in range(6)}
     assert prepared.notes[0] == f"6 text files from {tmp_path}"
-    assert prepared.notes[1].startswith("to learn from: 6 documents with ")
+    assert prepared.notes[1].startswith("training data: 6 documents with ")
     assert list(dict.fromkeys(messages)) == [
         f"reading {tmp_path}",
         "training a tokenizer",
         "encoding the documents",
-        "trying how the model runs best",
+        "testing attention, layout and compilation",
     ]
 
 
@@ -81,7 +81,7 @@ def test_validation_split_is_reported(tmp_path: Path, model: str) -> None:
     data = str(write_jsonl(tmp_path / "a.jsonl", records(1)))
     prepared = set_up_training(TrainConfig(data=data, model=model))
     assert prepared.validation is None
-    assert prepared.notes[-1] == "held out for validation: nothing, the data is too short to spare any"
+    assert prepared.notes[-1] == "no validation set: the data is too small to split"
     assert not any("held out" in note for note in set_up_training(TrainConfig(data=data, validation_fraction=0)).notes)
 
 

@@ -117,7 +117,7 @@ def set_up_training(
     training, validation, notes = _encode(config, tokenizer, documents, held_out, progress)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(max(part.lengths) for part in (training, validation) if part is not None)
-    progress("trying how the model runs best")
+    progress("testing attention, layout and compilation")
     if weights is None:
         model = model.to(device_spec.device)
         model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
@@ -164,13 +164,13 @@ def _encode(
     progress = partial(progress, "encoding the documents")
     progress()
     training, counts = encode(documents, tokenizer, max_length=config.max_length, progress=progress)
-    notes = [f"to learn from: {counts.describe()}"]
+    notes = [f"training data: {counts.describe()}"]
     if not held_out:
         if config.validation_fraction:
-            notes.append("held out for validation: nothing, the data is too short to spare any")
+            notes.append("no validation set: the data is too small to split")
         return training, None, notes
     validation, counts = encode(held_out, tokenizer, max_length=config.max_length)
-    return training, validation, [*notes, f"held out for validation: {counts.describe()}"]
+    return training, validation, [*notes, f"validation data: {counts.describe()}"]
 
 
 def _fit(config: TrainConfig, model: Any, tokenizer: "PreTrainedTokenizerBase") -> TrainConfig:
