@@ -163,8 +163,9 @@ class PendingUpdate:
         Raises:
             WindowStateError: The window is closed or aborted.
         """
-        self._require_open()
-        self.state = WindowState.ACCUMULATING
+        if self.state is not WindowState.ACCUMULATING:
+            self._require_open()
+            self.state = WindowState.ACCUMULATING
         terms = as_terms(result)
         loss = self.loss_totals.record(terms) if counts else None
         has_items = loss is not None

@@ -6,11 +6,10 @@ Ranks may hold different samples, items and micro-batches, or none. Their sums a
 by the items of all ranks: no mean of means.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,9 @@ from bigbatch.types import Terms
 
 if TYPE_CHECKING:
     from bigbatch.gradients.gradient_sums import GradientSums
+
+
+_NO_CONTEXT = nullcontext()
 
 
 class SyncPolicy(Enum):
@@ -41,8 +43,7 @@ class SyncPolicy(Enum):
     SHARD = "shard"
 
 
-@dataclass(frozen=True)
-class Microbatch:
+class Microbatch(NamedTuple):
     """A micro-batch that a rank runs in a window.
 
     Attributes:
@@ -136,14 +137,13 @@ class GradientSync:
         """
         return loss
 
-    @contextmanager
-    def backward(self, *, counts: bool) -> Iterator[None]:
-        """Surround the backward of one micro-batch.
+    def backward(self, *, counts: bool) -> AbstractContextManager[None]:
+        """Return a context for the backward of one micro-batch.
 
         Args:
             counts: False for padding: the gradient that enters the model is then zero.
         """
-        yield
+        return _NO_CONTEXT
 
     def all_gather(self, values: Sequence[Number]) -> list[list[float]]:
         """Return the values of every rank, equally many on each. Collective; waits for the device."""

@@ -64,11 +64,11 @@ class OomRetry(MicrobatchRunner):
         is_repeated: bool = False,
     ) -> None:
         """Add the gradient of samples to all parameters, or to those that did not receive it yet."""
-        sums, totals = pending.sums, pending.loss_totals
+        sums, totals, inputs = pending.sums, pending.loss_totals, self.inputs
         versions, num_recorded = sums.snapshot_versions(), totals.num_recorded
         state = self._save() if self._draws_random_numbers or self._buffers else None
         try:
-            pending.add(self.inputs.loss_fn(self._model, self.inputs.take(rows)), only=only)
+            pending.add(inputs.loss_fn(self._model, inputs.take(rows)), only=only)
             if self._checked_in_training is None and state is not None:
                 self._drop_unchanged(state)
             return
