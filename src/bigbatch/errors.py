@@ -62,3 +62,12 @@ def first_line(error: BaseException) -> str:
     The name of the error's class if it has no message.
     """
     return str(error).strip().partition("\n")[0].strip().rstrip(".:") or type(error).__name__
+
+
+def os_reason(error: Exception) -> str:
+    """Return the reason of an `OSError` as the end of a sentence: ``no space left on device``.
+
+    The first line of the message if the error has no reason from the operating system.
+    """
+    reason: str = getattr(error, "strerror", None) or first_line(error)
+    return reason if reason == type(error).__name__ else reason[0].lower() + reason[1:]

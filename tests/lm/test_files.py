@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch.lm.files import os_reason, replace_folder, write_atomically
+from bigbatch.errors import os_reason
+from bigbatch.lm.files import replace_folder, write_atomically
 from support.checkpoints import mounted
 
 

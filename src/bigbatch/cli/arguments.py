@@ -23,10 +23,9 @@ from pydantic.fields import FieldInfo
 from bigbatch.cli.command_specs import COMMAND_SPECS
 from bigbatch.cli.error_messages import nearest, sentence, suggestion, truncate
 from bigbatch.cli.options import SourceOptions, flag_key
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, os_reason
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.files import os_reason
 
 Model = TypeVar("Model", bound=BaseModel)
 

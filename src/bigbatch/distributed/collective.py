@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigbatch.errors import CheckpointError, InputError, MemoryLimitError, RankFailedError
+from bigbatch.errors import CheckpointError, InputError, MemoryLimitError, RankFailedError, os_reason
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -255,12 +255,6 @@ def _attempt(
             reason = os_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             sentence = reason if ranks.size == 1 else f"rank {ranks.rank}: {reason}"
         return None, (kind, sentence), error
-
-
-def os_reason(error: OSError) -> str:
-    """Return the reason of an OSError as the end of a sentence: ``no space left on device``."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return reason[0].lower() + reason[1:]
 
 
 @contextmanager

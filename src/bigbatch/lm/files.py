@@ -6,8 +6,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from bigbatch.errors import first_line
-
 PARTIAL = ".partial"  # suffix of a file or folder that is still being written
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP)  # raised by network and FUSE file systems that cannot sync a folder
 
@@ -83,12 +81,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def os_reason(error: Exception) -> str:
-    """Return the reason of an `OSError` as the end of a sentence: ``no space left on device``.
-
-    The first line of the message if the error has no reason from the operating system.
-    """
-    reason: str = getattr(error, "strerror", None) or first_line(error)
-    return reason if reason == type(error).__name__ else reason[0].lower() + reason[1:]

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, os_reason
 from bigbatch.lm.config.scale_from import BETAS
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.files import os_reason
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
 
 FAR = 4.0  # ratio of batch and scale beyond which samples or updates are mostly wasted

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from bigbatch.errors import CheckpointError
+from bigbatch.errors import CheckpointError, os_reason
 from bigbatch.lm.checkpoint.integrity import IntegrityError, verified_manifest, verify
-from bigbatch.lm.files import os_reason, remove, sync_folder
+from bigbatch.lm.files import remove, sync_folder
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _LEFT_OVER = re.compile(r"step-(0|[1-9][0-9]*)\.(partial|deleted)")

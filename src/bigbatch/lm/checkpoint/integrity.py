@@ -11,9 +11,9 @@ from io import BufferedReader
 from os import fstat
 from pathlib import Path
 
+from bigbatch.errors import os_reason
 from bigbatch.lm.checkpoint import manifest as manifests
 from bigbatch.lm.checkpoint.manifest import Manifest, Stamp
-from bigbatch.lm.files import os_reason
 
 LARGEST_MANIFEST = 2**24  # bytes; about 150 per file, and every rank may write several files
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from bigbatch.distributed.collective import RankGroup, rank_group, run_together
-from bigbatch.errors import CheckpointError
+from bigbatch.errors import CheckpointError, os_reason
 from bigbatch.lm.checkpoint.catalog import numbered
 from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
 from bigbatch.lm.checkpoint.manifest import Manifest
@@ -36,7 +36,6 @@ from bigbatch.lm.checkpoint.reader import Contents, checked_bytes, parsed
 from bigbatch.lm.checkpoint.safetensors_file import NAMES
 from bigbatch.lm.checkpoint.sharded_writer import CHECKPOINT_ERRORS, check_shards
 from bigbatch.lm.checkpoint.shards import ShardInfo, check_cover, from_header, part_of
-from bigbatch.lm.files import os_reason
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

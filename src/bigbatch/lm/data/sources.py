@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import InputError, first_line
+from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.data.documents import Corpus, Document
 from bigbatch.lm.data.hub import is_on_hub
 from bigbatch.lm.data.python_stdlib import read_standard_library, read_standard_library_functions
@@ -27,7 +27,6 @@ from bigbatch.lm.data.record_files import (
     read_records,
     rows_to_documents,
 )
-from bigbatch.lm.files import os_reason
 from bigbatch.lm.text import plural
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "read_corpus"]

@@ -4,8 +4,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from bigbatch.errors import InputError
-from bigbatch.lm.files import os_reason, write_atomically
+from bigbatch.errors import InputError, os_reason
+from bigbatch.lm.files import write_atomically
 from bigbatch.lm.runs.file_names import REPORT
 
 DOCTYPE = b"<!doctype html>"

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigbatch.errors import BigbatchError, InputError
-from bigbatch.lm.files import os_reason
+from bigbatch.errors import BigbatchError, InputError, os_reason
 from bigbatch.lm.report.metrics_table import Columns, read_columns
 from bigbatch.lm.runs.file_names import CONFIG, EVENTS, LOCK, METRICS, MODEL, TUNED_MICROBATCH, VERIFICATION
 

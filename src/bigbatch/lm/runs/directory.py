@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bigbatch.errors import BigbatchError, InputError
-from bigbatch.lm.files import PARTIAL, os_reason, write_atomically
+from bigbatch.errors import BigbatchError, InputError, os_reason
+from bigbatch.lm.files import PARTIAL, write_atomically
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL, QUARANTINE
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from bigbatch.errors import InputError
-from bigbatch.lm.files import os_reason
+from bigbatch.errors import InputError, os_reason
 from bigbatch.lm.runs.file_names import LOCK
 
 MAX_OWNER_BYTES = 4096  # of the file that are read for a message

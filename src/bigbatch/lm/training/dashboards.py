@@ -10,8 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import BigbatchError, InputError
-from bigbatch.lm.files import os_reason
+from bigbatch.errors import BigbatchError, InputError, os_reason
 from bigbatch.lm.runs.file_names import TENSORBOARD
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 

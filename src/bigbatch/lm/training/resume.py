@@ -13,11 +13,10 @@ import torch
 from pydantic import ValidationError
 
 from bigbatch import __version__
-from bigbatch.errors import InputError, first_line
+from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
 from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.files import os_reason
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.training.setup import TrainingSetup
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError
+from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError, os_reason
 from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint, frozen_fingerprint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_full_model
-from bigbatch.lm.files import os_reason
 from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory, as_line
