@@ -152,9 +152,9 @@ class OptimizerUpdate:
         extra_scalars: Sequence[Tensor],
     ) -> UpdateOutcome:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
-        averaged_over = 1.0 if sync is None else sync.gradient_divide_factor
+        divide_factor = 1.0 if sync is None else sync.gradient_divide_factor
         norm_of_sums = norm_of(gradients)
-        divisor = loss_totals.divisor() / averaged_over  # waits for the device if items are counted there
+        divisor = loss_totals.divisor() / divide_factor  # waits for the device if items are counted there
         if not divisor:
             return UpdateOutcome(math.nan, skipped="no items")
         if not gradients:

@@ -175,10 +175,10 @@ class LossTotals:
 
     def local_totals(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
         """Return local ``(items, loss_sum)`` of each term so far, on their devices, without waiting."""
-        shares: dict[str, tuple[float | Tensor, float | Tensor]] = {}
+        local: dict[str, tuple[float | Tensor, float | Tensor]] = {}
         for name in self.totals or list(self._items):
-            shares[name] = _added(self._items.get(name, [])), _added(self._totals_on_device([name]))
-        return shares
+            local[name] = _added(self._items.get(name, [])), _added(self._totals_on_device([name]))
+        return local
 
     def items_squared(self) -> float | Tensor:
         """Return Σ n_i² over the micro-batches of a loss of one term, on their device, without waiting."""

@@ -133,8 +133,8 @@ class RunEstimator:
             return [(min(size, most_rows), longest)]
         shapes = [(min(max(size, longest) // length, most_rows), length) for length in self._data.lengths]
         filled = FULL_ENOUGH * max(rows * length for rows, length in shapes)
-        fullest = next((rows, length) for rows, length in shapes if rows * length >= filled)
-        return list(dict.fromkeys([shapes[0], fullest]))
+        largest = next((rows, length) for rows, length in shapes if rows * length >= filled)
+        return list(dict.fromkeys([shapes[0], largest]))
 
     def plan(self, size: int, cost: Cost) -> Plan:
         """Split the first update into micro-batches of a size, as training does."""
