@@ -27,6 +27,21 @@ def test_long_module_gives_its_reason(path: Path):
         assert "\nLong because " in (ast.get_docstring(ast.parse(source)) or ""), f"{num_lines} lines without a reason"
 
 
+@pytest.mark.parametrize("package", ["accumulation", "distributed", "engine", "execution"])
+def test_core_assigns_no_field_of_another_object(package: str):
+    found = set()
+    for path in (PACKAGE / package).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) != "self"
+            ):
+                found.add(node.attr)
+    of_fsdp = {"reduce_grads", "all_reduce_grads", "_partial_reduce_output", "unsharded_accumulated_grad"}
+    assert found <= {"grad", *of_fsdp}
+
+
 def test_engine_step_is_one_short_loop():
     (step,) = ast.parse(textwrap.dedent(inspect.getsource(bigbatch.Engine.step))).body
     assert isinstance(step, ast.FunctionDef)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from bigbatch.distributed.collective import Number
+from bigbatch.distributed.window_vote import NO_EXTRA
 from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
 from bigbatch.gradients.loss_totals import LossTotals
 from bigbatch.scaling.noise_scale import NoiseScale, NoiseScaleEstimator
-
-NOT_MEASURED = (math.nan, 0.0, 0.0)
 
 
 class NoiseObserver:
@@ -85,7 +84,7 @@ class NoiseObserver:
             retries: Attempts that ran out of memory: what they added to the norms cannot be removed.
         """
         if not self._is_measuring or self._squared_norm_sum is None:
-            return NOT_MEASURED
+            return NO_EXTRA
         if retries or not sums.can_name_leaves:
             return math.nan, 0.0, self._samples
         return self._squared_norm_sum, loss_totals.items_squared(), self._samples

@@ -13,11 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.noise_observer import NOT_MEASURED, NoiseObserver
+from bigbatch.accumulation.noise_observer import NoiseObserver
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch
-from bigbatch.distributed.window_vote import RankVote, VoteResult, announce_failed_window, from_numbers, to_numbers
+from bigbatch.distributed.window_vote import (
+    NO_EXTRA,
+    RankVote,
+    VoteResult,
+    announce_failed_window,
+    from_numbers,
+    to_numbers,
+)
 from bigbatch.errors import RankFailedError, WindowAbandonedError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import LossTotals, as_terms
@@ -196,7 +203,8 @@ class PendingUpdate:
         """
         self._require_open()
         self._all_have_run = True
-        extra = self._noise_inputs(retries)
+        observer = self._observer
+        extra = NO_EXTRA if observer is None else observer.scalars(self.sums, self.loss_totals, retries=retries)
         result = None if self._sync.size == 1 else self._vote(extra)
         if result is not None:
             self._reduce(result)
@@ -212,13 +220,10 @@ class PendingUpdate:
         read = iter(outcome.extra_scalars)
         local = [next(read, 0.0) if isinstance(value, Tensor) else value for value in extra]
         noise = None
-        if self._observer is not None:
-            noise = self._observer.finish(
-                [local] if result is None else result.extra,
-                grad_norm=outcome.grad_norm,
-                items=items,
-                skipped=outcome.skipped is not None,
-            )
+        if observer is not None:
+            extras = [local] if result is None else result.extra
+            skipped = outcome.skipped is not None
+            noise = observer.finish(extras, grad_norm=outcome.grad_norm, items=items, skipped=skipped)
         tokens, peak = self._content.tokens, peak_bytes(self._update.device)
         return WindowReport(
             step=self._update.num_steps,
@@ -292,8 +297,3 @@ class PendingUpdate:
         self.loss_totals.undo_prescale(self.sums.tensors())
         self.sums.mark_unmodified()
         self._num_syncs += self._sync.reduce(self.sums, result.has_gradient)
-
-    def _noise_inputs(self, retries: int) -> tuple[Number, ...]:
-        if self._observer is None:
-            return NOT_MEASURED
-        return self._observer.scalars(self.sums, self.loss_totals, retries=retries)

@@ -81,10 +81,6 @@ def errors_as_prediction_errors() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
-
-
 @contextmanager
 def attention_without_dropout() -> Iterator[None]:
     """Ignore dropout in attention: with it the CPU kernel materializes all pairs, which the CUDA kernel does not."""

@@ -17,7 +17,7 @@ from bigbatch.window_report import RanksReport
 MAX_TERMS = 8
 NUM_EXTRA = 3  # scalars of the noise observer
 BITS = 48  # flags in one float64, which represents integers of 53 bits exactly
-NO_EXTRA = (math.nan, 0.0, 0.0)
+NO_EXTRA = (math.nan, 0.0, 0.0)  # not measured
 
 
 @dataclass(frozen=True)
