@@ -48,6 +48,14 @@ class ShardedMemoryError(MemoryLimitError):
     """A rank of a sharded model ran out of memory; the other ranks cannot wait while it retries smaller pieces."""
 
 
+class TornUpdateError(BigbatchError, RuntimeError):
+    """An update failed after it had begun: parameters, optimizer state and schedule may not belong together.
+
+    Raised instead of the error, or the KeyboardInterrupt, that ended the update, and by every later window until a
+    state is loaded. The message says which part finished and which did not.
+    """
+
+
 class WindowAbandonedError(BigbatchError, RuntimeError):
     """The window was abandoned before its update. The window changed no state."""
 

@@ -36,7 +36,10 @@ def test_infinite_clipping_norm_does_not_clip():
 
 def test_non_optimizer_is_rejected():
     model = ref.make_model()
-    with pytest.raises(TypeError, match=r"optimizer is a list: pass a torch.optim.Optimizer"):
+    with pytest.raises(
+        TypeError,
+        match=r"optimizer is a list that contains a Parameter: pass a torch.optim.Optimizer, or a list of them\.",
+    ):
         bigbatch.Accumulator(model, list(model.parameters()))
 
 

@@ -1,6 +1,6 @@
 """Exact accumulation windows for a user's own training loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.noise_observer import NoiseObserver
-from bigbatch.accumulation.optimizer_update import NonFinite, OptimizerUpdate, optimizer_parameters
+from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite, OptimizerUpdate
 from bigbatch.accumulation.pending_update import PendingUpdate, WindowContent, WindowState, never
 from bigbatch.accumulation.window import Window
 from bigbatch.batching.checks import check_count
@@ -48,8 +48,12 @@ class Accumulator:
     Args:
         model: The module being trained: plain, in ``DistributedDataParallel``, or with `fully_shard` applied to it.
         optimizer: A ``torch.optim.Optimizer`` over its parameters, of any dtypes; bfloat16 parameters sum in float32.
+            Or several over different parameters, such as ``[muon, adamw]``: one update steps all of them.
         max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
-        scheduler: A learning-rate scheduler, stepped once after each update.
+        gradient_hook: ``gradient_hook(parameters)``, called once per update before the optimizer's step with the
+            parameters that have a gradient. Their ``.grad`` is divided and clipped to ``max_grad_norm``, and may be
+            changed in place: ``lambda parameters: torch.nn.utils.clip_grad_value_(parameters, 0.1)``.
+        scheduler: A learning-rate scheduler, stepped once after each update; or several.
         scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
         nonfinite: What a window does if its loss or gradient is not finite. ``"skip"``: no parameter, optimizer state
             or schedule changes, and the report says so; ``"raise"``: the same, and `NonFiniteError` is raised.
@@ -67,25 +71,31 @@ class Accumulator:
 
     Raises:
         TypeError: The wrapper, optimizer or scheduler is of a kind that is not supported.
-        ValueError: None of the optimizer's parameters belongs to the model.
+        ValueError: None of the optimizer's parameters belongs to the model, or two optimizers have the same parameter.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: "Optimizer",
+        optimizer: "Optimizer | Sequence[Optimizer]",
         *,
         max_grad_norm: float | None = None,
-        scheduler: "LRScheduler | None" = None,
+        gradient_hook: GradientHook | None = None,
+        scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
         sync: GradientSync | SyncPolicy | None = None,
         noise: bool = True,
     ) -> None:
         self.update = OptimizerUpdate(
-            optimizer, scheduler=scheduler, scaler=scaler, max_grad_norm=max_grad_norm, nonfinite=nonfinite
+            optimizer,
+            scheduler=scheduler,
+            scaler=scaler,
+            max_grad_norm=max_grad_norm,
+            gradient_hook=gradient_hook,
+            nonfinite=nonfinite,
         )
-        _check_model(model, optimizer)
+        _check_model(model, self.update.parameters())
         self.sync = detect_sync(model, sync)
         _check_float16(self.sync, self.update)
         self.model = model
@@ -110,6 +120,8 @@ class Accumulator:
 
         Raises:
             MemoryLimitError: The state does not fit in memory.
+            TornUpdateError: The last update is torn.
+            WindowStateError: ``torch.inference_mode`` is on.
         """
         self.update.prepare()
 
@@ -247,11 +259,11 @@ def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:
     return totals
 
 
-def _check_model(model: nn.Module, optimizer: "Optimizer") -> None:
+def _check_model(model: nn.Module, parameters: Sequence[Tensor]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is being trained.")
     own = set(model.parameters())
-    if own and not own.intersection(optimizer_parameters(optimizer)):
+    if own and not own.intersection(parameters):
         raise ValueError(
             "none of the optimizer's parameters belongs to the model: it would never change. Make the optimizer from "
             "model.parameters(), after the model has its final form and device."

@@ -1,17 +1,19 @@
 """The optimizer update of a window: unscale, divide, check, clip, step, schedule. Once, on the total."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
-from bigbatch.errors import MemoryLimitError, NonFiniteError, first_line
-from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
-from bigbatch.memory.usage import is_out_of_memory
+from bigbatch.accumulation.optimizer_step import OptimizerStep
+from bigbatch.errors import NonFiniteError, WindowStateError
+from bigbatch.gradients.gradient_sums import GradientSums
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from bigbatch.gradients.loss_totals import LossTotals
 
 NonFinite: TypeAlias = Literal["skip", "raise"]
+
+GradientHook: TypeAlias = Callable[[Sequence[Tensor]], object]
+"""Receives the parameters that have a gradient; ``.grad`` is the divided, clipped gradient of the window."""
 
 # Added to the norm in the clip coefficient, as torch.nn.utils.clip_grad_norm_ does, so that both give the same result.
 CLIP_EPSILON = 1e-6
@@ -46,58 +51,77 @@ class OptimizerUpdate:
     """Applies the gradient of a whole window.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer`` that evaluates the loss at most once in a step.
-        scheduler: Stepped once after each update that was applied.
+        optimizer: A ``torch.optim.Optimizer``, or several over different parameters of one graph.
+        scheduler: Stepped once after each update that was applied; several if there are several optimizers.
         scaler: A gradient scaler for float16 autocast over float32 parameters.
-        max_grad_norm: Largest 2-norm of the divided gradient, over all parameters of the optimizer; None to not clip.
+        max_grad_norm: Largest 2-norm of the divided gradient, over the parameters of all optimizers; None to not clip.
+        gradient_hook: Called once per update with the parameters, whose ``.grad`` is final; may change it in place.
         nonfinite: ``"skip"`` or ``"raise"``: what to do if the loss or gradient of a window is not finite.
 
     Attributes:
-        num_steps: Updates applied so far.
+        optimizers: All optimizers.
+        schedulers: All schedulers.
+        steps: Steps the optimizers and schedulers.
     """
 
     def __init__(
         self,
-        optimizer: "Optimizer",
+        optimizer: "Optimizer | Sequence[Optimizer]",
         *,
-        scheduler: "LRScheduler | None" = None,
+        scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
         scaler: "GradScaler | None" = None,
         max_grad_norm: float | None = None,
+        gradient_hook: GradientHook | None = None,
         nonfinite: NonFinite = "skip",
     ) -> None:
-        _check_optimizer(optimizer)
-        _check_scheduler(scheduler, optimizer)
+        self.optimizers = check_optimizers(optimizer)
+        self.schedulers = check_schedulers(scheduler, self.optimizers)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        if gradient_hook is not None and not callable(gradient_hook):
+            raise TypeError(f"gradient_hook is a {type(gradient_hook).__name__}: pass a function of the parameters.")
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f'nonfinite is {nonfinite!r}: it must be "skip" or "raise".')
         self.max_grad_norm = max_grad_norm
+        self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
-        self.num_steps = 0
+        self.steps = OptimizerStep(self.optimizers, self.schedulers)
         self._setup = False
         if self.scaler is not None:
-            _check_scalable(optimizer)
+            check_scalable(self.parameters())
+
+    @property
+    def num_steps(self) -> int:
+        """Updates applied so far."""
+        return self.steps.num_steps
 
     def prepare(self) -> None:
-        """Initialize the optimizer state if the optimizer supports it; no-op from the second call on.
+        """Check that updates are possible here; the first time, create the optimizer state if that is supported.
 
         Raises:
             MemoryLimitError: The state does not fit in memory.
+            TornUpdateError: The last update is torn.
+            WindowStateError: ``torch.inference_mode`` is on.
         """
+        self.steps.check_not_torn()
+        if torch.is_inference_mode_enabled():
+            raise WindowStateError(
+                "torch.inference_mode() is on, and tensors that are created under it can never be trained. Run windows "
+                "outside of it; use it, or torch.no_grad(), for evaluation only."
+            )
         if not self._setup:
-            init_optimizer_state(self.optimizer)
+            for optimizer in self.optimizers:
+                init_optimizer_state(optimizer)
             self._setup = True
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Continue to count updates after ``num_steps``."""
-        self.num_steps = num_steps
+        """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
+        self.steps.reset(num_steps)
 
     def parameters(self) -> list[Tensor]:
-        """Return the parameters of all groups of the optimizer, as they are now."""
-        return optimizer_parameters(self.optimizer)
+        """Return the parameters of all groups of all optimizers, as they are now."""
+        return optimizer_parameters(*self.optimizers)
 
     @property
     def device(self) -> torch.device:
@@ -112,30 +136,62 @@ class OptimizerUpdate:
         loss_scale: Tensor | None = None,
         sync: "GradientSync | None" = None,
         extra_scalars: Sequence[Tensor] = (),
+        evaluate_again: "Callable[[], LossTotals] | None" = None,
     ) -> UpdateOutcome:
         """Turn the sums of a window into one update, or skip it.
 
         Args:
-            sums: Of the optimizer's parameters.
+            sums: Of the parameters of all optimizers.
             loss_totals: Their divisor.
             loss_scale: The factor of the losses: the result of `loss_scale` when the window opened.
             sync: Synchronized the sums over ranks, which all apply the same; None in a single process.
             extra_scalars: Other 0-d tensors to read from the device at the same time, for the outcome.
+            evaluate_again: Computes the same sums again, for optimizers that need a closure; None if not possible.
 
         Waits for the device once, for the count and the norm that decide whether there is an update.
 
         Raises:
-            MemoryLimitError: Memory ran out within the optimizer's step. Some parameters may be updated and others not.
+            MemoryLimitError: Memory ran out within the step of an optimizer.
+            TornUpdateError: The update failed after it had begun.
         """
+        outcome = self.finish(sums, loss_totals, loss_scale=loss_scale, sync=sync, extra_scalars=extra_scalars)
+        if outcome.skipped is None:
+
+            def closure() -> Tensor:
+                assert evaluate_again is not None, "not passed without it"
+                totals = evaluate_again()
+                again = self.finish(sums, totals, loss_scale=loss_scale, sync=sync)
+                if again.skipped is not None:
+                    raise NonFiniteError(f"the window has a {again.skipped} when its optimizer computes it again.")
+                return torch.tensor(_loss(totals))
+
+            self.steps.run(
+                grad_norm=outcome.grad_norm,
+                loss=partial(_loss, loss_totals),
+                evaluate_again=None if evaluate_again is None else closure,
+            )
+        return outcome
+
+    def finish(
+        self,
+        sums: GradientSums,
+        loss_totals: "LossTotals",
+        *,
+        loss_scale: Tensor | None = None,
+        sync: "GradientSync | None" = None,
+        extra_scalars: Sequence[Tensor] = (),
+    ) -> UpdateOutcome:
+        """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`."""
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
-            return self._apply(sums, gradients, loss_totals, sync, extra_scalars)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
         assert self.scaler is not None, "the loss scale comes from it"
         # Relative to the scale at the start of this window: another window may have changed the scaler since.
         torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         try:
-            return self._apply(sums, gradients, loss_totals, sync, extra_scalars)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
         finally:
             self.scaler.update()
 
@@ -143,7 +199,7 @@ class OptimizerUpdate:
         """Return the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
-    def _apply(
+    def _finish(
         self,
         sums: GradientSums,
         gradients: list[Tensor],
@@ -176,7 +232,8 @@ class OptimizerUpdate:
         _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
         gradients.clear()  # float32 sums are then freed one by one as they are written to .grad
         sums.write_to_grad()
-        self._step(loss_totals)
+        if self.gradient_hook is not None:
+            self.gradient_hook([parameter for parameter in sums.parameters if parameter.grad is not None])
         return UpdateOutcome(grad_norm, extra_scalars=tuple(read))
 
     def _skip_or_raise(self, grad_norm: float, why: str) -> UpdateOutcome:
@@ -192,73 +249,17 @@ class OptimizerUpdate:
             return 1.0
         return min(1.0, self.max_grad_norm / (grad_norm + CLIP_EPSILON))
 
-    def _step(self, loss_totals: "LossTotals") -> None:
-        try:
-            if isinstance(self.optimizer, torch.optim.LBFGS):
-                loss = sum(term.loss for term in loss_totals.terms().values() if term.items)
-                self.optimizer.step(lambda: torch.tensor(loss))  # type: ignore[no-untyped-call]
-            else:
-                self.optimizer.step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            message = first_line(error)
-            raise MemoryLimitError(
-                f"memory ran out within the step of {type(self.optimizer).__name__} ({message}): some parameters may "
-                "be updated and others not. Return to a checkpoint, and leave more memory for the step: train fewer "
-                "parameters or in lower precision, or pass fused=True or foreach=False to the optimizer if it accepts "
-                "them."
-            ) from error
-        self.num_steps += 1
-        if self.scheduler is not None:
-            self.scheduler.step()
-
 
 def _scale(gradients: list[Tensor], factor: float) -> None:
     if gradients and factor != 1.0:
         torch._foreach_mul_(gradients, factor)
 
 
-def _check_optimizer(optimizer: "Optimizer") -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass a torch.optim.Optimizer.")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        group = optimizer.param_groups[0]
-        if group["max_iter"] != 1 or group["line_search_fn"] is not None:
-            raise TypeError(
-                f"LBFGS with max_iter={group['max_iter']} and line_search_fn={group['line_search_fn']!r} evaluates the "
-                "loss again within one update, when the micro-batches of the window are no longer available. "
-                "Use LBFGS(max_iter=1, line_search_fn=None), or another optimizer."
-            )
+def _loss(loss_totals: "LossTotals") -> float:
+    """Return the sum over the terms with items of loss sum / items; waits for the device."""
+    return float(sum(term.loss for term in loss_totals.terms().values() if term.items))
 
 
-def _check_scheduler(scheduler: "LRScheduler | None", optimizer: "Optimizer") -> None:
-    owner = getattr(scheduler, "optimizer", optimizer)
-    if isinstance(owner, torch.optim.Optimizer) and owner.param_groups is not optimizer.param_groups:
-        raise ValueError(
-            "the scheduler belongs to another optimizer: its steps would change learning rates that this one "
-            "does not use. Make it for the optimizer that is passed here."
-        )
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise TypeError(
-            "ReduceLROnPlateau needs a validation loss at each step, which an update does not have. "
-            "Leave scheduler= out and call scheduler.step(validation_loss) after each validation."
-        )
-
-
-def _check_scalable(optimizer: "Optimizer") -> None:
-    narrow = {p.dtype for p in optimizer_parameters(optimizer) if p.dtype in HALF_PRECISION_DTYPES}
-    if narrow:
-        raise TypeError(
-            f"a GradScaler is for float16 autocast over float32 parameters, and these are {_names(narrow)}. "
-            "Keep the parameters in float32, or leave scaler= out."
-        )
-
-
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def optimizer_parameters(optimizer: "Optimizer") -> list[Tensor]:
-    """Return the parameters of all groups of an optimizer, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def optimizer_parameters(*optimizers: "Optimizer") -> list[Tensor]:
+    """Return the parameters of all groups of some optimizers, in order."""
+    return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]

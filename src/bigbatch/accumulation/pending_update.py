@@ -1,13 +1,16 @@
 """The pending update of one window: its gradient sums and counts, and how they become one optimizer update.
 
-EMPTY ──add──▶ ACCUMULATING ──apply──▶ CLOSED
+EMPTY ──add──▶ ACCUMULATING ──apply──▶ CLOSED, or TORN if the update failed after it had begun
   └────apply / discard────┴───discard───▶ ABORTED
+
+Long because the whole life of a window is here, with all that ranks exchange.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +43,7 @@ class WindowState(Enum):
     ACCUMULATING = "accumulating"
     CLOSED = "closed"
     ABORTED = "aborted"
+    TORN = "torn"
 
 
 def never() -> bool:
@@ -83,7 +87,7 @@ class PendingUpdate:
         should_stop: Called when the window ends: whether to stop after this update.
 
     Attributes:
-        state: EMPTY, ACCUMULATING, CLOSED or ABORTED.
+        state: EMPTY, ACCUMULATING, CLOSED, ABORTED or TORN.
         num_microbatches: Micro-batches of this rank that count, so far.
         sums: The gradient sums.
         loss_totals: Loss sums and items.
@@ -100,6 +104,7 @@ class PendingUpdate:
         should_stop: Callable[[], bool] = never,
     ) -> None:
         self._update = update
+        self._num_steps_before = update.num_steps
         self._sync = sync
         self._content = content
         self._should_stop = should_stop
@@ -118,6 +123,7 @@ class PendingUpdate:
             parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
         )
         self.sums.open()
+        update.steps.guard(self.holds_gradients)
         self._observer = observer
         if observer is not None and (is_float16 or content.totals is not None):
             observer.skip_window()
@@ -135,6 +141,10 @@ class PendingUpdate:
     def is_open(self) -> bool:
         """Whether micro-batches can be added."""
         return self.state in (WindowState.EMPTY, WindowState.ACCUMULATING)
+
+    def holds_gradients(self) -> bool:
+        """Return whether ``.grad`` contains undivided sums."""
+        return self.state is WindowState.ACCUMULATING
 
     @property
     def uses_plain_sums(self) -> bool:
@@ -190,14 +200,17 @@ class PendingUpdate:
         self.loss_totals.record(as_terms((loss_sum, items)))
         self.num_microbatches += 1
 
-    def apply(self, *, retries: int = 0) -> WindowReport:
+    def apply(self, *, retries: int = 0, run_again: "Callable[[PendingUpdate], None] | None" = None) -> WindowReport:
         """Update once, clear the gradients, and report. Collective.
 
         Args:
             retries: Attempts of this rank that ran out of memory and were repeated.
+            run_again: Adds the micro-batches of the window again, for optimizers that need a closure; None if they are
+                no longer available.
 
         Raises:
             RankFailedError: Another rank failed in this window.
+            TornUpdateError: The update failed after it had begun.
             WindowAbandonedError: A rank abandoned it.
             WindowStateError: The window is closed or aborted.
         """
@@ -214,6 +227,7 @@ class PendingUpdate:
             loss_scale=self._loss_scale,
             sync=self._sync,
             extra_scalars=[value for value in extra if isinstance(value, Tensor)] if result is None else (),
+            evaluate_again=None if run_again is None else partial(self._evaluate_again, run_again),
         )
         self._release(WindowState.CLOSED)
         items = self.loss_totals.items()
@@ -241,6 +255,18 @@ class PendingUpdate:
             _read_terms=self.loss_totals.terms,
         )
 
+    def _evaluate_again(self, run_again: "Callable[[PendingUpdate], None]") -> LossTotals:
+        """Compute the sums again, with the parameters as they are now; the report keeps the first totals."""
+        first = self.loss_totals
+        self.loss_totals = LossTotals(self._content.totals)
+        self.sums.clear()
+        num_microbatches = self.num_microbatches
+        try:
+            run_again(self)
+            return self.loss_totals
+        finally:
+            self.loss_totals, self.num_microbatches = first, num_microbatches
+
     def discard(self) -> None:
         """Drop sums and gradients; no-op for a finished window. Collective if the other ranks wait for a vote."""
         if not self.is_open:
@@ -249,12 +275,16 @@ class PendingUpdate:
             self._has_voted = True
             if self._all_have_run:  # else they are inside a layer of the sharded model, where no vote can reach them
                 announce_failed_window(self._sync, len(self.sums.parameters))
-        self._release(WindowState.ABORTED)
+        if self._update.steps.torn is not None:
+            self._release(WindowState.TORN)
+        else:  # the update may have ended although what came after it failed
+            applied = self._update.num_steps != self._num_steps_before
+            self._release(WindowState.CLOSED if applied else WindowState.ABORTED)
 
     def _release(self, state: WindowState) -> None:
-        self.state = state
         self.sums.close()
         self._sync.end_window()
+        self.state = state  # last: if this is interrupted, `discard` repeats it
 
     def _require_open(self) -> None:
         if not self.is_open:

@@ -33,8 +33,8 @@ def capture(
     """
     return {
         "model": dict(trainable_tensors(module)),
-        "optimizer": update.optimizer.state_dict(),
-        "scheduler": None if update.scheduler is None else update.scheduler.state_dict(),
+        "optimizer": _one_or_list([optimizer.state_dict() for optimizer in update.optimizers]),
+        "scheduler": _one_or_list([scheduler.state_dict() for scheduler in update.schedulers]),
         "scaler": None if update.scaler is None else update.scaler.state_dict(),
         "engine": {"num_steps": update.num_steps, **progress},
         "random": random_states([device]),
@@ -51,8 +51,16 @@ def restore(
     """
     own = dict(trainable_tensors(module))
     _check_tensors(own, state["model"])
-    _check_groups(update.optimizer, state["optimizer"])
-    for name, part in (("scheduler", update.scheduler), ("scaler", update.scaler)):
+    optimizer_states, scheduler_states = _as_list(state["optimizer"]), _as_list(state["scheduler"])
+    for kind, parts, states in (
+        ("optimizers", update.optimizers, optimizer_states),
+        ("schedulers", update.schedulers, scheduler_states),
+    ):
+        if len(parts) > 1 and states and len(parts) != len(states):
+            raise ValueError(f"the state is of {len(states)} {kind}, and this engine has {len(parts)}: use as many.")
+    for optimizer, optimizer_state in zip(update.optimizers, optimizer_states, strict=True):
+        _check_groups(optimizer, optimizer_state)
+    for name, part in (("scheduler", update.schedulers or None), ("scaler", update.scaler)):
         if (part is None) != (state[name] is None):
             has, had = ("no", "one") if part is None else ("a", "none")
             raise ValueError(
@@ -61,15 +69,25 @@ def restore(
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(shard_like(tensor, state["model"][name]))
-    update.optimizer.load_state_dict(_shard_optimizer_state(update.optimizer, state["optimizer"]))
-    _detach_from_input(update.optimizer, state["optimizer"])
-    if update.scheduler is not None:
-        update.scheduler.load_state_dict(state["scheduler"])
+    for optimizer, optimizer_state in zip(update.optimizers, optimizer_states, strict=True):
+        optimizer.load_state_dict(_shard_optimizer_state(optimizer, optimizer_state))
+        _detach_from_input(optimizer, optimizer_state)
+    for scheduler, scheduler_state in zip(update.schedulers, scheduler_states, strict=True):
+        scheduler.load_state_dict(scheduler_state)
     if update.scaler is not None:
         update.scaler.load_state_dict(state["scaler"])
     update.set_num_steps(state["engine"]["num_steps"])
     set_random_states(state["random"], [device])
     return dict(state["engine"])
+
+
+def _one_or_list(states: list[dict[str, Any]]) -> Any:
+    """Return the only state, a list of several, or None for none."""
+    return states if len(states) > 1 else states[0] if states else None
+
+
+def _as_list(states: Any) -> list[dict[str, Any]]:
+    return [] if states is None else states if isinstance(states, list) else [states]
 
 
 def shard_like(own: Tensor, found: Tensor) -> Tensor:

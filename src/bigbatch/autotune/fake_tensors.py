@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,33 +27,34 @@ def proxy_device(device: torch.device) -> torch.device:
 
 
 def fake_copies(
-    mode: FakeTensorMode, model: nn.Module, optimizer: "Optimizer", device: torch.device | None
-) -> "tuple[nn.Module, Optimizer]":
-    """Copy a model and its optimizer to fake tensors that share nothing with the originals.
+    mode: FakeTensorMode, model: nn.Module, optimizers: "Sequence[Optimizer]", device: torch.device | None
+) -> "tuple[nn.Module, Sequence[Optimizer]]":
+    """Copy a model and its optimizers to fake tensors that share nothing with the originals.
 
     Args:
         mode: Mode of the fake tensors.
         model: On any device, ``meta`` included.
-        optimizer: Over the parameters of ``model``.
+        optimizers: Over the parameters of ``model``.
         device: Device of the copies; None for the devices of the originals.
 
     Raises:
-        PredictionError: The model or the optimizer cannot be copied.
+        PredictionError: The model or an optimizer cannot be copied.
     """
     copies: dict[int, Any] = {}  # the memo of deepcopy: id of the original → copy
     try:
-        for tensor in [*model.parameters(), *model.buffers(), *tensors_in(vars(optimizer))]:
+        for tensor in [*model.parameters(), *model.buffers(), *tensors_in([vars(each) for each in optimizers])]:
             if id(tensor) not in copies:
                 copies[id(tensor)] = _fake_copy(mode, tensor, device)
                 if tensor.grad is not None:
                     copies[id(tensor.grad)] = None
-        fake_model, fake_optimizer = copy.deepcopy((model, optimizer), copies)
-        for name, value in vars(optimizer).items():  # attributes that torch's optimizers omit from their copies
-            if name not in vars(fake_optimizer) and name != "step":  # a scheduler's wrapper around the original's step
-                setattr(fake_optimizer, name, copy.deepcopy(value, copies))
+        fake_model, fake_optimizers = copy.deepcopy((model, tuple(optimizers)), copies)
+        for optimizer, fake in zip(optimizers, fake_optimizers, strict=True):
+            for name, value in vars(optimizer).items():  # attributes that torch's optimizers omit from their copies
+                if name not in vars(fake) and name != "step":  # a scheduler's wrapper around the original's step
+                    setattr(fake, name, copy.deepcopy(value, copies))
     except Exception as error:  # any exception that a user's module raises when copied
         raise PredictionError(f"the model or its optimizer cannot be copied ({first_line(error)})") from error
-    return fake_model, fake_optimizer
+    return fake_model, fake_optimizers
 
 
 def _fake_copy(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None) -> Tensor:

@@ -8,7 +8,7 @@ on a machine without it, the operations are those of the CPU, with sizes rounded
 docs/explanation/memory.md compares both with measurements on an H200.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from bigbatch.accumulation.optimizer_checks import as_optimizers
 from bigbatch.accumulation.optimizer_update import optimizer_parameters
 from bigbatch.autotune.fake_tensors import PredictionError as PredictionError
 from bigbatch.autotune.fake_tensors import (
@@ -76,7 +77,7 @@ class PeakPredictor:
     Args:
         mode: The mode of the fake tensors of ``model`` and ``optimizer``.
         model: With fake tensors, in the training mode and on the device of the training, or its proxy.
-        optimizer: Over the parameters of ``model``; its state is created here if it has none.
+        optimizer: Over the parameters of ``model``, or several; their state is created here if there is none.
         loss_fn: As for `bigbatch.Engine`.
         device: Device that the prediction is for; by default that of the fake tensors.
 
@@ -89,16 +90,16 @@ class PeakPredictor:
         self,
         mode: FakeTensorMode,
         model: nn.Module,
-        optimizer: "Optimizer",
+        optimizer: "Optimizer | Sequence[Optimizer]",
         loss_fn: "LossFunction",
         *,
         device: torch.device | None = None,
     ) -> None:
         self._mode = mode
         self._model = model
-        self._optimizer = optimizer
+        self._optimizers = as_optimizers(optimizer)
         self._loss_fn = loss_fn
-        self._parameters = optimizer_parameters(optimizer)
+        self._parameters = optimizer_parameters(*self._optimizers)
         self._fake_device = self._parameters[0].device
         self.device = device or self._fake_device
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
@@ -111,7 +112,7 @@ class PeakPredictor:
     def from_training(
         cls,
         model: nn.Module,
-        optimizer: "Optimizer",
+        optimizer: "Optimizer | Sequence[Optimizer]",
         loss_fn: "LossFunction",
         *,
         device: torch.device | None = None,
@@ -120,7 +121,7 @@ class PeakPredictor:
 
         Args:
             model: On any device, ``meta`` included.
-            optimizer: Over the parameters of ``model``.
+            optimizer: Over the parameters of ``model``; or several.
             loss_fn: As for `bigbatch.Engine`.
             device: Device that the step will run on, available or not; by default that of the parameters.
 
@@ -128,7 +129,7 @@ class PeakPredictor:
             PredictionError: The model or the optimizer cannot be copied, or its state cannot be created without data.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        copies = fake_copies(mode, model, optimizer, None if device is None else proxy_device(device))
+        copies = fake_copies(mode, model, as_optimizers(optimizer), None if device is None else proxy_device(device))
         return cls(mode, *copies, loss_fn, device=device)
 
     def predict(self, microbatch: Any) -> Prediction:
@@ -178,7 +179,7 @@ class PeakPredictor:
     def _track(self, tracker: AllocationTracker, sums: GradientSums) -> None:
         """Track what is allocated before the micro-batch starts."""
         tracker.track([*self._model.parameters(), *self._model.buffers(), *self._parameters], MemoryCategory.PARAMETERS)
-        tracker.track(state_of(self._optimizer), MemoryCategory.OPTIMIZER)
+        tracker.track(state_of(self._optimizers), MemoryCategory.OPTIMIZER)
         tracker.set_category(MemoryCategory.GRADIENTS)
         sums.fill_missing_with_zeros()
 
@@ -217,7 +218,8 @@ class PeakPredictor:
         torch._foreach_mul_(gradients, 0.5)
         del gradients
         sums.write_to_grad()
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         return _Phase.of(tracker)
 
     def _create_state(self) -> None:
@@ -225,7 +227,8 @@ class PeakPredictor:
         with GradientSums(self._parameters) as sums:
             sums.fill_missing_with_zeros()
             sums.write_to_grad()
-            self._optimizer.step()
+            for optimizer in self._optimizers:
+                optimizer.step()
 
     def _fake_inputs(self, microbatch: Any) -> Any:
         def to_fake(leaf: Any) -> Any:
@@ -285,6 +288,6 @@ def _loss_tracked_separately(tracker: AllocationTracker, model: nn.Module) -> It
         handle.remove()
 
 
-def state_of(optimizer: "Optimizer") -> list[Tensor]:
-    """Return the tensors in the state of an optimizer."""
-    return tensors_in(optimizer.state)
+def state_of(optimizer: "Optimizer | Sequence[Optimizer]") -> list[Tensor]:
+    """Return the tensors in the state of an optimizer, or of several."""
+    return [tensor for each in as_optimizers(optimizer) for tensor in tensors_in(each.state)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bigbatch.accumulation.optimizer_checks import as_optimizers
 from bigbatch.accumulation.optimizer_update import optimizer_parameters
 from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.batching.plan import Cost
@@ -31,7 +32,7 @@ class TuningProblem:
 
     Attributes:
         model: In training mode, on its device.
-        optimizer: Over the parameters of ``model``.
+        optimizer: Over the parameters of ``model``; or several.
         loss_fn: As for `bigbatch.Engine`.
         batch: The batch of one window of this rank.
         lengths: Tokens of each sample, if the micro-batch is limited in tokens; None if limited in samples.
@@ -43,7 +44,7 @@ class TuningProblem:
     """
 
     model: nn.Module
-    optimizer: "Optimizer"
+    optimizer: "Optimizer | Sequence[Optimizer]"
     loss_fn: "LossFunction"
     batch: Split
     lengths: Sequence[int] | None
@@ -59,8 +60,8 @@ class TuningProblem:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameters of the optimizer."""
-        return optimizer_parameters(self.optimizer)
+        """The parameters of the optimizers."""
+        return optimizer_parameters(*as_optimizers(self.optimizer))
 
     def resident_tensors(self) -> list[Tensor]:
         """Return the tensors that are allocated already: parameters, buffers and optimizer state."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from bigbatch.accumulation.accumulator import Accumulator
-from bigbatch.accumulation.optimizer_update import NonFinite
+from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite
 from bigbatch.accumulation.pending_update import PendingUpdate, WindowContent, never
 from bigbatch.accumulation.training_state import capture, restore
 from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
@@ -50,7 +50,7 @@ class Engine:
 
     Args:
         model: The module being trained; micro-batches are moved to the device of its first parameter.
-        optimizer: As for `Accumulator`.
+        optimizer: As for `Accumulator`; also one whose ``step`` needs a closure, such as SAM: the window is run again.
         loss_fn: ``loss_fn(model, microbatch) → (loss_sum, items)``: the 0-d **sum** of the item losses and the number
             of items that it runs over; or ``{term: (loss_sum, items)}``, whose total is Σ_term sum / items.
         microbatch: Samples of one forward and backward; or a `TokenBudget`, which groups samples of similar length so
@@ -68,6 +68,7 @@ class Engine:
             and the model only, and never reads a value back to the host.
         count_items: ``count_items(batch) → {term: items}``, needed for a loss of several terms.
         max_grad_norm: As for `Accumulator`.
+        gradient_hook: As for `Accumulator`.
         scheduler: As for `Accumulator`.
         scaler: As for `Accumulator`.
         nonfinite: As for `Accumulator`.
@@ -89,7 +90,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: "Optimizer",
+        optimizer: "Optimizer | Sequence[Optimizer]",
         loss_fn: LossFunction,
         *,
         microbatch: int | TokenBudget | Literal["auto"] = "auto",
@@ -100,7 +101,8 @@ class Engine:
         cuda_graphs: bool = False,
         count_items: CountItems | None = None,
         max_grad_norm: float | None = None,
-        scheduler: "LRScheduler | None" = None,
+        gradient_hook: GradientHook | None = None,
+        scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
         sync: GradientSync | SyncPolicy | None = None,
@@ -111,6 +113,7 @@ class Engine:
             model,
             optimizer,
             max_grad_norm=max_grad_norm,
+            gradient_hook=gradient_hook,
             scheduler=scheduler,
             scaler=scaler,
             nonfinite=nonfinite,
@@ -238,12 +241,21 @@ class Engine:
         if not self.microbatch_size.is_chosen:
             self.tune(batch)
         with self._open_window(batch, should_stop) as pending:
-            for microbatch in pending.microbatches(should_abandon):
-                self.runner.run(microbatch, pending)
-            self.runner.end(pending)
-            report = pending.apply(retries=self.runner.retries)
+            self._run_microbatches(pending, should_abandon)
+            report = pending.apply(retries=self.runner.retries, run_again=self._run_again)
         self.microbatch_size.observe(report.retries)
         return report
+
+    def _run_microbatches(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
+        for microbatch in pending.microbatches(should_abandon):
+            self.runner.run(microbatch, pending)
+        self.runner.end(pending)
+
+    @property
+    def _run_again(self) -> Callable[[PendingUpdate], None] | None:
+        """Runs a window again within its update; None where other ranks, CUDA graphs or a scaler depend on it."""
+        is_alone = self.sync.size == 1 and not isinstance(self.runner, CudaGraphRunner)
+        return self._run_microbatches if is_alone and self.accumulator.update.scaler is None else None
 
     @contextmanager
     def _open_window(self, batch: Any, should_stop: Callable[[], bool]) -> Iterator[PendingUpdate]:

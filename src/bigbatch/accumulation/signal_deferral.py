@@ -1,0 +1,64 @@
+"""Defer SIGINT and SIGTERM while an update is being applied."""
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+DEFERRED = (signal.SIGINT, signal.SIGTERM)
+
+
+class DeferredSignals:
+    """Context in which SIGINT and SIGTERM do not interrupt: their handlers run when it ends.
+
+        with DeferredSignals():
+            optimizer.step()
+
+    No-op outside the main thread, where Python runs no signal handlers, and for signals that are ignored or that are
+    handled outside Python.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._received: list[signal.Signals] = []
+
+    def __enter__(self) -> "DeferredSignals":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        try:
+            for number in DEFERRED:
+                handler = signal.getsignal(number)
+                if handler is not None and handler != signal.SIG_IGN:
+                    self._handlers[number] = handler
+                    signal.signal(number, self._note)
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        handlers = dict(self._handlers)
+        try:
+            self._restore()
+        finally:
+            self._deliver(handlers)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._received.append(signal.Signals(number))
+
+    def _restore(self) -> None:
+        while self._handlers:
+            number, handler = next(iter(self._handlers.items()))
+            signal.signal(number, handler)
+            del self._handlers[number]
+
+    def _deliver(self, handlers: dict[signal.Signals, Any]) -> None:
+        for number in dict.fromkeys(self._received):
+            handler = handlers[number]
+            if callable(handler):
+                handler(number, sys._getframe())
+            else:
+                signal.raise_signal(number)  # the default action
