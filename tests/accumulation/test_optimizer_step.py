@@ -214,6 +214,7 @@ class WritesThroughData(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float = 0.1, *, idle: bool = False) -> None:
         super().__init__(params, {"lr": lr})
         self.idle = idle
+        self.wrapped: torch.optim.Optimizer | None = None
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
@@ -248,18 +249,19 @@ def test_optimizer_that_never_writes_raises():
         engine.step(make_batch())
 
 
-def test_optimizer_without_learning_rate_may_only_read():
+@pytest.mark.parametrize("settings", [{}, {"lr": 0.1}], ids=["without rate", "into an attribute"])
+def test_optimizer_may_only_read_gradients(settings: dict[str, float]):
     class GradientLog(torch.optim.Optimizer):
         def step(self, closure: Any = None) -> None:
-            log.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
+            self.seen = torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]])
 
-    log: list[Tensor] = []
     model = make_model()
-    report = bigbatch.Engine(model, GradientLog(model.parameters(), {}), loss_fn, microbatch=4).step(make_batch())
+    optimizer = GradientLog(model.parameters(), settings)
+    report = bigbatch.Engine(model, optimizer, loss_fn, microbatch=4).step(make_batch())
     assert report.step == 1
     mean_loss_backward(model, make_batch())
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert torch.allclose(log[0], expected, rtol=0, atol=1e-15)
+    assert torch.allclose(optimizer.seen, expected, rtol=0, atol=1e-15)
 
 
 def test_optimizer_that_writes_through_data_is_accepted():
@@ -274,6 +276,18 @@ def test_optimizer_that_writes_through_data_is_accepted():
                 parameter.grad = None
         engine.step(batch)
     assert torch.allclose(values(actual), values(expected), rtol=0, atol=1e-14)
+
+
+def test_wrapper_that_counts_its_calls_still_raises():
+    class CountingWrapper(WritesThroughData):
+        def step(self, closure: Any = None) -> None:
+            self.num_calls = getattr(self, "num_calls", 0) + 1
+
+    model = make_model()
+    optimizer = CountingWrapper(model.parameters())
+    optimizer.wrapped = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(WindowStateError, match=r"^CountingWrapper\.step\(\) returned without an update: no "):
+        bigbatch.Engine(model, optimizer, loss_fn, microbatch=4).step(make_batch())
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class OptimizerStep:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerStep":
         copied = OptimizerStep(copy.deepcopy(self.optimizers, memo), copy.deepcopy(self.schedulers, memo))
-        copied.num_steps, copied.torn = self.num_steps, self.torn
+        copied.reset(self.num_steps, torn=self.torn)
         return copied
 
     def guard(self, holds_gradients: Callable[[], bool]) -> None:
@@ -76,10 +76,10 @@ class OptimizerStep:
         if self.torn is not None:
             raise TornUpdateError(self.torn)
 
-    def reset(self, num_steps: int) -> None:
+    def reset(self, num_steps: int, *, torn: str | None = None) -> None:
         """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
         self.num_steps = num_steps
-        self.torn = None
+        self.torn = torn
 
     def run(
         self, *, grad_norm: float, loss: Callable[[], float], evaluate_again: Callable[[], Tensor] | None = None

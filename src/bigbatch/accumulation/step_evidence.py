@@ -29,6 +29,7 @@ class StepSnapshot:
         self._versions = [p._version for p in self.parameters]
         self._state = _state_token(optimizer, self.parameters)
         self._checksums = _checksums(self.parameters) if with_values else None
+        self._attributes = _attributes(optimizer)
 
     @property
     def versions_changed(self) -> bool:
@@ -39,6 +40,12 @@ class StepSnapshot:
     def state_changed(self) -> bool:
         """Whether the optimizer state changed."""
         return _state_token(self.optimizer, self.parameters) != self._state
+
+    @property
+    def attributes_changed(self) -> bool:
+        """Whether the optimizer rebound an attribute of its own; False for wrappers of other optimizers."""
+        is_wrapper = any(isinstance(value, torch.optim.Optimizer) for value in vars(self.optimizer).values())
+        return not is_wrapper and _attributes(self.optimizer) != self._attributes
 
     @property
     def values_changed(self) -> bool:
@@ -75,7 +82,7 @@ class StepEvidence:
         Args:
             before: The snapshot of the optimizer before its step.
             grad_norm: 2-norm of the gradient. A step of zero gradients or a learning rate of 0 may change nothing; so
-                may an optimizer without learning rate, which only reads gradients.
+                may an optimizer that only reads gradients: without learning rate, or into an attribute of its own.
         """
         if is_builtin(before.optimizer) or not before.parameters:
             return True
@@ -83,7 +90,7 @@ class StepEvidence:
             self._changes_versions[before.optimizer] = True
             return True
         rates = [float(group["lr"]) for group in before.optimizer.param_groups if "lr" in group]
-        return before.values_changed or grad_norm == 0.0 or not any(rates)
+        return before.values_changed or before.attributes_changed or grad_norm == 0.0 or not any(rates)
 
 
 def is_builtin(optimizer: "Optimizer") -> bool:
@@ -102,6 +109,10 @@ def _state_token(optimizer: "Optimizer", parameters: Sequence[Tensor]) -> list[A
         for group in optimizer.param_groups
     ]
     return token
+
+
+def _attributes(optimizer: "Optimizer") -> dict[str, int]:
+    return {name: id(value) for name, value in vars(optimizer).items() if name != "_opt_called"}  # set by schedulers
 
 
 def _version_or_value(value: Any) -> Any:
