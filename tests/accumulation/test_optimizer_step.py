@@ -662,3 +662,57 @@ def test_gradient_hook_that_is_no_function_is_rejected():
     model = make_model()
     with pytest.raises(TypeError, match=r"^gradient_hook is a float: pass a function of the parameters\.$"):
         bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), gradient_hook=0.1)  # type: ignore[arg-type]
+
+
+# on CUDA, where fused optimizers are the default choice and write without a trace
+
+
+CUDA_OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "fused SGD": lambda p: torch.optim.SGD(p, lr=0.01, fused=True),
+    "capturable Adam": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01, device="cuda"), capturable=True),
+    "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "through data": lambda p: WritesThroughData(p, lr=0.01),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CUDA_OPTIMIZERS)
+def test_cuda_optimizer_steps_like_full_batch(name: str):
+    inputs, labels = make_batch()
+    batch = inputs.cuda(), labels.cuda()
+    expected, actual = make_model().cuda(), make_model().cuda()
+    by_hand = CUDA_OPTIMIZERS[name](expected.parameters())
+    engine = bigbatch.Engine(actual, CUDA_OPTIMIZERS[name](actual.parameters()), loss_fn, microbatch=3)
+    for step in range(1, 4):
+        mean_loss_backward(expected, batch)
+        by_hand.step()
+        by_hand.zero_grad()
+        assert engine.step((inputs, labels)).step == step
+    assert torch.allclose(values(actual), values(expected), rtol=0, atol=1e-11)
+
+
+@pytest.mark.gpu
+def test_cuda_closure_runs_the_whole_window_again():
+    inputs, labels = make_batch()
+    on_cpu, on_cuda = make_model(), make_model().cuda()
+    first = bigbatch.Engine(on_cpu, SharpnessAware(on_cpu.parameters()), loss_fn, microbatch=10)
+    second = bigbatch.Engine(on_cuda, SharpnessAware(on_cuda.parameters()), loss_fn, microbatch=3)
+    for _ in range(2):
+        first.step((inputs, labels))
+        second.step((inputs, labels))
+    assert torch.allclose(values(on_cuda).cpu(), values(on_cpu), rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_reject_closure():
+    model = make_model().cuda()
+    engine = bigbatch.Engine(
+        model,
+        StrictlySharpnessAware(model.parameters()),
+        lambda m, b: (F.cross_entropy(m(b[0]), b[1], reduction="sum"), (b[1] >= 0).sum()),
+        microbatch=5,
+        cuda_graphs=True,
+    )
+    with pytest.raises(TypeError, match=r"^StrictlySharpnessAware\.step\(\) needs a closure"):
+        engine.step(make_batch())

@@ -127,6 +127,22 @@ def test_captured_gradient_equals_full_batch() -> None:
     assert pair.recorder.num_graphs == 2
 
 
+def test_graph_of_one_loss_is_not_replayed_for_another() -> None:
+    def squared(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
+        inputs, targets, mask = microbatch
+        return ((model(inputs) - 2 * targets).square() * mask).sum(), mask.sum()
+
+    pair = Pair(mlp(torch.float64))
+    for window in range(3):
+        pair.step(masked_batch(8, window, torch.float64))
+    assert pair.recorder.num_graphs == 1
+    for engine in (pair.recording, pair.plain):
+        engine.loss_fn = squared
+    for window in range(3, 6):
+        assert pair.step(masked_batch(8, window, torch.float64)) <= 1e-12
+    assert pair.recorder.num_graphs == 2
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_captured_autocast_and_adamw_match_eager(fused: bool) -> None:
     def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
