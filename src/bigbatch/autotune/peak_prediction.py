@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from bigbatch.accumulation.optimizer_checks import as_optimizers
 from bigbatch.accumulation.optimizer_update import optimizer_parameters
@@ -29,6 +28,7 @@ from bigbatch.autotune.fake_tensors import (
     fake_copies,
     proxy_device,
 )
+from bigbatch.batching.batch_types import flatten
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
@@ -236,7 +236,8 @@ class PeakPredictor:
                 return leaf
             return torch.empty(leaf.shape, dtype=leaf.dtype, device=self._fake_device)
 
-        return pytree.tree_map(to_fake, microbatch)
+        leaves, structure = flatten(microbatch)
+        return structure.unflatten(map(to_fake, leaves))
 
 
 def prediction_obstacle(model: nn.Module) -> str | None:

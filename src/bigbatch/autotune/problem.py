@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bigbatch.accumulation.optimizer_checks import as_optimizers
 from bigbatch.accumulation.optimizer_update import optimizer_parameters
@@ -69,7 +68,8 @@ class TuningProblem:
 
     def peek(self, rows: Sequence[int]) -> Any:
         """Return a micro-batch on the device of the batch, which may have more memory than that of the model."""
-        return pytree.tree_unflatten(*self.batch.gather(rows))
+        leaves, structure = self.batch.gather(rows)
+        return structure.unflatten(leaves)
 
     @property
     def longest_sample(self) -> int:
@@ -136,7 +136,7 @@ class TuningProblem:
     @cached_property
     def _largest_sample(self) -> int:
         """Index of the sample with the most bytes, if lengths are unknown."""
-        return max(range(self.num_samples), key=lambda sample: _num_bytes(self.peek([sample])))
+        return max(range(self.num_samples), key=lambda sample: _num_bytes(self.batch.gather([sample])[0]))
 
     def _max_rows(self, size: int) -> int:
         if self.lengths is None:
@@ -168,5 +168,7 @@ class TuningProblem:
         return self.num_samples if self.lengths is None else sum(self.lengths)
 
 
-def _num_bytes(microbatch: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(pytree.tree_leaves(microbatch)))
+def _num_bytes(leaves: Sequence[Any]) -> int:
+    """Count the bytes of the tensors among leaves, and of those that other objects hold as attributes."""
+    held = [leaf if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", None) for leaf in leaves]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(held))

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from bigbatch.batching.batch_types import Structure
 from bigbatch.batching.split import Split
 
 
 class _Fetched(NamedTuple):
     leaves: list[Any]
-    structure: pytree.TreeSpec
+    structure: Structure
     num_copied: int  # leaves copied from the host
 
 

@@ -1,6 +1,11 @@
-"""Split a batch into micro-batches: views of tensors, or collated lists of samples."""
+"""Split a batch into micro-batches: views of tensors, or collated lists of samples.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+    batch → samples, leaves and structure → for each micro-batch: rows of every leaf → moved → the same structure
+
+`batch_types` keeps the types of containers, `batch_checks` refuses what cannot be split, `row_cuts` cuts one tensor.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bigbatch.batching.batch_checks import MOST_FIELDS, check_batch_dim, samples_of
+from bigbatch.batching.batch_types import Structure, flatten
 from bigbatch.batching.checks import check_count
+from bigbatch.batching.row_cuts import row_cuts
 from bigbatch.types import Collate
 
-Gather: TypeAlias = Callable[[Sequence[int]], tuple[list[Any], pytree.TreeSpec]]
+Gather: TypeAlias = Callable[[Sequence[int]], tuple[list[Any], Structure]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Split:
         num_samples: Samples of the batch.
         groups: The sample indices of each micro-batch.
         device: Device of the micro-batches.
-        gather: Returns the micro-batch of some samples on the device of the batch, as pytree leaves and structure.
+        gather: Returns the micro-batch of some samples on the device of the batch, as its leaves and structure.
     """
 
     num_samples: int
@@ -34,9 +42,9 @@ class Split:
         """Return the micro-batch of some samples, on the device."""
         return self.assemble(*self.gather(rows))
 
-    def assemble(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> Any:
+    def assemble(self, leaves: Sequence[Any], structure: Structure) -> Any:
         """Build a micro-batch from its leaves, moved to the device if necessary."""
-        return pytree.tree_unflatten([_move(leaf, self.device) for leaf in leaves], structure)
+        return structure.unflatten([_move(leaf, self.device) for leaf in leaves])
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -45,28 +53,43 @@ class Split:
         return map(self.take, self.groups)
 
 
-def split(batch: Any, microbatch: int, *, device: torch.device, collate: Collate | None = None) -> Split:
+def split(
+    batch: Any,
+    microbatch: int,
+    *,
+    device: torch.device,
+    collate: Collate | None = None,
+    batch_dim: int | None = None,
+) -> Split:
     """Split a batch into micro-batches of ``microbatch`` samples; the last one may have fewer.
 
     Args:
-        batch: A pytree (dicts, lists, tuples) of tensors ``[samples, ...]``; 0-d tensors and None are passed to every
-            micro-batch unchanged. With ``collate``, a sequence of samples of any type.
+        batch: A pytree (dicts, lists, tuples), mapping or dataclass of tensors ``[samples, ...]``, strided, sparse COO
+            or jagged; micro-batches are of the same types. 0-d tensors and None are passed to every micro-batch
+            unchanged. With ``collate``, a sequence of samples of any type.
         microbatch: Samples per micro-batch, at least 1. More than the batch has yields one micro-batch.
-        device: Device to which each micro-batch is moved when it is used.
-        collate: Builds a micro-batch, a pytree, from a list of samples.
+        device: Device to which each micro-batch is moved when it is used: its tensors, and other objects with ``to()``.
+        collate: Builds a micro-batch from a list of samples.
+        batch_dim: The dimension of tensors that is the sample, by default 0.
 
     Raises:
         TypeError: The batch contains something that cannot be split.
-        ValueError: Tensors disagree on the number of samples, or ``microbatch`` is below 1.
+        ValueError: Tensors disagree on the number of samples, a list can be read as samples or as fields, or
+            ``microbatch`` or ``batch_dim`` is out of range.
     """
     if type(microbatch) is not int or microbatch < 1:
         check_count("microbatch", microbatch, "the samples of one micro-batch")
-    num_samples, gather = _gatherer(batch, collate)
+    num_samples, gather = _gatherer(batch, collate, batch_dim)
     return Split(num_samples, _ranges(num_samples, microbatch), device, gather)
 
 
 def split_into(
-    batch: Any, groups: Sequence[Sequence[int]], *, device: torch.device, collate: Collate | None = None
+    batch: Any,
+    groups: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    collate: Collate | None = None,
+    batch_dim: int | None = None,
 ) -> Split:
     """Split a batch into the given groups of samples; other arguments and errors are those of `split`.
 
@@ -75,8 +98,9 @@ def split_into(
         groups: The sample indices of each micro-batch.
         device: As for `split`.
         collate: As for `split`.
+        batch_dim: As for `split`.
     """
-    num_samples, gather = _gatherer(batch, collate)
+    num_samples, gather = _gatherer(batch, collate, batch_dim)
     return Split(num_samples, groups, device, gather)
 
 
@@ -84,59 +108,75 @@ def _ranges(num_samples: int, microbatch: int) -> list[range]:
     return [range(start, min(start + microbatch, num_samples)) for start in range(0, num_samples, microbatch)]
 
 
-def _gatherer(batch: Any, collate: Collate | None) -> tuple[int, Gather]:
+def _gatherer(batch: Any, collate: Collate | None, batch_dim: int | None) -> tuple[int, Gather]:
     """Return the number of samples of a batch, and the function that gathers a micro-batch of some of them."""
+    if batch_dim is not None:
+        check_batch_dim(batch_dim, collate)
     if collate is None:
-        return _tensor_gatherer(_plain(batch))
+        return (None if batch_dim else _flat_gatherer(batch)) or _tree_gatherer(batch, batch_dim or 0)
     if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
         raise TypeError(f"with collate= the batch must be a list of samples, not a {type(batch).__name__}.")
 
-    def gather(rows: Sequence[int]) -> tuple[list[Any], pytree.TreeSpec]:
-        return pytree.tree_flatten(_plain(collate([batch[i] for i in rows])))
+    def gather(rows: Sequence[int]) -> tuple[list[Any], Structure]:
+        return flatten(collate([batch[i] for i in rows]))
 
     return len(batch), gather
 
 
-def _tensor_gatherer(batch: Any) -> tuple[int, Gather]:
-    num_samples = _count_samples(batch)
-    leaves, structure = pytree.tree_flatten(batch)
+def _flat_gatherer(batch: Any) -> tuple[int, Gather] | None:
+    """Handle a tensor, or one tuple, dict or short list of tensors, without a look at each type; None for others."""
+    num_samples = _count_flat(batch)
+    return None if num_samples is None else (num_samples, _row_gather(*pytree.tree_flatten(batch)))
 
-    def gather(rows: Sequence[int]) -> tuple[list[Any], pytree.TreeSpec]:
+
+def _row_gather(leaves: Sequence[Any], structure: Structure) -> Gather:
+    """Return the function that gathers rows along dimension 0 of strided tensors."""
+
+    def gather(rows: Sequence[int]) -> tuple[list[Any], Structure]:
         index = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)  # a view, or a copy
         return [leaf[index] if leaf is not None and leaf.ndim else leaf for leaf in leaves], structure
+
+    return gather
+
+
+def _count_flat(batch: Any) -> int | None:
+    kind = type(batch)
+    if kind is tuple or (kind is list and len(batch) <= MOST_FIELDS):
+        values = batch
+    else:
+        values = batch.values() if kind is dict else (batch,)
+    num_samples: int | None = None
+    for value in values:
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
+            return None
+        if value.ndim:
+            count = value.shape[0]
+            if num_samples is None:
+                num_samples = count
+            elif count != num_samples:
+                return None
+    return num_samples
+
+
+def _tree_gatherer(batch: Any, dim: int) -> tuple[int, Gather]:
+    num_samples = samples_of(batch, dim)
+    leaves, structure = flatten(batch, is_cut=True)
+    if not dim and all(leaf is None or (leaf.layout is torch.strided and not leaf.is_nested) for leaf in leaves):
+        return num_samples, _row_gather(leaves, structure)
+    cuts = row_cuts(leaves, dim)
+
+    def gather(rows: Sequence[int]) -> tuple[list[Any], Structure]:
+        return [cut(rows) for cut in cuts], structure
 
     return num_samples, gather
 
 
-def _plain(batch: Any) -> Any:
-    """Convert mappings that are not pytree nodes, such as a tokenizer's output, to dicts."""
-    return pytree.tree_map(lambda leaf: dict(leaf) if isinstance(leaf, Mapping) else leaf, batch)
-
-
 def _move(leaf: Any, device: torch.device) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.device == device:
+    if isinstance(leaf, Tensor):
+        return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+    if leaf is None or isinstance(leaf, type) or not callable(to := getattr(leaf, "to", None)):
         return leaf
-    return leaf.to(device, non_blocking=True)
-
-
-def _count_samples(batch: Any) -> int:
-    counts: dict[str, int] = {}
-    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
-        name = "batch" + pytree.keystr(path)
-        if isinstance(leaf, Tensor):
-            if leaf.ndim:
-                counts[name] = leaf.shape[0]
-        elif leaf is not None:
-            raise TypeError(
-                f"{name} is a {type(leaf).__name__}, which cannot be split into micro-batches. Pass tensors whose "
-                "dimension 0 is the sample, or a list of samples with collate=."
-            )
-    if not counts:
-        raise TypeError("the batch contains no tensor with a sample dimension: pass tensors, or a list with collate=.")
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
-        raise ValueError(
-            f"the tensors of the batch disagree on the number of samples: {listed}. Dimension 0 must be the sample in "
-            "every one of them."
-        )
-    return next(iter(counts.values()))
+    moved = to(device)
+    return leaf if moved is None else moved  # some move in place

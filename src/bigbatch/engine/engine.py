@@ -6,7 +6,7 @@ Long because it documents every setting once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,9 +18,11 @@ from bigbatch.accumulation.pending_update import PendingUpdate, WindowContent, n
 from bigbatch.accumulation.training_state import capture, restore
 from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
 from bigbatch.autotune.peak_prediction import prediction_obstacle
+from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.batching.prefetch import Prefetcher
 from bigbatch.batching.split import Split, split, split_into
+from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.checks import check_graphs, check_layout, check_lengths, check_microbatch, check_sharded
@@ -60,6 +62,8 @@ class Engine:
             default what is free when the micro-batch is chosen, less a margin of 2 %. On CUDA it limits what torch
             allocates for this process, on the CPU the whole process. 5 % are kept free for gaps between allocations.
         collate: For batches that are lists of samples: makes one micro-batch of a list, padded to its own longest.
+        batch_dim: The dimension of tensors that is the sample: 1 for batches ``[time, batch, ...]``. By default 0, and
+            the first micro-batch raises if a recurrent or attention layer then reads samples as time.
         lengths: ``lengths(batch) → one length per sample``, in tokens, for a `TokenBudget` and ``report.tokens``.
         layout: ``"padded"``; or ``"packed"`` if ``collate`` makes one row of a list of samples, without padding, and
             the loss keeps the samples apart: a micro-batch is then limited by the sum of its ``lengths``.
@@ -96,6 +100,7 @@ class Engine:
         microbatch: int | TokenBudget | Literal["auto"] = "auto",
         memory: str | int | None = None,
         collate: Collate | None = None,
+        batch_dim: int | None = None,
         lengths: Callable[[Any], Sequence[int]] | None = None,
         layout: Layout = "padded",
         cuda_graphs: bool = False,
@@ -109,6 +114,7 @@ class Engine:
         noise: bool = True,
     ) -> None:
         check_microbatch(microbatch, memory, lengths)
+        check_batch_dim(batch_dim, collate)
         self.accumulator = Accumulator(
             model,
             optimizer,
@@ -127,6 +133,9 @@ class Engine:
         self.loss_fn = loss_fn
         self.memory = memory
         self.collate = collate
+        device = self.accumulator.device
+        self._split_options: dict[str, Any] = {"device": device, "collate": collate, "batch_dim": batch_dim}
+        self._time_first = TimeFirstCheck(model if collate is None and batch_dim is None else nn.Identity())
         self.lengths = lengths
         self.count_items = count_items
         self.layout = check_layout(layout, lengths, collate)
@@ -182,7 +191,7 @@ class Engine:
 
     def _measure(self, batch: Any) -> MicrobatchChoice:
         lengths = self._lengths_of(batch)
-        samples = split(batch, 1, device=self.accumulator.device, collate=self.collate)
+        samples = split(batch, 1, **self._split_options)
         if lengths is not None:
             check_lengths(lengths, samples.num_samples)
         self.accumulator.prepare()
@@ -219,7 +228,8 @@ class Engine:
         """Apply the gradient of the whole batch, once.
 
         Args:
-            batch: A pytree of tensors ``[samples, ...]`` on any device, or with ``collate`` a list of samples.
+            batch: A pytree, mapping or dataclass of tensors ``[samples, ...]`` on any device, whose type micro-batches
+                keep; 0-d tensors are passed to each unchanged. With ``collate`` a list of samples.
             should_abandon: Called before each micro-batch: whether to drop the window. It then ends and changes
                 nothing; over several ranks on all of them, for a sharded model after all micro-batches.
             should_stop: Called at the end: whether to stop after this update. ``report.ranks`` has the answer of any
@@ -235,7 +245,7 @@ class Engine:
             NonFiniteError: The loss or the gradient is not finite, and ``nonfinite`` is ``"raise"``.
             RankFailedError: Another rank failed in this window, which changed nothing.
             TypeError: The batch cannot be split, or ``loss_fn`` returned something else than sums and items.
-            ValueError: A loss or a count is invalid; the message says which.
+            ValueError: A loss or a count is invalid, or the batch can be read in two ways; the message says which.
             WindowAbandonedError: ``should_abandon`` returned True. Random numbers that were drawn stay drawn.
         """
         if not self.microbatch_size.is_chosen:
@@ -276,7 +286,12 @@ class Engine:
         content = WindowContent(parts.groups, max_num_microbatches, totals, tokens, parts.num_samples)
         pending = self.accumulator.open(content, static_buffers=self.runner.static_buffers, should_stop=should_stop)
         source = Prefetcher(parts) if self.accumulator.device.type == "cuda" else nullcontext(parts)
-        with pending, source as taken_from, self.runner.window(WindowInputs(self.loss_fn, taken_from.take, lengths)):
+        with (
+            pending,
+            source as taken_from,
+            self._check_time_first(taken_from.take) as take,
+            self.runner.window(WindowInputs(self.loss_fn, take, lengths)),
+        ):
             yield pending
 
     def release_cuda_graphs(self) -> None:
@@ -313,11 +328,13 @@ class Engine:
         """
         return self.microbatch_size.groups(lengths)
 
+    def _check_time_first(self, take: Callable[[Sequence[int]], Any]) -> AbstractContextManager[Any]:
+        return nullcontext(take) if self._time_first.is_done else self._time_first.watch(take)
+
     def _lengths_of(self, batch: Any) -> list[int] | None:
         return None if self.lengths is None else [int(length) for length in self.lengths(batch)]
 
     def _split(self, batch: Any, lengths: list[int] | None) -> Split:
-        device = self.accumulator.device
         if lengths is None or self.token_budget is None:
-            return split(batch, self.microbatch_size.current, device=device, collate=self.collate)
-        return split_into(batch, self.microbatch_size.groups(lengths), device=device, collate=self.collate)
+            return split(batch, self.microbatch_size.current, **self._split_options)
+        return split_into(batch, self.microbatch_size.groups(lengths), **self._split_options)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.batching.batch_types import Structure, flatten
 from bigbatch.distributed.gradient_sync import Microbatch
 from bigbatch.errors import first_line
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
@@ -135,7 +135,7 @@ class CudaGraphRunner(MicrobatchRunner):
         """Add a micro-batch by its graph; return whether that was possible."""
         if not pending.uses_plain_sums:
             return False
-        leaves, structure = pytree.tree_flatten(microbatch)
+        leaves, structure = flatten(microbatch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (self.inputs.loss_fn, structure, self._model.training, *map(_describe, leaves))
         try:
@@ -161,7 +161,7 @@ class CudaGraphRunner(MicrobatchRunner):
             free_cached_memory()
 
     def _capture(
-        self, key: Hashable, leaves: list[Any], structure: pytree.TreeSpec, sums: GradientSums
+        self, key: Hashable, leaves: list[Any], structure: Structure, sums: GradientSums
     ) -> _CapturedGraph | None:
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -171,7 +171,7 @@ class CudaGraphRunner(MicrobatchRunner):
         found: list[tuple[Tensor, Tensor]] = []
 
         def add() -> None:
-            found.append(_only_term(self.inputs.loss_fn(self._model, pytree.tree_unflatten(inputs, structure))))
+            found.append(_only_term(self.inputs.loss_fn(self._model, structure.unflatten(inputs))))
             sums.backward(found[0][0])
 
         versions = sums.snapshot_versions()

@@ -29,6 +29,7 @@ class CutGradients:
         loss_fn: As for `bigbatch.Engine`.
         batch: As for `bigbatch.Engine`.
         collate: As for `bigbatch.Engine`.
+        batch_dim: As for `bigbatch.Engine`.
         count_items: As for `bigbatch.Engine`.
     """
 
@@ -36,6 +37,7 @@ class CutGradients:
     loss_fn: "LossFunction"
     batch: Any
     collate: Collate | None = None
+    batch_dim: int | None = None
     count_items: "CountItems | None" = None
 
     def names(self) -> dict[Tensor, str]:
@@ -44,7 +46,8 @@ class CutGradients:
 
     def split(self, microbatch: int) -> Split:
         """Split the batch into micro-batches on the device of the model."""
-        return split(self.batch, microbatch, device=next(self.model.parameters()).device, collate=self.collate)
+        device = next(self.model.parameters()).device
+        return split(self.batch, microbatch, device=device, collate=self.collate, batch_dim=self.batch_dim)
 
     def gradient(self, microbatch: int, *, seed: int = 0) -> Gradients:
         """Compute Σ_i ∇s_i / Σ_i n_i over the micro-batches, by parameter name.

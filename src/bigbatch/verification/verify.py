@@ -122,6 +122,7 @@ def verify(
     *,
     microbatch: int | Sequence[int] | None = None,
     collate: Collate | None = None,
+    batch_dim: int | None = None,
     count_items: "CountItems | None" = None,
     tolerance: float | None = None,
 ) -> Verification:
@@ -134,10 +135,11 @@ def verify(
     Args:
         model: In training mode, or the mode to verify, on its device.
         loss_fn: ``loss_fn(model, microbatch) → (loss_sum, items)``, or ``{term: (loss_sum, items)}``.
-        batch: A pytree of tensors ``[samples, ...]``, or with ``collate`` a list of samples. Samples with different
-            numbers of items are the strongest test.
+        batch: As for `bigbatch.Engine.step`: tensors ``[samples, ...]``, or with ``collate`` a list of samples. Samples
+            with different numbers of items are the strongest test.
         microbatch: Samples per micro-batch, of one cut or several; by default about 16, 5 and 2 micro-batches.
         collate: Builds a micro-batch from a list of samples.
+        batch_dim: The dimension of tensors that is the sample, by default 0: 1 for batches ``[time, batch, ...]``.
         count_items: ``count_items(batch) → {term: items}``; required for a loss of several terms.
         tolerance: Largest relative error that counts as rounding; by default that of the narrowest dtype in use:
             1e-12 (float64), 2e-5 (float32), 5e-3 (float16), 3e-2 (bfloat16).
@@ -147,7 +149,7 @@ def verify(
             is empty or below 1.
         TypeError: The batch cannot be split, or ``loss_fn`` returns something other than sums and items.
     """
-    cut_gradients = CutGradients(model, loss_fn, batch, collate=collate, count_items=count_items)
+    cut_gradients = CutGradients(model, loss_fn, batch, collate=collate, batch_dim=batch_dim, count_items=count_items)
     if not cut_gradients.names():
         raise ValueError("no parameter of the model requires a gradient: there is nothing to verify.")
     num_samples = cut_gradients.split(1).num_samples
