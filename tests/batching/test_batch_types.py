@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from bigbatch.batching.batch_types import flatten
 from bigbatch.batching.prefetch import Prefetcher
 from bigbatch.batching.split import split
+from bigbatch.execution.cuda_graphs import _describe
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -282,3 +283,12 @@ def test_structures_compare_by_type_and_names() -> None:
     assert flatten(Encoded({"x": column(3)}))[1] == keys[0]
     assert hash(flatten(Encoded({"x": column(3)}))[1]) == hash(keys[0])
     assert flatten(Encoded({"x": column(2)}, kind="pieces"))[1] != keys[0]
+
+
+def test_graph_keys_exclude_what_replay_cannot_copy() -> None:
+    jagged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    for leaf in (Graphs(column(2)), torch.eye(2).to_sparse(), jagged, pack_sequence([torch.ones(2)])):
+        with pytest.raises(TypeError, match="may move between micro-batches"):
+            _describe(leaf)
+    assert _describe(column(2)) == _describe(column(2) + 1)
+    assert [_describe(leaf) for leaf in (3, "text", None)] == [3, "text", None]

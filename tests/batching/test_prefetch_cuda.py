@@ -1,7 +1,9 @@
 """Prefetching to a CUDA device: one micro-batch ahead, no waiting on the host, and no memory reused too early."""
 
+from collections import UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,6 +30,11 @@ def column(samples: int, *shape: int) -> Tensor:
 def take_all(parts: Split) -> list[Any]:
     with Prefetcher(parts) as feed:
         return [feed.take(rows) for rows in parts.groups]
+
+
+@dataclass(frozen=True)
+class Holder:
+    held: Tensor
 
 
 class Counting:
@@ -101,6 +108,40 @@ def test_values_not_prefetched_still_reach_device() -> None:
         assert all(part[name].device == DEVICE for name in ("plain", "sparse", "parameter", "there"))
         assert part["parameter"].requires_grad
         assert (part["text"], part["count"], part["none"]) == ([str(row) for row in rows], 2, None)
+
+
+def test_parts_along_other_dimension_are_prefetched_dense() -> None:
+    batch = {"x": column(4, 7, 3), "y": column(4, 7), "scale": torch.tensor(0.5)}
+    for groups in ([range(3), range(3, 6), range(6, 7)], [[6], [1, 5, 0], [2, 4, 3]]):
+        parts = split_into(batch, groups, device=DEVICE, batch_dim=1)
+        for part, rows in zip(take_all(parts), groups, strict=True):
+            assert part["x"].is_contiguous()
+            assert torch.equal(part["x"].cpu(), batch["x"][:, list(rows)])
+            assert torch.equal(part["y"].cpu(), batch["y"][:, list(rows)])
+            assert part["scale"].device == DEVICE
+
+
+def test_containers_keep_their_type_on_device() -> None:
+    batch = (UserDict(x=column(6, 2)), Holder(column(6)))
+    parts = split(batch, 4, device=DEVICE)
+    with Prefetcher(parts) as feed:
+        for rows in parts.groups:
+            named, holder = feed.take(rows)
+            assert (type(named), type(holder)) == (UserDict, Holder)
+            assert named["x"].device == holder.held.device == DEVICE
+            assert holder.held.tolist() == list(rows)
+    assert not batch[1].held.is_cuda
+
+
+def test_jagged_and_packed_rows_reach_device() -> None:
+    jagged = torch.nested.nested_tensor([torch.full((n,), n) for n in (3, 1, 2)], layout=torch.jagged)
+    found = [row.tolist() for part in take_all(split(jagged, 2, device=DEVICE)) for row in part.unbind()]
+    assert found == [[3, 3, 3], [1], [2, 2]]
+    samples = [torch.ones(n, 1) for n in (3, 2, 2)]
+    for part in take_all(split(samples, 2, device=DEVICE, collate=nn.utils.rnn.pack_sequence)):
+        assert part.data.device == DEVICE
+        assert part.batch_sizes.device.type == "cpu"
+        assert nn.GRU(1, 2, device=DEVICE)(part)[0].data.shape[1] == 2
 
 
 def test_samples_are_collated_once_one_microbatch_ahead() -> None:

@@ -137,11 +137,11 @@ class CudaGraphRunner(MicrobatchRunner):
             return False
         leaves, structure = flatten(microbatch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (self.inputs.loss_fn, structure, self._model.training, *map(_describe, leaves))
         try:
+            key = (self.inputs.loss_fn, structure, self._model.training, *map(_describe, leaves))
             captured = self._graphs.get(key)
         except TypeError:
-            self._disabled_reason = "a micro-batch contains more than tensors and plain values"
+            self._disabled_reason = "a micro-batch contains more than dense tensors and plain values"
             return False
         if captured is None:
             captured = self._capture(key, leaves, structure, pending.sums)
@@ -201,7 +201,16 @@ class CudaGraphRunner(MicrobatchRunner):
 
 
 def _describe(leaf: Any) -> Hashable:
-    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+    """Return what a graph depends on besides the values of tensors.
+
+    Raises:
+        TypeError: The leaf is a sparse or nested tensor or an object with tensors, which a replay would not replace.
+    """
+    if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested:
+        return leaf.shape, leaf.dtype, leaf.device
+    if hasattr(leaf, "to"):
+        raise TypeError(f"the memory of a {type(leaf).__name__} may move between micro-batches")
+    return leaf  # type: ignore[no-any-return]
 
 
 def _only_term(result: Any) -> tuple[Tensor, Tensor]:
