@@ -113,5 +113,9 @@ class NoiseObserver:
         return self.estimator.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the averages of `state_dict`."""
+        """Continue from the averages of `state_dict`.
+
+        Raises:
+            ValueError: They are not averages of such an observer; nothing is changed then.
+        """
         self.estimator.load_state_dict(state)

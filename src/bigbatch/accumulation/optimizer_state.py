@@ -5,7 +5,7 @@ parameters without state → proxies that share their memory → the optimizer's
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -34,6 +34,8 @@ _INIT_IS_CONSTANT = (
     torch.optim.Adafactor,
     torch.optim.Muon,
 )
+# Their ``_init_group`` creates a state with the names and shapes of every later one, but with other values.
+_INIT_HAS_ALL_NAMES = (torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adagrad)
 
 
 def init_optimizer_state(optimizer: "Optimizer") -> bool:
@@ -87,6 +89,51 @@ def _first_state(optimizer: "Optimizer", proxy: Callable[[Tensor], Tensor], **se
         lists: list[list[Any]] = [[] for _ in range(num_lists)]
         optimizer_copy._init_group({**group, **settings, "params": proxies}, *lists)  # type: ignore[attr-defined]
         state.update((p, optimizer_copy.state[tensor]) for p, tensor in zip(parameters, proxies, strict=True))
+    return state
+
+
+def expected_state(optimizer: "Optimizer", groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """Return the state that an optimizer keeps for each of its parameters, with meta tensors of the global shapes.
+
+    Args:
+        optimizer: Nothing of it is changed.
+        groups: Settings of its groups to use in place of its own.
+
+    Returns:
+        For each parameter of all groups, in order, its state by name; None if the optimizer is neither SGD nor one
+        whose state is created in advance (see `init_optimizer_state`), Adagrad, Rprop or ASGD.
+    """
+    base = next((kind for kind in (*_INIT_IS_CONSTANT, *_INIT_HAS_ALL_NAMES) if _initializes_as(optimizer, kind)), None)
+    is_sgd = _initializes_as(optimizer, torch.optim.SGD)
+    expected: list[dict[str, Any] | None] = []
+    for own, settings in zip(optimizer.param_groups, groups, strict=True):
+        for parameter in own["params"]:
+            if is_lazy(parameter) or parameter.layout != torch.strided or not (base or is_sgd):
+                expected.append(None)
+                continue
+            proxy = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            if is_sgd:
+                expected.append({"momentum_buffer": proxy} if settings["momentum"] else {})
+            else:
+                expected.append(_state_of_proxy(optimizer, {**own, **settings}, proxy))
+    return expected
+
+
+def _initializes_as(optimizer: "Optimizer", kind: type["Optimizer"]) -> bool:
+    """Whether an optimizer has the state of one of torch's: it is one, or a subclass with the same step."""
+    of = type(optimizer)
+    same = (getattr(of, name, None) is getattr(kind, name) for name in ("step", "_init_group"))
+    return issubclass(of, kind) and (of is kind or all(same))
+
+
+def _state_of_proxy(optimizer: "Optimizer", group: Mapping[str, Any], proxy: Tensor) -> dict[str, Any]:
+    optimizer_copy = object.__new__(type(optimizer))
+    vars(optimizer_copy).update(vars(optimizer), state=defaultdict(dict))
+    proxy.grad = proxy.detach()
+    num_lists = len(inspect.signature(optimizer_copy._init_group).parameters) - 1  # type: ignore[attr-defined]
+    settings = {**group, **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), False)}
+    optimizer_copy._init_group({**settings, "params": [proxy]}, *([] for _ in range(num_lists)))  # type: ignore[attr-defined]
+    state: dict[str, Any] = optimizer_copy.state[proxy]
     return state
 
 

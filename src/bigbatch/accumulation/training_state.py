@@ -1,93 +1,139 @@
 """State of a run between two windows: everything that its next windows depend on, except their data.
 
-capture(model, update, …) → a dictionary of tensors and plain values → restore(model, update, dictionary, …)
+capture → a dictionary of tensors and plain values → every part checked → all of it loaded, or none
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate, optimizer_parameters
-from bigbatch.rng import random_states, set_random_states
+from bigbatch.accumulation.state_checks import (
+    FORMAT,
+    StateFormat,
+    check_model,
+    check_top_level,
+    check_updaters,
+    class_name,
+    one_or_list,
+)
+from bigbatch.accumulation.state_rollback import all_or_nothing, copied, local_tensor
+from bigbatch.accumulation.state_tensors import StateTensors
+from bigbatch.accumulation.value_checks import check_keys, check_whole
+from bigbatch.errors import first_line
+from bigbatch.rng import check_random_states, random_states, set_random_states
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def capture(
-    module: nn.Module, update: OptimizerUpdate, progress: Mapping[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """Collect the state of a run between two windows; tensors are those in use, not copies.
+class Progress(Protocol):
+    """Plain values that the next windows depend on, besides model, optimizer and random states."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values by name."""
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if `load_state_dict` does not accept a state; change nothing."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of `state_dict` that was checked."""
+
+
+class TrainingState:
+    """Captures and restores the state of a run.
+
+    `StateTensors` says which tensors belong to it.
 
     Args:
         module: The model, without its wrapper.
-        update: Its optimizer, scheduler and scaler.
-        progress: Plain values that the next windows depend on; stored as they are.
-        device: Whose random state is captured, with those of the host.
-
-    Returns:
-        ``model`` (trained parameters and persistent buffers by name, each once), ``optimizer``, ``scheduler`` and
-        ``scaler`` (None without one), ``engine`` (the number of updates and ``progress``) and ``random``.
+        update: Its optimizers, schedulers and scaler.
+        loss_fn: Computes the loss.
     """
-    return {
-        "model": dict(trainable_tensors(module)),
-        "optimizer": _one_or_list([optimizer.state_dict() for optimizer in update.optimizers]),
-        "scheduler": _one_or_list([scheduler.state_dict() for scheduler in update.schedulers]),
-        "scaler": None if update.scaler is None else update.scaler.state_dict(),
-        "engine": {"num_steps": update.num_steps, **progress},
-        "random": random_states([device]),
-    }
 
+    def __init__(self, module: nn.Module, update: OptimizerUpdate, *, loss_fn: object = None) -> None:
+        self._update = update
+        self._tensors = StateTensors(module, update, loss_fn)
 
-def restore(
-    module: nn.Module, update: OptimizerUpdate, state: Mapping[str, Any], device: torch.device
-) -> Mapping[str, Any]:
-    """Load a state from `capture` into a model and an optimizer of the same settings; return its ``progress``.
+    def capture(self, progress: Progress, device: torch.device) -> dict[str, Any]:
+        """Collect the state of a run between two windows; tensors are those in use, not copies.
 
-    Raises:
-        ValueError: It is the state of another model, optimizer, scheduler or scaler; nothing is changed then.
-    """
-    own = dict(trainable_tensors(module))
-    _check_tensors(own, state["model"])
-    optimizer_states, scheduler_states = _as_list(state["optimizer"]), _as_list(state["scheduler"])
-    for kind, parts, states in (
-        ("optimizers", update.optimizers, optimizer_states),
-        ("schedulers", update.schedulers, scheduler_states),
-    ):
-        if len(parts) > 1 and states and len(parts) != len(states):
-            raise ValueError(f"the state is of {len(states)} {kind}, and this engine has {len(parts)}: use as many.")
-    for optimizer, optimizer_state in zip(update.optimizers, optimizer_states, strict=True):
-        _check_groups(optimizer, optimizer_state)
-    for name, part in (("scheduler", update.schedulers or None), ("scaler", update.scaler)):
-        if (part is None) != (state[name] is None):
-            has, had = ("no", "one") if part is None else ("a", "none")
-            raise ValueError(
-                f"this engine has {has} {name}, and the state is of one with {had}: use the same settings."
-            )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(shard_like(tensor, state["model"][name]))
-    for optimizer, optimizer_state in zip(update.optimizers, optimizer_states, strict=True):
-        optimizer.load_state_dict(_shard_optimizer_state(optimizer, optimizer_state))
-        _detach_from_input(optimizer, optimizer_state)
-    for scheduler, scheduler_state in zip(update.schedulers, scheduler_states, strict=True):
-        scheduler.load_state_dict(scheduler_state)
-    if update.scaler is not None:
-        update.scaler.load_state_dict(state["scaler"])
-    update.set_num_steps(state["engine"]["num_steps"])
-    set_random_states(state["random"], [device])
-    return dict(state["engine"])
+        Args:
+            progress: Stored with the number of updates.
+            device: Whose random state is captured, with those of the host.
 
+        Returns:
+            ``model`` (tensors by name), ``optimizer``, ``scheduler`` and ``scaler`` (None without one, a list for
+            several), ``engine`` (the number of updates and ``progress``), ``random``, and ``format``: the classes of
+            optimizers, schedulers and scaler, and the names of each optimizer's parameters in order.
+        """
+        update = self._update
+        self._tensors.note_trained()
+        return {
+            "model": {name: tensor.detach() for name, tensor in self._tensors.belonging().items()},
+            "optimizer": one_or_list([_optimizer_state(optimizer) for optimizer in update.optimizers]),
+            "scheduler": one_or_list([scheduler.state_dict() for scheduler in update.schedulers]),
+            "scaler": None if update.scaler is None else update.scaler.state_dict(),
+            "engine": {"num_steps": update.num_steps, **progress.state_dict()},
+            "random": random_states([device]),
+            "format": {
+                "version": FORMAT,
+                "optimizers": [class_name(optimizer) for optimizer in update.optimizers],
+                "schedulers": [class_name(scheduler) for scheduler in update.schedulers],
+                "scaler": None if update.scaler is None else class_name(update.scaler),
+                "parameters": self._tensors.parameter_names(),
+            },
+        }
 
-def _one_or_list(states: list[dict[str, Any]]) -> Any:
-    """Return the only state, a list of several, or None for none."""
-    return states if len(states) > 1 else states[0] if states else None
+    def restore(self, state: Any, progress: Progress, device: torch.device) -> None:
+        """Load a state from `capture` into a model and optimizers of the same kind: all of it, or nothing.
 
+        Needs host memory for one copy of the tensors in ``model`` until all is loaded.
 
-def _as_list(states: Any) -> list[dict[str, Any]]:
-    return [] if states is None else states if isinstance(states, list) else [states]
+        Args:
+            state: As `capture` returned it; not changed.
+            progress: Loads its part.
+            device: As for `capture`.
+
+        Raises:
+            ValueError: It is the state of another model, optimizer, scheduler or scaler, of a newer version of
+                bigbatch, or damaged.
+        """
+        update = self._update
+        state = check_top_level(state)
+        of = StateFormat(state)
+        required = self._tensors.required(of_old_state=of.is_old)
+        tensors = check_model(self._tensors.named(), required, state["model"])
+        optimizer_states = check_updaters(update, state, of)
+        of.check_parameters(self._tensors.parameter_names())
+        own = {"num_steps": update.num_steps, **progress.state_dict()}
+        added = {"noise"} if of.is_old else set()
+        found = check_keys("engine", state["engine"], own.keys() - added, optional=added)
+        check_whole("engine.num_steps", found["num_steps"])
+        progress.check_state_dict(found)
+        check_random_states(state["random"], [device])
+        to_write = {n: t for n, t in tensors.items() if not _shares_memory(t, state["model"][n])}
+        with all_or_nothing(update, list(to_write.values()), device):
+            for optimizer, optimizer_state in zip(update.optimizers, optimizer_states, strict=True):
+                _load_optimizer(optimizer, optimizer_state)
+            for part, part_state in self._other_parts(state):
+                _load(part, copied(part_state))
+            with torch.no_grad():
+                for name, tensor in to_write.items():
+                    tensor.copy_(shard_like(tensor, state["model"][name]))
+            set_random_states(state["random"], [device])
+            update.set_num_steps(found["num_steps"])
+            progress.load_state_dict(found)
+        self._tensors.note_trained(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter))
+
+    def _other_parts(self, state: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+        schedulers = self._update.schedulers
+        states = [state["scheduler"]] if len(schedulers) == 1 else state["scheduler"]
+        yield from zip(schedulers, states or (), strict=True)
+        if self._update.scaler is not None:
+            yield self._update.scaler, state["scaler"]
 
 
 def shard_like(own: Tensor, found: Tensor) -> Tensor:
@@ -99,51 +145,62 @@ def shard_like(own: Tensor, found: Tensor) -> Tensor:
     return distribute_tensor(found.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
+def _shares_memory(own: Tensor, found: Tensor) -> bool:
+    """Whether a tensor of the state is that of the engine: nothing is to be copied then."""
+    one, other = local_tensor(own), local_tensor(found)
+    same_view = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+    return same_view and one.device == other.device and one.data_ptr() == other.data_ptr()
+
+
+def _optimizer_state(optimizer: "Optimizer") -> dict[str, Any]:
+    """Return the state of an optimizer without empty entries, which reading ``optimizer.state[parameter]`` makes."""
+    state = optimizer.state_dict()
+    return {**state, "state": {key: entry for key, entry in state["state"].items() if entry != {}}}
+
+
+def _load_optimizer(optimizer: "Optimizer", state: Mapping[str, Any]) -> None:
+    _load(optimizer, _shard_optimizer_state(optimizer, state))
+    _detach_from_input(optimizer, state)
+
+
+def _load(part: Any, state: Any) -> None:
+    """Load the state of an optimizer, scheduler or scaler.
+
+    Raises:
+        ValueError: Its ``load_state_dict`` does not accept the state.
+    """
+    try:
+        part.load_state_dict(state)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"{type(part).__name__} cannot load its state ({reason}). Nothing is changed: use the class and the "
+            "settings that the state was captured with."
+        ) from error
+
+
 def _shard_optimizer_state(optimizer: "Optimizer", state: Mapping[str, Any]) -> dict[str, Any]:
     """Shard the states of sharded parameters, in the form of ``Optimizer.state_dict``."""
     parameters = optimizer_parameters(optimizer)
-    values = {
-        index: {
-            name: shard_like(parameters[index], value)
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape and value.ndim
+    values = {}
+    for key, entry in state["state"].items():
+        if not isinstance(key, int):  # of the optimizer itself
+            values[key] = entry
+            continue
+        shape = parameters[key].shape
+        values[key] = {
+            name: shard_like(parameters[key], value)
+            if isinstance(value, Tensor) and value.shape == shape and value.ndim
             else value
-            for name, value in of_parameter.items()
+            for name, value in entry.items()
         }
-        for index, of_parameter in state["state"].items()
-    }
     return {**state, "state": values}
 
 
 def _detach_from_input(optimizer: "Optimizer", given: Mapping[str, Any]) -> None:
     """Copy the tensors that torch did not copy: the next step would write to those of the caller."""
-    theirs = {id(value) for values in given["state"].values() for value in values.values()}
+    entries = [entry for entry in given["state"].values() if isinstance(entry, Mapping)]
+    theirs = {id(value) for entry in entries for value in entry.values()}
     for values in optimizer.state.values():
-        values.update({k: v.clone() for k, v in values.items() if isinstance(v, Tensor) and id(v) in theirs})
-
-
-def trainable_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the trainable parameters and the persistent buffers of a model, each once, by name."""
-    saved = model.state_dict(keep_vars=True)
-    named = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]
-    return [(name, t.detach()) for name, t in named if t.requires_grad or not isinstance(t, nn.Parameter)]
-
-
-def _check_groups(optimizer: "Optimizer", found: Mapping[str, Any]) -> None:
-    own, theirs = (
-        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, found["param_groups"])
-    )
-    if own != theirs:
-        raise ValueError(
-            f"the state is of an optimizer with groups of {theirs} parameters, and this one has {own}: use the same "
-            "groups."
-        )
-
-
-def _check_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    if missing := own.keys() - found.keys():
-        raise ValueError(f"the state lacks {len(missing)} tensors of this model, such as {min(missing)}.")
-    if foreign := found.keys() - own.keys():
-        raise ValueError(f"the state has {len(foreign)} tensors that this model lacks, such as {min(foreign)}.")
-    for name, tensor in own.items():
-        if tensor.shape != found[name].shape:
-            raise ValueError(f"{name} has the shape {list(found[name].shape)} in the state, not {list(tensor.shape)}.")
+        if isinstance(values, dict):
+            values.update({k: v.clone() for k, v in values.items() if isinstance(v, Tensor) and id(v) in theirs})

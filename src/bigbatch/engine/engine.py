@@ -15,7 +15,7 @@ from torch import nn
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite
 from bigbatch.accumulation.pending_update import PendingUpdate, WindowContent, never
-from bigbatch.accumulation.training_state import capture, restore
+from bigbatch.accumulation.training_state import TrainingState
 from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
 from bigbatch.autotune.peak_prediction import prediction_obstacle
 from bigbatch.batching.batch_checks import check_batch_dim
@@ -27,6 +27,7 @@ from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.checks import check_graphs, check_layout, check_lengths, check_microbatch, check_sharded
 from bigbatch.engine.microbatch_size import MicrobatchSize
+from bigbatch.engine.progress import EngineProgress
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.execution.runner import LockstepRunner, MicrobatchRunner, WindowInputs
@@ -141,6 +142,8 @@ class Engine:
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
         self.runner = self._make_runner(cuda_graphs)
+        self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
+        self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
 
     def _make_runner(self, cuda_graphs: bool) -> MicrobatchRunner:
         if self.sync.runs_in_lockstep:
@@ -299,25 +302,33 @@ class Engine:
         self.runner.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next windows depend on, except their data.
+        """Return everything that was trained and everything that the next windows depend on, except their data.
 
         Tensors are those in use: save them, or copy them, before the next `step`. State can be saved only between
         windows.
+
+        Returns:
+            ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``engine``, ``random`` and ``format``. ``model`` has
+            the model's parameters that require a gradient or that are or were in the optimizer, frozen ones included,
+            and its persistent buffers; a parameter of the optimizer outside of the model is named by its position,
+            ``optimizer.group0.param3``, or ``loss_fn.weight`` if ``loss_fn`` is a module or a method of one, whose
+            persistent buffers are stored as well. Buffers of other modules outside of the model are not known: save
+            them yourself.
         """
-        noise = None if self.accumulator.noise is None else self.accumulator.noise.state_dict()
-        progress = {**self.microbatch_size.state_dict(), "noise": noise}
-        return capture(self.sync.module, self.accumulator.update, progress, self.accumulator.device)
+        return self._training_state.capture(self._progress, self.accumulator.device)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of `state_dict`; the next updates are the same to the last bit.
 
+        Settings of the optimizer, such as ``lr``, become those of the state. Tensors are loaded into frozen parameters
+        as well. Everything is checked before the first value is written; if writing fails nevertheless, for example
+        because memory runs out, the values from before are put back.
+
         Raises:
-            ValueError: It is of another model, optimizer, scheduler or scaler; nothing is changed then.
+            ValueError: It is of another model, optimizer, scheduler or scaler, of a newer version of bigbatch, or
+                damaged; nothing is changed then.
         """
-        progress = restore(self.sync.module, self.accumulator.update, state, self.accumulator.device)
-        self.microbatch_size.load_state_dict(progress)
-        if self.accumulator.noise is not None and progress.get("noise") is not None:
-            self.accumulator.noise.load_state_dict(progress["noise"])
+        self._training_state.restore(state, self._progress, self.accumulator.device)
 
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
         """Group samples of these lengths as the micro-batches of `step` would be at the moment.

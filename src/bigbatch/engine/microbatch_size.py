@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
+from bigbatch.accumulation.value_checks import check_mapping, check_number, check_whole, damaged, describe
 from bigbatch.autotune.choice import MicrobatchChoice
 from bigbatch.batching.plan import Cost, TokenBudget, plan
 from bigbatch.batching.token_groups import group_by_tokens, round_down_row, round_up_row
+from bigbatch.errors import first_line
 from bigbatch.types import Layout
 
 SHRINK_FACTOR = 0.93  # of the size, after a window that ran out of memory
@@ -55,16 +57,19 @@ class MicrobatchSize:
         Raises:
             ValueError: The size was not to be chosen, or the choice is in another unit.
         """
-        unit = "tokens" if self._counts_tokens else "samples"
         if self.requested != "auto":
             raise ValueError(f'microbatch={self.requested!r} is fixed: pass microbatch="auto" to use a choice.')
-        if choice.unit != unit:
-            change = "leave lengths= out" if self._counts_tokens else "pass lengths="
-            raise ValueError(f"the choice is in {choice.unit}, and this engine counts {unit}: {change}, or tune again.")
+        self._check_unit(choice)
         self.choice = choice
         self.limit = self.current = choice.size
         self.windows_since_oom = 0
         self._cost = choice.timing.cost(choice.size)
+
+    def _check_unit(self, choice: MicrobatchChoice) -> None:
+        unit = "tokens" if self._counts_tokens else "samples"
+        if choice.unit != unit:
+            change = "leave lengths= out" if self._counts_tokens else "pass lengths="
+            raise ValueError(f"the choice is in {choice.unit}, and this engine counts {unit}: {change}, or tune again.")
 
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
         """Group samples into micro-batches of the current size.
@@ -108,12 +113,64 @@ class MicrobatchSize:
             "choice": None if self.choice is None else asdict(self.choice),
         }
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check that `load_state_dict` accepts a state.
+
+        Args:
+            state: Has the keys of `state_dict`; others are ignored.
+
+        Raises:
+            ValueError: A value cannot be one of a size, or the choice is in another unit.
+        """
+        size = check_whole("engine.size", state["size"])
+        in_use = check_whole("engine.size_in_use", state["size_in_use"], at_least=min(1, size))
+        check_whole("engine.good_windows", state["good_windows"])
+        if in_use > size:
+            raise damaged("engine.size_in_use", f"is {in_use}, above the engine.size of {size}")
+        if state["choice"] is not None:
+            choice = _checked_choice(state["choice"])
+            if choice.size != size:
+                raise damaged("engine.size", f"is {size}, and that of engine.choice is {choice.size}")
+            if self.requested == "auto":
+                self._check_unit(choice)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the sizes of `state_dict`; if another size was requested, keep that one."""
+        """Continue with the sizes of `state_dict`; if another size was requested, keep that one.
+
+        Raises:
+            ValueError: As for `check_state_dict`; nothing is changed then.
+        """
+        self.check_state_dict(state)
         if self.requested == "auto" and state["choice"] is not None:
             self.set(MicrobatchChoice.from_dict(state["choice"]))
         if self.limit == state["size"]:
             self.current, self.windows_since_oom = state["size_in_use"], state["good_windows"]
+
+
+def _checked_choice(state: Any) -> MicrobatchChoice:
+    """Build a choice from plain values after checking their kinds."""
+    place = "engine.choice"
+    values = check_mapping(place, state)
+    try:
+        choice = MicrobatchChoice.from_dict(values)
+        points = [(check_whole(f"{place}.timing", n, at_least=1), s) for n, s in values["timing"]["points"]]
+        sizes = [point for point, _ in points]
+        if sizes != sorted(set(sizes)) or not all(check_number(f"{place}.timing", s) > 0 for _, s in points):
+            raise damaged(f"{place}.timing", "is not of ascending sizes and their seconds")
+        for name, least in (("size", 1), ("longest", 1), ("largest", 1), ("peak_bytes", 0), ("limit_bytes", 0)):
+            check_whole(f"{place}.{name}", getattr(choice, name), at_least=least)
+        for trial in choice.trials:
+            check_whole(f"{place}.trials", trial.size, at_least=1)
+            check_number(f"{place}.trials", trial.per_s)
+        check_number(f"{place}.per_s", choice.per_s)
+        choice.timing.cost(choice.size)
+    except (TypeError, LookupError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise damaged(place, f"is not a choice of auto-tuning ({type(error).__name__}: {first_line(error)})") from error
+    if not isinstance(choice.unit, str) or not isinstance(choice.limited, bool):
+        raise damaged(place, "has a unit that is not text, or a limited that is not a bool")
+    if not (choice.prediction_failure is None or isinstance(choice.prediction_failure, str)):
+        raise damaged(f"{place}.prediction_failure", f"is {describe(choice.prediction_failure)}, not text")
+    return choice
 
 
 def _initial_size(requested: int | TokenBudget | str) -> int:

@@ -18,7 +18,7 @@ Micro-batches grouped by length underestimate |G|² if the mean gradient depends
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 HALF_LIFE_WINDOWS = 32  # default half-life of the averages, in windows with the items of the first one
 MIN_WINDOWS = 4  # before an estimate is reported
@@ -79,6 +79,10 @@ class _Averages:
     samples: float = 0.0
     num_seen: int = 0
     items_unmeasured: float = 0.0
+
+
+_NEW_AVERAGES = frozenset({"num_seen", "items_unmeasured"})  # that states of bigbatch 0.1.0 lack
+_SIGNED_AVERAGES = frozenset({"signal", "noise", "signal_squared", "noise_squared", "product"})  # or not finite
 
 
 def signal_and_noise(
@@ -214,6 +218,39 @@ class NoiseScaleEstimator:
         """Return the averages as plain values."""
         return asdict(self._sums)
 
+    @staticmethod
+    def check_state_dict(state: object) -> None:
+        """Check that `load_state_dict` accepts averages.
+
+        Args:
+            state: As returned by `state_dict`; those of bigbatch 0.1.0 lack ``num_seen`` and ``items_unmeasured``.
+
+        Raises:
+            ValueError: A name is missing or unknown, or a value is not a number, or cannot be one of such an average.
+        """
+        names = {field.name for field in fields(_Averages)}
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the noise averages are {state!r:.40}, not a dictionary: use those of state_dict().")
+        if wrong := (names - _NEW_AVERAGES - state.keys()) | {str(name) for name in state if name not in names}:
+            raise ValueError(
+                f"the noise averages lack or have in addition {', '.join(sorted(wrong))}: use those of state_dict()."
+            )
+        for name, value in state.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            is_valid = is_number and (name in _SIGNED_AVERAGES or 0 <= value < math.inf)
+            is_valid = is_valid and not (name.endswith("_squared") and value < 0)
+            if not is_valid or (name.startswith("num_") and not isinstance(value, int)):
+                raise ValueError(f"the noise average {name} cannot be {value!r:.40}: use those of state_dict().")
+        if state["num_windows"] and not (state["weight"] and state["half_life_items"]):
+            raise ValueError(
+                f"the noise averages are of {state['num_windows']} windows without weight: use those of state_dict()."
+            )
+
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the averages from `state_dict`."""
+        """Restore the averages from `state_dict`.
+
+        Raises:
+            ValueError: As for `check_state_dict`; nothing is changed then.
+        """
+        self.check_state_dict(state)
         self._sums = _Averages(**state)  # type: ignore[arg-type]
