@@ -30,8 +30,19 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of captured states; the first one, of bigbatch 0.1.0, had no "format"
 # Smallest values of settings and progress of torch's schedulers.
-_SMALLEST = {"T_max": 1, "T_0": 1, "T_i": 1, "T_mult": 1, "step_size": 1, "total_iters": 0, "total_steps": 1}
-_SMALLEST |= dict.fromkeys(("base_lrs", "max_lrs", "_last_lr", "eta_min", "_step_count", "_milestones"), 0)
+_SMALLEST = {
+    "T_max": 1,
+    "T_0": 1,
+    "T_i": 1,
+    "T_mult": 1,
+    "step_size": 1,
+    "total_iters": 0,
+    "total_steps": 1,
+    "total_size": 1,
+}
+_SMALLEST |= dict.fromkeys(
+    ("base_lrs", "max_lrs", "_last_lr", "eta_min", "_step_count", "_milestones", "step_ratio"), 0
+)
 PARTS = ("model", "optimizer", "scheduler", "scaler", "engine", "random")
 
 
@@ -42,8 +53,9 @@ def class_name(part: object) -> str:
 
 def same_class(one: str, other: str) -> bool:
     """Compare qualified names: of the same class in the same package, or in a script that is run or imported."""
-    (one_package, *_, one_name), (other_package, *_, other_name) = one.split("."), other.split(".")
-    return one_name == other_name and (one_package == other_package or "__main__" in (one_package, other_package))
+    packages = {name.partition(".")[0] for name in (one, other)}
+    same_name = one.rpartition(".")[2] == other.rpartition(".")[2]
+    return same_name and (len(packages) == 1 or "__main__" in packages)
 
 
 def one_or_list(parts: Sequence[Any]) -> Any:
@@ -53,10 +65,10 @@ def one_or_list(parts: Sequence[Any]) -> Any:
 
 def check_top_level(state: Any) -> Mapping[str, Any]:
     """Return a state with all its parts and no others, of a format that this version knows."""
-    found = check_mapping("the whole of it", state)
+    found = check_mapping("it", state)
     written = found.get("format")
     if isinstance(written, Mapping):
-        version = check_whole("format.version", written.get("version"), at_least=1)
+        version = check_whole("format.version", written.get("version"), at_least=FORMAT)
         if version > FORMAT:
             raise ValueError(
                 f"the state has the format {version}, and this version of bigbatch knows formats up to {FORMAT}: "
@@ -67,7 +79,7 @@ def check_top_level(state: Any) -> Mapping[str, Any]:
             f"the state has the unknown {'keys' if len(foreign) > 1 else 'key'} {', '.join(foreign)}: remove what was "
             "added to it, or update bigbatch to the version that captured it."
         )
-    return check_keys("the whole of it", state, PARTS, optional=("format",))
+    return check_keys("it", state, PARTS, optional=("format",))
 
 
 class StateFormat:
