@@ -111,25 +111,26 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "complex": lambda value: value.to(torch.complex64) if isinstance(value, Tensor) else 1j,
     "meta": lambda value: value.to("meta") if isinstance(value, Tensor) else {"unknown": 1},
 }
+# How a step is computed; states of other versions lack some of these.
 FLAGS = {"maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+# Settings for which -1, True or another text is a valid value, and states that hold it stay those of such a run.
+SETTINGS = {"amsgrad", "nesterov", "dampening", "gamma", "beta2_decay", "d", "eps", "betas", "power", "factor"}
+SETTINGS |= {"mode", "scale_mode", "cycle_momentum", "use_beta1", "centered", "start_factor", "end_factor"}
+TRANSIENT = {"_is_initial", "_get_lr_called_within_step"}
 
 
 def may_load(kit: str, path: tuple[Any, ...], edit: str) -> bool:
     """Whether a state is valid with an edit: it is one of other settings, or without what it need not have."""
-    *_, key = path
-    if path[0] == "optimizer" and edit in ("deleted", "None", "True") and key in (*FLAGS, "amsgrad", "nesterov"):
-        return edit == "True" or (edit == "deleted" and key in FLAGS) or key in ("foreach", "fused")
+    key = path[-1]
     if path[:2] == ("optimizer", "state"):  # a parameter may be without state, and other optimizers may have any
         return (len(path) == 3 and edit == "deleted") or kit == "Lion"
-    if path[:3] == ("engine", "noise", key):
-        return "signal" in path or "noise" in path or edit == "deleted"
-    names = {("format",): ("deleted",), ("engine", "noise"): ("None",), ("scheduler", key): ("deleted",)}
-    if path in names and path[0] != "scheduler":
-        return edit in names[path]
-    if path[0] == "scheduler":
-        return key in ("_is_initial", "_get_lr_called_within_step") and edit == "deleted"
-    changeable = {"dampening", "gamma", "power", "beta2_decay", "d", "eps", "betas", "scale_mode", "mode", "step_ratio"}
-    return path[0] == "optimizer" and bool(changeable & set(path)) and edit in ("-1", "text", "True")
+    if path[:2] == ("engine", "noise"):  # signal and noise may have any sign, and are not finite after an overflow
+        return edit == "None" if len(path) == 2 else edit == "deleted" or bool({"signal", "noise"} & set(path))
+    if path == ("format",) or key in TRANSIENT:
+        return edit == "deleted"
+    if key in FLAGS:
+        return edit in ("deleted", "True") or (edit == "None" and key in ("foreach", "fused"))
+    return bool(SETTINGS & set(path)) and edit in ("-1", "text", "True")
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "scheduler", "scaler", "engine", "random", "format"])

@@ -35,14 +35,17 @@ _OF_SCHEDULERS = frozenset({"initial_lr", "swa_lr", "min_lr", "max_lr", "base_mo
 _UNUSED_BUFFERS = frozenset({"momentum_buffer", "grad_avg", "max_exp_avg_sq"})
 
 
-def check_optimizer(place: str, optimizer: "Optimizer", found: Any, *, is_old: bool) -> dict[str, Any]:
+def check_optimizer(
+    place: str, optimizer: "Optimizer", found: Any, *, names: Sequence[str], found_names: Sequence[str] | None
+) -> dict[str, Any]:
     """Check the state of an optimizer, and return it with every setting that its groups need.
 
     Args:
         place: Path of the state in messages.
         optimizer: Will load it; nothing of it is changed.
         found: In the form of ``Optimizer.state_dict``.
-        is_old: Whether the state was captured without the names of classes.
+        names: Of its parameters, in order.
+        found_names: Of the parameters that the state is of; None if the state was captured without names.
 
     Raises:
         ValueError: It is the state of another optimizer, or damaged.
@@ -50,6 +53,8 @@ def check_optimizer(place: str, optimizer: "Optimizer", found: Any, *, is_old: b
     own = optimizer.state_dict()
     check_keys(place, found, own)
     groups = _check_groups(f"{place}.param_groups", optimizer, own["param_groups"], found["param_groups"])
+    if found_names is not None:
+        _check_names(names, found_names)
     entries = check_mapping(f"{place}.state", found["state"])
     expected = expected_state(optimizer, groups)
     parameters = optimizer_parameters(optimizer)
@@ -57,7 +62,7 @@ def check_optimizer(place: str, optimizer: "Optimizer", found: Any, *, is_old: b
         where = f"{place}.state.{key}"
         if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < len(parameters):
             values = check_mapping(where, entry)
-            if not values and not is_old and expected[key] != {}:
+            if not values and found_names is not None and expected[key] != {}:
                 raise damaged(where, "is empty")
             if values:
                 extra_allowed = not _is_of_torch(optimizer)
@@ -83,6 +88,17 @@ def _check_groups(
         _check_group(f"{place}.{index}", optimizer, mine, group)
         for index, (mine, group) in enumerate(zip(own, groups, strict=True))
     ]
+
+
+def _check_names(own: Sequence[str], found: Sequence[str]) -> None:
+    if len(found) != len(own):
+        raise damaged("format.parameters", f"has {len(found)} names for {len(own)} parameters")
+    for index, (name, theirs) in enumerate(zip(own, found, strict=True)):
+        if not isinstance(theirs, str) or theirs != name:
+            raise ValueError(
+                f"parameter {index} of the optimizer is {theirs} in the state and {name} in this engine: make the "
+                "optimizer with the same parameters in the same order."
+            )
 
 
 def _check_group(

@@ -122,22 +122,13 @@ class StateFormat:
                     f"{class_name(mine)}: pass one of the same class."
                 )
 
-    def check_parameters(self, own: Sequence[Sequence[str]]) -> None:
-        """Check that each optimizer holds the same parameters in the same order."""
+    def parameters(self, count: int) -> list[Sequence[str] | None]:
+        """Return the names of the parameters of ``count`` optimizers, in order; None for each if they are not known."""
         if self.is_old:
-            return
-        if len(self._parameters) != len(own):
-            raise damaged("format.parameters", f"has {len(self._parameters)} entries, not {len(own)}")
-        for number, (found, mine) in enumerate(zip(self._parameters, own, strict=True)):
-            names = check_list(f"format.parameters.{number}", found)
-            if len(names) != len(mine):
-                raise damaged(f"format.parameters.{number}", f"has {len(names)} names, not {len(mine)}")
-            for index, (theirs, name) in enumerate(zip(names, mine, strict=True)):
-                if theirs != name:
-                    raise ValueError(
-                        f"parameter {index} of the optimizer is {theirs} in the state and {name} in this engine: make "
-                        "the optimizer with the same parameters in the same order."
-                    )
+            return [None] * count
+        if len(self._parameters) != count:
+            raise damaged("format.parameters", f"has {len(self._parameters)} entries, not {count}")
+        return [check_list(f"format.parameters.{index}", names) for index, names in enumerate(self._parameters)]
 
 
 def check_model(named: Mapping[str, Tensor], required: Iterable[str], found: Any) -> dict[str, Tensor]:
@@ -158,8 +149,17 @@ def check_model(named: Mapping[str, Tensor], required: Iterable[str], found: Any
     return {name: tensor for name, tensor in named.items() if name in values}
 
 
-def check_updaters(update: "OptimizerUpdate", state: Mapping[str, Any], of: StateFormat) -> list[dict[str, Any]]:
-    """Check the states of optimizers, schedulers and scaler; return those of the optimizers, completed."""
+def check_updaters(
+    update: "OptimizerUpdate", names: Sequence[Sequence[str]], state: Mapping[str, Any], of: StateFormat
+) -> list[dict[str, Any]]:
+    """Check the states of optimizers, schedulers and scaler; return those of the optimizers, completed.
+
+    Args:
+        update: Will load them; nothing of it is changed.
+        names: Of the parameters of each optimizer, in order.
+        state: With all its parts.
+        of: What the state says about the objects that it was captured from.
+    """
     optimizers = _check_number_of("optimizer", update.optimizers, state["optimizer"])
     schedulers = _check_number_of("scheduler", update.schedulers, state["scheduler"])
     scalers = () if update.scaler is None else (update.scaler,)
@@ -171,8 +171,10 @@ def check_updaters(update: "OptimizerUpdate", state: Mapping[str, Any], of: Stat
         of.check_classes("scaler", scalers)
     places = ["optimizer"] if len(optimizers) == 1 else [f"optimizer.{index}" for index in range(len(optimizers))]
     completed = [
-        check_optimizer(place, own, found, is_old=of.is_old)
-        for place, own, found in zip(places, update.optimizers, optimizers, strict=True)
+        check_optimizer(place, own, found, names=mine, found_names=theirs)
+        for place, own, found, mine, theirs in zip(
+            places, update.optimizers, optimizers, names, of.parameters(len(optimizers)), strict=True
+        )
     ]
     for index, (scheduler, found) in enumerate(zip(update.schedulers, schedulers, strict=True)):
         place = "scheduler" if len(schedulers) == 1 else f"scheduler.{index}"

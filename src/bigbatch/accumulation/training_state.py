@@ -3,7 +3,7 @@
 capture → a dictionary of tensors and plain values → every part checked → all of it loaded, or none
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -106,8 +106,8 @@ class TrainingState:
         of = StateFormat(state)
         required = self._tensors.required(of_old_state=of.is_old)
         tensors = check_model(self._tensors.named(), required, state["model"])
-        optimizer_states = check_updaters(update, state, of)
-        of.check_parameters(self._tensors.parameter_names())
+        names = self._tensors.parameter_names()
+        optimizer_states = check_updaters(update, names, state, of)
         own = {"num_steps": update.num_steps, **progress.state_dict()}
         added = {"noise"} if of.is_old else set()
         found = check_keys("engine", state["engine"], own.keys() - added, optional=added)
@@ -116,8 +116,10 @@ class TrainingState:
         check_random_states(state["random"], [device])
         to_write = {n: t for n, t in tensors.items() if not _shares_memory(t, state["model"][n])}
         with all_or_nothing(update, list(to_write.values()), device):
-            for optimizer, optimizer_state in zip(update.optimizers, optimizer_states, strict=True):
-                _load_optimizer(optimizer, optimizer_state)
+            for optimizer, optimizer_state, own_names in zip(update.optimizers, optimizer_states, names, strict=True):
+                _load(optimizer, _shard_optimizer_state(optimizer, optimizer_state))
+                _restore_dtypes(optimizer, optimizer_state, [state["model"].get(name) for name in own_names])
+                _detach_from_input(optimizer, optimizer_state)
             for part, part_state in self._other_parts(state):
                 _load(part, copied(part_state))
             with torch.no_grad():
@@ -158,11 +160,6 @@ def _optimizer_state(optimizer: "Optimizer") -> dict[str, Any]:
     return {**state, "state": {key: entry for key, entry in state["state"].items() if entry != {}}}
 
 
-def _load_optimizer(optimizer: "Optimizer", state: Mapping[str, Any]) -> None:
-    _load(optimizer, _shard_optimizer_state(optimizer, state))
-    _detach_from_input(optimizer, state)
-
-
 def _load(part: Any, state: Any) -> None:
     """Load the state of an optimizer, scheduler or scaler.
 
@@ -195,6 +192,24 @@ def _shard_optimizer_state(optimizer: "Optimizer", state: Mapping[str, Any]) -> 
             for name, value in entry.items()
         }
     return {**state, "state": values}
+
+
+def _restore_dtypes(optimizer: "Optimizer", given: Mapping[str, Any], weights: Sequence[Tensor | None]) -> None:
+    """Undo the conversion of states to the dtype of their parameters, such as of NAdam's float32 product to bfloat16.
+
+    Args:
+        optimizer: Has loaded its state.
+        given: The state.
+        weights: The parameters in the state; of one with another dtype now, states stay converted.
+    """
+    for index, (parameter, weight) in enumerate(zip(optimizer_parameters(optimizer), weights, strict=True)):
+        if weight is None or weight.dtype != parameter.dtype:
+            continue
+        loaded = optimizer.state.get(parameter, {})
+        for name, value in given["state"].get(index, {}).items():
+            now = loaded.get(name)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                loaded[name] = shard_like(now, value.to(now.device, copy=True))
 
 
 def _detach_from_input(optimizer: "Optimizer", given: Mapping[str, Any]) -> None:
