@@ -152,20 +152,20 @@ def _checked_choice(state: Any) -> MicrobatchChoice:
     place = "engine.choice"
     values = check_mapping(place, state)
     try:
-        choice = MicrobatchChoice.from_dict(values)
-        points = [(check_whole(f"{place}.timing", n, at_least=1), s) for n, s in values["timing"]["points"]]
-        sizes = [point for point, _ in points]
-        if sizes != sorted(set(sizes)) or not all(check_number(f"{place}.timing", s) > 0 for _, s in points):
+        points = list(values["timing"]["points"])
+        sizes = [check_whole(f"{place}.timing", size, at_least=1) for size, _ in points]
+        is_ascending = bool(sizes) and sizes == sorted(set(sizes))
+        if not is_ascending or not all(check_number(f"{place}.timing", seconds) > 0 for _, seconds in points):
             raise damaged(f"{place}.timing", "is not of ascending sizes and their seconds")
-        for name, least in (("size", 1), ("longest", 1), ("largest", 1), ("peak_bytes", 0), ("limit_bytes", 0)):
-            check_whole(f"{place}.{name}", getattr(choice, name), at_least=least)
+        choice = MicrobatchChoice.from_dict(values)
         for trial in choice.trials:
             check_whole(f"{place}.trials", trial.size, at_least=1)
             check_number(f"{place}.trials", trial.per_s)
-        check_number(f"{place}.per_s", choice.per_s)
-        choice.timing.cost(choice.size)
-    except (TypeError, LookupError, AttributeError, ZeroDivisionError, OverflowError) as error:
+    except (TypeError, LookupError, AttributeError, OverflowError) as error:
         raise damaged(place, f"is not a choice of auto-tuning ({type(error).__name__}: {first_line(error)})") from error
+    for name, least in (("size", 1), ("longest", 1), ("largest", 1), ("peak_bytes", 0), ("limit_bytes", 0)):
+        check_whole(f"{place}.{name}", getattr(choice, name), at_least=least)
+    check_number(f"{place}.per_s", choice.per_s)
     if not isinstance(choice.unit, str) or not isinstance(choice.limited, bool):
         raise damaged(place, "has a unit that is not text, or a limited that is not a bool")
     if not (choice.prediction_failure is None or isinstance(choice.prediction_failure, str)):
