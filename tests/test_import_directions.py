@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 CORE = [
-    {"errors", "types", "rng", "scaling"},
+    {"errors", "types", "rng", "scaling", "trials"},
     {"memory", "batching", "preserve", "window_report"},
     {"gradients"},
     {"distributed", "verification"},

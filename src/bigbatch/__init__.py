@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bigbatch.errors import WindowStateError as WindowStateError
     from bigbatch.scaling.hyperparameters import rescale as rescale
     from bigbatch.scaling.noise_scale import NoiseScale as NoiseScale
+    from bigbatch.trials.trial import is_trial as is_trial
     from bigbatch.verification.verify import Verification as Verification
     from bigbatch.verification.verify import verify as verify
     from bigbatch.window_report import RanksReport as RanksReport
@@ -64,6 +65,7 @@ _PUBLIC = {
     "NonFiniteError": "bigbatch.errors",
     "WindowAbandonedError": "bigbatch.errors",
     "WindowStateError": "bigbatch.errors",
+    "is_trial": "bigbatch.trials.trial",
     "plan": "bigbatch.batching.plan",
     "rescale": "bigbatch.scaling.hyperparameters",
     "verify": "bigbatch.verification.verify",

@@ -1,6 +1,6 @@
-"""Gradients of one batch under different splits (cuts), each from the same random seed."""
+"""Gradients of one batch under different splits (cuts), each from the same state and the same random seed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,6 +31,7 @@ class CutGradients:
         collate: As for `bigbatch.Engine`.
         batch_dim: As for `bigbatch.Engine`.
         count_items: As for `bigbatch.Engine`.
+        restore: Restores the buffers and attributes of the model; called before each cut.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class CutGradients:
     collate: Collate | None = None
     batch_dim: int | None = None
     count_items: "CountItems | None" = None
+    restore: Callable[[], None] = lambda: None
 
     def names(self) -> dict[Tensor, str]:
         """Return the parameters that require a gradient, with their names."""
@@ -48,6 +50,11 @@ class CutGradients:
         """Split the batch into micro-batches on the device of the model."""
         device = next(self.model.parameters()).device
         return split(self.batch, microbatch, device=device, collate=self.collate, batch_dim=self.batch_dim)
+
+    def _start(self, seed: int) -> None:
+        """Set the state from which every cut starts."""
+        self.restore()
+        seed_everything(seed)
 
     def gradient(self, microbatch: int, *, seed: int = 0) -> Gradients:
         """Compute Σ_i ∇s_i / Σ_i n_i over the micro-batches, by parameter name.
@@ -61,7 +68,7 @@ class CutGradients:
         """
         loss_totals = LossTotals(None if self.count_items is None else self.count_items(self.batch))
         names = self.names()
-        seed_everything(seed)
+        self._start(seed)
         with GradientSums(names) as sums:
             for part in self.split(microbatch):
                 if (loss := loss_totals.record(as_terms(self.loss_fn(self.model, part)))) is not None:
@@ -76,7 +83,7 @@ class CutGradients:
         """Compute the gradient of the mean of the micro-batches' mean losses; NaN if a micro-batch has no items."""
         names = self.names()
         parts = self.split(microbatch)
-        seed_everything(0)
+        self._start(0)
         with GradientSums(names) as sums:
             for part in parts:
                 terms = as_terms(self.loss_fn(self.model, part)).values()
@@ -85,7 +92,7 @@ class CutGradients:
 
     def terms(self, microbatch: int) -> list[dict[str, tuple[float, float]]]:
         """Compute ``(loss_sum, items)`` of each term in each micro-batch, without gradients."""
-        seed_everything(0)
+        self._start(0)
         with torch.no_grad():
             return [
                 {name: (float(loss), float(items)) for name, (loss, items) in terms.items()}

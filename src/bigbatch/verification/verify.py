@@ -6,7 +6,7 @@ for each cut:  ‖Σ_i ∇s_i / Σ_i n_i − reference‖ / ‖reference‖  ≤
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from bigbatch.batching.checks import check_count
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
+from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.types import Collate
 from bigbatch.verification.cut_gradients import (
     CutGradients,
@@ -129,8 +130,10 @@ def verify(
     """Verify that every cut of a batch yields the full-batch gradient, and diagnose why if not.
 
     Compares Σ_i ∇s_i / Σ_i n_i over the micro-batches of each cut with the gradient of the whole batch of this process,
-    from the same random seed. Restores parameters, gradients, buffers, random states and training modes. Needs memory
-    for the largest micro-batch, three gradients, and a copy of parameters and buffers on the host.
+    from the same random seed and the same buffers and attributes of the model. Restores parameters, gradients, buffers,
+    training modes, random states, and whatever else hangs on the model and on the modules that ``loss_fn`` uses; inside
+    ``loss_fn``, `is_trial` returns True. Needs memory for the largest micro-batch, three gradients, and a copy of
+    parameters and buffers on the host.
 
     Args:
         model: In training mode, or the mode to verify, on its device.
@@ -155,7 +158,8 @@ def verify(
     num_samples = cut_gradients.split(1).num_samples
     if num_samples < 2:
         raise ValueError(f"the batch has {num_samples} sample(s): pass at least 2, so that it can be split.")
-    with preserved(model):
+    with preserved(model, *modules_used_by(loss_fn)) as restore:
+        cut_gradients = replace(cut_gradients, restore=restore)
         largest, reference, dtype = _reference_gradient(cut_gradients, num_samples)
         tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
         results = [

@@ -1,0 +1,1 @@
+"""Trials: runs of the model that leave no trace."""
