@@ -24,6 +24,7 @@ from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.limit import describe_bytes
 from bigbatch.memory.usage import MemoryBudget, free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
+from bigbatch.trials.loss_modules import modules_used_by
 
 SPEED_TOLERANCE = 1.02  # largest time of the chosen size relative to the fastest
 MAX_PROBING_S = 20.0
@@ -35,8 +36,8 @@ SIZES_PER_DOUBLING = 4  # sizes compared by the time model
 def choose(problem: TuningProblem, budget: MemoryBudget) -> MicrobatchChoice:
     """Choose the smallest micro-batch size within 2 % of the fastest that fits.
 
-    Runs some micro-batches, for less than half a minute, and discards their gradients. Parameters, gradients, buffers
-    and random states are restored.
+    Runs some micro-batches, for less than half a minute, and discards their gradients. Parameters, gradients, buffers,
+    random states, and whatever else hangs on the model and on the modules that ``loss_fn`` uses are restored.
 
     Args:
         problem: The training step.
@@ -50,7 +51,7 @@ def choose(problem: TuningProblem, budget: MemoryBudget) -> MicrobatchChoice:
         raise ValueError("the batch is empty: auto-tuning runs some of its samples.")
     gradients = [(parameter, parameter.grad) for parameter in problem.parameters]  # may be others than the model's
     try:
-        with preserved(problem.model, parameters=False):
+        with preserved(problem.model, *modules_used_by(problem.loss_fn), parameters=False):
             failure = problem.prediction_obstacle
             if failure is None:
                 try:
@@ -127,6 +128,7 @@ class _Search:
                 f"{describe_bytes(int(prediction.forward_backward_bytes + error_bytes))}"
             )
         self._predictor = predictor
+        self._peaks[self._shape_of(rows)] = prediction.peak_bytes + self._correction_bytes
 
     def _predict_update(self) -> None:
         with suppress(PredictionError):
@@ -148,7 +150,7 @@ class _Search:
         return max(map(self._peak_of_samples, self._problem.worst_cases(size)))
 
     def _peak_of_samples(self, rows: Sequence[int]) -> float:
-        shape = (rows[0], len(rows), self._problem.size_of(rows))
+        shape = self._shape_of(rows)
         if shape not in self._peaks:
             if self._predictor is None:
                 self._peaks[shape] = max(self._measure(rows) + self._unprobed_bytes, self._update_bytes)
@@ -156,6 +158,9 @@ class _Search:
                 predicted = self._predictor.predict(self._problem.peek(rows))
                 self._peaks[shape] = predicted.peak_bytes + self._correction_bytes
         return self._peaks[shape]
+
+    def _shape_of(self, rows: Sequence[int]) -> tuple[int, int, int]:
+        return rows[0], len(rows), self._problem.size_of(rows)
 
     def _find_largest(self) -> int:
         """Return the largest size that fits: first in rows of the longest sample, then within the next row."""
@@ -223,20 +228,23 @@ class _Search:
         return True
 
     def _record_time(self, size: int, result: Probe) -> None:
+        assert result.seconds is not None, "requested by timed="
         self._seconds[size] = result.seconds
         self._timing = TimeModel(tuple(sorted(self._seconds.items())))
 
     def _measure(self, rows: Sequence[int]) -> float:
         """Run a micro-batch and return its peak in bytes; infinity if it does not fit."""
-        result = self._probe(rows, resident=self._problem.resident_tensors())
+        problem = self._problem
+        equals_timed = problem.prediction_obstacle is not None or (problem.lengths is None and problem.uniform_length)
+        result = self._probe(rows, resident=problem.resident_tensors(), timed=equals_timed)
         if result is None:
             return math.inf
         assert result.peak_bytes is not None, "requested by resident="
-        if self._problem.prediction_obstacle is not None:
-            self._record_time(self._problem.size_of(rows), result)
+        if equals_timed:
+            self._record_time(problem.size_of(rows), result)
         return result.peak_bytes
 
-    def _probe(self, rows: Sequence[int], *, resident: list[Tensor] | None = None) -> Probe | None:
+    def _probe(self, rows: Sequence[int], *, resident: list[Tensor] | None = None, timed: bool = True) -> Probe | None:
         """Run a micro-batch; return None if it does not fit."""
         problem = self._problem
         try:
@@ -246,6 +254,7 @@ class _Search:
                 problem.loss_fn,
                 partial(problem.batch.take, rows),
                 resident=resident,
+                timed=timed,
                 uses_cuda_graphs=problem.uses_cuda_graphs,
             )
         except RuntimeError as error:

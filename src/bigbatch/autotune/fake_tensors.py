@@ -47,6 +47,7 @@ def fake_copies(
                 copies[id(tensor)] = _fake_copy(mode, tensor, device)
                 if tensor.grad is not None:
                     copies[id(tensor.grad)] = None
+        copies |= _copies_of_attributes(mode, model, device)
         fake_model, fake_optimizers = copy.deepcopy((model, tuple(optimizers)), copies)
         for optimizer, fake in zip(optimizers, fake_optimizers, strict=True):
             for name, value in vars(optimizer).items():  # attributes that torch's optimizers omit from their copies
@@ -55,6 +56,19 @@ def fake_copies(
     except Exception as error:  # any exception that a user's module raises when copied
         raise PredictionError(f"the model or its optimizer cannot be copied ({first_line(error)})") from error
     return fake_model, fake_optimizers
+
+
+def _copies_of_attributes(mode: FakeTensorMode, model: nn.Module, device: torch.device | None) -> dict[int, Any]:
+    """Copy the tensors with a graph and the generators among the attributes, which deepcopy refuses to copy."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Generator):
+                copies[id(value)] = value.clone_state()
+            for tensor in tensors_in(value):
+                if not tensor.is_leaf:
+                    copies[id(tensor)] = _fake_copy(mode, tensor.detach(), device)
+    return copies
 
 
 def _fake_copy(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None) -> Tensor:

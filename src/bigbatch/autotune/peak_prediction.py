@@ -32,6 +32,8 @@ from bigbatch.batching.batch_types import flatten
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
+from bigbatch.preserve import module_state_preserved
+from bigbatch.trials.loss_modules import modules_used_by
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -80,6 +82,7 @@ class PeakPredictor:
         optimizer: Over the parameters of ``model``, or several; their state is created here if there is none.
         loss_fn: As for `bigbatch.Engine`.
         device: Device that the prediction is for; by default that of the fake tensors.
+        original: The model that ``model`` is a copy of: its attributes are restored, should ``loss_fn`` run it.
 
     Attributes:
         device: Device that the prediction is for.
@@ -94,11 +97,13 @@ class PeakPredictor:
         loss_fn: "LossFunction",
         *,
         device: torch.device | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         self._mode = mode
         self._model = model
         self._optimizers = as_optimizers(optimizer)
         self._loss_fn = loss_fn
+        self._run_modules = [model, *modules_used_by(loss_fn), *([] if original is None else [original])]
         self._parameters = optimizer_parameters(*self._optimizers)
         self._fake_device = self._parameters[0].device
         self.device = device or self._fake_device
@@ -130,10 +135,12 @@ class PeakPredictor:
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copies = fake_copies(mode, model, as_optimizers(optimizer), None if device is None else proxy_device(device))
-        return cls(mode, *copies, loss_fn, device=device)
+        return cls(mode, *copies, loss_fn, device=device, original=model)
 
     def predict(self, microbatch: Any) -> Prediction:
         """Predict the peak of one micro-batch and the update.
+
+        Calls ``loss_fn`` once, with a copy of the model and inputs without data; inside, `is_trial` returns True.
 
         Args:
             microbatch: The argument of ``loss_fn``, on any device; only shapes and dtypes of its tensors matter.
@@ -141,7 +148,8 @@ class PeakPredictor:
         Raises:
             PredictionError: The step depends on the data.
         """
-        with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
+        preserved = module_state_preserved(*self._run_modules, parameters=False)
+        with preserved, self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
             self._track(tracker, sums)
             resident_bytes = tracker.live_bytes.total()
             phases, engine_bytes = self._differentiate(tracker, sums, microbatch)

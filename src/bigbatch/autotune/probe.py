@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -10,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
-from bigbatch.autotune.peak_prediction import PredictionError
+from bigbatch.autotune.peak_prediction import PredictionError, prediction_obstacle
 from bigbatch.execution.cuda_graphs import capture
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import is_out_of_memory
 from bigbatch.preserve import preserved
+from bigbatch.trials.loss_modules import modules_used_by
+from bigbatch.trials.parameter_writes import ParameterWrites
 from bigbatch.types import Items
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 MIN_SECONDS = 0.1  # of timing in total: small micro-batches are repeated more often
 MIN_REPEATS = 2  # for any duration: other processes may disturb one run
+MAX_REPEATS = 10  # for any duration: loss_fn may have side effects
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,11 @@ class Probe:
     """Measurements of one micro-batch.
 
     Attributes:
-        seconds: Time of forward and backward, the minimum over repetitions.
+        seconds: Time of forward and backward, the minimum over repetitions; None if not requested.
         peak_bytes: Peak of allocated memory, resident tensors included; None if not requested.
     """
 
-    seconds: float
+    seconds: float | None
     peak_bytes: int | None
 
 
@@ -47,11 +52,13 @@ def probe(
     take: Callable[[], Any],
     *,
     resident: Iterable[Tensor] | None = None,
+    timed: bool = True,
     uses_cuda_graphs: bool = False,
 ) -> Probe:
     """Run forward and backward of one micro-batch several times, as in a window, and discard the gradients.
 
-    Random states, buffers and gradients are restored. On CUDA the host synchronizes with the device; elsewhere the peak
+    Calls ``loss_fn`` at most 12 times. Restores random states, gradients, buffers, and whatever else hangs on the model
+    and on the modules that ``loss_fn`` uses. On CUDA the host synchronizes with the device; elsewhere the peak
     comes from an `AllocationTracker`, in a run that is not timed.
 
     Args:
@@ -60,6 +67,7 @@ def probe(
         loss_fn: As for `bigbatch.Engine`.
         take: Returns the micro-batch, on the device.
         resident: Tensors that are already allocated and count towards the peak; None to skip measuring the peak.
+        timed: Whether to measure the time.
         uses_cuda_graphs: Whether to time the replay of a captured CUDA graph, if forward and backward can be captured.
 
     Raises:
@@ -67,26 +75,36 @@ def probe(
         torch.OutOfMemoryError: The micro-batch does not fit.
     """
     device = parameters[0].device
-    with preserved(model, parameters=False), GradientSums(parameters) as sums:
+    modules = [model, *modules_used_by(loss_fn)]
+    writes = ParameterWrites(parameter for module in modules for parameter in module.parameters())
+    with preserved(*modules, parameters=False), writes.restored(), GradientSums(parameters) as sums:
 
-        def run() -> None:
-            losses = _losses(loss_fn(model, take()))
+        def run(inputs: Any = None) -> None:
+            losses = _losses(loss_fn(model, take() if inputs is None else inputs))
             if losses:
                 sums.backward(reduce(add, losses))
 
-        run()  # allocates the sums, and initializes what is created on first use
-        peak_bytes = None if resident is None else _measure_peak(resident, sums, run, device)
+        with nullcontext() if prediction_obstacle(model) is not None else writes:  # compiled code runs under no mode
+            run()  # allocates the sums, and initializes what is created on first use
+        peak_bytes = None if resident is None else _measure_peak(resident, sums, run, take, device)
+        if not timed:
+            return Probe(None, peak_bytes)
+        timed_run: Callable[[], None] = run
         if uses_cuda_graphs and sums.grads_in_place() is not None:
-            run = _capture(sums, partial(loss_fn, model, take())) or run
-        total_s, best_s, repeats = 0.0, float("inf"), 0
-        while total_s < MIN_SECONDS or repeats < MIN_REPEATS:
-            _synchronize(device)
-            started_s = time.perf_counter()
-            run()
-            _synchronize(device)
-            elapsed_s = time.perf_counter() - started_s
-            total_s, best_s, repeats = total_s + elapsed_s, min(best_s, elapsed_s), repeats + 1
-    return Probe(best_s, peak_bytes)
+            timed_run = _capture(sums, partial(loss_fn, model, take())) or run
+        return Probe(_min_seconds(timed_run, device), peak_bytes)
+
+
+def _min_seconds(run: Callable[[], None], device: torch.device) -> float:
+    total_s, best_s, repeats = 0.0, float("inf"), 0
+    while repeats < MIN_REPEATS or (total_s < MIN_SECONDS and repeats < MAX_REPEATS):
+        _synchronize(device)
+        started_s = time.perf_counter()
+        run()
+        _synchronize(device)
+        elapsed_s = time.perf_counter() - started_s
+        total_s, best_s, repeats = total_s + elapsed_s, min(best_s, elapsed_s), repeats + 1
+    return best_s
 
 
 def _capture(sums: GradientSums, compute_loss: Callable[[], Any]) -> Callable[[], None] | None:
@@ -121,16 +139,23 @@ def _is_zero(items: Items) -> bool:
     return items == 0 if not isinstance(items, Tensor) else items.is_cpu and items.item() == 0
 
 
-def _measure_peak(resident: Iterable[Tensor], sums: GradientSums, run: Callable[[], None], device: torch.device) -> int:
+def _measure_peak(
+    resident: Iterable[Tensor],
+    sums: GradientSums,
+    run: Callable[[Any], None],
+    take: Callable[[], Any],
+    device: torch.device,
+) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        run()
+        run(take())
         cuda_peak: int = torch.cuda.max_memory_allocated(device)
         return cuda_peak
+    inputs = take()
     with AllocationTracker(device) as tracker:
         tracker.track(resident, MemoryCategory.PARAMETERS)
         tracker.track((total for total in sums.snapshot_versions()[0] if total is not None), MemoryCategory.GRADIENTS)
-        run()
+        run(pytree.tree_map_only(Tensor, Tensor.clone, inputs))  # a slice would count with the storage of the batch
     tracked_peak: int = tracker.peak_bytes
     return tracked_peak
 
