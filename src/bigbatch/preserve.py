@@ -1,6 +1,6 @@
 """Run a model without a trace: save and restore its state, everything that hangs on it, and the random generators."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from bigbatch.trials.trial import trial
 
 
 @contextmanager
-def preserved(*modules: nn.Module, parameters: bool = True) -> Iterator[Callable[[], None]]:
+def preserved(*modules: nn.Module, parameters: bool = True) -> Iterator[ObjectState]:
     """Restore the state of modules and the random states of this process on exit; inside, `is_trial` returns True.
 
     Restores what `module_state_preserved` does. Random states are those of torch on the CPU and on every CUDA device,
@@ -28,14 +28,14 @@ def preserved(*modules: nn.Module, parameters: bool = True) -> Iterator[Callable
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     states = random_states(devices)
     try:
-        with module_state_preserved(*modules, parameters=parameters) as restore:
-            yield restore
+        with module_state_preserved(*modules, parameters=parameters) as state:
+            yield state
     finally:
         set_random_states(states, devices)
 
 
 @contextmanager
-def module_state_preserved(*modules: nn.Module, parameters: bool = True) -> Iterator[Callable[[], None]]:
+def module_state_preserved(*modules: nn.Module, parameters: bool = True) -> Iterator[ObjectState]:
     """Restore parameters, gradients, buffers, training modes and attributes of modules on exit.
 
     Attributes are restored as by `ObjectState`: counters, lists, dicts, arrays, tensors, generators, objects. Values of
@@ -46,7 +46,7 @@ def module_state_preserved(*modules: nn.Module, parameters: bool = True) -> Iter
         parameters: Whether to copy and restore the values of parameters as well.
 
     Yields:
-        A function that restores everything but gradients and training modes, to start once more from the same state.
+        The state, whose `ObjectState.restore` restores everything but gradients and training modes, to start once more.
     """
     state = ObjectState(parameters=parameters)
     state.add(*modules)
@@ -56,7 +56,7 @@ def module_state_preserved(*modules: nn.Module, parameters: bool = True) -> Iter
         with trial():
             for tensor, _ in gradients:
                 tensor.grad = None  # accumulation inside must not modify the gradients that are restored
-            yield state.restore
+            yield state
     finally:
         try:
             state.restore()

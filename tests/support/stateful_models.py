@@ -211,6 +211,20 @@ class MomentumEncoder(Stateful):
             return self.in_place(rows) + self.rebound(rows)
 
 
+class HiddenMomentumEncoder(Stateful):
+    """A momentum encoder in a tuple, so that it is not among the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = (nn.Linear(WIDTH, WIDTH, dtype=torch.float64).requires_grad_(requires_grad=False),)
+
+    def moved(self, rows: Tensor) -> Any:
+        torch._foreach_lerp_(
+            list(self.encoder[0].parameters()), [p.detach().double() for p in self.linear.parameters()], 0.5
+        )
+        return self.encoder[0](rows.double()).detach().float()
+
+
 class HiddenState(Stateful):
     """Keeps a tensor with its graph, which requires a gradient and is no leaf."""
 
@@ -251,6 +265,7 @@ KINDS: list[Callable[[], Stateful]] = [
     ClassCounter,
     HiddenTeacher,
     MomentumEncoder,
+    HiddenMomentumEncoder,
     HiddenState,
     LeastRecentlyUsed,
 ]

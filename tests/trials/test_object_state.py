@@ -121,6 +121,19 @@ def test_hooks_and_modes_are_left_alone() -> None:
     assert not model.training
 
 
+def test_wrapper_keeps_its_attributes_and_wrapped_module_is_restored() -> None:
+    wrapper = nn.DataParallel(nn.BatchNorm1d(2))
+    wrapper.module.calls = 0
+    state = saved(wrapper)
+    wrapper.dim = 1
+    wrapper.module.calls = 5
+    wrapper.module.running_mean.fill_(3)
+    state.restore()
+    assert wrapper.dim == 1
+    assert wrapper.module.calls == 0
+    assert wrapper.module.running_mean.tolist() == [0, 0]
+
+
 def expanded() -> Tensor:
     return torch.ones(1, 3, dtype=torch.float64).expand(4, 3)
 

@@ -75,9 +75,11 @@ def probe(
         torch.OutOfMemoryError: The micro-batch does not fit.
     """
     device = parameters[0].device
-    modules = [model, *modules_used_by(loss_fn)]
-    writes = ParameterWrites(parameter for module in modules for parameter in module.parameters())
-    with preserved(*modules, parameters=False), writes.restored(), GradientSums(parameters) as sums:
+    with (
+        preserved(model, *modules_used_by(loss_fn), parameters=False) as state,
+        ParameterWrites.restored(tensor for tensor in state.tensors if isinstance(tensor, nn.Parameter)) as writes,
+        GradientSums(parameters) as sums,
+    ):
 
         def run(inputs: Any = None) -> None:
             losses = _losses(loss_fn(model, take() if inputs is None else inputs))

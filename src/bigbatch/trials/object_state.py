@@ -96,8 +96,9 @@ class ObjectState:
         return [*self._save_elements(value), *self._save_attributes(value)]
 
     def _save_module(self, module: nn.Module) -> Iterator[Any]:
-        if type(module).__module__.startswith(("torch.distributed", "torch.nn.parallel")):
-            yield from module._modules.values()  # a wrapper's attributes belong to its communication
+        if _is_communication_wrapper(module):
+            for values in (module._parameters, module._buffers, module._modules):
+                yield from values.values()
             return
         saved = {name: value for name, value in vars(module).items() if name not in _LEFT_AS_THEY_ARE}
         tensors = (*module._parameters.values(), *module._buffers.values())
@@ -161,6 +162,17 @@ class ObjectState:
                     content = _slot_content(slot, value)
                     self._steps.append(partial(_set_slot, slot, value, content))
                     yield content
+
+
+def _is_communication_wrapper(module: nn.Module) -> bool:
+    """Return whether it is a wrapper such as DistributedDataParallel, which keeps the state of its communication.
+
+    ``fully_shard`` does not wrap: it gives the module a class of its own and keeps no state in it.
+    """
+    kinds = type(module).__mro__
+    return kinds[0].__module__.startswith(("torch.distributed", "torch.nn.parallel")) and not any(
+        kind.__name__ == "FSDPModule" for kind in kinds
+    )
 
 
 def _root(kind: type) -> str:

@@ -6,7 +6,7 @@ parameters would need as much host memory as the model.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,8 +17,7 @@ from bigbatch.trials.tensor_state import TensorState
 class ParameterWrites(TorchDispatchMode):
     """Dispatch mode that copies a parameter to the host before the first operation that writes to its storage.
 
-        writes = ParameterWrites(parameters)
-        with writes.restored():
+        with ParameterWrites.restored(parameters) as writes:
             with writes:
                 run_once()
             run_again()             # not watched, and as fast as ever: writes to the same parameters are undone too
@@ -35,13 +34,15 @@ class ParameterWrites(TorchDispatchMode):
             if TensorState.of(parameter, copied=False).alias is not None and parameter.numel():
                 self._unwritten.setdefault(_address(parameter), []).append(parameter)
 
+    @classmethod
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Restore the parameters that were written to on exit."""
+    def restored(cls, parameters: Iterable[Tensor]) -> Iterator[Self]:
+        """Yield a mode, and on exit restore the parameters that were written to under it."""
+        writes = cls(parameters)
         try:
-            yield
+            yield writes
         finally:
-            for state in self._states:
+            for state in writes._states:
                 state.restore()
 
     def __torch_dispatch__(

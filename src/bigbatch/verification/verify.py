@@ -158,8 +158,8 @@ def verify(
     num_samples = cut_gradients.split(1).num_samples
     if num_samples < 2:
         raise ValueError(f"the batch has {num_samples} sample(s): pass at least 2, so that it can be split.")
-    with preserved(model, *modules_used_by(loss_fn)) as restore:
-        cut_gradients = replace(cut_gradients, restore=restore)
+    with preserved(model, *modules_used_by(loss_fn)) as state:
+        cut_gradients = replace(cut_gradients, restore=state.restore)
         largest, reference, dtype = _reference_gradient(cut_gradients, num_samples)
         tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
         results = [
