@@ -11,7 +11,7 @@ docs/explanation/memory.md compares both with measurements on an H200.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ class PeakPredictor:
         self._model = model
         self._optimizers = as_optimizers(optimizer)
         self._loss_fn = loss_fn
-        self._run_modules = [model, *modules_used_by(loss_fn), *([] if original is None else [original])]
+        self._modules = [model, *modules_used_by(loss_fn), *([] if original is None else [original])]
         self._parameters = optimizer_parameters(*self._optimizers)
         self._fake_device = self._parameters[0].device
         self.device = device or self._fake_device
@@ -148,8 +148,7 @@ class PeakPredictor:
         Raises:
             PredictionError: The step depends on the data.
         """
-        preserved = module_state_preserved(*self._run_modules, parameters=False)
-        with preserved, self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
+        with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
             self._track(tracker, sums)
             resident_bytes = tracker.live_bytes.total()
             phases, engine_bytes = self._differentiate(tracker, sums, microbatch)
@@ -177,6 +176,7 @@ class PeakPredictor:
     def _running_without_data(self) -> Iterator[AllocationTracker]:
         is_proxy = self._fake_device.type != self.device.type
         with (
+            module_state_preserved(*self._modules, parameters=False),
             errors_as_prediction_errors(),
             self._mode,
             attention_without_dropout() if is_proxy else nullcontext(),
@@ -239,13 +239,10 @@ class PeakPredictor:
                 optimizer.step()
 
     def _fake_inputs(self, microbatch: Any) -> Any:
-        def to_fake(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device=self._fake_device)
-
         leaves, structure = flatten(microbatch)
-        return structure.unflatten(map(to_fake, leaves))
+        empty = partial(torch.empty, device=self._fake_device)
+        fakes = (empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return structure.unflatten(fakes)
 
 
 def prediction_obstacle(model: nn.Module) -> str | None:

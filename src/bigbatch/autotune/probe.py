@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from bigbatch.autotune.peak_prediction import PredictionError, prediction_obstacle
+from bigbatch.batching.batch_types import flatten
 from bigbatch.execution.cuda_graphs import capture
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
@@ -81,8 +81,8 @@ def probe(
         GradientSums(parameters) as sums,
     ):
 
-        def run(inputs: Any = None) -> None:
-            losses = _losses(loss_fn(model, take() if inputs is None else inputs))
+        def run(take: Callable[[], Any] = take) -> None:
+            losses = _losses(loss_fn(model, take()))
             if losses:
                 sums.backward(reduce(add, losses))
 
@@ -144,20 +144,21 @@ def _is_zero(items: Items) -> bool:
 def _measure_peak(
     resident: Iterable[Tensor],
     sums: GradientSums,
-    run: Callable[[Any], None],
+    run: Callable[[Callable[[], Any]], None],
     take: Callable[[], Any],
     device: torch.device,
 ) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        run(take())
+        run(take)
         cuda_peak: int = torch.cuda.max_memory_allocated(device)
         return cuda_peak
-    inputs = take()
+    leaves, structure = flatten(take())
     with AllocationTracker(device) as tracker:
         tracker.track(resident, MemoryCategory.PARAMETERS)
         tracker.track((total for total in sums.snapshot_versions()[0] if total is not None), MemoryCategory.GRADIENTS)
-        run(pytree.tree_map_only(Tensor, Tensor.clone, inputs))  # a slice would count with the storage of the batch
+        # Copied, because a slice would count with the storage of the whole batch.
+        run(lambda: structure.unflatten(leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves))
     tracked_peak: int = tracker.peak_bytes
     return tracked_peak
 

@@ -177,7 +177,7 @@ class Engine:
         micro-batch; then some sizes are timed, for at most half a minute. If the step cannot run without data, sizes
         are tried until one does not fit. Restores random states and all that hangs on the model and on other modules
         that ``loss_fn`` uses. ``loss_fn`` is called once for each prediction and 3 to 12 times for each size that is
-        tried, up to about 100 times in all; `is_trial` is True inside.
+        tried, about 100 times in all for 256 samples; `is_trial` is True inside.
 
         Args:
             batch: As for `step`, with the longest sample that will occur.
