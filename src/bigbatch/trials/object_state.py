@@ -167,7 +167,7 @@ class ObjectState:
 def _is_communication_wrapper(module: nn.Module) -> bool:
     """Return whether it is a wrapper such as DistributedDataParallel, which keeps the state of its communication.
 
-    ``fully_shard`` does not wrap: it gives the module a class of its own and keeps no state in it.
+    ``fully_shard`` does not wrap: it gives the module a class of its own, and its attributes stay those of the module.
     """
     kinds = type(module).__mro__
     return kinds[0].__module__.startswith(("torch.distributed", "torch.nn.parallel")) and not any(
