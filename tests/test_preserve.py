@@ -87,6 +87,27 @@ def test_reassigned_buffer_is_restored():
     assert model.count == 0
 
 
+def test_modules_in_lists_and_other_roots_are_restored():
+    model, criterion = nn.Linear(2, 1), nn.BatchNorm1d(2)
+    model.hidden = [nn.Linear(1, 1).eval()]
+    model.hidden[0].weight.grad = before = torch.ones(1, 1)
+    mean = criterion.running_mean
+    with preserved(model, criterion, parameters=False) as state:
+        assert model.hidden[0].weight.grad is None
+        model.hidden[0].train()
+        model.hidden[0](model(criterion(torch.randn(4, 2)))).sum().backward()
+        criterion.running_mean = None
+        state.restore()
+        assert criterion.running_mean is mean
+        assert mean.tolist() == [0, 0]
+        assert model.hidden[0].training, "modes are restored at the end"
+        criterion(torch.randn(4, 2))
+    assert mean.tolist() == [0, 0]
+    assert model.hidden[0].weight.grad is before
+    assert before.item() == 1
+    assert not model.hidden[0].training
+
+
 def test_seeds_reach_every_generator():
     draws = []
     for _ in range(2):
