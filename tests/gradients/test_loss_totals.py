@@ -63,11 +63,58 @@ def test_invalid_sum_or_count_raises_naming_it(result, message):
         as_terms(result)
 
 
-def test_numpy_integers_are_valid_counts():
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [("int8", 100), ("uint8", 255), ("int16", 32_000), ("uint16", 65_000), ("uint32", 4_000_000_000), ("float32", 0.3)],
+)
+def test_numpy_counts_of_any_width_add_up(dtype, count):
     numpy = pytest.importorskip("numpy")
-    ledger = LossTotals()
-    ledger.record(as_terms((LOSS, numpy.int64(3))))
-    assert ledger.divisor() == 3
+    narrow = numpy.dtype(dtype).type(count)
+    totals = LossTotals()
+    for _ in range(300):
+        totals.record(as_terms((LOSS, narrow)))
+    assert totals.divisor() == pytest.approx(300 * float(narrow), rel=1e-12)
+    assert totals.items_squared() == pytest.approx(300 * float(narrow) ** 2, rel=1e-12)
+    assert totals.local_totals()["loss"][0] == pytest.approx(300 * float(narrow), rel=1e-12)
+    assert type(totals.items()) is (float if dtype == "float32" else int)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_narrow_tensor_counts_add_up(dtype):
+    totals = LossTotals({"a": torch.tensor(9_000)})
+    for _ in range(90):
+        totals.record(as_terms({"a": (LOSS, torch.tensor(100, dtype=dtype))}))
+    assert totals.divisor() == 1.0
+    assert totals.items_squared() == 90 * 100.0**2
+
+
+def test_narrow_totals_are_converted():
+    numpy = pytest.importorskip("numpy")
+    totals = LossTotals({"a": numpy.uint8(200), "b": torch.tensor(3, dtype=torch.uint8)})
+    assert totals.totals == {"a": 200, "b": 3}
+    assert [type(count) for count in totals.totals.values()] == [int, int]
+
+
+@pytest.mark.parametrize("count", ["nan", "inf", "-1"])
+def test_invalid_numpy_counts_are_rejected(count):
+    numpy = pytest.importorskip("numpy")
+    for dtype in (numpy.float16, numpy.float64):
+        with pytest.raises(ValueError, match="they must be a finite count, 0 or more"):
+            as_terms((LOSS, dtype(count)))
+        with pytest.raises(ValueError, match="they must be a finite count, 0 or more"):
+            LossTotals({"a": dtype(count)})
+
+
+@pytest.mark.parametrize("make", ["bool_(True)", "array([True, False])", "complex64(3)", "array([1, 2])"])
+def test_numpy_values_that_count_nothing_are_rejected(make):
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(TypeError, match="they must be a number or a 0-d tensor"):
+        as_terms((LOSS, eval(f"numpy.{make}", {"numpy": numpy})))
+
+
+def test_complex_count_is_rejected():
+    with pytest.raises(TypeError, match="the items of the term 'loss' are a complex"):
+        as_terms((LOSS, torch.tensor(3 + 0j)))
 
 
 def test_counts_in_too_narrow_dtype_are_rejected():
@@ -96,16 +143,58 @@ def test_divisor_is_item_sum_not_microbatch_count():
     for items in (5, 0, 2):
         ledger.record({"loss": (LOSS, items)})
     assert ledger.divisor() == ledger.items() == 7
-    assert ledger.terms()["loss"].loss == pytest.approx(12 / 7)  # the one without an item is left out
+    assert ledger.terms()["loss"].loss == pytest.approx(18 / 7)  # the one without an item has a loss
 
 
-def test_microbatch_without_items_has_no_gradient():
-    ledger = LossTotals()
-    assert ledger.record({"loss": (torch.tensor(math.nan), 0)}) is None
-    assert ledger.divisor() == 0
-    report = ledger.terms()["loss"]
+def test_mean_over_nothing_has_no_gradient():
+    totals = LossTotals()
+    assert totals.record({"loss": (LOSS * math.nan, 0)}) is None
+    assert totals.divisor() == 0
+    report = totals.terms()["loss"]
     assert report.items == 0
     assert math.isnan(report.loss)
+    totals.record({"loss": (LOSS, 3)})
+    assert totals.terms()["loss"].loss == 2
+
+
+@pytest.mark.parametrize("items", [0, 0.0, torch.tensor(0), torch.tensor(0, dtype=torch.uint8)])
+@pytest.mark.parametrize("prescale", [False, True])
+def test_loss_without_items_counts(items, prescale):
+    totals = LossTotals(prescale=prescale)
+    loss = totals.record(as_terms((LOSS, items)))
+    assert loss is not None
+    assert loss.item() == 6
+    assert totals.divisor() == 0
+    totals.record(as_terms((LOSS, 4)))
+    assert totals.divisor() == 4
+    assert totals.terms()["loss"].loss == 3
+
+
+def test_empty_sum_without_graph_has_no_gradient():
+    totals = LossTotals()
+    assert totals.record({"loss": (torch.zeros(0).sum(), 0)}) is None
+    assert totals.is_finite()
+
+
+def test_term_with_total_zero_is_left_out():
+    totals = LossTotals({"a": 0, "b": 2})
+    loss = totals.record({"a": (LOSS * math.inf, 0), "b": (LOSS, 2)})
+    assert loss.item() == 3
+    assert totals.record({"a": (LOSS, 0)}) is None
+    assert totals.divisor() == 1.0
+    assert totals.is_finite()
+    assert totals.terms()["a"].items == 0
+    assert math.isnan(totals.terms()["a"].loss)
+    assert totals.terms()["b"].loss == 3
+
+
+def test_rollback_removes_microbatch_without_items():
+    totals = LossTotals()
+    totals.record({"loss": (LOSS, 2)})
+    totals.record({"loss": (LOSS, 0)})
+    totals.rollback(1)
+    totals.record({"loss": (LOSS, 1)})
+    assert totals.terms()["loss"].loss == 4
 
 
 def test_term_names_are_fixed_without_totals():

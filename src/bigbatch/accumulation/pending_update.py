@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -169,16 +170,24 @@ class PendingUpdate:
         )
         self._all_have_run = True
 
-    def add(self, result: LossResult, *, counts: bool = True, only: Sequence[Tensor] | None = None) -> None:
+    def add(
+        self,
+        result: LossResult,
+        *,
+        counts: bool = True,
+        only: Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> None:
         """Add one micro-batch: its loss and items to the totals, its gradient to the sums.
 
         Args:
             result: As returned by a loss function.
             counts: False for padding: the backward runs, with a zero gradient.
             only: Parameters that receive the gradient; all by default.
+            retain_graph: Whether the graph can be differentiated again.
 
         Raises:
-            WindowStateError: The window is closed or aborted.
+            WindowStateError: The window is closed or aborted, or its gradients were changed by other code.
         """
         if self.state is not WindowState.ACCUMULATING:
             self._require_open()
@@ -189,7 +198,8 @@ class PendingUpdate:
         loss = self._sync.loss_to_differentiate(loss, terms)
         if loss is not None and (only is None or only):
             with self._sync.backward(counts=has_items):
-                self.sums.backward(loss if self._loss_scale is None else loss * self._loss_scale, only=only)
+                loss = loss if self._loss_scale is None else loss * self._loss_scale
+                self.sums.backward(loss, only=only, retain_graph=retain_graph)
         self.num_microbatches += counts
         self._num_syncs += self._sync.syncs_in_backward
 
@@ -212,9 +222,10 @@ class PendingUpdate:
             RankFailedError: Another rank failed in this window.
             TornUpdateError: The update failed after it had begun.
             WindowAbandonedError: A rank abandoned it.
-            WindowStateError: The window is closed or aborted.
+            WindowStateError: The window is closed or aborted, or gradients or parameters were changed by other code.
         """
         self._require_open()
+        self._check_parameters()
         self._all_have_run = True
         observer = self._observer
         extra = NO_EXTRA if observer is None else observer.scalars(self.sums, self.loss_totals, retries=retries)
@@ -229,6 +240,8 @@ class PendingUpdate:
             extra_scalars=[value for value in extra if isinstance(value, Tensor)] if result is None else (),
             evaluate_again=None if run_again is None else partial(self._evaluate_again, run_again),
         )
+        if outcome.skipped is None:
+            torch.clear_autocast_cache()  # under one autocast around the whole loop it holds casts of the old weights
         self._release(WindowState.CLOSED)
         items = self.loss_totals.items()
         read = iter(outcome.extra_scalars)
@@ -289,6 +302,14 @@ class PendingUpdate:
     def _require_open(self) -> None:
         if not self.is_open:
             raise WindowStateError(f"the window is {self.state.value}: it takes no micro-batch and no step.")
+
+    def _check_parameters(self) -> None:
+        parameters, opened_with = self._update.parameters(), self.sums.parameters
+        if len(parameters) != len(opened_with) or not all(map(is_, parameters, opened_with)):
+            raise WindowStateError(
+                f"the optimizer had {len(opened_with)} parameters when the window opened and has {len(parameters)} "
+                "now, not all the same ones. Call add_param_group between two windows."
+            )
 
     def _vote(self, extra: Sequence[Number]) -> VoteResult:
         """Exchange the status of all ranks. Collective; waits for the device."""

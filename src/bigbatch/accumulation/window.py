@@ -1,7 +1,8 @@
 """The accumulation window of a user's own loop: one rank's micro-batches between two updates."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from bigbatch.accumulation.pending_update import PendingUpdate, WindowState
 from bigbatch.errors import WindowStateError
@@ -17,6 +18,12 @@ class Window:
             window.backward(loss_sum, items=labels.numel())
         report = window.step()
 
+    As a context manager, it is dropped if an error is raised inside, and must be stepped or aborted before its end:
+
+        with accumulator.window() as window:
+            window.backward(loss_sum, items=items)
+            report = window.step()
+
     Made by `Accumulator.windows` or `Accumulator.window`, not by hand.
     """
 
@@ -24,6 +31,26 @@ class Window:
         self._pending = pending
         self._microbatches = pending.microbatches()
         self._counts = True  # whether the micro-batch that was yielded last counts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Drop an open window.
+
+        Raises:
+            WindowStateError: The block ended without error, and the window was neither stepped nor aborted.
+        """
+        if not self.is_open:
+            return
+        self.abort()
+        if error is None:
+            raise WindowStateError(
+                f"the with block of a window ended with {self.num_microbatches} micro-batches that were not applied. "
+                "Call window.step() at its end, or window.abort() to drop them."
+            )
 
     def __iter__(self) -> Iterator[Any]:
         while self.is_open:
@@ -52,7 +79,13 @@ class Window:
         """Micro-batches added so far on this rank, without padding."""
         return self._pending.num_microbatches
 
-    def backward(self, loss_sum: "Any | Mapping[str, tuple[Any, Items]]", *, items: "Items | None" = None) -> None:
+    def backward(
+        self,
+        loss_sum: "Any | Mapping[str, tuple[Any, Items]]",
+        *,
+        items: "Items | None" = None,
+        retain_graph: bool = False,
+    ) -> None:
         """Add the gradient of one micro-batch to the window.
 
         Args:
@@ -60,18 +93,25 @@ class Window:
                 ``name → (loss_sum, items)`` for a loss of several terms.
             items: Local items that the sum runs over (tokens, samples, pixels), 0 included: a number or a 0-d tensor.
                 Leave out with a mapping, which contains them.
+            retain_graph: As for ``loss.backward``: whether a later micro-batch differentiates this graph again, as in
+                truncated backpropagation through time.
 
-        A micro-batch without items adds nothing, whatever its loss is (a mean over nothing is 0/0).
+        The gradient of every micro-batch counts, also of one with 0 items: a divisor may count something else than
+        the items of the sum, such as positives. Only a loss that is NaN with 0 items, a mean over nothing, adds
+        nothing. If 0 items are a tensor on a device, whose value is not read, such a NaN is left out of the reported
+        loss, and its gradient is added: 0 for `F.cross_entropy` without a label that counts, NaN for a division by
+        the count.
 
         Raises:
             ValueError: The loss is not a 0-d sum that depends on the parameters, or the items are not a count. Like
                 any error of the backward itself, this aborts the window.
-            WindowStateError: The window is closed or aborted.
+            WindowStateError: The window is closed or aborted; or other code changed its gradients, on any parameter,
+                since it opened or since its last backward; or a hook changed a parameter within this backward.
         """
         self._require_open("backward")
         result: Any = loss_sum if items is None else (loss_sum, items)
         try:
-            self._pending.add(result, counts=self._counts)
+            self._pending.add(result, counts=self._counts, retain_graph=retain_graph)
         except BaseException:
             self.abort()  # a backward that failed half-way has added to some parameters and not to others
             raise
@@ -79,11 +119,12 @@ class Window:
     def step(self) -> WindowReport:
         """Divide the sums by the items, clip, update once, clear the gradients, and report. Collective over ranks.
 
-        A window without items, or whose gradient is not finite, changes no parameter, no optimizer state and no
-        schedule; ``report.skipped`` says so.
+        A window whose items add up to 0, or whose gradient is not finite, changes no parameter, no optimizer state and
+        no schedule; ``report.skipped`` says so.
 
         Raises:
-            WindowStateError: The window is closed or aborted.
+            WindowStateError: The window is closed or aborted; or other code changed its gradients, the dtype of its
+                parameters, or the parameters of the optimizer.
         """
         self._require_open("step")
         try:

@@ -22,7 +22,6 @@ from bigbatch.memory.usage import is_out_of_memory
 from bigbatch.preserve import preserved
 from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.trials.parameter_writes import ParameterWrites
-from bigbatch.types import Items
 
 if TYPE_CHECKING:
     from bigbatch.types import LossFunction
@@ -126,8 +125,8 @@ def _capture(sums: GradientSums, compute_loss: Callable[[], Any]) -> Callable[[]
 
 
 def _losses(result: Any) -> list[Tensor]:
-    """Return the loss sums of terms with items, as a window differentiates them."""
-    losses = [loss_sum for loss_sum, items in as_terms(result).values() if not _is_zero(items)]
+    """Return the loss sums of terms with a gradient, as a window differentiates them."""
+    losses = [loss_sum for loss_sum, _ in as_terms(result).values() if loss_sum.requires_grad]
     if any(isinstance(loss_sum, FakeTensor) for loss_sum in losses):
         raise PredictionError(
             "loss_fn caches tensors outside the model between calls, and has cached a fake tensor of the memory "
@@ -135,10 +134,6 @@ def _losses(result: Any) -> list[Tensor]:
             'microbatch="auto".'
         )
     return losses
-
-
-def _is_zero(items: Items) -> bool:
-    return items == 0 if not isinstance(items, Tensor) else items.is_cpu and items.item() == 0
 
 
 def _measure_peak(

@@ -189,6 +189,7 @@ class CudaGraphRunner(MicrobatchRunner):
         found.clear()
         for parameter in sums.parameters:  # a new gradient would contain what was never written
             parameter.grad = (self._buffers or {}).get(parameter)
+        sums.mark_unmodified()
         self._drop_graphs()
         return None
 

@@ -5,31 +5,26 @@ many small bfloat16 gradients to a large sum loses 1.1 % of it at 128 micro-batc
 agree. A hook moves every micro-batch gradient into its sum as soon as autograd has computed it, so that at most one
 gradient exists in the narrow dtype.
 
-Long because every rule about ``.grad`` is here: dtypes, writes by other code, retries, sparse gradients, leaves.
+Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse gradients, the order of the checks.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import Enum
+from operator import attrgetter
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
-from weakref import WeakMethod, finalize
+from typing import Protocol, Self
+from weakref import finalize
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from bigbatch.errors import WindowStateError
+from bigbatch.gradients.foreign_writes import ForeignWrites, SumVersions, WindowHook, on_accumulated, on_gradient
+from bigbatch.gradients.graph_leaves import HIDDEN_LATER, hides_leaves, run_backward
 
 HALF_PRECISION_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
-
-# Each sum of a list of parameters and its version at that time; None where there was none yet.
-_Versions: TypeAlias = tuple[list[Tensor | None], list[int | None]]
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class BackwardObserver(Protocol):
@@ -70,14 +65,16 @@ class GradientSums:
         self.parameters = tuple(parameters)
         self._static_buffers = static_buffers or {}
         self._float32_sums: dict[Tensor, Tensor] = {}
-        self._all_sums: list[Tensor | None] = []
         self._handles: list[RemovableHandle] = []
         self._unhook: Callable[[], object] = lambda: None
         self._observer: BackwardObserver | None = None
-        self._leaves: _GraphLeaves | None = _GraphLeaves.UNKNOWN if parameters_are_wrapped else None
+        self._hides_leaves: bool | None = True if parameters_are_wrapped else None  # None until the first backward
         self._adding = False
-        # The first gradient that is summed in .grad, as the last backward left it; shows whether others changed it.
-        self._tamper_check: tuple[Tensor, Tensor, int] | None = None
+        self._has_begun = False
+        self._trained: tuple[Tensor, ...] = ()  # parameters that required a gradient in the last backward
+        self._frozen: tuple[Tensor, ...] = ()  # all others
+        self._hooked: set[Tensor] = set()
+        self._writes = ForeignWrites(self.parameters, parameters_are_wrapped=parameters_are_wrapped)
 
     def __enter__(self) -> Self:
         self.open()
@@ -90,9 +87,7 @@ class GradientSums:
             torch._foreach_zero_(list(self._static_buffers.values()))
             for parameter, total in self._static_buffers.items():
                 parameter.grad = total
-        move = WeakMethod(self._move_to_float32)
-        half = (p for p in self.parameters if p.dtype in HALF_PRECISION_DTYPES and p.requires_grad)
-        self._handles += [_on_accumulated(p, move) for p in half]
+            self._writes.record(self._float32_sums)
         self._unhook = finalize(self, _remove, self._handles)  # also of a window that is dropped without an end
 
     def __exit__(
@@ -107,10 +102,8 @@ class GradientSums:
         self.clear()
 
     def observe(self, observer: BackwardObserver) -> None:
-        """Let an observer see every later backward; at most one."""
+        """Let an observer see every later backward; at most one, before the first backward."""
         self._observer = observer
-        hook = WeakMethod(self._pass_to_observer)
-        self._handles += [_on_gradient(p, hook) for p in self.parameters if p.requires_grad]
 
     def _pass_to_observer(self, gradient: Tensor) -> None:
         if self._adding and self._observer is not None:
@@ -120,6 +113,7 @@ class GradientSums:
         gradient = parameter.grad
         if not self._adding:  # a backward that is not ours: nothing of it belongs into these sums
             parameter.grad = None
+            self._writes.note_backward()
             return
         if gradient is None:
             raise WindowStateError(
@@ -132,59 +126,88 @@ class GradientSums:
             total.add_(gradient)
         parameter.grad = None
 
-    def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None) -> None:
+    def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Add ∂loss/∂parameters to the sums; no other leaf of the graph receives a gradient.
 
         Args:
             loss: 0-d, of one micro-batch.
             only: Some of the parameters, if the others already received the gradient of this micro-batch in an attempt
                 that ran out of memory.
+            retain_graph: Whether the graph can be differentiated again.
 
-        Passing ``inputs=`` to autograd costs a few per cent on small models, so it is done only if the first graph
-        reaches other leaves, such as a generator behind a discriminator. Reentrant checkpointing does not accept
-        ``inputs=``: if the graph contains it, all its leaves receive their gradients, as in ``loss.backward()``.
+        If the first graph contains reentrant checkpoints, or a loss is a leaf whose hook runs a backward of its own,
+        all leaves receive their gradients from then on, as in ``loss.backward()``.
 
         Raises:
-            ValueError: The loss does not depend on anything that requires a gradient.
-            WindowStateError: The gradients were changed since the last backward.
+            ValueError: The loss does not depend on any parameter that requires a gradient.
+            WindowStateError: The gradients were changed since the last backward, or a parameter within this one.
         """
-        if self._tamper_check is not None:
-            self._check_for_tampering()
-        if not loss.requires_grad:
+        self._writes.check()
+        is_first = not self._has_begun
+        if is_first or (self._frozen and any(map(_REQUIRES_GRAD, self._frozen))):
+            self._hook_trained()
+        if loss.requires_grad and (self._hides_leaves is None or loss.is_leaf):
+            self._hides_leaves = self._hides_leaves or hides_leaves(loss, set(self.parameters))
+        inputs = only if only is not None else () if self._hides_leaves else self._trained
+        if not loss.requires_grad or not (inputs or self._hides_leaves):
             raise ValueError(
                 "the loss does not depend on any parameter that requires a gradient: was it detached, or computed "
                 "under torch.no_grad()?"
             )
-        if self._leaves is None:
-            self._leaves = _find_leaves(loss, set(self.parameters))
-        leaves = only
-        if only is None and self._leaves is _GraphLeaves.INCLUDES_OTHERS:
-            leaves = [p for p in self.parameters if p.requires_grad]
-        self._adding, succeeded = True, False
+        self._adding, succeeded, was_frozen = True, False, False
         try:
-            torch.autograd.backward(loss, inputs=leaves)
+            run_backward(loss, inputs, retain_graph=retain_graph)
             succeeded = True
+        except RuntimeError:
+            was_frozen = not all(map(_REQUIRES_GRAD, inputs))  # since the last backward: autograd did not start
+            if not was_frozen:
+                raise
         finally:
             self._adding = False
             if self._observer is not None:
                 self._observer.on_backward_end(succeeded=succeeded)
-            self._tamper_check = self._make_tamper_check()
+            num_added = self._writes.record_backward(
+                self._float32_sums, can_replace=self._hides_leaves or not succeeded
+            )
+        if is_first:
+            self._writes.end_first_backward()
+        if was_frozen:
+            self._hook_trained()
+            only = None if only is None else [p for p in only if p.requires_grad]
+            self.backward(loss, only=only, retain_graph=retain_graph)
+        elif num_added < len(inputs) and only is None and hides_leaves(loss, set(self.parameters)):
+            self._hides_leaves = True
+            if num_added:
+                raise WindowStateError(HIDDEN_LATER)
+            self.backward(loss, retain_graph=retain_graph)  # nothing of the graph was used
+
+    def _hook_trained(self) -> None:
+        """Hook the parameters that require a gradient since the last backward: their dtype is the one of now."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._writes.begin()
+        self._trained = tuple(p for p in self.parameters if p.requires_grad)
+        self._frozen = tuple(p for p in self.parameters if not p.requires_grad)
+        for parameter in self._trained:
+            if parameter in self._hooked:
+                continue
+            self._hooked.add(parameter)
+            self._handles += self._writes.guard_hooks(parameter)
+            if self._observer is not None:
+                self._handles.append(on_gradient(parameter, WindowHook.weak(self._pass_to_observer)))
+            if parameter.dtype in HALF_PRECISION_DTYPES:
+                self._handles.append(on_accumulated(parameter, WindowHook.weak(self._move_to_float32)))
 
     @property
     def can_name_leaves(self) -> bool:
-        """Whether ``only`` is supported: reentrant checkpoints and FSDP hide their leaves."""
-        return self._leaves is not _GraphLeaves.UNKNOWN
+        """Whether ``only`` is supported: reentrant checkpoints, hooks with a backward and FSDP hide their leaves."""
+        return not self._hides_leaves
 
-    def snapshot_versions(self) -> _Versions:
-        """Return every sum with its version, for `unchanged_since`."""
-        sums = self._all_sums
-        if not sums:
-            sums = [self._float32_sums.get(p, p.grad) for p in self.parameters]
-            if all(total is not None and not total.is_sparse for total in sums):
-                self._all_sums = sums  # from now on these tensors are added to in place
-        return sums, [None if total is None else total._version for total in sums]
+    def snapshot_versions(self) -> SumVersions:
+        """Return every sum with its version after the last backward, for `unchanged_since`."""
+        return self._writes.snapshot()
 
-    def unchanged_since(self, versions: _Versions) -> list[Tensor]:
+    def unchanged_since(self, versions: SumVersions) -> list[Tensor]:
         """Return the parameters that require a gradient and whose sums did not change since `snapshot_versions`.
 
         Autograd adds to a parameter once in a backward, when its gradient is complete: a sum is unchanged or complete.
@@ -197,32 +220,15 @@ class GradientSums:
             same = total is before and (total is None or total._version == version)
             if same and parameter.requires_grad:
                 unchanged.append(parameter)
-        self._tamper_check = self._make_tamper_check()
+        self._writes.record(self._float32_sums, can_replace=True)
         return unchanged
-
-    def _make_tamper_check(self) -> tuple[Tensor, Tensor, int] | None:
-        for parameter in self.parameters:
-            if (gradient := parameter.grad) is not None:
-                return parameter, gradient, gradient._version
-        return None
-
-    def _check_for_tampering(self) -> None:
-        if self._tamper_check is None:
-            return
-        parameter, gradient, version = self._tamper_check
-        if parameter.grad is not gradient or gradient._version != version:
-            raise WindowStateError(
-                "the gradients of this window were changed since its last backward, by optimizer.zero_grad(), by a "
-                "backward of your own or by another window over the same parameters. Remove it: a window clears the "
-                "gradients when it opens and when it ends, and alone adds to them in between."
-            )
 
     def tensors(self) -> list[Tensor]:
         """Return the sums of the parameters that received a gradient: ``.grad`` itself, or the float32 sum.
 
         Of a sparse gradient, the values of its coalesced form. In-place operations change the sums.
         """
-        self._check_for_tampering()
+        self._writes.check_end()
         tensors = []
         for parameter in self.parameters:
             total = self._float32_sums.get(parameter, parameter.grad)
@@ -237,6 +243,7 @@ class GradientSums:
                 self._float32_sums[parameter] = total
             else:
                 parameter.grad = total
+            self.mark_unmodified()
         return total._values()
 
     def grads_in_place(self) -> dict[Tensor, Tensor] | None:
@@ -260,8 +267,8 @@ class GradientSums:
         return [self._float32_sums.get(parameter, parameter.grad) is not None for parameter in self.parameters]
 
     def mark_unmodified(self) -> None:
-        """Accept the sums as they are now, after they were reduced over ranks."""
-        self._tamper_check = self._make_tamper_check()
+        """Accept the sums as they are now, after they were reduced over ranks or restored."""
+        self._writes.record(self._float32_sums, can_replace=True)
 
     def fill_missing_with_zeros(self, wanted: Iterable[bool] | None = None) -> None:
         """Create the missing sums, as zeros.
@@ -277,71 +284,22 @@ class GradientSums:
                 self._float32_sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
             else:
                 parameter.grad = torch.zeros_like(parameter)
+        self.mark_unmodified()
 
     def write_to_grad(self) -> None:
         """Write the float32 sums to ``.grad`` in the dtype of the parameters, where optimizers expect them."""
-        self._all_sums = []  # each sum is freed before the next one is converted
+        self._writes.reset()  # each sum is freed before the next one is converted
         for parameter in list(self._float32_sums):
             parameter.grad = self._float32_sums.pop(parameter).to(parameter.dtype)
 
     def clear(self) -> None:
         """Drop all sums and gradients."""
         self._float32_sums.clear()
-        self._all_sums = []
-        self._tamper_check = None
+        self._writes.reset()
         for parameter in self.parameters:
             parameter.grad = None
-
-
-def _on_accumulated(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHandle:
-    def call(accumulated: Tensor) -> None:
-        if (method := hook()) is not None:
-            method(accumulated)
-
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
-    return handle
-
-
-def _on_gradient(parameter: Tensor, hook: "WeakMethod[Any]") -> RemovableHandle:
-    """Call a hook with the whole gradient of a leaf, before it is added."""
-
-    def call(gradient: Tensor) -> None:
-        if (method := hook()) is not None:
-            method(gradient)
-
-    handle: RemovableHandle = parameter.register_hook(call)  # type: ignore[no-untyped-call]
-    return handle
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-class _GraphLeaves(Enum):
-    """Which leaves a graph reaches."""
-
-    ONLY_OURS = "only the parameters"
-    INCLUDES_OTHERS = "other leaves too, which backward(inputs=) leaves out"
-    UNKNOWN = "inside reentrant checkpoints or shards, where backward(inputs=) is not supported"
-
-
-def _find_leaves(loss: Tensor, own: set[Tensor]) -> _GraphLeaves:
-    """Walk the graph of a loss once, and classify its leaves."""
-    found = _GraphLeaves.ONLY_OURS
-    seen = {loss.grad_fn}
-    todo = [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        assert node is not None, "only nodes are put on the list"
-        kind = type(node).__name__
-        if kind == "AccumulateGrad":
-            if node.variable not in own:  # type: ignore[attr-defined]
-                found = _GraphLeaves.INCLUDES_OTHERS
-        elif kind == "CheckpointFunctionBackward":  # what checkpoint(use_reentrant=True) leaves in the graph
-            return _GraphLeaves.UNKNOWN
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                todo.append(child)
-    return found

@@ -3,24 +3,24 @@
 For one term the gradient is Σ_i ∇s_i / Σ_i n_i: micro-batches are differentiated undivided, and the total is divided
 once, when its items are known. A loss of several terms is Σ_t (Σ_i s_ti / N_t): each term is divided by its own total
 before it is differentiated, so the totals N_t must be known first.
+
+Long because sums and items are on the host or on devices, and each is read in its own way.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
-from numbers import Real
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
+from bigbatch.gradients.loss_checks import as_count, describe, refuse_loss
 from bigbatch.types import Items, Terms
 from bigbatch.window_report import TermReport
 
 WEIGHTS_ROUNDING = 1e-5  # items may be weights: their sum depends on the order in float32, where counts are exact
-_PAIR, _NUMBER = (tuple, list), (int, float, Real)
+_PAIR = (tuple, list)
 SINGLE = "loss"  # name of the term of a loss with only one
 
 
@@ -39,54 +39,18 @@ def as_terms(result: object) -> Terms:
     for name, term in terms.items():
         if not isinstance(term, _PAIR) or len(term) != 2:
             raise TypeError(
-                f"the term {name!r} of the loss is {_describe(term)}: return the pair (loss_sum, items), the sum of "
+                f"the term {name!r} of the loss is {describe(term)}: return the pair (loss_sum, items), the sum of "
                 "the item losses and how many items it runs over, for example "
                 "(F.cross_entropy(logits, labels, reduction='sum'), labels.numel())."
             )
         loss_sum, items = term
         if not isinstance(loss_sum, Tensor) or loss_sum.ndim:
-            _refuse_loss(name, loss_sum)
+            refuse_loss(name, loss_sum)
         if type(items) is not int or items < 0:  # usually valid: a plain count
-            _check_items(name, items)
+            count = as_count(name, items)
+            if count is not items:
+                terms = {**terms, name: (loss_sum, count)}
     return terms
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _refuse_loss(name: str, loss_sum: object) -> NoReturn:
-    if not isinstance(loss_sum, Tensor):
-        raise TypeError(f"the loss of the term {name!r} is {_describe(loss_sum)}: it must be a 0-d tensor.")
-    raise ValueError(
-        f"the loss of the term {name!r} has shape {tuple(loss_sum.shape)}: it must be the 0-d sum of the item losses. "
-        "Use reduction='sum', or call .sum() on it."
-    )
-
-
-def _check_items(name: str, items: object) -> None:
-    if isinstance(items, Tensor):
-        if items.dtype in HALF_PRECISION_DTYPES:
-            raise ValueError(
-                f"the items of the term {name!r} are in {items.dtype}, which cannot count past "
-                f"{2 / torch.finfo(items.dtype).eps:g}. Sum the mask as it is (bool), or in float32."
-            )
-        if items.numel() != 1:
-            raise ValueError(
-                f"the items of the term {name!r} have shape {tuple(items.shape)}: they must be one number, the count "
-                "of the micro-batch. Call .sum() on the mask."
-            )
-        if not items.is_cpu:  # reading its value would wait for the device
-            return
-        items = items.item()
-    if not isinstance(items, _NUMBER):
-        raise TypeError(
-            f"the items of the term {name!r} are {_describe(items)}: they must be a number or a 0-d tensor."
-        )
-    if not 0 <= float(items) < math.inf:
-        raise ValueError(f"the items of the term {name!r} are {items}: they must be a finite count, 0 or more.")
 
 
 class LossTotals:
@@ -100,13 +64,15 @@ class LossTotals:
     """
 
     def __init__(self, totals: Mapping[str, Items] | None = None, *, prescale: bool = False) -> None:
-        self.totals = None if totals is None else {name: _host(items) for name, items in totals.items()}
+        self.totals: dict[str, float] | None = None
+        if totals is not None:  # counts on a device are read here: the first backward divides by them
+            self.totals = {name: _read(as_count(name, items)) for name, items in totals.items()}
         self._prescale = prescale
         self._prescaled_by: float | Tensor | None = None
         self.num_recorded = 0
-        self._last: list[tuple[str, bool]] = []  # terms of the last micro-batch, and whether they had items
+        self._last: list[str] = []  # terms of the last micro-batch
         self._sums: defaultdict[str, list[float | Tensor]] = defaultdict(list)
-        self._items: defaultdict[str, list[Items]] = defaultdict(list)
+        self._items: defaultdict[str, list[Items]] = defaultdict(list)  # as many for each term as sums
         self._global_totals: dict[str, TermReport] | None = None  # over all ranks, once exchanged
 
     @property
@@ -115,7 +81,15 @@ class LossTotals:
         return self.totals is None and not self._prescale
 
     def record(self, terms: Terms) -> Tensor | None:
-        """Record one micro-batch; return the 0-d loss to differentiate, or None if it has no items."""
+        """Record one micro-batch; return the 0-d loss to differentiate, or None if there is nothing to differentiate.
+
+        The gradient of every micro-batch counts, also of one with 0 items: a divisor may count something else than the
+        items of the sum, such as positives. Only a loss that is NaN with 0 items, a mean over nothing, adds nothing;
+        reading that loss waits for its device. A term whose total is 0 cannot be divided, and is left out.
+
+        A count on a device is not read. A loss that is NaN where it is 0 is then left out of the sum of losses, and its
+        gradient is added: 0 for ``F.cross_entropy`` without a label that counts, NaN for a division by the count.
+        """
         self.num_recorded += 1
         self._last.clear()
         if self.totals is None:
@@ -127,8 +101,11 @@ class LossTotals:
                     f"the loss has the term {name!r}, and count_items returned the totals of "
                     f"{', '.join(map(repr, self.totals))}: count it there too."
                 )
-            if self._add_term(name, loss_sum, items):
-                part = loss_sum / self.totals[name]
+            counts = self._add_term(name, loss_sum, items)
+            if not (total := self.totals[name]):
+                self._sums[name][-1] = 0.0
+            elif counts:
+                part = loss_sum / total
                 weighted = part if weighted is None else weighted + part
         return weighted
 
@@ -151,27 +128,30 @@ class LossTotals:
         return loss_sum
 
     def _add_term(self, name: str, loss_sum: Tensor, items: Items) -> bool:
-        """Record one term of one micro-batch; return whether it may have items."""
+        """Record one term of one micro-batch; return whether its gradient counts."""
         items = _host(items) if isinstance(items, Tensor) else items
-        self._items[name].append(items)
-        sums = self._sums[name]
-        has_items = may_have_items(items)
-        self._last.append((name, has_items))
-        if not has_items:
-            return False
         # A copy: the caller may change the loss in place.
-        sums.append(loss_sum.item() if loss_sum.is_cpu else loss_sum.detach().clone())
-        return True
+        value = loss_sum.item() if loss_sum.is_cpu else loss_sum.detach().clone()
+        counts = True
+        if isinstance(items, Tensor):
+            value = loss_sum.detach().to(items.device, copy=True) if loss_sum.is_cpu else value
+        elif not items:
+            value = loss_sum.item()  # waits for the device, in this case only
+            counts = loss_sum.requires_grad and value == value
+            value = 0.0 if value != value else value  # NaN
+        self._last.append(name)
+        self._items[name].append(items)
+        self._sums[name].append(value)
+        return counts
 
     def rollback(self, num_recorded: int) -> None:
         """Remove the micro-batch that was recorded after ``num_recorded`` ones; no-op if there is none."""
         if self.num_recorded == num_recorded:
             return
         self.num_recorded = num_recorded
-        for name, has_items in self._last:
+        for name in self._last:
             self._items[name].pop()
-            if has_items:
-                self._sums[name].pop()
+            self._sums[name].pop()
 
     def local_totals(self) -> dict[str, tuple[float | Tensor, float | Tensor]]:
         """Return local ``(items, loss_sum)`` of each term so far, on their devices, without waiting."""
@@ -183,7 +163,7 @@ class LossTotals:
     def items_squared(self) -> float | Tensor:
         """Return Σ n_i² over the micro-batches of a loss of one term, on their device, without waiting."""
         counts = next(iter(self._items.values()), [])
-        return _added([float(count * count) if not isinstance(count, Tensor) else count * count for count in counts])
+        return _added([_wide(c).square() if isinstance(c, Tensor) else float(c) * float(c) for c in counts])
 
     def undo_prescale(self, gradients: list[Tensor]) -> None:
         """Multiply gradients by what this rank divided its losses by: other ranks use another factor."""
@@ -216,14 +196,16 @@ class LossTotals:
 
     def _totals_on_device(self, names: Iterable[str] | None = None) -> list[float | Tensor]:
         """Return the sum of the losses of some terms, or of all, on the host and on each device."""
-        on_host, on_device = 0.0, defaultdict[torch.device, list[Tensor]](list)
-        chosen = self._sums if names is None else names
-        for loss_sum in chain.from_iterable(self._sums[name] for name in chosen):
-            if isinstance(loss_sum, Tensor):
-                on_device[loss_sum.device].append(loss_sum)
-            else:
-                on_host += loss_sum
-        return [on_host, *(torch.stack(sums).sum(dtype=_sum_dtype(sums[0])) for sums in on_device.values())]
+        on_host: list[float] = []
+        on_device = defaultdict[torch.device, list[tuple[Tensor, Items]]](list)
+        for name in self._sums if names is None else names:
+            for loss_sum, items in zip(self._sums.get(name, ()), self._items.get(name, ()), strict=True):
+                if isinstance(loss_sum, Tensor):
+                    on_device[loss_sum.device].append((loss_sum, items))
+                else:
+                    on_host.append(loss_sum)
+        total = sum(on_host)
+        return [math.fsum(on_host) if math.isfinite(total) else total, *map(_sum_without_empty, on_device.values())]
 
     def items(self, name: str | None = None) -> float:
         """Return the items so far of one term, by default of the first; waits for the device if counts are there."""
@@ -234,6 +216,8 @@ class LossTotals:
         counts = self._items.get(name, [])
         on_device = [count.reshape(()) for count in counts if isinstance(count, Tensor)]
         total = sum(count for count in counts if not isinstance(count, Tensor))
+        if any(count.is_floating_point() for count in on_device):
+            on_device = [_wide(count) for count in on_device]
         if on_device:
             total += torch.stack(on_device).sum().item()  # waits for the device
         return total
@@ -261,12 +245,9 @@ class LossTotals:
         if self._global_totals is not None:
             return dict(self._global_totals)
         reports = {}
-        for name, sums in self._sums.items():
+        for name in self._sums:
             items = self.items(name)
-            on_device = [loss_sum for loss_sum in sums if isinstance(loss_sum, Tensor)]
-            total = math.fsum(loss_sum for loss_sum in sums if not isinstance(loss_sum, Tensor))
-            if on_device:
-                total += torch.stack(on_device).sum(dtype=_sum_dtype(on_device[0])).item()  # waits for the device
+            total = sum(map(float, self._totals_on_device([name])))  # waits for the device
             reports[name] = TermReport(loss=total / items if items else math.nan, items=items)
         return reports
 
@@ -284,6 +265,12 @@ def _added(values: Iterable[float | Tensor]) -> float | Tensor:
     return total + torch.stack(on_device).sum() if on_device else total
 
 
+def _read(items: Items) -> float:
+    """Return a count as a number; waits for the device if it is there."""
+    count: float = items.item() if isinstance(items, Tensor) else items
+    return count
+
+
 def _host(items: Items) -> Items:
     """Return counts on the CPU as numbers; those on a device as they are."""
     return items.item() if isinstance(items, Tensor) and items.is_cpu else items
@@ -293,7 +280,24 @@ def _power_of_two_near(items: Items) -> float | Tensor:
     if isinstance(items, Tensor):
         count = items.detach().float().reshape(())
         return torch.where(count > 0, torch.exp2(torch.ceil(torch.log2(count))), 1.0)
-    return 2.0 ** math.ceil(math.log2(items))
+    return 2.0 ** math.ceil(math.log2(items)) if items else 1.0
+
+
+def _sum_without_empty(recorded: Sequence[tuple[Tensor, Items]]) -> Tensor:
+    """Return the sum of losses on one device, without those that are NaN and whose items there are 0."""
+    plain = [loss_sum for loss_sum, items in recorded if not isinstance(items, Tensor)]
+    counted = [(loss_sum, items) for loss_sum, items in recorded if isinstance(items, Tensor)]
+    parts = [torch.stack(plain)] if plain else []
+    if counted:
+        losses = torch.stack([loss_sum for loss_sum, _ in counted])
+        counts = torch.stack([_wide(items).to(losses.device) for _, items in counted])
+        parts.append(torch.where((counts == 0) & losses.isnan(), 0.0, losses))
+    return torch.cat(parts).sum(dtype=_sum_dtype(parts[0]))
+
+
+def _wide(count: Tensor) -> Tensor:
+    """Return a count as a 0-d tensor in which sums and squares of counts are exact."""
+    return count.detach().reshape(()).to(_sum_dtype(count))
 
 
 def _sum_dtype(loss_sum: Tensor) -> torch.dtype:

@@ -1,0 +1,265 @@
+"""Detect code that changes gradients or parameters of an open window: a sum of its micro-batches would be wrong.
+
+    reset → check → backward → record → check → backward → record → … → check_end → update
+
+After each backward the ``.grad`` of every parameter and the version of every sum are recorded; before the next one they
+must be the same. Both are read on the host: no device is waited for. Once every parameter has a sum, only versions are
+read for each micro-batch: a ``.grad`` that was replaced is noticed because the backward does not change the version of
+the recorded one. A write through ``p.grad.data`` has no version and is not seen.
+"""
+
+from collections.abc import Callable, Mapping
+from operator import attrgetter, is_
+from typing import Any, NoReturn, TypeAlias
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from bigbatch.errors import WindowStateError
+
+# Each sum of a list of parameters and its version at that time; None where there was none yet.
+SumVersions: TypeAlias = tuple[list[Tensor | None], list[int | None]]
+
+_GRAD, _VERSION, _DTYPE = attrgetter("grad"), attrgetter("_version"), attrgetter("dtype")
+_REMEDY = "Remove it: a window clears the gradients when it opens and when it ends, and alone adds to them in between."
+
+
+class ForeignWrites:
+    """Records the gradients of a window after each backward, and refuses changes by other code.
+
+    Args:
+        parameters: Of the window.
+        parameters_are_wrapped: Whether sums may be replaced within a backward, as under FSDP.
+    """
+
+    def __init__(self, parameters: tuple[Tensor, ...], *, parameters_are_wrapped: bool) -> None:
+        self._parameters = parameters
+        self._parameters_are_wrapped = parameters_are_wrapped
+        self.reset()
+
+    def reset(self) -> None:
+        """Start with no gradients and no sums, and drop all references to them."""
+        self._grads: list[Tensor | None] = [None] * len(self._parameters)
+        self._sums = self._grads
+        self._versions: list[int | None] = [None] * len(self._parameters)
+        self._are_in_place = False  # whether all later backwards add to the same tensors
+        self._saw_backward = False
+        self._dtypes: list[torch.dtype] = []
+        self._parameter_versions: list[int] = []  # at the first backward
+
+    def begin(self) -> None:
+        """Record the parameters before the first backward."""
+        self._dtypes = list(map(_DTYPE, self._parameters))
+        if not self._parameters_are_wrapped:
+            self._parameter_versions = list(map(_VERSION, self._parameters))
+
+    def note_backward(self) -> None:
+        """Record that a backward of other code reached a parameter whose ``.grad`` is moved away."""
+        self._saw_backward = True
+
+    def record(self, float32_sums: Mapping[Tensor, Tensor], *, can_replace: bool = False) -> None:
+        """Accept gradients and sums as they are now.
+
+        Args:
+            float32_sums: Those that are not stored in ``.grad``.
+            can_replace: Whether the next backward may store other tensors in ``.grad``.
+        """
+        grads = self._grads = list(map(_GRAD, self._parameters))
+        self._sums = grads
+        if float32_sums:
+            self._sums = [float32_sums.get(p, grad) for p, grad in zip(self._parameters, grads, strict=True)]
+        self._are_in_place = not (can_replace or self._parameters_are_wrapped) and all(
+            total is not None and not total.is_sparse for total in self._sums
+        )
+        self._versions = self._read_versions()
+
+    def record_backward(self, float32_sums: Mapping[Tensor, Tensor], *, can_replace: bool) -> int:
+        """Accept what a backward added; return to how many parameters it did.
+
+        Args:
+            float32_sums: As for `record`.
+            can_replace: As for `record`.
+
+        Raises:
+            WindowStateError: A ``.grad`` was replaced by other code: the backward did not add to the recorded one.
+        """
+        if self._are_in_place and not can_replace:
+            before, self._versions = self._versions, list(map(_VERSION, self._sums))
+            num_added: int = sum(self._versions) - sum(before)  # type: ignore[arg-type]
+            if num_added != len(before) and not self._has_recorded_grads():  # usually each parameter is added to once
+                self._refuse()
+            return num_added
+        sums, versions = self.snapshot()
+        self.record(float32_sums, can_replace=can_replace)
+        pairs = zip(sums, versions, self._sums, self._versions, strict=True)
+        return sum(total is not old or version != old_version for old, old_version, total, version in pairs)
+
+    def snapshot(self) -> SumVersions:
+        """Return every sum with its version, as recorded last."""
+        return self._sums, self._versions
+
+    def check(self) -> None:
+        """Raise if gradients are not as they were recorded.
+
+        Raises:
+            WindowStateError: They were changed by other code.
+        """
+        if self._are_in_place:
+            if list(map(_VERSION, self._sums)) != self._versions or self._saw_backward:
+                self._refuse()
+        elif self._read_versions() != self._versions or self._saw_backward or not self._has_recorded_grads():
+            self._refuse()
+
+    def end_first_backward(self) -> None:
+        """Raise if the first backward changed parameters.
+
+        Raises:
+            WindowStateError: It did.
+        """
+        for index, before in enumerate(self._parameter_versions):
+            if self._parameters[index]._version != before:
+                raise WindowStateError(
+                    f"the backward of a window changed {self._name(index)}, as an optimizer that is fused into "
+                    "backward does. The weights have moved: remove its hooks, and start again from a checkpoint."
+                )
+
+    def check_end(self) -> None:
+        """Raise if gradients or dtypes are not as they were recorded.
+
+        Raises:
+            WindowStateError: They were changed by other code.
+        """
+        self.check()
+        if not self._has_recorded_grads():
+            self._refuse()
+        if not self._dtypes or (dtypes := list(map(_DTYPE, self._parameters))) == self._dtypes:
+            return
+        index = next(i for i, dtype in enumerate(dtypes) if dtype != self._dtypes[i])
+        raise WindowStateError(
+            f"{self._name(index)}, was {_short(self._dtypes[index])} at the first backward of the window and is "
+            f"{_short(dtypes[index])} now. Convert the model between two windows."
+        )
+
+    def guard_hooks(self, parameter: Tensor) -> list[RemovableHandle]:
+        """Check from now on that post-accumulate hooks of other code on a parameter only read; none without any."""
+        hooks = parameter._post_accumulate_grad_hooks
+        if not hooks or all(isinstance(hook, WindowHook) for hook in hooks.values()):
+            return []
+        index = next(i for i, p in enumerate(self._parameters) if p is parameter)
+        guard = _HookGuard(self._name(index))
+        first = on_accumulated(parameter, WindowHook(guard.before))
+        for key in [key for key in hooks if key != first.id]:  # hooks run in the order of this dictionary
+            hooks[key] = hooks.pop(key)
+        return [first, on_accumulated(parameter, WindowHook(guard.after))]
+
+    def _has_recorded_grads(self) -> bool:
+        return all(map(is_, map(_GRAD, self._parameters), self._grads))
+
+    def _read_versions(self) -> list[int | None]:
+        if self._are_in_place:
+            return list(map(_VERSION, self._sums))
+        return [None if total is None else total._version for total in self._sums]
+
+    def _refuse(self) -> NoReturn:
+        when = "since its last backward" if self._dtypes else "before its first backward"
+        versions = self._read_versions()
+        changed = [
+            index
+            for index, parameter in enumerate(self._parameters)
+            if parameter.grad is not self._grads[index] or versions[index] != self._versions[index]
+        ]
+        which = f" The first that differs is that of {self._name(changed[0])}." if changed else ""
+        raise WindowStateError(
+            f"the gradients of this window were changed {when}, by optimizer.zero_grad(), by clipping, by a hook, by a "
+            f"backward of your own or by another window over the same parameters.{which} {_REMEDY}"
+        )
+
+    def _name(self, index: int) -> str:
+        return f"parameter {index + 1} of {len(self._parameters)}, of shape {tuple(self._parameters[index].shape)}"
+
+
+class WindowHook:
+    """A hook of a window, which hooks of other code are distinguished from.
+
+    Args:
+        call: Receives the parameter or its gradient.
+    """
+
+    def __init__(self, call: "Callable[[Tensor], None]") -> None:
+        self._call = call
+
+    @classmethod
+    def weak(cls, method: "Callable[[Tensor], None]") -> "WindowHook":
+        """Return a hook that calls a method as long as its object exists."""
+        reference: WeakMethod[Any] = WeakMethod(method)
+
+        def call(tensor: Tensor) -> None:
+            if (bound := reference()) is not None:
+                bound(tensor)
+
+        return cls(call)
+
+    def __call__(self, tensor: Tensor) -> None:  # noqa: D102 - as the class
+        self._call(tensor)
+
+
+class _HookGuard:
+    """Checks that the hooks between its two calls neither change a parameter nor its gradient.
+
+    Args:
+        name: Of the parameter, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._grad: Tensor | None = None
+        self._versions: tuple[int | None, int] = (None, 0)
+        self._copy: Tensor | None = None  # of the parameter, within its first gradient
+        self._is_first = True
+
+    def before(self, parameter: Tensor) -> None:
+        """Record a parameter before other hooks see it."""
+        self._grad = parameter.grad
+        self._versions = None if self._grad is None else self._grad._version, parameter._version
+        if self._is_first:
+            self._copy = parameter.detach().clone()
+
+    def after(self, parameter: Tensor) -> None:
+        """Check it after other hooks have seen it; raises WindowStateError."""
+        recorded, self._grad = self._grad, None
+        copy, self._copy = self._copy, None
+        grad_version, version = self._versions
+        if parameter._version != version:
+            if copy is not None:
+                with torch.no_grad():
+                    parameter.copy_(copy)
+            moved = "It has been restored" if copy is not None else "It has moved: start again from a checkpoint"
+            raise WindowStateError(
+                f"a hook on {self._name}, changed it within backward, as an optimizer that is fused into backward "
+                f"does, when the gradient of the window was not complete. {moved}; remove the hook, and let the "
+                "window's step() call the optimizer."
+            )
+        if parameter.grad is not recorded or (recorded is not None and recorded._version != grad_version):
+            raise WindowStateError(
+                f"a hook on {self._name}, changed its gradient within backward, when that of the window was not "
+                "complete. Remove the hook: inside a window, hooks may only read gradients."
+            )
+        self._is_first = False
+
+
+def on_accumulated(parameter: Tensor, hook: WindowHook) -> RemovableHandle:
+    """Call a hook with a leaf after its gradient was added to ``.grad``."""
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def on_gradient(parameter: Tensor, hook: WindowHook) -> RemovableHandle:
+    """Call a hook with the whole gradient of a leaf, before it is added."""
+    handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
