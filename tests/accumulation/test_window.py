@@ -1,5 +1,7 @@
 """What may be done with a window when; every illegal order says so and leaves clean gradients."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -315,3 +317,159 @@ def test_discarded_window_leaves_no_hook(dtype):
     assert optimizer.recorded[0]["bias"].item() == 1
     model(inputs).sum().backward()
     assert model.bias.grad.item() == 3
+
+
+def test_context_manager_returns_window_and_ends_with_step():
+    model, optimizer, accumulator, parts = setup()
+    with accumulator.window(parts[:2]) as window:
+        assert isinstance(window, bigbatch.Window)
+        fill(window, model)
+        window.step()
+    assert window.state is WindowState.CLOSED
+    assert len(optimizer.recorded) == 1
+
+
+def test_error_inside_context_manager_aborts_window():
+    model, optimizer, accumulator, parts = setup()
+    windows = []
+
+    def train():
+        with accumulator.window() as window:
+            windows.append(window)
+            window.backward(ref.loss_and_items(model, parts[0]))
+            raise ZeroDivisionError("the user's own")
+
+    with pytest.raises(ZeroDivisionError, match="the user's own"):
+        train()
+    (window,) = windows
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+    assert not optimizer.recorded
+
+
+@pytest.mark.parametrize("num_microbatches", [0, 2])
+def test_context_manager_without_step_raises(num_microbatches):
+    model, optimizer, accumulator, parts = setup()
+    with pytest.raises(WindowStateError) as missing, accumulator.window(parts[:num_microbatches]) as window:
+        fill(window, model)
+    assert str(missing.value) == (
+        f"the with block of a window ended with {num_microbatches} micro-batches that were not applied. Call "
+        "window.step() at its end, or window.abort() to drop them."
+    )
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+    assert not optimizer.recorded
+
+
+def test_context_manager_accepts_abort():
+    model, _, accumulator, parts = setup()
+    with accumulator.window(parts[:2]) as window:
+        fill(window, model)
+        window.abort()
+    assert window.state is WindowState.ABORTED
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_retained_graph_is_differentiated_again(dtype):
+    """Truncated backpropagation through time: every chunk reaches back through the one before."""
+    torch.manual_seed(0)
+    model = torch.nn.LSTMCell(3, 4).to(dtype)
+    steps = torch.randn(4, 2, 3).to(dtype)
+
+    def losses():
+        state = None
+        for inputs in steps:
+            state = model(inputs, state)
+            yield state[0].float().square().sum() if dtype is torch.bfloat16 else state[0].square().sum()
+
+    full = ref.gradients_of(model, sum(losses()) / 8)
+    optimizer = ref.RecordingSGD(model)
+    with bigbatch.Accumulator(model, optimizer).window() as window:
+        for loss in losses():
+            window.backward(loss, items=2, retain_graph=True)
+        window.step()
+    assert ref.relative_error(optimizer.recorded[0], full) <= (1e-12 if dtype is torch.float64 else 3e-2)
+
+
+def test_parameters_added_inside_window_are_refused():
+    model, optimizer, accumulator, parts = setup()
+    window = accumulator.window(parts[:2])
+    fill(window, model)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]})
+    with pytest.raises(WindowStateError) as refused:
+        window.step()
+    num_parameters = len(list(model.parameters()))
+    assert str(refused.value) == (
+        f"the optimizer had {num_parameters} parameters when the window opened and has {num_parameters + 2} now, "
+        "not all the same ones. Call add_param_group between two windows."
+    )
+    assert not optimizer.recorded
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_windows_under_one_autocast_use_updated_weights(make):
+    """Autocast keeps a cast of each float32 weight until its outermost context ends."""
+
+    def run(around):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        accumulator = bigbatch.Accumulator(model, make(model.parameters(), lr=0.5))
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+        inputs, losses = torch.ones(2, 3), []
+        with autocast if around else contextlib.nullcontext():
+            for _ in range(3):
+                with accumulator.window() as window:
+                    for row in inputs.split(1):
+                        with contextlib.nullcontext() if around else torch.autocast("cpu", dtype=torch.bfloat16):
+                            loss = model(row).float().square().sum()
+                        window.backward(loss, items=1)
+                    losses.append(window.step().loss)
+        return losses
+
+    assert run(around=True) == run(around=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", [0, 1])
+def test_unfrozen_half_parameters_sum_in_float32(dtype, position):
+    """Unfrozen after the window opened, or after its first micro-batch: 512 ones are not 256."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(2)]).to(dtype)
+    model[0].requires_grad_(False)
+    optimizer = ref.RecordingSGD(model)
+    window = bigbatch.Accumulator(model, optimizer).window()
+    for index in range(512 + position):
+        if index == position:
+            model[0].requires_grad_(True)
+        window.backward((model[0](torch.ones(1, 1, dtype=dtype)) + model[1].bias).sum(), items=1)
+        assert model[0].bias.grad is None
+    window.step()
+    assert optimizer.recorded[0]["0.bias"].item() == pytest.approx(512 / (512 + position), rel=4e-3)
+
+
+def test_model_converted_after_opening_sums_in_float32():
+    model = torch.nn.Linear(1, 1)
+    optimizer = ref.RecordingSGD(model)
+    window = bigbatch.Accumulator(model, optimizer).window()
+    model.to(torch.bfloat16)
+    for _ in range(512):
+        window.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum(), items=1)
+    window.step()
+    assert optimizer.recorded[0]["bias"].item() == 1
+
+
+@pytest.mark.parametrize("count", ["uint8(200)", "int16(20_000)", "uint16(60_000)"])
+def test_numpy_counts_of_terms_do_not_wrap(count):
+    numpy = pytest.importorskip("numpy")
+    model = torch.nn.Linear(1, 1)
+    optimizer = ref.RecordingSGD(model)
+    narrow = eval(f"numpy.{count}", {"numpy": numpy})
+    accumulator = bigbatch.Accumulator(model, optimizer)
+    inputs = [torch.ones(1, 1)] * 7
+    for window in accumulator.windows(inputs, num_microbatches=7, count_items=lambda _: {"a": narrow}):
+        for part in window:
+            window.backward({"a": (model(part).sum() * int(narrow), narrow)})
+        report = window.step()
+    assert report.items == 7 * int(narrow)
+    assert optimizer.recorded[0]["bias"].item() == pytest.approx(1)

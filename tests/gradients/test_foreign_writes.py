@@ -73,8 +73,8 @@ def test_refusal_names_first_changed_parameter():
     assert str(refused.value) == (
         "the gradients of this window were changed since its last backward, by optimizer.zero_grad(), by clipping, "
         "by a hook, by a backward of your own or by another window over the same parameters. The first that differs is "
-        "that of parameter 4 of 6, of shape (4,). Remove it: a window clears the gradients when it opens and when it ends, "
-        "and alone adds to them in between."
+        "that of parameter 4 of 6, of shape (4,). Remove it: a window clears the gradients when it opens and when it "
+        "ends, and alone adds to them in between."
     )
 
 

@@ -175,7 +175,7 @@ class GradientSums:
             self._hook_trained()
             only = None if only is None else [p for p in only if p.requires_grad]
             self.backward(loss, only=only, retain_graph=retain_graph)
-        elif num_added < len(inputs) and only is None and hides_leaves(loss, set(self.parameters)):
+        elif num_added < len(inputs) and not is_first and only is None and hides_leaves(loss, set(self.parameters)):
             self._hides_leaves = True
             if num_added:
                 raise WindowStateError(HIDDEN_LATER)
