@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support import distributed_windows as cases
+from support import full_batch_reference as ref
 from support.process_pool import Pools
 
 TOLERANCE = 1e-12
@@ -51,6 +52,22 @@ def test_any_cut_over_two_ranks_is_exact(pools: Pools, how: str, name: str, loss
 @pytest.mark.parametrize("loss", LOSSES)
 def test_cut_over_four_ranks_is_exact(pools: Pools, how: str, loss: str) -> None:
     check(pools(4).run(cases.window_of, how, OVER_FOUR, loss))
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_rank_with_loss_and_zero_items_is_exact(pools: Pools, how: str, size: int) -> None:
+    odd = (ref.ragged_batch(12)["labels"][:, 0] % 2 == 1).tolist()
+    without = [row for row in range(12) if not odd[row]]
+    assert 3 <= len(without) < 12
+    check(
+        pools(2).run(
+            cases.window_of,
+            how,
+            [[without[:size], without[size:]], [[row for row in range(12) if odd[row]]]],
+            "loss_over_odd",
+        )
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -127,6 +127,11 @@ def count_terms(batch: ref.Batch) -> dict[str, int]:
     return {"tokens": ref.count(batch), "odd": int((batch["labels"][:, 0] % 2 == 1).sum())}
 
 
+def loss_over_odd(model: nn.Module, batch: ref.Batch) -> tuple[Tensor, int]:
+    """Return the loss of all labelled tokens, to be divided by the samples with an odd first label."""
+    return ref.loss_and_items(model, batch)[0], int((batch["labels"][:, 0] % 2 == 1).sum())
+
+
 def total(terms: dict[str, tuple[Tensor, int]]) -> Tensor:
     """Return the sum of the mean terms over a whole batch."""
     return torch.stack([loss_sum / items for loss_sum, items in terms.values() if items]).sum()
@@ -134,12 +139,15 @@ def total(terms: dict[str, tuple[Tensor, int]]) -> Tensor:
 
 def mean_of(model: nn.Module, batch: ref.Batch, loss: str) -> Tensor:
     """Return the loss of a whole batch in one process."""
+    if loss == "loss_over_odd":
+        return total({"loss": loss_over_odd(model, batch)})
     return total(terms_and_items(model, batch)) if loss == "terms_and_items" else ref.loss_mean(model, batch)
 
 
 def loss_named(name: str) -> ref.LossFunction:
     """Return the loss function of that name, here or in the reference."""
-    return terms_and_items if name == "terms_and_items" else getattr(ref, name)
+    here: dict[str, ref.LossFunction] = {"terms_and_items": terms_and_items, "loss_over_odd": loss_over_odd}
+    return here[name] if name in here else getattr(ref, name)
 
 
 def window_of(how: str, cut: Cut, loss: str = "loss_and_items", num_samples: int = 12) -> WindowResult:
