@@ -1,6 +1,8 @@
 """Writes of other code to gradients and parameters of an open window are refused, on every parameter."""
 
 import re
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -159,7 +161,7 @@ def fuse(model, make, *, zeroes=True):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zeroes", [True, False])
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, partial(torch.optim.Adam, fused=True)])
 def test_fused_optimizer_is_refused_with_weights_kept(dtype, zeroes, make):
     model = three_layers(dtype)
     fuse(model, lambda parameters: make(parameters, lr=0.1), zeroes=zeroes)
@@ -204,8 +206,25 @@ def test_optimizer_fused_every_second_backward_is_refused():
             sums.backward(model(rows()).sum())
 
 
+def test_optimizer_in_backward_is_refused_before_weights_move():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.script
+        from torch.distributed.optim import _apply_optimizer_in_backward
+    model = three_layers()
+    _apply_optimizer_in_backward(torch.optim.SGD, model[2].parameters(), {"lr": 0.1})
+    before = ref.parameters_of(model)
+    with GradientSums(model.parameters()) as sums, pytest.raises(WindowStateError) as refused:
+        sums.backward(model(rows()).sum())
+    assert str(refused.value) == (
+        "_apply_optimizer_in_backward was called for parameter 3 of 6, of shape (4, 4): its optimizer would step "
+        "before the gradient of the window is complete. Make a model without it, and let the window's step() call the "
+        "optimizer."
+    )
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
 def test_optimizer_fused_at_graph_node_is_refused():
-    """As ``torch.distributed.optim._apply_optimizer_in_backward`` hooks it: no list of hooks shows it."""
+    """No list of hooks shows it."""
     model = three_layers()
     bias = model[2].bias
     optimizer = torch.optim.SGD([bias], lr=0.1)
@@ -237,8 +256,8 @@ def test_hooks_that_only_read_are_legal(dtype):
     model = three_layers(dtype)
     seen = []
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm().item()))
-        parameter.register_hook(lambda gradient: seen.append(gradient.norm().item()))
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm()))
+        parameter.register_hook(lambda gradient: seen.append(gradient.norm()))
     full = ref.gradients_of(model, model(rows(dtype)).square().sum() / 4)
     optimizer = ref.RecordingSGD(model)
     window = bigbatch.Accumulator(model, optimizer).window()

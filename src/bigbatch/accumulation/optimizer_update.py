@@ -183,7 +183,7 @@ class OptimizerUpdate:
     ) -> UpdateOutcome:
         """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`."""
         gradients = sums.tensors()
-        if loss_scale is None or not gradients:
+        if loss_scale is None or not gradients or not loss_totals.divisor():  # without items, the scaler stays as it is
             return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
         assert self.scaler is not None, "the loss scale comes from it"
         # Relative to the scale at the start of this window: another window may have changed the scaler since.

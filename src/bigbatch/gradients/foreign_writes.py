@@ -5,13 +5,14 @@
 After each backward the ``.grad`` of every parameter and the version of every sum are recorded; before the next one they
 must be the same. Both are read on the host: no device is waited for. Once every parameter has a sum, only versions are
 read for each micro-batch: a ``.grad`` that was replaced is noticed because the backward does not change the version of
-the recorded one. A write through ``p.grad.data`` has no version and is not seen.
+the recorded one. A write through ``p.grad.data`` has no version and is not seen. Nor has the step of an optimizer with
+``fused=True``: one that a hook calls is seen by the values of the parameter, within its first gradient of each window.
 """
 
 from collections.abc import Callable, Mapping
 from operator import attrgetter, is_
 from typing import Any, NoReturn, TypeAlias
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class ForeignWrites:
     def __init__(self, parameters: tuple[Tensor, ...], *, parameters_are_wrapped: bool) -> None:
         self._parameters = parameters
         self._parameters_are_wrapped = parameters_are_wrapped
+        self._guards: list[_HookGuard] = []
         self.reset()
 
     def reset(self) -> None:
@@ -143,16 +145,28 @@ class ForeignWrites:
         )
 
     def guard_hooks(self, parameter: Tensor) -> list[RemovableHandle]:
-        """Check from now on that post-accumulate hooks of other code on a parameter only read; none without any."""
+        """Check from now on that post-accumulate hooks of other code on a parameter only read; no-op without any.
+
+        Raises:
+            WindowStateError: Torch has fused an optimizer into the backward of the parameter.
+        """
         hooks = parameter._post_accumulate_grad_hooks
-        if not hooks or all(isinstance(hook, WindowHook) for hook in hooks.values()):
+        is_fused = hasattr(parameter, "_in_backward_optimizers")  # set by torch.distributed.optim
+        if not is_fused and (not hooks or all(isinstance(hook, WindowHook) for hook in hooks.values())):
             return []
         index = next(i for i, p in enumerate(self._parameters) if p is parameter)
+        if is_fused:
+            raise WindowStateError(
+                f"_apply_optimizer_in_backward was called for {self._name(index)}: its optimizer would step before the "
+                "gradient of the window is complete. Make a model without it, and let the window's step() call the "
+                "optimizer."
+            )
         guard = _HookGuard(self._name(index))
-        first = on_accumulated(parameter, WindowHook(guard.before))
+        self._guards.append(guard)  # hooks reference it weakly
+        first = on_accumulated(parameter, WindowHook(guard.before, parameter))
         for key in [key for key in hooks if key != first.id]:  # hooks run in the order of this dictionary
             hooks[key] = hooks.pop(key)
-        return [first, on_accumulated(parameter, WindowHook(guard.after))]
+        return [first, on_accumulated(parameter, WindowHook(guard.after, parameter))]
 
     def _has_recorded_grads(self) -> bool:
         return all(map(is_, map(_GRAD, self._parameters), self._grads))
@@ -184,25 +198,17 @@ class WindowHook:
     """A hook of a window, which hooks of other code are distinguished from.
 
     Args:
-        call: Receives the parameter or its gradient.
+        method: Receives the parameter or its gradient. Referenced weakly: a window that is dropped needs no hook.
+        parameter: What ``method`` receives; by default what torch passes, which hooks of other code may have replaced.
     """
 
-    def __init__(self, call: "Callable[[Tensor], None]") -> None:
-        self._call = call
-
-    @classmethod
-    def weak(cls, method: "Callable[[Tensor], None]") -> "WindowHook":
-        """Return a hook that calls a method as long as its object exists."""
-        reference: WeakMethod[Any] = WeakMethod(method)
-
-        def call(tensor: Tensor) -> None:
-            if (bound := reference()) is not None:
-                bound(tensor)
-
-        return cls(call)
+    def __init__(self, method: "Callable[[Tensor], None]", parameter: Tensor | None = None) -> None:
+        self._method: WeakMethod[Any] = WeakMethod(method)
+        self._parameter = None if parameter is None else ref(parameter)
 
     def __call__(self, tensor: Tensor) -> None:  # noqa: D102 - as the class
-        self._call(tensor)
+        if (method := self._method()) is not None:
+            method(tensor if self._parameter is None else self._parameter())
 
 
 class _HookGuard:
@@ -231,7 +237,7 @@ class _HookGuard:
         recorded, self._grad = self._grad, None
         copy, self._copy = self._copy, None
         grad_version, version = self._versions
-        if parameter._version != version:
+        if parameter._version != version or (copy is not None and _differ(parameter, copy)):
             if copy is not None:
                 with torch.no_grad():
                     parameter.copy_(copy)
@@ -247,6 +253,13 @@ class _HookGuard:
                 "complete. Remove the hook: inside a window, hooks may only read gradients."
             )
         self._is_first = False
+
+
+def _differ(parameter: Tensor, copy: Tensor) -> bool:
+    """Return whether values differ: fused optimizers change no version. Waits for the device."""
+    if type(copy) is not Tensor or (copy.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not torch.allclose(parameter.detach(), copy, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def on_accumulated(parameter: Tensor, hook: WindowHook) -> RemovableHandle:

@@ -194,9 +194,9 @@ class GradientSums:
             self._hooked.add(parameter)
             self._handles += self._writes.guard_hooks(parameter)
             if self._observer is not None:
-                self._handles.append(on_gradient(parameter, WindowHook.weak(self._pass_to_observer)))
+                self._handles.append(on_gradient(parameter, WindowHook(self._pass_to_observer)))
             if parameter.dtype in HALF_PRECISION_DTYPES:
-                self._handles.append(on_accumulated(parameter, WindowHook.weak(self._move_to_float32)))
+                self._handles.append(on_accumulated(parameter, WindowHook(self._move_to_float32, parameter)))
 
     @property
     def can_name_leaves(self) -> bool:
