@@ -5,10 +5,19 @@ import re
 from typing import Any
 
 import pytest
-from rich.console import Console
+from rich.progress import Progress
 
-from bigbatch.cli.console import TrainingDisplay, duration, make_console, progress_display, quote
+from bigbatch.cli.console import (
+    LiveLine,
+    OutputConsole,
+    TrainingDisplay,
+    duration,
+    make_console,
+    progress_display,
+    quote,
+)
 from bigbatch.cli.eta import EtaEstimator
+from bigbatch.cli.output import visible
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -18,7 +27,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
 def shown(*, terminal: bool, width: int = 100, total_steps: int = 100, skipped: int = 0) -> str:
     """What a run of that many updates prints, with a validation at half of them and a sample at the end."""
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=width, soft_wrap=True, highlight=False, markup=False)
+    console = OutputConsole(file=out, force_terminal=terminal, width=width)
     half = max(1, total_steps // 2)
     with TrainingDisplay(
         console, total_steps=total_steps, validation_every=half, entropy=6.5, prompt="def "
@@ -41,18 +50,47 @@ def test_output_without_terminal_has_about_twenty_lines() -> None:
     assert "\x1b" not in printed
 
 
-@pytest.mark.parametrize("width", [20, 60, 80, 120, 300])
+def live_lines(printed: str) -> list[str]:
+    """Return the states of the live line, without escape sequences and bar."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed)
+    lines = [line.lstrip("━╺╸ ") for line in re.split(r"[\r\n]", plain)]
+    return [line.rstrip() for line in lines if re.match(r"(update )?[\d,]+/[\d,]+( · |\s*$)", line)]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 300])
 def test_live_line_fits_terminal(width: int) -> None:
     printed = shown(terminal=True, width=width)
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed)
-    live = [line for line in re.split(r"[\r\n]", plain) if re.match(r"(update )?\d+/100 ", line)]
+    live = live_lines(printed)
     assert live
     assert max(map(len, live)) <= width
-    assert ("━" in plain) == (width >= 80)
-    if width >= 60:
+    assert ("━" in printed) == (width >= 80)
+    assert all("/100" in line for line in live)
+    if width >= 40:
         assert "loss 2.500 · " in live[-1]
+        assert " left" in live[-1]
+    if width >= 60:
+        assert " tokens/s · " in live[-1]
     if width >= 80:
-        assert live[-1].rstrip().endswith("GiB")
+        assert live[-1].endswith("GiB")
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (40, "update 7/300 · loss 2.500 · 5:00 left"),
+        (30, "update 7/300 · loss 2.500"),
+        (12, "update 7/300"),
+        (8, "7/300"),
+        (64, "update 7/300 · loss 2.500 · 12,345 tokens/s · 5:00 left"),
+        (79, "update 7/300 · loss 2.500 · 12,345 tokens/s · 5:00 left · 1.00 GiB"),
+    ],
+)
+def test_live_line_drops_least_important_parts(width: int, expected: str) -> None:
+    console = OutputConsole(file=io.StringIO(), force_terminal=True, width=width)
+    progress = Progress(console=console)
+    parts = ("loss 2.500", "12,345 tokens/s", "5:00 left", "1.00 GiB", "noise scale not measurable yet")
+    task = progress.add_task("", total=300, completed=7, parts=parts)
+    assert LiveLine(console, reserved=0).render(progress.tasks[task]).plain == expected
 
 
 def test_skipped_update_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +104,7 @@ def test_run_of_one_update_shows_it_once() -> None:
 
 def test_unknown_memory_is_reported() -> None:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=False, width=100)
+    console = OutputConsole(file=out, force_terminal=False, width=100)
     with TrainingDisplay(console, total_steps=1, validation_every=None, entropy=None, prompt="") as display:
         display.on_update(row(1, peak_bytes=None))
         display.on_validation(1, 3.0)
@@ -76,7 +114,7 @@ def test_unknown_memory_is_reported() -> None:
 
 def test_setup_without_terminal_prints_each_stage_once() -> None:
     out = io.StringIO()
-    with progress_display(Console(file=out, force_terminal=False)) as say:
+    with progress_display(OutputConsole(file=out, force_terminal=False)) as say:
         say("reading a")
         say("encoding")
         say("encoding", 5, 10)
@@ -85,7 +123,7 @@ def test_setup_without_terminal_prints_each_stage_once() -> None:
 
 def test_setup_on_terminal_shows_progress_and_clears_it() -> None:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=80)
+    console = OutputConsole(file=out, force_terminal=True, width=80)
     with progress_display(console) as say:
         say("encoding", 5, 1000)
         console.print("in between")
@@ -101,7 +139,7 @@ def test_setup_can_be_silent() -> None:
 def test_sample_keeps_first_lines_and_whole_characters() -> None:
     assert quote("def f\n\n\n \nx\ufffd\n", "def ").plain == "    │ def f\n    │ \n    │ x"
     assert quote("", "").plain == "    │ "
-    assert quote("a\x1b[2J\x07b\tc", "").plain == "    │ a\ufffd[2J\ufffdb\tc"
+    assert quote("a\x1b[2J\x07b\tc", "").plain == "    │ a\\x1b[2J\\x07b\tc"
     long = quote("\n".join("abcdefghijklmnopqrstuvwxyz"), "a").plain.splitlines()
     assert (len(long), long[-1]) == (13, "    │ …")
 
@@ -115,6 +153,70 @@ def test_sample_prompt_is_marked() -> None:
 def test_console_reads_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     make_console().print("[bold]x[/bold] " * 40)
     assert capsys.readouterr().out == "[bold]x[/bold] " * 40 + "\n"
+
+
+HOSTILE = {
+    "a\x1b[31mred": "a\\x1b[31mred",
+    "\x1b]0;title\x07": "\\x1b]0;title\\x07",
+    "\x9b2Jc1": "\\x9b2Jc1",
+    "abc\rxyz": "abc\\rxyz",
+    "abc\b\b\b": "abc\\x08\\x08\\x08",
+    "txt.\u202egnp": "txt.\\u202egnp",
+    "a\u2066b\u2069": "a\\u2066b\\u2069",
+    "one\ntwo": "one\\ntwo",
+    "line\u2028end": "line\\u2028end",
+    "\udcff.txt": "\\udcff.txt",
+    "[bold]x[/bold] :smile:": "[bold]x[/bold] :smile:",
+    "שלום é 日本": "שלום é 日本",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_control_characters_are_printed_as_escapes(text: str, terminal: bool) -> None:
+    out = io.StringIO()
+    console = OutputConsole(file=out, force_terminal=terminal, width=100)
+    console.print(text)
+    console.print_unbroken(text)
+    assert out.getvalue() == f"{HOSTILE[text]}\n" * 2
+
+
+@pytest.mark.parametrize("text", ["a\x1b[31mred", "[red]x[/red]", "b\u202ec"])
+def test_live_progress_escapes_names(text: str) -> None:
+    out = io.StringIO()
+    with progress_display(OutputConsole(file=out, force_terminal=True, width=80)) as progress:
+        progress(f"reading {text}", 5, 1000)
+    assert f"reading {visible(text)}: 5 of 1,000 …" in out.getvalue()
+
+
+def test_live_progress_keeps_count_on_narrow_terminal() -> None:
+    out = io.StringIO()
+    with progress_display(OutputConsole(file=out, force_terminal=True, width=40)) as progress:
+        progress("encoding the documents of a very long folder name", 5, 300)
+    assert "encoding the documents o…: 5 of 300 …" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_lines_break_at_spaces_on_terminal(width: int) -> None:
+    sentence = "split into 4 micro-batches of up to 8 sequences, on cpu, float32 (affects memory only, not the result)"
+    path = "/a/very/long/path/that/is/wider/than/a/narrow/terminal/of/forty/columns/and/than/eighty/data.jsonl"
+    out = io.StringIO()
+    console = OutputConsole(file=out, force_terminal=True, width=width)
+    console.print(sentence)
+    console.print(f"  reading {path}")
+    console.print_unbroken(sentence)
+    lines = out.getvalue().splitlines()
+    assert lines[-1] == sentence
+    assert lines[-2] == f"    {path}"
+    assert lines[-3] == "  reading"
+    assert " ".join(" ".join(lines[:-3]).split()) == sentence
+    assert max(map(len, lines[:-3])) <= width
+
+
+def test_lines_stay_whole_without_terminal() -> None:
+    out = io.StringIO()
+    OutputConsole(file=out, force_terminal=False, width=40).print("word " * 40)
+    assert out.getvalue() == "word " * 40 + "\n"
 
 
 @pytest.mark.parametrize(

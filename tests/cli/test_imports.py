@@ -47,6 +47,26 @@ def test_unwritable_file_is_reported_before_torch_loads():
     assert loaded_after(code, ("torch", "transformers")) == set()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--model", "/nonexistent/model"],
+        ["train", "--model", "no/such/folder"],
+        ["train", "--data", "/nonexistent/data.jsonl"],
+        ["plan", "--data", "./missing.txt"],
+        ["verify", "--model", "./missing"],
+        ["resume", "/nonexistent/run"],
+        ["generate", "/nonexistent/run"],
+        ["advise", "/nonexistent/run"],
+        ["checkpoints", "/nonexistent/run"],
+        ["report", "/nonexistent/run"],
+    ],
+)
+def test_missing_path_is_reported_before_torch_loads(words: list[str]):
+    code = f"from bigbatch.cli import main; assert main({words!r}) == 2"
+    assert loaded_after(code, ("torch", "transformers", "tokenizers", "datasets", "numpy", "pyarrow")) == set()
+
+
 def test_importing_package_loads_no_optional_library():
     watched = ("transformers", "rich", "pydantic", "datasets", "tokenizers", "peft")
     assert loaded_after("import bigbatch", watched) == set()

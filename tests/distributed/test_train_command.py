@@ -290,9 +290,7 @@ def test_run_in_use_is_rejected_once(run_folder: RunFolder, alone: str) -> None:
 
 
 def test_missing_run_is_rejected_once(run_folder: RunFolder) -> None:
-    assert refused(run_folder, ["resume", "nowhere"]) == (
-        "nowhere is no run: nowhere/config.json cannot be read (no such file or directory)."
-    )
+    assert refused(run_folder, ["resume", "nowhere"]) == ("run nowhere does not exist: create one with bigbatch train.")
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,17 @@ one that prints or reads the environment.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import os
-import select
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
 
 from bigbatch import __version__
-from bigbatch.cli.exit_codes import DONE, FAILED, INTERRUPTED, exit_for
+from bigbatch.cli.exit_codes import DONE, INTERRUPTED, exit_for
+from bigbatch.cli.output import guarded_output, print_error
 from bigbatch.errors import BigbatchError, InputError
 
 COMMANDS = {
@@ -45,22 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     prefix = f"bigbatch {argv[0]}" if argv and argv[0] in COMMANDS else "bigbatch"
-    try:
-        code = _dispatch(argv)
-        sys.stdout.flush()
-    except (BigbatchError, ModuleNotFoundError) as error:
-        message_and_code = exit_for(error)
-        if message_and_code is None:
-            raise
-        return _print_error(prefix, *message_and_code)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)  # the terminal has just written ^C
-        return _print_error(prefix, "interrupted.", INTERRUPTED)
-    except BrokenPipeError:
-        if not _stdout_is_closed():
-            raise
-        return FAILED
-    return code
+    with guarded_output():
+        try:
+            code = _dispatch(argv)
+            sys.stdout.flush()
+        except (BigbatchError, ModuleNotFoundError) as error:
+            message_and_code = exit_for(error)
+            if message_and_code is None:
+                raise
+            message, code = message_and_code
+            if message:
+                print_error(prefix, message)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # the terminal has just written ^C
+            print_error(prefix, "interrupted.")
+            return INTERRUPTED
+        return code
 
 
 def _dispatch(argv: Sequence[str]) -> int:
@@ -129,23 +128,3 @@ def _overview() -> str:
             "  76 a sharded run is out of memory: restart it to continue with smaller micro-batches",
         ]
     )
-
-
-def _print_error(prefix: str, message: str, code: int) -> int:
-    print(f"{prefix}: {message}", file=sys.stderr)
-    return code
-
-
-def _stdout_is_closed() -> bool:
-    """Return whether the reader has closed our stdout, as in ``bigbatch ... | head``; if so, discard further output.
-
-    Otherwise the interpreter would flush stdout again at exit and print an error.
-    """
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no poll on Windows; a stdout without a descriptor
-        descriptor = sys.stdout.fileno()
-        poll = select.poll()
-        poll.register(descriptor, select.POLLOUT)
-        if any(event & select.POLLERR for _, event in poll.poll(0)):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            return True
-    return False

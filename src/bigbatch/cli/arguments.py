@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -21,9 +20,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from bigbatch.cli.command_specs import COMMAND_SPECS
-from bigbatch.cli.error_messages import nearest, sentence, suggestion, truncate
+from bigbatch.cli.error_messages import format_value, nearest, sentence, suggestion, truncate
 from bigbatch.cli.options import SourceOptions, flag_key
-from bigbatch.errors import InputError, os_reason
+from bigbatch.cli.toml_file import read_toml
+from bigbatch.errors import InputError
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.train_config import TrainConfig
 
@@ -59,7 +59,7 @@ def train_config(command: str, values: Mapping[str, object]) -> TrainConfig:
     """
     source = _validate(SourceOptions, values)
     flags = {key: value for key, value in values.items() if key in TrainConfig.model_fields}
-    table = {} if source.config is None else _read_toml(command, source.config)
+    table = {} if source.config is None else read_toml(command, source.config)
     for names in EXCLUSIVE:
         if any(name in flags for name in names):
             table = {key: value for key, value in table.items() if key not in names}
@@ -149,9 +149,14 @@ def _parser(command: str) -> _Parser:
 
 
 def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
-    """Return the text of each flag and positional by field; the last value of a repeated flag wins."""
+    """Return the text of each flag and positional by field.
+
+    Raises:
+        InputError: A flag is unknown, is given twice or lacks its value, or a positional is missing or unexpected.
+    """
     spec = COMMAND_SPECS[command]
     tokens, after_dashes = _bind_values(command, argv)
+    _refuse_repeated(command, tokens)
     try:
         namespace, extras = _parser(command).parse_known_args(tokens)
     except argparse.ArgumentError as error:  # values are bound already, so only a switch with a value remains
@@ -196,6 +201,23 @@ def _bind_values(command: str, argv: Sequence[str]) -> tuple[list[str], list[str
         else:
             tokens.append(f"{token}={rest.pop(0)}")
     return tokens, []
+
+
+def _refuse_repeated(command: str, tokens: Sequence[str]) -> None:
+    """Raise if a flag is given twice: one of its values would be ignored."""
+    fields = COMMAND_SPECS[command].fields()
+    given: dict[str, str] = {}
+    for token in tokens:
+        flag, equals, value = token.partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or key not in fields or key in COMMAND_SPECS[command].positionals:
+            continue
+        if flag in given:
+            values = f", as {format_value(given[flag])} and {format_value(value)}" if equals else ""
+            is_list = any(get_origin(kind) is tuple for kind in _base_types(fields[key].annotation))
+            remedy = f"give one list, such as {flag} {given[flag]},{value}" if is_list else "give it once"
+            raise InputError(f"{flag} is given twice{values}: {remedy}.")
+        given[flag] = value
 
 
 def _implied_value(info: FieldInfo) -> object:
@@ -244,38 +266,7 @@ def _base_types(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-# file ------------------------------------------------------------------------------------------------------------
-
-
-def _read_toml(command: str, path: Path) -> dict[str, object]:
-    """Return the settings of the file; raise if a name is not one of :class:`TrainConfig`. Values are not checked."""
-    try:
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: --config needs a TOML file.") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: --config needs a TOML file.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {os_reason(error)}.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from None
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply: settings are single values.") from None
-    except ValueError as error:
-        reason = str(error)
-        raise InputError(f"{path} is not valid TOML: {reason[:1].lower()}{reason[1:]}.") from None
-    for key, value in table.items():
-        if key in TrainConfig.model_fields:
-            continue
-        if isinstance(value, dict):
-            raise InputError(
-                f"{path} has the table [{truncate(key)}]: write the settings at the top level, without tables."
-            )
-        near = nearest(key, TrainConfig.model_fields)
-        raise InputError(
-            f"{path} has the unknown key {truncate(repr(key))}: {suggestion(command, near and repr(near))}"
-        )
-    return table
+# validation ------------------------------------------------------------------------------------------------------
 
 
 def _validate(

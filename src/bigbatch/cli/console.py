@@ -1,4 +1,7 @@
-"""Console output of a run: a live line on a terminal, plain lines elsewhere."""
+"""Console output of a run: a live line on a terminal, plain lines elsewhere.
+
+Every text passes through `OutputConsole`, `quote` or the live lines here, which escape control characters.
+"""
 
 import math
 import re
@@ -7,23 +10,48 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
 from bigbatch.cli.eta import EtaEstimator
+from bigbatch.cli.output import visible, wrap
 
 if TYPE_CHECKING:
     from bigbatch.lm.training.setup import ProgressCallback
 
 PLAIN_LINES = 20  # approximate number of update lines per run without a terminal
 SAMPLE_LINES = 12
-STATUS_COLUMNS = 68  # terminal columns for "update 350/350", loss, speed, time left and memory
 NARROWEST_BAR, WIDEST_BAR = 8, 32
+BAR_COLUMNS = 80  # terminal columns from which the live line has a bar
+STATUS_COLUMNS = 94  # terminal columns for the update, loss, speed, time left, memory and noise scale
 
 
-def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a console without automatic highlighting, markup or :emoji: codes."""
-    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
+class OutputConsole(Console):
+    """A console for lines of text: without markup, highlighting or :emoji: codes, and without control characters.
+
+    On a terminal, lines are broken at spaces, not within words.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print each text as one line; other renderables as rich prints them."""
+        super().print(*(self._line(text) if isinstance(text, str) else text for text in objects), **options)
+
+    def print_unbroken(self, *lines: str) -> None:
+        """Print lines that must not be broken: commands to copy, JSON and drawings."""
+        for line in lines:
+            super().print(visible(line))
+
+    def _line(self, text: str) -> str:
+        line = visible(text)
+        return wrap(line, self.width) if self.is_terminal else line
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> OutputConsole:
+    """Return a console for stdout or stderr."""
+    return OutputConsole(stderr=stderr, quiet=quiet)
 
 
 def quiet_libraries() -> None:
@@ -52,11 +80,12 @@ def progress_display(console: Console | None) -> "Iterator[ProgressCallback]":
     if console is None or not console.is_terminal:
         yield print_once
         return
-    with console.status("starting …") as status:
+    # Spinners of other encodings than UTF-8 have no braille characters.
+    with console.status("starting …", spinner="dots" if console.encoding.startswith("utf") else "line") as status:
 
         def replace(activity: str, done: int = 0, total: int = 0) -> None:
-            progress = f": {done:,} of {total:,}" if total else ""
-            status.update(f"{activity}{progress} …")
+            progress = f": {done:,} of {total:,} …" if total else " …"
+            status.update(Text(f"{_cut(visible(activity), console.width - len(progress) - 3)}{progress}"))
 
         yield replace
 
@@ -88,8 +117,8 @@ class TrainingDisplay:
         self._entropy = entropy
         self._prompt = prompt
         self._pace = EtaEstimator(total_steps=total_steps - done, validation_every=validation_every)
-        self._progress = Progress(*_columns(console.width), console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=total_steps, completed=done, status="")
+        self._progress = Progress(*_columns(console), console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=total_steps, completed=done, parts=())
 
     def __enter__(self) -> "TrainingDisplay":
         self._progress.start()
@@ -103,15 +132,17 @@ class TrainingDisplay:
         """Show loss, speed, time left and memory."""
         self._pace.updated(row["tokens"])
         step = row["step"]
-        status = (
-            f"loss {row['loss']:.3f} · {self._pace.tokens_per_s:,.0f} tokens/s · "
-            f"{duration(self._pace.left_s)} left · {_gibibytes(row['peak_bytes'])}"
+        parts = (
+            f"loss {row['loss']:.3f}",
+            f"{self._pace.tokens_per_s:,.0f} tokens/s",
+            f"{duration(self._pace.left_s)} left",
+            _gibibytes(row["peak_bytes"]),
+            *noise(row),
         )
-        status += noise(row)
-        self._progress.update(self._task, completed=step, status=status)
+        self._progress.update(self._task, completed=step, parts=parts)
         every = max(1, self._total_steps // PLAIN_LINES)
         if not self._console.is_terminal and (step == 1 or step % every == 0 or step == self._total_steps):
-            self._console.print(f"update {step}/{self._total_steps} · {status}")
+            self._console.print(" · ".join([f"update {step}/{self._total_steps}", *parts]))
         if row["skipped"]:
             self._console.print(f"update {step} was skipped and changed nothing: {row['skipped']}")
 
@@ -128,36 +159,60 @@ class TrainingDisplay:
         self._console.print(quote(text, self._prompt))
 
 
-def noise(row: dict[str, Any]) -> str:
+def noise(row: dict[str, Any]) -> list[str]:
     """Format the noise scale of a row of metrics.jsonl; empty if it was not measured."""
     scale = row.get("noise_scale_sequences")
     if scale is None:
-        return ""
-    return f" · noise scale {scale:,.0f} seq" if math.isfinite(scale) else " · noise scale not measurable yet"
+        return []
+    return [f"noise scale {scale:,.0f} seq" if math.isfinite(scale) else "noise scale not measurable yet"]
 
 
-def _columns(width: int) -> list[TextColumn | BarColumn]:
-    """Return the columns of the live line; the bar fills the remaining width and is omitted on a narrow terminal."""
-    bar = min(WIDEST_BAR, width - STATUS_COLUMNS)
-    if bar < NARROWEST_BAR:
-        return [TextColumn("{task.completed}/{task.total} · {task.fields[status]}")]
-    return [
-        TextColumn("update {task.completed}/{task.total}"),
-        BarColumn(bar_width=bar),
-        TextColumn("{task.fields[status]}"),
-    ]
+class LiveLine(ProgressColumn):
+    """Column with the number of the update and the parts of its status that fit in one line of the terminal.
+
+    Args:
+        console: Its current width counts.
+        reserved: Columns of the line that other columns need.
+    """
+
+    def __init__(self, console: Console, reserved: int) -> None:
+        super().__init__()
+        self._console = console
+        self._reserved = reserved
+
+    def render(self, task: Task) -> Text:
+        """Return the line without the parts that do not fit; the number of the update is always there."""
+        width = self._console.width - self._reserved
+        line = f"update {task.completed:.0f}/{task.total or 0:.0f}"
+        if len(line) > width:
+            line = line.removeprefix("update ")
+        parts: list[str] = list(task.fields["parts"])
+        while parts and len(" · ".join([line, *parts])) > width:
+            parts.pop(1 if len(parts) == 3 else -1)  # the speed before the time left
+        return Text(" · ".join([line, *parts]), no_wrap=True, overflow="ignore")
+
+
+def _columns(console: Console) -> list[ProgressColumn]:
+    """Return the columns of the live line; a narrow terminal has no bar."""
+    if console.width < BAR_COLUMNS:
+        return [LiveLine(console, reserved=0)]
+    bar = max(NARROWEST_BAR, min(WIDEST_BAR, console.width - STATUS_COLUMNS))
+    return [BarColumn(bar_width=bar), LiveLine(console, reserved=bar + 1)]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: max(0, width - 1)]}…"
 
 
 def quote(text: str, prompt: str) -> Text:
     """Format a sample: its first lines, indented behind a bar, with consecutive empty lines merged."""
-    # An untrained model also generates control characters, which would move the cursor or ring the bell.
-    visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", visible.rstrip("\ufffd \n"))  # the last character may be incomplete
-    lines = shown.splitlines() or [""]
+    clean = visible(text.rstrip("\ufffd \n"), keep="\n\t")  # the last character may be incomplete
+    shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", clean)
+    lines = shown.split("\n")
     if len(lines) > SAMPLE_LINES:
         lines = [*lines[:SAMPLE_LINES], "…"]
     quoted = Text("\n".join(f"    │ {line}" for line in lines), style="dim")
-    first = prompt.splitlines()[0] if prompt else ""
+    first = visible(prompt.split("\n")[0], keep="\t")
     if first and lines[0].startswith(first):
         quoted.stylize("not dim bold", 6, 6 + len(first))
     return quoted

@@ -1,9 +1,12 @@
-"""Lookup of run directories named on the command line, with a suggestion for a misspelled name."""
+"""Checks of the paths named on the command line, with a suggestion for a misspelled name, before torch is imported."""
 
 import difflib
 from pathlib import Path
 
 from bigbatch.errors import InputError
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.hub import check_model_path
+from bigbatch.lm.data.sources import check_data_path
 
 
 def check_run(run: Path) -> None:
@@ -18,3 +21,14 @@ def check_run(run: Path) -> None:
     near = difflib.get_close_matches(run.name, siblings, n=1)
     hint = f"did you mean {run.parent / near[0]}?" if near else "create one with bigbatch train."
     raise InputError(f"run {run} does not exist: {hint}")
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Check the model and the data of a configuration, as far as that takes no library.
+
+    Raises:
+        InputError: One of them does not exist.
+    """
+    check_data_path(config.data)
+    if config.model != "tiny":
+        check_model_path(config.model)

@@ -5,7 +5,7 @@ import shlex
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from bigbatch.cli.console import TrainingDisplay, duration
+from bigbatch.cli.console import OutputConsole, TrainingDisplay, duration
 from bigbatch.cli.exit_codes import DONE, STOPPED
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.cli.torchrun import WatchdogCallback, watchdog
@@ -20,8 +20,6 @@ from bigbatch.lm.training.dashboards import with_dashboard
 from bigbatch.lm.training.event_log import EventLog
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from bigbatch.lm.training.setup import TrainingSetup
     from bigbatch.lm.training.trainer import Trainer, TrainResult
 
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 DUPLICATE_SIGNAL_S = 5.0
 
 
-def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, config: TrainConfig) -> int:
+def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *, config: TrainConfig) -> int:
     """Run a trainer to its end or until a signal; return the exit code. ``config`` is the requested configuration."""
     setup, total_steps, ranks = trainer.setup, trainer.total_steps, trainer.ranks
     done = 0 if trainer.checkpoint is None else trainer.checkpoint.progress.step
@@ -67,13 +65,14 @@ def train(trainer: "Trainer", directory: RunDirectory, console: "Console", *, co
     if not outcome.finished:
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
-        console.print(f"to continue: bigbatch resume {shlex.quote(str(directory.path))}")
+        console.print_unbroken(f"to continue: bigbatch resume {shlex.quote(str(directory.path))}")
     if (reason := trainer.engine.runner.disabled_reason) is not None:
         console.print(f"CUDA graphs are disabled: {reason}")
     if ranks.is_first and (advice := _advice_line(directory)) is not None:
         console.print(advice)
-    for line in final_lines(config, directory, outcome):
+    for line in final_lines(directory, outcome):
         console.print(line)
+    console.print_unbroken(*next_lines(config, directory))
     return DONE if outcome.finished else STOPPED
 
 
@@ -113,10 +112,9 @@ def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     )
 
 
-def final_lines(config: TrainConfig, directory: RunDirectory, outcome: "TrainResult") -> list[str]:
-    """Return the lines with the output files and the next commands; ``config`` is the requested configuration."""
+def final_lines(directory: RunDirectory, outcome: "TrainResult") -> list[str]:
+    """Return the lines with the output files."""
     skipped = f", {outcome.skipped:,} of them skipped," if outcome.skipped else ""
-    path = shlex.quote(str(directory.path))
     return [
         f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; output is in "
         f"{directory.path}{os.sep}",
@@ -124,6 +122,13 @@ def final_lines(config: TrainConfig, directory: RunDirectory, outcome: "TrainRes
         f"  {METRICS:<15}one line per update",
         f"  {CHECKPOINTS + '/':<15}for bigbatch resume",
         f"  {CONFIG:<15}all settings",
+    ]
+
+
+def next_lines(config: TrainConfig, directory: RunDirectory) -> list[str]:
+    """Return the next commands, to copy; ``config`` is the requested configuration."""
+    path = shlex.quote(str(directory.path))
+    return [
         f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
         f"      bigbatch verify{_same_job(config)}   proves that splitting the batch does not change the gradient",
     ]

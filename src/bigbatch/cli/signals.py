@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -64,7 +64,8 @@ def stop_on_signals(grace_s: float, *, duplicate_s: float = 0.0, quiet: bool = F
     def handler(number: int, _frame: Any) -> None:
         # Not print(): the signal may have interrupted another print(), which is not reentrant.
         if stop.receive(number) and not quiet:
-            os.write(2, b"\nstopping after this update, then saving; signal again to stop immediately\n")
+            with suppress(OSError):  # a closed or full stderr must not end the run
+                os.write(2, b"\nstopping after this update, then saving; signal again to stop immediately\n")
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,13 +5,13 @@ environment of torchrun → process group → RankContext → train or resume on
 
 import faulthandler
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.exit_codes import exit_for
+from bigbatch.cli.output import print_error
 from bigbatch.errors import BigbatchError, InputError, first_line
 from bigbatch.lm.config.train_config import TrainConfig
 
@@ -133,7 +133,7 @@ def fail_together(ranks: "RankContext", command: str) -> Iterator[None]:
     if failure is not None and ranks.rank == same[0]:
         numbers = f"rank{'s' if len(same) > 1 else ''} {', '.join(map(str, same))}"
         prefix = "" if ranks.is_first else f"{numbers}: "  # no prefix for a message of the first rank
-        print(f"bigbatch {command}: {prefix}{failure[0]}", file=sys.stderr, flush=True)
+        print_error(f"bigbatch {command}", f"{prefix}{failure[0]}")
     ranks.all_gather(None)
     raise SystemExit(first[1])
 

@@ -1,8 +1,9 @@
-"""Durable file operations: atomic writes and renames, folder sync, removal, and the reason of an OSError."""
+"""Durable file operations: atomic writes and renames, folder sync, removal; and the kind of a file."""
 
 import errno
 import os
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,3 +82,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def file_kind(path: Path) -> str:
+    """Return what a path is, after links: a regular file, a folder, a pipe, a socket or a device.
+
+    Raises:
+        OSError: It does not exist or cannot be read.
+    """
+    mode = path.stat().st_mode
+    kinds = ((stat.S_ISREG, "a regular file"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"))
+    found = next((kind for is_kind, kind in kinds if is_kind(mode)), None)
+    return found or ("a socket" if stat.S_ISSOCK(mode) else "a device")

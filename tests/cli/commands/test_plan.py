@@ -224,7 +224,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str, code: int = 2) -> st
     [
         (
             "--model ../missing",
-            "'../missing' is neither a path on this machine nor a model on the hub.",
+            "there is no model folder '../missing'. Pass the folder of a model or its hub name.",
         ),
         (
             "--max-length 65",
@@ -267,7 +267,8 @@ def test_invalid_configuration_is_rejected_before_reading_data(
 ) -> None:
     (folder.parent / "odd").mkdir()
     (folder.parent / "odd" / "config.json").write_text(content, encoding="utf-8")
-    assert refused(capfd, "plan", "--data", "../nothing.txt", "--model", "../odd").startswith(expected)
+    (folder.parent / "bad.jsonl").write_text("not JSON", encoding="utf-8")
+    assert refused(capfd, "plan", "--data", "../bad.jsonl", "--model", "../odd").startswith(expected)
 
 
 def test_unpredictable_model_fails_with_advice(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

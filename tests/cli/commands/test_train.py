@@ -355,15 +355,25 @@ def open_when_read(process: subprocess.Popen[str], pipe: Path) -> int:
 
 
 def test_ctrl_c_during_setup_leaves_no_files(folder: Path, base: Path) -> None:
-    os.mkfifo(folder.parent / "pipe.jsonl")  # not a regular file, but a folder of records reads it: it waits for us
-    (folder.parent / "records").mkdir()
-    (folder.parent / "pipe.jsonl").rename(folder.parent / "records" / "pipe.jsonl")
-    words = ["train", "--data", "../records", "--model", str(base), "--out", "run"]
-    with running(*words, folder=folder) as process:
-        writer = open_when_read(process, folder.parent / "records" / "pipe.jsonl")
-        process.send_signal(signal.SIGINT)
-        os.close(writer)
-        printed, complained = process.communicate(timeout=LIMIT_S)
+    hold = folder.parent / "hold"
+    os.mkfifo(hold)
+    # Reading the data waits for the other end of a pipe, so that the signal comes in the middle of the set-up for sure.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "import bigbatch.lm.training.setup as setup; setup.read_corpus = lambda *_, **__: open('../hold').read();"
+        "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["train", "--model", str(base), "--out", "run"]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            writer = open_when_read(process, hold)
+            process.send_signal(signal.SIGINT)
+            os.close(writer)
+            printed, complained = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
     assert (process.returncode, complained) == (130, "\nbigbatch train: interrupted.\n")
     assert all(line.endswith(" …") for line in printed.splitlines())
     assert files_below(folder) == set()

@@ -1,6 +1,7 @@
 """Documents are read as they stand, and what cannot be read is refused in one sentence that says where."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -207,8 +208,32 @@ def test_link_to_folder_is_rejected(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{tmp_path / 'link'} is a link to a folder.")
 
 
-def test_special_file_is_rejected() -> None:
-    assert refusal("/dev/null") == "/dev/null is neither a regular file nor a folder."
+def test_special_file_is_rejected(tmp_path: Path) -> None:
+    expected = "{} is a {}, but --data needs a regular file or a folder. Copy its content into a file."
+    assert refusal("/dev/null") == expected.format("/dev/null", "device")
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert refusal(tmp_path / "a.jsonl") == expected.format(tmp_path / "a.jsonl", "pipe")
+
+
+def test_special_files_in_folder_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "sub" / "b.parquet")
+    pipe = tmp_path / "sub" / "b.parquet"
+    assert refusal(tmp_path) == (
+        f"the folder {tmp_path} contains no file to train on: {pipe} is a pipe and is left out."
+    )
+    (tmp_path / "a.txt").write_text("hello")
+    assert read_corpus(str(tmp_path)).notes[-1] == f"{pipe} is a pipe and is left out"
+    (tmp_path / "null").symlink_to("/dev/null")
+    assert read_corpus(str(tmp_path)).notes == (
+        f"1 text file from {tmp_path}",
+        f"2 entries that are not regular files are left out, such as {tmp_path / 'null'}, a device",
+    )
+
+
+def test_broken_link_in_folder_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere.txt")
+    assert refusal(tmp_path) == f"cannot read {tmp_path / 'a.txt'}: no such file or directory."
 
 
 def test_missing_path_is_rejected_with_nearest_one(tmp_path: Path) -> None:
@@ -240,7 +265,11 @@ def test_saved_dataset_is_read_from_train_split(tmp_path: Path) -> None:
         corpus = read_corpus(str(tmp_path / name))
         assert [document.text for document in corpus.documents] == ["a", "b"]
         assert corpus.documents[1].source == f"{tmp_path / name}:2"
-        assert corpus.notes == (f"2 records of the saved dataset {tmp_path / name}",)
+        assert corpus.notes[0] == f"2 records of the saved dataset {tmp_path / name}"
+    assert read_corpus(str(tmp_path / "plain")).notes[1:] == ()
+    assert read_corpus(str(tmp_path / "splits")).notes[1:] == (
+        "the split test is not used: validation data is held out of the training data (--validation-fraction)",
+    )
     only = tmp_path / "test-only"
     assert refusal(only) == f"the saved dataset {only} has no split 'train'; it has test."
     (tmp_path / "plain" / "state.json").write_text("{")

@@ -424,10 +424,11 @@ def test_finished_run_without_model_saves_it_again(reference: Path, capfd: Captu
 
 def test_path_without_run_is_one_sentence(folder: Path, capfd: Capture) -> None:
     run = folder / "run"
+    assert failed(2, ["resume", str(run)], capfd) == f"run {run} does not exist: create one with bigbatch train."
+    run.mkdir()
     assert failed(2, ["resume", str(run)], capfd) == (
         f"{run} is no run: {run / 'config.json'} cannot be read (no such file or directory)."
     )
-    run.mkdir()
     for content in ('{"lr": 0.1', "[]", '{"colour": "red"}', '{"lr": "fast"}', "\udce9"):
         (run / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
         sentence = failed(2, ["resume", str(run)], capfd)

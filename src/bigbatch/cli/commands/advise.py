@@ -2,13 +2,13 @@
 
 import json
 import math
-import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import AdviseOptions
+from bigbatch.cli.output import wrap
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
 from bigbatch.lm.advice.batch_advice import advise, read_evidence
@@ -32,8 +32,8 @@ def run(options: AdviseOptions) -> int:
         print(json.dumps(_finite({**asdict(evidence), **asdict(advice), "branches": [asdict(b) for b in branches]})))
         return DONE
     for sentence in advice.sentences:
-        width = min(MAX_WIDTH, console.width)
-        console.print(textwrap.fill(sentence, width, subsequent_indent="  ", break_on_hyphens=False))
+        for line in wrap(sentence, min(MAX_WIDTH, console.width)).splitlines():
+            console.print(line)
     if branches:
         _show(branches, console)
     return DONE
@@ -69,9 +69,10 @@ def _train_branches(options: AdviseOptions, console: "Console") -> "list[BranchR
 def _show(branches: "list[BranchResult]", console: "Console") -> None:
     from bigbatch.lm.advice.branch_experiment import TOLERANCE, largest_without_penalty
 
-    console.print(f"\n{'batch':>8}{'updates':>9}{'held-out loss':>15}{'penalty':>9}")
+    console.print("")
+    console.print(f"{'batch':>8}{'updates':>8}{'held-out loss':>14}{'penalty':>9}")
     for branch in branches:
-        console.print(f"{branch.batch:>8,}{branch.updates:>9,}{branch.loss:>15.4f}{branch.penalty:>+9.4f}")
+        console.print(f"{branch.batch:>8,}{branch.updates:>8,}{branch.loss:>14.4f}{branch.penalty:>+9.4f}")
     largest = largest_without_penalty(branches)
     open_end = " or more" if largest is branches[-1] else ""
     console.print(

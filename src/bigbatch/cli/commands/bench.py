@@ -3,7 +3,6 @@
 import os
 import platform
 import shlex
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +11,17 @@ from bigbatch import __version__
 from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.exit_codes import DONE, FAILED
 from bigbatch.cli.options import BenchOptions
+from bigbatch.cli.output import wrap
 from bigbatch.errors import InputError
 from bigbatch.lm.bench.entries import Entry, default_entries, read_entry, versions
+from bigbatch.lm.files import file_kind
 
 if TYPE_CHECKING:
     from bigbatch.lm.bench.benchmark import BenchmarkResult, ContestantResult
     from bigbatch.lm.bench.workload import Workload
 
 WIDTH = 100
+TABLE_COLUMNS = 82
 
 
 def run(options: BenchOptions) -> int:
@@ -37,9 +39,10 @@ def run(options: BenchOptions) -> int:
     if options.as_json:
         import json
 
-        console.print(json.dumps(as_json(result, options)))
+        console.print_unbroken(json.dumps(as_json(result, options)))
     else:
-        console.print("\n".join(describe(result)))
+        for line in describe(result, width=console.width if console.is_terminal else WIDTH):
+            console.print(line)
     if path is not None:
         path.write_text("\n".join([f"$ {command(options)}", *describe(result), ""]), encoding="utf-8")
     return FAILED if result.ours is not None and result.ours.tokens_per_s is None else DONE
@@ -78,24 +81,27 @@ def command(options: BenchOptions) -> str:
 # table -----------------------------------------------------------------------------------------------------------
 
 
-def describe(result: "BenchmarkResult") -> Iterator[str]:
-    """Yield the lines of the table and the notes below it."""
+def describe(result: "BenchmarkResult", *, width: int = WIDTH) -> Iterator[str]:
+    """Yield the lines of the table and the notes below it; in less than ``width`` columns, a line for each row."""
     yield _environment(result)
     yield _workload_line(result)
     yield ""
     with_peaks = any(row.peak_bytes is not None for row in result.rows)
-    peak = f"{'GiB':>8}" if with_peaks else ""
-    yield f"{'':<24}{'samples':>8}{'tokens/s':>11}{'speedup':>13}{peak}{'cosine':>10}{'norm':>8}"
-    for row in result.rows:
-        yield _line(row, result.ratio(row), with_peaks=with_peaks)
+    if width < (TABLE_COLUMNS if with_peaks else TABLE_COLUMNS - 8):
+        yield from (_sentence(row, result.ratio(row)) for row in result.rows)
+    else:
+        peak = f"{'GiB':>8}" if with_peaks else ""
+        yield f"{'':<24}{'samples':>8}{'tokens/s':>11}{'speedup':>13}{peak}{'cosine':>10}{'norm':>8}"
+        yield from (_line(row, result.ratio(row), with_peaks=with_peaks) for row in result.rows)
     yield ""
     for line in dict.fromkeys(f"{row.name}: {'; '.join([row.about, *row.notes])}" for row in result.rows):
-        yield from _paragraph(line)
+        yield from _paragraph(line, width)
     yield from _paragraph(
         "samples: per micro-batch. tokens/s: median of the rounds, timed from the first micro-batch until the device "
         "has finished the optimizer step. speedup: tokens/s of bigbatch divided by that of this row. cosine, norm: "
         "cosine similarity and norm ratio of the gradient passed to the optimizer and the full-batch gradient (mean "
-        "over all labels, float32, one sequence at a time); 1 and 1 mean the same update."
+        "over all labels, float32, one sequence at a time); 1 and 1 mean the same update.",
+        width,
     )
 
 
@@ -134,8 +140,20 @@ def _line(row: "ContestantResult", ratio: float | None, *, with_peaks: bool) -> 
     return f"{start}{row.tokens_per_s:>11,.0f}{speedup}{peak}{cosine:>10.5f}{norm:>8.3f}"
 
 
-def _paragraph(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+def _sentence(row: "ContestantResult", ratio: float | None) -> str:
+    """Format a row for a terminal that is narrower than the table."""
+    start = f"{row.name}: samples {row.samples or 'auto'}, "
+    if row.tokens_per_s is None:
+        return start + (row.problem or "no timed round")
+    assert row.similarity is not None, "a timed row has its gradient compared"
+    speedup = "" if ratio is None else f", speedup × {ratio:.2f}"
+    peak = "" if row.peak_bytes is None else f", {row.peak_bytes / 2**30:.2f} GiB"
+    cosine, norm = row.similarity
+    return f"{start}tokens/s {row.tokens_per_s:,.0f}{speedup}{peak}, cosine {cosine:.5f}, norm {norm:.3f}"
+
+
+def _paragraph(text: str, width: int) -> list[str]:
+    return wrap(text, min(WIDTH, width)).splitlines()
 
 
 # JSON ------------------------------------------------------------------------------------------------------------
@@ -183,6 +201,8 @@ def _writable(path: Path) -> Path:
     """Check that a file can be written at ``path``, before the benchmark starts."""
     if path.is_dir():
         raise InputError(f"--save {path} is a folder: pass a file, such as {path / 'bench.txt'}.")
+    if path.exists() and not path.is_file():
+        raise InputError(f"--save {path} is {file_kind(path)}: pass a file, such as bench.txt.")
     folder = path.parent
     if not folder.is_dir():
         raise InputError(

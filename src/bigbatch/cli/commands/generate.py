@@ -1,10 +1,12 @@
 """``bigbatch generate``: generate text with the model of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from bigbatch.cli.console import quiet_libraries
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import GenerateOptions
+from bigbatch.cli.output import visible
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
 from bigbatch.lm.runs.file_names import MODEL
@@ -15,7 +17,6 @@ def run(options: GenerateOptions) -> int:
     folder = _model_folder(options.run)
 
     import torch
-    from transformers import TextStreamer
 
     from bigbatch.lm.data.tokenizer import load_tokenizer
     from bigbatch.lm.device import resolve_device
@@ -34,9 +35,20 @@ def run(options: GenerateOptions) -> int:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=_streamer(tokenizer),
     )
     return DONE
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Return a streamer that prints text as it is generated, without control characters but newlines and tabs."""
+    from transformers import TextStreamer
+
+    class VisibleStreamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(visible(text, keep="\n\t"), flush=True, end="\n" if stream_end else "")
+
+    return VisibleStreamer(tokenizer, skip_special_tokens=True)
 
 
 def _model_folder(run: Path) -> Path:

@@ -6,20 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import duration, make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import PlanOptions
+from bigbatch.cli.run_lookup import check_paths
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.text import plural
 from bigbatch.memory.limit import describe_bytes
 
 if TYPE_CHECKING:
+    from bigbatch.batching.plan import Plan
     from bigbatch.lm.planning.forecast import Forecast
     from bigbatch.memory.usage import MemoryBudget
 
 FITS = 0
 DOES_NOT_FIT = 1
+DRAWING_COLUMNS = 80  # of the drawing of a plan
+MOST_ROWS = 8  # first and last micro-batches that a narrow terminal shows
 
 
 def run(config: TrainConfig, options: PlanOptions) -> int:
     """Print the forecast; return 1 only if a micro-batch does not fit in memory."""
+    check_paths(config)
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.planning.forecast import forecast
@@ -27,15 +32,15 @@ def run(config: TrainConfig, options: PlanOptions) -> int:
         quiet_libraries()
         result = forecast(config, progress=progress)
     if options.as_json:
-        console.print(json.dumps(as_json(result)))
+        console.print_unbroken(json.dumps(as_json(result)))
     else:
-        for line in describe(result):
+        for line in describe(result, width=console.width if console.is_terminal else DRAWING_COLUMNS):
             console.print(line)
     return DOES_NOT_FIT if result.fits is False else FITS
 
 
-def describe(forecast: "Forecast") -> Iterator[str]:
-    """Yield the lines of a forecast."""
+def describe(forecast: "Forecast", *, width: int = DRAWING_COLUMNS) -> Iterator[str]:
+    """Yield the lines of a forecast; in less than 80 columns, without the drawing of the micro-batches."""
     config = forecast.config
     trained = (
         "all trained"
@@ -48,10 +53,24 @@ def describe(forecast: "Forecast") -> Iterator[str]:
     yield from _memory(forecast)
     yield ""
     yield "first update:"
-    yield str(forecast.plan)
+    yield from str(forecast.plan).splitlines() if width >= DRAWING_COLUMNS else _microbatches(forecast.plan)
     yield ""
     yield _time(forecast)
     yield from _memory_savings(forecast)
+
+
+def _microbatches(plan: "Plan") -> Iterator[str]:
+    """Yield the summary of the first update and a table of its micro-batches in 37 columns."""
+    summary, limit, *_, largest = str(plan).splitlines()
+    yield from (summary, limit, "", f"{'#':>6}{'seqs':>8}{'longest':>10}{'tokens':>13}")
+    shown = list(enumerate(plan.microbatches[0]))
+    hidden = len(shown) - 2 * MOST_ROWS
+    for i, rows in shown if hidden <= 0 else (*shown[:MOST_ROWS], *shown[-MOST_ROWS:]):
+        if hidden > 0 and i == len(shown) - MOST_ROWS:
+            yield f"{'…':>6} {hidden:,} more"
+        lengths = [plan.lengths[index] for index in rows]
+        yield f"{i:>6}{len(lengths):>8,}{max(lengths, default=0):>10,}{sum(lengths):>13,}"
+    yield from ("", largest)
 
 
 def _memory(forecast: "Forecast") -> Iterator[str]:

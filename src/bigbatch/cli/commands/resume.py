@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import ResumeOptions
+from bigbatch.cli.output import optional_output
+from bigbatch.cli.run_lookup import check_run
 from bigbatch.cli.session import enable_determinism, summary_lines, train
 from bigbatch.cli.torchrun import fail_together, process_group, reject_together, with_local_device
 from bigbatch.errors import InputError
@@ -15,7 +17,6 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory
 from bigbatch.lm.runs.lock import RunLock
 from bigbatch.lm.training.dashboards import check_log
-from bigbatch.lm.training.resume import check_facts, merge_config, stored_config, with_saved_changes
 
 if TYPE_CHECKING:
     from bigbatch.lm.distributed.ranks import RankContext
@@ -24,15 +25,20 @@ if TYPE_CHECKING:
 def run(overrides: TrainConfig, options: ResumeOptions) -> int:
     """Resume one run; return 0, or 75 if a signal stopped it after saving."""
     with reject_together("resume"):
+        check_run(options.run)  # before torch is imported
+        from bigbatch.lm.training.resume import stored_config
+
         stored = stored_config(options.run)
     names = overrides.model_fields_set & {"device", "parallel", "timeout_s"}
     changes: dict[str, Any] = {name: getattr(overrides, name) for name in names}
-    with process_group(stored.model_copy(update=changes)) as ranks:
+    with optional_output("bigbatch resume"), process_group(stored.model_copy(update=changes)) as ranks:
         return resume(overrides, options, ranks)
 
 
 def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> int:
     """Resume one run on the ranks of a process group. Collective; returns the same codes as `run`."""
+    from bigbatch.lm.training.resume import check_facts, merge_config, stored_config, with_saved_changes
+
     path = options.run
     console = make_console(quiet=not ranks.is_first)
     with contextlib.ExitStack() as stack:

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import ResumeOptions
+from bigbatch.cli.output import optional_output
+from bigbatch.cli.run_lookup import check_paths
 from bigbatch.cli.session import enable_determinism, summary_lines, train
 from bigbatch.cli.torchrun import (
     fail_together,
     is_restarted,
     may_be_restarted,
     process_group,
+    reject_together,
     with_local_device,
 )
 from bigbatch.errors import InputError
@@ -31,7 +34,9 @@ def run(config: TrainConfig) -> int:
 
     After a restart by torchrun, resume the run that the previous processes started.
     """
-    with process_group(config) as ranks:
+    with reject_together("train"):
+        check_paths(config)
+    with optional_output("bigbatch train"), process_group(config) as ranks:
         with fail_together(ranks, "train"):
             if config.out is None and may_be_restarted():
                 raise InputError(

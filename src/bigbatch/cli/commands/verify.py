@@ -1,11 +1,13 @@
 """``bigbatch verify``: compare every split of a batch with the full batch, on the model, data and loss of a run."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import VerifyOptions
+from bigbatch.cli.run_lookup import check_paths
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 
@@ -14,10 +16,12 @@ if TYPE_CHECKING:
 
 EXACT = 0
 NOT_EXACT = 1
+TABLE_COLUMNS = 66
 
 
 def run(config: TrainConfig, options: VerifyOptions) -> int:
     """Print the verification; return 0 only if every split is exact."""
+    check_paths(config)
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.data.sampling_order import epoch_order
@@ -41,11 +45,29 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
         )
     if options.as_json:
         subject = {"model": config.model, "data": config.data, "machine": str(setup.device_spec)}
-        console.print(json.dumps(subject | as_json(verification)))
+        console.print_unbroken(json.dumps(subject | as_json(verification)))
     else:
         console.print(f"{config.model} on {config.data}, {setup.device_spec}")
-        console.print(str(verification))
+        for line in describe(verification, width=console.width if console.is_terminal else TABLE_COLUMNS):
+            console.print(line)
     return EXACT if verification.exact else NOT_EXACT
+
+
+def describe(verification: "Verification", *, width: int = TABLE_COLUMNS) -> Iterator[str]:
+    """Yield the lines of a verification; in less than ``TABLE_COLUMNS`` columns, a line for each cut."""
+    lines = str(verification).splitlines()
+    if width >= TABLE_COLUMNS:
+        yield from lines
+        return
+    title = next(i for i, line in enumerate(lines) if line.lstrip().startswith("micro-batch "))
+    yield from lines[:title]
+    for cut in verification.cuts:
+        mark = "" if cut.relative_error <= verification.tolerance else ", not exact"
+        yield (
+            f"micro-batches of {cut.microbatch}: {cut.num_microbatches}, bigbatch {cut.relative_error:.1e}, mean of "
+            f"means {cut.mean_of_means_error:.1e}{mark}"
+        )
+    yield from lines[title + 1 + len(verification.cuts) :]
 
 
 def default_cuts(num_samples: int) -> list[int]:

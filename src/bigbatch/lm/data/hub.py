@@ -1,11 +1,73 @@
-"""Check the Hugging Face Hub once, before a library that retries for a long time."""
+"""Check names of models and data: on this machine, without loading a library, then once on the Hugging Face Hub."""
 
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from bigbatch.errors import InputError
+from bigbatch.lm.files import file_kind
 
 TIMEOUT_S = 10.0
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+SUGGESTED = 3
+MOST_ENTRIES = 10_000  # of a folder that are compared with a misspelled name
+
+
+def exists(path: Path) -> bool:
+    """Return whether a path exists; False also for one that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, or one with a NUL
+        return False
+
+
+def looks_local(name: str) -> bool:
+    """Return whether a name can only be that of a path: no hub name, or in a folder that exists."""
+    path = Path(name)
+    return not HUB_NAME.fullmatch(name) or name.startswith(".") or (len(path.parts) > 1 and exists(path.parent))
+
+
+def close_matches(name: str, known: Iterable[str] = ()) -> list[str]:
+    """Return existing paths and known names with a spelling close to ``name``, the closest first."""
+    path = Path(name)
+    # If several folders of the path are missing, the first of them is the misspelled one.
+    while path.name and not exists(path.parent):
+        path = path.parent
+    siblings = {entry.name: str(path.parent / entry.name) for entry in _entries(path.parent)}
+    names = siblings if len(path.parts) > 1 else {**siblings, **{word: word for word in known}}
+    return [names[near] for near in difflib.get_close_matches(path.name, names, n=SUGGESTED, cutoff=0.75)]
+
+
+def check_model_path(model: str) -> None:
+    """Check that a model is a folder of regular files, or can be a name on the hub. No request, no library is loaded.
+
+    Raises:
+        InputError: It is neither, or reading the folder would wait for a pipe.
+    """
+    path = Path(model)
+    if not exists(path):
+        if looks_local(model):
+            near = close_matches(model)
+            remedy = f"Did you mean {' or '.join(near)}?" if near else "Pass the folder of a model or its hub name."
+            raise InputError(f"there is no model folder {model!r}. {remedy}")
+    elif not path.is_dir():
+        raise InputError(f"--model {model} is {file_kind(path)}. Pass the folder of the model.")
+    else:
+        for entry in _entries(path):
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise InputError(f"the model folder {model} contains {entry.name}, {file_kind(entry)}. Remove it.")
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in islice(entries, MOST_ENTRIES)]
+    except OSError:
+        return []
 
 
 def is_on_hub(name: str, kind: Literal["dataset", "model"]) -> bool:

@@ -5,19 +5,17 @@ data: str → built-in source | text files | record files | saved dataset | hub 
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.data.documents import Corpus, Document
-from bigbatch.lm.data.hub import is_on_hub
+from bigbatch.lm.data.hub import close_matches, exists, is_on_hub, looks_local
+from bigbatch.lm.data.hub_folder import select_training_files, unused_splits_note, unused_validation_note
 from bigbatch.lm.data.python_stdlib import read_standard_library, read_standard_library_functions
 from bigbatch.lm.data.record_files import (
     FIELDS,
@@ -27,6 +25,7 @@ from bigbatch.lm.data.record_files import (
     read_records,
     rows_to_documents,
 )
+from bigbatch.lm.files import file_kind
 from bigbatch.lm.text import plural
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "read_corpus"]
@@ -35,8 +34,6 @@ BUILT_IN = {
     "python-stdlib": read_standard_library,
     "python-stdlib-functions": read_standard_library_functions,
 }
-SUGGESTED = 3
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = (*RECORD_SUFFIXES, ".txt", ".text", ".md", ".rst", ".py", ".json", ".csv")
 
 
@@ -47,8 +44,10 @@ def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
         data: ``python-stdlib`` or ``python-stdlib-functions``; a file of text, which is one document; a ``.jsonl`` or
             ``.parquet`` file, each record of which is a document (see
             :func:`bigbatch.lm.data.record_files.to_document`); a folder of such files, read recursively without
-            hidden entries and ``__pycache__``; a folder saved by ``datasets``; or the name of a dataset on the hub.
-            Of the last two the split ``train`` is read. Text is UTF-8, with or without a byte-order mark.
+            hidden entries and ``__pycache__``, of which only the training files are read if it is laid out like a
+            dataset of the hub (:mod:`bigbatch.lm.data.hub_folder`); a folder saved by ``datasets``; or the name of a
+            dataset on the hub. Of the last two the split ``train`` is read. Text is UTF-8, with or without a
+            byte-order mark.
         skip_broken: Whether to skip and count invalid records instead of raising.
 
     Raises:
@@ -64,31 +63,42 @@ def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
     return replace(corpus, notes=(*corpus.notes, note))
 
 
-def _read(data: str, broken: list[str] | None) -> Corpus:
+def check_data_path(data: str) -> None:
+    """Check that ``data`` is built in, a file or a folder, or can be a name on the hub. No request, nothing is read.
+
+    Raises:
+        InputError: It is none of them.
+    """
     path = Path(data)
-    if not data or not _exists(path):
+    if data in BUILT_IN:
+        return
+    if not data or not exists(path):
+        _hub_name(data)
+    elif not path.is_dir() and not path.is_file():
+        raise InputError(
+            f"{data} is {file_kind(path)}, but --data needs a regular file or a folder. Copy its content into a file."
+        )
+
+
+def _read(data: str, broken: list[str] | None) -> Corpus:
+    check_data_path(data)
+    path = Path(data)
+    if not data or not exists(path):
         return _read_hub(_hub_name(data), broken)
     try:
         if path.is_dir():
             return (
                 _read_saved_dataset(path, data, broken) if _is_saved_dataset(path) else _read_folder(path, data, broken)
             )
-        if path.is_file():
-            return _read_files([(path, data)], data, [], broken)
+        note = unused_validation_note(path, data)
+        return _read_files([(path, data)], data, [] if note is None else [note], broken)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or data}: {os_reason(error)}.") from None
-    raise InputError(f"{data} is neither a regular file nor a folder.")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for the file system, or one with a NUL
-        return False
 
 
 def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
     files: list[Path] = []
+    special: list[Path] = []
     left_out = 0
 
     def raise_error(error: OSError) -> None:
@@ -102,12 +112,24 @@ def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
             raise InputError(f"{here / linked[0]} is a link to a folder. Pass the folder itself, or remove the link.")
         left_out += sum(not included for included in entries.values())
         folders[:] = [name for name in folders if entries[name]]
-        files += [here / name for name in names if entries[name]]
-    if not files:
-        raise InputError(f"the folder {data} contains no file to train on.")
+        for path in (here / name for name in sorted(names) if entries[name]):
+            # A pipe or a device is never opened: reading it may wait for ever. A broken link is an error below.
+            (files if path.is_file() or not path.exists() else special).append(path)
+    notes = []
+    if left_out:
+        notes.append(f"{left_out:,} hidden or __pycache__ {'entry' if left_out == 1 else 'entries'} left out")
+    if len(special) == 1:
+        notes.append(f"{special[0]} is {file_kind(special[0])} and is left out")
+    elif special:
+        example = f"{special[0]}, {file_kind(special[0])}"
+        notes.append(f"{len(special):,} entries that are not regular files are left out, such as {example}")
     files.sort(key=lambda path: path.relative_to(root).as_posix())
-    hidden = f"{left_out:,} hidden or __pycache__ {'entry' if left_out == 1 else 'entries'} left out"
-    return _read_files([(path, str(path)) for path in files], data, [hidden] if left_out else [], broken)
+    if not files:
+        raise InputError(f"the folder {data} contains no file to train on{'' if not special else ': ' + notes[-1]}.")
+    files, more = select_training_files(root, files, data)
+    if (unused := unused_validation_note(root, data)) is not None:
+        more.append(unused)
+    return _read_files([(path, str(path)) for path in files], data, [*notes, *more], broken)
 
 
 def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], broken: list[str] | None) -> Corpus:
@@ -154,11 +176,13 @@ def _read_saved_dataset(folder: Path, data: str, broken: list[str] | None) -> Co
 
     try:
         loaded: Any = datasets.load_from_disk(str(folder))
+        others: list[str] = []
         if isinstance(loaded, datasets.DatasetDict):
             if "train" not in loaded:
                 raise InputError(f"the saved dataset {data} has no split 'train'; it has {', '.join(loaded)}.")
+            others = [split for split in loaded if split != "train"]
             loaded = loaded["train"]
-        return _from_dataset(loaded, data, f"the saved dataset {data}", broken)
+        return _from_dataset(loaded, data, f"the saved dataset {data}", broken, others=others)
     except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
@@ -181,47 +205,26 @@ def _read_hub(name: str, broken: list[str] | None) -> Corpus:
         raise InputError(
             f"{name!r} is not a path on this machine and cannot be loaded from the hub: {first_line(error)}."
         ) from None
-    return _from_dataset(loaded, name, f"the hub's dataset {name}, split train", broken)
+    others = [split for split in loaded.info.splits or () if split != "train"]
+    return _from_dataset(loaded, name, f"the hub's dataset {name}, split train", broken, others=others)
 
 
-def _from_dataset(dataset: Any, source: str, about: str, broken: list[str] | None) -> Corpus:
+def _from_dataset(
+    dataset: Any, source: str, about: str, broken: list[str] | None, *, others: Sequence[str] = ()
+) -> Corpus:
     names: list[str] = dataset.column_names
     rows = dataset.select_columns([name for name in names if name in FIELDS])
     documents = tuple(rows_to_documents(rows, names, source, broken=broken))
     if not documents:
         raise InputError(broken[0] if broken else f"{about} is empty: it {NO_TOKEN}.")
-    return Corpus(documents, (f"{plural(len(documents), 'record')} of {about}",))
+    unused = [unused_splits_note([f"the split {split}" for split in others])] if others else []
+    return Corpus(documents, (f"{plural(len(documents), 'record')} of {about}", *unused))
 
 
 def _hub_name(data: str) -> str:
     """Return ``data`` if it can be the name of a dataset; refuse one that looks like a path or a misspelled name."""
-    path = Path(data)
-    near = _close_matches(data)
-    looks_local = (
-        not _HUB_NAME.fullmatch(data)
-        or path.suffix.lower() in _LOCAL_SUFFIXES
-        or data.startswith(".")
-        or (len(path.parts) > 1 and _exists(path.parent))
-    )
-    if not looks_local and not near:
+    near = close_matches(data, BUILT_IN)
+    if not looks_local(data) and Path(data).suffix.lower() not in _LOCAL_SUFFIXES and not near:
         return data
     remedy = f"Did you mean {' or '.join(near)}?" if near else f"The built-in sources are {' and '.join(BUILT_IN)}."
     raise InputError(f"there is no file or folder {data!r}. {remedy}")
-
-
-def _close_matches(data: str) -> list[str]:
-    """Return existing paths and built-in names with a spelling close to ``data``, the closest first."""
-    path = Path(data)
-    # If several folders of the path are missing, the first of them is the misspelled one.
-    while path.name and not _exists(path.parent):
-        path = path.parent
-    siblings = {entry.name: str(path.parent / entry.name) for entry in _entries(path.parent)}
-    names = siblings if len(path.parts) > 1 else {**siblings, **{name: name for name in BUILT_IN}}
-    return [names[name] for name in difflib.get_close_matches(path.name, names, n=SUGGESTED, cutoff=0.75)]
-
-
-def _entries(folder: Path) -> Iterable[Path]:
-    try:
-        return list(islice(folder.iterdir(), 10_000))
-    except OSError:
-        return []
