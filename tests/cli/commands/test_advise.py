@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,70 @@ def test_smaller_batch_gains_nothing_far_below_scale() -> None:
 
 def test_single_microbatch_needs_no_accumulation() -> None:
     assert "nothing is accumulated" in advise(found(microbatches=1)).sentences[1]
+
+
+def evidence_of(rows: list[dict[str, Any]], **settings: Any) -> RunEvidence:
+    usual = {"num_microbatches": 4, "sequences": 32, "elapsed_s": 1.0, "skipped": None}
+    numbered = [{"step": step, **usual, **row} for step, row in enumerate(rows, start=1)]
+    return evidence(numbered, TrainConfig(**settings).resolved())
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "reason"),
+    [
+        (
+            [{}] * 30,
+            {"precision": "fp16"},
+            "it is not measured with --precision fp16, whose gradients are scaled. Train with bf16 or float32",
+        ),
+        (
+            [{"ranks": 4}] * 30,
+            {"parallel": "hsdp"},
+            "it is not measured for a model that is sharded with --parallel hsdp",
+        ),
+        (
+            [{"num_microbatches": 1}] * 30,
+            {},
+            "it compares micro-batches, and every update is a single one. Train with a smaller --microbatch",
+        ),
+        ([{}], {}, "it needs 4 updates of at least two micro-batches, and the run has 1"),
+        (
+            [{}, {"num_microbatches": 1}, {}, {"num_microbatches": 1}, {"skipped": "NaN gradient"}],
+            {},
+            "it needs 4 updates of at least two micro-batches, and the run has 2",
+        ),
+        ([{"skipped": "Inf gradient"}] * 9, {}, "every update was skipped (Inf gradient)"),
+        (
+            [{"retries": 1}] * 9,
+            {},
+            "micro-batches ran out of memory and were repeated in smaller pieces. Train with a smaller --microbatch",
+        ),
+        ([{}] * 9, {}, "the run did not record it"),
+    ],
+)
+def test_unknown_scale_names_missing_condition(rows: list[Any], settings: dict[str, Any], reason: str) -> None:
+    measured = evidence_of(rows, **settings)
+    updates = "1 update" if len(rows) == 1 else f"{len(rows)} updates"
+    assert advise(measured).verdict == "unknown"
+    assert advise(measured).sentences[0] == f"After {updates} the gradient noise scale is unknown: {reason}."
+
+
+def test_known_scale_misses_nothing() -> None:
+    row = {"noise_scale_sequences": 64.0, "noise_low_sequences": 1.0, "noise_high_sequences": 90.0}
+    assert evidence_of([row] * 3, precision="bf16").missing is None
+    assert evidence_of([{"noise_low_sequences": 1.0}], precision="fp16").missing is None  # infinite
+
+
+def test_hidden_signal_and_unknown_batch_are_distinguished() -> None:
+    hidden = advise(found(scale=math.inf, low=0.0, high=None)).sentences[0]
+    assert hidden == (
+        "After 100 updates the gradient noise scale cannot be estimated yet: the noise hides the signal. More updates "
+        "narrow the estimate."
+    )
+    assert advise(found(batch=0.0)).sentences[0] == (
+        "After 100 updates the gradient noise scale cannot be compared with the batch: the run did not record its "
+        "sequences."
+    )
 
 
 def test_run_prints_advice_line_only_when_known() -> None:
@@ -117,12 +182,26 @@ def test_json_is_one_object(run: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert told["verdict"] in ("far below", "near", "far above", "unknown")
 
 
+def test_branch_table_fits_forty_columns(run: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["advise", str(run), "--branch", "--branch-updates", "1"]) == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capfd.readouterr().out).replace("\r", "\n").splitlines()
+    assert "  batch updates     loss  penalty      ±" in lines
+    assert max(map(len, lines)) <= 40
+
+
 def test_branches_use_same_samples_and_keep_run_unchanged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["advise", str(run), "--branch", "--branch-updates", "1", "--json"]) == 0
     branches = json.loads(capfd.readouterr().out)["branches"]
     assert [(branch["batch"], branch["updates"]) for branch in branches] == [(8, 8), (16, 4), (32, 2), (64, 1)]
-    assert branches[0]["penalty"] == 0
+    assert branches[0]["penalty"] == branches[0]["spread"] == 0
+    assert branches[0]["verdict"] == "baseline"
+    assert all(branch["verdict"] in ("no penalty", "penalty", "inconclusive") for branch in branches[1:])
+    assert all(branch["spread"] > 0 for branch in branches[1:])
     assert len({branch["loss"] for branch in branches}) == 4
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
 

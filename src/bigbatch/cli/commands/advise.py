@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.cli.console import make_console, progress_display, quiet_libraries
+from bigbatch.cli.console import OutputConsole, make_console, progress_display, quiet_libraries
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import AdviseOptions
 from bigbatch.cli.output import wrap
@@ -14,8 +14,6 @@ from bigbatch.errors import InputError
 from bigbatch.lm.advice.batch_advice import advise, read_evidence
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from bigbatch.lm.advice.branch_experiment import BranchResult
 
 MAX_WIDTH = 100
@@ -39,7 +37,7 @@ def run(options: AdviseOptions) -> int:
     return DONE
 
 
-def _train_branches(options: AdviseOptions, console: "Console") -> "list[BranchResult]":
+def _train_branches(options: AdviseOptions, console: OutputConsole) -> "list[BranchResult]":
     from bigbatch.lm.checkpoint.manager import load
     from bigbatch.lm.training.resume import stored_config, with_saved_changes
 
@@ -66,18 +64,20 @@ def _train_branches(options: AdviseOptions, console: "Console") -> "list[BranchR
     return results
 
 
-def _show(branches: "list[BranchResult]", console: "Console") -> None:
-    from bigbatch.lm.advice.branch_experiment import TOLERANCE, largest_without_penalty
+def _show(branches: "list[BranchResult]", console: OutputConsole) -> None:
+    from bigbatch.lm.advice.branch_experiment import TOLERANCE, conclusion
 
     console.print("")
-    console.print(f"{'batch':>8}{'updates':>8}{'held-out loss':>14}{'penalty':>9}")
+    console.print(f"{'batch':>7}{'updates':>8}{'loss':>9}{'penalty':>9}{'±':>7}")
     for branch in branches:
-        console.print(f"{branch.batch:>8,}{branch.updates:>8,}{branch.loss:>14.4f}{branch.penalty:>+9.4f}")
-    largest = largest_without_penalty(branches)
-    open_end = " or more" if largest is branches[-1] else ""
+        spread = f"{branch.spread:.4f}" if branch.multiple > 1 else ""
+        line = f"{branch.batch:>7,}{branch.updates:>8,}{branch.loss:>9.4f}{branch.penalty:>+9.4f}{spread:>7}"
+        console.print(line.rstrip())
+    console.print(conclusion(branches))
     console.print(
-        f"largest batch without loss penalty: {largest.batch:,} sequences{open_end} (same samples in every branch; at "
-        f"k times the batch: learning rate × √k, beta2 to the power k; a penalty up to {TOLERANCE} nats is ignored)"
+        "loss: of the held-out sequences, in nats per token; ±: half of the 95 % interval of the penalty over these "
+        "sequences, without the chance in training. Every branch is trained on the same samples; at k times the batch: "
+        f"learning rate × √k, beta2 to the power k. A penalty up to {TOLERANCE} is ignored."
     )
 
 

@@ -2,9 +2,8 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bigbatch.cli.console import make_console
+from bigbatch.cli.console import OutputConsole, make_console
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import ReportOptions
 from bigbatch.cli.run_lookup import check_run
@@ -14,9 +13,6 @@ from bigbatch.lm.report.run_reader import Run, is_running, read_run, size_of_met
 from bigbatch.lm.report.sections import STATES
 from bigbatch.lm.runs.file_names import COMPARISON, REPORT
 from bigbatch.memory.limit import describe_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 POLL_INTERVAL_S = 1.0
 WAIT_PER_WRITE = 10  # --watch waits at least this many times as long as it took to write the page
@@ -40,7 +36,7 @@ def run(options: ReportOptions) -> int:
     return DONE
 
 
-def _watch(folders: tuple[Path, ...], target: Path, console: "Console") -> list[Run]:
+def _watch(folders: tuple[Path, ...], target: Path, console: OutputConsole) -> list[Run]:
     """Rewrite the page whenever the metrics grow, and at the end once more without automatic reload."""
     try:
         console.print("rewriting the page after every update; press Ctrl-C to stop")

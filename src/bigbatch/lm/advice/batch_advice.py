@@ -21,6 +21,8 @@ from bigbatch.errors import InputError, os_reason
 from bigbatch.lm.config.scale_from import BETAS
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
+from bigbatch.lm.text import plural
+from bigbatch.scaling.noise_scale import MIN_WINDOWS
 
 FAR = 4.0  # ratio of batch and scale beyond which samples or updates are mostly wasted
 LATEST = 50  # most recent updates, whose times and batches count
@@ -41,6 +43,7 @@ class RunEvidence:
         low: Lower bound of its confidence interval.
         high: Upper bound.
         beta2: Second-moment decay of AdamW.
+        missing: Why the scale is unknown, as the end of a sentence; None if it is known, or the reason is not.
     """
 
     step: int
@@ -51,6 +54,7 @@ class RunEvidence:
     low: float | None
     high: float | None
     beta2: float = BETAS[1]
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,31 @@ def evidence(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> RunEvide
         scale=_number(last.get("noise_scale_sequences"), last),
         low=last.get("noise_low_sequences"),
         high=last.get("noise_high_sequences"),
+        missing=_missing(rows, config),
     )
+
+
+def _missing(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> str | None:
+    """Return which condition of a measurement a run does not meet; None if the scale is known, or they are all met."""
+    last = rows[-1]
+    if _number(last.get("noise_scale_sequences"), last) is not None:
+        return None
+    if config.precision == "fp16":
+        return "it is not measured with --precision fp16, whose gradients are scaled. Train with bf16 or float32"
+    if last.get("ranks", 1) > 1 and config.parallel in ("fsdp", "hsdp"):
+        return f"it is not measured for a model that is sharded with --parallel {config.parallel}"
+    applied = [row for row in rows if not row.get("skipped")]
+    if not applied:
+        return f"every update was skipped ({last['skipped']})"
+    divided = [row for row in applied if int(row["num_microbatches"]) > 1]
+    if not divided:
+        return "it compares micro-batches, and every update is a single one. Train with a smaller --microbatch"
+    usable = [row for row in divided if not row.get("retries")]
+    if len(divided) >= MIN_WINDOWS > len(usable):
+        return "micro-batches ran out of memory and were repeated in smaller pieces. Train with a smaller --microbatch"
+    if len(usable) < MIN_WINDOWS:
+        return f"it needs {MIN_WINDOWS} updates of at least two micro-batches, and the run has {len(usable)}"
+    return None
 
 
 def _batch(latest: Sequence[Mapping[str, Any]], config: TrainConfig) -> float:
@@ -153,12 +181,13 @@ def one_line(found: RunEvidence) -> str | None:
 
 def _compare_with_scale(found: RunEvidence, verdict: Verdict) -> str:
     if verdict == "unknown":
-        why = (
-            "is unknown: it needs updates of at least two micro-batches, a loss of one term, and no float16"
-            if found.scale is None
-            else "cannot be estimated yet: the noise hides the signal. More updates narrow the estimate"
-        )
-        return f"After {found.step:,} updates the gradient noise scale {why}."
+        if found.scale is not None and not found.batch:
+            why = "cannot be compared with the batch: the run did not record its sequences"
+        elif found.scale is not None:
+            why = "cannot be estimated yet: the noise hides the signal. More updates narrow the estimate"
+        else:
+            why = f"is unknown: {found.missing or 'the run did not record it'}"
+        return f"After {plural(found.step, 'update')} the gradient noise scale {why}."
     means = {
         "far below": "twice the batch would need about half the updates and few additional samples",
         "near": "about 2× the minimum number of samples and 2× the minimum number of updates, a common trade-off",

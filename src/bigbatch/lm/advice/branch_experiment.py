@@ -8,17 +8,22 @@ Source: Merrill et al., "Critical Batch Size Revisited", 2025.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.manager import RunCheckpoint
 from bigbatch.lm.data.sampling_order import epoch_order
 from bigbatch.lm.training.engine_factory import make_training_engine
-from bigbatch.lm.training.evaluation import validation_loss
+from bigbatch.lm.training.evaluation import losses_by_sequence
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.scaling.hyperparameters import rescale
 
 MULTIPLES = (1, 2, 4, 8)
 TOLERANCE = 0.01  # nats per token; smaller differences count as equal
+Z_95 = 1.96  # standard errors of a 95 % interval
+
+Losses = Sequence[tuple[float, int]]
+Verdict = Literal["baseline", "no penalty", "penalty", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class BranchResult:
         updates: Updates of the branch.
         loss: Validation loss in nats per token.
         penalty: Loss minus the loss at the batch of the run.
+        spread: Half the width of the 95 % interval of the penalty, over the held-out sequences; infinite for one
+            sequence. It does not contain the chance in training: another seed may give another penalty.
+        verdict: Whether that interval is within the tolerance, above it, or contains it.
     """
 
     multiple: int
@@ -38,6 +46,8 @@ class BranchResult:
     updates: int
     loss: float
     penalty: float
+    spread: float
+    verdict: Verdict
 
 
 def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: int) -> Iterator[BranchResult]:
@@ -60,7 +70,8 @@ def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: i
         raise InputError(
             "--branch needs a batch in sequences, and this run counts its batch in tokens. Train with --global-batch."
         )
-    setup, optimizer, base = trainer.setup, trainer.optimizer, math.inf
+    setup, optimizer = trainer.setup, trainer.optimizer
+    base: Losses | None = None
     engine = make_training_engine(setup, optimizer)  # no scheduler: the rate stays that of the checkpoint
     state = {**checkpoint.engine_of(trainer.ranks, [setup.device_spec.device]), "scheduler": None}
     for multiple in MULTIPLES:
@@ -71,19 +82,65 @@ def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: i
         windows = [samples[start : start + size] for start in range(0, len(samples), size)]
         for window in windows:
             engine.step(trainer.fetch(window))
-        loss = validation_loss(setup, engine)
-        base = loss if multiple == 1 else base
-        yield BranchResult(multiple, size, len(windows), loss, loss - base)
+        losses = losses_by_sequence(setup, engine)
+        yield compare(losses, losses if base is None else base, multiple=multiple, batch=size, updates=len(windows))
+        base = losses if base is None else base
 
 
-def largest_without_penalty(found: Sequence[BranchResult]) -> BranchResult:
-    """Return the branch with the largest batch such that it and all smaller ones have no loss penalty."""
-    good = found[0]
+def compare(losses: Losses, base: Losses, *, multiple: int, batch: int, updates: int) -> BranchResult:
+    """Compare a branch with the one at the batch of the run, sequence by sequence.
+
+        penalty = Σ d_i / Σ n_i        spread = 1.96 · √(m / (m − 1) · Σ (d_i − penalty · n_i)²) / Σ n_i
+
+    for m sequences with n_i labels and differences d_i of the summed loss: the interval of a ratio of two sums.
+
+    Args:
+        losses: Summed loss and labels of each held-out sequence.
+        base: Those of the branch at the batch of the run.
+        multiple: As for `BranchResult`.
+        batch: As for `BranchResult`.
+        updates: As for `BranchResult`.
+    """
+    total = sum(items for _, items in losses)
+    loss = sum(loss_sum for loss_sum, _ in losses) / total
+    differences = [ours - theirs for (ours, _), (theirs, _) in zip(losses, base, strict=True)]
+    penalty = sum(differences) / total
+    count = len(losses)
+    squares = sum((d - penalty * items) ** 2 for d, (_, items) in zip(differences, losses, strict=True))
+    spread = Z_95 * math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.inf
+    if multiple == 1:
+        return BranchResult(multiple, batch, updates, loss, 0.0, 0.0, "baseline")
+    return BranchResult(multiple, batch, updates, loss, penalty, spread, _verdict(penalty, spread))
+
+
+def _verdict(penalty: float, spread: float) -> Verdict:
+    if not math.isfinite(penalty):
+        return "penalty"  # the branch diverged
+    if penalty + spread <= TOLERANCE:
+        return "no penalty"
+    return "penalty" if penalty - spread > TOLERANCE else "inconclusive"
+
+
+def conclusion(found: Sequence[BranchResult]) -> str:
+    """Return the result of the branches in one or two sentences: the largest batch without penalty, if it is known."""
+    good, undecided = found[0], None
     for branch in found[1:]:
-        if not branch.penalty <= TOLERANCE:
+        if branch.verdict == "inconclusive":
+            undecided = branch
+        if branch.verdict != "no penalty":
             break
         good = branch
-    return good
+    if undecided is None:
+        return f"largest batch without loss penalty: {good.batch:,} sequences{' or more' if good is found[-1] else ''}"
+    known = "" if good is found[0] else f"no loss penalty up to {good.batch:,} sequences; "
+    spread = (
+        f"±{undecided.spread:.4f} over the held-out sequences" if math.isfinite(undecided.spread) else "of one sequence"
+    )
+    return (
+        f"{known}inconclusive at {undecided.batch:,}: the difference {undecided.penalty:+.4f} from the batch of "
+        f"{found[0].batch:,} is within the spread {spread}, so it may be above or below {TOLERANCE} nats. Train "
+        "with a larger --validation-fraction, or pass more --branch-updates."
+    )
 
 
 def _following(trainer: Trainer, cursor: int, number: int) -> list[int]:

@@ -50,6 +50,24 @@ def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
     return total / items
 
 
+@torch.no_grad()
+def losses_by_sequence(setup: TrainingSetup, engine: Engine) -> list[tuple[float, int]]:
+    """Compute the sum of the loss and the labels of each sequence of `validation_loss`, on one process.
+
+    One sequence at a time, so that the difference of two models can be compared with its spread over sequences.
+    """
+    held_out = setup.validation
+    assert held_out is not None, "called only with validation data"
+    device = setup.device_spec.device
+    losses = []
+    with _evaluating(setup, engine) as model:
+        for i in evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES):
+            microbatch = {name: tensor.to(device) for name, tensor in setup.collate([held_out[i]]).items()}
+            loss_sum, num_items = setup.loss_fn(model, microbatch)
+            losses.append((loss_sum.item(), int(num_items.item())))
+    return losses
+
+
 def sample_text(setup: TrainingSetup, engine: Engine, prompt: str) -> str:
     """Generate a continuation of a prompt; the random state of training is not changed."""
     with _evaluating(setup, engine) as model, seeded(setup), setup.device_spec.autocast():
