@@ -69,6 +69,14 @@ def test_microbatch_size_has_several_flags():
     assert config == TrainConfig(token_budget=4096, gpu="a100-40gb", gradient_checkpointing=True, steps=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("Tesla V100-SXM2-32GB", "v100-32gb"), ("v100", "v100-16gb")],
+)
+def test_gpu_accepts_names_of_nvidia_smi(name: str, gpu: str):
+    assert config_of("--gpu", name).gpu == gpu
+
+
 def test_value_may_contain_equals_sign():
     assert config_of("--sample-prompt=x = 3").sample_prompt == "x = 3"
     assert config_of("--sample-prompt=--x").sample_prompt == "--x"
@@ -196,7 +204,7 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--memory=", "--memory is '': it must be an amount such as 24GiB or a share such as 80%."),
         ("--memory {}", "--memory is '{}': it must be an amount such as 24GiB or a share such as 80%."),
         ("--memory", "--memory needs a value: --memory MEMORY."),
-        ("--gpu a100", "--gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
+        ("--gpu h20", "--gpu is 'h20': it is not a known GPU; nearest is h200."),
         ("--gpu voodoo", "--gpu is 'voodoo': it is not a known GPU; pass its memory instead, such as 24GiB."),
         ("--memory 24GiB --gpu t4", "--memory and --gpu exclude each other: give one of them."),
         (
@@ -383,7 +391,8 @@ def test_verify_and_generate_report_errors_equally(command: str, words: list[str
         ("memory = true", "memory in run.toml is true: it must be text."),
         ('memory = "120%"', "memory in run.toml is '120%': a share must be at most 100%, such as 80%."),
         ("gpu = 4090", "gpu in run.toml is 4090: it must be text."),
-        ('gpu = "v100"', "gpu in run.toml is 'v100': it is not a known GPU; nearest are v100-16gb and v100-32gb."),
+        ('gpu = "v100-64gb"', "gpu in run.toml is 'v100-64gb': it is not a known GPU; nearest are v100-16gb and "
+         "v100-32gb."),
         ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
          "them."),
         ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective or "

@@ -219,6 +219,29 @@ def test_gpu_has_slightly_less_than_nominal_memory(name: str):
         ("NVIDIA A10G", "a10g"),
         ("NVIDIA RTX A6000", "a6000"),
         ("AMD Instinct MI300X", "mi300x"),
+        ("AMD Instinct MI250X", "mi250"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("h100-80gb", "h100"),
+        ("h100 94gb", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("h200-141gb", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("Tesla V100-SXM2-16GB", "v100-16gb"),
+        ("Tesla V100S-PCIE-32GB", "v100-32gb"),
+        ("Tesla V100-PCIE-16GB", "v100-16gb"),
+        ("NVIDIA GeForce RTX 3060", "rtx-3060-12gb"),
+        ("a100", "a100-40gb"),
+        ("V100", "v100-16gb"),
+        ("t4-16gb", "t4"),
     ],
 )
 def test_gpu_may_be_named_as_by_its_driver(asked: str, name: str):
@@ -229,12 +252,15 @@ def test_gpu_may_be_named_as_by_its_driver(asked: str, name: str):
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ("a100", "gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
-        ("NVIDIA A100-SXM4-40GB", "gpu is 'NVIDIA A100-SXM4-40GB': it is not a known GPU; nearest are a100-40gb and "
-         "a100-80gb."),
-        ("NVIDIA H100 80GB HBM3", "gpu is 'NVIDIA H100 80GB HBM3': it is not a known GPU; nearest are h100 and "
+        ("a100-60gb", "gpu is 'a100-60gb': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
+        ("NVIDIA H100 SXM5 64GB", "gpu is 'NVIDIA H100 SXM5 64GB': it is not a known GPU; nearest are h100 and "
          "h100-nvl."),
-        ("v100", "gpu is 'v100': it is not a known GPU; nearest are v100-16gb and v100-32gb."),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "gpu is 'NVIDIA GeForce RTX 4090 Laptop GPU': it is not a known GPU; "
+         "nearest are rtx-4090 and rtx-5090."),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "gpu is 'NVIDIA A100-SXM4-80GB MIG 1g.10gb': it is not a known GPU; "
+         "nearest are a100-40gb and a100-80gb."),
+        ("NVIDIA L40", "gpu is 'NVIDIA L40': it is not a known GPU; nearest are l4 and l40s."),
+        ("NVIDIA GH200 480GB", "gpu is 'NVIDIA GH200 480GB': it is not a known GPU; nearest are h100 and h200."),
         ("rtx-4070", "gpu is 'rtx-4070': it is not a known GPU; nearest are rtx-4080 and rtx-4090."),
         ("h20", "gpu is 'h20': it is not a known GPU; nearest is h200."),
         ("mi300", "gpu is 'mi300': it is not a known GPU; nearest are mi250 and mi300x."),

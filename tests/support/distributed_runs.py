@@ -35,7 +35,8 @@ class RunFolder:
         if "--microbatch" in more:
             del settings["token-budget"]
         given = [word for name, value in settings.items() if f"--{name}" not in more for word in (f"--{name}", value)]
-        return ["train", *given, "--deterministic", "--out", out, *more]
+        to = [] if "--out" in more else ["--out", out]
+        return ["train", *given, "--deterministic", *to, *more]
 
     def train(self, out: str, size: int, *more: str, **how: Any) -> Launch:
         """Train on ``size`` ranks; one process runs without torchrun."""

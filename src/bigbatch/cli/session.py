@@ -3,7 +3,7 @@
 import os
 import shlex
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import OutputConsole, TrainingDisplay, duration
 from bigbatch.cli.exit_codes import DONE, STOPPED
@@ -106,10 +106,19 @@ def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
         f"global batch per update: {_batch(setup)}",
-        f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} (affects memory only, not the result)",
+        f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} ({_effect_of_split(setup.model)})",
         f"{plural(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
         f"{plural(len(setup.training), 'sequence')}; learning rate {peak:g}, {decay}, {warmup}",
     )
+
+
+def _effect_of_split(model: Any) -> str:
+    """Return what the split affects: memory alone, unless the model draws random numbers."""
+    from bigbatch.lm.model.decoder_layers import uses_randomness
+
+    if uses_randomness(model):
+        return "the model has dropout, whose random numbers, and so the result, depend on the split"
+    return "affects memory only, not the result"
 
 
 def final_lines(directory: RunDirectory, outcome: "TrainResult") -> list[str]:
@@ -130,7 +139,7 @@ def next_lines(config: TrainConfig, directory: RunDirectory) -> list[str]:
     path = shlex.quote(str(directory.path))
     return [
         f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
-        f"      bigbatch verify{_same_job(config)}   proves that splitting the batch does not change the gradient",
+        f"      bigbatch verify{_same_job(config)}   checks that splitting the batch does not change the gradient",
     ]
 
 

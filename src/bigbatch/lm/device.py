@@ -7,6 +7,8 @@ import torch
 
 from bigbatch.errors import InputError
 
+TENSOR_CORES = (7, 0)  # compute capability from which fp16 is faster than float32: V100, T4
+
 
 @dataclass(frozen=True)
 class DeviceSpec:
@@ -50,22 +52,48 @@ class DeviceSpec:
         return f"{name}, {self.precision}"
 
 
-def resolve_device(device: str, precision: str) -> DeviceSpec:
+def resolve_device(device: str, precision: str, *, is_sharded: bool = False) -> DeviceSpec:
     """Resolve ``auto`` and check that device and precision are available.
+
+        auto    bf16 on CUDA devices that compute in it, fp16 on older ones with tensor cores, float32 elsewhere
+
+    Args:
+        device: auto, cpu, mps, cuda or cuda:N.
+        precision: auto, or one of `DeviceSpec`.
+        is_sharded: Whether the model is sharded over ranks, which excludes fp16.
 
     Raises:
         InputError: The device is not available, or does not support the precision.
     """
     found = _find_device(device)
     if precision == "auto":
-        precision = "bf16" if found.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        precision = _fastest_precision(found, is_sharded=is_sharded)
     if precision == "float64" and found.type == "mps":
         raise InputError("--precision float64 is not supported on mps: use --device cpu or --precision float32.")
+    if precision == "fp16" and is_sharded:
+        raise InputError("--precision fp16 is not supported with --parallel fsdp or hsdp: use bf16 or float32.")
     if precision.startswith("bf16") and found.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError(
             f"--precision {precision} is not supported on {torch.cuda.get_device_name(found)}: use fp16 or float32."
         )
     return DeviceSpec(found, precision)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16 itself; False for a CUDA device that only emulates it."""
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _fastest_precision(device: torch.device, *, is_sharded: bool) -> str:
+    if device.type != "cuda":
+        return "float32"
+    if computes_bf16(device):
+        return "bf16"
+    has_tensor_cores = torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return "fp16" if has_tensor_cores and not is_sharded else "float32"
 
 
 def _find_device(name: str) -> torch.device:

@@ -51,6 +51,13 @@ Each figure is the smallest in PyTorch's out-of-memory messages in public report
 total capacity of 79.10 GiB"), with error correction on where it is the default. Other drivers report up to 1.5 % more.
 """
 
+# Vendors, form factors and kinds of memory in the names that drivers print.
+_IGNORED_WORDS = {
+    *("", "nvidia", "geforce", "tesla", "amd", "instinct", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "sxm6", "pcie"),
+    *("fhhl", "dgxs", "oam", "hbm2", "hbm2e", "hbm3", "hbm3e"),
+}
+_SAME_MODELS = {"v100s": "v100", "mi250x": "mi250"}
+
 _LARGEST_BYTES = 2**63 - 1
 _NUMBER = re.compile(r"(-?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20}))\s*(%|[a-z]*)", re.ASCII | re.IGNORECASE)
 _UNITS = {"b": 1} | {
@@ -154,24 +161,40 @@ def _amount(exact_bytes: Fraction, text: str) -> MemoryLimit:
 
 
 def known_gpu(name: str) -> str:
-    """Return the key of a GPU in :data:`GPU_GIB`; also accepts ``"NVIDIA GeForce RTX 4090"`` and ``"4090"``.
+    """Return the key of a GPU in :data:`GPU_GIB`, from its key, a short name or the name that nvidia-smi prints.
+
+        "NVIDIA A100-SXM4-80GB", "a100 80gb"  → a100-80gb        "NVIDIA H100 80GB HBM3" → h100
+        "NVIDIA GeForce RTX 4090", "4090"     → rtx-4090         "a100" → a100-40gb: of several sizes, the smallest
 
     Raises:
         ValueError: The GPU is unknown. The message continues ``NAME is VALUE:`` and has no full stop.
     """
-    word = re.sub(r"[\s_-]+", "-", name.strip().lower())
-    word = re.sub(r"^((nvidia|geforce|tesla|amd|instinct)-)+", "", word)
-    bare = word.replace("-", "")
-    names = {known.replace("-", ""): known for known in GPU_GIB}
-    for spelling in (bare, f"rtx{bare}", bare.removeprefix("rtx")):
-        if spelling in names:
-            return names[spelling]
-    family = [known for known in GPU_GIB if word.partition("-")[0] in known.split("-")]
-    near = difflib.get_close_matches(word[:60], family or GPU_GIB, n=2, cutoff=0.0 if family else 0.6)
+    words = [word for word in re.split(r"[\s_-]+", name.strip().lower()) if word not in _IGNORED_WORDS]
+    sizes = [int(word.removesuffix("gb")) for word in words if re.fullmatch(r"\d{1,4}gb", word)]
+    unsized = [word for word in words if not re.fullmatch(r"\d{1,4}gb", word)]
+    model = "".join(_SAME_MODELS.get(word, word) for word in unsized)
+    keys = {key.replace("-", ""): key for key in GPU_GIB}
+    for spelling in ("".join(words), model, f"rtx{model}", model.removeprefix("rtx")) if len(sizes) < 2 else ():
+        if spelling in keys and (not sizes or spelling == "".join(words)):
+            return keys[spelling]
+        of_model = [key for key in GPU_GIB if model and _without_size(key) in (spelling, f"{spelling}nvl")]
+        # The reported memory is a few percent less than the size in the name.
+        of_size = [key for key in of_model if not sizes or 0.9 * sizes[0] < GPU_GIB[key] < sizes[0]]
+        if of_size:
+            return min(of_size, key=GPU_GIB.__getitem__)
+    family = [key for key in GPU_GIB if (unsized or [""])[0] in key.split("-")]
+    near = difflib.get_close_matches(
+        "-".join(words if family else unsized)[:60], family or GPU_GIB, n=2, cutoff=0.0 if family else 0.6
+    )
     near.sort(key=list(GPU_GIB).index)
     if near:
         raise ValueError(f"it is not a known GPU; nearest {'is' if len(near) == 1 else 'are'} {' and '.join(near)}")
     raise ValueError("it is not a known GPU; pass its memory instead, such as 24GiB")
+
+
+def _without_size(key: str) -> str:
+    """Return the model of a GPU without hyphens and without its memory: a100 for a100-40gb."""
+    return re.sub(r"-\d+gb$", "", key).replace("-", "")
 
 
 def gpu_memory(name: str) -> int:

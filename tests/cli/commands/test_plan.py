@@ -236,7 +236,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str, code: int = 2) -> st
             "--token-budget 32 or more, or a smaller --max-length.",
         ),
         ("--device cpu --gpu t4", "--gpu t4 and --device cpu exclude each other: pass one of them."),
-        ("--gpu a100", "--gpu is 'a100': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
+        ("--gpu a100-60gb", "--gpu is 'a100-60gb': it is not a known GPU; nearest are a100-40gb and a100-80gb."),
         ("--memory 1", "--memory is 1: it needs a unit, such as 1GiB."),
         (
             "--data ../nothing.txt",

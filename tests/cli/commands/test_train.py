@@ -56,7 +56,7 @@ def test_main_job_runs_from_any_folder_without_terminal(tmp_path: Path) -> None:
     assert "update 2: validation loss " in done.stdout
     assert lines[-2:] == [
         'next: bigbatch generate runs/tiny-python-stdlib "def "',
-        "      bigbatch verify   proves that splitting the batch does not change the gradient",
+        "      bigbatch verify   checks that splitting the batch does not change the gradient",
     ]
     run = tmp_path / "runs" / "tiny-python-stdlib"
     names = {".lock", "checkpoints", "config.json", "events.jsonl", "metrics.jsonl", "microbatch.json", "model"}

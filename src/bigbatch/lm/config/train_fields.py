@@ -113,9 +113,9 @@ class TrainFields(BaseModel):
     )
     microbatch: Microbatch | None = Field(
         default=None,
-        description="sequences in one forward and backward; affects memory and speed, not the result. auto = the "
-        "fastest size that fits in memory: predicted, then measured, so it depends on timing; set a number for "
-        "bit-identical runs. More than the batch = one micro-batch (default: auto, unless --token-budget is given)",
+        description="sequences in one forward and backward; affects memory and speed, not the result (except through "
+        "dropout). auto = the fastest size that fits in memory: predicted, then measured, so it depends on timing; set a "
+        "number for bit-identical runs. More than the batch = one micro-batch (default: auto, unless --token-budget is given)",
     )
     token_budget: Count | None = Field(
         default=None,
@@ -174,7 +174,8 @@ class TrainFields(BaseModel):
     precision: Literal["auto", "float32", "float64", "bf16", "bf16-weights", "fp16"] = Field(
         default="auto",
         description="bf16 and fp16 = autocast over float32 weights; bf16-weights = weights in bf16, gradient sums "
-        "in float32, in less memory; auto = bf16 on CUDA, float32 elsewhere",
+        "in float32, in less memory; auto = bf16 on CUDA, fp16 on GPUs without bf16 such as T4 and V100, float32 "
+        "elsewhere",
     )
     memory: MemoryText | None = Field(
         default=None,
@@ -184,7 +185,7 @@ class TrainFields(BaseModel):
     gpu: Gpu | None = Field(
         default=None,
         description="memory limit by the name of a GPU, such as a100-40gb, instead of --memory: what is usually free "
-        "on it (default: none)",
+        "on it. Accepts the names that nvidia-smi prints; a100 and v100 are those with less memory (default: none)",
     )
     gradient_checkpointing: Checkpointing = Field(
         default="auto",

@@ -140,6 +140,7 @@ def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) ->
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about names shared by peft and transformers
+        warnings.filterwarnings("ignore", message=".* keys did not match any targeted module")  # see expert_notes
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 

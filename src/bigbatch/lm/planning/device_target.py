@@ -7,9 +7,11 @@ import torch
 from bigbatch.autotune.fake_tensors import proxy_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import DeviceSpec, resolve_device
+from bigbatch.lm.device import DeviceSpec, computes_bf16, resolve_device
 from bigbatch.memory.limit import describe_bytes, gpu_limit, parse_memory
 from bigbatch.memory.usage import MemoryBudget, resolve_memory_budget
+
+WITHOUT_BF16 = frozenset(["t4", "v100-16gb", "v100-32gb"])  # before Ampere: training chooses fp16 there
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class PlanTarget:
         device_spec: Device on which the step is predicted, and precision of the run.
         budget: The memory; None if unknown.
         is_local: Whether the run can start on this machine.
+        computes_bf16: Whether the device computes in bfloat16 itself and does not emulate it.
     """
 
     name: str
@@ -29,14 +32,20 @@ class PlanTarget:
     device_spec: DeviceSpec
     budget: MemoryBudget | None
     is_local: bool
+    computes_bf16: bool = True
 
     @property
     def notes(self) -> list[str]:
         """Return what a user would not expect of the estimates."""
-        if self.device.type == self.device_spec.device.type:
-            return []
-        why = "No CUDA build of PyTorch" if torch.version.cuda is None else "No CUDA device found"
-        return [f"{why}: estimated from CPU kernels with CUDA's allocation rounding."]
+        notes = []
+        if self.device.type != self.device_spec.device.type:
+            why = "No CUDA build of PyTorch" if torch.version.cuda is None else "No CUDA device found"
+            notes.append(f"{why}: estimated from CPU kernels with CUDA's allocation rounding.")
+        if not self.computes_bf16 and self.device_spec.precision.startswith("bf16"):
+            notes.append(
+                f"{self.name.partition(',')[0]} only emulates bf16, which is slow: use --precision fp16 or float32."
+            )
+        return notes
 
 
 def resolve_target(config: TrainConfig) -> PlanTarget:
@@ -65,12 +74,15 @@ def _here(config: TrainConfig) -> PlanTarget:
         device_spec,
         resolve_memory_budget(config.memory, device_spec.device, ()),
         True,
+        computes_bf16(device_spec.device),
     )
 
 
 def _elsewhere(config: TrainConfig) -> PlanTarget:
     device = torch.device("cuda")
-    device_spec = DeviceSpec(proxy_device(device), "bf16" if config.precision == "auto" else config.precision)
+    with_bf16 = config.gpu not in WITHOUT_BF16
+    fastest = "bf16" if with_bf16 else "fp16"
+    device_spec = DeviceSpec(proxy_device(device), fastest if config.precision == "auto" else config.precision)
     budget = None
     if config.gpu is not None:
         limit_bytes = gpu_limit(config.gpu)
@@ -84,4 +96,5 @@ def _elsewhere(config: TrainConfig) -> PlanTarget:
             f"--device {config.device} is not in this machine, so its memory is unknown. Pass a GPU, such as --gpu "
             "h100, or an amount, such as --memory 24GiB, or pass --microbatch or --token-budget."
         )
-    return PlanTarget(f"{config.gpu or 'a CUDA device'}, {device_spec.precision}", device, device_spec, budget, False)
+    name = f"{config.gpu or 'a CUDA device'}, {device_spec.precision}"
+    return PlanTarget(name, device, device_spec, budget, False, with_bf16)

@@ -166,6 +166,8 @@ class RunEstimator:
         if any(_is_set(self._config, flags) for flags in names):
             return None
         changes = {name: value for flags in names for name, value in MEMORY_SAVINGS[flags].items()}
+        if str(changes.get("precision")).startswith("bf16") and not self._target.computes_bf16:
+            return None
         config = self._config.model_copy(update=changes)
         try:
             predictor = make_predictor(self._outline(config), config, target=self._target.device)

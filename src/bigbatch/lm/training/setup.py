@@ -16,6 +16,7 @@ from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
+from bigbatch.lm.model.expert_notes import expert_notes
 from bigbatch.lm.model.generation import prompt_tokens
 from bigbatch.lm.model.meta_setup import set_up_meta_model
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
@@ -94,7 +95,7 @@ def set_up_training(
         InputError: A model, data or device of the configuration does not exist or cannot be used.
     """
     config = config.resolved()
-    device_spec = resolve_device(config.device, config.precision)
+    device_spec = resolve_device(config.device, config.precision, is_sharded=ranks.are_sharded)
     config = config.model_copy(update={"device": str(device_spec.device), "precision": device_spec.precision})
     tokenizer = None if config.model == TINY else load_tokenizer(config.model)
     progress(f"reading {config.data}")
@@ -123,7 +124,7 @@ def set_up_training(
         model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
     else:
         model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
-    notes = [*corpus.notes, *notes, *model_setup.notes]
+    notes = [*corpus.notes, *notes, *model_setup.notes, *expert_notes(model_setup.model)]
     return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes), weights)
 
 
