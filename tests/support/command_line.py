@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 SENTENCE = re.compile(r"bigbatch (train|resume|verify|plan|generate|checkpoints|advise|report|bench): [^\n]+[.?]\n")
 LIMIT_S = 120
 
@@ -50,3 +52,14 @@ def running(*words: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
 def files_below(folder: Path) -> set[str]:
     """Return every file and folder below ``folder``, as relative paths."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def pretend_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Make the command believe that it prints to a terminal of that width, without colours."""
+    for name, value in {"COLUMNS": str(columns), "TTY_COMPATIBLE": "1", "TERM": "xterm", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def terminal_lines(printed: str) -> list[str]:
+    """Return the lines that a terminal shows, also those that are overwritten later, without escape sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed).replace("\r", "\n").splitlines()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from bigbatch.cli import main
 from bigbatch.lm.advice.batch_advice import RunEvidence, advise, classify, evidence, one_line
 from bigbatch.lm.config.train_config import TrainConfig
-from support.command_line import files_below
+from support.command_line import files_below, pretend_terminal, terminal_lines
 
 
 def found(**changes: Any) -> RunEvidence:
@@ -182,13 +181,12 @@ def test_json_is_one_object(run: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert told["verdict"] in ("far below", "near", "far above", "unknown")
 
 
-def test_branch_table_fits_forty_columns(run: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("NO_COLOR", "1")
+def test_branch_table_fits_forty_columns(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretend_terminal(monkeypatch, 40)
     assert main(["advise", str(run), "--branch", "--branch-updates", "1"]) == 0
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capfd.readouterr().out).replace("\r", "\n").splitlines()
+    lines = terminal_lines(capfd.readouterr().out)
     assert "  batch updates     loss  penalty      ±" in lines
     assert max(map(len, lines)) <= 40
 

@@ -1,6 +1,7 @@
 """``bigbatch bench``: a table or JSON, a file only where one is asked for, and one sentence where it cannot begin."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import torch
 
 from bigbatch.cli import main
 from bigbatch.cli.commands import bench
+from bigbatch.cli.commands.bench import describe
 from bigbatch.errors import MemoryLimitError
 from bigbatch.lm.bench import bigbatch_runner
+from bigbatch.lm.bench.benchmark import BenchmarkResult, ContestantResult
 from bigbatch.lm.bench.entries import missing
 from bigbatch.lm.bench.workload import WORKLOADS
+from bigbatch.lm.device import DeviceSpec
 from support.command_line import SENTENCE, files_below
 from support.language_models import TINY_WORKLOAD
 
@@ -132,3 +136,30 @@ def test_large_workload_needs_cuda(capfd: pytest.CaptureFixture[str], monkeypatc
     assert main(["bench", "--workload", "w"]) == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert said == ("bigbatch bench: --workload w needs a CUDA device, but torch finds none: use --workload w-small.")
+
+
+@pytest.mark.parametrize("peak_bytes", [None, 3 * 2**30])
+def test_rows_become_sentences_below_table_width(peak_bytes: int | None) -> None:
+    rows = (
+        ContestantResult("bigbatch", "one line", None, (1200.0,), peak_bytes, (1.0, 1.0)),
+        ContestantResult("trainer", "per_device_train_batch_size", 4, (600.0,), peak_bytes, (0.98765, 1.25)),
+        ContestantResult("lightning", "Fabric", 8, problem="out of memory"),
+    )
+    result = BenchmarkResult(TINY_WORKLOAD, DeviceSpec(torch.device("cpu"), "float32"), None, 1, 10**6, 8, 64, rows)
+    peak = "" if peak_bytes is None else ", 3.00 GiB"
+    assert list(describe(result, width=40))[3:6] == [
+        f"bigbatch: samples auto, tokens/s 1,200, speedup × 1.00{peak}, cosine 1.00000, norm 1.000",
+        f"trainer: samples 4, tokens/s 600, speedup × 2.00{peak}, cosine 0.98765, norm 1.250",
+        "lightning: samples 8, out of memory",
+    ]
+    assert max(map(len, list(describe(result, width=40))[7:])) <= 40
+    columns = 82 if peak_bytes else 74
+    assert list(describe(result, width=columns))[3].split()[:2] == ["samples", "tokens/s"]
+    assert list(describe(result, width=columns - 1))[3].startswith("bigbatch: ")
+    assert max(map(len, list(describe(result, width=columns))[3:7])) == columns
+
+
+def test_output_file_must_be_regular(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(folder / "pipe")
+    assert main(["bench", "--save", "pipe"]) == 2
+    assert capfd.readouterr().err == "bigbatch bench: --save pipe is a pipe: pass a file, such as bench.txt.\n"

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 from bigbatch.cli import main
 from bigbatch.memory.limit import describe_bytes
-from support.command_line import command, files_below
+from support.command_line import command, files_below, pretend_terminal, terminal_lines
 from support.language_models import records, save_model_folder, write_jsonl
 
 SMALL = ("plan", "--data", "../data.jsonl", "--model", "../base")
@@ -89,6 +89,21 @@ settings that lower the peak for the same micro-batch:
     for line, expected_line in zip(lines[:-2], pattern[:-2], strict=True):
         assert re.fullmatch(expected_line, line), line
     assert all(any(re.fullmatch(lever, line) for lever in levers) for line in lines[-2:])
+
+
+def test_plan_for_old_gpu_fits_forty_columns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretend_terminal(monkeypatch, 40)
+    words = ("--gpu", "Tesla T4", "--microbatch", "1", "--layout", "padded", "--global-batch", "20")
+    lines = terminal_lines(planned(capfd, *SMALL, *words))
+    assert max(map(len, lines)) <= 40
+    text = " ".join(" ".join(lines).split())
+    assert " parameters, all trained, on t4, fp16 " in text
+    assert "bf16-weights" not in text, "T4 only emulates bf16"
+    table = lines[lines.index("     #    seqs   longest       tokens") :]
+    assert [line.split()[0] for line in table[1:18]] == [*map(str, range(8)), "…", *map(str, range(12, 20))]
+    assert table[9] == "     … 4 more"
 
 
 @pytest.mark.parametrize(

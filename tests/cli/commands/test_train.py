@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from bigbatch.cli import main
 from support.command_line import LIMIT_S, SENTENCE, command, files_below, running
@@ -83,7 +83,7 @@ training data: 39 documents with """
     assert printed.count(": sample from the model\n    │ def ") == 2
     assert printed.count("unigram baseline: ") == 1
     assert "; output is in runs/small-data/\n" in printed
-    assert f"bigbatch verify --data ../data.jsonl --model {base}   proves" in printed
+    assert f"bigbatch verify --data ../data.jsonl --model {base}   checks" in printed
     assert [row["step"] for row in metrics(folder / "runs" / "small-data")] == [1, 2, 3, 4]
     config = json.loads((folder / "runs" / "small-data" / "config.json").read_text(encoding="utf-8"))
     assert (config["out"], config["precision"], config["max_length"]) == ("runs/small-data", "float32", 64)
@@ -139,6 +139,68 @@ def test_counts_of_one_are_singular(folder: Path, base: Path, capfd: pytest.Capt
     assert "1 update, 1 pass over 1 sequence; learning rate 2e-05, cosine decay, no warm-up" in printed
     assert "1 update in " in printed
     assert "next: bigbatch generate 'run it' \"def \"" in printed
+
+
+def test_dropout_replaces_promise_about_split(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_model_folder(folder / "drops", kind="gpt2", dropout=0.1)
+    words = ["train", "--data", "../data.jsonl", "--model", "drops", "--steps", "1", "--microbatch", "8"]
+    assert main(words) == 0
+    printed = capfd.readouterr().out
+    assert (
+        "split into 4 micro-batches of 8 sequences, on cpu, float32 (the model has dropout, whose random numbers, and "
+        "so the result, depend on the split)\n" in printed
+    )
+    assert "not the result" not in printed
+
+
+def test_mixture_of_experts_says_what_is_not_trained(
+    folder: Path, base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=308, num_local_experts=2, router_aux_loss_coef=0.5, max_position_embeddings=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "experts")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "experts")
+    capfd.readouterr()
+    words = ["train", "--data", "../data.jsonl", "--model", "experts", "--steps", "1", "--microbatch", "8"]
+    assert main([*words, "--lora-rank", "2"]) == 0
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    assert (
+        "\nthe load-balancing loss of the experts is not trained: router_aux_loss_coef 0.5 of the model has no effect, "
+        "and the experts may be used unevenly\nLoRA adapts 2 of 2 expert weights, 1 of 1 router and "
+        "4 of 4 other linear layers\n" in printed
+    )
+
+
+def test_hub_folder_trains_on_its_training_split(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "set" / "data").mkdir(parents=True)
+    (folder / "set" / "README.md").write_text("---\nlicense: mit\n---\nAbout the data.\n", encoding="utf-8")
+    write_jsonl(folder / "set" / "data" / "train-00000-of-00001.jsonl", records(20))
+    write_jsonl(folder / "set" / "data" / "test-00000-of-00001.jsonl", records(30))
+    words = ["train", "--data", "set", "--model", str(base), "--steps", "1", "--validation-fraction", "0"]
+    assert main(words) == 0
+    printed = capfd.readouterr().out
+    assert "\n20 records in 1 file from set\n" in printed
+    assert (
+        "\nset is laid out like a dataset of the hub: only 1 file of the split train is used, not README.md, "
+        "data/test-00000-of-00001.jsonl\n" in printed
+    )
+
+
+def test_full_stdout_does_not_end_run(folder: Path, base: Path) -> None:
+    words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "2", "--out", "run"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bigbatch", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S
+        )
+    assert done.returncode == 0
+    assert done.stderr == (
+        "bigbatch train: stdout cannot be written (no space left on device): the run continues without output. Its "
+        "updates are in metrics.jsonl in the run directory.\n"
+    )
+    assert [row["step"] for row in metrics(folder / "run")] == [1, 2]
 
 
 # what it refuses -------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """``bigbatch verify``: a table or JSON, and an exit code that says whether every cut is exact."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from bigbatch.cli import main
 from bigbatch.cli.commands.verify import default_cuts
-from support.command_line import SENTENCE, command, files_below
+from support.command_line import SENTENCE, command, files_below, pretend_terminal, terminal_lines
 from support.language_models import conversations, records, save_model_folder, write_jsonl
 
 
@@ -92,3 +93,17 @@ def test_default_cuts_are_powers_of_two_and_three() -> None:
     assert default_cuts(3) == [1, 2]
     assert default_cuts(4) == [1, 2, 3]
     assert default_cuts(16) == [1, 2, 3, 4, 8]
+
+
+def test_table_fits_forty_columns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretend_terminal(monkeypatch, 40)
+    assert main([*SMALL, "--samples", "5", "--cuts", "1,3"]) == 0
+    lines = terminal_lines(capfd.readouterr().out)
+    assert max(map(len, lines)) <= 40
+    text = " ".join(" ".join(lines).split())
+    assert re.search(
+        r" micro-batches of 1: 5, bigbatch \d\.\de-\d+, mean of means \d\.\de-\d+ micro-batches of 3: 2, ", text
+    )
+    assert text.endswith(" exact: every cut gives the full-batch gradient")

@@ -114,8 +114,9 @@ class TrainFields(BaseModel):
     microbatch: Microbatch | None = Field(
         default=None,
         description="sequences in one forward and backward; affects memory and speed, not the result (except through "
-        "dropout). auto = the fastest size that fits in memory: predicted, then measured, so it depends on timing; set a "
-        "number for bit-identical runs. More than the batch = one micro-batch (default: auto, unless --token-budget is given)",
+        "dropout). auto = the fastest size that fits in memory: predicted, then measured, so it depends on timing; set "
+        "a number for bit-identical runs. More than the batch = one micro-batch (default: auto, unless --token-budget "
+        "is given)",
     )
     token_budget: Count | None = Field(
         default=None,
