@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -169,6 +170,14 @@ def test_errors_show_control_characters(word: str, capsys: pytest.CaptureFixture
     assert printed.count("\n") == 4
     assert visible(printed, keep="\n") == printed
     assert visible(word) in printed
+
+
+def test_warning_shows_control_characters() -> None:
+    before = warnings.formatwarning
+    with guarded_output():
+        shown = warnings.formatwarning("model \x1b[31mtype", UserWarning, "a\rb.py", 1)
+    assert shown.startswith("a\\rb.py:1: UserWarning: model \\x1b[31mtype\n")
+    assert warnings.formatwarning is before
 
 
 def test_error_breaks_at_spaces_on_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

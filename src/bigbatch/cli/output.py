@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,10 +130,13 @@ def guarded_output() -> Iterator[None]:
             GuardedStream(devnull if stream is None else stream, on_error)
             for stream, on_error in zip(streams, (_raise, _ignore), strict=True)
         )
+        format_warning = warnings.formatwarning
+        warnings.formatwarning = lambda *words, **more: visible(format_warning(*words, **more), keep="\n")
         with _encoding_errors(streams[0]), _encoding_errors(streams[1]):
             try:
                 yield
             finally:
+                warnings.formatwarning = format_warning
                 sys.stdout, sys.stderr = streams
 
 
