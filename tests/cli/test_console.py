@@ -144,6 +144,18 @@ def test_sample_keeps_first_lines_and_whole_characters() -> None:
     assert (len(long), long[-1]) == (13, "    │ …")
 
 
+def test_sample_breaks_at_spaces_behind_its_bar() -> None:
+    text = "def f(x): return x\n    if a and b and c:\n" + "y" * 30
+    assert quote(text, "def ", width=22).plain.splitlines() == [
+        "    │ def f(x): return",
+        "    │ x",
+        "    │     if a and b",
+        "    │ and c:",
+        f"    │ {'y' * 16}",
+        f"    │ {'y' * 14}",
+    ]
+
+
 def test_sample_prompt_is_marked() -> None:
     spans = quote("def f(x)", "def ").spans
     assert [("bold" in str(span.style), span.start, span.end) for span in spans] == [(True, 6, 10)]

@@ -56,6 +56,7 @@ def test_unwritable_file_is_reported_before_torch_loads():
         ["plan", "--data", "./missing.txt"],
         ["verify", "--model", "./missing"],
         ["resume", "/nonexistent/run"],
+        ["resume", ".", "--data", "/nonexistent/data.jsonl", "--allow-data-change"],
         ["generate", "/nonexistent/run"],
         ["advise", "/nonexistent/run"],
         ["checkpoints", "/nonexistent/run"],

@@ -5,6 +5,7 @@ Every text passes through `OutputConsole`, `quote` or the live lines here, which
 
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 PLAIN_LINES = 20  # approximate number of update lines per run without a terminal
 SAMPLE_LINES = 12
+BAR = "    │ "  # in front of every line of a sample
 NARROWEST_BAR, WIDEST_BAR = 8, 32
 BAR_COLUMNS = 80  # terminal columns from which the live line has a bar
 STATUS_COLUMNS = 94  # terminal columns for the update, loss, speed, time left, memory and noise scale
@@ -156,7 +158,8 @@ class TrainingDisplay:
         """Show a text sample, with the prompt in bold on a terminal."""
         self._pace.paused()
         self._console.print(f"update {step}: sample from the model")
-        self._console.print(quote(text, self._prompt))
+        width = self._console.width if self._console.is_terminal else None
+        self._console.print(quote(text, self._prompt, width=width))
 
 
 def noise(row: dict[str, Any]) -> list[str]:
@@ -204,18 +207,31 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: max(0, width - 1)]}…"
 
 
-def quote(text: str, prompt: str) -> Text:
-    """Format a sample: its first lines, indented behind a bar, with consecutive empty lines merged."""
+def quote(text: str, prompt: str, *, width: int | None = None) -> Text:
+    """Format a sample: its first lines, indented behind a bar, with consecutive empty lines merged.
+
+    Args:
+        text: As generated.
+        prompt: Its start, which is highlighted if it is at the beginning of the first line.
+        width: Columns to break lines at; None to not break them.
+    """
     clean = visible(text.rstrip("\ufffd \n"), keep="\n\t")  # the last character may be incomplete
     shown = re.sub(r"\n\s*\n(\s*\n)+", "\n\n", clean)
     lines = shown.split("\n")
     if len(lines) > SAMPLE_LINES:
         lines = [*lines[:SAMPLE_LINES], "…"]
-    quoted = Text("\n".join(f"    │ {line}" for line in lines), style="dim")
+    if width is not None:
+        lines = [part for line in lines for part in _broken(line, width - len(BAR))]
+    quoted = Text("\n".join(f"{BAR}{line}" for line in lines), style="dim")
     first = visible(prompt.split("\n")[0], keep="\t")
     if first and lines[0].startswith(first):
-        quoted.stylize("not dim bold", 6, 6 + len(first))
+        quoted.stylize("not dim bold", len(BAR), len(BAR) + len(first))
     return quoted
+
+
+def _broken(line: str, width: int) -> list[str]:
+    """Break a line of a sample at spaces, and a longer word anywhere: the bar is on every line."""
+    return textwrap.wrap(line, max(width, 10), replace_whitespace=False, break_on_hyphens=False) or [line]
 
 
 def duration(seconds: float) -> str:

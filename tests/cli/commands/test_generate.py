@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch.cli import main
+from bigbatch.cli.output import visible
 from support.command_line import SENTENCE, command
 from support.language_models import records, run, save_model_folder, write_jsonl
 
@@ -47,6 +48,12 @@ def test_temperature_zero_ignores_seed(trained: Path, capfd: pytest.CaptureFixtu
 def test_any_prompt_is_continued(tmp_path: Path, kind: str, prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save_model_folder(tmp_path, kind=kind)
     assert written(capfd, folder, "--max-new-tokens", "9", "--top-k", "0", "--", prompt).startswith(prompt)
+
+
+def test_control_characters_are_printed_as_escapes(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    printed = written(capfd, trained, "\x1b[2J\r[red]\x07\n\tx \u202e", "--max-new-tokens", "3")
+    assert printed.startswith("\\x1b[2J\\r[red]\\x07\n\tx \\u202e")
+    assert visible(printed, keep="\n\t") == printed
 
 
 def test_generation_ends_at_model_positions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

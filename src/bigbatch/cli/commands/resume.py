@@ -14,6 +14,7 @@ from bigbatch.cli.session import enable_determinism, summary_lines, train
 from bigbatch.cli.torchrun import fail_together, process_group, reject_together, with_local_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.sources import check_data_path
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory
 from bigbatch.lm.runs.lock import RunLock
 from bigbatch.lm.training.dashboards import check_log
@@ -26,6 +27,8 @@ def run(overrides: TrainConfig, options: ResumeOptions) -> int:
     """Resume one run; return 0, or 75 if a signal stopped it after saving."""
     with reject_together("resume"):
         check_run(options.run)  # before torch is imported
+        if "data" in overrides.model_fields_set:
+            check_data_path(overrides.data)
         from bigbatch.lm.training.resume import stored_config
 
         stored = stored_config(options.run)
