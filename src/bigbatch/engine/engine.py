@@ -309,22 +309,17 @@ class Engine:
         Tensors are those in use: save them, or copy them, before the next `step`. State can be saved only between
         windows.
 
-        Returns:
-            ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``engine``, ``random`` and ``format``. ``model`` has
-            the model's parameters that require a gradient or that are or were in the optimizer, frozen ones included,
-            and its persistent buffers; a parameter of the optimizer outside of the model is named by its position,
-            ``optimizer.group0.param3``, or ``loss_fn.weight`` if ``loss_fn`` is a module or a method of one, whose
-            persistent buffers are stored as well. Buffers of other modules outside of the model are not known: save
-            them yourself.
+        Parameters that are or were in the optimizer belong to it, frozen or outside of the model, by names such as
+        ``layer.weight``, ``loss_fn.weight`` (``loss_fn`` is a module or a method of one) or
+        ``optimizer.group0.param3``. Buffers outside of the model and of such a ``loss_fn`` are not known.
         """
         return self._training_state.capture(self._progress, self.accumulator.device)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of `state_dict`; the next updates are the same to the last bit.
 
-        Settings of the optimizer, such as ``lr``, become those of the state. Tensors are loaded into frozen parameters
-        as well. Everything is checked before the first value is written; if writing fails nevertheless, for example
-        because memory runs out, the values from before are put back.
+        Settings such as ``lr`` become those of the state. Everything is checked before the first value is written; if
+        writing fails nevertheless, for example because memory runs out, the old values are put back.
 
         Raises:
             ValueError: It is of another model, optimizer, scheduler or scaler, of a newer version of bigbatch, or
