@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,29 @@ def test_path_without_run_is_rejected(tmp_path: Path, capfd: pytest.CaptureFixtu
     (tmp_path / "empty").mkdir()
     assert main(["advise", str(tmp_path / "empty")]) == 2
     assert "is not a readable run" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_pipe_in_run_is_rejected(run: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for file in {"metrics.jsonl", "config.json"} - {name}:
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    os.mkfifo(tmp_path / name)
+    assert main(["advise", str(tmp_path)]) == 2
+    assert capfd.readouterr().err == f"bigbatch advise: {tmp_path} is not a readable run: {name} is a pipe.\n"
+
+
+def test_damaged_rows_are_left_out(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    rows = ['{"step": "x", "num_microbatches": 2}', '{"step": 1, "num_microbatches": null}', "[" * 100_000, "7", "{"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert main(["advise", str(tmp_path)]) == 2
+    assert "has no updates yet" in capfd.readouterr().err
+    good = '{"step": 3, "num_microbatches": 2, "elapsed_s": "long", "noise_scale_sequences": [1], "skipped": null}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([good, *rows]), encoding="utf-8")
+    assert main(["advise", str(tmp_path)]) == 0
+    printed, complained = capfd.readouterr()
+    assert complained == ""
+    assert printed.startswith("After 3 updates the gradient noise scale is unknown: it needs 4 updates")
 
 
 def test_run_without_checkpoint_has_no_branches(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path: Path, capfd: pyt
     assert refused(capfd, run, "--out", tmp_path / "no" / "a.html") == (
         f"--out {tmp_path / 'no' / 'a.html'} cannot be written: there is no folder {tmp_path / 'no'}."
     )
+    assert refused(capfd, run, "--out", "/dev/zero") == "--out /dev/zero is a device: name a file, such as report.html."
     assert refused(capfd, run, "--wacth") == "unknown flag --wacth: did you mean --watch?"
     assert refused(capfd, *[run] * 9) == "9 runs are too many for one page: name at most 8."
     assert files_below(tmp_path) == before

@@ -125,7 +125,8 @@ def test_memory_is_text(memory: object):
 
 def test_gpu_is_saved_by_its_known_name():
     assert TrainConfig(gpu="NVIDIA A100 40GB").gpu == "a100-40gb"
-    assert error_types(gpu="a100") == ["gpu"]
+    assert TrainConfig(gpu="a100").gpu == "a100-40gb"
+    assert error_types(gpu="a100-60gb") == ["gpu"]
     assert error_types(gpu=4090) == ["string_type"]
 
 

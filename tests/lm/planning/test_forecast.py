@@ -397,7 +397,7 @@ def test_step_that_needs_data_is_one_sentence(place: Path, tmp_path: Path, capfd
 
 def test_gpu_is_known_by_name(place: Path) -> None:
     found = forecast_of(place, device="auto", gpu="t4", microbatch=4)
-    assert (found.target.name, found.target.is_local, found.fits) == ("t4, bf16", False, True)
+    assert (found.target.name, found.target.is_local, found.fits) == ("t4, fp16", False, True)
     assert found.untimed == "the device is not in this machine"
     assert found.update_s is None
     assert "libraries" in found.prediction.parts

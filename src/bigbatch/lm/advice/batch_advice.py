@@ -20,12 +20,19 @@ from typing import Any, Literal
 from bigbatch.errors import InputError, os_reason
 from bigbatch.lm.config.scale_from import BETAS
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.files import file_kind
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
 from bigbatch.lm.text import plural
 from bigbatch.scaling.noise_scale import MIN_WINDOWS
 
 FAR = 4.0  # ratio of batch and scale beyond which samples or updates are mostly wasted
 LATEST = 50  # most recent updates, whose times and batches count
+
+NUMBERS = frozenset(
+    ["step", "num_microbatches", "sequences", "global_batch", "elapsed_s", "ranks", "retries"]
+    + [f"noise_{name}_sequences" for name in ("scale", "low", "high")]
+)
+"""Fields of a row of metrics.jsonl that are numbers, or missing."""
 
 Verdict = Literal["far below", "near", "far above", "unknown"]
 
@@ -80,10 +87,13 @@ def read_evidence(folder: Path) -> RunEvidence:
     Raises:
         InputError: The folder is not a readable run, or the run has no updates yet.
     """
+    for path in (folder / METRICS, folder / CONFIG):
+        if path.exists() and not path.is_file():  # reading a pipe may wait for ever
+            raise InputError(f"{folder} is not a readable run: {path.name} is {file_kind(path)}.")
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8").split("\n")
         config = TrainConfig.model_validate(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder} is not a readable run: {os_reason(error)}.") from error
     rows = [row for row in map(_row, lines) if row is not None]
     if not rows:
@@ -259,8 +269,16 @@ def _number(value: Any, row: Mapping[str, Any]) -> float | None:
 
 
 def _row(line: str) -> dict[str, Any] | None:
+    """Return a row of metrics.jsonl without those of its numbers that are none; None if it is no row of an update."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and {"step", "num_microbatches"} <= row.keys() else None
+    if not isinstance(row, dict):
+        return None
+    row = {name: value for name, value in row.items() if name not in NUMBERS or _is_number(value)}
+    return row if {"step", "num_microbatches"} <= row.keys() else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

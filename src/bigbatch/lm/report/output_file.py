@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bigbatch.errors import InputError, os_reason
-from bigbatch.lm.files import write_atomically
+from bigbatch.lm.files import file_kind, write_atomically
 from bigbatch.lm.runs.file_names import REPORT
 
 DOCTYPE = b"<!doctype html>"
@@ -20,6 +20,8 @@ def check_place(path: Path) -> None:
     folder = path.absolute().parent
     if path.is_dir():
         raise InputError(f"--out {path} is a folder: name a file, such as {path / REPORT}.")
+    if path.exists() and not path.is_file():  # opening a pipe may wait for ever
+        raise InputError(f"--out {path} is {file_kind(path)}: name a file, such as {REPORT}.")
     if not folder.is_dir():
         raise InputError(f"--out {path} cannot be written: there is no folder {folder}.")
     if not os.access(folder, os.W_OK | os.X_OK):
