@@ -68,8 +68,12 @@ class TrainingState:
             ``model`` (tensors by name), ``optimizer``, ``scheduler`` and ``scaler`` (None without one, a list for
             several), ``engine`` (the number of updates and ``progress``), ``random``, and ``format``: the classes of
             optimizers, schedulers and scaler, and the names of each optimizer's parameters in order.
+
+        Raises:
+            TornUpdateError: The last update is torn: its state is not to be saved.
         """
         update = self._update
+        update.steps.check_not_torn()
         self._tensors.note_trained()
         return {
             "model": {name: tensor.detach() for name, tensor in self._tensors.belonging().items()},
