@@ -54,6 +54,7 @@ def an_engine(
         **{"loss_fn": loss_fn, "microbatch": 3, "max_grad_norm": 1.0} | settings,
         scheduler=scheduler,
         scaler=scaler,
+        check=False,
     )
 
 

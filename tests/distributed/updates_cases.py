@@ -137,6 +137,7 @@ def train(how: str, kind: str, num_updates: int, dtype: torch.dtype = torch.floa
         max_grad_norm=0.3,
         sync=sync,
         scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9),
+        check=False,
     )
     batches = list(ref.batches(num_updates, 11))
     shares = [cases.select_rows(batch, share(index, rank, size)) for index, batch in enumerate(batches)]

@@ -86,7 +86,7 @@ def test_time_first_batch_is_exact(kind, microbatch):
     found, report = moved_by(engine_for(make(build), microbatch=microbatch, batch_dim=1), batch)
     assert relative_error(found, expected) <= EXACT
     assert report.num_microbatches == -(-5 // microbatch)
-    along_time, _ = moved_by(engine_for(make(build), batch_dim=0), batch)
+    along_time, _ = moved_by(engine_for(make(build), batch_dim=0, check=False), batch)
     assert relative_error(along_time, expected) > WRONG
 
 
@@ -211,7 +211,7 @@ def test_inputs_by_name_are_checked():
 def test_layers_are_hooked_in_first_window_only():
     model, hooked = make(Attention), []
     engine = engine_for(
-        model, lambda m, b: (hooked.append(len(m.layer.self_attn._forward_pre_hooks)), masked_sum(m, b))[1]
+        model, lambda m, b: (hooked.append(len(m.layer.self_attn._forward_pre_hooks)), masked_sum(m, b))[1], check=False
     )
     batch = transposed(time_first(features=4, outputs=4))
     engine.step(batch)

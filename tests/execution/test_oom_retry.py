@@ -110,7 +110,7 @@ class Recording(torch.optim.SGD):
 def run(model: nn.Module, loss: Callable[..., Any] = loss_fn, *, microbatch: int = 3, windows: int = 1) -> Any:
     torch.manual_seed(7)
     optimizer = Recording(model)
-    engine = bigbatch.Engine(model, optimizer, loss, microbatch=microbatch)
+    engine = bigbatch.Engine(model, optimizer, loss, microbatch=microbatch, check=False)
     reports = [engine.step(make_batch()) for _ in range(windows)]
     return optimizer.seen, reports
 
@@ -361,7 +361,7 @@ def test_buffers_are_restored_after_failed_attempt() -> None:
 
 def test_next_windows_shrink_and_grow_microbatches() -> None:
     model = make()
-    engine = bigbatch.Engine(model, Recording(model), loss_fn, microbatch=9)
+    engine = bigbatch.Engine(model, Recording(model), loss_fn, microbatch=9, check=False)
     with fail_at_parameter(model.first.weight, 1):
         sizes = [engine.step(make_batch()).num_microbatches]
     sizes += [engine.step(make_batch()).num_microbatches for _ in range(25)]
@@ -392,7 +392,12 @@ def test_oversized_sample_is_named_with_its_length() -> None:
     model, (tokens, labels) = make(), make_batch(4)
     tokens[:, 0] = torch.arange(4)
     engine = bigbatch.Engine(
-        model, Recording(model), limited, microbatch=bigbatch.TokenBudget(8192), lengths=lambda _: [5, 40, 2048, 7]
+        model,
+        Recording(model),
+        limited,
+        microbatch=bigbatch.TokenBudget(8192),
+        lengths=lambda _: [5, 40, 2048, 7],
+        check=False,
     )
     with pytest.raises(bigbatch.MemoryLimitError) as raised:
         engine.step((tokens, labels))
@@ -432,7 +437,7 @@ def test_several_terms_are_retried() -> None:
     for fail in (99, 2):
         model = make()
         optimizer = Recording(model)
-        engine = bigbatch.Engine(model, optimizer, two, microbatch=4, count_items=count_items)
+        engine = bigbatch.Engine(model, optimizer, two, microbatch=4, count_items=count_items, check=False)
         with fail_at_parameter(model.second.weight, fail):
             report = engine.step(make_batch())
         found.append((optimizer.seen[0], report.terms))

@@ -33,6 +33,7 @@ from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.execution.runner import LockstepRunner, MicrobatchRunner, WindowInputs
 from bigbatch.memory.usage import resolve_memory_budget
 from bigbatch.types import Collate, CountItems, Items, Layout, LossFunction
+from bigbatch.verification.first_window import FirstWindowCheck
 from bigbatch.window_report import WindowReport
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Engine:
         sync: As for `Accumulator`. Over several ranks the batch is this rank's part of the global batch, and may be
             empty; `step` is collective, and so is `tune`, which measures on the first rank.
         noise: As for `Accumulator`.
+        check: Whether the first window warns, once, of what `verify` would name: a mean as loss, dropout, batch norm...
+            A few samples run once more for it; over several ranks and for compiled models only modules are looked at.
 
     Attributes:
         accumulator: Its windows.
@@ -113,6 +116,7 @@ class Engine:
         nonfinite: NonFinite = "skip",
         sync: GradientSync | SyncPolicy | None = None,
         noise: bool = True,
+        check: bool = True,
     ) -> None:
         check_microbatch(microbatch, memory, lengths)
         check_batch_dim(batch_dim, collate)
@@ -144,6 +148,9 @@ class Engine:
         self.runner = self._make_runner(cuda_graphs)
         self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
+        self._first_window = FirstWindowCheck(
+            model, enabled=check and self.sync.rank == 0, evaluates=self.sync.size == 1
+        )
 
     def _make_runner(self, cuda_graphs: bool) -> MicrobatchRunner:
         if self.sync.runs_in_lockstep:
@@ -282,6 +289,8 @@ class Engine:
             parts = self._split(batch, lengths)
             totals: Mapping[str, Items] | None = None if self.count_items is None else self.count_items(batch)
             self.runner.prepare()
+            if not self._first_window.is_done:
+                self._first_window.run(self.loss_fn, parts, self._time_first, may_join=lengths is None)
             if self.sync.needs_padding_microbatch and parts.groups:
                 self.sync.set_padding_microbatch(parts.take(parts.groups[-1][:1]))
         max_num_microbatches = len(parts.groups)

@@ -1,78 +1,92 @@
 """Gradients of one batch under different splits (cuts), each from the same state and the same random seed."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bigbatch.batching.split import Split, split
+from bigbatch.batching.split import Split
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import LossTotals, as_terms
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.rng import seed_everything
-from bigbatch.types import Collate
+from bigbatch.types import Items
+from bigbatch.verification.activation_hooks import ActivationHooks
+from bigbatch.verification.module_state import ModuleState
 
 if TYPE_CHECKING:
-    from bigbatch.types import CountItems, LossFunction
+    from bigbatch.types import LossFunction
 
+CUT_ERRORS = (ArithmeticError, IndexError, RuntimeError, ValueError)  # raised by models for unsupported shapes
+
+Result = TypeVar("Result")
 Gradients: TypeAlias = dict[str, Tensor]
+Cut: TypeAlias = int | Sequence[Sequence[int]]  # samples per micro-batch, or the samples of each micro-batch
+TermValues: TypeAlias = dict[str, tuple[float, float]]  # (loss_sum, items) of each term
 
 
 @dataclass(frozen=True)
 class CutGradients:
-    """A model, a loss and a batch whose gradients are compared. Call inside `preserve.preserved`.
+    """A model, a loss and samples whose gradients are compared. Call inside `preserve.preserved`.
 
     Attributes:
         model: On its device, in the mode to verify.
         loss_fn: As for `bigbatch.Engine`.
-        batch: As for `bigbatch.Engine`.
-        collate: As for `bigbatch.Engine`.
-        batch_dim: As for `bigbatch.Engine`.
-        count_items: As for `bigbatch.Engine`.
-        restore: Restores the buffers and attributes of the model; called before each cut.
+        samples: The batch, split in any way; defines how a micro-batch of some samples is made.
+        totals: Items of each term in the whole batch, for a loss of several terms.
+        outside: Parameters that the loss reaches outside of the model, with their names.
+        restore: Restores the buffers and attributes of all modules; called before each cut.
+        reset: State that is restored after every micro-batch; None to let it move on, as in training.
     """
 
     model: nn.Module
     loss_fn: "LossFunction"
-    batch: Any
-    collate: Collate | None = None
-    batch_dim: int | None = None
-    count_items: "CountItems | None" = None
+    samples: Split
+    totals: Mapping[str, Items] | None = None
+    outside: Mapping[Tensor, str] = field(default_factory=dict)
     restore: Callable[[], None] = lambda: None
+    reset: ModuleState | None = None
 
     def names(self) -> dict[Tensor, str]:
-        """Return the parameters that require a gradient, with their names."""
-        return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        """Return the parameters that require a gradient, with their names; those outside of the model come last."""
+        own = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        return own | {p: name for p, name in self.outside.items() if p not in own}
 
-    def split(self, microbatch: int) -> Split:
-        """Split the batch into micro-batches on the device of the model."""
-        device = next(self.model.parameters()).device
-        return split(self.batch, microbatch, device=device, collate=self.collate, batch_dim=self.batch_dim)
+    def split(self, cut: Cut) -> Split:
+        """Split the samples into micro-batches of one size, or of the given samples."""
+        if isinstance(cut, int):
+            num_samples = self.samples.num_samples
+            cut = [range(start, min(start + cut, num_samples)) for start in range(0, num_samples, cut)]
+        return replace(self.samples, groups=cut)
 
     def _start(self, seed: int) -> None:
         """Set the state from which every cut starts."""
         self.restore()
         seed_everything(seed)
 
-    def gradient(self, microbatch: int, *, seed: int = 0) -> Gradients:
+    def gradient(self, cut: Cut, *, seed: int = 0, scale: float = 1.0) -> Gradients:
         """Compute Σ_i ∇s_i / Σ_i n_i over the micro-batches, by parameter name.
 
         Args:
-            microbatch: Samples per micro-batch.
+            cut: Samples per micro-batch, or the samples of each.
             seed: Seed of all random generators before the first micro-batch.
+            scale: Factor of each loss before it is differentiated.
 
         Raises:
             ValueError: The batch has no items.
         """
-        loss_totals = LossTotals(None if self.count_items is None else self.count_items(self.batch))
+        loss_totals = LossTotals(self.totals)
         names = self.names()
         self._start(seed)
         with GradientSums(names) as sums:
-            for part in self.split(microbatch):
+            for part in self.split(cut):
                 if (loss := loss_totals.record(as_terms(self.loss_fn(self.model, part)))) is not None:
-                    sums.backward(loss)
+                    sums.backward(loss if scale == 1 else loss * scale)
+                self._reset_state()
             if not (divisor := loss_totals.divisor()):
                 raise ValueError(
                     "the batch has no items, so the gradient of the mean loss is undefined. Pass samples with items."
@@ -90,14 +104,39 @@ class CutGradients:
                 sums.backward(torch.stack([loss_sum / items for loss_sum, items in terms]).sum() / len(parts))
             return {name: gradient.clone() for name, gradient in sums.named_by(names).items()}
 
-    def terms(self, microbatch: int) -> list[dict[str, tuple[float, float]]]:
+    def terms(self, cut: Cut, *, seed: int = 0) -> list[TermValues]:
         """Compute ``(loss_sum, items)`` of each term in each micro-batch, without gradients."""
-        self._start(0)
-        with torch.no_grad():
-            return [
-                {name: (float(loss), float(items)) for name, (loss, items) in terms.items()}
-                for terms in (as_terms(self.loss_fn(self.model, part)) for part in self.split(microbatch))
-            ]
+        self._start(seed)
+        values = []
+        with torch.no_grad(), ActivationHooks():
+            for part in self.split(cut):
+                terms = as_terms(self.loss_fn(self.model, part))
+                values.append({name: _numbers(loss, items) for name, (loss, items) in terms.items()})
+                self._reset_state()
+        return values
+
+    def _reset_state(self) -> None:
+        if self.reset is not None:
+            self.reset.restore()
+
+
+def _numbers(loss_sum: Tensor, items: Items) -> tuple[float, float]:
+    loss, count = float(loss_sum), float(items)
+    return loss if count or math.isfinite(loss) else 0.0, count  # 0/0, a mean over nothing, adds nothing
+
+
+def largest_that_fits(cut_gradients: CutGradients, run: Callable[[int], Result]) -> tuple[int, Result]:
+    """Run a function with the whole batch as one micro-batch, or halves of it until it fits in memory."""
+    size = cut_gradients.samples.num_samples
+    while True:
+        try:
+            return size, run(size)
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        # Outside the except block, whose traceback references tensors.
+        size = -(-size // 2)
+        free_cached_memory()
 
 
 def relative_difference(gradients: Gradients, reference: Gradients) -> float:
@@ -124,10 +163,11 @@ def _norm(tensors: Any) -> float:
 
 
 @contextmanager
-def narrowest_dtype(model: nn.Module) -> Iterator[list[torch.dtype]]:
+def narrowest_dtype(model: nn.Module, outside: Iterable[Tensor] = ()) -> Iterator[list[torch.dtype]]:
     """Yield a list whose last element is the narrowest floating dtype of parameters and module outputs so far."""
-    inexact = {_real(p.dtype) for p in model.parameters() if p.is_floating_point() or p.is_complex()}
-    narrowest = [max(inexact, key=_epsilon)]
+    parameters = [*model.parameters(), *outside]
+    inexact = {_real(p.dtype) for p in parameters if p.is_floating_point() or p.is_complex()}
+    narrowest = [max(inexact, key=_epsilon, default=torch.float64)]
 
     def record_dtype(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if (

@@ -6,6 +6,7 @@ for each cut:  ‖Σ_i ∇s_i / Σ_i n_i − reference‖ / ‖reference‖  ≤
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +14,30 @@ import torch
 from torch import nn
 
 from bigbatch.batching.checks import check_count
-from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
+from bigbatch.batching.split import split
+from bigbatch.memory.usage import is_out_of_memory
 from bigbatch.preserve import preserved
 from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.types import Collate
+from bigbatch.verification.causes.case import Case
 from bigbatch.verification.cut_gradients import (
+    CUT_ERRORS,
     CutGradients,
     Gradients,
+    largest_that_fits,
     narrowest_dtype,
     parameter_differences,
     relative_difference,
 )
 from bigbatch.verification.diagnose import find_causes
-from bigbatch.verification.tolerances import TOLERANCES
+from bigbatch.verification.module_state import ModuleState
+from bigbatch.verification.outside_parameters import modules_by_name, preserved_tensors, survey_losses
+from bigbatch.verification.tolerances import TOLERANCES, coarser_dtype
 
 if TYPE_CHECKING:
     from bigbatch.types import CountItems, LossFunction
 
 NUM_WORST = 5
-CUT_ERRORS = (ArithmeticError, IndexError, RuntimeError, ValueError)  # raised by models for unsupported shapes
 DEFAULT_CUTS = (16, 5, 2)  # micro-batches; with 5 the last one is shorter for most batch sizes
 
 
@@ -58,7 +64,8 @@ class ParameterError:
     """Error of the gradient of one parameter in the worst cut.
 
     Attributes:
-        name: Name of the parameter in ``model.named_parameters()``.
+        name: Name of the parameter in ``model.named_parameters()``; for one outside of the model, the name by which
+            ``loss_fn`` refers to it, such as ``"criterion.weight"``.
         relative_error: ‖gradient − reference‖ / ‖reference‖ of this parameter.
     """
 
@@ -74,7 +81,7 @@ class Verification:
         exact: Whether the relative error of every cut is at most ``tolerance``.
         relative_error: Relative error of the worst cut.
         tolerance: Largest relative error that counts as rounding.
-        dtype: The narrowest floating dtype of parameters and module outputs.
+        dtype: The narrowest floating dtype of parameters, module outputs and losses.
         num_samples: Samples of the batch.
         reference_microbatch: Samples per micro-batch of the reference: all samples, or the largest number that fits.
         cuts: Result of each cut, ascending by micro-batch size by default.
@@ -130,7 +137,8 @@ def verify(
     """Verify that every cut of a batch yields the full-batch gradient, and diagnose why if not.
 
     Compares Σ_i ∇s_i / Σ_i n_i over the micro-batches of each cut with the gradient of the whole batch of this process,
-    from the same random seed and the same buffers and attributes of the model. Restores parameters, gradients, buffers,
+    from the same random seed and the same buffers and attributes of the model. Parameters that the loss reaches outside
+    of the model, such as the weights of a criterion, are compared as well. Restores parameters, gradients, buffers,
     training modes, random states, and whatever else hangs on the model and on the modules that ``loss_fn`` uses; inside
     ``loss_fn``, `is_trial` returns True. Needs memory for the largest micro-batch, three gradients, and a copy of
     parameters and buffers on the host.
@@ -152,19 +160,23 @@ def verify(
             is empty or below 1.
         TypeError: The batch cannot be split, or ``loss_fn`` returns something other than sums and items.
     """
-    cut_gradients = CutGradients(model, loss_fn, batch, collate=collate, batch_dim=batch_dim, count_items=count_items)
-    if not cut_gradients.names():
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient: there is nothing to verify.")
-    num_samples = cut_gradients.split(1).num_samples
-    if num_samples < 2:
-        raise ValueError(f"the batch has {num_samples} sample(s): pass at least 2, so that it can be split.")
-    with preserved(model, *modules_used_by(loss_fn)) as state:
-        cut_gradients = replace(cut_gradients, restore=state.restore)
-        largest, reference, dtype = _reference_gradient(cut_gradients, num_samples)
+    device = next(model.parameters()).device
+    samples = split(batch, 1, device=device, collate=collate, batch_dim=batch_dim)
+    if samples.num_samples < 2:
+        raise ValueError(f"the batch has {samples.num_samples} sample(s): pass at least 2, so that it can be split.")
+    totals = None if count_items is None else count_items(batch)
+    with preserved(model, *modules_used_by(loss_fn)) as state, ExitStack() as stack:
+        cut_gradients = CutGradients(model, loss_fn, samples, totals, restore=state.restore)
+        outside, loss_dtype = survey_losses(cut_gradients)
+        cut_gradients = replace(cut_gradients, outside=outside)
+        stack.enter_context(preserved_tensors(outside))
+        largest, reference, dtype = _reference_gradient(cut_gradients)
+        dtype = coarser_dtype(dtype, loss_dtype)
         tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
-        results = [
-            _verify_cut(cut_gradients, size, reference) for size in _sizes(microbatch, num_samples, largest=largest)
-        ]
+        sizes = _sizes(microbatch, samples.num_samples, largest=largest)
+        results = [_verify_cut(cut_gradients, size, reference) for size in sizes]
         worst = max(results, key=lambda result: _nan_as_infinity(result.cut.relative_error))
         exact = worst.cut.relative_error <= tolerance
         return Verification(
@@ -172,7 +184,7 @@ def verify(
             relative_error=worst.cut.relative_error,
             tolerance=tolerance,
             dtype=dtype,
-            num_samples=num_samples,
+            num_samples=samples.num_samples,
             reference_microbatch=largest,
             cuts=tuple(result.cut for result in results),
             worst=() if exact else worst.parameters,
@@ -215,22 +227,21 @@ def _causes(
     worst = max(ran, key=lambda cut: _nan_as_infinity(cut.relative_error))
     if worst.relative_error <= tolerance:
         return failures
-    return failures + find_causes(cut_gradients, largest, worst.microbatch, tolerance)
+    cut_gradients.restore()
+    state = ModuleState(modules_by_name(cut_gradients.loss_fn, cut_gradients.model))
+    found = find_causes(Case(cut_gradients, largest, worst.microbatch, tolerance, state))
+    return failures + tuple(cause.sentence for cause in found)
 
 
-def _reference_gradient(cut_gradients: CutGradients, num_samples: int) -> tuple[int, Gradients, torch.dtype]:
-    """Compute the gradient of the whole batch as one micro-batch, halving it until it fits."""
-    size = num_samples
-    while True:
-        try:
-            with narrowest_dtype(cut_gradients.model) as dtypes:
-                return size, cut_gradients.gradient(size), dtypes[-1]
-        except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-        # Outside the except block, whose traceback references tensors.
-        size = -(-size // 2)
-        free_cached_memory()
+def _reference_gradient(cut_gradients: CutGradients) -> tuple[int, Gradients, torch.dtype]:
+    """Compute the gradient of the whole batch as one micro-batch, or as the largest that fit."""
+
+    def gradient(size: int) -> tuple[Gradients, torch.dtype]:
+        with narrowest_dtype(cut_gradients.model, cut_gradients.outside) as dtypes:
+            return cut_gradients.gradient(size), dtypes[-1]
+
+    size, (reference, dtype) = largest_that_fits(cut_gradients, gradient)
+    return size, reference, dtype
 
 
 def _sizes(microbatch: int | Sequence[int] | None, num_samples: int, *, largest: int) -> list[int]:

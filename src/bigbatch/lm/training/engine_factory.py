@@ -63,6 +63,7 @@ def make_engine(
         scheduler=scheduler,
         scaler=scaler,
         sync=sync,
+        check=False,  # the loss is a sum, and messages of the run name dropout
     )
 
 
