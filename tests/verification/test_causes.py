@@ -85,11 +85,11 @@ def test_module_backward_hook_is_named():
     assert cause == HOOK.format("normalize_inputs on the module '2' (Linear)")
 
 
-def test_post_accumulate_hook_is_named():
+def test_post_accumulate_hook_that_writes_is_refused():
     model = mlp()
     model[0].weight.register_post_accumulate_grad_hook(halve)
-    cause = only_cause(model, classify, (rows(), classes()))
-    assert cause == HOOK.format("halve on the parameter '0.weight'")
+    with pytest.raises(bigbatch.WindowStateError, match="a hook on parameter 1 of 4"):
+        bigbatch.verify(model, classify, (rows(), classes()), microbatch=3)
 
 
 class Normalized(nn.Module):
