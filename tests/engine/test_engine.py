@@ -156,7 +156,7 @@ def test_loss_function_error_leaves_next_step_exact():
             raise ZeroDivisionError("mine")
         return ref.loss_and_items(model, part)
 
-    engine, optimizer = make(loss_fn, check=False)
+    engine, optimizer = make(loss_fn)
     with pytest.raises(ZeroDivisionError, match="mine"):
         engine.step(batch)
     assert all(p.grad is None for p in engine.model.parameters())
@@ -312,7 +312,6 @@ def budgeted(budget, seen, **settings):
         optimizer,
         loss_fn,
         microbatch=budget,
-        check=False,
         **{"collate": pad, "lengths": lambda samples: [len(sample) for sample in samples], **settings},
     )
     return engine, optimizer

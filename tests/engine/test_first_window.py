@@ -10,7 +10,6 @@ from torch import nn
 
 import bigbatch
 from bigbatch.batching.split import split
-from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.verification.first_window import FirstWindowCheck
 from support import full_batch_reference as ref
 
@@ -176,7 +175,7 @@ def test_pairs_in_halves_are_refused():
     make(model, loss_fn, microbatch=12).step(rows(dtype=torch.float32))  # not cut
 
 
-def test_time_first_layer_is_refused_or_named():
+def test_time_first_layer_is_refused():
     class Tagger(nn.Module):
         def __init__(self):
             super().__init__()
@@ -192,11 +191,6 @@ def test_time_first_layer_is_refused_or_named():
     batch = torch.randn(10, 3, 4)
     with pytest.raises(ValueError, match="the GRU 'layer' reads dimension 0 as time"):
         make(Tagger(), every_step, microbatch=4).step(batch)  # by the check of the micro-batch
-    assert warning_of(make(Tagger(), every_step, microbatch=4, batch_dim=0), batch) == (
-        "- the module 'layer' (GRU) has batch_first=False: it reads dimension 0, along which the batch is cut, as "
-        "time. Pass batch_dim=1 if the batch is [time, samples, ...], or inputs [samples, time, ...] with "
-        "batch_first=True."
-    )
     make(Tagger(), every_step, microbatch=2, batch_dim=1).step(batch)
 
 
@@ -390,7 +384,7 @@ def test_loss_is_not_evaluated_over_ranks_or_compiled():
     compiled.compile(backend="eager")
     for model, evaluates in ((mlp(), False), (compiled, True)):
         check = FirstWindowCheck(model, enabled=True, evaluates=evaluates)
-        check.run(loss_fn, parts, TimeFirstCheck(model), may_join=True)
+        check.run(loss_fn, parts, may_join=True)
         assert check.is_done
     assert not calls
 
@@ -400,11 +394,11 @@ def test_lazy_model_is_checked_once_initialized():
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1)).double()
     check = FirstWindowCheck(model, enabled=True, evaluates=True)
     parts = split(rows(), 3, device=torch.device("cpu"))
-    check.run(mean, parts, TimeFirstCheck(model), may_join=True)
+    check.run(mean, parts, may_join=True)
     assert not check.is_done
-    model(rows())
+    check.watch(mean, parts)(model, rows())
     with pytest.warns(UserWarning, match="is not a sum"):
-        check.run(mean, parts, TimeFirstCheck(model), may_join=True)
+        check.run(mean, parts, may_join=True)
 
 
 def test_later_windows_call_the_loss_once_per_microbatch():

@@ -29,8 +29,8 @@ from bigbatch.engine.checks import check_graphs, check_layout, check_lengths, ch
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.progress import EngineProgress
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
-from bigbatch.execution.oom_retry import OomRetry
-from bigbatch.execution.runner import LockstepRunner, MicrobatchRunner, WindowInputs
+from bigbatch.execution.runner import WindowInputs
+from bigbatch.execution.runner_choice import make_runner
 from bigbatch.memory.usage import resolve_memory_budget
 from bigbatch.types import Collate, CountItems, Items, Layout, LossFunction
 from bigbatch.verification.first_window import FirstWindowCheck
@@ -145,22 +145,12 @@ class Engine:
         self.count_items = count_items
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
-        self.runner = self._make_runner(cuda_graphs)
+        self.runner = make_runner(model, self.sync, device, cuda_graphs=cuda_graphs, noise=self.accumulator.noise)
         self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
         self._first_window = FirstWindowCheck(
-            model, enabled=check and self.sync.rank == 0, evaluates=self.sync.size == 1
+            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1
         )
-
-    def _make_runner(self, cuda_graphs: bool) -> MicrobatchRunner:
-        if self.sync.runs_in_lockstep:
-            return LockstepRunner(self.model)
-        retry = OomRetry(self.model, self.accumulator.device)
-        if not cuda_graphs:
-            return retry
-        if self.accumulator.noise is not None:
-            self.accumulator.noise.measure_every_window()
-        return CudaGraphRunner(self.model, fallback=retry)
 
     @property
     def microbatch(self) -> int | TokenBudget | Literal["auto"]:
@@ -262,8 +252,10 @@ class Engine:
         """
         if not self.microbatch_size.is_chosen:
             self.tune(batch)
-        with self._open_window(batch, should_stop) as pending:
+        with self._open_window(batch, should_stop) as (pending, parts):
             self._run_microbatches(pending, should_abandon)
+            if not self._first_window.is_done:
+                self._check_first_window(pending, parts)
             report = pending.apply(retries=self.runner.retries, run_again=self._run_again)
         self.microbatch_size.observe(report.retries)
         return report
@@ -273,6 +265,10 @@ class Engine:
             self.runner.run(microbatch, pending)
         self.runner.end(pending)
 
+    def _check_first_window(self, pending: PendingUpdate, parts: Split) -> None:
+        with pending.sums.paused():
+            self._first_window.run(self.loss_fn, parts, may_join=self.lengths is None)
+
     @property
     def _run_again(self) -> Callable[[PendingUpdate], None] | None:
         """Runs a window again within its update; None where other ranks, CUDA graphs or a scaler depend on it."""
@@ -280,7 +276,7 @@ class Engine:
         return self._run_microbatches if is_alone and self.accumulator.update.scaler is None else None
 
     @contextmanager
-    def _open_window(self, batch: Any, should_stop: Callable[[], bool]) -> Iterator[PendingUpdate]:
+    def _open_window(self, batch: Any, should_stop: Callable[[], bool]) -> Iterator[tuple[PendingUpdate, Split]]:
         """Split the batch, agree with the other ranks, and open a window; discard it if it is not applied."""
         needs_agreement = self.sync.runs_in_lockstep or self.count_items is not None
         with self.accumulator.fail_together(before_window=needs_agreement):
@@ -289,8 +285,6 @@ class Engine:
             parts = self._split(batch, lengths)
             totals: Mapping[str, Items] | None = None if self.count_items is None else self.count_items(batch)
             self.runner.prepare()
-            if not self._first_window.is_done:
-                self._first_window.run(self.loss_fn, parts, self._time_first, may_join=lengths is None)
             if self.sync.needs_padding_microbatch and parts.groups:
                 self.sync.set_padding_microbatch(parts.take(parts.groups[-1][:1]))
         max_num_microbatches = len(parts.groups)
@@ -299,14 +293,15 @@ class Engine:
         tokens = None if lengths is None else sum(lengths)
         content = WindowContent(parts.groups, max_num_microbatches, totals, tokens, parts.num_samples)
         pending = self.accumulator.open(content, static_buffers=self.runner.static_buffers, should_stop=should_stop)
+        loss_fn = self.loss_fn if self._first_window.is_done else self._first_window.watch(self.loss_fn, parts)
         source = Prefetcher(parts) if self.accumulator.device.type == "cuda" else nullcontext(parts)
         with (
             pending,
             source as taken_from,
             self._check_time_first(taken_from.take) as take,
-            self.runner.window(WindowInputs(self.loss_fn, take, lengths)),
+            self.runner.window(WindowInputs(loss_fn, take, lengths)),
         ):
-            yield pending
+            yield pending, parts
 
     def release_cuda_graphs(self) -> None:
         """Free the memory of CUDA graphs, for work between updates; they are captured again when needed."""

@@ -8,7 +8,8 @@ gradient exists in the narrow dtype.
 Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse gradients, the order of the checks.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from types import TracebackType
 from typing import Protocol, Self
@@ -70,6 +71,7 @@ class GradientSums:
         self._observer: BackwardObserver | None = None
         self._hides_leaves: bool | None = True if parameters_are_wrapped else None  # None until the first backward
         self._adding = False
+        self._is_paused = False
         self._has_begun = False
         self._trained: tuple[Tensor, ...] = ()  # parameters that required a gradient in the last backward
         self._frozen: tuple[Tensor, ...] = ()  # all others
@@ -109,7 +111,18 @@ class GradientSums:
         if self._adding and self._observer is not None:
             self._observer.on_gradient(gradient)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let other code run backwards inside, which restores every ``.grad`` before it ends."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def _move_to_float32(self, parameter: Tensor) -> None:
+        if self._is_paused:
+            return
         gradient = parameter.grad
         if not self._adding:  # a backward that is not ours: nothing of it belongs into these sums
             parameter.grad = None

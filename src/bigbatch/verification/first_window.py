@@ -1,26 +1,29 @@
 """Check an engine's loss and model in its first window, once, for what makes an update depend on the micro-batch.
 
-    a few samples of the window → do losses and items of two halves add up? → if not: diagnose as `verify` does → warn
+    modules, the graph of the first loss → any sign? → do losses and items of a few samples add up? → if not: diagnose
+    as `verify` does → warn
 
-Costs some forwards of at most eight samples, without gradients, and changes no state. A window of one micro-batch is
-not cut: only the scale of its loss is checked, and the rest in the first window that has several.
+Costs nothing but a look at the graph unless that has a sign, such as a mean; then some forwards of at most eight
+samples, without gradients, after the micro-batches of the window and before its update. Changes no state. A window of
+one micro-batch is not cut: only the scale of its loss is checked, and the rest in the first window that has several.
 """
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bigbatch.batching.split import Split
-from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
+from bigbatch.rng import random_states
 from bigbatch.trials.loss_modules import modules_used_by
-from bigbatch.types import LossFunction
+from bigbatch.types import LossFunction, LossResult
 from bigbatch.verification.activation_hooks import ActivationHooks
 from bigbatch.verification.causes.case import Case, Cause, Kind, is_additive, totals
 from bigbatch.verification.causes.losses import losses_not_sums
@@ -33,6 +36,7 @@ from bigbatch.verification.causes.modules import (
 )
 from bigbatch.verification.cut_gradients import CutGradients, TermValues, narrowest_dtype
 from bigbatch.verification.diagnose import find_causes
+from bigbatch.verification.loss_graph import may_combine_samples
 from bigbatch.verification.module_state import ModuleState
 from bigbatch.verification.outside_parameters import modules_by_name, preserved_tensors, survey_losses
 from bigbatch.verification.tolerances import coarser_dtype, tolerance_for
@@ -64,14 +68,36 @@ class FirstWindowCheck:
         self._evaluates = evaluates and not any(map(_is_compiled, model.modules()))
         self._scale_is_checked = not self._evaluates
         self._num_postponed = 0
+        self._has_sign: bool | None = None  # None until a loss was seen
+        self._devices = list({p.device for p in model.parameters() if p.is_cuda})
 
-    def run(self, loss_fn: LossFunction, parts: Split, time_first: TimeFirstCheck, *, may_join: bool) -> None:
-        """Check one window before its first micro-batch; no-op if it has no sample.
+    def watch(self, loss_fn: LossFunction, parts: Split) -> LossFunction:
+        """Return a loss function for one window, whose first result shows whether its loss is evaluated in `run`.
 
         Args:
             loss_fn: As for `bigbatch.Engine`.
             parts: The batch, split into the micro-batches of the window.
-            time_first: Refuses layers that read dimension 0 as time, in the first micro-batch, unless it is done.
+        """
+        self._has_sign = None
+        first = len(parts.groups[0]) if len(parts) else 0
+
+        def watched(model: Any, microbatch: Any) -> LossResult:
+            if self._has_sign is not None:
+                return loss_fn(model, microbatch)
+            before = None if active_dropouts(self._model) else random_states(self._devices)
+            result = loss_fn(model, microbatch)
+            draws = before is not None and not _same_states(before, random_states(self._devices))
+            self._has_sign = draws or _has_sign(result, first)
+            return result
+
+        return watched
+
+    def run(self, loss_fn: LossFunction, parts: Split, *, may_join: bool) -> None:
+        """Check one window before its update; no-op if it has no sample.
+
+        Args:
+            loss_fn: As for `bigbatch.Engine`.
+            parts: The batch, split into the micro-batches of the window.
             may_join: Whether two micro-batches of fewer than four samples may run as one, without gradients: not if
                 the tokens of a micro-batch are limited.
 
@@ -83,15 +109,13 @@ class FirstWindowCheck:
         if not groups or (not is_cut and self._scale_is_checked) or any(map(is_lazy, self._model.parameters())):
             return
         causes = self._of_modules() if is_cut else []
-        if self._evaluates:
+        if self._evaluates and self._has_sign:
             found = self._of_loss(loss_fn, parts, groups, may_join=may_join)
             if found is None and self._num_postponed < MAX_POSTPONED:
                 self._num_postponed += 1
                 return
             known = {cause.kind for cause in causes}
             causes += [cause for cause in found or () if cause.kind not in known]
-        if not time_first.is_done and any(cause.kind is Kind.TIME_FIRST for cause in causes):
-            return
         for cause in causes:
             if cause.kind is Kind.PAIRS:  # every cut is wrong, and another form of the batch is right
                 raise ValueError(f"{cause.sentence} To run this batch as it is, pass check=False.")
@@ -166,6 +190,29 @@ def _case(cut_gradients: CutGradients, rows: Sequence[int], cut: int, state: Mod
         _, loss_dtype = survey_losses(cut_gradients)
     tolerance = tolerance_for(coarser_dtype(dtypes[-1], loss_dtype))
     return Case(cut_gradients, len(rows), cut, tolerance, state, whole=f"{len(rows)} samples")
+
+
+def _has_sign(result: Any, num_samples: int) -> bool:
+    """Return whether the loss of a micro-batch may not be a sum over independent samples."""
+    terms = result.values() if isinstance(result, Mapping) else [result]
+    for term in terms:
+        if not isinstance(term, tuple | list) or len(term) != 2 or not isinstance(term[0], Tensor):
+            return False  # refused when it is recorded
+        loss_sum, items = term
+        if may_combine_samples(loss_sum):
+            return True
+        if not isinstance(items, Tensor) and 2 * items == num_samples:
+            return True  # one item for two samples: pairs, which a cut may separate
+    return False
+
+
+def _same_states(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    return (
+        torch.equal(before["cpu"], after["cpu"])
+        and all(map(torch.equal, before["devices"], after["devices"]))
+        and before["python"] == after["python"]
+        and before["numpy"] == after["numpy"]
+    )
 
 
 def _adds_up(case: Case) -> bool:

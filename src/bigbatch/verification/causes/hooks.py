@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bigbatch.gradients.foreign_writes import WindowHook
 from bigbatch.verification.activation_hooks import ActivationHooks, describe_function
 from bigbatch.verification.causes.case import Case, Cause, Kind, is_additive, listed
 from bigbatch.verification.cut_gradients import CutGradients, relative_difference
@@ -101,6 +102,8 @@ def _find_hooks(case: Case) -> dict[Any, _HookFunction]:
         for attribute in attributes:
             hooks = getattr(owner, attribute, None) or {}
             for key, function in hooks.items():
+                if isinstance(function, WindowHook):  # of an open window
+                    continue
                 add(place, function, (hooks, key))
                 found[_identity(function)].is_on_parameter |= isinstance(owner, Tensor)
     mode = ActivationHooks(lambda _place, _function: True)
