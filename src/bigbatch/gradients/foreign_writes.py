@@ -9,7 +9,7 @@ the recorded one. A write through ``p.grad.data`` has no version and is not seen
 ``fused=True``: one that a hook calls is seen by the values of the parameter, within its first gradient of each window.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any, NoReturn, TypeAlias
 from weakref import WeakMethod, ref
@@ -120,6 +120,8 @@ class ForeignWrites:
         Raises:
             WindowStateError: It did.
         """
+        if not self._parameter_versions or list(map(_VERSION, self._parameters)) == self._parameter_versions:
+            return
         for index, before in enumerate(self._parameter_versions):
             if self._parameters[index]._version != before:
                 raise WindowStateError(
@@ -144,24 +146,31 @@ class ForeignWrites:
             f"{_short(dtypes[index])} now. Convert the model between two windows."
         )
 
-    def guard_hooks(self, parameter: Tensor) -> list[RemovableHandle]:
-        """Check from now on that post-accumulate hooks of other code on a parameter only read; no-op without any.
+    def guard_hooks(self, parameters: Iterable[Tensor]) -> list[RemovableHandle]:
+        """Check from now on that post-accumulate hooks of other code on these parameters only read.
 
         Raises:
-            WindowStateError: Torch has fused an optimizer into the backward of the parameter.
+            WindowStateError: Torch has fused an optimizer into the backward of a parameter.
         """
-        hooks = parameter._post_accumulate_grad_hooks
-        is_fused = hasattr(parameter, "_in_backward_optimizers")  # set by torch.distributed.optim
-        if not is_fused and (not hooks or all(isinstance(hook, WindowHook) for hook in hooks.values())):
-            return []
-        index = next(i for i, p in enumerate(self._parameters) if p is parameter)
+        handles: list[RemovableHandle] = []
+        for parameter in parameters:
+            hooks = parameter._post_accumulate_grad_hooks
+            is_fused = "_in_backward_optimizers" in parameter.__dict__  # set by torch.distributed.optim
+            if hooks or is_fused:
+                handles += self._guard(parameter, hooks or {}, is_fused)
+        return handles
+
+    def _guard(self, parameter: Tensor, hooks: dict[Any, Any], is_fused: bool) -> list[RemovableHandle]:
+        name = self._name(next(i for i, p in enumerate(self._parameters) if p is parameter))
         if is_fused:
             raise WindowStateError(
-                f"_apply_optimizer_in_backward was called for {self._name(index)}: its optimizer would step before the "
+                f"_apply_optimizer_in_backward was called for {name}: its optimizer would step before the "
                 "gradient of the window is complete. Make a model without it, and let the window's step() call the "
                 "optimizer."
             )
-        guard = _HookGuard(self._name(index))
+        if all(isinstance(hook, WindowHook) for hook in hooks.values()):
+            return []
+        guard = _HookGuard(name)
         self._guards.append(guard)  # hooks reference it weakly
         first = on_accumulated(parameter, WindowHook(guard.before, parameter))
         for key in [key for key in hooks if key != first.id]:  # hooks run in the order of this dictionary

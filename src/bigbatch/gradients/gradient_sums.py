@@ -75,7 +75,7 @@ class GradientSums:
         self._has_begun = False
         self._trained: tuple[Tensor, ...] = ()  # parameters that required a gradient in the last backward
         self._frozen: tuple[Tensor, ...] = ()  # all others
-        self._hooked: set[Tensor] = set()
+        self._hooked: set[int] = set()  # their ids
         self._writes = ForeignWrites(self.parameters, parameters_are_wrapped=parameters_are_wrapped)
 
     def __enter__(self) -> Self:
@@ -201,15 +201,13 @@ class GradientSums:
             self._writes.begin()
         self._trained = tuple(p for p in self.parameters if p.requires_grad)
         self._frozen = tuple(p for p in self.parameters if not p.requires_grad)
-        for parameter in self._trained:
-            if parameter in self._hooked:
-                continue
-            self._hooked.add(parameter)
-            self._handles += self._writes.guard_hooks(parameter)
-            if self._observer is not None:
-                self._handles.append(on_gradient(parameter, WindowHook(self._pass_to_observer)))
-            if parameter.dtype in HALF_PRECISION_DTYPES:
-                self._handles.append(on_accumulated(parameter, WindowHook(self._move_to_float32, parameter)))
+        new = [p for p in self._trained if id(p) not in self._hooked]
+        self._hooked.update(map(id, new))
+        self._handles += self._writes.guard_hooks(new)
+        if self._observer is not None:
+            self._handles += [on_gradient(p, WindowHook(self._pass_to_observer)) for p in new]
+        half = [p for p in new if p.dtype in HALF_PRECISION_DTYPES]
+        self._handles += [on_accumulated(p, WindowHook(self._move_to_float32, p)) for p in half]
 
     @property
     def can_name_leaves(self) -> bool:

@@ -39,7 +39,8 @@ def hides_leaves(loss: Tensor, own: set[Tensor]) -> bool:
         node = todo.pop()
         kind = type(node).__name__
         if kind == "AccumulateGrad":
-            if _has_hooks(node.variable) and node.variable not in own:
+            leaf = node.variable
+            if leaf not in own and _has_hooks(leaf):
                 return True
         elif "Checkpoint" in kind:  # CheckpointFunctionBackward, left by checkpoint(use_reentrant=True), and its copies
             return True

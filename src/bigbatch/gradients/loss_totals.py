@@ -199,7 +199,11 @@ class LossTotals:
         on_host: list[float] = []
         on_device = defaultdict[torch.device, list[tuple[Tensor, Items]]](list)
         for name in self._sums if names is None else names:
-            for loss_sum, items in zip(self._sums.get(name, ()), self._items.get(name, ()), strict=True):
+            sums = self._sums.get(name, [])
+            if set(map(type, sums)) == {float}:  # the usual case on the CPU
+                on_host += sums  # type: ignore[arg-type]
+                continue
+            for loss_sum, items in zip(sums, self._items.get(name, []), strict=True):
                 if isinstance(loss_sum, Tensor):
                     on_device[loss_sum.device].append((loss_sum, items))
                 else:
