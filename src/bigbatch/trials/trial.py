@@ -17,10 +17,11 @@ def is_trial() -> bool:
                 log(loss)
             return loss, batch.y.numel()
 
-    Trials are the runs of ``microbatch="auto"`` and `Engine.tune`, those of `verify`, and those of a memory prediction,
-    whose tensors have no data. All state of the model is restored after a trial; what ``loss_fn`` writes to files,
-    lists or global variables is not. The answer is for the thread that calls ``loss_fn``: it is False in other threads,
-    such as those of a DataLoader, or those of autograd on CUDA that recompute checkpointed layers.
+    Trials are the runs of ``microbatch="auto"`` and `Engine.tune`, those of `verify` and of the check of the first
+    window, and those of a memory prediction, whose tensors have no data. All state of the model is restored after a
+    trial; what ``loss_fn`` writes to files, lists or global variables is not. The answer is for the thread that calls
+    ``loss_fn``: it is False in other threads, such as those of a DataLoader, or those of autograd on CUDA that
+    recompute checkpointed layers.
     """
     return _inside_trial.get()
 
