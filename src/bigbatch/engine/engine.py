@@ -6,7 +6,7 @@ Long because it documents every setting once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -298,7 +298,7 @@ class Engine:
         with (
             pending,
             source as taken_from,
-            self._check_time_first(taken_from.take) as take,
+            self._time_first.watch(taken_from.take) as take,
             self.runner.window(WindowInputs(loss_fn, take, lengths)),
         ):
             yield pending, parts
@@ -339,9 +339,6 @@ class Engine:
             ValueError: A length is above the token budget.
         """
         return self.microbatch_size.groups(lengths)
-
-    def _check_time_first(self, take: Callable[[Sequence[int]], Any]) -> AbstractContextManager[Any]:
-        return nullcontext(take) if self._time_first.is_done else self._time_first.watch(take)
 
     def _lengths_of(self, batch: Any) -> list[int] | None:
         return None if self.lengths is None else [int(length) for length in self.lengths(batch)]
