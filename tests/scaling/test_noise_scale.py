@@ -3,6 +3,8 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 import bigbatch
 from bigbatch.accumulation.noise_observer import NoiseObserver
-from bigbatch.scaling.noise_scale import MIN_WINDOWS, NoiseScaleEstimator
+from bigbatch.scaling import noise_scale
+from bigbatch.scaling.noise_scale import MEASURE_FIRST, MIN_WINDOWS, NUM_MEASURED, NoiseScaleEstimator
 from support.process_pool import Pool
 
 SIGNAL = torch.tensor([0.6, -0.3, 0.0, 0.2, 0.5], dtype=torch.float64)
@@ -92,8 +95,8 @@ def test_assuming_equal_microbatches_biases_signal() -> None:
     assert sum(wrong) / len(wrong) < 0.6 * WANTED[0]
 
 
-def on_a_rank(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[float, float]]:
-    """Measure windows whose micro-batches are spread over ranks."""
+def on_a_rank(sizes: Sequence[Sequence[int]], count: int, num_seen: int = 0) -> list[tuple[float, float]]:
+    """Measure windows whose micro-batches are spread over ranks, as if each came after ``num_seen`` others."""
     import torch.distributed as dist
 
     model = Line()
@@ -120,6 +123,137 @@ def test_microbatches_of_all_ranks_count(pools: Callable[[int], Pool], sizes: tu
     assert one == other
     assert_unbiased([signal for signal, _ in one], WANTED[0])
     assert_unbiased([noise for _, noise in one], WANTED[1])
+
+
+class CountingObserver(NoiseObserver):
+    """Counts the gradients that it sees; never forgets a window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.estimator = NoiseScaleEstimator(half_life_items=1e18)
+        self.num_gradients = 0
+
+    def on_gradient(self, gradient: Tensor) -> None:
+        self.num_gradients += 1
+        super().on_gradient(gradient)
+
+
+def measured_later(windows: Sequence[Sequence[Tensor]], **settings: Any) -> list[tuple[float, float]]:
+    """Return signal and noise of each window after the first ones, of which some micro-batches are measured."""
+    model = Line()
+    if "sync" in settings:
+        settings["sync"] = bigbatch.Replicated(model)
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), **settings)
+    accumulator.noise = observer = CountingObserver()
+    sums = [observer.state_dict()]
+    for microbatches in windows:
+        window = accumulator.window(microbatches)
+        for items in window:
+            window.backward(model(items).sum(), items=len(items))
+        window.step()
+        sums.append(observer.state_dict())
+    first = sum(len(microbatches) for microbatches in windows[:MEASURE_FIRST])
+    assert observer.num_gradients == first + NUM_MEASURED * (len(windows) - MEASURE_FIRST)
+    names = ("weight", "signal", "noise")
+    found = [[after[name] - before[name] for name in names] for before, after in pairwise(sums)]
+    return [(signal / weight, noise / weight) for weight, signal, noise in found[MEASURE_FIRST:]]
+
+
+def long_first(sizes: Sequence[int], count: int, *, seed: int) -> list[list[Tensor]]:
+    """Return windows whose largest micro-batch is first and has nine times the variance of the last."""
+    generator = torch.Generator().manual_seed(seed)
+    deviations = torch.linspace(3, 1, len(sizes), dtype=torch.float64).tolist()
+    ordered = list(zip(sorted(sizes, reverse=True), deviations, strict=True))
+    return [[SIGNAL + (items_of(n, generator) - SIGNAL) * deviation for n, deviation in ordered] for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_some_microbatches_are_enough_without_bias(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_scale, "MEASURE_EVERY", 1)
+    found = measured_later(windows_of(CUTS[name], 900, seed=len(name)))
+    assert_unbiased([signal for signal, _ in found], WANTED[0])
+    if name != "one large and many small":  # the noise of one window varies too much there
+        assert_unbiased([noise for _, noise in found], WANTED[1])
+
+
+@pytest.mark.parametrize("name", ["equal", "variable"])
+def test_variance_may_depend_on_position(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_scale, "MEASURE_EVERY", 1)
+    windows = long_first(CUTS[name], 2500, seed=3)
+    assert_unbiased([signal for signal, _ in measured_later(windows)], WANTED[0])
+
+
+def test_first_microbatch_alone_would_be_biased() -> None:
+    wrong = []
+    for microbatches in long_first(CUTS["equal"], 600, seed=3):
+        first, total = microbatches[0], torch.cat(microbatches)
+        per_item = float(first.sum(0).square().sum()) / len(first)
+        wrong.append((float(total.sum(0).square().sum()) / len(total) - per_item) / (len(total) - len(first)))
+    assert sum(wrong) / len(wrong) < 0.2 * WANTED[0]
+
+
+@pytest.mark.parametrize("num_microbatches", range(10))
+def test_every_position_is_measured_equally_often(num_microbatches: int) -> None:
+    estimator, counts = NoiseScaleEstimator(), [0] * num_microbatches
+    for _ in range(2000):
+        positions = estimator.positions(num_microbatches)
+        assert len(set(positions)) == min(NUM_MEASURED, num_microbatches)
+        for position in positions:
+            counts[position] += 1
+        estimator.skip_window(1)
+    for count in counts:
+        assert count == pytest.approx(2000 * min(NUM_MEASURED, num_microbatches) / num_microbatches, rel=0.02)
+
+
+def test_window_shorter_than_expected_is_not_measured() -> None:
+    model = Line()
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    accumulator.noise = observer = CountingObserver()
+    generator = torch.Generator().manual_seed(0)
+    for size in [2] * (MEASURE_FIRST - 1) + [20, 2]:
+        window = accumulator.window([items_of(5, generator) for _ in range(size)])
+        for items in window:
+            window.backward(model(items).sum(), items=5)
+        window.step()
+    state = observer.state_dict()
+    assert (state["num_windows"], state["num_seen"], state["items_unmeasured"]) == (MEASURE_FIRST, 9, 10)
+    assert observer.num_gradients == 2 * (MEASURE_FIRST - 1) + 20
+
+
+def later_on_a_rank(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[float, float]]:
+    """Measure some micro-batches of windows that are spread over ranks."""
+    import torch.distributed as dist
+
+    generator = torch.Generator().manual_seed(1)
+    every, noise_scale.MEASURE_EVERY = noise_scale.MEASURE_EVERY, 1
+    try:
+        parts = [[[items_of(size, generator) for size in of_rank] for of_rank in sizes] for _ in range(count)]
+        return measured_later([of_ranks[dist.get_rank()] for of_ranks in parts], sync=None)
+    finally:
+        noise_scale.MEASURE_EVERY = every
+
+
+def test_some_microbatches_of_each_rank_are_enough(pools: Callable[[int], Pool]) -> None:
+    one, other = pools(2).run(later_on_a_rank, ((8, 3, 5), (2, 5, 11, 6, 1)), 600)
+    assert one == other
+    assert_unbiased([signal for signal, _ in one], WANTED[0])
+    assert_unbiased([noise for _, noise in one], WANTED[1])
+
+
+def test_interval_from_some_microbatches_has_its_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_scale, "MEASURE_EVERY", 1)
+    covered = 0
+    for seed in range(100):
+        model = Line()
+        accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
+        for microbatches in windows_of((30, 16, 12, 6), 60, seed=seed):
+            window = accumulator.window(microbatches)
+            for items in window:
+                window.backward(model(items).sum(), items=len(items))
+            found = window.step().noise
+        assert found is not None
+        covered += found.low_items <= WANTED[1] / WANTED[0] <= found.high_items
+    assert 0.88 <= covered / 100 <= 1.0
 
 
 def test_interval_has_its_nominal_coverage() -> None:

@@ -1,10 +1,11 @@
 """Measure the gradient noise scale while windows run, without a part in the update.
 
-attach to a window's sums → squared norm of each micro-batch gradient → scalars, read with the norm → estimate
+attach to a window's sums → squared norm of some micro-batch gradients → scalars, read with the norm → estimate
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,15 +13,20 @@ from torch import Tensor
 
 from bigbatch.distributed.collective import Number
 from bigbatch.distributed.window_vote import NO_EXTRA
-from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
+from bigbatch.gradients.gradient_hooks import GradientHooks
+from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import LossTotals
 from bigbatch.scaling.noise_scale import NoiseScale, NoiseScaleEstimator
+from bigbatch.types import Items
+
+NOT_MEASURED: AbstractContextManager[None] = nullcontext()
 
 
 class NoiseObserver:
-    """Observes the backwards of windows and updates a noise scale estimate after each, see `bigbatch.NoiseScale`.
+    """Observes backwards of windows and updates a noise scale estimate after each window, see `bigbatch.NoiseScale`.
 
-    Each gradient is read once, before it is added to its sum; nothing is stored, and nothing waits for the device.
+    The gradients of a measured micro-batch are read once, before they are added to their sums; nothing is stored, and
+    nothing waits for the device. Parameters have hooks in the backwards of measured micro-batches only.
 
     Attributes:
         estimator: Averages over windows.
@@ -32,17 +38,22 @@ class NoiseObserver:
         self._squared_norm_sum: Tensor | None = None  # stays in place: captured CUDA graphs add to it
         self._norms: list[Tensor] = []
         self._is_measuring = False
+        self._positions: Sequence[int] = ()  # of the measured micro-batches; empty for all
+        self._parameters: Sequence[Tensor] = ()
+        self._last_num_microbatches = 0
         self._samples = 0.0
 
     def measure_every_window(self) -> None:
-        """Measure all windows: a captured CUDA graph contains the measurement, or never does."""
+        """Measure all micro-batches of all windows: a captured CUDA graph contains the measurement, or never does."""
         self._measures_every_window = True
 
-    def attach(self, sums: GradientSums, *, samples: int | None) -> None:
+    def attach(self, sums: GradientSums, microbatches: Iterable[Any], *, samples: int | None) -> None:
         """Start a window: observe its sums, unless this window is not to be measured.
 
         Args:
             sums: Of the parameters, on one device.
+            microbatches: Of the window on this rank. If they are drawn lazily, as many as in the last window are
+                expected.
             samples: Of the window on this rank; None if unknown.
         """
         self.skip_window()
@@ -55,19 +66,40 @@ class NoiseObserver:
             self._squared_norm_sum = torch.zeros((), dtype=dtype, device=device)
         self._squared_norm_sum.zero_()
         self._is_measuring, self._samples = True, float(samples or 0)
-        sums.observe(self)
+        if self._measures_every_window:
+            sums.observe(self)
+            return
+        self._parameters = sums.parameters
+        expected = len(microbatches) if isinstance(microbatches, Sequence) else self._last_num_microbatches
+        self._positions = () if self.estimator.measures_all else self.estimator.positions(expected)
 
     def skip_window(self) -> None:
         """Do not measure the current window."""
         self._is_measuring = False
+        self._positions, self._parameters = (), ()
         self._norms.clear()
+
+    def microbatch(self, number: int) -> AbstractContextManager[None]:
+        """Return the context for the backward of a micro-batch, by its number in the window."""
+        if not self._parameters or (self._positions and number not in self._positions):
+            return NOT_MEASURED
+        return self._measured()
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        hooks, succeeded = GradientHooks(self._parameters, self.on_gradient), False
+        try:
+            yield
+            succeeded = True
+        finally:
+            hooks.remove()
+            self.on_backward_end(succeeded=succeeded)
 
     def on_gradient(self, gradient: Tensor) -> None:
         """Compute the norm of one parameter's micro-batch gradient."""
         values = gradient.coalesce()._values() if gradient.is_sparse else gradient
-        dtype = torch.float32 if values.dtype in HALF_PRECISION_DTYPES else values.dtype
-        norm = torch.linalg.vector_norm(values, dtype=dtype)
-        self._norms.append(norm if self._squared_norm_sum is None else norm.to(self._squared_norm_sum))
+        assert self._squared_norm_sum is not None, "only attached windows are observed"
+        self._norms.append(torch.linalg.vector_norm(values, dtype=self._squared_norm_sum.dtype))
 
     def on_backward_end(self, *, succeeded: bool) -> None:
         """Add the squared norm of the whole micro-batch gradient."""
@@ -83,11 +115,27 @@ class NoiseObserver:
             loss_totals: Of the window.
             retries: Attempts that ran out of memory: what they added to the norms cannot be removed.
         """
+        self._last_num_microbatches = loss_totals.num_recorded
         if not self._is_measuring or self._squared_norm_sum is None:
             return NO_EXTRA
         if retries or not sums.can_name_leaves:
             return math.nan, 0.0, self._samples
-        return self._squared_norm_sum, loss_totals.items_squared(), self._samples
+        items = [_as_float(count) for count in loss_totals.microbatch_items()]
+        squares = [count * count for count in items]
+        return self._total_of_squared_norms(self._squared_norm_sum, items, squares), sum(squares), self._samples
+
+    def _total_of_squared_norms(self, measured: Tensor, items: list[Number], squares: list[Number]) -> Number:
+        """Estimate Σ |S_i|² over all micro-batches of this rank from those that were measured."""
+        if not self._positions or not items:
+            return measured
+        positions = [position for position in self._positions if position < len(items)]
+        if not positions:
+            return math.nan  # the window was shorter than expected
+        weight = len(items) / len(positions)
+        signal, noise = self.estimator.averages()
+        expected = noise * (sum(items) - weight * sum(items[position] for position in positions))
+        expected += signal * (sum(squares) - weight * sum(squares[position] for position in positions))
+        return weight * measured + expected
 
     def finish(
         self, scalars: Iterable[Iterable[float]], *, grad_norm: float, items: float, skipped: bool
@@ -119,3 +167,7 @@ class NoiseObserver:
             ValueError: They are not averages of such an observer; nothing is changed then.
         """
         self.estimator.load_state_dict(state)
+
+
+def _as_float(count: Items) -> Number:
+    return count.reshape(()).double() if isinstance(count, Tensor) else float(count)

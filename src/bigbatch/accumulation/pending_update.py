@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.noise_observer import NoiseObserver
+from bigbatch.accumulation.noise_observer import NOT_MEASURED, NoiseObserver
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch
@@ -129,7 +129,7 @@ class PendingUpdate:
         if observer is not None and (is_float16 or content.totals is not None):
             observer.skip_window()
         elif observer is not None:
-            observer.attach(self.sums, samples=content.samples)
+            observer.attach(self.sums, content.microbatches, samples=content.samples)
         sync.start_window()
 
     def __enter__(self) -> "PendingUpdate":
@@ -197,7 +197,9 @@ class PendingUpdate:
         has_items = loss is not None
         loss = self._sync.loss_to_differentiate(loss, terms)
         if loss is not None and (only is None or only):
-            with self._sync.backward(counts=has_items):
+            observer, number = self._observer, self.loss_totals.num_recorded - 1
+            measured = NOT_MEASURED if observer is None else observer.microbatch(number)
+            with self._sync.backward(counts=has_items), measured:
                 loss = loss if self._loss_scale is None else loss * self._loss_scale
                 self.sums.backward(loss, only=only, retain_graph=retain_graph)
         self.num_microbatches += counts
@@ -248,9 +250,8 @@ class PendingUpdate:
         local = [next(read, 0.0) if isinstance(value, Tensor) else value for value in extra]
         noise = None
         if observer is not None:
-            extras = [local] if result is None else result.extra
-            skipped = outcome.skipped is not None
-            noise = observer.finish(extras, grad_norm=outcome.grad_norm, items=items, skipped=skipped)
+            extras, was_skipped = [local] if result is None else result.extra, outcome.skipped is not None
+            noise = observer.finish(extras, grad_norm=outcome.grad_norm, items=items, skipped=was_skipped)
         tokens, peak = self._content.tokens, peak_bytes(self._update.device)
         return WindowReport(
             step=self._update.num_steps,

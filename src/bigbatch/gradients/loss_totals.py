@@ -160,10 +160,9 @@ class LossTotals:
             local[name] = _added(self._items.get(name, [])), _added(self._totals_on_device([name]))
         return local
 
-    def items_squared(self) -> float | Tensor:
-        """Return Σ n_i² over the micro-batches of a loss of one term, on their device, without waiting."""
-        counts = next(iter(self._items.values()), [])
-        return _added([_wide(c).square() if isinstance(c, Tensor) else float(c) * float(c) for c in counts])
+    def microbatch_items(self) -> list[Items]:
+        """Return the items of each micro-batch so far of a loss of one term, on their devices."""
+        return list(next(iter(self._items.values()), []))
 
     def undo_prescale(self, gradients: list[Tensor]) -> None:
         """Multiply gradients by what this rank divided its losses by: other ranks use another factor."""

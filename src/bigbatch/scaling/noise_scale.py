@@ -14,6 +14,15 @@ McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 181
 large and a small batch; the scale is their B_simple. Items of one sample, such as the tokens of a sequence, are
 correlated: tr Σ is then the variance per item at the given lengths, and ``scale_samples`` the more meaningful unit.
 Micro-batches grouped by length underestimate |G|² if the mean gradient depends on the length.
+
+After the first windows, Σ |S_i|² is estimated from m of the M micro-batches of a window, at evenly spaced positions
+that start elsewhere in each window: with the averages so far, E_i = n_i² |G|² + n_i tr Σ,
+
+    Σ |S_i|² ≈ Σ_i E_i + M / m · Σ_measured (|S_i|² − E_i)
+
+It is unbiased whatever E_i is, also if the variance differs between micro-batches, such as those of long and of short
+sequences; E_i only removes the variance that is due to their sizes (a difference estimator, Cochran, "Sampling
+Techniques", 1977, section 7.1). The norm of the first micro-batch alone would cost less, and be biased by their order.
 """
 
 import math
@@ -22,10 +31,10 @@ from dataclasses import asdict, dataclass, fields
 
 HALF_LIFE_WINDOWS = 32  # default half-life of the averages, in windows with the items of the first one
 MIN_WINDOWS = 4  # before an estimate is reported
-MEASURE_FIRST, MEASURE_EVERY = (
-    8,
-    4,
-)  # the first 8 windows are measured, then one in 4: sufficient for averages of this half-life
+MEASURE_FIRST = 8  # windows whose micro-batches are all measured
+MEASURE_EVERY = 4  # afterwards one window in 4: sufficient for averages of this half-life
+NUM_MEASURED = 2  # micro-batches of such a window
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill [0, 1) evenly
 Z_95 = 1.96  # standard errors of a 95 % interval, for many windows
 
 
@@ -126,6 +135,22 @@ class NoiseScaleEstimator:
     def measures_next(self) -> bool:
         """Whether the next window should be measured: the first 8 and then one in 4."""
         return self._sums.num_seen < MEASURE_FIRST or self._sums.num_seen % MEASURE_EVERY == 0
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether all micro-batches of the next window should be measured: in the first 8 windows."""
+        return self._sums.num_seen < MEASURE_FIRST
+
+    def positions(self, num_microbatches: int) -> tuple[int, ...]:
+        """Return which micro-batches of the next window should be measured: 2 that are half a window apart."""
+        count = min(NUM_MEASURED, num_microbatches)
+        start = self._sums.num_seen // MEASURE_EVERY * GOLDEN_RATIO % 1
+        return tuple(int((start + part) * num_microbatches / count) for part in range(count))
+
+    def averages(self) -> tuple[float, float]:
+        """Return the averages of |G|² and tr Σ so far; zeros before the first measured window."""
+        sums = self._sums
+        return (sums.signal / sums.weight, sums.noise / sums.weight) if sums.weight else (0.0, 0.0)
 
     def skip_window(self, items: float) -> None:
         """Count a window that was not measured: its items reduce the weight of earlier windows."""
