@@ -1,12 +1,15 @@
-"""Runs that are killed with SIGKILL at a named point and resumed, compared with an uninterrupted run.
+"""Runs that are killed, stopped or out of disk space and resumed, compared with an uninterrupted run.
 
     bigbatch train … SIGKILL → bigbatch resume [… SIGKILL → bigbatch resume] → differences from the uninterrupted run
+
+At a named point or after some seconds; runs on two ranks after some seconds only.
 
     python -m support.kill_points FOLDER    reads JSON lines {"kind": …, "kills": […]} and prints a result each
 
 Each process is forked, so that torch is loaded once, and starts with random generators in a new state.
 """
 
+import errno
 import functools
 import json
 import os
@@ -19,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,8 +40,11 @@ from bigbatch.lm.training import trainer
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import metrics, records, save_model_folder, write_jsonl
 from support.run_comparison import differences
+from support.torchrun_ranks import Launch
 
 NEVER = 10**9
+CODES = {"kill": -signal.SIGKILL, "stop": 75, "full disk": 1}
+"""How a process can be interrupted, and its exit code then: SIGKILL, SIGTERM, an error of the next disk operation."""
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,17 +58,33 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Runs of about ten updates over two epochs, with dropout; some windows of ``poisoned`` are not finite."""
 
+MORE_KINDS: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16"},
+    "padded-budget": {"microbatch": None, "token_budget": 64, "layout": "padded"},
+    "packed": {"model": "packable", "microbatch": None, "token_budget": 64, "layout": "packed"},
+    "layer-checkpoints": {"gradient_checkpointing": "full"},
+    "every-update": {"checkpoint_every": 1, "validation_every": 1, "keep": 2},
+    "deterministic": {"deterministic": True, "schedule": "constant", "max_grad_norm": 0.5},
+    "ddp": {"parallel": "ddp", "deterministic": True, "timeout_s": 60},
+    "fsdp": {"parallel": "fsdp", "deterministic": True, "timeout_s": 60},
+}
+"""More of them, without named points in tests; ``ddp`` and ``fsdp`` run on two ranks."""
+ON_RANKS = ("ddp", "fsdp")
+
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process is killed: the number-th time it reaches a point, or ``after_s`` seconds after training begins.
+    """When a process is interrupted: the number-th time at a point, or ``after_s`` seconds after training begins.
 
-    Points are called ``before X`` and ``after X``, and ``middle of metrics.jsonl``.
+    Points are called ``before X`` and ``after X``, and ``middle of metrics.jsonl``. On two ranks the seconds count from
+    the start of the processes, and ``rank`` is interrupted.
     """
 
     point: str = ""
     number: int = 1
     after_s: float = NEVER
+    how: Literal["kill", "stop", "full disk"] = "kill"
+    rank: int = 0
 
 
 @dataclass
@@ -84,7 +106,9 @@ class KillPoints:
         self.seen.append(point)
         self.counts[point] += 1
         if (point, self.counts[point]) == (self.kill.point, self.kill.number):
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self.kill.how == "full disk":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.kill(os.getpid(), signal.SIGKILL if self.kill.how == "kill" else signal.SIGTERM)
 
     def around(self, owner: Any, name: str, called: str) -> None:
         """Add a point before and after a function."""
@@ -129,7 +153,7 @@ class KillPoints:
 
         def watched(directory: RunDirectory, name: str, row: Any) -> None:
             self.reach(f"before {name}")
-            if self.next_is(f"middle of {name}"):
+            if self.next_is(f"middle of {name}") and self.kill.how != "stop":
                 line = as_line(row)
                 with (directory.path / name).open("ab") as file:
                     file.write(line[: len(line) // 2])
@@ -175,18 +199,26 @@ class KillExperiment:
             "lr": 1e-2, "max_length": 32, "checkpoint_every": 3, "validation_every": 4,
         }  # fmt: skip
         self._references: dict[str, Path] = {}
+        self._seconds: dict[str, float] = {}
         self._number = 0
 
     def config(self, kind: str, path: Path) -> TrainConfig:
-        return TrainConfig(out=path, **self._settings | KINDS[kind])
+        settings = self._settings | (KINDS | MORE_KINDS)[kind]
+        if settings["model"] == "packable":
+            settings["model"] = str(self.folder / "packable")
+            if not (self.folder / "packable").exists():
+                save_model_folder(self.folder / "packable")
+        return TrainConfig(out=path, **settings)
 
     def reference(self, kind: str) -> Path:
         """Return the uninterrupted run of this kind; trained at the first call."""
         if kind not in self._references:
             path = self.folder / f"{kind}-reference"
+            started_s = time.perf_counter()
             died = self.run_process(kind, path, Kill())
             assert not died, self.log.read_text(encoding="utf-8")
             self._references[kind] = path
+            self._seconds[kind] = time.perf_counter() - started_s
         return self._references[kind]
 
     def points(self, kind: str) -> Counter[str]:
@@ -195,8 +227,9 @@ class KillExperiment:
         return Counter(json.loads((self.folder / f"{kind}-reference.json").read_text(encoding="utf-8")))
 
     def seconds(self, kind: str) -> float:
-        """Return an upper bound of the training time of the reference, in seconds."""
-        return sum(row["elapsed_s"] for row in metrics(self.reference(kind))) * 2
+        """Return an upper bound of the training time of the reference; with its start if it keeps no clock readings."""
+        times = [row["elapsed_s"] for row in metrics(self.reference(kind))]
+        return self._seconds[kind] if None in times else 2 * sum(times)
 
     def kill_and_resume(self, kind: str, kills: list[Kill]) -> tuple[int, list[str]]:
         """Kill a run and resume it, once per kill; return the number of kills and the final differences."""
@@ -214,11 +247,13 @@ class KillExperiment:
         return num_died, differences(path, reference)
 
     def run_process(self, kind: str, path: Path, kill: Kill) -> bool:
-        """Start or resume a run in a child process; return whether it was killed.
+        """Start or resume a run in child processes; return whether it was interrupted.
 
         Raises:
-            AssertionError: The run failed without being killed.
+            AssertionError: The run failed without being interrupted.
         """
+        if kind in ON_RANKS:
+            return self._run_ranks(kind, path, kill)
         began, tell = os.pipe()
         child = os.fork()
         if child == 0:
@@ -232,13 +267,41 @@ class KillExperiment:
                 sys.stdout.flush()
                 os._exit(status)
         os.close(tell)
-        with os.fdopen(began, "rb") as pipe:
-            if pipe.read(1) and kill.after_s < NEVER:
-                time.sleep(kill.after_s)
-                os.kill(child, signal.SIGKILL)
-        _, ended = os.waitpid(child, 0)
-        assert ended in (0, signal.SIGKILL), f"ended with {ended}: {self.log.read_text(encoding='utf-8')}"
-        return ended == signal.SIGKILL
+        try:
+            with os.fdopen(began, "rb") as pipe:
+                if pipe.read(1) and kill.after_s < NEVER:
+                    time.sleep(kill.after_s)
+                    os.kill(child, signal.SIGKILL if kill.how == "kill" else signal.SIGTERM)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+        finally:
+            _, ended = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(ended)
+        assert code in (0, CODES[kill.how]), f"ended with {code}: {self.log.read_text(encoding='utf-8')}"
+        return code != 0
+
+    def _run_ranks(self, kind: str, path: Path, kill: Kill) -> bool:
+        if (path / "config.json").exists():
+            words = ["resume", str(path), "--parallel", kind]
+        else:
+            settings = self.config(kind, path).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+            words = ["train"]
+            for name, value in settings.items():
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        folder = self.folder / "ranks"
+        folder.mkdir(exist_ok=True)
+        with Launch(words, 2, folder=folder) as launch:
+            if kill.after_s < NEVER:
+                launch.processes[kill.rank].join(kill.after_s)
+                if launch.processes[kill.rank].is_alive():
+                    launch.signal(kill.rank, signal.SIGKILL if kill.how == "kill" else signal.SIGTERM)
+            codes = launch.wait()
+        shown = "".join(launch.stdout(rank) + launch.stderr(rank) for rank in range(2))
+        if CODES[kill.how] in codes or (kill.how == "stop" and -signal.SIGTERM in codes):
+            return True
+        assert codes == [0, 0], f"ended with {codes}: {shown}"
+        return False
 
     def _run_in_child(self, kind: str, path: Path, kill: Kill, began: int) -> int:
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -70,6 +70,8 @@ class Launch:
             } if self._store is not None else {}  # fmt: skip
             given = (words_of or {}).get(rank, words)
             place = folder, self._out(rank), self._err(rank)
+            for path in place[1:]:
+                path.touch()  # also if it is killed before it opens them
             process = context.Process(
                 target=_live, args=(list(given), {k: str(v) for k, v in environment.items()}, rank, patch, *place)
             )

@@ -50,10 +50,14 @@ class DeferredSignals:
         self._received.append(signal.Signals(number))
 
     def _restore(self) -> None:
-        while self._handlers:
-            number, handler = next(iter(self._handlers.items()))
-            signal.signal(number, handler)
-            del self._handlers[number]
+        try:
+            while self._handlers:
+                number, handler = next(iter(self._handlers.items()))
+                signal.signal(number, handler)
+                del self._handlers[number]
+        finally:
+            if self._handlers:  # a restored handler has raised: the others must not stay deferred
+                self._restore()
 
     def _deliver(self, handlers: dict[signal.Signals, Any]) -> None:
         for number in dict.fromkeys(self._received):
