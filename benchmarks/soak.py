@@ -38,8 +38,8 @@ import transformers
 from support.kill_points import KINDS, MORE_KINDS, ON_RANKS, Kill, KillExperiment
 
 MOST_IN_A_ROW = 10
-DISK = ("fsync", "rename", "mkdir", "write", "metrics.jsonl", "model", "checkpoint")
-"""Operations that a full disk can stop."""
+DISK = ("fsync", "rename", "mkdir", "write")
+"""Points at which a disk can be full."""
 
 
 def main() -> int:
@@ -88,7 +88,8 @@ class Table:
         try:
             num_died, differs = self.experiment.kill_and_resume(kind, kills)
         except AssertionError as error:  # it ended with another exit code
-            num_died, differs = 0, [str(error)]
+            lines = str(error).strip().splitlines()
+            num_died, differs = 0, [f"{lines[0]} … {lines[-1]}"]
         self._runs[row] += 1
         self._kills[row] += num_died
         self._equal[row] += not differs

@@ -1,6 +1,6 @@
 """A killed and resumed run is bit-identical to an uninterrupted one: see `support.kill_points`.
 
-`python benchmarks/kills.py --kills 200` tries every point and 200 random moments.
+`python benchmarks/soak.py --kills 200` tries every point and 200 random moments.
 """
 
 import json
