@@ -21,7 +21,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 
-from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress
+from bigbatch.lm.checkpoint.manager import CheckpointManager
+from bigbatch.lm.checkpoint.run_checkpoint import Progress
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.setup import set_up_training

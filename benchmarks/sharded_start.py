@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from bigbatch.errors import MemoryLimitError
 from bigbatch.lm.checkpoint import sharded_reader
-from bigbatch.lm.checkpoint.manager import load
+from bigbatch.lm.checkpoint.run_checkpoint import load
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.tokenizer import train_tokenizer
 from bigbatch.lm.distributed.ranks import RankContext

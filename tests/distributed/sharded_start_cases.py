@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bigbatch.lm.checkpoint import reader, sharded_reader
-from bigbatch.lm.checkpoint.manager import load
+from bigbatch.lm.checkpoint.run_checkpoint import load
 from bigbatch.lm.checkpoint.state_tree import bits, split_tensors
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.tokenizer import train_tokenizer

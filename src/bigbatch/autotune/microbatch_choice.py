@@ -69,11 +69,10 @@ class MicrobatchChoice:
         return TokenBudget(max(self.size, self.longest)) if self.unit == "tokens" else self.size
 
     def __str__(self) -> str:
-        smallest = self.trials[0]
         reasons = f"about {self.per_s:,.0f} {self.unit}/s, peak {describe_bytes(self.peak_bytes)} of "
         reasons += describe_bytes(self.limit_bytes)
-        if smallest.size < self.size:
-            reasons += f"; {smallest.size:,} reached {smallest.per_s:,.0f}/s"
+        if self.trials and self.trials[0].size < self.size:
+            reasons += f"; {self.trials[0].size:,} reached {self.trials[0].per_s:,.0f}/s"
         if self.largest > self.size:
             reasons += f"; sizes up to {self.largest:,} fit but are less than 2 % faster"
         alone = ", longer samples alone" if self.longest > self.size else ""

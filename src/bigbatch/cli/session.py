@@ -58,7 +58,11 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
     ):
         callback = WatchdogCallback(displays if ranks.is_first else None, watch)
         outcome = trainer.run(
-            directory, callback=callback, should_stop=lambda: stop.requested, should_abandon=lambda: stop.grace_expired
+            directory,
+            callback=callback,
+            should_stop=lambda: stop.requested,
+            should_abandon=lambda: stop.grace_expired,
+            on_note=console.print,
         )
         if event_log is not None:
             event_log.log_end(outcome, signal=stop.signal)

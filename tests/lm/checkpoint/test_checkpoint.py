@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, what is broken is found and named, and nothing that is read runs."""
 
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import bigbatch
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import list_all, newest, prune, read, verify, write
 from bigbatch.lm.checkpoint import manifest as manifests
+from bigbatch.lm.checkpoint.integrity import NewerCheckpointError
 from bigbatch.lm.checkpoint.json_values import DEEPEST, to_json
 from bigbatch.lm.checkpoint.manifest import Stamp
 from bigbatch.lm.checkpoint.safetensors_file import NAMES
@@ -231,11 +233,23 @@ def test_intact_checkpoint_is_kept_and_broken_one_replaced(folder: Path) -> None
     assert save(folder, 2) == path
     assert (path / "manifest.json").stat().st_ino == before
     (path / "state.json").write_bytes(b"{}")
-    (folder / "step-9.deleted").touch()
+    (folder / "step-9.deleted").mkdir()
+    (folder / "step-9.deleted" / "model.safetensors").touch()
     (folder / "step-9.partial").mkdir()
     assert save(folder, 2) == path
     assert_holds(path, 2)
     assert names_in(folder) == {"step-1", "step-2"}
+
+
+def test_leftovers_with_other_content_stay(folder: Path) -> None:
+    (folder / "step-8.partial").mkdir()
+    (folder / "step-8.partial" / "notes.txt").touch()
+    (folder / "step-8.deleted").touch()
+    (folder / "step-7.deleted").symlink_to(folder / "step-1")
+    before = names_in(folder)
+    save(folder, 3)
+    assert names_in(folder) == before | {"step-3"}
+    assert_holds(folder / "step-1", 1)
 
 
 def test_checkpoint_of_another_run_is_not_overwritten(folder: Path) -> None:
@@ -244,10 +258,45 @@ def test_checkpoint_of_another_run_is_not_overwritten(folder: Path) -> None:
     assert_holds(folder / "step-2", 2)
 
 
-def test_file_at_checkpoint_path_is_replaced(folder: Path) -> None:
+def test_file_at_checkpoint_path_is_renamed(folder: Path) -> None:
     (folder / "step-3").write_text("notes", encoding="utf-8")
+    (folder / "step-3.kept").touch()
     assert verify(folder / "step-3") == f"{folder / 'step-3'} is not a folder"
     assert_holds(save(folder, 3), 3)
+    assert (folder / "step-3.kept-2").read_text(encoding="utf-8") == "notes"
+
+
+@pytest.mark.parametrize("kind", ["folder of notes", "extra file", "link to a checkpoint", "damaged manifest"])
+def test_foreign_checkpoint_path_is_renamed(kind: str, folder: Path) -> None:
+    path = folder / "step-2"
+    if kind == "folder of notes":
+        shutil.rmtree(path)
+        path.mkdir()
+        (path / "notes.txt").touch()
+    elif kind == "extra file":
+        (path / "notes.txt").touch()
+    elif kind == "link to a checkpoint":
+        path.rename(folder.parent / "step-2")
+        path.symlink_to(folder.parent / "step-2")
+    else:
+        (path / "manifest.json").write_bytes(b"{}")
+    before = names_in(path)
+    assert_holds(save(folder, 2), 2)
+    assert names_in(folder / "step-2.kept") == before
+
+
+def test_linked_folder_of_checkpoints_is_refused(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "linked"
+    link.symlink_to(folder)
+    sentence = (
+        f"{link} is a link, and links in a run directory are not followed. Move the folder that it points to here; to "
+        "keep a run on another disk, link the whole run directory."
+    )
+    for use in (newest, list_all, lambda path: save(path, 3), lambda path: prune(path, keep=1, run_id=RUN_ID)):
+        with pytest.raises(CheckpointError) as caught:
+            use(link)
+        assert str(caught.value) == sentence
+    assert names_in(folder) == {"step-1", "step-2"}
 
 
 # faults ----------------------------------------------------------------------------------------------------------
@@ -405,7 +454,7 @@ def test_pipe_at_file_path_does_not_block(folder: Path) -> None:
     for name in ("model.safetensors", "manifest.json"):
         (folder / "step-2" / name).unlink()
         os.mkfifo(folder / "step-2" / name)
-        assert verify(folder / "step-2") == f"{name} is not a file"
+        assert verify(folder / "step-2") == f"{name} cannot be read: it is not a regular file"
 
 
 def test_file_changed_during_verification_is_detected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +576,7 @@ def filled(folder: Path, steps: int, *broken: int) -> Path:
         ((), 9, {1, 2, 3, 4, 5}),
         ((4,), 2, {3, 4, 5}),  # a broken one does not count
         ((3,), 2, {4, 5}),  # and goes with those that are old
-        ((5,), 1, {1, 2, 3, 4, 5}),  # nothing goes while the newest is broken
+        ((5,), 1, {4, 5}),  # nor does the newest
         ((1, 2, 3, 4), 2, {1, 2, 3, 4, 5}),
         ((1, 2, 3, 4, 5), 1, {1, 2, 3, 4, 5}),
     ],
@@ -538,16 +587,58 @@ def test_pruning_keeps_newest_intact_checkpoints(
     folder = filled(tmp_path, 5, *broken)
     (folder / "step-7.deleted").mkdir()
     (folder / "mine").mkdir()
-    removed = prune(folder, keep=keep)
+    removed = prune(folder, keep=keep, run_id=RUN_ID)
     assert removed == [folder / f"step-{step}" for step in range(1, 6) if step not in left]
     assert names_in(folder) == {f"step-{step}" for step in left} | {"mine"}
 
 
+def test_pruning_removes_only_what_the_run_wrote(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "checkpoints", 7)
+    save(folder, 0, run_id="other")
+    (folder / "step-1" / "notes.txt").touch()
+    shutil.rmtree(folder / "step-2")
+    (folder / "step-2").symlink_to(shutil.copytree(folder / "step-3", tmp_path / "step-2"))
+    (folder / "step-3" / "manifest.json").unlink()
+    (folder / "step-4" / "state.json").unlink()
+    (folder / "step-4" / "state.json").symlink_to(tmp_path / "step-2" / "state.json")
+    os.truncate(folder / "step-7" / "order.json", 1)
+    outside = names_in(tmp_path / "step-2")
+    notes: list[str] = []
+    assert prune(folder, keep=1, run_id=RUN_ID, on_note=notes.append) == [folder / "step-4", folder / "step-5"]
+    assert names_in(folder) == {"step-0", "step-1", "step-2", "step-3", "step-6", "step-7"}
+    assert names_in(tmp_path / "step-2") == outside
+    reason = verify(folder / "step-7")
+    assert notes == [
+        f"checkpoint {folder / 'step-7'} is not valid and does not count towards --keep 1: {reason}",
+        *(f"{folder / name} was not written by this run and is not removed" for name in ("step-0", "step-1")),
+        *(f"{folder / name} was not written by this run and is not removed" for name in ("step-2", "step-3")),
+    ]
+
+
+def test_checkpoint_of_newer_format_is_not_skipped(folder: Path) -> None:
+    path = folder / "step-2"
+    content = json.loads((path / "manifest.json").read_bytes()) | {"format": 2}
+    del content["digest"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    signed = content | {"digest": hashlib.sha256(canonical.encode()).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(signed), encoding="utf-8")
+    reason = "manifest.json has format 2, and this bigbatch reads format 1"
+    with pytest.raises(NewerCheckpointError, match=rf"^step-2: {reason}$"):
+        newest(folder)
+    before = (path / "manifest.json").read_bytes()
+    assert prune(folder, keep=1, run_id=RUN_ID) == []
+    save(folder, 2)
+    assert (folder / "step-2.kept" / "manifest.json").read_bytes() == before
+    content["format"] = 3  # a digest of something else: damaged
+    (folder / "step-2" / "manifest.json").write_text(json.dumps(content | {"digest": "0"}), encoding="utf-8")
+    assert newest(folder)[0] == folder / "step-1"
+
+
 def test_pruning_to_zero_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep=0 would leave no checkpoint: pass 1 or more"):
-        prune(tmp_path, keep=0)
-    assert prune(tmp_path, keep=1) == []
-    assert prune(tmp_path / "nowhere", keep=1) == []
+        prune(tmp_path, keep=0, run_id=RUN_ID)
+    assert prune(tmp_path, keep=1, run_id=RUN_ID) == []
+    assert prune(tmp_path / "nowhere", keep=1, run_id=RUN_ID) == []
 
 
 def test_error_belongs_to_package() -> None:
@@ -561,7 +652,7 @@ import sys
 from pathlib import Path
 from bigbatch.lm.checkpoint import list_all, newest, prune
 folder = Path(sys.argv[1])
-list_all(folder), newest(folder), prune(folder, keep=1)
+list_all(folder), newest(folder), prune(folder, keep=1, run_id="a-run")
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)

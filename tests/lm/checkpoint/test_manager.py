@@ -12,10 +12,16 @@ import bigbatch
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import manager as keeper_module
 from bigbatch.lm.checkpoint.hashed_file import HashedFile
-from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, frozen_fingerprint, load
+from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
+from bigbatch.lm.checkpoint.run_checkpoint import Progress, load
 from bigbatch.lm.checkpoint.state_tree import copy_to_cpu, equal
 from bigbatch.lm.runs.directory import RunDirectory
 from support.checkpoints import no_space
+
+FACTS: dict[str, Any] = {
+    "settings": {"seed": 0}, "data_sha256": "d", "num_samples": 9, "vocabulary_sha256": "v", "weights_dtype": "w",
+    "frozen_sha256": None,
+}  # fmt: skip
 
 
 def loss_fn(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
@@ -34,7 +40,7 @@ def directory(tmp_path: Path) -> RunDirectory:
 
 
 def a_keeper(directory: RunDirectory) -> CheckpointManager:
-    return CheckpointManager(directory, keep=2, in_background=True, total_steps=9, facts={"of": "a test"})
+    return CheckpointManager(directory, keep=2, in_background=True, total_steps=9, facts=FACTS)
 
 
 def test_async_write_saves_state_of_its_moment(
@@ -60,7 +66,7 @@ def test_async_write_saves_state_of_its_moment(
     assert saved is not None
     assert rejected == ()
     assert equal(saved.engine, expected)
-    assert (saved.progress, saved.total_steps, saved.facts) == (Progress(step=1, cursor=4), 9, {"of": "a test"})
+    assert (saved.progress, saved.total_steps, saved.facts) == (Progress(step=1, cursor=4), 9, FACTS)
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["at the next", "at the end"])

@@ -81,7 +81,7 @@ def test_process_killed_during_prune_leaves_intact_checkpoints(
     for point, folder in killed["prune"]:
         assert newest(folder) == (folder / "step-3", []), point
         assert all(verify(path) is None for path in folder.glob("step-?")), point
-        prune(folder, keep=1)
+        prune(folder, keep=1, run_id=RUN_ID)
         assert names_in(folder) == {"step-3"}, point
 
 
@@ -103,7 +103,7 @@ def test_pruned_folders_are_emptied_after_synced_rename(tmp_path: Path, monkeypa
         save(folder, step)
     with monkeypatch.context() as patch:
         seen = DiskOperations(patch, no_space).seen
-        prune(folder, keep=1)
+        prune(folder, keep=1, run_id=RUN_ID)
     assert seen[:3] == ["rename step-1", "rename step-2", "fsync checkpoints"]
     assert not any(point.startswith(("rename", "fsync")) for point in seen[3:])
 
@@ -193,7 +193,7 @@ def test_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointError, match=r"step-1 could not be removed from .*: read-only file system; the la"
         ):
-            prune(folder, keep=1)
+            prune(folder, keep=1, run_id=RUN_ID)
         assert newest(folder) == (folder / "step-2", [])
 
 

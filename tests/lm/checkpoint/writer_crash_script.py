@@ -19,12 +19,12 @@ import pytest
 
 from bigbatch.lm.checkpoint import prune
 from bigbatch.lm.checkpoint.hashed_file import HashedFile
-from support.checkpoints import DiskOperations, save
+from support.checkpoints import RUN_ID, DiskOperations, save
 
 ACTIONS = {
     "write": lambda folder: save(folder, 2),
     "replace": lambda folder: save(folder, 2),
-    "prune": lambda folder: prune(folder, keep=1),
+    "prune": lambda folder: prune(folder, keep=1, run_id=RUN_ID),
 }
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from bigbatch.cli import main
 from bigbatch.errors import InputError
-from bigbatch.lm.checkpoint.manager import load
+from bigbatch.lm.checkpoint.run_checkpoint import load
 from bigbatch.lm.config.scale_from import BETAS, EPS
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory

@@ -23,7 +23,7 @@ from bigbatch.cli import main
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint import newest, read, verify
 from bigbatch.lm.checkpoint.hashed_file import HashedFile
-from bigbatch.lm.checkpoint.manager import load
+from bigbatch.lm.checkpoint.run_checkpoint import load
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.lock import RunLock

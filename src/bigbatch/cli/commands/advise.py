@@ -38,9 +38,10 @@ def run(options: AdviseOptions) -> int:
 
 
 def _train_branches(options: AdviseOptions, console: OutputConsole) -> "list[BranchResult]":
-    from bigbatch.lm.checkpoint.manager import load
-    from bigbatch.lm.training.resume import stored_config, with_saved_changes
+    from bigbatch.lm.checkpoint.run_checkpoint import load
+    from bigbatch.lm.training.resume import check_facts, stored_config, with_saved_changes
 
+    stored = stored_config(options.run)
     checkpoint, _ = load(options.run)
     if checkpoint is None:
         raise InputError(f"--branch needs a checkpoint, but {options.run} has no whole one.")
@@ -53,8 +54,9 @@ def _train_branches(options: AdviseOptions, console: OutputConsole) -> "list[Bra
         from bigbatch.lm.training.trainer import Trainer
 
         quiet_libraries()
-        setup = set_up_training(with_saved_changes(stored_config(options.run), checkpoint.facts), progress=progress)
+        setup = set_up_training(with_saved_changes(stored, checkpoint.facts), progress=progress)
         trainer = Trainer(setup, checkpoint=checkpoint)
+        check_facts(setup.config, checkpoint.facts, trainer.facts, allowed=())
         progress(f"training {len(MULTIPLES)} branches from update {checkpoint.progress.step}")
         results = []
         with seeded(setup):

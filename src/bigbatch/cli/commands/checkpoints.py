@@ -1,6 +1,7 @@
 """``bigbatch checkpoints``: list and verify the checkpoints of a run, as lines or one JSON object."""
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from bigbatch.cli.options import CheckpointsOptions
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.catalog import CheckpointInfo, examine, numbered
-from bigbatch.lm.runs.file_names import CHECKPOINTS
+from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, IDENTITY
+from bigbatch.lm.runs.identity import read_identity
 from bigbatch.memory.limit import describe_bytes
 
 SOME_WHOLE = 0
@@ -25,9 +27,10 @@ def run(options: CheckpointsOptions) -> int:
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         checkpoints = []
         paths = numbered(folder)
+        run_id = _run_id(options.run)
         for done, path in enumerate(paths):
             progress("verifying checkpoints", done, len(paths))
-            checkpoint = examine(path)
+            checkpoint = examine(path, run_id=run_id)
             checkpoints += [] if checkpoint is None else [checkpoint]
     if not checkpoints:
         raise InputError(f"{options.run} has no checkpoint yet: a run saves them in {folder}.")
@@ -37,6 +40,13 @@ def run(options: CheckpointsOptions) -> int:
         for line in describe(checkpoints):
             console.print(line)
     return SOME_WHOLE if newest_whole(checkpoints) is not None else NONE_WHOLE
+
+
+def _run_id(run: Path) -> str | None:
+    """Return the identifier of a run; None for a folder of checkpoints without a configuration."""
+    if os.path.lexists(run / IDENTITY) or os.path.lexists(run / CONFIG):
+        return read_identity(run).run_id
+    return None
 
 
 def newest_whole(checkpoints: list[CheckpointInfo]) -> CheckpointInfo | None:

@@ -16,6 +16,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.sources import check_data_path
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory
+from bigbatch.lm.runs.identity import read_identity
 from bigbatch.lm.runs.lock import RunLock
 from bigbatch.lm.training.dashboards import check_log
 
@@ -52,7 +53,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
         enable_determinism(overrides if "deterministic" in overrides.model_fields_set else stored)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             progress("looking for the newest checkpoint")
-            from bigbatch.lm.checkpoint.manager import load
+            from bigbatch.lm.checkpoint.run_checkpoint import load
 
             ranks = replace(
                 ranks, parallel=(overrides if "parallel" in overrides.model_fields_set else stored).parallel
@@ -84,7 +85,10 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
         with fail_together(ranks, "resume"):
             trainer = Trainer(setup, checkpoint=checkpoint, ranks=ranks)
             if checkpoint is not None:
-                check_facts(path, config.data, checkpoint.facts, trainer.facts, allowed=options.allowed)
+                checkpoint.check_model(trainer.engine)
+            before = read_identity(path).facts if checkpoint is None else checkpoint.facts
+            if before is not None:
+                check_facts(config, before, trainer.initial_facts, allowed=options.allowed)
         where = (
             "from the beginning (no checkpoint)" if checkpoint is None else f"after update {checkpoint.progress.step}"
         )

@@ -88,6 +88,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         with fail_together(ranks, "train"):
             if ranks.is_first:
                 directory = RunDirectory.create(path, setup.config.model_dump(mode="json"))
+                directory.record_facts(trainer.initial_facts)
                 stack.enter_context(RunLock(path))
         return train(trainer, directory, console, config=config)
 

@@ -9,7 +9,6 @@ Model of McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, 
 so a batch far below the scale wastes updates, and one far above it wastes samples. Does not import torch.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from bigbatch.errors import InputError, os_reason
 from bigbatch.lm.config.scale_from import BETAS
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.files import file_kind
+from bigbatch.lm.files import LARGEST_LOG, file_kind, parse_json, read_json, read_regular
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
-from bigbatch.lm.text import plural
+from bigbatch.lm.runs.identity import check_layout
+from bigbatch.lm.text import describe_invalid, plural
 from bigbatch.scaling.noise_scale import MIN_WINDOWS
 
 FAR = 4.0  # ratio of batch and scale beyond which samples or updates are mostly wasted
@@ -34,6 +36,7 @@ NUMBERS = frozenset(
 )
 """Fields of a row of metrics.jsonl that are numbers, or missing."""
 
+LARGEST_NUMBER = 2**62  # in a row; larger ones are ignored
 Verdict = Literal["far below", "near", "far above", "unknown"]
 
 
@@ -85,15 +88,19 @@ def read_evidence(folder: Path) -> RunEvidence:
     """Read the evidence of a run directory.
 
     Raises:
-        InputError: The folder is not a readable run, or the run has no updates yet.
+        InputError: The folder is not a readable run, has a newer layout, or the run has no updates yet.
     """
     for path in (folder / METRICS, folder / CONFIG):
         if path.exists() and not path.is_file():  # reading a pipe may wait for ever
             raise InputError(f"{folder} is not a readable run: {path.name} is {file_kind(path)}.")
+    check_layout(folder)
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").split("\n")
-        config = TrainConfig.model_validate(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        lines = read_regular(folder / METRICS, limit=LARGEST_LOG).split(b"\n")
+        config = TrainConfig.model_validate(read_json(folder / CONFIG))
+    except ValidationError as error:
+        reason = describe_invalid(error.errors(include_url=False)[0])
+        raise InputError(f"{folder} is not a readable run: {CONFIG} has an invalid value ({reason}).") from error
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a readable run: {os_reason(error)}.") from error
     rows = [row for row in map(_row, lines) if row is not None]
     if not rows:
@@ -268,11 +275,11 @@ def _number(value: Any, row: Mapping[str, Any]) -> float | None:
     return float(value)
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: bytes) -> dict[str, Any] | None:
     """Return a row of metrics.jsonl without those of its numbers that are none; None if it is no row of an update."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     if not isinstance(row, dict):
         return None
@@ -281,4 +288,4 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bigbatch.errors import InputError
-from bigbatch.lm.checkpoint.manager import RunCheckpoint
+from bigbatch.lm.checkpoint.run_checkpoint import RunCheckpoint
 from bigbatch.lm.data.sampling_order import epoch_order
 from bigbatch.lm.training.engine_factory import make_training_engine
 from bigbatch.lm.training.evaluation import losses_by_sequence

@@ -4,7 +4,6 @@ folder → manifest → names → for each file: size → SHA-256
 """
 
 import hashlib
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -13,13 +12,18 @@ from pathlib import Path
 
 from bigbatch.errors import os_reason
 from bigbatch.lm.checkpoint import manifest as manifests
-from bigbatch.lm.checkpoint.manifest import Manifest, Stamp
+from bigbatch.lm.checkpoint.manifest import Manifest, NewerFormatError, Stamp
+from bigbatch.lm.files import is_folder, open_regular
 
 LARGEST_MANIFEST = 2**24  # bytes; about 150 per file, and every rank may write several files
 
 
 class IntegrityError(Exception):
     """A checkpoint that is incomplete or damaged; the message is a clause that names the file."""
+
+
+class NewerCheckpointError(IntegrityError):
+    """A checkpoint that a newer bigbatch wrote, which must be neither skipped nor replaced."""
 
 
 def verify(path: Path) -> str | None:
@@ -66,6 +70,8 @@ def verified_manifest(path: Path) -> Manifest:
         data = file.read(min(num_bytes, LARGEST_MANIFEST))
     try:
         manifest = manifests.parse(data)
+    except NewerFormatError as reason:
+        raise NewerCheckpointError(str(reason)) from None
     except ValueError as reason:
         raise IntegrityError(str(reason)) from None
     if path.absolute().name != f"step-{manifest.step}":
@@ -80,7 +86,25 @@ def verified_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def is_of_run(path: Path, run_id: str) -> bool:
+    """Return whether a path is a folder with the manifest of a run and no other files than the manifest names.
+
+    Its files may be missing or damaged.
+    """
+    try:
+        names = _names(path)
+        with opened(path, manifests.FILE) as file:
+            manifest = manifests.parse(file.read(min(fstat(file.fileno()).st_size, LARGEST_MANIFEST)))
+    except (IntegrityError, ValueError):
+        return False
+    known = {*manifest.files, manifests.FILE}
+    is_named_so = path.absolute().name == f"step-{manifest.step}"
+    return is_named_so and manifest.run_id == run_id and names <= known and not any(map(is_folder, path.iterdir()))
+
+
 def _names(path: Path) -> set[str]:
+    if path.is_symlink():
+        raise IntegrityError(f"{path} is a link, which is not followed")
     try:
         return {entry.name for entry in path.iterdir()}
     except FileNotFoundError:
@@ -99,12 +123,12 @@ def opened(path: Path, name: str) -> Iterator[BufferedReader]:
         IntegrityError: It is missing, not a file, or cannot be read, also within the block.
     """
     try:
-        if not stat.S_ISREG((path / name).stat().st_mode):  # opening a pipe would wait for a writer
-            raise IntegrityError(f"{name} is not a file")
-        with (path / name).open("rb") as file:
+        with open_regular(path / name) as file:
             yield file
     except FileNotFoundError:
         raise IntegrityError(f"{name} is missing") from None
+    except IsADirectoryError:
+        raise IntegrityError(f"{name} is not a file") from None
     except OSError as error:
         raise IntegrityError(f"{name} cannot be read: {os_reason(error)}") from error
 

@@ -1,135 +1,32 @@
-"""Save and restore runs: their state between two updates, in checkpoints that are complete or do not exist.
+"""Save runs: their state between two updates, in checkpoints that are complete or do not exist.
 
-engine, progress → state → a checkpoint, in the background → the newest valid one → engine, progress
+engine, progress → state → a checkpoint, in the background → the newest ones are kept
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.engine.engine import Engine
-from bigbatch.errors import InputError
-from bigbatch.lm.checkpoint import newest, prune, read, write
-from bigbatch.lm.checkpoint.manifest import Manifest
-from bigbatch.lm.checkpoint.sharded_reader import newest_together, read_into
+from bigbatch.lm.checkpoint import prune, write
+from bigbatch.lm.checkpoint.catalog import set_aside
+from bigbatch.lm.checkpoint.manifest import Stamp
+from bigbatch.lm.checkpoint.run_checkpoint import FILES, OTHERS, Progress
+from bigbatch.lm.checkpoint.saved_state import sealed
 from bigbatch.lm.checkpoint.sharded_writer import write_sharded
-from bigbatch.lm.checkpoint.state_tree import bits, copy_to_cpu, from_message, join_tensors, split_tensors, to_message
-from bigbatch.lm.config.field_types import CheckpointingMode
+from bigbatch.lm.checkpoint.state_tree import bits, copy_to_cpu, from_message, split_tensors, to_message
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.runs.directory import RunDirectory
-from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG
-from bigbatch.rng import seed_of, states_of_seed
+from bigbatch.lm.runs.identity import read_identity
 
-FILES = {"/engine/model/": "model", "/engine/optimizer/": "optimizer"}  # the other tensors are random states
-OTHERS = "random"
-OLD_NAMES = {"owed": "pending_metrics_row"}  # in checkpoints of bigbatch 0.1.0
 BY_RANK = ("random", "engine")  # parts of the engine's state that differ by rank
-
-
-@dataclass
-class Progress:
-    """The progress of a run.
-
-    Attributes:
-        step: Number of updates done, including skipped ones.
-        cursor: Number of samples used since the start of the first pass. With the seed, it determines the next samples.
-        skipped: Number of skipped updates.
-        skipped_in_a_row: Number of skipped updates since the last one that was applied.
-        validation_loss: Last validation loss, in nats per token, or None.
-        metrics_bytes: Size of metrics.jsonl.
-        quarantine_bytes: Size of quarantine.jsonl.
-        batch: Sequences in the last window according to the batch schedule; 0 without a schedule.
-        pending_metrics_row: Last line of metrics.jsonl if the run was stopped before validating that update; it is
-            written again with the validation loss. None otherwise.
-    """
-
-    step: int = 0
-    cursor: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    validation_loss: float | None = None
-    metrics_bytes: int = 0
-    quarantine_bytes: int = 0
-    batch: int = 0
-    pending_metrics_row: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class RunCheckpoint:
-    """The contents of a checkpoint.
-
-    Attributes:
-        progress: Progress of the run.
-        engine: State of the engine on the first rank, for `bigbatch.Engine.load_state_dict`.
-        ranks: The parts of it that differ by rank, for each rank: random states and the micro-batch in use. Empty for
-            a single rank.
-        checkpointing_mode: Activation checkpointing in use.
-        total_steps: Number of updates of the whole run.
-        facts: Fingerprints of data, vocabulary and weights; see `bigbatch.lm.training.resume`.
-        path: Folder of the checkpoint.
-        rejected: Newer invalid checkpoints, with the reason.
-        manifest: Manifest of a checkpoint of which each rank will read its own shards; the tensors of model and
-            optimizer in ``engine`` are empty then. None if they have been read.
-    """
-
-    progress: Progress
-    engine: Mapping[str, Any]
-    ranks: tuple[Mapping[str, Any], ...]
-    checkpointing_mode: CheckpointingMode
-    total_steps: int
-    facts: Mapping[str, Any]
-    path: Path
-    rejected: tuple[tuple[Path, str], ...]
-    manifest: Manifest | None = None
-
-    def engine_of(self, ranks: RankContext, devices: Sequence[torch.device]) -> Mapping[str, Any]:
-        """Return the engine's state on this rank; on a new number of ranks, all but the first get new seeds."""
-        of_ranks = self.ranks or ({},)
-        if len(of_ranks) == ranks.size:
-            return {**self.engine, **of_ranks[ranks.rank]}
-        if ranks.is_first:
-            return self.engine
-        seed = seed_of(self.facts["settings"]["seed"], ranks.rank, self.progress.step)
-        return {**self.engine, "random": states_of_seed(seed, devices)}
-
-    def restore(
-        self, engine: Engine, optimizer: torch.optim.Optimizer, ranks: RankContext, device: torch.device
-    ) -> None:
-        """Load the state of the engine on this rank. Collective if each rank reads its shards.
-
-        Shards are read in place, so that no tensor of the model or of the optimizer is in memory twice.
-
-        Args:
-            engine: Of the run.
-            optimizer: Of the engine.
-            ranks: The processes of the run.
-            device: Of this rank.
-
-        Raises:
-            ValueError: It is the state of another model or optimizer.
-            CheckpointError: A file of the checkpoint can no longer be read.
-        """
-        state = self.engine_of(ranks, [device])
-        if self.manifest is None:
-            engine.load_state_dict(state)
-            return
-        _, saved = split_tensors({"engine": state})
-        own = engine.state_dict()["model"]
-        model = {name: own.get(name, tensor) for name, tensor in state["model"].items()}
-        engine.load_state_dict({**state, "model": model, "optimizer": {**state["optimizer"], "state": {}}})
-        init_optimizer_state(optimizer)
-        _, tensors = split_tensors({"engine": engine.state_dict()})
-        to_fill = {place: t for place, t in tensors.items() if place in saved and place.startswith(tuple(FILES))}
-        read_into(self.path, to_fill, manifest=self.manifest)
 
 
 class CheckpointManager:
@@ -146,6 +43,7 @@ class CheckpointManager:
         total_steps: Number of updates of the whole run.
         facts: Fingerprints of data, vocabulary and weights, which resuming compares.
         ranks: The processes of the run; the first writes.
+        on_note: Receives sentences about checkpoints that are invalid or of another run, each once.
     """
 
     def __init__(
@@ -157,8 +55,11 @@ class CheckpointManager:
         total_steps: int,
         facts: Mapping[str, Any],
         ranks: RankContext = SINGLE_PROCESS,
+        on_note: Callable[[str], object] = lambda sentence: None,
     ) -> None:
         self._ranks = ranks
+        self._on_note = on_note
+        self._notes: dict[str, bool] = {}  # sentences, and whether they have been sent
         self._directory = directory
         self._keep = keep
         self._in_background = in_background
@@ -205,11 +106,13 @@ class CheckpointManager:
         }
         if self._ranks.are_sharded:
             self._write(progress.step, state)
+            self._send_notes()
             return
         if not self._ranks.is_first:
             return
         if self._pool is None:
             self._write(progress.step, state)
+            self._send_notes()
         else:
             self._writing = self._pool.submit(self._write, progress.step, copy_to_cpu(state))
 
@@ -217,6 +120,16 @@ class CheckpointManager:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+            self._send_notes()
+
+    def _send_notes(self) -> None:
+        for sentence in [sentence for sentence, is_sent in self._notes.items() if not is_sent]:
+            self._notes[sentence] = True
+            self._on_note(sentence)
+
+    @cached_property
+    def _run_id(self) -> str:
+        return read_identity(self._directory.path).run_id
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         values, tensors = split_tensors(state)
@@ -225,56 +138,27 @@ class CheckpointManager:
             file = next((file for prefix, file in FILES.items() if place.startswith(prefix)), OTHERS)
             files.setdefault(file, {})[place] = tensor
         folder = self._directory.checkpoints
-        write_files = write_sharded if self._ranks.are_sharded else write
-        write_files(folder, step, run_id=run_id(self._directory.path), tensors=files, values={"state": values})
         if self._ranks.is_first:
-            prune(folder, keep=self._keep)
+            self._set_aside(folder / f"step-{step}")
 
+        def values_after(stamps: Mapping[str, Stamp]) -> dict[str, Any]:
+            return {"state": sealed(values, stamps)}
 
-def load(
-    directory: Path, ranks: RankContext = SINGLE_PROCESS
-) -> tuple[RunCheckpoint | None, tuple[tuple[Path, str], ...]]:
-    """Find the newest valid checkpoint of a run; return it with the invalid ones, newest first.
+        write_files = write_sharded if self._ranks.are_sharded else write
+        write_files(folder, step, run_id=self._run_id, tensors=files, values=values_after)
+        if self._ranks.is_first:
+            prune(
+                folder,
+                keep=self._keep,
+                run_id=self._run_id,
+                on_note=lambda sentence: self._notes.setdefault(sentence, False),
+            )
 
-    Collective if the ranks shard the model: each hashes its share of the files and reads no tensor of the model or of
-    the optimizer until `RunCheckpoint.restore`.
-
-    Raises:
-        InputError: Ranks that shard the model find different checkpoints.
-    """
-    manifest: Manifest | None = None
-    if ranks.are_sharded:
-        try:
-            path, manifest, rejected = newest_together(directory / CHECKPOINTS)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-    else:
-        path, rejected = newest(directory / CHECKPOINTS)
-    if path is None:
-        return None, tuple(rejected)
-    contents = read(path) if manifest is None else read(path, parts=(OTHERS,))
-    tensors = {place: tensor for file in contents.tensors.values() for place, tensor in file.items()}
-    if manifest is not None:
-        tensors = defaultdict(lambda: torch.empty(0, device="meta"), tensors)
-    state = join_tensors(contents.values["state"], tensors)
-    progress = Progress(**{OLD_NAMES.get(name, name): value for name, value in state["progress"].items()})
-    checkpoint = RunCheckpoint(
-        progress,
-        state["engine"],
-        tuple(state.get("ranks", ())),
-        state["level"],
-        state["total_steps"],
-        state["facts"],
-        path,
-        tuple(rejected),
-        manifest,
-    )
-    return checkpoint, checkpoint.rejected
-
-
-def run_id(folder: Path) -> str:
-    """Return an identifier of a run: a hash of its configuration, which is written once, before anything else."""
-    return sha256((folder / CONFIG).read_bytes()).hexdigest()[:16]
+    def _set_aside(self, path: Path) -> None:
+        with suppress(OSError):  # writing the checkpoint fails then, with a message
+            kept = set_aside(path, self._run_id)
+            if kept is not None:
+                self._notes.setdefault(f"{path} was not written by this run and is now called {kept.name}", False)
 
 
 def frozen_fingerprint(model: nn.Module) -> str | None:

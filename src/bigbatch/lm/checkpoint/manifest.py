@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from bigbatch.lm.files import parse_json
+
 FORMAT = 1
 FILE = "manifest.json"
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.(safetensors|json)", re.ASCII)
+
+
+class NewerFormatError(ValueError):
+    """A manifest that a newer bigbatch wrote."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +61,31 @@ class Manifest:
                 name: {"bytes": stamp.num_bytes, "sha256": stamp.sha256} for name, stamp in sorted(self.files.items())
             },
         }
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        signed = {**content, "digest": hashlib.sha256(canonical.encode("ascii")).hexdigest()}
-        return json.dumps(signed, indent=2).encode("ascii") + b"\n"
+        return json.dumps({**content, "digest": _digest(content)}, indent=2).encode("ascii") + b"\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def parse(data: bytes) -> Manifest:
     """Parse the output of `Manifest.to_bytes`.
 
     Raises:
+        NewerFormatError: It is intact and of a newer format.
         ValueError: It is anything else; the message is a clause that begins with ``manifest.json``.
     """
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
+        content = parse_json(data)
+    except ValueError:
         raise ValueError(f"{FILE} is not JSON") from None
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{FILE} is not the manifest of a checkpoint")
     if content["format"] != FORMAT:
         shown = repr(content["format"])
-        raise ValueError(f"{FILE} has format {shown[:40]}, and this bigbatch reads format {FORMAT}")
+        kind = NewerFormatError if _is_newer(content) else ValueError
+        raise kind(f"{FILE} has format {shown[:40]}, and this bigbatch reads format {FORMAT}")
     try:
         manifest = _from_content(content)
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -82,6 +93,13 @@ def parse(data: bytes) -> Manifest:
     if manifest.to_bytes() != data:
         raise ValueError(f"{FILE} differs from what was written (SHA-256)")
     return manifest
+
+
+def _is_newer(content: Mapping[str, Any]) -> bool:
+    """Return whether content with another format is intact, and not format 1 with a damaged number."""
+    unsigned = {name: value for name, value in content.items() if name != "digest"}
+    is_later = type(content["format"]) is int and content["format"] > FORMAT
+    return is_later and content.get("digest") == _digest(unsigned)
 
 
 def _from_content(content: Mapping[str, Any]) -> Manifest:
@@ -105,6 +123,11 @@ def _file_name(name: str) -> str:
     if name == FILE or not _FILE_NAME.fullmatch(name):  # never a path out of the folder
         raise ValueError
     return name
+
+
+def is_part_name(name: str) -> bool:
+    """Return whether a checkpoint can hold a file of this name."""
+    return _FILE_NAME.fullmatch(name) is not None
 
 
 def _whole(value: object) -> int:

@@ -1,7 +1,6 @@
 """Read a checkpoint; the bytes that are verified are the ones that are loaded."""
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import fstat
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
 from bigbatch.lm.checkpoint.manifest import Stamp
+from bigbatch.lm.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +25,14 @@ class Contents:
     Attributes:
         step: Number of updates done.
         run_id: Identifier of the run that wrote it.
+        stamps: Size and SHA-256 of each file, from the manifest.
         tensors: By part, then by name; on the CPU, each with its own storage.
         values: By part.
     """
 
     step: int
     run_id: str
+    stamps: Mapping[str, Stamp]
     tensors: "Mapping[str, Mapping[str, Tensor]]"
     values: Mapping[str, Any]
 
@@ -66,7 +68,7 @@ def read(path: Path, *, parts: Collection[str] | None = None) -> Contents:
         tensors |= shards.joined()
     except IntegrityError as reason:
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}.") from reason
-    return Contents(manifest.step, manifest.run_id, tensors, values)
+    return Contents(manifest.step, manifest.run_id, manifest.files, tensors, values)
 
 
 def _base_part(file: str) -> str:
@@ -115,7 +117,10 @@ def checked_bytes(path: Path, name: str, stamp: Stamp) -> bytes:
     """
     with opened(path, name) as file:
         check_size(name, stamp, fstat(file.fileno()).st_size)
-        data = file.read(stamp.num_bytes + 1)
+        try:
+            data = file.read(stamp.num_bytes + 1)
+        except (MemoryError, OverflowError):
+            raise IntegrityError(f"{name} has {stamp.num_bytes:,} bytes, which do not fit in memory") from None
     check_size(name, stamp, len(data))
     check_digest(name, stamp, hashlib.sha256(data).hexdigest())
     return data
@@ -128,8 +133,8 @@ def parsed(name: str, data: bytes) -> Any:
         IntegrityError: They are not JSON.
     """
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except ValueError as error:
         raise IntegrityError(f"{name} is not JSON: {error}") from error
 
 

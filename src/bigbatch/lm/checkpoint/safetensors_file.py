@@ -115,7 +115,16 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
 
     try:
         loaded: dict[str, Any] = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise ValueError(str(error)) from error
     return loaded
 

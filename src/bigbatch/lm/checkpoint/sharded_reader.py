@@ -30,7 +30,14 @@ from torch.distributed.checkpoint.planner import ReadItem
 from bigbatch.distributed.collective import RankGroup, rank_group, run_together
 from bigbatch.errors import CheckpointError, os_reason
 from bigbatch.lm.checkpoint.catalog import numbered
-from bigbatch.lm.checkpoint.integrity import IntegrityError, check_digest, check_size, opened, verified_manifest
+from bigbatch.lm.checkpoint.integrity import (
+    IntegrityError,
+    NewerCheckpointError,
+    check_digest,
+    check_size,
+    opened,
+    verified_manifest,
+)
 from bigbatch.lm.checkpoint.manifest import Manifest
 from bigbatch.lm.checkpoint.reader import Contents, checked_bytes, parsed
 from bigbatch.lm.checkpoint.safetensors_file import NAMES
@@ -44,13 +51,14 @@ _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def newest_together(
-    folder: Path, group: "ProcessGroup | None" = None
+    folder: Path, group: "ProcessGroup | None" = None, *, below: int | None = None
 ) -> tuple[Path | None, Manifest | None, list[tuple[Path, str]]]:
     """Find the newest valid checkpoint; each file is hashed by one rank. Collective.
 
     Args:
         folder: The checkpoints, the same on all ranks.
         group: All ranks that will hold a shard; None for all of the process group.
+        below: Only checkpoints of earlier steps; None for all.
 
     Returns:
         Its folder and its manifest, or None and None; then the invalid newer ones with reasons, newest first.
@@ -58,16 +66,20 @@ def newest_together(
     Raises:
         CheckpointError: The folder cannot be listed.
         ValueError: The ranks find different checkpoints in it.
+        NewerCheckpointError: A newer bigbatch wrote the newest valid one.
     """
     ranks = rank_group(group)
     together = partial(run_together, ranks, errors=CHECKPOINT_ERRORS)
     try:
-        names = together(lambda: [path.name for path in numbered(folder)], partial(_check_same_names, folder), str)
+        check = partial(_check_same_names, folder)
+        names = together(lambda: [path.name for path in numbered(folder, below=below)], check, str)
         rejected: list[tuple[Path, str]] = []
         for path in (folder / name for name in reversed(names)):
             loading = _ShardedRead(path, {}, ranks)
             try:
                 together(loading.verify, loading.agree, loading.failure_message)
+            except NewerCheckpointError as reason:
+                raise NewerCheckpointError(f"{path.name}: {reason}") from None
             except IntegrityError as reason:
                 rejected.append((path, str(reason)))
             else:
@@ -232,7 +244,7 @@ class _ShardedRead:
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, part in self._parts.items():
             tensors.setdefault(part, {})[name] = self._tensors[name]
-        return Contents(self.manifest.step, self.manifest.run_id, tensors, self._values)
+        return Contents(self.manifest.step, self.manifest.run_id, self.manifest.files, tensors, self._values)
 
     def failure_message(self, reason: str) -> str:
         """Return the message of an error."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -22,11 +22,19 @@ from torch.distributed.tensor import DTensor
 from bigbatch.distributed.collective import ERRORS, RankGroup, rank_group, run_together
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint.catalog import failure, remove_leftovers
-from bigbatch.lm.checkpoint.integrity import IntegrityError
+from bigbatch.lm.checkpoint.integrity import IntegrityError, NewerCheckpointError
 from bigbatch.lm.checkpoint.manifest import Stamp, file_name
 from bigbatch.lm.checkpoint.safetensors_file import check_tensors, write_tensors
 from bigbatch.lm.checkpoint.shards import ShardInfo, check_cover, piece_name, to_header
-from bigbatch.lm.checkpoint.writer import Parts, check_names, complete, is_there, value_parts, write_file
+from bigbatch.lm.checkpoint.writer import (
+    Values,
+    check_names,
+    complete,
+    is_there,
+    value_parts,
+    values_after,
+    write_file,
+)
 from bigbatch.lm.files import remove, sync_folder
 
 if TYPE_CHECKING:
@@ -35,7 +43,7 @@ if TYPE_CHECKING:
 _Stamps = dict[str, tuple[int, str]]
 _Shard = tuple[list[int], list[int], list[int]]  # shape of the whole tensor, offsets and sizes of the shard
 
-CHECKPOINT_ERRORS: tuple[type[Exception], ...] = (IntegrityError, *ERRORS)
+CHECKPOINT_ERRORS: tuple[type[Exception], ...] = (NewerCheckpointError, IntegrityError, *ERRORS)
 
 
 def write_sharded(
@@ -44,7 +52,7 @@ def write_sharded(
     *,
     run_id: str,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    values: Mapping[str, Any],
+    values: Values,
     group: "ProcessGroup | None" = None,
 ) -> Path:
     """Write ``folder/step-N``, which is then complete and durable, or does not exist. Collective.
@@ -96,14 +104,13 @@ class _ShardedWrite:
         step: int,
         run_id: str,
         tensors: Mapping[str, Mapping[str, Tensor]],
-        values: Mapping[str, Any],
+        values: Values,
         ranks: RankGroup,
     ) -> None:
         self.target = folder / f"step-{step}"
         self._folder, self._step, self._run_id = folder, step, run_id
         self._aside = self.target.with_name(f"{self.target.name}.partial")
         self._tensors, self._values, self._ranks = tensors, values, ranks
-        self._parts: Parts = {}
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._pieces: dict[str, Tensor] = {}
         self._shards: dict[str, _Shard] = {}
@@ -120,7 +127,7 @@ class _ShardedWrite:
                     raise ValueError(f"{name} is in two parts, of which one is {part}: give each tensor one name.")
                 held[name] = tensor
         if self._ranks.rank == 0:
-            self._parts = value_parts(self._values)
+            value_parts(values_after({}, self._values))
         own = {name: t for name, t in held.items() if isinstance(t, DTensor) or self._ranks.rank == 0}
         self._planner.set_up_planner(own, is_coordinator=self._ranks.rank == 0)
         for item in self._planner.create_local_plan().items:
@@ -165,7 +172,8 @@ class _ShardedWrite:
         for file, stamp in stamps.items():
             if not (self._aside / file).is_file() or (self._aside / file).stat().st_size != stamp.num_bytes:
                 raise OSError(f"{file} cannot be seen by the first rank: all ranks need one file system")
-        stamps |= {file: write_file(self._aside / file, write_part) for file, write_part in self._parts.items()}
+        parts = value_parts(values_after(stamps, self._values))
+        stamps |= {file: write_file(self._aside / file, write_part) for file, write_part in parts.items()}
         complete(self._aside, self.target, stamps, step=self._step, run_id=self._run_id)
         sync_folder(self._folder.parent)
         return [None] * self._ranks.size

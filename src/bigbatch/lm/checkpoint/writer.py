@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bigbatch import __version__
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import manifest as manifests
-from bigbatch.lm.checkpoint.catalog import failure, remove_leftovers
+from bigbatch.lm.checkpoint.catalog import failure, remove_leftovers, set_aside
 from bigbatch.lm.checkpoint.hashed_file import HashedFile, new_file
 from bigbatch.lm.checkpoint.integrity import IntegrityError, verified
 from bigbatch.lm.checkpoint.json_values import to_json
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Parts = Mapping[str, Callable[[HashedFile], None]]
 """A function that writes each file of a checkpoint, by file name."""
 
+Values = Mapping[str, Any] | Callable[[Mapping[str, Stamp]], Mapping[str, Any]]
+"""Values by part, or a function that returns them from the sizes and SHA-256 of the files of tensors."""
+
 
 def write(
     folder: Path,
@@ -30,14 +33,14 @@ def write(
     *,
     run_id: str,
     tensors: "Mapping[str, Mapping[str, Tensor]]",
-    values: Mapping[str, Any],
+    values: Values,
 ) -> Path:
     """Write ``folder/step-N``, which is then complete and durable, or does not exist.
 
         read(write(folder, step, run_id=run_id, tensors=tensors, values=values)) returns the same contents
 
     An existing valid checkpoint of this run is left as it is, whatever the arguments; an invalid one is replaced.
-    Leftovers of killed processes are removed first.
+    Anything else of that name is renamed to ``step-N.kept``. Leftovers of killed processes are removed first.
 
     Args:
         folder: The folder of the checkpoints; its parent exists.
@@ -46,7 +49,7 @@ def write(
         tensors: ``tensors["model"]`` becomes model.safetensors: plain tensors of any device, shape and strides, copied
             to the CPU one at a time. Tensors that share a storage are loaded as separate tensors.
         values: ``values["state"]`` becomes state.json, as `to_json` accepts it: floats to the last bit, str keys, no
-            tuples.
+            tuples. A function receives the sizes and SHA-256 of the files of tensors and returns the values.
 
     Returns:
         The folder of the checkpoint.
@@ -57,7 +60,8 @@ def write(
             last valid checkpoint. Partly written files are removed where possible.
     """
     check_names(step, run_id)
-    parts = _parts(tensors, values)
+    value_parts(values_after({}, values))  # an invalid value is reported before anything is written
+    parts = _tensor_parts(tensors)
     target = folder / f"step-{step}"
     try:
         remove_leftovers(folder)
@@ -65,7 +69,7 @@ def write(
             sync_folder(folder)
         else:
             folder.mkdir(exist_ok=True)
-            _write_aside(target, parts, step=step, run_id=run_id)
+            _write_aside(target, parts, values, step=step, run_id=run_id)
         sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(failure(folder, target, "written to", error)) from error
@@ -84,9 +88,14 @@ def check_names(step: int, run_id: str) -> None:
         raise ValueError(f"run_id={run_id!r} names no run: pass printable text.")
 
 
-def _parts(tensors: "Mapping[str, Mapping[str, Tensor]]", values: Mapping[str, Any]) -> Parts:
-    """Check tensors and values; return the functions that write them."""
-    parts = dict(value_parts(values))
+def values_after(stamps: Mapping[str, Stamp], values: Values) -> Mapping[str, Any]:
+    """Return the values of a checkpoint whose files of tensors have these sizes and SHA-256."""
+    return values(stamps) if callable(values) else values
+
+
+def _tensor_parts(tensors: "Mapping[str, Mapping[str, Tensor]]") -> Parts:
+    """Check tensors; return the functions that write them."""
+    parts: dict[str, Callable[[HashedFile], None]] = {}
     if tensors:
         from bigbatch.lm.checkpoint.safetensors_file import check_tensors, write_tensors  # brings torch
 
@@ -125,12 +134,14 @@ def is_there(target: Path, run_id: str) -> bool:
     return True
 
 
-def _write_aside(target: Path, parts: Parts, *, step: int, run_id: str) -> None:
-    """Write step-N.partial and rename it; remove it after any failure."""
+def _write_aside(target: Path, parts: Parts, values: Values, *, step: int, run_id: str) -> None:
+    """Write step-N.partial, the values last, and rename it; remove it after any failure."""
     aside = target.with_name(target.name + PARTIAL)
     try:
         aside.mkdir()
         stamps = {name: write_file(aside / name, write_part) for name, write_part in parts.items()}
+        later = value_parts(values_after(stamps, values))
+        stamps |= {name: write_file(aside / name, write_part) for name, write_part in later.items()}
         complete(aside, target, stamps, step=step, run_id=run_id)
     except BaseException:
         with suppress(OSError):
@@ -148,6 +159,7 @@ def complete(aside: Path, target: Path, stamps: Mapping[str, Stamp], *, step: in
     manifest = Manifest(version=__version__, step=step, run_id=run_id, written_at=now, files=stamps)
     write_file(aside / manifests.FILE, partial(HashedFile.write, data=manifest.to_bytes()))
     sync_folder(aside)
+    set_aside(target, run_id)
     replace_folder(aside, target, old=target.with_name(f"{target.name}.deleted"))
 
 

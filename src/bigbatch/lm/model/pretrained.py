@@ -1,7 +1,6 @@
 """Create, load and save models: a tiny Llama, or any causal language model of transformers; LoRA through peft."""
 
 import copy
-import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ import torch
 
 from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import is_local
-from bigbatch.lm.files import PARTIAL, replace_folder, sync_folder
+from bigbatch.lm.files import PARTIAL, remove, replace_folder, sync_folder
 from bigbatch.lm.text import plural
 
 if TYPE_CHECKING:
@@ -149,11 +148,11 @@ def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -
     """Save a model and its tokenizer as a transformers folder; LoRA adapters are merged into a copy of the weights.
 
     Written to a temporary folder, synced to disk and renamed, so that a folder of that name is always complete; an
-    older one is renamed before and removed afterwards.
+    older one is renamed before and removed afterwards. A link at any of these names is replaced, not followed.
     """
     partial, older = (folder.with_name(folder.name + ending) for ending in (PARTIAL, ".older"))
     for stale in (partial, older):
-        shutil.rmtree(stale, ignore_errors=True)
+        remove(stale)
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(partial)

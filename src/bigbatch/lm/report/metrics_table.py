@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigbatch.lm.files import LARGEST_LOG, read_regular
+
 NUMBERS = (
     "loss",
     "items",
@@ -85,7 +87,7 @@ def read_columns(path: Path) -> Columns:
         OSError: The file cannot be read. A missing file has no lines.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, limit=LARGEST_LOG)
     except FileNotFoundError:
         data = b""
     end = data.rfind(b"\n") + 1

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bigbatch.errors import InputError, os_reason
-from bigbatch.lm.files import file_kind, write_atomically
+from bigbatch.lm.files import file_kind, open_regular, write_atomically
 from bigbatch.lm.runs.file_names import REPORT
 
 DOCTYPE = b"<!doctype html>"
@@ -33,7 +33,7 @@ def check_place(path: Path) -> None:
 
 def _is_page(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(DOCTYPE)).lower() in (DOCTYPE, b"")
     except FileNotFoundError:
         raise

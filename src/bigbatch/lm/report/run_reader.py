@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigbatch.errors import BigbatchError, InputError, os_reason
+from bigbatch.lm.files import LARGEST_LOG, open_regular, read_regular
 from bigbatch.lm.report.metrics_table import Columns, read_columns
 from bigbatch.lm.runs.file_names import CONFIG, EVENTS, LOCK, METRICS, MODEL, TUNED_MICROBATCH, VERIFICATION
+from bigbatch.lm.runs.identity import check_layout
 
 try:
     import fcntl
@@ -76,6 +78,7 @@ def read_run(folder: Path) -> Run:
         InputError: The folder is not a run directory.
         BigbatchError: A file in it cannot be read.
     """
+    check_layout(folder)
     stored = _object(folder / CONFIG)
     if not stored and not (folder / CONFIG).is_file() and not (folder / METRICS).is_file():
         raise InputError(f"{folder} is not a run: it has neither {CONFIG} nor {METRICS}.")
@@ -103,11 +106,11 @@ def is_running(folder: Path) -> bool:
     """Return whether a process holds the lock of the run directory."""
     path = folder / LOCK
     try:
-        if not path.stat().st_size:  # the holder writes its process id
+        if not path.lstat().st_size:  # the holder writes its process id
             return False
         if fcntl is None:
             return True
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -118,7 +121,7 @@ def is_running(folder: Path) -> bool:
 
 def _state(folder: Path, stored: Mapping[str, Any], columns: Columns, events: Sequence[Mapping[str, Any]]) -> State:
     last = events[-1].get("event") if events else None
-    if last in ENDS:
+    if isinstance(last, str) and last in ENDS:
         return ENDS[last]
     steps = columns.steps[-1] if columns.steps else 0
     has_ended = not events and (folder / MODEL).is_dir() and stored.get("steps") in (steps, None)
@@ -132,13 +135,13 @@ def _changed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:
     try:
-        data = path.read_bytes()
+        data = read_regular(path, limit=LARGEST_LOG)
     except FileNotFoundError:
         return []
     found: list[Mapping[str, Any]] = []
     for line in data.splitlines():
         with suppress(ValueError, RecursionError):
-            row = json.loads(line)
+            row = _parsed(line)
             if isinstance(row, dict):
                 found.append(row)
     return found
@@ -147,14 +150,19 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
 def _object(path: Path) -> dict[str, Any]:
     """Read a JSON object; anything else is empty."""
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes())
+        found = _parsed(read_regular(path))
         if isinstance(found, dict):
             return found
     return {}
 
 
+def _parsed(data: bytes) -> Any:
+    """Parse JSON; whole numbers of twenty digits or more become floats, which no figure shows exactly anyway."""
+    return json.loads(data, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+
+
 def size_of_metrics(folder: Path) -> int:
     """Return the bytes of metrics.jsonl; 0 without that file."""
     with suppress(OSError):
-        return (folder / METRICS).stat().st_size
+        return (folder / METRICS).lstat().st_size
     return 0

@@ -1,17 +1,20 @@
-"""Run directory: config.json, metrics.jsonl (a flushed line per update), quarantine.jsonl, checkpoints, model."""
+"""Run directory: its manifest, config.json, lines in metrics.jsonl and quarantine.jsonl, checkpoints, model.
+
+No file in it is opened through a link, and a file that something else links to is replaced by a copy before it changes.
+"""
 
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigbatch.errors import BigbatchError, InputError, os_reason
-from bigbatch.lm.files import PARTIAL, write_atomically
-from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL, QUARANTINE
+from bigbatch.lm.files import PARTIAL, check_regular, is_folder, open_regular, remove, write_atomically
+from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, IDENTITY, METRICS, MODEL, QUARANTINE
+from bigbatch.lm.runs.identity import new_identity, read_identity, with_facts
 
 
 class RunDirectory:
@@ -27,7 +30,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunDirectory":
-        """Make the folder and write config.json; a failure leaves nothing behind.
+        """Make the folder, and write run-manifest.json and config.json; a failure leaves nothing behind.
 
         Raises:
             InputError: The folder is not empty or cannot be written.
@@ -36,8 +39,9 @@ class RunDirectory:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for leftover in filter(_is_partial_config, path.iterdir()):
-                leftover.unlink()
+            for leftover in filter(_is_leftover, path.iterdir()):
+                remove(leftover)
+            write_atomically(path / IDENTITY, new_identity(config))
             write_atomically(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
             _remove(path, made)
@@ -55,6 +59,8 @@ class RunDirectory:
         return self.path / CHECKPOINTS
 
     def __enter__(self) -> "RunDirectory":
+        if os.path.lexists(self.model) and not self.model.is_symlink() and not is_folder(self.model):
+            raise BigbatchError(f"{self.model} is not a folder, and the trained model is saved there. Rename it.")
         self._files = {METRICS: self._open(METRICS)}
         return self
 
@@ -64,6 +70,20 @@ class RunDirectory:
                 file.close()
         self._files = {}
 
+    def record_facts(self, facts: Mapping[str, Any]) -> None:
+        """Add the model and data of a new run to run-manifest.json, for a resume before the first checkpoint.
+
+        Args:
+            facts: As `bigbatch.lm.training.resume.run_facts` returns them.
+
+        Raises:
+            InputError: The file cannot be read or written.
+        """
+        try:
+            write_atomically(self.path / IDENTITY, with_facts(read_identity(self.path), facts))
+        except OSError as error:
+            raise InputError(_cannot_be_written(self.path, error)) from error
+
     def discard_model(self) -> None:
         """Rename the model that was saved when the run was stopped, so that it is not taken for the final one.
 
@@ -71,10 +91,12 @@ class RunDirectory:
             BigbatchError: The folder cannot be written.
         """
         partial = self.model.with_name(self.model.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            with suppress(FileNotFoundError):
+            remove(partial)
+            if is_folder(self.model):
                 self.model.rename(partial)
+            else:
+                self.model.unlink(missing_ok=True)  # a link, whose target stays
         except OSError as error:
             raise BigbatchError(f"{self.model} cannot be written: {os_reason(error)}.") from error
 
@@ -98,7 +120,7 @@ class RunDirectory:
 
     def _open(self, name: str) -> BinaryIO:
         try:
-            return (self.path / name).open("ab")
+            return open_regular(self.path / name, "ab")
         except OSError as error:
             raise BigbatchError(f"{self.path / name} cannot be written: {os_reason(error)}.") from error
 
@@ -121,15 +143,19 @@ class RunDirectory:
         """
         for name, num_bytes in ((METRICS, metrics_bytes), (QUARANTINE, quarantine_bytes)):
             path = self.path / name
-            found_bytes = path.stat().st_size if path.exists() else 0
+            try:
+                found_bytes = _size_of(path)
+            except OSError as error:
+                raise BigbatchError(f"{path} cannot be written: {os_reason(error)}.") from error
             if found_bytes < num_bytes:
                 raise BigbatchError(
                     f"{path} has {found_bytes:,} bytes and had {num_bytes:,} at the checkpoint: lines are missing. "
                     "Restore the file."
                 )
             try:
-                if path.exists():
-                    os.truncate(path, num_bytes)
+                if os.path.lexists(path):
+                    with open_regular(path, "ab") as file:
+                        os.truncate(file.fileno(), num_bytes)
             except OSError as error:
                 raise BigbatchError(f"{path} cannot be written: {os_reason(error)}.") from error
             if num_bytes and self._files and name not in self._files:
@@ -156,6 +182,27 @@ class ReadOnlyRunDirectory(RunDirectory):
         """Do nothing."""
 
 
+def size_of_lines(path: Path) -> int:
+    """Return the bytes of a file of lines; 0 if it does not exist.
+
+    Raises:
+        InputError: It is a link or no regular file.
+    """
+    try:
+        return _size_of(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {os_reason(error)}.") from error
+
+
+def _size_of(path: Path) -> int:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return 0
+    check_regular(path, status)
+    return status.st_size
+
+
 def as_line(row: Mapping[str, Any]) -> bytes:
     """Return a row as a line of JSON; NaN and infinity become null."""
     finite = {
@@ -171,8 +218,8 @@ def check_free(path: Path) -> None:
         InputError: It is not empty or cannot be made.
     """
     try:
-        if path.is_dir() and not all(map(_is_partial_config, path.iterdir())):
-            run = (path / CONFIG).exists()
+        if path.is_dir() and not all(map(_is_leftover, path.iterdir())):
+            run = os.path.lexists(path / CONFIG)
             resume = f", or continue it: bigbatch resume {path}" if run else ""
             raise InputError(
                 f"--out {path} holds {'another run' if run else 'other files'}: name a new or empty folder{resume}."
@@ -188,15 +235,18 @@ def check_free(path: Path) -> None:
         raise InputError(f"--out {path} cannot be written: {parent} is not writable.")
 
 
-def _is_partial_config(path: Path) -> bool:
-    """Return whether a file is what a killed `RunDirectory.create` left."""
-    return path.name.startswith(f"{CONFIG}.") and path.name.endswith(PARTIAL)
+def _is_leftover(path: Path) -> bool:
+    """Return whether a file is what a killed `RunDirectory.create` left: it writes config.json last."""
+    if path.name == IDENTITY:
+        return not os.path.lexists(path.with_name(CONFIG))
+    return path.name.startswith((f"{CONFIG}.", f"{IDENTITY}.")) and path.name.endswith(PARTIAL)
 
 
 def _remove(path: Path, made: list[Path]) -> None:
-    """Remove what a failed `RunDirectory.create` made: the configuration and the folders that did not exist before."""
-    with suppress(OSError):
-        (path / CONFIG).unlink(missing_ok=True)
+    """Remove what a failed `RunDirectory.create` made: its two files and the folders that did not exist before."""
+    for name in (CONFIG, IDENTITY):
+        with suppress(OSError):
+            (path / name).unlink(missing_ok=True)
     for folder in made:
         with suppress(OSError):
             folder.rmdir()

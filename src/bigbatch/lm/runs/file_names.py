@@ -1,5 +1,6 @@
 """Names of the files and folders of a run directory."""
 
+IDENTITY = "run-manifest.json"  # layout, run id, and what the run was started with; written once
 CONFIG = "config.json"  # every setting, written once
 METRICS = "metrics.jsonl"  # one line for each update
 EVENTS = "events.jsonl"  # starts, stops and errors, for the report

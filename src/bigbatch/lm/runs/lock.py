@@ -12,6 +12,7 @@ from typing import Any
 from filelock import lock_descriptor
 
 from bigbatch.errors import InputError, os_reason
+from bigbatch.lm.files import check_regular
 from bigbatch.lm.runs.file_names import LOCK
 
 MAX_OWNER_BYTES = 4096  # of the file that are read for a message
@@ -70,9 +71,19 @@ class RunLock:
             self._close()
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+        path = self.folder / LOCK
+        flags = os.O_RDWR | os.O_CREAT
+        flags |= sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
         try:
-            return os.open(self.folder / LOCK, flags, 0o644)
+            with suppress(FileNotFoundError):
+                _check_plain(path, os.lstat(path))
+            descriptor = os.open(path, flags, 0o644)
+            try:
+                _check_plain(path, os.fstat(descriptor))
+            except BaseException:
+                os.close(descriptor)
+                raise
+            return descriptor
         except FileNotFoundError:
             raise InputError(f"there is no folder {self.folder}.") from None
         except OSError as error:
@@ -93,6 +104,16 @@ class RunLock:
         descriptor, self._descriptor, self.is_exclusive = self._descriptor, None, False
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _check_plain(path: Path, status: os.stat_result) -> None:
+    """Raise an OSError unless a status is that of a regular file with one name: the owner is written into it."""
+    try:
+        check_regular(path, status)
+    except OSError as error:
+        raise OSError(error.errno, f"{path.name}: {error.strerror}", str(path)) from error
+    if status.st_nlink > 1:
+        raise OSError(errno.EMLINK, f"{path.name} has another hard link", str(path))
 
 
 def _owner() -> dict[str, Any]:

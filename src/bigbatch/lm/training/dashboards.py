@@ -114,6 +114,8 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
     place = folder / TENSORBOARD
+    if place.is_symlink():
+        raise BigbatchError(f"{place} is a link, and links in a run directory are not followed. Remove it.")
     with _write_errors(place):
         writer = SummaryWriter(str(place), purge_step=done + 1 if done else None, flush_secs=10)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch import __version__
+from bigbatch.lm.files import open_regular, read_json
 from bigbatch.lm.runs.file_names import CONFIG, EVENTS
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class EventLog:
     def _write(self, event: Mapping[str, Any]) -> None:
         at = datetime.now(UTC).isoformat(timespec="seconds") if self._has_clock else None
         line = json.dumps({"at": at, **event}).encode() + b"\n"
-        with suppress(OSError), (self._folder / EVENTS).open("a+b") as file:
+        with suppress(OSError), open_regular(self._folder / EVENTS, "a+b") as file:
             file.write(line if _ends_a_line(file) else b"\n" + line)
 
 
@@ -112,8 +113,8 @@ def versions() -> dict[str, str]:
 
 def _changed(trainer: "Trainer", folder: Path) -> dict[str, Any]:
     """Return the settings that differ from config.json, because `bigbatch resume` changed them."""
-    with suppress(OSError, ValueError):
-        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError):
+        stored = dict(read_json(folder / CONFIG))
         now = trainer.config.model_dump(mode="json", exclude={"out"})
         return {name: value for name, value in now.items() if name in stored and stored[name] != value}
     return {}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from bigbatch.batching.plan import TokenBudget
-from bigbatch.errors import RestartError, ShardedMemoryError
-from bigbatch.lm.files import write_atomically
+from bigbatch.errors import BigbatchError, RestartError, ShardedMemoryError, os_reason
+from bigbatch.lm.files import read_json, write_atomically
 from bigbatch.lm.runs.file_names import SMALLER_MICROBATCH
 from bigbatch.lm.training.setup import TrainingSetup
 
@@ -63,8 +63,16 @@ def next_smaller(microbatch: int | TokenBudget, *, longest: int) -> int | None:
 
 
 def save_override(folder: Path, size: int, unit: str) -> None:
-    """Write a micro-batch into a run directory, atomically; ``unit`` is tokens or sequences."""
-    write_atomically(folder / SMALLER_MICROBATCH, json.dumps({"size": size, "unit": unit}).encode() + b"\n")
+    """Write a micro-batch into a run directory, atomically; ``unit`` is tokens or sequences.
+
+    Raises:
+        BigbatchError: It cannot be written.
+    """
+    path = folder / SMALLER_MICROBATCH
+    try:
+        write_atomically(path, json.dumps({"size": size, "unit": unit}).encode() + b"\n")
+    except OSError as error:
+        raise BigbatchError(f"{path} cannot be written: {os_reason(error)}.") from error
 
 
 def apply_override(folder: Path | None, microbatch: int | TokenBudget, *, longest: int) -> int | TokenBudget:
@@ -78,9 +86,9 @@ def apply_override(folder: Path | None, microbatch: int | TokenBudget, *, longes
     if folder is None:
         return microbatch
     with suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads((folder / SMALLER_MICROBATCH).read_text(encoding="utf-8"))
-        size = int(found["size"])
-        if found["unit"] == unit_of(microbatch) and size > 0:
+        found = read_json(folder / SMALLER_MICROBATCH)
+        size = found["size"]
+        if found["unit"] == unit_of(microbatch) and type(size) is int and size > 0:
             if isinstance(microbatch, TokenBudget):
                 return TokenBudget(max(longest, min(size, microbatch.tokens)))
             return min(size, microbatch)

@@ -1,10 +1,11 @@
 """Resuming a run: its stored configuration, the settings that may change, and the facts that may not.
 
-config.json and flags → merged configuration → set-up → facts compared with those of the checkpoint
+config.json, compared with run-manifest.json → flags → merged configuration → set-up → facts, compared with earlier ones
 """
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,32 +16,75 @@ from pydantic import ValidationError
 from bigbatch import __version__
 from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
+from bigbatch.lm.checkpoint.state_tree import bits
 from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.files import read_json
 from bigbatch.lm.runs.file_names import CONFIG
+from bigbatch.lm.runs.identity import RunIdentity, digest_of, read_identity
+from bigbatch.lm.text import describe_invalid
 from bigbatch.lm.training.setup import TrainingSetup
+
+RECORDED = sorted(TrainConfig.model_fields.keys() - {*CHANGEABLE, "out", "validation_every"} | {"precision"})
+"""Settings that must not be edited in config.json: what is learned depends on them."""
+
+LEARNING = sorted(set(RECORDED) - {*NEEDS_PERMISSION, "precision"})
+"""Settings that no resume may change; a part of the fingerprint of a run."""
+
+UNSTABLE = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Entries of a model's configuration that do not affect what is learned, or follow from --precision."""
 
 
 def stored_config(folder: Path) -> TrainConfig:
     """Read the configuration of a run.
 
     Raises:
-        InputError: The folder is not a run, or its configuration is invalid.
+        InputError: The folder is not a run, or its configuration is invalid, or was edited in a setting that affects
+            what is learned.
     """
     path = folder / CONFIG
     try:
-        return TrainConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_copy(
-            update={"out": folder}
-        )
+        stored = TrainConfig.model_validate(read_json(path)).model_copy(update={"out": folder})
     except OSError as error:
         raise InputError(f"{folder} is no run: {path} cannot be read ({os_reason(error)}).") from error
-    except (ValueError, ValidationError) as error:
+    except ValidationError as error:
+        reason = describe_invalid(error.errors(include_url=False)[0])
+        raise InputError(f"{path} is not the configuration of a run: {reason}.") from error
+    except ValueError as error:
         raise InputError(f"{path} is not the configuration of a run: {first_line(error)}.") from error
+    _check_unedited(path, stored, read_identity(folder))
+    return stored
+
+
+def _check_unedited(path: Path, stored: TrainConfig, identity: RunIdentity) -> None:
+    """Compare config.json with run-manifest.json; in layout 1, the run id of the checkpoints depends on config.json."""
+    before, now = identity.settings or {}, stored.model_dump(mode="json")
+    for name in RECORDED:
+        if name in before and before[name] != now[name]:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{path} has {flag} {now[name]}, and the run was started with {flag} {before[name]}. Restore the file, "
+                "or start a new run."
+            )
 
 
 def with_saved_changes(stored: TrainConfig, facts: Mapping[str, Any] | None) -> TrainConfig:
-    """Return the configuration at the time of a checkpoint, which an earlier resume may have changed."""
-    return stored if facts is None else stored.model_copy(update=facts["settings"])
+    """Return the configuration at the time of a checkpoint, which an earlier resume may have changed.
+
+    Raises:
+        InputError: The settings in the checkpoint are invalid.
+    """
+    if facts is None:
+        return stored
+    changed = {name: value for name, value in facts["settings"].items() if name in NEEDS_PERMISSION}
+    try:
+        return TrainConfig.model_validate({**stored.model_dump(), **changed})
+    except ValidationError as error:
+        reason = describe_invalid(error.errors(include_url=False)[0])
+        raise InputError(
+            f"the newest checkpoint of {stored.out} has invalid settings: {reason}. Move it away to resume from an "
+            "older one."
+        ) from error
 
 
 def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[str]) -> TrainConfig:
@@ -87,11 +131,17 @@ def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
 
 
 def run_facts(setup: TrainingSetup) -> dict[str, Any]:
-    """Return what a run is made of besides its settings, as a checkpoint stores it.
+    """Return what a run learns from, as run-manifest.json and each checkpoint store it.
 
     The fingerprint of the weights that are not trained is None until the weights of a sharded model are loaded.
     """
+    settings = setup.config.model_dump(mode="json")
+    learning = {name: settings[name] for name in LEARNING}
+    model = _stable(json.loads(setup.model.config.to_json_string(use_diff=False)))
     return {
+        "fingerprint": digest_of({"learning": learning, "model": model}),
+        "learning": learning,
+        "model": model,
         "settings": {name: getattr(setup.config, name) for name in NEEDS_PERMISSION},
         "data_sha256": setup.training.fingerprint(),
         "num_samples": len(setup.training),
@@ -99,6 +149,23 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         "weights_dtype": str(setup.device_spec.weights_dtype),
         "frozen_sha256": None if setup.weights is not None else frozen_fingerprint(setup.model),
     }
+
+
+def _stable(model: Any) -> Any:
+    """Return the configuration of a model without what does not affect learning, also in its parts."""
+    if not isinstance(model, dict):
+        return model
+    return {key: _stable(value) for key, value in model.items() if key not in UNSTABLE and not key.startswith("_")}
+
+
+def weights_fingerprint(setup: TrainingSetup) -> str:
+    """Return a SHA-256 of the parameters with which a run starts; of a sharded model, of the first elements of each."""
+    if setup.weights is not None:
+        return setup.weights.fingerprint()
+    named = sorted(setup.model.named_parameters())
+    with ThreadPoolExecutor(4) as pool:  # SHA-256 of large arrays runs without the interpreter lock
+        digests = list(pool.map(lambda pair: sha256(bits(pair[1]).numpy().data).hexdigest(), named))
+    return digest_of({name: digest for (name, _), digest in zip(named, digests, strict=True)})
 
 
 def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,15 +189,22 @@ def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str,
 
 
 def check_facts(
-    folder: Path, data: str, before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Iterable[str]
+    config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Iterable[str]
 ) -> None:
-    """Reject data, a vocabulary or frozen weights that differ from those of the run.
+    """Reject a model, data, a vocabulary or weights that differ from those of the run.
 
-    Frozen weights are not compared if their dtype changed, because they are rounded differently.
+    Weights are not compared if their dtype changed, because they are rounded differently.
+
+    Args:
+        config: The configuration with which the run is resumed.
+        before: The facts in the newest checkpoint, or without one, in run-manifest.json.
+        now: The facts of the run as it is set up.
+        allowed: Which of ``batch``, ``seed`` and ``data`` may change.
 
     Raises:
         InputError: They differ, and the difference is not allowed.
     """
+    folder = config.out
     same_dtype = now["weights_dtype"] == before["weights_dtype"]
     if same_dtype and now["frozen_sha256"] != before["frozen_sha256"]:
         raise InputError(
@@ -139,11 +213,44 @@ def check_facts(
         )
     if now["data_sha256"] != before["data_sha256"] and "data" not in allowed:
         raise InputError(
-            f"the data of {folder} has changed since the run started: {data} has {now['num_samples']:,} sequences now "
-            f"and had {before['num_samples']:,}, or their content differs. Restore it, or pass --allow-data-change."
+            f"the data of {folder} has changed since the run started: {config.data} has {now['num_samples']:,} "
+            f"sequences now and had {before['num_samples']:,}, or their content differs. Restore it, or pass "
+            "--allow-data-change."
         )
     if now["vocabulary_sha256"] != before["vocabulary_sha256"]:
         raise InputError(
             f"the tokenizer of {folder} has changed since the run started, and its model needs the original one: "
             "--model tiny trains it on the data. Restore the data, or start a new run."
         )
+    if before.get("fingerprint") != now["fingerprint"]:
+        _check_fingerprint(config, before, now)
+    weights = before.get("weights_sha256"), now.get("weights_sha256")
+    if same_dtype and None not in weights and len(set(weights)) > 1 and not {"seed", "data"} & set(allowed):
+        raise InputError(
+            f"the weights of {config.model} have changed since {folder} was started, and it has no checkpoint. Restore "
+            "them, or start a new run."
+        )
+
+
+def _check_fingerprint(config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise if an entry of the model's configuration, or a setting, differs; layout 1 has stored neither."""
+    if (change := _difference(before.get("model") or {}, now["model"])) is not None:
+        name, one, other = change
+        raise InputError(
+            f"the configuration of the model {config.model} has changed since {config.out} was started: {name} is "
+            f"{other} and was {one}. Restore it, or start a new run."
+        )
+    if (change := _difference(before.get("learning") or {}, now["learning"])) is not None:
+        raise InputError(_refusal(config.out, *change))
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first entry that differs: its name, old and new value. Another version may add or drop entries."""
+    for name in sorted(before.keys() & now.keys()):
+        one, other = before[name], now[name]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            if (inner := _difference(one, other)) is not None:
+                return f"{name}.{inner[0]}", *inner[1:]
+        elif one != other:
+            return name, one, other
+    return None

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError, os_reason
-from bigbatch.lm.checkpoint.manager import CheckpointManager, Progress, RunCheckpoint, frozen_fingerprint
+from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError, first_line, os_reason
+from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
+from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_full_model
 from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.model.pretrained import save_model
-from bigbatch.lm.runs.directory import RunDirectory, as_line
+from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.autotune import choose_microbatch
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
@@ -25,7 +26,7 @@ from bigbatch.lm.training.evaluation import deterministic_algorithms, sample_tex
 from bigbatch.lm.training.microbatch_limits import enforce_memory_budget
 from bigbatch.lm.training.oom_restart import restart_smaller
 from bigbatch.lm.training.optimizer import make_optimizer, rescale_second_moment
-from bigbatch.lm.training.resume import rank_invariants, run_facts
+from bigbatch.lm.training.resume import rank_invariants, run_facts, weights_fingerprint
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import TrainingSetup, parallelize
 from bigbatch.lm.training.tuning_cache import cache_key, save_cached
@@ -64,6 +65,7 @@ class Trainer:
         self.config = setup.config
         self.checkpoint = checkpoint
         self.facts = run_facts(setup)
+        self.initial_facts = self.facts | ({} if checkpoint else {"weights_sha256": weights_fingerprint(setup)})
         if ranks.size > 1:
             ranks.check_equal(rank_invariants(setup, self.facts))
         done = Progress() if checkpoint is None else checkpoint.progress
@@ -73,7 +75,7 @@ class Trainer:
         self._meta_model = copy_to_meta(setup.model) if ranks.are_sharded else None
         sync = parallelize(setup, ranks)
         if ranks.are_sharded:
-            self.facts["frozen_sha256"] = frozen_fingerprint(setup.model)
+            self.facts["frozen_sha256"] = self.initial_facts["frozen_sha256"] = frozen_fingerprint(setup.model)
         self.optimizer = make_optimizer(setup.model, self.config, setup.device_spec)
         if checkpoint is None:  # a saved optimizer is scaled already
             self.config.batch_scaling().apply(self.optimizer)
@@ -130,6 +132,7 @@ class Trainer:
         callback: TrainerCallback,
         should_stop: Callable[[], bool] = lambda: False,
         should_abandon: Callable[[], bool] = lambda: False,
+        on_note: Callable[[str], object] = lambda sentence: None,
     ) -> TrainResult:
         """Train to the end, or until ``should_stop()`` is true after an update; then save the model.
 
@@ -140,6 +143,7 @@ class Trainer:
             callback: Receives updates, validations and text samples.
             should_stop: Called after every update, and again after its validation and its metrics.
             should_abandon: Called within an update: whether to discard it, and to stop as after the update before.
+            on_note: Receives sentences about the run directory, such as that a checkpoint in it is invalid.
 
         Raises:
             BigbatchError: Too many updates in a row are skipped, or a file cannot be written.
@@ -153,6 +157,7 @@ class Trainer:
             total_steps=self.total_steps,
             facts=self.facts,
             ranks=self.ranks,
+            on_note=on_note,
         )
         with directory, seeded(self.setup, rank=self.ranks.rank), deterministic_algorithms(self.config.deterministic):
             now = self._begin(directory)
@@ -195,11 +200,10 @@ class Trainer:
             self.model_setup.layers.set_checkpointing(checkpoint.checkpointing_mode)
         try:
             checkpoint.restore(self.engine, self.optimizer, self.ranks, self.setup.device_spec.device)
-        except ValueError as error:
-            raise InputError(f"{checkpoint.path} is not of this model: {error}") from error
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            raise InputError(f"{checkpoint.path} is not of this model: {first_line(error)}.") from error
         now = replace(checkpoint.progress)
-        written_again = 0 if now.pending_metrics_row is None else len(as_line(now.pending_metrics_row))
-        directory.truncate_to(now.metrics_bytes - written_again, now.quarantine_bytes)
+        directory.truncate_to(now.lines_before_pending, now.quarantine_bytes)
         return now
 
     def _try_step(self, window: list[int], now: Progress, session: _Session) -> bool:

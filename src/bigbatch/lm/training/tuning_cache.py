@@ -11,9 +11,10 @@ import torch
 
 from bigbatch import __version__
 from bigbatch.autotune.choice import MicrobatchChoice
+from bigbatch.lm.checkpoint.saved_state import read_choice
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.files import write_atomically
+from bigbatch.lm.files import read_json, write_atomically
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
 from bigbatch.lm.training.setup import TrainingSetup
 
@@ -78,12 +79,12 @@ def load_cached(folder: Path, key: str, *, usable_bytes: int | None = None) -> C
         usable_bytes: Memory that tensors may use now; a choice with a higher peak is ignored. None for no limit.
     """
     for candidate in _candidate_folders(folder):
-        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            stored = json.loads((candidate / TUNED_MICROBATCH).read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            stored = read_json(candidate / TUNED_MICROBATCH)
             if not isinstance(stored, dict) or stored.pop("key") != key:
                 continue
             mode = stored.pop("level")
-            choice = MicrobatchChoice.from_dict(stored)
+            choice = read_choice(stored)
             if mode in CHECKPOINTING_MODES and (usable_bytes is None or choice.peak_bytes <= usable_bytes):
                 return CachedChoice(choice, mode, candidate)
     return None
