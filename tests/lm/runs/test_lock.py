@@ -133,6 +133,16 @@ def test_symbolic_link_as_lock_file_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text(encoding="utf-8") == "text"
 
 
+def test_other_kinds_of_lock_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    assert refusal(tmp_path) == f"{tmp_path} cannot be written: .lock: it is not a regular file."
+    (tmp_path / ".lock").unlink()
+    (tmp_path / "precious").write_text("text", encoding="utf-8")
+    os.link(tmp_path / "precious", tmp_path / ".lock")
+    assert refusal(tmp_path) == f"{tmp_path} cannot be written: .lock has another hard link."
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "text"
+
+
 def test_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "ro,size=64k") as disk:
         assert refusal(disk) == f"{disk} cannot be written: read-only file system."

@@ -48,6 +48,23 @@ def test_complete_file_is_read(tmp_path: Path) -> None:
     assert load_cached(tmp_path / "run", "this job") is not None
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"size": "4096"}, {"size": True}, {"size": 2**70}, {"unit": "rows"}, {"per_s": float("nan")}, {"trials": [{}]},
+     {"timing": {"points": [[1]]}}, {"peak_bytes": None}, {"extra": 1}],
+)  # fmt: skip
+def test_choice_with_invalid_field_is_ignored(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / TUNED_MICROBATCH).write_bytes(written(**changes))
+    assert load_cached(tmp_path / "run", "this job") is None
+
+
+def test_pipe_in_place_of_cache_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / TUNED_MICROBATCH)
+    assert load_cached(tmp_path / "run", "this job") is None
+
+
 def kept(
     folder: Path, choice: MicrobatchChoice = CHOICE, key: str = "this job", level: CheckpointingMode = "selective"
 ) -> Path:
