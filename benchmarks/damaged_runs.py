@@ -8,8 +8,9 @@ files get other types; manifests are signed again after the damage; checkpoints 
 settings, the base model, its weights and the data are edited; layouts are newer. Then `bigbatch checkpoints`, `report`,
 `advise`, `generate` and `resume` run on the directory. "identical" counts the runs that end with the parameters of the
 undamaged run, bit for bit; "refused" those that end with one sentence and exit code 2, "failed" with one sentence and
-exit code 1; "differs" those that learn something else. In "sealed state" all digests are forged too, and only the types
-of values can be noticed, so other parameters do not count there. Exits with 1 if one of the last five columns is not 0.
+exit code 1; "differs" those that learn something else. In "sealed state" all digests are forged too, and in "earlier
+layout" there are fewer: only the types of values can be noticed, so other parameters do not count there, and their runs
+are in no column. Exits with 1 if one of the last five columns is not 0.
 """
 
 import argparse

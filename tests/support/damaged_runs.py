@@ -546,6 +546,12 @@ def harmless_config(made: DamagedRuns, random: Random) -> str:
     return f"{name} = {value}"
 
 
+def earlier_layout(made: DamagedRuns, random: Random) -> str:
+    """Make the run one of layout 1, whose state.json has no digest of its own, and change the type of a value."""
+    to_legacy(made.run)
+    return signed_state(made, random)
+
+
 def newer_layout(made: DamagedRuns, random: Random) -> str:
     if random.random() < 0.5:
         path = made.run / "run-manifest.json"
@@ -593,6 +599,7 @@ KINDS: dict[str, Damage] = {
     "signed state": signed_state, "without a field": without_cursor, "sealed state": sealed_state,
     "signed tensors": signed_tensors, "foreign checkpoint": foreign_checkpoint, "foreign file": foreign_file,
     "foreign configuration": foreign_config, "edited config.json": edited_config, "harmless edit": harmless_config,
-    "newer layout": newer_layout, "edited base model": edited_base, "other start": other_weights,
+    "earlier layout": earlier_layout, "newer layout": newer_layout, "edited base model": edited_base,
+    "other start": other_weights,
 }  # fmt: skip
-FORGED = ("sealed state",)  # digests cannot notice these: only tracebacks and hangs count
+FORGED = ("sealed state", "earlier layout")  # only the types of values can be noticed
