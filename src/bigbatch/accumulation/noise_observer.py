@@ -19,7 +19,7 @@ from bigbatch.gradients.loss_totals import LossTotals
 from bigbatch.scaling.noise_scale import NoiseScale, NoiseScaleEstimator
 from bigbatch.types import Items
 
-NOT_MEASURED: AbstractContextManager[None] = nullcontext()
+NO_HOOKS: AbstractContextManager[None] = nullcontext()
 
 
 class NoiseObserver:
@@ -80,9 +80,9 @@ class NoiseObserver:
         self._norms.clear()
 
     def microbatch(self, number: int) -> AbstractContextManager[None]:
-        """Return the context for the backward of a micro-batch, by its number in the window."""
-        if not self._parameters or (self._positions and number not in self._positions):
-            return NOT_MEASURED
+        """Return the context for the backward of a micro-batch, by its number in the window, from 1."""
+        if not self._parameters or (self._positions and number - 1 not in self._positions):
+            return NO_HOOKS
         return self._measured()
 
     @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.noise_observer import NOT_MEASURED, NoiseObserver
+from bigbatch.accumulation.noise_observer import NO_HOOKS, NoiseObserver
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch
@@ -197,9 +197,8 @@ class PendingUpdate:
         has_items = loss is not None
         loss = self._sync.loss_to_differentiate(loss, terms)
         if loss is not None and (only is None or only):
-            observer, number = self._observer, self.loss_totals.num_recorded - 1
-            measured = NOT_MEASURED if observer is None else observer.microbatch(number)
-            with self._sync.backward(counts=has_items), measured:
+            hooks = NO_HOOKS if self._observer is None else self._observer.microbatch(self.loss_totals.num_recorded)
+            with self._sync.backward(counts=has_items), hooks:
                 loss = loss if self._loss_scale is None else loss * self._loss_scale
                 self.sums.backward(loss, only=only, retain_graph=retain_graph)
         self.num_microbatches += counts
