@@ -245,7 +245,9 @@ def test_engine_makes_same_update(checkpointing: bool) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # about the name
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=2, collate=collated, max_grad_norm=1.0)
+        engine = bigbatch.Engine(
+            model, optimizer, loss_fn, microbatch=2, collate=collated, max_grad_norm=1.0, check=False
+        )
         torch.manual_seed(3)
         reports = [engine.step(samples()) for _ in range(3)]
         updated.append([*(torch.tensor(report.loss) for report in reports), *model.parameters()])
