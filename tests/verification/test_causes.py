@@ -295,6 +295,20 @@ def test_changing_number_is_named():
     assert cause.startswith("state that changes in the forward (attribute 'calls' of 2: Annealed): ")
 
 
+def test_changing_list_is_reported():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = [1.0]
+
+        def forward(self, hidden):
+            self.seen.append(0.5 * self.seen[-1])
+            return hidden * self.seen[-1]
+
+    cause = only_cause(mlp(Remembering()), squares, rows())
+    assert cause.startswith("state that changes in the forward (an object that hangs on a module): ")
+
+
 def test_spectral_norm_is_named():
     torch.manual_seed(0)
     normed = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))

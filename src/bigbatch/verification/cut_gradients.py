@@ -16,7 +16,6 @@ from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.rng import seed_everything
 from bigbatch.types import Items
 from bigbatch.verification.activation_hooks import ActivationHooks
-from bigbatch.verification.module_state import ModuleState
 
 if TYPE_CHECKING:
     from bigbatch.types import LossFunction
@@ -40,7 +39,7 @@ class CutGradients:
         totals: Items of each term in the whole batch, for a loss of several terms.
         outside: Parameters that the loss reaches outside of the model, with their names.
         restore: Restores the buffers and attributes of all modules; called before each cut.
-        reset: State that is restored after every micro-batch; None to let it move on, as in training.
+        reset: Restores state after every micro-batch; None to let it move on, as in training.
     """
 
     model: nn.Module
@@ -49,7 +48,7 @@ class CutGradients:
     totals: Mapping[str, Items] | None = None
     outside: Mapping[Tensor, str] = field(default_factory=dict)
     restore: Callable[[], None] = lambda: None
-    reset: ModuleState | None = None
+    reset: Callable[[], None] | None = None
 
     def names(self) -> dict[Tensor, str]:
         """Return the parameters that require a gradient, with their names; those outside of the model come last."""
@@ -117,7 +116,7 @@ class CutGradients:
 
     def _reset_state(self) -> None:
         if self.reset is not None:
-            self.reset.restore()
+            self.reset()
 
 
 def _numbers(loss_sum: Tensor, items: Items) -> tuple[float, float]:

@@ -72,7 +72,7 @@ def custom_backward(case: Case) -> Iterator[Cause]:
 def _is_nonlinear(case: Case) -> bool:
     """Return whether half the loss has another gradient than half of it, or adding a gradient twice is not twice it."""
     case.state.restore()
-    same_state = replace(case.cut_gradients, reset=case.state)
+    same_state = replace(case.cut_gradients, reset=case.state.restore)
     whole, half = same_state.gradient(case.reference), same_state.gradient(case.reference, scale=0.5)
     if relative_difference({name: 2 * gradient for name, gradient in half.items()}, whole) > case.tolerance:
         return True

@@ -1,6 +1,6 @@
 """Causes inside modules: random numbers, batch statistics, and state that a forward changes and reads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -94,24 +94,27 @@ def changing_state(case: Case) -> Iterator[Cause]:
     for cut in ([range(min(case.cut, case.cut_gradients.samples.num_samples))], case.cut):
         case.terms(cut)  # the whole batch may lead back to the state before it, one micro-batch rarely
         changed |= case.state.changed()
-    if not changed:
-        return
     moving = case.gradient(case.cut)
     untouched = case.cut_gradients
 
-    def changes_gradient(names: list[str]) -> bool:
-        case.cut_gradients = replace(untouched, reset=case.state.of(names))
+    def changes_gradient(reset: Callable[[], None]) -> bool:
+        case.cut_gradients = replace(untouched, reset=reset)
         return relative_difference(case.gradient(case.cut), moving) > case.tolerance
 
-    read = [name for name in changed if changes_gradient([name])] if len(changed) <= MAX_MODULES else list(changed)
-    if not changes_gradient(list(changed)):
-        case.cut_gradients = untouched
-        return
-    places = [_place(name, *changed[name]) for name in read or changed]
+    read: list[str] = []
+    if len(changed) <= MAX_MODULES:
+        read = [name for name in changed if changes_gradient(case.state.of([name]).restore)]
+    if not changed or not changes_gradient(case.state.of(changed).restore):
+        if not changes_gradient(untouched.restore):
+            case.cut_gradients = untouched
+            return
+        changed = {}
+    places = [_place(name, *changed[name]) for name in (read or changed) if name in changed]
+    where = listed(places) or "an object that hangs on a module"
     yield Cause(
         Kind.STATE,
-        f"state that changes in the forward ({listed(places)}): each micro-batch reads what those before it wrote. "
-        "Set the module to eval mode, or update its state once per batch, after the step.",
+        f"state that changes in the forward ({where}): each micro-batch reads what those before it wrote. Set the "
+        "module to eval mode, or update its state once per batch, after the step.",
     )
 
 
