@@ -481,6 +481,14 @@ def test_overview_lists_commands_and_exit_codes(capsys: pytest.CaptureFixture[st
     )
 
 
+@pytest.mark.parametrize("columns", [40, 80])
+def test_overview_fits_terminal(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= max(columns, len("usage: bigbatch COMMAND [--flag value ...]"))
+
+
 def test_commands_are_the_same_everywhere():
     assert list(COMMANDS) == list(COMMAND_SPECS)
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from bigbatch import __version__
 from bigbatch.cli.exit_codes import DONE, INTERRUPTED, exit_for
-from bigbatch.cli.output import guarded_output, print_error
+from bigbatch.cli.output import guarded_output, print_error, wrap
 from bigbatch.errors import BigbatchError, InputError
 
 COMMANDS = {
@@ -119,12 +119,12 @@ def _overview() -> str:
             ),
             "",
             "getting started:",
-            "  bigbatch train            train a small model on Python's standard library",
-            "  bigbatch train --help     list every setting with its default",
+            wrap("  bigbatch train            train a small model on Python's standard library", width),
+            wrap("  bigbatch train --help     list every setting with its default", width),
             "",
             "exit codes:",
-            "  0 success    1 failure    2 invalid input    130 interrupted",
-            "  75 stopped by a signal after saving: continue with bigbatch resume",
-            "  76 a sharded run is out of memory: restart it to continue with smaller micro-batches",
+            wrap("  0 success    1 failure    2 invalid input    130 interrupted", width),
+            wrap("  75 stopped by a signal after saving: continue with bigbatch resume", width),
+            wrap("  76 a sharded run is out of memory: restart it to continue with smaller micro-batches", width),
         ]
     )

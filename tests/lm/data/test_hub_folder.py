@@ -58,6 +58,8 @@ def test_only_training_split_is_read(tmp_path: Path, files: tuple[str, ...], exp
         ("src/train.py", "tests/test_train.py", "README.md"),
         ("contest.jsonl", "trainer.jsonl", "latest.jsonl"),
         ("a.txt", "test.txt"),
+        ("package.json", "index.js", "test/data.json", "LICENSE", "README.md"),
+        ("train.json", "test.json", "model.py"),
     ],
 )
 def test_other_folders_are_read_whole(tmp_path: Path, files: tuple[str, ...]) -> None:
@@ -89,6 +91,13 @@ def test_card_of_text_files_is_left_out(tmp_path: Path) -> None:
     assert sources(folder) == ["b.txt", "c/d.txt"]
     write(tmp_path, {"README.md": "---\ntitle: My notes\n---\ntext"})  # front matter of a web page
     assert sources(folder) == ["README.md", "b.txt", "c/d.txt"]
+
+
+def test_script_next_to_card_is_left_out(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"README.md": CARD, "small.py": "import datasets", "a.jsonl": RECORD})
+    assert sources(folder) == ["a.jsonl"]
+    write(tmp_path, {"README.md": "---\ntags: [code]\n---\n"})  # no card
+    assert sources(folder) == ["README.md", "a.jsonl", "small.py"]
 
 
 def test_card_declares_files_of_splits(tmp_path: Path) -> None:

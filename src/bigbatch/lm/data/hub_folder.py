@@ -3,7 +3,7 @@
     README.md with a dataset card, data/train-00000-of-00001.parquet, data/test-…   → the files of the split train
     train.csv, test.csv                                                             → train.csv
     data.jsonl, README.md, LICENSE                                                  → data.jsonl
-    a.txt, README.md                                                                → both: a folder of texts
+    a.txt, README.md; app.py, test/data.json, README.md                             → all: a folder of texts
 
 Splits are recognized by the names of files and folders, or as the card declares them, as the library datasets does.
 """
@@ -30,7 +30,7 @@ TABLE_SUFFIXES = (*RECORD_SUFFIXES, ".json", ".csv", ".tsv", ".arrow")
 TEXT_SUFFIXES = (".txt", ".text")
 CARD_FIELDS = {
     *("annotations_creators", "configs", "dataset_info", "language", "language_creators", "license", "multilinguality"),
-    *("pretty_name", "size_categories", "source_datasets", "tags", "task_categories", "task_ids"),
+    *("pretty_name", "size_categories", "source_datasets", "task_categories", "task_ids"),
 }
 LISTED = 5  # files that a note names
 _ABOUT = re.compile(
@@ -59,8 +59,11 @@ def select_training_files(root: Path, files: Sequence[Path], data: str) -> tuple
     declared = _declared_splits(card, data)
     splits = {name: _declared_split(name, declared) or split_of(name) for name in names}
     found = {split for split in splits.values() if split is not None}
-    has_tables = any(_suffix(name) in TABLE_SUFFIXES and not _ABOUT.fullmatch(Path(name).name) for name in names)
-    if "train" in found and (card is not None or len(found) > 1):
+    content = [name for name in names if not _ABOUT.fullmatch(Path(name).name)]
+    suffixes = {_suffix(name) for name in content}
+    is_data_alone = suffixes <= {*TABLE_SUFFIXES, *TEXT_SUFFIXES}  # code next to data.json is a folder of texts
+    has_tables = is_data_alone and not suffixes <= set(TEXT_SUFFIXES)
+    if "train" in found and (card is not None or (is_data_alone and len(found) > 1)):
         chosen = [name for name in names if splits[name] == "train"]
     elif found - {"train"} and (card is not None or has_tables):
         example = next(name for name in names if splits[name] is not None)
@@ -69,7 +72,7 @@ def select_training_files(root: Path, files: Sequence[Path], data: str) -> tuple
             f"what to train on, such as --data {root / example}."
         )
     elif card is not None or has_tables:
-        chosen = [name for name in names if not _ABOUT.fullmatch(Path(name).name)]
+        chosen = [name for name in content if _suffix(name) in (*TABLE_SUFFIXES, *TEXT_SUFFIXES)] or content
     else:
         chosen = list(names)
     if not chosen:
