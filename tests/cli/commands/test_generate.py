@@ -1,5 +1,6 @@
 """``bigbatch generate``: text from a run, or one sentence."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def test_broken_model_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixtu
     save_model_folder(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
     assert "does not load as a causal language model" in refused(capfd, tmp_path)
+
+
+def test_pipe_in_model_folder_is_rejected(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    os.mkfifo(tmp_path / "model" / "model.safetensors")
+    pipe = tmp_path / "model" / "model.safetensors"
+    assert refused(capfd, tmp_path) == f"{pipe} is not a regular file: remove it."
 
 
 def test_unavailable_device_is_rejected(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -276,6 +276,18 @@ def test_saved_dataset_is_read_from_train_split(tmp_path: Path) -> None:
     assert refusal(tmp_path / "plain").startswith(f"the saved dataset {tmp_path / 'plain'} cannot be read: ")
 
 
+def test_pipe_in_saved_dataset_is_rejected(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "set"))
+    file = next((tmp_path / "set").glob("*.arrow"))
+    file.unlink()
+    os.mkfifo(file)
+    assert refusal(tmp_path / "set") == (
+        f"the saved dataset {tmp_path / 'set'} contains {file.name}, a pipe. Remove it."
+    )
+
+
 def test_unreachable_hub_fails_fast_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = refusal("somebody/some-dataset")  # tests run in the hub's offline mode

@@ -174,6 +174,9 @@ def _read_saved_dataset(folder: Path, data: str, broken: list[str] | None) -> Co
     import datasets
     import pyarrow as pa
 
+    for path in folder.rglob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"the saved dataset {data} contains {path.name}, {file_kind(path)}. Remove it.")
     try:
         loaded: Any = datasets.load_from_disk(str(folder))
         others: list[str] = []
