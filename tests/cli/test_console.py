@@ -1,6 +1,7 @@
 """What a run shows, on a terminal and off it."""
 
 import io
+import json
 import re
 from typing import Any
 
@@ -223,6 +224,13 @@ def test_lines_break_at_spaces_on_terminal(width: int) -> None:
     assert lines[-3] == "  reading"
     assert " ".join(" ".join(lines[:-3]).split()) == sentence
     assert max(map(len, lines[:-3])) <= width
+
+
+def test_json_stays_whole_on_terminal() -> None:
+    out = io.StringIO()
+    text = json.dumps({"reason": "word " * 40})
+    OutputConsole(file=out, force_terminal=True, width=40).print(text)
+    assert out.getvalue() == f"{text}\n"
 
 
 def test_lines_stay_whole_without_terminal() -> None:

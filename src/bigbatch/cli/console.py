@@ -42,13 +42,14 @@ class OutputConsole(Console):
         super().print(*(self._line(text) if isinstance(text, str) else text for text in objects), **options)
 
     def print_unbroken(self, *lines: str) -> None:
-        """Print lines that must not be broken: commands to copy, JSON and drawings."""
+        """Print lines that must not be broken, such as commands to copy and JSON."""
         for line in lines:
             super().print(visible(line))
 
     def _line(self, text: str) -> str:
         line = visible(text)
-        return wrap(line, self.width) if self.is_terminal else line
+        is_json = line.startswith("{")  # a break within a string would make it invalid
+        return wrap(line, self.width) if self.is_terminal and not is_json else line
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> OutputConsole:
