@@ -114,8 +114,8 @@ def test_several_configurations_are_rejected(tmp_path: Path) -> None:
     card = "---\nconfigs:\n- config_name: en\n- config_name: fr\n---\n"
     folder = write(tmp_path, {"README.md": card, "en/train.jsonl": RECORD, "fr/train.jsonl": RECORD})
     assert refusal(folder) == (
-        f"the folder {folder} has 2 configurations (en, fr), and one run trains on one of them. Pass --data with the "
-        "files or the folder of one."
+        f"the folder {folder} has 2 configurations (en, fr), and a run trains on one of them. Pass the folder or a "
+        "file of one with --data."
     )
     assert sources(folder / "en") == ["train.jsonl"]
 
@@ -125,14 +125,14 @@ def test_folder_without_training_split_is_rejected(tmp_path: Path, name: str) ->
     folder = write(tmp_path, {name: RECORD})
     split = {"t": "test", "d": "validation", "e": "test"}[name[0]]
     assert refusal(folder) == (
-        f"the folder {folder} has files of the split {split} and none of the split train. Pass what to train on, such "
-        f"as --data {folder / name}."
+        f"the folder {folder} has files of the split {split} and none of the split train. Pass the files to train on, "
+        f"such as --data {folder / name}."
     )
 
 
 def test_folder_of_descriptions_only_is_rejected(tmp_path: Path) -> None:
     folder = write(tmp_path, {"README.md": CARD, "LICENSE": "text"})
-    assert refusal(folder) == f"the folder {folder} contains no file to train on but its description."
+    assert refusal(folder) == f"the folder {folder} contains no file to train on, only its description."
 
 
 def test_invalid_card_is_rejected(tmp_path: Path) -> None:

@@ -69,14 +69,14 @@ def select_training_files(root: Path, files: Sequence[Path], data: str) -> tuple
         example = next(name for name in names if splits[name] is not None)
         raise InputError(
             f"the folder {data} has files of the split {' and '.join(sorted(found))} and none of the split train. Pass "
-            f"what to train on, such as --data {root / example}."
+            f"the files to train on, such as --data {root / example}."
         )
     elif card is not None or has_tables:
         chosen = [name for name in content if _suffix(name) in (*TABLE_SUFFIXES, *TEXT_SUFFIXES)] or content
     else:
         chosen = list(names)
     if not chosen:
-        raise InputError(f"the folder {data} contains no file to train on but its description.")
+        raise InputError(f"the folder {data} contains no file to train on, only its description.")
     left_out = [name for name in names if name not in set(chosen)]
     return [names[name] for name in chosen], _notes(data, chosen, left_out, found)
 
@@ -171,8 +171,8 @@ def _declared_splits(card: Mapping[str, Any] | None, data: str) -> dict[str, lis
         names = [str(config.get("config_name")) for config in configs]
         shown = ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
         raise InputError(
-            f"the folder {data} has {len(names)} configurations ({shown}), and one run trains on one of them. Pass "
-            "--data with the files or the folder of one."
+            f"the folder {data} has {len(names)} configurations ({shown}), and a run trains on one of them. Pass the "
+            "folder or a file of one with --data."
         )
     declared: dict[str, list[str]] = {}
     for entry in _listed(configs[0].get("data_files")) if configs else []:
