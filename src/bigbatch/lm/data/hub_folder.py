@@ -77,7 +77,8 @@ def select_training_files(root: Path, files: Sequence[Path], data: str) -> tuple
         chosen = list(names)
     if not chosen:
         raise InputError(f"the folder {data} contains no file to train on, only its description.")
-    left_out = [name for name in names if name not in set(chosen)]
+    used = set(chosen)
+    left_out = [name for name in names if name not in used]
     return [names[name] for name in chosen], _notes(data, chosen, left_out, found)
 
 
