@@ -106,6 +106,16 @@ def test_plan_for_old_gpu_fits_forty_columns(
     assert table[9] == "     … 4 more"
 
 
+def test_files_left_out_are_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "set").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(folder.parent / "data.jsonl", folder.parent / "set" / f"{split}.jsonl")
+    words = ("plan", "--model", "../base", "--data", "../set", "--microbatch", "4", "--gpu", "t4", "--json")
+    assert json.loads(planned(capfd, *words))["notes"][0] == (
+        "../set is laid out like a dataset of the hub: only 1 file of the split train is used, not test.jsonl"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "unit", "size", "layout"),
     [

@@ -54,7 +54,9 @@ class Corpus:
     Attributes:
         documents: In the order of the source, at least one.
         notes: One line for each count of documents read or left out.
+        left_out: Those of the notes that say what was left out.
     """
 
     documents: tuple[Document, ...]
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()

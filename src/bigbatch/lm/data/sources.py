@@ -60,7 +60,7 @@ def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
     if not broken:
         return corpus
     note = f"{plural(len(broken), 'broken record')} left out; the first: {broken[0]}"
-    return replace(corpus, notes=(*corpus.notes, note))
+    return replace(corpus, notes=(*corpus.notes, note), left_out=(*corpus.left_out, note))
 
 
 def check_data_path(data: str) -> None:
@@ -152,7 +152,7 @@ def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], brok
         about.append(f"{plural(texts, 'text file')} from {data}")
     if records:
         about.append(f"{plural(records.total(), 'record')} in {plural(len(records), 'file')} from {data}")
-    return Corpus(tuple(documents), (*about, *notes))
+    return Corpus(tuple(documents), (*about, *notes), tuple(notes))
 
 
 def _read_text(path: Path, source: str) -> str:
@@ -220,8 +220,8 @@ def _from_dataset(
     documents = tuple(rows_to_documents(rows, names, source, broken=broken))
     if not documents:
         raise InputError(broken[0] if broken else f"{about} is empty: it {NO_TOKEN}.")
-    unused = [unused_splits_note([f"the split {split}" for split in others])] if others else []
-    return Corpus(documents, (f"{plural(len(documents), 'record')} of {about}", *unused))
+    unused = (unused_splits_note([f"the split {split}" for split in others]),) if others else ()
+    return Corpus(documents, (f"{plural(len(documents), 'record')} of {about}", *unused), unused)
 
 
 def _hub_name(data: str) -> str:

@@ -62,7 +62,7 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
     Raises:
         InputError: Data, model or length does not exist or is not usable.
     """
-    notes = []
+    notes: list[str] = []
     model_config: Any = None
     tokenizer: Any = None
     if config.model != TINY:
@@ -73,10 +73,9 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
         except InputError as error:
             notes.append(f"lengths are estimated, {BYTES_A_TOKEN} bytes a token: {error}")
     progress(f"reading {config.data}")
-    documents, _ = split_documents(
-        read_corpus(config.data, skip_broken=config.skip_broken).documents,
-        validation_fraction=config.validation_fraction,
-    )
+    corpus = read_corpus(config.data, skip_broken=config.skip_broken)
+    notes += corpus.left_out
+    documents, _ = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
     if config.model == TINY:
         progress("training a tokenizer")
         texts = [text for document in documents for text in document.texts]
