@@ -99,7 +99,8 @@ class NoiseObserver:
         """Compute the norm of one parameter's micro-batch gradient."""
         values = gradient.coalesce()._values() if gradient.is_sparse else gradient
         assert self._squared_norm_sum is not None, "only attached windows are observed"
-        self._norms.append(torch.linalg.vector_norm(values, dtype=self._squared_norm_sum.dtype))
+        real = torch.view_as_real(values) if values.is_complex() else values
+        self._norms.append(torch.linalg.vector_norm(real, dtype=self._squared_norm_sum.dtype))
 
     def on_backward_end(self, *, succeeded: bool) -> None:
         """Add the squared norm of the whole micro-batch gradient."""

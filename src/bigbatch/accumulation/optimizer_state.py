@@ -115,7 +115,7 @@ def expected_state(optimizer: "Optimizer", groups: Sequence[Mapping[str, Any]]) 
             if is_sgd:
                 expected.append({"momentum_buffer": proxy} if settings["momentum"] else {})
             else:
-                expected.append(_state_of_proxy(optimizer, {**own, **settings}, proxy))
+                expected.append(_state_of_proxy(optimizer, {**own, **settings}, parameter, proxy))
     return expected
 
 
@@ -126,13 +126,19 @@ def _initializes_as(optimizer: "Optimizer", kind: type["Optimizer"]) -> bool:
     return issubclass(of, kind) and (of is kind or all(same))
 
 
-def _state_of_proxy(optimizer: "Optimizer", group: Mapping[str, Any], proxy: Tensor) -> dict[str, Any]:
+def _state_of_proxy(
+    optimizer: "Optimizer", group: Mapping[str, Any], parameter: Tensor, proxy: Tensor
+) -> dict[str, Any]:
     optimizer_copy = object.__new__(type(optimizer))
     vars(optimizer_copy).update(vars(optimizer), state=defaultdict(dict))
     proxy.grad = proxy.detach()
     num_lists = len(inspect.signature(optimizer_copy._init_group).parameters) - 1  # type: ignore[attr-defined]
     settings = {**group, **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), False)}
-    optimizer_copy._init_group({**settings, "params": [proxy]}, *([] for _ in range(num_lists)))  # type: ignore[attr-defined]
+    try:
+        optimizer_copy._init_group({**settings, "params": [proxy]}, *([] for _ in range(num_lists)))  # type: ignore[attr-defined]
+    except KeyError:  # the constructor creates the state, as that of Adagrad does before torch 2.12
+        own = optimizer.state[parameter]
+        return {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in own.items()}
     state: dict[str, Any] = optimizer_copy.state[proxy]
     return state
 

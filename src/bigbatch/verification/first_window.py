@@ -72,13 +72,14 @@ class FirstWindowCheck:
         self._devices = list({p.device for p in model.parameters() if p.is_cuda})
 
     def watch(self, loss_fn: LossFunction, parts: Split) -> LossFunction:
-        """Return a loss function for one window, whose first result shows whether its loss is evaluated in `run`.
+        """Return a loss function for one window; the first result of all shows whether `run` evaluates the loss.
 
         Args:
             loss_fn: As for `bigbatch.Engine`.
             parts: The batch, split into the micro-batches of the window.
         """
-        self._has_sign = None
+        if self._has_sign is not None or not self._evaluates:
+            return loss_fn
         first = len(parts.groups[0]) if len(parts) else 0
 
         def watched(model: Any, microbatch: Any) -> LossResult:
