@@ -159,10 +159,10 @@ def _stable(model: Any) -> Any:
 
 
 def weights_fingerprint(setup: TrainingSetup) -> str:
-    """Return a SHA-256 of the parameters with which a run starts; of a sharded model, of the first elements of each."""
+    """Return a SHA-256 of the trained parameters at the start; of a sharded model, of the first elements of all."""
     if setup.weights is not None:
         return setup.weights.fingerprint()
-    named = sorted(setup.model.named_parameters())
+    named = sorted((name, parameter) for name, parameter in setup.model.named_parameters() if parameter.requires_grad)
     with ThreadPoolExecutor(4) as pool:  # SHA-256 of large arrays runs without the interpreter lock
         digests = list(pool.map(lambda pair: sha256(bits(pair[1]).numpy().data).hexdigest(), named))
     return digest_of({name: digest for (name, _), digest in zip(named, digests, strict=True)})
