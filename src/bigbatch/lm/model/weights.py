@@ -35,6 +35,7 @@ class Weights:
     def __init__(self, tensors: Mapping[str, Any], files: ExitStack | None = None) -> None:
         self._tensors = dict(tensors)
         self._files = files or ExitStack()
+        self._fingerprint: str | None = None
 
     def read(self, name: str, region: Region) -> Tensor:
         """Return a slice of a tensor, on the CPU; only its own bytes are read."""
@@ -44,12 +45,15 @@ class Weights:
     def rename(self, names: Mapping[str, str]) -> None:
         """Keep the tensors of a model that now has other names for them, ``{new name: old name}``."""
         self._tensors = {new: self._tensors[old] for new, old in names.items()}
+        self._fingerprint = None
 
     def fingerprint(self) -> str:
         """Return a SHA-256, in hex, of the names, shapes and first elements of all tensors.
 
-        It differs for two models of one shape unless they agree in the first elements of every tensor.
+        It differs for two models of one shape unless they agree in the first elements of every tensor. Computed once.
         """
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name in sorted(self._tensors):
             shape = _shape_of(self._tensors[name])
@@ -59,7 +63,8 @@ class Weights:
                 rows = self.read(name, (slice(0, max(1, SAMPLED_ELEMENTS // width)),))
                 first = rows.flatten()[:SAMPLED_ELEMENTS].clone()
                 digest.update(first.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def close(self) -> None:
         """Close the files and free the tensors."""
