@@ -87,7 +87,7 @@ def test_narrow_tensor_counts_add_up(dtype):
     for _ in range(90):
         totals.record(as_terms({"a": (LOSS, torch.tensor(100, dtype=dtype))}))
     assert totals.divisor() == 1.0
-    assert sum(float(count) ** 2 for count in totals.microbatch_items()) == 90 * 100.0**2
+    assert sum(map(float, totals.microbatch_items())) == 90 * 100.0
 
 
 def test_narrow_totals_are_converted():

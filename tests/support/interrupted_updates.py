@@ -4,6 +4,7 @@ lines = num_lines("engine", "adamw-fused")       lines that Python runs in the c
 outcome = interrupt("engine", "adamw-fused", 17) the state and the error if the 17th of them is interrupted
 """
 
+import random
 import signal
 import sys
 from collections.abc import Callable
@@ -164,3 +165,15 @@ def interrupt(call: str, optimizer: str, line: int) -> Outcome:
     except (RuntimeError, AssertionError) as raised:
         next_error = raised
     return Outcome(where, state, error, next_error, deferred)
+
+
+def sample(call: str, optimizer: str, size: int) -> list[tuple[Outcome, str]]:
+    """Interrupt the update at some lines, spread over the whole call; return outcomes and causes of errors.
+
+    To be run in a process of its own: an interrupt in the middle of an ``except`` clause may leave its exception behind
+    in the interpreter, as the context of all later ones.
+    """
+    part = num_lines(call, optimizer) / size
+    chosen = random.Random(f"{call} {optimizer}")
+    outcomes = [interrupt(call, optimizer, 1 + int((i + chosen.random()) * part)) for i in range(size)]
+    return [(outcome, type(getattr(outcome.error, "__cause__", None)).__name__) for outcome in outcomes]
