@@ -40,8 +40,9 @@ class Accumulator:
             report = window.step()
 
     Each window updates the optimizer's parameters with Σ_i ∇loss_sum_i / Σ_i items_i. Only these parameters receive a
-    gradient, so accumulators over different parameters may share a graph and be open at the same time. Their ``.grad``
-    is cleared when a window opens and when it ends.
+    gradient, so accumulators over different parameters may share a graph and be open at the same time (to differentiate
+    one loss in two windows, pass ``retain_graph=True`` to the first; for several optimizers of one model, pass all of
+    them here). Their ``.grad`` is cleared when a window opens and when it ends.
 
     Over several ranks the sums run over all of them; ranks may have different micro-batches and items, or none. Opening
     a window and its ``step`` are collective.

@@ -66,7 +66,7 @@ class Window:
 
     @property
     def state(self) -> WindowState:
-        """EMPTY, ACCUMULATING, CLOSED or ABORTED."""
+        """EMPTY, ACCUMULATING, CLOSED, ABORTED or TORN."""
         return self._pending.state
 
     @property
@@ -123,6 +123,7 @@ class Window:
         no schedule; ``report.skipped`` says so.
 
         Raises:
+            TornUpdateError: The update failed after it had begun; the message says which part finished.
             WindowStateError: The window is closed or aborted; or other code changed its gradients, the dtype of its
                 parameters, or the parameters of the optimizer.
         """

@@ -7,6 +7,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.hub import check_model_path
 from bigbatch.lm.data.sources import check_data_path
+from bigbatch.lm.runs.file_names import CONFIG
 
 
 def check_run(run: Path) -> None:
@@ -17,7 +18,7 @@ def check_run(run: Path) -> None:
     """
     if run.is_dir():
         return
-    siblings = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
+    siblings = [path.name for path in run.parent.iterdir() if (path / CONFIG).exists()] if run.parent.is_dir() else []
     near = difflib.get_close_matches(run.name, siblings, n=1)
     hint = f"did you mean {run.parent / near[0]}?" if near else "create one with bigbatch train."
     raise InputError(f"run {run} does not exist: {hint}")

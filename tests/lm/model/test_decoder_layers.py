@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from bigbatch.autotune.peak_prediction import prediction_obstacle
-from bigbatch.gradients.gradient_sums import GradientSums, _GraphLeaves
+from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
@@ -319,7 +319,7 @@ def test_gradients_reach_trained_parameters_only(level: CheckpointingMode) -> No
     loss_sum, _ = CausalLMLoss(DOUBLE, needs_mask=False, longest=LONGEST)(model, packed(5, 9))
     with GradientSums(parameters) as sums:
         sums.backward(loss_sum)
-        assert sums._leaves is _GraphLeaves.ONLY_OURS
+        assert sums.can_name_leaves
 
 
 def test_saved_model_is_unaffected() -> None:
