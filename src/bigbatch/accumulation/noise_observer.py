@@ -73,6 +73,11 @@ class NoiseObserver:
         expected = len(microbatches) if isinstance(microbatches, Sequence) else self._last_num_microbatches
         self._positions = () if self.estimator.measures_all else self.estimator.positions(expected)
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the current window is measured."""
+        return self._is_measuring
+
     def skip_window(self) -> None:
         """Do not measure the current window."""
         self._is_measuring = False

@@ -99,7 +99,7 @@ class OptimizerStep:
             WindowStateError: An optimizer's step did nothing.
         """
         self.check_not_torn()
-        with DeferredSignals():
+        with DeferredSignals() as deferred, deferred:
             self._run(grad_norm, loss, evaluate_again)
 
     def _run(self, grad_norm: float, loss: Callable[[], float], evaluate_again: Callable[[], Tensor] | None) -> None:

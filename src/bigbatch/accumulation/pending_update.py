@@ -7,11 +7,10 @@ Long because the whole life of a window is here, with all that ranks exchange.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from operator import is_
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from bigbatch.accumulation.noise_observer import NO_HOOKS, NoiseObserver
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
-from bigbatch.distributed.collective import Number, list_ranks
+from bigbatch.distributed.collective import Number
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch
 from bigbatch.distributed.window_vote import (
     NO_EXTRA,
@@ -29,7 +28,7 @@ from bigbatch.distributed.window_vote import (
     from_numbers,
     to_numbers,
 )
-from bigbatch.errors import RankFailedError, WindowAbandonedError, WindowStateError
+from bigbatch.errors import WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import LossTotals, as_terms
 from bigbatch.memory.usage import peak_bytes
@@ -113,7 +112,7 @@ class PendingUpdate:
         self._num_syncs = 0
         self._is_abandoned = False
         self._has_voted = sync.size == 1
-        self._all_have_run = not sync.runs_in_lockstep
+        self._all_count = self._all_have_run = not sync.runs_in_lockstep  # else there may be padding
         self.state = WindowState.EMPTY
         self.num_microbatches = 0
         self._loss_scale = update.loss_scale()
@@ -130,6 +129,8 @@ class PendingUpdate:
             observer.skip_window()
         elif observer is not None:
             observer.attach(self.sums, content.microbatches, samples=content.samples)
+        is_measured = observer is not None and observer.is_measuring
+        self._is_plain = sync.size == 1 and not sync.runs_in_lockstep and not is_measured
         sync.start_window()
 
     def __enter__(self) -> "PendingUpdate":
@@ -163,11 +164,12 @@ class PendingUpdate:
         """
         microbatches = self._content.microbatches
         if not isinstance(microbatches, Sequence):
-            yield from map(Microbatch, microbatches)  # drawn lazily: the number is not known
-            return
-        self._is_abandoned = yield from self._sync.turns(
-            microbatches, self._content.max_num_microbatches, should_abandon
-        )
+            return map(Microbatch, microbatches)  # drawn lazily: the number is not known
+        turns = self._sync.turns(microbatches, self._content.max_num_microbatches, should_abandon)
+        return turns if self._sync.size == 1 else self._noting_end(turns)
+
+    def _noting_end(self, turns: Generator[Microbatch, None, bool]) -> Iterator[Microbatch]:
+        self._is_abandoned = yield from turns
         self._all_have_run = True
 
     def add(
@@ -192,17 +194,28 @@ class PendingUpdate:
         if self.state is not WindowState.ACCUMULATING:
             self._require_open()
             self.state = WindowState.ACCUMULATING
-        terms = as_terms(result)
-        loss = self.loss_totals.record(terms) if counts else None
+        loss = self.loss_totals.record_pair(result) if self._all_count else None
         has_items = loss is not None
-        loss = self._sync.loss_to_differentiate(loss, terms)
+        if not has_items:
+            terms = as_terms(result)
+            loss = self.loss_totals.record(terms) if counts else None
+            has_items = loss is not None
+            loss = self._sync.loss_to_differentiate(loss, terms)
         if loss is not None and (only is None or only):
-            hooks = NO_HOOKS if self._observer is None else self._observer.microbatch(self.loss_totals.num_recorded)
-            with self._sync.backward(counts=has_items), hooks:
-                loss = loss if self._loss_scale is None else loss * self._loss_scale
+            loss = loss if self._loss_scale is None else loss * self._loss_scale
+            if self._is_plain:  # the contexts would do nothing
                 self.sums.backward(loss, only=only, retain_graph=retain_graph)
+            else:
+                self._backward_in_contexts(loss, only, has_items=has_items, retain_graph=retain_graph)
         self.num_microbatches += counts
         self._num_syncs += self._sync.syncs_in_backward
+
+    def _backward_in_contexts(
+        self, loss: Tensor, only: Sequence[Tensor] | None, *, has_items: bool, retain_graph: bool
+    ) -> None:
+        hooks = NO_HOOKS if self._observer is None else self._observer.microbatch(self.loss_totals.num_recorded)
+        with self._sync.backward(counts=has_items), hooks:
+            self.sums.backward(loss, only=only, retain_graph=retain_graph)
 
     def add_recorded(self, loss_sum: Tensor, items: Items) -> None:
         """Count one micro-batch whose gradient a CUDA graph has already added to the sums."""
@@ -226,7 +239,7 @@ class PendingUpdate:
             WindowStateError: The window is closed or aborted, or gradients or parameters were changed by other code.
         """
         self._require_open()
-        self._check_parameters()
+        self.sums.check_parameters(self._update.parameters())
         self._all_have_run = True
         observer = self._observer
         extra = NO_EXTRA if observer is None else observer.scalars(self.sums, self.loss_totals, retries=retries)
@@ -303,14 +316,6 @@ class PendingUpdate:
         if not self.is_open:
             raise WindowStateError(f"the window is {self.state.value}: it takes no micro-batch and no step.")
 
-    def _check_parameters(self) -> None:
-        parameters, opened_with = self._update.parameters(), self.sums.parameters
-        if len(parameters) != len(opened_with) or not all(map(is_, parameters, opened_with)):
-            raise WindowStateError(
-                f"the optimizer had {len(opened_with)} parameters when the window opened and has {len(parameters)} "
-                "now, not all the same ones. Call add_param_group between two windows."
-            )
-
     def _vote(self, extra: Sequence[Number]) -> VoteResult:
         """Exchange the status of all ranks. Collective; waits for the device."""
         device = self._update.device
@@ -337,13 +342,7 @@ class PendingUpdate:
 
     def _reduce(self, result: VoteResult) -> None:
         """Reduce the sums over ranks if every rank succeeded. Collective."""
-        if failed := result.ranks_with("failed"):
-            raise RankFailedError(
-                f"{list_ranks(failed)} failed in the window after update {self._update.num_steps}, which changed "
-                "nothing on any rank: see the error there. A window that ends without its step() has failed, too."
-            )
-        if abandoned := result.ranks_with("abandoned"):
-            raise WindowAbandonedError(f"the window was abandoned on {list_ranks(abandoned)}.")
+        result.check_succeeded(num_steps=self._update.num_steps)
         self.loss_totals.set_global_totals(result.terms)
         self.loss_totals.undo_prescale(self.sums.tensors())
         self.sums.mark_unmodified()

@@ -15,22 +15,28 @@ class DeferredSignals:
         with DeferredSignals():
             optimizer.step()
 
+    Entered twice, handlers are restored even if the first exit is interrupted, as by a debugger:
+
+        with DeferredSignals() as deferred, deferred:
+            optimizer.step()
+
     No-op outside the main thread, where Python runs no signal handlers, and for signals that are ignored or that are
     handled outside Python.
     """
 
     def __init__(self) -> None:
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}  # to be restored
+        self._originals: dict[signal.Signals, Any] = {}
         self._received: list[signal.Signals] = []
 
     def __enter__(self) -> "DeferredSignals":
-        if threading.current_thread() is not threading.main_thread():
+        if self._handlers or threading.current_thread() is not threading.main_thread():
             return self
         try:
             for number in DEFERRED:
                 handler = signal.getsignal(number)
                 if handler is not None and handler != signal.SIG_IGN:
-                    self._handlers[number] = handler
+                    self._handlers[number] = self._originals[number] = handler
                     signal.signal(number, self._note)
         except BaseException:
             self._restore()
@@ -40,11 +46,10 @@ class DeferredSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        handlers = dict(self._handlers)
         try:
             self._restore()
         finally:
-            self._deliver(handlers)
+            self._deliver()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._received.append(signal.Signals(number))
@@ -59,9 +64,10 @@ class DeferredSignals:
             if self._handlers:  # a restored handler has raised: the others must not stay deferred
                 self._restore()
 
-    def _deliver(self, handlers: dict[signal.Signals, Any]) -> None:
-        for number in dict.fromkeys(self._received):
-            handler = handlers[number]
+    def _deliver(self) -> None:
+        received, self._received = self._received, []
+        for number in dict.fromkeys(received):
+            handler = self._originals[number]
             if callable(handler):
                 handler(number, sys._getframe())
             else:

@@ -101,7 +101,7 @@ def is_builtin(optimizer: "Optimizer") -> bool:
 def _state_token(optimizer: "Optimizer", parameters: Sequence[Tensor]) -> list[Any]:
     """Return values that differ if the state or the settings of an optimizer changed."""
     token: list[Any] = []
-    for parameter in parameters:
+    for parameter in parameters if not is_builtin(optimizer) else _first_changed(parameters):
         if state := optimizer.state.get(parameter):
             token += [_version_or_value(value) for value in state.values()]
     token += [
@@ -109,6 +109,11 @@ def _state_token(optimizer: "Optimizer", parameters: Sequence[Tensor]) -> list[A
         for group in optimizer.param_groups
     ]
     return token
+
+
+def _first_changed(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return parameters whose state torch's optimizers change before that of any other: the first of each kind."""
+    return list({(p.dtype, p.device): p for p in reversed(parameters)}.values())
 
 
 def _attributes(optimizer: "Optimizer") -> dict[str, int]:

@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
-from bigbatch.distributed.collective import Number
+from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync
+from bigbatch.errors import RankFailedError, WindowAbandonedError
 from bigbatch.window_report import RanksReport
 
 MAX_TERMS = 8
@@ -80,6 +81,24 @@ class VoteResult:
             slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
             stopping=bool(self.ranks_with("stopping")),
         )
+
+    def check_succeeded(self, *, num_steps: int) -> None:
+        """Raise on every rank if any did not finish its part of the window.
+
+        Args:
+            num_steps: Updates before the window.
+
+        Raises:
+            RankFailedError: A rank failed.
+            WindowAbandonedError: A rank abandoned the window.
+        """
+        if failed := self.ranks_with("failed"):
+            raise RankFailedError(
+                f"{list_ranks(failed)} failed in the window after update {num_steps}, which changed nothing on any "
+                "rank: see the error there. A window that ends without its step() has failed, too."
+            )
+        if abandoned := self.ranks_with("abandoned"):
+            raise WindowAbandonedError(f"the window was abandoned on {list_ranks(abandoned)}.")
 
     def ranks_with(self, flag: str) -> list[int]:
         """Return the ranks whose vote has a flag."""

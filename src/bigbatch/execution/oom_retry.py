@@ -64,7 +64,8 @@ class OomRetry(MicrobatchRunner):
         is_repeated: bool = False,
     ) -> None:
         """Add the gradient of samples to all parameters, or to those that did not receive it yet."""
-        sums, totals, inputs = pending.sums, pending.loss_totals, self.inputs
+        sums, totals, inputs = pending.sums, pending.loss_totals, self._inputs
+        assert inputs is not None, "no window is open"
         versions, num_recorded = sums.snapshot_versions(), totals.num_recorded
         state = self._save() if self._draws_random_numbers or self._buffers else None
         try:

@@ -10,7 +10,7 @@ Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
+from operator import attrgetter, is_
 from types import TracebackType
 from typing import Protocol, Self
 from weakref import finalize
@@ -208,6 +208,18 @@ class GradientSums:
             self._handles += [on_gradient(p, WindowHook(self._pass_to_observer)) for p in new]
         half = [p for p in new if p.dtype in HALF_PRECISION_DTYPES]
         self._handles += [on_accumulated(p, WindowHook(self._move_to_float32, p)) for p in half]
+
+    def check_parameters(self, parameters: Sequence[Tensor]) -> None:
+        """Raise if the parameters of the optimizer are not those of these sums any more.
+
+        Raises:
+            WindowStateError: Some were added or removed.
+        """
+        if len(parameters) != len(self.parameters) or not all(map(is_, parameters, self.parameters)):
+            raise WindowStateError(
+                f"the optimizer had {len(self.parameters)} parameters when the window opened and has {len(parameters)} "
+                "now, not all the same ones. Call add_param_group between two windows."
+            )
 
     @property
     def can_name_leaves(self) -> bool:
