@@ -227,7 +227,7 @@ def test_dropout_differs_in_every_microbatch_and_window() -> None:
     torch.manual_seed(0)
     model = Dropped().to(DEVICE)
     optimizer = RecordingSGD(model.parameters(), lr=0.0)
-    engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=1, cuda_graphs=True)
+    engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=1, cuda_graphs=True, check=False)
     seen = []
     for _ in range(4):
         engine.step(torch.ones(8, 4096))

@@ -69,7 +69,14 @@ def check_optimizer(
                 _check_entry(where, values, expected[key], own["state"].get(key), parameters[key], extra_allowed)
         elif key not in own["state"]:
             raise damaged(f"{place}.state", f"has an entry {key!r}, and the parameters are 0 to {len(parameters) - 1}")
+    if _has_state_from_the_start(optimizer) and (missing := own["state"].keys() - entries.keys()):
+        raise damaged(f"{place}.state", f"lacks the entry {min(missing)}")
     return {**found, "param_groups": groups}
+
+
+def _has_state_from_the_start(optimizer: "Optimizer") -> bool:
+    """Whether the constructor creates the state, and a step requires it: Adagrad before torch 2.12."""
+    return isinstance(optimizer, torch.optim.Adagrad) and bool(torch.optim.Adagrad([torch.zeros(1)]).state)
 
 
 def _check_groups(
