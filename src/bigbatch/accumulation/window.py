@@ -53,7 +53,7 @@ class Window:
             )
 
     def __iter__(self) -> Iterator[Any]:
-        while self.is_open:
+        while self._pending.is_open:
             try:
                 microbatch = next(self._microbatches)
             except StopIteration:
@@ -108,7 +108,8 @@ class Window:
             WindowStateError: The window is closed or aborted; or other code changed its gradients, on any parameter,
                 since it opened or since its last backward; or a hook changed a parameter within this backward.
         """
-        self._require_open("backward")
+        if self._pending.state is not WindowState.ACCUMULATING:
+            self._require_open("backward")
         result: Any = loss_sum if items is None else (loss_sum, items)
         try:
             self._pending.add(result, counts=self._counts, retain_graph=retain_graph)
