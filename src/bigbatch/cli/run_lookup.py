@@ -7,7 +7,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.hub import check_model_path
 from bigbatch.lm.data.sources import check_data_path
-from bigbatch.lm.runs.file_names import CONFIG
+from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG
 
 
 def check_run(run: Path) -> None:
@@ -18,8 +18,9 @@ def check_run(run: Path) -> None:
     """
     if run.is_dir():
         return
-    siblings = [path.name for path in run.parent.iterdir() if (path / CONFIG).exists()] if run.parent.is_dir() else []
-    near = difflib.get_close_matches(run.name, siblings, n=1)
+    siblings = run.parent.iterdir() if run.parent.is_dir() else ()
+    runs = [path.name for path in siblings if (path / CONFIG).exists() or (path / CHECKPOINTS).exists()]
+    near = difflib.get_close_matches(run.name, runs, n=1)
     hint = f"did you mean {run.parent / near[0]}?" if near else "create one with bigbatch train."
     raise InputError(f"run {run} does not exist: {hint}")
 
