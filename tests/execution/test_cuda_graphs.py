@@ -451,6 +451,21 @@ def test_uncapturable_model_runs_eagerly_and_counts_once(why: str) -> None:
     assert said is None or pair.recorder.disabled_reason == said
 
 
+def test_random_numbers_are_drawn_after_failed_capture() -> None:
+    def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
+        inputs, targets, mask = microbatch
+        noisy = inputs + 1e-3 * torch.randn_like(inputs)
+        return reads_a_value(model, (noisy, targets, mask))
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=4, cuda_graphs=True, check=False)
+    for window in range(3):
+        engine.step(masked_batch(8, window))
+    assert engine.runner.disabled_reason
+    assert nn.Dropout(0.5)(torch.ones(1000, device=DEVICE)).unique().tolist() == [0.0, 2.0]
+
+
 @pytest.mark.parametrize("loss_fn", [reads_a_value, fails_after_backward_began])
 def test_memory_is_released_after_failed_capture(loss_fn: Callable[..., Any]) -> None:
     pair = Pair(mlp(torch.float64), loss_fn)

@@ -250,3 +250,15 @@ def _end_capture(pool: Any) -> None:
     with suppress(RuntimeError):  # already ended
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    _end_capture_of_random_state()
+
+
+def _end_capture_of_random_state() -> None:
+    """Let random numbers be drawn again after a failed capture, which leaves the generator as within a capture.
+
+    A capture that succeeds sets it back. The graph is empty but for one copy, and is dropped.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    source, target = torch.zeros(1, device=device), torch.zeros(1, device=device)
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        target.copy_(source)
