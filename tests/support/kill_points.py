@@ -30,7 +30,7 @@ import torch
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.cli.commands import resume, train
 from bigbatch.cli.options import ResumeOptions
-from bigbatch.errors import CheckpointError
+from bigbatch.errors import BigbatchError
 from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.lm.checkpoint import manager, newest
 from bigbatch.lm.checkpoint.hashed_file import HashedFile
@@ -262,7 +262,7 @@ class KillExperiment:
             try:
                 os.close(began)
                 status = self._run_in_child(kind, path, kill, tell)
-            except (OSError, CheckpointError):
+            except (OSError, BigbatchError):
                 traceback.print_exc()
                 status = 1 if kill.how == "full disk" else 70  # as the command line does
             except BaseException:  # noqa: BLE001 - printed; the child exits here
