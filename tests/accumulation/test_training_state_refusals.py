@@ -371,3 +371,37 @@ def test_state_keeps_its_dtype(make_optimizer: Callable[[Any], optim.Optimizer],
     for engine in (one, other):
         engine.step(rows(3).to(dtype))
     assert equal(one.state_dict(), other.state_dict())
+
+
+def test_state_inside_window_is_refused() -> None:
+    engine = engine_of(adamw)
+    state = copy.deepcopy(engine.state_dict())
+    window = engine.accumulator.window()
+    window.backward(engine.model(rows(7)).square().sum(), items=6)
+    for call, use in {
+        "state_dict": engine.state_dict,
+        "load_state_dict": lambda: engine.load_state_dict(state),
+    }.items():
+        with pytest.raises(bigbatch.WindowStateError) as caught:
+            use()
+        assert str(caught.value) == (
+            f"{call}() was called while a window holds gradients, which no state contains. Call it between two "
+            "windows: after window.step() or window.abort(), and not inside loss_fn."
+        )
+    window.abort()
+    engine.load_state_dict(state)
+
+
+def test_loss_function_cannot_capture_state() -> None:
+    states: list[State] = []
+
+    def capturing(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        if len(batch) == 1:  # the last micro-batch
+            states.append(engine.state_dict())
+        return loss_fn(model, batch)
+
+    model = nn.Linear(4, 2).double()
+    engine = bigbatch.Engine(model, optim.SGD(model.parameters()), capturing, microbatch=2, check=False)
+    with pytest.raises(bigbatch.WindowStateError, match=r"^state_dict\(\) was called while a window"):
+        engine.step(rows(0)[:5])
+    assert not states and engine.state_dict()["engine"]["num_steps"] == 0

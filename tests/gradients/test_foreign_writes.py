@@ -75,8 +75,8 @@ def test_refusal_names_first_changed_parameter():
     assert str(refused.value) == (
         "the gradients of this window were changed since its last backward, by optimizer.zero_grad(), by clipping, "
         "by a hook, by a backward of your own or by another window over the same parameters. The first that differs is "
-        "that of parameter 4 of 6, of shape (4,). Remove it: a window clears the gradients when it opens and when it "
-        "ends, and alone adds to them in between."
+        "that of parameter 4 of 6, of shape (4,). Remove the code that does this: a window clears the gradients when "
+        "it opens and when it ends, and nothing else may write to them in between."
     )
 
 
@@ -288,5 +288,18 @@ def test_refusal_mentions_no_parameter_for_moved_gradient():
     with GradientSums(model.parameters()) as sums:
         sums.backward(model(rows(torch.bfloat16)).sum())
         model(rows(torch.bfloat16)).sum().backward()
-        with pytest.raises(WindowStateError, match=re.escape("same parameters. Remove it")):
+        with pytest.raises(WindowStateError, match=re.escape("same parameters. Remove the code")):
             sums.tensors()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_backwards", [1, 3])
+def test_half_precision_gradient_set_between_backwards_is_refused(dtype, num_backwards):
+    """The next backward would add to it, and move both into the sum."""
+    model = three_layers(dtype)
+    window = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1)).window()
+    for _ in range(num_backwards):
+        window.backward(model(rows(dtype)).float().sum(), items=4)
+    model[2].weight.grad = torch.full_like(model[2].weight, 8.0)
+    with pytest.raises(WindowStateError, match="that of parameter 3 of 6"):
+        window.backward(model(rows(dtype)).float().sum(), items=4)

@@ -408,3 +408,18 @@ def test_narrow_weights_measure_same_within_precision(dtype: torch.dtype) -> Non
     assert wide is not None
     assert narrow is not None
     assert narrow.noise == pytest.approx(wide.noise, rel=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.complex64, torch.complex128)])
+def test_model_can_be_converted_between_windows(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=dtypes[0]))
+    model = torch.nn.ParameterList([parameter])
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD([parameter], lr=0.25))
+    for dtype in (*dtypes, dtypes[0]):
+        parameter.data = parameter.data.to(dtype)
+        with accumulator.window() as window:
+            for _ in range(2):
+                window.backward(parameter.abs().square().sum(), items=1)
+            report = window.step()
+        assert report.skipped is None
+    assert parameter.detach().abs().tolist() == pytest.approx([0.125] * 3)

@@ -61,8 +61,9 @@ class NoiseObserver:
             return
         dtypes = {parameter.dtype for parameter in sums.parameters}
         device = sums.parameters[0].device
-        if self._squared_norm_sum is None or self._squared_norm_sum.device != device:
-            dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        dtype = torch.float64 if dtypes & {torch.float64, torch.complex128} else torch.float32
+        norms = self._squared_norm_sum
+        if norms is None or norms.device != device or norms.dtype != dtype:  # the model may have been converted
             self._squared_norm_sum = torch.zeros((), dtype=dtype, device=device)
         self._squared_norm_sum.zero_()
         self._is_measuring, self._samples = True, float(samples or 0)

@@ -76,6 +76,25 @@ class OptimizerStep:
         if self.torn is not None:
             raise TornUpdateError(self.torn)
 
+    def check_between_windows(self, call: str) -> None:
+        """Raise if a window holds gradients: they belong to no state, and to the parameters as they are.
+
+        Args:
+            call: The method that needs this, for the message.
+
+        Raises:
+            WindowStateError: One does.
+        """
+        if self._window_holds_gradients():
+            raise WindowStateError(
+                f"{call}() was called while a window holds gradients, which no state contains. Call it between two "
+                "windows: after window.step() or window.abort(), and not inside loss_fn."
+            )
+
+    def _window_holds_gradients(self) -> bool:
+        holds_gradients = None if self._holds_gradients is None else self._holds_gradients()
+        return holds_gradients is not None and holds_gradients()
+
     def reset(self, num_steps: int, *, torn: str | None = None) -> None:
         """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
         self.num_steps = num_steps
@@ -213,8 +232,7 @@ class OptimizerStep:
         if self._is_stepping:
             self._called.add(id(optimizer))
             return
-        holds_gradients = None if self._holds_gradients is None else self._holds_gradients()
-        if holds_gradients is not None and holds_gradients():
+        if self._window_holds_gradients():
             raise WindowStateError(
                 f"{type(optimizer).__name__}.step() was called while a window holds undivided gradients. Remove the "
                 "call: window.step() steps the optimizer, once."

@@ -71,9 +71,11 @@ class TrainingState:
 
         Raises:
             TornUpdateError: The last update is torn: its state is not to be saved.
+            WindowStateError: A window holds gradients.
         """
         update = self._update
         update.steps.check_not_torn()
+        update.steps.check_between_windows("state_dict")
         self._tensors.note_trained()
         return {
             "model": {name: tensor.detach() for name, tensor in self._tensors.belonging().items()},
@@ -104,8 +106,10 @@ class TrainingState:
         Raises:
             ValueError: It is the state of another model, optimizer, scheduler or scaler, of a newer version of
                 bigbatch, or damaged.
+            WindowStateError: A window holds gradients.
         """
         update = self._update
+        update.steps.check_between_windows("load_state_dict")
         state = check_top_level(state)
         of = StateFormat(state)
         required = self._tensors.required(of_old_state=of.is_old)

@@ -24,7 +24,10 @@ from bigbatch.errors import WindowStateError
 SumVersions: TypeAlias = tuple[list[Tensor | None], list[int | None]]
 
 _GRAD, _VERSION, _DTYPE = attrgetter("grad"), attrgetter("_version"), attrgetter("dtype")
-_REMEDY = "Remove it: a window clears the gradients when it opens and when it ends, and alone adds to them in between."
+_REMEDY = (
+    "Remove the code that does this: a window clears the gradients when it opens and when it ends, and nothing else "
+    "may write to them in between."
+)
 
 
 class ForeignWrites:
@@ -47,6 +50,7 @@ class ForeignWrites:
         self._sums = self._grads
         self._versions: list[int | None] = [None] * len(self._parameters)
         self._are_in_place = False  # whether all later backwards add to the same tensors
+        self._adds_grads = False  # whether backwards move .grad to other sums: what is in it would be added
         self._saw_backward = False
         self._dtypes: list[torch.dtype] = []
         self._parameter_versions: list[int] = []  # at the first backward
@@ -70,6 +74,7 @@ class ForeignWrites:
         """
         grads = self._grads = list(map(_GRAD, self._parameters))
         self._sums = grads
+        self._adds_grads = bool(float32_sums)
         if float32_sums:
             self._sums = [float32_sums.get(p, grad) for p, grad in zip(self._parameters, grads, strict=True)]
         self._are_in_place = not (can_replace or self._parameters_are_wrapped) and all(
@@ -110,6 +115,8 @@ class ForeignWrites:
         """
         if self._are_in_place:
             if list(map(_VERSION, self._sums)) != self._versions or self._saw_backward:
+                self._refuse()
+            if self._adds_grads and not self._has_recorded_grads():
                 self._refuse()
         elif self._read_versions() != self._versions or self._saw_backward or not self._has_recorded_grads():
             self._refuse()
