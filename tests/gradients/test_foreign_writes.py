@@ -303,3 +303,13 @@ def test_half_precision_gradient_set_between_backwards_is_refused(dtype, num_bac
     model[2].weight.grad = torch.full_like(model[2].weight, 8.0)
     with pytest.raises(WindowStateError, match="that of parameter 3 of 6"):
         window.backward(model(rows(dtype)).float().sum(), items=4)
+
+
+def test_conversion_inside_window_is_refused():
+    model = three_layers(torch.float32)
+    window = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1)).window()
+    window.backward(model(rows(torch.float32)).sum(), items=4)
+    model[4].double()
+    window.backward(model[4](torch.ones(4, 4, dtype=torch.float64)).sum(), items=4)
+    with pytest.raises(WindowStateError, match=r"parameter 5 of 6, of shape \(2, 4\), was float32 .* is float64 now"):
+        window.step()

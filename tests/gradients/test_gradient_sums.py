@@ -110,3 +110,13 @@ def test_sparse_sums_are_coalesced_into_gradient():
         assert values.tolist() == [[1, 1], [3, 3], [1, 1]]
         values.mul_(0.5)
         assert table.weight.grad.to_dense().tolist() == [[0.5, 0.5], [1.5, 1.5], [0, 0], [0, 0], [0.5, 0.5]]
+
+
+def test_loss_without_graph_names_a_legal_one():
+    model = torch.nn.Linear(2, 1)
+    with GradientSums(model.parameters()) as sums, pytest.raises(ValueError, match="parameter") as refused:
+        sums.backward(torch.zeros(()))
+    assert str(refused.value) == (
+        "the loss does not depend on any parameter that requires a gradient: was it detached, or computed under "
+        "torch.no_grad()? The loss of a micro-batch without anything to learn is model_output.sum() * 0."
+    )

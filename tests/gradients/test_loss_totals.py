@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import bigbatch
 from bigbatch.gradients.loss_totals import LossTotals, as_terms
 
 LOSS = torch.tensor(6.0, requires_grad=True)
@@ -211,6 +212,25 @@ def test_counted_but_missing_term_is_found():
     ledger.record({"a": (LOSS, 2)})
     with pytest.raises(ValueError, match="count_items returned 1 items for the term 'b', and the micro-batches had 0"):
         ledger.divisor()
+
+
+@pytest.mark.parametrize("use", ["engine", "window", "windows"])
+def test_items_of_terms_are_a_dictionary(use):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator, rows = bigbatch.Accumulator(model, optimizer), torch.ones(3, 2)
+    engine = bigbatch.Engine(model, optimizer, lambda m, x: (m(x).sum(), len(x)), microbatch=2, count_items=len)
+    calls = {
+        "engine": lambda: engine.step(rows),
+        "window": lambda: accumulator.window(totals=3),
+        "windows": lambda: next(accumulator.windows([rows], num_microbatches=1, count_items=len)),
+    }
+    with pytest.raises(TypeError) as refused:
+        calls[use]()
+    assert str(refused.value) == (
+        "the items of the terms are a int: count_items= and totals= need a dictionary {term: items}, such as "
+        "{'class': 128, 'box': 64}. A loss of one term needs neither."
+    )
 
 
 def test_items_of_term_with_zero_total_are_found():

@@ -20,7 +20,7 @@ from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import WindowStateError
-from bigbatch.gradients.loss_checks import as_count
+from bigbatch.gradients.loss_checks import as_count, as_totals
 from bigbatch.types import CountItems, Items
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ class Accumulator:
 def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:
     totals: dict[str, Items] = {}
     for count in counts:
-        for name, items in count.items():
+        for name, items in as_totals(count).items():
             totals[name] = totals.get(name, 0) + as_count(name, items)
     return totals
 

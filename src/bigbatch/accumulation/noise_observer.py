@@ -62,10 +62,10 @@ class NoiseObserver:
         dtypes = {parameter.dtype for parameter in sums.parameters}
         device = sums.parameters[0].device
         dtype = torch.float64 if dtypes & {torch.float64, torch.complex128} else torch.float32
-        norms = self._squared_norm_sum
-        if norms is None or norms.device != device or norms.dtype != dtype:  # the model may have been converted
-            self._squared_norm_sum = torch.zeros((), dtype=dtype, device=device)
-        self._squared_norm_sum.zero_()
+        total = self._squared_norm_sum
+        if total is None or total.device != device or total.dtype != dtype:  # the model may have been converted
+            total = self._squared_norm_sum = torch.zeros((), dtype=dtype, device=device)
+        total.zero_()
         self._is_measuring, self._samples = True, float(samples or 0)
         if self._measures_every_window:
             sums.observe(self)
@@ -106,7 +106,9 @@ class NoiseObserver:
         values = gradient.coalesce()._values() if gradient.is_sparse else gradient
         assert self._squared_norm_sum is not None, "only attached windows are observed"
         real = torch.view_as_real(values) if values.is_complex() else values
-        self._norms.append(torch.linalg.vector_norm(real, dtype=self._squared_norm_sum.dtype))
+        dtype = self._squared_norm_sum.dtype
+        wide = real if real.dtype.itemsize <= dtype.itemsize else real.to(dtype)  # converted within the window
+        self._norms.append(torch.linalg.vector_norm(wide, dtype=dtype))
 
     def on_backward_end(self, *, succeeded: bool) -> None:
         """Add the squared norm of the whole micro-batch gradient."""

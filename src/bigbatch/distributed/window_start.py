@@ -7,6 +7,7 @@ from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync
 from bigbatch.distributed.window_vote import terms_from_numbers, terms_to_numbers
 from bigbatch.errors import RankFailedError
+from bigbatch.gradients.loss_checks import as_totals
 from bigbatch.types import Items
 
 
@@ -47,8 +48,8 @@ def agree_on_start(
         return num_microbatches, totals
     own = WindowStart(False, sync.needs_padding_microbatch, num_microbatches)
     try:
-        values = _to_numbers(own, totals or {})
-    except ValueError:
+        values = _to_numbers(own, {} if totals is None else as_totals(totals))
+    except (TypeError, ValueError):
         announce_failure(sync)
         raise
     rows = sync.all_gather(values)

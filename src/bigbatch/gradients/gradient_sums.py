@@ -165,7 +165,8 @@ class GradientSums:
         if not loss.requires_grad or not (inputs or self._hides_leaves):
             raise ValueError(
                 "the loss does not depend on any parameter that requires a gradient: was it detached, or computed "
-                "under torch.no_grad()?"
+                "under torch.no_grad()? The loss of a micro-batch without "
+                "anything to learn is model_output.sum() * 0."
             )
         self._adding, succeeded, was_frozen = True, False, False
         try:

@@ -1,6 +1,7 @@
 """Checks of the losses and counts that loss functions return, and the messages about those that are invalid."""
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import NoReturn
 
@@ -27,6 +28,20 @@ def refuse_loss(name: str, loss_sum: object) -> NoReturn:
         f"the loss of the term {name!r} has shape {tuple(loss_sum.shape)}: it must be the 0-d sum of the item losses. "
         "Use reduction='sum', or call .sum() on it."
     )
+
+
+def as_totals(totals: object) -> Mapping[str, Items]:
+    """Return the items of each term, after checking that they are a mapping.
+
+    Raises:
+        TypeError: They are not.
+    """
+    if not isinstance(totals, Mapping):
+        raise TypeError(
+            f"the items of the terms are {describe(totals)}: count_items= and totals= need a dictionary "
+            "{term: items}, such as {'class': 128, 'box': 64}. A loss of one term needs neither."
+        )
+    return totals
 
 
 def as_count(name: str, items: object) -> Items:

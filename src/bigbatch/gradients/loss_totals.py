@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.gradients.loss_checks import as_count, describe, refuse_loss
+from bigbatch.gradients.loss_checks import as_count, as_totals, describe, refuse_loss
 from bigbatch.types import Items, Terms
 from bigbatch.window_report import TermReport
 
@@ -67,7 +67,7 @@ class LossTotals:
     def __init__(self, totals: Mapping[str, Items] | None = None, *, prescale: bool = False) -> None:
         self.totals: dict[str, float] | None = None
         if totals is not None:  # counts on a device are read here: the first backward divides by them
-            self.totals = {name: _read(as_count(name, items)) for name, items in totals.items()}
+            self.totals = {name: _read(as_count(name, items)) for name, items in as_totals(totals).items()}
         self._prescale = prescale
         self._prescaled_by: float | Tensor | None = None
         self.num_recorded = 0
