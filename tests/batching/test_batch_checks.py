@@ -233,3 +233,28 @@ def test_compressed_sparse_tensor_is_refused():
     assert str(caught.value) == (
         "batch['x'] has the layout torch.sparse_csr, which cannot be split. Pass batch['x'].to_sparse_coo()."
     )
+
+
+@pytest.mark.parametrize("element", [torch.ones(8, 3), {"image": torch.ones(8, 3)}], ids=["tensors", "dicts"])
+def test_fields_stay_fields_in_last_batch(element):
+    """As the default DataLoader returns two views and a label: its last batch may have two samples."""
+
+    def take(count):
+        first = element[:count] if isinstance(element, torch.Tensor) else {"image": element["image"][:count]}
+        return [[first, first], torch.ones(count)]
+
+    known_fields = set()
+    with pytest.raises(ValueError, match=r"batch\[0\] is a list of 2 .* as many as there are samples"):
+        split(take(2), 1, device=CPU, known_fields=known_fields)
+    split(take(5), 1, device=CPU, known_fields=known_fields)
+    assert len(split(take(2), 1, device=CPU, known_fields=known_fields)) == 2
+    other = [torch.ones(2), [torch.ones(2, 3), torch.ones(2, 3)]]  # at another place
+    with pytest.raises(ValueError, match=r"batch\[1\] is a list of 2 tensors, as many as there are samples"):
+        split(other, 1, device=CPU, known_fields=known_fields)
+
+
+def test_refused_batch_makes_no_list_known():
+    known_fields = set()
+    with pytest.raises(ValueError, match="disagree on the number of samples"):
+        split([[torch.ones(4), torch.ones(3)], torch.ones(3)], 1, device=CPU, known_fields=known_fields)
+    assert not known_fields

@@ -170,7 +170,7 @@ def test_time_first_batch_is_refused_with_argument():
         assert str(caught.value) == (
             "the LSTM '0.encoder' reads dimension 0 as time (with batch_first=False), and its input of shape [3, 4, 3] "
             "has the 3 sample(s) of the micro-batch there. Pass batch_dim=1 for a batch [time, batch, ...], or "
-            "batch_dim=0 if dimension 0 is the sample."
+            "batch_dim=0 if dimension 0 of the batch is the sample and the model is right."
         )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())

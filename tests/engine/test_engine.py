@@ -523,3 +523,25 @@ def test_release_without_cuda_graphs_does_nothing():
     engine.release_cuda_graphs()
     assert engine.runner.static_buffers is None
     assert_full(optimizer, engine.model, batch)
+
+
+def test_two_views_may_end_in_two_samples():
+    samples = [((torch.full((3,), float(i)), torch.full((3,), -2.0 * i)), float(i)) for i in range(8)]
+    torch.manual_seed(0)
+    model, other = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    other.load_state_dict(model.state_dict())
+
+    def two_views(model, batch):
+        (first, second), labels = batch
+        return (model(first) * model(second) * labels[:, None]).sum(), len(labels)
+
+    engine = bigbatch.Engine(model, torch.optim.SGD(model.parameters(), lr=1e-4), two_views, microbatch=1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=1e-4)
+    for batch in torch.utils.data.DataLoader(samples, batch_size=3):
+        engine.step(batch)
+        optimizer.zero_grad()
+        loss_sum, items = two_views(other, batch)
+        (loss_sum / items).backward()
+        optimizer.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)

@@ -35,15 +35,21 @@ def check_batch_dim(batch_dim: int | None, collate: object) -> None:
         )
 
 
-def samples_of(batch: Any, dim: int) -> int:
+def samples_of(batch: Any, dim: int, known_fields: set[tuple[str, int]]) -> int:
     """Count the samples of a batch, and raise if it can be read in two ways or cannot be split.
+
+    Args:
+        batch: As for `bigbatch.batching.split.split`.
+        dim: The dimension that is the sample.
+        known_fields: Name and length of lists that were fields in earlier batches, whose number of samples was another:
+            they are fields in a batch of as many samples, too. Those of this batch are added.
 
     Raises:
         TypeError: A value cannot be split, or no tensor has a sample dimension.
         ValueError: Tensors disagree on the number of samples, or a list may be samples or fields.
     """
     named = list(_named_leaves(batch, "batch"))
-    _check_lists(batch, "batch", named, dim)
+    fields = _check_lists(batch, "batch", named, dim, known_fields)
     for name, leaf in named:
         _check_leaf(name, leaf, dim)
     counts = {name: leaf.size(dim) for name, leaf in named if leaf is not None and leaf.ndim}
@@ -51,6 +57,7 @@ def samples_of(batch: Any, dim: int) -> int:
         raise TypeError("the batch contains no tensor with a sample dimension: pass tensors, or a list with collate=.")
     if len(set(counts.values())) > 1:
         raise ValueError(_disagreement(counts, dict(named), dim))
+    known_fields.update(fields)
     return int(next(iter(counts.values())))
 
 
@@ -117,26 +124,30 @@ def _disagreement(counts: dict[str, int], leaves: Mapping[str, Any], dim: int) -
     )
 
 
-def _check_lists(value: Any, name: str, named: list[tuple[str, Any]], dim: int) -> None:
-    """Raise if a list in a batch may be samples or fields of all samples."""
-    found = children(value)
-    for selector, child in found or ():
-        _check_lists(child, name + selector, named, dim)
+def _check_lists(
+    value: Any, name: str, named: list[tuple[str, Any]], dim: int, known_fields: set[tuple[str, int]]
+) -> set[tuple[str, int]]:
+    """Return the lists in a batch that are fields by their length; raise if one may be samples or fields."""
+    fields: set[tuple[str, int]] = set()
+    for selector, child in children(value) or ():
+        fields |= _check_lists(child, name + selector, named, dim, known_fields)
     if not isinstance(value, list) or len(value) < 2 or (element := _common_kind(value)) is None:
-        return
+        return fields
     inside = {id(leaf) for _, leaf in _named_leaves(value, name)}
     outside = [leaf for _, leaf in named if isinstance(leaf, Tensor) and leaf.ndim > dim and id(leaf) not in inside]
     if outside:
         is_ambiguous = len(value) in {leaf.size(dim) for leaf in outside}
+        fields |= set() if is_ambiguous else {(name, len(value))}
         why = f"as many as there are samples: it can be read as one {element} for each sample"
     else:
         is_ambiguous = len(value) > (MOST_FIELDS if element in ("tensor", "list") else 1)
         why = f"which can be read as {len(value)} samples"
-    if is_ambiguous:
+    if is_ambiguous and (name, len(value)) not in known_fields:
         raise ValueError(
             f"{name} is a list of {len(value)} {element}s, {why}, or as {len(value)} fields of every sample. Pass a "
             f"list of samples with collate= for the first, or {name} as a tuple for the second."
         )
+    return fields
 
 
 def _common_kind(elements: list[Any]) -> str | None:

@@ -64,6 +64,7 @@ def split(
     device: torch.device,
     collate: Collate | None = None,
     batch_dim: int | None = None,
+    known_fields: set[tuple[str, int]] | None = None,
 ) -> Split:
     """Split a batch into micro-batches of ``microbatch`` samples; the last one may have fewer.
 
@@ -75,6 +76,7 @@ def split(
         device: Device to which each micro-batch is moved when it is used: its tensors, and other objects with ``to()``.
         collate: Builds a micro-batch from a list of samples.
         batch_dim: The dimension of tensors that is the sample, by default 0.
+        known_fields: As for `bigbatch.batching.batch_checks.samples_of`, of earlier batches of the same form.
 
     Raises:
         TypeError: The batch contains something that cannot be split.
@@ -83,7 +85,7 @@ def split(
     """
     if type(microbatch) is not int or microbatch < 1:
         check_count("microbatch", microbatch, "the samples of one micro-batch")
-    num_samples, gather = _gatherer(batch, collate, batch_dim)
+    num_samples, gather = _gatherer(batch, collate, batch_dim, known_fields)
     groups = _ranges(num_samples, microbatch)
     views: dict[Sequence[int], Any] = {}
     if collate is None and not batch_dim:
@@ -98,6 +100,7 @@ def split_into(
     device: torch.device,
     collate: Collate | None = None,
     batch_dim: int | None = None,
+    known_fields: set[tuple[str, int]] | None = None,
 ) -> Split:
     """Split a batch into the given groups of samples; other arguments and errors are those of `split`.
 
@@ -107,21 +110,30 @@ def split_into(
         device: As for `split`.
         collate: As for `split`.
         batch_dim: As for `split`.
+        known_fields: As for `split`.
     """
-    num_samples, gather = _gatherer(batch, collate, batch_dim)
+    num_samples, gather = _gatherer(batch, collate, batch_dim, known_fields)
     return Split(num_samples, groups, device, gather)
+
+
+def split_options(device: torch.device, collate: Collate | None, batch_dim: int | None) -> dict[str, Any]:
+    """Return the arguments of `split` and `split_into` for all batches of one run, which have the same form."""
+    return {"device": device, "collate": collate, "batch_dim": batch_dim, "known_fields": set()}
 
 
 def _ranges(num_samples: int, microbatch: int) -> list[range]:
     return [range(start, min(start + microbatch, num_samples)) for start in range(0, num_samples, microbatch)]
 
 
-def _gatherer(batch: Any, collate: Collate | None, batch_dim: int | None) -> tuple[int, Gather]:
+def _gatherer(
+    batch: Any, collate: Collate | None, batch_dim: int | None, known_fields: set[tuple[str, int]] | None
+) -> tuple[int, Gather]:
     """Return the number of samples of a batch, and the function that gathers a micro-batch of some of them."""
     if batch_dim is not None:
         check_batch_dim(batch_dim, collate)
     if collate is None:
-        return (None if batch_dim else _flat_gatherer(batch)) or _tree_gatherer(batch, batch_dim or 0)
+        known_fields = set() if known_fields is None else known_fields
+        return (None if batch_dim else _flat_gatherer(batch)) or _tree_gatherer(batch, batch_dim or 0, known_fields)
     if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
         raise TypeError(f"with collate= the batch must be a list of samples, not a {type(batch).__name__}.")
 
@@ -181,8 +193,8 @@ def _count_flat(batch: Any) -> int | None:
     return num_samples
 
 
-def _tree_gatherer(batch: Any, dim: int) -> tuple[int, Gather]:
-    num_samples = samples_of(batch, dim)
+def _tree_gatherer(batch: Any, dim: int, known_fields: set[tuple[str, int]]) -> tuple[int, Gather]:
+    num_samples = samples_of(batch, dim, known_fields)
     leaves, structure = flatten(batch, is_cut=True)
     if not dim and all(leaf is None or (leaf.layout is torch.strided and not leaf.is_nested) for leaf in leaves):
         return num_samples, _row_gather(leaves, structure)

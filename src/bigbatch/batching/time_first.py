@@ -82,5 +82,5 @@ class TimeFirstCheck:
         raise ValueError(
             f"the {layer_name} reads dimension 0 as time ({why}), and its input of shape {list(first.shape)} has the "
             f"{self._num_samples} sample(s) of the micro-batch there. Pass batch_dim=1 for a batch [time, batch, ...], "
-            "or batch_dim=0 if dimension 0 is the sample."
+            "or batch_dim=0 if dimension 0 of the batch is the sample and the model is right."
         )

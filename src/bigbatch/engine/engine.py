@@ -21,7 +21,7 @@ from bigbatch.autotune.peak_prediction import prediction_obstacle
 from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.batching.prefetch import Prefetcher
-from bigbatch.batching.split import Split, split, split_into
+from bigbatch.batching.split import Split, split, split_into, split_options
 from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
@@ -139,7 +139,7 @@ class Engine:
         self.memory = memory
         self.collate = collate
         device = self.accumulator.device
-        self._split_options: dict[str, Any] = {"device": device, "collate": collate, "batch_dim": batch_dim}
+        self._split_options = split_options(device, collate, batch_dim)
         self._time_first = TimeFirstCheck(model if collate is None and batch_dim is None else nn.Identity())
         self.lengths = lengths
         self.count_items = count_items
