@@ -278,6 +278,25 @@ def test_optimizer_that_writes_through_data_is_accepted():
     assert torch.allclose(values(actual), values(expected), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("first", [0, 0.5])
+def test_optimizer_that_steps_every_second_time_raises(first: float):
+    class Accumulating(WritesThroughData):
+        """Accumulates on its own: a second accumulation inside that of the window."""
+
+        def step(self, closure: Any = None) -> None:
+            self.num_calls = getattr(self, "num_calls", first) + 1
+            self.idle = self.num_calls < 2
+            super().step()
+
+    model = make_model()
+    before = values(model).clone()
+    engine = bigbatch.Engine(model, Accumulating(model.parameters()), loss_fn, microbatch=4)
+    with pytest.raises(WindowStateError, match=r"^Accumulating\.step\(\) returned without an update: no "):
+        engine.step(make_batch())
+    assert torch.equal(values(model), before)
+    assert engine.accumulator.num_steps == 0
+
+
 def test_wrapper_that_counts_its_calls_still_raises():
     class CountingWrapper(WritesThroughData):
         def step(self, closure: Any = None) -> None:

@@ -43,7 +43,7 @@ class StepSnapshot:
 
     @property
     def attributes_changed(self) -> bool:
-        """Whether the optimizer rebound an attribute of its own; False for wrappers of other optimizers."""
+        """Whether the optimizer rebound an attribute of its own, not a number; False for wrappers of optimizers."""
         is_wrapper = any(isinstance(value, torch.optim.Optimizer) for value in vars(self.optimizer).values())
         return not is_wrapper and _attributes(self.optimizer) != self._attributes
 
@@ -117,7 +117,8 @@ def _first_changed(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _attributes(optimizer: "Optimizer") -> dict[str, int]:
-    return {name: id(value) for name, value in vars(optimizer).items() if name != "_opt_called"}  # set by schedulers
+    """Return the identities of attributes: not of numbers, which count the calls of an optimizer that skips some."""
+    return {name: id(value) for name, value in vars(optimizer).items() if not isinstance(value, int | float)}
 
 
 def _version_or_value(value: Any) -> Any:
