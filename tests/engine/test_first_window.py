@@ -417,3 +417,30 @@ def test_later_windows_call_the_loss_once_per_microbatch():
     calls.clear()
     engine.step(rows())
     assert calls == [3, 3, 3, 3]
+
+
+STATISTICS = {
+    "centred": lambda outputs: (outputs - outputs.mean(0)).square().sum(),
+    "variance": lambda outputs: outputs.var(dim=(0, 1)) * len(outputs),
+    "deviation": lambda outputs: F.relu(1 - outputs.std(0)).sum() * len(outputs),
+    "softmax": lambda outputs: outputs.softmax(0).square().sum(),
+    "log-sum-exp": lambda outputs: outputs.logsumexp(0).sum() * len(outputs),
+}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS)
+@pytest.mark.parametrize("microbatch", [4, 6])
+def test_statistics_over_samples_are_named(statistic, microbatch):
+    engine = make(mlp(), lambda model, part: (statistic(model(part)), len(part)), microbatch)
+    assert warning_of(engine, rows()).startswith("- the loss couples samples: ")
+
+
+def test_warnings_of_torch_in_check_are_hidden():
+    """Halves of two samples have no variance, of which torch warns."""
+    engine = make(mlp(), lambda model, part: (model(part).var(0).sum() * len(part), len(part)), microbatch=2)
+    assert "couples samples" in warning_of(engine, rows(8))
+
+
+@pytest.mark.parametrize("statistic", [torch.softmax, torch.logsumexp, torch.mean, torch.var])
+def test_statistics_over_features_are_silent(statistic):
+    make(mlp(), lambda model, part: (statistic(model(part), -1).square().sum(), len(part))).step(rows())

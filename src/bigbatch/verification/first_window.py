@@ -139,7 +139,10 @@ class FirstWindowCheck:
     ) -> list[Cause] | None:
         """Return the causes that a few samples show; None if they have no items or no finite loss."""
         try:
-            with preserved(self._model, *modules_used_by(loss_fn), parameters=False) as state:
+            with (
+                warnings.catch_warnings(action="ignore"),  # of torch, about fewer samples than the user passed
+                preserved(self._model, *modules_used_by(loss_fn), parameters=False) as state,
+            ):
                 for module in [*active_dropouts(self._model).values(), *training_batch_norms(self._model).values()]:
                     module.eval()
                 cut_gradients = CutGradients(self._model, loss_fn, parts, restore=state.restore)

@@ -10,6 +10,7 @@ from torch import Tensor
 MAX_NODES = 64  # from the loss backwards: the operations of the loss, not the model
 MAX_CHAIN = 6  # operations of a penalty on a parameter
 PAIRWISE = ("CdistBackward", "EuclideanDistBackward", "PdistBackward")
+STATISTICS = tuple(f"{name}Backward" for name in ("Mean", "Var", "Std", "Softmax", "LogSoftmax", "Logsumexp"))
 LAYOUT_OPERATIONS = ("TBack", "Transpose", "Permute", "ToCopy", "View")
 MEAN, ACCUMULATE = 1, "AccumulateGrad"  # _saved_reduction of torch's losses; node of a leaf
 
@@ -37,6 +38,8 @@ def _is_sign(node: Any) -> bool:
     name = type(node).__name__
     if name.startswith(PAIRWISE):
         return True
+    if name.startswith(STATISTICS) and _is_over_samples(node):
+        return True
     shape = _shape(node)
     if name.startswith("MmBackward"):
         return not any(_is_parameter(child) for child, _ in node.next_functions)
@@ -46,6 +49,12 @@ def _is_sign(node: Any) -> bool:
         return True
     is_sum = name.startswith(("AddBackward", "SubBackward"))
     return is_sum and any(_is_penalty(child) for child, _ in node.next_functions)
+
+
+def _is_over_samples(node: Any) -> bool:
+    """Return whether an operation reduces or normalizes along dimension 0."""
+    dims = getattr(node, "_saved_dim", None)
+    return 0 in dims if isinstance(dims, tuple | list) else dims == 0
 
 
 def _shape(node: Any) -> tuple[int, ...] | None:
