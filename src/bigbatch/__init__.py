@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigbatch.accumulation.accumulator import Accumulator as Accumulator
-    from bigbatch.accumulation.pending_update import WindowState as WindowState
     from bigbatch.accumulation.window import Window as Window
+    from bigbatch.accumulation.window_content import WindowState as WindowState
     from bigbatch.batching.plan import Plan as Plan
     from bigbatch.batching.plan import TokenBudget as TokenBudget
     from bigbatch.batching.plan import plan as plan

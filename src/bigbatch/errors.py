@@ -45,7 +45,7 @@ class RestartError(BigbatchError, RuntimeError):
 
 
 class ShardedMemoryError(MemoryLimitError):
-    """A rank of a sharded model ran out of memory; the other ranks cannot wait while it retries smaller pieces."""
+    """A rank of a sharded model, or in lockstep, ran out of memory; the others cannot wait while it retries pieces."""
 
 
 class TornUpdateError(BigbatchError, RuntimeError):

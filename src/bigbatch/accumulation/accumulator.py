@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from bigbatch.accumulation.noise_observer import NoiseObserver
 from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite, OptimizerUpdate
-from bigbatch.accumulation.pending_update import PendingUpdate, WindowContent, WindowState, never
+from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.window import Window
+from bigbatch.accumulation.window_content import WindowContent, WindowState
 from bigbatch.batching.checks import check_count
 from bigbatch.distributed.collective import fail_together
 from bigbatch.distributed.detect import detect_sync
-from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
 from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import WindowStateError
@@ -42,7 +43,7 @@ class Accumulator:
     Each window updates the optimizer's parameters with Σ_i ∇loss_sum_i / Σ_i items_i. Only these parameters receive a
     gradient, so accumulators over different parameters may share a graph and be open at the same time (to differentiate
     one loss in two windows, pass ``retain_graph=True`` to the first; for several optimizers of one model, pass all of
-    them here). Their ``.grad`` is cleared when a window opens and when it ends.
+    them here). Their ``.grad`` is cleared when a window opens and when it ends, except by `Window.finish`.
 
     Over several ranks the sums run over all of them; ranks may have different micro-batches and items, or none. Opening
     a window and its ``step`` are collective.
@@ -50,13 +51,16 @@ class Accumulator:
     Args:
         model: The module being trained: plain, in ``DistributedDataParallel``, or with `fully_shard` applied to it.
         optimizer: A ``torch.optim.Optimizer`` over its parameters, of any dtypes; bfloat16 parameters sum in float32.
-            Or several over different parameters, such as ``[muon, adamw]``: one update steps all of them.
+            Or several over different parameters, such as ``[muon, adamw]``: one update steps all of them. None if other
+            code updates the weights: windows then end with `Window.finish`, and have the parameters of the model that
+            require a gradient when they open, without those of other modules, such as a loss.
         max_grad_norm: Largest 2-norm of the divided gradient over all parameters; None to not clip.
         gradient_hook: ``gradient_hook(parameters)``, called once per update before the optimizer's step with the
             parameters that have a gradient. Their ``.grad`` is divided and clipped to ``max_grad_norm``, and may be
             changed in place: ``lambda parameters: torch.nn.utils.clip_grad_value_(parameters, 0.1)``.
         scheduler: A learning-rate scheduler, stepped once after each update; or several.
-        scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``.
+        scaler: A ``torch.amp.GradScaler`` for float16 autocast. Call neither its ``scale`` nor its ``step``. Without an
+            optimizer its scale is only read, for the backward of micro-batches: its owner unscales, steps and updates.
         nonfinite: What a window does if its loss or gradient is not finite. ``"skip"``: no parameter, optimizer state
             or schedule changes, and the report says so; ``"raise"``: the same, and `NonFiniteError` is raised.
         sync: When the gradients of a sharded model are reduced, a `SyncPolicy`; or a `Replicated` of a plain model that
@@ -73,13 +77,14 @@ class Accumulator:
 
     Raises:
         TypeError: The wrapper, optimizer or scheduler is of a kind that is not supported.
-        ValueError: None of the optimizer's parameters belongs to the model, or two optimizers have the same parameter.
+        ValueError: None of the optimizer's parameters belongs to the model, two optimizers have the same parameter, or
+            there is no optimizer and no parameter of the model requires a gradient.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: "Optimizer | Sequence[Optimizer]",
+        optimizer: "Optimizer | Sequence[Optimizer] | None",
         *,
         max_grad_norm: float | None = None,
         gradient_hook: GradientHook | None = None,
@@ -91,6 +96,7 @@ class Accumulator:
     ) -> None:
         self.update = OptimizerUpdate(
             optimizer,
+            model=model,
             scheduler=scheduler,
             scaler=scaler,
             max_grad_norm=max_grad_norm,
@@ -103,7 +109,7 @@ class Accumulator:
         self.model = model
         self.optimizer = optimizer
         on_one_device = len({parameter.device for parameter in self.update.parameters()}) == 1
-        can_measure = noise and on_one_device and not self.sync.runs_in_lockstep
+        can_measure = noise and on_one_device and not self.sync.is_sharded
         self.noise = NoiseObserver() if can_measure else None
         self._open: PendingUpdate | None = None
 
@@ -264,6 +270,11 @@ def _total_items(counts: Iterable[Mapping[str, Items]]) -> dict[str, Items]:
 def _check_model(model: nn.Module, parameters: Sequence[Tensor]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is being trained.")
+    if not parameters:
+        raise ValueError(
+            f"no parameter of the {type(model).__name__} requires a gradient, and there is no optimizer: pass a model "
+            "that is to be trained, or call requires_grad_() on the layers that are."
+        )
     own = set(model.parameters())
     if own and not own.intersection(parameters):
         raise ValueError(
@@ -273,9 +284,7 @@ def _check_model(model: nn.Module, parameters: Sequence[Tensor]) -> None:
 
 
 def _check_float16(sync: GradientSync, update: OptimizerUpdate) -> None:
-    if sync.runs_in_lockstep and (
-        update.scaler is not None or any(p.dtype == torch.float16 for p in update.parameters())
-    ):
+    if sync.is_sharded and (update.scaler is not None or any(p.dtype == torch.float16 for p in update.parameters())):
         raise TypeError(
             "a sharded model averages gradients over ranks before a window could scale them for float16: use bfloat16, "
             "and leave scaler= out."

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-def check_optimizers(optimizer: "Optimizer | Sequence[Optimizer]") -> "tuple[Optimizer, ...]":
-    """Return the optimizers of an update, after checking them.
+def check_optimizers(optimizer: "Optimizer | Sequence[Optimizer] | None") -> "tuple[Optimizer, ...]":
+    """Return the optimizers of an update, after checking them; none for None.
 
     Raises:
         TypeError: One is not a ``torch.optim.Optimizer``, or evaluates the loss several times in a step.
         ValueError: There is none, or two contain the same parameter.
     """
     optimizers = as_optimizers(optimizer)
-    if not optimizers:
+    if not optimizers and optimizer is not None:
         raise ValueError("optimizer is an empty list: pass at least one torch.optim.Optimizer.")
     for each in optimizers:
         if each is not optimizer and not isinstance(each, torch.optim.Optimizer):
@@ -74,6 +74,11 @@ def check_schedulers(
     """
     if scheduler is None:
         return ()
+    if not optimizers:
+        raise ValueError(
+            "scheduler= was passed without an optimizer, whose updates it would follow: pass the optimizer instead of "
+            "None, or leave scheduler= out and call scheduler.step() after your own update."
+        )
     schedulers = tuple(scheduler) if isinstance(scheduler, list | tuple) else (scheduler,)
     for each in schedulers:
         _check_scheduler(each, optimizers)
@@ -132,6 +137,8 @@ def check_scalable(parameters: Sequence[Tensor]) -> None:
         )
 
 
-def as_optimizers(optimizer: "Optimizer | Sequence[Optimizer]") -> "tuple[Optimizer, ...]":
-    """Return one optimizer or several as a tuple."""
+def as_optimizers(optimizer: "Optimizer | Sequence[Optimizer] | None") -> "tuple[Optimizer, ...]":
+    """Return one optimizer, several or none as a tuple."""
+    if optimizer is None:
+        return ()
     return tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bigbatch.distributed.gradient_sync import GradientSync
     from bigbatch.gradients.loss_totals import LossTotals
 
+NO_ITEMS = "no items"
 NonFinite: TypeAlias = Literal["skip", "raise"]
 
 GradientHook: TypeAlias = Callable[[Sequence[Tensor]], object]
@@ -51,9 +52,12 @@ class OptimizerUpdate:
     """Applies the gradient of a whole window.
 
     Args:
-        optimizer: A ``torch.optim.Optimizer``, or several over different parameters of one graph.
+        optimizer: A ``torch.optim.Optimizer``, or several over different parameters of one graph; None if other code
+            updates the weights: `finish` is then supported, and `apply` is not.
+        model: Whose parameters that require a gradient are used if there is no optimizer.
         scheduler: Stepped once after each update that was applied; several if there are several optimizers.
-        scaler: A gradient scaler for float16 autocast over float32 parameters.
+        scaler: A gradient scaler for float16 autocast over float32 parameters. Its scale is only read if there is no
+            optimizer.
         max_grad_norm: Largest 2-norm of the divided gradient, over the parameters of all optimizers; None to not clip.
         gradient_hook: Called once per update with the parameters, whose ``.grad`` is final; may change it in place.
         nonfinite: ``"skip"`` or ``"raise"``: what to do if the loss or gradient of a window is not finite.
@@ -66,8 +70,9 @@ class OptimizerUpdate:
 
     def __init__(
         self,
-        optimizer: "Optimizer | Sequence[Optimizer]",
+        optimizer: "Optimizer | Sequence[Optimizer] | None",
         *,
+        model: nn.Module | None = None,
         scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
         scaler: "GradScaler | None" = None,
         max_grad_norm: float | None = None,
@@ -76,6 +81,7 @@ class OptimizerUpdate:
     ) -> None:
         self.optimizers = check_optimizers(optimizer)
         self.schedulers = check_schedulers(scheduler, self.optimizers)
+        self._model = model
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
         if gradient_hook is not None and not callable(gradient_hook):
@@ -120,12 +126,26 @@ class OptimizerUpdate:
         self.steps.reset(num_steps)
 
     def parameters(self) -> list[Tensor]:
-        """Return the parameters of all groups of all optimizers, as they are now."""
-        return optimizer_parameters(*self.optimizers)
+        """Return the parameters of all groups of all optimizers, or those that the model trains, as they are now."""
+        return trained_parameters(self._model, self.optimizers)
+
+    def require_optimizer(self) -> None:
+        """Raise if there is no optimizer.
+
+        Raises:
+            WindowStateError: There is none.
+        """
+        if not self.optimizers:
+            raise WindowStateError(
+                "step() was called without an optimizer: pass an optimizer instead of None, or call finish() of the "
+                "window, or backward() or loss() of the engine, and update the weights yourself."
+            )
 
     @property
     def device(self) -> torch.device:
         """Device of the first parameter."""
+        if self._model is not None and not self.optimizers:  # also while nothing requires a gradient
+            return next(self._model.parameters()).device
         return self.parameters()[0].device
 
     def apply(
@@ -186,6 +206,9 @@ class OptimizerUpdate:
         if loss_scale is None or not gradients or not loss_totals.divisor():  # without items, the scaler stays as it is
             return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
         assert self.scaler is not None, "the loss scale comes from it"
+        if not self.optimizers:
+            torch._foreach_div_(gradients, loss_scale)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
         # Relative to the scale at the start of this window: another window may have changed the scaler since.
         torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
         for optimizer in self.optimizers:
@@ -212,10 +235,11 @@ class OptimizerUpdate:
         norm_of_sums = norm_of(gradients)
         divisor = loss_totals.divisor() / divide_factor  # waits for the device if items are counted there
         if not divisor:
-            return UpdateOutcome(math.nan, skipped="no items")
+            return UpdateOutcome(math.nan, skipped=NO_ITEMS)
         if not gradients:
             raise ValueError(
-                "none of the optimizer's parameters received a gradient: the loss does not depend on them."
+                f"none of the {'optimizer' if self.optimizers else 'model'}'s parameters received a gradient: the loss "
+                "does not depend on them."
             )
         together = [
             value.to(norm_of_sums) for value in (loss_totals.nan_if_loss_not_finite(norm_of_sums), *extra_scalars)
@@ -263,3 +287,10 @@ def _loss(loss_totals: "LossTotals") -> float:
 def optimizer_parameters(*optimizers: "Optimizer") -> list[Tensor]:
     """Return the parameters of all groups of some optimizers, in order."""
     return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def trained_parameters(model: nn.Module | None, optimizers: "Sequence[Optimizer]") -> list[Tensor]:
+    """Return the parameters of optimizers; without one, those of a model that require a gradient."""
+    if optimizers or model is None:
+        return optimizer_parameters(*optimizers)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,25 +1,23 @@
 """The pending update of one window: its gradient sums and counts, and how they become one optimizer update.
 
-EMPTY ──add──▶ ACCUMULATING ──apply──▶ CLOSED, or TORN if the update failed after it had begun
-  └────apply / discard────┴───discard───▶ ABORTED
+EMPTY ──add──▶ ACCUMULATING ──apply / finish──▶ CLOSED, or TORN if the update failed after it had begun
+  └───apply / finish / discard──┴──discard───▶ ABORTED
 
 Long because the whole life of a window is here, with all that ranks exchange.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigbatch.accumulation.noise_observer import NO_HOOKS, NoiseObserver
-from bigbatch.accumulation.optimizer_update import OptimizerUpdate
+from bigbatch.accumulation.optimizer_update import NO_ITEMS, OptimizerUpdate, UpdateOutcome
+from bigbatch.accumulation.window_content import WindowContent, WindowState
 from bigbatch.distributed.collective import Number
-from bigbatch.distributed.gradient_sync import GradientSync, Microbatch
+from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, never
 from bigbatch.distributed.window_vote import (
     NO_EXTRA,
     RankVote,
@@ -29,45 +27,12 @@ from bigbatch.distributed.window_vote import (
     to_numbers,
 )
 from bigbatch.errors import WindowStateError
+from bigbatch.gradients.discarded_backward import backward_and_discard
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import LossTotals, as_terms
 from bigbatch.memory.usage import peak_bytes
 from bigbatch.types import Items, LossResult
 from bigbatch.window_report import WindowReport
-
-
-class WindowState(Enum):
-    """The state of a window."""
-
-    EMPTY = "empty"
-    ACCUMULATING = "accumulating"
-    CLOSED = "closed"
-    ABORTED = "aborted"
-    TORN = "torn"
-
-
-def never() -> bool:
-    """Return False."""
-    return False
-
-
-@dataclass(frozen=True)
-class WindowContent:
-    """What a window will run, as far as it is known when it opens.
-
-    Attributes:
-        microbatches: One entry for each micro-batch of this rank, in order.
-        max_num_microbatches: The largest number of micro-batches on any rank.
-        totals: Global items of each term, for a loss of several terms.
-        tokens: Number of tokens on this rank, without padding; None if unknown.
-        samples: Number of samples on this rank; None if unknown.
-    """
-
-    microbatches: Iterable[Any] = ()
-    max_num_microbatches: int = 0
-    totals: Mapping[str, Items] | None = None
-    tokens: int | None = None
-    samples: int | None = None
 
 
 class PendingUpdate:
@@ -201,7 +166,9 @@ class PendingUpdate:
             loss = self.loss_totals.record(terms) if counts else None
             has_items = loss is not None
             loss = self._sync.loss_to_differentiate(loss, terms)
-        if loss is not None and (only is None or only):
+        if loss is not None and not (has_items or self._sync.is_sharded):
+            backward_and_discard(loss, self.sums)
+        elif loss is not None and (only is None or only):
             loss = loss if self._loss_scale is None else loss * self._loss_scale
             if self._is_plain:  # the contexts would do nothing
                 self.sums.backward(loss, only=only, retain_graph=retain_graph)
@@ -236,34 +203,66 @@ class PendingUpdate:
             RankFailedError: Another rank failed in this window.
             TornUpdateError: The update failed after it had begun.
             WindowAbandonedError: A rank abandoned it.
-            WindowStateError: The window is closed or aborted, or gradients or parameters were changed by other code.
+            WindowStateError: The window is closed or aborted, there is no optimizer, or gradients or parameters were
+                changed by other code.
         """
-        self._require_open()
-        self.sums.check_parameters(self._update.parameters())
-        self._all_have_run = True
-        observer = self._observer
-        extra = NO_EXTRA if observer is None else observer.scalars(self.sums, self.loss_totals, retries=retries)
-        result = None if self._sync.size == 1 else self._vote(extra)
-        if result is not None:
-            self._reduce(result)
+        self._update.require_optimizer()
+        extra, result, to_read = self._settle(retries)
         outcome = self._update.apply(
             self.sums,
             self.loss_totals,
             loss_scale=self._loss_scale,
             sync=self._sync,
-            extra_scalars=[value for value in extra if isinstance(value, Tensor)] if result is None else (),
+            extra_scalars=to_read,
             evaluate_again=None if run_again is None else partial(self._evaluate_again, run_again),
         )
         if outcome.skipped is None:
             torch.clear_autocast_cache()  # under one autocast around the whole loop it holds casts of the old weights
         self._release(WindowState.CLOSED)
+        return self._report(outcome, extra, result, retries=retries)
+
+    def finish(self, *, retries: int = 0) -> WindowReport:
+        """Leave the finished gradient in ``.grad`` without an update, and report. Collective.
+
+        Arguments and errors are those of `apply`. The gradient is NaN if that of the window, or its loss, is not
+        finite, and None for a window without items.
+        """
+        extra, result, to_read = self._settle(retries)
+        outcome = self._update.finish(
+            self.sums, self.loss_totals, loss_scale=self._loss_scale, sync=self._sync, extra_scalars=to_read
+        )
+        if outcome.skipped == NO_ITEMS:
+            self.sums.clear()
+        elif outcome.skipped is not None:
+            self.sums.write_nan_to_grad()
+        torch.clear_autocast_cache()  # other code updates the weights before the next window
+        self._release(WindowState.CLOSED, keeps_gradients=True)
+        return self._report(outcome, extra, result, retries=retries)
+
+    def _settle(self, retries: int) -> tuple[Sequence[Number], VoteResult | None, list[Tensor]]:
+        """End the micro-batches and reduce the sums; return the observer's scalars, the votes, and scalars to read."""
+        self._require_open()
+        if self._update.optimizers:
+            self.sums.check_parameters(self._update.parameters())
+        self._all_have_run = True
+        extra: Sequence[Number] = NO_EXTRA
+        if self._observer is not None:
+            extra = self._observer.scalars(self.sums, self.loss_totals, retries=retries)
+        result = None if self._sync.size == 1 else self._vote(extra)
+        if result is not None:
+            self._reduce(result)
+        return extra, result, [value for value in extra if isinstance(value, Tensor)] if result is None else []
+
+    def _report(
+        self, outcome: UpdateOutcome, extra: Sequence[Number], result: VoteResult | None, *, retries: int
+    ) -> WindowReport:
         items = self.loss_totals.items()
         read = iter(outcome.extra_scalars)
         local = [next(read, 0.0) if isinstance(value, Tensor) else value for value in extra]
         noise = None
-        if observer is not None:
+        if self._observer is not None:
             extras, was_skipped = [local] if result is None else result.extra, outcome.skipped is not None
-            noise = observer.finish(extras, grad_norm=outcome.grad_norm, items=items, skipped=was_skipped)
+            noise = self._observer.finish(extras, grad_norm=outcome.grad_norm, items=items, skipped=was_skipped)
         tokens, peak = self._content.tokens, peak_bytes(self._update.device)
         return WindowReport(
             step=self._update.num_steps,
@@ -299,7 +298,9 @@ class PendingUpdate:
             return
         if not self._has_voted:
             self._has_voted = True
-            if self._all_have_run:  # else they are inside a layer of the sharded model, where no vote can reach them
+            if (
+                self._all_have_run
+            ):  # else they are inside a layer or a loss that is collective, where no vote can reach them
                 announce_failed_window(self._sync, len(self.sums.parameters))
         if self._update.steps.torn is not None:
             self._release(WindowState.TORN)
@@ -307,8 +308,8 @@ class PendingUpdate:
             applied = self._update.num_steps != self._num_steps_before
             self._release(WindowState.CLOSED if applied else WindowState.ABORTED)
 
-    def _release(self, state: WindowState) -> None:
-        self.sums.close()
+    def _release(self, state: WindowState, *, keeps_gradients: bool = False) -> None:
+        self.sums.close(keeps_gradients=keeps_gradients)
         self._sync.end_window()
         self.state = state  # last: if this is interrupted, `discard` repeats it
 
@@ -334,7 +335,7 @@ class PendingUpdate:
             peak_bytes=peak_bytes(device) or 0,
             elapsed_s=time.perf_counter() - self._started_s,
         )
-        parameters = () if self._sync.runs_in_lockstep else self.sums.parameters
+        parameters = () if self._sync.is_sharded else self.sums.parameters
         has_gradient = self.sums.has_gradient() if parameters else []
         values = to_numbers(vote, self.loss_totals.local_totals(), has_gradient, extra)
         self._has_voted = True

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from bigbatch.accumulation.pending_update import PendingUpdate, WindowState
+from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.accumulation.window_content import WindowState
 from bigbatch.errors import WindowStateError
 from bigbatch.types import Items
 from bigbatch.window_report import WindowReport
@@ -16,7 +17,7 @@ class Window:
         for inputs, labels in window:
             loss_sum = F.mse_loss(model(inputs), labels, reduction="sum")
             window.backward(loss_sum, items=labels.numel())
-        report = window.step()
+        report = window.step()                  # or window.finish(), if other code updates the weights
 
     As a context manager, it is dropped if an error is raised inside, and must be stepped or aborted before its end:
 
@@ -135,6 +136,30 @@ class Window:
             self.abort()
             raise
 
+    def finish(self) -> WindowReport:
+        """Leave the finished gradient in ``.grad`` and close the window: `step` without optimizer and scheduler.
+
+            report = window.finish()
+            if report.skipped is None:
+                optimizer.step()
+
+        The sums are reduced over ranks, divided by the items and clipped, and ``gradient_hook`` is called. The gradient
+        has the dtype of its parameter, and stays until the next window of the accumulator opens or other code clears
+        it. It is NaN if the loss or the gradient of the window is not finite, so that a GradScaler skips it, and None
+        for a window without items; ``report.skipped`` is the reason. ``report.step`` is the number of updates by
+        `step`. Collective over ranks.
+
+        Raises:
+            NonFiniteError: The loss or the gradient is not finite, and ``nonfinite`` is ``"raise"``.
+            WindowStateError: As for `step`.
+        """
+        self._require_open("finish")
+        try:
+            return self._pending.finish()
+        except BaseException:
+            self.abort()
+            raise
+
     def abort(self) -> None:
         """Drop the window: gradients are cleared and nothing is updated. No-op for a finished window."""
         self._pending.discard()
@@ -142,6 +167,6 @@ class Window:
     def _require_open(self, call: str) -> None:
         if not self.is_open:
             raise WindowStateError(
-                f"window.{call}() was called on a window that is {self.state.value}. A window ends with its step() or "
-                "abort(); take the next one from the accumulator."
+                f"window.{call}() was called on a window that is {self.state.value}. A window ends with its step(), "
+                "finish() or abort(); take the next one from the accumulator."
             )

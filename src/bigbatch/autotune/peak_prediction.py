@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigbatch.accumulation.optimizer_checks import as_optimizers
-from bigbatch.accumulation.optimizer_update import optimizer_parameters
+from bigbatch.accumulation.optimizer_update import trained_parameters
 from bigbatch.autotune.fake_tensors import PredictionError as PredictionError
 from bigbatch.autotune.fake_tensors import (
     attention_without_dropout,
@@ -93,7 +93,7 @@ class PeakPredictor:
         self,
         mode: FakeTensorMode,
         model: nn.Module,
-        optimizer: "Optimizer | Sequence[Optimizer]",
+        optimizer: "Optimizer | Sequence[Optimizer] | None",
         loss_fn: "LossFunction",
         *,
         device: torch.device | None = None,
@@ -104,7 +104,7 @@ class PeakPredictor:
         self._optimizers = as_optimizers(optimizer)
         self._loss_fn = loss_fn
         self._modules = [model, *modules_used_by(loss_fn), *([] if original is None else [original])]
-        self._parameters = optimizer_parameters(*self._optimizers)
+        self._parameters = trained_parameters(model, self._optimizers)
         self._fake_device = self._parameters[0].device
         self.device = device or self._fake_device
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
@@ -117,7 +117,7 @@ class PeakPredictor:
     def from_training(
         cls,
         model: nn.Module,
-        optimizer: "Optimizer | Sequence[Optimizer]",
+        optimizer: "Optimizer | Sequence[Optimizer] | None",
         loss_fn: "LossFunction",
         *,
         device: torch.device | None = None,
@@ -294,6 +294,6 @@ def _loss_tracked_separately(tracker: AllocationTracker, model: nn.Module) -> It
         handle.remove()
 
 
-def state_of(optimizer: "Optimizer | Sequence[Optimizer]") -> list[Tensor]:
+def state_of(optimizer: "Optimizer | Sequence[Optimizer] | None") -> list[Tensor]:
     """Return the tensors in the state of an optimizer, or of several."""
     return [tensor for each in as_optimizers(optimizer) for tensor in tensors_in(each.state)]

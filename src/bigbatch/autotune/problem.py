@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_checks import as_optimizers
-from bigbatch.accumulation.optimizer_update import optimizer_parameters
+from bigbatch.accumulation.optimizer_update import trained_parameters
 from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.batching.plan import Cost
 from bigbatch.batching.split import Split
@@ -31,7 +31,7 @@ class TuningProblem:
 
     Attributes:
         model: In training mode, on its device.
-        optimizer: Over the parameters of ``model``; or several.
+        optimizer: Over the parameters of ``model``; or several; None if other code updates the weights.
         loss_fn: As for `bigbatch.Engine`.
         batch: The batch of one window of this rank.
         lengths: Tokens of each sample, if the micro-batch is limited in tokens; None if limited in samples.
@@ -43,7 +43,7 @@ class TuningProblem:
     """
 
     model: nn.Module
-    optimizer: "Optimizer | Sequence[Optimizer]"
+    optimizer: "Optimizer | Sequence[Optimizer] | None"
     loss_fn: "LossFunction"
     batch: Split
     lengths: Sequence[int] | None
@@ -59,8 +59,8 @@ class TuningProblem:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameters of the optimizers."""
-        return optimizer_parameters(*as_optimizers(self.optimizer))
+        """The parameters of the optimizers; without one, those of the model that require a gradient."""
+        return trained_parameters(self.model, as_optimizers(self.optimizer))
 
     def resident_tensors(self) -> list[Tensor]:
         """Return the tensors that are allocated already: parameters, buffers and optimizer state."""

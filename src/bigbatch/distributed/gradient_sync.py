@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _NO_CONTEXT = nullcontext()
 
 
+def never() -> bool:
+    """Return False."""
+    return False
+
+
 class SyncPolicy(Enum):
     """When gradients are reduced over ranks.
 
@@ -63,12 +68,14 @@ class GradientSync:
         module: The model without its wrapper.
         ranks: The ranks that hold different data.
         gradient_divide_factor: What the gradients were divided by when they were reduced.
+        is_sharded: Whether the ranks hold shards of the parameters.
         runs_in_lockstep: Whether all ranks must run the same number of micro-batches.
         parameters_are_wrapped: Whether graphs end in other tensors than the parameters.
         syncs_in_backward: Whether the next backward reduces gradients.
     """
 
     gradient_divide_factor = 1.0
+    is_sharded = False
     runs_in_lockstep = False
     parameters_are_wrapped = False
     syncs_in_backward = False
@@ -92,6 +99,9 @@ class GradientSync:
     def needs_padding_microbatch(self) -> bool:
         """Whether a micro-batch is needed to run in place of missing ones, and none was set."""
         return False
+
+    def run_in_lockstep(self) -> None:
+        """Run the same number of micro-batches on all ranks from the next window on; no-op in a single process."""
 
     def start_window(self) -> None:
         """Defer every reduction that would happen by itself, for one window."""

@@ -1,13 +1,14 @@
 """Replicated models, in DDP or plain: gradient sums are all-reduced once a window."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigbatch.distributed.gradient_sync import MultiRankSync
+from bigbatch.distributed.gradient_sync import Microbatch, MultiRankSync
+from bigbatch.types import Terms
 
 if TYPE_CHECKING:
     from bigbatch.gradients.gradient_sums import GradientSums
@@ -47,8 +48,41 @@ class Replicated(MultiRankSync):
             super().__init__(model, wrapper.module, wrapper.process_group)
         self._wrapper = wrapper
         self._is_deferred = False
+        self._padding_microbatch: Any = None
         if wrapper is None:
             self._broadcast_from_first_rank([*self.module.parameters(), *self.module.buffers()])
+
+    @property
+    def needs_padding_microbatch(self) -> bool:
+        """Whether the ranks run in lockstep, and no padding micro-batch was set."""
+        return self.runs_in_lockstep and self._padding_microbatch is None
+
+    def run_in_lockstep(self) -> None:
+        """Run the same number of micro-batches on all ranks from the next window on."""
+        self.runs_in_lockstep = self.size > 1
+
+    def set_padding_microbatch(self, microbatch: Any) -> None:
+        """Set the micro-batch that is run in place of missing ones, on the device."""
+        self._padding_microbatch = microbatch
+
+    def turns(
+        self, own: Sequence[Any], max_num_microbatches: int, should_abandon: Callable[[], bool]
+    ) -> Generator[Microbatch, None, bool]:
+        """Yield this rank's micro-batches; in lockstep also padding, as many as any rank has, even if it abandons."""
+        if not self.runs_in_lockstep:
+            return (yield from super().turns(own, max_num_microbatches, should_abandon))
+        is_abandoned = False
+        for index in range(max_num_microbatches):
+            is_abandoned = should_abandon() or is_abandoned
+            counts = index < len(own)
+            yield Microbatch(own[index] if counts else self._padding_microbatch, counts)
+        return is_abandoned
+
+    def loss_to_differentiate(self, loss: Tensor | None, terms: Terms) -> Tensor | None:
+        """Return the loss; in lockstep, one without items too, whose backward other ranks may wait for."""
+        if loss is not None or not self.runs_in_lockstep:
+            return loss
+        return sum(loss_sum for loss_sum, _ in terms.values())  # type: ignore[return-value]
 
     def start_window(self) -> None:
         """Disable DDP's reduction, and its broadcast of buffers in a forward that other ranks may not run."""

@@ -37,6 +37,7 @@ class ShardedSync(MultiRankSync):
         ValueError: The model does not support the policy, or it would sum gradients in 16 bits.
     """
 
+    is_sharded = True
     runs_in_lockstep = True
     parameters_are_wrapped = True
 

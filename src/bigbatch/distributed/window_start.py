@@ -41,8 +41,8 @@ def agree_on_start(
 
     Raises:
         RankFailedError: Another rank failed before the window.
-        ValueError: The ranks have different terms or too many of them; or a rank of a sharded model has had no
-            micro-batch so far.
+        ValueError: The ranks have different terms or too many of them; or a rank that must run as many
+            micro-batches as the others has had none so far.
     """
     if sync.size == 1:
         return num_microbatches, totals
@@ -61,8 +61,8 @@ def agree_on_start(
     most = int(max(row[2] for row in rows))
     if most and (lacking := [rank for rank, row in enumerate(rows) if row[1]]):
         raise ValueError(
-            f"rank {lacking[0]} has had no micro-batch so far, and the layers of a sharded model run on all ranks or "
-            "on none: pass at least one sample to every rank in the first window."
+            f"rank {lacking[0]} has had no micro-batch so far, and {_why_all_run(sync)}: pass at least one sample to "
+            "every rank in the first window."
         )
     return most, None if totals is None else _sum_over_ranks(sync, totals, [row[3:] for row in rows])
 
@@ -70,6 +70,12 @@ def agree_on_start(
 def announce_failure(sync: GradientSync) -> None:
     """Report to the ranks in `agree_on_start` that this one failed. Collective."""
     sync.all_gather(_to_numbers(WindowStart(failed=True), {}))
+
+
+def _why_all_run(sync: GradientSync) -> str:
+    if sync.is_sharded:
+        return "the layers of a sharded model run on all ranks or on none"
+    return "with lockstep=True a loss is computed on all ranks or on none"
 
 
 def _to_numbers(own: WindowStart, totals: Mapping[str, Items]) -> list[Number]:

@@ -109,7 +109,7 @@ def announce_failed_window(sync: GradientSync, num_parameters: int) -> None:
     """Vote that the window failed on this rank; errors are ignored, since other ranks may have exited. Collective."""
     if sync.size > 1:
         with suppress(Exception):
-            flags = [] if sync.runs_in_lockstep else [False] * num_parameters
+            flags = [] if sync.is_sharded else [False] * num_parameters
             sync.all_gather(to_numbers(RankVote(failed=True), {}, flags))
 
 

@@ -58,8 +58,8 @@ def check_graphs(cuda_graphs: bool, device: torch.device) -> None:
         raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
 
 
-def check_sharded(sync: GradientSync, microbatch: object, cuda_graphs: bool) -> None:
-    """Reject settings that sharded models do not support.
+def check_lockstep(sync: GradientSync, microbatch: object, cuda_graphs: bool) -> None:
+    """Reject settings that sharded models, and other ranks in lockstep, do not support.
 
     Raises:
         ValueError: A setting is not supported.
@@ -67,12 +67,14 @@ def check_sharded(sync: GradientSync, microbatch: object, cuda_graphs: bool) -> 
     if not sync.runs_in_lockstep:
         return
     if microbatch == "auto":
+        whose = "a sharded model" if sync.is_sharded else "lockstep=True"
         raise ValueError(
-            'microbatch="auto" tries sizes until one does not fit, and the ranks of a sharded model cannot continue '
-            "after that: pass a number of samples, or a TokenBudget."
+            f'microbatch="auto" tries sizes until one does not fit, and the ranks of {whose} cannot continue after '
+            "that: pass a number of samples, or a TokenBudget."
         )
     if cuda_graphs:
-        raise ValueError("cuda_graphs=True is not supported for sharded models; remove it.")
+        whose = "for sharded models" if sync.is_sharded else "with lockstep=True"
+        raise ValueError(f"cuda_graphs=True is not supported {whose}; remove it.")
 
 
 def check_lengths(lengths: Sequence[int], num_samples: int) -> None:

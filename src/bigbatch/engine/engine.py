@@ -6,33 +6,29 @@ Long because it documents every setting once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite
-from bigbatch.accumulation.pending_update import PendingUpdate, WindowContent, never
+from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.training_state import TrainingState
-from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
-from bigbatch.autotune.peak_prediction import prediction_obstacle
+from bigbatch.autotune.choice import MicrobatchChoice
 from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget
-from bigbatch.batching.prefetch import Prefetcher
-from bigbatch.batching.split import Split, split, split_into, split_options
-from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.distributed.collective import run_on_first_rank
-from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
-from bigbatch.engine.checks import check_graphs, check_layout, check_lengths, check_microbatch, check_sharded
+from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
+from bigbatch.engine.batch_windows import BatchSplitter, open_window
+from bigbatch.engine.checks import check_graphs, check_layout, check_lockstep, check_microbatch
+from bigbatch.engine.hand_over import exact_loss
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.progress import EngineProgress
+from bigbatch.engine.tuning import choose_microbatch
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
-from bigbatch.execution.runner import WindowInputs
 from bigbatch.execution.runner_choice import make_runner
-from bigbatch.memory.usage import resolve_memory_budget
-from bigbatch.types import Collate, CountItems, Items, Layout, LossFunction
+from bigbatch.types import Collate, CountItems, Layout, LossFunction
 from bigbatch.verification.first_window import FirstWindowCheck
 from bigbatch.window_report import WindowReport
 
@@ -55,6 +51,7 @@ class Engine:
     Args:
         model: The module being trained; micro-batches are moved to the device of its first parameter.
         optimizer: As for `Accumulator`; also one whose ``step`` needs a closure, such as SAM: the window is run again.
+            None if other code updates the weights, for `backward` and `loss`.
         loss_fn: ``loss_fn(model, microbatch) → (loss_sum, items)``: the 0-d **sum** of the item losses and the number
             of items that it runs over; or ``{term: (loss_sum, items)}``, whose total is Σ_term sum / items.
         microbatch: Samples of one forward and backward; or a `TokenBudget`, which groups samples of similar length so
@@ -80,6 +77,9 @@ class Engine:
         nonfinite: As for `Accumulator`.
         sync: As for `Accumulator`. Over several ranks the batch is this rank's part of the global batch, and may be
             empty; `step` is collective, and so is `tune`, which measures on the first rank.
+        lockstep: Whether all ranks run the same number of micro-batches, for a ``loss_fn`` that calls collectives, such
+            as an all-reduce of metrics. A rank with fewer repeats a sample, whose loss and gradient do not count. Ranks
+            in lockstep cannot retry after out-of-memory. Sharded models always run so; no-op in a single process.
         noise: As for `Accumulator`.
         check: Whether the first window warns, once, of what `verify` would name: a mean as loss, dropout, batch norm...
             A few samples run once more for it; over several ranks and for compiled models only modules are looked at.
@@ -98,7 +98,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: "Optimizer | Sequence[Optimizer]",
+        optimizer: "Optimizer | Sequence[Optimizer] | None",
         loss_fn: LossFunction,
         *,
         microbatch: int | TokenBudget | Literal["auto"] = "auto",
@@ -115,6 +115,7 @@ class Engine:
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
         sync: GradientSync | SyncPolicy | None = None,
+        lockstep: bool = False,
         noise: bool = True,
         check: bool = True,
     ) -> None:
@@ -132,19 +133,20 @@ class Engine:
             noise=noise,
         )
         self.sync = self.accumulator.sync
-        check_sharded(self.sync, microbatch, cuda_graphs)
+        if lockstep:
+            self.sync.run_in_lockstep()
+        check_lockstep(self.sync, microbatch, cuda_graphs)
         check_graphs(cuda_graphs, self.accumulator.device)
         self.model = model
         self.loss_fn = loss_fn
         self.memory = memory
         self.collate = collate
         device = self.accumulator.device
-        self._split_options = split_options(device, collate, batch_dim)
-        self._time_first = TimeFirstCheck(model if collate is None and batch_dim is None else nn.Identity())
         self.lengths = lengths
         self.count_items = count_items
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
+        self._splitter = BatchSplitter(self.accumulator, collate=collate, batch_dim=batch_dim, lengths=lengths)
         self.runner = make_runner(model, self.sync, device, cuda_graphs=cuda_graphs, noise=self.accumulator.noise)
         self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
@@ -187,30 +189,22 @@ class Engine:
         """
         if self.microbatch != "auto":
             raise ValueError(f'microbatch={self.microbatch!r} is fixed: pass microbatch="auto" to have it chosen.')
-        choice = MicrobatchChoice.from_dict(run_on_first_rank(self.sync.ranks, lambda: asdict(self._measure(batch))))
+        chosen = run_on_first_rank(
+            self.sync.ranks,
+            lambda: choose_microbatch(
+                batch,
+                self.accumulator,
+                self.runner,
+                self._splitter,
+                loss_fn=self.loss_fn,
+                memory=self.memory,
+                layout=self.layout,
+                uniform_length=self.collate is None,
+            ),
+        )
+        choice = MicrobatchChoice.from_dict(chosen)
         self.microbatch_size.set(choice)
         return choice
-
-    def _measure(self, batch: Any) -> MicrobatchChoice:
-        lengths = self._lengths_of(batch)
-        samples = split(batch, 1, **self._split_options)
-        if lengths is not None:
-            check_lengths(lengths, samples.num_samples)
-        self.accumulator.prepare()
-        self.runner.release()
-        problem = TuningProblem(
-            self.sync.module,
-            self.accumulator.optimizer,
-            self.loss_fn,
-            samples,
-            lengths,
-            uniform_length=self.collate is None,
-            layout=self.layout,
-            uses_cuda_graphs=isinstance(self.runner, CudaGraphRunner),
-            prediction_obstacle=prediction_obstacle(self.sync.module),
-        )
-        budget = resolve_memory_budget(self.memory, self.accumulator.device, problem.resident_tensors())
-        return choose(problem, budget)
 
     def set_microbatch(self, choice: MicrobatchChoice) -> None:
         """Use a choice that `tune` made before, for the same model and settings, instead of tuning again.
@@ -250,58 +244,71 @@ class Engine:
             ValueError: A loss or a count is invalid, or the batch can be read in two ways; the message says which.
             WindowAbandonedError: ``should_abandon`` returned True. Random numbers that were drawn stay drawn.
         """
-        if not self.microbatch_size.is_chosen:
-            self.tune(batch)
-        with self._open_window(batch, should_stop) as (pending, parts):
-            self._run_microbatches(pending, should_abandon)
-            if not self._first_window.is_done:
-                self._check_first_window(pending, parts)
+        self.accumulator.update.require_optimizer()
+        with self._filled_window(batch, should_abandon, should_stop) as pending:
             report = pending.apply(retries=self.runner.retries, run_again=self._run_again)
         self.microbatch_size.observe(report.retries)
         return report
+
+    def backward(self, batch: Any, *, should_abandon: Callable[[], bool] = never) -> WindowReport:
+        """Leave the gradient of the whole batch in ``.grad``: `step` without optimizer and scheduler.
+
+        As `Window.finish` for a window of this batch, with the arguments and errors of `step`.
+        """
+        with self._filled_window(batch, should_abandon, never) as pending:
+            report = pending.finish(retries=self.runner.retries)
+        self.microbatch_size.observe(report.retries)
+        return report
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of the whole batch, 0-d, whose backward is the gradient of `backward`, for other trainers.
+
+            loss = engine.loss(batch)       # all micro-batches run here
+            scaler.scale(loss).backward()   # .grad += factor · gradient: the factor of whatever was done with the loss
+
+        ``.backward()`` adds to ``.grad``, as that of any loss, and can be called once. Over several ranks the gradient
+        is that of all of them, and is not reduced again. The value is NaN, and the gradient too, if one of them is not
+        finite: a GradScaler then skips the update. For a batch without items both are 0. The dtype is float64 if that
+        of any parameter is, else float32.
+
+        Errors are those of `step`; those of ``.backward()`` are `WindowStateError`.
+        """
+        return exact_loss(self.accumulator.update.parameters(), lambda: self.backward(batch), self.runner)[0]
+
+    @contextmanager
+    def _filled_window(
+        self, batch: Any, should_abandon: Callable[[], bool], should_stop: Callable[[], bool]
+    ) -> Iterator[PendingUpdate]:
+        """Open a window and run the micro-batches of a batch; discard it if it is not ended."""
+        if not self.microbatch_size.is_chosen:
+            self.tune(batch)
+        with open_window(
+            batch,
+            self.accumulator,
+            self.runner,
+            self._splitter,
+            self.microbatch_size,
+            loss_fn=self.loss_fn,
+            count_items=self.count_items,
+            first_window=self._first_window,
+            should_stop=should_stop,
+        ) as (pending, parts):
+            self._run_microbatches(pending, should_abandon)
+            if not self._first_window.is_done:
+                with pending.sums.paused():
+                    self._first_window.run(self.loss_fn, parts, may_join=self.lengths is None)
+            yield pending
 
     def _run_microbatches(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
         for microbatch in pending.microbatches(should_abandon):
             self.runner.run(microbatch, pending)
         self.runner.end(pending)
 
-    def _check_first_window(self, pending: PendingUpdate, parts: Split) -> None:
-        with pending.sums.paused():
-            self._first_window.run(self.loss_fn, parts, may_join=self.lengths is None)
-
     @property
     def _run_again(self) -> Callable[[PendingUpdate], None] | None:
         """Runs a window again within its update; None where other ranks, CUDA graphs or a scaler depend on it."""
         is_alone = self.sync.size == 1 and not isinstance(self.runner, CudaGraphRunner)
         return self._run_microbatches if is_alone and self.accumulator.update.scaler is None else None
-
-    @contextmanager
-    def _open_window(self, batch: Any, should_stop: Callable[[], bool]) -> Iterator[tuple[PendingUpdate, Split]]:
-        """Split the batch, agree with the other ranks, and open a window; discard it if it is not applied."""
-        needs_agreement = self.sync.runs_in_lockstep or self.count_items is not None
-        with self.accumulator.fail_together(before_window=needs_agreement):
-            self.accumulator.prepare()
-            lengths = self._lengths_of(batch)
-            parts = self._split(batch, lengths)
-            totals: Mapping[str, Items] | None = None if self.count_items is None else self.count_items(batch)
-            self.runner.prepare()
-            if self.sync.needs_padding_microbatch and parts.groups:
-                self.sync.set_padding_microbatch(parts.take(parts.groups[-1][:1]))
-        max_num_microbatches = len(parts.groups)
-        if needs_agreement:
-            max_num_microbatches, totals = self.accumulator.agree_on_start(max_num_microbatches, totals)
-        tokens = None if lengths is None else sum(lengths)
-        content = WindowContent(parts.groups, max_num_microbatches, totals, tokens, parts.num_samples)
-        pending = self.accumulator.open(content, static_buffers=self.runner.static_buffers, should_stop=should_stop)
-        loss_fn = self.loss_fn if self._first_window.is_done else self._first_window.watch(self.loss_fn, parts)
-        source = Prefetcher(parts) if self.accumulator.device.type == "cuda" else nullcontext(parts)
-        with (
-            pending,
-            source as taken_from,
-            self._time_first.watch(taken_from.take) as take,
-            self.runner.window(WindowInputs(loss_fn, take, lengths)),
-        ):
-            yield pending, parts
 
     def release_cuda_graphs(self) -> None:
         """Free the memory of CUDA graphs, for work between updates; they are captured again when needed."""
@@ -339,11 +346,3 @@ class Engine:
             ValueError: A length is above the token budget.
         """
         return self.microbatch_size.groups(lengths)
-
-    def _lengths_of(self, batch: Any) -> list[int] | None:
-        return None if self.lengths is None else [int(length) for length in self.lengths(batch)]
-
-    def _split(self, batch: Any, lengths: list[int] | None) -> Split:
-        if lengths is None or self.token_budget is None:
-            return split(batch, self.microbatch_size.current, **self._split_options)
-        return split_into(batch, self.microbatch_size.groups(lengths), **self._split_options)

@@ -1,4 +1,4 @@
-"""How the micro-batches of a window are run: base class, and the runner of sharded models."""
+"""How the micro-batches of a window are run: base class, and the runner of ranks in lockstep."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,7 +84,16 @@ class MicrobatchRunner(ABC):
 
 
 class LockstepRunner(MicrobatchRunner):
-    """Runs the micro-batches of a sharded model, whose other ranks run the same layers at the same time."""
+    """Runs micro-batches whose other ranks run the same layers, or the same loss, at the same time.
+
+    Args:
+        model: As for `MicrobatchRunner`.
+        is_sharded: Whether the model is sharded; else the loss calls collectives.
+    """
+
+    def __init__(self, model: nn.Module, *, is_sharded: bool = True) -> None:
+        super().__init__(model)
+        self._of = "of a sharded model" if is_sharded else "that run in lockstep"
 
     def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
         """Add the gradient of one micro-batch; a padding one adds zeros.
@@ -104,6 +113,6 @@ class LockstepRunner(MicrobatchRunner):
         size = len(microbatch.content) if microbatch.counts else 0
         samples = f"a micro-batch of {size} samples" if size else "a padding micro-batch"
         raise ShardedMemoryError(
-            f"memory ran out in {samples} ({message}), and the other ranks of a sharded model cannot wait for it to be "
-            "split: start again from a checkpoint with smaller micro-batches."
+            f"memory ran out in {samples} ({message}), and the other ranks {self._of} cannot wait for it to be split: "
+            "start again from a checkpoint with smaller micro-batches."
         )

@@ -23,7 +23,7 @@ def make_runner(
         noise: Measures the gradient noise scale; captured graphs contain its measurement.
     """
     if sync.runs_in_lockstep:
-        return LockstepRunner(model)
+        return LockstepRunner(model, is_sharded=sync.is_sharded)
     retry = OomRetry(model, device)
     if not cuda_graphs:
         return retry

@@ -8,6 +8,7 @@ gradient exists in the narrow dtype.
 Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse gradients, the order of the checks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, is_
@@ -97,11 +98,12 @@ class GradientSums:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Remove the hooks and drop all sums and gradients."""
+    def close(self, *, keeps_gradients: bool = False) -> None:
+        """Remove the hooks and drop all sums; gradients too, unless what is in ``.grad`` is to be kept."""
         self._unhook()
         self._static_buffers = {}  # their owner decides how long they live
-        self.clear()
+        if not keeps_gradients:
+            self.clear()
 
     def observe(self, observer: BackwardObserver) -> None:
         """Let an observer see every later backward; at most one, before the first backward."""
@@ -315,6 +317,12 @@ class GradientSums:
         self._writes.reset()  # each sum is freed before the next one is converted
         for parameter in list(self._float32_sums):
             parameter.grad = self._float32_sums.pop(parameter).to(parameter.dtype)
+
+    def write_nan_to_grad(self) -> None:
+        """Write NaN to the ``.grad`` of all parameters that received a gradient, and drop the sums."""
+        self.mark_unmodified()
+        torch._foreach_mul_(self.tensors(), math.nan)
+        self.write_to_grad()
 
     def clear(self) -> None:
         """Drop all sums and gradients."""

@@ -1,0 +1,100 @@
+"""Split the batches of an engine, and open their windows.
+
+batch → lengths → micro-batches of samples → agreement with the other ranks → open window, inputs of its runner
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from bigbatch.accumulation.accumulator import Accumulator
+from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.accumulation.window_content import WindowContent
+from bigbatch.batching.prefetch import Prefetcher
+from bigbatch.batching.split import Split, split, split_into, split_options
+from bigbatch.batching.time_first import TimeFirstCheck
+from bigbatch.engine.microbatch_size import MicrobatchSize
+from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
+from bigbatch.types import Collate, CountItems, Items, LossFunction
+from bigbatch.verification.first_window import FirstWindowCheck
+
+
+class BatchSplitter:
+    """Splits batches into samples or micro-batches on the device of the model.
+
+    Args:
+        accumulator: Its model decides on which device micro-batches are.
+        collate: As for `bigbatch.Engine`.
+        batch_dim: As for `bigbatch.Engine`.
+        lengths: As for `bigbatch.Engine`.
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        *,
+        collate: Collate | None,
+        batch_dim: int | None,
+        lengths: Callable[[Any], Sequence[int]] | None,
+    ) -> None:
+        self._lengths = lengths
+        self._options = split_options(accumulator.device, collate, batch_dim)
+        self.time_first = TimeFirstCheck(accumulator.model if collate is None and batch_dim is None else nn.Identity())
+
+    def lengths_of(self, batch: Any) -> list[int] | None:
+        """Return the length of each sample; None if lengths are unknown."""
+        return None if self._lengths is None else [int(length) for length in self._lengths(batch)]
+
+    def samples(self, batch: Any) -> Split:
+        """Split a batch into its samples."""
+        return split(batch, 1, **self._options)
+
+    def split(self, batch: Any, lengths: list[int] | None, size: MicrobatchSize) -> Split:
+        """Split a batch into micro-batches of the current size."""
+        if lengths is None or size.token_budget is None:
+            return split(batch, size.current, **self._options)
+        return split_into(batch, size.groups(lengths), **self._options)
+
+
+@contextmanager
+def open_window(
+    batch: Any,
+    accumulator: Accumulator,
+    runner: MicrobatchRunner,
+    splitter: BatchSplitter,
+    microbatch_size: MicrobatchSize,
+    *,
+    loss_fn: LossFunction,
+    count_items: CountItems | None,
+    first_window: FirstWindowCheck,
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[PendingUpdate, Split]]:
+    """Split the batch, agree with the other ranks, and open a window; discard it if it does not end by itself."""
+    sync = accumulator.sync
+    needs_agreement = sync.runs_in_lockstep or count_items is not None
+    with accumulator.fail_together(before_window=needs_agreement):
+        accumulator.prepare()
+        lengths = splitter.lengths_of(batch)
+        parts = splitter.split(batch, lengths, microbatch_size)
+        totals: Mapping[str, Items] | None = None if count_items is None else count_items(batch)
+        runner.prepare()
+        if sync.needs_padding_microbatch and parts.groups:
+            sync.set_padding_microbatch(parts.take(parts.groups[-1][:1]))
+    max_num_microbatches = len(parts.groups)
+    if needs_agreement:
+        max_num_microbatches, totals = accumulator.agree_on_start(max_num_microbatches, totals)
+    tokens = None if lengths is None else sum(lengths)
+    content = WindowContent(parts.groups, max_num_microbatches, totals, tokens, parts.num_samples)
+    pending = accumulator.open(content, static_buffers=runner.static_buffers, should_stop=should_stop)
+    watched = loss_fn if first_window.is_done else first_window.watch(loss_fn, parts)
+    source = Prefetcher(parts) if accumulator.device.type == "cuda" else nullcontext(parts)
+    time_first = splitter.time_first
+    with (
+        pending,
+        source as taken_from,
+        nullcontext(taken_from.take) if time_first.is_done else time_first.watch(taken_from.take) as take,
+        runner.window(WindowInputs(watched, take, lengths)),
+    ):
+        yield pending, parts
