@@ -44,7 +44,7 @@ class WindowReport:
     """Report of one window: counts, gradient norm, memory, time and, on access, losses.
 
     Attributes:
-        step: Optimizer updates so far, this one included. Skipped windows do not count.
+        step: Optimizer updates so far, this one included. Windows that are skipped, or end with `finish`, do not count.
         items: Items of the window, over all ranks; with several terms, those of the first (see ``terms``).
         grad_norm: 2-norm of the averaged gradient, over all ranks and parameters, before clipping; NaN for a window
             without items.

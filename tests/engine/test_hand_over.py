@@ -9,6 +9,7 @@ from torch import nn
 
 import bigbatch
 from bigbatch import WindowStateError
+from bigbatch.execution.oom_retry import OomRetry
 from support import full_batch_reference as ref
 
 EXACT = 1e-12
@@ -380,3 +381,44 @@ def test_compiled_model_trains_without_optimizer():
     expected = torch.autograd.grad(F.mse_loss(model(batch), torch.zeros(7, 1).double()), list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
+
+
+class BufferOwner(OomRetry):
+    """Owns the gradients of its windows, and sets them to zero, as captured graphs do."""
+
+    def __init__(self, model):
+        super().__init__(model, torch.device("cpu"))
+        self.static_buffers = None
+
+    def end(self, pending):
+        self.static_buffers = pending.sums.grads_in_place()
+
+
+def test_buffers_of_runner_are_not_delivered():
+    engine = make()
+    engine.runner = BufferOwner(engine.model)
+    batches = [ref.ragged_batch(7, seed=seed) for seed in range(3)]
+    losses = [engine.loss(batch) for batch in batches]
+    for loss in losses:
+        (loss / 3).backward()
+    parts = [ref.full_gradient(engine.model, batch) for batch in batches]
+    expected = {name: sum(part[name] for part in parts) / 3 for name in parts[0]}
+    assert ref.relative_error(gradients_of(engine.model), expected) <= EXACT
+
+
+@pytest.mark.gpu
+def test_cuda_graph_buffers_are_not_delivered():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double().cuda()
+
+    def loss_fn(module, part):
+        output = module(part)
+        return output.square().sum(), torch.ones_like(output).sum()
+
+    engine = make(loss_fn, model, microbatch=4, cuda_graphs=True)
+    batches = [torch.randn(12, 8).double() for _ in range(4)]
+    for loss in [engine.loss(batch) for batch in batches]:
+        (loss / 2).backward()
+    assert engine.runner.num_graphs == 1
+    whole = sum(model(batch.cuda()).square().mean() for batch in batches) / 2
+    assert ref.relative_error(gradients_of(model), ref.gradients_of(model, whole)) <= EXACT
