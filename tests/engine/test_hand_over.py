@@ -383,6 +383,30 @@ def test_compiled_model_trains_without_optimizer():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
 
 
+def test_first_window_check_warns_within_loss():
+    def mean(model, part):
+        loss_sum, items = ref.loss_and_items(model, part)
+        return loss_sum / items, items
+
+    engine = make(mean, check=True)
+    with pytest.warns(UserWarning, match="the updates of this engine are not exactly those of the full batch"):
+        engine.loss(ref.ragged_batch(8))
+    assert all(gradient is None for gradient in gradients_of(engine.model).values())
+
+
+def test_other_leaves_receive_no_gradient():
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def times_scale(model, part):
+        loss_sum, items = ref.loss_and_items(model, part)
+        return loss_sum * scale, items
+
+    engine, batch = make(times_scale), ref.ragged_batch(6)
+    engine.loss(batch).backward()
+    assert scale.grad is None
+    assert_full(engine.model, batch)
+
+
 class BufferOwner(OomRetry):
     """Owns the gradients of its windows, and sets them to zero, as captured graphs do."""
 
