@@ -21,7 +21,8 @@ def rows_of(rank: int, sizes: Sequence[int]) -> list[int]:
 
 def make_engine(how: str, loss_fn: ref.LossFunction = ref.loss_and_items, **settings: Any) -> bigbatch.Engine:
     """Return an engine without an optimizer over a model that is distributed in some way."""
-    model, sync = cases.parallelize(ref.make_model(), how)
+    kind, _, option = how.partition(" ")
+    model, sync = cases.parallelize(ref.make_model(), kind, **({option: True} if option else {}))
     return bigbatch.Engine(model, None, loss_fn, **{"microbatch": 2, "sync": sync, "check": False, **settings})
 
 

@@ -8,7 +8,7 @@ from support.process_pool import Pools
 EXACT = 1e-12
 
 
-@pytest.mark.parametrize("how", ["ddp", "plain", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "ddp static_graph", "ddp gradient_as_bucket_view", "plain", "fsdp"])
 @pytest.mark.parametrize("sizes", [(3, 8), (7, 1)])
 def test_unequal_ranks_deliver_global_gradient_once(pools: Pools, how: str, sizes: tuple[int, int]) -> None:
     for *errors, num_large in pools(2).run(cases.delivered, how, sizes):
