@@ -293,6 +293,7 @@ class KillExperiment:
             words = ["train"]
             for name, value in settings.items():
                 words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        words += ["--timeout-s", "30"]  # how long a rank waits for one that was killed while it started
         folder = self.folder / "ranks"
         folder.mkdir(exist_ok=True)
         with Launch(words, 2, folder=folder) as launch:
