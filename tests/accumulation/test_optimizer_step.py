@@ -345,6 +345,25 @@ def test_own_step_inside_window_raises(position: str, which: int):
     assert torch.equal(values(model), before)
 
 
+@pytest.mark.parametrize("make_other", [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.AdamW(p)])
+def test_step_of_another_optimizer_inside_window_raises(make_other: Callable[..., torch.optim.Optimizer]):
+    model, elsewhere = make_model(), make_model(2)
+    before = values(model)
+    other, unrelated = make_other(list(model.parameters())[-1:]), make_other(elsewhere.parameters())
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    window = accumulator.window()
+    window.backward(loss_fn(model, make_batch(4))[0], items=4)
+    mean_loss_backward(elsewhere, make_batch())
+    unrelated.step()
+    with pytest.raises(WindowStateError, match=r"^(SGD|AdamW)\.step\(\) was called while a window holds undivided"):
+        other.step()
+    assert torch.equal(values(model), before)
+    window.abort()
+    mean_loss_backward(model, make_batch())
+    other.step()
+    assert not torch.equal(values(model), before)
+
+
 def test_own_step_between_windows_is_allowed():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -664,6 +683,20 @@ def test_gradient_hook_changes_the_whole_gradient(dtype: torch.dtype):
     assert report.grad_norm > 0.05
     tolerance = 1e-14 if dtype is DOUBLE else 4e-3
     assert torch.allclose(values(actual), values(expected), rtol=0, atol=tolerance)
+
+
+def test_gradient_hook_that_writes_nan_skips_the_window():
+    def spoil(parameters: Any) -> None:
+        parameters[0].grad[0] = torch.nan
+
+    model = make_model()
+    before = values(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=4, gradient_hook=spoil)
+    report = engine.step(make_batch())
+    assert report.skipped == "non-finite gradient"
+    assert torch.equal(values(model), before)
+    assert engine.accumulator.num_steps == 0
 
 
 def test_error_in_gradient_hook_changes_nothing():

@@ -257,7 +257,11 @@ class OptimizerUpdate:
         gradients.clear()  # float32 sums are then freed one by one as they are written to .grad
         sums.write_to_grad()
         if self.gradient_hook is not None:
-            self.gradient_hook([parameter for parameter in sums.parameters if parameter.grad is not None])
+            changed = [parameter for parameter in sums.parameters if parameter.grad is not None]
+            self.gradient_hook(changed)
+            after_hook = norm_of([p.grad for p in changed if p.grad is not None]).item()
+            if not math.isfinite(after_hook):
+                return self._skip_or_raise(after_hook, "non-finite gradient")
         return UpdateOutcome(grad_norm, extra_scalars=tuple(read))
 
     def _skip_or_raise(self, grad_norm: float, why: str) -> UpdateOutcome:
