@@ -66,8 +66,8 @@ MORE_KINDS: dict[str, dict[str, Any]] = {
     "layer-checkpoints": {"gradient_checkpointing": "full"},
     "every-update": {"checkpoint_every": 1, "validation_every": 1, "keep": 2},
     "deterministic": {"deterministic": True, "schedule": "constant", "max_grad_norm": 0.5},
-    "ddp": {"parallel": "ddp", "deterministic": True, "timeout_s": 60},
-    "fsdp": {"parallel": "fsdp", "deterministic": True, "timeout_s": 60},
+    "ddp": {"parallel": "ddp", "deterministic": True, "timeout_s": 30},
+    "fsdp": {"parallel": "fsdp", "deterministic": True, "timeout_s": 30},
 }
 """More of them, without named points in tests; ``ddp`` and ``fsdp`` run on two ranks."""
 ON_RANKS = ("ddp", "fsdp")
@@ -293,7 +293,6 @@ class KillExperiment:
             words = ["train"]
             for name, value in settings.items():
                 words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-        words += ["--timeout-s", "30"]  # how long a rank waits for one that was killed while it started
         folder = self.folder / "ranks"
         folder.mkdir(exist_ok=True)
         with Launch(words, 2, folder=folder) as launch:
