@@ -345,25 +345,6 @@ def test_own_step_inside_window_raises(position: str, which: int):
     assert torch.equal(values(model), before)
 
 
-@pytest.mark.parametrize("make_other", [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.AdamW(p)])
-def test_step_of_another_optimizer_inside_window_raises(make_other: Callable[..., torch.optim.Optimizer]):
-    model, elsewhere = make_model(), make_model(2)
-    before = values(model)
-    other, unrelated = make_other(list(model.parameters())[-1:]), make_other(elsewhere.parameters())
-    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    window = accumulator.window()
-    window.backward(loss_fn(model, make_batch(4))[0], items=4)
-    mean_loss_backward(elsewhere, make_batch())
-    unrelated.step()
-    with pytest.raises(WindowStateError, match=r"^(SGD|AdamW)\.step\(\) was called while a window holds undivided"):
-        other.step()
-    assert torch.equal(values(model), before)
-    window.abort()
-    mean_loss_backward(model, make_batch())
-    other.step()
-    assert not torch.equal(values(model), before)
-
-
 def test_own_step_between_windows_is_allowed():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

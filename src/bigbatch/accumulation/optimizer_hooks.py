@@ -6,7 +6,6 @@ from typing import Any
 from weakref import WeakMethod
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 def hook_before_step(optimizer: Any, hook: "WeakMethod[Any]") -> tuple[Any, Any]:
@@ -26,16 +25,6 @@ def hook_before_step(optimizer: Any, hook: "WeakMethod[Any]") -> tuple[Any, Any]
             return target, target.register_step_pre_hook(call)
         target = getattr(target, "optimizer", None)
     return None, None
-
-
-def hook_before_any_step(hook: "WeakMethod[Any]") -> Any:
-    """Call a hook before each step of any optimizer; return the handle."""
-
-    def call(stepping: Any, _args: Any, _kwargs: Any) -> None:
-        if (method := hook()) is not None:
-            method(stepping)
-
-    return register_optimizer_step_pre_hook(call)
 
 
 def remove_all(handles: Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ from weakref import WeakMethod, finalize
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.optimizer_hooks import hook_before_any_step, hook_before_step, remove_all
+from bigbatch.accumulation.optimizer_hooks import hook_before_step, remove_all
 from bigbatch.accumulation.signal_deferral import DeferredSignals
 from bigbatch.accumulation.step_evidence import StepEvidence, StepSnapshot
 from bigbatch.errors import MemoryLimitError, TornUpdateError, WindowStateError, first_line
@@ -51,8 +51,7 @@ class OptimizerStep:
         self._require_closure = [optimizer for optimizer in self.optimizers if _requires_closure(optimizer)]
         self._holds_gradients: WeakMethod[Callable[[], bool]] | None = None
         self._hooked = [hook_before_step(optimizer, WeakMethod(self._on_step)) for optimizer in self.optimizers]
-        handles = [handle for _, handle in self._hooked]
-        finalize(self, remove_all, [*handles, hook_before_any_step(WeakMethod(self._on_any_step))])
+        finalize(self, remove_all, [handle for _, handle in self._hooked])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerStep":
         copied = OptimizerStep(copy.deepcopy(self.optimizers, memo), copy.deepcopy(self.schedulers, memo))
@@ -233,17 +232,6 @@ class OptimizerStep:
         if self._is_stepping:
             self._called.add(id(optimizer))
             return
-        self._refuse_inside_window(optimizer)
-
-    def _on_any_step(self, optimizer: "Optimizer") -> None:
-        """Handle the start of a step of any optimizer in the process: it may have parameters of the open window."""
-        if self._is_stepping or not self._window_holds_gradients():
-            return
-        own = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            self._refuse_inside_window(optimizer)
-
-    def _refuse_inside_window(self, optimizer: "Optimizer") -> None:
         if self._window_holds_gradients():
             raise WindowStateError(
                 f"{type(optimizer).__name__}.step() was called while a window holds undivided gradients. Remove the "
