@@ -59,6 +59,17 @@ def test_microbatches_are_views_not_copies():
     assert first.untyped_storage().data_ptr() == batch.untyped_storage().data_ptr()
 
 
+def test_group_taken_again_is_a_fresh_view():
+    inputs, labels = torch.rand(6, 2), torch.arange(6)
+    parts = split((inputs, labels), 4, device=CPU)
+    first, _ = parts.take(parts.groups[1])
+    first.requires_grad_()
+    again, again_labels = parts.take(parts.groups[1])
+    assert not again.requires_grad
+    assert torch.equal(again, inputs[4:])
+    assert again_labels.tolist() == [4, 5]
+
+
 def test_tokenizer_output_is_split_like_dict():
     transformers = pytest.importorskip("transformers")
     batch = transformers.BatchEncoding({"input_ids": column(5, 3), "attention_mask": column(5, 3)})

@@ -21,6 +21,31 @@ def test_pair_is_one_term(result):
     assert ledger.terms()["loss"].loss == 2
 
 
+def test_pair_is_recorded_like_its_term():
+    quick, general = LossTotals(), LossTotals()
+    for items in (3, 5):
+        assert quick.record_pair((LOSS, items)) is LOSS
+        assert general.record(as_terms((LOSS, items))) is LOSS
+    assert (quick.divisor(), quick.terms(), quick.num_recorded) == (8, general.terms(), 2)
+    quick.rollback(1)
+    assert quick.items() == 3
+
+
+@pytest.mark.parametrize("result", [(LOSS, 0), (LOSS, 3.0), (LOSS, True), (LOSS, -1), (LOSS,), [LOSS, 3], (3.0, 3)])
+def test_other_results_are_not_recorded_as_pair(result):
+    totals = LossTotals()
+    assert totals.record_pair(result) is None
+    assert totals.num_recorded == 0
+
+
+def test_pair_after_another_term_is_left_to_record():
+    totals = LossTotals()
+    totals.record(as_terms({"a": (LOSS, 3)}))
+    assert totals.record_pair((LOSS, 3)) is None
+    with pytest.raises(ValueError, match="several terms need their totals"):
+        totals.record(as_terms((LOSS, 3)))
+
+
 def test_mapping_is_its_terms():
     terms = {"a": (LOSS, 3), "b": (LOSS, 0)}
     assert as_terms(terms) is terms

@@ -18,7 +18,7 @@ import signal
 import socket
 import stat
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -518,32 +518,42 @@ def foreign_config(made: DamagedRuns, random: Random) -> str:
     return f"{name} of {other}"
 
 
-def edited_config(made: DamagedRuns, random: Random) -> str:
-    path = made.run / "config.json"
+def edit_one(
+    path: Path, random: Random, choices: Sequence[tuple[str, Any]], *, indents: Sequence[int | None] = (None,)
+) -> str:
+    """Set one value of a JSON file."""
     values = json.loads(path.read_bytes())
-    name, value = random.choice(
+    name, value = random.choice(choices)
+    values[name] = value
+    path.write_text(json.dumps(values, indent=random.choice(indents)), encoding="utf-8")
+    return f"{name} = {value}"
+
+
+def drop_checkpoints(made: DamagedRuns, random: Random, *, share: float) -> str:
+    """Remove all checkpoints of a share of the runs."""
+    if random.random() >= share:
+        return ""
+    shutil.rmtree(made.run / "checkpoints")
+    return ", no checkpoint"
+
+
+def edited_config(made: DamagedRuns, random: Random) -> str:
+    edit = edit_one(
+        made.run / "config.json", random,
         [("lr", 0.02), ("seed", 5), ("global_batch", 8), ("schedule", "constant"), ("weight_decay", 0.5), ("steps", 6),
          ("max_grad_norm", 0.1), ("max_length", 16), ("warmup_steps", 2), ("validation_fraction", 0.4),
-         ("precision", "float64"), ("lora_rank", 2), ("scale_from", 1), ("data", "python-stdlib"), ("epochs", 2)]
+         ("precision", "float64"), ("lora_rank", 2), ("scale_from", 1), ("data", "python-stdlib"), ("epochs", 2)],
     )  # fmt: skip
-    values[name] = value
-    path.write_text(json.dumps(values), encoding="utf-8")
-    if random.random() < 0.4:
-        shutil.rmtree(made.run / "checkpoints")
-        return f"{name} = {value}, no checkpoint"
-    return f"{name} = {value}"
+    return edit + drop_checkpoints(made, random, share=0.4)
 
 
 def harmless_config(made: DamagedRuns, random: Random) -> str:
-    path = made.run / "config.json"
-    values = json.loads(path.read_bytes())
-    name, value = random.choice(
+    return edit_one(
+        made.run / "config.json", random,
         [("keep", 1), ("checkpoint_every", 2), ("sample_prompt", "x"), ("max_skipped", 3), ("grace_s", 1.0),
-         ("validation_every", 2), ("async_checkpoint", True), ("timeout_s", 5.0)]
+         ("validation_every", 2), ("async_checkpoint", True), ("timeout_s", 5.0)],
+        indents=(None, 4),
     )  # fmt: skip
-    values[name] = value
-    path.write_text(json.dumps(values, indent=random.choice([None, 4])), encoding="utf-8")
-    return f"{name} = {value}"
 
 
 def earlier_layout(made: DamagedRuns, random: Random) -> str:
@@ -565,18 +575,12 @@ def newer_layout(made: DamagedRuns, random: Random) -> str:
 
 
 def edited_base(made: DamagedRuns, random: Random) -> str:
-    path = made.base / "config.json"
-    values = json.loads(path.read_bytes())
-    name, value = random.choice(
+    edit = edit_one(
+        made.base / "config.json", random,
         [("layer_norm_epsilon", 1e-2), ("activation_function", "relu"), ("resid_pdrop", 0.5), ("attn_pdrop", 0.0),
-         ("n_head", 4), ("scale_attn_weights", False), ("n_layer", 1), ("model_type", "nothing"), ("n_embd", 32)]
+         ("n_head", 4), ("scale_attn_weights", False), ("n_layer", 1), ("model_type", "nothing"), ("n_embd", 32)],
     )  # fmt: skip
-    values[name] = value
-    path.write_text(json.dumps(values), encoding="utf-8")
-    if random.random() < 0.3:
-        shutil.rmtree(made.run / "checkpoints")
-        return f"{name} = {value}, no checkpoint"
-    return f"{name} = {value}"
+    return edit + drop_checkpoints(made, random, share=0.3)
 
 
 def other_weights(made: DamagedRuns, random: Random) -> str:

@@ -122,6 +122,21 @@ def _required_parameters(function: Any) -> list[str]:
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
 
 
+def check_settings(max_grad_norm: float | None, gradient_hook: object, nonfinite: str) -> None:
+    """Validate what is done to the gradient before the step; arguments as for `bigbatch.Accumulator`.
+
+    Raises:
+        TypeError: ``gradient_hook`` cannot be called.
+        ValueError: Another setting is out of range.
+    """
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
+    if gradient_hook is not None and not callable(gradient_hook):
+        raise TypeError(f"gradient_hook is a {type(gradient_hook).__name__}: pass a function of the parameters.")
+    if nonfinite not in ("skip", "raise"):
+        raise ValueError(f'nonfinite is {nonfinite!r}: it must be "skip" or "raise".')
+
+
 def check_scalable(parameters: Sequence[Tensor]) -> None:
     """Raise unless a gradient scaler supports the dtypes of the parameters.
 

@@ -6,13 +6,13 @@ guard → signals deferred → optimizer.step() of each → counted → schedule
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.optimizer_hooks import hook_before_step, remove_all
 from bigbatch.accumulation.signal_deferral import DeferredSignals
 from bigbatch.accumulation.step_evidence import StepEvidence, StepSnapshot
 from bigbatch.errors import MemoryLimitError, TornUpdateError, WindowStateError, first_line
@@ -50,8 +50,8 @@ class OptimizerStep:
         self._is_stepping = False
         self._require_closure = [optimizer for optimizer in self.optimizers if _requires_closure(optimizer)]
         self._holds_gradients: WeakMethod[Callable[[], bool]] | None = None
-        self._hooked = [hook_before_step(optimizer, WeakMethod(self._on_step)) for optimizer in self.optimizers]
-        finalize(self, remove_all, [handle for _, handle in self._hooked])
+        self._hooked = [_hook_before_step(optimizer, WeakMethod(self._on_step)) for optimizer in self.optimizers]
+        finalize(self, _remove_all, [handle for _, handle in self._hooked])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerStep":
         copied = OptimizerStep(copy.deepcopy(self.optimizers, memo), copy.deepcopy(self.schedulers, memo))
@@ -117,7 +117,6 @@ class OptimizerStep:
             TypeError: An optimizer needs a closure, and ``evaluate_again`` is None.
             WindowStateError: An optimizer's step did nothing.
         """
-        self.check_not_torn()
         with DeferredSignals() as deferred, deferred:
             self._run(grad_norm, loss, evaluate_again)
 
@@ -271,3 +270,28 @@ def _requires_closure(optimizer: "Optimizer") -> bool:
         return True
     except ValueError:  # no signature
         return False
+
+
+def _hook_before_step(optimizer: Any, hook: "WeakMethod[Any]") -> tuple[Any, Any]:
+    """Call a hook before each step of an optimizer; of the inner one if it is a wrapper without hooks.
+
+    Returns:
+        The optimizer that is hooked, and the handle; None for both if neither supports hooks.
+    """
+    target = optimizer
+    while isinstance(target, torch.optim.Optimizer):
+
+        def call(stepping: Any, _args: Any, _kwargs: Any) -> None:
+            if (method := hook()) is not None:
+                method(stepping)
+
+        with suppress(AttributeError):
+            return target, target.register_step_pre_hook(call)
+        target = getattr(target, "optimizer", None)
+    return None, None
+
+
+def _remove_all(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        if handle is not None:
+            handle.remove()

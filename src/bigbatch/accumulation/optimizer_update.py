@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers
+from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers, check_settings
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
 from bigbatch.errors import NonFiniteError, WindowStateError
@@ -82,13 +82,8 @@ class OptimizerUpdate:
         self.optimizers = check_optimizers(optimizer)
         self.schedulers = check_schedulers(scheduler, self.optimizers)
         self._model = model
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
-        if gradient_hook is not None and not callable(gradient_hook):
-            raise TypeError(f"gradient_hook is a {type(gradient_hook).__name__}: pass a function of the parameters.")
+        check_settings(max_grad_norm, gradient_hook, nonfinite)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        if nonfinite not in ("skip", "raise"):
-            raise ValueError(f'nonfinite is {nonfinite!r}: it must be "skip" or "raise".')
         self.max_grad_norm = max_grad_norm
         self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
@@ -168,7 +163,7 @@ class OptimizerUpdate:
             extra_scalars: Other 0-d tensors to read from the device at the same time, for the outcome.
             evaluate_again: Computes the same sums again, for optimizers that need a closure; None if not possible.
 
-        Waits for the device once, for the count and the norm that decide whether there is an update.
+        Waits for the device for the count and the norm that decide on the update, and again after a ``gradient_hook``.
 
         Raises:
             MemoryLimitError: Memory ran out within the step of an optimizer.
@@ -203,18 +198,21 @@ class OptimizerUpdate:
     ) -> UpdateOutcome:
         """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`."""
         gradients = sums.tensors()
-        if loss_scale is None or not gradients or not loss_totals.divisor():  # without items, the scaler stays as it is
+        if loss_scale is None or not gradients:
             return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
+        divisor = loss_totals.divisor()  # waits for the device if items are counted there
+        if not divisor:  # the scaler stays as it is
+            return UpdateOutcome(math.nan, skipped=NO_ITEMS)
         assert self.scaler is not None, "the loss scale comes from it"
         if not self.optimizers:
             torch._foreach_div_(gradients, loss_scale)
-            return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars, divisor)
         # Relative to the scale at the start of this window: another window may have changed the scaler since.
         torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         try:
-            return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars, divisor)
         finally:
             self.scaler.update()
 
@@ -229,11 +227,13 @@ class OptimizerUpdate:
         loss_totals: "LossTotals",
         sync: "GradientSync | None",
         extra_scalars: Sequence[Tensor],
+        divisor: float | None = None,
     ) -> UpdateOutcome:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
         divide_factor = 1.0 if sync is None else sync.gradient_divide_factor
         norm_of_sums = norm_of(gradients)
-        divisor = loss_totals.divisor() / divide_factor  # waits for the device if items are counted there
+        divisor = loss_totals.divisor() if divisor is None else divisor  # waits for the device if counts are there
+        divisor /= divide_factor
         if not divisor:
             return UpdateOutcome(math.nan, skipped=NO_ITEMS)
         if not gradients:

@@ -24,9 +24,9 @@ def read_toml(command: str, path: Path) -> dict[str, object]:
     Raises:
         InputError: The file cannot be read, is not TOML, or has a name that is not a field of :class:`TrainConfig`.
     """
+    if not path.is_file() and path.exists() and not path.is_dir():  # reading a pipe may wait for ever
+        raise InputError(f"{path} is {file_kind(path)}: --config needs a TOML file. Write the settings to a file.")
     try:
-        if not path.is_file() and path.exists() and not path.is_dir():  # reading a pipe may wait for ever
-            raise InputError(f"{path} is {file_kind(path)}: --config needs a TOML file. Write the settings to a file.")
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: --config needs a TOML file.") from None
@@ -38,8 +38,6 @@ def read_toml(command: str, path: Path) -> dict[str, object]:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply: settings are single values.") from None
-    except InputError:
-        raise
     except ValueError as error:
         reason = str(error)
         raise InputError(f"{path} is not valid TOML: {reason[:1].lower()}{reason[1:]}.") from None
