@@ -6,29 +6,22 @@ trainer.train()
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from bigbatch.integrations.transformers.exact import ExactTrainer as ExactTrainer
-    from bigbatch.integrations.transformers.exact import exact as exact
+# Not lazily: a submodule of the same name would be found in its place.
+from bigbatch.integrations.transformers.exact import ExactTrainer, exact
 
-_PUBLIC = {
-    "ExactTrainer": "bigbatch.integrations.transformers.exact",
-    "exact": "bigbatch.integrations.transformers.exact",
+_LAZY = {
     "verify": "bigbatch.integrations.transformers.verification",
     "weights": "bigbatch.integrations.transformers.weights",
 }
 
-__all__ = ["ExactTrainer", "exact", "verify", "weights"]
+__all__ = ["ExactTrainer", "exact", "verify", "weights"]  # noqa: F822 - two are loaded on first access
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value  # in place of a submodule of the same name, which the import sets
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
     return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -9,6 +9,8 @@ key in a batch finds none.
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from bigbatch.integrations.transformers.pieces import Pieces
+
 
 class SampleBatch(dict[str, Any]):
     """The samples of one batch of a loader, not collated.
@@ -40,11 +42,15 @@ class WindowBatch(SampleBatch):
     Args:
         samples: Of all batches, in their order; or the batches themselves, if the loader collated them.
         is_collated: Whether they are batches that the loader collated.
+
+    Attributes:
+        pieces: The micro-batches that were run of it.
     """
 
     def __init__(self, samples: Sequence[Any] = (), *, is_collated: bool = False) -> None:
         super().__init__(samples)
         self.is_collated = is_collated
+        self.pieces = Pieces()
 
 
 class SampleCollator:
@@ -67,12 +73,17 @@ class SampleCollator:
         return getattr(self._collator, name)
 
 
-def as_window(batches: Sequence[Any]) -> list[SampleBatch]:
-    """Return as many batches as there are, all empty but the last one, which has the samples of all."""
+def as_window(batches: Sequence[Any], held: Sequence[Any] = ()) -> list[SampleBatch]:
+    """Return as many batches as there are, all empty but the last one, which has the samples of all.
+
+    Args:
+        batches: Of a loader, at least one.
+        held: Samples before them, of a window that was not followed by an update.
+    """
     if all(isinstance(batch, SampleBatch) for batch in batches):
-        window = WindowBatch([sample for batch in batches for sample in batch.samples])
+        window = WindowBatch([*held, *(sample for batch in batches for sample in batch.samples)])
     else:
-        window = WindowBatch(batches, is_collated=True)
+        window = WindowBatch([*held, *batches], is_collated=True)
     return [*(EmptyBatch() for _ in batches[1:]), window]
 
 

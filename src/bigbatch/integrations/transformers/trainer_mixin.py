@@ -7,7 +7,7 @@ Everything else is the Trainer's: backward, scaler, clipping, optimizer, schedul
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -32,6 +32,7 @@ class ExactMixin:
     bigbatch_report: WindowReport | None = None
     _bigbatch_settings: Settings
     _bigbatch_windows: WindowEngine | None = None
+    _bigbatch_held: Sequence[Any] = ()
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of the trainer, whose batches are lists of samples."""
@@ -39,6 +40,7 @@ class ExactMixin:
         collator, config = trainer.data_collator, trainer.accelerator.dataloader_config
         keeper, dispatch_batches = SampleCollator(collator), config.dispatch_batches
         self._bigbatch_check_ranks()
+        self._bigbatch_held = ()
         trainer.data_collator, config.dispatch_batches = keeper, False
         try:
             return super().get_train_dataloader()  # type: ignore[misc]
@@ -77,14 +79,22 @@ class ExactMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the batches of a window: all samples are in the last one."""
         batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        return as_window(batches) if batches else batches, None
+        if batches:
+            batches, self._bigbatch_held = as_window(batches, self._bigbatch_held), ()
+        return batches, None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a whole window, or nothing for the batches whose samples are in it."""
+        """Run a whole window, or nothing for the batches whose samples are in it.
+
+        A stream of unknown length may end within a window, and the Trainer makes no update then: its samples become
+        part of the next window.
+        """
         trainer: Any = self
-        if isinstance(inputs, EmptyBatch):
-            return torch.zeros((), device=trainer.args.device)
         is_window = isinstance(inputs, WindowBatch)
+        if is_window and not trainer.accelerator.sync_gradients:
+            self._bigbatch_held = inputs.samples
+        if isinstance(inputs, EmptyBatch) or self._bigbatch_held:
+            return torch.zeros((), device=trainer.args.device)
         with self._bigbatch_window_loss() if is_window else nullcontext():
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         return loss
@@ -123,8 +133,7 @@ class ExactMixin:
     def floating_point_ops(self, inputs: Any) -> float:
         """Return the sum over the micro-batches of a window."""
         if isinstance(inputs, SampleBatch):
-            is_window = isinstance(inputs, WindowBatch) and self._bigbatch_windows is not None
-            return self._bigbatch_windows.pieces.floating_point_ops if is_window else 0.0  # type: ignore[union-attr]
+            return inputs.pieces.floating_point_ops if isinstance(inputs, WindowBatch) else 0.0
         operations: float = super().floating_point_ops(inputs)  # type: ignore[misc]
         return operations
 
@@ -133,8 +142,8 @@ class ExactMixin:
         trainer: Any = self
         if not isinstance(inputs, SampleBatch):
             super()._track_num_input_tokens(inputs)  # type: ignore[misc]
-        elif isinstance(inputs, WindowBatch) and self._bigbatch_windows is not None:
-            tokens = self._bigbatch_windows.pieces.input_tokens
+        elif isinstance(inputs, WindowBatch):
+            tokens = inputs.pieces.input_tokens
             name = getattr(trainer.model, "main_input_name", "input_ids")
             shape_only = torch.empty(tokens, device="meta")
             super()._track_num_input_tokens({name: shape_only, "attention_mask": torch.tensor(tokens)})  # type: ignore[misc]

@@ -16,7 +16,7 @@ from bigbatch.engine.engine import Engine
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import trainer_metrics
-from bigbatch.integrations.transformers.pieces import Piece, Pieces
+from bigbatch.integrations.transformers.pieces import Piece
 from bigbatch.integrations.transformers.samples import WindowBatch, copy_samples, take_whole
 from bigbatch.integrations.transformers.settings import Settings
 from bigbatch.integrations.transformers.trainer_state import trainer_preserved
@@ -48,7 +48,6 @@ class WindowEngine:
         self._window = WindowBatch()
         self._num_windows = 0
         self._one_item = torch.ones((), dtype=torch.int64, device=trainer.args.device)
-        self.pieces = Pieces()
 
     def loss(self, model: nn.Module, window: WindowBatch, compute_loss: ComputeLoss) -> tuple[Tensor, WindowReport]:
         """Return the loss of a window, 0-d, whose backward is the exact gradient, and the report. Collective.
@@ -62,7 +61,7 @@ class WindowEngine:
             InputError: The unit of the loss is not certain, or the settings do not fit the loader.
             NonFiniteError: The loss or its gradient is not finite, and ``nonfinite`` is ``"raise"``.
         """
-        self._compute_loss, self._window, self.pieces = compute_loss, window, Pieces()
+        self._compute_loss, self._window = compute_loss, window
         engine = self._engine_for(model, is_collated=window.is_collated)
         batch = range(len(window.samples))
         with trainer_metrics.local_gathers(self._trainer.accelerator):
@@ -70,7 +69,7 @@ class WindowEngine:
             loss, report = exact_loss(
                 engine.accumulator.update.parameters(), lambda: engine.backward(batch), engine.runner
             )
-        trainer_metrics.complete(self._trainer, self.pieces)
+        trainer_metrics.complete(self._trainer, window.pieces)
         self._window = WindowBatch()  # frees the samples
         if report.skipped is not None and self._trainer.accelerator.scaler is None:
             return self._without_gradient(report), report
@@ -124,7 +123,7 @@ class WindowEngine:
         if not is_trial():
             piece.floating_point_ops = float(trainer.floating_point_ops(inputs))
             piece.input_tokens = trainer._bigbatch_input_tokens(inputs)
-            self.pieces.add(piece)
+            window.pieces.add(piece)
         return {"inputs": inputs, "piece": piece}
 
     def _loss_and_items(self, model: nn.Module, microbatch: Mapping[str, Any]) -> tuple[Tensor, Items]:
