@@ -123,7 +123,9 @@ def collate_regression(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]
     }
 
 
-def token_samples(count: int = 22, *, prompt: int = 0, low: int = 3, high: int = 14, seed: int = 0) -> list[dict[str, Any]]:
+def token_samples(
+    count: int = 22, *, prompt: int = 0, low: int = 3, high: int = 14, seed: int = 0
+) -> list[dict[str, Any]]:
     """Samples of different lengths; the labels of the first `prompt` tokens are ignored."""
     numbers = random.Random(seed)
     samples = []
@@ -178,7 +180,9 @@ def arguments(**settings: Any) -> TrainingArguments:
 class TokenMeanTrainer(Trainer):
     """Overrides `compute_loss` by the mean over shifted labels, without a look at num_items_in_batch."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels = inputs["labels"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         loss = nn.functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:])
