@@ -16,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -45,6 +46,13 @@ def llama() -> LlamaForCausalLM:
         num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).double()
+
+
+def llama_classifier() -> LlamaForSequenceClassification:
+    config = llama().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config).float()
 
 
 def qwen2_moe(aux_loss: bool = True) -> Qwen2MoeForCausalLM:
