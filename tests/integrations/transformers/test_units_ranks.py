@@ -1,14 +1,11 @@
 """All ranks decide the same unit, whatever samples they hold, and raise together."""
 
-import os
-from contextlib import contextmanager
-
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from bigbatch.errors import InputError, RankFailedError
 from support import tiny_trainers as tiny
+from support.accelerate_ranks import known_to_accelerate
 
 
 def _finder(trainer):
@@ -26,22 +23,6 @@ def _make(kind, samples):
     if kind == "two terms":
         return tiny.trainer_of(tiny.qwen2_moe(), samples)
     return tiny.trainer_of(tiny.gpt2(0.1), samples)
-
-
-@contextmanager
-def known_to_accelerate():
-    """Make trainers see the ranks of this process group."""
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    found = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost", MASTER_PORT="1")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.clear()
-        os.environ.update(found)
 
 
 def _units(kind, shares):

@@ -82,6 +82,8 @@ CASES = {
     "reward, centered": ("samples", reward, {"center_rewards_coefficient": 0.1}),
     "kto apo_zero_unpaired": ("samples", kto, {"loss_type": "apo_zero_unpaired"}),
 }
+
+
 def finder_of(trainer):
     return UnitFinder(
         trainer,
