@@ -90,8 +90,10 @@ class WindowEngine:
                 "micro-batches cannot be chosen: leave microbatch= and memory= out, and its batches are the "
                 "micro-batches; or collate with self.data_collator in get_train_dataloader."
             )
-        _warn_of_batch_norms(model)
         lengths = settings.lengths
+        evaluates = self._unit.is_given and not active_dropouts(model)  # a unit that was found needs no other proof
+        if not evaluates:
+            _warn_of_batch_norms(model)
         try:
             self._engine = Engine(
                 model,
@@ -104,7 +106,7 @@ class WindowEngine:
                 layout="padded" if is_collated else settings.layout,
                 scaler=self._trainer.accelerator.scaler,
                 nonfinite=settings.nonfinite,
-                check=self._unit.is_given and not active_dropouts(model),
+                check=evaluates,
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
