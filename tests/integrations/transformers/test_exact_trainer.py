@@ -146,6 +146,7 @@ _RUNS = ("whole", "resumed")
 
 def test_evaluation_during_training_is_that_of_stock_trainer(tmp_path: Path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "per_device_eval_batch_size": 3}
+    settings["label_names"] = ["labels"]
     entries = []
     for is_exact in (False, True):
         each, _ = cases.make(tmp_path, eval_dataset=cases.samples(7, seed=5), **settings)

@@ -91,7 +91,8 @@ class WindowEngine:
                 "micro-batches; or collate with self.data_collator in get_train_dataloader."
             )
         lengths = settings.lengths
-        evaluates = self._unit.is_given and not active_dropouts(model)  # a unit that was found needs no other proof
+        is_random = active_dropouts(model) or self._trainer.neftune_noise_alpha is not None
+        evaluates = self._unit.is_given and not is_random  # a unit that was found needs no other proof
         if not evaluates:
             _warn_of_batch_norms(model)
         try:
