@@ -1,6 +1,6 @@
 """Count the items of a collated micro-batch in every unit that a loss may be averaged over.
 
-    collated micro-batch → shifted labels, labels, tokens of each mask, samples, positions
+collated micro-batch → shifted labels, labels, tokens of each mask, samples, positions
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,7 +76,9 @@ def cut_rows(inputs: Any, rows: Sequence[int]) -> Any:
 
     if isinstance(inputs, Mapping):
         values = {
-            key: [value[row] for row in rows] if isinstance(value, list) and len(value) == total else tree_map(cut, value)
+            key: [value[row] for row in rows]
+            if isinstance(value, list) and len(value) == total
+            else tree_map(cut, value)
             for key, value in inputs.items()
         }
         return values

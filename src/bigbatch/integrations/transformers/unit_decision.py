@@ -170,9 +170,7 @@ def _is_count(
     """Return whether the sum is the mean times a count."""
     count = factor * float(candidate.count(inputs))
     total, mean = sum_and_mean
-    return _equal_losses(probe, total.loss, count * mean.loss) and probe.is_sum_of(
-        sum_and_mean, [1, -count], products
-    )
+    return _equal_losses(probe, total.loss, count * mean.loss) and probe.is_sum_of(sum_and_mean, [1, -count], products)
 
 
 def _counted_by_trainer(trainer: Any, labels: Sequence[Candidate]) -> list[Candidate]:

@@ -1,6 +1,6 @@
 """Find out what the loss of a Trainer is averaged over, by its gradients on the samples of a window.
 
-    samples → counts in every unit → a few samples, together and in parts → the unit in which their gradients add up
+samples → counts in every unit → a few samples, together and in parts → the unit in which their gradients add up
 """
 
 from collections.abc import Callable, Sequence

@@ -85,7 +85,9 @@ def count_samples(
         whole = collator.collate(list(samples))
         by_row = has_row_for_each_sample(whole, len(samples))
         batches = [whole] if by_row else [collator.collate([sample]) for sample in samples]
-        candidates = candidates_for(batches[0], num_samples=len(samples) if by_row else 1, label_names=collator.label_names)
+        candidates = candidates_for(
+            batches[0], num_samples=len(samples) if by_row else 1, label_names=collator.label_names
+        )
         counts: dict[str, list[float]] = {}
         for each in candidates:
             if names is not None and each.name not in names:
@@ -111,7 +113,9 @@ def _count_is_constant(samples: Sequence[Any], sizes: Sequence[int], collator: "
     counts = []
     for sample in chosen:
         single = collator.collate([sample])
-        counts += [float(each.count(single)) for each in candidates_for(single, num_samples=1) if each.depends_on_padding]
+        counts += [
+            float(each.count(single)) for each in candidates_for(single, num_samples=1) if each.depends_on_padding
+        ]
     return len(set(counts)) <= 1
 
 
@@ -159,7 +163,9 @@ def choose_parts(entries: Sequence[Entry], names: Sequence[str], skip: int, max_
         max_samples: Of both parts together, at least 2.
     """
     usable = [entry for entry in entries if all(entry.counts[name] for name in names)]
-    pool = sorted(usable if len(usable) > 1 else entries, key=lambda entry: (entry.size, entry.rank, entry.index))[:POOL]
+    pool = sorted(usable if len(usable) > 1 else entries, key=lambda entry: (entry.size, entry.rank, entry.index))[
+        :POOL
+    ]
     if len(pool) < 2:
         return [pool]
     pairs = sorted(itertools.permutations(pool, 2), key=lambda pair: -_separation(pair, names))
@@ -213,6 +219,8 @@ def _are_equal(first: Any, second: Any) -> bool:
     if len(leaves[0]) != len(leaves[1]):
         return False
     return all(
-        a.shape == b.shape and torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        a.shape == b.shape and torch.equal(a, b)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a is b or a == b
         for a, b in zip(*leaves, strict=True)
     )
