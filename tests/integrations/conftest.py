@@ -9,6 +9,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 FRAMEWORK_WARNINGS = [
     "ignore:'pin_memory' argument is set as true:UserWarning",
+    "ignore:`(is_)?gradient_checkpointing(_kwargs)?` is deprecated and will be removed in v6:FutureWarning",
 ]
 
 

@@ -81,7 +81,7 @@ def test_loss_function_that_returns_mean_is_exact(tmp_path: Path):
 
 def test_mixin_is_exact(tmp_path: Path):
     class Mine(ExactTrainer, Trainer):
-        exact_settings = {"items": cases.num_labels, "microbatch": 3}
+        exact_settings = {"items": cases.num_labels, "microbatch": 3}  # noqa: RUF012
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             labels = inputs.pop("labels")
@@ -113,7 +113,7 @@ def test_clipping_and_adam_are_those_of_the_trainer(tmp_path: Path):
         if steps > 1:
             exact(trainer, items=cases.num_labels)
         trainer.train()
-        weights.append(dict(trainer.model.named_parameters()))
+        weights.append(ref.parameters_of(trainer.model))
     assert ref.relative_error(weights[1], weights[0]) <= EXACT
 
 

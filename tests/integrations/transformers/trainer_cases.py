@@ -101,6 +101,7 @@ def make(
     dataset: Samples | None = None,
     collator: Callable[[Any], Any] = collate,
     callbacks: Sequence[TrainerCallback] = (),
+    eval_dataset: Samples | None = None,
     **settings: Any,
 ) -> tuple[Any, Recorder]:
     """Return a trainer, and the recorder of its updates."""
@@ -110,6 +111,7 @@ def make(
         arguments(folder, **settings),
         data_collator=collator,
         train_dataset=samples() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
         callbacks=[recorder, *callbacks],
     )
     return trainer, recorder

@@ -16,7 +16,7 @@ _LAZY = {
     "weights": "bigbatch.integrations.transformers.weights",
 }
 
-__all__ = ["ExactTrainer", "exact", "verify", "weights"]  # noqa: F822 - two are loaded on first access
+__all__ = ["ExactTrainer", "exact", "verify", "weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,8 +52,8 @@ def weights(trainer: AnyTrainer, *, items: CountInputs) -> AnyTrainer:
         )
     if not callable(items):
         raise InputError(
-            f"items is {items!r}: pass a function from the inputs of a micro-batch to the number of items that its loss "
-            "is a mean over."
+            f"items is {items!r}: pass a function from the inputs of a micro-batch to the number of items that its "
+            "loss is a mean over."
         )
     if hasattr(trainer, "_bigbatch_settings"):
         raise InputError(

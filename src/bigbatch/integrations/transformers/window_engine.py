@@ -90,8 +90,11 @@ class WindowEngine:
                 "micro-batches cannot be chosen: leave microbatch= and memory= out, and its batches are the "
                 "micro-batches; or collate with self.data_collator in get_train_dataloader."
             )
-        _warn_of_batch_norms(model)
         lengths = settings.lengths
+        is_random = active_dropouts(model) or self._trainer.neftune_noise_alpha is not None
+        evaluates = self._unit.is_given and not is_random  # a unit that was found needs no other proof
+        if not evaluates:
+            _warn_of_batch_norms(model)
         try:
             self._engine = Engine(
                 model,
@@ -104,7 +107,7 @@ class WindowEngine:
                 layout="padded" if is_collated else settings.layout,
                 scaler=self._trainer.accelerator.scaler,
                 nonfinite=settings.nonfinite,
-                check=self._unit.is_given and not active_dropouts(model),
+                check=evaluates,
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error

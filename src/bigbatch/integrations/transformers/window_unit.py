@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from bigbatch.errors import InputError, first_line
+from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.samples import WindowBatch
+from bigbatch.integrations.transformers.units import UnitFinder
 from bigbatch.types import Items
 
 Count = Callable[[Mapping[str, Any]], Items]
@@ -38,35 +38,22 @@ class WindowUnit:
         self._trainer = trainer
         self._collate = collate
         self._compute_loss = compute_loss
-        self._finders: dict[bool, Any] = {}
-        self._is_agreed = False
+        self._finders: dict[bool, UnitFinder] = {}
         self.is_given = items != "auto"
         self.takes_num_items = False
         self.name = "items of the function that was passed" if callable(items) else ""
         self.count: Count = items if callable(items) else _not_found
 
     def prepare(self, window: WindowBatch) -> None:
-        """Find the unit on a window, if it is not certain yet. Collective on the first one.
+        """Find the unit on a window, if it is not certain yet. Collective.
 
         Raises:
             InputError: It is not certain, on any rank.
         """
-        if self.is_given:
-            return
-        problem = None
-        try:
+        if not self.is_given:
             self._find(window)
-        except InputError as error:
-            if self._trainer.accelerator.num_processes == 1 or self._is_agreed:
-                raise
-            problem = error
-        if not self._is_agreed and self._trainer.accelerator.num_processes > 1:
-            self._agree(problem)
-        self._is_agreed = True
 
     def _find(self, window: WindowBatch) -> None:
-        from bigbatch.integrations.transformers.units import UnitFinder
-
         collate, samples = self._collate, window.samples
         if window.is_collated:
             collate, samples = _stack_rows, _rows_of(window.samples)
@@ -74,24 +61,6 @@ class WindowUnit:
             self._finders[window.is_collated] = UnitFinder(self._trainer, collate, self._compute_loss)
         unit = self._finders[window.is_collated].unit(samples)
         self.name, self.count, self.takes_num_items = unit.name, unit.count, unit.takes_num_items
-
-    def _agree(self, problem: InputError | None) -> None:
-        """Check that all ranks found the same unit. Collective."""
-        found: list[Any] = [None] * self._trainer.accelerator.num_processes
-        dist.all_gather_object(found, (self.name, None if problem is None else str(problem)))
-        if problem is not None:
-            raise problem
-        for rank, (name, text) in enumerate(found):
-            if text is not None:
-                raise InputError(
-                    f"rank {rank} could not find what the loss is averaged over: {first_line(Exception(text))}."
-                )
-            if name != self.name:
-                raise InputError(
-                    f"the loss is averaged over {self.name!r} on this rank and over {name!r} on rank {rank}, as far as "
-                    "their first windows show: pass items=, a function from a collated micro-batch to the number that "
-                    "the loss is averaged over."
-                )
 
 
 def _not_found(inputs: Mapping[str, Any]) -> Items:
