@@ -213,13 +213,14 @@ def collate_parts(parts: Sequence[Sequence[Any]], collator: "Collator") -> list[
         if len(parts) == 1:
             return [whole, whole]
         seed_everything(1)
-        if _are_equal(whole, collator.collate(list(together))):
+        if same_batches(whole, collator.collate(list(together))):
             return [whole, *(collator.collate(list(part)) for part in parts)]
     bounds = [0, *itertools.accumulate(map(len, parts))]
     return [whole, *(cut_rows(whole, range(start, stop)) for start, stop in itertools.pairwise(bounds))]
 
 
-def _are_equal(first: Any, second: Any) -> bool:
+def same_batches(first: Any, second: Any) -> bool:
+    """Return whether two collated micro-batches are equal."""
     leaves = [tree_flatten(dict(each) if isinstance(each, Mapping) else each)[0] for each in (first, second)]
     if len(leaves[0]) != len(leaves[1]):
         return False
