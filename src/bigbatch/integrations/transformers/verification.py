@@ -19,7 +19,13 @@ from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.refusals import check_trainer
 from bigbatch.integrations.transformers.samples import WindowBatch
 from bigbatch.integrations.transformers.settings import Settings
-from bigbatch.integrations.transformers.traceless import traceless, without_autocast
+from bigbatch.integrations.transformers.traceless import (
+    attribute,
+    class_of,
+    collective,
+    traceless,
+    without_autocast,
+)
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.unit_probe import LossProbe
 from bigbatch.integrations.transformers.weights import WeightsMixin
@@ -125,7 +131,7 @@ def verify(trainer: Any) -> TrainerVerification:
         check_trainer(trainer, settings)
     kind = type(trainer)
     stock: type = kind.__bases__[1] if issubclass(kind, ExactMixin | WeightsMixin) else kind
-    with traceless(trainer, trainer.compute_loss) as model, _class_of(trainer, stock):
+    with traceless(trainer, trainer.compute_loss) as model, class_of(trainer, stock):
         windows = read_windows(trainer)
         found = [_WindowRun(trainer, model, kind, stock, settings, window).run() for window in windows]
     errors = tuple(each for each, _, _, _ in found)
@@ -193,7 +199,7 @@ class _WindowRun:
         """Return the gradient of the Trainer's loop: its batches, counts, losses and divisions."""
         trainer, device = self._trainer, self._trainer.args.device
         batches = self._batches()
-        with _class_of(trainer, kind), _collective(trainer.accelerator), _attribute(self._model, "train", self._stay):
+        with class_of(trainer, kind), collective(trainer.accelerator), attribute(self._model, "train", self._stay):
             batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), device)
             trainer.current_gradient_accumulation_steps = len(batches)
             for inputs in batches:
@@ -215,9 +221,9 @@ class _WindowRun:
         own = trainer.compute_loss
         window = WindowBatch(self._samples, is_collated=self._window.is_collated)
         with ExitStack() as stack:
-            stack.enter_context(_class_of(trainer, _exact_kind(self._kind)))
-            stack.enter_context(_attribute(trainer, "data_collator", self._collate))
-            stack.enter_context(_attribute(trainer, "_bigbatch_settings", self._settings))
+            stack.enter_context(class_of(trainer, _exact_kind(self._kind)))
+            stack.enter_context(attribute(trainer, "data_collator", self._collate))
+            stack.enter_context(attribute(trainer, "_bigbatch_settings", self._settings))
             engine = WindowEngine(trainer, self._settings_of_samples())
             loss, _ = engine.loss(self._wrapped(), window, own)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -302,50 +308,16 @@ def _as_probed(trainer: Any, model: nn.Module, batches: Sequence[Any]) -> Iterat
 
     with ExitStack() as stack:
         stack.enter_context(without_autocast(model))
-        stack.enter_context(_attribute(trainer.accelerator, "scaler", None))
+        stack.enter_context(attribute(trainer.accelerator, "scaler", None))
         stack.enter_context(warnings.catch_warnings(action="ignore", category=UserWarning))  # of the engine: dropout
         probe = LossProbe(trainer, model, compute_loss)
         probe.choose_mode(batches[0])
         yield probe.tolerance
 
 
-@contextmanager
-def _class_of(trainer: Any, kind: type) -> Iterator[None]:
-    found = type(trainer)
-    trainer.__class__ = kind
-    try:
-        yield
-    finally:
-        trainer.__class__ = found
-
-
 def _exact_kind(kind: type) -> type:
     """Return the class that `exact` gives to trainers of a class."""
     return kind if issubclass(kind, ExactMixin) else type(f"Exact{kind.__name__}", (ExactMixin, kind), {})
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of an object, and restore it on exit."""
-    attributes = vars(owner)
-    found = {name: attributes[name]} if name in attributes else {}
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        attributes.pop(name, None)
-        attributes.update(found)
-
-
-@contextmanager
-def _collective(accelerator: Any) -> Iterator[None]:
-    """Undo for a moment that ``gather`` returns the values of this rank."""
-    attributes = vars(accelerator)
-    found = {name: attributes.pop(name) for name in ("gather", "gather_for_metrics", "reduce") if name in attributes}
-    try:
-        yield
-    finally:
-        attributes.update(found)
 
 
 def _local(tensor: Tensor) -> Tensor:
