@@ -12,6 +12,9 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 
 from integrations.transformers import trainer_cases as cases
 
+if "experimental" in KTOTrainer.__mro__[1].__module__:  # before it moved, where the public names warn
+    KTOConfig, KTOTrainer = KTOConfig.__mro__[1], KTOTrainer.__mro__[1]  # type: ignore[misc]
+
 KINDS = {
     "sft": (SFTTrainer, SFTConfig),
     "dpo": (DPOTrainer, DPOConfig),
