@@ -76,7 +76,7 @@ class UnitFinder:
         """Return the unit for a window.
 
         The first call runs the model on a few samples of the window, as do later calls while the windows before were
-        of one sample or not finite, or if this window separates units that counted all others alike.
+        of one sample or not finite, or if this window separates units whose counts agreed in all others.
 
         Args:
             samples: Of this rank, not collated; may be empty.
@@ -100,11 +100,11 @@ class UnitFinder:
         return self._as_unit(found)
 
     def _holds(self, known: Decision, samples: Sequence[Any]) -> bool:
-        """Return whether all units of a decision count a window alike. Collective if they are several."""
+        """Return whether the counts of all units of a decision agree in a window. Collective if they are several."""
         return len(known.fitting) == 1 or self._agree(self._entries(samples, known.names), known)
 
     def _may_have_changed(self) -> bool:
-        return self._num_windows <= FIRST_WINDOWS and getattr(self._trainer, "ref_model", None) is not None
+        return self._num_windows <= FIRST_WINDOWS and hasattr(self._trainer, "ref_model")
 
     def _check_unchanged(self, found: Decision, known: Decision) -> None:
         if known.is_final and found.takes_num_items != known.takes_num_items:
