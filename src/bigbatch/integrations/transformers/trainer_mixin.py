@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.refusals import uneven_updates
@@ -78,10 +79,13 @@ class ExactMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the batches of a window: all samples are in the last one."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        batches, _ = Trainer.get_batch_samples(self, *args, **kwargs)  # an override would count items of collated ones
         if batches:
             batches, self._bigbatch_held = as_window(batches, self._bigbatch_held), ()
         return batches, None
+
+    def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
+        """Return None: items are counted by micro-batch."""
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run a whole window, or nothing for the batches whose samples are in it.
