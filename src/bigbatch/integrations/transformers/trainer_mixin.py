@@ -19,7 +19,7 @@ from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.refusals import uneven_updates
 from bigbatch.integrations.transformers.samples import EmptyBatch, SampleBatch, SampleCollator, WindowBatch, as_window
 from bigbatch.integrations.transformers.settings import Settings
-from bigbatch.integrations.transformers.window_engine import ComputeLoss, WindowEngine
+from bigbatch.integrations.transformers.window_engine import ComputeLoss, WindowEngine, batch_size_of
 from bigbatch.window_report import WindowReport
 
 
@@ -56,7 +56,7 @@ class ExactMixin:
         ranks, dataset = trainer.accelerator.num_processes, trainer.train_dataset
         if ranks == 1 or not hasattr(dataset, "__len__"):
             return
-        size, drop_last = trainer._train_batch_size, trainer.args.dataloader_drop_last
+        size, drop_last = batch_size_of(trainer), trainer.args.dataloader_drop_last
         missing = -len(dataset) % (size * ranks)
         if trainer.accelerator.even_batches:
             if missing and not drop_last and trainer.accelerator.is_main_process:
@@ -66,6 +66,8 @@ class ExactMixin:
                     'accelerator_config={"even_batches": False}.',
                     stacklevel=2,
                 )
+            return
+        if trainer.accelerator.split_batches:
             return
         problem = uneven_updates(
             len(dataset),

@@ -87,7 +87,7 @@ class WindowEngine:
 
     def _engine_for(self, model: nn.Module, *, is_collated: bool) -> Engine:
         """Return the engine for a model; another one if the model or the batch size changed since the last window."""
-        settings, batch_size = self._settings, self._trainer._train_batch_size
+        settings, batch_size = self._settings, batch_size_of(self._trainer)
         made_for = (model, batch_size, is_collated)
         if self._engine is not None and made_for == self._made_for:
             return self._engine
@@ -173,6 +173,12 @@ class WindowEngine:
                 f"training_step of {type(self._trainer).__name__} multiplies the loss by {factor.item() / expected:g}, "
                 "and the loss of a window is complete: remove the division by the number of accumulation steps."
             )
+
+
+def batch_size_of(trainer: Any) -> int:
+    """Return the samples of one batch of the loader on each rank."""
+    accelerator, size = trainer.accelerator, int(trainer._train_batch_size)
+    return size // accelerator.num_processes if accelerator.split_batches else size
 
 
 @contextmanager

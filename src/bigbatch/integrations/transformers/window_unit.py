@@ -65,8 +65,8 @@ class WindowUnit:
         if claims_to_be_scaled and not unit.takes_num_items and unit.name != "undetermined":
             raise InputError(
                 f"loss_is_scaled_for_ga is True, and the loss is a mean over {unit.name} whatever num_items_in_batch "
-                "is, so it seems to be divided by the number of accumulation steps, which would make updates too small: "
-                "return the mean undivided, and set loss_is_scaled_for_ga to False."
+                "is, so it seems to be divided by the number of accumulation steps, which would make updates too "
+                "small: return the mean undivided, and set loss_is_scaled_for_ga to False."
             )
 
 
