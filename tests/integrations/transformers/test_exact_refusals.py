@@ -10,6 +10,8 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Trainer
 
 import bigbatch
 from bigbatch.integrations.transformers import exact
+from bigbatch.integrations.transformers.refusals import check_trainer
+from bigbatch.integrations.transformers.settings import Settings
 from integrations.transformers import trainer_cases as cases
 from integrations.transformers import trl_cases as trl
 from integrations.transformers.test_exact_modes import pad, texts
@@ -175,6 +177,11 @@ def test_mean_that_claims_to_be_scaled_is_refused(tmp_path: Path):
         "to be divided by the number of accumulation steps, which would make updates too small: return the mean "
         "undivided, and set loss_is_scaled_for_ga to False."
     )
+
+
+def test_exact_trainers_pass_the_checks_again(tmp_path: Path):
+    trainer, _ = cases.make(tmp_path)
+    check_trainer(exact(trainer), Settings())
 
 
 def test_own_division_is_not_taken_for_the_scale(tmp_path: Path):

@@ -102,8 +102,9 @@ def _loss(trainer: Any) -> str | None:
 
 
 def _own_count(trainer: Any) -> str | None:
+    kinds = [kind for kind in type(trainer).__mro__ if not kind.__module__.startswith("bigbatch.")]
     for name in ("get_batch_samples", "_get_num_items_in_batch"):
-        if getattr(type(trainer), name) is not getattr(Trainer, name):
+        if next(kind for kind in kinds if name in vars(kind)) is not Trainer:
             return (
                 f"counts num_items_in_batch by itself ({name} is overridden), from collated batches that a window does "
                 "not have: pass items=, a function from a collated micro-batch to this count."
