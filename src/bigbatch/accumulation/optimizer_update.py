@@ -66,6 +66,7 @@ class OptimizerUpdate:
         optimizers: All optimizers.
         schedulers: All schedulers.
         steps: Steps the optimizers and schedulers.
+        graphs_show_leaves: Whether the graphs of the last window that ended showed all their leaves.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class OptimizerUpdate:
         self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
         self.steps = OptimizerStep(self.optimizers, self.schedulers)
+        self.graphs_show_leaves = False
         self._setup = False
         if self.scaler is not None:
             check_scalable(self.parameters())
@@ -244,7 +246,7 @@ class OptimizerUpdate:
         together = [
             value.to(norm_of_sums) for value in (loss_totals.nan_if_loss_not_finite(norm_of_sums), *extra_scalars)
         ]
-        norm, *read = torch.stack(together).tolist()  # waits for the device
+        norm, *read = [together[0].item()] if len(together) == 1 else torch.stack(together).tolist()  # waits
         grad_norm = norm / divisor
         if not math.isfinite(grad_norm):  # the norm of the undivided sums may have overflowed
             _scale(gradients, 1 / divisor)
