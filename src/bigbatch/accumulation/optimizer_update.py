@@ -66,7 +66,6 @@ class OptimizerUpdate:
         optimizers: All optimizers.
         schedulers: All schedulers.
         steps: Steps the optimizers and schedulers.
-        graphs_show_leaves: Whether the graphs of the last window that ended showed all their leaves.
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class OptimizerUpdate:
         self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
         self.steps = OptimizerStep(self.optimizers, self.schedulers)
-        self.graphs_show_leaves = False
         self._setup = False
         if self.scaler is not None:
             check_scalable(self.parameters())
@@ -243,9 +241,7 @@ class OptimizerUpdate:
                 f"none of the {'optimizer' if self.optimizers else 'model'}'s parameters received a gradient: the loss "
                 "does not depend on them."
             )
-        together = [
-            value.to(norm_of_sums) for value in (loss_totals.nan_if_loss_not_finite(norm_of_sums), *extra_scalars)
-        ]
+        together = [v.to(norm_of_sums) for v in (loss_totals.nan_if_loss_not_finite(norm_of_sums), *extra_scalars)]
         norm, *read = [together[0].item()] if len(together) == 1 else torch.stack(together).tolist()  # waits
         grad_norm = norm / divisor
         if not math.isfinite(grad_norm):  # the norm of the undivided sums may have overflowed

@@ -85,9 +85,8 @@ class PendingUpdate:
         self._device = parameters[0].device if parameters else update.device
         is_float16 = self._loss_scale is not None or torch.float16 in {p.dtype for p in parameters}
         self.loss_totals = LossTotals(content.totals, prescale=is_float16)
-        wrapped, shows = sync.parameters_are_wrapped, update.graphs_show_leaves
         self.sums = GradientSums(
-            parameters, static_buffers=static_buffers, parameters_are_wrapped=wrapped, shows_leaves=shows
+            parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
         )
         self.sums.open()
         update.steps.guard(self.holds_gradients)
@@ -310,7 +309,6 @@ class PendingUpdate:
 
     def _release(self, state: WindowState, *, keeps_gradients: bool = False) -> None:
         self.sums.close(keeps_gradients=keeps_gradients)
-        self._update.graphs_show_leaves = state is WindowState.CLOSED and self.sums.shows_leaves
         self._sync.end_window()
         self.state = state  # last: if this is interrupted, `discard` repeats it
 

@@ -55,7 +55,6 @@ class GradientSums:
         static_buffers: Sums of an earlier window by parameter: set to zero, and used again in place, so that captured
             CUDA graphs may add to them. Only of parameters that are summed in ``.grad``.
         parameters_are_wrapped: Whether graphs end in other tensors than these, as under FSDP.
-        shows_leaves: Whether the graphs of the window before showed all their leaves: the first one is not walked then.
     """
 
     def __init__(
@@ -64,7 +63,6 @@ class GradientSums:
         *,
         static_buffers: Mapping[Tensor, Tensor] | None = None,
         parameters_are_wrapped: bool = False,
-        shows_leaves: bool = False,
     ) -> None:
         self.parameters = tuple(parameters)
         self._static_buffers = static_buffers or {}
@@ -72,8 +70,7 @@ class GradientSums:
         self._handles: list[RemovableHandle] = []
         self._unhook: Callable[[], object] = lambda: None
         self._observer: BackwardObserver | None = None
-        # None until the first backward
-        self._hides_leaves: bool | None = True if parameters_are_wrapped else False if shows_leaves else None
+        self._hides_leaves: bool | None = True if parameters_are_wrapped else None  # None until the first backward
         self._adding = False
         self._is_paused = False
         self._has_begun = False
@@ -235,6 +232,10 @@ class GradientSums:
     def shows_leaves(self) -> bool:
         """Whether the graphs of this window showed all their leaves; False before the first backward."""
         return self._hides_leaves is False
+
+    def expect_shown_leaves(self) -> None:
+        """Do not walk the first graph: those of the window before showed all their leaves."""
+        self._hides_leaves = self._hides_leaves or False
 
     @property
     def can_name_leaves(self) -> bool:
