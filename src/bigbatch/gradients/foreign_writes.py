@@ -7,8 +7,11 @@ must be the same. Both are read on the host: no device is waited for. Once every
 read for each micro-batch: a ``.grad`` that was replaced is noticed because the backward does not change the version of
 the recorded one. A write through ``p.grad.data`` has no version and is not seen. Nor has the step of an optimizer with
 ``fused=True``: one that a hook calls is seen by the values of the parameter, within its first gradient of each window.
+
+Long because every kind of write is detected here.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any, NoReturn, TypeAlias
@@ -137,7 +140,9 @@ class ForeignWrites:
                 )
 
     def check_end(self) -> None:
-        """Raise if gradients or dtypes are not as they were recorded.
+        """Raise if gradients or dtypes are not as they were recorded, and warn if parameters are not.
+
+        A parameter may be written without a change, as by a model that limits one in every forward: not an error.
 
         Raises:
             WindowStateError: They were changed by other code.
@@ -145,12 +150,24 @@ class ForeignWrites:
         self.check()
         if not self._has_recorded_grads():
             self._refuse()
+        if self._parameter_versions and list(map(_VERSION, self._parameters)) != self._parameter_versions:
+            self._warn_of_written_parameters()
         if not self._dtypes or (dtypes := list(map(_DTYPE, self._parameters))) == self._dtypes:
             return
         index = next(i for i, dtype in enumerate(dtypes) if dtype != self._dtypes[i])
         raise WindowStateError(
             f"{self._name(index)}, was {_short(self._dtypes[index])} at the first backward of the window and is "
             f"{_short(dtypes[index])} now. Convert the model between two windows."
+        )
+
+    def _warn_of_written_parameters(self) -> None:
+        written = [i for i, before in enumerate(self._parameter_versions) if self._parameters[i]._version != before]
+        more = f", and {len(written) - 1} more" if len(written) > 1 else ""
+        warnings.warn(
+            f"{self._name(written[0])}{more}, was written to after the first backward of a window and before its "
+            "end, by another optimizer, by load_state_dict() or by an in-place operation: if its value changed, the "
+            "micro-batches of the window used different weights. Write to parameters between two windows.",
+            stacklevel=2,
         )
 
     def guard_hooks(self, parameters: Iterable[Tensor]) -> list[RemovableHandle]:
