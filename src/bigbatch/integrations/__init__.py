@@ -1,0 +1,1 @@
+"""Exact accumulation inside other training frameworks; each module imports its framework."""
