@@ -186,7 +186,7 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         if self._bigbatch_checked or self.num_processes == 1:
             return
         self._bigbatch_checked = True
-        wrappers: list[nn.Module] = [m for model in self._models for m in model.modules() if isinstance(m, _AVERAGING)]
+        wrappers = [module for model in self._models for module in model.modules() if _averages(module)]
         averaged = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
         own = [p for p in self._bigbatch_parameters() if p.grad is not None and id(p) not in averaged]
         if own:
@@ -196,7 +196,9 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
             )
 
 
-_AVERAGING = (DistributedDataParallel, FSDPModule)
+def _averages(module: nn.Module) -> bool:
+    """Return whether a module averages the gradients of its parameters over ranks."""
+    return isinstance(module, (DistributedDataParallel, FSDPModule))
 
 
 def _mixed(num_microbatches: int | None, before: str, now: str) -> InputError:
