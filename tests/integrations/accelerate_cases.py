@@ -1,10 +1,14 @@
 """Training loops of accelerate that record the gradient of each update, on one rank or several."""
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from accelerate.state import AcceleratorState, GradientState
@@ -21,14 +25,16 @@ SIZES = (5, 2, 4, 3, 3, 1, 2, 6)
 
 @contextmanager
 def fresh_state() -> Iterator[None]:
-    """Forget accelerate's global state around a block; the process group stays."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
+    """Forget accelerate's global state around a block, in which this process is a rank of the process group, if any."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (None, None)
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": 1}
+    with ExitStack() as stack:
+        if world is not None:
+            stack.enter_context(patch.dict(os.environ, {name: str(value) for name, value in launched.items()}))
+        for reset in (partial(AcceleratorState._reset_state, reset_partial_state=True), GradientState._reset_state):
+            reset()
+            stack.callback(reset)
         yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def microbatches(rank: int = 0, size: int = 1, sizes: Sequence[int] = SIZES) -> list[ref.Batch]:

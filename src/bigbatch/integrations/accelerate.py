@@ -3,6 +3,7 @@
 accelerator.backward(loss_sum, items=n) → sum over micro-batches → all-reduce the count → .grad = Σ ∇loss_sum / Σ n
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch.errors import InputError
@@ -60,11 +61,19 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         self._bigbatch_num_no_sync = 0  # blocks of no_sync that are open
         self._bigbatch_num_joins = 0
         self._bigbatch_checked = False
+        self._bigbatch_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # in DDP
 
     @property
     def bigbatch_report(self) -> AccumulationReport | None:
         """Items and loss of the last window that ended; None before the first."""
         return self._bigbatch_report
+
+    def prepare_model(self, model: Any, *args: Any, **settings: Any) -> Any:
+        """As ``Accelerator.prepare_model``."""
+        prepared = super().prepare_model(model, *args, **settings)
+        if any(isinstance(module, DistributedDataParallel) for module in prepared.modules()):
+            self._bigbatch_wrapped.add(prepared)
+        return prepared
 
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:
@@ -186,19 +195,14 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         if self._bigbatch_checked or self.num_processes == 1:
             return
         self._bigbatch_checked = True
-        wrappers = [module for model in self._models for module in model.modules() if _averages(module)]
-        averaged = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
-        own = [p for p in self._bigbatch_parameters() if p.grad is not None and id(p) not in averaged]
+        wrapped = {id(parameter) for model in self._bigbatch_wrapped for parameter in model.parameters()}
+        with_gradient = [parameter for parameter in self._bigbatch_parameters() if parameter.grad is not None]
+        own = [p for p in with_gradient if id(p) not in wrapped and not isinstance(p, DTensor)]
         if own:
             raise InputError(
                 f"{len(own)} parameters, the first of shape {tuple(own[0].shape)}, have a gradient that is not averaged"
                 f" over the {self.num_processes} ranks: pass the module that holds them to accelerator.prepare()."
             )
-
-
-def _averages(module: nn.Module) -> bool:
-    """Return whether a module averages the gradients of its parameters over ranks."""
-    return isinstance(module, (DistributedDataParallel, FSDPModule))
 
 
 def _mixed(num_microbatches: int | None, before: str, now: str) -> InputError:
