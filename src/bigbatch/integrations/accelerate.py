@@ -54,7 +54,7 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._bigbatch_totals = ItemTotals(prescale=self.scaler is not None)
+        self._bigbatch_totals = ItemTotals()
         self._bigbatch_report: AccumulationReport | None = None
         self._bigbatch_stock_is_open = False
         self._bigbatch_num_calls: int | None = None  # of backward(items=...) in this block of accumulate
@@ -136,7 +136,8 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         super().backward(loss * (self.gradient_accumulation_steps / totals.divisor), **kwargs)
         totals.add(loss, items)
         if is_last:
-            self._bigbatch_report, factor = totals.close(DataRanks(self.num_processes, self.device))
+            ranks = DataRanks(self.num_processes, self.device)
+            self._bigbatch_report, factor = totals.close(ranks, prescale=self.scaler is not None)
             self._bigbatch_check_averaged()
             multiply_gradients(self._bigbatch_parameters(), factor)
 

@@ -70,17 +70,12 @@ class DataRanks:
 class ItemTotals:
     """Items and loss sums of the micro-batches of this rank in the open window.
 
-    Args:
-        prescale: Whether losses are divided by a power of two near the items of the last window, for float16: gradients
-            then have the range of a mean loss instead of a sum's. Exact, since powers of two only move the exponent.
-
     Attributes:
         num_microbatches: In the open window; 0 if none is open.
-        divisor: What the losses of the open window are divided by before backward; the same on all ranks.
+        divisor: What the losses of the open window are to be divided by before backward; the same on all ranks.
     """
 
-    def __init__(self, *, prescale: bool = False) -> None:
-        self.prescale = prescale
+    def __init__(self) -> None:
         self.divisor = 1.0
         self.clear()
 
@@ -96,15 +91,21 @@ class ItemTotals:
         self._items = self._items + items
         self._loss_sum = self._loss_sum + (loss_sum.item() if loss_sum.is_cpu else _wide(loss_sum))
 
-    def close(self, ranks: DataRanks) -> tuple[AccumulationReport, Number]:
+    def close(self, ranks: DataRanks, *, prescale: bool = False) -> tuple[AccumulationReport, Number]:
         """End the window; return its report, and the factor of the gradient. Collective if there are several ranks.
 
         The factor is 0 for a window without items, and NaN if the count is not a finite number of 0 or more.
+
+        Args:
+            ranks: The ranks whose micro-batches are in the gradient.
+            prescale: Whether the losses of the next window are to be divided by a power of two near the items of this
+                one, for float16: gradients then have the range of a mean loss instead of a sum's. Exact, since powers
+                of two only move the exponent.
         """
         items, loss_sum = ranks.add_up([self._items, self._loss_sum])
         report = AccumulationReport(self.num_microbatches, items, loss_sum)
         factor = _factor(items, ranks.size * self.divisor)
-        if self.prescale and 0 < report.items < math.inf:  # waits; a GradScaler does so too
+        if prescale and 0 < report.items < math.inf:  # waits; a GradScaler does so too
             self.divisor = 2.0 ** round(math.log2(report.items / ranks.size))
         self.clear()
         return report, factor
