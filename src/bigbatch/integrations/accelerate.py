@@ -126,7 +126,7 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         totals = self._bigbatch_totals
         if items is None:
             if totals.num_microbatches:
-                raise _mixed(totals.num_microbatches, "with", "without")
+                raise _mixed("with", "without")
             super().backward(loss, **kwargs)
             self._bigbatch_stock_is_open = not is_last
             return
@@ -166,7 +166,7 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
                 "ranks that hold different samples."
             )
         if self._bigbatch_stock_is_open:
-            raise _mixed(None, "without", "with")
+            raise _mixed("without", "with")
         if self._bigbatch_num_calls is not None:
             self._bigbatch_num_calls += 1
             if self._bigbatch_num_calls > 1:
@@ -201,16 +201,15 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         own = [p for p in with_gradient if id(p) not in wrapped and not isinstance(p, DTensor)]
         if own:
             raise InputError(
-                f"{len(own)} parameters, the first of shape {tuple(own[0].shape)}, have a gradient that is not averaged"
-                f" over the {self.num_processes} ranks: pass the module that holds them to accelerator.prepare()."
+                f"a parameter of shape {tuple(own[0].shape)} has a gradient that is not averaged over"
+                f" the {self.num_processes} ranks: pass the module that holds them to accelerator.prepare()."
             )
 
 
-def _mixed(num_microbatches: int | None, before: str, now: str) -> InputError:
-    number = "" if num_microbatches is None else f"{num_microbatches} "
+def _mixed(before: str, now: str) -> InputError:
     return InputError(
-        f"this window has {number}micro-batches {before} items, and this one is {now} items: a mean cannot be added to "
-        "sums. Pass items= for every micro-batch of a window, or for none."
+        f"this window has micro-batches {before} items, and this one is {now} items: a mean cannot be added to sums. "
+        "Pass items= for every micro-batch of a window, or for none."
     )
 
 
