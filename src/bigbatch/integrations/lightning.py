@@ -61,9 +61,9 @@ class ExactAccumulation(Callback):  # type: ignore[misc]
     ``on_before_optimizer_step``.
 
     For automatic optimization on one device, with DDP, and with FSDP2 by ``ModelParallelStrategy``. The ``outputs`` of
-    ``on_train_batch_end`` have the loss sum of the micro-batch, with ``precision="16-mixed"`` divided by a power of two,
-    and its items. In a window without items the gradient is 0. The learning-rate finder of Lightning removes callbacks,
-    and so trains with the mean of each micro-batch.
+    ``on_train_batch_end`` have the items and the loss sum of the micro-batch, which is divided by a power of two with
+    ``precision="16-mixed"``. In a window without items the gradient is 0. The learning-rate finder of Lightning removes
+    callbacks, and so trains with the mean of each micro-batch.
 
     Args:
         log: Name under which the loss of each window is logged, its mean over all items and ranks; None to not log it.
