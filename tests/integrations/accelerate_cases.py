@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -117,7 +117,7 @@ def run_sharded(plugin: GradientAccumulationPlugin) -> tuple[list[float], int]:
     """
     with fresh_state():
         accelerator = ExactAccelerator(cpu=True, gradient_accumulation_plugin=plugin)
-        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=50, reshard_after_forward=True
         )
@@ -135,5 +135,6 @@ def run_sharded(plugin: GradientAccumulationPlugin) -> tuple[list[float], int]:
                     seen.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
                 optimizer.step()
                 optimizer.zero_grad()
+        assert accelerator.is_fsdp2
         num_sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
         return errors(seen, expected_gradients(SIZES, world)), num_sharded
