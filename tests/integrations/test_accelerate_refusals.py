@@ -135,6 +135,19 @@ def test_loss_must_be_a_sum():
         accelerator.backward(model(ref.ragged_batch(4)["tokens"]).sum() * float("nan"), items=0)
 
 
+@pytest.mark.parametrize(("steps", "items"), [(1, 5), (3, None)])
+def test_engine_loss_is_not_divided(steps: int, items: int | None):
+    accelerator, model, _ = make(steps=steps)
+    engine = bigbatch.Engine(model, None, ref.loss_and_items, microbatch=2, check=False)
+    loss = engine.loss(ref.ragged_batch(4))
+    with pytest.raises(bigbatch.InputError) as raised:
+        accelerator.backward(loss, items=items)
+    assert str(raised.value) == (
+        "the loss of engine.loss(batch) has the finished gradient of a whole window, which must not be divided: set "
+        "gradient_accumulation_steps=1, and call accelerator.backward(loss) without items."
+    )
+
+
 UNPREPARED = (
     "the loss reaches a parameter of shape (1,) that no prepared model has, and its gradient would neither be averaged "
     "over ranks nor divided: pass its module to accelerator.prepare(), or call requires_grad_(False) on it."

@@ -54,9 +54,9 @@ def exact_loss(
     return loss, report
 
 
-def is_exact_loss(loss: Tensor) -> bool:
+def is_exact_loss(loss: object) -> bool:
     """Return whether a loss comes from `exact_loss`, and nothing was computed with it since."""
-    return getattr(type(loss.grad_fn), "_forward_cls", None) is _HandOver
+    return getattr(type(getattr(loss, "grad_fn", None)), "_forward_cls", None) is _HandOver
 
 
 def _value(report: WindowReport, parameters: Sequence[Tensor]) -> Tensor:

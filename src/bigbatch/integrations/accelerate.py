@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bigbatch.engine.hand_over import is_exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.item_totals import (
     AccumulationReport,
@@ -118,13 +119,18 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
 
         Raises:
             InputError: Micro-batches with and without ``items`` are in one window, one block of `accumulate` calls this
-                twice, ``.grad`` is not zero at the start, the loss reaches a parameter that was not prepared, or the
-                distributed type is not supported.
+                twice, ``.grad`` is not zero at the start, the loss reaches a parameter that was not prepared, the loss
+                is of `Engine.loss` and would be divided, or the distributed type is not supported.
             TypeError: The loss is no tensor, or the items are no number.
             ValueError: The loss is not 0-d, or NaN with 0 items; or the items are not a finite count of 0 or more.
         """
         is_last = self.sync_gradients and not self._bigbatch_num_no_sync
         totals = self._bigbatch_totals
+        if is_exact_loss(loss) and (items is not None or self.gradient_accumulation_steps > 1):
+            raise InputError(
+                "the loss of engine.loss(batch) has the finished gradient of a whole window, which must not be divided"
+                ": set gradient_accumulation_steps=1, and call accelerator.backward(loss) without items."
+            )
         if items is None:
             if totals.num_microbatches:
                 raise _mixed("with", "without")
