@@ -1,1 +1,1 @@
-"""Exact accumulation inside other training frameworks; each module imports its framework."""
+"""Exact gradient accumulation inside other trainers: one package or module for each framework."""
