@@ -12,10 +12,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 CORE = [
-    {"errors", "types", "rng", "scaling", "trials"},
+    {"errors", "types", "rng", "scaling", "trials", "losses"},
     {"memory", "batching", "preserve", "window_report"},
     {"gradients"},
-    {"distributed", "verification"},
+    {"distributed"},
+    {"coupled"},
+    {"verification"},
     {"accumulation"},
     {"execution"},
     {"autotune"},

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bigbatch.batching.plan import Plan as Plan
     from bigbatch.batching.plan import TokenBudget as TokenBudget
     from bigbatch.batching.plan import plan as plan
+    from bigbatch.coupled.coupled import Coupled as Coupled
     from bigbatch.distributed.gradient_sync import SyncPolicy as SyncPolicy
     from bigbatch.distributed.replicated import Replicated as Replicated
     from bigbatch.engine.engine import Engine as Engine
@@ -47,6 +48,7 @@ _PUBLIC = {
     "Accumulator": "bigbatch.accumulation.accumulator",
     "BigbatchError": "bigbatch.errors",
     "CheckpointError": "bigbatch.errors",
+    "Coupled": "bigbatch.coupled.coupled",
     "Engine": "bigbatch.engine.engine",
     "InputError": "bigbatch.errors",
     "MemoryLimitError": "bigbatch.errors",

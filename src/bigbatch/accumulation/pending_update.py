@@ -16,16 +16,9 @@ from torch import Tensor
 from bigbatch.accumulation.noise_observer import NO_HOOKS, NoiseObserver
 from bigbatch.accumulation.optimizer_update import NO_ITEMS, OptimizerUpdate, UpdateOutcome
 from bigbatch.accumulation.window_content import WindowContent, WindowState
+from bigbatch.distributed import window_vote
 from bigbatch.distributed.collective import Number
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, never
-from bigbatch.distributed.window_vote import (
-    NO_EXTRA,
-    RankVote,
-    VoteResult,
-    announce_failed_window,
-    from_numbers,
-    to_numbers,
-)
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.discarded_backward import backward_and_discard
 from bigbatch.gradients.gradient_sums import GradientSums
@@ -84,6 +77,8 @@ class PendingUpdate:
         parameters = update.parameters()
         self._device = parameters[0].device if parameters else update.device
         is_float16 = self._loss_scale is not None or torch.float16 in {p.dtype for p in parameters}
+        self._prescales = is_float16
+        self._may_add_constants = False
         self.loss_totals = LossTotals(content.totals, prescale=is_float16)
         self.sums = GradientSums(
             parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
@@ -135,7 +130,7 @@ class PendingUpdate:
         return turns if self._sync.size == 1 else self._noting_end(turns)
 
     def _noting_end(self, turns: Generator[Microbatch, None, bool]) -> Iterator[Microbatch]:
-        self._is_abandoned = yield from turns
+        self._is_abandoned = (yield from turns) or self._is_abandoned
         self._all_have_run = True
 
     def add(
@@ -169,7 +164,7 @@ class PendingUpdate:
             loss = self._sync.loss_to_differentiate(loss, terms)
         if loss is not None and not (has_items or self._sync.is_sharded):
             backward_and_discard(loss, self.sums)
-        elif loss is not None and (only is None or only):
+        elif loss is not None and (only is None or only) and (loss.requires_grad or not self._may_add_constants):
             loss = loss if self._loss_scale is None else loss * self._loss_scale
             if self._is_plain:  # the contexts would do nothing
                 self.sums.backward(loss, only=only, retain_graph=retain_graph)
@@ -184,6 +179,19 @@ class PendingUpdate:
         hooks = NO_HOOKS if self._observer is None else self._observer.microbatch(self.loss_totals.num_recorded)
         with self._sync.backward(counts=has_items), hooks:
             self.sums.backward(loss, only=only, retain_graph=retain_graph)
+
+    def factor_of_leaves(self, items: Items) -> float | Tensor:
+        """Return the factor for the backward of a loss outside of `add`; micro-batches may then add constants."""
+        self._require_open()
+        self.state, self._may_add_constants = WindowState.ACCUMULATING, True
+        factor = self.loss_totals.prescale_factor(items)
+        return factor if self._loss_scale is None else self._loss_scale * factor
+
+    def restart(self) -> None:
+        """Drop the micro-batches so far, to run them again."""
+        self.loss_totals = LossTotals(self._content.totals, prescale=self._prescales)
+        self.sums.clear()
+        self.num_microbatches = 0
 
     def add_recorded(self, loss_sum: Tensor, items: Items) -> None:
         """Count one micro-batch whose gradient a CUDA graph has already added to the sums."""
@@ -240,13 +248,13 @@ class PendingUpdate:
         self._release(WindowState.CLOSED, keeps_gradients=True)
         return self._report(outcome, extra, result, retries=retries)
 
-    def _settle(self, retries: int) -> tuple[Sequence[Number], VoteResult | None, list[Tensor]]:
+    def _settle(self, retries: int) -> tuple[Sequence[Number], window_vote.VoteResult | None, list[Tensor]]:
         """End the micro-batches and reduce the sums; return the observer's scalars, the votes, and scalars to read."""
         self._require_open()
         if self._update.optimizers:
             self.sums.check_parameters(self._update.parameters())
         self._all_have_run = True
-        extra: Sequence[Number] = NO_EXTRA
+        extra: Sequence[Number] = window_vote.NO_EXTRA
         if self._observer is not None:
             extra = self._observer.scalars(self.sums, self.loss_totals, retries=retries)
         result = None if self._sync.size == 1 else self._vote(extra)
@@ -255,7 +263,7 @@ class PendingUpdate:
         return extra, result, [value for value in extra if isinstance(value, Tensor)] if result is None else []
 
     def _report(
-        self, outcome: UpdateOutcome, extra: Sequence[Number], result: VoteResult | None, *, retries: int
+        self, outcome: UpdateOutcome, extra: Sequence[Number], result: window_vote.VoteResult | None, *, retries: int
     ) -> WindowReport:
         items = self.loss_totals.items()
         read = iter(outcome.extra_scalars)
@@ -283,10 +291,8 @@ class PendingUpdate:
 
     def _evaluate_again(self, run_again: "Callable[[PendingUpdate], None]") -> LossTotals:
         """Compute the sums again, with the parameters as they are now; the report keeps the first totals."""
-        first = self.loss_totals
-        self.loss_totals = LossTotals(self._content.totals)
-        self.sums.clear()
-        num_microbatches = self.num_microbatches
+        first, num_microbatches = self.loss_totals, self.num_microbatches
+        self.restart()
         try:
             run_again(self)
             return self.loss_totals
@@ -300,7 +306,7 @@ class PendingUpdate:
         if not self._has_voted:
             self._has_voted = True
             if self._all_have_run:  # else they are inside a layer or loss, where no vote reaches them
-                announce_failed_window(self._sync, len(self.sums.parameters))
+                window_vote.announce_failed_window(self._sync, len(self.sums.parameters))
         if self._update.steps.torn is not None:
             self._release(WindowState.TORN)
         else:  # the update may have ended although what came after it failed
@@ -316,16 +322,12 @@ class PendingUpdate:
         if not self.is_open:
             raise WindowStateError(f"the window is {self.state.value}: it takes no micro-batch and no step.")
 
-    def _vote(self, extra: Sequence[Number]) -> VoteResult:
+    def _vote(self, extra: Sequence[Number]) -> window_vote.VoteResult:
         """Exchange the status of all ranks. Collective; waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # as the all-gather would; now elapsed_s is of this rank
-        if any(p.grad is not None and p.grad.is_sparse for p in self.sums.parameters):
-            raise TypeError(
-                "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with "
-                "sparse=False."
-            )
-        vote = RankVote(
+        window_vote.check_dense(self.sums.parameters)
+        vote = window_vote.RankVote(
             abandoned=self._is_abandoned,
             stopping=self._should_stop(),
             num_microbatches=self.num_microbatches,
@@ -335,11 +337,11 @@ class PendingUpdate:
         )
         parameters = () if self._sync.is_sharded else self.sums.parameters
         has_gradient = self.sums.has_gradient() if parameters else []
-        values = to_numbers(vote, self.loss_totals.local_totals(), has_gradient, extra)
+        values = window_vote.to_numbers(vote, self.loss_totals.local_totals(), has_gradient, extra)
         self._has_voted = True
-        return from_numbers(self._sync.all_gather(values), len(parameters))
+        return window_vote.from_numbers(self._sync.all_gather(values), len(parameters))
 
-    def _reduce(self, result: VoteResult) -> None:
+    def _reduce(self, result: window_vote.VoteResult) -> None:
         """Reduce the sums over ranks if every rank succeeded. Collective."""
         result.check_succeeded(num_steps=self._update.num_steps)
         self.loss_totals.set_global_totals(result.terms)

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
+
 from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync
 from bigbatch.errors import RankFailedError, WindowAbandonedError
@@ -111,6 +113,15 @@ def announce_failed_window(sync: GradientSync, num_parameters: int) -> None:
         with suppress(Exception):
             flags = [] if sync.is_sharded else [False] * num_parameters
             sync.all_gather(to_numbers(RankVote(failed=True), {}, flags))
+
+
+def check_dense(parameters: Sequence[Tensor]) -> None:
+    """Raise TypeError if a gradient is sparse: gradients are reduced over ranks as dense tensors."""
+    if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
+        raise TypeError(
+            "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with "
+            "sparse=False."
+        )
 
 
 def to_numbers(

@@ -6,7 +6,9 @@ import torch
 
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.plan import TokenBudget, plan
+from bigbatch.coupled.coupled import Coupled
 from bigbatch.distributed.gradient_sync import GradientSync
+from bigbatch.errors import InputError
 from bigbatch.types import Layout
 
 
@@ -46,6 +48,24 @@ def check_layout(layout: str, lengths: object, collate: object) -> Layout:
     if layout not in ("padded", "packed"):
         raise ValueError(f'layout is {layout!r}: it must be "padded" or "packed".')
     return layout  # type: ignore[return-value]
+
+
+def check_coupled(loss_fn: object, cuda_graphs: bool, count_items: object) -> bool:
+    """Return whether the loss is a `Coupled`, after rejecting settings that it does not support.
+
+    Raises:
+        InputError: A setting is not supported.
+    """
+    if not isinstance(loss_fn, Coupled):
+        return False
+    if cuda_graphs:
+        raise InputError("cuda_graphs=True is not supported for a Coupled loss, which runs two passes; remove it.")
+    if count_items is not None:
+        raise InputError(
+            "count_items= is for losses of several terms, and a Coupled loss has one, whose items are the samples: "
+            "add the terms up in its loss, and remove count_items=."
+        )
+    return True
 
 
 def check_graphs(cuda_graphs: bool, device: torch.device) -> None:

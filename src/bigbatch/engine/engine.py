@@ -21,7 +21,7 @@ from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
 from bigbatch.engine.batch_windows import BatchSplitter, open_window
-from bigbatch.engine.checks import check_graphs, check_layout, check_lockstep, check_microbatch
+from bigbatch.engine.checks import check_coupled, check_graphs, check_layout, check_lockstep, check_microbatch
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.progress import EngineProgress
@@ -53,7 +53,8 @@ class Engine:
         optimizer: As for `Accumulator`; also one whose ``step`` needs a closure, such as SAM: the window is run again.
             None if other code updates the weights, for `backward` and `loss`.
         loss_fn: ``loss_fn(model, microbatch) → (loss_sum, items)``: the 0-d **sum** of the item losses and the number
-            of items that it runs over; or ``{term: (loss_sum, items)}``, whose total is Σ_term sum / items.
+            of items that it runs over; or ``{term: (loss_sum, items)}``, whose total is Σ_term sum / items. Or a
+            `Coupled`, for a loss that couples samples.
         microbatch: Samples of one forward and backward; or a `TokenBudget`, which groups samples of similar length so
             that little is padded, the largest micro-batch first; or ``"auto"``, the smallest size within 2 % of the
             fastest that fits, in tokens if ``lengths`` is given, else in samples (see `tune`).
@@ -121,6 +122,7 @@ class Engine:
     ) -> None:
         check_microbatch(microbatch, memory, lengths)
         check_batch_dim(batch_dim, collate)
+        is_coupled = check_coupled(loss_fn, cuda_graphs, count_items)
         self.accumulator = Accumulator(
             model,
             optimizer,
@@ -130,7 +132,7 @@ class Engine:
             scaler=scaler,
             nonfinite=nonfinite,
             sync=sync,
-            noise=noise,
+            noise=noise and not is_coupled,
         )
         self.sync = self.accumulator.sync
         if lockstep:
@@ -147,11 +149,11 @@ class Engine:
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
         self._splitter = BatchSplitter(self.accumulator, collate=collate, batch_dim=batch_dim, lengths=lengths)
-        self.runner = make_runner(model, self.sync, device, cuda_graphs=cuda_graphs, noise=self.accumulator.noise)
+        self.runner = make_runner(self.accumulator, loss_fn, cuda_graphs=cuda_graphs)
         self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
         self._first_window = FirstWindowCheck(
-            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1
+            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1 and not is_coupled
         )
 
     @property

@@ -6,6 +6,8 @@ from typing import Any
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.autotune.choice import TuningProblem, choose
 from bigbatch.autotune.peak_prediction import prediction_obstacle
+from bigbatch.coupled.coupled import Coupled
+from bigbatch.coupled.stand_in import stand_in
 from bigbatch.engine.batch_windows import BatchSplitter
 from bigbatch.engine.checks import check_lengths
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
@@ -52,7 +54,7 @@ def choose_microbatch(
     problem = TuningProblem(
         module,
         accumulator.optimizer,
-        loss_fn,
+        stand_in(loss_fn, samples.num_samples) if isinstance(loss_fn, Coupled) else loss_fn,
         samples,
         lengths,
         uniform_length=uniform_length,

@@ -7,7 +7,7 @@ backward that failed half-way has added to some parameters and not to others: th
 """
 
 from collections.abc import Sequence
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,16 @@ from bigbatch.distributed.gradient_sync import Microbatch
 from bigbatch.errors import MemoryLimitError, first_line
 from bigbatch.execution.runner import MicrobatchRunner
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
+
+
+def too_large(sample: int, message: str, lengths: Sequence[int] | None) -> MemoryLimitError:
+    """Return the error about a sample that does not fit in memory by itself."""
+    length = "" if lengths is None else f", {lengths[sample]:,} tokens long,"
+    return MemoryLimitError(
+        f"sample {sample} of the batch{length} does not fit in memory by itself ({message}). Shorten it, or use "
+        "activation checkpointing, lower-precision weights or fewer trained parameters."
+    )
+
 
 # Random states of the CPU and of the CUDA device; each buffer with its copy.
 _State: TypeAlias = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
@@ -99,15 +109,7 @@ class OomRetry(MicrobatchRunner):
             self.run(Microbatch(rows[:middle]), pending, only=only, is_repeated=True)
             self.run(Microbatch(rows[middle:]), pending, only=only, is_repeated=True)
         else:
-            self._raise_too_large(rows[0], message)
-
-    def _raise_too_large(self, sample: int, message: str) -> NoReturn:
-        lengths = self.inputs.lengths
-        length = "" if lengths is None else f", {lengths[sample]:,} tokens long,"
-        raise MemoryLimitError(
-            f"sample {sample} of the batch{length} does not fit in memory by itself ({message}). Shorten it, or use "
-            "activation checkpointing, lower-precision weights or fewer trained parameters."
-        )
+            raise too_large(rows[0], message, self.inputs.lengths)
 
     def _save(self) -> _State:
         on_cpu = torch.get_rng_state()

@@ -95,7 +95,7 @@ class LockstepRunner(MicrobatchRunner):
 
     def __init__(self, model: nn.Module, *, is_sharded: bool = True) -> None:
         super().__init__(model)
-        self._of = "of a sharded model" if is_sharded else "that run in lockstep"
+        self._is_sharded = is_sharded
 
     def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
         """Add the gradient of one micro-batch; a padding one adds zeros.
@@ -113,8 +113,14 @@ class LockstepRunner(MicrobatchRunner):
             message = first_line(error)
         free_cached_memory()
         size = len(microbatch.content) if microbatch.counts else 0
-        samples = f"a micro-batch of {size} samples" if size else "a padding micro-batch"
-        raise ShardedMemoryError(
-            f"memory ran out in {samples} ({message}), and the other ranks {self._of} cannot wait for it to be split: "
-            "start again from a checkpoint with smaller micro-batches."
-        )
+        raise lockstep_memory_error(size, message, is_sharded=self._is_sharded)
+
+
+def lockstep_memory_error(num_samples: int, message: str, *, is_sharded: bool) -> ShardedMemoryError:
+    """Return the error about a micro-batch in lockstep that ran out of memory; 0 samples are padding."""
+    samples = f"a micro-batch of {num_samples} samples" if num_samples else "a padding micro-batch"
+    ranks = "of a sharded model" if is_sharded else "that run in lockstep"
+    return ShardedMemoryError(
+        f"memory ran out in {samples} ({message}), and the other ranks {ranks} cannot wait for it to be split: "
+        "start again from a checkpoint with smaller micro-batches."
+    )

@@ -1,27 +1,25 @@
 """Choose how the micro-batches of a model are run."""
 
-import torch
-from torch import nn
-
-from bigbatch.accumulation.noise_observer import NoiseObserver
-from bigbatch.distributed.gradient_sync import GradientSync
+from bigbatch.accumulation.accumulator import Accumulator
+from bigbatch.coupled.coupled import Coupled
+from bigbatch.execution.coupled_runner import CoupledRunner
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.execution.runner import LockstepRunner, MicrobatchRunner
+from bigbatch.types import LossFunction
 
 
-def make_runner(
-    model: nn.Module, sync: GradientSync, device: torch.device, *, cuda_graphs: bool, noise: NoiseObserver | None
-) -> MicrobatchRunner:
+def make_runner(accumulator: Accumulator, loss_fn: LossFunction, *, cuda_graphs: bool) -> MicrobatchRunner:
     """Return the runner of an engine.
 
     Args:
-        model: As passed by the user.
-        sync: Its synchronization over ranks.
-        device: Of its first parameter.
+        accumulator: Of the engine; captured graphs contain its measurement of the gradient noise scale.
+        loss_fn: Of the engine.
         cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
-        noise: Measures the gradient noise scale; captured graphs contain its measurement.
     """
+    model, sync, device, noise = accumulator.model, accumulator.sync, accumulator.device, accumulator.noise
+    if isinstance(loss_fn, Coupled):
+        return CoupledRunner(model, loss_fn, sync, device)
     if sync.runs_in_lockstep:
         return LockstepRunner(model, is_sharded=sync.is_sharded)
     retry = OomRetry(model, device)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, is_
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 from weakref import finalize
 
 import torch
@@ -21,22 +21,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from bigbatch.errors import WindowStateError
+from bigbatch.gradients.backward_observer import BackwardObserver
 from bigbatch.gradients.foreign_writes import ForeignWrites, SumVersions, WindowHook, on_accumulated, on_gradient
-from bigbatch.gradients.graph_leaves import HIDDEN_LATER, hides_leaves, run_backward
+from bigbatch.gradients.graph_leaves import HIDDEN_LATER, NO_GRADIENT, hides_leaves, run_backward
 
 HALF_PRECISION_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-
-
-class BackwardObserver(Protocol):
-    """Sees every backward of a `GradientSums` without changing it."""
-
-    def on_gradient(self, gradient: Tensor) -> None:
-        """Handle the whole gradient of one parameter, before it is added to its sum."""
-
-    def on_backward_end(self, *, succeeded: bool) -> None:
-        """Handle the end of a backward."""
 
 
 class GradientSums:
@@ -167,11 +158,7 @@ class GradientSums:
             self._hides_leaves = self._hides_leaves or hides_leaves(loss, set(self.parameters))
         inputs = only if only is not None else () if self._hides_leaves else self._trained
         if not loss.requires_grad or not (inputs or self._hides_leaves):
-            raise ValueError(
-                "the loss does not depend on any parameter that requires a gradient: was it detached, or computed "
-                "under torch.no_grad()? The loss of a micro-batch without "
-                "anything to learn is model_output.sum() * 0."
-            )
+            raise ValueError(NO_GRADIENT)
         self._adding, succeeded, was_frozen = True, False, False
         try:
             run_backward(loss, inputs, retain_graph=retain_graph)
@@ -198,6 +185,19 @@ class GradientSums:
             if num_added:
                 raise WindowStateError(HIDDEN_LATER)
             self.backward(loss, retain_graph=retain_graph)  # nothing of the graph was used
+
+    @contextmanager
+    def adding(self) -> Iterator[tuple[Tensor, ...]]:
+        """Let a backward inside add to the sums; yield the parameters that require a gradient."""
+        self._writes.check()
+        if not self._has_begun or (self._frozen and any(map(_REQUIRES_GRAD, self._frozen))):
+            self._hook_trained()
+        self._adding = True
+        try:
+            yield self._trained
+        finally:
+            self._adding = False
+            self._writes.record_backward(self._float32_sums, can_replace=True)
 
     def _hook_trained(self) -> None:
         """Hook the parameters that require a gradient since the last backward: their dtype is the one of now."""

@@ -21,6 +21,11 @@ HIDDEN_LATER = (
     "this window again."
 )
 
+NO_GRADIENT = (
+    "the loss does not depend on any parameter that requires a gradient: was it detached, or computed under "
+    "torch.no_grad()? The loss of a micro-batch without anything to learn is model_output.sum() * 0."
+)
+
 
 def hides_leaves(loss: Tensor, own: set[Tensor]) -> bool:
     """Return whether parameters may receive gradients that the graph of a loss does not show.

@@ -141,11 +141,15 @@ class LossTotals:
             )
         if not self._add_term(name, loss_sum, items):
             return None
-        if self._prescale:
-            if self._prescaled_by is None:
-                self._prescaled_by = _power_of_two_near(items)
-            loss_sum = loss_sum / self._prescaled_by
-        return loss_sum
+        return loss_sum * self.prescale_factor(items) if self._prescale else loss_sum
+
+    def prescale_factor(self, items: Items) -> float | Tensor:
+        """Return the factor of the losses of one term before they are differentiated; ``items`` choose the first."""
+        if not self._prescale:
+            return 1.0
+        if self._prescaled_by is None:
+            self._prescaled_by = _power_of_two_near(items)
+        return 1.0 / self._prescaled_by
 
     def _add_term(self, name: str, loss_sum: Tensor, items: Items) -> bool:
         """Record one term of one micro-batch; return whether its gradient counts."""

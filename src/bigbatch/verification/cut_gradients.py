@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.batching.split import Split
+from bigbatch.coupled.coupled import Coupled
+from bigbatch.coupled.two_passes import TwoPasses
 from bigbatch.gradients.gradient_sums import GradientSums
-from bigbatch.gradients.loss_totals import LossTotals, as_terms
+from bigbatch.gradients.leaf_backward import backward_with_leaves
+from bigbatch.gradients.loss_totals import SINGLE, LossTotals, as_terms
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.rng import seed_everything
 from bigbatch.types import Items
@@ -82,6 +85,9 @@ class CutGradients:
         names = self.names()
         self._start(seed)
         with GradientSums(names) as sums:
+            if isinstance(self.loss_fn, Coupled):
+                num_samples = self._add_coupled(self.loss_fn, cut, sums, scale)
+                return {name: gradient / num_samples for name, gradient in sums.named_by(names).items()}
             for part in self.split(cut):
                 if (loss := loss_totals.record(as_terms(self.loss_fn(self.model, part)))) is not None:
                     sums.backward(loss if scale == 1 else loss * scale)
@@ -91,6 +97,26 @@ class CutGradients:
                     "the batch has no items, so the gradient of the mean loss is undefined. Pass samples with items."
                 )
             return {name: gradient / divisor for name, gradient in sums.named_by(names).items()}
+
+    def _add_coupled(self, coupled: Coupled, cut: Cut, sums: GradientSums, scale: float) -> int:
+        """Add the gradient of a loss that couples samples to sums; return the number of samples."""
+        split, passes = self.split(cut), TwoPasses(self.model, coupled)
+        self._encode(coupled, split, passes)
+        backward_with_leaves(passes.loss_sum(coupled) * scale, sums, passes.leaves)
+        passes.keep_gradients()
+        for part in passes.parts:
+            loss_sum, _ = passes.linear_loss(coupled, part.rows, split.take(part.rows), part.state)
+            if loss_sum.requires_grad:
+                sums.backward(loss_sum)
+            self._reset_state()
+        num_samples = passes.num_samples
+        passes.end()
+        return num_samples
+
+    def _encode(self, coupled: Coupled, split: Split, passes: TwoPasses) -> None:
+        for rows in split.groups:
+            passes.encode(coupled, rows, split.take(rows))
+            self._reset_state()
 
     def mean_of_means(self, microbatch: int) -> Gradients:
         """Compute the gradient of the mean of the micro-batches' mean losses; NaN if a micro-batch has no items."""
@@ -108,11 +134,20 @@ class CutGradients:
         self._start(seed)
         values = []
         with torch.no_grad(), ActivationHooks():
+            if isinstance(self.loss_fn, Coupled):
+                return self._terms_of_coupled(self.loss_fn, cut)
             for part in self.split(cut):
                 terms = as_terms(self.loss_fn(self.model, part))
                 values.append({name: _numbers(loss, items) for name, (loss, items) in terms.items()})
                 self._reset_state()
         return values
+
+    def _terms_of_coupled(self, coupled: Coupled, cut: Cut) -> list[TermValues]:
+        """Return the loss of the whole batch, in parts by their samples."""
+        split, passes = self.split(cut), TwoPasses(self.model, coupled)
+        self._encode(coupled, split, passes)
+        total, num_samples = float(passes.loss_sum(coupled)), passes.num_samples
+        return [{SINGLE: (total * len(rows) / num_samples, len(rows))} for rows in split.groups]
 
     def _reset_state(self) -> None:
         if self.reset is not None:

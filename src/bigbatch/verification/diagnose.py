@@ -7,6 +7,7 @@ before the next is tested. A cause in the loss itself ends the diagnosis: it can
 import math
 from collections.abc import Callable, Iterator
 
+from bigbatch.coupled.coupled import Coupled
 from bigbatch.verification.causes.case import Case, Cause, Kind
 from bigbatch.verification.causes.coupling import auxiliary_losses, coupling_loss, mixing_modules
 from bigbatch.verification.causes.hooks import custom_backward, gradient_hooks
@@ -52,7 +53,8 @@ def find_causes(case: Case) -> tuple[Cause, ...]:
             causes += found
             if found and case.is_explained():
                 return tuple(causes)
-        for hypothesis in FINAL:
+        coupled = isinstance(case.cut_gradients.loss_fn, Coupled)  # its values are those of the whole batch
+        for hypothesis in (mixing_modules,) if coupled else FINAL:
             if found := list(hypothesis(case)):
                 return (*causes, *found)
     return tuple(causes) or (UNKNOWN,)

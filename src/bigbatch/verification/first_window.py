@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bigbatch.batching.split import Split
+from bigbatch.coupled.coupled import Coupled
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
 from bigbatch.rng import random_states
@@ -68,6 +69,7 @@ class FirstWindowCheck:
         self._evaluates = evaluates and not any(map(_is_compiled, model.modules()))
         self._scale_is_checked = not self._evaluates
         self._num_postponed = 0
+        self._norms: set[nn.Module] | None = None  # that run on micro-batches; None for all
         self._has_sign: bool | None = None  # None until a loss was seen
         self._devices = list({p.device for p in model.parameters() if p.is_cuda})
 
@@ -78,6 +80,8 @@ class FirstWindowCheck:
             loss_fn: As for `bigbatch.Engine`.
             parts: The batch, split into the micro-batches of the window.
         """
+        if isinstance(loss_fn, Coupled):
+            return self._watch_coupled(loss_fn)
         if self._has_sign is not None or not self._evaluates:
             return loss_fn
         first = len(parts.groups[0]) if len(parts) else 0
@@ -92,6 +96,21 @@ class FirstWindowCheck:
             return result
 
         return watched
+
+    def _watch_coupled(self, coupled: Coupled) -> Coupled:
+        """Note the batch norms that run on micro-batches: those in the loss receive the whole batch."""
+        self._norms = set()
+
+        def encode(model: Any, microbatch: Any) -> Any:
+            norms = training_batch_norms(self._model).values()
+            handles = [norm.register_forward_hook(lambda norm, *_: self._norms.add(norm)) for norm in norms]
+            try:
+                return coupled.encode(model, microbatch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        return Coupled(encode, coupled.loss, gather=coupled.gather)
 
     def run(self, loss_fn: LossFunction, parts: Split, *, may_join: bool) -> None:
         """Check one window before its update; no-op if it has no sample.
@@ -132,6 +151,8 @@ class FirstWindowCheck:
 
     def _of_modules(self) -> list[Cause]:
         dropouts, norms = active_dropouts(self._model), training_batch_norms(self._model)
+        if self._norms is not None:
+            norms = {name: norm for name, norm in norms.items() if norm in self._norms}
         return [dropout_cause(dropouts)] * bool(dropouts) + [batch_norm_cause(norms)] * bool(norms)
 
     def _of_loss(

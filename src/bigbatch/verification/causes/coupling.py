@@ -62,7 +62,9 @@ def coupling_loss(case: Case) -> Iterator[Cause]:
     yield Cause(
         Kind.COUPLING,
         "the loss couples samples: the sums of the micro-batches do not add up to that of the full batch, although "
-        "the model computes each sample independently. Contrastive, ranking and batch-statistics losses do this.",
+        "the model computes each sample independently. Contrastive, ranking and batch-statistics losses do this. Pass "
+        "bigbatch.Coupled(encode, loss) as loss_fn: encode returns the features of a micro-batch, and loss is computed "
+        "on those of the whole batch.",
     )
 
 
