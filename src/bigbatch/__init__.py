@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bigbatch import losses as losses
     from bigbatch.accumulation.accumulator import Accumulator as Accumulator
     from bigbatch.accumulation.window import Window as Window
     from bigbatch.accumulation.window_content import WindowState as WindowState
@@ -73,12 +74,16 @@ _PUBLIC = {
     "verify": "bigbatch.verification.verify",
 }
 
+_MODULES = {"losses"}
+
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bigbatch' has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"bigbatch.{name}")  # sets the attribute
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

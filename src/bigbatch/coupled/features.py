@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def join(parts: Sequence[Features], rows: Sequence[int]) -> Features:
             "encode returned different numbers of features for two micro-batches: it must return the same for each."
         )
     order = None
-    if any(left > right for left, right in zip(rows, rows[1:], strict=False)):
+    if any(left > right for left, right in pairwise(rows)):
         order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__))
     leaves = [_joined(list(column), order) for column in zip(*(part.leaves for part in parts), strict=True)]
     return Features(leaves, first.structure, len(rows))

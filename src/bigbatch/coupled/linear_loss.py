@@ -30,7 +30,7 @@ class _LinearLoss(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (gradient * factor.to(gradient.device) for gradient in ctx.gradients)
         return None, None, *(part.to(dtype) for part, dtype in zip(scaled, ctx.dtypes, strict=True))

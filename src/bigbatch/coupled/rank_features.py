@@ -56,7 +56,7 @@ class RankFeatures:
         num_samples = 0 if features is None else features.num_samples
         answers = self._exchange({"failed": False, "samples": num_samples, "tensors": own})
         found = {rank: answer["tensors"] for rank, answer in enumerate(answers) if answer["tensors"]}
-        first = next(iter(found.values()), [])
+        first: list[Any] = next(iter(found.values()), [])
         if different := [rank for rank, forms in found.items() if forms != first]:
             raise InputError(
                 f"{list_ranks(different)} encoded features {_listed(found[different[0]])}, and rank "

@@ -143,7 +143,6 @@ class Engine:
         self.loss_fn = loss_fn
         self.memory = memory
         self.collate = collate
-        device = self.accumulator.device
         self.lengths = lengths
         self.count_items = count_items
         self.layout = check_layout(layout, lengths, collate)

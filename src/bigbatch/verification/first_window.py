@@ -99,11 +99,12 @@ class FirstWindowCheck:
 
     def _watch_coupled(self, coupled: Coupled) -> Coupled:
         """Note the batch norms that run on micro-batches: those in the loss receive the whole batch."""
-        self._norms = set()
+        seen: set[nn.Module] = set()
+        self._norms = seen
 
         def encode(model: Any, microbatch: Any) -> Any:
             norms = training_batch_norms(self._model).values()
-            handles = [norm.register_forward_hook(lambda norm, *_: self._norms.add(norm)) for norm in norms]
+            handles = [norm.register_forward_hook(lambda norm, *_: seen.add(norm)) for norm in norms]
             try:
                 return coupled.encode(model, microbatch)
             finally:
