@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bigbatch
 from bigbatch import losses
 
 NUM_SAMPLES = 22
@@ -127,3 +128,7 @@ def relative_error(found: list[Tensor | None], expected: list[Tensor | None]) ->
     extra = [a for a, b in pairs if b is None and a is not None]
     norm = torch.nn.utils.get_total_norm([b for _, b in pairs if b is not None])
     return (torch.nn.utils.get_total_norm([*difference, *extra]) / norm).item()
+
+
+def engine_of(model: nn.Module, case: Any, microbatch: Any, optimizer: Any = None, **options: Any) -> bigbatch.Engine:
+    return bigbatch.Engine(model, optimizer, bigbatch.Coupled(case.encode, case.loss), microbatch=microbatch, **options)

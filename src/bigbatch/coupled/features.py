@@ -93,7 +93,8 @@ def join(parts: Sequence[Features], rows: Sequence[int]) -> Features:
     first = parts[0]
     if any(len(part.leaves) != len(first.leaves) for part in parts):
         raise InputError(
-            "encode returned different numbers of features for two micro-batches: it must return the same for each."
+            f"encode returned {len(first.leaves)} values for one micro-batch, and another number for another: it must "
+            "return as many for each. Values that differ by sample must be tensors [samples, ...]."
         )
     order = None
     if any(left > right for left, right in pairwise(rows)):
@@ -111,15 +112,19 @@ def _joined(column: list[Any], order: Tensor | None) -> Any:
                 "values that differ by sample must be tensors [samples, ...]."
             )
         return first
-    shapes = {(tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in column}
-    if len(shapes) > 1:
-        found = " and ".join(sorted(describe(leaf) for leaf in column[:2]))
+    forms = {_form(leaf): leaf for leaf in column}
+    if len(forms) > 1:
+        found = " and ".join(f"{describe(leaf)} in {getattr(leaf, 'dtype', 'Python')}" for leaf in forms.values())
         raise InputError(
             f"encode returned features of different shapes or dtypes for two micro-batches ({found}): the loss needs "
             "all of them as one tensor. Pool or pad them to one size for every sample."
         )
     joined = torch.cat(column) if len(column) > 1 else first
     return joined if order is None else joined[order.to(joined.device)]
+
+
+def _form(leaf: Any) -> Any:
+    return (tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else None
 
 
 def select(tensor: Tensor, rows: Sequence[int], positions: dict[int, int] | None) -> Tensor:
