@@ -1,0 +1,73 @@
+"""Coupled losses over several ranks, against one process with the global batch, in float64."""
+
+import pytest
+
+from coupled import rank_runs
+from support.process_pool import Pools
+
+TOLERANCE = 1e-12
+SIZES = {1: [22], 2: [14, 8], 4: [9, 0, 6, 7]}
+
+
+@pytest.mark.parametrize("gather", ["none", "all"])
+@pytest.mark.parametrize("loss", ["head", "plain"])
+@pytest.mark.parametrize("sizes", [[14, 8], [11, 11], [9, 0], [0, 9], [9, 0, 6, 7]], ids=str)
+def test_ranks_give_gradient_of_global_batch(pools: Pools, sizes: list[int], loss: str, gather: str) -> None:
+    for cut in (4, 20):
+        for result in pools(len(sizes)).run(rank_runs.run_window, "ddp", loss, gather, sizes, cut):
+            assert result["error"] <= TOLERANCE
+            assert result["loss_error"] <= TOLERANCE
+            assert result["items"] == sum(sizes)
+
+
+@pytest.mark.parametrize("gather", ["none", "all"])
+def test_replicated_plain_model_is_exact(pools: Pools, gather: str) -> None:
+    for result in pools(2).run(rank_runs.run_window, "plain", "head", gather, [14, 8], 3):
+        assert result["error"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("gather", ["none", "all"])
+@pytest.mark.parametrize("sizes", [[14, 8], [9, 0]], ids=str)
+def test_replicated_lockstep_is_exact(pools: Pools, sizes: list[int], gather: str) -> None:
+    for result in pools(2).run(rank_runs.run_window, "ddp", "head", gather, sizes, 3, True):
+        assert result["error"] <= TOLERANCE
+        assert result["items"] == sum(sizes)
+
+
+@pytest.mark.parametrize("gather", ["none", "all"])
+@pytest.mark.parametrize("how", ["fsdp", "fsdp-last"])
+@pytest.mark.parametrize("sizes", [[14, 8], [9, 0]], ids=str)
+def test_sharded_model_is_exact(pools: Pools, how: str, sizes: list[int], gather: str) -> None:
+    for result in pools(2).run(rank_runs.run_window, how, "plain", gather, sizes, 4):
+        assert result["error"] <= TOLERANCE
+        assert result["loss_error"] <= TOLERANCE
+        assert result["items"] == sum(sizes)
+
+
+@pytest.mark.parametrize("gather", ["none", "all"])
+def test_restart_of_one_rank_keeps_every_sample(pools: Pools, gather: str) -> None:
+    results = pools(2).run(rank_runs.run_with_dropout, gather, [10, 7], 3)
+    assert [result["error"] <= TOLERANCE for result in results] == [True, True], results
+    assert [result["retries"] for result in results] == [0, 1]
+    assert results[0]["used"] == [4, 4, 2]
+    assert results[1]["used"] == [2, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["first pass", "loss", "second pass"])
+@pytest.mark.parametrize("gather", ["none", "all"])
+def test_failure_of_one_rank_ends_window_everywhere(pools: Pools, gather: str, where: str) -> None:
+    assert pools(2).run(rank_runs.run_failing, gather, where) == ["RankFailedError", "ArithmeticError"]
+
+
+def test_different_shapes_are_refused_on_every_rank(pools: Pools) -> None:
+    message = (
+        "rank 1 encoded features [samples, 2] in torch.float64 and [samples, 2] in torch.float64, and rank 0 "
+        '[samples, 4] in torch.float64 and [samples, 4] in torch.float64: with gather="all" all ranks need the same '
+        "shapes and dtypes."
+    )
+    assert pools(2).run(rank_runs.run_other_shapes) == [message, message]
+
+
+@pytest.mark.parametrize("sizes", [[14, 8], [0, 12]], ids=str)
+def test_labels_and_masks_are_gathered(pools: Pools, sizes: list[int]) -> None:
+    assert max(pools(2).run(rank_runs.run_labels, sizes)) <= TOLERANCE
