@@ -133,19 +133,19 @@ def test_dropout_masks_are_replayed(cut: int) -> None:
 def test_python_and_numpy_numbers_are_replayed() -> None:
     import random
 
-    import numpy
+    import numpy as np
 
     def encode(model: Any, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         left, right = two_towers(model, part)
-        return left * random.random(), right * numpy.random.rand()
+        return left * random.random(), right * np.random.rand()
 
     case, data, model, reference = CASES["clip"], batch(), towers(), towers()
     random.seed(3)
-    numpy.random.seed(3)
+    np.random.seed(3)
     parts = [encode(reference, rows_of(data, slice(i, i + 4))) for i in range(0, NUM_SAMPLES, 4)]
     case.loss(reference, tuple(torch.cat(column) for column in zip(*parts, strict=True))).backward()
     random.seed(3)
-    numpy.random.seed(3)
+    np.random.seed(3)
     bigbatch.Engine(model, None, bigbatch.Coupled(encode, case.loss), microbatch=4, check=False).backward(data)
     assert gradient_error(model, reference) <= TOLERANCE
 

@@ -6,7 +6,6 @@ from coupled import rank_runs
 from support.process_pool import Pools
 
 TOLERANCE = 1e-12
-SIZES = {1: [22], 2: [14, 8], 4: [9, 0, 6, 7]}
 
 
 @pytest.mark.parametrize("gather", ["none", "all"])
@@ -35,10 +34,11 @@ def test_replicated_lockstep_is_exact(pools: Pools, sizes: list[int], gather: st
 
 
 @pytest.mark.parametrize("gather", ["none", "all"])
+@pytest.mark.parametrize("loss", ["head", "plain"])
 @pytest.mark.parametrize("how", ["fsdp", "fsdp-last"])
 @pytest.mark.parametrize("sizes", [[14, 8], [9, 0]], ids=str)
-def test_sharded_model_is_exact(pools: Pools, how: str, sizes: list[int], gather: str) -> None:
-    for result in pools(2).run(rank_runs.run_window, how, "plain", gather, sizes, 4):
+def test_sharded_model_is_exact(pools: Pools, how: str, loss: str, sizes: list[int], gather: str) -> None:
+    for result in pools(2).run(rank_runs.run_window, how, loss, gather, sizes, 4):
         assert result["error"] <= TOLERANCE
         assert result["loss_error"] <= TOLERANCE
         assert result["items"] == sum(sizes)
