@@ -80,10 +80,10 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'bigbatch' has no attribute {name!r}")
     if name in _MODULES:
         return importlib.import_module(f"bigbatch.{name}")  # sets the attribute
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bigbatch' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
