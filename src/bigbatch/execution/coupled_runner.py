@@ -5,6 +5,8 @@
 
 If memory runs out in the first pass, the micro-batch is encoded in halves. In the second pass it is differentiated in
 halves if their features are the same; else, with dropout for example, the window starts again with halves.
+
+Long because both passes can run out of memory, on ranks that wait for each other or do not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
