@@ -262,3 +262,37 @@ def test_empty_batch_changes_nothing() -> None:
     model = towers()
     report = engine_of(model, CASES["clip"], 4, torch.optim.SGD(model.parameters(), lr=0.1)).step(batch(0))
     assert (report.items, report.skipped) == (0, "no items")
+
+
+class Prototypes(nn.Module):
+    """A loss with parameters and a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4))
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, _model: Any, features: tuple[Tensor, Tensor]) -> Tensor:
+        self.mean.lerp_(features[0].detach().mean(0), 0.5)
+        logits = (features[0] - self.mean.clone()) @ self.points.T
+        return (logits.softmax(0) * logits).mean()
+
+
+@pytest.mark.parametrize("cut", [4, 22])
+def test_loss_that_is_a_module_is_trained_and_saved(cut: int) -> None:
+    model, reference, loss, plain = towers(), towers(), Prototypes(), Prototypes()
+    engine = bigbatch.Engine(
+        model,
+        torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1),
+        bigbatch.Coupled(two_towers, loss),
+        microbatch=cut,
+    )
+    optimizer = torch.optim.SGD([*reference.parameters(), *plain.parameters()], lr=0.1)
+    for seed in range(3):
+        engine.step(batch(seed=seed))
+        optimizer.zero_grad()
+        plain(reference, two_towers(reference, batch(seed=seed))).backward()
+        optimizer.step()
+    assert torch.allclose(loss.points, plain.points, rtol=1e-12)
+    assert torch.allclose(loss.mean, plain.mean, rtol=1e-12)
+    assert {"loss_fn.points", "loss_fn.mean"} <= set(engine.state_dict()["tensors"])

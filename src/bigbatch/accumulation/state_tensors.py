@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate, optimizer_parameters
+from bigbatch.coupled.coupled import Coupled
 
 
 class StateTensors:
@@ -13,7 +14,7 @@ class StateTensors:
 
     - Parameters of the model that require a gradient, or that are or were in an optimizer, and its persistent buffers:
       ``layer.weight``.
-    - If ``loss_fn`` is a module or a method of one: its parameters in an optimizer, and its persistent buffers:
+    - If ``loss_fn``, or the loss of a `Coupled`, is a module or a method of one: its parameters in an optimizer, and its persistent buffers:
       ``loss_fn.weight``.
     - All other parameters of the optimizer, by position: ``optimizer.group0.param3``, or of several optimizers
       ``optimizer1.group0.param3``.
@@ -31,7 +32,7 @@ class StateTensors:
     def __init__(self, module: nn.Module, update: OptimizerUpdate, loss_fn: object) -> None:
         self._module = module
         self._update = update
-        self._loss_module = _module_of(loss_fn)
+        self._loss_module = _module_of(loss_fn.loss if isinstance(loss_fn, Coupled) else loss_fn)
         self._trained: set[str] = set()
         self.note_trained()
 

@@ -45,18 +45,24 @@ class Prefetcher:
         self._pending_rows: Iterator[Sequence[int]] = iter(())
         self._next_rows: Sequence[int] | None = None
         self._fetched: _Fetched | None = None
+        self._is_open = False  # on the CPU always
 
     def __enter__(self) -> "Prefetcher":
         if self._parts.device.type == "cuda":
             self._copying = torch.cuda.Stream(self._parts.device)  # type: ignore[no-untyped-call]
+            self._is_open = True
+            self._start()
+        return self
+
+    def _start(self) -> None:
+        if self._is_open:
             self._pending_rows = iter(self._parts.groups)
             self._next_rows = next(self._pending_rows, None)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._next_rows = None
+        self._is_open, self._next_rows = False, None
         self._drop()
 
     def take(self, rows: Sequence[int]) -> Any:
@@ -66,6 +72,8 @@ class Prefetcher:
             rows: The next of ``parts.groups``. Other rows are a retry after an out-of-memory error: they are not
                 prefetched, and the prefetched micro-batch is freed and fetched again when it is taken.
         """
+        if self._next_rows is None and self._parts.groups and rows is self._parts.groups[0]:
+            self._start()  # all micro-batches are run again
         if rows is not self._next_rows:  # always true on the CPU
             self._drop()
             return self._parts.take(rows)

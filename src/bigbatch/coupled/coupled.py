@@ -35,7 +35,8 @@ class Coupled:
     buffers, the window starts again from step 1 with smaller micro-batches. A window of one micro-batch runs once.
 
     In the report, items are samples, and the loss is the value of ``loss``. Several terms, ``cuda_graphs`` and the
-    gradient noise scale are not supported.
+    gradient noise scale are not supported. ``microbatch="auto"`` counts the features of the batch, but not the memory
+    of ``loss``, which does not depend on the micro-batch.
 
     Args:
         encode: ``encode(model, microbatch) → features``: a tensor ``[samples, ...]``, or a pytree, mapping or dataclass
@@ -77,9 +78,18 @@ class Coupled:
 
     def __call__(self, model: nn.Module, microbatch: Any) -> tuple[Tensor, int]:
         """Return the loss of a micro-batch as if it were the whole batch, times its samples, and its samples."""
-        features = self.encode(model, microbatch)
-        num_samples = flatten_features(features).num_samples
-        return self.loss_sum(model, features, num_samples), num_samples
+        return self.of_whole_batch(model, microbatch)
+
+    def of_whole_batch(self, model: nn.Module, microbatch: Any, num_samples: int | None = None) -> tuple[Tensor, int]:
+        """Return the loss of a micro-batch that is the whole batch, times its samples, and its samples.
+
+        Args:
+            model: As ``encode`` and ``loss`` receive it.
+            microbatch: All samples.
+            num_samples: Their number, if it is known.
+        """
+        features = flatten_features(self.encode(model, microbatch), num_samples)
+        return self.loss_sum(model, features.copied().value(), features.num_samples), features.num_samples
 
     def loss_sum(self, model: nn.Module, features: Any, num_samples: float) -> Tensor:
         """Return the loss of features times a number of samples, in float32 or wider.

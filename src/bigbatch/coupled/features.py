@@ -36,6 +36,11 @@ class Features:
         leaves = [leaf[:num_samples] if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         return Features(leaves, self.structure, num_samples)
 
+    def copied(self) -> "Features":
+        """Return copies with a graph, which the loss may change in place."""
+        leaves = [leaf.clone() if is_differentiable(leaf) else leaf for leaf in self.leaves]
+        return Features(leaves, self.structure, self.num_samples)
+
     def detached(self) -> "Features":
         """Return copies without a graph, which hold no larger tensor that features are views of."""
         leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]

@@ -22,11 +22,13 @@ def stand_in(coupled: Coupled, num_samples: int) -> Callable[[nn.Module, Any], t
         num_samples: Of the batch.
     """
 
+    encode = coupled.encode  # itself among the variables of loss_fn, where modules that it uses are found
+
     def loss_fn(model: nn.Module, microbatch: Any) -> tuple[Tensor, int]:
         with torch.no_grad():
-            held = _repeated(flatten_features(coupled.encode(model, microbatch)).detached(), num_samples)
+            held = _repeated(flatten_features(encode(model, microbatch)).detached(), num_samples)
         torch.clear_autocast_cache()
-        features = flatten_features(coupled.encode(model, microbatch))
+        features = flatten_features(encode(model, microbatch))
         used = [leaf for leaf in features.leaves if is_differentiable(leaf) and leaf.requires_grad]
         rows = features.num_samples
         gradients = [leaf.new_zeros(max(num_samples, rows), *leaf.shape[1:]) for leaf in used]

@@ -128,7 +128,7 @@ class CoupledRunner(MicrobatchRunner):
         """Run a window of one micro-batch in one pass; return whether it fits in memory."""
         states = self._passes.save()
         try:
-            pending.add(self._coupled(self._model, self.inputs.take(rows)))
+            pending.add(self._coupled.of_whole_batch(self._model, self.inputs.take(rows), len(rows)))
             return True
         except RuntimeError as error:
             if not is_out_of_memory(error):
