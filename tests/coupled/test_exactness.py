@@ -295,4 +295,4 @@ def test_loss_that_is_a_module_is_trained_and_saved(cut: int) -> None:
         optimizer.step()
     assert torch.allclose(loss.points, plain.points, rtol=1e-12)
     assert torch.allclose(loss.mean, plain.mean, rtol=1e-12)
-    assert {"loss_fn.points", "loss_fn.mean"} <= set(engine.state_dict()["tensors"])
+    assert {"loss_fn.points", "loss_fn.mean"} <= set(engine.state_dict()["model"])
