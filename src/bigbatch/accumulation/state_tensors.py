@@ -14,8 +14,8 @@ class StateTensors:
 
     - Parameters of the model that require a gradient, or that are or were in an optimizer, and its persistent buffers:
       ``layer.weight``.
-    - If ``loss_fn``, or the loss of a `Coupled`, is a module or a method of one: its parameters in an optimizer, and its
-      persistent buffers: ``loss_fn.weight``.
+    - If ``loss_fn``, or the loss of a `Coupled`, is a module or a method of one: its parameters in an optimizer, and
+      its persistent buffers: ``loss_fn.weight``.
     - All other parameters of the optimizer, by position: ``optimizer.group0.param3``, or of several optimizers
       ``optimizer1.group0.param3``.
 

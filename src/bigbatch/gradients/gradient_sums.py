@@ -196,7 +196,7 @@ class GradientSums:
         try:
             yield self._trained
         finally:
-            self._adding = False
+            self._adding = self._has_begun = False  # the first micro-batch is checked as the first backward
             self._writes.record_backward(self._float32_sums, can_replace=True)
 
     def _hook_trained(self) -> None:
