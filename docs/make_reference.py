@@ -25,6 +25,12 @@ def reference() -> str:
                 for member, value in vars(thing).items()
                 if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
             ]
+    parts.append(_entry("## `bigbatch.losses`", "losses", bigbatch.losses))
+    parts += [
+        _entry(f"### `losses.{name}`", name, value)
+        for name, value in vars(bigbatch.losses).items()
+        if inspect.isfunction(value) and hasattr(value, "__wrapped__")
+    ]
     return "\n".join(parts)
 
 
@@ -32,7 +38,11 @@ def _entry(heading: str, name: str, thing: object) -> str:
     docstring = inspect.getdoc(thing)
     if not docstring:
         raise SystemExit(f"{heading} has no docstring.")
-    signature = "" if isinstance(thing, property) or _is_plain(thing) else f"{name}{_call(thing)}\n\n"
+    signature = (
+        ""
+        if isinstance(thing, property) or inspect.ismodule(thing) or _is_plain(thing)
+        else f"{name}{_call(thing)}\n\n"
+    )
     return f"{heading}\n\n```text\n{signature}{docstring}\n```\n"
 
 

@@ -155,9 +155,11 @@ def run_failing(gather: str, where: str) -> str:
     coupled = bigbatch.Coupled(failing_encode, failing_loss, gather=gather)
     engine = bigbatch.Engine(model, None, coupled, microbatch=2, sync=sync, check=False)
     data = rows_of(batch(12), slice(6 * dist.get_rank(), 6 * dist.get_rank() + 6))
+    broken = {**data, "left": data["left"][:3]} if where == "batch" and dist.get_rank() == 1 else data
+    calls = iter(range(99))
     name = "none"
     try:
-        engine.backward(data)
+        engine.backward(broken, should_abandon=lambda: where == "abandon" and dist.get_rank() == 1 and next(calls) == 1)
     except Exception as error:  # noqa: BLE001 - reported to the test
         name = type(error).__name__
     fails = False

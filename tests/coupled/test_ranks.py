@@ -59,6 +59,22 @@ def test_failure_of_one_rank_ends_window_everywhere(pools: Pools, gather: str, w
     assert pools(2).run(rank_runs.run_failing, gather, where) == ["RankFailedError", "ArithmeticError"]
 
 
+@pytest.mark.parametrize("gather", ["none", "all"])
+def test_batch_that_cannot_be_split_ends_window_everywhere(pools: Pools, gather: str) -> None:
+    assert pools(2).run(rank_runs.run_failing, gather, "batch") == ["RankFailedError", "ValueError"]
+
+
+@pytest.mark.parametrize("gather", ["none", "all"])
+def test_window_abandoned_on_one_rank_is_dropped_everywhere(pools: Pools, gather: str) -> None:
+    assert pools(2).run(rank_runs.run_failing, gather, "abandon") == ["WindowAbandonedError"] * 2
+
+
+@pytest.mark.parametrize("gather", ["none", "all"])
+def test_hybrid_sharded_model_is_exact(pools: Pools, gather: str) -> None:
+    for result in pools(4).run(rank_runs.run_window, "hsdp", "head", gather, [9, 1, 6, 7], 4):
+        assert result["error"] <= TOLERANCE
+
+
 def test_different_shapes_are_refused_on_every_rank(pools: Pools) -> None:
     message = (
         "rank 1 encoded features [samples, 2] in torch.float64 and [samples, 2] in torch.float64, and rank 0 "
