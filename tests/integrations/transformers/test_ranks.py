@@ -87,3 +87,37 @@ def test_dispatched_batches_are_refused(pools: Pools):
         'accelerator_config={"dispatch_batches": False}.'
     )
     assert pools(2).run(cases.dispatched) == [message] * 2
+
+
+def test_uncuttable_batches_are_refused_on_all_ranks(pools: Pools):
+    message = (
+        "the train dataloader yields batches that are collated already, and they cannot be cut into rows to find out "
+        "what the loss is averaged over: pass items=, a function from a batch to the number that the loss is averaged "
+        "over."
+    )
+    assert pools(2).run(cases.uncuttable) == [message] * 2
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_loss_that_calls_collectives_runs_in_lockstep(pools: Pools, auto: bool):
+    for errors, *_ in pools(2).run(cases.reduces, cases.ReducesMetrics, 36, False, None, auto):
+        assert max(errors) <= EXACT
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_loss_that_calls_collectives_refuses_token_budgets(pools: Pools, auto: bool):
+    message = (
+        "the loss of ReducesMetrics (TinyModel) calls torch.distributed, so all ranks must run micro-batches of as "
+        'many samples, which a TokenBudget, microbatch="auto" and memory= do not give: pass microbatch= a number of '
+        "samples, or communicate by trainer.accelerator, which returns the values of this rank inside a window."
+    )
+    assert pools(2).run(cases.reduces, cases.ReducesMetrics, 48, True, 14, auto) == [message] * 2
+
+
+def test_loss_that_depends_on_other_ranks_is_refused(pools: Pools):
+    message = (
+        "the loss of ReducesCount (TinyModel) calls torch.distributed, and its value for a micro-batch depends on the "
+        "samples of other ranks, so micro-batches do not add up to the batch. Return the mean over the micro-batch of "
+        "this rank, or use weights(trainer, items=...) to weight micro-batches only."
+    )
+    assert pools(2).run(cases.reduces, cases.ReducesCount, 48, True, None, True) == [message] * 2

@@ -108,6 +108,24 @@ def ambiguous(trainer: Any, names: Sequence[str]) -> InputError:
     )
 
 
+def depends_on_ranks(trainer: Any) -> InputError:
+    """Return the error for a loss that uses values of other ranks."""
+    return InputError(
+        f"{subject_of(trainer)} calls torch.distributed, and its value for a micro-batch depends on the samples of other "
+        "ranks, so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, or use "
+        "weights(trainer, items=...) to weight micro-batches only."
+    )
+
+
+def unequal_micro_batches(trainer: Any) -> InputError:
+    """Return the error for micro-batches that differ by rank, for a loss that calls collectives."""
+    return InputError(
+        f"{subject_of(trainer)} calls torch.distributed, so all ranks must run micro-batches of as many samples, which "
+        'a TokenBudget, microbatch="auto" and memory= do not give: pass microbatch= a number of samples, or communicate '
+        "by trainer.accelerator, which returns the values of this rank inside a window."
+    )
+
+
 def no_gradient(trainer: Any, num_samples: int) -> InputError:
     """Return the error for a window whose probed samples have no gradient."""
     return InputError(

@@ -16,10 +16,12 @@ from bigbatch.engine.engine import Engine
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import trainer_metrics
+from bigbatch.integrations.transformers.loss_collectives import calls_collectives
 from bigbatch.integrations.transformers.pieces import Piece
 from bigbatch.integrations.transformers.samples import WindowBatch, copy_samples, take_whole
 from bigbatch.integrations.transformers.settings import Settings
 from bigbatch.integrations.transformers.trainer_state import trainer_preserved
+from bigbatch.integrations.transformers.unit_refusals import unequal_micro_batches
 from bigbatch.integrations.transformers.window_unit import WindowUnit
 from bigbatch.trials.trial import is_trial
 from bigbatch.types import Items
@@ -47,6 +49,7 @@ class WindowEngine:
         self._unit = WindowUnit(trainer, settings.items, self._collate_samples, self._own_loss)
         self._window = WindowBatch()
         self._num_windows = 0
+        self._lockstep: bool | None = None
         self._one_item = torch.ones((), dtype=torch.int64, device=trainer.args.device)
 
     def loss(self, model: nn.Module, window: WindowBatch, compute_loss: ComputeLoss) -> tuple[Tensor, WindowReport]:
@@ -62,6 +65,8 @@ class WindowEngine:
             NonFiniteError: The loss or its gradient is not finite, and ``nonfinite`` is ``"raise"``.
         """
         self._compute_loss, self._window = compute_loss, window
+        if self._lockstep is None:
+            self._lockstep = self._calls_collectives(window)
         engine = self._engine_for(model, is_collated=window.is_collated)
         batch = range(len(window.samples))
         with trainer_metrics.local_gathers(self._trainer.accelerator):
@@ -114,12 +119,23 @@ class WindowEngine:
                 layout="padded" if is_collated else settings.layout,
                 scaler=self._trainer.accelerator.scaler,
                 nonfinite=settings.nonfinite,
+                lockstep=bool(self._lockstep),
                 check=evaluates,
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
         self._made_for, self._num_windows = made_for, 0
         return self._engine
+
+    def _calls_collectives(self, window: WindowBatch) -> bool:
+        """Return whether the loss calls collectives, and ranks must run equally many micro-batches. Collective."""
+        if self._trainer.accelerator.num_processes == 1:
+            return False
+        collate = take_whole if window.is_collated else self._collate_samples
+        is_called = calls_collectives(self._trainer, collate, window.samples, self._own_loss)
+        if is_called and not isinstance(self._settings.microbatch_for(1), int):
+            raise unequal_micro_batches(self._trainer)
+        return is_called
 
     def _collate_samples(self, samples: Sequence[Any]) -> Any:
         return self._trainer.data_collator(copy_samples(samples))
