@@ -107,7 +107,7 @@ def test_loss_that_calls_collectives_runs_in_lockstep(pools: Pools, auto: bool):
 @pytest.mark.parametrize("auto", [False, True])
 def test_loss_that_calls_collectives_refuses_token_budgets(pools: Pools, auto: bool):
     message = (
-        "the loss of ReducesMetrics (TinyModel) calls torch.distributed, so all ranks must run micro-batches of as "
+        "the loss of ReducesMetrics (TokenModel) calls torch.distributed, so all ranks must run micro-batches of as "
         'many samples, which a TokenBudget, microbatch="auto" and memory= do not give: pass microbatch= a number of '
         "samples, or communicate by trainer.accelerator, which returns the values of this rank inside a window."
     )
@@ -116,7 +116,7 @@ def test_loss_that_calls_collectives_refuses_token_budgets(pools: Pools, auto: b
 
 def test_loss_that_depends_on_other_ranks_is_refused(pools: Pools):
     message = (
-        "the loss of ReducesCount (TinyModel) calls torch.distributed, and its value for a micro-batch depends on the "
+        "the loss of ReducesCount (TokenModel) calls torch.distributed, and its value for a micro-batch depends on the "
         "samples of other ranks, so micro-batches do not add up to the batch. Return the mean over the micro-batch of "
         "this rank, or use weights(trainer, items=...) to weight micro-batches only."
     )

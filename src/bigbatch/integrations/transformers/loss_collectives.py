@@ -21,6 +21,7 @@ from bigbatch.integrations.transformers.window_samples import Collator, size_of
 from bigbatch.rng import seed_everything
 
 _NAMESPACES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}
+_SAMPLES = 3  # of each rank
 _TOLERANCE = 1e-3  # of the loss of one micro-batch that runs twice, in half precision
 
 
@@ -40,8 +41,8 @@ def calls_collectives(
 ) -> bool:
     """Return whether the loss of one sample calls collectives; of a sharded model, whose forward does, False.
 
-    Runs it once on one sample of each rank, and if it calls collectives, once more for that of each of two ranks, which
-    all ranks then have. Leaves no trace on the trainer. Collective.
+    Runs it on one sample of each rank; if it calls collectives, on up to three, and again on those of each of two
+    ranks, which all ranks then have. Leaves no trace on the trainer. Collective.
 
     Args:
         trainer: On several ranks.
@@ -52,33 +53,41 @@ def calls_collectives(
     Raises:
         InputError: The loss depends on the samples of other ranks; on all ranks.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     collator = Collator(collate, [trainer.data_collator])
-    chosen = (max if rank % 2 else min)(samples, key=size_of)  # in sizes that differ a dependence shows
-    inputs: Any = None
-    with collator.restored(), suppress(Exception):  # errors are raised by the window, on all ranks
-        inputs = collator.collate([chosen])
-    collated: list[Any] = [None] * size
-    dist.all_gather_object(collated, inputs)
+    # From the smallest on, or from the largest: a number of items that ranks add up should differ.
+    chosen = sorted(samples, key=size_of, reverse=bool(rank % 2))[:_SAMPLES]
+    own_inputs: list[Any] = []
+    with collator.restored(), suppress(Exception):  # the window raises errors of the collator
+        own_inputs = [collator.collate([sample]) for sample in chosen]
+    inputs = _gathered(own_inputs)
     with traceless(trainer, compute_loss) as model, _CollectiveWatch() as watch:
 
-        def loss_of(source: int) -> float:
+        def loss_of(micro_batch: Any) -> float:
             seed_everything(SEED)
             one = torch.ones((), dtype=torch.int64, device=trainer.args.device)
-            with torch.no_grad(), suppress(Exception):
-                return float(compute_loss(model, trainer._prepare_inputs(fresh(collated[source])), one))
+            with torch.no_grad(), suppress(Exception):  # the window raises errors of the loss
+                return float(compute_loss(model, trainer._prepare_inputs(fresh(micro_batch)), one))
             return math.nan
 
-        own = loss_of(rank)
-        called: list[Any] = [None] * size
-        is_called = watch.was_called
-        dist.all_gather_object(called, is_called)
-        if not any(called):
+        num_rounds = min(map(len, inputs))
+        own = [loss_of(inputs[rank][0])] if num_rounds else []
+        if not any(_gathered(watch.was_called)):
             return False
-        same_on_all = [loss_of(source) for source in range(2)]
-    is_equal = rank > 1 or math.isclose(own, same_on_all[rank], rel_tol=_TOLERANCE) or math.isnan(own)
-    results: list[Any] = [None] * size
-    dist.all_gather_object(results, is_equal)
-    if not all(results):
+        own += [loss_of(inputs[rank][number]) for number in range(1, num_rounds)]
+        same_on_all = [[loss_of(inputs[source][number]) for number in range(num_rounds)] for source in range(2)]
+    is_equal = rank > 1 or all(map(_is_close, own, same_on_all[rank]))
+    if not all(_gathered(is_equal)):
         raise depends_on_ranks(trainer)
     return not any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Return the value of every rank. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _is_close(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=_TOLERANCE) or (math.isnan(first) and math.isnan(second))

@@ -14,12 +14,9 @@ _COUPLED_DPO_LOSSES = ("aot", "aot_unpaired")
 
 def subject_of(trainer: Any) -> str:
     """Return the loss of a trainer as the subject of a sentence."""
-    cls = next((kind for kind in type(trainer).__mro__ if not kind.__module__.startswith("bigbatch")), type(trainer))
-    return f"the loss of {cls.__name__} ({_model_name(trainer)})"
-
-
-def _model_name(trainer: Any) -> str:
-    return type(getattr(trainer, "model", None)).__name__
+    kinds = type(trainer).__mro__
+    kind = kinds[2] if len(kinds) > 2 and kinds[1].__module__.startswith("bigbatch") else kinds[0]  # exact() or not
+    return f"the loss of {kind.__name__} ({type(getattr(trainer, 'model', None)).__name__})"
 
 
 def refuse_coupled_losses(trainer: Any) -> None:
