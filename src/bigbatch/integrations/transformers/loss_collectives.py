@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.traceless import fresh, traceless
 from bigbatch.integrations.transformers.unit_probe import SEED, ComputeLoss
 from bigbatch.integrations.transformers.unit_refusals import depends_on_ranks

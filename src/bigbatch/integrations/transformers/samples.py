@@ -3,12 +3,13 @@
     loader → SampleBatch, SampleBatch, SampleBatch → EmptyBatch, EmptyBatch, WindowBatch with all samples
 
 Each is an empty dict with attributes: the loop counts them as the batches that they stand for, and code that looks up a
-key in a batch finds none.
+key in a batch raises.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.pieces import Pieces
 
 
@@ -22,6 +23,22 @@ class SampleBatch(dict[str, Any]):
     def __init__(self, samples: Sequence[Any] = ()) -> None:
         super().__init__()
         self.samples = list(samples)
+
+    def __missing__(self, key: Any) -> Any:
+        raise self._not_collated(key)
+
+    def __contains__(self, key: Any) -> bool:
+        raise self._not_collated(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Raise: nothing can be read before micro-batches are collated."""
+        raise self._not_collated(key)
+
+    def _not_collated(self, key: Any) -> InputError:
+        return InputError(
+            f"training_step reads inputs[{key!r}], and exact() passes it the samples of a window, which are collated in "
+            "micro-batches later: read or change inputs in compute_loss or in the data collator."
+        )
 
     def to(self, *_: Any, **__: Any) -> Self:
         """Return itself: micro-batches are moved when they are collated."""

@@ -42,7 +42,7 @@ def modules_of(trainer: Any, *functions: Callable[..., Any]) -> list[nn.Module]:
 
 @contextmanager
 def traceless(trainer: Any, *functions: Callable[..., Any]) -> Iterator[nn.Module]:
-    """Restore everything on exit that a run of a trainer's loss changes, and communicate nothing inside.
+    """Restore everything on exit that a run of a trainer's loss changes, and communicate and log nothing inside.
 
     Restores gradients, buffers, training modes and attributes of the models, all random generators, and the trainer's
     own counters and metrics. Inside, the models run without autocast, in whole float32 precision, and the
@@ -57,7 +57,13 @@ def traceless(trainer: Any, *functions: Callable[..., Any]) -> Iterator[nn.Modul
         stack.enter_context(preserved(*modules_of(trainer, *functions), parameters=False))
         stack.enter_context(local_gathers(trainer.accelerator))
         stack.enter_context(_float32_matmul())
+        if (handler := getattr(trainer, "callback_handler", None)) is not None:
+            stack.enter_context(attribute(handler, "on_log", _log_nothing))
         yield model
+
+
+def _log_nothing(_args: Any, _state: Any, control: Any, *_: Any, **__: Any) -> Any:
+    return control
 
 
 @contextmanager

@@ -97,6 +97,11 @@ class ExactMixin:
         """
         trainer: Any = self
         is_window = isinstance(inputs, WindowBatch)
+        if isinstance(inputs, EmptyBatch) and trainer.accelerator.sync_gradients:
+            raise InputError(
+                f"gradient_accumulation_steps was changed to {trainer.args.gradient_accumulation_steps} within an epoch, "
+                "so an update would come before the last batch of its window: change it between calls of train()."
+            )
         if is_window and not trainer.accelerator.sync_gradients:
             self._bigbatch_held = inputs.samples
         if isinstance(inputs, EmptyBatch) or self._bigbatch_held:

@@ -121,6 +121,12 @@ class LossProbe:
             return Evaluation(float(loss), [None] * len(self._parameters))
         return Evaluation(float(loss.detach()), self._gradient(loss, inputs, num_items))
 
+    def value(self, inputs: Any, num_items: int | None = None) -> float:
+        """Return the loss without a gradient, from a fixed seed."""
+        seed_everything(SEED)
+        with torch.no_grad():
+            return float(self._loss(inputs, num_items))
+
     def _loss(self, inputs: Any, num_items: int | None) -> Tensor:
         inputs = self._trainer._prepare_inputs(fresh(inputs))
         count = None if num_items is None else torch.tensor(num_items, device=self._trainer.args.device)

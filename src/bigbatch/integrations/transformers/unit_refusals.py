@@ -54,6 +54,14 @@ def changing_divisor(trainer: Any, num_items: int, once: float, twice: float) ->
     )
 
 
+def divided_by_steps(trainer: Any) -> InputError:
+    """Return the error for a loss that divides by the number of accumulation steps."""
+    return InputError(
+        f"{subject_of(trainer)} depends on args.gradient_accumulation_steps, and exact() divides by the items of the "
+        "whole window: return the mean of the micro-batch undivided."
+    )
+
+
 def wrong_count(trainer: Any, ratio: float, counts: Mapping[str, float]) -> InputError:
     """Return the error for a sum whose number of items is none of the counts."""
     listed = ", ".join(f"{count:g} {name}" for name, count in counts.items()) or "no labels"
@@ -89,6 +97,16 @@ def no_unit(trainer: Any, errors: Mapping[str, float]) -> InputError:
     )
 
 
+def not_all_samples(trainer: Any, errors: Mapping[str, float]) -> InputError:
+    """Return the error for a mean whose unit fits a few samples, but not all of a window."""
+    listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return InputError(
+        f"{subject_of(trainer)} is a mean over none of the known units for all samples of this window (relative error "
+        f"of the loss: {listed}): it has class weights, leaves out labels or averages over padding, or samples "
+        f"influence one another. {ADVICE}"
+    )
+
+
 def no_unit_for_all(trainer: Any, first: Sequence[str], second: Sequence[str]) -> InputError:
     """Return the error for different units on other samples or ranks."""
     return InputError(
@@ -108,18 +126,18 @@ def ambiguous(trainer: Any, names: Sequence[str]) -> InputError:
 def depends_on_ranks(trainer: Any) -> InputError:
     """Return the error for a loss that uses values of other ranks."""
     return InputError(
-        f"{subject_of(trainer)} calls torch.distributed, and its value for a micro-batch depends on the samples of other "
-        "ranks, so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, or use "
-        "weights(trainer, items=...) to weight micro-batches only."
+        f"{subject_of(trainer)} calls torch.distributed, and its value for a micro-batch depends on the samples of "
+        "other ranks, so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, "
+        "or use weights(trainer, items=...) to weight micro-batches only."
     )
 
 
 def unequal_micro_batches(trainer: Any) -> InputError:
     """Return the error for micro-batches that differ by rank, for a loss that calls collectives."""
     return InputError(
-        f"{subject_of(trainer)} calls torch.distributed, so all ranks must run micro-batches of as many samples, which "
-        'a TokenBudget, microbatch="auto" and memory= do not give: pass microbatch= a number of samples, or communicate '
-        "by trainer.accelerator, which returns the values of this rank inside a window."
+        f"{subject_of(trainer)} calls torch.distributed, so all ranks must run micro-batches of as many samples, "
+        'which a TokenBudget, microbatch="auto" and memory= do not give: pass microbatch= a number of samples, or '
+        "communicate by trainer.accelerator, which returns the values of this rank inside a window."
     )
 
 

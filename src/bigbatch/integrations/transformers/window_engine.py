@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from bigbatch.accumulation.optimizer_update import NO_ITEMS
 from bigbatch.engine.engine import Engine
@@ -49,6 +50,7 @@ class WindowEngine:
         self._unit = WindowUnit(trainer, settings.items, self._collate_samples, self._own_loss)
         self._window = WindowBatch()
         self._num_windows = 0
+        self._needs_num_items = False
         self._lockstep: bool | None = None
         self._one_item = torch.ones((), dtype=torch.int64, device=trainer.args.device)
 
@@ -157,15 +159,43 @@ class WindowEngine:
         piece, trainer = microbatch["piece"], self._trainer
         with trainer_preserved(trainer) if is_trial() else trainer_metrics.recorded(trainer, piece):
             inputs = trainer._prepare_inputs(microbatch["inputs"])
+            self._check_prepared(inputs, piece.items)
             if self._unit.takes_num_items:
                 return self._own_loss(model, inputs, self._one_item), piece.items
-            return self._own_loss(model, inputs) * piece.items, piece.items
+            return self._mean_loss(model, inputs, piece.items) * piece.items, piece.items
+
+    def _mean_loss(self, model: nn.Module, inputs: Any, items: Items) -> Tensor:
+        """Return the mean loss; one that requires a number of items is divided by those that were passed."""
+        if not self._needs_num_items:
+            try:
+                return self._own_loss(model, inputs)
+            except TypeError:
+                if not self._unit.is_given:
+                    raise
+        loss = self._own_loss(model, inputs, self._one_item * items)
+        self._needs_num_items = True
+        return loss
+
+    def _check_prepared(self, inputs: Any, items: Items) -> None:
+        """Check that an own ``_prepare_inputs`` leaves the number of items as it was."""
+        kind = type(self._trainer)
+        owner = next(each for each in kind.__mro__[2:] if "_prepare_inputs" in vars(each))
+        if owner is not Trainer and (number := _as_number(self._unit.count(inputs))) != items:
+            raise InputError(
+                f"_prepare_inputs of {owner.__name__} changes the number of items of a micro-batch from {items} to "
+                f"{number}, and they are counted before it: change labels and masks in the data collator."
+            )
 
     def _own_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Return the trainer's own loss; with a number of items it is not multiplied by the number of ranks."""
         with _own_rank_only(self._trainer.args) if num_items_in_batch is not None else nullcontext():
             loss: Tensor = self._compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        return loss
+        if loss.numel() != 1:
+            raise InputError(
+                f"compute_loss of {type(self._trainer).__name__} returned a loss of shape {tuple(loss.shape)}: return "
+                "its mean."
+            )
+        return loss.reshape(())
 
     def _without_gradient(self, report: WindowReport) -> Tensor:
         """Return the loss of a window that changes nothing: its backward leaves every ``.grad`` as it is."""
