@@ -166,7 +166,7 @@ def test_mean_that_claims_to_be_scaled_is_refused(tmp_path: Path):
         loss_is_scaled_for_ga = True
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return super().compute_loss(model, inputs) / self.args.gradient_accumulation_steps
+            return super().compute_loss(model, inputs) / cases.STEPS
 
     trainer, _ = cases.make(tmp_path, Scaled)
     exact(trainer)
@@ -193,5 +193,5 @@ def test_own_division_is_not_taken_for_the_scale(tmp_path: Path):
 
     trainer, _ = cases.make(tmp_path, Halves)
     exact(trainer, items=cases.num_labels)
-    with pytest.raises(bigbatch.InputError, match=re.escape("training_step of ExactHalves multiplies the loss by 0.5")):
+    with pytest.raises(bigbatch.InputError, match=re.escape("training_step of Halves multiplies the loss by 0.5")):
         trainer.train()

@@ -36,7 +36,7 @@ class SampleBatch(dict[str, Any]):
 
     def _not_collated(self, key: Any) -> InputError:
         return InputError(
-            f"training_step reads inputs[{key!r}], and exact() passes it the samples of a window, which are collated in "
+            f"{key!r} was read from a batch of a trainer that exact() was called on, whose samples are collated in "
             "micro-batches later: read or change inputs in compute_loss or in the data collator."
         )
 

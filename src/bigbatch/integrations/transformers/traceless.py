@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from bigbatch.integrations.transformers.trainer_metrics import local_gathers
@@ -55,11 +56,23 @@ def traceless(trainer: Any, *functions: Callable[..., Any]) -> Iterator[nn.Modul
     with ExitStack() as stack:
         stack.enter_context(trainer_preserved(trainer))
         stack.enter_context(preserved(*modules_of(trainer, *functions), parameters=False))
+        stack.enter_context(_resharded(model))
         stack.enter_context(local_gathers(trainer.accelerator))
         stack.enter_context(_float32_matmul())
         if (handler := getattr(trainer, "callback_handler", None)) is not None:
             stack.enter_context(attribute(handler, "on_log", _log_nothing))
         yield model
+
+
+@contextmanager
+def _resharded(model: nn.Module) -> Iterator[None]:
+    """Reshard on exit what a forward of FSDP2 without a backward leaves whole."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _log_nothing(_args: Any, _state: Any, control: Any, *_: Any, **__: Any) -> Any:

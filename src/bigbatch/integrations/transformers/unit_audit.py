@@ -8,30 +8,38 @@ not prove a unit, but disprove others; they need no gradient, so that a whole wi
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
-from bigbatch.integrations.transformers.precision import Precision, in_precision, precisions_for
-from bigbatch.integrations.transformers.traceless import traceless
+from bigbatch.integrations.transformers.precision import run_precisely
 from bigbatch.integrations.transformers.unit_counts import Candidate
 from bigbatch.integrations.transformers.unit_decision import Decision
 from bigbatch.integrations.transformers.unit_probe import ComputeLoss, LossProbe
 from bigbatch.integrations.transformers.window_samples import Collator, collate_parts
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
-AUDITED_WINDOWS = 3
+FIRST_WINDOWS = 4
 
 
-def halves_of(samples: Sequence[Any], size: int) -> list[list[Sequence[Any]]]:
-    """Return the samples of micro-batches of a size, at least 2, each in two halves; a single last sample is left out.
+def is_audited(number: int) -> bool:
+    """Return whether the window of a number, from 1, is audited: the first ones, and then at powers of two.
+
+    A term of the loss may start later, and a rare class appear later.
+    """
+    return number <= FIRST_WINDOWS or not number & (number - 1)
+
+
+def halves_of(samples: Sequence[Any], size: int, *, only_whole: bool) -> list[list[Sequence[Any]]]:
+    """Return the samples of micro-batches of a size, at least 2, each in two halves.
 
     Args:
         samples: Of a window.
         size: Samples of one micro-batch.
+        only_whole: Whether a last micro-batch that is smaller is left out, and not only one of a single sample.
     """
     size = max(2, size)
     chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
-    return [[chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]] for chunk in chunks if len(chunk) > 1]
+    least = size if only_whole else 2
+    return [[chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]] for chunk in chunks if len(chunk) >= least]
 
 
 def audit(
@@ -51,28 +59,27 @@ def audit(
         decision: Made on a few samples.
     """
     errors = dict.fromkeys(decision.names, 0.0)
-    precisions = precisions_for(trainer)
-    with traceless(trainer, compute_loss) as model, ExitStack() as stack:
-        if precisions[0] is not Precision.AUTOCAST:
-            stack.enter_context(in_precision(trainer, precisions[0]))
-        probe = LossProbe(trainer, model, compute_loss)
+
+    def run(probe: LossProbe) -> dict[str, float]:
         for number, parts in enumerate(halves):
-            try:
-                micro_batches = collate_parts(parts, collator)
-                if not number:
-                    probe.choose_mode(micro_batches[1])
-                    if probe.is_random:
-                        return {}
-                values = [probe.value(each, 1 if decision.takes_num_items else None) for each in micro_batches]
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                free_cached_memory()
-                return {}  # two samples may be more than a micro-batch: the unit is that of the probe
+            micro_batches = collate_parts(parts, collator)
+            if not number:
+                probe.choose_mode(micro_batches[1])
+                if probe.is_random:
+                    return {}
+            values = [probe.value(each, 1 if decision.takes_num_items else None) for each in micro_batches]
             for candidate in decision.fitting:
                 found = _error(candidate, decision, micro_batches, values)
                 errors[candidate.name] = max(errors[candidate.name], found)
-    return {name: error for name, error in errors.items() if error > probe.tolerance}
+        return {name: error for name, error in errors.items() if error > probe.tolerance}
+
+    try:
+        return run_precisely(trainer, compute_loss, run) if halves else {}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_cached_memory()
+    return {}  # two samples may be more than a micro-batch: the unit is that of the probe
 
 
 def _error(candidate: Candidate, decision: Decision, micro_batches: Sequence[Any], values: Sequence[float]) -> float:

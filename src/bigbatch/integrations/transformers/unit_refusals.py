@@ -1,5 +1,6 @@
 """Errors for losses whose unit cannot be determined: what is wrong, then the call to make."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,14 @@ _COUPLED_DPO_LOSSES = ("aot", "aot_unpaired")
 
 def subject_of(trainer: Any) -> str:
     """Return the loss of a trainer as the subject of a sentence."""
+    return f"the loss of {class_name(trainer)} ({type(getattr(trainer, 'model', None)).__name__})"
+
+
+def class_name(trainer: Any) -> str:
+    """Return the name of the class of a trainer, before `exact` or `weights` was called on it."""
     kinds = type(trainer).__mro__
-    kind = kinds[2] if len(kinds) > 2 and kinds[1].__module__.startswith("bigbatch") else kinds[0]  # exact() or not
-    return f"the loss of {kind.__name__} ({type(getattr(trainer, 'model', None)).__name__})"
+    kind = kinds[2] if len(kinds) > 2 and kinds[1].__module__.startswith("bigbatch") else kinds[0]
+    return kind.__name__
 
 
 def refuse_coupled_losses(trainer: Any) -> None:
@@ -93,17 +99,23 @@ def no_unit(trainer: Any, errors: Mapping[str, float]) -> InputError:
     listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) or "no unit can be counted"
     return InputError(
         f"{subject_of(trainer)} is a mean over none of the known units (relative error of the gradient: {listed}): "
-        f"samples influence one another, or the loss has several terms in different units. {ADVICE}"
+        "samples influence one another, the loss has several terms in different units, or it depends on padding. "
+        f"{ADVICE}"
     )
 
 
 def not_all_samples(trainer: Any, errors: Mapping[str, float]) -> InputError:
     """Return the error for a mean whose unit fits a few samples, but not all of a window."""
+    if all(math.isinf(error) for error in errors.values()):
+        return InputError(
+            f"{subject_of(trainer)} is a mean over {' or '.join(errors)}, padding included, so it depends on which "
+            "samples are padded together: pad all samples to one length in the data collator, or average over labels."
+        )
     listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     return InputError(
         f"{subject_of(trainer)} is a mean over none of the known units for all samples of this window (relative error "
-        f"of the loss: {listed}): it has class weights, leaves out labels or averages over padding, or samples "
-        f"influence one another. {ADVICE}"
+        f"of the loss: {listed}): it has class weights or several terms, leaves out labels, depends on padding, or "
+        f"samples influence one another. {ADVICE}"
     )
 
 

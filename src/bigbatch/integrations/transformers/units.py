@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.precision import Precision, in_precision, precisions_for
-from bigbatch.integrations.transformers.traceless import bare_model, traceless
-from bigbatch.integrations.transformers.unit_audit import AUDITED_WINDOWS, audit, halves_of
-from bigbatch.integrations.transformers.unit_counts import Candidate, candidates_for
+from bigbatch.integrations.transformers.precision import run_precisely
+from bigbatch.integrations.transformers.unit_audit import audit, halves_of, is_audited
+from bigbatch.integrations.transformers.unit_counts import candidates_for
 from bigbatch.integrations.transformers.unit_decision import Decision, Inconclusive, decide
-from bigbatch.integrations.transformers.unit_probe import ComputeLoss, LossProbe
+from bigbatch.integrations.transformers.unit_probe import ComputeLoss
 from bigbatch.integrations.transformers.unit_ranks import OutOfMemory, call_on_all_ranks, on_all_ranks, rank_and_size
 from bigbatch.integrations.transformers.unit_refusals import (
     ambiguous,
@@ -35,7 +34,6 @@ from bigbatch.integrations.transformers.window_samples import (
     most_different,
     names_of,
 )
-from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
 MAX_PROBES = 5  # of one window
 FIRST_WINDOWS = 3  # in which a loss with a reference model is probed: it starts from it, where terms may vanish
@@ -73,15 +71,14 @@ class UnitFinder:
         owners = [getattr(trainer, "data_collator", None)]
         self._collator = Collator(collate, owners, tuple(getattr(trainer, "label_names", None) or ()))
         self._decision: Decision | None = None
-        self._num_windows = self._num_audits = 0
-        self._classes: set[Any] = set()
+        self._num_windows = 0
 
     def unit(self, samples: Sequence[Any]) -> Unit:
         """Return the unit for a window.
 
         The first call runs the model on a few samples of the window, as do later calls while the windows before were
-        of one sample or not finite, or if this window separates units whose counts agreed in all others. The first
-        windows, and those with new classes, are run once more without gradients, to check the unit on all samples.
+        of one sample or not finite, or if this window separates units whose counts agreed in all others. Windows
+        1, 2, 3, 4, 8, 16... are run once more without gradients, to check the unit on all samples.
 
         Args:
             samples: Of this rank, not collated; may be empty.
@@ -106,11 +103,11 @@ class UnitFinder:
 
     def _audited(self, decision: Decision, samples: Sequence[Any]) -> Decision:
         """Return a decision whose units fit all samples. Collective while windows are audited."""
-        if self._num_audits >= AUDITED_WINDOWS or not decision.is_final:
+        if not (decision.is_final and is_audited(self._num_windows)):
             return decision
-        self._num_audits += 1
-        halves = halves_of(samples, self._batch_size())
-        if any(hasattr(parameter, "device_mesh") for parameter in bare_model(self._trainer).parameters()):
+        _, num_ranks = rank_and_size()
+        halves = halves_of(samples, self._batch_size(), only_whole=num_ranks > 1)
+        if num_ranks > 1:  # sharded models, and losses that call collectives, run equally often
             halves = halves[: min(on_all_ranks(lambda: len(halves)))]
         try:
             each = on_all_ranks(lambda: audit(self._trainer, self._compute_loss, self._collator, halves, decision))
@@ -219,9 +216,13 @@ class UnitFinder:
             parts = parts[:1]
         candidates = candidates_for(parts[0], num_samples=sizes[1], label_names=self._collator.label_names)
 
+        trainer = self._trainer
+
         def evaluate() -> Decision | Inconclusive:
             try:
-                return self._evaluate(whole, parts, candidates)
+                return run_precisely(
+                    trainer, self._compute_loss, lambda probe: decide(trainer, probe, whole, parts, candidates)
+                )
             except Inconclusive as reason:
                 return reason
 
@@ -238,22 +239,3 @@ class UnitFinder:
         errors = {name: max(errors[name] for *_, errors in results) for name in own.errors}
         names = [name for name in own.names if all(name in names for names, *_ in results)]
         return replace(own, tolerance=tolerance, errors=errors).restrict(names, self._trainer)
-
-    def _evaluate(self, whole: Any, parts: Sequence[Any], candidates: Sequence[Candidate]) -> Decision:
-        """Decide in the most precise arithmetic that the model runs in."""
-        trainer = self._trainer
-        precisions = precisions_for(trainer)
-        for number, precision in enumerate(precisions, 1):
-            try:
-                with traceless(trainer, self._compute_loss) as model, in_precision(trainer, precision):
-                    is_rounded = precision is Precision.AUTOCAST
-                    probe = LossProbe(trainer, model, self._compute_loss, autocast=is_rounded)
-                    return decide(trainer, probe, whole, parts, candidates)
-            except (InputError, Inconclusive):
-                raise
-            except Exception as error:  # kernels such as flash attention need half precision
-                is_last = number == len(precisions)
-                if is_last or (is_out_of_memory(error) and precision is not Precision.FLOAT32):
-                    raise
-            free_cached_memory()
-        raise AssertionError("the last precision returns or raises")

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.accumulation.optimizer_update import NO_ITEMS
+from bigbatch.engine.checks import check_lengths
 from bigbatch.engine.engine import Engine
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError
@@ -22,7 +24,7 @@ from bigbatch.integrations.transformers.pieces import Piece
 from bigbatch.integrations.transformers.samples import WindowBatch, copy_samples, take_whole
 from bigbatch.integrations.transformers.settings import Settings
 from bigbatch.integrations.transformers.trainer_state import trainer_preserved
-from bigbatch.integrations.transformers.unit_refusals import unequal_micro_batches
+from bigbatch.integrations.transformers.unit_refusals import class_name, unequal_micro_batches
 from bigbatch.integrations.transformers.window_unit import WindowUnit
 from bigbatch.trials.trial import is_trial
 from bigbatch.types import Items
@@ -100,7 +102,7 @@ class WindowEngine:
             return self._engine
         if is_collated and settings.needs_samples:
             raise InputError(
-                f"the train dataloader of {type(self._trainer).__name__} yields batches that are collated already, so "
+                f"the train dataloader of {class_name(self._trainer)} yields batches that are collated already, so "
                 "micro-batches cannot be chosen: leave microbatch= and memory= out, and its batches are the "
                 "micro-batches; or collate with self.data_collator in get_train_dataloader."
             )
@@ -117,7 +119,7 @@ class WindowEngine:
                 microbatch=1 if is_collated else settings.microbatch_for(batch_size),
                 memory=settings.memory,
                 collate=self._collate,
-                lengths=None if lengths is None or is_collated else lambda _: lengths(self._window.samples),
+                lengths=None if lengths is None or is_collated else self._lengths,
                 layout="padded" if is_collated else settings.layout,
                 scaler=self._trainer.accelerator.scaler,
                 nonfinite=settings.nonfinite,
@@ -138,6 +140,15 @@ class WindowEngine:
         if is_called and not isinstance(self._settings.microbatch_for(1), int):
             raise unequal_micro_batches(self._trainer)
         return is_called
+
+    def _lengths(self, _batch: Any) -> Sequence[int]:
+        assert self._settings.lengths is not None
+        lengths = self._settings.lengths(self._window.samples)
+        try:
+            check_lengths(lengths, len(self._window.samples))
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+        return lengths
 
     def _collate_samples(self, samples: Sequence[Any]) -> Any:
         return self._trainer.data_collator(copy_samples(samples))
@@ -192,7 +203,7 @@ class WindowEngine:
             loss: Tensor = self._compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if loss.numel() != 1:
             raise InputError(
-                f"compute_loss of {type(self._trainer).__name__} returned a loss of shape {tuple(loss.shape)}: return "
+                f"compute_loss of {class_name(self._trainer)} returned a loss of shape {tuple(loss.shape)}: return "
                 "its mean."
             )
         return loss.reshape(())
@@ -216,7 +227,7 @@ class WindowEngine:
         expected = 1.0 if scaler is None else scaler.get_scale()
         if factor.item() != expected:
             raise InputError(
-                f"training_step of {type(self._trainer).__name__} multiplies the loss by {factor.item() / expected:g}, "
+                f"training_step of {class_name(self._trainer)} multiplies the loss by {factor.item() / expected:g}, "
                 "and the loss of a window is complete: remove the division by the number of accumulation steps."
             )
 
@@ -239,7 +250,11 @@ def _own_rank_only(args: Any) -> Iterator[None]:
 
 
 def _as_number(items: Any) -> Items:
-    number: int | float = items.item() if isinstance(items, Tensor) else items
+    number: Any = items.item() if isinstance(items, Tensor | np.generic) else items
+    if not isinstance(number, int | float) or number < 0:
+        raise InputError(
+            f"items= returned {number!r}: it must return the number of items of a micro-batch, at least 0."
+        )
     return number
 
 

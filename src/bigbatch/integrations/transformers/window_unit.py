@@ -54,7 +54,8 @@ class WindowUnit:
             self._find(window)
 
     def _find(self, window: WindowBatch) -> None:
-        collate, samples = self._collate, window.samples
+        collate: Callable[[Any], Any] = self._collate
+        samples: Sequence[Any] = window.samples
         if window.is_collated:
             collate, samples = _stack_rows, _Rows(window.samples)
         if window.is_collated not in self._finders:
