@@ -10,8 +10,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Trainer
 
 import bigbatch
 from bigbatch.integrations.transformers import exact
-from bigbatch.integrations.transformers.refusals import check_trainer
-from bigbatch.integrations.transformers.settings import Settings
+from bigbatch.integrations.transformers.checks import Settings, check_trainer
 from integrations.transformers import trainer_cases as cases
 from integrations.transformers import trl_cases as trl
 from integrations.transformers.test_exact_modes import pad, texts

@@ -7,8 +7,7 @@ from transformers import Trainer
 
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.refusals import check_trainer
-from bigbatch.integrations.transformers.settings import Settings
+from bigbatch.integrations.transformers.checks import Settings, check_trainer
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.types import Layout
 

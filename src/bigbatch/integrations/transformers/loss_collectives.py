@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigbatch.integrations.transformers.traceless import fresh, traceless
 from bigbatch.integrations.transformers.unit_probe import SEED, ComputeLoss
 from bigbatch.integrations.transformers.unit_refusals import depends_on_ranks
-from bigbatch.integrations.transformers.window_samples import Collator, size_of
+from bigbatch.integrations.transformers.unit_samples import Collator, size_of
 from bigbatch.rng import seed_everything
 
 _NAMESPACES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}

@@ -12,13 +12,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from bigbatch.integrations.transformers.trainer_metrics import local_gathers
-from bigbatch.integrations.transformers.trainer_state import trainer_preserved
 from bigbatch.preserve import preserved
 from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.trials.object_state import ObjectState
 
 MAX_ELEMENTS = 10_000  # of a container that is copied: a longer one holds data
 _MISSING = object()
+# Large, or restored with the model, or not data.
+_LEFT_AS_THEY_ARE = frozenset(
+    {"train_dataset", "eval_dataset", "model", "model_wrapped", "ref_model", "optimizer", "lr_scheduler", "args"}
+)
+_OBJECTS = frozenset({"state", "control"})
 
 
 def bare_model(trainer: Any) -> nn.Module:
@@ -77,6 +81,31 @@ def _resharded(model: nn.Module) -> Iterator[None]:
 
 def _log_nothing(_args: Any, _state: Any, control: Any, *_: Any, **__: Any) -> Any:
     return control
+
+
+@contextmanager
+def trainer_preserved(trainer: Any) -> Iterator[None]:
+    """Restore the attributes of a trainer on exit, and the content of lists, dicts and sets among them.
+
+    Covers metrics, counters, ``state`` and ``control``. Datasets, models and the optimizer are left as they are.
+    """
+    attributes = dict(vars(trainer))
+    content = ObjectState(parameters=False)
+    content.add(
+        *(
+            value
+            for name, value in attributes.items()
+            if name in _OBJECTS or (isinstance(value, dict | list | set | deque) and name not in _LEFT_AS_THEY_ARE)
+        )
+    )
+    try:
+        yield
+    finally:
+        content.restore()
+        now = vars(trainer)
+        for name in now.keys() - attributes.keys():
+            del now[name]
+        now.update(attributes)
 
 
 @contextmanager

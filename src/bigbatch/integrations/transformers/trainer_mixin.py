@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.refusals import uneven_updates
+from bigbatch.integrations.transformers.checks import Settings, uneven_updates
 from bigbatch.integrations.transformers.samples import EmptyBatch, SampleBatch, SampleCollator, WindowBatch, as_window
-from bigbatch.integrations.transformers.settings import Settings
 from bigbatch.integrations.transformers.window_engine import ComputeLoss, WindowEngine, batch_size_of
 from bigbatch.window_report import WindowReport
 

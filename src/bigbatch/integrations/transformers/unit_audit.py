@@ -14,7 +14,7 @@ from bigbatch.integrations.transformers.precision import run_precisely
 from bigbatch.integrations.transformers.unit_counts import Candidate
 from bigbatch.integrations.transformers.unit_decision import Decision
 from bigbatch.integrations.transformers.unit_probe import ComputeLoss, LossProbe
-from bigbatch.integrations.transformers.window_samples import Collator, collate_parts
+from bigbatch.integrations.transformers.unit_samples import Collator, collate_parts
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
 FIRST_WINDOWS = 4

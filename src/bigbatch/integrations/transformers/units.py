@@ -24,7 +24,7 @@ from bigbatch.integrations.transformers.unit_refusals import (
     refuse_coupled_losses,
     subject_of,
 )
-from bigbatch.integrations.transformers.window_samples import (
+from bigbatch.integrations.transformers.unit_samples import (
     Collator,
     Entry,
     agree,

@@ -19,11 +19,10 @@ from bigbatch.engine.engine import Engine
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import trainer_metrics
+from bigbatch.integrations.transformers.checks import Settings
 from bigbatch.integrations.transformers.loss_collectives import calls_collectives
-from bigbatch.integrations.transformers.pieces import Piece
-from bigbatch.integrations.transformers.samples import WindowBatch, copy_samples, take_whole
-from bigbatch.integrations.transformers.settings import Settings
-from bigbatch.integrations.transformers.trainer_state import trainer_preserved
+from bigbatch.integrations.transformers.samples import Piece, WindowBatch, copy_samples, take_whole
+from bigbatch.integrations.transformers.traceless import trainer_preserved
 from bigbatch.integrations.transformers.unit_refusals import class_name, unequal_micro_batches
 from bigbatch.integrations.transformers.window_unit import WindowUnit
 from bigbatch.trials.trial import is_trial
