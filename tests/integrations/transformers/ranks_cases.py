@@ -269,6 +269,15 @@ class ReducesCount(Trainer):
         return mean * count * dist.get_world_size() / total
 
 
+class ReducesCountByAccelerator(Trainer):
+    """The same by accelerate."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        count = (inputs["labels"] != ref.IGNORED).sum()
+        total = self.accelerator.reduce(count, "sum")
+        return ref.loss_mean(model, inputs) * count / total * self.accelerator.num_processes
+
+
 def reduces(kind: type[Trainer], number: int, even: bool, budget: int | None, auto: bool) -> Any:
     """Train under DDP with a loss that calls collectives; return the refusal, or errors and micro-batches."""
     settings: dict[str, Any] = {} if auto else {"items": cases.num_labels}

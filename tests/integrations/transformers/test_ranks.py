@@ -114,10 +114,11 @@ def test_loss_that_calls_collectives_refuses_token_budgets(pools: Pools, auto: b
     assert pools(2).run(cases.reduces, cases.ReducesMetrics, 48, True, 14, auto) == [message] * 2
 
 
-def test_loss_that_depends_on_other_ranks_is_refused(pools: Pools):
+@pytest.mark.parametrize("kind", [cases.ReducesCount, cases.ReducesCountByAccelerator])
+def test_loss_that_depends_on_other_ranks_is_refused(pools: Pools, kind: type):
     message = (
-        "the loss of ReducesCount (TokenModel) calls torch.distributed, and its value for a micro-batch depends on the "
-        "samples of other ranks, so micro-batches do not add up to the batch. Return the mean over the micro-batch of "
+        f"the loss of {kind.__name__} (TokenModel) uses values of other ranks (torch.distributed, or gather or reduce "
+        "of its accelerator), so micro-batches do not add up to the batch. Return the mean over the micro-batch of "
         "this rank, or use weights(trainer, items=...) to weight micro-batches only."
     )
-    assert pools(2).run(cases.reduces, cases.ReducesCount, 48, True, None, True) == [message] * 2
+    assert pools(2).run(cases.reduces, kind, 48, True, None, kind is cases.ReducesCount) == [message] * 2

@@ -230,3 +230,15 @@ def test_probe_logs_nothing(tmp_path: Path):
     trainer, _ = cases.make(tmp_path, Logs, callbacks=[counts])
     exact(trainer).train()
     assert counts.num_logs == 8  # micro-batches
+
+
+def test_loss_in_bfloat16_of_a_float32_model_is_accepted(tmp_path: Path):
+    class Rounded(OwnLoss):
+        def mean(self, logits, labels):
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=ref.IGNORED)
+            return loss.to(torch.bfloat16)
+
+    trainer, recorder = cases.make(tmp_path, Rounded, ref.make_model().float())
+    exact(trainer).train()
+    errors = cases.errors(recorder, ref.make_model().float(), cases.windows(trainer.train_dataset))
+    assert max(errors) <= 1e-2  # the gradient of bfloat16 that enters the loss is rounded

@@ -37,7 +37,9 @@ def exact(
 
     Samples are collated when their micro-batch runs, in the main process. If an overridden ``get_train_dataloader``
     collates by itself, its batches are the micro-batches. Inside a window ``accelerator.gather*`` and ``reduce`` return
-    the values of this rank, so ranks may run different micro-batches; the metrics of TRL are averaged at its end.
+    the values of this rank, so ranks may run different micro-batches; the metrics of TRL are averaged at its end. A
+    loss that calls torch.distributed itself needs micro-batches of a fixed number of samples, which the ranks then run
+    equally often; it is refused if its value depends on the samples of other ranks.
 
     Args:
         trainer: A `transformers.Trainer`. Its class becomes a subclass; it is changed in place.
@@ -47,7 +49,9 @@ def exact(
         lengths: ``lengths(samples) → tokens of each sample``, for a `TokenBudget`, ``"auto"`` and ``report.tokens``.
         layout: ``"packed"`` if the trainer's collator makes one row of a list of samples, without padding.
         items: What the trainer's loss is averaged over: ``items(inputs) → number`` of a collated micro-batch. By
-            default it is found on the first window, by comparing gradients.
+            default it is found on the first window, by comparing gradients of a few samples, and checked on all samples
+            of windows 1 to 4, 8, 16, 32... by their losses, which takes two forwards of each sample without gradients.
+            Terms below 2e-5 of the loss are not seen.
         nonfinite: What a window does if its loss or gradient is not finite. ``"skip"``: no weight and no optimizer
             state changes. With a GradScaler it skips the update, as always; without one there is a warning, and the
             schedule goes on. ``"raise"``: `bigbatch.NonFiniteError`. A window without items warns and changes nothing

@@ -5,15 +5,16 @@ what a loss adds up over ranks, such as a number of tokens, is that of unrelated
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
-from bigbatch.integrations.transformers.traceless import fresh, traceless
+from bigbatch.integrations.transformers.traceless import attribute, fresh, traceless
 from bigbatch.integrations.transformers.unit_probe import SEED, ComputeLoss
 from bigbatch.integrations.transformers.unit_refusals import depends_on_ranks
 from bigbatch.integrations.transformers.unit_samples import Collator, size_of
@@ -40,8 +41,9 @@ def calls_collectives(
 ) -> bool:
     """Return whether the loss of one sample calls collectives; of a sharded model, whose forward does, False.
 
-    Runs it on one sample of each rank; if it calls collectives, on up to three, and again on those of each of two
-    ranks, which all ranks then have. Leaves no trace on the trainer. Collective.
+    Runs it without gradients on up to three samples of each rank. If it calls collectives, it runs again on those of
+    each of two ranks, which all ranks then have; else as if another rank had gathered the same values. Leaves no trace
+    on the trainer. Collective.
 
     Args:
         trainer: On several ranks.
@@ -70,15 +72,34 @@ def calls_collectives(
             return math.nan
 
         num_rounds = min(map(len, inputs))
-        own = [loss_of(inputs[rank][0])] if num_rounds else []
+        own = [loss_of(inputs[rank][number]) for number in range(num_rounds)]
         if not any(_gathered(watch.was_called)):
+            with _second_rank(trainer.accelerator):
+                of_two = [loss_of(inputs[rank][number]) for number in range(num_rounds)]
+            if not all(_gathered(all(_is_close(a, b) or math.isnan(b) for a, b in zip(own, of_two, strict=True)))):
+                raise depends_on_ranks(trainer)
             return False
-        own += [loss_of(inputs[rank][number]) for number in range(1, num_rounds)]
         same_on_all = [[loss_of(inputs[source][number]) for number in range(num_rounds)] for source in range(2)]
     is_equal = rank > 1 or all(map(_is_close, own, same_on_all[rank]))
     if not all(_gathered(is_equal)):
         raise depends_on_ranks(trainer)
     return not any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+@contextmanager
+def _second_rank(accelerator: Any) -> Iterator[None]:
+    """Make ``gather`` and ``reduce`` of an accelerator return values as if another rank had equal ones."""
+
+    def gather(values: Any, *_: Any, **__: Any) -> Any:
+        return tree_map(lambda value: torch.cat([value[None] if value.ndim == 0 else value] * 2), values)
+
+    def reduce(values: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
+        return tree_map(lambda value: value * (2 if reduction == "sum" else scale), values)
+
+    with ExitStack() as stack:
+        for name, function in {"gather": gather, "gather_for_metrics": gather, "reduce": reduce}.items():
+            stack.enter_context(attribute(accelerator, name, function))
+        yield
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -71,7 +71,7 @@ def audit(
             for candidate in decision.fitting:
                 found = _error(candidate, decision, micro_batches, values)
                 errors[candidate.name] = max(errors[candidate.name], found)
-        return {name: error for name, error in errors.items() if error > probe.tolerance}
+        return {name: error for name, error in errors.items() if error > probe.value_tolerance}
 
     try:
         return run_precisely(trainer, compute_loss, run) if halves else {}

@@ -138,9 +138,9 @@ def ambiguous(trainer: Any, names: Sequence[str]) -> InputError:
 def depends_on_ranks(trainer: Any) -> InputError:
     """Return the error for a loss that uses values of other ranks."""
     return InputError(
-        f"{subject_of(trainer)} calls torch.distributed, and its value for a micro-batch depends on the samples of "
-        "other ranks, so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, "
-        "or use weights(trainer, items=...) to weight micro-batches only."
+        f"{subject_of(trainer)} uses values of other ranks (torch.distributed, or gather or reduce of its "
+        "accelerator), so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, or use "
+        "weights(trainer, items=...) to weight micro-batches only."
     )
 
 

@@ -171,8 +171,8 @@ class WindowEngine:
             inputs = trainer._prepare_inputs(microbatch["inputs"])
             self._check_prepared(inputs, piece.items)
             if self._unit.takes_num_items:
-                return self._own_loss(model, inputs, self._one_item), piece.items
-            return self._mean_loss(model, inputs, piece.items) * piece.items, piece.items
+                return _wide(self._own_loss(model, inputs, self._one_item)), piece.items
+            return _wide(self._mean_loss(model, inputs, piece.items)) * piece.items, piece.items
 
     def _mean_loss(self, model: nn.Module, inputs: Any, items: Items) -> Tensor:
         """Return the mean loss; one that requires a number of items is divided by those that were passed."""
@@ -246,6 +246,11 @@ def _own_rank_only(args: Any) -> Iterator[None]:
         yield
     finally:
         args.average_tokens_across_devices = found
+
+
+def _wide(loss: Tensor) -> Tensor:
+    """Return a loss in float32 or wider: bfloat16 would round its sum to 8 bits."""
+    return loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss
 
 
 def _as_number(items: Any) -> Items:
