@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Trainer
 
 import bigbatch
-from bigbatch.integrations.transformers import exact
+from bigbatch.integrations.transformers import ExactTrainer, exact
 from bigbatch.integrations.transformers.checks import Settings, check_trainer
 from integrations.transformers import trainer_cases as cases
 from integrations.transformers import trl_cases as trl
@@ -175,6 +175,15 @@ def test_mean_that_claims_to_be_scaled_is_refused(tmp_path: Path):
         "loss_is_scaled_for_ga is True, and the loss is a mean over labels whatever num_items_in_batch is, so it seems "
         "to be divided by the number of accumulation steps, which would make updates too small: return the mean "
         "undivided, and set loss_is_scaled_for_ga to False."
+    )
+
+
+def test_mixin_after_the_trainer_is_refused():
+    with pytest.raises(bigbatch.InputError) as caught:
+        type("Mine", (cases.MeanLoss, ExactTrainer), {})
+    assert str(caught.value) == (
+        "Mine has MeanLoss before ExactTrainer among its base classes, whose __init__ would not run: write class "
+        "Mine(ExactTrainer, MeanLoss)."
     )
 
 

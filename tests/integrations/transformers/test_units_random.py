@@ -95,7 +95,7 @@ def shares(count, batches):
     return counts / counts.sum()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize("loss", [*RIGHT, *NONE], ids=lambda loss: loss.__name__)
 def test_no_unit_is_wrong(loss, seed):
     numbers = random.Random(f"{loss.__name__} {seed}")

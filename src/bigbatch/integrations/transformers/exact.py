@@ -39,7 +39,8 @@ def exact(
     collates by itself, its batches are the micro-batches. Inside a window ``accelerator.gather*`` and ``reduce`` return
     the values of this rank, so ranks may run different micro-batches; the metrics of TRL are averaged at its end. A
     loss that calls torch.distributed itself needs micro-batches of a fixed number of samples, which the ranks then run
-    equally often; it is refused if its value depends on the samples of other ranks.
+    equally often; it is refused if its value depends on the samples of other ranks. An own ``training_step`` runs once
+    a window, and cannot read inputs.
 
     Args:
         trainer: A `transformers.Trainer`. Its class becomes a subclass; it is changed in place.
@@ -94,9 +95,24 @@ class ExactTrainer:
 
     Attributes:
         exact_settings: Keyword arguments of `exact`.
+
+    Raises:
+        InputError: A subclass of Trainer precedes it among the base classes.
     """
 
     exact_settings: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(ExactTrainer)]
+        first = next(
+            (kind for kind in before if issubclass(kind, Trainer) and not issubclass(kind, ExactTrainer)), None
+        )
+        if first is not None:
+            raise InputError(
+                f"{cls.__name__} has {first.__name__} before ExactTrainer among its base classes, whose __init__ would "
+                f"not run: write class {cls.__name__}(ExactTrainer, {first.__name__})."
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -139,8 +139,8 @@ def depends_on_ranks(trainer: Any) -> InputError:
     """Return the error for a loss that uses values of other ranks."""
     return InputError(
         f"{subject_of(trainer)} uses values of other ranks (torch.distributed, or gather or reduce of its "
-        "accelerator), so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, or use "
-        "weights(trainer, items=...) to weight micro-batches only."
+        "accelerator), so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, "
+        "or use weights(trainer, items=...) to weight micro-batches only."
     )
 
 
