@@ -106,7 +106,7 @@ def install(name: str) -> Path:
 
 def print_versions(name: str, python: Path) -> None:
     """Print the versions of torch and of the frameworks in an environment, in one line."""
-    code = "import sys, importlib.metadata as m; print(*(f'{name} {m.version(name)}' for name in sys.argv[1:]), sep=', ')"
+    code = "import sys, importlib.metadata as m; print(', '.join(f'{name} {m.version(name)}' for name in sys.argv[1:]))"
     names = ["torch", *sorted(lower_bounds())]
     done = subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True)
     print(f"{name}: {done.stdout.strip()}", flush=True)
