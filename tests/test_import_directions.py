@@ -20,6 +20,7 @@ CORE = [
     {"execution"},
     {"autotune"},
     {"engine"},
+    {"integrations"},
 ]
 PRODUCT = [
     {"lm.text", "lm.files"},
@@ -76,6 +77,11 @@ def test_module_imports_lower_layers_only(module: str):
         below = package_of(imported)
         if package is not None and below is not None and below != package:
             assert ROW[below] < ROW[package], f"{module} imports {imported}"
+
+
+def test_nothing_else_imports_integrations():
+    inside = "bigbatch.integrations"
+    assert not {name for name, imports in GRAPH.items() for each in imports if inside in each and inside not in name}
 
 
 def test_no_file_is_in_an_import_circle():

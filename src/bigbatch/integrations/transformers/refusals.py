@@ -1,0 +1,152 @@
+"""Refuse trainers whose updates cannot be made exact, each in one sentence with the call to make instead."""
+
+import math
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled
+
+from bigbatch.errors import InputError
+from bigbatch.integrations.transformers.settings import Settings
+
+_SORTED_LOSSES = ("aot", "aot_unpaired")  # of DPO: they sort the log ratios of a micro-batch
+
+
+def check_trainer(trainer: Any, settings: Settings) -> None:
+    """Check that windows of a trainer can be run by an engine.
+
+    Raises:
+        InputError: Something about it makes exact updates impossible.
+    """
+    name = type(trainer).__name__
+    for problem in (_parallelism(trainer), _optimizer(trainer), _loss(trainer), _data(trainer)):
+        if problem is not None:
+            raise InputError(f"{name} {problem}")
+    if trainer.is_fsdp_enabled and settings.microbatch_for(1) == "auto":
+        raise InputError(
+            f"{name} shards the model with FSDP, whose ranks cannot continue after one of them ran out of memory: pass "
+            'microbatch= a number of samples or a TokenBudget instead of memory= or microbatch="auto".'
+        )
+
+
+def _parallelism(trainer: Any) -> str | None:
+    args, accelerator = trainer.args, trainer.accelerator
+    weights = "use weights(trainer, items=...) instead of exact(trainer)."
+    if trainer.is_deepspeed_enabled:
+        return f"trains with DeepSpeed, which owns the backward and the gradients: {weights}"
+    if accelerator.distributed_type.value == "MEGATRON_LM":
+        return f"trains with Megatron-LM, which owns the backward and the gradients: {weights}"
+    if is_sagemaker_mp_enabled() or is_sagemaker_dp_enabled():
+        return f"trains with SageMaker's own parallelism, which owns the backward: {weights}"
+    if getattr(trainer, "is_fsdp_xla_enabled", False):
+        return f"trains with FSDP of torch_xla, which owns the gradients: {weights}"
+    if args.n_gpu > 1:
+        return (
+            f"would wrap the model in DataParallel over {args.n_gpu} GPUs: start one process a GPU with torchrun, or "
+            "set CUDA_VISIBLE_DEVICES to one."
+        )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        return (
+            'trains with FSDP version 1, which keeps gradients where they cannot be summed: set "fsdp_version": 2 in '
+            f"fsdp_config, or {weights}"
+        )
+    sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    for kind, size in sizes.items():
+        if size > 1:
+            return f"splits each sample over {size} ranks ({kind} parallelism): {weights}"
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return f"trains a model that was sharded when it was loaded, with gradient hooks of its own: {weights}"
+    return None
+
+
+def _optimizer(trainer: Any) -> str | None:
+    args = trainer.args
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim in ("lomo", "adalomo") or "layerwise" in optim:
+        return (
+            f'updates weights inside the backward (optim="{optim}"), before the gradient of the window is complete: '
+            "use another optim."
+        )
+    if args.torch_empty_cache_steps is not None:
+        return (
+            f"empties the cache of the device every {args.torch_empty_cache_steps} steps, which a window would do once "
+            "for all of its micro-batches: set torch_empty_cache_steps to None; the cache is emptied when memory runs "
+            "out."
+        )
+    return None
+
+
+def _loss(trainer: Any) -> str | None:
+    if any(kind.__module__.startswith("trl.") and "_prepare_inputs" in vars(kind) for kind in type(trainer).__mro__):
+        return (
+            "generates its training data in _prepare_inputs, from whole generation batches: use weights(trainer, "
+            "items=...) instead of exact(trainer)."
+        )
+    config = getattr(trainer.model, "config", None)
+    coefficient = getattr(trainer, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0))
+    if coefficient and (getattr(trainer, "aux_loss_enabled", False) or getattr(config, "output_router_logits", False)):
+        return (
+            f"adds an auxiliary loss of the routers (coefficient {coefficient}), which is computed from whole "
+            "micro-batches and so changes with their size: set model.config.output_router_logits = False."
+        )
+    if getattr(trainer, "calculate_KL", False):
+        return (
+            f"subtracts the mean KL of a micro-batch (loss_type={trainer.loss_type!r}), so its samples influence one "
+            'another: use KTOConfig(loss_type="apo_zero_unpaired").'
+        )
+    return _loss_types(trainer)
+
+
+def _loss_types(trainer: Any) -> str | None:
+    """Return what is wrong with the terms of a DPO loss."""
+    types = getattr(trainer, "loss_types", None)
+    if not isinstance(types, list | tuple):
+        return None
+    for each in types:
+        if each in _SORTED_LOSSES:
+            return (
+                f"sorts the samples of a micro-batch (loss_type={each!r}), so they influence one another: use another "
+                'loss_type, such as "sigmoid".'
+            )
+    if "sft" in types and len(types) > 1:
+        return (
+            f"adds a mean over tokens to a mean over pairs (loss_type={list(types)}), and a window has one number of "
+            'items: use loss types of one unit, or DPOTrainer(..., args=DPOConfig(loss_type=["sigmoid"])).'
+        )
+    return None
+
+
+def _data(trainer: Any) -> str | None:
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        return None
+    dispatches = accelerator.dispatch_batches
+    if dispatches is None:
+        dispatches = isinstance(trainer.train_dataset, IterableDataset)
+    if dispatches:
+        return (
+            f"reads batches on the first of {accelerator.num_processes} ranks and sends slices of their tensors to the "
+            'others: set accelerator_config={"dispatch_batches": False}.'
+        )
+    return None
+
+
+def uneven_updates(num_samples: int, *, batch_size: int, ranks: int, steps: int, drop_last: bool) -> str | None:
+    """Return what is wrong with an epoch whose last batches are not evened out over ranks; None if nothing.
+
+    Args:
+        num_samples: Of the dataset.
+        batch_size: Per device.
+        ranks: Number of ranks.
+        steps: Micro-batches in one window.
+        drop_last: Whether a last batch that is not full is dropped.
+    """
+    batches = num_samples // batch_size if drop_last else math.ceil(num_samples / batch_size)
+    most, least = (math.ceil((batches // ranks + extra) / steps) for extra in (batches % ranks > 0, 0))
+    if most == least:
+        return None
+    return (
+        f'"even_batches": False gives some of {ranks} ranks {most} updates in an epoch and others {least}, and they '
+        f"would wait for each other: set it to True, or use a number of samples other than {num_samples}."
+    )

@@ -1,0 +1,184 @@
+"""Run a trainer's loss without a trace on the trainer, its models, its collator and the random generators."""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from bigbatch.preserve import preserved
+from bigbatch.trials.loss_modules import modules_used_by
+from bigbatch.trials.object_state import ObjectState
+
+MAX_ELEMENTS = 10_000  # of a container that is copied: a longer one holds data
+_MISSING = object()
+_LEFT = frozenset({"train_dataset", "eval_dataset", "processing_class", "data_collator"})
+
+
+def bare_model(trainer: Any) -> nn.Module:
+    """Return the model of a trainer without the wrappers of DDP and of `torch.compile`."""
+    model: nn.Module = trainer.model
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def modules_of(trainer: Any, *functions: Callable[..., Any]) -> list[nn.Module]:
+    """Return the modules that a trainer's loss may run: its attributes, and those of its loss function."""
+    own = [value for value in vars(trainer).values() if isinstance(value, nn.Module)]
+    function = getattr(trainer, "compute_loss_func", None)
+    used = [module for each in (function, *functions) if callable(each) for module in modules_used_by(each)]
+    return list(dict.fromkeys([bare_model(trainer), *own, *used]))
+
+
+@contextmanager
+def traceless(trainer: Any, *functions: Callable[..., Any]) -> Iterator[nn.Module]:
+    """Restore everything on exit that a run of a trainer's loss changes, and communicate nothing inside.
+
+    Restores gradients, buffers, training modes and attributes of the models, all random generators, and the trainer's
+    own counters and metrics. Inside, the models run without autocast, in whole float32 precision, and the
+    accelerator's ``gather``, ``gather_for_metrics``, ``reduce`` and ``pad_across_processes`` return their own values.
+
+    Yields:
+        The bare model.
+    """
+    model = bare_model(trainer)
+    with ExitStack() as stack:
+        stack.enter_context(_container_state(trainer, left=_LEFT))
+        stack.enter_context(preserved(*modules_of(trainer, *functions), parameters=False))
+        stack.enter_context(_local_collectives(trainer.accelerator))
+        stack.enter_context(_float32_matmul())
+        yield model
+
+
+@contextmanager
+def collator_state(owner: Any) -> Iterator[None]:
+    """Restore the random generators of this process and the attributes of a collator on exit."""
+    with preserved(), _container_state(owner):
+        yield
+
+
+@contextmanager
+def _container_state(owner: Any, left: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Restore the attributes of an object, and the content of those that are small containers, tensors, generators."""
+    attributes: dict[str, Any] | None = getattr(owner, "__dict__", None)
+    if attributes is None:
+        yield
+        return
+    saved = dict(attributes)
+    state = ObjectState(parameters=False)
+    for name, value in saved.items():
+        if name not in left and _is_small_state(value):
+            state.add(value)
+    try:
+        yield
+    finally:
+        state.restore()
+        for name in attributes.keys() - saved.keys():
+            del attributes[name]
+        for name, value in saved.items():
+            if attributes.get(name, _MISSING) is not value:
+                attributes[name] = value
+
+
+def _is_small_state(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return False  # saved with the models
+    if isinstance(value, dict | list | set | deque):
+        return len(value) <= MAX_ELEMENTS and not any(_is_library_object(each) for each in _elements(value))
+    kind = type(value)
+    is_generator = kind.__name__ in ("Generator", "RandomState", "Random")
+    return isinstance(value, Tensor) or is_generator or kind.__name__ in ("TrainerState", "TrainerControl")
+
+
+def _elements(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _is_library_object(value: Any) -> bool:
+    """Return whether a value is neither data nor a container, so that its attributes are not looked into."""
+    plain = (bool, int, float, complex, str, bytes, type(None), Tensor, dict, list, tuple, set, deque)
+    return not isinstance(value, plain) and type(value).__module__.partition(".")[0] != "numpy"
+
+
+@contextmanager
+def _local_collectives(accelerator: Any) -> Iterator[None]:
+    """Make the collectives of an accelerator return the values of this rank.
+
+    Ranks then need not run equally many losses, nor losses of equally many samples.
+    """
+
+    def own(tensor: Any, *_: Any, **__: Any) -> Any:
+        return tensor
+
+    names = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
+    attributes = vars(accelerator)
+    saved = {name: attributes[name] for name in names if name in attributes}
+    attributes.update(dict.fromkeys(names, own))
+    try:
+        yield
+    finally:
+        for name in names:
+            attributes.pop(name, None)
+        attributes.update(saved)
+
+
+@contextmanager
+def _float32_matmul() -> Iterator[None]:
+    """Compute products of float32 matrices in float32: TF32 would differ between shapes by a thousandth."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Run a model by the forward that accelerate wrapped in autocast; call inside `traceless`."""
+    original = vars(model).get("_original_forward")
+    wrapped = vars(model).get("forward", _MISSING)
+    if original is not None:
+        model.forward = original
+    devices = {parameter.device.type for parameter in model.parameters()} or {"cpu"}
+    try:
+        with ExitStack() as stack:
+            for device in devices - {"meta"}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        if original is not None:
+            if wrapped is _MISSING:
+                del model.forward
+            else:
+                model.forward = wrapped
+
+
+def fresh(inputs: Any) -> Any:
+    """Return a copy of a micro-batch, with its own containers and tensors: losses pop keys and write to labels."""
+    if isinstance(inputs, Mapping):
+        items = {key: tree_map(_clone, value) for key, value in inputs.items()}
+        if type(inputs) is dict:
+            return items
+        try:
+            copied = copy.copy(inputs)
+            if isinstance(getattr(copied, "data", None), dict):
+                copied.data = items  # type: ignore[attr-defined]  # UserDict: BatchEncoding, BatchFeature
+                return copied
+            return type(inputs)(items)  # type: ignore[call-arg]
+        except TypeError:
+            return items
+    return tree_map(_clone, inputs)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

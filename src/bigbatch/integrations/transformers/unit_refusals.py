@@ -1,0 +1,125 @@
+"""Errors for losses whose unit cannot be determined: what is wrong, then the call to make."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bigbatch.errors import InputError
+
+ADVICE = (
+    "Pass items=callable(inputs) -> number to exact() if you know what it is averaged over, or use "
+    "weights(trainer, items=...) to weight micro-batches only."
+)
+_COUPLED_DPO_LOSSES = ("aot", "aot_unpaired")
+
+
+def subject_of(trainer: Any) -> str:
+    """Return the loss of a trainer as the subject of a sentence."""
+    cls = next((kind for kind in type(trainer).__mro__ if not kind.__module__.startswith("bigbatch")), type(trainer))
+    return f"the loss of {cls.__name__} ({_model_name(trainer)})"
+
+
+def _model_name(trainer: Any) -> str:
+    return type(getattr(trainer, "model", None)).__name__
+
+
+def refuse_coupled_losses(trainer: Any) -> None:
+    """Raise for losses of TRL in which samples influence one another, which the first window may hide.
+
+    At the start the model equals its reference: the KL term of KTO is then 0, and all log-ratios are equal.
+
+    Raises:
+        InputError: The loss is one of them.
+    """
+    if getattr(trainer, "calculate_KL", False) or getattr(trainer, "calculate_kl", False):
+        loss_type = getattr(trainer, "loss_type", None) or getattr(trainer.args, "loss_type", None)
+        raise InputError(
+            f"loss_type={loss_type!r} subtracts a KL estimate that is the mean over a micro-batch, so samples influence "
+            "one another and micro-batches do not add up to the batch. Use loss_type='apo_zero_unpaired', which is exact, "
+            "or weights(trainer, items=...) to weight micro-batches only."
+        )
+    loss_types = getattr(trainer.args, "loss_type", None)
+    listed = [loss_types] if isinstance(loss_types, str) else list(loss_types or ())
+    coupled = [each for each in listed if each in _COUPLED_DPO_LOSSES]
+    if coupled:
+        raise InputError(
+            f"loss_type={coupled[0]!r} sorts the log-ratios of a micro-batch, so samples influence one another and "
+            "micro-batches do not add up to the batch. Use another loss_type such as 'sigmoid', or "
+            "weights(trainer, items=...) to weight micro-batches only."
+        )
+
+
+def changing_divisor(trainer: Any, num_items: int, once: float, twice: float) -> InputError:
+    """Return the error for a loss that is neither divided by num_items_in_batch nor independent of it."""
+    return InputError(
+        f"{subject_of(trainer)} is neither divided by num_items_in_batch nor independent of it ({once:.6g} for "
+        f"{num_items}, {twice:.6g} for {2 * num_items}): it has several terms, such as an auxiliary loss of a router. "
+        f"Turn the auxiliary loss off (output_router_logits=False), or use weights(trainer, items=...)."
+    )
+
+
+def wrong_count(trainer: Any, ratio: float, counts: Mapping[str, float]) -> InputError:
+    """Return the error for a sum whose number of items is none of the counts."""
+    listed = ", ".join(f"{count:g} {name}" for name, count in counts.items()) or "no labels"
+    return InputError(
+        f"{subject_of(trainer)} of one sample is {ratio:.6g} times as large with num_items_in_batch=1 as without it, and "
+        f"the sample has {listed}: the number of items is unknown. {ADVICE}"
+    )
+
+
+def coupled_sum(trainer: Any) -> InputError:
+    """Return the error for a sum over samples that influence one another."""
+    return InputError(
+        f"{subject_of(trainer)} does not add up over samples, although it is divided by num_items_in_batch: samples "
+        "influence one another, as in batch norm or contrastive losses. Use weights(trainer, items=...) to weight "
+        "micro-batches only."
+    )
+
+
+def random_loss(trainer: Any) -> InputError:
+    """Return the error for a mean that draws random numbers in eval mode."""
+    return InputError(
+        f"{subject_of(trainer)} draws random numbers in eval mode too, so that its unit cannot be determined by "
+        f"comparing gradients. {ADVICE}"
+    )
+
+
+def no_unit(trainer: Any, errors: Mapping[str, float]) -> InputError:
+    """Return the error for a mean that fits no unit."""
+    listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) or "no unit can be counted"
+    return InputError(
+        f"{subject_of(trainer)} is a mean over none of the known units (relative error of the gradient: {listed}): "
+        f"samples influence one another, or the loss has several terms in different units. {ADVICE}"
+    )
+
+
+def no_unit_for_all(trainer: Any, first: Sequence[str], second: Sequence[str]) -> InputError:
+    """Return the error for different units on other samples or ranks."""
+    return InputError(
+        f"{subject_of(trainer)} is a mean over {' or '.join(first) or 'no unit'} for some samples and over "
+        f"{' or '.join(second) or 'no unit'} for others, so no unit fits all. {ADVICE}"
+    )
+
+
+def ambiguous(trainer: Any, names: Sequence[str]) -> InputError:
+    """Return the error for several units that fit but count the window differently."""
+    return InputError(
+        f"{subject_of(trainer)} may be averaged over {' or '.join(names)}: all fit the gradients of this window, but "
+        f"they count its samples differently. {ADVICE}"
+    )
+
+
+def no_gradient(trainer: Any, num_samples: int) -> InputError:
+    """Return the error for a window whose probed samples have no gradient."""
+    return InputError(
+        f"{subject_of(trainer)} has a gradient of 0 for the samples of this window that were tried ({num_samples} in "
+        f"all), so its unit cannot be determined. {ADVICE}"
+    )
+
+
+def out_of_memory(trainer: Any, parts: Sequence[Sequence[Any]]) -> InputError:
+    """Return the error for a probe that does not fit in memory."""
+    sizes = ", ".join(str(entry.size) for part in parts for entry in part)
+    return InputError(
+        f"memory is insufficient to determine the unit of {subject_of(trainer)} from two samples together (of {sizes} "
+        "elements): pass items=callable(inputs) -> number to exact()."
+    )

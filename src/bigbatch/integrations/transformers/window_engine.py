@@ -1,0 +1,192 @@
+"""Run the windows of a trainer on an engine: its collator, its loss, one exact gradient.
+
+samples → unit of the loss → micro-batches (collator) → trainer's own loss, times items → sums → loss of the window
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.accumulation.optimizer_update import NO_ITEMS
+from bigbatch.engine.engine import Engine
+from bigbatch.engine.hand_over import exact_loss
+from bigbatch.errors import InputError
+from bigbatch.integrations.transformers import trainer_metrics
+from bigbatch.integrations.transformers.pieces import Piece
+from bigbatch.integrations.transformers.samples import WindowBatch, copy_samples, take_whole
+from bigbatch.integrations.transformers.settings import Settings
+from bigbatch.integrations.transformers.trainer_state import trainer_preserved
+from bigbatch.integrations.transformers.window_unit import WindowUnit
+from bigbatch.trials.trial import is_trial
+from bigbatch.types import Items
+from bigbatch.verification.causes.modules import active_dropouts, training_batch_norms
+from bigbatch.window_report import WindowReport
+
+ComputeLoss = Callable[..., Any]
+"""``compute_loss(model, inputs, num_items_in_batch=...)`` of a trainer."""
+
+
+class WindowEngine:
+    """Computes the loss of windows of one trainer.
+
+    Args:
+        trainer: Its arguments, collator and accelerator are read when they are used.
+        settings: Of `exact`.
+    """
+
+    def __init__(self, trainer: Any, settings: Settings) -> None:
+        self._trainer = trainer
+        self._settings = settings
+        self._engine: Engine | None = None
+        self._made_for: tuple[Any, ...] = ()
+        self._compute_loss: ComputeLoss = trainer.compute_loss
+        self._unit = WindowUnit(trainer, settings.items, self._collate_samples, self._own_loss)
+        self._window = WindowBatch()
+        self._num_windows = 0
+        self._one_item = torch.ones((), dtype=torch.int64, device=trainer.args.device)
+
+    def loss(self, model: nn.Module, window: WindowBatch, compute_loss: ComputeLoss) -> tuple[Tensor, WindowReport]:
+        """Return the loss of a window, 0-d, whose backward is the exact gradient, and the report. Collective.
+
+        Args:
+            model: As the trainer passes it to its loss, in its wrapper.
+            window: With at least one sample.
+            compute_loss: Of the trainer.
+
+        Raises:
+            InputError: The unit of the loss is not certain, or the settings do not fit the loader.
+            NonFiniteError: The loss or its gradient is not finite, and ``nonfinite`` is ``"raise"``.
+        """
+        self._compute_loss, self._window = compute_loss, window
+        engine = self._engine_for(model, is_collated=window.is_collated)
+        batch = range(len(window.samples))
+        with trainer_metrics.local_gathers(self._trainer.accelerator):
+            self._unit.prepare(window)
+            loss, report = exact_loss(
+                engine.accumulator.update.parameters(), lambda: engine.backward(batch), engine.runner
+            )
+        trainer_metrics.complete(self._trainer, window.pieces)
+        self._window = WindowBatch()  # frees the samples
+        if report.skipped is not None and self._trainer.accelerator.scaler is None:
+            return self._without_gradient(report), report
+        if not self._num_windows:
+            loss.register_hook(self._check_factor)  # type: ignore[no-untyped-call]
+        self._num_windows += 1
+        return loss, report
+
+    def _engine_for(self, model: nn.Module, *, is_collated: bool) -> Engine:
+        """Return the engine for a model; another one if the model or the batch size changed since the last window."""
+        settings, batch_size = self._settings, self._trainer._train_batch_size
+        made_for = (model, batch_size, is_collated)
+        if self._engine is not None and made_for == self._made_for:
+            return self._engine
+        if is_collated and settings.needs_samples:
+            raise InputError(
+                f"the train dataloader of {type(self._trainer).__name__} yields batches that are collated already, so "
+                "micro-batches cannot be chosen: leave microbatch= and memory= out, and its batches are the "
+                "micro-batches; or collate with self.data_collator in get_train_dataloader."
+            )
+        lengths = settings.lengths
+        is_random = active_dropouts(model) or self._trainer.neftune_noise_alpha is not None
+        evaluates = self._unit.is_given and not is_random  # a unit that was found needs no other proof
+        if not evaluates:
+            _warn_of_batch_norms(model)
+        try:
+            self._engine = Engine(
+                model,
+                None,
+                self._loss_and_items,
+                microbatch=1 if is_collated else settings.microbatch_for(batch_size),
+                memory=settings.memory,
+                collate=self._collate,
+                lengths=None if lengths is None or is_collated else lambda _: lengths(self._window.samples),
+                layout="padded" if is_collated else settings.layout,
+                scaler=self._trainer.accelerator.scaler,
+                nonfinite=settings.nonfinite,
+                check=evaluates,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+        self._made_for, self._num_windows = made_for, 0
+        return self._engine
+
+    def _collate_samples(self, samples: Sequence[Any]) -> Any:
+        return self._trainer.data_collator(copy_samples(samples))
+
+    def _collate(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Make one micro-batch of samples of the window, and count it."""
+        window, trainer = self._window, self._trainer
+        samples = [window.samples[row] for row in rows]
+        inputs = take_whole(samples) if window.is_collated else self._collate_samples(samples)
+        piece = Piece(rows, _as_number(self._unit.count(inputs)))
+        if not is_trial():
+            piece.floating_point_ops = float(trainer.floating_point_ops(inputs))
+            piece.input_tokens = trainer._bigbatch_input_tokens(inputs)
+            window.pieces.add(piece)
+        return {"inputs": inputs, "piece": piece}
+
+    def _loss_and_items(self, model: nn.Module, microbatch: Mapping[str, Any]) -> tuple[Tensor, Items]:
+        """Return the loss sum and the items of a micro-batch."""
+        piece, trainer = microbatch["piece"], self._trainer
+        with trainer_preserved(trainer) if is_trial() else trainer_metrics.recorded(trainer, piece):
+            inputs = trainer._prepare_inputs(microbatch["inputs"])
+            if self._unit.takes_num_items:
+                return self._own_loss(model, inputs, self._one_item), piece.items
+            return self._own_loss(model, inputs) * piece.items, piece.items
+
+    def _own_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Return the trainer's own loss; with a number of items it is not multiplied by the number of ranks."""
+        with _own_rank_only(self._trainer.args) if num_items_in_batch is not None else nullcontext():
+            loss: Tensor = self._compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss
+
+    def _without_gradient(self, report: WindowReport) -> Tensor:
+        """Return the loss of a window that changes nothing: its backward leaves every ``.grad`` as it is."""
+        step, reason = self._trainer.state.global_step + 1, report.skipped
+        warnings.warn(
+            f"the window of update {step} has {'no items' if reason == NO_ITEMS else 'a ' + str(reason)}: it changes "
+            "no weight and no optimizer state; the learning rate schedule goes on.",
+            stacklevel=2,
+        )
+        value = 0.0 if reason == NO_ITEMS else float("nan")
+        return torch.full((), value, device=self._trainer.args.device, requires_grad=True)
+
+    def _check_factor(self, factor: Tensor) -> None:
+        """Check that the trainer differentiates the loss as it is, once: the gradient is multiplied by any factor."""
+        scaler = self._trainer.accelerator.scaler
+        expected = 1.0 if scaler is None else scaler.get_scale()
+        if factor.item() != expected:
+            raise InputError(
+                f"training_step of {type(self._trainer).__name__} multiplies the loss by {factor.item() / expected:g}, "
+                "and the loss of a window is complete: remove the division by the number of accumulation steps."
+            )
+
+
+@contextmanager
+def _own_rank_only(args: Any) -> Iterator[None]:
+    """Turn off, for one call, that losses over a number of items are multiplied by the number of ranks."""
+    found = args.average_tokens_across_devices
+    args.average_tokens_across_devices = False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = found
+
+
+def _as_number(items: Any) -> Items:
+    number: int | float = items.item() if isinstance(items, Tensor) else items
+    return number
+
+
+def _warn_of_batch_norms(model: nn.Module) -> None:
+    norms = training_batch_norms(model)
+    if norms:
+        warnings.warn(
+            f"BatchNorm in training mode ({', '.join(norms)}) normalizes by the mean and variance of a micro-batch, so "
+            "the updates are not exactly those of the whole batch: set it to eval mode, or use GroupNorm or LayerNorm.",
+            stacklevel=2,
+        )

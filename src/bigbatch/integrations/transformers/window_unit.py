@@ -1,0 +1,91 @@
+"""What the loss of one trainer is averaged over: as passed, or found on its first window."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bigbatch.errors import InputError
+from bigbatch.integrations.transformers.samples import WindowBatch
+from bigbatch.integrations.transformers.units import UnitFinder
+from bigbatch.types import Items
+
+Count = Callable[[Mapping[str, Any]], Items]
+
+
+class WindowUnit:
+    """Counts the items of micro-batches.
+
+    Args:
+        trainer: Whose loss it is.
+        items: As for `exact`.
+        collate: Makes a micro-batch of samples, as the trainer does.
+        compute_loss: ``compute_loss(model, inputs, num_items_in_batch) → mean``, of the trainer.
+
+    Attributes:
+        count: Returns the items of a collated micro-batch.
+        takes_num_items: Whether ``compute_loss`` returns the sum if it is called with one item.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        items: Literal["auto"] | Callable[[Mapping[str, Any]], int | float],
+        collate: Callable[[Sequence[Any]], Any],
+        compute_loss: Callable[..., Tensor],
+    ) -> None:
+        self._trainer = trainer
+        self._collate = collate
+        self._compute_loss = compute_loss
+        self._finders: dict[bool, UnitFinder] = {}
+        self.is_given = items != "auto"
+        self.takes_num_items = False
+        self.name = "items of the function that was passed" if callable(items) else ""
+        self.count: Count = items if callable(items) else _not_found
+
+    def prepare(self, window: WindowBatch) -> None:
+        """Find the unit on a window, if it is not certain yet. Collective.
+
+        Raises:
+            InputError: It is not certain, on any rank.
+        """
+        if not self.is_given:
+            self._find(window)
+
+    def _find(self, window: WindowBatch) -> None:
+        collate, samples = self._collate, window.samples
+        if window.is_collated:
+            collate, samples = _stack_rows, _rows_of(window.samples)
+        if window.is_collated not in self._finders:
+            self._finders[window.is_collated] = UnitFinder(self._trainer, collate, self._compute_loss)
+        unit = self._finders[window.is_collated].unit(samples)
+        self.name, self.count, self.takes_num_items = unit.name, unit.count, unit.takes_num_items
+
+
+def _not_found(inputs: Mapping[str, Any]) -> Items:
+    raise AssertionError("the unit is found before the first micro-batch")
+
+
+def _rows_of(batches: Sequence[Any]) -> list[dict[str, Any]]:
+    """Cut the first collated batch that has several rows."""
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not batch:
+            break
+        values = list(batch.values())
+        if not all(isinstance(value, Tensor) and value.ndim for value in values):
+            break
+        sizes = {len(value) for value in values}
+        if len(sizes) > 1:
+            break
+        if sizes.pop() > 1:
+            return [{name: value[row] for name, value in batch.items()} for row in range(len(values[0]))]
+    raise InputError(
+        "the train dataloader yields batches that are collated already, and they cannot be cut into rows to find out "
+        "what the loss is averaged over: pass items=, a function from a batch to the number that the loss is averaged "
+        "over."
+    )
+
+
+def _stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

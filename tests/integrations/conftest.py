@@ -1,0 +1,21 @@
+"""Warnings of the frameworks that no test of ours is about."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+FRAMEWORK_WARNINGS = [
+    "ignore:'pin_memory' argument is set as true:UserWarning",
+    "ignore:`(is_)?gradient_checkpointing(_kwargs)?` is deprecated and will be removed in v6:FutureWarning",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ignore these warnings in the tests of this folder."""
+    for item in items:
+        if "integrations" in item.path.parts:
+            for text in FRAMEWORK_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(text))
