@@ -1,0 +1,43 @@
+"""Gradients at the optimizer of accelerate's loops are those of the whole batch."""
+
+import pytest
+from accelerate.utils import GradientAccumulationPlugin
+
+from integrations import accelerate_cases as cases
+from support.process_pool import Pools
+
+EXACT = 1e-12
+WRONG = 0.1
+
+
+def test_every_window_has_whole_batch_gradient():
+    found = cases.run_loop({"gradient_accumulation_steps": cases.STEPS}, exact=True)
+    assert max(found) <= EXACT
+
+
+def test_stock_accelerator_is_wrong_on_this_data():
+    found = cases.run_loop({"gradient_accumulation_steps": cases.STEPS}, exact=False)
+    assert min(found) >= WRONG
+
+
+@pytest.mark.parametrize("how", ["accumulate", "sync each batch", "no_sync"])
+def test_two_ranks_have_whole_batch_gradient(pools: Pools, how: str):
+    for found in pools(2).run(_exact, how):
+        assert max(found) <= EXACT
+
+
+def test_stock_ranks_are_wrong_on_this_data(pools: Pools):
+    for found in pools(2).run(_stock):
+        assert min(found) >= WRONG
+
+
+def _exact(how: str) -> list[float]:
+    if how == "sync each batch":
+        plugin = GradientAccumulationPlugin(num_steps=cases.STEPS, sync_each_batch=True)
+        return cases.run_loop({"gradient_accumulation_plugin": plugin}, exact=True)
+    steps = cases.STEPS if how == "accumulate" else 1
+    return cases.run_loop({"gradient_accumulation_steps": steps}, exact=True, how=how)
+
+
+def _stock() -> list[float]:
+    return cases.run_loop({"gradient_accumulation_steps": cases.STEPS}, exact=False)
