@@ -1,6 +1,9 @@
 """Warnings of the frameworks that no test of ours is about."""
 
 import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,3 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "integrations" in item.path.parts:
             for text in FRAMEWORK_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(text))
+
+
+@contextmanager
+def ignored(filters: Sequence[str]) -> Iterator[None]:
+    """Ignore warnings inside, in processes that pytest does not run."""
+    with warnings.catch_warnings():
+        for text in filters:
+            action, message, category = text.split(":")
+            warnings.filterwarnings(action, message, {"UserWarning": UserWarning}.get(category, FutureWarning))  # type: ignore[arg-type]
+        yield

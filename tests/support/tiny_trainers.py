@@ -16,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -45,6 +46,13 @@ def llama() -> LlamaForCausalLM:
         num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).double()
+
+
+def llama_classifier() -> LlamaForSequenceClassification:
+    config = llama().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config).float()
 
 
 def qwen2_moe(aux_loss: bool = True) -> Qwen2MoeForCausalLM:
@@ -123,7 +131,9 @@ def collate_regression(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]
     }
 
 
-def token_samples(count: int = 22, *, prompt: int = 0, low: int = 3, high: int = 14, seed: int = 0) -> list[dict[str, Any]]:
+def token_samples(
+    count: int = 22, *, prompt: int = 0, low: int = 3, high: int = 14, seed: int = 0
+) -> list[dict[str, Any]]:
     """Samples of different lengths; the labels of the first `prompt` tokens are ignored."""
     numbers = random.Random(seed)
     samples = []
@@ -178,7 +188,9 @@ def arguments(**settings: Any) -> TrainingArguments:
 class TokenMeanTrainer(Trainer):
     """Overrides `compute_loss` by the mean over shifted labels, without a look at num_items_in_batch."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels = inputs["labels"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         loss = nn.functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:])

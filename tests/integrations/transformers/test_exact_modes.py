@@ -120,7 +120,7 @@ def test_gradient_checkpointing_is_exact(tmp_path: Path, use_reentrant: bool):
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
     )
     assert max(run(trainer, recorder, llama())) <= EXACT_IN_FLOAT32_LOGITS
-    assert trainer.model.is_activation_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
 
 
 def lora() -> nn.Module:

@@ -1,8 +1,8 @@
 """Exact gradient accumulation in ``transformers.Trainer`` and its subclasses, such as those of TRL.
 
-from bigbatch.integrations.transformers import exact
-trainer = exact(SFTTrainer(...))
-trainer.train()
+    from bigbatch.integrations.transformers import exact
+    trainer = exact(SFTTrainer(...))
+    trainer.train()
 """
 
 import importlib
@@ -10,10 +10,10 @@ from typing import Any
 
 # Not lazily: a submodule of the same name would be found in its place.
 from bigbatch.integrations.transformers.exact import ExactTrainer, exact
+from bigbatch.integrations.transformers.weights import weights
 
 _LAZY = {
     "verify": "bigbatch.integrations.transformers.verification",
-    "weights": "bigbatch.integrations.transformers.weights",
 }
 
 __all__ = ["ExactTrainer", "exact", "verify", "weights"]

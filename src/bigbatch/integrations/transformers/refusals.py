@@ -8,8 +8,7 @@ from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.settings import Settings
-
-_SORTED_LOSSES = ("aot", "aot_unpaired")  # of DPO: they sort the log ratios of a micro-batch
+from bigbatch.integrations.transformers.unit_refusals import refuse_coupled_losses
 
 
 def check_trainer(trainer: Any, settings: Settings) -> None:
@@ -22,6 +21,7 @@ def check_trainer(trainer: Any, settings: Settings) -> None:
     for problem in (_parallelism(trainer), _optimizer(trainer), _loss(trainer), _data(trainer)):
         if problem is not None:
             raise InputError(f"{name} {problem}")
+    refuse_coupled_losses(trainer)
     if trainer.is_fsdp_enabled and settings.microbatch_for(1) == "auto":
         raise InputError(
             f"{name} shards the model with FSDP, whose ranks cannot continue after one of them ran out of memory: pass "
@@ -90,29 +90,11 @@ def _loss(trainer: Any) -> str | None:
             f"adds an auxiliary loss of the routers (coefficient {coefficient}), which is computed from whole "
             "micro-batches and so changes with their size: set model.config.output_router_logits = False."
         )
-    if getattr(trainer, "calculate_KL", False):
-        return (
-            f"subtracts the mean KL of a micro-batch (loss_type={trainer.loss_type!r}), so its samples influence one "
-            'another: use KTOConfig(loss_type="apo_zero_unpaired").'
-        )
-    return _loss_types(trainer)
-
-
-def _loss_types(trainer: Any) -> str | None:
-    """Return what is wrong with the terms of a DPO loss."""
     types = getattr(trainer, "loss_types", None)
-    if not isinstance(types, list | tuple):
-        return None
-    for each in types:
-        if each in _SORTED_LOSSES:
-            return (
-                f"sorts the samples of a micro-batch (loss_type={each!r}), so they influence one another: use another "
-                'loss_type, such as "sigmoid".'
-            )
-    if "sft" in types and len(types) > 1:
+    if isinstance(types, list | tuple) and "sft" in types and len(types) > 1:
         return (
             f"adds a mean over tokens to a mean over pairs (loss_type={list(types)}), and a window has one number of "
-            'items: use loss types of one unit, or DPOTrainer(..., args=DPOConfig(loss_type=["sigmoid"])).'
+            'items: use loss types of one unit, such as loss_type=["sigmoid"].'
         )
     return None
 

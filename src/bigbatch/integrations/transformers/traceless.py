@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from bigbatch.integrations.transformers.trainer_metrics import local_gathers
+from bigbatch.integrations.transformers.trainer_state import trainer_preserved
 from bigbatch.preserve import preserved
 from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.trials.object_state import ObjectState
 
 MAX_ELEMENTS = 10_000  # of a container that is copied: a longer one holds data
 _MISSING = object()
-_LEFT = frozenset({"train_dataset", "eval_dataset", "processing_class", "data_collator"})
 
 
 def bare_model(trainer: Any) -> nn.Module:
@@ -52,9 +53,9 @@ def traceless(trainer: Any, *functions: Callable[..., Any]) -> Iterator[nn.Modul
     """
     model = bare_model(trainer)
     with ExitStack() as stack:
-        stack.enter_context(_container_state(trainer, left=_LEFT))
+        stack.enter_context(trainer_preserved(trainer))
         stack.enter_context(preserved(*modules_of(trainer, *functions), parameters=False))
-        stack.enter_context(_local_collectives(trainer.accelerator))
+        stack.enter_context(local_gathers(trainer.accelerator))
         stack.enter_context(_float32_matmul())
         yield model
 
@@ -67,7 +68,7 @@ def collator_state(owner: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _container_state(owner: Any, left: frozenset[str] = frozenset()) -> Iterator[None]:
+def _container_state(owner: Any) -> Iterator[None]:
     """Restore the attributes of an object, and the content of those that are small containers, tensors, generators."""
     attributes: dict[str, Any] | None = getattr(owner, "__dict__", None)
     if attributes is None:
@@ -75,8 +76,8 @@ def _container_state(owner: Any, left: frozenset[str] = frozenset()) -> Iterator
         return
     saved = dict(attributes)
     state = ObjectState(parameters=False)
-    for name, value in saved.items():
-        if name not in left and _is_small_state(value):
+    for value in saved.values():
+        if _is_small_state(value):
             state.add(value)
     try:
         yield
@@ -96,7 +97,7 @@ def _is_small_state(value: Any) -> bool:
         return len(value) <= MAX_ELEMENTS and not any(_is_library_object(each) for each in _elements(value))
     kind = type(value)
     is_generator = kind.__name__ in ("Generator", "RandomState", "Random")
-    return isinstance(value, Tensor) or is_generator or kind.__name__ in ("TrainerState", "TrainerControl")
+    return isinstance(value, Tensor) or is_generator
 
 
 def _elements(value: Any) -> Any:
@@ -107,28 +108,6 @@ def _is_library_object(value: Any) -> bool:
     """Return whether a value is neither data nor a container, so that its attributes are not looked into."""
     plain = (bool, int, float, complex, str, bytes, type(None), Tensor, dict, list, tuple, set, deque)
     return not isinstance(value, plain) and type(value).__module__.partition(".")[0] != "numpy"
-
-
-@contextmanager
-def _local_collectives(accelerator: Any) -> Iterator[None]:
-    """Make the collectives of an accelerator return the values of this rank.
-
-    Ranks then need not run equally many losses, nor losses of equally many samples.
-    """
-
-    def own(tensor: Any, *_: Any, **__: Any) -> Any:
-        return tensor
-
-    names = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
-    attributes = vars(accelerator)
-    saved = {name: attributes[name] for name in names if name in attributes}
-    attributes.update(dict.fromkeys(names, own))
-    try:
-        yield
-    finally:
-        for name in names:
-            attributes.pop(name, None)
-        attributes.update(saved)
 
 
 @contextmanager

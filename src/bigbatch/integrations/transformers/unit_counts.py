@@ -74,14 +74,13 @@ def cut_rows(inputs: Any, rows: Sequence[int]) -> Any:
             return value[index.to(value.device)]
         return value
 
+    def cut_column(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == total:
+            return [value[row] for row in rows]
+        return tree_map(cut, value)
+
     if isinstance(inputs, Mapping):
-        values = {
-            key: [value[row] for row in rows]
-            if isinstance(value, list) and len(value) == total
-            else tree_map(cut, value)
-            for key, value in inputs.items()
-        }
-        return values
+        return {key: cut_column(value) for key, value in inputs.items()}
     return tree_map(cut, inputs)
 
 
@@ -128,7 +127,7 @@ def _of_marks(name: str, marks: Callable[[Any], Tensor], *, counts_labels: bool 
 
 def _of_mask(inputs: Any, key: str) -> Iterator[Candidate]:
     mask = dict(_items(inputs)).get(key)
-    if not _is_integral(mask):
+    if mask is None or not _is_integral(mask):
         return
     name = _TOKENS_OF_MASK.get(key, key)
     yield _of_marks(name, lambda inputs: inputs[key].ne(0))

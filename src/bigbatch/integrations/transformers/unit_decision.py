@@ -108,7 +108,7 @@ def decide(
         InputError: No unit fits.
     """
     probe.choose_mode(parts[0])
-    if _is_divided(trainer, probe, parts[0]):
+    if _is_divided(trainer, probe, whole):
         return _of_sum(trainer, probe, whole, parts, candidates)
     return _of_mean(trainer, probe, whole, parts, candidates)
 
@@ -140,7 +140,7 @@ def _of_sum(
     labels = [candidate for candidate in candidates if candidate.counts_labels or "completion" in candidate.name]
     try:
         mean = probe.evaluate(parts[0], None)
-    except TypeError:  # the loss requires num_items_in_batch: the Trainer's count is its definition
+    except (AttributeError, TypeError):  # the loss requires num_items_in_batch: the Trainer's count is its definition
         fitting, factor = _counted_by_trainer(trainer, labels), 1
     else:
         products = _finite_products(probe, [total, mean])
@@ -186,20 +186,19 @@ def _of_mean(
 ) -> Decision:
     if probe.is_random:
         raise random_loss(trainer)
-    first = probe.evaluate(parts[0], None)
-    given = probe.evaluate(parts[0], NUM_ITEMS)
-    products = _finite_products(probe, [first, given])
+    mean, given = probe.evaluate(whole), probe.evaluate(whole, NUM_ITEMS)
+    products = _finite_products(probe, [given, mean])
     factors = dict.fromkeys((1, trainer.accelerator.num_processes))
-    if not any(probe.is_sum_of([given, first], [1, -factor], products.flip(0, 1)) for factor in factors):
-        raise changing_divisor(trainer, NUM_ITEMS, given.loss, first.loss)
+    if not any(probe.is_sum_of([given, mean], [1, -factor], products) for factor in factors):
+        raise changing_divisor(trainer, NUM_ITEMS, given.loss, mean.loss)
+    del given
     if len(parts) == 1:
         raise Inconclusive(is_finite=True)
-    del given
-    evaluations = [probe.evaluate(whole), first, probe.evaluate(parts[1])]
+    evaluations = [mean, *(probe.evaluate(part) for part in parts)]
     products = probe.products(evaluations)
     finite = [e.is_finite and bool(products[i, i].isfinite()) for i, e in enumerate(evaluations)]
-    if not (finite[0] and finite[1]) or not products[0, 0]:
-        raise Inconclusive(is_finite=finite[0] and finite[1])
+    if not (finite[0] and finite[1]):
+        raise Inconclusive(is_finite=False)
     errors: dict[str, float] = {}
     fitting = []
     for candidate in candidates:

@@ -98,7 +98,7 @@ class LossProbe:
         seed_everything(SEED)
         before = random_states(self._devices)
         with torch.no_grad():
-            self._loss(inputs, None)
+            self._loss(inputs, 1)
         return not _same_states(before, random_states(self._devices))
 
     def loss_in_training(self, inputs: Any, num_items: int | None) -> float:
@@ -142,7 +142,7 @@ class LossProbe:
         return any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules())
 
     def products(self, evaluations: Sequence[Evaluation]) -> Tensor:
-        """Return the dot products of gradients, float64 ``[evaluations, evaluations]``; NaN with one that is not finite.
+        """Return the dot products of gradients, float64 ``[evaluations, evaluations]``.
 
         Collective for a sharded model.
         """
@@ -172,7 +172,7 @@ class LossProbe:
 
 
 def relative_residual(weights: Sequence[float], products: Tensor) -> tuple[float, float]:
-    """Compute ‖Σ_k weight_k · g_k‖ relative to the largest term, outside and inside of the span of g_1, g_2…
+    """Compute ‖Σ_k weight_k · g_k‖ relative to the largest term, outside and inside of the span of the others.
 
     Args:
         weights: One for each gradient.
@@ -201,7 +201,8 @@ def weights_of(candidate: Candidate, whole: Any, parts: Sequence[Any]) -> list[f
 
 def _smallest(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Return parameters up to a total size, the smallest first: those of every layer, and routers, are among them."""
-    chosen, total = [], 0
+    chosen: list[nn.Parameter] = []
+    total = 0
     for parameter in sorted(parameters, key=lambda each: each.numel()):
         total += parameter.numel()
         if chosen and total > MAX_ELEMENTS:
@@ -216,7 +217,7 @@ def _dot(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> flo
     sums = [
         (x.double() * y.double()).sum()
         for a, b in pairs
-        for x, y in zip(_local(a).split(CHUNK), _local(b).split(CHUNK), strict=True)
+        for x, y in zip(torch.split(_local(a), CHUNK), torch.split(_local(b), CHUNK), strict=True)
     ]
     for device in {each.device for each in sums}:
         total += float(torch.stack([each for each in sums if each.device == device]).sum())

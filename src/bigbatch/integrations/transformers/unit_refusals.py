@@ -33,9 +33,9 @@ def refuse_coupled_losses(trainer: Any) -> None:
     if getattr(trainer, "calculate_KL", False) or getattr(trainer, "calculate_kl", False):
         loss_type = getattr(trainer, "loss_type", None) or getattr(trainer.args, "loss_type", None)
         raise InputError(
-            f"loss_type={loss_type!r} subtracts a KL estimate that is the mean over a micro-batch, so samples influence "
-            "one another and micro-batches do not add up to the batch. Use loss_type='apo_zero_unpaired', which is exact, "
-            "or weights(trainer, items=...) to weight micro-batches only."
+            f"loss_type={loss_type!r} subtracts a KL estimate that is the mean over a micro-batch, so samples "
+            "influence one another and micro-batches do not add up to the batch. Use loss_type='apo_zero_unpaired', "
+            "which is exact, or weights(trainer, items=...) to weight micro-batches only."
         )
     loss_types = getattr(trainer.args, "loss_type", None)
     listed = [loss_types] if isinstance(loss_types, str) else list(loss_types or ())
@@ -61,8 +61,8 @@ def wrong_count(trainer: Any, ratio: float, counts: Mapping[str, float]) -> Inpu
     """Return the error for a sum whose number of items is none of the counts."""
     listed = ", ".join(f"{count:g} {name}" for name, count in counts.items()) or "no labels"
     return InputError(
-        f"{subject_of(trainer)} of one sample is {ratio:.6g} times as large with num_items_in_batch=1 as without it, and "
-        f"the sample has {listed}: the number of items is unknown. {ADVICE}"
+        f"{subject_of(trainer)} of one sample is {ratio:.6g} times as large with num_items_in_batch=1 as without it, "
+        f"and the sample has {listed}: the number of items is unknown. {ADVICE}"
     )
 
 

@@ -88,11 +88,8 @@ class UnitFinder:
         refuse_coupled_losses(self._trainer)
         self._num_windows += 1
         known = self._decision
-        if known is not None and known.is_final and len(known.fitting) == 1 and not self._may_have_changed():
+        if known is not None and known.is_final and not self._may_have_changed() and self._holds(known, samples):
             return self._as_unit(known)
-        if known is not None and known.is_final and not self._may_have_changed():
-            if self._agree(self._entries(samples, known.names), known):
-                return self._as_unit(known)
         entries = self._entries(samples)
         found = self._probe(samples, entries)
         if found is not None and known is not None:
@@ -102,14 +99,18 @@ class UnitFinder:
             return self._undetermined(samples)
         return self._as_unit(found)
 
+    def _holds(self, known: Decision, samples: Sequence[Any]) -> bool:
+        """Return whether all units of a decision count a window alike. Collective if they are several."""
+        return len(known.fitting) == 1 or self._agree(self._entries(samples, known.names), known)
+
     def _may_have_changed(self) -> bool:
         return self._num_windows <= FIRST_WINDOWS and getattr(self._trainer, "ref_model", None) is not None
 
     def _check_unchanged(self, found: Decision, known: Decision) -> None:
         if known.is_final and found.takes_num_items != known.takes_num_items:
             raise InputError(
-                f"{subject_of(self._trainer)} was {known.describe()} in the first window and is {found.describe()} now: "
-                "pass items=callable(inputs) -> number to exact()."
+                f"{subject_of(self._trainer)} was {known.describe()} in the first window and is {found.describe()} "
+                "now: pass items=callable(inputs) -> number to exact()."
             )
 
     def _as_unit(self, decision: Decision) -> Unit:
@@ -143,9 +144,10 @@ class UnitFinder:
         max_samples = max(2, int(getattr(self._trainer.args, "per_device_train_batch_size", 2)))
         decision: Decision | None = None
         has_gradient = True
-        for attempt in range(MAX_PROBES if entries else 0):
+        tried: list[Entry] = []
+        for _ in range(MAX_PROBES if entries else 0):
             if decision is None:
-                parts = choose_parts(entries, names, attempt, max_samples)
+                parts = choose_parts(entries, names, tried, max_samples)
             else:
                 parts = most_different(entries, [candidate.name for candidate in decision.fitting])
             try:
@@ -154,6 +156,7 @@ class UnitFinder:
                 has_gradient = reason.is_finite
                 if len(parts) == 1:
                     return decision
+                tried += [entry for part in parts for entry in part]
                 continue
             except _OutOfMemoryError:
                 if max_samples == 2:
@@ -178,7 +181,7 @@ class UnitFinder:
         held = self._on_all_ranks(lambda: own)
         chosen = [[held[entry.rank][entry.index] for entry in part] for part in parts]
         # The first rank collates for all: a random collator draws other numbers on each.
-        collated = self._on_all_ranks(lambda: collate_parts(chosen, self._collator) if rank == 0 else None)[0]
+        collated = self._on_all_ranks(lambda: collate_parts(chosen, self._collator) if rank == 0 else [])[0]
         sizes = [len(part) for part in chosen]
         return [sum(sizes), *sizes], collated
 
@@ -195,8 +198,10 @@ class UnitFinder:
             except Inconclusive as reason:
                 return reason
 
-        def message(result: Decision | Inconclusive) -> list[str] | bool:
-            return result.names if isinstance(result, Decision) else result.is_finite
+        def message(result: Decision | Inconclusive | None) -> Any:
+            return (
+                result.names if isinstance(result, Decision) else isinstance(result, Inconclusive) and result.is_finite
+            )
 
         own, results = self._call_on_all_ranks(evaluate, message)
         if any(isinstance(each, bool) for each in results):
@@ -212,7 +217,7 @@ class UnitFinder:
                     return decide(trainer, LossProbe(trainer, model, self._compute_loss), whole, parts, candidates)
             except (InputError, Inconclusive):
                 raise
-            except Exception as raised:  # noqa: BLE001 - kernels such as flash attention need half precision
+            except Exception as raised:  # kernels such as flash attention need half precision
                 if "_original_forward" not in vars(model) or is_out_of_memory(raised):
                     raise
                 error = raised

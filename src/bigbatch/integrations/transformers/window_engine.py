@@ -78,6 +78,11 @@ class WindowEngine:
         self._num_windows += 1
         return loss, report
 
+    @property
+    def unit(self) -> WindowUnit:
+        """What the loss is averaged over."""
+        return self._unit
+
     def _engine_for(self, model: nn.Module, *, is_collated: bool) -> Engine:
         """Return the engine for a model; another one if the model or the batch size changed since the last window."""
         settings, batch_size = self._settings, self._trainer._train_batch_size

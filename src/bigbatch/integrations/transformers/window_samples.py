@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten
 
 from bigbatch.integrations.transformers.traceless import collator_state
 from bigbatch.integrations.transformers.unit_counts import (
-    Candidate,
     candidates_for,
     cut_rows,
     has_row_for_each_sample,
@@ -106,7 +105,7 @@ def count_samples(
 
 
 def _count_is_constant(samples: Sequence[Any], sizes: Sequence[int], collator: "Collator") -> bool:
-    """Return whether the smallest and the largest sample have as many positions: the collator pads to a fixed length."""
+    """Return whether the smallest and the largest sample are padded to the same length."""
     if min(sizes) == max(sizes):
         return True
     chosen = (samples[sizes.index(min(sizes))], samples[sizes.index(max(sizes))])
@@ -153,37 +152,43 @@ def agree(entries: Sequence[Entry], names: Sequence[str], *, tolerance: float, a
     return True
 
 
-def choose_parts(entries: Sequence[Entry], names: Sequence[str], skip: int, max_samples: int) -> list[list[Entry]]:
+def choose_parts(
+    entries: Sequence[Entry], names: Sequence[str], tried: Sequence[Entry], max_samples: int
+) -> list[list[Entry]]:
     """Return two parts, one sample and one or two others, whose shares differ by unit; the smallest ones that do.
 
     Args:
         entries: All samples.
         names: Units whose shares should differ.
-        skip: How many better choices to leave out.
+        tried: Samples that did not show anything: others are chosen, as long as there are two.
         max_samples: Of both parts together, at least 2.
     """
-    usable = [entry for entry in entries if all(entry.counts[name] for name in names)]
-    pool = sorted(usable if len(usable) > 1 else entries, key=lambda entry: (entry.size, entry.rank, entry.index))[
-        :POOL
-    ]
+    untried = [entry for entry in entries if entry not in tried]
+    untried = untried if len(untried) > 1 else list(entries)
+    usable = [entry for entry in untried if all(entry.counts[name] for name in names)]
+    by_size = sorted(usable if len(usable) > 1 else untried, key=lambda entry: (entry.size, entry.rank, entry.index))
+    pool = by_size[:POOL]
     if len(pool) < 2:
         return [pool]
-    pairs = sorted(itertools.permutations(pool, 2), key=lambda pair: -_separation(pair, names))
-    pair = pairs[min(skip * 2, len(pairs) - 1)]
+    pair = max(itertools.combinations(pool, 2), key=lambda pair: _separation(pair, names))
     others = [entry for entry in pool if entry not in pair]
     return [[pair[0]], [pair[1], *others[: max(0, min(1, max_samples - 2))]]]
 
 
 def most_different(entries: Sequence[Entry], names: Sequence[str]) -> list[list[Entry]]:
-    """Return two samples whose shares in two of the units differ most."""
+    """Return two samples whose shares in two of the units differ most; the first one has items in all units."""
     first, *others = names
     best: tuple[float, list[list[Entry]]] = (-1.0, [])
-    usable = [entry for entry in entries if all(entry.counts[name] for name in names)]
-    for name in others if len(usable) > 1 else ():
-        low, *_, high = sorted(usable, key=lambda entry: entry.counts[name] / entry.counts[first])
-        separation = _separation((low, high), (first, name))
-        best = max(best, (separation, [[low], [high]]), key=lambda each: each[0])
-    return best[1] or choose_parts(entries, names, 0, 2)
+    for name in others:
+        counted = [entry for entry in entries if entry.counts[name] + entry.counts[first]]
+        if len(counted) < 2:
+            continue
+        low, *_, high = sorted(
+            counted, key=lambda entry: entry.counts[name] / (entry.counts[name] + entry.counts[first])
+        )
+        pair = sorted((low, high), key=lambda entry: min(entry.counts[each] for each in names), reverse=True)
+        best = max(best, (_separation((low, high), (first, name)), [[pair[0]], [pair[1]]]), key=lambda each: each[0])
+    return best[1] or choose_parts(entries, names, (), 2)
 
 
 def _separation(pair: tuple[Entry, Entry], names: Sequence[str]) -> float:
@@ -208,19 +213,21 @@ def collate_parts(parts: Sequence[Sequence[Any]], collator: "Collator") -> list[
         if len(parts) == 1:
             return [whole, whole]
         seed_everything(1)
-        if _are_equal(whole, collator.collate(list(together))):
+        if same_batches(whole, collator.collate(list(together))):
             return [whole, *(collator.collate(list(part)) for part in parts)]
     bounds = [0, *itertools.accumulate(map(len, parts))]
     return [whole, *(cut_rows(whole, range(start, stop)) for start, stop in itertools.pairwise(bounds))]
 
 
-def _are_equal(first: Any, second: Any) -> bool:
+def same_batches(first: Any, second: Any) -> bool:
+    """Return whether two collated micro-batches are equal."""
     leaves = [tree_flatten(dict(each) if isinstance(each, Mapping) else each)[0] for each in (first, second)]
     if len(leaves[0]) != len(leaves[1]):
         return False
-    return all(
-        a.shape == b.shape and torch.equal(a, b)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-        else a is b or a == b
-        for a, b in zip(*leaves, strict=True)
-    )
+    return all(_same_value(a, b) for a, b in zip(*leaves, strict=True))
+
+
+def _same_value(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    return first is second or bool(first == second)

@@ -1,0 +1,180 @@
+"""Weight the micro-batches of a Trainer by their items, where its windows cannot be run by an engine.
+
+window → inputs of all micro-batches → items of each, of all ranks → loss of each · items · ranks / items of all
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from bigbatch.errors import InputError
+from bigbatch.types import Items
+
+AnyTrainer = TypeVar("AnyTrainer")
+CountInputs = Callable[[Any], Items]
+
+
+def weights(trainer: AnyTrainer, *, items: CountInputs) -> AnyTrainer:
+    """Weight the mean loss of each micro-batch by its share of the items of its window.
+
+        trainer = weights(trainer, items=lambda inputs: (inputs["labels"] != -100).sum())
+        trainer.train()
+
+    The gradient of an update is Σ_i items_i · ∇mean_i / Σ_i items_i over the micro-batches i of all ranks, as by
+    `exact`; everything else stays the Trainer's: its micro-batches, backward, reduction and memory. For trainers that
+    `exact` refuses: DeepSpeed, Megatron, FSDP 1, loaders that collate by themselves, and online trainers such as GRPO,
+    whose completions exist only when a micro-batch is prepared. The weights make a loss exact that is a mean over
+    items; a loss whose samples influence one another, such as one with an auxiliary loss, is weighted all the same.
+
+    The trainer's loss is called without ``num_items_in_batch``, and must then return the mean over the items of its
+    micro-batch. Inputs of all micro-batches of a window are prepared before the first of them runs; ``items`` is called
+    with each. A micro-batch without items has no gradient. Over several ranks the items are summed once a window:
+    one small all-gather and one wait for the device.
+
+    Args:
+        trainer: A `transformers.Trainer`. Its class becomes a subclass; it is changed in place. A second call replaces
+            ``items``.
+        items: ``items(inputs) → number`` of items that the mean loss of prepared inputs runs over; or a 0-d tensor.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        InputError: It is no Trainer, or one that `exact` was called on, or ``items`` is not callable.
+    """
+    if not isinstance(trainer, Trainer):
+        raise InputError(
+            f"trainer is a {type(trainer).__name__}: pass a transformers.Trainer, or an instance of a subclass."
+        )
+    if not callable(items):
+        raise InputError(
+            f"items is {items!r}: pass a function from the inputs of a micro-batch to the number of items that its "
+            "loss is a mean over."
+        )
+    if hasattr(trainer, "_bigbatch_settings"):
+        raise InputError(
+            f"exact() was called on this {type(trainer).__name__}, whose updates are weighted already: leave weights() "
+            "out, or make another trainer for it."
+        )
+    trainer._bigbatch_weights_items = items
+    if not isinstance(trainer, WeightsMixin):
+        kind = type(trainer)
+        attributes = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        trainer.__class__ = type(f"Weighted{kind.__name__}", (WeightsMixin, kind), attributes)
+    return trainer
+
+
+@dataclass
+class _Window:
+    """The micro-batches of an update that are not run yet.
+
+    Attributes:
+        batches: As the loader yielded them.
+        prepared: Their inputs; empty before the first one is prepared.
+        weights: As many.
+        is_running: Whether a training step is running.
+    """
+
+    batches: list[Any]
+    prepared: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    weight: float | None = None
+    is_running: bool = False
+
+
+class WeightsMixin:
+    """Overrides of `transformers.Trainer`; `weights` puts it before the class of a trainer."""
+
+    _bigbatch_weights_items: CountInputs
+    _bigbatch_weights_window: _Window | None = None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of a window, without a number of items."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._bigbatch_weights_window = _Window(list(batches))
+        return batches, None
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch."""
+        window = self._bigbatch_weights_window
+        if window is None or not (window.batches or window.prepared):
+            raise InputError(
+                f"training_step of {type(self).__name__} ran for a batch that get_batch_samples did not return, so its "
+                "window is unknown: return every batch from super().get_batch_samples()."
+            )
+        window.is_running = True
+        try:
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            window.is_running = False
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Return the inputs of the next micro-batch; prepare and count those of the whole window at its first one."""
+        window = self._bigbatch_weights_window
+        if window is None or not window.is_running:
+            return super()._prepare_inputs(inputs)  # type: ignore[misc]
+        if not window.prepared:
+            window.prepared = self._bigbatch_weights_prepare(window.batches)
+            window.batches = []
+            window.weights = self._bigbatch_weights_of(window.prepared)
+        window.weight = window.weights.pop(0)
+        return window.prepared.pop(0)
+
+    def _bigbatch_weights_prepare(self, batches: Sequence[Any]) -> list[Any]:
+        """Prepare the batches in their order; online trainers look at their number of the step."""
+        trainer: Any = self
+        step = getattr(trainer, "_step", None)
+        prepared = []
+        try:
+            for index, batch in enumerate(batches):
+                if isinstance(step, int):
+                    trainer._step = step + index
+                prepared.append(super()._prepare_inputs(batch))  # type: ignore[misc]
+        finally:
+            if isinstance(step, int):
+                trainer._step = step
+        return prepared
+
+    def _bigbatch_weights_of(self, prepared: Sequence[Any]) -> list[float]:
+        """Return items · ranks / items of the window, for each micro-batch. Collective."""
+        trainer: Any = self
+        accelerator = trainer.accelerator
+        counts = [self._bigbatch_weights_items(inputs) for inputs in prepared]
+        own = torch.stack([torch.as_tensor(count).detach().to(accelerator.device, torch.float64) for count in counts])
+        total = float(accelerator.gather(own.sum()[None]).sum())  # waits for the device, once a window
+        if not total:
+            return [0.0] * len(counts)
+        return [count * accelerator.num_processes / total for count in own.tolist()]
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the weighted loss in a training step, and the trainer's own elsewhere."""
+        trainer: Any = self
+        window = self._bigbatch_weights_window
+        if window is None or window.weight is None or not window.is_running:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        weight, window.weight = window.weight, None
+        steps = trainer.current_gradient_accumulation_steps
+        trainer.current_gradient_accumulation_steps = 1  # some losses divide by it
+        try:
+            result = super().compute_loss(model, inputs, *args, **{**kwargs, "num_items_in_batch": None})  # type: ignore[misc]
+        finally:
+            trainer.current_gradient_accumulation_steps = steps
+        loss, *outputs = result if isinstance(result, tuple) else (result,)
+        if not weight:  # the mean over nothing is NaN
+            loss = torch.stack([p.sum() * 0 for p in model.parameters() if p.requires_grad]).sum()
+        else:
+            loss = loss * (weight * (steps if _is_divided(trainer) else 1))
+        return (loss, *outputs) if outputs else loss
+
+
+def _is_divided(trainer: Any) -> bool:
+    """Return whether the Trainer divides a loss that was computed without a number of items by its steps."""
+    is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # since transformers 5.19
+    if is_scaled is None:
+        is_scaled = trainer.compute_loss_func is not None
+    return not is_scaled
