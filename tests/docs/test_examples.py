@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LIGHTNING = pytest.mark.filterwarnings(  # raised by every Trainer
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
+    "ignore:The 'train_dataloader' does not have many workers:UserWarning",
+)
 PAGES = [
     "README.md",
     "docs/tutorial.md",
     "docs/how-to/own-loop.md",
     "docs/how-to/fit-memory.md",
+    "docs/how-to/accelerate.md",
+    pytest.param("docs/how-to/lightning.md", marks=LIGHTNING),
     "docs/explanation/exactness.md",
     "docs/explanation/scaling-rules.md",
 ]

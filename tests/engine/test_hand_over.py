@@ -9,6 +9,7 @@ from torch import nn
 
 import bigbatch
 from bigbatch import WindowStateError
+from bigbatch.engine.hand_over import is_exact_loss
 from bigbatch.execution.oom_retry import OomRetry
 from support import full_batch_reference as ref
 
@@ -446,3 +447,10 @@ def test_cuda_graph_buffers_are_not_delivered():
     assert engine.runner.num_graphs == 1
     whole = sum(model(batch.cuda()).square().mean() for batch in batches) / 2
     assert ref.relative_error(gradients_of(model), ref.gradients_of(model, whole)) <= EXACT
+
+
+def test_exact_loss_is_recognized():
+    loss = make().loss(ref.ragged_batch(4))
+    assert is_exact_loss(loss)
+    assert not is_exact_loss(loss * 2)
+    assert not is_exact_loss(torch.zeros(()))

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from bigbatch.integrations.accelerate import ExactAccelerator
 from support import distributed_windows as windows
@@ -105,3 +107,34 @@ def run_loop(settings: dict[str, Any], *, exact: bool, how: str = "accumulate") 
     """Run `loop` with a new accelerator on the ranks that exist."""
     with fresh_state():
         return loop((ExactAccelerator if exact else Accelerator)(cpu=True, **settings), exact=exact, how=how)
+
+
+def run_sharded(plugin: GradientAccumulationPlugin) -> tuple[list[float], int]:
+    """Run an epoch with FSDP2 on gloo ranks, which accelerate offers for accelerators only.
+
+    Returns:
+        The errors, and the number of parameters that are sharded.
+    """
+    with fresh_state():
+        accelerator = ExactAccelerator(cpu=True, gradient_accumulation_plugin=plugin)
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=50, reshard_after_forward=True
+        )
+        assert accelerator.is_fsdp2
+        rank, world = accelerator.process_index, accelerator.num_processes
+        model = ref.make_model()
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+        seen = []
+        for part in make_loader(rank, world):
+            with accelerator.accumulate(model):
+                loss_sum, items = ref.loss_and_items(model, part)
+                accelerator.backward(loss_sum, items=items)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1e9)
+                    seen.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
+                optimizer.step()
+                optimizer.zero_grad()
+        assert accelerator.is_fsdp2
+        num_sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return errors(seen, expected_gradients(SIZES, world)), num_sharded

@@ -41,3 +41,11 @@ def _exact(how: str) -> list[float]:
 
 def _stock() -> list[float]:
     return cases.run_loop({"gradient_accumulation_steps": cases.STEPS}, exact=False)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_sharded_ranks_have_whole_batch_gradient(pools: Pools, each: bool):
+    plugin = GradientAccumulationPlugin(num_steps=cases.STEPS, sync_each_batch=each)
+    for found, num_sharded in pools(2).run(cases.run_sharded, plugin):
+        assert num_sharded == 7
+        assert max(found) <= EXACT

@@ -135,12 +135,39 @@ def test_loss_must_be_a_sum():
         accelerator.backward(model(ref.ragged_batch(4)["tokens"]).sum() * float("nan"), items=0)
 
 
-def test_parameters_outside_of_wrappers_are_refused(pools: Pools):
-    words = (
-        "a parameter of shape (1,) has a gradient that is not averaged over the 2 ranks: pass the module "
-        "that holds them to accelerator.prepare()."
+@pytest.mark.parametrize(("steps", "items"), [(1, 5), (3, None)])
+def test_engine_loss_is_not_divided(steps: int, items: int | None):
+    accelerator, model, _ = make(steps=steps)
+    engine = bigbatch.Engine(model, None, ref.loss_and_items, microbatch=2, check=False)
+    loss = engine.loss(ref.ragged_batch(4))
+    with pytest.raises(bigbatch.InputError) as raised:
+        accelerator.backward(loss, items=items)
+    assert str(raised.value) == (
+        "the loss of engine.loss(batch) has the finished gradient of a whole window, which must not be divided: set "
+        "gradient_accumulation_steps=1, and call accelerator.backward(loss) without items."
     )
-    assert pools(2).run(_own_parameter) == [words] * 2
+
+
+UNPREPARED = (
+    "the loss reaches a parameter of shape (1,) that no prepared model has, and its gradient would neither be averaged "
+    "over ranks nor divided: pass its module to accelerator.prepare(), or call requires_grad_(False) on it."
+)
+
+
+def test_parameters_that_were_not_prepared_are_refused():
+    accelerator, model, _ = make()
+    scale = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    loss, items = ref.loss_and_items(model, ref.ragged_batch(4))
+    with pytest.raises(bigbatch.InputError) as raised:
+        accelerator.backward((loss * scale).sum(), items=items)
+    assert str(raised.value) == UNPREPARED
+    assert model.head.weight.grad is None
+    accelerator.prepare(torch.optim.SGD([scale], lr=0.1))
+    accelerator.backward((loss * scale).sum(), items=items)
+
+
+def test_parameters_outside_of_wrappers_are_refused(pools: Pools):
+    assert pools(2).run(_own_parameter) == [UNPREPARED] * 2
 
 
 def _own_parameter() -> str:

@@ -104,6 +104,11 @@ def test_model_averaging_is_refused():
         ExactAccumulation().setup(trainer, cases.Module(), "fit")
 
 
+def test_two_callbacks_are_refused():
+    with pytest.raises(bigbatch.InputError, match="more than one ExactAccumulation"):
+        cases.fit(cases.Module(), callbacks=[ExactAccumulation(), ExactAccumulation()])
+
+
 class TwiceRunning(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         closure()

@@ -54,6 +54,11 @@ def exact_loss(
     return loss, report
 
 
+def is_exact_loss(loss: object) -> bool:
+    """Return whether a loss comes from `exact_loss`, and nothing was computed with it since."""
+    return getattr(type(getattr(loss, "grad_fn", None)), "_forward_cls", None) is _HandOver
+
+
 def _value(report: WindowReport, parameters: Sequence[Tensor]) -> Tensor:
     """Return the loss of a window, 0-d: NaN if it or its gradient is not finite, and 0 without items."""
     is_wide = any(parameter.dtype == torch.float64 for parameter in parameters)  # factors then have its precision

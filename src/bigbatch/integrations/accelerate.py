@@ -4,16 +4,16 @@ accelerator.backward(loss_sum, items=n) → sum over micro-batches → all-reduc
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from bigbatch.engine.hand_over import is_exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.item_totals import (
     AccumulationReport,
@@ -22,6 +22,7 @@ from bigbatch.integrations.item_totals import (
     checked_pair,
     has_gradient,
     multiply_gradients,
+    reached_parameters,
     unique_parameters,
 )
 from bigbatch.types import Items
@@ -118,12 +119,18 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
 
         Raises:
             InputError: Micro-batches with and without ``items`` are in one window, one block of `accumulate` calls this
-                twice, ``.grad`` is not zero at the start, or the distributed type is not supported.
+                twice, ``.grad`` is not zero at the start, the loss reaches a parameter that was not prepared, the loss
+                is of `Engine.loss` and would be divided, or the distributed type is not supported.
             TypeError: The loss is no tensor, or the items are no number.
             ValueError: The loss is not 0-d, or NaN with 0 items; or the items are not a finite count of 0 or more.
         """
         is_last = self.sync_gradients and not self._bigbatch_num_no_sync
         totals = self._bigbatch_totals
+        if is_exact_loss(loss) and (items is not None or self.gradient_accumulation_steps > 1):
+            raise InputError(
+                "the loss of engine.loss(batch) has the finished gradient of a whole window, which must not be divided"
+                ": set gradient_accumulation_steps=1, and call accelerator.backward(loss) without items."
+            )
         if items is None:
             if totals.num_microbatches:
                 raise _mixed("with", "without")
@@ -133,12 +140,13 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         self._bigbatch_check_call(kwargs)
         loss, items = checked_pair(loss, items)
         self._bigbatch_check_gradients()
+        self._bigbatch_check_parameters(loss)
         super().backward(loss * (self.gradient_accumulation_steps / totals.divisor), **kwargs)
         totals.add(loss, items)
         if is_last:
             ranks = DataRanks(self.num_processes, self.device)
             self._bigbatch_report, factor = totals.close(ranks, prescale=self.scaler is not None)
-            self._bigbatch_check_averaged()
+            self._bigbatch_checked = True
             multiply_gradients(self._bigbatch_parameters(), factor)
 
     def _bigbatch_parameters(self, *, optimized_only: bool = False) -> list[Tensor]:
@@ -191,19 +199,21 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
                 "of a window in accelerator.accumulate(model), or all but the last in accelerator.no_sync(model)."
             )
 
-    def _bigbatch_check_averaged(self) -> None:
-        """Check, in the first window, that the gradients were averaged over the ranks."""
-        if self._bigbatch_checked or self.num_processes == 1:
-            return
-        self._bigbatch_checked = True
-        wrapped = {id(parameter) for model in self._bigbatch_wrapped for parameter in model.parameters()}
-        with_gradient = [parameter for parameter in self._bigbatch_parameters() if parameter.grad is not None]
-        own = [p for p in with_gradient if id(p) not in wrapped and not isinstance(p, DTensor)]
-        if own:
-            raise InputError(
-                f"a parameter of shape {tuple(own[0].shape)} has a gradient that is not averaged over"
-                f" the {self.num_processes} ranks: pass the module that holds them to accelerator.prepare()."
-            )
+    def _bigbatch_check_parameters(self, loss: Tensor) -> None:
+        """Check, in the first window, that the gradients are averaged over the ranks, and will be divided."""
+        if self._bigbatch_checked or self.distributed_type == DistributedType.FSDP:
+            return  # the graph of FSDP2 ends in other tensors than the parameters
+        models: Iterable[nn.Module] = self._models if self.num_processes == 1 else self._bigbatch_wrapped
+        own = {id(parameter) for model in models for parameter in model.parameters()}
+        if self.num_processes == 1:
+            own.update(map(id, self._bigbatch_parameters()))
+        for parameter in reached_parameters(loss):
+            if id(parameter) not in own:
+                raise InputError(
+                    f"the loss reaches a parameter of shape {tuple(parameter.shape)} that no prepared model has, and "
+                    "its gradient would neither be averaged over ranks nor divided: pass its module to "
+                    "accelerator.prepare(), or call requires_grad_(False) on it."
+                )
 
 
 def _mixed(before: str, now: str) -> InputError:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bigbatch.distributed.collective import DistributedRankGroup, Number, as_tensor
@@ -152,6 +152,23 @@ def local_values(gradient: Tensor) -> Tensor:
     if isinstance(gradient, DTensor):
         gradient = gradient.to_local()
     return gradient._values() if gradient.is_sparse else gradient
+
+
+def reached_parameters(loss: Tensor) -> list[Tensor]:
+    """Return the parameters that the graph of a loss shows; those inside reentrant checkpoints are hidden."""
+    found: list[Tensor] = []
+    seen: set[Any] = {loss.grad_fn}
+    todo: list[Any] = [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            found.append(leaf)
+        for child, _ in () if node is None else node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return found
 
 
 def unique_parameters(groups: Iterable[Iterable[Tensor]]) -> list[Tensor]:

@@ -99,6 +99,8 @@ class ExactAccumulation(Callback):  # type: ignore[misc]
                 f"{type(pl_module).__name__} has automatic_optimization=False, where Lightning accumulates nothing: "
                 "remove ExactAccumulation(), and call self.manual_backward(engine.loss(batch)) with a bigbatch.Engine."
             )
+        if sum(isinstance(callback, ExactAccumulation) for callback in trainer.callbacks) > 1:
+            raise InputError("the trainer has more than one ExactAccumulation(), which would divide twice: pass one.")
         self._totals, self._noted, self._is_divided = ItemTotals(), None, False
         self._restore()
         self._unwrap = _wrap_training_step(pl_module, functools.partial(self._note, trainer, pl_module))
