@@ -52,7 +52,7 @@ def llama_classifier() -> LlamaForSequenceClassification:
     config = llama().config
     config.num_labels = 1
     torch.manual_seed(0)
-    return LlamaForSequenceClassification(config).float()
+    return LlamaForSequenceClassification(config).double()
 
 
 def qwen2_moe(aux_loss: bool = True) -> Qwen2MoeForCausalLM:

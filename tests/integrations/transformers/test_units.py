@@ -276,6 +276,32 @@ class Constant(Changed):
         return nn.functional.mse_loss(prediction * 0, labels)
 
 
+class WithReference(Changed):
+    """Adds a term that is 0 while the model equals its reference."""
+
+    def loss(self, model, prediction, labels):
+        if not hasattr(self, "ref_model"):
+            self.ref_model = copy.deepcopy(model)
+        difference = prediction - self.ref_model.layers(self.inputs).squeeze(-1).detach()
+        return nn.functional.mse_loss(prediction, labels) + difference.mean() ** 2
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.inputs = inputs["x"]
+        return super().compute_loss(model, inputs)
+
+
+def test_term_that_is_hidden_at_the_start_is_refused():
+    samples = tiny.regression_samples()
+    trainer = tiny.trainer_of(tiny.Regression(), samples, tiny.collate_regression, cls=WithReference)
+    trainer.ref_model = copy.deepcopy(trainer.model)
+    finder = finder_of(trainer)
+    assert finder.unit(samples).name == "samples"
+    with torch.no_grad():
+        trainer.model.layers[0].weight.mul_(1.05)
+    with pytest.raises(InputError, match="is a mean over none of the known units"):
+        finder.unit(samples)
+
+
 class TwoUnits(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from bigbatch.errors import InputError
+from bigbatch.integrations.transformers import verify
 from bigbatch.integrations.transformers.units import UnitFinder
 from support import tiny_trainers as tiny
 
@@ -33,7 +34,7 @@ def rows(*columns, label=False):
     def words(low, high):
         return " ".join(f"w{numbers.randrange(30)}" for _ in range(numbers.randint(low, high)))
 
-    found = [{"prompt": words(2, 5) + " ", **{column: words(2, 9) for column in columns}} for _ in range(12)]
+    found = [{"prompt": words(2, 5) + " ", **{column: words(2, 9) for column in columns}} for _ in range(14)]
     if label:
         found = [{**row, "label": bool(index % 2)} for index, row in enumerate(found)]
     return datasets.Dataset.from_list(found)
@@ -134,3 +135,26 @@ def test_packed_row_counts_its_labels(tmp_path):
     packed = trainer.data_collator(samples[:5])
     assert packed["input_ids"].shape[0] == 1
     assert int(unit.count(packed)) == sum(label != tiny.IGNORED for s in samples[:5] for label in s["labels"])
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (sft, {}),
+        (sft, {"padding_free": True, "max_length": None}),
+        (dpo, {}),
+        (dpo, {"loss_type": ["ipo"]}),
+        (reward, {}),
+        (kto, {"loss_type": "apo_zero_unpaired"}),
+    ],
+)
+def test_trl_is_verified(tmp_path, build, settings):
+    trainer = build(tmp_path, **settings, gradient_accumulation_steps=2)
+    before = repr(trainer._metrics), trainer._total_train_tokens
+    result = verify(trainer)
+    assert result.exact
+    assert result.relative_error <= 1e-6
+    first, last = result.windows
+    assert first.stock_error <= 1e-5
+    assert (last.stock_error >= 0.1) == (build is not sft)
+    assert (repr(trainer._metrics), trainer._total_train_tokens) == before

@@ -104,7 +104,7 @@ class UnitFinder:
         return len(known.fitting) == 1 or self._agree(self._entries(samples, known.names), known)
 
     def _may_have_changed(self) -> bool:
-        return self._num_windows <= FIRST_WINDOWS and getattr(self._trainer, "ref_model", None) is not None
+        return self._num_windows <= FIRST_WINDOWS and hasattr(self._trainer, "ref_model")
 
     def _check_unchanged(self, found: Decision, known: Decision) -> None:
         if known.is_final and found.takes_num_items != known.takes_num_items:

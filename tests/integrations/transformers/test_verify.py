@@ -1,0 +1,196 @@
+"""`verify` shows what the stock Trainer does, what `exact` does, and changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
+
+from bigbatch.errors import InputError
+from bigbatch.integrations.transformers import exact, verify, weights
+from integrations.transformers import trainer_cases as cases
+from support import tiny_trainers as tiny
+from support.accelerate_ranks import known_to_accelerate
+
+EXACT = 1e-12
+WRONG = 0.1
+
+
+def token_mean(**settings):
+    return tiny.trainer_of(tiny.gpt2(0.1), tiny.token_samples(), cls=tiny.TokenMeanTrainer, **settings)
+
+
+def count_shifted(inputs):
+    return (inputs["labels"][:, 1:] != tiny.IGNORED).sum()
+
+
+CASES = {
+    "overridden loss": ("shifted labels", token_mean),
+    "BERT classifier": ("labels", lambda: tiny.trainer_of(tiny.bert_classifier(), tiny.classification_samples())),
+    "T5": ("labels", lambda: tiny.trainer_of(tiny.t5(), tiny.translation_samples())),
+    "BART": ("labels", lambda: tiny.trainer_of(tiny.bart(), tiny.translation_samples())),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_trainers_are_shown(name):
+    expected, make = CASES[name]
+    result = verify(make())
+    assert result.unit == expected
+    assert result.stock_error >= WRONG
+    assert result.exact
+    assert result.relative_error <= EXACT
+    assert [each.name for each in result.windows] == ["first", "last"]
+    assert [each.num_samples for each in result.windows] == [16, 6]
+    assert max(each.relative_error for each in result.windows) <= EXACT
+
+
+def test_right_trainer_is_right_in_both():
+    result = verify(tiny.trainer_of(tiny.llama(), tiny.token_samples()))
+    assert max(result.stock_error, result.relative_error) <= 1e-6
+    assert result.unit == "sum / num_items"
+
+
+def test_only_last_window_may_be_wrong():
+    result = verify(tiny.trainer_of(tiny.Regression(), tiny.regression_samples(), tiny.collate_regression))
+    first, last = result.windows
+    assert first.stock_error <= EXACT
+    assert last.stock_error >= WRONG
+    assert max(first.relative_error, last.relative_error) <= EXACT
+
+
+def test_random_collator_draws_one_mask():
+    samples = [{"input_ids": sample["input_ids"]} for sample in tiny.token_samples()]
+    collator = DataCollatorForLanguageModeling(tiny.tokenizer(), mlm_probability=0.4)
+    result = verify(tiny.trainer_of(tiny.bert_masked_lm(), samples, collator))
+    assert result.exact
+    assert result.relative_error <= EXACT
+    assert result.stock_error >= WRONG
+
+
+def test_result_prints_as_table():
+    result = verify(token_mean())
+    header, columns, first, last, unit, verdict = str(result).split("\n")
+    assert header == (
+        "gradient of TokenMeanTrainer (GPT2LMHeadModel), relative error against the whole batch in one piece"
+    )
+    assert columns.split() == ["window", "samples", "micro-batches", "stock", "Trainer", "bigbatch"]
+    assert first.split()[:3] == ["first", "16", "4"]
+    assert last.split()[:3] == ["last", "6", "2"]
+    assert unit == "the loss is averaged over: shifted labels"
+    assert verdict == "exact (tolerance 2e-05)"
+
+
+def test_exact_trainer_is_verified_with_its_settings():
+    trainer = exact(token_mean(), microbatch=3, items=count_shifted)
+    kind = type(trainer)
+    result = verify(trainer)
+    assert result.unit == "items of the function that was passed"
+    assert result.stock_error >= WRONG
+    assert result.relative_error <= EXACT
+    assert type(trainer) is kind
+    assert trainer.bigbatch_report is None
+
+
+def test_wrong_items_are_not_exact():
+    result = verify(exact(token_mean(), items=lambda inputs: inputs["labels"].shape[0]))
+    assert not result.exact
+    assert result.relative_error >= 0.01
+    assert str(result).endswith("NOT exact (tolerance 2e-05)")
+
+
+def test_weighted_trainer_is_verified_in_its_loop():
+    result = verify(weights(token_mean(), items=count_shifted))
+    assert result.stock_error >= WRONG
+    assert result.relative_error <= EXACT
+    result = verify(weights(token_mean(), items=lambda inputs: 1))
+    assert not result.exact
+
+
+def test_one_sample_at_a_time_if_memory_is_short():
+    class Small(tiny.TokenMeanTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if len(inputs["labels"]) > 4:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    result = verify(tiny.trainer_of(tiny.gpt2(), tiny.token_samples(), cls=Small))
+    assert result.reference == "one sample at a time, weighted by its items"
+    assert result.relative_error <= EXACT
+
+
+def test_loader_that_collates_is_verified_by_its_batches():
+    class Own(tiny.TokenMeanTrainer):
+        def get_train_dataloader(self):
+            rows = self.train_dataset
+            return [tiny.collate_tokens(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+
+    result = verify(tiny.trainer_of(tiny.gpt2(), tiny.token_samples(), cls=Own))
+    assert result.reference == "the loader's batches, weighted by their items"
+    assert result.relative_error <= EXACT
+    assert result.stock_error >= WRONG
+
+
+class VerifyInTraining(TrainerCallback):
+    """Verifies the trainer after its first update."""
+
+    def __init__(self):
+        self.trainer, self.result = None, None
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 1:
+            self.result = verify(self.trainer)
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_verify_changes_nothing_in_training(is_exact):
+    outcomes = []
+    for verifies in (False, True):
+        torch.manual_seed(3)
+        trainer, callback = token_mean(learning_rate=0.01), VerifyInTraining()
+        callback.trainer = trainer
+        if is_exact:
+            exact(trainer)
+        if verifies:
+            verify(trainer)
+            trainer.add_callback(callback)
+        trainer.train()
+        outcomes.append((copy.deepcopy(trainer.model.state_dict()), trainer.state.global_step, torch.get_rng_state()))
+    assert callback.result.exact
+    (before, steps, states), (after, steps_after, states_after) = outcomes
+    assert steps == steps_after == 6
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(states, states_after)
+
+
+def test_refused_losses_raise_here_too():
+    with pytest.raises(InputError, match="auxiliary loss of the routers"):
+        verify(tiny.trainer_of(tiny.qwen2_moe(), tiny.token_samples()))
+    with pytest.raises(InputError, match=r"trainer is a Linear: pass a transformers\.Trainer"):
+        verify(torch.nn.Linear(1, 1))
+
+
+def _verified_on_ranks(is_exact):
+    with known_to_accelerate():
+        trainer = token_mean()
+        if is_exact:
+            exact(trainer)
+        result = verify(trainer)
+        return result.unit, result.stock_error, result.relative_error, [each.num_samples for each in result.windows]
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_ranks_are_verified_together(pools, is_exact):
+    (unit, stock_error, error, sizes), second = pools(2).run(_verified_on_ranks, is_exact)
+    assert (unit, stock_error, error) == second[:3]
+    assert unit == "shifted labels"
+    assert stock_error >= WRONG
+    assert error <= EXACT
+    assert sum(sizes) == 12
+
+
+def test_case_of_other_tests_is_verified(tmp_path):
+    trainer, _ = cases.make(tmp_path)
+    result = verify(exact(trainer, items=cases.num_labels, microbatch=5))
+    assert result.relative_error <= EXACT
+    assert result.stock_error >= 0.05
