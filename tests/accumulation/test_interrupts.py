@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bigbatch.accumulation import signal_deferral
 from bigbatch.accumulation.pending_update import WindowState
 from bigbatch.accumulation.signal_deferral import DEFERRED, DeferredSignals
 from bigbatch.errors import TornUpdateError
@@ -103,7 +104,7 @@ def test_ctrl_c_while_restoring_leaves_no_handler(ctrl_c: None, monkeypatch: pyt
             os.kill(os.getpid(), signals.pop())
         return deferring
 
-    monkeypatch.setattr(signal, "signal", interrupted)
+    monkeypatch.setattr(signal_deferral, "_set_handler", interrupted)
     with pytest.raises(KeyboardInterrupt), DeferredSignals():
         torch.ones(1)
     assert [signal.getsignal(number) for number in DEFERRED] == before

@@ -1,6 +1,7 @@
 """Functions that ranks run in test_gradient_sync.py: collectives per window, parallelization settings and refusals."""
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -359,3 +360,13 @@ def failing_on_all(how: str, place: str) -> list[float] | str:
 
 def _raise(gradient: Tensor) -> None:
     raise ArithmeticError("half-way")
+
+
+def warnings_of_plain_model(sync: bool) -> list[str]:
+    """Make an accumulator of a model that is not distributed; return the warnings."""
+    model = ref.make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bigbatch.Accumulator(model, optimizer, sync=bigbatch.Replicated(model) if sync else None)
+    return [str(warning.message) for warning in caught]

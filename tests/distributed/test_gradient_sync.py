@@ -204,3 +204,13 @@ def test_failure_inside_layer_leaves_next_window_clean(pools: Pools, how: str, p
             )
         else:
             assert max(errors) <= TOLERANCE
+
+
+def test_plain_model_among_ranks_warns(pools: Pools) -> None:
+    for said in pools(2).run(gradient_sync_cases.warnings_of_plain_model, False):
+        assert said == [
+            "the model (TokenModel) is not distributed, and this process is one of 2 ranks: each rank trains by "
+            "itself, and gradients are not reduced. Pass sync=bigbatch.Replicated(model), or a model that is wrapped "
+            "in DistributedDataParallel or to which fully_shard was applied."
+        ]
+    assert pools(2).run(gradient_sync_cases.warnings_of_plain_model, True) == [[], []]

@@ -313,3 +313,46 @@ def test_conversion_inside_window_is_refused():
     window.backward(model[4](torch.ones(4, 4, dtype=torch.float64)).sum(), items=4)
     with pytest.raises(WindowStateError, match=r"parameter 5 of 6, of shape \(2, 4\), was float32 .* is float64 now"):
         window.step()
+
+
+def write_by_other_optimizer(model: nn.Module) -> None:
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def write_by_state_dict(model: nn.Module) -> None:
+    model.load_state_dict({name: tensor * 2 for name, tensor in model.state_dict().items()})
+
+
+def write_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("write", [write_by_other_optimizer, write_by_state_dict, write_in_place])
+def test_parameters_written_inside_window_warn(write):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    window = accumulator.window()
+    window.backward(model(torch.ones(4, 3).double()).sum(), items=8)
+    write(model)
+    window.backward(model(torch.ones(2, 3).double()).sum(), items=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        window.step()
+    assert [str(warning.message) for warning in caught] == [
+        "parameter 1 of 2, of shape (2, 3), and 1 more, was written to after the first backward of a window and "
+        "before its end, by another optimizer, by load_state_dict() or by an in-place operation: if its value changed, "
+        "the micro-batches of the window used different weights. Write to parameters between two windows."
+    ]
+
+
+def test_parameters_written_between_windows_do_not_warn():
+    model = nn.Linear(3, 2).double()
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        with accumulator.window() as window:
+            window.backward(model(torch.ones(4, 3).double()).sum(), items=8)
+            window.step()
+        write_in_place(model)

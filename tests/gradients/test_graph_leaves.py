@@ -126,10 +126,50 @@ def test_later_reentrant_checkpoint_is_refused():
         with pytest.raises(bigbatch.WindowStateError) as refused:
             sums.backward(model[2](hidden).sum())
     assert str(refused.value) == (
-        "a micro-batch runs a reentrant checkpoint, or a hook with a backward of its own, and the first one of its "
-        "window did not: only the first shows that such parameters exist. Pass use_reentrant=False to "
-        "torch.utils.checkpoint.checkpoint, or run such a micro-batch first."
+        "a micro-batch runs a reentrant checkpoint, or a hook with a backward of its own, and earlier ones did not: "
+        "only the first of a window shows that such parameters exist. Pass use_reentrant=False to "
+        "torch.utils.checkpoint.checkpoint, or run such a micro-batch first; if it is switched on between two windows, "
+        "run this window again."
     )
+
+
+def test_reentrant_checkpoint_switched_on_between_windows_is_refused_once():
+    """The first graph of a window is walked only if those of the window before may hide leaves."""
+    model = tower()
+    full = ref.gradients_of(model, model(pairs()[0]).square().sum() / 8)
+    optimizer = ref.RecordingSGD(model)
+    accumulator = bigbatch.Accumulator(model, optimizer)
+
+    def window(use_reentrant: bool | None) -> None:
+        opened = accumulator.window()
+        for part in pairs()[0].split([3, 5]):
+            hidden = model[0](part)
+            hidden = model[1](hidden) if use_reentrant is None else checkpoint(model[1], hidden, use_reentrant=True)
+            opened.backward(model[2](hidden).square().sum(), items=len(part))
+        opened.step()
+
+    window(None)
+    with pytest.raises(bigbatch.WindowStateError, match="switched on between two windows, run this window again"):
+        window(True)
+    window(True)
+    assert len(optimizer.recorded) == 2
+    for recorded in optimizer.recorded:
+        assert ref.relative_error(recorded, full) <= 1e-12
+
+
+def test_leaf_loss_after_plain_windows_runs_its_hook():
+    model = tower()
+    full = full_gradient(model, torch.float64)
+    optimizer = ref.RecordingSGD(model)
+    accumulator = bigbatch.Accumulator(model, optimizer)
+    with accumulator.window() as window:
+        window.backward(model(pairs()[0]).sum(), items=8)
+        window.step()
+    with accumulator.window() as window:
+        loss, items = cached_loss(model, tuple(pairs()))
+        window.backward(loss, items=items)
+        window.step()
+    assert ref.relative_error(optimizer.recorded[1], full) <= 1e-12
 
 
 def test_later_reentrant_checkpoint_before_parameters_is_refused():

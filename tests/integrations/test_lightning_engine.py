@@ -1,5 +1,6 @@
 """`Engine.loss` and accumulators inside Lightning and Fabric, and FSDP2 by ModelParallelStrategy."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -109,12 +110,13 @@ def fabric_loss(how: str) -> list[float]:
     return cases.errors(recorder.seen, cases.expected_gradients(cases.SIZES, world()))
 
 
-def fabric_accumulator() -> list[float]:
+def fabric_accumulator(*, wraps_optimizer: bool) -> list[float]:
     fabric = make_fabric()
     model = fabric.to_device(ref.make_model())
     recorder = windows.GradientRecorder(model)
+    optimizer = fabric.setup_optimizers(recorder) if wraps_optimizer else recorder
     sync = bigbatch.Replicated(model) if world() > 1 else None
-    accumulator = bigbatch.Accumulator(model, recorder, sync=sync)
+    accumulator = bigbatch.Accumulator(model, optimizer, sync=sync)
     for window in accumulator.windows(microbatches(rank(), world()), num_microbatches=cases.STEPS):
         for part in window:
             window.backward(ref.loss_and_items(model, part))
@@ -133,9 +135,11 @@ def test_engine_loss_under_fabric_is_exact_on_ranks(pools: Pools, how: str):
         assert max(found) <= EXACT
 
 
+@pytest.mark.parametrize("wraps_optimizer", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
-def test_accumulator_under_fabric_is_exact(pools: Pools, size: int):
-    for found in [fabric_accumulator()] if size == 1 else pools(2).run(fabric_accumulator):
+def test_accumulator_under_fabric_is_exact(pools: Pools, size: int, wraps_optimizer: bool):
+    run = functools.partial(fabric_accumulator, wraps_optimizer=wraps_optimizer)
+    for found in [run()] if size == 1 else pools(2).run(run):
         assert max(found) <= EXACT
 
 

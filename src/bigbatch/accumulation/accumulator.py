@@ -238,6 +238,7 @@ class Accumulator:
         """
         self._finish_previous()
         self.prepare()
+        previous = self._open
         self._open = PendingUpdate(
             self.update,
             self.sync,
@@ -246,6 +247,8 @@ class Accumulator:
             observer=self.noise,
             should_stop=should_stop,
         )
+        if previous is not None and previous.state is WindowState.CLOSED and previous.sums.shows_leaves:
+            self._open.sums.expect_shown_leaves()
         return self._open
 
     def _finish_previous(self) -> None:

@@ -6,7 +6,6 @@ guard → signals deferred → optimizer.step() of each → counted → schedule
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakMethod, finalize
 
@@ -285,7 +284,7 @@ def _hook_before_step(optimizer: Any, hook: "WeakMethod[Any]") -> tuple[Any, Any
             if (method := hook()) is not None:
                 method(stepping)
 
-        with suppress(AttributeError):
+        if "_optimizer_step_pre_hooks" in vars(target):  # its own, not those of an inner one that it delegates to
             return target, target.register_step_pre_hook(call)
         target = getattr(target, "optimizer", None)
     return None, None

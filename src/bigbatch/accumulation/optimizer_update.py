@@ -241,10 +241,8 @@ class OptimizerUpdate:
                 f"none of the {'optimizer' if self.optimizers else 'model'}'s parameters received a gradient: the loss "
                 "does not depend on them."
             )
-        together = [
-            value.to(norm_of_sums) for value in (loss_totals.nan_if_loss_not_finite(norm_of_sums), *extra_scalars)
-        ]
-        norm, *read = torch.stack(together).tolist()  # waits for the device
+        together = [v.to(norm_of_sums) for v in (loss_totals.nan_if_loss_not_finite(norm_of_sums), *extra_scalars)]
+        norm, *read = [together[0].item()] if len(together) == 1 else torch.stack(together).tolist()  # waits
         grad_norm = norm / divisor
         if not math.isfinite(grad_norm):  # the norm of the undivided sums may have overflowed
             _scale(gradients, 1 / divisor)

@@ -82,7 +82,8 @@ class PendingUpdate:
         self.num_microbatches = 0
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
-        is_float16 = self._loss_scale is not None or any(p.dtype == torch.float16 for p in parameters)
+        self._device = parameters[0].device if parameters else update.device
+        is_float16 = self._loss_scale is not None or torch.float16 in {p.dtype for p in parameters}
         self.loss_totals = LossTotals(content.totals, prescale=is_float16)
         self.sums = GradientSums(
             parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
@@ -94,8 +95,8 @@ class PendingUpdate:
             observer.skip_window()
         elif observer is not None:
             observer.attach(self.sums, content.microbatches, samples=content.samples)
-        is_measured = observer is not None and observer.is_measuring
-        self._is_plain = sync.size == 1 and not sync.runs_in_lockstep and not is_measured
+        self._is_alone = sync.size == 1 and not sync.runs_in_lockstep
+        self._is_plain = self._is_alone and (observer is None or not observer.is_measuring)
         sync.start_window()
 
     def __enter__(self) -> "PendingUpdate":
@@ -128,8 +129,8 @@ class PendingUpdate:
             WindowAbandonedError: It is dropped, in a single process; over several ranks `apply` raises it.
         """
         microbatches = self._content.microbatches
-        if not isinstance(microbatches, Sequence):
-            return map(Microbatch, microbatches)  # drawn lazily: the number is not known
+        if (self._is_alone and should_abandon is never) or not isinstance(microbatches, Sequence):
+            return map(Microbatch, microbatches)  # drawn lazily: their number may be unknown
         turns = self._sync.turns(microbatches, self._content.max_num_microbatches, should_abandon)
         return turns if self._sync.size == 1 else self._noting_end(turns)
 
@@ -263,7 +264,7 @@ class PendingUpdate:
         if self._observer is not None:
             extras, was_skipped = [local] if result is None else result.extra, outcome.skipped is not None
             noise = self._observer.finish(extras, grad_norm=outcome.grad_norm, items=items, skipped=was_skipped)
-        tokens, peak = self._content.tokens, peak_bytes(self._update.device)
+        tokens, peak = self._content.tokens, peak_bytes(self._device)
         return WindowReport(
             step=self._update.num_steps,
             items=items,
@@ -298,9 +299,7 @@ class PendingUpdate:
             return
         if not self._has_voted:
             self._has_voted = True
-            if (
-                self._all_have_run
-            ):  # else they are inside a layer or a loss that is collective, where no vote can reach them
+            if self._all_have_run:  # else they are inside a layer or loss, where no vote reaches them
                 announce_failed_window(self._sync, len(self.sums.parameters))
         if self._update.steps.torn is not None:
             self._release(WindowState.TORN)
@@ -319,9 +318,8 @@ class PendingUpdate:
 
     def _vote(self, extra: Sequence[Number]) -> VoteResult:
         """Exchange the status of all ranks. Collective; waits for the device."""
-        device = self._update.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the all-gather would wait as long; this way elapsed_s is of this rank
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # as the all-gather would; now elapsed_s is of this rank
         if any(p.grad is not None and p.grad.is_sparse for p in self.sums.parameters):
             raise TypeError(
                 "a gradient is sparse, and gradients are reduced over ranks as dense tensors: use embeddings with "
@@ -332,7 +330,7 @@ class PendingUpdate:
             stopping=self._should_stop(),
             num_microbatches=self.num_microbatches,
             tokens=self._content.tokens or 0,
-            peak_bytes=peak_bytes(device) or 0,
+            peak_bytes=peak_bytes(self._device) or 0,
             elapsed_s=time.perf_counter() - self._started_s,
         )
         parameters = () if self._sync.is_sharded else self.sums.parameters

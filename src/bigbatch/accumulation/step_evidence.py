@@ -29,7 +29,7 @@ class StepSnapshot:
         self._versions = [p._version for p in self.parameters]
         self._state = _state_token(optimizer, self.parameters)
         self._checksums = _checksums(self.parameters) if with_values else None
-        self._attributes = _attributes(optimizer)
+        self._attributes = {} if is_builtin(optimizer) else _attributes(optimizer)
 
     @property
     def versions_changed(self) -> bool:
@@ -104,6 +104,8 @@ def _state_token(optimizer: "Optimizer", parameters: Sequence[Tensor]) -> list[A
     for parameter in parameters if not is_builtin(optimizer) else _first_changed(parameters):
         if state := optimizer.state.get(parameter):
             token += [_version_or_value(value) for value in state.values()]
+    if is_builtin(optimizer):  # its step changes no setting
+        return token
     token += [
         [(name, _version_or_value(value)) for name, value in group.items() if name != "params"]
         for group in optimizer.param_groups

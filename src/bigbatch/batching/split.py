@@ -146,7 +146,16 @@ def _gatherer(
 def _flat_gatherer(batch: Any) -> tuple[int, Gather] | None:
     """Handle a tensor, or one tuple, dict or short list of tensors, without a look at each type; None for others."""
     num_samples = _count_flat(batch)
-    return None if num_samples is None else (num_samples, _row_gather(*pytree.tree_flatten(batch)))
+    if num_samples is None:
+        return None
+    made: list[Gather] = []
+
+    def gather(rows: Sequence[int]) -> tuple[list[Any], Structure]:
+        if not made:  # flattened when it is needed: not if the micro-batches are views
+            made.append(_row_gather(*pytree.tree_flatten(batch)))
+        return made[0](rows)
+
+    return num_samples, gather
 
 
 def _views(batch: Any, microbatch: int, device: torch.device) -> Iterable[Any]:

@@ -1,5 +1,8 @@
 """Detect how a model is distributed over ranks."""
 
+import warnings
+
+import torch.distributed as dist
 from torch import nn
 
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
@@ -12,6 +15,8 @@ def detect_sync(model: nn.Module, sync: "GradientSync | SyncPolicy | None" = Non
     Args:
         model: Plain, wrapped in ``DistributedDataParallel``, or with `fully_shard` applied to it.
         sync: A policy for a sharded model; or a `GradientSync` of this model, which is returned.
+
+    Warns if the model is not distributed in a process of several ranks.
 
     Raises:
         TypeError: The model is distributed in a way that does not support exact accumulation.
@@ -50,4 +55,16 @@ def detect_sync(model: nn.Module, sync: "GradientSync | SyncPolicy | None" = Non
         )
     if "DataParallel" in kinds:
         raise TypeError("the model is wrapped in DataParallel: use one process a GPU, and DistributedDataParallel.")
+    if _has_other_ranks() and not any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        warnings.warn(
+            f"the model ({type(model).__name__}) is not distributed, and this process is one of "
+            f"{dist.get_world_size()} ranks: each rank trains by itself, and gradients are not reduced. Pass "
+            "sync=bigbatch.Replicated(model), or a model that is wrapped in DistributedDataParallel or to which "
+            "fully_shard was applied.",
+            stacklevel=4,
+        )
     return GradientSync(model)
+
+
+def _has_other_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -269,7 +269,7 @@ class Engine:
         ``.backward()`` adds to ``.grad``, as that of any loss, and can be called once. Over several ranks the gradient
         is that of all of them, and is not reduced again. The value is NaN, and the gradient too, if one of them is not
         finite: a GradScaler then skips the update. For a batch without items both are 0. The dtype is float64 if that
-        of any parameter is, else float32.
+        of any parameter is, else float32. With ``cuda_graphs``, `torch.autograd.grad` does not return the gradient.
 
         Errors are those of `step`; those of ``.backward()`` are `WindowStateError`.
         """

@@ -4,7 +4,8 @@
 
 The gradients pass through autograd, which adds them as those of any loss, and `torch.autograd.grad` returns them. A
 parameter with hooks of its own is the exception: they were called with the gradient of every micro-batch, and one that
-scales it must not do so twice, so its gradient is added to ``.grad`` directly.
+scales it must not do so twice, so its gradient is added to ``.grad`` directly. So are those of an engine that captures
+CUDA graphs: a capture fails while another graph holds nodes of the parameters, as the loss of the last window would.
 """
 
 import math
@@ -46,7 +47,9 @@ def exact_loss(
     if report.skipped == NO_ITEMS:
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
     by_autograd = [index for index, parameter in enumerate(parameters) if not parameter._backward_hooks]
-    anchor = torch.zeros((), requires_grad=True)  # if every parameter has hooks
+    if runner.captures_graphs:
+        by_autograd = []
+    anchor = torch.zeros((), requires_grad=True)  # if no gradient passes through autograd
     delivery = _Delivery(parameters, gradients, by_autograd)
     loss: Tensor = _HandOver.apply(  # type: ignore[no-untyped-call]
         _value(report, parameters), delivery, anchor, *(parameters[index] for index in by_autograd)

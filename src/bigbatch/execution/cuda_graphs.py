@@ -49,6 +49,8 @@ class CudaGraphRunner(MicrobatchRunner):
         fallback: Runs the micro-batches that are not replayed.
     """
 
+    captures_graphs = True
+
     def __init__(self, model: nn.Module, fallback: MicrobatchRunner) -> None:
         super().__init__(model)
         self._fallback = fallback

@@ -47,23 +47,26 @@ class OomRetry(MicrobatchRunner):
             self._checked_in_training = None
             self._buffers, self._draws_random_numbers = list(self._model.buffers()), True
 
-    def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
-        """Add the gradient of one micro-batch, each sample exactly once.
-
-        Raises:
-            MemoryLimitError: One sample does not fit in memory by itself.
-        """
-        self._add(microbatch.content, pending)
-
-    def _add(
+    def run(
         self,
-        rows: Sequence[int],
+        microbatch: Microbatch,
         pending: PendingUpdate,
         *,
         only: list[Tensor] | None = None,
         is_repeated: bool = False,
     ) -> None:
-        """Add the gradient of samples to all parameters, or to those that did not receive it yet."""
+        """Add the gradient of one micro-batch, each sample exactly once.
+
+        Args:
+            microbatch: The indices of its samples.
+            pending: The window.
+            only: The parameters that did not receive the gradient of these samples yet; None for all.
+            is_repeated: Whether an attempt on these samples has run out of memory.
+
+        Raises:
+            MemoryLimitError: One sample does not fit in memory by itself.
+        """
+        rows: Sequence[int] = microbatch.content
         sums, totals, inputs = pending.sums, pending.loss_totals, self._inputs
         assert inputs is not None, "no window is open"
         versions, num_recorded = sums.snapshot_versions(), totals.num_recorded
@@ -90,11 +93,11 @@ class OomRetry(MicrobatchRunner):
             only = [parameter for parameter in unchanged if earlier is None or id(parameter) in earlier]
         free_cached_memory()
         if not is_repeated:  # with the cache freed, the whole may fit
-            self._add(rows, pending, only=only, is_repeated=True)
+            self.run(microbatch, pending, only=only, is_repeated=True)
         elif len(rows) > 1:
             middle = (len(rows) + 1) // 2
-            self._add(rows[:middle], pending, only=only, is_repeated=True)
-            self._add(rows[middle:], pending, only=only, is_repeated=True)
+            self.run(Microbatch(rows[:middle]), pending, only=only, is_repeated=True)
+            self.run(Microbatch(rows[middle:]), pending, only=only, is_repeated=True)
         else:
             self._raise_too_large(rows[0], message)
 

@@ -43,10 +43,12 @@ class MicrobatchRunner(ABC):
     Attributes:
         retries: Attempts in the last window that ran out of memory and were repeated.
         disabled_reason: Why a faster way to run is not used, in a few words; None if it is, or none was requested.
+        captures_graphs: Whether it captures CUDA graphs, which must find no other graph of the parameters alive.
         static_buffers: Gradient sums that the next window must use in place; None without any.
     """
 
     retries = 0
+    captures_graphs = False
     disabled_reason: str | None = None
     static_buffers: Mapping[Tensor, Tensor] | None = None
 

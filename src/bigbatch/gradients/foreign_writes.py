@@ -7,8 +7,11 @@ must be the same. Both are read on the host: no device is waited for. Once every
 read for each micro-batch: a ``.grad`` that was replaced is noticed because the backward does not change the version of
 the recorded one. A write through ``p.grad.data`` has no version and is not seen. Nor has the step of an optimizer with
 ``fused=True``: one that a hook calls is seen by the values of the parameter, within its first gradient of each window.
+
+Long because every kind of write is detected here.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any, NoReturn, TypeAlias
@@ -36,6 +39,10 @@ class ForeignWrites:
     Args:
         parameters: Of the window.
         parameters_are_wrapped: Whether sums may be replaced within a backward, as under FSDP.
+
+    Attributes:
+        sums: The sum of each parameter when it was recorded last; None where there was none.
+        versions: Their versions at that time. Neither list is changed later: the next record makes others.
     """
 
     def __init__(self, parameters: tuple[Tensor, ...], *, parameters_are_wrapped: bool) -> None:
@@ -47,8 +54,8 @@ class ForeignWrites:
     def reset(self) -> None:
         """Start with no gradients and no sums, and drop all references to them."""
         self._grads: list[Tensor | None] = [None] * len(self._parameters)
-        self._sums = self._grads
-        self._versions: list[int | None] = [None] * len(self._parameters)
+        self.sums = self._grads
+        self.versions: list[int | None] = [None] * len(self._parameters)
         self._are_in_place = False  # whether all later backwards add to the same tensors
         self._adds_grads = False  # whether backwards move .grad to other sums: what is in it would be added
         self._saw_backward = False
@@ -73,14 +80,14 @@ class ForeignWrites:
             can_replace: Whether the next backward may store other tensors in ``.grad``.
         """
         grads = self._grads = list(map(_GRAD, self._parameters))
-        self._sums = grads
+        self.sums = grads
         self._adds_grads = bool(float32_sums)
         if float32_sums:
-            self._sums = [float32_sums.get(p, grad) for p, grad in zip(self._parameters, grads, strict=True)]
+            self.sums = [float32_sums.get(p, grad) for p, grad in zip(self._parameters, grads, strict=True)]
         self._are_in_place = not (can_replace or self._parameters_are_wrapped) and all(
-            total is not None and not total.is_sparse for total in self._sums
+            total is not None and not total.is_sparse for total in self.sums
         )
-        self._versions = self._read_versions()
+        self.versions = self._read_versions()
 
     def record_backward(self, float32_sums: Mapping[Tensor, Tensor], *, can_replace: bool) -> int:
         """Accept what a backward added; return to how many parameters it did.
@@ -93,19 +100,15 @@ class ForeignWrites:
             WindowStateError: A ``.grad`` was replaced by other code: the backward did not add to the recorded one.
         """
         if self._are_in_place and not can_replace:
-            before, self._versions = self._versions, list(map(_VERSION, self._sums))
-            num_added: int = sum(self._versions) - sum(before)  # type: ignore[arg-type]
+            before, self.versions = self.versions, list(map(_VERSION, self.sums))
+            num_added: int = sum(self.versions) - sum(before)  # type: ignore[arg-type]
             if num_added != len(before) and not self._has_recorded_grads():  # usually each parameter is added to once
                 self._refuse()
             return num_added
-        sums, versions = self.snapshot()
+        sums, versions = self.sums, self.versions
         self.record(float32_sums, can_replace=can_replace)
-        pairs = zip(sums, versions, self._sums, self._versions, strict=True)
+        pairs = zip(sums, versions, self.sums, self.versions, strict=True)
         return sum(total is not old or version != old_version for old, old_version, total, version in pairs)
-
-    def snapshot(self) -> SumVersions:
-        """Return every sum with its version, as recorded last."""
-        return self._sums, self._versions
 
     def check(self) -> None:
         """Raise if gradients are not as they were recorded.
@@ -114,11 +117,11 @@ class ForeignWrites:
             WindowStateError: They were changed by other code.
         """
         if self._are_in_place:
-            if list(map(_VERSION, self._sums)) != self._versions or self._saw_backward:
+            if list(map(_VERSION, self.sums)) != self.versions or self._saw_backward:
                 self._refuse()
             if self._adds_grads and not self._has_recorded_grads():
                 self._refuse()
-        elif self._read_versions() != self._versions or self._saw_backward or not self._has_recorded_grads():
+        elif self._read_versions() != self.versions or self._saw_backward or not self._has_recorded_grads():
             self._refuse()
 
     def end_first_backward(self) -> None:
@@ -137,7 +140,9 @@ class ForeignWrites:
                 )
 
     def check_end(self) -> None:
-        """Raise if gradients or dtypes are not as they were recorded.
+        """Raise if gradients or dtypes are not as they were recorded, and warn if parameters are not.
+
+        A parameter may be written without a change, as by a model that limits one in every forward: not an error.
 
         Raises:
             WindowStateError: They were changed by other code.
@@ -145,12 +150,24 @@ class ForeignWrites:
         self.check()
         if not self._has_recorded_grads():
             self._refuse()
+        if self._parameter_versions and list(map(_VERSION, self._parameters)) != self._parameter_versions:
+            self._warn_of_written_parameters()
         if not self._dtypes or (dtypes := list(map(_DTYPE, self._parameters))) == self._dtypes:
             return
         index = next(i for i, dtype in enumerate(dtypes) if dtype != self._dtypes[i])
         raise WindowStateError(
             f"{self._name(index)}, was {_short(self._dtypes[index])} at the first backward of the window and is "
             f"{_short(dtypes[index])} now. Convert the model between two windows."
+        )
+
+    def _warn_of_written_parameters(self) -> None:
+        written = [i for i, before in enumerate(self._parameter_versions) if self._parameters[i]._version != before]
+        more = f", and {len(written) - 1} more" if len(written) > 1 else ""
+        warnings.warn(
+            f"{self._name(written[0])}{more}, was written to after the first backward of a window and before its "
+            "end, by another optimizer, by load_state_dict() or by an in-place operation: if its value changed, the "
+            "micro-batches of the window used different weights. Write to parameters between two windows.",
+            stacklevel=2,
         )
 
     def guard_hooks(self, parameters: Iterable[Tensor]) -> list[RemovableHandle]:
@@ -189,8 +206,8 @@ class ForeignWrites:
 
     def _read_versions(self) -> list[int | None]:
         if self._are_in_place:
-            return list(map(_VERSION, self._sums))
-        return [None if total is None else total._version for total in self._sums]
+            return list(map(_VERSION, self.sums))
+        return [None if total is None else total._version for total in self.sums]
 
     def _refuse(self) -> NoReturn:
         when = "since its last backward" if self._dtypes else "before its first backward"
@@ -198,7 +215,7 @@ class ForeignWrites:
         changed = [
             index
             for index, parameter in enumerate(self._parameters)
-            if parameter.grad is not self._grads[index] or versions[index] != self._versions[index]
+            if parameter.grad is not self._grads[index] or versions[index] != self.versions[index]
         ]
         which = f" The first that differs is that of {self._name(changed[0])}." if changed else ""
         raise WindowStateError(

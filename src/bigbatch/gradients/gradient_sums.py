@@ -151,7 +151,8 @@ class GradientSums:
             retain_graph: Whether the graph can be differentiated again.
 
         If the first graph contains reentrant checkpoints, or a loss is a leaf whose hook runs a backward of its own,
-        all leaves receive their gradients from then on, as in ``loss.backward()``.
+        all leaves receive their gradients from then on, as in ``loss.backward()``. That graph is walked, unless it is
+        known that those of the window before showed all leaves.
 
         Raises:
             ValueError: The loss does not depend on any parameter that requires a gradient.
@@ -161,7 +162,8 @@ class GradientSums:
         is_first = not self._has_begun
         if is_first or (self._frozen and any(map(_REQUIRES_GRAD, self._frozen))):
             self._hook_trained()
-        if loss.requires_grad and (self._hides_leaves is None or loss.is_leaf):
+        walks = self._hides_leaves is None or loss.is_leaf
+        if walks and loss.requires_grad:
             self._hides_leaves = self._hides_leaves or hides_leaves(loss, set(self.parameters))
         inputs = only if only is not None else () if self._hides_leaves else self._trained
         if not loss.requires_grad or not (inputs or self._hides_leaves):
@@ -191,7 +193,7 @@ class GradientSums:
             self._hook_trained()
             only = None if only is None else [p for p in only if p.requires_grad]
             self.backward(loss, only=only, retain_graph=retain_graph)
-        elif num_added < len(inputs) and not is_first and only is None and hides_leaves(loss, set(self.parameters)):
+        elif num_added < len(inputs) and not walks and only is None and hides_leaves(loss, set(self.parameters)):
             self._hides_leaves = True
             if num_added:
                 raise WindowStateError(HIDDEN_LATER)
@@ -202,9 +204,11 @@ class GradientSums:
         if not self._has_begun:
             self._has_begun = True
             self._writes.begin()
-        self._trained = tuple(p for p in self.parameters if p.requires_grad)
-        self._frozen = tuple(p for p in self.parameters if not p.requires_grad)
-        new = [p for p in self._trained if id(p) not in self._hooked]
+        self._trained, self._frozen = self.parameters, ()
+        if not all(map(_REQUIRES_GRAD, self.parameters)):
+            self._trained = tuple(p for p in self.parameters if p.requires_grad)
+            self._frozen = tuple(p for p in self.parameters if not p.requires_grad)
+        new = [p for p in self._trained if id(p) not in self._hooked] if self._hooked else self._trained
         self._hooked.update(map(id, new))
         self._handles += self._writes.guard_hooks(new)
         if self._observer is not None:
@@ -225,13 +229,22 @@ class GradientSums:
             )
 
     @property
+    def shows_leaves(self) -> bool:
+        """Whether the graphs of this window showed all their leaves; False before the first backward."""
+        return self._hides_leaves is False
+
+    def expect_shown_leaves(self) -> None:
+        """Do not walk the first graph: those of the window before showed all their leaves."""
+        self._hides_leaves = self._hides_leaves or False
+
+    @property
     def can_name_leaves(self) -> bool:
         """Whether ``only`` is supported: reentrant checkpoints, hooks with a backward and FSDP hide their leaves."""
         return not self._hides_leaves
 
     def snapshot_versions(self) -> SumVersions:
         """Return every sum with its version after the last backward, for `unchanged_since`."""
-        return self._writes.snapshot()
+        return self._writes.sums, self._writes.versions
 
     def unchanged_since(self, versions: SumVersions) -> list[Tensor]:
         """Return the parameters that require a gradient and whose sums did not change since `snapshot_versions`.
@@ -255,12 +268,11 @@ class GradientSums:
         Of a sparse gradient, the values of its coalesced form. In-place operations change the sums.
         """
         self._writes.check_end()
-        tensors = []
-        for parameter in self.parameters:
-            total = self._float32_sums.get(parameter, parameter.grad)
-            if total is not None:
-                tensors.append(self._sparse_values(parameter, total) if total.is_sparse else total)
-        return tensors
+        return [
+            self._sparse_values(parameter, total) if total.is_sparse else total
+            for parameter, total in zip(self.parameters, self._writes.sums, strict=True)
+            if total is not None
+        ]
 
     def _sparse_values(self, parameter: Tensor, total: Tensor) -> Tensor:
         if not total.is_coalesced():

@@ -15,9 +15,10 @@ from bigbatch.errors import WindowStateError
 from bigbatch.gradients.foreign_writes import WindowHook
 
 HIDDEN_LATER = (
-    "a micro-batch runs a reentrant checkpoint, or a hook with a backward of its own, and the first one of its window "
-    "did not: only the first shows that such parameters exist. Pass use_reentrant=False to "
-    "torch.utils.checkpoint.checkpoint, or run such a micro-batch first."
+    "a micro-batch runs a reentrant checkpoint, or a hook with a backward of its own, and earlier ones did not: only "
+    "the first of a window shows that such parameters exist. Pass use_reentrant=False to "
+    "torch.utils.checkpoint.checkpoint, or run such a micro-batch first; if it is switched on between two windows, run "
+    "this window again."
 )
 
 

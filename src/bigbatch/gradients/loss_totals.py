@@ -21,6 +21,7 @@ from bigbatch.window_report import TermReport
 
 WEIGHTS_ROUNDING = 1e-5  # items may be weights: their sum depends on the order in float32, where counts are exact
 _PAIR = (tuple, list)
+_ONLY_INT = {int}
 SINGLE = "loss"  # name of the term of a loss with only one
 _SINGLE_TERM = (SINGLE,)
 
@@ -203,7 +204,10 @@ class LossTotals:
         if self._global_totals is not None:
             return value if self.is_finite() else value * math.nan
         for total in self._totals_on_device():
-            value = value + 0.0 * (total.to(value) if isinstance(total, Tensor) else total)
+            if isinstance(total, Tensor):
+                value = value + 0.0 * total.to(value)
+            elif not math.isfinite(total):
+                value = value * math.nan
         return value
 
     def is_finite(self) -> bool:
@@ -236,6 +240,8 @@ class LossTotals:
         if self._global_totals is not None:
             return self._global_totals[name].items if name in self._global_totals else 0
         counts = self._items.get(name, [])
+        if set(map(type, counts)) == _ONLY_INT:  # the usual case
+            return sum(counts)  # type: ignore[arg-type]
         on_device = [count.reshape(()) for count in counts if isinstance(count, Tensor)]
         total = sum(count for count in counts if not isinstance(count, Tensor))
         if any(count.is_floating_point() for count in on_device):

@@ -130,6 +130,7 @@ class NoiseScaleEstimator:
     def __init__(self, half_life_items: float | None = None) -> None:
         self._half_life_items = half_life_items
         self._sums = _Averages()
+        self._estimate: tuple[int, NoiseScale | None] = (0, None)  # of so many measured windows
 
     @property
     def measures_next(self) -> bool:
@@ -199,6 +200,11 @@ class NoiseScaleEstimator:
 
     def estimate(self) -> NoiseScale | None:
         """Return the current estimate; None before 4 windows were measured."""
+        if self._estimate[0] != self._sums.num_windows:
+            self._estimate = self._sums.num_windows, self._compute_estimate()
+        return self._estimate[1]
+
+    def _compute_estimate(self) -> NoiseScale | None:
         sums = self._sums
         if sums.num_windows < MIN_WINDOWS:
             return None
@@ -279,3 +285,4 @@ class NoiseScaleEstimator:
         """
         self.check_state_dict(state)
         self._sums = _Averages(**state)  # type: ignore[arg-type]
+        self._estimate = (0, None)

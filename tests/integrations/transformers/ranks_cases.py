@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
@@ -127,6 +128,27 @@ def ddp(number: int, size: int, even: bool, budget: int | None, gathers: bool, a
         arguments={"accelerator_config": {"even_batches": even}},
         **settings,
     )
+
+
+class RunsOut(GathersMetrics):
+    """Memory runs out on the first rank, in its second and third loss that is not a trial."""
+
+    num_losses = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs)
+        if model.training and not bigbatch.is_trial():
+            self.num_losses += 1
+            if dist.get_rank() == 0 and self.num_losses in (2, 3):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+
+def out_of_memory(auto: bool) -> Any:
+    """Train under DDP with a rank whose memory runs out, or with micro-batches chosen for an amount of memory."""
+    lengths = {"lengths": lambda rows: [len(row["tokens"]) for row in rows]}
+    settings = {"memory": "8GiB", **lengths} if auto else {"items": cases.num_labels}
+    return train(cases.samples(48), 4, kind=GathersMetrics if auto else RunsOut, **settings)
 
 
 def uneven_updates() -> str:

@@ -59,6 +59,13 @@ def test_each_window_has_whole_batch_gradient(tmp_path: Path, settings):
     assert max(errors) <= EXACT
 
 
+def test_items_that_do_not_fit_are_warned_of(tmp_path: Path):
+    trainer, _ = cases.make(tmp_path)
+    exact(trainer, items=lambda inputs: len(inputs["tokens"]))
+    with pytest.warns(UserWarning, match="the updates of this engine are not exactly those of the full batch"):
+        trainer.train()
+
+
 def test_loss_function_that_returns_mean_is_exact(tmp_path: Path):
     recorder = cases.Recorder()
     trainer = Trainer(

@@ -51,6 +51,20 @@ def test_language_model_is_exact(tmp_path: Path, settings):
     assert max(cases.errors(recorder, llama(), cases.windows(texts(), pad), loss)) <= EXACT_IN_FLOAT32_LOGITS
 
 
+def test_columns_that_the_model_does_not_take_are_removed(tmp_path: Path):
+    rows = [{**row, "source": "somewhere"} for row in texts()]
+    seen = set()
+
+    def collate(samples):
+        seen.update(name for sample in samples for name in sample)
+        return pad(samples)
+
+    trainer, recorder = cases.make(tmp_path, Trainer, llama(), rows, collate, remove_unused_columns=True)
+    exact(trainer).train()
+    assert seen == {"input_ids"}
+    assert max(cases.errors(recorder, llama(), cases.windows(texts(), pad), own_loss)) <= EXACT_IN_FLOAT32_LOGITS
+
+
 def _smoothed(trainer):
     def loss(model: LlamaForCausalLM, batch):
         outputs = model(**{name: batch[name] for name in ("input_ids", "attention_mask")})

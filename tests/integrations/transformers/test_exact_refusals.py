@@ -10,6 +10,8 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Trainer
 
 import bigbatch
 from bigbatch.integrations.transformers import exact
+from bigbatch.integrations.transformers.refusals import check_trainer
+from bigbatch.integrations.transformers.settings import Settings
 from integrations.transformers import trainer_cases as cases
 from integrations.transformers import trl_cases as trl
 from integrations.transformers.test_exact_modes import pad, texts
@@ -144,6 +146,42 @@ def test_other_objects_are_refused():
     assert refusal_of(nn.Linear(1, 1)) == (
         "trainer is a Linear: pass a transformers.Trainer, or an instance of a subclass."
     )
+
+
+@pytest.mark.parametrize("name", ["get_batch_samples", "_get_num_items_in_batch"])
+def test_own_count_needs_items(tmp_path: Path, name: str):
+    def own(self, *_):
+        raise AssertionError("it would be called with samples")
+
+    trainer, _ = cases.make(tmp_path, type("Counts", (cases.MeanLoss,), {name: own}))
+    assert refusal_of(trainer) == (
+        f"Counts counts num_items_in_batch by itself ({name} is overridden), from collated batches that a window does "
+        "not have: pass items=, a function from a collated micro-batch to this count."
+    )
+    exact(trainer, items=cases.num_labels).train()
+
+
+def test_mean_that_claims_to_be_scaled_is_refused(tmp_path: Path):
+    class Scaled(cases.MeanLoss):
+        loss_is_scaled_for_ga = True
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs) / self.args.gradient_accumulation_steps
+
+    trainer, _ = cases.make(tmp_path, Scaled)
+    exact(trainer)
+    with pytest.raises(bigbatch.InputError) as caught:
+        trainer.train()
+    assert str(caught.value) == (
+        "loss_is_scaled_for_ga is True, and the loss is a mean over labels whatever num_items_in_batch is, so it seems "
+        "to be divided by the number of accumulation steps, which would make updates too small: return the mean "
+        "undivided, and set loss_is_scaled_for_ga to False."
+    )
+
+
+def test_exact_trainers_pass_the_checks_again(tmp_path: Path):
+    trainer, _ = cases.make(tmp_path)
+    check_trainer(exact(trainer), Settings())
 
 
 def test_own_division_is_not_taken_for_the_scale(tmp_path: Path):

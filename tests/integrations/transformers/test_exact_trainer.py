@@ -51,13 +51,6 @@ def test_logs_have_same_entries_and_exact_losses(tmp_path: Path):
     assert [entry["grad_norm"] for entry in found[:-1]] == pytest.approx([float(norm) for norm in norms])
 
 
-class OneBatch(TrainerCallback):
-    """Stops after the first update."""
-
-    def on_step_end(self, args, state, control, **_):
-        control.should_training_stop = True
-
-
 @pytest.mark.parametrize("rule", ["all", "non_padding"])
 def test_token_and_operation_counts_are_those_of_stock_trainer(tmp_path: Path, rule: str):
     counts = []
@@ -175,6 +168,23 @@ def test_second_training_continues(tmp_path: Path):
     trainer.train()
     trainer.train()
     parts = cases.windows(trainer.train_dataset) * 2
+    assert max(cases.errors(recorder, ref.make_model(), parts)) <= 1e-12
+
+
+def test_smaller_batches_after_out_of_memory_are_exact(tmp_path: Path):
+    trainer, recorder = cases.make(tmp_path, auto_find_batch_size=True, optim="sgd")
+    left = [1]
+
+    def run_out(*_, **__) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.add_callback(type("Fails", (TrainerCallback,), {"on_train_begin": run_out}))
+    exact(trainer, items=cases.num_labels).train()
+    size = trainer._train_batch_size * cases.STEPS
+    assert size < cases.BATCH * cases.STEPS
+    parts = cases.windows(trainer.train_dataset, size=size)
     assert max(cases.errors(recorder, ref.make_model(), parts)) <= 1e-12
 
 

@@ -24,6 +24,17 @@ def test_ranks_run_different_micro_batches(pools: Pools, gathers: bool):
         assert both == [4, 6]
 
 
+def test_out_of_memory_on_one_rank_is_exact(pools: Pools):
+    for errors, *_ in pools(2).run(cases.out_of_memory, False):
+        assert max(errors) <= EXACT
+
+
+def test_micro_batches_for_memory_are_exact(pools: Pools):
+    for errors, _, both in pools(2).run(cases.out_of_memory, True):
+        assert max(errors) <= EXACT
+        assert max(both) <= 3
+
+
 @pytest.mark.parametrize("budget", [None, 14])
 @pytest.mark.parametrize("auto", [False, True])
 def test_sharded_model_has_whole_batch_gradient(pools: Pools, budget: int | None, auto: bool):

@@ -134,6 +134,37 @@ def test_finding_leaves_no_trace():
     assert all(gradient is None for gradient in gradients[1:])
 
 
+def test_half_precision_is_probed_in_float32():
+    samples = tiny.token_samples()
+    seen = set()
+
+    class Watched(tiny.TokenMeanTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.add(next(model.parameters()).dtype)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    trainer = tiny.trainer_of(tiny.gpt2().bfloat16(), samples, cls=Watched)
+    parameters = list(trainer.model.parameters())
+    addresses = [parameter.data_ptr() for parameter in parameters]
+    assert unit_of(trainer, samples).name == "shifted labels"
+    assert seen == {torch.float32}
+    assert [parameter.data_ptr() for parameter in trainer.model.parameters()] == addresses
+    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+
+
+def test_model_that_needs_half_precision_is_probed_in_it():
+    samples = tiny.token_samples()
+
+    class HalfOnly(tiny.TokenMeanTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if next(model.parameters()).dtype is not torch.bfloat16:
+                raise RuntimeError("attention supports fp16 and bf16 only")
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    assert unit_of(tiny.trainer_of(tiny.gpt2().bfloat16(), samples, cls=HalfOnly), samples).name == "shifted labels"
+
+
 def test_later_windows_run_no_model():
     samples = tiny.token_samples()
     trainer = tiny.trainer_of(tiny.gpt2(), samples)

@@ -2,6 +2,7 @@
 
 import copy
 
+import datasets
 import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
@@ -194,3 +195,44 @@ def test_case_of_other_tests_is_verified(tmp_path):
     result = verify(exact(trainer, items=cases.num_labels, microbatch=5))
     assert result.relative_error <= EXACT
     assert result.stock_error >= 0.05
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def test_streams_and_unused_columns_are_read():
+    samples = [{**sample, "source": "a book"} for sample in tiny.token_samples()]
+    for dataset in (samples, Stream(samples), datasets.Dataset.from_list(samples)):
+        trainer = tiny.trainer_of(
+            tiny.gpt2(), dataset, tiny.collate_tokens, tiny.TokenMeanTrainer, remove_unused_columns=True, max_steps=2
+        )
+        result = verify(trainer)
+        assert result.relative_error <= EXACT
+        assert result.stock_error >= WRONG
+        assert len(trainer.accelerator._dataloaders) == 0
+
+
+def _sharded(_):
+    from torch.distributed.fsdp import fully_shard
+
+    with known_to_accelerate():
+        trainer = token_mean()
+        for block in trainer.model.transformer.h:
+            fully_shard(block)
+        fully_shard(trainer.model)
+        result = verify(trainer)
+        return result.unit, result.stock_error, result.relative_error
+
+
+def test_sharded_model_is_verified(pools):
+    first, second = pools(2).run(_sharded, "")
+    assert first == second
+    unit, stock_error, error = first
+    assert unit == "shifted labels"
+    assert stock_error >= WRONG
+    assert error <= EXACT

@@ -1,8 +1,8 @@
 """Exact gradient accumulation in ``transformers.Trainer`` and its subclasses, such as those of TRL.
 
-    from bigbatch.integrations.transformers import exact
-    trainer = exact(SFTTrainer(...))
-    trainer.train()
+from bigbatch.integrations.transformers import exact
+trainer = exact(SFTTrainer(...))
+trainer.train()
 """
 
 import importlib

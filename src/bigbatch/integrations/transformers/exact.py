@@ -51,7 +51,8 @@ def exact(
             default it is found on the first window, by comparing gradients.
         nonfinite: What a window does if its loss or gradient is not finite. ``"skip"``: no weight and no optimizer
             state changes. With a GradScaler it skips the update, as always; without one there is a warning, and the
-            schedule goes on. A window without items does the same. ``"raise"``: `bigbatch.NonFiniteError`.
+            schedule goes on. ``"raise"``: `bigbatch.NonFiniteError`. A window without items warns and changes nothing
+            either; with a GradScaler its gradient is 0.
 
     Returns:
         The trainer.

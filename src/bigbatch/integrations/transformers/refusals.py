@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled
 
 from bigbatch.errors import InputError
@@ -18,7 +19,8 @@ def check_trainer(trainer: Any, settings: Settings) -> None:
         InputError: Something about it makes exact updates impossible.
     """
     name = type(trainer).__name__
-    for problem in (_parallelism(trainer), _optimizer(trainer), _loss(trainer), _data(trainer)):
+    count = _own_count(trainer) if settings.items == "auto" else None
+    for problem in (_parallelism(trainer), _optimizer(trainer), _loss(trainer), count, _data(trainer)):
         if problem is not None:
             raise InputError(f"{name} {problem}")
     refuse_coupled_losses(trainer)
@@ -96,6 +98,17 @@ def _loss(trainer: Any) -> str | None:
             f"adds a mean over tokens to a mean over pairs (loss_type={list(types)}), and a window has one number of "
             'items: use loss types of one unit, such as loss_type=["sigmoid"].'
         )
+    return None
+
+
+def _own_count(trainer: Any) -> str | None:
+    kinds = [kind for kind in type(trainer).__mro__ if not kind.__module__.startswith("bigbatch.")]
+    for name in ("get_batch_samples", "_get_num_items_in_batch"):
+        if next(kind for kind in kinds if name in vars(kind)) is not Trainer:
+            return (
+                f"counts num_items_in_batch by itself ({name} is overridden), from collated batches that a window does "
+                "not have: pass items=, a function from a collated micro-batch to this count."
+            )
     return None
 
 

@@ -161,3 +161,39 @@ def fresh(inputs: Any) -> Any:
 
 def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def class_of(trainer: Any, kind: type) -> Iterator[None]:
+    """Give a trainer another class inside."""
+    found = type(trainer)
+    trainer.__class__ = kind
+    try:
+        yield
+    finally:
+        trainer.__class__ = found
+
+
+@contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object inside."""
+    attributes = vars(owner)
+    found = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)
+        attributes.update(found)
+
+
+@contextmanager
+def collective(accelerator: Any) -> Iterator[None]:
+    """Make ``gather`` and its relatives communicate again, inside `traceless`."""
+    attributes = vars(accelerator)
+    names = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
+    found = {name: attributes.pop(name) for name in names if name in attributes}
+    try:
+        yield
+    finally:
+        attributes.update(found)

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.refusals import uneven_updates
 from bigbatch.integrations.transformers.samples import EmptyBatch, SampleBatch, SampleCollator, WindowBatch, as_window
 from bigbatch.integrations.transformers.settings import Settings
-from bigbatch.integrations.transformers.window_engine import ComputeLoss, WindowEngine
+from bigbatch.integrations.transformers.window_engine import ComputeLoss, WindowEngine, batch_size_of
 from bigbatch.window_report import WindowReport
 
 
@@ -55,7 +56,7 @@ class ExactMixin:
         ranks, dataset = trainer.accelerator.num_processes, trainer.train_dataset
         if ranks == 1 or not hasattr(dataset, "__len__"):
             return
-        size, drop_last = trainer._train_batch_size, trainer.args.dataloader_drop_last
+        size, drop_last = batch_size_of(trainer), trainer.args.dataloader_drop_last
         missing = -len(dataset) % (size * ranks)
         if trainer.accelerator.even_batches:
             if missing and not drop_last and trainer.accelerator.is_main_process:
@@ -65,6 +66,8 @@ class ExactMixin:
                     'accelerator_config={"even_batches": False}.',
                     stacklevel=2,
                 )
+            return
+        if trainer.accelerator.split_batches:
             return
         problem = uneven_updates(
             len(dataset),
@@ -78,10 +81,13 @@ class ExactMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the batches of a window: all samples are in the last one."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        batches, _ = Trainer.get_batch_samples(self, *args, **kwargs)  # an override would count items of collated ones
         if batches:
             batches, self._bigbatch_held = as_window(batches, self._bigbatch_held), ()
         return batches, None
+
+    def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
+        """Return None: items are counted by micro-batch."""
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run a whole window, or nothing for the batches whose samples are in it.

@@ -5,6 +5,7 @@ collated micro-batch → shifted labels, labels, tokens of each mask, samples, p
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -55,6 +56,9 @@ def candidates_for(inputs: Any, *, num_samples: int, label_names: Sequence[str] 
         found += [] if key in _TOKENS_OF_MASK else _of_mask(inputs, key)
     if _num_positions(inputs):
         found.append(Candidate("positions", _num_positions, depends_on_padding=True))
+    if _num_positions(inputs, start=1):
+        shifted = partial(_num_positions, start=1)
+        found.append(Candidate("shifted positions", shifted, depends_on_padding=True))
     return found
 
 
@@ -154,7 +158,8 @@ def _is_packed(inputs: Any) -> bool:
     return isinstance(inputs, Mapping) and "position_ids" in inputs and "attention_mask" not in inputs
 
 
-def _num_positions(inputs: Any) -> int:
+def _num_positions(inputs: Any, start: int = 0) -> int:
+    """Return rows times length, of the length from an index on."""
     values = dict(_items(inputs))
     names = [*_MAIN_INPUTS, "labels"]
     tensors = [values[name] for name in names if isinstance(values.get(name), Tensor)]
@@ -162,7 +167,7 @@ def _num_positions(inputs: Any) -> int:
     if tensor is None:
         leaves = [leaf for leaf in tree_leaves(_plain(inputs)) if isinstance(leaf, Tensor)]
         tensor = next((leaf for leaf in leaves if leaf.ndim > 1), None)
-    return 0 if tensor is None else tensor.shape[0] * tensor.shape[1]
+    return 0 if tensor is None else tensor.shape[0] * (tensor.shape[1] - start)
 
 
 def _main_tensor(inputs: Any) -> Tensor | None:

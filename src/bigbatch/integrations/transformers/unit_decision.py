@@ -44,7 +44,7 @@ class Decision:
 
     Attributes:
         takes_num_items: Whether the loss is a sum divided by ``num_items_in_batch``.
-        fitting: The units, the most usual one first; all count the samples so far alike.
+        fitting: The units, the most usual one first; their counts of the samples so far agree.
         factor: What the loss is multiplied by if ``num_items_in_batch`` is passed: the number of ranks, or 1.
         tolerance: Relative difference of counts that the gradients cannot show.
         is_final: Whether the decision holds for other windows too: not if it was made from a single sample.

@@ -4,13 +4,14 @@ samples → counts in every unit → a few samples, together and in parts → th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from bigbatch.errors import InputError, RankFailedError
-from bigbatch.integrations.transformers.traceless import traceless, without_autocast
+from bigbatch.integrations.transformers.precision import Precision, in_precision, precisions_for
+from bigbatch.integrations.transformers.traceless import traceless
 from bigbatch.integrations.transformers.unit_counts import Candidate, candidates_for
 from bigbatch.integrations.transformers.unit_decision import Decision, Inconclusive, decide
 from bigbatch.integrations.transformers.unit_probe import ComputeLoss, LossProbe
@@ -76,7 +77,7 @@ class UnitFinder:
         """Return the unit for a window.
 
         The first call runs the model on a few samples of the window, as do later calls while the windows before were
-        of one sample or not finite, or if this window separates units that counted all others alike.
+        of one sample or not finite, or if this window separates units whose counts agreed in all others.
 
         Args:
             samples: Of this rank, not collated; may be empty.
@@ -100,7 +101,7 @@ class UnitFinder:
         return self._as_unit(found)
 
     def _holds(self, known: Decision, samples: Sequence[Any]) -> bool:
-        """Return whether all units of a decision count a window alike. Collective if they are several."""
+        """Return whether the counts of all units of a decision agree in a window. Collective if they are several."""
         return len(known.fitting) == 1 or self._agree(self._entries(samples, known.names), known)
 
     def _may_have_changed(self) -> bool:
@@ -199,32 +200,37 @@ class UnitFinder:
                 return reason
 
         def message(result: Decision | Inconclusive | None) -> Any:
-            return (
-                result.names if isinstance(result, Decision) else isinstance(result, Inconclusive) and result.is_finite
-            )
+            if isinstance(result, Decision):
+                return result.names, result.tolerance, dict(result.errors)
+            return isinstance(result, Inconclusive) and result.is_finite
 
         own, results = self._call_on_all_ranks(evaluate, message)
         if any(isinstance(each, bool) for each in results):
             raise Inconclusive(is_finite=all(each is not False for each in results))
         assert isinstance(own, Decision)
-        return own.restrict([name for name in own.names if all(name in names for names in results)], self._trainer)
+        tolerance = max(tolerance for _, tolerance, _ in results)  # ranks whose memory is short run in half precision
+        errors = {name: max(errors[name] for *_, errors in results) for name in own.errors}
+        names = [name for name in own.names if all(name in names for names, *_ in results)]
+        return replace(own, tolerance=tolerance, errors=errors).restrict(names, self._trainer)
 
     def _evaluate(self, whole: Any, parts: Sequence[Any], candidates: Sequence[Candidate]) -> Decision:
-        trainer, error = self._trainer, None
-        with traceless(trainer, self._compute_loss) as model:
+        """Decide in the most precise arithmetic that the model runs in."""
+        trainer = self._trainer
+        precisions = precisions_for(trainer)
+        for number, precision in enumerate(precisions, 1):
             try:
-                with without_autocast(model):
-                    return decide(trainer, LossProbe(trainer, model, self._compute_loss), whole, parts, candidates)
+                with traceless(trainer, self._compute_loss) as model, in_precision(trainer, precision):
+                    is_rounded = precision is Precision.AUTOCAST
+                    probe = LossProbe(trainer, model, self._compute_loss, autocast=is_rounded)
+                    return decide(trainer, probe, whole, parts, candidates)
             except (InputError, Inconclusive):
                 raise
-            except Exception as raised:  # kernels such as flash attention need half precision
-                if "_original_forward" not in vars(model) or is_out_of_memory(raised):
+            except Exception as error:  # kernels such as flash attention need half precision
+                is_last = number == len(precisions)
+                if is_last or (is_out_of_memory(error) and precision is not Precision.FLOAT32):
                     raise
-                error = raised
-        assert error is not None
-        with traceless(trainer, self._compute_loss) as model:
-            probe = LossProbe(trainer, model, self._compute_loss, autocast=True)
-            return decide(trainer, probe, whole, parts, candidates)
+            free_cached_memory()
+        raise AssertionError("the last precision returns or raises")
 
     def _on_all_ranks(self, function: Callable[[], T]) -> list[T]:
         """Call a function on every rank and return the results of all; if one fails, all raise. Collective."""

@@ -73,6 +73,8 @@ class WindowEngine:
         self._window = WindowBatch()  # frees the samples
         if report.skipped is not None and self._trainer.accelerator.scaler is None:
             return self._without_gradient(report), report
+        if report.skipped == NO_ITEMS:  # a GradScaler cannot step without a gradient
+            self._warn_of_window("no items: its gradient is 0, and momentum and weight decay act as in any update")
         if not self._num_windows:
             loss.register_hook(self._check_factor)  # type: ignore[no-untyped-call]
         self._num_windows += 1
@@ -85,7 +87,7 @@ class WindowEngine:
 
     def _engine_for(self, model: nn.Module, *, is_collated: bool) -> Engine:
         """Return the engine for a model; another one if the model or the batch size changed since the last window."""
-        settings, batch_size = self._settings, self._trainer._train_batch_size
+        settings, batch_size = self._settings, batch_size_of(self._trainer)
         made_for = (model, batch_size, is_collated)
         if self._engine is not None and made_for == self._made_for:
             return self._engine
@@ -151,14 +153,16 @@ class WindowEngine:
 
     def _without_gradient(self, report: WindowReport) -> Tensor:
         """Return the loss of a window that changes nothing: its backward leaves every ``.grad`` as it is."""
-        step, reason = self._trainer.state.global_step + 1, report.skipped
-        warnings.warn(
-            f"the window of update {step} has {'no items' if reason == NO_ITEMS else 'a ' + str(reason)}: it changes "
-            "no weight and no optimizer state; the learning rate schedule goes on.",
-            stacklevel=2,
+        has_items = report.skipped != NO_ITEMS
+        self._warn_of_window(
+            f"{f'a {report.skipped}' if has_items else NO_ITEMS}: it changes no weight and no optimizer state; the "
+            "learning rate schedule goes on"
         )
-        value = 0.0 if reason == NO_ITEMS else float("nan")
+        value = float("nan") if has_items else 0.0
         return torch.full((), value, device=self._trainer.args.device, requires_grad=True)
+
+    def _warn_of_window(self, what: str) -> None:
+        warnings.warn(f"the window of update {self._trainer.state.global_step + 1} has {what}.", stacklevel=3)
 
     def _check_factor(self, factor: Tensor) -> None:
         """Check that the trainer differentiates the loss as it is, once: the gradient is multiplied by any factor."""
@@ -169,6 +173,12 @@ class WindowEngine:
                 f"training_step of {type(self._trainer).__name__} multiplies the loss by {factor.item() / expected:g}, "
                 "and the loss of a window is complete: remove the division by the number of accumulation steps."
             )
+
+
+def batch_size_of(trainer: Any) -> int:
+    """Return the samples of one batch of the loader on each rank."""
+    accelerator, size = trainer.accelerator, int(trainer._train_batch_size)
+    return size // accelerator.num_processes if accelerator.split_batches else size
 
 
 @contextmanager

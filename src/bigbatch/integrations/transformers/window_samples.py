@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from bigbatch.integrations.transformers.traceless import collator_state
 from bigbatch.integrations.transformers.unit_counts import (
+    Candidate,
     candidates_for,
     cut_rows,
     has_row_for_each_sample,
@@ -92,8 +93,7 @@ def count_samples(
             if names is not None and each.name not in names:
                 continue
             if each.depends_on_padding:
-                is_constant = _count_is_constant(samples, sizes, collator)
-                counts[each.name] = [1.0] * len(samples) if is_constant else [float(size) for size in sizes]
+                counts[each.name] = _padded_counts(each, samples, sizes, collator)
             elif by_row and each.count_rows is not None:
                 counts[each.name] = [float(count) for count in each.count_rows(whole).tolist()]
             else:
@@ -104,18 +104,16 @@ def count_samples(
     ]
 
 
-def _count_is_constant(samples: Sequence[Any], sizes: Sequence[int], collator: "Collator") -> bool:
-    """Return whether the smallest and the largest sample are padded to the same length."""
-    if min(sizes) == max(sizes):
-        return True
-    chosen = (samples[sizes.index(min(sizes))], samples[sizes.index(max(sizes))])
-    counts = []
-    for sample in chosen:
-        single = collator.collate([sample])
-        counts += [
-            float(each.count(single)) for each in candidates_for(single, num_samples=1) if each.depends_on_padding
-        ]
-    return len(set(counts)) <= 1
+def _padded_counts(
+    candidate: Candidate, samples: Sequence[Any], sizes: Sequence[int], collator: Collator
+) -> list[float]:
+    """Return the count of each sample on its own: exact if all are padded to one length, else by their sizes."""
+    smallest, largest = (
+        float(candidate.count(collator.collate([samples[sizes.index(size)]]))) for size in (min(sizes), max(sizes))
+    )
+    if smallest == largest:
+        return [smallest] * len(samples)
+    return [float(size) + smallest - min(sizes) for size in sizes]
 
 
 def _size(sample: Any) -> int:
@@ -140,7 +138,7 @@ def names_of(entries: Sequence[Entry]) -> list[str]:
 
 
 def agree(entries: Sequence[Entry], names: Sequence[str], *, tolerance: float, absolute: bool) -> bool:
-    """Return whether some units count the samples alike: equally, or up to a constant factor."""
+    """Return whether the counts of some units agree: they are equal, or equal up to a constant factor."""
     first, *others = names
     for name in others:
         if any((not entry.counts[name]) != (not entry.counts[first]) for entry in entries):
@@ -165,14 +163,23 @@ def choose_parts(
     """
     untried = [entry for entry in entries if entry not in tried]
     untried = untried if len(untried) > 1 else list(entries)
-    usable = [entry for entry in untried if all(entry.counts[name] for name in names)]
-    by_size = sorted(usable if len(usable) > 1 else untried, key=lambda entry: (entry.size, entry.rank, entry.index))
-    pool = by_size[:POOL]
+
+    def rank_of(entry: Entry) -> tuple[bool, int, int, int]:
+        return not _is_counted(entry, names), entry.size, entry.rank, entry.index
+
+    by_size = sorted(untried, key=rank_of)
+    usable = [entry for entry in by_size if _is_counted(entry, names)]
+    pool = (usable if len(usable) > 1 else by_size)[:POOL]
     if len(pool) < 2:
         return [pool]
-    pair = max(itertools.combinations(pool, 2), key=lambda pair: _separation(pair, names))
+    pairs = itertools.combinations(pool, 2) if len(usable) != 1 else ((pool[0], other) for other in pool[1:])
+    pair = max(pairs, key=lambda pair: _separation(pair, names))
     others = [entry for entry in pool if entry not in pair]
     return [[pair[0]], [pair[1], *others[: max(0, min(1, max_samples - 2))]]]
+
+
+def _is_counted(entry: Entry, names: Sequence[str]) -> bool:
+    return all(entry.counts[name] for name in names)
 
 
 def most_different(entries: Sequence[Entry], names: Sequence[str]) -> list[list[Entry]]:

@@ -61,6 +61,13 @@ class WindowUnit:
             self._finders[window.is_collated] = UnitFinder(self._trainer, collate, self._compute_loss)
         unit = self._finders[window.is_collated].unit(samples)
         self.name, self.count, self.takes_num_items = unit.name, unit.count, unit.takes_num_items
+        claims_to_be_scaled = getattr(self._trainer, "loss_is_scaled_for_ga", None)
+        if claims_to_be_scaled and not unit.takes_num_items and unit.name != "undetermined":
+            raise InputError(
+                f"loss_is_scaled_for_ga is True, and the loss is a mean over {unit.name} whatever num_items_in_batch "
+                "is, so it seems to be divided by the number of accumulation steps, which would make updates too "
+                "small: return the mean undivided, and set loss_is_scaled_for_ga to False."
+            )
 
 
 def _not_found(inputs: Mapping[str, Any]) -> Items:
