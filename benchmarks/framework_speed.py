@@ -4,8 +4,8 @@ Overhead: samples of one length, where both Trainers compute the same update wit
 turns step by step in one process; the ratio of the median times of a step. A second stock Trainer shows the noise.
 
 Token budget: ragged lengths, the same window for all, in turns; the Trainer with its own batch size, and sorted by
-length (``group_by_length``, which changes the samples of an update), beside ``exact`` with a `TokenBudget`. Tokens are real ones, without padding. The peak is
-of one update, in a run of its own.
+length (``group_by_length``, which changes the samples of an update), beside ``exact`` with a `TokenBudget`. Tokens are
+real ones, without padding. The peak is of one update, in a run of its own.
 
 Capped: ``--memory`` is all that the allocator may have. Lengths are log-normal with long samples. The Trainer with
 ``per_device_train_batch_size=32`` runs out of memory, and ``exact(trainer, memory=...)`` with the same arguments does
