@@ -5,7 +5,6 @@ import copy
 import datasets
 import pytest
 import torch
-from trl import GRPOConfig, GRPOTrainer
 
 from bigbatch.integrations.transformers import weights
 from integrations.transformers import trainer_cases as cases
@@ -14,6 +13,11 @@ from support import tiny_trainers as tiny
 
 # TRL calls them before and after it generates.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(dis|en)able` is deprecated:FutureWarning")
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except RuntimeError as error:
+    pytest.skip(f"this version of TRL cannot import GRPO here: {error}", allow_module_level=True)
+
 NUM_STEPS = 4
 SETTINGS = {
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": NUM_STEPS, "num_generations": 2, "max_steps": 2,

@@ -174,7 +174,7 @@ class WeightsMixin:
 
 def _is_divided(trainer: Any) -> bool:
     """Return whether the Trainer divides a loss that was computed without a number of items by its steps."""
-    is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # since transformers 5.19
+    is_scaled = trainer.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None  # since 5.19
     if is_scaled is None:
         is_scaled = trainer.compute_loss_func is not None
     return not is_scaled
