@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,9 @@ class Workload:
 
 
 SMALL = Workload(layers=2, width=64, vocabulary=256, lengths=(16, 48, 384), batch_size=8, steps=4)
-LARGE = Workload(layers=12, width=768, vocabulary=32000, lengths=(32, 200, 4096), batch_size=32, steps=4)
+MEDIUM = Workload(layers=2, width=256, vocabulary=1024, lengths=(16, 64, 384), batch_size=8, steps=4)
+LARGE = Workload(layers=12, width=768, vocabulary=32000, lengths=(32, 200, 1024), batch_size=16, steps=4)
+CAPPED = replace(LARGE, lengths=(32, 200, 4096), batch_size=32)
 
 
 class Collator:
@@ -120,7 +122,7 @@ def lengths(samples: Sequence[Sample]) -> list[int]:
 
 
 class Times(transformers.TrainerCallback):
-    """Measures the seconds of every update, and stops after some.
+    """Measures the seconds of every update, with reading and collating its samples.
 
     Args:
         device: Is synchronized at both ends.
@@ -141,15 +143,17 @@ class Times(transformers.TrainerCallback):
             return time.perf_counter()
         return time.process_time()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Wait for the first turn, and start the clock."""
         self.turn()
         self._start = self._synchronize()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock, and start it for the next update, which begins with its data."""
         self.seconds.append(self._synchronize() - self._start)
         self.end()
+        self.turn()
+        self._start = self._synchronize()
 
 
 def make_trainer(work: Workload, samples: list[Sample], device: str, times: Times, **settings: Any) -> Any:
@@ -293,20 +297,21 @@ def budgets(work: Workload, device: str, updates: int) -> None:
         print_line(name, speeds[name], peak, best if how else 0.0)
 
 
-def capped(work: Workload, device: str, updates: int, memory: str) -> None:
-    """Compare every stock batch size with `exact` under a memory cap."""
+def capped(work: Workload, device: str, updates: int, memory: str, common: dict[str, Any]) -> None:
+    """Compare every stock batch size with `exact` under a memory cap; all have the common training arguments."""
     print(f"capped on {device}, {memory}: {updates} updates of {work.window} samples of {work.lengths} tokens", end="")
     print(" (min, median, max)")
     print(f"  {'':<44}{'tokens/s':>12}{'peak MiB':>11}")
     contenders: Contenders = {}
     size = work.batch_size
     while size:
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": work.window // size}
+        settings = common | {"per_device_train_batch_size": size, "gradient_accumulation_steps": work.window // size}
         contenders[f"stock, batch size {size}"] = settings, {}
         grouped = settings | {"train_sampling_strategy": "group_by_length"}
         contenders[f"stock, batch size {size}, group_by_length"] = grouped, {}
         size //= 2
-    contenders[f'exact, batch size {work.batch_size}, memory="{memory}"'] = {}, {"memory": memory, "lengths": lengths}
+    how = {"memory": memory, "lengths": lengths}
+    contenders[f'exact, batch size {work.batch_size}, memory="{memory}"'] = common, how
     samples = work.samples(updates + WARMUP, ragged=True)
     best = 0.0
     with cap(device, memory):
@@ -338,20 +343,24 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--capped", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--memory", default="8GiB", help="of the card, with --capped")
+    parser.add_argument("--memory", default="12GiB", help="of the card, with --capped")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing for all, with --capped")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--size", choices=("small", "large"), help="by default large on CUDA")
     given = parser.parse_args(words)
     large = given.size == "large" or (given.size is None and given.device == "cuda")
-    work = LARGE if large else SMALL
+    work = (CAPPED if given.capped else LARGE) if large else SMALL
     where = torch.cuda.get_device_name() if given.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}"
     )
     if given.capped:
-        capped(work, given.device, given.updates, given.memory)
+        common = {"gradient_checkpointing": True} if given.checkpointing else {}
+        capped(work, given.device, given.updates, given.memory, common)
         return
     overhead(work, given.device, given.updates)
+    if not large:
+        overhead(MEDIUM, given.device, given.updates)  # the cost of a window is constant: a longer step shows it less
     budgets(work, given.device, given.updates)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/frameworks.py                     # the table
     python benchmarks/frameworks.py --speed             # time of a Trainer's step, tokens/s and peak memory
     python benchmarks/frameworks.py --speed --device cuda
-    python benchmarks/frameworks.py --capped --device cuda --memory 8GiB
+    python benchmarks/frameworks.py --capped --device cuda --memory 12GiB
 
 The table: small random models in float64, micro-batches of 4 samples, 4 of them in a window, ragged lengths; relative
 error ‖gradient − whole‖ / ‖whole‖ at the optimizer's step, of the first window, one in the middle and the last, which
