@@ -80,7 +80,7 @@ def count_samples(
     """
     if not samples:
         return []
-    sizes = [_size(sample) for sample in samples]
+    sizes = [size_of(sample) for sample in samples]
     with collator.restored():
         whole = collator.collate(list(samples))
         by_row = has_row_for_each_sample(whole, len(samples))
@@ -116,7 +116,7 @@ def _padded_counts(
     return [float(size) + smallest - min(sizes) for size in sizes]
 
 
-def _size(sample: Any) -> int:
+def size_of(sample: Any) -> int:
     """Return the number of elements of the sequences and tensors of a sample that is not collated."""
     leaves = list(sample.values()) if isinstance(sample, Mapping) else tree_flatten(sample)[0]
     return sum(_elements(leaf) for leaf in leaves)
