@@ -7,7 +7,7 @@ import torch
 
 from coupled.models import CASES, NUM_SAMPLES, TOLERANCE, Case, batch, engine_of, gradient_error, rows_of, towers
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 CLIP = CASES["clip"]
 
 

@@ -130,6 +130,22 @@ def test_dropout_masks_are_replayed(cut: int) -> None:
     assert torch.equal(torch.get_rng_state(), after), "the generator ends as after one pass"
 
 
+def test_random_collate_is_replayed() -> None:
+    samples = [{name: column[0] for name, column in batch(1, seed).items()} for seed in range(10)]
+
+    def collate(chosen: Any) -> dict[str, Tensor]:
+        part = {name: torch.stack([sample[name] for sample in chosen]) for name in chosen[0]}
+        return {**part, "left": part["left"] + torch.randn_like(part["left"])}
+
+    case, model, reference = CASES["clip"], towers(), towers()
+    torch.manual_seed(5)
+    parts = [case.encode(reference, collate(samples[i : i + 4])) for i in range(0, 10, 4)]
+    case.loss(reference, tuple(torch.cat(column) for column in zip(*parts, strict=True))).backward()
+    torch.manual_seed(5)
+    engine_of(model, case, 4, collate=collate, check=False).backward(samples)
+    assert gradient_error(model, reference) <= TOLERANCE
+
+
 def test_python_and_numpy_numbers_are_replayed() -> None:
     import random
 

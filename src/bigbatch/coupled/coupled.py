@@ -41,7 +41,8 @@ class Coupled:
     Args:
         encode: ``encode(model, microbatch) → features``: a tensor ``[samples, ...]``, or a pytree, mapping or dataclass
             of such tensors. Those of integers, such as labels, are passed on to ``loss``; a feature that does not
-            require a gradient is a constant. May draw from the global random generators of torch, Python and NumPy.
+            require a gradient is a constant. May draw from the global random generators of torch, Python and NumPy, as
+            may ``collate``: their states are restored for the second pass.
         loss: ``loss(model, features) → loss``, 0-d, the loss of the whole batch: a mean, or any other function of the
             features of all samples, in the order of the batch. May change features in place.
         gather: Over several ranks, ``"none"``: each rank computes the loss of its own features, and the loss of the

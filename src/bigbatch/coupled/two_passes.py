@@ -5,7 +5,7 @@ encode without gradients → join → loss on all features → gradient of each 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from bigbatch.trials.loss_modules import modules_used_by
 # features in float32 be computed in 16 bits; other dropout masks make a difference of 0.3 and more.
 MOST_DIFFERENT = {torch.float64: 1e-7, torch.complex128: 1e-7, torch.float32: 0.03, torch.complex64: 0.03}
 HALF_DIFFERENT = 0.1
+
+Take: TypeAlias = Callable[[Sequence[int]], Any]
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class TwoPasses:
 
         passes.start()
         for rows in groups:
-            passes.encode(rows, take(rows))
-        loss_sum = passes.loss_sum()            # its backward leaves gradients in the .grad of passes.leaves
+            passes.encode(coupled, rows, take)
+        loss_sum = passes.loss_sum(coupled)     # its backward leaves gradients in the .grad of passes.leaves
         passes.keep_gradients()
         for part in passes.parts:
-            loss_sum, items = passes.linear_loss(part.rows, take(part.rows), part.state)   # for its backward
+            loss_sum, items = passes.linear_loss(coupled, part.rows, take, part.state)     # for its backward
         passes.end()
 
     Args:
@@ -90,21 +92,21 @@ class TwoPasses:
         """Whether another cut has the same features: no forward drew random numbers or wrote buffers."""
         return not (self.replay.draws or self.replay.writes_buffers)
 
-    def encode(self, coupled: Coupled, rows: Sequence[int], microbatch: Any) -> None:
+    def encode(self, coupled: Coupled, rows: Sequence[int], take: Take) -> None:
         """Encode a micro-batch without gradients.
 
         Args:
             coupled: The loss.
             rows: Its samples.
-            microbatch: Passed to ``encode``.
+            take: Returns the micro-batch of some samples; may draw random numbers, as ``encode``.
         """
-        self.parts.append(self.encoded(coupled, rows, microbatch))
+        self.parts.append(self.encoded(coupled, lambda: take(rows), rows))
 
-    def encoded(self, coupled: Coupled, rows: Sequence[int] | None, microbatch: Any) -> EncodedPart:
+    def encoded(self, coupled: Coupled, take: Callable[[], Any], rows: Sequence[int] | None = None) -> EncodedPart:
         """Return the features of a micro-batch that is not joined with the others; without ``rows`` it is padding."""
         state = self.replay.save()
         with torch.no_grad():
-            features = flatten_features(coupled.encode(self._model, microbatch), None if rows is None else len(rows))
+            features = flatten_features(coupled.encode(self._model, take()), None if rows is None else len(rows))
         self.replay.note_forward(state)
         rows = range(features.num_samples) if rows is None else rows
         return EncodedPart(rows, state, features.detached())
@@ -157,7 +159,7 @@ class TwoPasses:
         self._after_loss = self.replay.save()
 
     def linear_loss(
-        self, coupled: Coupled, rows: Sequence[int], microbatch: Any, state: ReplayState | None
+        self, coupled: Coupled, rows: Sequence[int], take: Take, state: ReplayState | None
     ) -> tuple[Tensor, int]:
         """Encode a micro-batch again, and return a loss whose backward adds its part of the gradient, and its samples.
 
@@ -166,12 +168,12 @@ class TwoPasses:
         Args:
             coupled: The loss.
             rows: Its samples.
-            microbatch: Passed to ``encode``.
+            take: As for `encode`.
             state: Before its first forward; None to not restore it.
         """
         if state is not None:
             self.replay.replay(state)
-        features = flatten_features(coupled.encode(self._model, microbatch), len(rows))
+        features = flatten_features(coupled.encode(self._model, take(rows)), len(rows))
         differentiable = [leaf for leaf in features.leaves if is_differentiable(leaf)]
         for leaf, first in zip(differentiable, self.leaves, strict=True):
             self._compare(leaf.detach(), select(first, rows, self._positions))

@@ -157,7 +157,7 @@ class CoupledRunner(MicrobatchRunner):
     def _encode(self, rows: Rows) -> None:
         states = self._passes.save()
         try:
-            self._passes.encode(self._coupled, rows, self.inputs.take(rows))
+            self._passes.encode(self._coupled, rows, self.inputs.take)
             return
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -171,10 +171,10 @@ class CoupledRunner(MicrobatchRunner):
         rows = microbatch.content if microbatch.counts else ()
         with self._errors_in_lockstep(rows):
             if microbatch.counts:
-                self._passes.encode(self._coupled, rows, self.inputs.take(rows))
+                self._passes.encode(self._coupled, rows, self.inputs.take)
                 part = self._passes.parts[-1]
             else:
-                part = self._passes.encoded(self._coupled, None, microbatch.content)
+                part = self._passes.encoded(self._coupled, lambda: microbatch.content)
         self._turns.append((microbatch, part))
 
     @contextmanager
@@ -260,7 +260,7 @@ class CoupledRunner(MicrobatchRunner):
             return None
         for part in passes.parts:
             try:
-                pending.add(passes.linear_loss(coupled, part.rows, take(part.rows), part.state))
+                pending.add(passes.linear_loss(coupled, part.rows, take, part.state))
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -275,14 +275,11 @@ class CoupledRunner(MicrobatchRunner):
     def _differentiate_in_pieces(self, pending: PendingUpdate) -> None:
         inputs, passes = self.inputs, self._passes
 
-        def take(rows: Rows) -> tuple[Rows, Any]:
-            return rows, inputs.take(rows)
-
-        def loss_fn(_model: Any, rows_and_content: tuple[Rows, Any]) -> tuple[Tensor, int]:
-            return passes.linear_loss(self._coupled, *rows_and_content, None)
+        def loss_fn(_model: Any, rows: Rows) -> tuple[Tensor, int]:
+            return passes.linear_loss(self._coupled, rows, inputs.take, None)
 
         self._retry.prepare()
-        with self._retry.window(WindowInputs(loss_fn, take, inputs.lengths)):
+        with self._retry.window(WindowInputs(loss_fn, lambda rows: rows, inputs.lengths)):
             for part in passes.parts:
                 self._retry.run(Microbatch(part.rows), pending)
         self.retries += self._retry.retries
@@ -291,7 +288,7 @@ class CoupledRunner(MicrobatchRunner):
         rows = part.rows
         compute: Callable[[], tuple[Tensor, int]]
         if microbatch.counts:
-            compute = lambda: self._passes.linear_loss(self._coupled, rows, self.inputs.take(rows), part.state)  # noqa: E731
+            compute = lambda: self._passes.linear_loss(self._coupled, rows, self.inputs.take, part.state)  # noqa: E731
         else:
             compute = partial(self._passes.padding_loss, self._coupled, microbatch.content, part.state)
         with self._errors_in_lockstep(rows):

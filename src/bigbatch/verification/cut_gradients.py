@@ -105,7 +105,7 @@ class CutGradients:
         backward_with_leaves(passes.loss_sum(coupled) * scale, sums, passes.leaves)
         passes.keep_gradients()
         for part in passes.parts:
-            loss_sum, _ = passes.linear_loss(coupled, part.rows, split.take(part.rows), part.state)
+            loss_sum, _ = passes.linear_loss(coupled, part.rows, split.take, part.state)
             if loss_sum.requires_grad:
                 sums.backward(loss_sum)
             self._reset_state()
@@ -115,7 +115,7 @@ class CutGradients:
 
     def _encode(self, coupled: Coupled, split: Split, passes: TwoPasses) -> None:
         for rows in split.groups:
-            passes.encode(coupled, rows, split.take(rows))
+            passes.encode(coupled, rows, split.take)
             self._reset_state()
 
     def mean_of_means(self, microbatch: int) -> Gradients:
