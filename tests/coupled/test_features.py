@@ -304,3 +304,20 @@ def test_float16_scaler_keeps_small_gradients() -> None:
     for p, old in zip(model.parameters(), before, strict=True):
         p.grad = None if torch.equal(p, old) else old - p.detach()
     assert gradient_error(model, reference) < 0.02
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("after", [0, 3, 6, 9])
+def test_window_can_be_abandoned_in_both_passes(after: int, dropout: float) -> None:
+    model, calls = towers(dropout), []
+    engine = bigbatch.Engine(model, None, bigbatch.Coupled(two_towers, CASES["clip"].loss), microbatch=4, check=False)
+
+    def should_abandon() -> bool:
+        calls.append(None)
+        return len(calls) > after
+
+    with pytest.raises(bigbatch.WindowAbandonedError):
+        engine.backward(batch(), should_abandon=should_abandon)
+    assert len(calls) == after + 1
+    assert all(p.grad is None for p in model.parameters())
+    assert engine.backward(batch()).items == 22

@@ -64,9 +64,10 @@ def test_batch_that_cannot_be_split_ends_window_everywhere(pools: Pools, gather:
     assert pools(2).run(rank_runs.run_failing, gather, "batch") == ["RankFailedError", "ValueError"]
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
 @pytest.mark.parametrize("gather", ["none", "all"])
-def test_window_abandoned_on_one_rank_is_dropped_everywhere(pools: Pools, gather: str) -> None:
-    assert pools(2).run(rank_runs.run_failing, gather, "abandon") == ["WindowAbandonedError"] * 2
+def test_window_abandoned_on_one_rank_is_dropped_everywhere(pools: Pools, gather: str, which: str) -> None:
+    assert pools(2).run(rank_runs.run_failing, gather, f"abandon in {which} pass") == ["WindowAbandonedError"] * 2
 
 
 @pytest.mark.parametrize("gather", ["none", "all"])

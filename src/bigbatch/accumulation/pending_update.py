@@ -9,6 +9,7 @@ Long because the whole life of a window is here, with all that ranks exchange.
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,7 @@ class PendingUpdate:
         self._content = content
         self._should_stop = should_stop
         self._started_s = time.perf_counter()
-        self._num_syncs = 0
-        self._is_abandoned = False
+        self._num_syncs, self._is_abandoned = 0, False
         self._has_voted = sync.size == 1
         self._all_count = self._all_have_run = not sync.runs_in_lockstep  # else there may be padding
         self.state = WindowState.EMPTY
@@ -77,8 +77,7 @@ class PendingUpdate:
         parameters = update.parameters()
         self._device = parameters[0].device if parameters else update.device
         is_float16 = self._loss_scale is not None or torch.float16 in {p.dtype for p in parameters}
-        self._prescales = is_float16
-        self._may_add_constants = False
+        self._prescales, self._may_add_constants = is_float16, False
         self.loss_totals = LossTotals(content.totals, prescale=is_float16)
         self.sums = GradientSums(
             parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
@@ -114,22 +113,26 @@ class PendingUpdate:
         """Whether losses are differentiated as they are, without a factor of this window."""
         return self._loss_scale is None and self.loss_totals.uses_plain_sums
 
-    def microbatches(self, should_abandon: Callable[[], bool] = never) -> Iterator[Microbatch]:
+    def microbatches(
+        self, should_abandon: Callable[[], bool] = never, again: Sequence[Any] = ()
+    ) -> Iterator[Microbatch]:
         """Yield this rank's micro-batches; for a sharded model also padding, as many as any rank runs.
 
         Args:
             should_abandon: Called before each micro-batch: whether to drop the window, on all ranks.
+            again: Yielded in place of those of the window, for a second pass.
 
         Raises:
             WindowAbandonedError: It is dropped, in a single process; over several ranks `apply` raises it.
         """
-        microbatches = self._content.microbatches
+        microbatches = again or self._content.microbatches
         if (self._is_alone and should_abandon is never) or not isinstance(microbatches, Sequence):
             return map(Microbatch, microbatches)  # drawn lazily: their number may be unknown
         turns = self._sync.turns(microbatches, self._content.max_num_microbatches, should_abandon)
         return turns if self._sync.size == 1 else self._noting_end(turns)
 
     def _noting_end(self, turns: Generator[Microbatch, None, bool]) -> Iterator[Microbatch]:
+        self._all_have_run = self._all_count
         self._is_abandoned = (yield from turns) or self._is_abandoned
         self._all_have_run = True
 
@@ -182,7 +185,6 @@ class PendingUpdate:
 
     def factor_of_leaves(self, items: Items) -> float | Tensor:
         """Return the factor for the backward of a loss outside of `add`; micro-batches may then add constants."""
-        self._require_open()
         self.state, self._may_add_constants = WindowState.ACCUMULATING, True
         factor = self.loss_totals.prescale_factor(items)
         return factor if self._loss_scale is None else self._loss_scale * factor

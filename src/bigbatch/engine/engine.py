@@ -303,7 +303,7 @@ class Engine:
     def _run_microbatches(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
         for microbatch in pending.microbatches(should_abandon):
             self.runner.run(microbatch, pending)
-        self.runner.end(pending)
+        self.runner.end(pending, should_abandon)
 
     @property
     def _run_again(self) -> Callable[[PendingUpdate], None] | None:

@@ -12,7 +12,6 @@ Long because both passes can run out of memory, on ranks that wait for each othe
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from bigbatch.coupled.coupled import Coupled
 from bigbatch.coupled.features import Features
 from bigbatch.coupled.rank_features import RankFeatures
 from bigbatch.coupled.two_passes import EncodedPart, TwoPasses
-from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, MultiRankSync
+from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, MultiRankSync, never
 from bigbatch.errors import MemoryLimitError, RankFailedError, first_line
 from bigbatch.execution.oom_retry import OomRetry, too_large
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs, lockstep_memory_error
@@ -99,13 +98,14 @@ class CoupledRunner(MicrobatchRunner):
             self._encode_first()
             self._encode(microbatch.content)
 
-    def end(self, pending: PendingUpdate) -> None:
+    def end(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
         """Compute the loss, and run the second pass.
 
         Raises:
             InputError: ``encode`` returned other features than in the first pass, or of shapes that do not go together.
             MemoryLimitError: The loss, or one sample, does not fit in memory.
             RankFailedError: Another rank failed.
+            WindowAbandonedError: ``should_abandon`` returned True, in a single process.
         """
         if self._only is not None and self._run_whole(self._only, pending):
             self._start()
@@ -113,7 +113,7 @@ class CoupledRunner(MicrobatchRunner):
         self._encode_first()
         while True:
             self._differentiate_loss(pending)
-            groups = self._second_pass(pending)
+            groups = self._second_pass(pending, should_abandon)
             again = groups is not None
             if self._exchange is not None:
                 again = self._exchange.any_rank(again)
@@ -248,17 +248,20 @@ class CoupledRunner(MicrobatchRunner):
                 backward_with_leaves(loss_sum * 0.0, pending.sums, self._passes.leaves)
         self._passes.keep_gradients()
 
-    def _second_pass(self, pending: PendingUpdate) -> list[Rows] | None:
+    def _second_pass(self, pending: PendingUpdate, should_abandon: Callable[[], bool]) -> list[Rows] | None:
         """Encode again and add the gradients; return the micro-batches to start again with if memory ran out."""
         passes, take, coupled = self._passes, self.inputs.take, self._coupled
         if self._sync.runs_in_lockstep:
-            for _, (microbatch, part) in zip_longest(pending.microbatches(), self._turns):
+            for _, (microbatch, part) in zip(pending.microbatches(should_abandon), self._turns, strict=True):
                 self._differentiate_in_lockstep(microbatch, part, pending)
             return None
-        if passes.can_be_cut_again:
-            self._differentiate_in_pieces(pending)
+        if not passes.parts:
             return None
-        for part in passes.parts:
+        turns = pending.microbatches(should_abandon, again=passes.parts)
+        if passes.can_be_cut_again:
+            self._differentiate_in_pieces(turns, pending)
+            return None
+        for part in (turn.content for turn in turns):
             try:
                 pending.add(passes.linear_loss(coupled, part.rows, take, part.state))
                 continue
@@ -272,7 +275,7 @@ class CoupledRunner(MicrobatchRunner):
             return _smaller([each.rows for each in passes.parts], than=len(part.rows))
         return None
 
-    def _differentiate_in_pieces(self, pending: PendingUpdate) -> None:
+    def _differentiate_in_pieces(self, turns: Iterator[Microbatch], pending: PendingUpdate) -> None:
         inputs, passes = self.inputs, self._passes
 
         def loss_fn(_model: Any, rows: Rows) -> tuple[Tensor, int]:
@@ -280,8 +283,8 @@ class CoupledRunner(MicrobatchRunner):
 
         self._retry.prepare()
         with self._retry.window(WindowInputs(loss_fn, lambda rows: rows, inputs.lengths)):
-            for part in passes.parts:
-                self._retry.run(Microbatch(part.rows), pending)
+            for turn in turns:
+                self._retry.run(Microbatch(turn.content.rows), pending)
         self.retries += self._retry.retries
 
     def _differentiate_in_lockstep(self, microbatch: Microbatch, part: EncodedPart, pending: PendingUpdate) -> None:

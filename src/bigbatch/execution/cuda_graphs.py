@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.batching.batch_types import Structure, flatten
-from bigbatch.distributed.gradient_sync import Microbatch
+from bigbatch.distributed.gradient_sync import Microbatch, never
 from bigbatch.errors import first_line
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
 from bigbatch.gradients.gradient_sums import GradientSums
@@ -112,7 +112,7 @@ class CudaGraphRunner(MicrobatchRunner):
         if not self.is_ready or not self._replay(self.inputs.take(microbatch.content), pending):
             self._fallback.run(microbatch, pending)
 
-    def end(self, pending: PendingUpdate) -> None:
+    def end(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
         """Use the sums of this window for all later ones, if nothing ran out of memory."""
         if not self.retries:
             self._adopt_buffers(pending.sums)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from bigbatch.accumulation.pending_update import PendingUpdate
-from bigbatch.distributed.gradient_sync import Microbatch
+from bigbatch.distributed.gradient_sync import Microbatch, never
 from bigbatch.errors import ShardedMemoryError, first_line
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.types import LossFunction
@@ -78,7 +78,9 @@ class MicrobatchRunner(ABC):
     def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
         """Add the gradient of one micro-batch, each sample exactly once."""
 
-    def end(self, pending: PendingUpdate) -> None:  # noqa: B027 - optional
+    def end(  # noqa: B027 - optional
+        self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never
+    ) -> None:
         """Handle the end of the micro-batches, before the update."""
 
     def release(self) -> None:  # noqa: B027 - optional
