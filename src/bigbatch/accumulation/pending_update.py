@@ -68,11 +68,9 @@ class PendingUpdate:
         self._content = content
         self._should_stop = should_stop
         self._started_s = time.perf_counter()
-        self._num_syncs, self._is_abandoned = 0, False
-        self._has_voted = sync.size == 1
+        self._num_syncs, self._is_abandoned, self._has_voted = 0, False, sync.size == 1
         self._all_count = self._all_have_run = not sync.runs_in_lockstep  # else there may be padding
-        self.state = WindowState.EMPTY
-        self.num_microbatches = 0
+        self.state, self.num_microbatches = WindowState.EMPTY, 0
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
         self._device = parameters[0].device if parameters else update.device
