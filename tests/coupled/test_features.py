@@ -321,3 +321,54 @@ def test_window_can_be_abandoned_in_both_passes(after: int, dropout: float) -> N
     assert len(calls) == after + 1
     assert all(p.grad is None for p in model.parameters())
     assert engine.backward(batch()).items == 22
+
+
+def test_call_on_a_microbatch_is_refused() -> None:
+    model, coupled = towers(), bigbatch.Coupled(two_towers, CASES["clip"].loss)
+    window = bigbatch.Accumulator(model, None).window()
+    with pytest.raises(bigbatch.WindowStateError) as caught:
+        window.backward(*coupled(model, batch(4)))
+    assert str(caught.value) == (
+        "a Coupled loss was called on a micro-batch, whose samples would be compared with each other only: pass it to "
+        "bigbatch.Engine or bigbatch.verify, which compute it on the whole batch. The loss itself is "
+        "coupled.loss(model, coupled.encode(model, batch))."
+    )
+
+
+def test_outputs_of_transformers_are_features() -> None:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    def encode(model: Any, part: Data) -> Any:
+        left, right = two_towers(model, part)
+        return BaseModelOutputWithPooling(last_hidden_state=right, pooler_output=left)
+
+    def loss(_model: Any, features: Any) -> Tensor:
+        return gram(None, features.pooler_output + features["last_hidden_state"])
+
+    assert gradient_error(backward(encode, loss), plain(encode, loss)) <= TOLERANCE
+
+
+def test_packed_rows_have_a_feature_for_each_sample() -> None:
+    lengths = [3, 5, 2, 4, 1, 6]
+    samples = [torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).double() for n in lengths]
+
+    def collate(chosen: Any) -> Any:
+        return torch.cat(list(chosen)), torch.tensor([len(sample) for sample in chosen])
+
+    def encode(model: Any, part: Any) -> Tensor:
+        row, sizes = part
+        return torch.stack([model.left(sample).mean(0) for sample in row.split(sizes.tolist())])
+
+    model, reference = towers(), towers()
+    bigbatch.Engine(
+        model,
+        None,
+        bigbatch.Coupled(encode, gram),
+        microbatch=bigbatch.TokenBudget(8),
+        collate=collate,
+        lengths=lambda chosen: [len(sample) for sample in chosen],
+        layout="packed",
+        check=False,
+    ).backward(samples)
+    gram(reference, encode(reference, collate(samples))).backward()
+    assert gradient_error(model, reference) <= TOLERANCE

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.coupled.features import flatten_features
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, WindowStateError
 from bigbatch.gradients.loss_checks import describe
+from bigbatch.trials.trial import is_trial
 
 
 class Coupled:
@@ -78,7 +79,17 @@ class Coupled:
         return f"Coupled({self.encode!r}, {self.loss!r}, gather={self.gather!r})"
 
     def __call__(self, model: nn.Module, microbatch: Any) -> tuple[Tensor, int]:
-        """Return the loss of a micro-batch as if it were the whole batch, times its samples, and its samples."""
+        """Return the loss of a micro-batch as if it were the whole batch, in trials.
+
+        Raises:
+            WindowStateError: This is no trial: the samples of a micro-batch would be compared with each other only.
+        """
+        if not is_trial():
+            raise WindowStateError(
+                "a Coupled loss was called on a micro-batch, whose samples would be compared with each other only: "
+                "pass it to bigbatch.Engine or bigbatch.verify, which compute it on the whole batch. The loss itself is "
+                "coupled.loss(model, coupled.encode(model, batch))."
+            )
         return self.of_whole_batch(model, microbatch)
 
     def of_whole_batch(self, model: nn.Module, microbatch: Any, num_samples: int | None = None) -> tuple[Tensor, int]:
