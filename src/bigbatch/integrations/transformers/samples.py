@@ -109,12 +109,14 @@ class WindowBatch(SampleBatch):
 
     Attributes:
         pieces: The micro-batches that were run of it.
+        collated: Micro-batches that were collated ahead, by their rows.
     """
 
     def __init__(self, samples: Sequence[Any] = (), *, is_collated: bool = False) -> None:
         super().__init__(samples)
         self.is_collated = is_collated
         self.pieces = Pieces()
+        self.collated: dict[tuple[int, ...], Any] = {}
 
 
 class SampleCollator:

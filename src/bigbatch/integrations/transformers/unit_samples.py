@@ -104,6 +104,14 @@ def count_samples(
     ]
 
 
+def count_microbatches(microbatches: Sequence[Any], candidates: Sequence[Candidate], rank: int) -> list[Entry]:
+    """Return the counts of this rank's collated micro-batches, one entry for each."""
+    return [
+        Entry(rank, index, 0, {each.name: float(each.count(microbatch)) for each in candidates})
+        for index, microbatch in enumerate(microbatches)
+    ]
+
+
 def _padded_counts(
     candidate: Candidate, samples: Sequence[Any], sizes: Sequence[int], collator: Collator
 ) -> list[float]:

@@ -30,6 +30,7 @@ from bigbatch.integrations.transformers.unit_samples import (
     agree,
     choose_parts,
     collate_parts,
+    count_microbatches,
     count_samples,
     most_different,
     names_of,
@@ -73,7 +74,12 @@ class UnitFinder:
         self._decision: Decision | None = None
         self._num_windows = 0
 
-    def unit(self, samples: Sequence[Any]) -> Unit:
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the next window is counted in several units, which fitted so far."""
+        return self._decision is not None and len(self._decision.fitting) > 1
+
+    def unit(self, samples: Sequence[Any], microbatches: Sequence[Any] | None = None) -> Unit:
         """Return the unit for a window.
 
         The first call runs the model on a few samples of the window, as do later calls while the windows before were
@@ -82,6 +88,8 @@ class UnitFinder:
 
         Args:
             samples: Of this rank, not collated; may be empty.
+            microbatches: The micro-batches that will be run of them, if they are collated already: samples are then not
+                collated again to see whether the units that fitted so far count this window equally.
 
         Raises:
             InputError: No unit fits, or several that count this window differently; on all ranks.
@@ -90,7 +98,12 @@ class UnitFinder:
         refuse_coupled_losses(self._trainer)
         self._num_windows += 1
         known = self._decision
-        if known is not None and known.is_final and not self._may_have_changed() and self._holds(known, samples):
+        if (
+            known is not None
+            and known.is_final
+            and not self._may_have_changed()
+            and self._holds(known, samples, microbatches)
+        ):
             return self._as_unit(self._audited(known, samples))
         entries = self._entries(samples)
         found = self._probe(samples, entries)
@@ -123,9 +136,17 @@ class UnitFinder:
     def _batch_size(self) -> int:
         return max(2, int(getattr(self._trainer.args, "per_device_train_batch_size", 2)))
 
-    def _holds(self, known: Decision, samples: Sequence[Any]) -> bool:
+    def _holds(self, known: Decision, samples: Sequence[Any], microbatches: Sequence[Any] | None) -> bool:
         """Return whether the counts of all units of a decision agree in a window. Collective if they are several."""
-        return len(known.fitting) == 1 or self._agree(self._entries(samples, known.names), known)
+        if len(known.fitting) == 1:
+            return True
+        rank, _ = rank_and_size()
+        each = on_all_ranks(
+            lambda: None if microbatches is None else count_microbatches(microbatches, known.fitting, rank)
+        )
+        if all(entries is not None for entries in each):
+            return self._agree([entry for entries in each for entry in entries or ()], known)
+        return self._agree(self._entries(samples, known.names), known)
 
     def _may_have_changed(self) -> bool:
         return self._num_windows <= FIRST_WINDOWS and hasattr(self._trainer, "ref_model")

@@ -25,6 +25,7 @@ from bigbatch.integrations.transformers.samples import Piece, WindowBatch, copy_
 from bigbatch.integrations.transformers.traceless import trainer_preserved
 from bigbatch.integrations.transformers.unit_refusals import class_name, unequal_micro_batches
 from bigbatch.integrations.transformers.window_unit import WindowUnit
+from bigbatch.rng import random_states, same_random_states, set_random_states
 from bigbatch.trials.trial import is_trial
 from bigbatch.types import Items
 from bigbatch.verification.causes.modules import active_dropouts, training_batch_norms
@@ -51,6 +52,7 @@ class WindowEngine:
         self._unit = WindowUnit(trainer, settings.items, self._collate_samples, self._own_loss)
         self._window = WindowBatch()
         self._num_windows = 0
+        self._collator_draws = False  # random numbers
         self._needs_num_items = False
         self._lockstep: bool | None = None
         self._one_item = torch.ones((), dtype=torch.int64, device=trainer.args.device)
@@ -73,7 +75,7 @@ class WindowEngine:
         engine = self._engine_for(model, is_collated=window.is_collated)
         batch = range(len(window.samples))
         with trainer_metrics.local_gathers(self._trainer.accelerator):
-            self._unit.prepare(window)
+            self._unit.prepare(window, self._collate_ahead(engine, window))
             loss, report = exact_loss(
                 engine.accumulator.update.parameters(), lambda: engine.backward(batch), engine.runner
             )
@@ -152,11 +154,34 @@ class WindowEngine:
     def _collate_samples(self, samples: Sequence[Any]) -> Any:
         return self._trainer.data_collator(copy_samples(samples))
 
+    def _collate_ahead(self, engine: Engine, window: WindowBatch) -> Sequence[Any] | None:
+        """Collate the micro-batches of a window before they run, if they are counted in several units.
+
+        Not if the collator draws random numbers: the model would draw others then. Collated twice in that case.
+        """
+        if self._collator_draws or window.is_collated or not self._unit.needs_counts:
+            return None
+        if not engine.microbatch_size.is_chosen:
+            return None
+        before = random_states()
+        lengths = [1] * len(window.samples) if self._settings.lengths is None else self._lengths(None)
+        window.collated = {
+            tuple(rows): self._collate_samples([window.samples[row] for row in rows]) for rows in engine.groups(lengths)
+        }
+        self._collator_draws = not same_random_states(before, random_states())
+        if self._collator_draws:
+            set_random_states(before)
+            window.collated = {}
+            return None
+        return list(window.collated.values())
+
     def _collate(self, rows: Sequence[int]) -> dict[str, Any]:
         """Make one micro-batch of samples of the window, and count it."""
         window, trainer = self._window, self._trainer
         samples = [window.samples[row] for row in rows]
-        inputs = take_whole(samples) if window.is_collated else self._collate_samples(samples)
+        inputs = None if is_trial() else window.collated.pop(tuple(rows), None)
+        if inputs is None:
+            inputs = take_whole(samples) if window.is_collated else self._collate_samples(samples)
         piece = Piece(rows, _as_number(self._unit.count(inputs)))
         if not is_trial():
             piece.floating_point_ops = float(trainer.floating_point_ops(inputs))

@@ -44,23 +44,33 @@ class WindowUnit:
         self.name = "items of the function that was passed" if callable(items) else ""
         self.count: Count = items if callable(items) else _not_found
 
-    def prepare(self, window: WindowBatch) -> None:
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the next window of samples is counted in several units, which fitted so far."""
+        finder = self._finders.get(False)
+        return finder is not None and finder.needs_counts
+
+    def prepare(self, window: WindowBatch, microbatches: Sequence[Any] | None = None) -> None:
         """Find the unit on a window, if it is not certain yet. Collective.
+
+        Args:
+            window: Its samples, or its batches.
+            microbatches: As for `UnitFinder.unit`.
 
         Raises:
             InputError: It is not certain, on any rank.
         """
         if not self.is_given:
-            self._find(window)
+            self._find(window, microbatches)
 
-    def _find(self, window: WindowBatch) -> None:
+    def _find(self, window: WindowBatch, microbatches: Sequence[Any] | None) -> None:
         collate: Callable[[Any], Any] = self._collate
         samples: Sequence[Any] = window.samples
         if window.is_collated:
             collate, samples = _stack_rows, _Rows(window.samples)
         if window.is_collated not in self._finders:
             self._finders[window.is_collated] = UnitFinder(self._trainer, collate, self._compute_loss)
-        unit = self._finders[window.is_collated].unit(samples)
+        unit = self._finders[window.is_collated].unit(samples, microbatches)
         self.name, self.count, self.takes_num_items = unit.name, unit.count, unit.takes_num_items
         claims_to_be_scaled = getattr(self._trainer, "loss_is_scaled_for_ga", None)
         if claims_to_be_scaled and not unit.takes_num_items and unit.name != "undetermined":
