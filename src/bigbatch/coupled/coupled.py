@@ -87,8 +87,8 @@ class Coupled:
         if not is_trial():
             raise WindowStateError(
                 "a Coupled loss was called on a micro-batch, whose samples would be compared with each other only: "
-                "pass it to bigbatch.Engine or bigbatch.verify, which compute it on the whole batch. The loss itself is "
-                "coupled.loss(model, coupled.encode(model, batch))."
+                "pass it to bigbatch.Engine or bigbatch.verify, which compute it on the whole batch. "
+                "The loss itself is coupled.loss(model, coupled.encode(model, batch))."
             )
         return self.of_whole_batch(model, microbatch)
 
