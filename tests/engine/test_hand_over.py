@@ -415,7 +415,7 @@ class BufferOwner(OomRetry):
         super().__init__(model, torch.device("cpu"))
         self.static_buffers = None
 
-    def end(self, pending):
+    def end(self, pending, should_abandon=None):
         self.static_buffers = pending.sums.grads_in_place()
 
 
