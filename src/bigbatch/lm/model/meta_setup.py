@@ -9,6 +9,7 @@ from typing import Any
 
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.expert_balance import use_float64_experts
 from bigbatch.lm.model.meta_model import with_adapters_on_cpu
 from bigbatch.lm.model.setup import ModelSetup, layers_of, set_up_model, with_lora
 from bigbatch.lm.model.stand_in import stand_in
@@ -38,6 +39,8 @@ def set_up_meta_model(
     """
     trial = stand_in(model.config, dtype=device_spec.weights_dtype, device=device_spec.device)
     tried = set_up_model(trial, config, device_spec, pad_id=pad_id, longest=longest)
+    if device_spec.precision == "float64":
+        use_float64_experts(model)
     implementation = tried.model.config._attn_implementation
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
