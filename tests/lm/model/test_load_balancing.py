@@ -80,7 +80,8 @@ def test_checkpointed_layers_have_the_same_gradient(mode: str) -> None:
     assert relative_error(backward(set_up(model, gradient_checkpointing=mode), 4)[0], plain) < EXACT
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, as the next one
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_layers_have_the_same_gradient() -> None:
     model = expert_model("mixtral", dtype=torch.float32, num_hidden_layers=1)
     compiled = set_up(model, "float32", compile="layers")

@@ -66,7 +66,8 @@ def balance_plan(model: Any, config: TrainConfig, device_spec: DeviceSpec) -> Ba
     flag = _flag(config)
     own, top_k = own_coefficient(model), _top_k(model)
     if own is None or top_k is None:
-        if flag is None:
+        of_dense_model = config.router_aux_loss_coef == 0 and hasattr(model.config.get_text_config(), COEFFICIENTS[0])
+        if flag is None or of_dense_model:  # such as one of a family whose larger models have experts
             return None
         raise InputError(
             f"{flag} is for a mixture of experts with a load-balancing loss, and {config.model} has none. Leave it out."
@@ -93,6 +94,19 @@ def own_coefficient(model: Any) -> float | None:
     parts = (base, base.config.get_text_config(), base.config)
     values = [getattr(part, name, None) for part in parts for name in COEFFICIENTS]
     return next((float(value) for value in values if isinstance(value, int | float)), None)
+
+
+def run_router_hooks_eagerly(model: Any) -> None:
+    """Exempt the hooks by which transformers records router logits from compilation, which would record nothing.
+
+    Args:
+        model: A model that has returned its router logits once, which installs the hooks.
+    """
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+            if "key" in names and hook.__closure__[names.index("key")].cell_contents == "router_logits":
+                module._forward_hooks[number] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
 
 def use_float64_experts(model: Any) -> None:

@@ -49,6 +49,10 @@ def set_up_meta_model(
         model = with_adapters_on_cpu(model, partial(with_lora, config=config))
         weights.rename({name: names[p] for name, p in model.named_parameters() if p in names})
     layers = layers_of(model.train(), config)
+    notes = tried.notes
     if layers is not None and tried.layers is not None and tried.layers.is_compiled:
-        layers.compile()
-    return replace(tried, model=model, layers=layers)
+        if tried.balanced is None:
+            layers.compile()
+        else:  # transformers installs the hooks of its router logits in the first forward, when layers are sharded
+            notes = (*notes, "layers are not compiled: those of a sharded model do not record the use of its experts")
+    return replace(tried, model=model, layers=layers, notes=notes)

@@ -26,7 +26,7 @@ from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
 from bigbatch.lm.model.compilation import compile_layers
 from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
-from bigbatch.lm.model.expert_balance import balance_plan, use_float64_experts
+from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
@@ -122,6 +122,8 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
         collator = partial(collate, pad_id=pad_id)
     balanced = None if balance is None else balance.loss_fn(loss_fn)
     if compiles:
+        if balanced is not None:
+            run_router_hooks_eagerly(model)
         compile_layers(model, config, layers, balanced or loss_fn, collator, device_spec, longest, notes)
     uses_cuda_graphs = captures_cuda_graphs(config, device_spec.device)
     if uses_cuda_graphs and balanced is not None:

@@ -246,7 +246,11 @@ def check_facts(
 
 def _check_fingerprint(config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise if an entry of the model's configuration, or a setting, differs; layout 1 has stored neither."""
-    if not before.get("learning") and now["learning"][BALANCING] != 0 and _has_key(now["model"], BALANCING):
+    if (
+        BALANCING not in (before.get("learning") or {})
+        and now["learning"][BALANCING] != 0
+        and _has_key(now["model"], BALANCING)
+    ):
         raise InputError(
             f"{config.out} was started by an earlier version of bigbatch, which did not train the load-balancing loss "
             f"of the experts of {config.model}, and this version would. Start a new run."
