@@ -266,8 +266,8 @@ def test_checkpoint_without_the_setting_is_refused(folder: Path) -> None:
     with pytest.raises(InputError) as caught:
         check_facts(setup.config, now | {"learning": learning, "fingerprint": ""}, now, allowed=())
     assert str(caught.value) == (
-        f"{folder / 'run'} was started by an earlier version of bigbatch, which did not train the load-balancing loss of "
-        "the experts of experts, and this version would. Start a new run."
+        f"{folder / 'run'} was started by an earlier version of bigbatch, which did not train the load-balancing loss "
+        "of the experts of experts, and this version would. Start a new run."
     )
 
 

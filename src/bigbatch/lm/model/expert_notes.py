@@ -51,7 +51,10 @@ def _trained(model: Any, config: TrainConfig, balanced: LoadBalancedLoss) -> str
         if balanced.scope == "global"
         else "over each micro-batch, as asked: its gradient depends on the micro-batch"
     )
-    frozen = any(_ROUTER.search(name) and not p.requires_grad for name, p in model.named_parameters())
+    frozen = any(
+        _ROUTER.search(name) and ".base_layer." not in name and not parameter.requires_grad
+        for name, parameter in model.named_parameters()
+    )
     lora = "; the routers are frozen, and it trains the adapters in the layers below them" if frozen else ""
     return f"the load-balancing loss of the experts has weight {balanced.coefficient:g} {source}, {scope}{lora}"
 
