@@ -82,14 +82,13 @@ def test_checkpointed_layers_have_the_same_gradient(mode: str) -> None:
 
 
 def test_compiled_layers_have_the_same_gradient() -> None:
-    model = expert_model("mixtral")
-    model_setup = set_up(model)
+    model_setup = set_up(expert_model("mixtral", num_hidden_layers=1))
     assert model_setup.layers is not None
     plain = backward(model_setup, 4)[0]
     run_router_hooks_eagerly(model_setup.model)
     for mode in ("none", "full"):
         model_setup.layers.set_checkpointing(mode)
-        model_setup.layers.compile(backend="aot_eager")
+        model_setup.layers.compile(backend="eager")
         assert relative_error(backward(model_setup, 4)[0], plain) < EXACT
         torch._dynamo.reset()
 
