@@ -138,12 +138,13 @@ class FailingForwards:
 
 def test_counting_halves_what_does_not_fit() -> None:
     model = expert_model("mixtral")
-    expected, _ = whole_batch(model, SAMPLES, COEFFICIENT)
+    samples = SAMPLES[:5]
+    expected, _ = whole_batch(model, samples, COEFFICIENT)
     model_setup = set_up(model)
-    engine = engine_of(model_setup, 8)
+    engine = engine_of(model_setup, 5)
     FailingForwards(model_setup.model, most=3)
-    with counted_window(engine, model_setup, SAMPLES):
-        report = engine.backward(SAMPLES)
+    with counted_window(engine, model_setup, samples):
+        report = engine.backward(samples)
     assert relative_error(gradients(model_setup.model), expected) < 1e-7
     assert report.retries > 0
 
@@ -158,6 +159,23 @@ def test_out_of_memory_in_the_second_pass_keeps_the_gradient() -> None:
         report = engine.backward(SAMPLES)
     assert report.retries == 2
     assert relative_error(gradients(model_setup.model), whole_batch(model, SAMPLES, COEFFICIENT)[0]) < 1e-7
+
+
+def test_halves_draw_the_random_numbers_of_the_second_pass() -> None:
+    model = expert_model("mixtral", attention_dropout=0.3)
+    losses = []
+    for settings_of_run in ({}, {"router_aux_loss_coef": 0.0}):
+        model_setup = set_up(model, **settings_of_run)
+
+        def fail(_layer: Any, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].shape[0] > 2:  # after the first layer has drawn its random numbers
+                raise torch.OutOfMemoryError(MESSAGE)
+
+        model_setup.model.model.layers[1].register_forward_pre_hook(fail)
+        torch.manual_seed(5)
+        report, more = run_update(engine_of(model_setup), model_setup, SAMPLES[:4])
+        losses.append(more.get("loss", report.loss))
+    assert losses[0] == pytest.approx(losses[1], rel=EXACT)
 
 
 def test_sample_that_does_not_fit_is_named() -> None:
@@ -192,6 +210,15 @@ def test_coefficients_train_different_weights(folder: Path) -> None:
         assert not torch.equal(own, off)
         assert not torch.equal(one, off)
         assert not torch.equal(one, own)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-weights", "fp16", "float32"])
+@pytest.mark.parametrize("scope", ["global", "microbatch"])
+def test_every_precision_trains_the_term(folder: Path, precision: str, scope: str) -> None:
+    rows = run(folder / "run", **settings(precision=precision, router_aux_loss=scope, lr=0.05))[1].rows
+    assert [row["skipped"] for row in rows] == [None] * 6
+    assert rows[0]["router_aux_loss"] == pytest.approx(2.04, rel=0.02), "2 of 4 experts for each token"
+    assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_metrics_do_not_depend_on_the_microbatch(folder: Path) -> None:
@@ -310,7 +337,7 @@ def test_microbatch_scope_of_no_loss_is_refused(folder: Path, capfd: pytest.Capt
 
 
 def test_verify_is_exact_over_the_global_batch(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["verify", "--data", "data.jsonl", "--model", "experts", "--precision", "float64", "--samples", "10"]
+    words = ["verify", "--data", "data.jsonl", "--model", "experts", "--precision", "float64", "--samples", "4"]
     assert main([*words, "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["exact"]

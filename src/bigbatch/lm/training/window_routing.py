@@ -96,13 +96,14 @@ def counted_window(
     balanced, sync = model_setup.balanced, engine.sync
     assert balanced is not None, "checked by the caller"
     device = engine.accumulator.device
-    own, error = balanced.no_routing(device), None
+    own = balanced.no_routing(device)
+    error: BaseException | None = None
     try:
         if sync.runs_in_lockstep:
             own = _lockstep_routing(engine, model_setup, balanced, samples)
         else:
             own = _routing(engine, model_setup, balanced, samples, should_abandon)
-    except Exception as raised:  # noqa: BLE001 - the other ranks wait for the counts; raised below
+    except BaseException as raised:  # noqa: BLE001 - the other ranks wait for the counts; raised below
         error = raised
     if sync.size == 1:
         if error is not None:
@@ -137,7 +138,7 @@ def counted_samples(model_setup: ModelSetup, samples: Samples, device: torch.dev
         yield
 
 
-def _over_ranks(engine: Engine, own: Routing, error: Exception | None) -> Routing:
+def _over_ranks(engine: Engine, own: Routing, error: BaseException | None) -> Routing:
     """Add up the counts of all ranks; if one failed, raise on all of them. Collective."""
     status = _FINISHED if error is None else _ABANDONED if isinstance(error, WindowAbandonedError) else _FAILED
     rows = engine.sync.all_gather([status, *own.numbers()])
@@ -170,6 +171,7 @@ def _routing(
             if should_abandon():
                 raise WindowAbandonedError("the window was abandoned while the tokens of each expert were counted.")
             rows = pending.pop()
+            states = random_states([device])
             try:
                 microbatch = _collated(model_setup, [samples[row] for row in rows], device)
                 total += balanced.routing(engine.model, microbatch)
@@ -178,6 +180,7 @@ def _routing(
                 if not is_out_of_memory(error):
                     raise
                 message = first_line(error)
+            set_random_states(states, [device])  # the halves draw what they draw in the second pass
             free_cached_memory()  # outside of the except block, whose traceback holds the tensors of the attempt
             if len(rows) == 1:
                 raise MemoryLimitError(
