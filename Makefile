@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: train test setup lint format docs clean
+.PHONY: train test test-versions setup lint format docs clean
 .DEFAULT_GOAL := train
 
 train: setup  ## train a small language model on Python's own standard library (a few minutes on two cores)
@@ -12,6 +12,9 @@ train: setup  ## train a small language model on Python's own standard library (
 
 test: lint  ## lint, type-check and run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-versions: setup  ## test the integrations with the lowest and the newest frameworks, each in its own environment
+	$(BIN)/python .ci/framework_versions.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

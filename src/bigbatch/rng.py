@@ -50,6 +50,13 @@ def set_random_states(states: Mapping[str, Any], devices: Sequence[torch.device]
         numpy.random.set_state({**states["numpy"], "state": {**states["numpy"]["state"], "key": key}})
 
 
+def same_random_states(states: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Return whether no generator differs in two states of `random_states`, of the same devices."""
+    pairs = zip([states["cpu"], *states["devices"]], [others["cpu"], *others["devices"]], strict=True)
+    same = all(torch.equal(state, other) for state, other in pairs)
+    return same and all(states[name] == others[name] for name in ("python", "numpy"))
+
+
 def check_random_states(states: Any, devices: Sequence[torch.device] = ()) -> None:
     """Check that `set_random_states` accepts states; no generator is changed.
 

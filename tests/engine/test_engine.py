@@ -545,3 +545,23 @@ def test_two_views_may_end_in_two_samples():
         optimizer.step()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("microbatch", [4, bigbatch.TokenBudget(64)])
+@pytest.mark.parametrize("number", [7, 9])
+def test_wrong_number_of_lengths_is_refused(microbatch, number: int):
+    model = ref.make_model()
+    before = [parameter.clone() for parameter in model.parameters()]
+    engine = bigbatch.Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        ref.loss_and_items,
+        microbatch=microbatch,
+        lengths=lambda _: [1] * number,
+    )
+    with pytest.raises(ValueError, match="lengths= returned") as refused:
+        engine.step(ref.ragged_batch(8))
+    assert str(refused.value) == (
+        f"lengths= returned {number} lengths for a batch of 8 samples: it must return one for each, in their order."
+    )
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))

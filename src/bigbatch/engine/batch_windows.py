@@ -15,6 +15,7 @@ from bigbatch.accumulation.window_content import WindowContent
 from bigbatch.batching.prefetch import Prefetcher
 from bigbatch.batching.split import Split, split, split_into, split_options
 from bigbatch.batching.time_first import TimeFirstCheck
+from bigbatch.engine.checks import check_num_lengths
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
 from bigbatch.types import Collate, CountItems, Items, LossFunction
@@ -52,10 +53,19 @@ class BatchSplitter:
         return split(batch, 1, **self._options)
 
     def split(self, batch: Any, lengths: list[int] | None, size: MicrobatchSize) -> Split:
-        """Split a batch into micro-batches of the current size."""
-        if lengths is None or size.token_budget is None:
+        """Split a batch into micro-batches of the current size.
+
+        Raises:
+            ValueError: Lengths and samples differ in number, or a length is not valid.
+        """
+        if lengths is None:
             return split(batch, size.current, **self._options)
-        return split_into(batch, size.groups(lengths), **self._options)
+        if size.token_budget is None:
+            parts = split(batch, size.current, **self._options)
+        else:
+            parts = split_into(batch, size.groups(lengths), **self._options)
+        check_num_lengths(lengths, parts.num_samples)
+        return parts
 
 
 @contextmanager

@@ -83,9 +83,18 @@ def check_lengths(lengths: Sequence[int], num_samples: int) -> None:
     Raises:
         ValueError: Lengths and samples differ in number, or a length is below 1.
     """
+    check_num_lengths(lengths, num_samples)
+    plan(lengths, token_budget=max(lengths, default=1))  # raises, naming a sample without tokens
+
+
+def check_num_lengths(lengths: Sequence[int], num_samples: int) -> None:
+    """Check that there is one length for each sample.
+
+    Raises:
+        ValueError: Lengths and samples differ in number.
+    """
     if len(lengths) != num_samples:
         raise ValueError(
             f"lengths= returned {len(lengths)} lengths for a batch of {num_samples} samples: it must return one for "
             "each, in their order."
         )
-    plan(lengths, token_budget=max(lengths, default=1))  # raises, naming a sample without tokens

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
+from torch.distributed import all_reduce
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
@@ -225,3 +226,68 @@ def repeated() -> list[str]:
         trainer, _ = cases.make(folder, dataset=cases.samples(30), ddp_backend="gloo")
         exact(trainer).get_train_dataloader()
     return [str(each.message) for each in caught if "count twice" in str(each.message)]
+
+
+class OwnLoader(cases.MeanLoss):
+    """Collates in its loader: batches of one row on the second rank, with a size that differs in each window."""
+
+    def get_train_dataloader(self):
+        rows = cases.samples(14)
+        size = 2 - dist.get_rank()
+        batches = [rows[start : start + size] for start in range(0, size * STEPS, size)]
+        return [cases.collate(batch) for batch in batches]
+
+
+def uncuttable() -> str:
+    """Return the refusal of batches that one rank cannot cut into rows."""
+    with launched() as folder:
+        trainer, _ = cases.make(folder, OwnLoader, gradient_accumulation_steps=STEPS, ddp_backend="gloo")
+        try:
+            exact(trainer).train()
+        except bigbatch.InputError as error:
+            return str(error)
+    return ""
+
+
+class ReducesMetrics(cases.MeanLoss):
+    """Adds up a metric over ranks by itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs)
+        all_reduce(loss.detach().clone())
+        return loss
+
+
+class ReducesCount(Trainer):
+    """Divides by the number of labels of all ranks, as DDP then averages."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        count = (inputs["labels"] != ref.IGNORED).sum()
+        mean = ref.loss_mean(model, inputs)
+        total = count.clone()
+        all_reduce(total)
+        return mean * count * dist.get_world_size() / total
+
+
+class ReducesCountByAccelerator(Trainer):
+    """The same by accelerate."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        count = (inputs["labels"] != ref.IGNORED).sum()
+        total = self.accelerator.reduce(count, "sum")
+        return ref.loss_mean(model, inputs) * count / total * self.accelerator.num_processes
+
+
+def reduces(kind: type[Trainer], number: int, even: bool, budget: int | None, auto: bool) -> Any:
+    """Train under DDP with a loss that calls collectives; return the refusal, or errors and micro-batches."""
+    settings: dict[str, Any] = {} if auto else {"items": cases.num_labels}
+    if budget is not None:
+        settings |= {
+            "microbatch": bigbatch.TokenBudget(budget),
+            "lengths": lambda rows: [len(row["tokens"]) for row in rows],
+        }
+    arguments = {"accelerator_config": {"even_batches": even}}
+    try:
+        return train(cases.samples(number), 4, kind=kind, arguments=arguments, **settings)
+    except bigbatch.InputError as error:
+        return str(error)

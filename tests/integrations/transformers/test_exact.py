@@ -153,7 +153,7 @@ def test_own_loader_with_microbatch_is_refused(tmp_path: Path):
     with pytest.raises(bigbatch.InputError) as caught:
         exact(trainer, items=cases.num_labels, microbatch=2).train()
     assert str(caught.value) == (
-        "the train dataloader of ExactOwnLoader yields batches that are collated already, so micro-batches cannot be "
+        "the train dataloader of OwnLoader yields batches that are collated already, so micro-batches cannot be "
         "chosen: leave microbatch= and memory= out, and its batches are the micro-batches; or collate with "
         "self.data_collator in get_train_dataloader."
     )
@@ -170,7 +170,7 @@ def test_own_division_by_steps_is_refused(tmp_path: Path):
     with pytest.raises(bigbatch.InputError) as caught:
         exact(trainer, items=cases.num_labels).train()
     assert str(caught.value) == (
-        "training_step of ExactDivides multiplies the loss by 0.333333, and the loss of a window is complete: remove "
+        "training_step of Divides multiplies the loss by 0.333333, and the loss of a window is complete: remove "
         "the division by the number of accumulation steps."
     )
 

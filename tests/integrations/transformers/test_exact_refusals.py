@@ -9,9 +9,8 @@ from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Trainer
 
 import bigbatch
-from bigbatch.integrations.transformers import exact
-from bigbatch.integrations.transformers.refusals import check_trainer
-from bigbatch.integrations.transformers.settings import Settings
+from bigbatch.integrations.transformers import ExactTrainer, exact
+from bigbatch.integrations.transformers.checks import Settings, check_trainer
 from integrations.transformers import trainer_cases as cases
 from integrations.transformers import trl_cases as trl
 from integrations.transformers.test_exact_modes import pad, texts
@@ -166,7 +165,7 @@ def test_mean_that_claims_to_be_scaled_is_refused(tmp_path: Path):
         loss_is_scaled_for_ga = True
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return super().compute_loss(model, inputs) / self.args.gradient_accumulation_steps
+            return super().compute_loss(model, inputs) / cases.STEPS
 
     trainer, _ = cases.make(tmp_path, Scaled)
     exact(trainer)
@@ -176,6 +175,15 @@ def test_mean_that_claims_to_be_scaled_is_refused(tmp_path: Path):
         "loss_is_scaled_for_ga is True, and the loss is a mean over labels whatever num_items_in_batch is, so it seems "
         "to be divided by the number of accumulation steps, which would make updates too small: return the mean "
         "undivided, and set loss_is_scaled_for_ga to False."
+    )
+
+
+def test_mixin_after_the_trainer_is_refused():
+    with pytest.raises(bigbatch.InputError) as caught:
+        type("Mine", (cases.MeanLoss, ExactTrainer), {})
+    assert str(caught.value) == (
+        "Mine has MeanLoss before ExactTrainer among its base classes, whose __init__ would not run: write class "
+        "Mine(ExactTrainer, MeanLoss)."
     )
 
 
@@ -193,5 +201,5 @@ def test_own_division_is_not_taken_for_the_scale(tmp_path: Path):
 
     trainer, _ = cases.make(tmp_path, Halves)
     exact(trainer, items=cases.num_labels)
-    with pytest.raises(bigbatch.InputError, match=re.escape("training_step of ExactHalves multiplies the loss by 0.5")):
+    with pytest.raises(bigbatch.InputError, match=re.escape("training_step of Halves multiplies the loss by 0.5")):
         trainer.train()

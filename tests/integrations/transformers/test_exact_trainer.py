@@ -266,3 +266,31 @@ def test_batch_norm_is_warned_of(tmp_path: Path, dropout: float):
     trainer, _ = cases.make(tmp_path, model=model)
     with pytest.warns(UserWarning, match=r"BatchNorm in training mode \(unused.*normalizes by the mean"):
         exact(trainer, items=cases.num_labels).train()
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_samples_of_one_length_are_collated_once(tmp_path: Path, draws: bool):
+    """Labels, positions and samples then count alike, and every window is counted in all of them."""
+    batch = ref.ragged_batch(12 * cases.STEPS, seed=0)
+    whole = [{"tokens": row, "labels": row} for row in batch["tokens"]]
+    numbers: list[int] = []
+
+    def collator(rows):
+        numbers.append(len(rows))
+        if draws:
+            torch.rand(1)
+        return cases.collate(rows)
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            counts.append(sum(numbers))
+            numbers.clear()
+
+    counts: list[int] = []
+    trainer, recorder = cases.make(tmp_path, dataset=whole, collator=collator, callbacks=[Count()], num_train_epochs=3)
+    exact(trainer).train()
+    assert len(trainer._bigbatch_windows.unit._finders[False]._decision.fitting) > 1
+    after_audits = [count for number, count in enumerate(counts, 1) if number > 4 and number != 8]
+    assert min(after_audits) > 12 if draws else set(after_audits) == {12}
+    expected = cases.windows(whole) * 3
+    assert max(cases.errors(recorder, ref.make_model(), expected)) <= 1e-12

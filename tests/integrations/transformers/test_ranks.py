@@ -9,17 +9,17 @@ EXACT = 1e-12
 EXACT_IN_FLOAT32_NORMS = 1e-6
 
 
-@pytest.mark.parametrize("auto", [False, True])
-@pytest.mark.parametrize(("number", "size", "even"), [(48, 4, True), (40, 4, True), (36, 4, False)])
+@pytest.mark.parametrize(
+    ("number", "size", "even", "auto"), [(48, 4, True, False), (40, 4, True, True), (36, 4, False, True)]
+)
 def test_each_window_has_whole_batch_gradient(pools: Pools, number: int, size: int, even: bool, auto: bool):
     for errors, *_ in pools(2).run(cases.ddp, number, size, even, None, False, auto):
         assert len(errors) == 2
         assert max(errors) <= EXACT
 
 
-@pytest.mark.parametrize("gathers", [False, True])
-def test_ranks_run_different_micro_batches(pools: Pools, gathers: bool):
-    for errors, _, both in pools(2).run(cases.ddp, 48, 4, True, 14, gathers, True):
+def test_ranks_run_different_micro_batches(pools: Pools):
+    for errors, _, both in pools(2).run(cases.ddp, 48, 4, True, 14, True, True):
         assert max(errors) <= EXACT
         assert both == [4, 6]
 
@@ -35,8 +35,7 @@ def test_micro_batches_for_memory_are_exact(pools: Pools):
         assert max(both) <= 3
 
 
-@pytest.mark.parametrize("budget", [None, 14])
-@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize(("budget", "auto"), [(None, False), (14, True)])
 def test_sharded_model_has_whole_batch_gradient(pools: Pools, budget: int | None, auto: bool):
     for errors, own, both in pools(2).run(cases.fsdp, budget, auto):
         assert max(errors) <= EXACT
@@ -87,3 +86,36 @@ def test_dispatched_batches_are_refused(pools: Pools):
         'accelerator_config={"dispatch_batches": False}.'
     )
     assert pools(2).run(cases.dispatched) == [message] * 2
+
+
+def test_uncuttable_batches_are_refused_on_all_ranks(pools: Pools):
+    message = (
+        "the train dataloader yields batches that are collated already, and they cannot be cut into rows to find out "
+        "what the loss is averaged over: pass items=, a function from a batch to the number that the loss is averaged "
+        "over."
+    )
+    assert pools(2).run(cases.uncuttable) == [message] * 2
+
+
+def test_loss_that_calls_collectives_runs_in_lockstep(pools: Pools):
+    for errors, *_ in pools(2).run(cases.reduces, cases.ReducesMetrics, 36, False, None, True):
+        assert max(errors) <= EXACT
+
+
+def test_loss_that_calls_collectives_refuses_token_budgets(pools: Pools):
+    message = (
+        "the loss of ReducesMetrics (TokenModel) calls torch.distributed, so all ranks must run micro-batches of as "
+        'many samples, which a TokenBudget, microbatch="auto" and memory= do not give: pass microbatch= a number of '
+        "samples, or communicate by trainer.accelerator, which returns the values of this rank inside a window."
+    )
+    assert pools(2).run(cases.reduces, cases.ReducesMetrics, 48, True, 14, False) == [message] * 2
+
+
+@pytest.mark.parametrize("kind", [cases.ReducesCount, cases.ReducesCountByAccelerator])
+def test_loss_that_depends_on_other_ranks_is_refused(pools: Pools, kind: type):
+    message = (
+        f"the loss of {kind.__name__} (TokenModel) uses values of other ranks (torch.distributed, or gather or reduce "
+        "of its accelerator), so micro-batches do not add up to the batch. Return the mean over the micro-batch of "
+        "this rank, or use weights(trainer, items=...) to weight micro-batches only."
+    )
+    assert pools(2).run(cases.reduces, kind, 48, True, None, kind is cases.ReducesCount) == [message] * 2

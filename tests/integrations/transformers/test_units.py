@@ -169,7 +169,8 @@ def test_later_windows_run_no_model():
     samples = tiny.token_samples()
     trainer = tiny.trainer_of(tiny.gpt2(), samples)
     finder = finder_of(trainer)
-    finder.unit(samples[:WINDOW])
+    for _ in range(4):  # the next one is audited at window 8
+        finder.unit(samples[:WINDOW])
     trainer.model.forward = None
     assert finder.unit(samples[WINDOW:]).name == SUM
 
@@ -343,8 +344,8 @@ class TwoUnits(Trainer):
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        (Contrastive, "samples influence one another, or the loss has several terms"),
-        (WithPenalty, "samples influence one another, or the loss has several terms"),
+        (Contrastive, "samples influence one another, the loss has several terms"),
+        (WithPenalty, "samples influence one another, the loss has several terms"),
         (Sum, "is a mean over none of the known units"),
         (RandomInEval, "draws random numbers in eval mode too"),
         (Constant, "has a gradient of 0 for the samples of this window that were tried"),
@@ -407,7 +408,7 @@ def test_out_of_memory_retries_with_two_samples():
 
     samples = tiny.token_samples()
     assert unit_of(tiny.trainer_of(tiny.gpt2(), samples, cls=Large), samples).name == "shifted labels"
-    assert max(sizes) == 3
+    assert max(sizes[: sizes.index(2)]) == 3
 
 
 def test_out_of_memory_with_two_samples_is_refused():

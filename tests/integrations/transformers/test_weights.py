@@ -141,3 +141,17 @@ def test_windows_of_two_ranks_are_exact(pools):
     assert min(stock[0]) >= WRONG
     assert [len(errors) for errors in weighted] == [2, 2]
     assert max(weighted[0] + weighted[1]) <= EXACT
+
+
+def test_loss_that_requires_a_number_of_items_is_refused(tmp_path: Path):
+    class OverNumber(cases.MeanLoss):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return ref.loss_and_items(model, inputs)[0] / num_items_in_batch
+
+    trainer, _ = cases.make(tmp_path, OverNumber)
+    with pytest.raises(InputError) as caught:
+        weights(trainer, items=cases.num_labels).train()
+    assert str(caught.value) == (
+        "compute_loss of OverNumber failed without num_items_in_batch (unsupported operand type(s) for /: 'Tensor' and "
+        "'NoneType'), and weights() calls it so: return the mean over the micro-batch if num_items_in_batch is None."
+    )

@@ -7,8 +7,7 @@ from transformers import Trainer
 
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.refusals import check_trainer
-from bigbatch.integrations.transformers.settings import Settings
+from bigbatch.integrations.transformers.checks import Settings, check_trainer
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.types import Layout
 
@@ -38,7 +37,10 @@ def exact(
 
     Samples are collated when their micro-batch runs, in the main process. If an overridden ``get_train_dataloader``
     collates by itself, its batches are the micro-batches. Inside a window ``accelerator.gather*`` and ``reduce`` return
-    the values of this rank, so ranks may run different micro-batches; the metrics of TRL are averaged at its end.
+    the values of this rank, so ranks may run different micro-batches; the metrics of TRL are averaged at its end. A
+    loss that calls torch.distributed itself needs micro-batches of a fixed number of samples, which the ranks then run
+    equally often; it is refused if its value depends on the samples of other ranks. An own ``training_step`` runs once
+    a window, and cannot read inputs.
 
     Args:
         trainer: A `transformers.Trainer`. Its class becomes a subclass; it is changed in place.
@@ -48,7 +50,9 @@ def exact(
         lengths: ``lengths(samples) → tokens of each sample``, for a `TokenBudget`, ``"auto"`` and ``report.tokens``.
         layout: ``"packed"`` if the trainer's collator makes one row of a list of samples, without padding.
         items: What the trainer's loss is averaged over: ``items(inputs) → number`` of a collated micro-batch. By
-            default it is found on the first window, by comparing gradients.
+            default it is found on the first window, by comparing gradients of a few samples, and checked on all samples
+            of windows 1 to 4, 8, 16, 32... by their losses, which takes two forwards of each sample without gradients.
+            Terms below 2e-5 of the loss are not seen.
         nonfinite: What a window does if its loss or gradient is not finite. ``"skip"``: no weight and no optimizer
             state changes. With a GradScaler it skips the update, as always; without one there is a warning, and the
             schedule goes on. ``"raise"``: `bigbatch.NonFiniteError`. A window without items warns and changes nothing
@@ -91,9 +95,24 @@ class ExactTrainer:
 
     Attributes:
         exact_settings: Keyword arguments of `exact`.
+
+    Raises:
+        InputError: A subclass of Trainer precedes it among the base classes.
     """
 
     exact_settings: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(ExactTrainer)]
+        first = next(
+            (kind for kind in before if issubclass(kind, Trainer) and not issubclass(kind, ExactTrainer)), None
+        )
+        if first is not None:
+            raise InputError(
+                f"{cls.__name__} has {first.__name__} before ExactTrainer among its base classes, whose __init__ would "
+                f"not run: write class {cls.__name__}(ExactTrainer, {first.__name__})."
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

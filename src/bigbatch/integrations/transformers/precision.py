@@ -1,14 +1,20 @@
 """The arithmetic in which a trainer's loss is probed: float32 if the model and its memory allow it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from bigbatch.integrations.transformers.traceless import bare_model, modules_of, without_autocast
+from bigbatch.errors import InputError
+from bigbatch.integrations.transformers.traceless import bare_model, modules_of, traceless, without_autocast
+from bigbatch.integrations.transformers.unit_decision import Inconclusive
+from bigbatch.integrations.transformers.unit_probe import ComputeLoss, LossProbe
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
+
+T = TypeVar("T")
 
 MAX_UPCAST = 1_000_000_000  # parameters whose float32 copies are made, 4 GB
 SHARE_OF_FREE = 0.5  # of the free memory of a device that the copies may need
@@ -49,6 +55,30 @@ def in_precision(trainer: Any, precision: Precision) -> Iterator[None]:
                 if not isinstance(module, nn.parallel.DistributedDataParallel):
                     module.float()
         yield
+
+
+def run_precisely(trainer: Any, compute_loss: ComputeLoss, function: Callable[[LossProbe], T]) -> T:
+    """Return a function of a probe of a trainer's loss, in the most precise arithmetic that the model runs in.
+
+    Args:
+        trainer: Nothing is changed on it.
+        compute_loss: Its loss.
+        function: Called inside `traceless`, once for each precision that fails.
+    """
+    precisions = precisions_for(trainer)
+    for number, precision in enumerate(precisions, 1):
+        try:
+            with traceless(trainer, compute_loss) as model, in_precision(trainer, precision):
+                is_rounded = precision is Precision.AUTOCAST
+                return function(LossProbe(trainer, model, compute_loss, autocast=is_rounded))
+        except (InputError, Inconclusive):
+            raise
+        except Exception as error:  # kernels such as flash attention need half precision
+            is_last = number == len(precisions)
+            if is_last or (is_out_of_memory(error) and precision is not Precision.FLOAT32):
+                raise
+        free_cached_memory()
+    raise AssertionError("the last precision returns or raises")
 
 
 def _can_upcast(trainer: Any) -> bool:

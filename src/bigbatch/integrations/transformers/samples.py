@@ -3,13 +3,61 @@
     loader → SampleBatch, SampleBatch, SampleBatch → EmptyBatch, EmptyBatch, WindowBatch with all samples
 
 Each is an empty dict with attributes: the loop counts them as the batches that they stand for, and code that looks up a
-key in a batch finds none.
+key in a batch raises.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from bigbatch.integrations.transformers.pieces import Pieces
+from bigbatch.errors import InputError
+from bigbatch.types import Items
+
+
+@dataclass(eq=False)
+class Piece:
+    """Counts of one micro-batch.
+
+    Attributes:
+        rows: Indices of its samples in the window.
+        items: What its loss is divided by.
+        floating_point_ops: Of its forward and backward, as the Trainer counts them.
+        input_tokens: As the Trainer counts them; with or without padding, as its arguments say.
+        metrics: Values that the trainer's loss appended to its metrics, by name.
+        train_tokens: What it added to the tokens that TRL counts.
+    """
+
+    rows: Sequence[int]
+    items: Items
+    floating_point_ops: float = 0.0
+    input_tokens: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    train_tokens: float = 0
+
+
+class Pieces:
+    """Counts of the micro-batches of one window; a later one replaces those whose samples it repeats."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, Piece] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Add a micro-batch that will be run."""
+        for row in piece.rows:
+            self._owners[row] = piece
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter({id(piece): piece for piece in self._owners.values()}.values())
+
+    @property
+    def floating_point_ops(self) -> float:
+        """Of the window, on this rank."""
+        return sum(piece.floating_point_ops for piece in self)
+
+    @property
+    def input_tokens(self) -> int:
+        """Of the window, on this rank."""
+        return sum(piece.input_tokens for piece in self)
 
 
 class SampleBatch(dict[str, Any]):
@@ -22,6 +70,22 @@ class SampleBatch(dict[str, Any]):
     def __init__(self, samples: Sequence[Any] = ()) -> None:
         super().__init__()
         self.samples = list(samples)
+
+    def __missing__(self, key: Any) -> Any:
+        raise self._not_collated(key)
+
+    def __contains__(self, key: Any) -> bool:
+        raise self._not_collated(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Raise: nothing can be read before micro-batches are collated."""
+        raise self._not_collated(key)
+
+    def _not_collated(self, key: Any) -> InputError:
+        return InputError(
+            f"{key!r} was read from a batch of a trainer that exact() was called on, whose samples are collated in "
+            "micro-batches later: read or change inputs in compute_loss or in the data collator."
+        )
 
     def to(self, *_: Any, **__: Any) -> Self:
         """Return itself: micro-batches are moved when they are collated."""
@@ -45,12 +109,14 @@ class WindowBatch(SampleBatch):
 
     Attributes:
         pieces: The micro-batches that were run of it.
+        collated: Micro-batches that were collated ahead, by their rows.
     """
 
     def __init__(self, samples: Sequence[Any] = (), *, is_collated: bool = False) -> None:
         super().__init__(samples)
         self.is_collated = is_collated
         self.pieces = Pieces()
+        self.collated: dict[tuple[int, ...], Any] = {}
 
 
 class SampleCollator:

@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from bigbatch.integrations.transformers.trainer_metrics import local_gathers
-from bigbatch.integrations.transformers.trainer_state import trainer_preserved
 from bigbatch.preserve import preserved
 from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.trials.object_state import ObjectState
 
 MAX_ELEMENTS = 10_000  # of a container that is copied: a longer one holds data
 _MISSING = object()
+# Large, or restored with the model, or not data.
+_LEFT_AS_THEY_ARE = frozenset(
+    {"train_dataset", "eval_dataset", "model", "model_wrapped", "ref_model", "optimizer", "lr_scheduler", "args"}
+)
+_OBJECTS = frozenset({"state", "control"})
 
 
 def bare_model(trainer: Any) -> nn.Module:
@@ -42,7 +47,7 @@ def modules_of(trainer: Any, *functions: Callable[..., Any]) -> list[nn.Module]:
 
 @contextmanager
 def traceless(trainer: Any, *functions: Callable[..., Any]) -> Iterator[nn.Module]:
-    """Restore everything on exit that a run of a trainer's loss changes, and communicate nothing inside.
+    """Restore everything on exit that a run of a trainer's loss changes, and communicate and log nothing inside.
 
     Restores gradients, buffers, training modes and attributes of the models, all random generators, and the trainer's
     own counters and metrics. Inside, the models run without autocast, in whole float32 precision, and the
@@ -55,9 +60,52 @@ def traceless(trainer: Any, *functions: Callable[..., Any]) -> Iterator[nn.Modul
     with ExitStack() as stack:
         stack.enter_context(trainer_preserved(trainer))
         stack.enter_context(preserved(*modules_of(trainer, *functions), parameters=False))
+        stack.enter_context(_resharded(model))
         stack.enter_context(local_gathers(trainer.accelerator))
         stack.enter_context(_float32_matmul())
+        if (handler := getattr(trainer, "callback_handler", None)) is not None:
+            stack.enter_context(attribute(handler, "on_log", _log_nothing))
         yield model
+
+
+@contextmanager
+def _resharded(model: nn.Module) -> Iterator[None]:
+    """Reshard on exit what a forward of FSDP2 without a backward leaves whole."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _log_nothing(_args: Any, _state: Any, control: Any, *_: Any, **__: Any) -> Any:
+    return control
+
+
+@contextmanager
+def trainer_preserved(trainer: Any) -> Iterator[None]:
+    """Restore the attributes of a trainer on exit, and the content of lists, dicts and sets among them.
+
+    Covers metrics, counters, ``state`` and ``control``. Datasets, models and the optimizer are left as they are.
+    """
+    attributes = dict(vars(trainer))
+    content = ObjectState(parameters=False)
+    content.add(
+        *(
+            value
+            for name, value in attributes.items()
+            if name in _OBJECTS or (isinstance(value, dict | list | set | deque) and name not in _LEFT_AS_THEY_ARE)
+        )
+    )
+    try:
+        yield
+    finally:
+        content.restore()
+        now = vars(trainer)
+        for name in now.keys() - attributes.keys():
+            del now[name]
+        now.update(attributes)
 
 
 @contextmanager

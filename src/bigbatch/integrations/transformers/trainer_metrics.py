@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bigbatch.integrations.transformers.pieces import Piece, Pieces
+from bigbatch.integrations.transformers.samples import Piece, Pieces
 
 _GATHERS = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
 _NUM_TOKENS = "num_tokens"  # a total, assigned and not appended

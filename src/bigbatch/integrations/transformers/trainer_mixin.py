@@ -9,6 +9,7 @@ Everything else is the Trainer's: backward, scaler, clipping, optimizer, schedul
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.refusals import uneven_updates
+from bigbatch.integrations.transformers.checks import Settings, uneven_updates
 from bigbatch.integrations.transformers.samples import EmptyBatch, SampleBatch, SampleCollator, WindowBatch, as_window
-from bigbatch.integrations.transformers.settings import Settings
 from bigbatch.integrations.transformers.window_engine import ComputeLoss, WindowEngine, batch_size_of
 from bigbatch.window_report import WindowReport
 
@@ -97,6 +97,12 @@ class ExactMixin:
         """
         trainer: Any = self
         is_window = isinstance(inputs, WindowBatch)
+        if isinstance(inputs, EmptyBatch) and trainer.accelerator.sync_gradients:
+            raise InputError(
+                f"gradient_accumulation_steps was changed to {trainer.args.gradient_accumulation_steps} within an "
+                "epoch, so an update would come before the last batch of its window: change it between calls of "
+                "train()."
+            )
         if is_window and not trainer.accelerator.sync_gradients:
             self._bigbatch_held = inputs.samples
         if isinstance(inputs, EmptyBatch) or self._bigbatch_held:
@@ -122,7 +128,8 @@ class ExactMixin:
                 return own(model, inputs, *args, **kwargs)
             if self._bigbatch_windows is None:
                 self._bigbatch_windows = WindowEngine(trainer, self._bigbatch_settings)
-            loss, self.bigbatch_report = self._bigbatch_windows.loss(model, inputs, own)
+            loss, report = self._bigbatch_windows.loss(model, inputs, own)
+            self.bigbatch_report = replace(report, step=trainer.state.global_step + 1)
             return loss
 
         attributes.update(compute_loss=compute_loss, current_gradient_accumulation_steps=1)

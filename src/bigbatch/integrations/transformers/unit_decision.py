@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from bigbatch.errors import InputError
+from bigbatch.integrations.transformers.traceless import attribute
 from bigbatch.integrations.transformers.unit_counts import Candidate
 from bigbatch.integrations.transformers.unit_probe import Evaluation, LossProbe, relative_residual, weights_of
 from bigbatch.integrations.transformers.unit_refusals import (
     ADVICE,
     changing_divisor,
     coupled_sum,
+    divided_by_steps,
     no_unit,
     no_unit_for_all,
     random_loss,
@@ -108,9 +110,19 @@ def decide(
         InputError: No unit fits.
     """
     probe.choose_mode(parts[0])
+    if _depends_on_steps(trainer, probe, parts[0]):
+        raise divided_by_steps(trainer)
     if _is_divided(trainer, probe, whole):
         return _of_sum(trainer, probe, whole, parts, candidates)
     return _of_mean(trainer, probe, whole, parts, candidates)
+
+
+def _depends_on_steps(trainer: Any, probe: LossProbe, inputs: Any) -> bool:
+    args = trainer.args
+    with attribute(args, "gradient_accumulation_steps", 2 * args.gradient_accumulation_steps):
+        doubled = probe.value(inputs, 1)
+    value = probe.value(inputs, 1)
+    return math.isfinite(value) and not _equal_losses(probe, value, doubled)
 
 
 def _is_divided(trainer: Any, probe: LossProbe, inputs: Any) -> bool:

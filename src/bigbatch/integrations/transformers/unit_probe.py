@@ -58,7 +58,8 @@ class LossProbe:
         compute_loss: Its loss.
 
     Attributes:
-        tolerance: Largest relative difference of gradients, and of losses of other shapes, that is rounding.
+        tolerance: Largest relative difference of gradients that is rounding.
+        value_tolerance: The same of losses of other shapes.
         span_tolerance: The same for the part of it that lies in the span of the compared gradients.
         loss_tolerance: Largest relative difference of losses of the same inputs that is rounding.
         is_random: Whether the loss draws random numbers even in eval mode.
@@ -78,6 +79,7 @@ class LossProbe:
         self.tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
         self.span_tolerance = SPAN_TOLERANCES.get(dtype, self.tolerance)
         self.loss_tolerance = TOLERANCES[torch.float32] if dtype is torch.float32 else self.tolerance
+        self.value_tolerance = self.tolerance
         self.is_random = False
         self.runs_as_in_training = True
 
@@ -121,10 +123,20 @@ class LossProbe:
             return Evaluation(float(loss), [None] * len(self._parameters))
         return Evaluation(float(loss.detach()), self._gradient(loss, inputs, num_items))
 
+    def value(self, inputs: Any, num_items: int | None = None) -> float:
+        """Return the loss without a gradient, from a fixed seed."""
+        seed_everything(SEED)
+        with torch.no_grad():
+            return float(self._loss(inputs, num_items))
+
     def _loss(self, inputs: Any, num_items: int | None) -> Tensor:
         inputs = self._trainer._prepare_inputs(fresh(inputs))
         count = None if num_items is None else torch.tensor(num_items, device=self._trainer.args.device)
-        return self._compute_loss(self._model, inputs, count)
+        loss = self._compute_loss(self._model, inputs, count)
+        if loss.dtype in SPAN_TOLERANCES:  # rounded, whatever its gradient is
+            self.value_tolerance = max(self.value_tolerance, TOLERANCES[loss.dtype])
+            self.loss_tolerance = max(self.loss_tolerance, TOLERANCES[loss.dtype])
+        return loss
 
     def _gradient(self, loss: Tensor, inputs: Any, num_items: int | None) -> list[Tensor | None]:
         if not self.is_sharded:
@@ -165,7 +177,7 @@ class LossProbe:
         if not all(evaluations[index].is_finite and bool(products[index, index].isfinite()) for index in used):
             return False
         losses = [weights[index] * evaluations[index].loss for index in used]
-        if abs(sum(losses)) > self.tolerance * sum(map(abs, losses)):
+        if abs(sum(losses)) > self.value_tolerance * sum(map(abs, losses)):
             return False
         outside, inside = relative_residual([weights[index] for index in used], products[used][:, used])
         return outside <= self.tolerance and inside <= self.span_tolerance

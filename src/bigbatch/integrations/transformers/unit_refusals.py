@@ -1,5 +1,6 @@
 """Errors for losses whose unit cannot be determined: what is wrong, then the call to make."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ _COUPLED_DPO_LOSSES = ("aot", "aot_unpaired")
 
 def subject_of(trainer: Any) -> str:
     """Return the loss of a trainer as the subject of a sentence."""
-    cls = next((kind for kind in type(trainer).__mro__ if not kind.__module__.startswith("bigbatch")), type(trainer))
-    return f"the loss of {cls.__name__} ({_model_name(trainer)})"
+    return f"the loss of {class_name(trainer)} ({type(getattr(trainer, 'model', None)).__name__})"
 
 
-def _model_name(trainer: Any) -> str:
-    return type(getattr(trainer, "model", None)).__name__
+def class_name(trainer: Any) -> str:
+    """Return the name of the class of a trainer, before `exact` or `weights` was called on it."""
+    kinds = type(trainer).__mro__
+    kind = kinds[2] if len(kinds) > 2 and kinds[1].__module__.startswith("bigbatch") else kinds[0]
+    return kind.__name__
 
 
 def refuse_coupled_losses(trainer: Any) -> None:
@@ -57,6 +60,14 @@ def changing_divisor(trainer: Any, num_items: int, once: float, twice: float) ->
     )
 
 
+def divided_by_steps(trainer: Any) -> InputError:
+    """Return the error for a loss that divides by the number of accumulation steps."""
+    return InputError(
+        f"{subject_of(trainer)} depends on args.gradient_accumulation_steps, and exact() divides by the items of the "
+        "whole window: return the mean of the micro-batch undivided."
+    )
+
+
 def wrong_count(trainer: Any, ratio: float, counts: Mapping[str, float]) -> InputError:
     """Return the error for a sum whose number of items is none of the counts."""
     listed = ", ".join(f"{count:g} {name}" for name, count in counts.items()) or "no labels"
@@ -88,7 +99,23 @@ def no_unit(trainer: Any, errors: Mapping[str, float]) -> InputError:
     listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) or "no unit can be counted"
     return InputError(
         f"{subject_of(trainer)} is a mean over none of the known units (relative error of the gradient: {listed}): "
-        f"samples influence one another, or the loss has several terms in different units. {ADVICE}"
+        "samples influence one another, the loss has several terms in different units, or it depends on padding. "
+        f"{ADVICE}"
+    )
+
+
+def not_all_samples(trainer: Any, errors: Mapping[str, float]) -> InputError:
+    """Return the error for a mean whose unit fits a few samples, but not all of a window."""
+    if all(math.isinf(error) for error in errors.values()):
+        return InputError(
+            f"{subject_of(trainer)} is a mean over {' or '.join(errors)}, padding included, so it depends on which "
+            "samples are padded together: pad all samples to one length in the data collator, or average over labels."
+        )
+    listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return InputError(
+        f"{subject_of(trainer)} is a mean over none of the known units for all samples of this window (relative error "
+        f"of the loss: {listed}): it has class weights or several terms, leaves out labels, depends on padding, or "
+        f"samples influence one another. {ADVICE}"
     )
 
 
@@ -105,6 +132,24 @@ def ambiguous(trainer: Any, names: Sequence[str]) -> InputError:
     return InputError(
         f"{subject_of(trainer)} may be averaged over {' or '.join(names)}: all fit the gradients of this window, but "
         f"they count its samples differently. {ADVICE}"
+    )
+
+
+def depends_on_ranks(trainer: Any) -> InputError:
+    """Return the error for a loss that uses values of other ranks."""
+    return InputError(
+        f"{subject_of(trainer)} uses values of other ranks (torch.distributed, or gather or reduce of its "
+        "accelerator), so micro-batches do not add up to the batch. Return the mean over the micro-batch of this rank, "
+        "or use weights(trainer, items=...) to weight micro-batches only."
+    )
+
+
+def unequal_micro_batches(trainer: Any) -> InputError:
+    """Return the error for micro-batches that differ by rank, for a loss that calls collectives."""
+    return InputError(
+        f"{subject_of(trainer)} calls torch.distributed, so all ranks must run micro-batches of as many samples, "
+        'which a TokenBudget, microbatch="auto" and memory= do not give: pass microbatch= a number of samples, or '
+        "communicate by trainer.accelerator, which returns the values of this rank inside a window."
     )
 
 

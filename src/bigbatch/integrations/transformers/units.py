@@ -5,36 +5,37 @@ samples → counts in every unit → a few samples, together and in parts → th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from bigbatch.errors import InputError, RankFailedError
-from bigbatch.integrations.transformers.precision import Precision, in_precision, precisions_for
-from bigbatch.integrations.transformers.traceless import traceless
-from bigbatch.integrations.transformers.unit_counts import Candidate, candidates_for
+from bigbatch.errors import InputError
+from bigbatch.integrations.transformers.precision import run_precisely
+from bigbatch.integrations.transformers.unit_audit import audit, halves_of, is_audited
+from bigbatch.integrations.transformers.unit_counts import candidates_for
 from bigbatch.integrations.transformers.unit_decision import Decision, Inconclusive, decide
-from bigbatch.integrations.transformers.unit_probe import ComputeLoss, LossProbe
+from bigbatch.integrations.transformers.unit_probe import ComputeLoss
+from bigbatch.integrations.transformers.unit_ranks import OutOfMemory, call_on_all_ranks, on_all_ranks, rank_and_size
 from bigbatch.integrations.transformers.unit_refusals import (
     ambiguous,
     no_gradient,
+    not_all_samples,
     out_of_memory,
     refuse_coupled_losses,
     subject_of,
 )
-from bigbatch.integrations.transformers.window_samples import (
+from bigbatch.integrations.transformers.unit_samples import (
     Collator,
     Entry,
     agree,
     choose_parts,
     collate_parts,
+    count_microbatches,
     count_samples,
     most_different,
     names_of,
 )
-from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
-T = TypeVar("T")
 MAX_PROBES = 5  # of one window
 FIRST_WINDOWS = 3  # in which a loss with a reference model is probed: it starts from it, where terms may vanish
 SUM = "sum / num_items"
@@ -73,14 +74,22 @@ class UnitFinder:
         self._decision: Decision | None = None
         self._num_windows = 0
 
-    def unit(self, samples: Sequence[Any]) -> Unit:
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the next window is counted in several units, which fitted so far."""
+        return self._decision is not None and len(self._decision.fitting) > 1
+
+    def unit(self, samples: Sequence[Any], microbatches: Sequence[Any] | None = None) -> Unit:
         """Return the unit for a window.
 
         The first call runs the model on a few samples of the window, as do later calls while the windows before were
-        of one sample or not finite, or if this window separates units whose counts agreed in all others.
+        of one sample or not finite, or if this window separates units whose counts agreed in all others. Windows
+        1, 2, 3, 4, 8, 16... are run once more without gradients, to check the unit on all samples.
 
         Args:
             samples: Of this rank, not collated; may be empty.
+            microbatches: The micro-batches that will be run of them, if they are collated already: samples are then not
+                collated again to see whether the units that fitted so far count this window equally.
 
         Raises:
             InputError: No unit fits, or several that count this window differently; on all ranks.
@@ -89,8 +98,13 @@ class UnitFinder:
         refuse_coupled_losses(self._trainer)
         self._num_windows += 1
         known = self._decision
-        if known is not None and known.is_final and not self._may_have_changed() and self._holds(known, samples):
-            return self._as_unit(known)
+        if (
+            known is not None
+            and known.is_final
+            and not self._may_have_changed()
+            and self._holds(known, samples, microbatches)
+        ):
+            return self._as_unit(self._audited(known, samples))
         entries = self._entries(samples)
         found = self._probe(samples, entries)
         if found is not None and known is not None:
@@ -98,11 +112,41 @@ class UnitFinder:
         self._decision = found or known
         if found is None:
             return self._undetermined(samples)
-        return self._as_unit(found)
+        return self._as_unit(self._audited(found, samples))
 
-    def _holds(self, known: Decision, samples: Sequence[Any]) -> bool:
+    def _audited(self, decision: Decision, samples: Sequence[Any]) -> Decision:
+        """Return a decision whose units fit all samples. Collective while windows are audited."""
+        if not (decision.is_final and is_audited(self._num_windows)):
+            return decision
+        _, num_ranks = rank_and_size()
+        halves = halves_of(samples, self._batch_size(), only_whole=num_ranks > 1)
+        if num_ranks > 1:  # sharded models, and losses that call collectives, run equally often
+            halves = halves[: min(on_all_ranks(lambda: len(halves)))]
+        try:
+            each = on_all_ranks(lambda: audit(self._trainer, self._compute_loss, self._collator, halves, decision))
+        except OutOfMemory:  # in the copies of parameters
+            return decision
+        errors = {name: max(found.get(name, 0.0) for found in each) for found in each for name in found}
+        fitting = [name for name in decision.names if name not in errors]
+        if not fitting:
+            raise not_all_samples(self._trainer, errors)
+        self._decision = decision.restrict(fitting, self._trainer)
+        return self._decision
+
+    def _batch_size(self) -> int:
+        return max(2, int(getattr(self._trainer.args, "per_device_train_batch_size", 2)))
+
+    def _holds(self, known: Decision, samples: Sequence[Any], microbatches: Sequence[Any] | None) -> bool:
         """Return whether the counts of all units of a decision agree in a window. Collective if they are several."""
-        return len(known.fitting) == 1 or self._agree(self._entries(samples, known.names), known)
+        if len(known.fitting) == 1:
+            return True
+        rank, _ = rank_and_size()
+        each = on_all_ranks(
+            lambda: None if microbatches is None else count_microbatches(microbatches, known.fitting, rank)
+        )
+        if all(entries is not None for entries in each):
+            return self._agree([entry for entries in each for entry in entries or ()], known)
+        return self._agree(self._entries(samples, known.names), known)
 
     def _may_have_changed(self) -> bool:
         return self._num_windows <= FIRST_WINDOWS and hasattr(self._trainer, "ref_model")
@@ -135,14 +179,14 @@ class UnitFinder:
         )
 
     def _entries(self, samples: Sequence[Any], names: Sequence[str] | None = None) -> list[Entry]:
-        rank, _ = _rank_and_size()
-        each = self._on_all_ranks(lambda: count_samples(samples, self._collator, rank, names=names))
+        rank, _ = rank_and_size()
+        each = on_all_ranks(lambda: count_samples(samples, self._collator, rank, names=names))
         return [entry for entries in each for entry in entries]
 
     def _probe(self, samples: Sequence[Any], entries: Sequence[Entry]) -> Decision | None:
         """Return the decision of this window; None if it has no sample, or one, or is not finite."""
         names = names_of(entries)
-        max_samples = max(2, int(getattr(self._trainer.args, "per_device_train_batch_size", 2)))
+        max_samples = self._batch_size()
         decision: Decision | None = None
         has_gradient = True
         tried: list[Entry] = []
@@ -159,7 +203,7 @@ class UnitFinder:
                     return decision
                 tried += [entry for part in parts for entry in part]
                 continue
-            except _OutOfMemoryError:
+            except OutOfMemory:
                 if max_samples == 2:
                     raise out_of_memory(self._trainer, parts) from None
                 max_samples = 2
@@ -177,12 +221,12 @@ class UnitFinder:
 
     def _exchange(self, parts: Sequence[Sequence[Entry]], samples: Sequence[Any]) -> tuple[list[int], list[Any]]:
         """Return the number of samples, and the collated samples, of all parts together and of each. Collective."""
-        rank, _ = _rank_and_size()
+        rank, _ = rank_and_size()
         own = {entry.index: samples[entry.index] for part in parts for entry in part if entry.rank == rank}
-        held = self._on_all_ranks(lambda: own)
+        held = on_all_ranks(lambda: own)
         chosen = [[held[entry.rank][entry.index] for entry in part] for part in parts]
         # The first rank collates for all: a random collator draws other numbers on each.
-        collated = self._on_all_ranks(lambda: collate_parts(chosen, self._collator) if rank == 0 else [])[0]
+        collated = on_all_ranks(lambda: collate_parts(chosen, self._collator) if rank == 0 else [])[0]
         sizes = [len(part) for part in chosen]
         return [sum(sizes), *sizes], collated
 
@@ -193,9 +237,13 @@ class UnitFinder:
             parts = parts[:1]
         candidates = candidates_for(parts[0], num_samples=sizes[1], label_names=self._collator.label_names)
 
+        trainer = self._trainer
+
         def evaluate() -> Decision | Inconclusive:
             try:
-                return self._evaluate(whole, parts, candidates)
+                return run_precisely(
+                    trainer, self._compute_loss, lambda probe: decide(trainer, probe, whole, parts, candidates)
+                )
             except Inconclusive as reason:
                 return reason
 
@@ -204,7 +252,7 @@ class UnitFinder:
                 return result.names, result.tolerance, dict(result.errors)
             return isinstance(result, Inconclusive) and result.is_finite
 
-        own, results = self._call_on_all_ranks(evaluate, message)
+        own, results = call_on_all_ranks(evaluate, message)
         if any(isinstance(each, bool) for each in results):
             raise Inconclusive(is_finite=all(each is not False for each in results))
         assert isinstance(own, Decision)
@@ -212,78 +260,3 @@ class UnitFinder:
         errors = {name: max(errors[name] for *_, errors in results) for name in own.errors}
         names = [name for name in own.names if all(name in names for names, *_ in results)]
         return replace(own, tolerance=tolerance, errors=errors).restrict(names, self._trainer)
-
-    def _evaluate(self, whole: Any, parts: Sequence[Any], candidates: Sequence[Candidate]) -> Decision:
-        """Decide in the most precise arithmetic that the model runs in."""
-        trainer = self._trainer
-        precisions = precisions_for(trainer)
-        for number, precision in enumerate(precisions, 1):
-            try:
-                with traceless(trainer, self._compute_loss) as model, in_precision(trainer, precision):
-                    is_rounded = precision is Precision.AUTOCAST
-                    probe = LossProbe(trainer, model, self._compute_loss, autocast=is_rounded)
-                    return decide(trainer, probe, whole, parts, candidates)
-            except (InputError, Inconclusive):
-                raise
-            except Exception as error:  # kernels such as flash attention need half precision
-                is_last = number == len(precisions)
-                if is_last or (is_out_of_memory(error) and precision is not Precision.FLOAT32):
-                    raise
-            free_cached_memory()
-        raise AssertionError("the last precision returns or raises")
-
-    def _on_all_ranks(self, function: Callable[[], T]) -> list[T]:
-        """Call a function on every rank and return the results of all; if one fails, all raise. Collective."""
-        return self._call_on_all_ranks(function, lambda value: value)[1]
-
-    def _call_on_all_ranks(self, function: Callable[[], T], message: Callable[[T], Any]) -> tuple[T | None, list[Any]]:
-        """Call a function on every rank and return its result, and a message of every rank's. Collective."""
-        _, size = _rank_and_size()
-        error: Exception | None = None
-        failure: tuple[str, str] | None = None
-        own: T | None = None
-        sent: Any = None
-        try:
-            own = function()
-            sent = message(own)
-        except Exception as raised:  # noqa: BLE001 - the other ranks wait; raised below
-            error = raised
-            failure = _kind(raised), f"{type(raised).__name__}: {raised}"
-        outcomes: list[Any] = [(sent, failure)]
-        if size > 1:
-            import torch.distributed as dist
-
-            outcomes = [(None, None)] * size
-            dist.all_gather_object(outcomes, (sent, failure))
-        failures = [each for _, each in outcomes if each is not None]
-        if failures and all(kind == "memory" for kind, _ in failures):
-            error = None  # its traceback references tensors
-            free_cached_memory()
-            raise _OutOfMemoryError
-        if error is not None:
-            raise error
-        for other, (_, each) in enumerate(outcomes):
-            if each is not None:
-                kind, text = each
-                if kind == "input":
-                    raise InputError(text.partition(": ")[2])
-                raise RankFailedError(f"rank {other} failed while the unit of the loss was determined: {text}")
-        return own, [value for value, _ in outcomes]
-
-
-class _OutOfMemoryError(Exception):
-    """The probe ran out of memory on a rank."""
-
-
-def _kind(error: Exception) -> str:
-    if is_out_of_memory(error):
-        return "memory"
-    return "input" if isinstance(error, InputError) else ""
-
-
-def _rank_and_size() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

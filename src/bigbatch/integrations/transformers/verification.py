@@ -9,8 +9,7 @@ from typing import Any
 from transformers import Trainer
 
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.refusals import check_trainer
-from bigbatch.integrations.transformers.settings import Settings
+from bigbatch.integrations.transformers.checks import Settings, check_trainer
 from bigbatch.integrations.transformers.traceless import class_of, traceless
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.weights import WeightsMixin

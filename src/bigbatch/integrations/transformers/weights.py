@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.errors import InputError
+from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Items
 
 AnyTrainer = TypeVar("AnyTrainer")
@@ -31,9 +32,9 @@ def weights(trainer: AnyTrainer, *, items: CountInputs) -> AnyTrainer:
     items; a loss whose samples influence one another, such as one with an auxiliary loss, is weighted all the same.
 
     The trainer's loss is called without ``num_items_in_batch``, and must then return the mean over the items of its
-    micro-batch. Inputs of all micro-batches of a window are prepared before the first of them runs; ``items`` is called
-    with each. A micro-batch without items has no gradient. Over several ranks the items are summed once a window:
-    one small all-gather and one wait for the device.
+    micro-batch, not divided by ``args.gradient_accumulation_steps``. Inputs of all micro-batches of a window are
+    prepared before the first of them runs; ``items`` is called with each. A micro-batch without items has no gradient.
+    Over several ranks the items are summed once a window: one small all-gather and one wait for the device.
 
     Args:
         trainer: A `transformers.Trainer`. Its class becomes a subclass; it is changed in place. A second call replaces
@@ -162,6 +163,13 @@ class WeightsMixin:
         trainer.current_gradient_accumulation_steps = 1  # some losses divide by it
         try:
             result = super().compute_loss(model, inputs, *args, **{**kwargs, "num_items_in_batch": None})  # type: ignore[misc]
+        except TypeError as error:
+            if "NoneType" not in str(error):
+                raise
+            raise InputError(
+                f"compute_loss of {class_name(self)} failed without num_items_in_batch ({error}), and weights() calls "
+                "it so: return the mean over the micro-batch if num_items_in_batch is None."
+            ) from error
         finally:
             trainer.current_gradient_accumulation_steps = steps
         loss, *outputs = result if isinstance(result, tuple) else (result,)

@@ -12,7 +12,7 @@ from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.samples import SampleBatch, SampleCollator, copy_samples
 from bigbatch.integrations.transformers.traceless import collator_state
 from bigbatch.integrations.transformers.unit_counts import cut_rows, has_row_for_each_sample
-from bigbatch.integrations.transformers.window_samples import same_batches
+from bigbatch.integrations.transformers.unit_samples import same_batches
 from bigbatch.rng import seed_everything
 
 

@@ -8,19 +8,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from bigbatch.accumulation.optimizer_update import NO_ITEMS
+from bigbatch.engine.checks import check_lengths
 from bigbatch.engine.engine import Engine
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import trainer_metrics
-from bigbatch.integrations.transformers.pieces import Piece
-from bigbatch.integrations.transformers.samples import WindowBatch, copy_samples, take_whole
-from bigbatch.integrations.transformers.settings import Settings
-from bigbatch.integrations.transformers.trainer_state import trainer_preserved
+from bigbatch.integrations.transformers.checks import Settings
+from bigbatch.integrations.transformers.loss_collectives import calls_collectives
+from bigbatch.integrations.transformers.samples import Piece, WindowBatch, copy_samples, take_whole
+from bigbatch.integrations.transformers.traceless import trainer_preserved
+from bigbatch.integrations.transformers.unit_refusals import class_name, unequal_micro_batches
 from bigbatch.integrations.transformers.window_unit import WindowUnit
+from bigbatch.rng import random_states, same_random_states, set_random_states
 from bigbatch.trials.trial import is_trial
 from bigbatch.types import Items
 from bigbatch.verification.causes.modules import active_dropouts, training_batch_norms
@@ -47,6 +52,9 @@ class WindowEngine:
         self._unit = WindowUnit(trainer, settings.items, self._collate_samples, self._own_loss)
         self._window = WindowBatch()
         self._num_windows = 0
+        self._collator_draws = False  # random numbers
+        self._needs_num_items = False
+        self._lockstep: bool | None = None
         self._one_item = torch.ones((), dtype=torch.int64, device=trainer.args.device)
 
     def loss(self, model: nn.Module, window: WindowBatch, compute_loss: ComputeLoss) -> tuple[Tensor, WindowReport]:
@@ -62,10 +70,12 @@ class WindowEngine:
             NonFiniteError: The loss or its gradient is not finite, and ``nonfinite`` is ``"raise"``.
         """
         self._compute_loss, self._window = compute_loss, window
+        if self._lockstep is None:
+            self._lockstep = self._calls_collectives(window)
         engine = self._engine_for(model, is_collated=window.is_collated)
         batch = range(len(window.samples))
         with trainer_metrics.local_gathers(self._trainer.accelerator):
-            self._unit.prepare(window)
+            self._unit.prepare(window, self._collate_ahead(engine, window))
             loss, report = exact_loss(
                 engine.accumulator.update.parameters(), lambda: engine.backward(batch), engine.runner
             )
@@ -93,7 +103,7 @@ class WindowEngine:
             return self._engine
         if is_collated and settings.needs_samples:
             raise InputError(
-                f"the train dataloader of {type(self._trainer).__name__} yields batches that are collated already, so "
+                f"the train dataloader of {class_name(self._trainer)} yields batches that are collated already, so "
                 "micro-batches cannot be chosen: leave microbatch= and memory= out, and its batches are the "
                 "micro-batches; or collate with self.data_collator in get_train_dataloader."
             )
@@ -110,10 +120,11 @@ class WindowEngine:
                 microbatch=1 if is_collated else settings.microbatch_for(batch_size),
                 memory=settings.memory,
                 collate=self._collate,
-                lengths=None if lengths is None or is_collated else lambda _: lengths(self._window.samples),
+                lengths=None if lengths is None or is_collated else self._lengths,
                 layout="padded" if is_collated else settings.layout,
                 scaler=self._trainer.accelerator.scaler,
                 nonfinite=settings.nonfinite,
+                lockstep=bool(self._lockstep),
                 check=evaluates,
             )
         except (TypeError, ValueError) as error:
@@ -121,14 +132,56 @@ class WindowEngine:
         self._made_for, self._num_windows = made_for, 0
         return self._engine
 
+    def _calls_collectives(self, window: WindowBatch) -> bool:
+        """Return whether the loss calls collectives, and ranks must run equally many micro-batches. Collective."""
+        if self._trainer.accelerator.num_processes == 1:
+            return False
+        collate = take_whole if window.is_collated else self._collate_samples
+        is_called = calls_collectives(self._trainer, collate, window.samples, self._own_loss)
+        if is_called and not isinstance(self._settings.microbatch_for(1), int):
+            raise unequal_micro_batches(self._trainer)
+        return is_called
+
+    def _lengths(self, _batch: Any) -> Sequence[int]:
+        assert self._settings.lengths is not None
+        lengths = self._settings.lengths(self._window.samples)
+        try:
+            check_lengths(lengths, len(self._window.samples))
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+        return lengths
+
     def _collate_samples(self, samples: Sequence[Any]) -> Any:
         return self._trainer.data_collator(copy_samples(samples))
+
+    def _collate_ahead(self, engine: Engine, window: WindowBatch) -> Sequence[Any] | None:
+        """Collate the micro-batches of a window before they run, if they are counted in several units.
+
+        Not if the collator draws random numbers: the model would draw others then. Collated twice in that case.
+        """
+        if self._collator_draws or window.is_collated or not self._unit.needs_counts:
+            return None
+        if not engine.microbatch_size.is_chosen:
+            return None
+        before = random_states()
+        lengths = [1] * len(window.samples) if self._settings.lengths is None else self._lengths(None)
+        window.collated = {
+            tuple(rows): self._collate_samples([window.samples[row] for row in rows]) for rows in engine.groups(lengths)
+        }
+        self._collator_draws = not same_random_states(before, random_states())
+        if self._collator_draws:
+            set_random_states(before)
+            window.collated = {}
+            return None
+        return list(window.collated.values())
 
     def _collate(self, rows: Sequence[int]) -> dict[str, Any]:
         """Make one micro-batch of samples of the window, and count it."""
         window, trainer = self._window, self._trainer
         samples = [window.samples[row] for row in rows]
-        inputs = take_whole(samples) if window.is_collated else self._collate_samples(samples)
+        inputs = None if is_trial() else window.collated.pop(tuple(rows), None)
+        if inputs is None:
+            inputs = take_whole(samples) if window.is_collated else self._collate_samples(samples)
         piece = Piece(rows, _as_number(self._unit.count(inputs)))
         if not is_trial():
             piece.floating_point_ops = float(trainer.floating_point_ops(inputs))
@@ -141,15 +194,43 @@ class WindowEngine:
         piece, trainer = microbatch["piece"], self._trainer
         with trainer_preserved(trainer) if is_trial() else trainer_metrics.recorded(trainer, piece):
             inputs = trainer._prepare_inputs(microbatch["inputs"])
+            self._check_prepared(inputs, piece.items)
             if self._unit.takes_num_items:
-                return self._own_loss(model, inputs, self._one_item), piece.items
-            return self._own_loss(model, inputs) * piece.items, piece.items
+                return _wide(self._own_loss(model, inputs, self._one_item)), piece.items
+            return _wide(self._mean_loss(model, inputs, piece.items)) * piece.items, piece.items
+
+    def _mean_loss(self, model: nn.Module, inputs: Any, items: Items) -> Tensor:
+        """Return the mean loss; one that requires a number of items is divided by those that were passed."""
+        if not self._needs_num_items:
+            try:
+                return self._own_loss(model, inputs)
+            except TypeError:
+                if not self._unit.is_given:
+                    raise
+        loss = self._own_loss(model, inputs, self._one_item * items)
+        self._needs_num_items = True
+        return loss
+
+    def _check_prepared(self, inputs: Any, items: Items) -> None:
+        """Check that an own ``_prepare_inputs`` leaves the number of items as it was."""
+        kind = type(self._trainer)
+        owner = next(each for each in kind.__mro__[2:] if "_prepare_inputs" in vars(each))
+        if owner is not Trainer and (number := _as_number(self._unit.count(inputs))) != items:
+            raise InputError(
+                f"_prepare_inputs of {owner.__name__} changes the number of items of a micro-batch from {items} to "
+                f"{number}, and they are counted before it: change labels and masks in the data collator."
+            )
 
     def _own_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Return the trainer's own loss; with a number of items it is not multiplied by the number of ranks."""
         with _own_rank_only(self._trainer.args) if num_items_in_batch is not None else nullcontext():
             loss: Tensor = self._compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        return loss
+        if loss.numel() != 1:
+            raise InputError(
+                f"compute_loss of {class_name(self._trainer)} returned a loss of shape {tuple(loss.shape)}: return "
+                "its mean."
+            )
+        return loss.reshape(())
 
     def _without_gradient(self, report: WindowReport) -> Tensor:
         """Return the loss of a window that changes nothing: its backward leaves every ``.grad`` as it is."""
@@ -170,7 +251,7 @@ class WindowEngine:
         expected = 1.0 if scaler is None else scaler.get_scale()
         if factor.item() != expected:
             raise InputError(
-                f"training_step of {type(self._trainer).__name__} multiplies the loss by {factor.item() / expected:g}, "
+                f"training_step of {class_name(self._trainer)} multiplies the loss by {factor.item() / expected:g}, "
                 "and the loss of a window is complete: remove the division by the number of accumulation steps."
             )
 
@@ -192,8 +273,17 @@ def _own_rank_only(args: Any) -> Iterator[None]:
         args.average_tokens_across_devices = found
 
 
+def _wide(loss: Tensor) -> Tensor:
+    """Return a loss in float32 or wider: bfloat16 would round its sum to 8 bits."""
+    return loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss
+
+
 def _as_number(items: Any) -> Items:
-    number: int | float = items.item() if isinstance(items, Tensor) else items
+    number: Any = items.item() if isinstance(items, Tensor | np.generic) else items
+    if not isinstance(number, int | float) or number < 0:
+        raise InputError(
+            f"items= returned {number!r}: it must return the number of items of a micro-batch, at least 0."
+        )
     return number
 
 

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from bigbatch.integrations.transformers.checks import Settings
 from bigbatch.integrations.transformers.samples import WindowBatch
-from bigbatch.integrations.transformers.settings import Settings
 from bigbatch.integrations.transformers.traceless import attribute, class_of, collective, without_autocast
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.unit_probe import LossProbe

@@ -44,22 +44,33 @@ class WindowUnit:
         self.name = "items of the function that was passed" if callable(items) else ""
         self.count: Count = items if callable(items) else _not_found
 
-    def prepare(self, window: WindowBatch) -> None:
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the next window of samples is counted in several units, which fitted so far."""
+        finder = self._finders.get(False)
+        return finder is not None and finder.needs_counts
+
+    def prepare(self, window: WindowBatch, microbatches: Sequence[Any] | None = None) -> None:
         """Find the unit on a window, if it is not certain yet. Collective.
+
+        Args:
+            window: Its samples, or its batches.
+            microbatches: As for `UnitFinder.unit`.
 
         Raises:
             InputError: It is not certain, on any rank.
         """
         if not self.is_given:
-            self._find(window)
+            self._find(window, microbatches)
 
-    def _find(self, window: WindowBatch) -> None:
-        collate, samples = self._collate, window.samples
+    def _find(self, window: WindowBatch, microbatches: Sequence[Any] | None) -> None:
+        collate: Callable[[Any], Any] = self._collate
+        samples: Sequence[Any] = window.samples
         if window.is_collated:
-            collate, samples = _stack_rows, _rows_of(window.samples)
+            collate, samples = _stack_rows, _Rows(window.samples)
         if window.is_collated not in self._finders:
             self._finders[window.is_collated] = UnitFinder(self._trainer, collate, self._compute_loss)
-        unit = self._finders[window.is_collated].unit(samples)
+        unit = self._finders[window.is_collated].unit(samples, microbatches)
         self.name, self.count, self.takes_num_items = unit.name, unit.count, unit.takes_num_items
         claims_to_be_scaled = getattr(self._trainer, "loss_is_scaled_for_ga", None)
         if claims_to_be_scaled and not unit.takes_num_items and unit.name != "undetermined":
@@ -74,25 +85,55 @@ def _not_found(inputs: Mapping[str, Any]) -> Items:
     raise AssertionError("the unit is found before the first micro-batch")
 
 
-def _rows_of(batches: Sequence[Any]) -> list[dict[str, Any]]:
-    """Cut the first collated batch that has several rows."""
-    for batch in batches:
-        if not isinstance(batch, Mapping) or not batch:
-            break
-        values = list(batch.values())
-        if not all(isinstance(value, Tensor) and value.ndim for value in values):
-            break
-        sizes = {len(value) for value in values}
-        if len(sizes) > 1:
-            break
-        if sizes.pop() > 1:
-            return [{name: value[row] for name, value in batch.items()} for row in range(len(values[0]))]
-    raise InputError(
+class _Rows(Sequence[dict[str, Any]]):
+    """Rows of the batches of a window: those of the first batch that has several, or of a window of one row.
+
+    They are cut when they are used, so that `UnitFinder` raises an error of one rank on all.
+
+    Args:
+        batches: Collated by the loader.
+    """
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+        self._rows: list[dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._cut())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._cut()[index]
+
+    def _cut(self) -> list[dict[str, Any]]:
+        if self._rows is None:
+            self._rows = next((rows for rows in map(_rows_of, self._batches) if rows is None or len(rows) > 1), None)
+            if self._rows is None and len(self._batches) == 1:
+                self._rows = _rows_of(self._batches[0])
+            if self._rows is None:
+                raise _uncuttable()
+        return self._rows
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any]] | None:
+    """Return the rows of a collated batch; None if its values are not tensors with a row for each sample."""
+    values = list(batch.values()) if isinstance(batch, Mapping) else []
+    if not values or not all(isinstance(value, Tensor) and value.ndim for value in values):
+        return None
+    sizes = {len(value) for value in values}
+    if len(sizes) > 1:
+        return None
+    return [{name: value[row] for name, value in batch.items()} for row in range(sizes.pop())]
+
+
+def _stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    if any(row[name].shape != value.shape for row in rows for name, value in rows[0].items()):
+        raise _uncuttable()  # rows of several ranks
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _uncuttable() -> InputError:
+    return InputError(
         "the train dataloader yields batches that are collated already, and they cannot be cut into rows to find out "
         "what the loss is averaged over: pass items=, a function from a batch to the number that the loss is averaged "
         "over."
     )
-
-
-def _stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -80,7 +80,7 @@ def count_samples(
     """
     if not samples:
         return []
-    sizes = [_size(sample) for sample in samples]
+    sizes = [size_of(sample) for sample in samples]
     with collator.restored():
         whole = collator.collate(list(samples))
         by_row = has_row_for_each_sample(whole, len(samples))
@@ -104,6 +104,14 @@ def count_samples(
     ]
 
 
+def count_microbatches(microbatches: Sequence[Any], candidates: Sequence[Candidate], rank: int) -> list[Entry]:
+    """Return the counts of this rank's collated micro-batches, one entry for each."""
+    return [
+        Entry(rank, index, 0, {each.name: float(each.count(microbatch)) for each in candidates})
+        for index, microbatch in enumerate(microbatches)
+    ]
+
+
 def _padded_counts(
     candidate: Candidate, samples: Sequence[Any], sizes: Sequence[int], collator: Collator
 ) -> list[float]:
@@ -116,7 +124,7 @@ def _padded_counts(
     return [float(size) + smallest - min(sizes) for size in sizes]
 
 
-def _size(sample: Any) -> int:
+def size_of(sample: Any) -> int:
     """Return the number of elements of the sequences and tensors of a sample that is not collated."""
     leaves = list(sample.values()) if isinstance(sample, Mapping) else tree_flatten(sample)[0]
     return sum(_elements(leaf) for leaf in leaves)

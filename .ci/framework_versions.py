@@ -1,0 +1,135 @@
+"""Run tests/integrations with the lowest and with the newest supported frameworks, in an environment for each.
+
+    python .ci/framework_versions.py [--set lowest|newest] [pytest arguments]
+
+Lowest: the lower bounds of pyproject.toml, exactly. Newest: the latest releases, without pins. In both, torch and the
+test runner have the versions of constraints.txt. torch is not installed again: the environments import the one of the
+interpreter that runs this script, if its version is the pinned one.
+
+The environments are in .venv/versions and are created again by every call.
+"""
+
+import argparse
+import importlib.metadata as metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENTS = ROOT / ".venv" / "versions"
+EXTRAS = ("transformers", "trl", "accelerate", "lightning")
+ADAPTERS = "peft"  # the tests train adapters; its lower bound is that of the extra `train`
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+LARGE_PARTS_OF_TORCH = ("nvidia-", "triton", "cuda-")
+INSTALL_S = 900
+TESTS_S = 900
+
+
+def lower_bounds() -> dict[str, str]:
+    """Return the lower bound of every framework in the extras of the integrations, from pyproject.toml.
+
+    Raises:
+        SystemExit: A requirement is not of the form name>=version, or has two lower bounds.
+    """
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    requirements = [line for extra in EXTRAS for line in extras[extra]]
+    requirements += [line for line in extras["train"] if line.startswith(ADAPTERS)]
+    bounds: dict[str, str] = {}
+    for line in requirements:
+        found = re.fullmatch(r"([\w-]+)>=([\d.]+)", line)
+        if found is None or bounds.setdefault(found[1], found[2]) != found[2]:
+            sys.exit(f"{line!r} in pyproject.toml: write name>=version, with the same version in every extra")
+    return bounds
+
+
+def pins() -> dict[str, str]:
+    """Return the versions of torch and the test runner in constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = dict(line.split("==") for line in lines if "==" in line)
+    return {name: found[name] for name in ("torch", *TEST_TOOLS)}
+
+
+def share_torch(environment: Path, version: str) -> None:
+    """Make the torch of this interpreter importable in an environment, if it has that version.
+
+    Symbolic links in a directory of their own: pip counts them as installed, and does not remove what is outside of
+    the environment.
+    """
+    try:
+        installed = [metadata.distribution("torch")]
+    except metadata.PackageNotFoundError:
+        return
+    if installed[0].version.partition("+")[0] != version:
+        return
+    for requirement in installed[0].requires or ():
+        name = re.split(r"[^\w.-]", requirement)[0]
+        if name.startswith(LARGE_PARTS_OF_TORCH):
+            try:
+                installed.append(metadata.distribution(name))
+            except metadata.PackageNotFoundError:
+                continue  # for another platform
+    shared = environment / "torch"
+    shared.mkdir()
+    for distribution in installed:
+        source = Path(str(distribution.locate_file("")))
+        names = {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
+        for name in sorted(names):
+            if not (shared / name).exists():
+                (shared / name).symlink_to(source / name)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    (packages / "torch.pth").write_text(f"{shared}\n", encoding="utf-8")
+
+
+def install(name: str) -> Path:
+    """Create the environment `lowest` or `newest`, and return its interpreter."""
+    environment = ENVIRONMENTS / name
+    shutil.rmtree(environment, ignore_errors=True)
+    venv.create(environment, with_pip=False)
+    constraints = pins()
+    share_torch(environment, constraints["torch"])
+    if name == "lowest":
+        constraints |= lower_bounds()
+    lines = [f"{package}=={version}\n" for package, version in sorted(constraints.items())]
+    (environment / "constraints.txt").write_text("".join(lines), encoding="utf-8")
+    python = environment / "bin" / "python"
+    has_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
+    pip = [sys.executable if has_pip.returncode == 0 else "python3", "-m", "pip", "--python", str(python)]
+    packages = ["-e", f"{ROOT}[{','.join(EXTRAS)}]", ADAPTERS, *TEST_TOOLS]
+    flags = ["--quiet", "--disable-pip-version-check", "-c", str(environment / "constraints.txt")]
+    subprocess.run([*pip, "install", *flags, *packages], check=True, timeout=INSTALL_S)
+    return python
+
+
+def print_versions(name: str, python: Path) -> None:
+    """Print the versions of torch and of the frameworks in an environment, in one line."""
+    code = "import sys, importlib.metadata as m; print(', '.join(f'{name} {m.version(name)}' for name in sys.argv[1:]))"
+    names = ["torch", *sorted(lower_bounds())]
+    done = subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True)
+    print(f"{name}: {done.stdout.strip()}", flush=True)
+
+
+def main() -> None:
+    """Install the sets, run the tests in each, and exit with 1 if a test failed in one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--set", choices=("lowest", "newest"), action="append", help="one of the two only")
+    arguments, for_pytest = parser.parse_known_args()
+    failed = []
+    for name in arguments.set or ("lowest", "newest"):
+        python = install(name)
+        print_versions(name, python)
+        command = [python, "-m", "pytest", "-q", "-n", "2", "-m", "not gpu", "-p", "no:cacheprovider"]
+        tests = subprocess.run(
+            [*command, *(for_pytest or ["tests/integrations"])], cwd=ROOT, check=False, timeout=TESTS_S
+        )
+        if tests.returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"tests/integrations failed with the {' and the '.join(failed)} frameworks")
+
+
+if __name__ == "__main__":
+    main()

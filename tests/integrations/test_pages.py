@@ -1,0 +1,54 @@
+"""The pages and the notebook of the integration with transformers run, and print what they show."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NUMBER = re.compile(r"\d(\.\d+)?e[+-]\d\d|\d+(\.\d+)?")
+
+
+def run(blocks: list[str], name: str) -> None:
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{name}, block {number + 1}", "exec"), names)
+
+
+def without_numbers(text: str) -> list[str]:
+    """Return the lines without their numbers, which depend on the machine, and without the white space between."""
+    return ["".join(NUMBER.sub("", line).split()) for line in text.strip().splitlines()]
+
+
+def shows(printed: str, expected: str) -> bool:
+    """Return whether lines were printed in one piece, whatever their numbers."""
+    lines, wanted = without_numbers(printed), without_numbers(expected)
+    return any(lines[at : at + len(wanted)] == wanted for at in range(len(lines)))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", ["transformers.md", "trl.md"])
+def test_python_of_page_prints_its_proof(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/how-to" / page).read_text(encoding="utf-8")
+    run(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL), page)
+    (proof,) = re.findall(r"^```\n(gradient of .*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert shows(capsys.readouterr().out, proof)
+
+
+def test_notebook_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = json.loads((ROOT / "docs/notebooks/trainer.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    run(["".join(cell["source"]) for cell in code], "trainer.ipynb")
+    printed = capsys.readouterr().out
+    outputs = ["".join(output["text"]) for cell in code for output in cell["outputs"]]
+    assert len(outputs) == 3
+    assert all(shows(printed, output) for output in outputs)
+    errors = re.findall(r"^(?:with exact|TokenBudget): +(\S+)$", printed, flags=re.MULTILINE)
+    assert len(errors) == 2
+    assert max(map(float, errors)) <= 1e-12
+
+
+def test_other_lines_are_noticed() -> None:
+    assert shows("one 1.0e-16\ntwo 3\n", "one 2.2e-17\ntwo  4")
+    assert not shows("one 1.0e-16\ntwo 3\n", "one 1.0e-16\nthree 3")
