@@ -100,6 +100,11 @@ class GradientSync:
         """Whether a micro-batch is needed to run in place of missing ones, and none was set."""
         return False
 
+    @property
+    def padding_microbatch(self) -> Any:
+        """The micro-batch that is run in place of missing ones; None if none was set."""
+        return None
+
     def run_in_lockstep(self) -> None:
         """Run the same number of micro-batches on all ranks from the next window on; no-op in a single process."""
 

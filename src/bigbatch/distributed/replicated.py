@@ -61,6 +61,11 @@ class Replicated(MultiRankSync):
         """Run the same number of micro-batches on all ranks from the next window on."""
         self.runs_in_lockstep = self.size > 1
 
+    @property
+    def padding_microbatch(self) -> Any:
+        """The micro-batch that is run in place of missing ones; None if none was set."""
+        return self._padding_microbatch
+
     def set_padding_microbatch(self, microbatch: Any) -> None:
         """Set the micro-batch that is run in place of missing ones, on the device."""
         self._padding_microbatch = microbatch

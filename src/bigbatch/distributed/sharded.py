@@ -66,6 +66,11 @@ class ShardedSync(MultiRankSync):
         """Whether no padding micro-batch was set."""
         return self._padding_microbatch is None
 
+    @property
+    def padding_microbatch(self) -> Any:
+        """The micro-batch that is run in place of missing ones; None if none was set."""
+        return self._padding_microbatch
+
     def set_padding_microbatch(self, microbatch: Any) -> None:
         """Set the micro-batch that is run in place of missing ones, on the device."""
         self._padding_microbatch = microbatch

@@ -153,9 +153,7 @@ def test_dropout_replaces_promise_about_split(folder: Path, capfd: pytest.Captur
     assert "not the result" not in printed
 
 
-def test_mixture_of_experts_says_what_is_not_trained(
-    folder: Path, base: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_mixture_of_experts_says_how_it_is_trained(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = MixtralConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=308, num_local_experts=2, router_aux_loss_coef=0.5, max_position_embeddings=64,
@@ -168,8 +166,9 @@ def test_mixture_of_experts_says_what_is_not_trained(
     printed, complained = capfd.readouterr()
     assert complained == ""
     assert (
-        "\nthe load-balancing loss of the experts is not trained: router_aux_loss_coef 0.5 of the model has no effect, "
-        "and the experts may be used unevenly\nLoRA adapts 2 of 2 expert weights, 1 of 1 router and "
+        "\nthe load-balancing loss of the experts has weight 0.5 of the model, over the whole batch of each update: "
+        "every sequence runs one forward more (--router-aux-loss microbatch avoids it, for another loss; "
+        "--router-aux-loss-coef 0 leaves the loss out)\nLoRA adapts 2 of 2 expert weights, 1 of 1 router and "
         "4 of 4 other linear layers\n" in printed
     )
 

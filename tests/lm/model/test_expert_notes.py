@@ -1,4 +1,4 @@
-"""What is left out of the training of a mixture of experts is said in one line."""
+"""How a mixture of experts is trained, and what is left out, is said in one line each."""
 
 from typing import Any
 
@@ -15,7 +15,9 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from bigbatch.lm.model.expert_notes import expert_notes
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.model import expert_notes as notes
+from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.model.pretrained import add_lora
 
 SHAPE: dict[str, Any] = {
@@ -36,6 +38,43 @@ DEEPSEEK: dict[str, Any] = {
 def build(config_class: Any, **settings: Any) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config_class(**SHAPE | settings))
+
+
+def expert_notes(model: Any, balanced: LoadBalancedLoss | None = None, **settings: Any) -> list[str]:
+    return notes.expert_notes(model, TrainConfig(**settings), balanced)
+
+
+def balanced_by(coefficient: float, scope: Any = "global") -> LoadBalancedLoss:
+    """Return a loss that is not called."""
+
+    def loss_fn(*_: Any) -> Any:
+        raise AssertionError
+
+    return LoadBalancedLoss(loss_fn, coefficient=coefficient, num_experts=4, top_k=2, scope=scope)
+
+
+def test_trained_balancing_loss_is_said() -> None:
+    model = build(MixtralConfig, num_local_experts=4)
+    assert expert_notes(model, balanced_by(0.001)) == [
+        "the load-balancing loss of the experts has weight 0.001 of the model, over the whole batch of each update: "
+        "every sequence runs one forward more (--router-aux-loss microbatch avoids it, for another loss; "
+        "--router-aux-loss-coef 0 leaves the loss out)"
+    ]
+    assert expert_notes(model, balanced_by(2.0, "microbatch"), router_aux_loss_coef=2.0) == [
+        "the load-balancing loss of the experts has weight 2 by --router-aux-loss-coef, over each micro-batch, as "
+        "asked: its gradient depends on the micro-batch"
+    ]
+    assert expert_notes(model, router_aux_loss_coef=0.0) == [
+        "the load-balancing loss of the experts is not trained, by --router-aux-loss-coef 0"
+    ]
+
+
+def test_frozen_routers_are_said() -> None:
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**SHAPE, num_local_experts=4))
+    adapted = add_lora(model, rank=2, alpha=4.0, seed=0)
+    assert expert_notes(adapted, balanced_by(1.0, "microbatch"))[0].endswith(
+        "; the routers are frozen, and it trains the adapters in the layers below them"
+    )
 
 
 @pytest.mark.parametrize(

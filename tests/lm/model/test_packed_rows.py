@@ -128,6 +128,13 @@ def test_row_holds_samples_and_padding_as_separate_sequences(lengths: list[int],
         assert (parts[-1] == filling).all()
 
 
+def test_row_marks_its_padding_on_request() -> None:
+    row = pack_row(samples(40, 30), pad_id=PAD, longest=64, marks_padding=True)
+    mask = row["attention_mask"]
+    assert (mask.dtype, mask.shape) == (torch.int64, row["input_ids"].shape)
+    assert mask[0].tolist() == [1] * 70 + [0] * (mask.shape[1] - 70)
+
+
 @pytest.mark.parametrize(("sequences", "places"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256)])
 def test_offset_slots_are_a_power_of_two(sequences: int, places: int) -> None:
     row = pack_row(samples(*[64] * sequences), pad_id=PAD, longest=64, most=64 * sequences)

@@ -1,7 +1,7 @@
 """``bigbatch verify``: compare every split of a batch with the full batch, on the model, data and loss of a run."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,9 @@ from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bigbatch.lm.training.setup import TrainingSetup
     from bigbatch.verification.verify import Verification
 
 EXACT = 0
@@ -26,7 +29,6 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.data.sampling_order import epoch_order
         from bigbatch.lm.training.setup import set_up_training
-        from bigbatch.verification.verify import verify
 
         quiet_libraries()
         setup = set_up_training(config, progress=progress)
@@ -36,13 +38,7 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
                 f"a batch of {len(order)} sequence cannot be split: pass --samples 2 or more, or more data."
             )
         progress("computing gradients")
-        verification = verify(
-            setup.model,
-            setup.loss_fn,
-            [setup.training[i] for i in order],
-            microbatch=options.cuts or default_cuts(len(order)),
-            collate=setup.collate,
-        )
+        verification = verify_cuts(setup, [setup.training[i] for i in order], options.cuts or default_cuts(len(order)))
     if options.as_json:
         subject = {"model": config.model, "data": config.data, "machine": str(setup.device_spec)}
         console.print_unbroken(json.dumps(subject | as_json(verification)))
@@ -51,6 +47,23 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
         for line in describe(verification, width=console.width if console.is_terminal else TABLE_COLUMNS):
             console.print(line)
     return EXACT if verification.exact else NOT_EXACT
+
+
+def verify_cuts(setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", cuts: Sequence[int]) -> "Verification":
+    """Verify the cuts of a batch, with the loss that a run would train."""
+    from bigbatch.lm.training.window_routing import counted_samples
+    from bigbatch.verification.verify import verify
+
+    balanced = setup.model_setup.balanced
+    with counted_samples(setup.model_setup, samples, setup.device_spec.device):
+        return verify(
+            setup.model,
+            setup.model_setup.training_loss,
+            samples,
+            microbatch=cuts,
+            collate=setup.collate,
+            count_items=None if balanced is None or balanced.scope == "global" else balanced.count_items,
+        )
 
 
 def describe(verification: "Verification", *, width: int = TABLE_COLUMNS) -> Iterator[str]:

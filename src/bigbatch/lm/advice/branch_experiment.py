@@ -16,6 +16,7 @@ from bigbatch.lm.data.sampling_order import epoch_order
 from bigbatch.lm.training.engine_factory import make_training_engine
 from bigbatch.lm.training.evaluation import losses_by_sequence
 from bigbatch.lm.training.trainer import Trainer
+from bigbatch.lm.training.window_routing import run_update
 from bigbatch.scaling.hyperparameters import rescale
 
 MULTIPLES = (1, 2, 4, 8)
@@ -81,7 +82,7 @@ def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: i
         samples = _following(trainer, checkpoint.progress.cursor, updates * max(MULTIPLES) * batch)
         windows = [samples[start : start + size] for start in range(0, len(samples), size)]
         for window in windows:
-            engine.step(trainer.fetch(window))
+            run_update(engine, setup.model_setup, trainer.fetch(window))
         losses = losses_by_sequence(setup, engine)
         yield compare(losses, losses if base is None else base, multiple=multiple, batch=size, updates=len(windows))
         base = losses if base is None else base

@@ -60,7 +60,11 @@ GROUPS = (
     FieldGroup(
         "data", "Training data and its validation split.", ("data", "validation_fraction", "max_length", "skip_broken")
     ),
-    FieldGroup("model", "Model and LoRA adapters.", ("model", "lora_rank", "lora_alpha")),
+    FieldGroup(
+        "model",
+        "Model, LoRA adapters, and the load-balancing loss of a mixture of experts.",
+        ("model", "lora_rank", "lora_alpha", "router_aux_loss_coef", "router_aux_loss"),
+    ),
     FieldGroup(
         "batch",
         "Size of one update, and of what is in memory at a time. Only the global batch affects the result.",

@@ -52,6 +52,9 @@ class TrainConfig(TrainFields):
     def _check_no_effect(self) -> Self:
         if self.lora_alpha is not None and not self.lora_rank:
             raise _no_effect("lora_alpha", "lora_rank")
+        if self.router_aux_loss == "microbatch" and self.router_aux_loss_coef == 0:
+            names = {"first": "router_aux_loss", "second": "router_aux_loss_coef"}
+            raise PydanticCustomError("idle", "{first} does nothing with {second} 0: remove one of them", names)
         if self.warmup_steps is not None and self.steps is not None and self.warmup_steps > self.steps:
             names = {"first": "warmup_steps", "second": "steps"}
             raise PydanticCustomError(

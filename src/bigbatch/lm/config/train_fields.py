@@ -89,6 +89,19 @@ class TrainFields(BaseModel):
         gt=0,
         description="LoRA scaling: adapter outputs are multiplied by alpha / rank (default: twice --lora-rank)",
     )
+    router_aux_loss_coef: Number | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the load-balancing loss of a mixture of experts, such as Mixtral, Qwen-MoE or gpt-oss; "
+        "0 = not trained. Other models have none (default: router_aux_loss_coef of the model)",
+    )
+    router_aux_loss: Literal["global", "microbatch"] = Field(
+        default="global",
+        description="tokens over which that loss counts the use of each expert: global = all tokens of the update, on "
+        "all ranks, so the result does not depend on the micro-batch; each sequence runs one forward more. microbatch "
+        "= those of each micro-batch: no more time, but the micro-batch affects the result, and the gradient noise is "
+        "not measured",
+    )
     global_batch: Count | None = Field(
         default=None,
         description="sequences in one update, over all ranks. It affects the result: choose it for learning, not for "

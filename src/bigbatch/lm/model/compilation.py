@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.errors import InputError, first_line
+from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.decoder_layers import DecoderLayers
@@ -68,7 +69,8 @@ def _loss_and_gradient(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) 
     """Return the loss and its gradient by the embedded tokens; the state of the model is restored."""
     with preserved(model, parameters=False), embedded_tokens(model) as embedded:
         seed_everything(0)
-        loss_sum = loss_fn(model, microbatch)[0]
+        terms = as_terms(loss_fn(model, microbatch)).values()
+        loss_sum = torch.stack([term_sum for term_sum, _ in terms]).sum()
         (gradient,) = torch.autograd.grad(loss_sum, embedded[0])
     return loss_sum.detach(), gradient
 

@@ -1,4 +1,4 @@
-"""Notes about mixture-of-experts models: what of their training is left out.
+"""Notes about mixture-of-experts models: whether their load-balancing loss is trained, and what is left out.
 
 model → load-balancing loss of its configuration, LoRA adapters on experts and routers → sentences for the user
 """
@@ -9,22 +9,30 @@ from typing import Any
 
 from torch import nn
 
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.model.expert_balance import NUM_EXPERTS, own_coefficient
+from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.text import plural
 
 _BALANCING = re.compile(r"(router_)?(aux|z)_loss_(coeff?|alpha|weight|factor)|moe_loss_weight|load_balanc\w*_\w+")
-_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ROUTER = re.compile(r"(^|[._])(gate|router)(\.layer)?(\.base_layer)?\.weight$")
 
 
-def expert_notes(model: Any) -> list[str]:
-    """Return what a run leaves out of a mixture of experts; empty for a model without experts.
+def expert_notes(model: Any, config: TrainConfig, balanced: LoadBalancedLoss | None) -> list[str]:
+    """Return how a run trains a mixture of experts, and what it leaves out; empty for a model without experts.
 
     Args:
         model: A transformers language model, or peft's wrapper of one.
+        config: Of the run.
+        balanced: The loss with the load-balancing loss that is trained; None without.
     """
     notes = []
     unused = ", ".join(f"{name} {value:g}" for name, value in _balancing_losses(model.config))
-    if unused:
+    if balanced is not None:
+        notes.append(_trained(model, config, balanced))
+    elif config.router_aux_loss_coef == 0 and own_coefficient(model) is not None:
+        notes.append("the load-balancing loss of the experts is not trained, by --router-aux-loss-coef 0")
+    elif unused:
         verb = "have" if ", " in unused else "has"
         notes.append(
             f"the load-balancing loss of the experts is not trained: {unused} of the model {verb} no effect, and the "
@@ -35,11 +43,27 @@ def expert_notes(model: Any) -> list[str]:
     return notes
 
 
+def _trained(model: Any, config: TrainConfig, balanced: LoadBalancedLoss) -> str:
+    source = "of the model" if config.router_aux_loss_coef is None else "by --router-aux-loss-coef"
+    scope = (
+        "over the whole batch of each update: every sequence runs one forward more (--router-aux-loss microbatch "
+        "avoids it, for another loss; --router-aux-loss-coef 0 leaves the loss out)"
+        if balanced.scope == "global"
+        else "over each micro-batch, as asked: its gradient depends on the micro-batch"
+    )
+    frozen = any(
+        _ROUTER.search(name) and ".base_layer." not in name and not parameter.requires_grad
+        for name, parameter in model.named_parameters()
+    )
+    lora = "; the routers are frozen, and it trains the adapters in the layers below them" if frozen else ""
+    return f"the load-balancing loss of the experts has weight {balanced.coefficient:g} {source}, {scope}{lora}"
+
+
 def _balancing_losses(config: Any) -> Iterator[tuple[str, float]]:
     """Yield the names and values of the coefficients of auxiliary losses of the experts that are not 0."""
     configs = [config.get_text_config(), *(part for part in vars(config).values() if hasattr(part, "model_type"))]
     for part in configs:
-        counts = [getattr(part, name) for name in _NUM_EXPERTS if isinstance(getattr(part, name, None), int)]
+        counts = [getattr(part, name) for name in NUM_EXPERTS if isinstance(getattr(part, name, None), int)]
         if counts and max(counts) < 2:
             continue
         for name, value in sorted(vars(part).items()):

@@ -9,6 +9,7 @@ from typing import Any
 
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.expert_balance import use_float64_experts
 from bigbatch.lm.model.meta_model import with_adapters_on_cpu
 from bigbatch.lm.model.setup import ModelSetup, layers_of, set_up_model, with_lora
 from bigbatch.lm.model.stand_in import stand_in
@@ -38,6 +39,8 @@ def set_up_meta_model(
     """
     trial = stand_in(model.config, dtype=device_spec.weights_dtype, device=device_spec.device)
     tried = set_up_model(trial, config, device_spec, pad_id=pad_id, longest=longest)
+    if device_spec.precision == "float64":
+        use_float64_experts(model)
     implementation = tried.model.config._attn_implementation
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
@@ -46,6 +49,10 @@ def set_up_meta_model(
         model = with_adapters_on_cpu(model, partial(with_lora, config=config))
         weights.rename({name: names[p] for name, p in model.named_parameters() if p in names})
     layers = layers_of(model.train(), config)
+    notes = tried.notes
     if layers is not None and tried.layers is not None and tried.layers.is_compiled:
-        layers.compile()
-    return replace(tried, model=model, layers=layers)
+        if tried.balanced is None:
+            layers.compile()
+        else:  # transformers installs the hooks of its router logits in the first forward, when layers are sharded
+            notes = (*notes, "layers are not compiled: those of a sharded model do not record the use of its experts")
+    return replace(tried, model=model, layers=layers, notes=notes)

@@ -26,7 +26,12 @@ CHECKED_LENGTHS = (7, 5, 4)
 
 
 def pack_row(
-    samples: Sequence[dict[str, Tensor]], *, pad_id: int, longest: int, most: int | None = None
+    samples: Sequence[dict[str, Tensor]],
+    *,
+    pad_id: int,
+    longest: int,
+    most: int | None = None,
+    marks_padding: bool = False,
 ) -> dict[str, Tensor]:
     """Concatenate samples in one row, padded to a size of `token_groups.round_up_row` so that rows have few sizes.
 
@@ -36,10 +41,13 @@ def pack_row(
             ``longest``: attention covers every token of a row.
         longest: Tokens of the longest sequence of all rows.
         most: Maximum tokens of the row, unless the samples alone exceed it.
+        marks_padding: Whether to return an ``attention_mask`` too, for losses of tokens without labels.
 
     Returns:
         ``input_ids``, ``labels`` and ``position_ids``, int64 ``[1, tokens]``; ``offsets``, int32 ``[n + 1]``, the
-        starts of the sequences, then the size of the row, repeated as empty sequences until n is a power of two.
+        starts of the sequences, then the size of the row, repeated as empty sequences until n is a power of two; and
+        on request ``attention_mask``, int64 ``[1, tokens]``, 1 for tokens and 0 for padding, which the model is not
+        given.
 
     Raises:
         ValueError: ``samples`` is empty.
@@ -59,12 +67,15 @@ def pack_row(
     starts = torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths))
     input_ids = torch.cat([sample["input_ids"] for sample in samples])
     labels = torch.cat([sample["labels"] for sample in samples])
-    return {
+    row = {
         "input_ids": nn.functional.pad(input_ids, padding, value=pad_id)[None],
         "labels": nn.functional.pad(labels, padding, value=IGNORED)[None],
         "position_ids": (torch.arange(size) - starts)[None],
         "offsets": offsets,
     }
+    if marks_padding:
+        row["attention_mask"] = (torch.arange(size) < tokens).to(torch.int64)[None]
+    return row
 
 
 def _num_offsets(sequences: int) -> int:

@@ -1,6 +1,6 @@
 """Set up attention, loss, layout, compilation and CUDA graphs of a model, each tested on the model itself.
 
-model → attention without a mask → chunked loss → packed rows → LoRA → compiled layers → ModelSetup
+model → attention without a mask → chunked loss → packed rows → balance of experts → LoRA → compiled layers → ModelSetup
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,8 @@ from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
 from bigbatch.lm.model.compilation import compile_layers
 from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
+from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
+from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
 from bigbatch.lm.model.pretrained import add_lora
 from bigbatch.types import Layout
@@ -37,12 +39,13 @@ class ModelSetup:
 
     Attributes:
         model: In training mode, with its adapters.
-        loss_fn: Loss function for `bigbatch.Engine`.
+        loss_fn: The cross entropy, as validation computes it.
         collate: Collates a list of samples to a micro-batch.
         layout: Layout of the micro-batches.
         layers: Layers that support activation checkpointing; None if the model has none.
         uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
         notes: Sentences about optimizations that are not used, and why.
+        balanced: The cross entropy with the load-balancing loss of the experts; None if that is not trained.
     """
 
     model: Any
@@ -52,6 +55,12 @@ class ModelSetup:
     layers: DecoderLayers | None
     uses_cuda_graphs: bool
     notes: tuple[str, ...]
+    balanced: LoadBalancedLoss | None = None
+
+    @property
+    def training_loss(self) -> CausalLMLoss | ChunkedCausalLMLoss | LoadBalancedLoss:
+        """The loss function for `bigbatch.Engine`."""
+        return self.loss_fn if self.balanced is None else self.balanced
 
     @property
     def checkpointing_mode(self) -> CheckpointingMode:
@@ -70,7 +79,7 @@ class ModelOutline:
     """
 
     model: Any
-    loss_fn: CausalLMLoss | ChunkedCausalLMLoss
+    loss_fn: CausalLMLoss | ChunkedCausalLMLoss | LoadBalancedLoss
     layout: Layout
 
 
@@ -93,9 +102,12 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
         raise InputError(
             f"--compile graphs needs CUDA, but this run is on {device_spec.device}. Use --compile layers or none."
         )
+    if device_spec.precision == "float64":
+        use_float64_experts(model)
     needs_mask = not drop_mask_if_causal(model, device_spec, max_length=longest)
     chunks = worth_chunking(find_lm_head(model)) and chunked_loss_is_exact(model, device_spec)
     layout = _layout(model, config, device_spec, longest, needs_mask, notes)
+    balance = balance_plan(model, config, device_spec)
     if config.lora_rank:
         model = with_lora(model, config)
     model = model.to(device_spec.device).train()
@@ -103,13 +115,20 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
     compiles = compiles_layers(config, device_spec.device)
     loss_fn = make_loss_fn(device_spec, chunked=chunks, needs_mask=needs_mask, longest=longest, fused=compiles)
     if layout == "packed":
-        collator: Any = partial(pack_row, pad_id=pad_id, longest=longest, most=config.token_budget)
+        collator: Any = partial(
+            pack_row, pad_id=pad_id, longest=longest, most=config.token_budget, marks_padding=balance is not None
+        )
     else:
         collator = partial(collate, pad_id=pad_id)
+    balanced = None if balance is None else balance.loss_fn(loss_fn)
     if compiles:
-        compile_layers(model, config, layers, loss_fn, collator, device_spec, longest, notes)
+        if balanced is not None:
+            run_router_hooks_eagerly(model)
+        compile_layers(model, config, layers, balanced or loss_fn, collator, device_spec, longest, notes)
     uses_cuda_graphs = captures_cuda_graphs(config, device_spec.device)
-    return ModelSetup(model, loss_fn, collator, layout, layers, uses_cuda_graphs, tuple(notes))
+    if uses_cuda_graphs and balanced is not None:
+        uses_cuda_graphs = _without_cuda_graphs(config, notes)
+    return ModelSetup(model, loss_fn, collator, layout, layers, uses_cuda_graphs, tuple(notes), balanced)
 
 
 def outline_model(
@@ -138,12 +157,24 @@ def outline_model(
         and not uses_randomness(model)  # dropout in attention has no packed kernel
     ):
         layout = "packed"
+    balance = balance_plan(model, config, device_spec)
     if config.lora_rank:
         model = with_lora(model, config)
     layers_of(model, config)
     chunked = worth_chunking(find_lm_head(model))
     loss_fn = make_loss_fn(device_spec, chunked=chunked, needs_mask=not is_causal, longest=longest)
-    return ModelOutline(model.train(), loss_fn, layout)
+    return ModelOutline(model.train(), loss_fn if balance is None else balance.loss_fn(loss_fn), layout)
+
+
+def _without_cuda_graphs(config: TrainConfig, notes: list[str]) -> bool:
+    """Return False, with a note: a captured micro-batch would replay the shares of experts of an earlier window."""
+    if config.compile == "graphs":
+        raise InputError(
+            f"--compile graphs is not supported for {config.model} with the load-balancing loss of its experts, whose "
+            "shares change with every update. Use --compile layers, or --router-aux-loss-coef 0."
+        )
+    notes.append("micro-batches are not captured as CUDA graphs: the load-balancing loss changes with every update")
+    return False
 
 
 def compiles_layers(config: TrainConfig, device: torch.device) -> bool:

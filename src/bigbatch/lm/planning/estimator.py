@@ -25,6 +25,7 @@ from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.training.engine_factory import make_engine, make_predictor
 from bigbatch.lm.training.microbatch_limits import microbatch_of
 from bigbatch.lm.training.optimizer import make_optimizer
+from bigbatch.lm.training.window_routing import run_update
 
 PROBE_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # of one update: seconds on two cores, and on an H100
 PROBE_UPDATES = 10  # limit of a measurement, in updates of that size
@@ -205,7 +206,7 @@ class RunEstimator:
         longest = [self._data.longest] * (self._data.longest > window[0])
         try:
             choice = engine.tune(_samples(window + longest)) if limit == "auto" else None
-            seconds = min(engine.step(_samples(window)).elapsed_s for _ in range(2))
+            seconds = min(run_update(engine, model_setup, _samples(window))[0].elapsed_s for _ in range(2))
         except MemoryLimitError:
             return None
         if choice is None:

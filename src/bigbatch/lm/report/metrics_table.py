@@ -14,6 +14,7 @@ from bigbatch.lm.files import LARGEST_LOG, read_regular
 
 NUMBERS = (
     "loss",
+    "router_aux_loss",
     "items",
     "grad_norm",
     "lr",

@@ -16,6 +16,7 @@ from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 
 TAGS = {
     "loss": "train/loss",
+    "router_aux_loss": "train/router_aux_loss",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
     "items": "batch/items",

@@ -49,16 +49,19 @@ def make_engine(
         scaler: Of float16.
         sync: How gradients cross ranks; None for a single process.
     """
+    balanced = model_setup.balanced
+    count_items = None if balanced is None or balanced.scope == "global" else balanced.count_items
     return Engine(
         model_setup.model,
         optimizer,
-        model_setup.loss_fn,
+        model_setup.training_loss,
         microbatch=microbatch,
         memory=memory,
         collate=model_setup.collate,
         lengths=sample_lengths,
         layout=model_setup.layout,
         cuda_graphs=model_setup.uses_cuda_graphs,
+        count_items=count_items,
         max_grad_norm=max_grad_norm,
         scheduler=scheduler,
         scaler=scaler,

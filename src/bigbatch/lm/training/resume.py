@@ -31,6 +31,9 @@ RECORDED = sorted(TrainConfig.model_fields.keys() - {*CHANGEABLE, "out", "valida
 LEARNING = sorted(set(RECORDED) - {*NEEDS_PERMISSION, "precision"})
 """Settings that no resume may change; a part of the fingerprint of a run."""
 
+BALANCING = "router_aux_loss_coef"
+"""The setting of the load-balancing loss, and the entry of the model's configuration that it replaces."""
+
 UNSTABLE = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Entries of a model's configuration that do not affect what is learned, or follow from --precision."""
 
@@ -44,7 +47,8 @@ def stored_config(folder: Path) -> TrainConfig:
     """
     path = folder / CONFIG
     try:
-        stored = TrainConfig.model_validate(read_json(path)).model_copy(update={"out": folder})
+        settings = read_json(path)
+        stored = TrainConfig.model_validate(settings).model_copy(update={"out": folder})
     except OSError as error:
         raise InputError(f"{folder} is no run: {path} cannot be read ({os_reason(error)}).") from error
     except ValidationError as error:
@@ -52,8 +56,16 @@ def stored_config(folder: Path) -> TrainConfig:
         raise InputError(f"{path} is not the configuration of a run: {reason}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not the configuration of a run: {first_line(error)}.") from error
-    _check_unedited(path, stored, read_identity(folder))
+    identity = read_identity(folder)
+    _check_unedited(path, stored, identity)
+    if BALANCING not in settings and _has_key((identity.facts or {}).get("model"), BALANCING):
+        return stored.model_copy(update={BALANCING: 0.0})  # of an earlier version, which did not train that loss
     return stored
+
+
+def _has_key(value: Any, key: str) -> bool:
+    """Return whether a JSON object, or an object in it, has a key."""
+    return isinstance(value, dict) and (key in value or any(_has_key(part, key) for part in value.values()))
 
 
 def _check_unedited(path: Path, stored: TrainConfig, identity: RunIdentity) -> None:
@@ -234,6 +246,15 @@ def check_facts(
 
 def _check_fingerprint(config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise if an entry of the model's configuration, or a setting, differs; layout 1 has stored neither."""
+    if (
+        BALANCING not in (before.get("learning") or {})
+        and now["learning"][BALANCING] != 0
+        and _has_key(now["model"], BALANCING)
+    ):
+        raise InputError(
+            f"{config.out} was started by an earlier version of bigbatch, which did not train the load-balancing loss "
+            f"of the experts of {config.model}, and this version would. Start a new run."
+        )
     if (change := _difference(before.get("model") or {}, now["model"])) is not None:
         name, one, other = change
         raise InputError(

@@ -69,7 +69,7 @@ class TrainingSetup:
 
     @property
     def loss_fn(self) -> CausalLMLoss | ChunkedCausalLMLoss:
-        """The loss function for `bigbatch.Engine`."""
+        """The cross entropy, without the load-balancing loss of experts."""
         return self.model_setup.loss_fn
 
     @property
@@ -124,7 +124,7 @@ def set_up_training(
         model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
     else:
         model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
-    notes = [*corpus.notes, *notes, *model_setup.notes, *expert_notes(model_setup.model)]
+    notes = [*corpus.notes, *notes, *model_setup.notes, *expert_notes(model_setup.model, config, model_setup.balanced)]
     return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes), weights)
 
 

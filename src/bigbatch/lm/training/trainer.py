@@ -1,5 +1,7 @@
 """The training loop: windows of samples → `bigbatch.Engine` → metrics, validation, samples of text, the saved model.
 
+Long because one class is the whole life of a run.
+
 Counts, schedule and metrics are per update. Nothing here prints: events go to a `TrainerCallback`.
 """
 
@@ -30,6 +32,7 @@ from bigbatch.lm.training.resume import rank_invariants, run_facts, weights_fing
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import TrainingSetup, parallelize
 from bigbatch.lm.training.tuning_cache import cache_key, save_cached
+from bigbatch.lm.training.window_routing import run_update
 from bigbatch.rng import random_states, set_random_states
 
 
@@ -279,10 +282,16 @@ class Trainer:
         lr = float(self.scheduler.get_last_lr()[0])
         batch = self.fetch(self.shard_window(window))
         try:
-            report = self.engine.step(batch, should_abandon=session.should_abandon, should_stop=session.should_stop)
+            report, more = run_update(
+                self.engine,
+                self.model_setup,
+                batch,
+                should_abandon=session.should_abandon,
+                should_stop=session.should_stop,
+            )
         except ShardedMemoryError as error:
             restart_smaller(error, self.engine.microbatch, self.setup, rank=self.ranks.rank)
-        row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic)
+        row = metrics_row(step, report, lr=lr, clock=not self.config.deterministic) | more
         ranks = report.ranks
         return row, session.should_stop if ranks is None else lambda: ranks.stopping
 

@@ -31,7 +31,7 @@ def cache_key(setup: TrainingSetup) -> str:
         "trained": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
         "device": str(setup.device_spec),
         "threads": torch.get_num_threads(),
-        "loss": type(setup.loss_fn).__name__,
+        "loss": _loss_name(setup),
         "checkpointing": config.gradient_checkpointing,
         "arrangement": [setup.model_setup.layout, setup.model_setup.uses_cuda_graphs, _is_compiled(setup)],
         "settings": {name: getattr(config, name) for name in SETTINGS},
@@ -59,6 +59,11 @@ class CachedChoice:
 def _is_compiled(setup: TrainingSetup) -> bool:
     layers = setup.model_setup.layers
     return layers is not None and layers.is_compiled
+
+
+def _loss_name(setup: TrainingSetup) -> str:
+    balanced = setup.model_setup.balanced
+    return type(setup.loss_fn).__name__ + ("" if balanced is None else f", {balanced.scope} load balancing")
 
 
 def save_cached(folder: Path, choice: MicrobatchChoice, key: str, *, checkpointing_mode: CheckpointingMode) -> None:
