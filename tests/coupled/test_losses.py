@@ -76,7 +76,9 @@ def test_sup_con_without_pairs_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [losses.info_nce, losses.info_nce(), losses.info_nce(temperature=lambda model: model.temperature)], ids=str
+    "loss",
+    [losses.info_nce, losses.info_nce(), losses.info_nce(temperature=lambda model: model.temperature)],
+    ids=["function", "default", "temperature"],
 )
 @pytest.mark.parametrize("kind", [tuple, list, dict])
 def test_losses_go_into_coupled(loss: Any, kind: Any) -> None:
