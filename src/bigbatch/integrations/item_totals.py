@@ -21,7 +21,7 @@ from bigbatch.gradients.loss_checks import as_count, refuse_loss
 from bigbatch.types import Items
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AccumulationReport:
     """Counts and loss of one window.
 
@@ -32,6 +32,9 @@ class AccumulationReport:
     num_microbatches: int
     _items: Number
     _loss_sum: Number
+
+    def __repr__(self) -> str:
+        return f"AccumulationReport(num_microbatches={self.num_microbatches}, items={self.items:g}, loss={self.loss:g})"
 
     @property
     def items(self) -> float:

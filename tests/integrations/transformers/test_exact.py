@@ -1,5 +1,6 @@
 """Every update of a Trainer has the gradient of its whole batch."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 import bigbatch
-from bigbatch.integrations.transformers import ExactTrainer, exact
+from bigbatch.integrations.transformers import ExactTrainer, exact, weights
 from integrations.transformers import trainer_cases as cases
 from support import full_batch_reference as ref
 
@@ -59,11 +60,18 @@ def test_each_window_has_whole_batch_gradient(tmp_path: Path, settings):
     assert max(errors) <= EXACT
 
 
-def test_items_that_do_not_fit_are_warned_of(tmp_path: Path):
+def test_items_that_do_not_fit_are_refused(tmp_path: Path):
     trainer, _ = cases.make(tmp_path)
     exact(trainer, items=lambda inputs: len(inputs["tokens"]))
-    with pytest.warns(UserWarning, match="the updates of this engine are not exactly those of the full batch"):
+    with pytest.raises(bigbatch.InputError, match=r"^items= does not count") as refused:
         trainer.train()
+    assert re.sub(r"error \S+\)", "error X)", str(refused.value)) == (
+        "items= does not count what the loss of MeanLoss (TokenModel) is averaged over: with these counts the loss of "
+        "a micro-batch is not the mean of its two halves (relative error X). Return the number that the loss is "
+        "divided by, for class weights weight[labels].sum(), and a mean from the loss. A loss with several terms, or in "
+        "which samples influence one another, has no such number: use weights(trainer, items=...) to weight "
+        "micro-batches only."
+    )
 
 
 def test_loss_function_that_returns_mean_is_exact(tmp_path: Path):
@@ -214,5 +222,36 @@ def test_second_call_is_a_no_op(tmp_path: Path, settings):
 def test_second_call_with_other_settings_is_refused(tmp_path: Path):
     trainer, _ = cases.make(tmp_path)
     exact(trainer, microbatch=2)
-    with pytest.raises(bigbatch.InputError, match=r"^exact\(\) was called before on this ExactMeanLoss with other"):
+    with pytest.raises(bigbatch.InputError, match=r"^exact\(\) was called before on this MeanLoss with other settings"):
         exact(trainer, microbatch=3)
+
+
+def test_settings_are_replaced_after_a_failed_first_window(tmp_path: Path):
+    """As the message of the refusal asks for."""
+    weight = torch.linspace(1.0, 10.0, ref.VOCABULARY, dtype=torch.float64)
+
+    class Weighted(cases.MeanLoss):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(inputs["tokens"]).flatten(0, 1)
+            return torch.nn.functional.cross_entropy(
+                logits, inputs["labels"].flatten(), weight, ignore_index=ref.IGNORED
+            )
+
+    def total_weight(inputs):
+        labels = inputs["labels"].flatten()
+        return float(weight[labels[labels != ref.IGNORED]].sum())
+
+    trainer, _ = cases.make(tmp_path, Weighted)
+    with pytest.raises(bigbatch.InputError, match="class weights"):
+        exact(trainer).train()
+    with pytest.raises(bigbatch.InputError, match=r"^items= does not count what the loss of Weighted"):
+        exact(trainer, items=cases.num_labels).train()
+    exact(trainer, items=total_weight).train()
+    assert trainer.bigbatch_report.items > 0
+
+
+def test_exact_after_weights_is_refused(tmp_path: Path):
+    trainer, _ = cases.make(tmp_path)
+    weights(trainer, items=cases.num_labels)
+    with pytest.raises(bigbatch.InputError, match=r"^weights\(\) was called on this MeanLoss, whose micro-batches"):
+        exact(trainer)

@@ -86,7 +86,7 @@ def test_exact_trainer_is_verified_with_its_settings():
     trainer = exact(token_mean(), microbatch=3, items=count_shifted)
     kind = type(trainer)
     result = verify(trainer)
-    assert result.unit == "items of the function that was passed"
+    assert result.unit == "items= that was passed"
     assert result.stock_error >= WRONG
     assert result.relative_error <= EXACT
     assert type(trainer) is kind

@@ -9,6 +9,7 @@ from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.checks import Settings, check_trainer
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
+from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Layout
 
 AnyTrainer = TypeVar("AnyTrainer")
@@ -50,9 +51,9 @@ def exact(
         lengths: ``lengths(samples) → tokens of each sample``, for a `TokenBudget`, ``"auto"`` and ``report.tokens``.
         layout: ``"packed"`` if the trainer's collator makes one row of a list of samples, without padding.
         items: What the trainer's loss is averaged over: ``items(inputs) → number`` of a collated micro-batch. By
-            default it is found on the first window, by comparing gradients of a few samples, and checked on all samples
-            of windows 1 to 4, 8, 16, 32... by their losses, which takes two forwards of each sample without gradients.
-            Terms below 2e-5 of the loss are not seen.
+            default it is found on the first window, by comparing gradients of a few samples. Both are checked on all
+            samples of windows 1 to 4, 8, 16, 32... by their losses, which takes two forwards of each sample without
+            gradients. Terms below 2e-5 of the loss are not seen.
         nonfinite: What a window does if its loss or gradient is not finite. ``"skip"``: no weight and no optimizer
             state changes. With a GradScaler it skips the update, as always; without one there is a warning, and the
             schedule goes on. ``"raise"``: `bigbatch.NonFiniteError`. A window without items warns and changes nothing
@@ -63,8 +64,8 @@ def exact(
 
     Raises:
         InputError: The trainer, its arguments or its loss do not allow exact updates, or the settings are invalid; what
-            the first window shows is raised by ``train``. Calling it again is a no-op, and an error with other
-            settings.
+            the first window shows is raised by ``train``. Calling it again is a no-op; with other settings an error,
+            unless the first window has failed.
     """
     settings = Settings(microbatch, memory, lengths, layout, items, nonfinite)
     if not isinstance(trainer, Trainer):
@@ -73,11 +74,19 @@ def exact(
         )
     if isinstance(trainer, ExactMixin):
         if settings not in (Settings(), trainer._bigbatch_settings):
-            raise InputError(
-                f"exact() was called before on this {type(trainer).__name__} with other settings "
-                f"({trainer._bigbatch_settings}): pass all settings in the first call."
-            )
+            if trainer._bigbatch_windows is None or trainer.bigbatch_report is not None:
+                raise InputError(
+                    f"exact() was called before on this {class_name(trainer)} with other settings "
+                    f"({trainer._bigbatch_settings}): make another trainer, and pass all settings in the first call."
+                )
+            check_trainer(trainer, settings)  # its first window failed: the message may have asked for this call
+            trainer._bigbatch_settings, trainer._bigbatch_windows = settings, None
         return trainer
+    if hasattr(trainer, "_bigbatch_weights_items"):
+        raise InputError(
+            f"weights() was called on this {class_name(trainer)}, whose micro-batches are weighted already: make "
+            "another trainer for exact()."
+        )
     check_trainer(trainer, settings)
     kind = type(trainer)
     name = f"Exact{kind.__name__}"

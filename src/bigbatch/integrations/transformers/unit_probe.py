@@ -6,6 +6,7 @@ Losses alone do not show it: those of DPO at its start are ln 2 for every pair, 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -132,7 +133,11 @@ class LossProbe:
     def _loss(self, inputs: Any, num_items: int | None) -> Tensor:
         inputs = self._trainer._prepare_inputs(fresh(inputs))
         count = None if num_items is None else torch.tensor(num_items, device=self._trainer.args.device)
-        loss = self._compute_loss(self._model, inputs, count)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "None of the inputs have requires_grad"
+            )  # reentrant checkpoints in no_grad
+            loss = self._compute_loss(self._model, inputs, count)
         if loss.dtype in SPAN_TOLERANCES:  # rounded, whatever its gradient is
             self.value_tolerance = max(self.value_tolerance, TOLERANCES[loss.dtype])
             self.loss_tolerance = max(self.loss_tolerance, TOLERANCES[loss.dtype])

@@ -99,8 +99,8 @@ def no_unit(trainer: Any, errors: Mapping[str, float]) -> InputError:
     listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) or "no unit can be counted"
     return InputError(
         f"{subject_of(trainer)} is a mean over none of the known units (relative error of the gradient: {listed}): "
-        "samples influence one another, the loss has several terms in different units, or it depends on padding. "
-        f"{ADVICE}"
+        "samples influence one another, the loss has several terms in different units or class weights (whose number "
+        f"of items is weight[labels].sum()), it is a sum instead of a mean, or it depends on padding. {ADVICE}"
     )
 
 
@@ -116,6 +116,17 @@ def not_all_samples(trainer: Any, errors: Mapping[str, float]) -> InputError:
         f"{subject_of(trainer)} is a mean over none of the known units for all samples of this window (relative error "
         f"of the loss: {listed}): it has class weights or several terms, leaves out labels, depends on padding, or "
         f"samples influence one another. {ADVICE}"
+    )
+
+
+def wrong_items(trainer: Any, error: float) -> InputError:
+    """Return the error for ``items=`` that do not count what the loss is averaged over."""
+    return InputError(
+        f"items= does not count what {subject_of(trainer)} is averaged over: with these counts the loss of a "
+        f"micro-batch is not the mean of its two halves (relative error {error:.1e}). Return the number that the loss "
+        "is divided by, for class weights weight[labels].sum(), and a mean from the loss. A loss with several terms, "
+        "or in which samples influence one another, has no such number: use weights(trainer, items=...) to weight "
+        "micro-batches only."
     )
 
 

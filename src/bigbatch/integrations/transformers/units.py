@@ -12,7 +12,7 @@ from torch import Tensor
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.precision import run_precisely
 from bigbatch.integrations.transformers.unit_audit import audit, halves_of, is_audited
-from bigbatch.integrations.transformers.unit_counts import candidates_for
+from bigbatch.integrations.transformers.unit_counts import Candidate, candidates_for
 from bigbatch.integrations.transformers.unit_decision import Decision, Inconclusive, decide
 from bigbatch.integrations.transformers.unit_probe import ComputeLoss
 from bigbatch.integrations.transformers.unit_ranks import OutOfMemory, call_on_all_ranks, on_all_ranks, rank_and_size
@@ -23,6 +23,7 @@ from bigbatch.integrations.transformers.unit_refusals import (
     out_of_memory,
     refuse_coupled_losses,
     subject_of,
+    wrong_items,
 )
 from bigbatch.integrations.transformers.unit_samples import (
     Collator,
@@ -65,13 +66,21 @@ class UnitFinder:
         trainer: Only its state is used: model, arguments, accelerator. A trace of the probe is left on none of them.
         collate: Its data collator.
         compute_loss: ``compute_loss(model, inputs, num_items_in_batch) → 0-d loss``: the trainer's own.
+        given: A unit that the user passed; it is only audited.
     """
 
-    def __init__(self, trainer: Any, collate: Callable[[Any], Any], compute_loss: ComputeLoss) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        collate: Callable[[Any], Any],
+        compute_loss: ComputeLoss,
+        given: Candidate | None = None,
+    ) -> None:
         self._trainer, self._compute_loss = trainer, compute_loss
+        self._is_given = given is not None
         owners = [getattr(trainer, "data_collator", None)]
         self._collator = Collator(collate, owners, tuple(getattr(trainer, "label_names", None) or ()))
-        self._decision: Decision | None = None
+        self._decision = None if given is None else Decision(takes_num_items=False, fitting=(given,))
         self._num_windows = 0
 
     @property
@@ -95,7 +104,8 @@ class UnitFinder:
             InputError: No unit fits, or several that count this window differently; on all ranks.
             RankFailedError: Another rank failed.
         """
-        refuse_coupled_losses(self._trainer)
+        if not self._is_given:
+            refuse_coupled_losses(self._trainer)
         self._num_windows += 1
         known = self._decision
         if (
@@ -123,15 +133,25 @@ class UnitFinder:
         if num_ranks > 1:  # sharded models, and losses that call collectives, run equally often
             halves = halves[: min(on_all_ranks(lambda: len(halves)))]
         try:
-            each = on_all_ranks(lambda: audit(self._trainer, self._compute_loss, self._collator, halves, decision))
+            each = on_all_ranks(lambda: self._audit(halves, decision))
         except OutOfMemory:  # in the copies of parameters
             return decision
         errors = {name: max(found.get(name, 0.0) for found in each) for found in each for name in found}
         fitting = [name for name in decision.names if name not in errors]
+        if not fitting and self._is_given:
+            raise wrong_items(self._trainer, max(errors.values()))
         if not fitting:
             raise not_all_samples(self._trainer, errors)
         self._decision = decision.restrict(fitting, self._trainer)
         return self._decision
+
+    def _audit(self, halves: Sequence[Sequence[Sequence[Any]]], decision: Decision) -> dict[str, float]:
+        try:
+            return audit(self._trainer, self._compute_loss, self._collator, halves, decision)
+        except TypeError:  # a loss that requires num_items_in_batch is divided by what is passed
+            if not self._is_given:
+                raise
+            return {}
 
     def _batch_size(self) -> int:
         return max(2, int(getattr(self._trainer.args, "per_device_train_batch_size", 2)))
@@ -149,7 +169,7 @@ class UnitFinder:
         return self._agree(self._entries(samples, known.names), known)
 
     def _may_have_changed(self) -> bool:
-        return self._num_windows <= FIRST_WINDOWS and hasattr(self._trainer, "ref_model")
+        return not self._is_given and self._num_windows <= FIRST_WINDOWS and hasattr(self._trainer, "ref_model")
 
     def _check_unchanged(self, found: Decision, known: Decision) -> None:
         if known.is_final and found.takes_num_items != known.takes_num_items:

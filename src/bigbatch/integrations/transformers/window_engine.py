@@ -41,15 +41,17 @@ class WindowEngine:
     Args:
         trainer: Its arguments, collator and accelerator are read when they are used.
         settings: Of `exact`.
+        audits_items: Whether ``items`` that were passed are checked against the loss.
     """
 
-    def __init__(self, trainer: Any, settings: Settings) -> None:
+    def __init__(self, trainer: Any, settings: Settings, *, audits_items: bool = True) -> None:
         self._trainer = trainer
         self._settings = settings
         self._engine: Engine | None = None
         self._made_for: tuple[Any, ...] = ()
         self._compute_loss: ComputeLoss = trainer.compute_loss
-        self._unit = WindowUnit(trainer, settings.items, self._collate_samples, self._own_loss)
+        collate, loss = self._collate_samples, self._own_loss
+        self._unit = WindowUnit(trainer, settings.items, collate, loss, audits_items=audits_items)
         self._window = WindowBatch()
         self._num_windows = 0
         self._collator_draws = False  # random numbers
@@ -79,6 +81,7 @@ class WindowEngine:
             loss, report = exact_loss(
                 engine.accumulator.update.parameters(), lambda: engine.backward(batch), engine.runner
             )
+            self._unit.audit_items(window)
         trainer_metrics.complete(self._trainer, window.pieces)
         self._window = WindowBatch()  # frees the samples
         if report.skipped is not None and self._trainer.accelerator.scaler is None:
@@ -109,7 +112,7 @@ class WindowEngine:
             )
         lengths = settings.lengths
         is_random = active_dropouts(model) or self._trainer.neftune_noise_alpha is not None
-        evaluates = self._unit.is_given and not is_random  # a unit that was found needs no other proof
+        evaluates = self._unit.is_given and is_collated and not is_random  # other units are audited
         if not evaluates:
             _warn_of_batch_norms(model)
         try:

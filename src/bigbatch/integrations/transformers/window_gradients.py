@@ -131,7 +131,7 @@ class WindowGradients:
             stack.enter_context(class_of(trainer, _exact_kind(self._kind)))
             stack.enter_context(attribute(trainer, "data_collator", self._collate))
             stack.enter_context(attribute(trainer, "_bigbatch_settings", self._settings))
-            engine = WindowEngine(trainer, self._settings_of_samples())
+            engine = WindowEngine(trainer, self._settings_of_samples(), audits_items=False)
             loss, _ = engine.loss(self._wrapped(), window, own)
             loss.backward()  # type: ignore[no-untyped-call]
         unit = engine.unit

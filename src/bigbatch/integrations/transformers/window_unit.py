@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.samples import WindowBatch
+from bigbatch.integrations.transformers.unit_counts import Candidate
 from bigbatch.integrations.transformers.units import UnitFinder
 from bigbatch.types import Items
 
@@ -22,6 +23,7 @@ class WindowUnit:
         items: As for `exact`.
         collate: Makes a micro-batch of samples, as the trainer does.
         compute_loss: ``compute_loss(model, inputs, num_items_in_batch) → mean``, of the trainer.
+        audits_items: Whether ``items`` that were passed are checked against the loss.
 
     Attributes:
         count: Returns the items of a collated micro-batch.
@@ -34,14 +36,17 @@ class WindowUnit:
         items: Literal["auto"] | Callable[[Mapping[str, Any]], int | float],
         collate: Callable[[Sequence[Any]], Any],
         compute_loss: Callable[..., Tensor],
+        *,
+        audits_items: bool = True,
     ) -> None:
         self._trainer = trainer
         self._collate = collate
         self._compute_loss = compute_loss
         self._finders: dict[bool, UnitFinder] = {}
         self.is_given = items != "auto"
+        self._audits_items = audits_items
         self.takes_num_items = False
-        self.name = "items of the function that was passed" if callable(items) else ""
+        self.name = "items= that was passed" if callable(items) else ""
         self.count: Count = items if callable(items) else _not_found
 
     @property
@@ -63,14 +68,21 @@ class WindowUnit:
         if not self.is_given:
             self._find(window, microbatches)
 
+    def audit_items(self, window: WindowBatch) -> None:
+        """Check ``items`` that were passed against the loss of a window that has run. Collective.
+
+        Raises:
+            InputError: They are not what the loss is averaged over, on any rank.
+        """
+        if self.is_given and self._audits_items and not window.is_collated:
+            self._finder(self._collate, key=False).unit(window.samples)
+
     def _find(self, window: WindowBatch, microbatches: Sequence[Any] | None) -> None:
         collate: Callable[[Any], Any] = self._collate
         samples: Sequence[Any] = window.samples
         if window.is_collated:
             collate, samples = _stack_rows, _Rows(window.samples)
-        if window.is_collated not in self._finders:
-            self._finders[window.is_collated] = UnitFinder(self._trainer, collate, self._compute_loss)
-        unit = self._finders[window.is_collated].unit(samples, microbatches)
+        unit = self._finder(collate, key=window.is_collated).unit(samples, microbatches)
         self.name, self.count, self.takes_num_items = unit.name, unit.count, unit.takes_num_items
         claims_to_be_scaled = getattr(self._trainer, "loss_is_scaled_for_ga", None)
         if claims_to_be_scaled and not unit.takes_num_items and unit.name != "undetermined":
@@ -79,6 +91,12 @@ class WindowUnit:
                 "is, so it seems to be divided by the number of accumulation steps, which would make updates too "
                 "small: return the mean undivided, and set loss_is_scaled_for_ga to False."
             )
+
+    def _finder(self, collate: Callable[[Any], Any], *, key: bool) -> UnitFinder:
+        if key not in self._finders:
+            given = Candidate(self.name, self.count) if self.is_given else None  # type: ignore[arg-type]
+            self._finders[key] = UnitFinder(self._trainer, collate, self._compute_loss, given)
+        return self._finders[key]
 
 
 def _not_found(inputs: Mapping[str, Any]) -> Items:
