@@ -3,6 +3,7 @@
 import pytest
 from accelerate.utils import GradientAccumulationPlugin
 
+from bigbatch.integrations.item_totals import AccumulationReport
 from integrations import accelerate_cases as cases
 from support.process_pool import Pools
 
@@ -49,3 +50,7 @@ def test_sharded_ranks_have_whole_batch_gradient(pools: Pools, each: bool):
     for found, num_sharded in pools(2).run(cases.run_sharded, plugin):
         assert num_sharded == 7
         assert max(found) <= EXACT
+
+
+def test_report_is_printed_with_items_and_loss():
+    assert repr(AccumulationReport(3, 4, 10.0)) == "AccumulationReport(num_microbatches=3, items=4, loss=2.5)"

@@ -68,8 +68,8 @@ def test_items_that_do_not_fit_are_refused(tmp_path: Path):
     assert re.sub(r"error \S+\)", "error X)", str(refused.value)) == (
         "items= does not count what the loss of MeanLoss (TokenModel) is averaged over: with these counts the loss of "
         "a micro-batch is not the mean of its two halves (relative error X). Return the number that the loss is "
-        "divided by, for class weights weight[labels].sum(), and a mean from the loss. A loss with several terms, or in "
-        "which samples influence one another, has no such number: use weights(trainer, items=...) to weight "
+        "divided by, for class weights weight[labels].sum(), and a mean from the loss. A loss with several terms, or "
+        "in which samples influence one another, has no such number: use weights(trainer, items=...) to weight "
         "micro-batches only."
     )
 
