@@ -108,3 +108,13 @@ def test_ctrl_c_while_restoring_leaves_no_handler(ctrl_c: None, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt), DeferredSignals():
         torch.ones(1)
     assert [signal.getsignal(number) for number in DEFERRED] == before
+
+
+def test_signal_that_ends_the_process_is_not_deferred(ctrl_c: None) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with DeferredSignals():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -58,6 +58,19 @@ class Settings:
         return train_batch_size if self.memory is None else "auto"
 
 
+def check_kind(trainer: object) -> Any:
+    """Return an object after checking that it is a Trainer.
+
+    Raises:
+        InputError: It is not.
+    """
+    if not isinstance(trainer, Trainer):
+        raise InputError(
+            f"trainer is a {type(trainer).__name__}: pass a transformers.Trainer, or an instance of a subclass."
+        )
+    return trainer
+
+
 def check_trainer(trainer: Any, settings: Settings) -> None:
     """Check that windows of a trainer can be run by an engine.
 

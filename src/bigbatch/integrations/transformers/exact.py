@@ -7,7 +7,7 @@ from transformers import Trainer
 
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.checks import Settings, check_trainer
+from bigbatch.integrations.transformers.checks import Settings, check_kind, check_trainer
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Layout
@@ -53,7 +53,7 @@ def exact(
         items: What the trainer's loss is averaged over: ``items(inputs) → number`` of a collated micro-batch. By
             default it is found on the first window, by comparing gradients of a few samples. Both are checked on all
             samples of windows 1 to 4, 8, 16, 32... by their losses, which takes two forwards of each sample without
-            gradients. Terms below 2e-5 of the loss are not seen.
+            gradients; one that is passed for a loader that collates is not. Terms below 2e-5 of the loss are not seen.
         nonfinite: What a window does if its loss or gradient is not finite. ``"skip"``: no weight and no optimizer
             state changes. With a GradScaler it skips the update, as always; without one there is a warning, and the
             schedule goes on. ``"raise"``: `bigbatch.NonFiniteError`. A window without items warns and changes nothing
@@ -68,10 +68,7 @@ def exact(
             unless the first window has failed.
     """
     settings = Settings(microbatch, memory, lengths, layout, items, nonfinite)
-    if not isinstance(trainer, Trainer):
-        raise InputError(
-            f"trainer is a {type(trainer).__name__}: pass a transformers.Trainer, or an instance of a subclass."
-        )
+    own = check_kind(trainer)
     if isinstance(trainer, ExactMixin):
         if settings not in (Settings(), trainer._bigbatch_settings):
             if trainer._bigbatch_windows is None or trainer.bigbatch_report is not None:
@@ -91,7 +88,7 @@ def exact(
     kind = type(trainer)
     name = f"Exact{kind.__name__}"
     exact_kind = type(name, (ExactMixin, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-    trainer._bigbatch_settings = settings
+    own._bigbatch_settings = settings
     trainer.__class__ = exact_kind
     return trainer
 

@@ -6,10 +6,7 @@ first window → the Trainer's own training steps, the engine of `exact`, the wh
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Trainer
-
-from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.checks import Settings, check_trainer
+from bigbatch.integrations.transformers.checks import Settings, check_kind, check_trainer
 from bigbatch.integrations.transformers.traceless import class_of, traceless
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.weights import WeightsMixin
@@ -81,10 +78,7 @@ def verify(trainer: Any) -> TrainerVerification:
     Raises:
         InputError: It is no Trainer, or one that `exact` refuses, or the unit of its loss is not certain.
     """
-    if not isinstance(trainer, Trainer):
-        raise InputError(
-            f"trainer is a {type(trainer).__name__}: pass a transformers.Trainer, or an instance of a subclass."
-        )
+    check_kind(trainer)
     settings = getattr(trainer, "_bigbatch_settings", Settings())
     if not isinstance(trainer, WeightsMixin):
         check_trainer(trainer, settings)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.errors import InputError
+from bigbatch.integrations.transformers.checks import check_kind
 from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Items
 
@@ -47,10 +48,7 @@ def weights(trainer: AnyTrainer, *, items: CountInputs) -> AnyTrainer:
     Raises:
         InputError: It is no Trainer, or one that `exact` was called on, or ``items`` is not callable.
     """
-    if not isinstance(trainer, Trainer):
-        raise InputError(
-            f"trainer is a {type(trainer).__name__}: pass a transformers.Trainer, or an instance of a subclass."
-        )
+    own = check_kind(trainer)
     if not callable(items):
         raise InputError(
             f"items is {items!r}: pass a function from the inputs of a micro-batch to the number of items that its "
@@ -61,7 +59,7 @@ def weights(trainer: AnyTrainer, *, items: CountInputs) -> AnyTrainer:
             f"exact() was called on this {type(trainer).__name__}, whose updates are weighted already: leave weights() "
             "out, or make another trainer for it."
         )
-    trainer._bigbatch_weights_items = items
+    own._bigbatch_weights_items = items
     if not isinstance(trainer, WeightsMixin):
         kind = type(trainer)
         attributes = {"__module__": kind.__module__, "__doc__": kind.__doc__}

@@ -79,7 +79,7 @@ class WindowGradients:
             stock = self._by_training_steps(self._stock)
             if issubclass(self._kind, WeightsMixin):
                 ours = self._by_training_steps(self._kind)
-                unit, count, takes_num_items = "items of the function", self._trainer._bigbatch_weights_items, False
+                unit, count, takes_num_items = "items= that was passed", self._trainer._bigbatch_weights_items, False
             else:
                 ours, unit, count, takes_num_items = self._by_engine()
             reference, how = self._reference(count, takes_num_items)
