@@ -127,10 +127,17 @@ def test_empty_or_misencoded_text_is_rejected(tmp_path: Path, content: bytes, me
         ("{}", "the record has no field. A record must have"),
         ('{"content": "a", "id": 1}', "the record has 'content', 'id'. A record must have 'text', or"),
         ('{"prompt": "a"}', "the record has 'prompt'. A record must have 'text', or 'prompt' and 'completion', or"),
-        ('{"text": "a", "messages": []}', "has 'text' and 'messages', but only one of them is allowed. Keep one."),
+        (
+            '{"text": "a", "messages": []}',
+            "has 'text' and 'messages', but only one of them is allowed. Keep one, or pass --text-column text or "
+            "--messages-column messages.",
+        ),
         ('{"text": 5}', "the field 'text' is a number and must be a string."),
-        ('{"text": null}', "the field 'text' is null and must be a string."),
-        ('{"prompt": ["a"], "completion": "b"}', "the field 'prompt' is a list and must be a string."),
+        ('{"text": null}', "the record has 'text' (null: 'text'). A record must have"),
+        (
+            '{"prompt": ["a"], "completion": "b"}',
+            "message 1 is a string and must be an object with 'role' and 'content'.",
+        ),
         ('{"prompt": "a", "completion": {}}', "the field 'completion' is an object and must be a string."),
         ('{"text": " \\n"}', "the record yields no training token: its text is empty."),
         ('{"prompt": "a", "completion": ""}', "the record yields no training token: its completion is empty."),
@@ -139,16 +146,16 @@ def test_empty_or_misencoded_text_is_rejected(tmp_path: Path, content: bytes, me
         ('{"messages": []}', "the record yields no training token: its list of messages is empty."),
         ('{"messages": ["a"]}', "message 1 is a string and must be an object with 'role' and 'content'."),
         (
-            '{"messages": [{"from": "user", "value": "a"}]}',
-            "message 1 has 'from', 'value' and must have exactly 'role' and 'content'.",
+            '{"messages": [{"from": "user", "text": "a"}]}',
+            "message 1 has 'from', 'text' and must have 'role' and 'content', or 'from' and 'value'.",
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "a"}]}',
-            "message 2 has the role 'bot'; the roles are system, user, assistant.",
+            "message 2 has the role 'bot'; the roles are system, developer, user, assistant, tool.",
         ),
         (
             '{"messages": [{"role": "user", "content": ["a"]}]}',
-            "the content of message 1 is a list and must be a string.",
+            "the content of message 1 has a part that is a string and must be an object with 'text'.",
         ),
         (
             '{"messages": [{"role": "assistant", "content": "a"}]}',

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,34 +19,51 @@ class Document:
         text: Text whose tokens are all trained on.
         prompt: Context, never trained on.
         completion: Continuation of ``prompt``, trained on.
-        messages: Turns ``{"role": ..., "content": ...}``; those of the assistant are trained on.
+        messages: JSON objects with at least ``role`` and the string ``content``, as
+            :func:`bigbatch.lm.data.messages.to_messages` returns them; those of the assistant are trained on, each
+            times its ``weight`` if it has one.
+        tools: JSON schemas of the tools that a conversation may call; None for none.
+        shape: Shape of the record (see :mod:`bigbatch.lm.data.records`), for counts; no part of the content.
     """
 
     source: str
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    shape: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) == (self.completion is None), "a prompt and its completion come together"
         kinds = [self.text is not None, self.prompt is not None, self.messages is not None]
         assert sum(kinds) == 1, "a document is a text, a prompt with its completion, or a conversation"
+        assert self.tools is None or self.messages is not None, "tools belong to a conversation"
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of the content in hex, independent of the source."""
-        content = [self.text, self.prompt, self.completion, self.messages]
+        content: list[Any] = [self.text, self.prompt, self.completion, self.messages]
+        if self.tools is not None:
+            content.append(self.tools)
         # ASCII escapes make the digest independent of the machine and defined for every Python string.
         canonical = json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every string of the content, in order, to train a tokenizer on."""
-        if self.messages is not None:
-            return tuple(message["content"] for message in self.messages)
-        return tuple(part for part in (self.text, self.prompt, self.completion) if part is not None)
+        """Every string of the content, in order, to train a tokenizer on; tools and calls of tools as JSON."""
+        if self.messages is None:
+            return tuple(part for part in (self.text, self.prompt, self.completion) if part is not None)
+        tools = () if self.tools is None else (json.dumps(self.tools, ensure_ascii=False),)
+        turns = (
+            (message["content"], *(json.dumps(message[name], ensure_ascii=False) for name in _JSON if name in message))
+            for message in self.messages
+        )
+        return (*tools, *chain.from_iterable(turns))
+
+
+_JSON = ("tool_calls",)  # entries of a message that templates render as JSON
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,10 @@ from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.data.documents import Corpus, Document
 from bigbatch.lm.data.hub import close_matches, exists, is_on_hub, looks_local
 from bigbatch.lm.data.hub_folder import select_training_files, unused_splits_note, unused_validation_note
+from bigbatch.lm.data.messages import NO_TOKEN
 from bigbatch.lm.data.python_stdlib import read_standard_library, read_standard_library_functions
-from bigbatch.lm.data.record_files import (
-    FIELDS,
-    NO_TOKEN,
-    RECORD_SUFFIXES,
-    decode_utf8,
-    read_records,
-    rows_to_documents,
-)
+from bigbatch.lm.data.record_files import RECORD_SUFFIXES, decode_utf8, read_records
+from bigbatch.lm.data.records import ANY_COLUMNS, RecordColumns, rows_to_documents, shape_notes
 from bigbatch.lm.files import file_kind
 from bigbatch.lm.text import plural
 
@@ -37,18 +32,19 @@ BUILT_IN = {
 _LOCAL_SUFFIXES = (*RECORD_SUFFIXES, ".txt", ".text", ".md", ".rst", ".py", ".json", ".csv")
 
 
-def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
+def read_corpus(data: str, *, skip_broken: bool = False, columns: RecordColumns = ANY_COLUMNS) -> Corpus:
     """Return every document of ``data``, in an order that depends on the data only.
 
     Args:
         data: ``python-stdlib`` or ``python-stdlib-functions``; a file of text, which is one document; a ``.jsonl`` or
             ``.parquet`` file, each record of which is a document (see
-            :func:`bigbatch.lm.data.record_files.to_document`); a folder of such files, read recursively without
+            :mod:`bigbatch.lm.data.records`); a folder of such files, read recursively without
             hidden entries and ``__pycache__``, of which only the training files are read if it is laid out like a
             dataset of the hub (:mod:`bigbatch.lm.data.hub_folder`); a folder saved by ``datasets``; or the name of a
             dataset on the hub. Of the last two the split ``train`` is read. Text is UTF-8, with or without a
             byte-order mark.
         skip_broken: Whether to skip and count invalid records instead of raising.
+        columns: Columns to read records from, if not those of a known shape.
 
     Raises:
         InputError: ``data`` does not exist, cannot be read, is empty, or has a document without training tokens.
@@ -56,7 +52,7 @@ def read_corpus(data: str, *, skip_broken: bool = False) -> Corpus:
     if data in BUILT_IN:
         return BUILT_IN[data]()
     broken: list[str] | None = [] if skip_broken else None
-    corpus = _read(data, broken)
+    corpus = _read(data, broken, columns)
     if not broken:
         return corpus
     note = f"{plural(len(broken), 'broken record')} left out; the first: {broken[0]}"
@@ -80,23 +76,22 @@ def check_data_path(data: str) -> None:
         )
 
 
-def _read(data: str, broken: list[str] | None) -> Corpus:
+def _read(data: str, broken: list[str] | None, columns: RecordColumns) -> Corpus:
     check_data_path(data)
     path = Path(data)
     if not data or not exists(path):
-        return _read_hub(_hub_name(data), broken)
+        return _read_hub(_hub_name(data), broken, columns)
     try:
         if path.is_dir():
-            return (
-                _read_saved_dataset(path, data, broken) if _is_saved_dataset(path) else _read_folder(path, data, broken)
-            )
+            read = _read_saved_dataset if _is_saved_dataset(path) else _read_folder
+            return read(path, data, broken, columns)
         note = unused_validation_note(path, data)
-        return _read_files([(path, data)], data, [] if note is None else [note], broken)
+        return _read_files([(path, data)], data, [] if note is None else [note], broken, columns)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or data}: {os_reason(error)}.") from None
 
 
-def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
+def _read_folder(root: Path, data: str, broken: list[str] | None, columns: RecordColumns) -> Corpus:
     files: list[Path] = []
     special: list[Path] = []
     left_out = 0
@@ -129,17 +124,19 @@ def _read_folder(root: Path, data: str, broken: list[str] | None) -> Corpus:
     files, more = select_training_files(root, files, data)
     if (unused := unused_validation_note(root, data)) is not None:
         more.append(unused)
-    return _read_files([(path, str(path)) for path in files], data, [*notes, *more], broken)
+    return _read_files([(path, str(path)) for path in files], data, [*notes, *more], broken, columns)
 
 
-def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], broken: list[str] | None) -> Corpus:
+def _read_files(
+    files: list[tuple[Path, str]], data: str, notes: list[str], broken: list[str] | None, columns: RecordColumns
+) -> Corpus:
     """Read (path, name in messages) pairs: record files, by suffix, or else text."""
     documents: list[Document] = []
     texts = 0
     records: Counter[str] = Counter()
     for path, source in files:
         if path.suffix.lower() in RECORD_SUFFIXES:
-            read = list(read_records(path, source, broken=broken))
+            read = list(read_records(path, source, broken=broken, columns=columns))
             if not read:
                 raise InputError(broken[0] if broken else f"{source} is empty: it {NO_TOKEN}.")
             records[source] += len(read)
@@ -152,6 +149,7 @@ def _read_files(files: list[tuple[Path, str]], data: str, notes: list[str], brok
         about.append(f"{plural(texts, 'text file')} from {data}")
     if records:
         about.append(f"{plural(records.total(), 'record')} in {plural(len(records), 'file')} from {data}")
+    about += shape_notes(document.shape for document in documents)
     return Corpus(tuple(documents), (*about, *notes), tuple(notes))
 
 
@@ -170,7 +168,7 @@ def _is_saved_dataset(folder: Path) -> bool:
     return has["dataset_dict.json"] or (has["state.json"] and has["dataset_info.json"])
 
 
-def _read_saved_dataset(folder: Path, data: str, broken: list[str] | None) -> Corpus:
+def _read_saved_dataset(folder: Path, data: str, broken: list[str] | None, columns: RecordColumns) -> Corpus:
     import datasets
     import pyarrow as pa
 
@@ -185,14 +183,14 @@ def _read_saved_dataset(folder: Path, data: str, broken: list[str] | None) -> Co
                 raise InputError(f"the saved dataset {data} has no split 'train'; it has {', '.join(loaded)}.")
             others = [split for split in loaded if split != "train"]
             loaded = loaded["train"]
-        return _from_dataset(loaded, data, f"the saved dataset {data}", broken, others=others)
+        return _from_dataset(loaded, data, f"the saved dataset {data}", broken, columns, others=others)
     except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the saved dataset {data} cannot be read: {first_line(error)}.") from None
 
 
-def _read_hub(name: str, broken: list[str] | None) -> Corpus:
+def _read_hub(name: str, broken: list[str] | None, columns: RecordColumns) -> Corpus:
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -209,19 +207,26 @@ def _read_hub(name: str, broken: list[str] | None) -> Corpus:
             f"{name!r} is not a path on this machine and cannot be loaded from the hub: {first_line(error)}."
         ) from None
     others = [split for split in loaded.info.splits or () if split != "train"]
-    return _from_dataset(loaded, name, f"the hub's dataset {name}, split train", broken, others=others)
+    return _from_dataset(loaded, name, f"the hub's dataset {name}, split train", broken, columns, others=others)
 
 
 def _from_dataset(
-    dataset: Any, source: str, about: str, broken: list[str] | None, *, others: Sequence[str] = ()
+    dataset: Any,
+    source: str,
+    about: str,
+    broken: list[str] | None,
+    columns: RecordColumns,
+    *,
+    others: Sequence[str] = (),
 ) -> Corpus:
     names: list[str] = dataset.column_names
-    rows = dataset.select_columns([name for name in names if name in FIELDS])
-    documents = tuple(rows_to_documents(rows, names, source, broken=broken))
+    rows = dataset.select_columns(columns.needed(names))
+    documents = tuple(rows_to_documents(rows, names, source, broken=broken, columns=columns))
     if not documents:
         raise InputError(broken[0] if broken else f"{about} is empty: it {NO_TOKEN}.")
+    shapes = shape_notes(document.shape for document in documents)
     unused = (unused_splits_note([f"the split {split}" for split in others]),) if others else ()
-    return Corpus(documents, (f"{plural(len(documents), 'record')} of {about}", *unused), unused)
+    return Corpus(documents, (f"{plural(len(documents), 'record')} of {about}", *shapes, *unused), unused)
 
 
 def _hub_name(data: str) -> str:

@@ -1,0 +1,235 @@
+"""Shapes of records: which fields a record has, and the document that they make.
+
+    text                                   every token is trained on
+    prompt, completion                     strings, or messages; the completion is trained on
+    messages                               OpenAI's form; the assistant's turns are trained on
+    conversations                          ShareGPT's form: from and value
+    instruction, input, output             Alpaca's form: a prompt from the first two, and the output
+
+Other columns are ignored. A field that is null is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from bigbatch.errors import InputError
+from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.messages import NO_TOKEN, check_trainable, kind_of, listing, to_messages, to_string, to_tools
+from bigbatch.lm.text import plural
+
+SHAPES = {
+    "text": ("text",),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+}
+"""The fields that make each shape."""
+
+FIELDS = tuple(dict.fromkeys(name for names in SHAPES.values() for name in names))
+_BESIDES = ("input", "system", "history", "tools", "functions")  # of some shapes
+EXPECTED = (
+    "A record must have 'text', or 'prompt' and 'completion', or 'messages', or 'conversations' (ShareGPT), or "
+    "'instruction' and 'output' (Alpaca). For a column of another name, pass --text-column or --messages-column."
+)
+
+ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+ALPACA_PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class RecordColumns:
+    """The columns that records are read from.
+
+    Attributes:
+        text: Column whose text is trained on, whatever other columns a record has; None to recognize the shape.
+        messages: Column with the messages, likewise.
+    """
+
+    text: str | None = None
+    messages: str | None = None
+
+    def needed(self, names: Iterable[str]) -> list[str]:
+        """Return those names of a table's columns that a record may be read from."""
+        names = list(names)
+        if self.text is not None:
+            return [name for name in names if name == self.text]
+        wanted = (self.messages, *_BESIDES) if self.messages is not None else (*FIELDS, *_BESIDES)
+        return [name for name in names if name in wanted]
+
+    def check(self, names: Iterable[str], source: str) -> None:
+        """Check that a table with these columns can have a record.
+
+        Raises:
+            InputError: It cannot.
+        """
+        names = list(names)
+        for flag, column in (("--text-column", self.text), ("--messages-column", self.messages)):
+            if column is not None and column not in names:
+                raise InputError(f"{source} has the columns {listing(names)}, and {flag} {column!r} is not among them.")
+        if self.text is None and self.messages is None and not set(names) & set(FIELDS):
+            raise InputError(f"{source} has the columns {listing(names)}, none of which can be trained on. {EXPECTED}")
+
+
+ANY_COLUMNS = RecordColumns()
+
+
+def rows_to_documents(
+    rows: Iterable[Mapping[str, Any]],
+    names: Iterable[str],
+    source: str,
+    *,
+    broken: list[str] | None = None,
+    columns: RecordColumns = ANY_COLUMNS,
+) -> Iterator[Document]:
+    """Yield a document for each row of a table with the columns ``names``.
+
+    A table has every column in every row, and every entry in every object, so null means a missing one. The source of
+    a document is ``source`` with the row number, from 1.
+
+    Raises:
+        InputError: The table has none of the known columns, or :func:`to_document` refuses a row.
+    """
+    columns.check(names, source)
+    for number, row in enumerate(rows, 1):
+        yield from valid_document(partial(to_document, _without_nulls(row), f"{source}:{number}", columns), broken)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value of a table without the null entries of its objects."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def valid_document(read: Callable[[], Document], broken: list[str] | None) -> Iterator[Document]:
+    """Yield the document that ``read`` returns; append its error to ``broken`` unless that is None."""
+    try:
+        document = read()
+    except InputError as error:
+        if broken is None:
+            raise
+        broken.append(str(error))
+    else:
+        yield document
+
+
+def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMNS) -> Document:
+    """Convert one record to a document.
+
+    Args:
+        record: A mapping of one of the shapes of this module.
+        source: Names the record in messages, as ``path:line``.
+        columns: The columns to read, if not those of a known shape.
+
+    Raises:
+        InputError: The record has another structure, or no content to train on.
+    """
+    if not isinstance(record, Mapping):
+        raise InputError(f"{source}: the record is {kind_of(record)} and not an object. {EXPECTED}")
+    if columns.text is not None:
+        return _text(record, columns.text, source)
+    if columns.messages is not None:
+        return _conversation(record, columns.messages, source, shape="messages")
+    present = {name for name, value in record.items() if value is not None}
+    shapes = [shape for shape, names in SHAPES.items() if present.issuperset(names)]
+    if not shapes:
+        nulls = f" (null: {listing(name for name in record if name not in present)})" if present != set(record) else ""
+        raise InputError(f"{source}: the record has {listing(name for name in record)}{nulls}. {EXPECTED}")
+    if len(shapes) > 1:
+        both = " and ".join(repr("+".join(SHAPES[shape])) for shape in shapes)
+        flags = [f"--{name}-column {name}" for name in ("text", "messages") if name in shapes]
+        choice = f", or pass {' or '.join(flags)}" if flags else ""
+        raise InputError(f"{source}: the record has {both}, but only one of them is allowed. Keep one{choice}.")
+    match shapes[0]:
+        case "text":
+            return _text(record, "text", source)
+        case "prompt-completion":
+            return _completion(record, source)
+        case "Alpaca":
+            return _alpaca(record, source)
+        case shape:
+            return _conversation(record, SHAPES[shape][0], source, shape=shape)
+
+
+def shape_notes(shapes: Iterable[str]) -> list[str]:
+    """Return what a user must know about the shapes of the records that were read: the wording of Alpaca prompts."""
+    number = sum(shape == "Alpaca" for shape in shapes)
+    if not number:
+        return []
+    wording = ALPACA_PROMPT_WITH_INPUT.replace("\n", "\\n")
+    return [
+        f'{plural(number, "Alpaca record")}: the prompt is "{wording}", without its middle part if there is no input'
+    ]
+
+
+def _text(record: Mapping[str, Any], column: str, source: str) -> Document:
+    text = to_string(_value(record, column, "--text-column", source), f"the field {column!r}", source)
+    if not text.strip():
+        raise InputError(f"{source}: the record {NO_TOKEN}: its text is empty.")
+    return Document(source, text=text, shape="text")
+
+
+def _value(record: Mapping[str, Any], column: str, flag: str, source: str) -> Any:
+    if record.get(column) is None:
+        is_null = f" (null: {column!r})" if column in record else ""
+        raise InputError(f"{source}: the record has {listing(record)}{is_null}, and {flag} is {column!r}.")
+    return record[column]
+
+
+def _completion(record: Mapping[str, Any], source: str) -> Document:
+    prompt, completion = record["prompt"], record["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        prompt = to_string(prompt, "the field 'prompt'", source)
+        completion = to_string(completion, "the field 'completion'", source)
+        if not completion:
+            raise InputError(f"{source}: the record {NO_TOKEN}: its completion is empty.")
+        return Document(source, prompt=prompt, completion=completion, shape="prompt-completion")
+    context = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    # What the assistant says in the prompt is context, as in a prompt that is a string.
+    context = [
+        turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in to_messages(context, "prompt", source)
+    ]
+    messages = (*context, *to_messages(answer, "completion", source))
+    check_trainable(messages, source)
+    return Document(source, messages=messages, tools=to_tools(record, source), shape="prompt-completion")
+
+
+def _conversation(record: Mapping[str, Any], column: str, source: str, *, shape: str) -> Document:
+    messages = to_messages(_value(record, column, "--messages-column", source), column, source)
+    if record.get("system") is not None and (system := to_string(record["system"], "the field 'system'", source)):
+        if messages[0]["role"] in ("system", "developer"):
+            raise InputError(f"{source}: the record has 'system', and {column!r} begins with one. Keep one of them.")
+        messages = ({"role": "system", "content": system}, *messages)
+    check_trainable(messages, source)
+    return Document(source, messages=messages, tools=to_tools(record, source), shape=shape)
+
+
+def _alpaca(record: Mapping[str, Any], source: str) -> Document:
+    given = {name: value for name in _ALPACA if (value := record.get(name)) is not None}
+    fields = dict.fromkeys(_ALPACA, "") | {
+        n: to_string(value, f"the field {n!r}", source) for n, value in given.items()
+    }
+    if not fields["output"]:
+        raise InputError(f"{source}: the record {NO_TOKEN}: its output is empty.")
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise InputError(f"{source}: the field 'history' must be a list of pairs of an instruction and its output.")
+    earlier = (
+        ALPACA_PROMPT.format(instruction=to_string(asked, "an instruction of 'history'", source))
+        + to_string(answered, "an output of 'history'", source)
+        + "\n\n"
+        for asked, answered in history
+    )
+    wording = ALPACA_PROMPT_WITH_INPUT if fields["input"].strip() else ALPACA_PROMPT
+    system = f"{fields['system']}\n\n" if fields["system"] else ""
+    prompt = "".join((system, *earlier, wording.format(instruction=fields["instruction"], input=fields["input"])))
+    return Document(source, prompt=prompt, completion=fields["output"], shape="Alpaca")
+
+
+_ALPACA = ("instruction", "input", "output", "system")
