@@ -242,7 +242,6 @@ def test_accumulation_steps_set_microbatch(folder: Path):
             "--lr-rule sde at 16 times the batch of --scale-from would make beta1 -0.6, which is below 0: the nearest "
             "--scale-from that works is 13.",
         ),
-        ("--data a --data b", "--data is given twice, as 'a' and 'b': give it once."),
         ("--steps 3 --lr 1 --steps=4", "--steps is given twice, as 3 and 4: give it once."),
         ("--seed 1 --seed 1", "--seed is given twice, as 1 and 1: give it once."),
         (
@@ -266,8 +265,8 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--device gpu", "--device is 'gpu': it must be auto, cpu, cuda, cuda:N or mps."),
         ("--max-grad-norm -1", "--max-grad-norm is -1: it must be at least 0."),
         ("--out=", "--out is '': it must not be empty."),
-        ("--data=", "--data is '': it must not be empty."),
-        ("--data \udcff", r"--data is '\udcff': it must be valid UTF-8 text."),
+        ("--data=", "--data contains '': it must not be empty."),
+        ("--data \udcff", r"--data contains '\udcff': it must be valid UTF-8 text."),
         ("--sample-prompt \udcff", r"--sample-prompt is '\udcff': it must be valid UTF-8 text."),
         ("--lr", "--lr needs a value: --lr X."),
         ("--lr --steps 3", "--lr needs a value: --lr X."),
@@ -404,8 +403,11 @@ def test_verify_and_generate_report_errors_equally(command: str, words: list[str
         ("max_tokens_per_batch = 1", "run.toml has the unknown key 'max_tokens_per_batch': did you mean "
          "'token_budget'?"),
         ("max_memory = 1", "run.toml has the unknown key 'max_memory': did you mean 'memory'?"),
-        ("data = 3", "data in run.toml is 3: it must be text."),
-        ("data = false", "data in run.toml is false: it must be text."),
+        ("data = 3", "data in run.toml is 3: it must be text or a list of texts."),
+        ("data = ['a', false]", "data in run.toml contains false: it must be text."),
+        ("data = []", "data in run.toml is a list: it must not be an empty list."),
+        ("validation_data = 'a'\nvalidation_fraction = 0.1", "--validation-data and --validation-fraction exclude each "
+         "other: give one of them."),
         ("out = 3", "out in run.toml is 3: it must be the name of a folder."),
         ("seed = 2024-01-01", "seed in run.toml is 2024-01-01: it must be a whole number."),
         ("steps = 1\nepochs = 2", "steps in run.toml and epochs in run.toml exclude each other: give one of them."),

@@ -1,8 +1,8 @@
 """Parsing of command-line arguments into validated models, with one-sentence errors.
 
-    argv → argparse: text by field → merged over the values of the TOML file → pydantic → frozen models
+    argv → argparse: text by field → merged over the values of the file of settings → pydantic → frozen models
 
-Flags, defaults and help come from the fields of the models. Flags and TOML share validation and error messages.
+Flags, defaults and help come from the fields of the models. Flags and files share validation and error messages.
 Nothing here writes a file or imports more than pydantic.
 """
 
@@ -22,9 +22,10 @@ from pydantic.fields import FieldInfo
 from bigbatch.cli.command_specs import COMMAND_SPECS
 from bigbatch.cli.error_messages import format_value, nearest, sentence, suggestion, truncate
 from bigbatch.cli.options import SourceOptions, flag_key
-from bigbatch.cli.toml_file import read_toml
+from bigbatch.cli.settings_file import read_settings
 from bigbatch.errors import InputError
 from bigbatch.lm.config.field_groups import EXCLUSIVE
+from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.train_config import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -43,7 +44,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[BaseModel, ...]:
     ``(TrainConfig, VerifyOptions)``; generate: ``(GenerateOptions,)``, and so on for the other commands.
 
     Raises:
-        InputError: An argument, or the TOML file named by ``--config``, is invalid; the message is one sentence.
+        InputError: An argument, or the file named by ``--config``, is invalid; the message is one sentence.
 
     """
     values = _read_argv(command, argv)
@@ -53,16 +54,18 @@ def parse(command: str, argv: Sequence[str]) -> tuple[BaseModel, ...]:
 
 
 def train_config(command: str, values: Mapping[str, object]) -> TrainConfig:
-    """Return the configuration from the flags in ``values`` and the TOML file named by ``--config``; flags win.
+    """Return the configuration from the flags in ``values`` and the file named by ``--config``; flags win.
 
     A flag also replaces an exclusive setting of the file: ``--epochs`` replaces ``steps``.
     """
     source = _validate(SourceOptions, values)
     flags = {key: value for key, value in values.items() if key in TrainConfig.model_fields}
-    table = {} if source.config is None else read_toml(command, source.config)
+    table = {} if source.config is None else read_settings(command, source.config)
     for names in EXCLUSIVE:
         if any(name in flags for name in names):
             table = {key: value for key, value in table.items() if key not in names}
+    if {"validation_data", "validation_fraction"} <= {*table, *flags}:
+        raise InputError("--validation-data and --validation-fraction exclude each other: give one of them.")
     display_names = {key: f"{key} in {source.config}" for key in table if key not in flags}
     config = _validate(TrainConfig, table | flags, display_names)
     if source.gradient_accumulation_steps is None:
@@ -143,6 +146,9 @@ def _parser(command: str) -> _Parser:
                 continue
             if info.annotation is bool:
                 section.add_argument(_flag(key), dest=key, action="store_true", help=_help(info))
+            elif accepts_several(info):
+                words = f"{_metavar(key, info)} ..."
+                section.add_argument(_flag(key), dest=key, action="append", metavar=words, help=_help(info))
             else:
                 section.add_argument(_flag(key), dest=key, metavar=_metavar(key, info), help=_help(info))
     return parser
@@ -173,14 +179,17 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
         unexpected = truncate(repr(positionals[len(spec.positionals)]))
         raise InputError(f"unexpected argument {unexpected}: {command} accepts {spec.usage_words}.")
     if spec.positionals and not positionals:
-        raise InputError("RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib.")
+        order = ", before --data, which accepts every value after it" if "data" in namespace else ""
+        raise InputError(f"RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib{order}.")
     return vars(namespace) | dict(zip(spec.positionals, positionals, strict=False))
 
 
 def _bind_values(command: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Rewrite ``--flag value`` as ``--flag=value``; return the arguments before and after ``--``.
 
-    Otherwise argparse would parse the value in ``--lr -1e-3`` or ``--sample-prompt -x`` as a flag.
+    Otherwise argparse would parse the value in ``--lr -1e-3`` or ``--sample-prompt -x`` as a flag. A flag that accepts
+    several values is repeated for each of them, up to the next word with a dash: ``--data a b`` becomes ``--data=a
+    --data=b``.
     """
     spec = COMMAND_SPECS[command]
     keys_by_flag = {_flag(key): key for key, info in spec.fields().items() if info.annotation is not bool}
@@ -200,6 +209,8 @@ def _bind_values(command: str, argv: Sequence[str]) -> tuple[list[str], list[str
             raise InputError(f"{token} needs a value: {token} {_metavar(key, spec.fields()[key])}.")
         else:
             tokens.append(f"{token}={rest.pop(0)}")
+            while accepts_several(spec.fields()[keys_by_flag[token]]) and rest and not rest[0].startswith("-"):
+                tokens.append(f"{token}={rest.pop(0)}")
     return tokens, []
 
 
@@ -212,12 +223,17 @@ def _refuse_repeated(command: str, tokens: Sequence[str]) -> None:
         key = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or key not in fields or key in COMMAND_SPECS[command].positionals:
             continue
-        if flag in given:
+        if flag in given and not accepts_several(fields[key]):
             values = f", as {format_value(given[flag])} and {format_value(value)}" if equals else ""
             is_list = any(get_origin(kind) is tuple for kind in _base_types(fields[key].annotation))
             remedy = f"give one list, such as {flag} {given[flag]},{value}" if is_list else "give it once"
             raise InputError(f"{flag} is given twice{values}: {remedy}.")
         given[flag] = value
+
+
+def accepts_several(info: FieldInfo) -> bool:
+    """Return whether a flag may be repeated and may be followed by several values."""
+    return isinstance(info.json_schema_extra, dict) and bool(info.json_schema_extra.get("several"))
 
 
 def _implied_value(info: FieldInfo) -> object:
@@ -234,7 +250,7 @@ def _help(info: FieldInfo) -> str:
     text = info.description or ""
     if "(default" not in text and not info.is_required() and info.annotation is not bool:
         default = info.default
-        shown = repr(default) if isinstance(default, str) and default != default.strip() else default
+        shown = repr(default) if isinstance(default, str) and default != default.strip() else join_texts(default)
         text = f"{text} (default: {shown})"
     return text.replace("%", "%%")
 

@@ -71,6 +71,7 @@ _REQUIREMENTS = {
     "string_too_short": "it must not be empty",
     "string_unicode": "it must be valid UTF-8 text",
     "bool_type": "it must be true or false",
+    "too_short": "it must not be an empty list",
     "tuple_type": "it must be a list of numbers",
 }
 

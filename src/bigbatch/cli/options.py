@@ -69,14 +69,14 @@ class ResumeOptions(BaseModel):
 
 
 class SourceOptions(BaseModel):
-    """Sources of a configuration other than its own flags; a TOML file may contain neither of these."""
+    """Sources of a configuration other than its own flags; a file of settings may contain neither of these."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: Folder | None = Field(
         default=None,
-        description="a TOML file with any of the settings above, written as global_batch = 64; flags override it "
-        "(default: none)",
+        description="a file with any of the settings above: TOML, written as global_batch = 64, or YAML (.yaml or "
+        ".yml), as global_batch: 64; flags override it (default: none)",
     )
     gradient_accumulation_steps: Count | None = Field(
         default=None,

@@ -31,6 +31,7 @@ def check_paths(config: TrainConfig) -> None:
     Raises:
         InputError: One of them does not exist.
     """
-    check_data_path(config.data)
+    for name in (*config.data, *(config.validation_data or ())):
+        check_data_path(name)
     if config.model != "tiny":
         check_model_path(config.model)

@@ -190,7 +190,11 @@ def _same_job(config: TrainConfig) -> str:
     default = TrainConfig()
     names = [
         name
-        for name in ("data", "model", "max_length", "lora_rank", "precision")
+        for name in ("data", "split", "subset", "model", "max_length", "lora_rank", "precision")
         if getattr(config, name) != getattr(default, name)
     ]
-    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(config, name)))}" for name in names)
+    values = {name: getattr(config, name) for name in names}
+    words = {
+        name: shlex.join(map(str, value if isinstance(value, tuple) else [value])) for name, value in values.items()
+    }
+    return "".join(f" --{name.replace('_', '-')} {text}" for name, text in words.items())

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from bigbatch.errors import InputError
+from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.hub_folder import split_of
-from bigbatch.lm.data.sources import read_corpus
+from bigbatch.lm.data.sources import ReadOptions, open_sources, read_corpus
 
 RECORD = '{"text": "a record"}\n'
+CONTENTS = {".jsonl": RECORD, ".ndjson": RECORD, ".json": RECORD, ".csv": "text\na record\n"}
 CARD = "---\nlicense: mit\npretty_name: Small\n---\n# A dataset\n"
 
 
@@ -20,15 +22,27 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
+def small(*names: str) -> dict[str, str]:
+    """Return a content for each file that fits its suffix."""
+    return {name: CONTENTS.get(Path(name).suffix, "a text\n") for name in names}
+
+
+def read(folder: Path | str, split: str | None = None, subset: str | None = None) -> Corpus:
+    """Return the training data of a folder after one pass over it."""
+    (corpus,) = open_sources([str(folder)], options=ReadOptions(split=split, subset=subset)).training
+    assert corpus.documents
+    return corpus
+
+
 def sources(folder: Path) -> list[str]:
     """Return the files that are trained on, as paths in the folder."""
-    documents = read_corpus(str(folder)).documents
+    documents = read_corpus(str(folder))
     return sorted({Path(document.source.partition(":")[0]).relative_to(folder).as_posix() for document in documents})
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(InputError) as caught:
-        read_corpus(str(folder))
+        read(folder)
     return str(caught.value)
 
 
@@ -46,8 +60,7 @@ def refusal(folder: Path) -> str:
     ],
 )  # fmt: skip
 def test_only_training_split_is_read(tmp_path: Path, files: tuple[str, ...], expected: list[str]) -> None:
-    contents = dict.fromkeys(files, RECORD)
-    assert sources(write(tmp_path, contents)) == expected
+    assert sources(write(tmp_path, small(*files))) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,24 +76,22 @@ def test_only_training_split_is_read(tmp_path: Path, files: tuple[str, ...], exp
     ],
 )
 def test_other_folders_are_read_whole(tmp_path: Path, files: tuple[str, ...]) -> None:
-    assert sources(write(tmp_path, dict.fromkeys(files, RECORD))) == sorted(files)
+    assert sources(write(tmp_path, small(*files))) == sorted(files)
 
 
 def test_files_left_out_are_named(tmp_path: Path) -> None:
     names = ("data/train-0.jsonl", "data/train-1.jsonl", "data/validation-0.jsonl", "LICENSE")
     folder = write(tmp_path, dict.fromkeys(names, RECORD) | {"README.md": CARD})
-    assert read_corpus(str(folder)).notes == (
+    assert read(folder).notes == (
         f"2 records in 2 files from {folder}",
         f"{folder} is laid out like a dataset of the hub: only 2 files of the split train are used, not LICENSE, "
-        "README.md, data/validation-0.jsonl",
-        f"the split validation of {folder} is not used: validation data is held out of the training data "
-        "(--validation-fraction)",
+        "README.md",
     )
 
 
 def test_note_names_first_files_of_many(tmp_path: Path) -> None:
     folder = write(tmp_path, {f"{name}.jsonl": RECORD for name in ("train", *(f"test-{i}" for i in range(9)))})
-    assert read_corpus(str(folder)).notes[1] == (
+    assert read(folder).notes[1] == (
         f"{folder} is laid out like a dataset of the hub: only 1 file of the split train is used, not "
         "test-0.jsonl, test-1.jsonl, test-2.jsonl, test-3.jsonl, test-4.jsonl and 4 more"
     )
@@ -113,10 +124,7 @@ def test_card_declares_files_of_splits(tmp_path: Path) -> None:
 def test_several_configurations_are_rejected(tmp_path: Path) -> None:
     card = "---\nconfigs:\n- config_name: en\n- config_name: fr\n---\n"
     folder = write(tmp_path, {"README.md": card, "en/train.jsonl": RECORD, "fr/train.jsonl": RECORD})
-    assert refusal(folder) == (
-        f"the folder {folder} has 2 configurations (en, fr), and a run trains on one of them. Pass the folder or a "
-        "file of one with --data."
-    )
+    assert refusal(folder) == (f"{folder} has the subsets en, fr: choose one with --subset, as --subset en.")
     assert sources(folder / "en") == ["train.jsonl"]
 
 
@@ -125,8 +133,7 @@ def test_folder_without_training_split_is_rejected(tmp_path: Path, name: str) ->
     folder = write(tmp_path, {name: RECORD})
     split = {"t": "test", "d": "validation", "e": "test"}[name[0]]
     assert refusal(folder) == (
-        f"the folder {folder} has files of the split {split} and none of the split train. Pass the files to train on, "
-        f"such as --data {folder / name}."
+        f"{folder} has the split {split} and none of the name train: choose one with --split, as --split {split}."
     )
 
 
@@ -145,19 +152,18 @@ def test_invalid_card_is_rejected(tmp_path: Path) -> None:
     [("train.jsonl", "validation.jsonl"), ("my-train-v1.jsonl", "my-dev-v1.jsonl"), ("train/a.txt", "val/a.txt")],
 )
 def test_unused_validation_split_is_reported(tmp_path: Path, training: str, validation: str) -> None:
-    write(tmp_path, {training: RECORD, validation: RECORD, "test.jsonl": RECORD})
+    write(tmp_path, small(training, validation, "test.jsonl"))
     data = str(tmp_path / training.partition("/")[0])
     sibling = validation.partition("/")[0]
-    assert read_corpus(data).notes[-1] == (
-        f"{sibling} next to {data} is not used: validation data is held out of the training data "
-        "(--validation-fraction)"
+    assert read(data).notes[-1] == (
+        f"{sibling} next to {data} is not used: pass --validation-data {tmp_path / sibling} to validate on it"
     )
 
 
 def test_lone_training_file_has_no_note(tmp_path: Path) -> None:
     write(tmp_path, {"train.jsonl": RECORD, "test.jsonl": RECORD, "validation.txt": "text", "b.jsonl": RECORD})
     for name in ("train.jsonl", "b.jsonl"):
-        assert len(read_corpus(str(tmp_path / name)).notes) == 1
+        assert len(read(tmp_path / name).notes) == 1
 
 
 @pytest.mark.parametrize(

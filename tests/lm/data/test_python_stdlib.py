@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch.errors import InputError
-from bigbatch.lm.data.documents import Corpus
+from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.python_stdlib import documented_functions, standard_library_files
 from bigbatch.lm.data.sources import read_corpus
 
@@ -59,8 +59,8 @@ def last():
 
 
 @pytest.fixture(scope="module")
-def functions() -> Corpus:
-    return read_corpus("python-stdlib-functions")
+def functions() -> tuple[Document, ...]:
+    return read_corpus("python-stdlib-functions").documents
 
 
 def test_files_are_sorted_without_tests_and_installed_packages() -> None:
@@ -77,10 +77,11 @@ def test_files_are_sorted_without_tests_and_installed_packages() -> None:
 
 def test_every_file_is_read_or_counted() -> None:
     corpus = read_corpus("python-stdlib")
-    assert corpus.notes[0] == f"{len(corpus.documents):,} files of Python's standard library"
+    documents = corpus.documents
+    assert corpus.notes[0] == f"{len(documents):,} files of Python's standard library"
     left_out = sum(int(note.split()[0]) for note in corpus.notes[1:])
-    assert len(corpus.documents) + left_out == len(standard_library_files())
-    assert all(document.text and document.text.strip() for document in corpus.documents)
+    assert len(documents) + left_out == len(standard_library_files())
+    assert all(document.text and document.text.strip() for document in documents)
 
 
 def test_file_is_read_in_its_declared_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,15 +132,15 @@ def test_documented_functions_are_split_into_prompt_and_body() -> None:
     assert found["m.py:42"].completion == '    return "\f"\n'
 
 
-def test_every_function_parses_and_ends_with_newline(functions: Corpus) -> None:
-    assert len(functions.documents) > 2000
-    assert len({document.key for document in functions.documents}) == len(functions.documents)
-    for document in functions.documents:
+def test_every_function_parses_and_ends_with_newline(functions: tuple[Document, ...]) -> None:
+    assert len(functions) > 2000
+    assert len({document.key for document in functions}) == len(functions)
+    for document in functions:
         assert document.prompt is not None
         assert document.completion is not None
         assert document.completion.endswith("\n")
         assert document.completion.strip()
-    for document in functions.documents[::10]:
+    for document in functions[::10]:
         (node,) = ast.parse(f"{document.prompt}{document.completion}").body
         assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         assert ast.get_docstring(node) is not None

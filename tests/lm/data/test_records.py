@@ -168,7 +168,9 @@ def test_wording_of_alpaca_prompts_is_noted(tmp_path: Path) -> None:
     path.write_text('{"instruction": "a", "output": "b"}\n{"text": "c"}\n')
     wording = "### Instruction:\\n{instruction}\\n\\n### Input:\\n{input}\\n\\n### Response:\\n"
     note = f'1 Alpaca record: the prompt is "{wording}", without its middle part if there is no input'
-    assert read_corpus(str(path)).notes == (f"2 records in 1 file from {path}", note)
+    corpus = read_corpus(str(path))
+    assert len(corpus.documents) == 2
+    assert corpus.notes == (f"2 records in 1 file from {path}", note)
     assert shape_notes(["text"]) == []
 
 
@@ -187,7 +189,7 @@ def test_named_column_missing_in_table_is_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
     assert read_corpus(str(tmp_path), columns=RecordColumns(text="body")).documents[0].text == "a"
     with pytest.raises(InputError, match="has the columns 'body', and --text-column 'content' is not among them"):
-        read_corpus(str(tmp_path), columns=RecordColumns(text="content"))
+        tuple(read_corpus(str(tmp_path), columns=RecordColumns(text="content")))
 
 
 def test_saved_dataset_of_chats_is_read(tmp_path: Path) -> None:

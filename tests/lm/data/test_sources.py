@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigbatch.errors import InputError
+from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sources import read_corpus
 
@@ -23,16 +24,23 @@ def write_lines(path: Path, *records: Any) -> str:
     return str(path)
 
 
+def read(data: str | Path) -> Corpus:
+    """Return the documents of a source after one pass over them."""
+    corpus = read_corpus(str(data))
+    assert corpus.documents
+    return corpus
+
+
 def refusal(data: str | Path) -> str:
     with pytest.raises(InputError) as caught:
-        read_corpus(str(data))
+        read(data)
     return str(caught.value)
 
 
 def test_text_file_is_one_unchanged_document(tmp_path: Path) -> None:
     text = "Füße, 你好, עברית\r\n\tπ\u2028 end"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    corpus = read_corpus(str(tmp_path / "a.txt"))
+    corpus = read(tmp_path / "a.txt")
     assert corpus.documents == (Document(str(tmp_path / "a.txt"), text=text),)
     assert corpus.notes == (f"1 text file from {tmp_path / 'a.txt'}",)
 
@@ -48,7 +56,7 @@ def test_folder_is_read_recursively_sorted_without_hidden_entries(tmp_path: Path
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"\xff" if name.startswith((".", "_")) else name.encode())
-    corpus = read_corpus(str(tmp_path))
+    corpus = read(tmp_path)
     assert [document.text for document in corpus.documents] == ["a/c/y.py", "a/z.md", "b.txt"]
     assert corpus.documents[0].source == str(tmp_path / "a/c/y.py")
     assert corpus.notes == (f"3 text files from {tmp_path}", "3 hidden or __pycache__ entries left out")
@@ -75,7 +83,7 @@ def test_parquet_gives_same_documents_as_json_lines(tmp_path: Path) -> None:
     rows = [{name: record.get(name) for name in columns} | {"id": 1} for record in records]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     write_lines(tmp_path / "b.jsonl", *records)
-    corpus = read_corpus(str(tmp_path))
+    corpus = read(tmp_path)
     keys = [document.key for document in corpus.documents]
     assert keys[:3] == keys[3:]
     assert corpus.documents[1].source == f"{tmp_path / 'a.parquet'}:2"
@@ -230,9 +238,9 @@ def test_special_files_in_folder_are_left_out(tmp_path: Path) -> None:
         f"the folder {tmp_path} contains no file to train on: {pipe} is a pipe and is left out."
     )
     (tmp_path / "a.txt").write_text("hello")
-    assert read_corpus(str(tmp_path)).notes[-1] == f"{pipe} is a pipe and is left out"
+    assert read(tmp_path).notes[-1] == f"{pipe} is a pipe and is left out"
     (tmp_path / "null").symlink_to("/dev/null")
-    assert read_corpus(str(tmp_path)).notes == (
+    assert read(tmp_path).notes == (
         f"1 text file from {tmp_path}",
         f"2 entries that are not regular files are left out, such as {tmp_path / 'null'}, a device",
     )
@@ -269,16 +277,20 @@ def test_saved_dataset_is_read_from_train_split(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "splits"))
     datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "test-only"))
     for name in ("plain", "splits"):
-        corpus = read_corpus(str(tmp_path / name))
+        corpus = read(tmp_path / name)
         assert [document.text for document in corpus.documents] == ["a", "b"]
         assert corpus.documents[1].source == f"{tmp_path / name}:2"
-        assert corpus.notes[0] == f"2 records of the saved dataset {tmp_path / name}"
-    assert read_corpus(str(tmp_path / "plain")).notes[1:] == ()
-    assert read_corpus(str(tmp_path / "splits")).notes[1:] == (
-        "the split test is not used: validation data is held out of the training data (--validation-fraction)",
+        of_split = ", split train" if name == "splits" else ""
+        assert corpus.notes[0] == f"2 records of the saved dataset {tmp_path / name}{of_split}"
+    assert read(tmp_path / "plain").notes[1:] == ()
+    assert read(tmp_path / "splits").notes[1:] == (
+        f"the saved dataset {tmp_path / 'splits'} has other splits, which are not used: test",
     )
     only = tmp_path / "test-only"
-    assert refusal(only) == f"the saved dataset {only} has no split 'train'; it has test."
+    assert refusal(only) == (
+        f"the saved dataset {only} has the split test and none of the name train: choose one with --split, as --split "
+        "test."
+    )
     (tmp_path / "plain" / "state.json").write_text("{")
     assert refusal(tmp_path / "plain").startswith(f"the saved dataset {tmp_path / 'plain'} cannot be read: ")
 

@@ -42,11 +42,14 @@ def test_unwritable_path_is_one_sentence(tmp_path: Path) -> None:
 
 def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert default_path("tiny", "python-stdlib") == Path("runs/tiny-python-stdlib")
+    assert default_path("tiny", ["python-stdlib"]) == Path("runs/tiny-python-stdlib")
     Path("runs/tiny-python-stdlib").mkdir(parents=True)
     Path("runs/tiny-python-stdlib-2").mkdir(parents=True)
-    assert default_path("tiny", "python-stdlib") == Path("runs/tiny-python-stdlib-3")
-    assert default_path("/models/Qwen2/", "/data/chat.jsonl") == Path("runs/Qwen2-chat")
+    assert default_path("tiny", ["python-stdlib"]) == Path("runs/tiny-python-stdlib-3")
+    assert default_path("/models/Qwen2/", ["/data/chat.jsonl"]) == Path("runs/Qwen2-chat")
+    assert default_path("tiny", ["a/logs.csv.gz", "b", "c"]) == Path("runs/tiny-logs-and-2-more")
+    assert default_path("tiny", ["/a/logs/*.txt"]) == Path("runs/tiny-logs")
+    assert default_path("tiny", ["/a/part-*.json"]) == Path("runs/tiny-part")
 
 
 def test_failed_create_removes_the_folders_it_made(tmp_path: Path) -> None:

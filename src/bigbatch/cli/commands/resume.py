@@ -28,8 +28,8 @@ def run(overrides: TrainConfig, options: ResumeOptions) -> int:
     """Resume one run; return 0, or 75 if a signal stopped it after saving."""
     with reject_together("resume"):
         check_run(options.run)  # before torch is imported
-        if "data" in overrides.model_fields_set:
-            check_data_path(overrides.data)
+        for name in overrides.data if "data" in overrides.model_fields_set else ():
+            check_data_path(name)
         from bigbatch.lm.training.resume import stored_config
 
         stored = stored_config(options.run)

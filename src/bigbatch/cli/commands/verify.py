@@ -40,10 +40,10 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
         progress("computing gradients")
         verification = verify_cuts(setup, [setup.training[i] for i in order], options.cuts or default_cuts(len(order)))
     if options.as_json:
-        subject = {"model": config.model, "data": config.data, "machine": str(setup.device_spec)}
+        subject = {"model": config.model, "data": config.data_text, "machine": str(setup.device_spec)}
         console.print_unbroken(json.dumps(subject | as_json(verification)))
     else:
-        console.print(f"{config.model} on {config.data}, {setup.device_spec}")
+        console.print(f"{config.model} on {config.data_text}, {setup.device_spec}")
         for line in describe(verification, width=console.width if console.is_terminal else TABLE_COLUMNS):
             console.print(line)
     return EXACT if verification.exact else NOT_EXACT

@@ -20,6 +20,9 @@ NEEDS_PERMISSION = {
     "global_batch_schedule": "batch",
     "seed": "seed",
     "data": "data",
+    "split": "data",
+    "subset": "data",
+    "validation_data": "data",
     "skip_broken": "data",
 }
 """Settings that affect the result, each with the kind of ``--allow-KIND-change`` that ``bigbatch resume`` requires."""
@@ -58,7 +61,9 @@ class FieldGroup(NamedTuple):
 
 GROUPS = (
     FieldGroup(
-        "data", "Training data and its validation split.", ("data", "validation_fraction", "max_length", "skip_broken")
+        "data",
+        "Training data and its validation split.",
+        ("data", "split", "subset", "validation_data", "validation_fraction", "max_length", "skip_broken"),
     ),
     FieldGroup(
         "model",

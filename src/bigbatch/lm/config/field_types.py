@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from bigbatch.lm.config.batch_schedule import read
@@ -42,6 +43,27 @@ def _folder_text(value: object) -> object:
     if not text:
         raise PydanticCustomError("folder_empty", "it must not be empty")
     return _usable_text(text)
+
+
+def _as_texts(value: object) -> object:
+    """Convert one text to a tuple of one; refuse what is neither a text nor a list."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple):
+        return value
+    raise PydanticCustomError("texts", "it must be text or a list of texts")
+
+
+def _one_or_list(values: tuple[str, ...]) -> str | list[str]:
+    """Write one text as itself, as versions did that accepted only one, and several as a list."""
+    return values[0] if len(values) == 1 else list(values)
+
+
+def join_texts(values: object) -> str:
+    """Return the value of a setting as words of a command line: texts of a list are separated by spaces."""
+    if not isinstance(values, list | tuple):
+        return str(values)
+    return str(values[0]) if len(values) == 1 else shlex.join(map(str, values))
 
 
 def _known_device(value: str) -> str:
@@ -120,6 +142,13 @@ Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=LARGEST_COU
 Seed = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=LARGEST_SEED)]
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_usable_text)]
+Texts = Annotated[
+    tuple[Annotated[str, Field(min_length=1), AfterValidator(_usable_text)], ...],
+    BeforeValidator(_as_texts),
+    PlainSerializer(_one_or_list),
+    Field(min_length=1),
+]
+"""One text or several: a flag followed by several values, or repeated; a text or a list in a file of settings."""
 Folder = Annotated[Path, BeforeValidator(_folder_text)]
 Device = Annotated[str, AfterValidator(_known_device)]
 Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.field_groups import EXCLUSIVE
+from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.scale_from import BatchScaling
 from bigbatch.lm.config.train_fields import (
     DEFAULT_EPOCHS,
@@ -110,7 +111,7 @@ class TrainConfig(TrainFields):
         if self.microbatch is None and self.token_budget is None:
             resolved["microbatch"] = "auto"
         if self.steps is None and self.epochs is None:
-            if self.data == "python-stdlib" and self.model == "tiny":
+            if self.data == ("python-stdlib",) and self.model == "tiny":
                 resolved["steps"] = DEFAULT_STEPS
             else:
                 resolved["epochs"] = DEFAULT_EPOCHS
@@ -120,6 +121,11 @@ class TrainConfig(TrainFields):
         if self.lora_alpha is None and self.lora_rank:
             resolved["lora_alpha"] = 2.0 * self.lora_rank
         return self.model_copy(update=resolved)
+
+    @property
+    def data_text(self) -> str:
+        """The data as written on a command line: one name as it is, several separated by spaces."""
+        return join_texts(self.data)
 
     def warmup_steps_of(self, total_steps: int) -> int:
         """Return the warm-up of a run of ``total_steps`` updates: as set, else 10 % of them, rounded down."""

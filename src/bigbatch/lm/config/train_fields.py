@@ -24,6 +24,7 @@ from bigbatch.lm.config.field_types import (
     Number,
     Seed,
     Text,
+    Texts,
     Whole,
 )
 
@@ -47,19 +48,36 @@ class TrainFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Text = Field(
-        default="python-stdlib",
+    data: Texts = Field(
+        default=("python-stdlib",),
+        json_schema_extra={"several": True, "placeholder": "DATA"},
+        description="training data, one source or several: python-stdlib (Python files of this machine's standard "
+        "library), python-stdlib-functions (docstring as prompt, body as completion), a file of text, .jsonl, .json, "
+        ".csv, .tsv, .parquet or .arrow, each also with .gz, .bz2, .xz or .zst, a folder or a pattern of files such as "
+        "'logs/*.txt', or a datasets folder or Hub name",
+    )
+    split: Text | None = Field(
+        default=None,
         min_length=1,
-        description="training data: python-stdlib (Python files of this machine's standard library), "
-        "python-stdlib-functions (docstring as prompt, body as completion), a .txt, .jsonl or .parquet file, "
-        "a folder of such files, or a datasets folder or Hub name",
+        description="split of a dataset to train on (default: train)",
+    )
+    subset: Text | None = Field(
+        default=None,
+        min_length=1,
+        description="subset (configuration) of a dataset to train on (default: none, for datasets without subsets)",
+    )
+    validation_data: Texts | None = Field(
+        default=None,
+        json_schema_extra={"several": True, "placeholder": "DATA"},
+        description="validation data, never trained on: sources as in --data (default: the split validation of a "
+        "dataset, else what --validation-fraction holds out)",
     )
     validation_fraction: Number = Field(
         default=0.05,
         ge=0,
         lt=1,
         description="share of the documents held out for validation and never trained on, selected by a hash of their "
-        "content; 0 = no validation",
+        "content; 0 = no validation. Not used with --validation-data or the split validation of a dataset",
     )
     max_length: Count | None = Field(
         default=None,
@@ -70,7 +88,8 @@ class TrainFields(BaseModel):
     skip_broken: bool = Field(
         default=False,
         strict=True,
-        description="skip and count records that cannot be trained on, instead of stopping with an error at the first",
+        description="skip and count records and files that cannot be read or trained on, instead of stopping with an "
+        "error at the first",
     )
     model: Text = Field(
         default="tiny",

@@ -1,4 +1,4 @@
-"""Documents of a data source, each with its origin, and notes for the user."""
+"""Documents: the units of training data, each with its origin."""
 
 import hashlib
 import json
@@ -64,18 +64,3 @@ class Document:
 
 
 _JSON = ("tool_calls",)  # entries of a message that templates render as JSON
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """All documents of a source, with notes for the user.
-
-    Attributes:
-        documents: In the order of the source, at least one.
-        notes: One line for each count of documents read or left out.
-        left_out: Those of the notes that say what was left out.
-    """
-
-    documents: tuple[Document, ...]
-    notes: tuple[str, ...]
-    left_out: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
-"""Select the training files of a folder that is laid out like a dataset of the hub.
+"""Select the files of a folder that is laid out like a dataset of the hub: those of one split and subset.
 
-    README.md with a dataset card, data/train-00000-of-00001.parquet, data/test-…   → the files of the split train
-    train.csv, test.csv                                                             → train.csv
-    data.jsonl, README.md, LICENSE                                                  → data.jsonl
+    README.md with a dataset card, data/train-00000-of-00001.parquet, data/test-…   → train: train-…
+    train.csv, validation.csv, test.csv                                             → train: train.csv, validation: …
+    data.jsonl, README.md, LICENSE                                                  → train: data.jsonl
     a.txt, README.md; app.py, test/data.json, README.md                             → all: a folder of texts
 
 Splits are recognized by the names of files and folders, or as the card declares them, as the library datasets does.
@@ -11,13 +11,14 @@ Splits are recognized by the names of files and folders, or as the card declares
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bigbatch.errors import InputError, first_line
+from bigbatch.errors import InputError
+from bigbatch.lm.data.compression import inner_name, inner_suffix
+from bigbatch.lm.data.dataset_card import DeclaredSplits, declared_splits, read_card
 from bigbatch.lm.data.record_files import RECORD_SUFFIXES
 from bigbatch.lm.text import plural
 
@@ -26,60 +27,99 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-TABLE_SUFFIXES = (*RECORD_SUFFIXES, ".json", ".csv", ".tsv", ".arrow")
 TEXT_SUFFIXES = (".txt", ".text")
-CARD_FIELDS = {
-    *("annotations_creators", "configs", "dataset_info", "language", "language_creators", "license", "multilinguality"),
-    *("pretty_name", "size_categories", "source_datasets", "task_categories", "task_ids"),
-}
+DATA_SUFFIXES = (*RECORD_SUFFIXES, *TEXT_SUFFIXES)
 LISTED = 5  # files that a note names
 _ABOUT = re.compile(
     r"(readme|license|licence|copying|citation|notice|changelog)\b.*|dataset_infos?\.json", re.IGNORECASE
 )
-_COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$", re.IGNORECASE)
 _SPLIT_OF_NAME = {word: split for split, words in SPLITS.items() for word in words}
 _WORD = "|".join(_SPLIT_OF_NAME)
 _IN_TABLE_NAME = re.compile(rf"(?:^|[-._ ])({_WORD})(?=[-._ \d]|$)", re.IGNORECASE)
 _WHOLE_TEXT_NAME = re.compile(rf"({_WORD})([-._ ]?\d+(-of-\d+)?)?", re.IGNORECASE)
+_SHARD = re.compile(r"data/(\w[\w.]*)-\d{5}-of-\d{5}\b.*")
 
 
-def select_training_files(root: Path, files: Sequence[Path], data: str) -> tuple[list[Path], list[str]]:
-    """Return the files of a folder to train on, and notes about those left out.
+@dataclass(frozen=True)
+class Selection:
+    """The files of a folder to read.
+
+    Attributes:
+        files: Those of the split.
+        validation: Those of the validation split; none if it is the split itself.
+        notes: Notes about the files left out.
+        is_mixed: Whether the folder has other files than data, such as code, and no dataset card: then a file of
+            records without known records is a text among others, and is left out.
+        uses_split: Whether the files are those of a split.
+    """
+
+    files: tuple[Path, ...]
+    validation: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    is_mixed: bool = False
+    uses_split: bool = False
+
+
+def select_files(
+    root: Path,
+    files: Sequence[Path],
+    data: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    wanted: str = "train",
+) -> Selection:
+    """Return the files of a folder to read.
 
     Args:
         root: The folder.
         files: Its files, hidden ones excluded.
         data: Name of the folder in messages.
+        split: The split to read; None for ``wanted``.
+        subset: The subset; None if there is only one.
+        wanted: ``train`` or ``validation``.
 
     Raises:
-        InputError: It has splits or configurations, and it is not clear which of its files are for training.
+        InputError: It has splits or subsets, and it is not clear which of its files to read.
     """
     names = {path.relative_to(root).as_posix(): path for path in files}
-    card = _card(root, data)
-    declared = _declared_splits(card, data)
-    splits = {name: _declared_split(name, declared) or split_of(name) for name in names}
-    found = {split for split in splits.values() if split is not None}
-    content = [name for name in names if not _ABOUT.fullmatch(Path(name).name)]
-    suffixes = {_suffix(name) for name in content}
-    is_data_alone = suffixes <= {*TABLE_SUFFIXES, *TEXT_SUFFIXES}  # code next to data.json is a folder of texts
-    has_tables = is_data_alone and not suffixes <= set(TEXT_SUFFIXES)
-    if "train" in found and (card is not None or (is_data_alone and len(found) > 1)):
-        chosen = [name for name in names if splits[name] == "train"]
-    elif found - {"train"} and (card is not None or has_tables):
-        example = next(name for name in names if splits[name] is not None)
-        raise InputError(
-            f"the folder {data} has files of the split {' and '.join(sorted(found))} and none of the split train. Pass "
-            f"the files to train on, such as --data {root / example}."
-        )
-    elif card is not None or has_tables:
-        chosen = [name for name in content if _suffix(name) in (*TABLE_SUFFIXES, *TEXT_SUFFIXES)] or content
+    card = read_card(root, data)
+    declared = declared_splits(card, names, data, subset=subset)
+    named = ((name, declared.split_of(name) or _split_of(name, declared)) for name in declared.files)
+    splits = {name: found for name, found in named if found is not None}
+    found = list(dict.fromkeys(splits.values()))
+    content = [name for name in declared.files if not _ABOUT.fullmatch(Path(name).name)]
+    suffixes = {inner_suffix(name) for name in content}
+    is_data_alone = suffixes <= set(DATA_SUFFIXES)  # code next to data.json is a folder of texts
+    is_dataset = card is not None or (is_data_alone and not suffixes <= set(TEXT_SUFFIXES))
+    are_split_texts = is_data_alone and "train" in found and len(found) > 1
+    chosen_split = None
+    if is_dataset or are_split_texts or split is not None:
+        chosen_split = choose_split(found, split, wanted, data)
+    if chosen_split is not None and (split is not None or card is not None or len(found) > 1):
+        chosen = [name for name in splits if splits[name] == chosen_split]
+    elif is_dataset:
+        chosen = [name for name in content if inner_suffix(name) in DATA_SUFFIXES] or content
     else:
-        chosen = list(names)
+        chosen = list(declared.files)
     if not chosen:
         raise InputError(f"the folder {data} contains no file to train on, only its description.")
-    used = set(chosen)
+    uses_split = chosen_split is not None and {splits.get(name) for name in chosen} == {chosen_split}
+    has_validation = uses_split and chosen_split != "validation"
+    validation = [name for name in splits if splits[name] == "validation"] if has_validation else []
+    used = {*chosen, *validation}
     left_out = [name for name in names if name not in used]
-    return [names[name] for name in chosen], _notes(data, chosen, left_out, found)
+    notes = _notes(data, len(chosen), chosen_split if len(found) > 1 else None, left_out)
+    texts = [] if is_dataset or uses_split else [name for name in chosen if _ABOUT.fullmatch(Path(name).name)]
+    if texts:
+        notes.append(f"{data} is read as a folder of texts, {_listed_names(texts)} included")
+    return Selection(
+        tuple(names[name] for name in chosen),
+        tuple(names[name] for name in validation),
+        tuple(notes),
+        is_mixed=not is_dataset,
+        uses_split=uses_split,
+    )
 
 
 def split_of(name: str) -> str | None:
@@ -88,11 +128,11 @@ def split_of(name: str) -> str | None:
     The names of tables and records may contain the split as a word; that of a text must be the split alone.
     """
     *folders, file = name.split("/")
-    suffix = _suffix(name)
-    if suffix not in (*TABLE_SUFFIXES, *TEXT_SUFFIXES):
+    suffix = inner_suffix(file)
+    if suffix not in DATA_SUFFIXES:
         return None
-    stem = _COMPRESSED.sub("", file)[: -len(suffix)]
-    match = _IN_TABLE_NAME.search(stem) if suffix in TABLE_SUFFIXES else _WHOLE_TEXT_NAME.fullmatch(stem)
+    stem = Path(inner_name(file)).stem
+    match = _IN_TABLE_NAME.search(stem) if suffix in RECORD_SUFFIXES else _WHOLE_TEXT_NAME.fullmatch(stem)
     if match is not None:
         return _SPLIT_OF_NAME[match[1].lower()]
     return next((_SPLIT_OF_NAME[folder.lower()] for folder in folders if folder.lower() in _SPLIT_OF_NAME), None)
@@ -109,82 +149,70 @@ def unused_validation_note(path: Path, data: str) -> str | None:
     for sibling in siblings:
         same_kind = sibling.is_file() == path.is_file() and sibling.suffix == path.suffix
         if same_kind and split_of(sibling.name if path.is_file() else f"{sibling.name}/all.txt") == "validation":
-            return unused_splits_note([f"{sibling.name} next to {data}"])
+            other = Path(data).parent / sibling.name
+            return f"{sibling.name} next to {data} is not used: pass --validation-data {other} to validate on it"
     return None
 
 
-def unused_splits_note(names: Sequence[str]) -> str:
-    """Return the note that splits of the data are not used."""
-    verb = "is" if len(names) == 1 else "are"
-    return (
-        f"{' and '.join(names)} {verb} not used: validation data is held out of the training data "
-        "(--validation-fraction)"
-    )
+def choose_name(names: Sequence[str], given: str | None, *, kind: str, data: str) -> str | None:
+    """Return the subset that is read: the one given, or the only one; None if there are none.
+
+    Raises:
+        InputError: It does not exist, or there are several and none is given.
+    """
+    flag = f"--{kind}"
+    if given is None:
+        if len(names) > 1:
+            raise InputError(f"{data} has the {kind}s {_some(names)}: choose one with {flag}, as {flag} {names[0]}.")
+        return names[0] if names else None
+    if given not in names:
+        has = f"it has {_some(names)}" if names else "it has none"
+        raise InputError(f"{data} has no {kind} {given!r}: {has}.")
+    return given
 
 
-def _notes(data: str, chosen: Sequence[str], left_out: Sequence[str], found: Iterable[str]) -> list[str]:
+def choose_split(found: Sequence[str], split: str | None, wanted: str, data: str) -> str | None:
+    """Return the split to read; None if there is none.
+
+    Raises:
+        InputError: It does not exist, or it is not clear which.
+    """
+    if split is not None:
+        return choose_name(found, split, kind="split", data=data)
+    if wanted in found or not found:
+        return wanted if found else None
+    if len(found) == 1 and (wanted == "validation" or found[0] not in SPLITS):
+        return found[0]
+    remedy = "choose one with --split" if wanted == "train" else "pass the files of one"
+    names = f"the split {found[0]}" if len(found) == 1 else f"the splits {_some(found)}"
+    example = f", as --split {found[0]}" if wanted == "train" else ""
+    raise InputError(f"{data} has {names} and none of the name {wanted}: {remedy}{example}.")
+
+
+def _split_of(name: str, declared: DeclaredSplits) -> str | None:
+    """Return the split of a file by its name, if the card declares none."""
+    if declared:
+        return None
+    inside = name.removeprefix(declared.prefix)
+    shard = _SHARD.fullmatch(inside)
+    if shard is not None and inner_suffix(name) in DATA_SUFFIXES:
+        return _SPLIT_OF_NAME.get(shard[1].lower(), shard[1])
+    return split_of(inside)
+
+
+def _notes(data: str, num_chosen: int, split: str | None, left_out: Sequence[str]) -> list[str]:
     if not left_out:
         return []
-    listed = ", ".join(left_out[:LISTED]) + (f" and {len(left_out) - LISTED:,} more" if len(left_out) > LISTED else "")
-    files = plural(len(chosen), "file") if len(set(found)) > 1 else plural(len(chosen), "data file")
-    of_split = " of the split train" if len(set(found)) > 1 else ""
-    verb = "is" if len(chosen) == 1 else "are"
-    notes = [f"{data} is laid out like a dataset of the hub: only {files}{of_split} {verb} used, not {listed}"]
-    if "validation" in found:
-        notes.append(unused_splits_note([f"the split validation of {data}"]))
-    return notes
+    files = plural(num_chosen, "file" if split else "data file")
+    of_split = f" of the split {split}" if split else ""
+    verb = "is" if num_chosen == 1 else "are"
+    others = _listed_names(left_out)
+    return [f"{data} is laid out like a dataset of the hub: only {files}{of_split} {verb} used, not {others}"]
 
 
-def _suffix(name: str) -> str:
-    return Path(_COMPRESSED.sub("", name)).suffix.lower()
+def _listed_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
 
 
-def _card(root: Path, data: str) -> Mapping[str, Any] | None:
-    """Return the metadata of a dataset card, empty if only dataset_infos.json describes the dataset; None for neither.
-
-    Raises:
-        InputError: The metadata is not valid YAML.
-    """
-    readme = root / "README.md"
-    text = readme.read_bytes().decode("utf-8", "replace") if readme.is_file() else ""
-    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text.replace("\r\n", "\n"), re.DOTALL)
-    fields = set(re.findall(r"^(\w+):", match[1], re.MULTILINE)) if match else set()
-    if match is None or not fields & CARD_FIELDS:
-        return {} if (root / "dataset_infos.json").is_file() else None
-    from huggingface_hub import metadata_load
-
-    try:
-        return metadata_load(readme) or {}
-    except Exception as error:  # noqa: BLE001  those of YAML
-        raise InputError(
-            f"the metadata of {data}/README.md is not valid YAML: {first_line(error)}. Pass the files to train on."
-        ) from None
-
-
-def _declared_splits(card: Mapping[str, Any] | None, data: str) -> dict[str, list[str]]:
-    """Return the patterns of each split that a card declares.
-
-    Raises:
-        InputError: It declares several configurations.
-    """
-    configs = [config for config in _listed((card or {}).get("configs")) if isinstance(config, dict)]
-    if len(configs) > 1:
-        names = [str(config.get("config_name")) for config in configs]
-        shown = ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
-        raise InputError(
-            f"the folder {data} has {len(names)} configurations ({shown}), and a run trains on one of them. Pass the "
-            "folder or a file of one with --data."
-        )
-    declared: dict[str, list[str]] = {}
-    for entry in _listed(configs[0].get("data_files")) if configs else []:
-        part = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
-        declared.setdefault(str(part.get("split")), []).extend(map(str, _listed(part.get("path"))))
-    return declared
-
-
-def _declared_split(name: str, declared: Mapping[str, Sequence[str]]) -> str | None:
-    return next((split for split, patterns in declared.items() if any(fnmatch(name, p) for p in patterns)), None)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")

@@ -6,12 +6,15 @@ import ast
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from bigbatch.errors import InputError
-from bigbatch.lm.data.documents import Corpus, Document
+from bigbatch.lm.data.corpus import Corpus
+from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.reading import Reading
 from bigbatch.lm.text import plural
 
 LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -37,9 +40,16 @@ def read_standard_library() -> Corpus:
     Raises:
         InputError: The standard library has no files (see :func:`standard_library_files`).
     """
-    texts, notes = _read_texts()
-    documents = tuple(Document(name, text=text) for name, text in texts)
-    return Corpus(documents, (f"{plural(len(documents), 'file')} of Python's standard library", *notes))
+    files = standard_library_files()
+
+    def read(reading: Reading) -> Iterator[Document]:
+        counts: Counter[str] = Counter()
+        for name, text in _texts(files, counts):
+            yield Document(name, text=text)
+        reading.about.append(f"{plural(counts['read'], 'file')} of Python's standard library")
+        reading.about.extend(_left_out(counts))
+
+    return Corpus(read, name="python-stdlib", files=files)
 
 
 def read_standard_library_functions() -> Corpus:
@@ -50,25 +60,32 @@ def read_standard_library_functions() -> Corpus:
     Raises:
         InputError: The standard library has no files (see :func:`standard_library_files`).
     """
-    texts, notes = _read_texts()
-    unique: dict[str, Document] = {}
-    found = 0
-    unparsed = 0
-    for name, text in texts:
-        try:
-            functions = list(documented_functions(text, name))
-        except SyntaxError:
-            unparsed += 1
-            continue
-        found += len(functions)
-        for function in functions:
-            unique.setdefault(function.key, function)
-    if unparsed:
-        notes.append(f"{plural(unparsed, 'file')} with invalid syntax for Python {_VERSION} left out")
-    if found > len(unique):
-        notes.append(f"{plural(found - len(unique), 'exact duplicate')} left out")
-    about = f"{plural(len(unique), 'documented function')} of {plural(len(texts), 'file')} of Python's standard library"
-    return Corpus(tuple(unique.values()), (about, *notes))
+    files = standard_library_files()
+
+    def read(reading: Reading) -> Iterator[Document]:
+        counts: Counter[str] = Counter()
+        unique: set[str] = set()
+        for name, text in _texts(files, counts):
+            try:
+                functions = list(documented_functions(text, name))
+            except SyntaxError:
+                counts["unparsed"] += 1
+                continue
+            counts["found"] += len(functions)
+            for function in functions:
+                if function.key not in unique:
+                    unique.add(function.key)
+                    yield function
+        about = f"{plural(len(unique), 'documented function')} of {plural(counts['read'], 'file')}"
+        reading.about.append(f"{about} of Python's standard library")
+        reading.about.extend(_left_out(counts))
+        if counts["unparsed"]:
+            what = f"{plural(counts['unparsed'], 'file')} with invalid syntax for Python {_VERSION}"
+            reading.about.append(f"{what} left out")
+        if counts["found"] > len(unique):
+            reading.about.append(f"{plural(counts['found'] - len(unique), 'exact duplicate')} left out")
+
+    return Corpus(read, name="python-stdlib-functions", files=files)
 
 
 def documented_functions(text: str, source: str) -> Iterator[Document]:
@@ -120,27 +137,25 @@ def _dedent(lines: list[str], margin: str) -> str:
     return "".join(line.removeprefix(margin) + "\n" for line in lines)
 
 
-def _read_texts() -> tuple[list[tuple[str, str]], list[str]]:
-    """Return (path relative to the standard library, text) of its files, and notes on those left out."""
+def _texts(files: Sequence[Path], counts: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Yield (path relative to the standard library, text) of its files; count those read, empty and unreadable."""
     root = _root()
-    texts: list[tuple[str, str]] = []
-    empty = 0
-    unreadable = 0
-    for path in standard_library_files():
+    for path in files:
         try:
             with tokenize.open(path) as file:  # in the encoding that the file declares
                 text = file.read()
         except (OSError, SyntaxError, UnicodeDecodeError):
-            unreadable += 1
+            counts["unreadable"] += 1
             continue
         if text.strip():
-            texts.append((path.relative_to(root).as_posix(), text))
+            counts["read"] += 1
+            yield path.relative_to(root).as_posix(), text
         else:
-            empty += 1
-    notes = [f"{plural(empty, 'empty file')} left out"] if empty else []
-    if unreadable:
-        notes.append(f"{plural(unreadable, 'unreadable file')} left out")
-    return texts, notes
+            counts["empty"] += 1
+
+
+def _left_out(counts: Counter[str]) -> list[str]:
+    return [f"{plural(counts[kind], f'{kind} file')} left out" for kind in ("empty", "unreadable") if counts[kind]]
 
 
 def _root() -> Path:

@@ -1,90 +1,103 @@
-"""Read records from JSON lines and Parquet.
+"""Read records from files of JSON, CSV, Parquet and Arrow.
 
 file → records (a dict and its file and line) → :mod:`bigbatch.lm.data.records` → Document
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from bigbatch.errors import InputError, first_line
+from bigbatch.errors import InputError
+from bigbatch.lm.data.arrow_files import read_arrow
+from bigbatch.lm.data.compression import inner_suffix, open_content, open_seekable
+from bigbatch.lm.data.csv_files import read_csv
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.records import ANY_COLUMNS, RecordColumns, rows_to_documents, to_document, valid_document
+from bigbatch.lm.data.json_files import Records, read_json, read_json_lines
+from bigbatch.lm.data.messages import NO_TOKEN, kind_of, listing
+from bigbatch.lm.data.reading import Reading, UnknownShapeError
+from bigbatch.lm.data.records import ANY_COLUMNS, EXPECTED, FIELDS, SHAPES, RecordColumns, to_document
 
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 
-def read_records(
-    path: Path, source: str, *, broken: list[str] | None = None, columns: RecordColumns = ANY_COLUMNS
-) -> Iterator[Document]:
-    """Yield a document for each record of a file of ``RECORD_SUFFIXES``; ``source`` names the file in messages.
+def read_record_file(path: Path, source: str, reading: Reading) -> Iterator[Document]:
+    """Yield a document for each record of a file of ``RECORD_SUFFIXES``, compressed or not.
 
     Args:
         path: The file.
-        source: Name of the file in messages.
-        broken: List to which the error of each invalid record is appended, which is then skipped; None to raise it.
-        columns: The columns to read, if not those of a known shape.
+        source: Names it in messages.
+        reading: The pass over the source.
 
     Raises:
-        InputError: The file cannot be read, or :func:`~bigbatch.lm.data.records.to_document` refuses a record.
-        OSError: The operating system refuses the file.
+        InputError: The file cannot be read, or has no record, or a record is broken and is not skipped.
+        UnknownShapeError: Nothing in the file is known as a record.
     """
-    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_json_lines
-    return read(path, source, broken, columns)
+    num_broken = reading.num_broken
+    num_documents = 0
+    for document in to_documents(_records(path, source, reading), reading):
+        num_documents += 1
+        yield document
+    if not num_documents and reading.num_broken == num_broken:
+        raise InputError(f"{source} is empty: it {NO_TOKEN}.")
 
 
-def _read_json_lines(path: Path, source: str, broken: list[str] | None, columns: RecordColumns) -> Iterator[Document]:
-    with path.open("rb") as file:
-        offset = 0
-        # Split at \n only: JSON strings may contain the other separators of str.splitlines.
-        for number, raw in enumerate(file, 1):
-            if raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
-                yield from valid_document(partial(_read_line, raw, f"{source}:{number}", offset, columns), broken)
-            offset += len(raw)
+def to_documents(records: Records, reading: Reading) -> Iterator[Document]:
+    """Yield a document for each record; a broken record is skipped and counted, or raised."""
+    columns = reading.options.columns
+    for record, place in records:
+        try:
+            document = to_document(record, place, columns)
+        except InputError as error:
+            reading.skip_record(error)
+        else:
+            yield document
 
 
-def _read_line(raw: bytes, place: str, offset: int, columns: RecordColumns) -> Document:
-    line = decode_utf8(raw, place, offset)
-    return to_document(_parse(line.removeprefix("\ufeff") if offset == 0 else line, place), place, columns)
+def is_known(record: object, columns: RecordColumns = ANY_COLUMNS) -> bool:
+    """Return whether a value has all fields of a shape of records."""
+    named = [(name,) for name in (columns.text, columns.messages) if name is not None]
+    return isinstance(record, Mapping) and any(record.keys() >= set(names) for names in named or SHAPES.values())
 
 
-def _parse(line: str, place: str) -> object:
-    try:
-        return json.loads(
-            line.rstrip()
-        )  # with a newline, an error at the end would be reported in column 1 of the next line
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not valid JSON: {error.msg} at column {error.colno}.") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousands deep
-        raise InputError(f"{place}: JSON that Python cannot read: {first_line(error)}.") from None
-
-
-def _read_parquet(path: Path, source: str, broken: list[str] | None, columns: RecordColumns) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            names: list[str] = file.schema_arrow.names
-            rows = (row for batch in file.iter_batches(columns=columns.needed(names)) for row in batch.to_pylist())
-            yield from rows_to_documents(rows, names, source, broken=broken, columns=columns)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{source} cannot be read as a Parquet file: {first_line(error)}.") from None
-
-
-def decode_utf8(data: bytes, source: str, offset: int = 0) -> str:
-    """Decode UTF-8 bytes that start at byte ``offset`` of the file.
+def select_columns(names: list[str], *, source: str, columns: RecordColumns = ANY_COLUMNS) -> list[str]:
+    """Return those columns of a table that records are read from.
 
     Raises:
-        InputError: Invalid UTF-8; the message has the offset of the first invalid byte, from 0, in the file.
+        InputError: A column that a flag names is missing.
+        UnknownShapeError: None of them is known.
     """
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start:,}. "
-            "Convert it to UTF-8, or remove it."
-        ) from None
+        columns.check(names, source)
+    except InputError as error:
+        raise (error if columns != ANY_COLUMNS else UnknownShapeError(str(error))) from None
+    return columns.needed(names)
+
+
+def _records(path: Path, source: str, reading: Reading) -> Records:
+    suffix = inner_suffix(path.name)
+    select = partial(select_columns, source=source, columns=reading.options.columns)
+    if suffix == ".json":
+        known = partial(is_known, columns=reading.options.columns)
+        records = read_json(partial(open_content, path, source), source, reading, known)
+        yield from _known_records(records, reading.options.columns)
+    elif suffix in (".parquet", ".arrow"):
+        with open_seekable(path, source) as file:
+            yield from read_arrow(file, source, reading, suffix=suffix, select=select)
+    else:
+        with open_content(path, source) as file:
+            if suffix in (".csv", ".tsv"):
+                yield from read_csv(file, source, reading, suffix=suffix, check_columns=select)
+            else:
+                yield from read_json_lines(file, source, reading)
+
+
+def _known_records(records: Records, columns: RecordColumns) -> Records:
+    """Yield records; raise if the first has no field of any: a .json file may hold anything."""
+    fields = {*FIELDS, columns.text, columns.messages}
+    for number, (record, place) in enumerate(records):
+        if number == 0 and not (isinstance(record, Mapping) and fields & record.keys()):
+            what = f"the record has {listing(record)}" if isinstance(record, Mapping) else f"it is {kind_of(record)}"
+            raise UnknownShapeError(f"{place}: {what}. {EXPECTED}")
+        yield record, place

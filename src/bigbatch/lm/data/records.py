@@ -11,9 +11,8 @@ Other columns are ignored. A field that is null is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from bigbatch.errors import InputError
@@ -78,44 +77,11 @@ class RecordColumns:
 ANY_COLUMNS = RecordColumns()
 
 
-def rows_to_documents(
-    rows: Iterable[Mapping[str, Any]],
-    names: Iterable[str],
-    source: str,
-    *,
-    broken: list[str] | None = None,
-    columns: RecordColumns = ANY_COLUMNS,
-) -> Iterator[Document]:
-    """Yield a document for each row of a table with the columns ``names``.
-
-    A table has every column in every row, and every entry in every object, so null means a missing one. The source of
-    a document is ``source`` with the row number, from 1.
-
-    Raises:
-        InputError: The table has none of the known columns, or :func:`to_document` refuses a row.
-    """
-    columns.check(names, source)
-    for number, row in enumerate(rows, 1):
-        yield from valid_document(partial(to_document, _without_nulls(row), f"{source}:{number}", columns), broken)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a value of a table without the null entries of its objects."""
+def without_nulls(value: Any) -> Any:
+    """Return a value of a table without the null entries of its objects: a table has every entry in every object."""
     if isinstance(value, Mapping):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
-def valid_document(read: Callable[[], Document], broken: list[str] | None) -> Iterator[Document]:
-    """Yield the document that ``read`` returns; append its error to ``broken`` unless that is None."""
-    try:
-        document = read()
-    except InputError as error:
-        if broken is None:
-            raise
-        broken.append(str(error))
-    else:
-        yield document
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMNS) -> Document:

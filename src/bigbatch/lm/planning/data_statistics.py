@@ -11,14 +11,13 @@ from typing import Any
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
-from bigbatch.lm.data.dataset import encode, split_documents
+from bigbatch.lm.data.dataset import encode
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sampling_order import epoch_windows
-from bigbatch.lm.data.sources import read_corpus
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config, tiny_config
 from bigbatch.lm.text import plural
-from bigbatch.lm.training.setup import ProgressCallback
+from bigbatch.lm.training.setup import ProgressCallback, read_documents
 
 MOST_DOCUMENTS = 2_000  # encoded for their lengths; evenly spaced if the data has more
 BYTES_A_TOKEN = 4  # approximately, of English text and code; used without a tokenizer
@@ -72,10 +71,9 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
             tokenizer = load_tokenizer(config.model)
         except InputError as error:
             notes.append(f"lengths are estimated, {BYTES_A_TOKEN} bytes a token: {error}")
-    progress(f"reading {config.data}")
-    corpus = read_corpus(config.data, skip_broken=config.skip_broken)
-    notes += corpus.left_out
-    documents, _ = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
+    data = read_documents(config, progress)
+    documents = data.training
+    notes += data.left_out
     if config.model == TINY:
         progress("training a tokenizer")
         texts = [text for document in documents for text in document.texts]
@@ -92,7 +90,7 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
     else:
         lengths = encode(measured, tokenizer, max_length=max_length)[0].lengths
     if not lengths:
-        raise InputError(f"{config.data} contains no text to train on. Pass other --data.")
+        raise InputError(f"{config.data_text} contains no text to train on. Pass other --data.")
     windows, num_updates = _windows(config, lengths, len(documents) / len(measured))
     return DataStatistics(
         model_config=model_config,

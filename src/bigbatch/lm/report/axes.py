@@ -169,4 +169,6 @@ def format_setting(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return value if value == value.strip() and value else repr(value)
+    if isinstance(value, list):
+        return ", ".join(map(format_setting, value))
     return number(value) if type(value) is float else str(value)

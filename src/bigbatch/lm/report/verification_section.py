@@ -2,6 +2,7 @@
 
 import math
 
+from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.report.html import table, tag, text
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.runs.file_names import VERIFICATION
@@ -55,7 +56,9 @@ def _verified_on(run: Run) -> str:
     words += "" if len(on) == 3 else f", {found.get('dtype')}"  # the machine includes the precision
     words += f", tolerance {_error(found.get('tolerance'))}."
     others = [
-        name for name in ("model", "data") if found.get(name) and found[name] != run.settings.get(name, found[name])
+        name
+        for name in ("model", "data")
+        if found.get(name) and found[name] != join_texts(run.settings.get(name, found[name]))
     ]
     if others:
         words += f" The {' and '.join(others)} differ{'s' if len(others) == 1 else ''} from the run's."

@@ -6,7 +6,8 @@ No file in it is opened through a link, and a file that something else links to 
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -256,9 +257,13 @@ def _cannot_be_written(path: Path, error: OSError) -> str:
     return f"--out {path} cannot be written: {os_reason(error)}."
 
 
-def default_path(model: str, data: str) -> Path:
-    """Return runs/MODEL-DATA, or the first of runs/MODEL-DATA-2, -3 … that does not exist."""
-    name = f"{_short(model)}-{_short(data)}"
+def default_path(model: str, data: Sequence[str]) -> Path:
+    """Return runs/MODEL-DATA, or the first of runs/MODEL-DATA-2, -3 … that does not exist.
+
+    DATA is the first of several sources, with the number of the others.
+    """
+    more = f"-and-{len(data) - 1}-more" if len(data) > 1 else ""
+    name = f"{_short(model)}-{_short_data(data[0])}{more}"
     path = Path("runs") / name
     number = 1
     while path.exists():
@@ -269,3 +274,10 @@ def default_path(model: str, data: str) -> Path:
 
 def _short(name: str) -> str:
     return Path(name).stem or "run"
+
+
+def _short_data(name: str) -> str:
+    """Return the name of a source without suffixes and, of a pattern, without its wildcards."""
+    parts = [re.sub(r"(\.(gz|bz2|xz|zst))$", "", part) for part in Path(name).parts]
+    words = [re.sub(r"[*?\[\]!]+", "", Path(part).stem).strip("-_. ") for part in parts if part != "/"]
+    return next((word for word in reversed(words) if word), "run")

@@ -18,6 +18,7 @@ from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
 from bigbatch.lm.checkpoint.state_tree import bits
 from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION
+from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.files import read_json
 from bigbatch.lm.runs.file_names import CONFIG
@@ -75,8 +76,8 @@ def _check_unedited(path: Path, stored: TrainConfig, identity: RunIdentity) -> N
         if name in before and before[name] != now[name]:
             flag = "--" + name.replace("_", "-")
             raise InputError(
-                f"{path} has {flag} {now[name]}, and the run was started with {flag} {before[name]}. Restore the file, "
-                "or start a new run."
+                f"{path} has {flag} {join_texts(now[name])}, and the run was started with {flag} "
+                f"{join_texts(before[name])}. Restore the file, or start a new run."
             )
 
 
@@ -129,6 +130,7 @@ def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[s
 
 def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
     flag = "--" + name.replace("_", "-")
+    before, now = join_texts(before), join_texts(now)
     if name not in NEEDS_PERMISSION:
         return (
             f"{folder} was started with {flag} {before} and cannot be resumed with {flag} {now}. Leave the flag out, "
@@ -154,7 +156,7 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         "fingerprint": digest_of({"learning": learning, "model": model}),
         "learning": learning,
         "model": model,
-        "settings": {name: getattr(setup.config, name) for name in NEEDS_PERMISSION},
+        "settings": {name: settings[name] for name in NEEDS_PERMISSION},
         "data_sha256": setup.training.fingerprint(),
         "num_samples": len(setup.training),
         "vocabulary_sha256": sha256(json.dumps(sorted(setup.tokenizer.get_vocab().items())).encode()).hexdigest(),
@@ -225,7 +227,7 @@ def check_facts(
         )
     if now["data_sha256"] != before["data_sha256"] and "data" not in allowed:
         raise InputError(
-            f"the data of {folder} has changed since the run started: {config.data} has {now['num_samples']:,} "
+            f"the data of {folder} has changed since the run started: {config.data_text} has {now['num_samples']:,} "
             f"sequences now and had {before['num_samples']:,}, or their content differs. Restore it, or pass "
             "--allow-data-change."
         )

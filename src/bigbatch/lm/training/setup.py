@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.dataset import TokenDataset, encode, split_documents
-from bigbatch.lm.data.sources import Document, read_corpus
+from bigbatch.lm.data.sources import Document, ReadOptions, open_sources
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
 from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
@@ -98,9 +98,8 @@ def set_up_training(
     device_spec = resolve_device(config.device, config.precision, is_sharded=ranks.are_sharded)
     config = config.model_copy(update={"device": str(device_spec.device), "precision": device_spec.precision})
     tokenizer = None if config.model == TINY else load_tokenizer(config.model)
-    progress(f"reading {config.data}")
-    corpus = read_corpus(config.data, skip_broken=config.skip_broken)
-    documents, held_out = split_documents(corpus.documents, validation_fraction=config.validation_fraction)
+    data = read_documents(config, progress)
+    documents, held_out = data.training, data.validation
     weights: Weights | None = None
     if tokenizer is None:
         progress("training a tokenizer")
@@ -124,8 +123,41 @@ def set_up_training(
         model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
     else:
         model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
-    notes = [*corpus.notes, *notes, *model_setup.notes, *expert_notes(model_setup.model, config, model_setup.balanced)]
+    notes = [*data.notes, *notes, *model_setup.notes, *expert_notes(model_setup.model, config, model_setup.balanced)]
     return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes), weights)
+
+
+class RunDocuments(NamedTuple):
+    """The documents to train on and to validate on; notes about what was read, and of these, what was left out."""
+
+    training: list[Document]
+    validation: list[Document]
+    notes: list[str]
+    left_out: list[str]
+
+
+def read_documents(config: TrainConfig, progress: ProgressCallback) -> RunDocuments:
+    """Read the documents of a run.
+
+    Raises:
+        InputError: The data does not exist or cannot be read.
+    """
+    options = ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset)
+    progress(f"reading {config.data_text}")
+    sources = open_sources(
+        config.data,
+        validation_data=config.validation_data or (),
+        options=options,
+        with_validation=config.validation_fraction > 0,
+    )
+    training = [document for corpus in sources.training for document in corpus]
+    validation = [document for corpus in sources.validation for document in corpus]
+    if not sources.validation:
+        training, validation = split_documents(training, validation_fraction=config.validation_fraction)
+    corpora = (*sources.training, *sources.validation)
+    notes = [note for corpus in corpora for note in corpus.notes]
+    left_out = [note for corpus in corpora for note in corpus.left_out]
+    return RunDocuments(training, validation, [*notes, *sources.notes], left_out)
 
 
 def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | SyncPolicy | None:
