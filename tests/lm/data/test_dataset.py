@@ -158,7 +158,7 @@ def test_other_chat_template_is_masked_at_its_markers() -> None:
     )
     inputs, labels = only_sample(Document("a", messages=conversation("q", " é ", "r", "s")), tokenizer)
     assert tokenizer.decode(inputs) == "<user>q</>\n<assistant>é</>\n<user>r</>\n<assistant>s</>"
-    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "é</>\ns</>\n"
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "é</>s</>"  # nothing after end marks
 
 
 def test_mixed_documents_keep_order_across_batches() -> None:
@@ -217,10 +217,14 @@ def test_index_beyond_samples_raises_index_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chat_template": None}, r"a\.jsonl:3 is a conversation, and the tokenizer has no chat template"),
+        (
+            {"chat_template": None},
+            r"a\.jsonl:3: the data has conversations, and the tokenizer has no chat template .* --chat-template with",
+        ),
         (
             {"chat_template": "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"},
-            r"a\.jsonl:3: the chat template renders message 2 differently when more messages follow",
+            r"a\.jsonl:3: the chat template renders message 2 differently from how it begins an answer to generate: "
+            r"'2a1b' and not '1a'\. Pass another",
         ),
         (
             {"chat_template": "{{ raise_exception('Roles must be polite.\nAlways.') }}"},
@@ -229,7 +233,7 @@ def test_index_beyond_samples_raises_index_error() -> None:
         ({"chat_template": "{% for"}, r"a\.jsonl:3: the chat template rejects the conversation: "),
         (
             {"chat_template": "{{ messages[0]['content'] }}"},
-            r"a\.jsonl:3 yields no training token with this tokenizer\.",
+            r"a\.jsonl:3: the chat template leaves out the content of message 2 \(assistant\)\. Remove it",
         ),
         ({"eos_token": None}, "the tokenizer has no end token"),
     ],

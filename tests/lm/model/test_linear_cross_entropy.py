@@ -71,6 +71,27 @@ def test_sum_and_gradients_equal_full_logits(options: dict[str, float], chunk_to
     assert max(errors(found, expected)) <= 1e-12
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("options", MAPS, ids=str)
+def test_weights_multiply_losses_and_gradients(options: dict[str, float], fused: bool) -> None:
+    hidden, weight, bias, labels = make()
+    weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(0)).masked_fill(labels == IGNORED, 0)
+    weights[1] = 0
+    scale, softcap = options.get("scale", 1.0), options.get("softcap")
+    each = [
+        full(hidden[i : i + 1], weight, bias, labels[i : i + 1], scale=scale, softcap=softcap) for i in range(TOKENS)
+    ]
+    expected = with_gradients((torch.stack(each) * weights).sum(), hidden, weight, bias)
+    loss = linear_cross_entropy(hidden, weight, bias, labels, weights=weights, chunk_tokens=5, fused=fused, **options)
+    found = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+    again = torch.autograd.grad(-2 * loss, (hidden, weight, bias))  # computed a second time
+    assert max(errors((loss.detach(), *found), expected)) <= 1e-12
+    assert max(errors(again, [-2 * gradient for gradient in expected[1:]])) <= 1e-12
+    ones = linear_cross_entropy(hidden, weight, bias, labels, weights=torch.ones(TOKENS), fused=fused, **options)
+    assert torch.equal(ones, linear_cross_entropy(hidden, weight, bias, labels, fused=fused, **options))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=9), st.integers(1, 12))
 def test_labels_and_chunks_of_any_kind_are_exact(targets: list[int], chunk_tokens: int) -> None:

@@ -23,7 +23,7 @@ MULTIPLES = (1, 2, 4, 8)
 TOLERANCE = 0.01  # nats per token; smaller differences count as equal
 Z_95 = 1.96  # standard errors of a 95 % interval
 
-Losses = Sequence[tuple[float, int]]
+Losses = Sequence[tuple[float, float]]
 Verdict = Literal["baseline", "no penalty", "penalty", "inconclusive"]
 
 

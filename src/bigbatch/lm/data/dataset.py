@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from bigbatch.lm.data.conversations import TrainOn
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenization import Encoded, encode_documents
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 from bigbatch.lm.data.validation_split import split_documents
 from bigbatch.lm.text import plural
 
-__all__ = ["IGNORED", "Counts", "TokenDataset", "collate", "encode", "split_documents"]
+__all__ = ["IGNORED", "Counts", "TokenDataset", "collate", "encode", "split_documents", "weights_of"]
 
 IGNORED = -100
 """Label of a position whose next token is not trained on: torch's default ``ignore_index``."""
@@ -38,6 +39,9 @@ class Counts:
         tokens: Tokens of all documents, special ones included.
         label_tokens: Tokens that are trained on, each once per epoch.
         masked_pieces_left_out: Pieces of long documents without a token to train on.
+        turn_by_turn: Conversations encoded once for each turn of the assistant, or for some of them, because the chat
+            template renders earlier turns in another way; their earlier turns are in ``tokens`` several times.
+        broken: Documents left out because they cannot be encoded.
     """
 
     documents: int = 0
@@ -46,6 +50,8 @@ class Counts:
     tokens: int = 0
     label_tokens: int = 0
     masked_pieces_left_out: int = 0
+    turn_by_turn: int = 0
+    broken: int = 0
 
     def describe(self) -> str:
         """Return the counts as one line for the user."""
@@ -58,6 +64,13 @@ class Counts:
             parts.append(f"{plural(self.cut_documents, 'long document')} cut into pieces")
         if self.masked_pieces_left_out:
             parts.append(f"{plural(self.masked_pieces_left_out, 'piece')} without training tokens left out")
+        if self.turn_by_turn:
+            parts.append(
+                f"{plural(self.turn_by_turn, 'conversation')} trained turn by turn, because the chat template renders "
+                "earlier turns in another way"
+            )
+        if self.broken:
+            parts.append(f"{plural(self.broken, 'document')} that cannot be encoded left out")
         return "; ".join(parts)
 
 
@@ -67,20 +80,31 @@ class TokenDataset:
         input_ids[j] = tokens[start + j]
         labels[j]    = tokens[start + j + 1] if it is trained on, else -100            0 ≤ j < length
 
+        weights[j]   = token_weights[start + j + 1]                                    if there are any
+
     The last label of a piece is the first input of the document's next piece. Labels are already shifted: the target
     of the logits at position j is ``labels[j]``.
 
     Attributes:
         tokens: int32 ``[tokens]`` on the CPU, the documents concatenated.
         trained: bool ``[tokens]``, whether a token is trained on.
+        token_weights: float32 ``[tokens]``, the weight of a token's loss, 0 if it is not trained on; None if all are 1.
         lengths: Tokens of each sample, without padding.
         label_counts: Labels of each sample, at least 1.
     """
 
-    def __init__(self, tokens: Tensor, trained: Tensor, samples: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        trained: Tensor,
+        samples: Sequence[tuple[int, int, int]],
+        *,
+        token_weights: Tensor | None = None,
+    ) -> None:
         """Store ``samples``: (start, length, document index) triples."""
         self.tokens = tokens
         self.trained = trained
+        self.token_weights = token_weights
         self._samples = list(samples)
         self.lengths = [length for _, length, _ in self._samples]
         starts, lengths, _ = torch.tensor(self._samples, dtype=torch.int64).reshape(-1, 3).unbind(1)
@@ -92,20 +116,25 @@ class TokenDataset:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``labels``, int64 ``[length]``, of one sample."""
+        """Return ``input_ids`` and ``labels``, int64 ``[length]``, of one sample, and ``weights`` if there are any."""
         start, length, _ = self._samples[index]
         tokens = self.tokens[start : start + length + 1].to(torch.int64)
         labels = tokens[1:].masked_fill(~self.trained[start + 1 : start + length + 1], IGNORED)
-        return {"input_ids": tokens[:-1], "labels": labels}
+        sample = {"input_ids": tokens[:-1], "labels": labels}
+        if self.token_weights is not None:
+            sample["weights"] = self.token_weights[start + 1 : start + length + 1].clone()
+        return sample
 
     def document_of(self, index: int) -> int:
         """Return the index of the encoded document that a sample belongs to."""
         return self._samples[index][2]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256, in hex, of the tokens, the training mask and the bounds of the samples."""
+        """Return the SHA-256, in hex, of the tokens, the training mask, the weights and the bounds of the samples."""
         digest = hashlib.sha256(self.tokens.numpy().tobytes())
         digest.update(self.trained.numpy().tobytes())
+        if self.token_weights is not None:
+            digest.update(self.token_weights.numpy().tobytes())
         digest.update(torch.tensor(self._samples, dtype=torch.int64).numpy().tobytes())
         return digest.hexdigest()
 
@@ -135,6 +164,8 @@ def encode(
     tokenizer: AnyTokenizer,
     *,
     max_length: int,
+    train_on: TrainOn = "all-assistant",
+    broken: list[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TokenDataset, Counts]:
     """Encode documents as samples of at most ``max_length`` tokens, and count documents, samples and tokens.
@@ -146,6 +177,8 @@ def encode(
         documents: An empty sequence yields an empty dataset.
         tokenizer: Needs an end token, and for conversations a chat template.
         max_length: Tokens of the longest sample, at least 1.
+        train_on: Which turns of conversations are trained on.
+        broken: As for :func:`~bigbatch.lm.data.tokenization.encode_documents`.
         progress: Called with (documents done, documents) every 100 documents and at the end.
 
     Raises:
@@ -154,25 +187,70 @@ def encode(
     """
     if max_length < 1:
         raise ValueError(f"max_length={max_length} leaves no token in a sample. Use at least 1.")
-    tokens = array("i")
-    trained = bytearray()
-    samples: list[tuple[int, int, int]] = []
-    cut = left_out = 0
-    for index, encoded in enumerate(encode_documents(documents, tokenizer)):
-        pieces = _pieces(encoded, max_length)
+    parts = _Parts(max_length)
+    num_broken = len(broken or ())
+    for encoded in encode_documents(documents, tokenizer, train_on=train_on, broken=broken):
+        if progress is not None and encoded.document // 100 > max(0, parts.last_document) // 100:
+            progress(encoded.document // 100 * 100, len(documents))
+        parts.add(encoded)
+    if progress is not None and documents:
+        progress(len(documents), len(documents))
+    num_broken = len(broken or ()) - num_broken
+    return parts.dataset(), parts.counts(len(documents) - num_broken, broken=num_broken)
+
+
+class _Parts:
+    """Encoded documents, concatenated, and the bounds of their samples."""
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+        self._tokens = array("i")
+        self._trained = bytearray()
+        self._weights: array[float] | None = None
+        self._samples: list[tuple[int, int, int]] = []
+        self._cut: set[int] = set()
+        self._turn_by_turn: set[int] = set()
+        self._left_out = 0
+        self.last_document = -1
+
+    def add(self, encoded: Encoded) -> None:
+        pieces = _pieces(encoded, self._max_length)
+        start = len(self._tokens)
         usable = [(first, length) for first, length in pieces if 1 in encoded.trained[first + 1 : first + length + 1]]
-        samples += [(len(tokens) + first, length, index) for first, length in usable]
-        cut += len(pieces) > 1
-        left_out += len(pieces) - len(usable)
-        tokens.extend(encoded.tokens)
-        trained += encoded.trained
-        if progress is not None and (index % 100 == 99 or index + 1 == len(documents)):
-            progress(index + 1, len(documents))
-    counts = Counts(len(documents), len(samples), cut, len(tokens), sum(trained), left_out)
-    # frombuffer refuses an empty buffer; the clone releases a buffer that Python may move.
-    flat = torch.frombuffer(tokens, dtype=torch.int32).clone() if tokens else torch.empty(0, dtype=torch.int32)
-    mask = torch.frombuffer(trained, dtype=torch.bool).clone() if trained else torch.empty(0, dtype=torch.bool)
-    return TokenDataset(flat, mask, samples), counts
+        self._samples += [(start + first, length, encoded.document) for first, length in usable]
+        if len(pieces) > 1:
+            self._cut.add(encoded.document)
+        if encoded.document == self.last_document:
+            self._turn_by_turn.add(encoded.document)
+        self.last_document = encoded.document
+        self._left_out += len(pieces) - len(usable)
+        if encoded.weights is not None and self._weights is None:
+            self._weights = array("f", iter(self._trained))
+        if self._weights is not None:
+            self._weights.extend(array("f", iter(encoded.trained)) if encoded.weights is None else encoded.weights)
+        self._tokens.extend(encoded.tokens)
+        self._trained += encoded.trained
+
+    def dataset(self) -> TokenDataset:
+        # frombuffer refuses an empty buffer; the clone releases a buffer that Python may move.
+        if not self._tokens:
+            return TokenDataset(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.bool), [])
+        tokens = torch.frombuffer(self._tokens, dtype=torch.int32).clone()
+        trained = torch.frombuffer(self._trained, dtype=torch.bool).clone()
+        weights = None if self._weights is None else torch.frombuffer(self._weights, dtype=torch.float32).clone()
+        return TokenDataset(tokens, trained, self._samples, token_weights=weights)
+
+    def counts(self, documents: int, *, broken: int) -> Counts:
+        return Counts(
+            documents=documents,
+            samples=len(self._samples),
+            cut_documents=len(self._cut),
+            tokens=len(self._tokens),
+            label_tokens=sum(self._trained),
+            masked_pieces_left_out=self._left_out,
+            turn_by_turn=len(self._turn_by_turn),
+            broken=broken,
+        )
 
 
 def _pieces(encoded: Encoded, max_length: int) -> list[tuple[int, int]]:
@@ -189,7 +267,8 @@ def collate(samples: Sequence[dict[str, Tensor]], *, pad_id: int) -> dict[str, T
         pad_id: Token that pads ``input_ids``; its positions have no label and are not attended to.
 
     Returns:
-        ``input_ids``, ``labels`` and ``attention_mask`` (1 for a token, 0 for padding), int64 ``[samples, longest]``.
+        ``input_ids``, ``labels`` and ``attention_mask`` (1 for a token, 0 for padding), int64 ``[samples, longest]``;
+        if a sample has ``weights``, those too, float32.
 
     Raises:
         ValueError: ``samples`` is empty.
@@ -197,8 +276,24 @@ def collate(samples: Sequence[dict[str, Tensor]], *, pad_id: int) -> dict[str, T
     if not samples:
         raise ValueError("there is no sample to collate. Pass at least one.")
     inputs = [sample["input_ids"] for sample in samples]
-    return {
+    microbatch = {
         "input_ids": pad_sequence(inputs, batch_first=True, padding_value=pad_id),
         "labels": pad_sequence([sample["labels"] for sample in samples], batch_first=True, padding_value=IGNORED),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in inputs], batch_first=True),
     }
+    if (weights := weights_of(samples)) is not None:
+        microbatch["weights"] = pad_sequence(weights, batch_first=True)
+    return microbatch
+
+
+def weights_of(samples: Sequence[dict[str, Tensor]]) -> list[Tensor] | None:
+    """Return the weights of the labels of each sample, float32 ``[length]``: 1 for labels of a sample without weights.
+
+    None if no sample has weights.
+    """
+    if not any("weights" in sample for sample in samples):
+        return None
+    return [
+        sample["weights"] if "weights" in sample else (sample["labels"] != IGNORED).to(torch.float32)
+        for sample in samples
+    ]

@@ -2,17 +2,18 @@
 
 text             prefix + text + end                  every token but the first is trained on
 prompt           prefix + prompt | completion + end   the tokens after the bar are trained on
-messages         the chat template's rendering        the assistant's turns, end tokens included, are trained on
+messages         the chat template's rendering        what the assistant says is trained on, end marks included
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-from bigbatch.errors import InputError, first_line
+from bigbatch.errors import InputError
+from bigbatch.lm.data.conversations import ConversationRenderer, Rendering, Span, TrainOn
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
@@ -22,36 +23,122 @@ BATCH_DOCUMENTS = 1_000
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document as tokens.
+    """One document as tokens, or one turn of a conversation with what comes before it.
 
     Attributes:
         tokens: Token ids, special ones included, at least one.
         trained: For each token, 1 if it is trained on as a target, else 0. The first is never a target: 0.
+        weights: For each token, the weight of its loss in float32, 0 where it is not trained on; None if all are 1.
+        document: Index of the document, from 0: several in a row have the same one if the chat template renders earlier
+            turns of a conversation in another way.
     """
 
     tokens: list[int]
     trained: bytes
+    weights: array[float] | None = None
+    document: int = 0
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: AnyTokenizer) -> Iterator[Encoded]:
+def encode_documents(
+    documents: Iterable[Document],
+    tokenizer: AnyTokenizer,
+    *,
+    train_on: TrainOn = "all-assistant",
+    broken: list[str] | None = None,
+) -> Iterator[Encoded]:
     """Yield the tokens of each document, in order; the tokenizer is called with many documents at a time.
 
+    Args:
+        documents: Any number; read as they are needed.
+        tokenizer: Needs an end token, and for conversations a chat template and token offsets.
+        train_on: Which turns of conversations are trained on.
+        broken: List to which the error of each document that cannot be encoded is appended, which is then skipped; None
+            to raise it.
+
     Raises:
-        InputError: A document has no training token, or the tokenizer cannot render and mask conversations.
+        InputError: A document has no training token or is rejected by the chat template, and ``broken`` is None; or the
+            tokenizer cannot render and mask conversations; or no document can be encoded.
     """
-    special_tokens = _SpecialTokens.of(tokenizer)
+    encoder = _Encoder(tokenizer, train_on)
+    index, is_empty = 0, True
     for batch in _batches(documents):
-        plain = iter(_tokenize(tokenizer, list(chain.from_iterable(_strings(document) for document in batch))))
-        for document in batch:
-            if document.messages is not None:
-                encoded = _encode_messages(document, tokenizer)
-            elif document.text is not None:
-                encoded = special_tokens.text(next(plain))
-            else:
-                encoded = special_tokens.completion(next(plain), next(plain))
-            if not any(encoded.trained):
-                raise InputError(f"{document.source} yields no training token with this tokenizer.")
+        for encoded in encoder.encode(batch, broken, first=index):
+            is_empty = False
             yield encoded
+        index += len(batch)
+    if is_empty and broken:
+        raise InputError(broken[0])
+
+
+class _Encoder:
+    def __init__(self, tokenizer: AnyTokenizer, train_on: TrainOn) -> None:
+        self._tokenizer = tokenizer
+        self._train_on = train_on
+        self._special_tokens = _SpecialTokens.of(tokenizer)
+        self._renderer: ConversationRenderer | None = None
+
+    def encode(self, batch: list[Document], broken: list[str] | None, *, first: int) -> Iterator[Encoded]:
+        """Yield the tokens of documents; ``first`` is the index of the first one."""
+        plain = iter(_tokenize(self._tokenizer, [text for document in batch for text in _strings(document)]))
+        rendered = self._render(batch, broken)
+        found = self._with_offsets([rendering.text for renderings in rendered.values() for rendering in renderings])
+        row = 0
+        for place, document in enumerate(batch):
+            if document.messages is None:
+                strings = [next(plain) for _ in _strings(document)]
+                make = self._special_tokens.text if document.text is not None else self._special_tokens.completion
+                made = [make(*strings)]
+            else:
+                made = []
+                for rendering in rendered.get(place, ()):
+                    made.append(_masked(found, row, rendering))
+                    row += 1
+            for tokens, trained, weights in made:
+                if any(trained):
+                    yield Encoded(tokens, trained, weights, first + place)
+                else:
+                    _refuse(f"{document.source} yields no training token with this tokenizer.", broken)
+
+    def _render(self, batch: list[Document], broken: list[str] | None) -> dict[int, list[Rendering]]:
+        """Return the renderings of each conversation that has some, by its place in the batch."""
+        rendered: dict[int, list[Rendering]] = {}
+        for place, document in enumerate(batch):
+            if document.messages is None:
+                continue
+            if self._renderer is None:
+                try:
+                    self._renderer = ConversationRenderer(self._tokenizer, train_on=self._train_on)
+                except InputError as error:
+                    raise InputError(f"{document.source}: {error}") from None
+            try:
+                rendered[place] = self._renderer.render(document)
+            except InputError as error:
+                _refuse(str(error), broken)
+        return rendered
+
+    def _with_offsets(self, texts: list[str]) -> Any:
+        """Tokenize renderings, which have their special tokens; the result maps characters to tokens."""
+        if not texts:
+            return None
+        return self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+
+
+def _refuse(message: str, broken: list[str] | None) -> None:
+    if broken is None:
+        raise InputError(message)
+    broken.append(message)
+
+
+_Made = tuple[list[int], bytes, "array[float] | None"]
 
 
 @dataclass(frozen=True)
@@ -73,71 +160,44 @@ class _SpecialTokens:
         fallback = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
         return cls(prefix or [fallback], bool(prefix), end)
 
-    def text(self, tokens: list[int]) -> Encoded:
+    def text(self, tokens: list[int]) -> _Made:
         # Without a prefix, the first token of the text could not be predicted from anything.
         all_tokens = [*self.prefix, *tokens, self.end]
-        return Encoded(all_tokens, b"\0" + b"\1" * (len(all_tokens) - 1))
+        return all_tokens, b"\0" + b"\1" * (len(all_tokens) - 1), None
 
-    def completion(self, prompt: list[int], completion: list[int]) -> Encoded:
+    def completion(self, prompt: list[int], completion: list[int]) -> _Made:
         # The prompt starts as in generation, which for some tokenizers is without special tokens.
         context = [*(self.prefix if self.adds_prefix or not prompt else []), *prompt]
         targets = [*completion, self.end]
-        return Encoded(context + targets, bytes(len(context)) + b"\1" * len(targets))
+        return context + targets, bytes(len(context)) + b"\1" * len(targets), None
 
 
-def _encode_messages(document: Document, tokenizer: AnyTokenizer) -> Encoded:
-    rendered, spans = _render(document, tokenizer)
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{document.source}: {type(tokenizer).__name__} does not return token offsets, so the turns of a "
-            "conversation cannot be masked. Use the model's fast tokenizer (tokenizer.json)."
-        )
-    found = tokenizer(
-        rendered, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False
-    )
-    trained = bytearray()
-    remaining = iter([*spans, (len(rendered), len(rendered))])
-    start, stop = next(remaining)
-    for _, last in found["offset_mapping"]:
-        while last > stop:
-            start, stop = next(remaining)
-        trained.append(start < last <= stop)
-    if trained:
-        trained[0] = 0
-    return Encoded(list(found["input_ids"]), bytes(trained))
+def _masked(found: Any, row: int, rendering: Rendering) -> _Made:
+    """Return the tokens of a rendering with their mask and, if one of them is not 1, the weights of the spans."""
+    tokens: list[int] = list(found["input_ids"][row])
+    offsets: list[tuple[int, int]] = found["offset_mapping"][row]
+    weights = array("f", bytes(4 * len(tokens)))
+    for span in rendering.spans:
+        first, last = _tokens_of(found, row, span)
+        while rendering.marks is None and last < len(tokens) and offsets[last][0] < span.stop:
+            last += 1  # the other tokens of a last character that has several
+        for place in range(max(first, 1), last):
+            weights[place] = span.weight
+    trained = bytes(weight > 0 for weight in weights)
+    return tokens, trained, weights if any(span.weight != 1 for span in rendering.spans) else None
 
 
-def _render(document: Document, tokenizer: AnyTokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """Return the conversation as text, and the (start, end) of the assistant's turns in characters."""
-    assert document.messages is not None
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{document.source} is a conversation, and the tokenizer has no chat template to render it. "
-            "Use a model with one, or records with 'prompt' and 'completion'."
-        )
-    messages = list(document.messages)
-    rendered = _rendering(tokenizer, messages, document.source)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _rendering(tokenizer, messages[:i], document.source, add_generation_prompt=True)
-            after = _rendering(tokenizer, messages[: i + 1], document.source)
-            if not (after.startswith(before) and rendered.startswith(after)):
-                raise InputError(
-                    f"{document.source}: the chat template renders message {i + 1} differently when more messages "
-                    "follow, so its training tokens cannot be located. Cut the conversation after this message."
-                )
-            spans.append((len(before), len(after)))
-    return rendered, spans
+def _tokens_of(found: Any, row: int, span: Span) -> tuple[int, int]:
+    """Return the bounds of the tokens of a span: from the token of its first character to that of its last one.
 
-
-def _rendering(tokenizer: AnyTokenizer, messages: list[dict[str, str]], source: str, **options: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: the chat template rejects the conversation: {first_line(error)}.") from None
+    This is the mask of transformers' ``apply_chat_template(return_assistant_tokens_mask=True)``. It looks up only the
+    first and the last character, and if a tokenizer drops one of them, such as white space, it masks all later turns,
+    or trains on all that follows. Here the nearest character of the span that has a token is used instead.
+    """
+    inside = range(span.start, span.stop)
+    first = next((token for place in inside if (token := found.char_to_token(row, place)) is not None), None)
+    last = next((token for place in reversed(inside) if (token := found.char_to_token(row, place)) is not None), None)
+    return (0, 0) if first is None or last is None else (first, last + 1)
 
 
 def _strings(document: Document) -> tuple[str, ...]:
@@ -162,13 +222,13 @@ def _tokenize(tokenizer: AnyTokenizer, texts: list[str], *, add_special_tokens: 
     return ids
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Group documents, in order, into batches with enough characters to use every core."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += sum(map(len, _strings(document)))
+        characters += sum(map(len, document.texts))
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0

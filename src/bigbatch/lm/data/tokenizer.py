@@ -24,9 +24,14 @@ PIECE_CHARACTERS = 4096
 # Role markers are plain text and need no special tokens; the end token is last in the assistant's turn, so that no
 # trained token follows it.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ message['role'] + ':\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\n' }}"
+    "{{ bos_token }}{% if tools %}{{ 'tools:\n' + tools | tojson + '\n' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ':\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] %}"
+    "{{ ('\n' if message['content'] or not loop.first else '') + 'call: ' }}"
+    "{{ {'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson }}"
+    "{% endfor %}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 

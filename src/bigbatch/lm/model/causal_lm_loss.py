@@ -1,4 +1,4 @@
-"""Causal language-modelling loss: the sum over the trained tokens, and their number."""
+"""Causal language-modelling loss: the sum over the trained tokens, and their number, or the sum of their weights."""
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +32,27 @@ class CausalLMLoss:
             model: A transformers causal language model.
             microbatch: ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, length]; ``labels[r, t]`` is the
                 token after ``input_ids[r, t]``, or -100 if it is not trained on. Or a row of
-                `bigbatch.lm.model.packed_rows.pack_row`.
+                `bigbatch.lm.model.packed_rows.pack_row`. With ``weights``, float32 [rows, length], each loss is
+                multiplied by its weight, and the weights are counted instead of the labels.
 
         Returns:
-            The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.
+            The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels or sum of weights.
         """
         labels = microbatch["labels"]
         with self._device_spec.autocast():
             inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
             logits = model(**inputs, use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return loss_sum, (labels != IGNORED).sum()
+        weights = microbatch.get("weights")
+        if weights is None:
+            loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        else:
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+            loss_sum = (losses * weights.flatten()).sum()
+        return loss_sum, count_items(microbatch)
+
+
+def count_items(microbatch: dict[str, Tensor]) -> Tensor:
+    """Return the 0-d number of labels of a micro-batch or sample, or the sum of their weights if it has ``weights``."""
+    weights = microbatch.get("weights")
+    return (microbatch["labels"] != IGNORED).sum() if weights is None else weights.sum()

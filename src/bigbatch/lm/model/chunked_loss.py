@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
-from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
+from bigbatch.lm.model.causal_lm_loss import CausalLMLoss, count_items
 from bigbatch.lm.model.linear_cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 from bigbatch.lm.model.packed_rows import model_inputs
 from bigbatch.preserve import preserved
@@ -121,7 +121,7 @@ class ChunkedCausalLMLoss:
             microbatch: As for `CausalLMLoss`.
 
         Returns:
-            The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels.
+            The 0-d sum in float32 (float64 for a float64 model), and the 0-d count of labels or sum of weights.
 
         Raises:
             ValueError: The head of the model is not supported.
@@ -131,7 +131,7 @@ class ChunkedCausalLMLoss:
             raise ValueError(
                 f"the head of this {type(model).__name__} is not supported by ChunkedCausalLMLoss: use CausalLMLoss."
             )
-        labels = microbatch["labels"]
+        labels, weights = microbatch["labels"], microbatch.get("weights")
         inputs = model_inputs(microbatch, longest=self._longest, needs_mask=self._needs_mask)
         with self._device_spec.autocast():
             hidden = hidden_states(model, head, **inputs)
@@ -142,12 +142,13 @@ class ChunkedCausalLMLoss:
                 head.linear.weight,
                 head.linear.bias,
                 labels.flatten(),
+                weights=None if weights is None else weights.flatten(),
                 chunk_tokens=self._chunk_tokens,
                 softcap=head.softcap,
                 scale=head.scale,
                 fused=self._fused,
             )
-        return loss_sum, (labels != IGNORED).sum()
+        return loss_sum, count_items(microbatch)
 
 
 def hidden_states(model: nn.Module, head: LmHead, *, input_ids: Tensor, **inputs: Any) -> Tensor:

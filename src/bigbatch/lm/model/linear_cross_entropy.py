@@ -11,6 +11,8 @@ is a single operation to `bigbatch.memory.allocation_tracker.AllocationTracker`,
 logits. Liger Kernel (0.8.5) runs only on Triton, synchronizes host and device, computes no gradient for a head above
 frozen layers, rescales the gradients again in a second backward, and was slower on an H200. Compared in
 tests/lm/model/test_linear_cross_entropy.py and benchmarks/loss.py.
+
+Long because the operations on a chunk of logits are there twice: in place, and as one function to compile.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +40,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     *,
+    weights: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     softcap: float | None = None,
     scale: float = 1.0,
@@ -47,7 +50,7 @@ def linear_cross_entropy(
 
         logits = scale · F.linear(hidden, weight, bias)
         logits = softcap · tanh(logits / softcap)                                       if softcap is not None
-        F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        (weights · F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")).sum()
 
     Matrix products use the autocast dtype if autocast is enabled; everything else is computed in float32. The gradient
     of the weight is summed over the chunks in float32, then rounded to the dtype of the weight. Memory: two chunks of
@@ -60,6 +63,7 @@ def linear_cross_entropy(
         weight: Weight of the head, ``[vocabulary, width]``.
         bias: ``[vocabulary]``, or None.
         labels: The next tokens, int64 ``[tokens]``; -100 is ignored.
+        weights: Factor of each loss, float32 ``[tokens]``; None for 1.
         chunk_tokens: Tokens in one chunk of logits.
         softcap: Bound on the absolute value of the logits; None for no bound.
         scale: Factor of the logits.
@@ -79,9 +83,9 @@ def linear_cross_entropy(
         chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor)
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options)  # type: ignore[no-untyped-call]
+        loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights, options)  # type: ignore[no-untyped-call]
         return loss_sum
-    return _run_chunks(hidden, weight, bias, labels, options, (False, False, False))[0]
+    return _run_chunks(hidden, weight, bias, labels, weights, options, (False, False, False))[0]
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,20 @@ class _Options:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weights: Tensor | None,
+        options: _Options,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.save_for_backward(hidden, weight, bias, labels, weights)
         ctx.options = options
         ctx.gradients = None
         if options.dtype == torch.float16:  # gradients are computed in backward
-            return _run_chunks(hidden, weight, bias, labels, options, (False, False, False))[0]
-        loss_sum, ctx.gradients = _run_chunks(hidden, weight, bias, labels, options, ctx.needs_input_grad[:3])
+            return _run_chunks(hidden, weight, bias, labels, weights, options, (False, False, False))[0]
+        loss_sum, ctx.gradients = _run_chunks(hidden, weight, bias, labels, weights, options, ctx.needs_input_grad[:3])
         return loss_sum
 
     @staticmethod
@@ -115,14 +125,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None  # they are returned; a second backward recomputes them
         if gradients is None:
-            hidden, weight, bias, labels = ctx.saved_tensors
+            hidden, weight, bias, labels, weights = ctx.saved_tensors
             needs_grad = ctx.needs_input_grad[:3]
-            gradients = _run_chunks(hidden, weight, bias, labels, ctx.options, needs_grad, factor=grad_output)[1]
+            gradients = _run_chunks(hidden, weight, bias, labels, weights, ctx.options, needs_grad, factor=grad_output)[
+                1
+            ]
         else:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_output * ctx.options.scale)
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
 def _run_chunks(
@@ -130,6 +142,7 @@ def _run_chunks(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    weights: Tensor | None,
     options: _Options,
     needs_grad: Sequence[bool],
     *,
@@ -142,7 +155,7 @@ def _run_chunks(
     with _without_autocast(hidden.device):
         loop = _ChunkLoop(hidden, weight, bias, options, needs_grad, factor)
         for start in range(0, len(hidden), options.chunk_tokens):
-            loop.add(slice(start, start + options.chunk_tokens), labels)
+            loop.add(slice(start, start + options.chunk_tokens), labels, weights)
         return loop.loss_sum, loop.gradients()
 
 
@@ -177,32 +190,44 @@ class _ChunkLoop:
         )
         return [self.grad_hidden, weight, bias]
 
-    def add(self, chunk: slice, labels: Tensor) -> None:
+    def add(self, chunk: slice, labels: Tensor, token_weights: Tensor | None) -> None:
         """Add the loss and the gradients of one chunk of tokens."""
+        weights = None if token_weights is None else token_weights[chunk][:, None]
         ignored = labels[chunk] == IGNORED
         targets = labels[chunk].masked_fill(ignored, 0)[:, None]
         rows = self.hidden[chunk].to(self.options.dtype).masked_fill(ignored[:, None], 0)
         if self.options.fused:
-            self._add_fused(chunk, rows, targets, ignored)
+            self._add_fused(chunk, rows, targets, ignored, weights)
             return
         log_probs, capped = self._log_softmax(rows)
         target_log_probs = log_probs.gather(1, targets)
-        self.loss_sum -= target_log_probs.squeeze(1).masked_fill(ignored, 0).sum()
+        weighted = target_log_probs if weights is None else target_log_probs * weights
+        self.loss_sum -= weighted.squeeze(1).masked_fill(ignored, 0).sum()
         if all(gradient is None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):
             return
         logit_grads = log_probs.exp_().scatter_(1, targets, target_log_probs.expm1_())  # softmax − one-hot
         if capped is not None:
             logit_grads.mul_(capped.square_().neg_().add_(1))  # tanh′ = 1 − tanh²
+        if weights is not None:
+            logit_grads.mul_(weights)
         if self.factor is not None:
             logit_grads.mul_(torch.where(ignored, 0, self.factor)[:, None])
         self._add_gradients(chunk, rows, logit_grads, ignored)
 
-    def _add_fused(self, chunk: slice, rows: Tensor, targets: Tensor, ignored: Tensor) -> None:
+    def _add_fused(self, chunk: slice, rows: Tensor, targets: Tensor, ignored: Tensor, weights: Tensor | None) -> None:
         products = _multiply(rows, self.weight.T)
         scale, softcap = self.options.scale, self.options.softcap
         dtype = self.options.dtype if _has_wide_products(rows) and self.grad_bias is None else self.loss_sum.dtype
         loss_sum, logit_grads = _fused()(
-            products, self.bias, targets, ignored, self.factor, scale=scale, softcap=softcap, dtype=dtype
+            products,
+            self.bias,
+            targets,
+            ignored,
+            self.factor,
+            scale=scale,
+            softcap=softcap,
+            dtype=dtype,
+            weights=weights,
         )
         del products
         self.loss_sum += loss_sum
@@ -251,6 +276,7 @@ def _loss_and_logit_grads(
     scale: float,
     softcap: float | None,
     dtype: torch.dtype,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss sum of a chunk and, in ``dtype``, its gradient by the products, without the factor ``scale``."""
     logits = products if products.dtype == torch.float64 else products.float()
@@ -268,6 +294,8 @@ def _loss_and_logit_grads(
     logit_grads = torch.exp(logits - log_sum) - (columns == targets).to(logits.dtype)
     if capped is not None:
         logit_grads = logit_grads * (1 - capped * capped)
+    if weights is not None:
+        losses, logit_grads = losses * weights, logit_grads * weights
     if factor is not None:
         logit_grads = logit_grads * torch.where(ignored, 0, factor)[:, None]
     return losses.sum(), logit_grads.to(dtype)

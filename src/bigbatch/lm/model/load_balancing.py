@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bigbatch.lm.data.dataset import IGNORED
+from bigbatch.lm.model.causal_lm_loss import count_items
 from bigbatch.trials.trial import is_trial
 from bigbatch.types import Items, LossResult
 
@@ -158,7 +158,7 @@ class LoadBalancedLoss:
     def count_items(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Items]:
         """Return the items of each term of scope ``"microbatch"``, for ``Engine(count_items=...)``."""
         return {
-            CROSS_ENTROPY: sum(int((sample["labels"] != IGNORED).sum()) for sample in samples),
+            CROSS_ENTROPY: sum(count_items(sample).item() for sample in samples),
             LOAD_BALANCING: sum(len(sample["input_ids"]) for sample in samples),
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bigbatch.batching.token_groups import round_up_row
 from bigbatch.errors import first_line
-from bigbatch.lm.data.dataset import IGNORED
+from bigbatch.lm.data.dataset import IGNORED, weights_of
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import NAME, VARLEN_DTYPES
 from bigbatch.lm.model.embedding_hook import embedded_tokens
@@ -36,7 +36,7 @@ def pack_row(
     """Concatenate samples in one row, padded to a size of `token_groups.round_up_row` so that rows have few sizes.
 
     Args:
-        samples: With ``input_ids`` and ``labels``, int64 ``[length]``; at least one.
+        samples: With ``input_ids`` and ``labels``, int64 ``[length]``, and possibly ``weights``; at least one.
         pad_id: Token that pads the row. The padding consists of separate sequences without labels, none longer than
             ``longest``: attention covers every token of a row.
         longest: Tokens of the longest sequence of all rows.
@@ -45,9 +45,9 @@ def pack_row(
 
     Returns:
         ``input_ids``, ``labels`` and ``position_ids``, int64 ``[1, tokens]``; ``offsets``, int32 ``[n + 1]``, the
-        starts of the sequences, then the size of the row, repeated as empty sequences until n is a power of two; and
-        on request ``attention_mask``, int64 ``[1, tokens]``, 1 for tokens and 0 for padding, which the model is not
-        given.
+        starts of the sequences, then the size of the row, repeated as empty sequences until n is a power of two; if a
+        sample has ``weights``, those too, as `bigbatch.lm.data.dataset.weights_of` returns them; and on request
+        ``attention_mask``, int64 ``[1, tokens]``, 1 for tokens and 0 for padding, which the model is not given.
 
     Raises:
         ValueError: ``samples`` is empty.
@@ -73,6 +73,8 @@ def pack_row(
         "position_ids": (torch.arange(size) - starts)[None],
         "offsets": offsets,
     }
+    if (weights := weights_of(samples)) is not None:
+        row["weights"] = nn.functional.pad(torch.cat(weights), padding)[None]
     if marks_padding:
         row["attention_mask"] = (torch.arange(size) < tokens).to(torch.int64)[None]
     return row

@@ -52,7 +52,7 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
     row = {
         "step": step,
         "loss": report.loss,
-        "items": int(report.items),
+        "items": int(report.items) if report.items == int(report.items) else report.items,  # weights of messages
         "grad_norm": report.grad_norm,
         "lr": lr,
         "num_microbatches": report.num_microbatches,

@@ -28,7 +28,7 @@ def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
     chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
     chosen.sort(key=lambda i: held_out.lengths[i])
     device = setup.device_spec.device
-    total, items = 0.0, 0
+    total, items = 0.0, 0.0
     sync = engine.sync
     with _evaluating(setup, engine) as model:
         own = chosen[sync.rank :: sync.size]  # micro-batches may have another size on each rank
@@ -44,15 +44,15 @@ def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
             loss_sum, num_items = setup.loss_fn(model, microbatch)
             if place < num_own:
                 total += loss_sum.item()
-                items += int(num_items.item())
+                items += num_items.item()
     if sync.size > 1:
-        total, items = (sum(column) for column in zip(*sync.all_gather([total, float(items)]), strict=True))
+        total, items = (sum(column) for column in zip(*sync.all_gather([total, items]), strict=True))
     return total / items
 
 
 @torch.no_grad()
-def losses_by_sequence(setup: TrainingSetup, engine: Engine) -> list[tuple[float, int]]:
-    """Compute the sum of the loss and the labels of each sequence of `validation_loss`, on one process.
+def losses_by_sequence(setup: TrainingSetup, engine: Engine) -> list[tuple[float, float]]:
+    """Compute the sum of the loss and the items of each sequence of `validation_loss`, on one process.
 
     One sequence at a time, so that the difference of two models can be compared with its spread over sequences.
     """
@@ -64,7 +64,7 @@ def losses_by_sequence(setup: TrainingSetup, engine: Engine) -> list[tuple[float
         for i in evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES):
             microbatch = {name: tensor.to(device) for name, tensor in setup.collate([held_out[i]]).items()}
             loss_sum, num_items = setup.loss_fn(model, microbatch)
-            losses.append((loss_sum.item(), int(num_items.item())))
+            losses.append((loss_sum.item(), num_items.item()))
     return losses
 
 
