@@ -6,6 +6,7 @@ from pathlib import Path
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.hub import check_model_path
+from bigbatch.lm.data.named_templates import check_chat_template
 from bigbatch.lm.data.sources import check_data_path
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG
 
@@ -33,5 +34,7 @@ def check_paths(config: TrainConfig) -> None:
     """
     for name in (*config.data, *(config.validation_data or ())):
         check_data_path(name)
+    if config.chat_template is not None:
+        check_chat_template(config.chat_template)
     if config.model != "tiny":
         check_model_path(config.model)

@@ -185,12 +185,15 @@ def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt.isprintable() and not set(prompt) & set('"$`\\!') else shlex.quote(prompt)
 
 
+_READING = ("text_column", "messages_column", "chat_template", "train_on")  # of records and conversations
+
+
 def _same_job(config: TrainConfig) -> str:
     """Return the flags for a command on the same model and data."""
     default = TrainConfig()
     names = [
         name
-        for name in ("data", "split", "subset", "model", "max_length", "lora_rank", "precision")
+        for name in ("data", "split", "subset", "model", "max_length", "lora_rank", "precision", *_READING)
         if getattr(config, name) != getattr(default, name)
     ]
     values = {name: getattr(config, name) for name in names}

@@ -10,6 +10,7 @@ EXCLUSIVE = (
     ("microbatch", "token_budget"),
     ("steps", "epochs"),
     ("memory", "gpu"),
+    ("text_column", "messages_column"),
 )
 """Pairs of fields that set the same quantity; at most one of each pair may be set."""
 
@@ -24,6 +25,8 @@ NEEDS_PERMISSION = {
     "subset": "data",
     "validation_data": "data",
     "skip_broken": "data",
+    "text_column": "data",
+    "messages_column": "data",
 }
 """Settings that affect the result, each with the kind of ``--allow-KIND-change`` that ``bigbatch resume`` requires."""
 
@@ -63,8 +66,19 @@ GROUPS = (
     FieldGroup(
         "data",
         "Training data and its validation split.",
-        ("data", "split", "subset", "validation_data", "validation_fraction", "max_length", "skip_broken"),
+        (
+            "data",
+            "split",
+            "subset",
+            "validation_data",
+            "validation_fraction",
+            "max_length",
+            "skip_broken",
+            "text_column",
+            "messages_column",
+        ),
     ),
+    FieldGroup("conversations", "How conversations are trained on.", ("chat_template", "train_on")),
     FieldGroup(
         "model",
         "Model, LoRA adapters, and the load-balancing loss of a mixture of experts.",

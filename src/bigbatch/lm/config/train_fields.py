@@ -91,6 +91,32 @@ class TrainFields(BaseModel):
         description="skip and count records and files that cannot be read or trained on, instead of stopping with an "
         "error at the first",
     )
+    text_column: Text | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={"placeholder": "COLUMN"},
+        description="column of the records whose text is trained on, if it is not text (default: the shape of a record "
+        "is recognized by its columns)",
+    )
+    messages_column: Text | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={"placeholder": "COLUMN"},
+        description="column of the records with the messages of a conversation, if it is not messages or conversations "
+        "(default: the shape of a record is recognized by its columns)",
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={"placeholder": "NAME|FILE"},
+        description="chat template that renders conversations, saved with the model: chatml, llama-3, qwen3, gemma, "
+        "mistral, or a file with a Jinja template (default: that of the model)",
+    )
+    train_on: Literal["all-assistant", "last-turn"] = Field(
+        default="all-assistant",
+        description="what is trained on in conversations: all-assistant = every message of the assistant; last-turn = "
+        "only its answer to the last message of the user",
+    )
     model: Text = Field(
         default="tiny",
         min_length=1,

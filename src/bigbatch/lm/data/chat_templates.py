@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 
 from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.data.conversations import has_marks
-from bigbatch.lm.data.named_templates import NAMED_TEMPLATES
+from bigbatch.lm.data.named_templates import NAMED_TEMPLATES, check_chat_template
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
 
@@ -74,22 +73,9 @@ def describe_template(tokenizer: AnyTokenizer, choice: str | None) -> str:
     return f"{origin}, {marks} {{% generation %}} marks"
 
 
-def check_chat_template(choice: str) -> None:
-    """Check that a template exists, without loading a library.
-
-    Raises:
-        InputError: It is neither a name nor a file.
-    """
-    if choice not in NAMED_TEMPLATES and not Path(choice).exists():
-        near = difflib.get_close_matches(choice.lower().replace("_", "-"), NAMED_TEMPLATES, n=1, cutoff=0.5)
-        names = ", ".join(NAMED_TEMPLATES)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise InputError(f"--chat-template {choice!r} is no file and no name. {hint}The names are {names}.")
-
-
 def _read_template(choice: str) -> str:
-    from jinja2 import Environment, TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     check_chat_template(choice)
     path = Path(choice)
@@ -106,8 +92,12 @@ def _read_template(choice: str) -> str:
             f"--chat-template {choice} does not use the variable messages. Pass the file of a Jinja template, such as "
             "chat_template.jinja of a model."
         )
-    try:  # transformers defines the tag
-        Environment(extensions=[loopcontrols]).parse(template.replace("generation %}", "if true %}")) if False else None
-    except TemplateError as error:
-        raise InputError(f"--chat-template {choice} is no Jinja template: {first_line(error)}.") from None
+    try:
+        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"--chat-template {choice} is no Jinja template: {first_line(error)} in line {error.lineno}."
+        ) from None
+    except Exception:  # noqa: BLE001  of this conversation; those of the data are reported with their records
+        return template
     return template

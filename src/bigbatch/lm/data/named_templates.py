@@ -12,7 +12,11 @@ define, such as special tokens, roles and the form of calls and results, is thei
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import NamedTuple
+
+from bigbatch.errors import InputError
 
 # White space: a tag that begins with "-" removes what is before it, and transformers removes a line break after a tag.
 
@@ -255,3 +259,16 @@ NAMED_TEMPLATES = {
     "gemma": NamedTemplate(GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
     "mistral": NamedTemplate(MISTRAL, ("[INST]", "[/INST]"), None),
 }
+
+
+def check_chat_template(choice: str) -> None:
+    """Check that a template exists, without loading a library.
+
+    Raises:
+        InputError: It is neither a name nor a file.
+    """
+    if choice not in NAMED_TEMPLATES and not Path(choice).exists():
+        near = difflib.get_close_matches(choice.lower().replace("_", "-"), NAMED_TEMPLATES, n=1, cutoff=0.5)
+        names = ", ".join(NAMED_TEMPLATES)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise InputError(f"--chat-template {choice!r} is no file and no name. {hint}The names are {names}.")

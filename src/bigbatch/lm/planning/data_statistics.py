@@ -11,6 +11,7 @@ from typing import Any
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
+from bigbatch.lm.data.chat_templates import set_chat_template
 from bigbatch.lm.data.dataset import encode
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sampling_order import epoch_windows
@@ -88,7 +89,10 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
     if tokenizer is None:
         lengths = estimated_lengths(measured, max_length)
     else:
-        lengths = encode(measured, tokenizer, max_length=max_length)[0].lengths
+        notes += set_chat_template(tokenizer, config.chat_template)
+        broken: list[str] | None = [] if config.skip_broken else None
+        encoded, _ = encode(measured, tokenizer, max_length=max_length, train_on=config.train_on, broken=broken)
+        lengths = encoded.lengths
     if not lengths:
         raise InputError(f"{config.data_text} contains no text to train on. Pass other --data.")
     windows, num_updates = _windows(config, lengths, len(documents) / len(measured))

@@ -20,6 +20,7 @@ from bigbatch.lm.checkpoint.state_tree import bits
 from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION
 from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.chat_templates import template_digest
 from bigbatch.lm.files import read_json
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.runs.identity import RunIdentity, digest_of, read_identity
@@ -160,6 +161,7 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         "data_sha256": setup.training.fingerprint(),
         "num_samples": len(setup.training),
         "vocabulary_sha256": sha256(json.dumps(sorted(setup.tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "chat_template_sha256": template_digest(setup.tokenizer),
         "weights_dtype": str(setup.device_spec.weights_dtype),
         "frozen_sha256": None if setup.weights is not None else frozen_fingerprint(setup.model),
     }
@@ -195,6 +197,7 @@ def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str,
         **{f"--{name.replace('_', '-')}": value for name, value in settings.items()},
         "the samples": facts["data_sha256"],
         "the tokenizers": facts["vocabulary_sha256"],
+        "the chat templates": facts["chat_template_sha256"],
         "the parameters of the models": sha256(json.dumps(tensors).encode()).hexdigest(),
         "the weights of the models": None if setup.weights is None else setup.weights.fingerprint(),
         "the weights that are not trained": facts["frozen_sha256"],
@@ -205,7 +208,7 @@ def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str,
 def check_facts(
     config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Iterable[str]
 ) -> None:
-    """Reject a model, data, a vocabulary or weights that differ from those of the run.
+    """Reject a model, data, a vocabulary, a chat template or weights that differ from those of the run.
 
     Weights are not compared if their dtype changed, because they are rounded differently.
 
@@ -224,6 +227,12 @@ def check_facts(
         raise InputError(
             f"the frozen weights of {folder} differ from those that its adapters were trained with. Restore the "
             "original model."
+        )
+    if before.get("chat_template_sha256", now["chat_template_sha256"]) != now["chat_template_sha256"]:
+        origin = f"the tokenizer of {config.model}" if config.chat_template is None else config.chat_template
+        raise InputError(
+            f"the chat template of {folder} has changed since the run started. Restore that of {origin}, or start a "
+            "new run."
         )
     if now["data_sha256"] != before["data_sha256"] and "data" not in allowed:
         raise InputError(

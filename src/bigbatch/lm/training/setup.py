@@ -9,7 +9,9 @@ from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
+from bigbatch.lm.data.chat_templates import set_chat_template
 from bigbatch.lm.data.dataset import TokenDataset, encode, split_documents
+from bigbatch.lm.data.records import RecordColumns
 from bigbatch.lm.data.sources import Document, ReadOptions, open_sources
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
 from bigbatch.lm.device import DeviceSpec, resolve_device
@@ -22,6 +24,7 @@ from bigbatch.lm.model.meta_setup import set_up_meta_model
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.model.weights import Weights, empty_copy, empty_model, load_shards
+from bigbatch.lm.text import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +116,7 @@ def set_up_training(
         else:
             model = load_model(config.model, dtype=device_spec.weights_dtype)
         config = _fit(config, model, tokenizer)
+    template_notes = set_chat_template(tokenizer, config.chat_template)
     prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
     training, validation, notes = _encode(config, tokenizer, documents, held_out, progress)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -123,7 +127,8 @@ def set_up_training(
         model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
     else:
         model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
-    notes = [*data.notes, *notes, *model_setup.notes, *expert_notes(model_setup.model, config, model_setup.balanced)]
+    experts = expert_notes(model_setup.model, config, model_setup.balanced)
+    notes = [*data.notes, *template_notes, *notes, *model_setup.notes, *experts]
     return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes), weights)
 
 
@@ -142,7 +147,8 @@ def read_documents(config: TrainConfig, progress: ProgressCallback) -> RunDocume
     Raises:
         InputError: The data does not exist or cannot be read.
     """
-    options = ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset)
+    columns = RecordColumns(config.text_column, config.messages_column)
+    options = ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
     progress(f"reading {config.data_text}")
     sources = open_sources(
         config.data,
@@ -196,14 +202,19 @@ def _encode(
     assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
     progress = partial(progress, "encoding the documents")
     progress()
-    training, counts = encode(documents, tokenizer, max_length=config.max_length, progress=progress)
+    broken: list[str] | None = [] if config.skip_broken else None
+    options: dict[str, Any] = {"max_length": config.max_length, "train_on": config.train_on, "broken": broken}
+    training, counts = encode(documents, tokenizer, progress=progress, **options)
     notes = [f"training data: {counts.describe()}"]
     if not held_out:
         if config.validation_fraction:
             notes.append("no validation set: the data is too small to split")
         return training, None, notes
-    validation, counts = encode(held_out, tokenizer, max_length=config.max_length)
-    return training, validation, [*notes, f"validation data: {counts.describe()}"]
+    validation, counts = encode(held_out, tokenizer, **options)
+    notes.append(f"validation data: {counts.describe()}")
+    if broken:
+        notes.append(f"{plural(len(broken), 'document')} left out; the first: {broken[0]}")
+    return training, validation, notes
 
 
 def _fit(config: TrainConfig, model: Any, tokenizer: "PreTrainedTokenizerBase") -> TrainConfig:
