@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-SENTENCE = re.compile(r"bigbatch (train|resume|verify|plan|generate|checkpoints|advise|report|bench): [^\n]+[.?]\n")
+SENTENCE = re.compile(
+    r"bigbatch (train|resume|verify|plan|generate|checkpoints|advise|report|bench|inspect): [^\n]+[.?]\n"
+)
 LIMIT_S = 120
 
 

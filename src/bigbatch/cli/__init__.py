@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "pretrain or fine-tune a causal language model with any global batch size",
     "resume": "resume an interrupted run from its last good checkpoint; results are bit-identical on CPU",
     "plan": "predict memory, micro-batches and time of a run before training",
+    "inspect": "show what is in the data, and what of it a run trains on",
     "verify": "verify on your model, loss and data that splitting the batch does not change the gradient",
     "generate": "generate text with a trained model",
     "checkpoints": "list the checkpoints of a run and verify them",

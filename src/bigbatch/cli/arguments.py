@@ -33,7 +33,7 @@ Model = TypeVar("Model", bound=BaseModel)
 FILES = ("config", "save")
 """Fields whose value is the path of a file."""
 
-POSITIONAL_NAMES = {"run": "RUN", "runs": "RUN", "prompt": "PROMPT"}
+POSITIONAL_NAMES = {"run": "RUN", "runs": "RUN", "prompt": "PROMPT", "data": "DATA"}
 """Names of the positional arguments in help and messages."""
 
 
@@ -67,6 +67,7 @@ def train_config(command: str, values: Mapping[str, object]) -> TrainConfig:
     if {"validation_data", "validation_fraction"} <= {*table, *flags}:
         raise InputError("--validation-data and --validation-fraction exclude each other: give one of them.")
     display_names = {key: f"{key} in {source.config}" for key in table if key not in flags}
+    display_names |= {key: POSITIONAL_NAMES[key] for key in COMMAND_SPECS[command].positionals if key in flags}
     config = _validate(TrainConfig, table | flags, display_names)
     if source.gradient_accumulation_steps is None:
         return config
@@ -128,7 +129,7 @@ def _parser(command: str) -> _Parser:
     spec = COMMAND_SPECS[command]
     usage = " ".join([f"bigbatch {command}", *(f"[{key.upper()}]" for key in spec.positionals), "[--flag value ...]"])
     parser = _Parser(
-        usage=usage.replace("[RUN]", "RUN").replace("[RUNS]", "RUN ..."),
+        usage=usage.replace("[RUN]", "RUN").replace("[DATA]", "DATA ...").replace("[RUNS]", "RUN ..."),
         description=spec.about,
         epilog="\n".join(["examples:", *(f"  {example}" for example in spec.examples)]),
         formatter_class=_Formatter,
@@ -179,9 +180,15 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
         unexpected = truncate(repr(positionals[len(spec.positionals)]))
         raise InputError(f"unexpected argument {unexpected}: {command} accepts {spec.usage_words}.")
     if spec.positionals and not positionals:
-        order = ", before --data, which accepts every value after it" if "data" in namespace else ""
-        raise InputError(f"RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib{order}.")
+        raise InputError(_missing(spec.positionals[0], namespace))
     return vars(namespace) | dict(zip(spec.positionals, positionals, strict=False))
+
+
+def _missing(positional: str, given: argparse.Namespace) -> str:
+    if positional == "data":
+        return "DATA is missing: pass the data to inspect, such as chats.jsonl."
+    order = ", before --data, which accepts every value after it" if "data" in given else ""
+    return f"RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib{order}."
 
 
 def _bind_values(command: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -293,7 +300,8 @@ def _validate(
     ``display_names`` are the names of fields in messages; by default the flag, or the metavar of a positional.
     """
     keys = {flag_key(name, info) for name, info in model.model_fields.items()}
-    names = {key: _flag(key) for key in keys} | POSITIONAL_NAMES | dict(display_names or {})
+    positionals = {key: name for key, name in POSITIONAL_NAMES.items() if key not in TrainConfig.model_fields}
+    names = {key: _flag(key) for key in keys} | positionals | dict(display_names or {})
     try:
         return model.model_validate({key: value for key, value in values.items() if key in keys})
     except ValidationError as error:

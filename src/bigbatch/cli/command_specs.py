@@ -12,6 +12,7 @@ from bigbatch.cli.options import (
     BenchOptions,
     CheckpointsOptions,
     GenerateOptions,
+    InspectOptions,
     PlanOptions,
     ReportOptions,
     ResumeOptions,
@@ -106,6 +107,24 @@ COMMAND_SPECS = {
             "bigbatch plan --model meta/llama-folder --gpu a100-40gb --global-batch 512 --json",
         ),
         sections=(_section(PlanOptions, "plan", "Output format."), *_CONFIG),
+    ),
+    "inspect": CommandSpec(
+        about="Show what a run would train on: counts, lengths, and samples with what is trained on and masked. "
+        "Problems are broken records, conversations that the chat template rejects, special tokens in texts, and empty "
+        "answers. Accepts the flags of train about data and conversations; writes nothing. The exit code is 1 if "
+        "problems are found.",
+        examples=(
+            "bigbatch inspect chats.jsonl",
+            "bigbatch inspect chats.jsonl --model meta/llama-folder --chat-template llama-3 --samples 10",
+        ),
+        sections=(
+            _section(InspectOptions, "inspection", "What to print."),
+            *((TrainConfig, group) for group in GROUPS if group.title in ("data", "conversations")),
+            (TrainConfig, FieldGroup("model", "Its tokenizer encodes the data.", ("model", "seed"))),
+        ),
+        positionals=("data",),
+        usage_words="DATA",
+        collects_all=True,
     ),
     "verify": CommandSpec(
         about="Verify on this model, loss and data that every split of the batch produces the gradient of the full "

@@ -49,6 +49,14 @@ class PlanOptions(BaseModel):
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of text")
 
 
+class InspectOptions(BaseModel):
+    """Options of ``bigbatch inspect``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: Whole = Field(default=3, ge=0, le=LARGEST_COUNT, description="documents to print, chosen with --seed")
+
+
 class ResumeOptions(BaseModel):
     """Options of ``bigbatch resume``: the run, and the kinds of settings that may change."""
 

@@ -147,8 +147,7 @@ def read_documents(config: TrainConfig, progress: ProgressCallback) -> RunDocume
     Raises:
         InputError: The data does not exist or cannot be read.
     """
-    columns = RecordColumns(config.text_column, config.messages_column)
-    options = ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
+    options = read_options(config)
     progress(f"reading {config.data_text}")
     sources = open_sources(
         config.data,
@@ -164,6 +163,12 @@ def read_documents(config: TrainConfig, progress: ProgressCallback) -> RunDocume
     notes = [note for corpus in corpora for note in corpus.notes]
     left_out = [note for corpus in corpora for note in corpus.left_out]
     return RunDocuments(training, validation, [*notes, *sources.notes], left_out)
+
+
+def read_options(config: TrainConfig) -> ReadOptions:
+    """Return how the data of a run is read."""
+    columns = RecordColumns(config.text_column, config.messages_column)
+    return ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
 
 
 def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | SyncPolicy | None:
