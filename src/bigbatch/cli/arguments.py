@@ -45,7 +45,6 @@ def parse(command: str, argv: Sequence[str]) -> tuple[BaseModel, ...]:
 
     Raises:
         InputError: An argument, or the file named by ``--config``, is invalid; the message is one sentence.
-
     """
     values = _read_argv(command, argv)
     models = COMMAND_SPECS[command].models()
@@ -89,8 +88,7 @@ def help_text(command: str) -> str:
     spec = COMMAND_SPECS[command]
     parser = _parser(command)
     for key in spec.positionals:
-        info = spec.fields()[key]
-        parser.add_argument(key, metavar=POSITIONAL_NAMES[key], nargs="?", help=_help(info))
+        parser.add_argument(key, metavar=POSITIONAL_NAMES[key], nargs="?", help=_help(spec.fields()[key]))
     return parser.format_help()
 
 
@@ -180,15 +178,9 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
         unexpected = truncate(repr(positionals[len(spec.positionals)]))
         raise InputError(f"unexpected argument {unexpected}: {command} accepts {spec.usage_words}.")
     if spec.positionals and not positionals:
-        raise InputError(_missing(spec.positionals[0], namespace))
+        order = ", before --data, which accepts every value after it" if "data" in namespace else ""
+        raise InputError(f"{spec.missing}{order}.")
     return vars(namespace) | dict(zip(spec.positionals, positionals, strict=False))
-
-
-def _missing(positional: str, given: argparse.Namespace) -> str:
-    if positional == "data":
-        return "DATA is missing: pass the data to inspect, such as chats.jsonl."
-    order = ", before --data, which accepts every value after it" if "data" in given else ""
-    return f"RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib{order}."
 
 
 def _bind_values(command: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -37,6 +37,7 @@ class CommandSpec(NamedTuple):
         positionals: Names of the positional arguments.
         usage_words: Accepted arguments in plain words, for the error about an unexpected one.
         collects_all: Whether the only positional accepts any number of values.
+        missing: The error about a missing positional, without its full stop.
     """
 
     about: str
@@ -45,6 +46,7 @@ class CommandSpec(NamedTuple):
     positionals: tuple[str, ...] = ()
     usage_words: str = "flags only"
     collects_all: bool = False
+    missing: str = "RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib"
 
     def models(self) -> tuple[type[BaseModel], ...]:
         """Return the models that validate the flags, each once, in order."""
@@ -125,6 +127,7 @@ COMMAND_SPECS = {
         positionals=("data",),
         usage_words="DATA",
         collects_all=True,
+        missing="DATA is missing: pass the data to inspect, such as chats.jsonl",
     ),
     "verify": CommandSpec(
         about="Verify on this model, loss and data that every split of the batch produces the gradient of the full "

@@ -91,6 +91,7 @@ def test_names_are_not_empty(name: str):
 @pytest.mark.parametrize("names", EXCLUSIVE)
 def test_one_quantity_has_one_name(names: tuple[str, str]):
     given: dict[str, object] = {"memory": "4GiB", "gpu": "t4", "global_batch_schedule": "0:4"}
+    given |= {"text_column": "a", "messages_column": "b"}
     assert error_types(**{name: given.get(name, 4) for name in names}) == ["exclusive"]
 
 

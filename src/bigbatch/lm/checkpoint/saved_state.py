@@ -51,7 +51,7 @@ class SavedProgress(_Strict):
 
 
 class SavedFacts(_Strict):
-    """What `bigbatch.lm.training.resume.run_facts` returns; layout 1 has no fingerprint."""
+    """What `bigbatch.lm.training.resume.run_facts` returns; earlier versions have fewer."""
 
     settings: dict[str, Scalar]
     data_sha256: str
@@ -62,6 +62,7 @@ class SavedFacts(_Strict):
     fingerprint: str | None = None
     learning: dict[str, Scalar] | None = None
     model: dict[str, Any] | None = None
+    chat_template_sha256: str | None = None
 
 
 class SavedOptimizer(_Strict):

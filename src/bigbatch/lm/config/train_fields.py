@@ -1,6 +1,8 @@
 """The fields of a training run: type, range, default and the ``--help`` text of each setting, defined once.
 
 No torch here: the command line builds its help and its errors from these fields.
+
+Long because every setting of a run is here.
 """
 
 from __future__ import annotations

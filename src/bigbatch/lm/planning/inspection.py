@@ -111,8 +111,13 @@ def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCal
     """
     tokenizer: Any = None if config.model == TINY else load_tokenizer(config.model)
     progress(f"reading {config.data_text}")
-    sources = open_sources(config.data, options=replace(read_options(config), skip_broken=True))
-    corpora = sources.training
+    sources = open_sources(
+        config.data,
+        validation_data=config.validation_data or (),
+        options=replace(read_options(config), skip_broken=True),
+        with_validation=config.validation_fraction > 0,
+    )
+    corpora = (*sources.training, *sources.validation)
     if tokenizer is None:
         progress("training a tokenizer")
         texts = (text for corpus in corpora for document in corpus for text in document.texts)

@@ -228,7 +228,7 @@ def check_facts(
             f"the frozen weights of {folder} differ from those that its adapters were trained with. Restore the "
             "original model."
         )
-    if before.get("chat_template_sha256", now["chat_template_sha256"]) != now["chat_template_sha256"]:
+    if before.get("chat_template_sha256") not in (None, now["chat_template_sha256"]):  # None: of an earlier version
         origin = f"the tokenizer of {config.model}" if config.chat_template is None else config.chat_template
         raise InputError(
             f"the chat template of {folder} has changed since the run started. Restore that of {origin}, or start a "
