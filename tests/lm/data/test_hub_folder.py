@@ -1,5 +1,6 @@
 """Of a folder laid out like a dataset of the hub only the training files are read, and the others are named."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,83 @@ def test_lone_training_file_has_no_note(tmp_path: Path) -> None:
 )
 def test_split_follows_from_name(name: str, split: str | None) -> None:
     assert split_of(name) == split
+
+
+def test_splits_of_folder_train_and_validate(tmp_path: Path) -> None:
+    names = ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", "data/test-0.jsonl")
+    folder = write(tmp_path, {name: f'{{"text": "{name}"}}\n' for name in names} | {"README.md": CARD})
+    opened = open_sources([str(folder)])
+    assert [[d.text for d in corpus] for corpus in (*opened.training, *opened.validation)] == [[names[0]], [names[1]]]
+    assert opened.notes == (f"validation: the split validation of {folder}; nothing is held out of the data",)
+    assert open_sources([str(folder)], with_validation=False).notes == (
+        f"the split validation of {folder} is not used",
+    )
+    other = write(tmp_path / "other", {"a.jsonl": RECORD})
+    replaced = open_sources([str(folder)], validation_data=[str(other)])
+    assert [d.text for corpus in replaced.validation for d in corpus] == ["a record"]
+    assert replaced.notes == (f"the split validation of {folder} is not used",)
+
+
+def test_validation_folder_is_read_from_its_split(tmp_path: Path) -> None:
+    write(tmp_path / "t", small("a.jsonl"))
+    names = ("train.jsonl", "dev.jsonl", "test.jsonl")
+    folder = write(tmp_path / "v", {name: f'{{"text": "{name}"}}\n' for name in names})
+    (validation,) = open_sources([str(tmp_path / "t")], validation_data=[str(folder)]).validation
+    assert [document.text for document in validation] == ["dev.jsonl"]
+    (folder / "dev.jsonl").unlink()
+    with pytest.raises(InputError) as caught:
+        open_sources([str(tmp_path / "t")], validation_data=[str(folder)])
+    assert str(caught.value) == (
+        f"{folder} has the splits test, train and none of the name validation: pass the files of one."
+    )
+
+
+def test_split_is_chosen_by_name(tmp_path: Path) -> None:
+    names = ("train_sft", "train_gen", "test_sft")
+    folder = write(tmp_path, {f"data/{name}-00000-of-00002.jsonl": RECORD for name in names})
+    listed = "test_sft, train_gen, train_sft"
+    assert refusal(folder) == (
+        f"{folder} has the splits {listed} and none of the name train: choose one with --split, as --split test_sft."
+    )
+    assert read(folder, split="train_gen").documents[0].source.startswith(f"{folder}/data/train_gen-")
+    with pytest.raises(InputError) as caught:
+        read(folder, split="sft")
+    assert str(caught.value) == f"{folder} has no split 'sft': it has {listed}."
+
+
+def test_only_split_of_another_name_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"data/german-00000-of-00001.jsonl": RECORD, "README.md": CARD})
+    assert sources(folder) == ["data/german-00000-of-00001.jsonl"]
+
+
+def test_subset_is_chosen_by_name(tmp_path: Path) -> None:
+    card = (
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: en/*.jsonl\n"
+        "- config_name: fr\n  data_dir: fr\n---\n"
+    )
+    folder = write(tmp_path, {"README.md": card, **small("en/a.jsonl", "fr/train.jsonl", "fr/test.jsonl")})
+    assert read(folder, subset="en").documents[0].source == f"{folder}/en/a.jsonl:1"
+    assert read(folder, subset="fr").documents[0].source == f"{folder}/fr/train.jsonl:1"
+    assert len(read(folder, subset="fr").documents) == 1
+    with pytest.raises(InputError) as caught:
+        read(folder, subset="de")
+    assert str(caught.value) == f"{folder} has no subset 'de': it has en, fr."
+
+
+def test_folder_is_subset_without_card(tmp_path: Path) -> None:
+    folder = write(tmp_path, small("en/train.jsonl", "fr/train.jsonl", "fr/test.jsonl"))
+    assert read(folder, subset="fr").documents[0].source == f"{folder}/fr/train.jsonl:1"
+    with pytest.raises(InputError) as caught:
+        read(folder, subset="de")
+    assert str(caught.value) == f"{folder} has no subset 'de': its dataset card names none, and its folders are en, fr."
+
+
+def test_compressed_splits_are_recognized(tmp_path: Path) -> None:
+    for name in ("train.jsonl.gz", "test.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(RECORD.encode()))
+    assert read(tmp_path).documents[0].source == f"{tmp_path}/train.jsonl.gz:1"
+
+
+def test_texts_about_folder_are_noted(tmp_path: Path) -> None:
+    folder = write(tmp_path, small("a.txt", "README.md", "LICENSE"))
+    assert read(folder).left_out == (f"{folder} is read as a folder of texts, LICENSE, README.md included",)

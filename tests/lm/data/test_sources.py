@@ -14,7 +14,7 @@ import pytest
 from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.sources import read_corpus
+from bigbatch.lm.data.sources import ReadOptions, open_sources, read_corpus
 
 CONVERSATION = [{"role": "user", "content": "Hallo?"}, {"role": "assistant", "content": "Grüß dich."}]
 
@@ -321,3 +321,78 @@ def test_reading_text_loads_no_torch_or_model_library() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program, __file__], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_several_sources_keep_their_order(tmp_path: Path) -> None:
+    write_lines(tmp_path / "b.jsonl", {"text": "b"})
+    write_lines(tmp_path / "a:1.jsonl", {"text": "a"})
+    opened = open_sources([str(tmp_path / "b.jsonl"), str(tmp_path / "a:1.jsonl")])
+    assert [[document.text for document in corpus] for corpus in opened.training] == [["b"], ["a"]]
+    assert [corpus.name for corpus in opened.training] == [str(tmp_path / "b.jsonl"), str(tmp_path / "a:1.jsonl")]
+    assert opened.training[1].files == (tmp_path / "a:1.jsonl",)
+    assert opened.validation == ()
+
+
+def test_corpus_is_read_again_each_time(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"text": "one"}, {"text": 5}, {"text": "two"})
+    corpus = read_corpus(path, skip_broken=True)
+    first, notes = corpus.documents, None
+    for _ in range(2):
+        assert corpus.documents == first
+        assert notes in (None, corpus.notes)
+        notes = corpus.notes
+    assert corpus.left_out == (
+        f"1 broken record left out; the first: {path}:2: the field 'text' is a number and must be a string.",
+    )
+
+
+def test_validation_data_is_apart(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", {"text": "a"})
+    write_lines(tmp_path / "b.jsonl", {"text": "b"})
+    opened = open_sources([str(tmp_path / "a.jsonl")], validation_data=[str(tmp_path / "b.jsonl")])
+    assert [document.text for document in opened.validation[0]] == ["b"]
+
+
+def test_file_in_two_sources_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write_lines(tmp_path / "sub" / "a.jsonl", {"text": "a"})
+    file, folder = str(tmp_path / "sub/a.jsonl"), str(tmp_path / "sub")
+    remedy = "Leave it out of one of them."
+    for data, validation, message in (
+        ([file, file], [], f"{file} would be read twice: it is in {file}, given twice. {remedy}"),
+        ([file, folder], [], f"{file} would be read twice: it is in {file} and {folder}. {remedy}"),
+        ([folder], [file], f"{file} would be trained on and validated on: it is in {folder} and {file}. {remedy}"),
+    ):
+        with pytest.raises(InputError) as caught:
+            open_sources(data, validation_data=validation)
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("flag", ["split", "subset"])
+def test_split_of_plain_files_is_rejected(flag: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"text": "a"})
+    with pytest.raises(InputError) as caught:
+        open_sources([path], options=ReadOptions(**{flag: "x"}))
+    assert str(caught.value) == f"--{flag} x does nothing: {path} has no {flag}s. Leave it out."
+
+
+def test_test_split_that_is_named_is_noted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "test.jsonl", {"text": "a"})
+    note = f"{path} is trained on: --data names it, although it is named as the split test"
+    assert read(path).left_out == (note,)
+
+
+def test_validation_split_of_saved_dataset_is_used(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "validation", "extra")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    about = f"the saved dataset {tmp_path / 'set'}"
+    opened = open_sources([str(tmp_path / "set")])
+    assert [document.text for document in opened.validation[0]] == ["validation"]
+    assert opened.notes == (f"validation: the split validation of {tmp_path / 'set'}; nothing is held out of the data",)
+    (extra,) = open_sources([str(tmp_path / "set")], options=ReadOptions(split="extra")).training
+    assert [document.text for document in extra] == ["extra"]
+    with pytest.raises(InputError) as caught:
+        open_sources([str(tmp_path / "set")], options=ReadOptions(split="dev"))
+    assert str(caught.value) == f"{about} has no split 'dev': it has train, validation, extra."

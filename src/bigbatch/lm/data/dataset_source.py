@@ -73,7 +73,7 @@ def load_hub(name: str, options: ReadOptions, *, wanted: str = "train") -> Sourc
 
     failure = f"{name!r} is not a path on this machine and cannot be loaded from the hub"
     subsets = _attempt(lambda: datasets.get_dataset_config_names(name), failure)
-    subset = choose_name([s for s in subsets if s != "default"] or [], options.subset, kind="subset", data=name)
+    subset = choose_name([] if subsets == ["default"] else subsets, options.subset, kind="subset", data=name)
     splits = _attempt(lambda: datasets.get_dataset_split_names(name, subset), failure)
     load = {
         split: partial(_attempt, partial(datasets.load_dataset, name, subset, split=split), failure) for split in splits
@@ -108,7 +108,8 @@ def _of_splits(
     training = _corpus(splits[split], data, f"{about}, split {split}", options, notes)
     validation = None
     if wanted == "train" and split != "validation" and "validation" in splits:
-        validation = _corpus(splits["validation"], data, f"{about}, split validation", options)
+        name = f"the split validation of {data}"
+        validation = _corpus(splits["validation"], name, f"{about}, split validation", options)
     return Source(training, validation, has_splits=True, has_subsets=has_subsets)
 
 

@@ -5,6 +5,7 @@ data: names → check → built-in source | files | saved dataset | hub → Sour
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,10 +150,10 @@ def _open(data: str, options: ReadOptions, *, wanted: str) -> Source:
 
 def _check_disjoint(training: Sequence[Corpus], validation: Sequence[Corpus]) -> None:
     """Raise if a file is read twice: in two sources, or to train and to validate on."""
-    seen: dict[Path, Corpus] = {}
+    seen: dict[str, Corpus] = {}
     for corpus in (*training, *validation):
         for path in corpus.files:
-            other = seen.setdefault(path.resolve(), corpus)
+            other = seen.setdefault(os.path.realpath(path), corpus)
             if other is corpus:
                 continue
             where = f"{other.name} and {corpus.name}" if other.name != corpus.name else f"{corpus.name}, given twice"
