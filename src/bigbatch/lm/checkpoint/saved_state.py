@@ -53,7 +53,7 @@ class SavedProgress(_Strict):
 class SavedFacts(_Strict):
     """What `bigbatch.lm.training.resume.run_facts` returns; earlier versions have fewer."""
 
-    settings: dict[str, Scalar]
+    settings: dict[str, Scalar | list[str]]
     data_sha256: str
     num_samples: PositiveCount
     vocabulary_sha256: str

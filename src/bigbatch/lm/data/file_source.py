@@ -73,11 +73,15 @@ class _Files:
                     unknown.append(self._name(path))
             except InputError as error:
                 reading.skip_file(error)
+                counts["cut files"] += num_documents > 0
             if num_documents and is_record_file:
                 counts["records"] += num_documents
                 counts["record files"] += 1
             elif num_documents:
                 counts["texts"] += 1
+        if counts["cut files"]:
+            verb = "is" if counts["cut files"] == 1 else "are"
+            reading.left_out.append(f"{plural(counts['cut files'], 'broken file')} {verb} used up to the error")
         if counts["texts"]:
             reading.about.append(f"{plural(counts['texts'], 'text file')} from {self.data}")
         if counts["records"]:
@@ -123,7 +127,7 @@ def open_pattern(pattern: str, options: ReadOptions, *, wanted: str) -> Source:
         InputError: There are none, or it is not clear which to read.
     """
     listing = expand_pattern(pattern)
-    root = Path(*_common_parts([path.parent for path in listing.files]))
+    root = Path(*_common_parts([path.parent for path in listing.files])) if listing.files else Path()
     return _open_listing(listing, root, pattern, options, wanted=wanted)
 
 

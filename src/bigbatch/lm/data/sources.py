@@ -167,4 +167,6 @@ def _hub_name(data: str) -> str:
     if not looks_local(data) and Path(data).suffix.lower() not in _LOCAL_SUFFIXES and not near:
         return data
     remedy = f"Did you mean {' or '.join(near)}?" if near else f"The built-in sources are {' and '.join(BUILT_IN)}."
+    if all(part in BUILT_IN or (part and exists(Path(part))) for part in data.split(",")):
+        remedy = f"Separate several sources with spaces: --data {' '.join(data.split(','))}."
     raise InputError(f"there is no file or folder {data!r}. {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -69,7 +70,7 @@ def record_kind(head: str, is_known: Callable[[object], bool]) -> str | None:
     """Return the kind of records that the beginning of a text is; None if it is text.
 
     JSON lines: the first two lines with text, or the only one, are objects. A JSON list: of objects. A table: the
-    first line has the names of two columns or more that together are those of a record.
+    first line is of names, two or more, among which are those of a record, and the second line has a delimiter too.
     """
     start = head.lstrip()
     lines = [line for line in start.splitlines(keepends=True)[:100] if line.strip()][:2]
@@ -80,8 +81,9 @@ def record_kind(head: str, is_known: Callable[[object], bool]) -> str | None:
     if start.startswith("[") and start[1:].lstrip().startswith("{"):
         return "a JSON list of records" if start[1:].lstrip()[1:].lstrip().startswith('"') else None
     for delimiter in ",\t;":
-        names = [name.strip().strip('"') for name in lines[0].split(delimiter)] if lines else []
-        if len(names) > 1 and len(lines) > 1 and is_known(dict.fromkeys(names, "")):
+        names = [name.strip().strip('"') for name in lines[0].split(delimiter)] if len(lines) > 1 else []
+        are_names = len(names) > 1 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
+        if are_names and delimiter in lines[1] and is_known(dict.fromkeys(names, "")):
             return "a table"
     return None
 

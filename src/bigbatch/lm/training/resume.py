@@ -194,7 +194,10 @@ def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str,
     settings = setup.config.model_dump(mode="json", exclude={"device", "out"})
     tensors = [(n, str(t.dtype), list(t.shape), t.requires_grad) for n, t in setup.model.named_parameters()]
     return {
-        **{f"--{name.replace('_', '-')}": value for name, value in settings.items()},
+        **{
+            f"--{name.replace('_', '-')}": join_texts(value) if isinstance(value, list) else value
+            for name, value in settings.items()
+        },
         "the samples": facts["data_sha256"],
         "the tokenizers": facts["vocabulary_sha256"],
         "the chat templates": facts["chat_template_sha256"],
