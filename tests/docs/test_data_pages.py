@@ -9,7 +9,9 @@ import pytest
 from bigbatch.cli import arguments, main
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
-EXAMPLE = re.compile(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```json\n(.*?)^```\n\n^```\n\$ (.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(
+    r"^## ([^\n]+)\n(?:(?!^## ).)*?^```json\n(.*?)^```\n\n^```\n\$ (.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 EXAMPLES = EXAMPLE.findall((HOW_TO / "data-formats.md").read_text(encoding="utf-8"))
 
 

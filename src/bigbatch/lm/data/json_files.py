@@ -220,7 +220,9 @@ class _Text:
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{place}: JSON that Python cannot read: {first_line(error)}.") from None
             else:
-                if end < len(self._text) or self._ended:
+                # More text could continue a number: 1 may be the start of 1.5.
+                is_whole = self._text[end - 1] in '"]}' or end + _LONGEST_TOKEN <= len(self._text)
+                if is_whole or self._ended:
                     self._at = end
                     if twice is not None:
                         raise twice
