@@ -28,7 +28,8 @@ def run(overrides: TrainConfig, options: ResumeOptions) -> int:
     """Resume one run; return 0, or 75 if a signal stopped it after saving."""
     with reject_together("resume"):
         check_run(options.run)  # before torch is imported
-        for name in overrides.data if "data" in overrides.model_fields_set else ():
+        data = overrides.data if "data" in overrides.model_fields_set else ()
+        for name in (*data, *(overrides.validation_data or ())):
             check_data_path(name)
         from bigbatch.lm.training.resume import stored_config
 
