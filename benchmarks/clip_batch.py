@@ -114,6 +114,7 @@ def main() -> None:
     tiny, limit = device.type != "cuda", parse_memory(options.memory).to_bytes()
     name = platform.machine()
     if not tiny:
+        device = torch.device("cuda", torch.cuda.current_device())
         name = torch.cuda.get_device_name(device)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(limit / total, device)
@@ -133,7 +134,7 @@ def main() -> None:
     plain.step(pairs)
     runs = {"plain accumulation": plain.step, "Coupled": coupled.step}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    peaks, retries = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0)
+    peaks = dict.fromkeys(runs, 0)
     for turn in range(options.rounds):
         for name in list(runs)[:: 1 if turn % 2 else -1]:
             if not tiny:
