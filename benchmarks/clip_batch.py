@@ -129,6 +129,7 @@ def main() -> None:
     started_s = time.perf_counter()
     coupled.step(pairs)
     print(f"first update, with the choice of the micro-batch: {time.perf_counter() - started_s:.1f} s")
+    print(coupled.microbatch_size.choice)
     microbatch = coupled.microbatch_size.current
     plain = bigbatch.Engine(model, optimizer, of_microbatch, microbatch=microbatch, noise=False, check=False)
     plain.step(pairs)
@@ -152,6 +153,8 @@ def main() -> None:
     print(f"whole batch at once within the limit: {whole_batch(model, pairs, device)}")
     del coupled, plain, model, optimizer, runs
     free_cached_memory()
+    if not tiny:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)  # the whole batch at once needs more
     error = gradient_error(device, 32 if not tiny else 4, tiny=tiny)
     print(f"gradient of {ERROR_PAIRS} pairs, 32 at a time, against all at once, float32: error {error:.1e}")
 
