@@ -233,9 +233,9 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ),
         (
             "--scale-from 8 --lr-rule adascale",
-            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, but bigbatch train uses "
-            'AdamW: in your own loop, call bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, '
-            "batch=B).",
+            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, which bigbatch train "
+            'does not pass to it: in your own loop, call bigbatch.rescale(optimizer, factor, rule="adascale", '
+            "noise_scale=N, batch=B).",
         ),
         (
             "--scale-from 8 --lr-rule sde --global-batch 128",
