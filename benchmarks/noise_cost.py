@@ -4,7 +4,7 @@
 
 The workloads are those of `bigbatch bench`, set up and cut as `bigbatch train` does. Both engines run the same model
 and micro-batches in alternation, the order alternates, and the ratio is that of the means: without CUDA graphs, one
-window in four is measured. Running without it twice gives the noise floor: its difference from 1.000 is the machine's.
+window in eight is measured. Running without it twice gives the noise floor: its difference from 1.000 is the machine's.
 On a CPU, times are process times on one thread, which exclude other processes.
 """
 

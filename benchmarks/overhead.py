@@ -4,9 +4,9 @@
 
 The hand-written loop does the same work as a window: backward on sums, one division by the items, norm and clipping,
 the finite check, the step, zeroing gradients, the summed loss. Accumulator and Engine have their defaults: they also
-measure the gradient noise scale, in one window of four. Both loops train the same model with the same optimizer on the
+measure the gradient noise scale, in one window of eight. Both loops train the same model with the same optimizer on the
 same micro-batches, interleaved in a rotating order. ``ratio`` divides the medians of the wall time, ``mean`` the means
-of the process time: the first does not see what one window in four costs, the second does, and is less affected by
+of the process time: the first does not see what one window in eight costs, the second does, and is less affected by
 other processes. The hand-written loop against itself shows the noise floor.
 
 glibc's malloc is told to keep freed memory: else it returns the end of the heap to the system in some windows of some

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch
 from bigbatch.accumulation.pending_update import WindowState
@@ -276,6 +277,26 @@ def test_optimizer_that_writes_through_data_is_accepted():
                 parameter.grad = None
         engine.step(batch)
     assert torch.allclose(values(actual), values(expected), rtol=0, atol=1e-14)
+
+
+def test_step_on_lists_within_dispatch_mode_is_seen():
+    class Passing(TorchDispatchMode):
+        """Changes nothing; within it, operations on lists of tensors change no version."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    class OnLists(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                torch._foreach_add_(group["params"], [p.grad for p in group["params"]], alpha=-0.1)
+
+    model = make_model()
+    engine = bigbatch.Engine(model, OnLists(model.parameters(), {}), loss_fn, microbatch=4)
+    engine.step(make_batch())
+    with Passing():
+        assert engine.step(make_batch()).step == 2
 
 
 @pytest.mark.parametrize("first", [0, 0.5])

@@ -233,9 +233,9 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ),
         (
             "--scale-from 8 --lr-rule adascale",
-            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, but bigbatch train uses "
-            'AdamW: in your own loop, call bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, '
-            "batch=B).",
+            "--lr-rule is 'adascale': it is derived for SGD and needs a measured noise scale, which bigbatch train "
+            'does not pass to it: in your own loop, call bigbatch.rescale(optimizer, factor, rule="adascale", '
+            "noise_scale=N, batch=B).",
         ),
         (
             "--scale-from 8 --lr-rule sde --global-batch 128",
@@ -257,7 +257,9 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--lr inf", "--lr is inf: it must be a finite number."),
         ("--validation-fraction 1", "--validation-fraction is 1: it must be less than 1."),
         ("--seed -1", "--seed is -1: it must be at least 0."),
-        ("--schedule linear", "--schedule is 'linear': it must be cosine or constant."),
+        ("--schedule step", "--schedule is 'step': it must be cosine, linear, wsd or constant."),
+        ("--optimizer adam", "--optimizer is 'adam': it must be adamw, muon, lion, adafactor or sgd."),
+        ("--optimizer sgd", "--optimizer sgd has no default learning rate: pass --lr."),
         (
             "--precision bf61",
             "--precision is 'bf61': it must be auto, float32, float64, bf16, bf16-weights or fp16.",
@@ -528,7 +530,10 @@ def test_dependent_defaults_are_described_correctly():
     rates = [
         TrainConfig(model=model, lora_rank=rank).resolved().lr for model, rank in (("tiny", 0), ("m", 0), ("m", 1))
     ]
-    assert "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA)".format(*rates) in shown
+    assert (
+        "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA; a fifth of these for lion)".format(*rates)
+        in shown
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "verify"])

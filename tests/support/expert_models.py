@@ -62,9 +62,9 @@ def expert_samples(count: int = 22) -> list[dict[str, Tensor]]:
 
 
 def set_up(model: Any, precision: str = "float64", **settings: Any) -> ModelSetup:
-    """Set up a copy of a model as ``bigbatch train`` does."""
+    """Set up a copy of a model as ``bigbatch train`` does, on its device."""
     config = TrainConfig(model="experts", **{"compile": "none", "layout": "padded", **settings}).resolved()
-    spec = DeviceSpec(torch.device("cpu"), precision)
+    spec = DeviceSpec(next(model.parameters()).device, precision)
     return set_up_model(copy.deepcopy(model), config, spec, pad_id=0, longest=LONGEST)
 
 
@@ -85,6 +85,7 @@ def whole_batch(
     if next(model.parameters()).dtype == torch.float64:
         model.set_experts_implementation("eager")
     batch = collate(samples, pad_id=0)
+    batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
     tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
     output = model.train()(**tokens, output_router_logits=True, use_cache=False)
     loss = F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)

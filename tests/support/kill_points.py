@@ -66,6 +66,8 @@ MORE_KINDS: dict[str, dict[str, Any]] = {
     "layer-checkpoints": {"gradient_checkpointing": "full"},
     "every-update": {"checkpoint_every": 1, "validation_every": 1, "keep": 2},
     "deterministic": {"deterministic": True, "schedule": "constant", "max_grad_norm": 0.5},
+    "muon": {"optimizer": "muon", "schedule": "wsd"},
+    "lion": {"optimizer": "lion", "schedule": "linear"},
     "ddp": {"parallel": "ddp", "deterministic": True, "timeout_s": 30},
     "fsdp": {"parallel": "fsdp", "deterministic": True, "timeout_s": 30},
 }

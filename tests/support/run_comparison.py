@@ -55,7 +55,14 @@ def wrong_learning_rates(run: Path) -> list[str]:
     rows = metrics(run)
     warmup_steps, applied, wrong = config.warmup_steps_of(len(rows)), 0, []
     for number, row in enumerate(rows, 1):
-        factor = lr_factor(applied, total_steps=len(rows), warmup_steps=warmup_steps, schedule=config.schedule)
+        factor = lr_factor(
+            applied,
+            total_steps=len(rows),
+            warmup_steps=warmup_steps,
+            schedule=config.schedule,
+            final=config.final_lr_factor(),
+            decay_steps=config.decay_steps_of(len(rows)),
+        )
         if row["step"] != number or row["lr"] != config.lr * factor:
             wrong.append(f"line {number}")
         applied += row["skipped"] is None

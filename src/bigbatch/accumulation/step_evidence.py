@@ -73,7 +73,9 @@ class StepEvidence:
 
     def snapshot(self, optimizer: "Optimizer") -> StepSnapshot:
         """Return a snapshot of an optimizer that is about to step."""
-        visible = is_builtin(optimizer) or self._changes_versions.get(optimizer, False)
+        # Within a TorchDispatchMode, such as a profiler of memory, operations on lists of tensors change no version.
+        has_mode = torch._C._len_torch_dispatch_stack() > 0
+        visible = is_builtin(optimizer) or (self._changes_versions.get(optimizer, False) and not has_mode)
         return StepSnapshot(optimizer, with_values=not visible)
 
     def moved(self, before: StepSnapshot, *, grad_norm: float) -> bool:

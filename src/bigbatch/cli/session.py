@@ -12,6 +12,7 @@ from bigbatch.cli.torchrun import WatchdogCallback, watchdog
 from bigbatch.errors import InputError
 from bigbatch.lm.advice.batch_advice import one_line, read_evidence
 from bigbatch.lm.config.batch_schedule import read
+from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL
@@ -105,15 +106,25 @@ def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     passes = trainer.total_steps / trainer.schedule.updates_per_epoch()
     peak = trainer.scheduler.base_lrs[0]
     warmup = plural(trainer.warmup_steps, "warm-up update") if trainer.warmup_steps else "no warm-up"
-    decay = "cosine decay" if config.schedule == "cosine" else config.schedule
+    optimizer = "" if config.optimizer == "adamw" else f"{TITLES[config.optimizer]}, "
     ranks = trainer.ranks
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
         f"global batch per update: {_batch(setup)}",
         f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} ({_effect_of_split(setup.model)})",
         f"{plural(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
-        f"{plural(len(setup.training), 'sequence')}; learning rate {peak:g}, {decay}, {warmup}",
+        f"{plural(len(setup.training), 'sequence')}; {optimizer}learning rate {peak:g}, {_decay(trainer)}, {warmup}",
     )
+
+
+def _decay(trainer: "Trainer") -> str:
+    config = trainer.config
+    if config.schedule == "constant":
+        return "constant"
+    last = "" if config.min_lr is None else f" to {config.min_lr:g}"
+    if config.schedule == "wsd":
+        return f"linear decay{last} in the last {plural(config.decay_steps_of(trainer.total_steps), 'update')}"
+    return f"{config.schedule} decay{last}"
 
 
 def _effect_of_split(model: Any) -> str:

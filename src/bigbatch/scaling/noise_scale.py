@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, fields
 HALF_LIFE_WINDOWS = 32  # default half-life of the averages, in windows with the items of the first one
 MIN_WINDOWS = 4  # before an estimate is reported
 MEASURE_FIRST = 8  # windows whose micro-batches are all measured
-MEASURE_EVERY = 4  # afterwards one window in 4: sufficient for averages of this half-life
+MEASURE_EVERY = 8  # afterwards one window in 8: sufficient for averages of this half-life
 NUM_MEASURED = 2  # micro-batches of such a window
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill [0, 1) evenly
 Z_95 = 1.96  # standard errors of a 95 % interval, for many windows
@@ -134,7 +134,7 @@ class NoiseScaleEstimator:
 
     @property
     def measures_next(self) -> bool:
-        """Whether the next window should be measured: the first 8 and then one in 4."""
+        """Whether the next window should be measured: the first 8 and then one in 8."""
         return self._sums.num_seen < MEASURE_FIRST or self._sums.num_seen % MEASURE_EVERY == 0
 
     @property

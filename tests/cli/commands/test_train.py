@@ -243,7 +243,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         bad("o.jsonl", b'{"txt": "a"}\n'),
         "--data ../o.jsonl",
         r"\.\./o\.jsonl:1: the record has 'txt'\. A record must have 'text', or 'prompt' and "
-        r"'completion', or 'messages'\.",
+        r"'completion', or 'messages', .*",
     ),
     (
         "nothing to learn",

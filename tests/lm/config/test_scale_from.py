@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from bigbatch.cli import main
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.run_checkpoint import load
-from bigbatch.lm.config.scale_from import BETAS, EPS
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.optimizer import make_optimizer
@@ -184,5 +183,5 @@ def test_command_knows_every_applicable_rule() -> None:
 def test_lines_describe_the_actual_optimizer(settings: dict[str, Any]) -> None:
     prepared = set_up_training(TrainConfig(**settings))
     optimizer = make_optimizer(prepared.model, prepared.config, prepared.device_spec)
-    assert all((g["betas"], g["eps"]) == (BETAS, EPS) for g in optimizer.param_groups)
+    assert all((g["betas"], g["eps"]) == ((0.9, 0.95), 1e-8) for g in optimizer.param_groups)
     assert type(optimizer).__name__ == "AdamW"

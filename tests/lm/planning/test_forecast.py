@@ -127,6 +127,7 @@ def tracked_peak(config: TrainConfig) -> int:
         ("llama", {"lora_rank": 2}),
         ("llama", {"gradient_checkpointing": True}),
         ("llama", {"precision": "bf16-weights"}),
+        *(("llama", {"optimizer": name, "lr": 0.01}) for name in ("muon", "lion", "adafactor", "sgd")),
         ("llama", {"precision": "bf16", "max_grad_norm": None}),
         ("gpt2", {"lora_rank": 2, "gradient_checkpointing": True}),
         *((kind, {}) for kind in ("gpt2", *KINDS)),

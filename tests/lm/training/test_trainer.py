@@ -101,7 +101,7 @@ def test_learning_rate_follows_updates(tmp_path: Path, settings: dict[str, Any])
 
 
 def test_constant_schedule_is_flat_after_warmup() -> None:
-    factors = [lr_factor(step, total_steps=5, warmup_steps=1, schedule="constant") for step in range(5)]
+    factors = [lr_factor(step, total_steps=5, warmup_steps=1, schedule="constant", final=1.0) for step in range(5)]
     assert factors == [0.5, 1, 1, 1, 1]
 
 

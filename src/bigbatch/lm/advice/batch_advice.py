@@ -19,7 +19,6 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from bigbatch.errors import InputError, os_reason
-from bigbatch.lm.config.scale_from import BETAS
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.files import LARGEST_LOG, file_kind, parse_json, read_json, read_regular
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
@@ -52,7 +51,7 @@ class RunEvidence:
         scale: The noise scale in sequences; None if unknown, infinite if no signal was found.
         low: Lower bound of its confidence interval.
         high: Upper bound.
-        beta2: Second-moment decay of AdamW.
+        beta2: Second-moment decay of AdamW; None for other optimizers.
         missing: Why the scale is unknown, as the end of a sentence; None if it is known, or the reason is not.
     """
 
@@ -63,7 +62,7 @@ class RunEvidence:
     scale: float | None
     low: float | None
     high: float | None
-    beta2: float = BETAS[1]
+    beta2: float | None = None
     missing: str | None = None
 
 
@@ -120,6 +119,7 @@ def evidence(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> RunEvide
         update_s=statistics.median(times) if times else None,
         scale=_number(last.get("noise_scale_sequences"), last),
         low=last.get("noise_low_sequences"),
+        beta2=config.optimizer_settings()["beta2"] if config.optimizer == "adamw" else None,
         high=last.get("noise_high_sequences"),
         missing=_missing(rows, config),
     )
@@ -242,12 +242,17 @@ def _compare_with_smaller(found: RunEvidence, smaller: int, gain: float) -> str:
             "than 5 % sooner: keep the batch."
         )
     factor = smaller / found.batch
+    if found.beta2 is None:
+        change = f"and a learning rate of its own: bigbatch train --global-batch {smaller}"
+    else:
+        change = (
+            f"with beta2 {found.beta2:g} → {found.beta2**factor:.4g} (the same half-life in samples) and the learning "
+            f"rate × {math.sqrt(factor):.2g}: bigbatch train --global-batch {smaller} --scale-from "
+            f"{round(found.batch)} --lr-rule sqrt+half-life"
+        )
     return (
         f"On this machine, where samples cost the same in any batch, a batch of {smaller:,} would reach the same loss "
-        f"about {gain:.2g} times sooner, with beta2 {found.beta2:g} → {found.beta2**factor:.4g} (the same half-life in "
-        f"samples) and the learning rate × {math.sqrt(factor):.2g}: bigbatch train --global-batch {smaller} "
-        f"--scale-from {round(found.batch)} --lr-rule sqrt+half-life. The larger batch is worthwhile on "
-        "more machines."
+        f"about {gain:.2g} times sooner, {change}. The larger batch is worthwhile on more machines."
     )
 
 

@@ -115,8 +115,8 @@ def _no_adascale(value: object) -> object:
     if isinstance(value, str) and value.strip() == "adascale":
         raise PydanticCustomError(
             "adascale",
-            "it is derived for SGD and needs a measured noise scale, but bigbatch train uses AdamW: in your own loop, "
-            'call bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, batch=B)',
+            "it is derived for SGD and needs a measured noise scale, which bigbatch train does not pass to it: in your "
+            'own loop, call bigbatch.rescale(optimizer, factor, rule="adascale", noise_scale=N, batch=B)',
         )
     return value
 

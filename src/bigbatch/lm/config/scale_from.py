@@ -6,23 +6,21 @@ No torch here: a value out of range is reported before anything is loaded.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigbatch.errors import InputError
-from bigbatch.scaling.rules import RULES, SUITABLE, Adjustment, Kind, Rule, adjustments, nearest_factor, out_of_range
+from bigbatch.lm.config.optimizer_settings import TITLES, group_keys
+from bigbatch.scaling.rules import RULES, SUITABLE, Adjustment, Rule, adjustments, kind_of, nearest_factor, out_of_range
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-BETAS = (0.9, 0.95)
-EPS = 1e-8
-OPTIMIZER = "AdamW"
-
 
 @dataclass(frozen=True)
 class BatchScaling:
-    """Scaling of AdamW's hyperparameters from the global batch at which they were tuned to that of this run.
+    """Scaling of hyperparameters from the global batch at which they were tuned to that of this run.
 
     Attributes:
         lr: Learning rate at the tuned batch.
@@ -30,6 +28,8 @@ class BatchScaling:
         unit: ``"sequences"`` or ``"tokens"``.
         tuned_at: Global batch at which ``lr`` was tuned, in ``unit``; None for that of this run.
         rule: Scaling rule; ``"none"`` changes nothing.
+        optimizer: Name of the optimizer.
+        settings: Its other hyperparameters.
     """
 
     lr: float
@@ -37,6 +37,8 @@ class BatchScaling:
     unit: str
     tuned_at: int | None
     rule: Rule
+    optimizer: str
+    settings: Mapping[str, float]
 
     @property
     def factor(self) -> float:
@@ -75,11 +77,21 @@ class BatchScaling:
         tuned = f"tuned at a global batch of {self.tuned_at:,} {self.unit}, now {self.batch:,}: k = {self.factor:.6g}"
         if self.rule != "none":
             return [f"{tuned}; --lr-rule {self.rule} changes", *self._rows(self.rule)]
-        rows = [row for rule in SUITABLE[Kind.ADAPTIVE] for row in self._rows(rule)]
+        rows = [row for rule in self._suitable if rule != "adascale" for row in self._rows(rule)]
+        if not rows:
+            return [f"{tuned}; no scaling rule was derived for {TITLES[self.optimizer]}, so nothing changes"]
         return [f"{tuned}; not applied unless selected by --lr-rule", *rows]
 
+    @property
+    def _keys(self) -> dict[str, object]:
+        return group_keys(self.optimizer, self.settings, self.lr)
+
+    @property
+    def _suitable(self) -> tuple[Rule, ...]:
+        return SUITABLE[kind_of(self._keys)]
+
     def _adjustments(self, factor: float, rule: Rule) -> list[Adjustment]:
-        return adjustments({"lr": self.lr, "betas": BETAS, "eps": EPS}, factor, rule, owner=OPTIMIZER)
+        return adjustments(self._keys, factor, rule, owner=TITLES[self.optimizer])
 
     def _first_problem(self, factor: float, rule: Rule) -> tuple[Adjustment, str] | None:
         for adjustment in self._adjustments(factor, rule):

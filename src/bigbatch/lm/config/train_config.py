@@ -15,17 +15,21 @@ from pydantic_core import PydanticCustomError
 from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.field_types import join_texts
+from bigbatch.lm.config.optimization_fields import DEFAULT_LR, DEFAULT_LR_LORA, DEFAULT_LR_TINY, WARMUP_PERCENT
+from bigbatch.lm.config.optimizer_settings import (
+    DECAY_PERCENT,
+    FINAL_LR_FACTORS,
+    LR_FACTORS,
+    SETTINGS,
+    unused_settings,
+)
 from bigbatch.lm.config.scale_from import BatchScaling
 from bigbatch.lm.config.train_fields import (
     DEFAULT_EPOCHS,
     DEFAULT_GLOBAL_BATCH,
-    DEFAULT_LR,
-    DEFAULT_LR_LORA,
-    DEFAULT_LR_TINY,
     DEFAULT_MAX_LENGTH_TINY,
     DEFAULT_STEPS,
     VALIDATIONS_PER_RUN,
-    WARMUP_PERCENT,
     TrainFields,
 )
 
@@ -75,9 +79,40 @@ class TrainConfig(TrainFields):
         return self
 
     @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        given = {name: getattr(self, name) for name in ("beta1", "beta2", "eps", "momentum")}
+        for name in unused_settings(self.optimizer, given):
+            raise _not_of(name, "optimizer", self.optimizer)
+        if self.lr is None and self.optimizer not in LR_FACTORS:
+            names = {"first": "optimizer", "second": "lr", "value": self.optimizer}
+            raise PydanticCustomError("no_lr", "{first} {value} has no default learning rate: pass {second}", names)
+        if self.rebase_second_moment and self.optimizer != "adamw":
+            raise _not_of("rebase_second_moment", "optimizer", self.optimizer)
+        if self.parallel != "ddp" and self.optimizer == "muon":
+            names = {"first": "optimizer", "second": "parallel"}
+            raise PydanticCustomError(
+                "sharded", "{first} muon needs whole matrices, which {second} fsdp and hsdp shard: use ddp", names
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.min_lr is not None and self.schedule == "constant":
+            raise _not_of("min_lr", "schedule", self.schedule)
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise _not_of("decay_steps", "schedule", self.schedule)
+        lr = self.resolved().lr
+        if self.min_lr is not None and lr is not None and self.min_lr > lr:
+            names = {"first": "min_lr", "second": "lr", "lr": f"{lr:g}", "min_lr": f"{self.min_lr:g}"}
+            raise PydanticCustomError("idle", "{first} {min_lr} is more than {second} {lr}: pass less", names)
+        return self
+
+    @model_validator(mode="after")
     def _check_lr_rule(self) -> Self:
         if self.lr_rule != "none" and self.scale_from is None:
             raise _no_effect("lr_rule", "scale_from")
+        if self.lr_rule != "none" and self.optimizer not in ("adamw", "sgd"):
+            raise _not_of("lr_rule", "optimizer", self.optimizer)
         if (why := self.batch_scaling().problem()) is not None:
             names = {"first": "lr_rule", "second": "scale_from"}
             raise PydanticCustomError("out_of_range", "{why}", names | {"why": why})
@@ -90,7 +125,9 @@ class TrainConfig(TrainFields):
         assert batch is not None, "resolved() sets one of the two"
         assert config.lr is not None, "resolved() sets it"
         unit = "tokens" if config.global_batch is None else "sequences"
-        return BatchScaling(config.lr, batch, unit, config.scale_from, config.lr_rule)
+        return BatchScaling(
+            config.lr, batch, unit, config.scale_from, config.lr_rule, config.optimizer, config.optimizer_settings()
+        )
 
     def resolved(self) -> TrainConfig:
         """Return the same run with every default filled in that depends on the fields alone.
@@ -117,7 +154,7 @@ class TrainConfig(TrainFields):
                 resolved["epochs"] = DEFAULT_EPOCHS
         if self.lr is None:
             full_lr = DEFAULT_LR_TINY if self.model == "tiny" else DEFAULT_LR
-            resolved["lr"] = DEFAULT_LR_LORA if self.lora_rank else full_lr
+            resolved["lr"] = LR_FACTORS[self.optimizer] * (DEFAULT_LR_LORA if self.lora_rank else full_lr)
         if self.lora_alpha is None and self.lora_rank:
             resolved["lora_alpha"] = 2.0 * self.lora_rank
         return self.model_copy(update=resolved)
@@ -131,6 +168,25 @@ class TrainConfig(TrainFields):
         """Return the warm-up of a run of ``total_steps`` updates: as set, else 10 % of them, rounded down."""
         return total_steps * WARMUP_PERCENT // 100 if self.warmup_steps is None else self.warmup_steps
 
+    def decay_steps_of(self, total_steps: int) -> int:
+        """Return the updates of the decay of the schedule wsd: as set, else 20 % of them, and at least 1."""
+        return max(1, total_steps * DECAY_PERCENT // 100) if self.decay_steps is None else self.decay_steps
+
+    def final_lr_factor(self) -> float:
+        """Return the learning rate of the last update, as a fraction of the peak; 1 for a constant one."""
+        if self.min_lr is None:
+            return FINAL_LR_FACTORS.get(self.schedule, 1.0)
+        lr = self.resolved().lr
+        assert lr is not None, "resolved() sets it"
+        return self.min_lr / lr
+
+    def optimizer_settings(self) -> dict[str, float]:
+        """Return beta1, beta2, eps and momentum, as far as the optimizer has them, with its defaults."""
+        given = {name: getattr(self, name) for name in SETTINGS[self.optimizer]}
+        return {
+            name: default if given[name] is None else given[name] for name, default in SETTINGS[self.optimizer].items()
+        }
+
     def validation_every_of(self, total_steps: int) -> int:
         """Return the updates between two validations of a run of ``total_steps`` updates: at least 1."""
         return max(1, total_steps // VALIDATIONS_PER_RUN) if self.validation_every is None else self.validation_every
@@ -139,6 +195,11 @@ class TrainConfig(TrainFields):
 def _exclusive(first: str, second: str) -> PydanticCustomError:
     names = {"first": first, "second": second}
     return PydanticCustomError("exclusive", "{first} and {second} exclude each other: give one of them", names)
+
+
+def _not_of(setting: str, choice: str, value: str) -> PydanticCustomError:
+    names = {"first": setting, "second": choice, "value": value}
+    return PydanticCustomError("idle", "{first} does nothing with {second} {value}: remove it", names)
 
 
 def _no_effect(first: str, second: str) -> PydanticCustomError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bigbatch.lm.config.field_types import (
     LARGEST_COUNT,
@@ -19,36 +19,29 @@ from bigbatch.lm.config.field_types import (
     Device,
     Folder,
     Gpu,
-    LrRule,
     MemoryText,
     Microbatch,
-    NormLimit,
     Number,
     Seed,
     Text,
     Texts,
     Whole,
 )
+from bigbatch.lm.config.optimization_fields import OptimizationFields
 
 DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_GLOBAL_BATCH = 32
 DEFAULT_EPOCHS = 1
 DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the run that starts without any flag
-DEFAULT_LR_TINY = 5e-3
-DEFAULT_LR = 2e-5
-DEFAULT_LR_LORA = 2e-4
-WARMUP_PERCENT = 10
 VALIDATIONS_PER_RUN = 10
 
 
-class TrainFields(BaseModel):
+class TrainFields(OptimizationFields):
     """The fields of :class:`bigbatch.lm.config.train_config.TrainConfig`, in the order of ``--help``.
 
     ``None`` in a field that allows it stands for a default that depends on other fields.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: Texts = Field(
         default=("python-stdlib",),
@@ -168,8 +161,8 @@ class TrainFields(BaseModel):
     rebase_second_moment: bool = Field(
         default=False,
         strict=True,
-        description="when the scheduled batch changes, multiply AdamW's second moment by old batch / new batch, so "
-        "that it follows the smaller gradient noise at once",
+        description="when the scheduled batch changes, multiply the second moment of adamw by old batch / new batch, "
+        "so that it follows the smaller gradient noise at once",
     )
     microbatch: Microbatch | None = Field(
         default=None,
@@ -192,41 +185,6 @@ class TrainFields(BaseModel):
         default=None,
         description=f"passes over the training documents, instead of --steps (default: {DEFAULT_EPOCHS} if "
         "--steps has no default)",
-    )
-    lr: Number | None = Field(
-        default=None,
-        gt=0,
-        description="peak learning rate, reached at the end of the warm-up "
-        f"(default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, {DEFAULT_LR_LORA:g} with LoRA)",
-    )
-    scale_from: Count | None = Field(
-        default=None,
-        description="global batch at which --lr and AdamW's betas were tuned, in the unit of this run's batch; prints "
-        "the effect of each scaling rule and changes nothing without --lr-rule (default: none)",
-    )
-    lr_rule: LrRule = Field(
-        default="none",
-        description="scaling rule for a batch of k times --scale-from: sqrt = lr × √k; sde = sqrt, and 1 − k·(1 − β) "
-        "for both betas and epsilon / √k; half-life = β2 to the power of k; sqrt+half-life = both; linear = lr × k, "
-        "the rule of SGD; none = no change",
-    )
-    schedule: Literal["cosine", "constant"] = Field(
-        default="cosine",
-        description="learning rate after the warm-up: cosine = decays to a tenth of the peak at the last update; "
-        "constant = stays at the peak",
-    )
-    warmup_steps: Whole | None = Field(
-        default=None,
-        ge=0,
-        le=LARGEST_COUNT,
-        description="updates over which the learning rate rises linearly from zero "
-        f"(default: {WARMUP_PERCENT} % of the steps)",
-    )
-    weight_decay: Number = Field(
-        default=0.1, ge=0, description="AdamW's decoupled weight decay; biases and norms have none"
-    )
-    max_grad_norm: NormLimit = Field(
-        default=1.0, description="clip the gradient of the global batch to this norm; 0 or none = no clipping"
     )
     seed: Seed = Field(default=0, description="seed of the initial weights and of the order of the documents")
     device: Device = Field(

@@ -51,6 +51,11 @@ class TrainingSchedule:
                     f'--global-batch-schedule "{text}" grows the batch instead of lowering the learning rate, which '
                     "--schedule constant never lowers. Pass --schedule cosine."
                 )
+            if not config.final_lr_factor():
+                raise InputError(
+                    f'--global-batch-schedule "{text}" grows the batch wherever the learning rate would halve, and '
+                    f"--schedule {config.schedule} lowers it to 0. Pass a --min-lr above 0."
+                )
             self.total_steps = len(self._samples_before)
         else:
             self.total_steps = self._base_steps
@@ -58,6 +63,12 @@ class TrainingSchedule:
             raise InputError(
                 f"--warmup-steps {self.warmup_steps:,} is more than the {plural(self.total_steps, 'update')} of the "
                 "run: the learning rate would never reach its peak."
+            )
+        decay_steps = config.decay_steps_of(self.total_steps)
+        if config.schedule == "wsd" and self.warmup_steps + decay_steps > self.total_steps:
+            raise InputError(
+                f"--warmup-steps {self.warmup_steps:,} and --decay-steps {decay_steps:,} are more than the "
+                f"{plural(self.total_steps, 'update')} of the run together. Lower one of them."
             )
 
     def windows(self, step: int, cursor: int) -> Iterator[list[int]]:
@@ -90,8 +101,16 @@ class TrainingSchedule:
         """Return the learning rate of an update, as a fraction of the peak."""
         if isinstance(self.schedule, Seesaw) and step >= self.warmup_steps:
             return self.schedule.factor(self._plain_factor(self._samples_before[min(step, self.total_steps - 1)]))
+        return self._factor(step, self.total_steps)
+
+    def _factor(self, step: float, total_steps: int) -> float:
         return lr_factor(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self._config.schedule
+            step,
+            total_steps=total_steps,
+            warmup_steps=self.warmup_steps,
+            schedule=self._config.schedule,
+            final=self._config.final_lr_factor(),
+            decay_steps=self._config.decay_steps_of(total_steps),
         )
 
     def _plain_factor(self, samples: int) -> float:
@@ -99,9 +118,7 @@ class TrainingSchedule:
         step = samples / self._first_batch
         if step < self.warmup_steps:
             return 1.0
-        return lr_factor(
-            step, total_steps=self._base_steps, warmup_steps=self.warmup_steps, schedule=self._config.schedule
-        )
+        return self._factor(step, self._base_steps)
 
     @property
     def _first_batch(self) -> int:
