@@ -44,8 +44,11 @@ def list_folder(root: Path) -> Listing:
         left_out += sum(not included for included in entries.values())
         folders[:] = [name for name in folders if entries[name]]
         for path in (here / name for name in names if entries[name]):
-            # A pipe or a device is never opened: reading it may wait for ever. A broken link is an error when read.
-            (files if path.is_file() or not path.exists() else special).append(path)
+            try:
+                # A pipe or a device is never opened: reading it may wait for ever. A broken link is an error when read.
+                (files if path.is_file() or not path.exists() else special).append(path)
+            except OSError as error:  # in a folder whose names can be read and whose files cannot
+                note_error(error)
     notes = []
     if left_out:
         notes.append(f"{left_out:,} hidden or __pycache__ {'entry' if left_out == 1 else 'entries'} left out")
