@@ -1,0 +1,285 @@
+"""Run the micro-batches of a window in turns, so that all of them reach a batch norm before any of them continues.
+
+start each in a thread of its own → suspended at its first norm → statistics of all → continue each to the next norm
+→ … → backwards, suspended at each norm → sums of all → … → the end
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from bigbatch.batch_norm.host_tensors import HostTensors
+from bigbatch.batch_norm.moments import Moments
+from bigbatch.batch_norm.norm_buffers import NormBuffers
+from bigbatch.batch_norm.norm_calls import Meeting, NormCalls
+from bigbatch.batch_norm.random_streams import RandomStreams
+from bigbatch.batch_norm.rank_meetings import RankMeeting, RankMeetings, RanksOutOfMemoryError, key_of
+from bigbatch.batch_norm.suspension import Task, Worker, Workers, close_all
+from bigbatch.batch_norm.thread_state import ThreadState
+from bigbatch.errors import InputError, RankFailedError, first_line
+from bigbatch.memory.usage import is_out_of_memory
+
+
+class OutOfMemory(NamedTuple):
+    """Why a window is to start again, on this rank or on another one."""
+
+    message: str
+    is_here: bool
+
+
+class JointWindow:
+    """Runs functions, each forward and backward of one micro-batch, with batch norm over all of them.
+
+        window = JointWindow([model], device)
+        with window.open():                          # puts back running statistics if an error leaves it
+            failure = window.run(functions)          # None, or an OutOfMemory: buffers are as before then
+
+    Args:
+        modules: The model, and others that run: their batch norms.
+        device: Of the model. On CUDA, saved tensors are kept on the host.
+        ranks: Other ranks whose samples belong to the batch; None for none.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, ranks: RankMeetings | None = None) -> None:
+        self._modules = modules
+        self._device = device
+        self._ranks = ranks
+        self._workers = Workers()
+        self._buffers = NormBuffers(())
+        self._current: NormCalls | None = None
+        self._others_wait = False
+
+    def stop(self) -> None:
+        """End the threads, which on CUDA are kept for the next window."""
+        self._workers.stop()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Open a window; if an error leaves it, buffers are put back, and the other ranks fail, too."""
+        self._buffers = NormBuffers([buffer for module in self._modules for buffer in module.buffers()])
+        self._others_wait = self._ranks is not None
+        try:
+            yield
+        except BaseException as error:
+            self._buffers.rollback()
+            if self._others_wait and self._ranks is not None and not isinstance(error, RankFailedError):
+                self._ranks.announce_failure()
+            raise
+        finally:
+            self._buffers = NormBuffers(())
+            if self._device.type != "cuda":
+                self._workers.stop()
+
+    def run(self, functions: Iterable[Callable[[], object]]) -> OutOfMemory | None:
+        """Run all functions to their end; return None, or that memory ran out on this rank or another.
+
+        Args:
+            functions: The next one is drawn when the last one is suspended or done.
+
+        Raises:
+            InputError: The functions, or the ranks, do not run the same batch norms in the same order.
+            RankFailedError: Another rank failed.
+        """
+        streams = self._streams()
+        turns: list[_Turn] = []
+        failure = None
+        try:
+            with self._following_norms():
+                self._run(functions, turns, streams)
+        except RanksOutOfMemoryError as error:
+            failure = OutOfMemory(str(error), is_here=False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = OutOfMemory(first_line(error), is_here=True)
+            if self._ranks is not None:
+                self._ranks.announce_out_of_memory()
+        finally:
+            self._current = None
+            close_all([turn.task for turn in turns])
+            if failure is not None or any(turn.is_unfinished for turn in turns):
+                self._buffers.rollback()
+                streams.rollback()
+        self._others_wait = self._others_wait and failure is not None
+        return failure
+
+    def run_alone(self, function: Callable[[], object]) -> OutOfMemory | None:
+        """Run the only function of a window as it is; as `run` otherwise."""
+        streams = self._streams()
+        try:
+            function()
+            return None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = OutOfMemory(first_line(error), is_here=True)
+        self._buffers.rollback()
+        streams.rollback()
+        return failure
+
+    def _streams(self) -> RandomStreams:
+        return RandomStreams([self._device] if self._device.type == "cuda" else [])
+
+    def _run(self, functions: Iterable[Callable[[], object]], turns: list["_Turn"], streams: RandomStreams) -> None:
+        state = ThreadState.now(self._device)
+        resident = [tensor for m in self._modules for tensor in (*m.parameters(), *m.buffers())]
+        for function in functions:
+            is_moved = self._device.type == "cuda" and not state.has_saved_tensor_hooks
+            host = HostTensors(resident) if is_moved else None
+            random = partial(streams.active, streams.add())
+            turns.append(_Turn(function, self._workers[len(turns)], state, host, random))
+            self._advance(turns, len(turns) - 1)
+        while (moments := self._meet(turns)) is not None:
+            for index in range(len(turns)):
+                self._advance(turns, index, moments)
+
+    def _advance(self, turns: Sequence["_Turn"], index: int, reply: Moments | None = None) -> None:
+        turn = turns[index]
+        self._current = turn.calls
+        turn.advance(reply)
+        self._current = None
+        if index:
+            _check_same(turns, index)
+        if turn.meeting is not None:
+            self._buffers.arrive(turn.meeting, is_first=not index)
+
+    def _meet(self, turns: Sequence["_Turn"]) -> Moments | None:
+        """Return the moments, or sums, that all micro-batches wait for; None if they are at the end."""
+        own = _combined([turn.meeting for turn in turns if turn.meeting is not None])
+        joint = None if own is None else own.own
+        if self._ranks is not None:
+            of_ranks = self._ranks.meet(own, has_samples=bool(turns))
+            if own is None and of_ranks is not None:
+                self._update_without_samples(of_ranks)
+                return of_ranks.joint
+            joint = None if of_ranks is None else of_ranks.joint
+        if own is None or joint is None:
+            return None
+        if not own.is_backward:
+            if joint.count < 2:
+                raise InputError(
+                    f"{own} receives a single value of each channel in the whole batch, which has no variance: pass "
+                    "more samples."
+                )
+            self._buffers.update(own, joint)
+        return joint
+
+    def _update_without_samples(self, meeting: RankMeeting) -> None:
+        """Update the running statistics of a rank without samples: those of the first rank are sent to the others."""
+        if meeting.is_backward or not meeting.is_tracked:
+            return
+        norm = {key_of(_named(name)): norm for name, norm in self._norms().items()}.get(meeting.key)
+        if norm is None:
+            raise InputError(
+                "this rank has no samples, and another one updates running statistics in an F.batch_norm outside of "
+                'the modules of the model, which batch_norm="exact" does not find here: use torch.nn.BatchNorm.'
+            )
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        meeting.joint.update(norm.running_mean, norm.running_var, meeting.momentum)
+
+    def _norms(self) -> dict[str, _BatchNorm]:
+        """Return all batch norms by name; a name that a second module has, too, with the number of the module."""
+        found: dict[str, _BatchNorm] = {}
+        for number, module in enumerate(self._modules):
+            for name, norm in module.named_modules():
+                if isinstance(norm, _BatchNorm) and norm not in found.values():
+                    found[f"{name} of module {number + 1}" if name in found else name] = norm
+        return found
+
+    @contextmanager
+    def _following_norms(self) -> Iterator[None]:
+        """Note which batch norm runs; `SyncBatchNorm` runs as `BatchNorm`, whose statistics are of all ranks anyway."""
+        with ExitStack() as stack:
+            for name, norm in self._norms().items():
+                stack.callback(norm.register_forward_pre_hook(partial(self._enter, _named(name))).remove)
+                stack.callback(norm.register_forward_hook(self._leave).remove)
+                if isinstance(norm, SyncBatchNorm) and "forward" not in vars(norm):
+                    vars(norm)["forward"] = partial(_BatchNorm.forward, norm)
+                    stack.callback(vars(norm).pop, "forward", None)
+            yield
+
+    def _enter(self, name: str, norm: nn.Module, _inputs: Any) -> None:
+        if self._current is not None:
+            self._current.enter_module(name, norm)
+
+    def _leave(self, *_: Any) -> None:
+        if self._current is not None:
+            self._current.leave_module()
+
+
+class _Turn:
+    """One micro-batch: its thread, its calls of norms, its random numbers, and what it waits for."""
+
+    def __init__(
+        self,
+        function: Callable[[], object],
+        worker: Worker,
+        state: ThreadState,
+        host: HostTensors | None,
+        random: Callable[[], Any],
+    ) -> None:
+        self._function = function
+        self._worker = worker
+        self._state = state
+        self._host = host
+        self._random = random
+        self.task = Task(self._run)
+        self.calls = NormCalls(self.task.suspend, host)
+        self.meeting: Meeting | None = None
+        self.is_unfinished = True
+
+    def advance(self, reply: Moments | None) -> None:
+        """Run to the next norm, or to the end."""
+        self.meeting = None
+        with self._random():
+            self.meeting = self.task.advance(self._worker, reply)
+        self.is_unfinished = self.meeting is not None
+
+    def _run(self, _suspend: Any) -> None:
+        self._state.context.copy().run(self._run_in_state)
+
+    def _run_in_state(self) -> None:
+        moved = nullcontext() if self._host is None else self._host.moving()
+        with self._state.entered(), self.calls.mode(), moved:
+            self._function()
+
+
+def _named(name: str) -> str:
+    return f"the batch norm {name!r}" if name else "the batch norm"
+
+
+def _combined(meetings: Sequence[Meeting]) -> Meeting | None:
+    """Return the meeting of all micro-batches of this rank."""
+    if not meetings:
+        return None
+    first, parts = meetings[0], [meeting.own for meeting in meetings]
+    if first.is_backward:
+        own = Moments(parts[0].count, torch.stack([part.values for part in parts]).sum(0))
+    else:
+        own = Moments.combined([part for part in parts if part.count] or parts)
+    return Meeting(first.norm, first.is_backward, own, first.running, first.momentum, first.num_batches)
+
+
+def _check_same(turns: Sequence[_Turn], index: int) -> None:
+    """Raise unless a micro-batch waits where the first one does."""
+    first, other = turns[0].meeting, turns[index].meeting
+    if (first and str(first)) == (other and str(other)) and _running(first) == _running(other):
+        return
+    backward = any(meeting is not None and meeting.is_backward for meeting in (first, other))
+    hint = " A loss without items needs a gradient, too: return the sum over nothing." if backward else ""
+    raise InputError(
+        f"micro-batch {index + 1} reaches {other or 'the end'}, and micro-batch 1 reaches {first or 'the end'}: "
+        'batch_norm="exact" needs every micro-batch to run the same batch norms in the same order. Take branches that '
+        f"depend on the data out of the model, or leave batch_norm= out.{hint}"
+    )
+
+
+def _running(meeting: Meeting | None) -> list[int]:
+    running: Sequence[Tensor | None] = () if meeting is None else meeting.running
+    return [id(buffer) for buffer in running]
