@@ -7,10 +7,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bigbatch.coupled.coupled import Coupled
 from bigbatch.errors import InputError
 
 
-def check_modules(modules: Iterable[nn.Module], loss_fn: Any, *, num_ranks: int) -> None:
+def check_batch_norm(batch_norm: object, loss_fn: object) -> None:
+    """Check the setting itself.
+
+    Raises:
+        InputError: It is something else, or not supported for this loss.
+    """
+    if batch_norm != "exact":
+        raise InputError(f'batch_norm is {batch_norm!r}: it must be "exact", or left out.')
+    if isinstance(loss_fn, Coupled):
+        raise InputError(
+            'batch_norm="exact" is not supported for a Coupled loss, which encodes each micro-batch twice: use layer '
+            "or group norm in encode; batch norm in its loss is exact without it."
+        )
+
+
+def check_modules(modules: Iterable[nn.Module], loss_fn: Any, *, num_ranks: int = 1) -> None:
     """Check that ``batch_norm="exact"`` is supported.
 
     Args:

@@ -31,11 +31,13 @@ class HostTensors:
     operations save is copied once.
 
     Args:
-        resident: Tensors that stay on the device, as parameters and buffers do; so do views and casts of parameters.
+        device: Tensors on it are moved.
+        resident: Those that stay there, as parameters and buffers do; so do views and casts of parameters.
     """
 
-    def __init__(self, resident: Iterable[Tensor]) -> None:
-        self._resident = {_storage(tensor) for tensor in resident if tensor.is_cuda}
+    def __init__(self, device: torch.device, resident: Iterable[Tensor]) -> None:
+        self._kind = device.type
+        self._resident = {_storage(tensor) for tensor in resident if tensor.device.type == device.type}
         self._copies: dict[Any, tuple[Any, _HostCopy]] = {}  # by storage and form, with a weak reference to the storage
 
     @contextmanager
@@ -69,7 +71,7 @@ class HostTensors:
 
     def _moves(self, tensor: Tensor) -> bool:
         return (
-            tensor.is_cuda
+            tensor.device.type == self._kind
             and type(tensor) is Tensor
             and tensor.layout is torch.strided
             and tensor.nbytes >= SMALLEST_BYTES
@@ -102,7 +104,7 @@ def _is_of_parameter(tensor: Tensor) -> bool:
 def _to_host(tensor: Tensor) -> Tensor:
     """Return a copy in pinned memory with the same strides, or in other memory if none can be pinned."""
     try:
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    except RuntimeError:  # the system limits it
-        return tensor.to("cpu")
-    return host.copy_(tensor, non_blocking=True)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+    except RuntimeError:  # the system limits how much can be pinned
+        return tensor.detach().to("cpu", copy=True)
+    return host.copy_(tensor.detach(), non_blocking=True)

@@ -130,7 +130,7 @@ class JointWindow:
         resident = [tensor for m in self._modules for tensor in (*m.parameters(), *m.buffers())]
         for function in functions:
             is_moved = self._device.type == "cuda" and not state.has_saved_tensor_hooks
-            host = HostTensors(resident) if is_moved else None
+            host = HostTensors(self._device, resident) if is_moved else None
             random = partial(streams.active, streams.add())
             turns.append(_Turn(function, self._workers[len(turns)], state, host, random))
             self._advance(turns, len(turns) - 1)

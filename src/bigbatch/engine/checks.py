@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from bigbatch.accumulation.accumulator import Accumulator
+from bigbatch.batch_norm.checks import check_batch_norm
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.plan import TokenBudget, plan
 from bigbatch.coupled.coupled import Coupled
@@ -62,7 +63,8 @@ def check_loss(
     if isinstance(loss_fn, Coupled):
         _check_coupled(cuda_graphs, count_items)
     if batch_norm is not None:
-        _check_batch_norm(batch_norm, microbatch, loss_fn, cuda_graphs)
+        check_batch_norm(batch_norm, loss_fn)
+        _check_exact_norms(microbatch, cuda_graphs)
     return batch_norm is None and not isinstance(loss_fn, Coupled)
 
 
@@ -76,9 +78,7 @@ def _check_coupled(cuda_graphs: bool, count_items: object) -> None:
         )
 
 
-def _check_batch_norm(batch_norm: object, microbatch: object, loss_fn: object, cuda_graphs: bool) -> None:
-    if batch_norm != "exact":
-        raise InputError(f'batch_norm is {batch_norm!r}: it must be "exact", or left out.')
+def _check_exact_norms(microbatch: object, cuda_graphs: bool) -> None:
     if cuda_graphs:
         raise InputError(
             'cuda_graphs=True is not supported with batch_norm="exact", where micro-batches wait for each other within '
@@ -88,11 +88,6 @@ def _check_batch_norm(batch_norm: object, microbatch: object, loss_fn: object, c
         raise InputError(
             'microbatch="auto" measures one micro-batch, and with batch_norm="exact" the memory depends on the whole '
             "batch: pass a number of samples, or a TokenBudget."
-        )
-    if isinstance(loss_fn, Coupled):
-        raise InputError(
-            'batch_norm="exact" is not supported for a Coupled loss, which encodes each micro-batch twice: use layer '
-            "or group norm in encode; batch norm in its loss is exact without it."
         )
 
 
