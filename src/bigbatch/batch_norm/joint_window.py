@@ -19,10 +19,11 @@ from bigbatch.batch_norm.norm_buffers import NormBuffers
 from bigbatch.batch_norm.norm_calls import Meeting, NormCalls
 from bigbatch.batch_norm.random_streams import RandomStreams
 from bigbatch.batch_norm.rank_meetings import RankMeeting, RankMeetings, RanksOutOfMemoryError, key_of
-from bigbatch.batch_norm.suspension import Task, Worker, Workers, close_all
+from bigbatch.batch_norm.suspension import Task, Worker, Workers
 from bigbatch.batch_norm.thread_state import ThreadState
 from bigbatch.errors import InputError, RankFailedError, first_line
 from bigbatch.memory.usage import is_out_of_memory
+from bigbatch.signal_deferral import DeferredSignals
 
 
 class OutOfMemory(NamedTuple):
@@ -51,6 +52,9 @@ class JointWindow:
         self._ranks = ranks
         self._workers = Workers()
         self._buffers = NormBuffers(())
+        self._streams: RandomStreams | None = None
+        self._turns: list[_Turn] = []
+        self._hooks = ExitStack()
         self._current: NormCalls | None = None
         self._others_wait = False
 
@@ -66,6 +70,7 @@ class JointWindow:
         try:
             yield
         except BaseException as error:
+            self._end(succeeded=False)  # the second time, unless it was interrupted the first time
             self._buffers.rollback()
             if self._others_wait and self._ranks is not None and not isinstance(error, RankFailedError):
                 self._ranks.announce_failure()
@@ -85,12 +90,12 @@ class JointWindow:
             InputError: The functions, or the ranks, do not run the same batch norms in the same order.
             RankFailedError: Another rank failed.
         """
-        streams = self._streams()
-        turns: list[_Turn] = []
-        failure = None
+        self._streams = self._new_streams()
+        failure, succeeded = None, False
         try:
-            with self._following_norms():
-                self._run(functions, turns, streams)
+            self._follow_norms()
+            self._run(functions, self._streams)
+            succeeded = True
         except RanksOutOfMemoryError as error:
             failure = OutOfMemory(str(error), is_here=False)
         except RuntimeError as error:
@@ -100,17 +105,13 @@ class JointWindow:
             if self._ranks is not None:
                 self._ranks.announce_out_of_memory()
         finally:
-            self._current = None
-            close_all([turn.task for turn in turns])
-            if failure is not None or any(turn.is_unfinished for turn in turns):
-                self._buffers.rollback()
-                streams.rollback()
+            self._end(succeeded=succeeded)
         self._others_wait = self._others_wait and failure is not None
         return failure
 
     def run_alone(self, function: Callable[[], object]) -> OutOfMemory | None:
         """Run the only function of a window as it is; as `run` otherwise."""
-        streams = self._streams()
+        streams = self._new_streams()
         try:
             function()
             return None
@@ -122,38 +123,52 @@ class JointWindow:
         streams.rollback()
         return failure
 
-    def _streams(self) -> RandomStreams:
+    def _new_streams(self) -> RandomStreams:
         return RandomStreams([self._device] if self._device.type == "cuda" else [])
 
-    def _run(self, functions: Iterable[Callable[[], object]], turns: list["_Turn"], streams: RandomStreams) -> None:
+    def _end(self, *, succeeded: bool) -> None:
+        """End what runs; if the functions did not all end, buffers and random states are put back."""
+        with DeferredSignals() as deferred, deferred:
+            self._current = None
+            while self._turns:
+                self._turns[-1].task.close()
+                self._turns.pop()
+            self._hooks.close()
+            if not succeeded:
+                self._buffers.rollback()
+                if self._streams is not None:
+                    self._streams.rollback()
+            self._streams = None
+
+    def _run(self, functions: Iterable[Callable[[], object]], streams: RandomStreams) -> None:
         state = ThreadState.now(self._device)
         resident = [tensor for m in self._modules for tensor in (*m.parameters(), *m.buffers())]
         for function in functions:
             is_moved = self._device.type == "cuda" and not state.has_saved_tensor_hooks
             host = HostTensors(self._device, resident) if is_moved else None
             random = partial(streams.active, streams.add())
-            turns.append(_Turn(function, self._workers[len(turns)], state, host, random))
-            self._advance(turns, len(turns) - 1)
-        while (moments := self._meet(turns)) is not None:
-            for index in range(len(turns)):
-                self._advance(turns, index, moments)
+            self._turns.append(_Turn(function, self._workers[len(self._turns)], state, host, random))
+            self._advance(len(self._turns) - 1)
+        while (moments := self._meet()) is not None:
+            for index in range(len(self._turns)):
+                self._advance(index, moments)
 
-    def _advance(self, turns: Sequence["_Turn"], index: int, reply: Moments | None = None) -> None:
-        turn = turns[index]
+    def _advance(self, index: int, reply: Moments | None = None) -> None:
+        turn = self._turns[index]
         self._current = turn.calls
         turn.advance(reply)
         self._current = None
         if index:
-            _check_same(turns, index)
+            _check_same(self._turns[0].meeting, turn.meeting, index)
         if turn.meeting is not None:
             self._buffers.arrive(turn.meeting, is_first=not index)
 
-    def _meet(self, turns: Sequence["_Turn"]) -> Moments | None:
+    def _meet(self) -> Moments | None:
         """Return the moments, or sums, that all micro-batches wait for; None if they are at the end."""
-        own = _combined([turn.meeting for turn in turns if turn.meeting is not None])
+        own = _combined([turn.meeting for turn in self._turns if turn.meeting is not None])
         joint = None if own is None else own.own
         if self._ranks is not None:
-            of_ranks = self._ranks.meet(own, has_samples=bool(turns))
+            of_ranks = self._ranks.meet(own, has_samples=bool(self._turns))
             if own is None and of_ranks is not None:
                 self._update_without_samples(of_ranks)
                 return of_ranks.joint
@@ -192,17 +207,14 @@ class JointWindow:
                     found[f"{name} of module {number + 1}" if name in found else name] = norm
         return found
 
-    @contextmanager
-    def _following_norms(self) -> Iterator[None]:
+    def _follow_norms(self) -> None:
         """Note which batch norm runs; `SyncBatchNorm` runs as `BatchNorm`, whose statistics are of all ranks anyway."""
-        with ExitStack() as stack:
-            for name, norm in self._norms().items():
-                stack.callback(norm.register_forward_pre_hook(partial(self._enter, _named(name))).remove)
-                stack.callback(norm.register_forward_hook(self._leave).remove)
-                if isinstance(norm, SyncBatchNorm) and "forward" not in vars(norm):
-                    vars(norm)["forward"] = partial(_BatchNorm.forward, norm)
-                    stack.callback(vars(norm).pop, "forward", None)
-            yield
+        for name, norm in self._norms().items():
+            self._hooks.callback(norm.register_forward_pre_hook(partial(self._enter, _named(name))).remove)
+            self._hooks.callback(norm.register_forward_hook(self._leave).remove)
+            if isinstance(norm, SyncBatchNorm) and "forward" not in vars(norm):
+                self._hooks.callback(vars(norm).pop, "forward", None)
+                vars(norm)["forward"] = partial(_BatchNorm.forward, norm)
 
     def _enter(self, name: str, norm: nn.Module, _inputs: Any) -> None:
         if self._current is not None:
@@ -232,14 +244,12 @@ class _Turn:
         self.task = Task(self._run)
         self.calls = NormCalls(self.task.suspend, host)
         self.meeting: Meeting | None = None
-        self.is_unfinished = True
 
     def advance(self, reply: Moments | None) -> None:
         """Run to the next norm, or to the end."""
         self.meeting = None
         with self._random():
             self.meeting = self.task.advance(self._worker, reply)
-        self.is_unfinished = self.meeting is not None
 
     def _run(self, _suspend: Any) -> None:
         self._state.context.copy().run(self._run_in_state)
@@ -266,9 +276,8 @@ def _combined(meetings: Sequence[Meeting]) -> Meeting | None:
     return Meeting(first.norm, first.is_backward, own, first.running, first.momentum, first.num_batches)
 
 
-def _check_same(turns: Sequence[_Turn], index: int) -> None:
+def _check_same(first: Meeting | None, other: Meeting | None, index: int) -> None:
     """Raise unless a micro-batch waits where the first one does."""
-    first, other = turns[0].meeting, turns[index].meeting
     if (first and str(first)) == (other and str(other)) and _running(first) == _running(other):
         return
     backward = any(meeting is not None and meeting.is_backward for meeting in (first, other))

@@ -56,10 +56,9 @@ class Moments:
     def update(self, running: Tensor | None, running_variance: Tensor | None, momentum: float) -> None:
         """Move running statistics towards these by a factor, the variance divided by one less than the count."""
         unbiased = self.values[1] / max(self.count - 1, 1)
-        with torch.no_grad():
-            for old, new in ((running, self.mean), (running_variance, unbiased)):
-                if old is not None:
-                    old.copy_((1 - momentum) * old.to(new.dtype) + momentum * new)
+        for old, new in ((running, self.mean), (running_variance, unbiased)):
+            if old is not None:
+                old.copy_((1 - momentum) * old.to(new.dtype) + momentum * new)
 
 
 def reduced(inputs: Tensor) -> list[int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -39,9 +38,8 @@ class NormBuffers:
 
     def rollback(self) -> None:
         """Put back the values from the start."""
-        with torch.no_grad():
-            for buffer, value in self._before.values():
-                buffer.copy_(value)
+        for buffer, value in self._before.values():
+            buffer.copy_(value)
 
     def _add(self, buffers: Iterable[Tensor]) -> None:
         for buffer in buffers:

@@ -73,7 +73,7 @@ class NormCalls:
     _known: dict[str, list[_Known]] = field(default_factory=dict)
 
     def enter_module(self, name: str, module: nn.Module) -> None:
-        """Note that a batch norm module begins its forward."""
+        """Note that a batch norm module begins its forward; its name is as in a sentence."""
         self._running.append(_Running(name, module))
 
     def leave_module(self) -> None:
@@ -87,7 +87,7 @@ class NormCalls:
         uses_batch = norm.training or getattr(norm, "running_mean", None) is None
         if uses_batch and not running.num_calls:
             raise InputError(
-                f"the batch norm {running.name} ({type(norm).__name__}) normalizes by other means than "
+                f"{running.name} ({type(norm).__name__}) normalizes by other means than "
                 'torch.nn.functional.batch_norm, so batch_norm="exact" cannot replace its statistics: use a norm of '
                 "torch.nn, or leave batch_norm= out."
             )
@@ -108,7 +108,7 @@ class NormCalls:
     ) -> Tensor:
         """Normalize the micro-batch by the whole batch."""
         module = self._running[-1] if self._running else None
-        name = f"an F.batch_norm of {inputs.shape[1]} channels" if module is None else f"the batch norm {module.name}"
+        name = f"an F.batch_norm of {inputs.shape[1]} channels" if module is None else module.name
         num_batches = None if module is None else getattr(module.module, "num_batches_tracked", None)
         if module is not None:
             module.num_calls += 1

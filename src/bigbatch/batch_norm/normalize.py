@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbatch.batch_norm.moments import Moments, along_channels, reduced
+from bigbatch.errors import InputError
 
 AddUp: TypeAlias = Callable[[Tensor], Tensor]
 """Returns the sum of the values of all micro-batches and ranks, given those of one."""
@@ -65,8 +65,12 @@ class _Normalize(torch.autograd.Function):
         return F.batch_norm(x, moments.mean, moments.variance, weight, bias, training=False, eps=settings.eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable raises in the second backward only, which may leave it out
+            raise InputError(
+                'a gradient through a batch norm is computed with create_graph=True, and with batch_norm="exact" it '
+                "has no graph: leave the penalty on gradients out of loss_fn, or leave batch_norm= out."
+            )
         eps, moments, add_up, releases_input, dtypes = ctx.settings
         x, weight = ctx.saved_tensors
         own = _sums(x, gradient, moments.mean)

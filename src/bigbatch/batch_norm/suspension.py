@@ -7,7 +7,7 @@ an interrupt may lose a wake-up, or leave one over, and neither makes a thread w
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 from weakref import finalize
@@ -51,10 +51,10 @@ class Task:
             reply: What the last `suspend` returns.
         """
         self._reply, self._request = reply, None
-        self._is_running = True
         if not self._was_submitted:
-            worker.submit(self._run)
+            worker.submit(self._run)  # waits: an interrupt before the next line leaves nothing that runs
             self._was_submitted = True
+        self._is_running = True
         self._wakes_thread.put(None)
         while self._is_running:
             self._wakes_owner.get()
@@ -100,13 +100,6 @@ class Task:
     def _wait_for_owner(self) -> None:
         while not (self._is_running or self._is_ending):
             self._wakes_thread.get()
-
-
-def close_all(tasks: Sequence[Task]) -> None:
-    """End tasks, all of them even if an interrupt arrives meanwhile, which is raised afterwards."""
-    with DeferredSignals() as deferred, deferred:
-        for task in tasks:
-            task.close()
 
 
 class Worker:

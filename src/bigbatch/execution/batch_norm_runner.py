@@ -3,7 +3,7 @@
     run: note the micro-batch
     end: all forwards and backwards, in turns that meet at each norm
 
-If memory runs out, the window starts again on all ranks, with halves of the largest micro-batches of that rank.
+If memory runs out, the window starts again on all ranks, with halves of the micro-batches of that rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -87,18 +87,18 @@ class BatchNormRunner(MicrobatchRunner):
             free_cached_memory()
 
     def _smaller(self, groups: Sequence[Rows], message: str) -> list[Rows]:
-        """Cut the largest micro-batches into halves."""
+        """Cut micro-batches into halves, but for those that are as small already."""
         largest = max(map(len, groups))
         if largest == 1:
             raise too_large(groups[0][0], message, self.inputs.lengths)
-        return [half for rows in groups for half in (halves(rows) if len(rows) == largest else [rows])]
+        return [half for rows in groups for half in (halves(rows) if 2 * len(rows) > largest else [rows])]
 
     def _run_window(
         self, groups: list[Rows], pending: PendingUpdate, should_abandon: Callable[[], bool]
     ) -> OutOfMemory | None:
         if len(groups) == 1 and not self.waits_for_ranks:
             return self._joint.run_alone(partial(self._run_alone, groups[0], pending))
-        turns = pending.microbatches(should_abandon, again=groups)
+        turns = pending.microbatches(should_abandon, again=groups) if groups else ()
         with pending.sums.adding() as trained:
             return self._joint.run(partial(self._differentiate, turn.content, pending, trained) for turn in turns)
 
