@@ -337,3 +337,21 @@ def test_loss_of_engine_has_exact_gradient() -> None:
     for parameter in expected.parameters():
         parameter.grad = None if parameter.grad is None else 3 * parameter.grad
     assert gradient_error(model, expected) <= TOLERANCE
+
+
+def test_time_first_layer_is_checked_by_its_own_micro_batch() -> None:
+    """Time has the length of the last micro-batch, which is drawn before the first one reaches the layer."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.layer = nn.BatchNorm1d(WIDTH), nn.GRU(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.norm(x).repeat(3, 1, 1))[0][-1]
+
+    model = Recurrent().double()
+    expected = whole(model, squares, [rows()])
+    engine_of(model, squares, 4).backward(rows())  # 4, 4 and 3 samples
+    assert gradient_error(model, expected) <= TOLERANCE
