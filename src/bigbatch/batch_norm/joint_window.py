@@ -158,6 +158,8 @@ class JointWindow:
         self._current = turn.calls
         turn.advance(reply)
         self._current = None
+        if self._device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()  # one for each thread, of up to 32 MiB
         if index:
             _check_same(self._turns[0].meeting, turn.meeting, index)
         if turn.meeting is not None:

@@ -97,6 +97,5 @@ def _sums(x: Tensor, gradient: Tensor, mean: Tensor) -> Tensor:
 
 def _input_gradient(x: Tensor, gradient: Tensor, means: Tensor, mean: Tensor, invstd: Tensor, factor: Tensor) -> Tensor:
     mean_gradient, mean_product = means
-    slope = along_channels(mean_product * invstd**2, x)
-    part = (x - along_channels(mean, x)).mul_(slope).add_(along_channels(mean_gradient, x))
-    return part.neg_().add_(gradient).mul_(along_channels(factor, x))
+    part = (along_channels(mean, x) - x).mul_(along_channels(mean_product * invstd**2, x))
+    return part.add_(gradient).sub_(along_channels(mean_gradient, x)).mul_(along_channels(factor, x))
