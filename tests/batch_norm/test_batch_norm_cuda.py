@@ -131,7 +131,7 @@ def test_checkpoint_repeats_norm_and_dropout_of_device() -> None:
         engine_of(model, squares, 3).backward(rows())
         found.append(model)
     assert gradient_error(found[1], found[0]) <= TOLERANCE
-    assert buffer_error(*found) == 0.0
+    assert buffer_error(*found) <= 1e-13
 
 
 def test_random_states_of_device_move_on() -> None:
