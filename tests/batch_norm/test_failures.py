@@ -106,8 +106,9 @@ class OwnKernel(nn.BatchNorm1d):
 
 def test_norm_with_own_kernel_is_refused() -> None:
     assert message_of(Small(plain, norm=OwnKernel(WIDTH))) == (
-        "the batch norm 'norm' (OwnKernel) normalizes by other means than torch.nn.functional.batch_norm, so "
-        'batch_norm="exact" cannot replace its statistics: use a norm of torch.nn, or leave batch_norm= out.'
+        "the batch norm 'norm' (OwnKernel) normalizes by other means than torch.nn.functional.batch_norm, or in "
+        'another thread, so batch_norm="exact" cannot replace its statistics: use a norm of torch.nn, or leave '
+        "batch_norm= out."
     )
 
 

@@ -1,17 +1,21 @@
 """Saved tensors in host memory: what is moved, once, and unchanged. Without CUDA, from the host to the host."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batch_norm.models import gradient_error
+from batch_norm.models import NUM_SAMPLES, TOLERANCE, buffer_error, classify, gradient_error, images, resnet, whole
 from bigbatch.batch_norm import host_tensors
 from bigbatch.batch_norm.host_tensors import HostTensors
+from bigbatch.batch_norm.joint_window import JointWindow
 from bigbatch.batch_norm.moments import Moments
 from bigbatch.batch_norm.normalize import normalize
+from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.gradients.leaf_backward import backward_inside
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 96, 256  # 98,304 bytes in float32: above the limit
@@ -108,3 +112,27 @@ def test_nothing_moves_outside() -> None:
     assert not host.is_moving
     with host.moving(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert not host.is_moving
+
+
+@pytest.mark.parametrize("cut", [1, 4, 10])
+def test_windows_with_host_tensors_are_exact(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_tensors, "SMALLEST_BYTES", 1)
+    model, (pixels, labels) = resnet(), images()
+    expected = whole(model, classify, [(pixels, labels)])
+    window, sums = JointWindow([model], CPU, keeps_on_host=True), GradientSums(model.parameters())
+    copies = []
+    original = host_tensors._to_host
+    monkeypatch.setattr(host_tensors, "_to_host", lambda tensor: copies.append(tensor.shape) or original(tensor))
+
+    def differentiate(start: int) -> None:
+        loss_sum, _ = classify(model, (pixels[start : start + cut], labels[start : start + cut]))
+        backward_inside(loss_sum / NUM_SAMPLES, sums, trained)
+
+    with sums, sums.adding() as trained, window.open():
+        assert window.run(partial(differentiate, start) for start in range(0, NUM_SAMPLES, cut)) is None
+        gradients = [p.grad for p in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    assert len(copies) > 20
+    assert gradient_error(model, expected) <= TOLERANCE
+    assert buffer_error(model, expected) <= 1e-14

@@ -5,22 +5,23 @@ start each in a thread of its own → suspended at its first norm → statistics
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from bigbatch.batch_norm.host_tensors import HostTensors
 from bigbatch.batch_norm.moments import Moments
 from bigbatch.batch_norm.norm_buffers import NormBuffers
-from bigbatch.batch_norm.norm_calls import Meeting, NormCalls
+from bigbatch.batch_norm.norm_calls import NormCalls
 from bigbatch.batch_norm.random_streams import RandomStreams
 from bigbatch.batch_norm.rank_meetings import RankMeeting, RankMeetings, RanksOutOfMemoryError, key_of
-from bigbatch.batch_norm.suspension import Task, Worker, Workers
+from bigbatch.batch_norm.suspension import Workers
 from bigbatch.batch_norm.thread_state import ThreadState
+from bigbatch.batch_norm.turns import Turn, check_same, combined
 from bigbatch.errors import InputError, RankFailedError, first_line
 from bigbatch.memory.usage import is_out_of_memory
 from bigbatch.signal_deferral import DeferredSignals
@@ -42,18 +43,27 @@ class JointWindow:
 
     Args:
         modules: The model, and others that run: their batch norms.
-        device: Of the model. On CUDA, saved tensors are kept on the host.
+        device: Of the model.
         ranks: Other ranks whose samples belong to the batch; None for none.
+        keeps_on_host: Whether saved tensors are kept on the host; by default on CUDA.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device, ranks: RankMeetings | None = None) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        ranks: RankMeetings | None = None,
+        *,
+        keeps_on_host: bool | None = None,
+    ) -> None:
         self._modules = modules
         self._device = device
+        self._keeps_on_host = device.type == "cuda" if keeps_on_host is None else keeps_on_host
         self._ranks = ranks
         self._workers = Workers()
         self._buffers = NormBuffers(())
         self._streams: RandomStreams | None = None
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
         self._hooks = ExitStack()
         self._current: NormCalls | None = None
         self._others_wait = False
@@ -144,10 +154,10 @@ class JointWindow:
         state = ThreadState.now(self._device)
         resident = [tensor for m in self._modules for tensor in (*m.parameters(), *m.buffers())]
         for function in functions:
-            is_moved = self._device.type == "cuda" and not state.has_saved_tensor_hooks
+            is_moved = self._keeps_on_host and not state.has_saved_tensor_hooks
             host = HostTensors(self._device, resident) if is_moved else None
             random = partial(streams.active, streams.add())
-            self._turns.append(_Turn(function, self._workers[len(self._turns)], state, host, random))
+            self._turns.append(Turn(function, self._workers[len(self._turns)], state, host, random))
             self._advance(len(self._turns) - 1)
         while (moments := self._meet()) is not None:
             for index in range(len(self._turns)):
@@ -161,13 +171,13 @@ class JointWindow:
         if self._device.type == "cuda":
             torch._C._cuda_clearCublasWorkspaces()  # one for each thread, of up to 32 MiB
         if index:
-            _check_same(self._turns[0].meeting, turn.meeting, index)
+            check_same(self._turns[0].meeting, turn.meeting, index)
         if turn.meeting is not None:
             self._buffers.arrive(turn.meeting, is_first=not index)
 
     def _meet(self) -> Moments | None:
         """Return the moments, or sums, that all micro-batches wait for; None if they are at the end."""
-        own = _combined([turn.meeting for turn in self._turns if turn.meeting is not None])
+        own = combined([turn.meeting for turn in self._turns if turn.meeting is not None])
         joint = None if own is None else own.own
         if self._ranks is not None:
             of_ranks = self._ranks.meet(own, has_samples=bool(self._turns))
@@ -227,70 +237,5 @@ class JointWindow:
             self._current.leave_module()
 
 
-class _Turn:
-    """One micro-batch: its thread, its calls of norms, its random numbers, and what it waits for."""
-
-    def __init__(
-        self,
-        function: Callable[[], object],
-        worker: Worker,
-        state: ThreadState,
-        host: HostTensors | None,
-        random: Callable[[], Any],
-    ) -> None:
-        self._function = function
-        self._worker = worker
-        self._state = state
-        self._host = host
-        self._random = random
-        self.task = Task(self._run)
-        self.calls = NormCalls(self.task.suspend, host)
-        self.meeting: Meeting | None = None
-
-    def advance(self, reply: Moments | None) -> None:
-        """Run to the next norm, or to the end."""
-        self.meeting = None
-        with self._random():
-            self.meeting = self.task.advance(self._worker, reply)
-
-    def _run(self, _suspend: Any) -> None:
-        self._state.context.copy().run(self._run_in_state)
-
-    def _run_in_state(self) -> None:
-        moved = nullcontext() if self._host is None else self._host.moving()
-        with self._state.entered(), self.calls.mode(), moved:
-            self._function()
-
-
 def _named(name: str) -> str:
     return f"the batch norm {name!r}" if name else "the batch norm"
-
-
-def _combined(meetings: Sequence[Meeting]) -> Meeting | None:
-    """Return the meeting of all micro-batches of this rank."""
-    if not meetings:
-        return None
-    first, parts = meetings[0], [meeting.own for meeting in meetings]
-    if first.is_backward:
-        own = Moments(parts[0].count, torch.stack([part.values for part in parts]).sum(0))
-    else:
-        own = Moments.combined([part for part in parts if part.count] or parts)
-    return Meeting(first.norm, first.is_backward, own, first.running, first.momentum, first.num_batches)
-
-
-def _check_same(first: Meeting | None, other: Meeting | None, index: int) -> None:
-    """Raise unless a micro-batch waits where the first one does."""
-    if (first and str(first)) == (other and str(other)) and _running(first) == _running(other):
-        return
-    backward = any(meeting is not None and meeting.is_backward for meeting in (first, other))
-    hint = " A loss without items needs a gradient, too: return the sum over nothing." if backward else ""
-    raise InputError(
-        f"micro-batch {index + 1} reaches {other or 'the end'}, and micro-batch 1 reaches {first or 'the end'}: "
-        'batch_norm="exact" needs every micro-batch to run the same batch norms in the same order. Take branches that '
-        f"depend on the data out of the model, or leave batch_norm= out.{hint}"
-    )
-
-
-def _running(meeting: Meeting | None) -> list[int]:
-    running: Sequence[Tensor | None] = () if meeting is None else meeting.running
-    return [id(buffer) for buffer in running]

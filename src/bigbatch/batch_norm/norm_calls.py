@@ -88,8 +88,8 @@ class NormCalls:
         if uses_batch and not running.num_calls:
             raise InputError(
                 f"{running.name} ({type(norm).__name__}) normalizes by other means than "
-                'torch.nn.functional.batch_norm, so batch_norm="exact" cannot replace its statistics: use a norm of '
-                "torch.nn, or leave batch_norm= out."
+                'torch.nn.functional.batch_norm, or in another thread, so batch_norm="exact" cannot replace its '
+                "statistics: use a norm of torch.nn, or leave batch_norm= out."
             )
 
     def mode(self) -> TorchFunctionMode:

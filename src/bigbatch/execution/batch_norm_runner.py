@@ -56,7 +56,7 @@ class BatchNormRunner(MicrobatchRunner):
             InputError: A module is compiled, or normalizes over other ranks.
         """
         self.retries = 0
-        check_modules([self._model, *self._modules], self._loss_fn, num_ranks=self._sync.size)
+        check_modules([self._model, *self._modules[1:]], self._loss_fn, num_ranks=self._sync.size)
 
     @contextmanager
     def window(self, inputs: WindowInputs) -> Iterator[None]:
