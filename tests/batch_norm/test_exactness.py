@@ -226,14 +226,15 @@ def checkpointed(model: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("how", ["later", "reentrant"])
-def test_checkpoints_repeat_norm_and_dropout(how: str) -> None:
+@pytest.mark.parametrize("cut", [3, NUM_SAMPLES])
+def test_checkpoints_repeat_norm_and_dropout(how: str, cut: int) -> None:
     found = []
     for each in ("whole", how):
         model = Small(checkpointed, drop=nn.Dropout(0.4))
         model.how, model.scale = each, nn.Parameter(torch.ones((), dtype=torch.float64))
         model.scale.requires_grad_(each == "reentrant")
         torch.manual_seed(5)
-        engine_of(model, squares, 3).backward(rows())
+        engine_of(model, squares, cut).backward(rows())
         found.append(model)
     models = [[p.grad for name, p in model.named_parameters() if name != "scale"] for model in found]
     for one, other in zip(*models, strict=True):

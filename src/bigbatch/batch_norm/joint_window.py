@@ -100,7 +100,7 @@ class JointWindow:
             InputError: The functions, or the ranks, do not run the same batch norms in the same order.
             RankFailedError: Another rank failed.
         """
-        self._streams = self._new_streams()
+        self._streams = RandomStreams([self._device] if self._device.type == "cuda" else [])
         failure, succeeded = None, False
         try:
             self._follow_norms()
@@ -118,23 +118,6 @@ class JointWindow:
             self._end(succeeded=succeeded)
         self._others_wait = self._others_wait and failure is not None
         return failure
-
-    def run_alone(self, function: Callable[[], object]) -> OutOfMemory | None:
-        """Run the only function of a window as it is; as `run` otherwise."""
-        streams = self._new_streams()
-        try:
-            function()
-            return None
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = OutOfMemory(first_line(error), is_here=True)
-        self._buffers.rollback()
-        streams.rollback()
-        return failure
-
-    def _new_streams(self) -> RandomStreams:
-        return RandomStreams([self._device] if self._device.type == "cuda" else [])
 
     def _end(self, *, succeeded: bool) -> None:
         """End what runs; if the functions did not all end, buffers and random states are put back."""

@@ -102,13 +102,16 @@ def check_ranks(accumulator: Accumulator, microbatch: object, batch_norm: object
         _check_lockstep(sync, microbatch, batch_norm, cuda_graphs)
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
-    update = accumulator.update
-    is_float16 = update.scaler is not None or any(p.dtype is torch.float16 for p in update.parameters())
-    if batch_norm is not None and sync.size > 1 and is_float16:
+    if batch_norm is not None and sync.size > 1 and _is_float16(accumulator):
         raise InputError(
             f'batch_norm="exact" over {sync.size} ranks is not supported with float16, whose gradients each rank '
             "scales by itself: use bfloat16, and leave scaler= out."
         )
+
+
+def _is_float16(accumulator: Accumulator) -> bool:
+    update = accumulator.update
+    return update.scaler is not None or any(p.dtype is torch.float16 for p in update.parameters())
 
 
 def _check_lockstep(sync: GradientSync, microbatch: object, batch_norm: object, cuda_graphs: bool) -> None:

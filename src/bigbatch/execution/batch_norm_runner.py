@@ -30,7 +30,7 @@ Rows = Sequence[int]
 
 
 class BatchNormRunner(MicrobatchRunner):
-    """Runs windows with ``batch_norm="exact"``. A window of one micro-batch runs as it is.
+    """Runs windows with ``batch_norm="exact"``.
 
     Args:
         loss_fn: Of the engine; its modules are searched for batch norms, too.
@@ -96,14 +96,9 @@ class BatchNormRunner(MicrobatchRunner):
     def _run_window(
         self, groups: list[Rows], pending: PendingUpdate, should_abandon: Callable[[], bool]
     ) -> OutOfMemory | None:
-        if len(groups) == 1 and not self.waits_for_ranks:
-            return self._joint.run_alone(partial(self._run_alone, groups[0], pending))
         turns = pending.microbatches(should_abandon, again=groups) if groups else ()
         with pending.sums.adding() as trained:
             return self._joint.run(partial(self._differentiate, turn.content, pending, trained) for turn in turns)
-
-    def _run_alone(self, rows: Rows, pending: PendingUpdate) -> None:
-        pending.add(self.inputs.loss_fn(self._model, self.inputs.take(rows)))
 
     def _differentiate(self, rows: Rows, pending: PendingUpdate, trained: Sequence[Tensor]) -> None:
         """Run forward and backward of a micro-batch, in a thread of its own."""
