@@ -1,7 +1,7 @@
 """Time, memory and error of batch norm over the whole batch, compared with plain accumulation and the whole batch.
 
     python benchmarks/batch_norm.py [--batch 128] [--microbatch 16] [--rounds 5] [--threads 1]
-    python benchmarks/batch_norm.py --device cuda --width 64 --pixels 224 --batch 256 --microbatch 32
+    python benchmarks/batch_norm.py --device cuda --width 64 --pixels 112 --batch 128 --microbatch 16
 
 The model is a residual network of four stages with two blocks each, as ResNet-18, with batch norm after every
 convolution. Each row is one window: all samples in one micro-batch, micro-batches that normalize by themselves, and
