@@ -10,17 +10,24 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.checks import Settings, uneven_updates
+from bigbatch.integrations.transformers.checks import uneven_updates
 from bigbatch.integrations.transformers.samples import EmptyBatch, SampleBatch, SampleCollator, WindowBatch, as_window
 from bigbatch.integrations.transformers.window_engine import ComputeLoss, WindowEngine, batch_size_of
 from bigbatch.window_report import WindowReport
+
+
+class Windows(Protocol):
+    """Computes the loss of windows of one trainer."""
+
+    def loss(self, model: nn.Module, window: WindowBatch, compute_loss: ComputeLoss) -> tuple[Tensor, WindowReport]:
+        """As `WindowEngine.loss`."""
 
 
 class ExactMixin:
@@ -31,8 +38,9 @@ class ExactMixin:
     """
 
     bigbatch_report: WindowReport | None = None
-    _bigbatch_settings: Settings
-    _bigbatch_windows: WindowEngine | None = None
+    _bigbatch_package: ClassVar[str] = "transformers"  # of the `exact` that was called
+    _bigbatch_settings: Any
+    _bigbatch_windows: Windows | None = None
     _bigbatch_held: Sequence[Any] = ()
 
     def get_train_dataloader(self) -> Any:
@@ -127,7 +135,7 @@ class ExactMixin:
             if not isinstance(inputs, WindowBatch):
                 return own(model, inputs, *args, **kwargs)
             if self._bigbatch_windows is None:
-                self._bigbatch_windows = WindowEngine(trainer, self._bigbatch_settings)
+                self._bigbatch_windows = self._bigbatch_new_windows()
             loss, report = self._bigbatch_windows.loss(model, inputs, own)
             self.bigbatch_report = replace(report, step=trainer.state.global_step + 1)
             return loss
@@ -138,6 +146,10 @@ class ExactMixin:
         finally:
             del attributes["compute_loss"]
             attributes.update(found, current_gradient_accumulation_steps=steps)
+
+    def _bigbatch_new_windows(self) -> Windows:
+        """Return what runs the windows of this trainer."""
+        return WindowEngine(self, self._bigbatch_settings)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Leave windows as they are: their micro-batches are prepared one by one."""

@@ -6,9 +6,11 @@ first window → the Trainer's own training steps, the engine of `exact`, the wh
 from dataclasses import dataclass
 from typing import Any
 
+from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.checks import Settings, check_kind, check_trainer
 from bigbatch.integrations.transformers.traceless import class_of, traceless
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
+from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.integrations.transformers.weights import WeightsMixin
 from bigbatch.integrations.transformers.window_data import read_windows
 from bigbatch.integrations.transformers.window_gradients import WindowErrors, WindowGradients
@@ -79,6 +81,12 @@ def verify(trainer: Any) -> TrainerVerification:
         InputError: It is no Trainer, or one that `exact` refuses, or the unit of its loss is not certain.
     """
     check_kind(trainer)
+    if getattr(trainer, "_bigbatch_package", "transformers") != "transformers":
+        raise InputError(
+            f"verify() of bigbatch.integrations.transformers weights micro-batches by their items, and the loss of "
+            f"this {class_name(trainer)} couples samples: compare the gradient of an update with that of the "
+            "stock trainer."
+        )
     settings = getattr(trainer, "_bigbatch_settings", Settings())
     if not isinstance(trainer, WeightsMixin):
         check_trainer(trainer, settings)

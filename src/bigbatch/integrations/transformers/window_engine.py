@@ -3,7 +3,6 @@
 samples → unit of the loss → micro-batches (collator) → trainer's own loss, times items → sums → loss of the window
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,22 +12,27 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from bigbatch.accumulation.optimizer_update import NO_ITEMS
 from bigbatch.engine.checks import check_lengths
 from bigbatch.engine.engine import Engine
-from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import trainer_metrics
 from bigbatch.integrations.transformers.checks import Settings
 from bigbatch.integrations.transformers.loss_collectives import calls_collectives
+from bigbatch.integrations.transformers.own_parameters import (
+    clear_gradients,
+    model_for_engine,
+    model_of_engine,
+    other_parameters,
+)
 from bigbatch.integrations.transformers.samples import Piece, WindowBatch, copy_samples, take_whole
 from bigbatch.integrations.transformers.traceless import trainer_preserved
 from bigbatch.integrations.transformers.unit_refusals import class_name, unequal_micro_batches
+from bigbatch.integrations.transformers.window_hand_over import WindowHandOver, warn_of_batch_norms
 from bigbatch.integrations.transformers.window_unit import WindowUnit
 from bigbatch.rng import random_states, same_random_states, set_random_states
 from bigbatch.trials.trial import is_trial
 from bigbatch.types import Items
-from bigbatch.verification.causes.modules import active_dropouts, training_batch_norms
+from bigbatch.verification.causes.modules import active_dropouts
 from bigbatch.window_report import WindowReport
 
 ComputeLoss = Callable[..., Any]
@@ -53,7 +57,7 @@ class WindowEngine:
         collate, loss = self._collate_samples, self._own_loss
         self._unit = WindowUnit(trainer, settings.items, collate, loss, audits_items=audits_items)
         self._window = WindowBatch()
-        self._num_windows = 0
+        self._hand_over = WindowHandOver(trainer)
         self._collator_draws = False  # random numbers
         self._needs_num_items = False
         self._lockstep: bool | None = None
@@ -78,19 +82,10 @@ class WindowEngine:
         batch = range(len(window.samples))
         with trainer_metrics.local_gathers(self._trainer.accelerator):
             self._unit.prepare(window, self._collate_ahead(engine, window))
-            loss, report = exact_loss(
-                engine.accumulator.update.parameters(), lambda: engine.backward(batch), engine.runner
-            )
+            loss, report = self._hand_over.run(engine, batch)
             self._unit.audit_items(window)
         trainer_metrics.complete(self._trainer, window.pieces)
         self._window = WindowBatch()  # frees the samples
-        if report.skipped is not None and self._trainer.accelerator.scaler is None:
-            return self._without_gradient(report), report
-        if report.skipped == NO_ITEMS:  # a GradScaler cannot step without a gradient
-            self._warn_of_window("no items: its gradient is 0, and momentum and weight decay act as in any update")
-        if not self._num_windows:
-            loss.register_hook(self._check_factor)  # type: ignore[no-untyped-call]
-        self._num_windows += 1
         return loss, report
 
     @property
@@ -101,7 +96,9 @@ class WindowEngine:
     def _engine_for(self, model: nn.Module, *, is_collated: bool) -> Engine:
         """Return the engine for a model; another one if the model or the batch size changed since the last window."""
         settings, batch_size = self._settings, batch_size_of(self._trainer)
-        made_for = (model, batch_size, is_collated)
+        others = other_parameters(self._trainer, model)
+        clear_gradients(others)
+        made_for = (model, batch_size, is_collated, tuple(map(id, others)))
         if self._engine is not None and made_for == self._made_for:
             return self._engine
         if is_collated and settings.needs_samples:
@@ -114,10 +111,11 @@ class WindowEngine:
         is_random = active_dropouts(model) or self._trainer.neftune_noise_alpha is not None
         evaluates = self._unit.is_given and is_collated and not is_random  # other units are audited
         if not evaluates:
-            _warn_of_batch_norms(model)
+            warn_of_batch_norms(model)
+        together, sync = model_for_engine(self._trainer, model, others)
         try:
             self._engine = Engine(
-                model,
+                together,
                 None,
                 self._loss_and_items,
                 microbatch=1 if is_collated else settings.microbatch_for(batch_size),
@@ -128,11 +126,13 @@ class WindowEngine:
                 scaler=self._trainer.accelerator.scaler,
                 nonfinite=settings.nonfinite,
                 lockstep=bool(self._lockstep),
+                sync=sync,
                 check=evaluates,
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
-        self._made_for, self._num_windows = made_for, 0
+        self._made_for = made_for
+        self._hand_over = WindowHandOver(self._trainer)
         return self._engine
 
     def _calls_collectives(self, window: WindowBatch) -> bool:
@@ -194,7 +194,7 @@ class WindowEngine:
 
     def _loss_and_items(self, model: nn.Module, microbatch: Mapping[str, Any]) -> tuple[Tensor, Items]:
         """Return the loss sum and the items of a micro-batch."""
-        piece, trainer = microbatch["piece"], self._trainer
+        piece, trainer, model = microbatch["piece"], self._trainer, model_of_engine(model)
         with trainer_preserved(trainer) if is_trial() else trainer_metrics.recorded(trainer, piece):
             inputs = trainer._prepare_inputs(microbatch["inputs"])
             self._check_prepared(inputs, piece.items)
@@ -235,29 +235,6 @@ class WindowEngine:
             )
         return loss.reshape(())
 
-    def _without_gradient(self, report: WindowReport) -> Tensor:
-        """Return the loss of a window that changes nothing: its backward leaves every ``.grad`` as it is."""
-        has_items = report.skipped != NO_ITEMS
-        self._warn_of_window(
-            f"{f'a {report.skipped}' if has_items else NO_ITEMS}: it changes no weight and no optimizer state; the "
-            "learning rate schedule goes on"
-        )
-        value = float("nan") if has_items else 0.0
-        return torch.full((), value, device=self._trainer.args.device, requires_grad=True)
-
-    def _warn_of_window(self, what: str) -> None:
-        warnings.warn(f"the window of update {self._trainer.state.global_step + 1} has {what}.", stacklevel=3)
-
-    def _check_factor(self, factor: Tensor) -> None:
-        """Check that the trainer differentiates the loss as it is, once: the gradient is multiplied by any factor."""
-        scaler = self._trainer.accelerator.scaler
-        expected = 1.0 if scaler is None else scaler.get_scale()
-        if factor.item() != expected:
-            raise InputError(
-                f"training_step of {class_name(self._trainer)} multiplies the loss by {factor.item() / expected:g}, "
-                "and the loss of a window is complete: remove the division by the number of accumulation steps."
-            )
-
 
 def batch_size_of(trainer: Any) -> int:
     """Return the samples of one batch of the loader on each rank."""
@@ -288,13 +265,3 @@ def _as_number(items: Any) -> Items:
             f"items= returned {number!r}: it must return the number of items of a micro-batch, at least 0."
         )
     return number
-
-
-def _warn_of_batch_norms(model: nn.Module) -> None:
-    norms = training_batch_norms(model)
-    if norms:
-        warnings.warn(
-            f"BatchNorm in training mode ({', '.join(norms)}) normalizes by the mean and variance of a micro-batch, so "
-            "the updates are not exactly those of the whole batch: set it to eval mode, or use GroupNorm or LayerNorm.",
-            stacklevel=2,
-        )
