@@ -29,6 +29,7 @@ from bigbatch.integrations.sentence_transformers.playback import (
     played_model,
 )
 from bigbatch.integrations.transformers.loss_collectives import CollectiveWatch
+from bigbatch.integrations.transformers.own_loss import ComputeLoss
 from bigbatch.integrations.transformers.own_parameters import (
     clear_gradients,
     model_for_engine,
@@ -38,7 +39,6 @@ from bigbatch.integrations.transformers.own_parameters import (
 from bigbatch.integrations.transformers.samples import WindowBatch, copy_samples
 from bigbatch.integrations.transformers.traceless import attribute, fresh
 from bigbatch.integrations.transformers.unit_refusals import class_name
-from bigbatch.integrations.transformers.window_engine import ComputeLoss
 from bigbatch.integrations.transformers.window_hand_over import WindowHandOver, warn_of_batch_norms
 from bigbatch.trials.trial import is_trial
 from bigbatch.window_report import WindowReport

@@ -81,9 +81,25 @@ class SampleBatch(dict[str, Any]):
         """Raise: nothing can be read before micro-batches are collated."""
         raise self._not_collated(key)
 
-    def _not_collated(self, key: Any) -> InputError:
+    def pop(self, key: Any, *_: Any) -> Any:
+        """Raise, as for reading."""
+        raise self._not_collated(key)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Raise, as for reading."""
+        raise self._not_collated(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise self._not_collated(key, "written to")
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """Raise unless there is nothing to add: a value would be lost."""
+        for key in dict(*others, **values):
+            raise self._not_collated(key, "written to")
+
+    def _not_collated(self, key: Any, verb: str = "read from") -> InputError:
         return InputError(
-            f"{key!r} was read from a batch of a trainer that exact() was called on, whose samples are collated in "
+            f"{key!r} was {verb} a batch of a trainer that exact() was called on, whose samples are collated in "
             "micro-batches later: read or change inputs in compute_loss or in the data collator."
         )
 
