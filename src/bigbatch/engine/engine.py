@@ -28,6 +28,7 @@ from bigbatch.engine.progress import EngineProgress
 from bigbatch.engine.tuning import choose_microbatch
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner_choice import make_runner
+from bigbatch.read_only import read_only
 from bigbatch.types import Collate, CountItems, Layout, LossFunction
 from bigbatch.verification.first_window import FirstWindowCheck
 from bigbatch.window_report import WindowReport
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
+@read_only("accumulator", "sync", "model", "collate", "lengths", "layout")
 class Engine:
     """One exact update from one batch of any size.
 
@@ -140,8 +142,7 @@ class Engine:
         if lockstep:
             self.sync.run_in_lockstep()
         check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
-        self.model = model
-        self.loss_fn = loss_fn
+        self.model, self.loss_fn = model, loss_fn
         self.memory = memory
         self.collate = collate
         self.lengths = lengths
