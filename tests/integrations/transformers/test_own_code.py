@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 import bigbatch
 from bigbatch.integrations.transformers import exact, verify, weights
 from integrations.transformers import trainer_cases as cases
 from support import full_batch_reference as ref
+from support import tiny_trainers as tiny
 
 EXACT = 1e-12
 
@@ -273,6 +275,32 @@ def test_weights_refuse_invalid_counts(tmp_path: Path, count: float):
     trainer, _ = cases.make(tmp_path)
     error = error_of(weights(trainer, items=lambda inputs: count))
     assert re.match(r"items= returned \[(-1\.0|nan), .*it must return the number of items", str(error))
+
+
+def test_weights_refuse_what_is_no_number(tmp_path: Path):
+    trainer, _ = cases.make(tmp_path)
+    assert str(error_of(weights(trainer, items=lambda inputs: inputs["labels"]))) == (
+        "items= returned a Tensor: it must return the number of items of a micro-batch, a number or a 0-d tensor."
+    )
+    error = error_of(weights(trainer, items=fail))
+    assert str(error).startswith("items= raised LookupError: no such column.")
+
+
+class Predicts(tiny.Regression):
+    def forward(self, x, labels=None):
+        return {"logits": self.layers(x).squeeze(-1)}
+
+
+def test_loss_function_is_named(tmp_path: Path):
+    trainer, _ = cases.make(tmp_path, Trainer, Predicts(), tiny.regression_samples(), tiny.collate_regression)
+    trainer.compute_loss_func = fail
+    assert str(error_of(exact(trainer))).startswith("compute_loss of Trainer (compute_loss_func=fail) raised LookupErr")
+
+
+def test_budget_below_a_sample_is_an_input_error(tmp_path: Path):
+    trainer, _ = cases.make(tmp_path)
+    exact(trainer, items=cases.num_labels, microbatch=bigbatch.TokenBudget(3), lengths=lambda rows: [4] * len(rows))
+    assert "4" in str(error_of(trainer))
 
 
 def test_weights_with_deepspeed_need_the_stock_step(tmp_path: Path):

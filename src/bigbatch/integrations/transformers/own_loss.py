@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.own_code import OwnCode
+from bigbatch.integrations.transformers.own_code import OwnCode, name_of
 from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Items
 
@@ -36,7 +36,7 @@ class OwnLoss:
     def __call__(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Return the loss, 0-d; with a number of items it is not multiplied by the number of ranks."""
         own_rank = _own_rank_only(self._trainer.args) if num_items_in_batch is not None else nullcontext()
-        with own_rank, self._own_code.call(f"compute_loss of {class_name(self._trainer)}"):
+        with own_rank, self._own_code.call(loss_name(self._trainer)):
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if not isinstance(loss, Tensor):
             raise InputError(
@@ -72,6 +72,13 @@ class OwnLoss:
         loss = self(model, inputs, self._one_item * items)
         self._needs_num_items = True
         return _wide(loss) * items
+
+
+def loss_name(trainer: Any) -> str:
+    """Return the loss of a trainer as the subject of a sentence about an error."""
+    function = getattr(trainer, "compute_loss_func", None)
+    own = "" if function is None else f" (compute_loss_func={name_of(function)})"
+    return f"compute_loss of {class_name(trainer)}{own}"
 
 
 @contextmanager

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.checks import check_kind
-from bigbatch.integrations.transformers.own_code import call_training_step, own_training_step
+from bigbatch.integrations.transformers.own_code import OwnCode, call_training_step, own_training_step
 from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Items
 
@@ -160,7 +161,7 @@ class WeightsMixin:
         """Return items · ranks / items of the window, for each micro-batch. Collective."""
         trainer: Any = self
         accelerator = trainer.accelerator
-        counts = [self._bigbatch_weights_items(inputs) for inputs in prepared]
+        counts = [_counted(self._bigbatch_weights_items, inputs) for inputs in prepared]
         own = torch.stack([torch.as_tensor(count).detach().to(accelerator.device, torch.float64) for count in counts])
         invalid = not bool((own.isfinite() & (own >= 0)).all())
         local = own.sum()[None] * (math.nan if invalid else 1)  # raises on all ranks
@@ -228,6 +229,21 @@ class WeightsMixin:
             expected = 1 / steps if _is_divided(trainer) else 1.0
             self._bigbatch_weights_ratios[steps, asked] = expected / found
         return factor * self._bigbatch_weights_ratios[steps, asked]
+
+
+def _counted(items: CountInputs, inputs: Any) -> Items:
+    """Return the items of a micro-batch; of which type is checked, and the value later, on all ranks."""
+    own_code = OwnCode()
+    with own_code.named(), own_code.call("items="):
+        count: Any = items(inputs)
+    if isinstance(count, np.generic):
+        count = count.item()
+    if not isinstance(count, int | float) and not (isinstance(count, Tensor) and count.numel() == 1):
+        raise InputError(
+            f"items= returned a {type(count).__name__}: it must return the number of items of a micro-batch, a number "
+            "or a 0-d tensor."
+        )
+    return count.reshape(()) if isinstance(count, Tensor) else count
 
 
 def _is_divided(trainer: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.checks import Settings
 from bigbatch.integrations.transformers.own_code import OwnCode, name_of
+from bigbatch.integrations.transformers.own_loss import loss_name
 from bigbatch.integrations.transformers.samples import WindowBatch
 from bigbatch.integrations.transformers.traceless import attribute, class_of, collective, without_autocast
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
@@ -221,7 +222,7 @@ def _as_probed(trainer: Any, model: nn.Module, batches: Sequence[Any], own_code:
     """Run in training mode without dropout, or in eval mode, without autocast and scaler; yield the tolerance."""
 
     def compute_loss(model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
-        with own_code.call(f"compute_loss of {class_name(trainer)}"):
+        with own_code.call(loss_name(trainer)):
             loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss
 
