@@ -99,12 +99,11 @@ def test_refusals_are_input_errors(tmp_path: Path, kind, settings, message: str)
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("sentence", ["CUDA out of memory. Tried", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"])
-def test_memory_sentences_are_recovered_from(tmp_path: Path, sentence: str):
+def test_memory_sentence_is_recovered_from(tmp_path: Path):
     class Small(cases.MeanLoss):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if len(inputs["tokens"]) > 2:
-                raise RuntimeError(sentence)
+            if len(inputs["tokens"]) == cases.BATCH:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
             return super().compute_loss(model, inputs)
 
     trainer, recorder = cases.make(tmp_path, Small, max_steps=1)
