@@ -343,7 +343,7 @@ class PendingUpdate:
 
     def _reduce(self, result: window_vote.VoteResult) -> None:
         """Reduce the sums over ranks if every rank succeeded. Collective."""
-        result.check_succeeded(num_steps=self._update.num_steps)
+        result.check_succeeded(num_steps=self._update.num_steps if self._update.knows_number else None)
         self.loss_totals.set_global_totals(result.terms)
         self.loss_totals.undo_prescale(self.sums.tensors())
         self.sums.mark_unmodified()
