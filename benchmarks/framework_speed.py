@@ -96,7 +96,7 @@ class Workload:
 SMALL = Workload(layers=2, width=64, vocabulary=256, lengths=(16, 48, 384), batch_size=8, steps=4)
 MEDIUM = Workload(layers=2, width=256, vocabulary=1024, lengths=(16, 64, 384), batch_size=8, steps=4)
 LARGE = Workload(layers=12, width=768, vocabulary=32000, lengths=(32, 200, 1024), batch_size=16, steps=4)
-WIDE = Workload(layers=8, width=2048, vocabulary=32000, lengths=(32, 512, 1024), batch_size=8, steps=4)
+WIDE = Workload(layers=8, width=2048, vocabulary=32000, lengths=(32, 1024, 1024), batch_size=8, steps=4)
 CAPPED = replace(LARGE, lengths=(32, 200, 4096), batch_size=32)
 
 

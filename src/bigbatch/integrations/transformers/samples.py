@@ -7,16 +7,14 @@ key in a batch raises.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bigbatch.errors import InputError
 from bigbatch.types import Items
 
 
-@dataclass(eq=False)
 class Piece:
-    """Counts of one micro-batch.
+    """Counts of one micro-batch. No dataclass, whose fields the engine would search for tensors to move.
 
     Attributes:
         rows: Indices of its samples in the window.
@@ -27,12 +25,12 @@ class Piece:
         train_tokens: What it added to the tokens that TRL counts.
     """
 
-    rows: Sequence[int]
-    items: Items
-    floating_point_ops: float = 0.0
-    input_tokens: int = 0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    train_tokens: float = 0
+    def __init__(self, rows: Sequence[int], items: Items) -> None:
+        self.rows, self.items = rows, items
+        self.floating_point_ops: float = 0.0
+        self.input_tokens = 0
+        self.metrics: dict[str, list[float]] = {}
+        self.train_tokens: float = 0
 
 
 class Pieces:
