@@ -159,8 +159,10 @@ class ExactMixin:
 
     def _bigbatch_check_returned(self, loss: Any, report: WindowReport) -> None:
         """Check that an own training_step returns the loss of the window, which is logged, undivided."""
-        steps = getattr(self, "args").gradient_accumulation_steps  # noqa: B009 - of the trainer
-        if steps == 1 or report.skipped is not None or own_training_step(self) is None or not isinstance(loss, Tensor):
+        trainer: Any = self
+        steps = trainer.args.gradient_accumulation_steps
+        is_one_value = isinstance(loss, Tensor) and loss.numel() == 1
+        if steps == 1 or not is_one_value or report.skipped is not None or own_training_step(self) is None:
             return
         if math.isclose(float(loss) * steps, report.loss, rel_tol=1e-3):  # waits for the device, once
             raise InputError(
