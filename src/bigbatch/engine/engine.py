@@ -143,8 +143,7 @@ class Engine:
             self.sync.run_in_lockstep()
         check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
         self.model, self.loss_fn = model, loss_fn
-        self.memory = memory
-        self.collate = collate
+        self.memory, self.collate = memory, collate
         self.lengths = lengths
         self.count_items = count_items
         self.layout = check_layout(layout, lengths, collate)

@@ -14,7 +14,8 @@ from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.integrations.transformers.weights import WeightsMixin
 from bigbatch.integrations.transformers.window_data import read_windows
 from bigbatch.integrations.transformers.window_gradients import WindowErrors, WindowGradients
-from bigbatch.verification.causes.modules import batch_norm_cause, training_batch_norms
+from bigbatch.integrations.transformers.window_hand_over import batch_norm_sentence
+from bigbatch.verification.causes.modules import training_batch_norms
 
 
 @dataclass(frozen=True)
@@ -115,5 +116,5 @@ def verify(trainer: Any) -> TrainerVerification:
         reference=reference,
         trainer=f"{stock.__name__} ({type(model).__name__})",
         windows=errors,
-        causes=(batch_norm_cause(norms).sentence,) if norms else (),
+        causes=(batch_norm_sentence(norms),) if norms else (),
     )

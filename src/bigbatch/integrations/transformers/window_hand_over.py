@@ -1,7 +1,7 @@
 """Run a window on an engine and pass its loss to a trainer, with what a trainer does with windows that are skipped."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +75,12 @@ def warn_of_batch_norms(model: nn.Module) -> None:
     """Warn if a model normalizes by the statistics of micro-batches."""
     norms = training_batch_norms(model)
     if norms:
-        warnings.warn(
-            f"BatchNorm in training mode ({', '.join(norms)}) normalizes by the mean and variance of a micro-batch, so "
-            "the updates are not exactly those of the whole batch: set it to eval mode, or use GroupNorm or LayerNorm.",
-            stacklevel=3,
-        )
+        warnings.warn(batch_norm_sentence(norms), stacklevel=3)
+
+
+def batch_norm_sentence(norms: Iterable[str]) -> str:
+    """Return what batch norms of these names do to updates."""
+    return (
+        f"BatchNorm in training mode ({', '.join(norms)}) normalizes by the mean and variance of a micro-batch, so the "
+        "updates are not exactly those of the whole batch: set it to eval mode, or use GroupNorm or LayerNorm."
+    )
