@@ -265,7 +265,7 @@ def test_training_batch_norms_are_named(frozen):
         assert result.causes == ()
     else:
         assert str(result).endswith(
-            "NOT exact (tolerance 2e-05)\n  cause: BatchNorm in training mode (norm) normalizes by the mean and variance "
-            "of a micro-batch, so the updates are not exactly those of the whole batch: set it to eval mode, or use "
-            "GroupNorm or LayerNorm."
+            "NOT exact (tolerance 2e-05)\n  cause: BatchNorm in training mode (norm) normalizes by the mean and "
+            "variance of a micro-batch, so the updates are not exactly those of the whole batch: set it to eval mode, "
+            "or use GroupNorm or LayerNorm."
         )
