@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".venv" / "versions"
-EXTRAS = ("transformers", "trl", "accelerate", "lightning")
+EXTRAS = ("transformers", "trl", "accelerate", "lightning", "sentence-transformers")
 ADAPTERS = "peft"  # the tests train adapters; its lower bound is that of the extra `train`
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 LARGE_PARTS_OF_TORCH = ("nvidia-", "triton", "cuda-")

@@ -118,7 +118,7 @@ def main() -> None:
         name = torch.cuda.get_device_name(device)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(limit / total, device)
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {name}; limit {describe_bytes(limit)}")
     pairs = make_pairs(options.pairs, device)
     model = build(device, tiny=tiny)

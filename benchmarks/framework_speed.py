@@ -1,7 +1,10 @@
-"""Time and peak memory of a Trainer with and without `exact`; `frameworks.py --speed` and `--capped` run this.
+"""Time and peak memory of a Trainer with and without `exact`; `frameworks.py` runs this for its modes.
 
 Overhead: samples of one length, where both Trainers compute the same update with the same micro-batches. They take
-turns step by step in one process; the ratio of the median times of a step. A second stock Trainer shows the noise.
+turns update by update in one process: stock, exact, a second stock Trainer. The overhead is the median over these
+rounds of the time of ``exact`` over the mean of its two neighbours; the second stock Trainer over the first one shows
+the noise. ``exact`` checks the unit of the loss in windows 1 to 4, 8, 16...: the first four are not timed, and the
+ratio of the sums of all later ones contains the others.
 
 Token budget: ragged lengths, the same window for all, in turns; the Trainer with its own batch size, and sorted by
 length (``group_by_length``, which changes the samples of an update), beside ``exact`` with a `TokenBudget`. Tokens are
@@ -9,8 +12,9 @@ real ones, without padding. The peak is of one update, in a run of its own.
 
 Capped: ``--memory`` is all that the allocator may have. Lengths are log-normal with long samples. The Trainer with
 ``per_device_train_batch_size=32`` runs out of memory, and ``exact(trainer, memory=...)`` with the same arguments does
-not; beside it the Trainer with every smaller batch size and more accumulation steps, for the same window. On a CPU
-there is no cap: it is a dry run.
+not; beside it the Trainer with smaller batch sizes and more accumulation steps, for the same window, up to the first
+one that runs out of memory. A Trainer stops after a minute and one timed update. On a CPU there is no cap: it is a dry
+run.
 
 Seconds are those of the clock on CUDA, and of the process on a CPU, which other processes disturb less.
 """
@@ -37,6 +41,7 @@ from bigbatch.memory.allocation_tracker import AllocationTracker
 from bigbatch.memory.limit import parse_memory
 
 IGNORED, WARMUP = -100, 4
+LIMIT_S = 60  # of one contender of the capped comparison
 Sample = dict[str, list[int]]
 
 
@@ -65,7 +70,7 @@ class Workload:
         """Samples of an update."""
         return self.batch_size * self.steps
 
-    def model(self) -> Any:
+    def model(self, device: str) -> Any:
         """Make a Llama with random weights."""
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
@@ -73,7 +78,8 @@ class Workload:
             num_hidden_layers=self.layers, num_attention_heads=max(1, self.width // 64),
             max_position_embeddings=self.lengths[2], pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
         )  # fmt: skip
-        return transformers.LlamaForCausalLM(config)
+        with torch.device(device):
+            return transformers.LlamaForCausalLM(config)
 
     def samples(self, updates: int, *, ragged: bool) -> list[Sample]:
         """Make the samples of some updates; every window of ragged ones has one of the greatest length."""
@@ -90,6 +96,7 @@ class Workload:
 SMALL = Workload(layers=2, width=64, vocabulary=256, lengths=(16, 48, 384), batch_size=8, steps=4)
 MEDIUM = Workload(layers=2, width=256, vocabulary=1024, lengths=(16, 64, 384), batch_size=8, steps=4)
 LARGE = Workload(layers=12, width=768, vocabulary=32000, lengths=(32, 200, 1024), batch_size=16, steps=4)
+WIDE = Workload(layers=8, width=2048, vocabulary=32000, lengths=(32, 1024, 1024), batch_size=8, steps=4)
 CAPPED = replace(LARGE, lengths=(32, 200, 4096), batch_size=32)
 
 
@@ -128,12 +135,21 @@ class Times(transformers.TrainerCallback):
         device: Is synchronized at both ends.
         turn: Waits until this trainer may run an update, if several take turns.
         end: Lets the next one run.
+        limit_s: After this time training stops, if an update after the first ones was timed.
+        warmup: Number of the first ones.
     """
 
     def __init__(
-        self, device: str, turn: Callable[[], object] = lambda: None, end: Callable[[], object] = lambda: None
+        self,
+        device: str,
+        turn: Callable[[], object] = lambda: None,
+        end: Callable[[], object] = lambda: None,
+        *,
+        limit_s: float = float("inf"),
+        warmup: int = 0,
     ) -> None:
         self.device, self.turn, self.end = device, turn, end
+        self.limit_s, self.warmup = limit_s, warmup
         self.seconds: list[float] = []
         self._start = 0.0
 
@@ -151,6 +167,8 @@ class Times(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the clock, and start it for the next update, which begins with its data."""
         self.seconds.append(self._synchronize() - self._start)
+        if sum(self.seconds) > self.limit_s and len(self.seconds) > self.warmup:
+            control.should_training_stop = True
         self.end()
         self.turn()
         self._start = self._synchronize()
@@ -167,7 +185,7 @@ def make_trainer(work: Workload, samples: list[Sample], device: str, times: Time
     }  # fmt: skip
     args = transformers.TrainingArguments(**(values | settings))
     trainer = transformers.Trainer(
-        work.model(), args, data_collator=Collator(), train_dataset=samples, callbacks=[times]
+        work.model(device), args, data_collator=Collator(), train_dataset=samples, callbacks=[times]
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -229,14 +247,28 @@ def in_turns(
 
 
 def overhead(work: Workload, device: str, updates: int) -> None:
-    """Print the ratio of the times of a step with and without `exact`, and of a stock Trainer to another."""
+    """Print how the time of an update with `exact` compares with that of the stock Trainers before and after it."""
     samples = work.samples(updates + WARMUP, ragged=False)
     contenders: Contenders = {"stock": ({}, {}), "exact": ({}, {"items": "auto"}), "stock again": ({}, {})}
     found = in_turns(work, samples, device, contenders)
-    medians = {name: statistics.median(seconds[WARMUP:]) for name, (seconds, _) in found.items()}
+    before, ours, after = (seconds[WARMUP:] for seconds, _ in found.values())
+    clear(device)
+    medians = [1e3 * statistics.median(seconds) for seconds in (before, ours, after)]
+    ratios = [own / ((first + second) / 2) for first, own, second in zip(before, ours, after, strict=True)]
+    noise = [second / first for first, second in zip(before, after, strict=True)]
+    total = sum(ours) / ((sum(before) + sum(after)) / 2)
     print(f"overhead on {device}: {updates} updates of {work.window} samples of {work.lengths[1]} tokens, in turns")
-    for name in medians:
-        print(f"  {name:<12} {1e3 * medians[name]:>9.2f} ms   {medians[name] / medians['stock']:.3f} of stock")
+    print(f"  {'':<12}{'ms/update':>12}{'median ratio':>15}{'quartiles':>16}")
+    print(f"  {'stock':<12}{medians[0]:>12.2f}")
+    print(f"  {'exact':<12}{medians[1]:>12.2f}{statistics.median(ratios):>15.3f}{quartiles(ratios):>16}")
+    print(f"  {'stock again':<12}{medians[2]:>12.2f}{statistics.median(noise):>15.3f}{quartiles(noise):>16}")
+    print(f"  sum of all timed updates, exact over stock: {total:.3f} (contains windows that are checked)", flush=True)
+
+
+def quartiles(values: Sequence[float]) -> str:
+    """Return the first and the third quartile of at least two values."""
+    first, _, third = statistics.quantiles(values, n=4)
+    return f"{first:.3f}–{third:.3f}"
 
 
 @dataclass(frozen=True)
@@ -249,11 +281,18 @@ class Run:
 
 
 def run(
-    work: Workload, samples: list[Sample], device: str, settings: dict[str, Any], *, warmup: int = WARMUP, **how: Any
+    work: Workload,
+    samples: list[Sample],
+    device: str,
+    settings: dict[str, Any],
+    *,
+    warmup: int = WARMUP,
+    limit_s: float = float("inf"),
+    **how: Any,
 ) -> Run:
     """Train on samples, stock or with the arguments of `exact`; the first updates are not timed."""
     clear(device)
-    times = Times(device)
+    times = Times(device, limit_s=limit_s, warmup=warmup)
     trainer = make_trainer(work, samples, device, times, **settings)
     if how:
         exact(trainer, **how)
@@ -268,7 +307,7 @@ def run(
         del trainer
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else tracker.peak_bytes if tracker else 0
     seconds = times.seconds[warmup:]
-    return Run(sum(tokens[warmup:]) / sum(seconds) if seconds else 0.0, peak)
+    return Run(sum(tokens[warmup : len(times.seconds)]) / sum(seconds) if seconds else 0.0, peak)
 
 
 def print_line(name: str, tokens_per_s: float, peak: int, reference: float) -> None:
@@ -311,19 +350,25 @@ def capped(
     print(f"  {'':<44}{'tokens/s':>12}{'peak MiB':>11}")
     how = {"memory": memory, "lengths": lengths}
     contenders: Contenders = {f'exact, batch size {work.batch_size}, memory="{memory}"': (common, how)}
-    for size in sizes:
+    for size in sorted(sizes):
         settings = common | {"per_device_train_batch_size": size, "gradient_accumulation_steps": work.window // size}
         contenders[f"stock, batch size {size}"] = settings, {}
         grouped = settings | {"train_sampling_strategy": "group_by_length"}
         contenders[f"stock, batch size {size}, group_by_length"] = grouped, {}
     speeds: dict[bool, float] = {False: 0.0, True: 0.0}  # the best, by whether it is exact
+    too_large: set[str] = set()  # sampling strategies that ran out of memory with a smaller batch size
     with cap(device, memory):
         for name, (settings, how) in contenders.items():
+            sampling = name.partition("group")[1]
+            if not how and sampling in too_large:
+                print(f"  {name:<44}  not run: a smaller one runs out of memory", flush=True)
+                continue
             warmup = WARMUP if how else 1
             samples = work.samples(updates + warmup, ragged=True)
-            done = run(work, samples, device, settings, warmup=warmup, **how)
+            done = run(work, samples, device, settings, warmup=warmup, limit_s=LIMIT_S, **how)
             if done.died_after is not None:
                 print(f"  {name:<44}  out of memory after {done.died_after} updates", flush=True)
+                too_large.add(sampling)
                 continue
             speeds[bool(how)] = max(speeds[bool(how)], done.tokens_per_s)
             print_line(name, done.tokens_per_s, done.peak_bytes, 0.0)
@@ -346,13 +391,14 @@ def cap(device: str, memory: str) -> Iterator[None]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the overhead and the token budget, or the capped comparison."""
+    """Run the overhead and the token budget, or one of both, or the capped comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--capped", action="store_true")
+    parser.add_argument("--overhead", action="store_true", help="only the overhead")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", default="12GiB", help="of the card, with --capped")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", help="of stock Trainers, with --capped; by default 32, 16, 8, 4, 2, 1"
+        "--batch-sizes", type=int, nargs="+", help="of stock Trainers, with --capped; by default 1, 2, 4, 8, 16, 32"
     )
     parser.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing for all, with --capped")
     parser.add_argument("--updates", type=int, default=20)
@@ -369,10 +415,9 @@ def main(words: Sequence[str] | None = None) -> None:
         halves = [work.batch_size >> power for power in range(work.batch_size.bit_length())]
         capped(work, given.device, given.updates, given.memory, given.batch_sizes or halves, common)
         return
-    overhead(work, given.device, given.updates)
-    if not large:
-        overhead(MEDIUM, given.device, given.updates)  # the cost of a window is constant: a longer step shows it less
-    budgets(work, given.device, given.updates)
+    overhead(WIDE if large else MEDIUM, given.device, given.updates)
+    if not given.overhead:
+        budgets(work, given.device, given.updates)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/frameworks.py                     # the table
     python benchmarks/frameworks.py --speed             # time of a Trainer's step, tokens/s and peak memory
     python benchmarks/frameworks.py --speed --device cuda
+    python benchmarks/frameworks.py --overhead --device cuda        # only the time of a step
     python benchmarks/frameworks.py --capped --device cuda --memory 12GiB
 
 The table: small random models in float64, micro-batches of 4 samples, 4 of them in a window, ragged lengths; relative
@@ -10,7 +11,7 @@ error ‖gradient − whole‖ / ‖whole‖ at the optimizer's step, of the fir
 is shorter. The whole batch in one piece is the framework's own loss on all samples of the window, in one process. A
 row of a Trainer has one changed line: ``exact(trainer)``. Some models compute logits or norms in float32 (marked *), so
 that errors up to 1e-6 are rounding. Rows with 2 ranks run on two gloo processes with DDP. `framework_speed.py` has the
-other two modes.
+other modes.
 """
 
 import argparse
@@ -166,11 +167,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this text")
     parser.add_argument("--speed", action="store_true", help="time and peak memory instead of the table")
     parser.add_argument("--capped", action="store_true", help="a card with a memory cap, where stock settings die")
+    parser.add_argument("--overhead", action="store_true", help="only the time of a step, stock and exact")
     known, others = parser.parse_known_args()
-    if known.speed or known.capped:
+    if known.speed or known.overhead or known.capped:
         import framework_speed
 
-        framework_speed.main([*(["--capped"] if known.capped else []), *others])
+        modes = [f"--{mode}" for mode in ("capped", "overhead") if getattr(known, mode)]
+        framework_speed.main([*modes, *others])
         return
     parser.parse_args()
     torch.set_num_threads(1)

@@ -5,7 +5,8 @@
 - transformers: `exact` is called on every Trainer when it starts to train; with ``items=`` the number of labels if the
   model draws random numbers of its own, whose unit `exact` refuses to find.
 - accelerate: ``Accelerator`` is `ExactAccelerator`; ``backward(mean)`` has no items and so is accelerate's.
-- accelerate-items: the same, and every ``backward(mean)`` is ``backward(16 · mean, items=16)``.
+- accelerate-items: the same, and every ``backward(mean)`` of a prepared model is ``backward(16 · mean, items=16)``;
+  that of another model, which tests compare with, is accelerate's.
 - lightning: every ``Trainer`` has `ExactAccumulation`, and every ``training_step`` of a module with automatic
   optimization returns the loss with ``items=1``.
 
@@ -91,12 +92,19 @@ def switch_accelerate_on(log: Log, *, with_items: bool = False) -> None:
     import accelerate.accelerator
 
     from bigbatch.integrations.accelerate import ExactAccelerator
+    from bigbatch.integrations.item_totals import reached_parameters
+
+    stock = accelerate.Accelerator
 
     class Accelerator(ExactAccelerator):
         def backward(self, loss: Any, **kwargs: Any) -> None:
             log.write("on")
             if with_items:
-                super().backward(loss * BATCH, items=BATCH, **kwargs)
+                prepared = {id(parameter) for model in self._models for parameter in model.parameters()}
+                if any(id(parameter) in prepared for parameter in reached_parameters(loss)):
+                    super().backward(loss * BATCH, items=BATCH, **kwargs)
+                else:
+                    stock.backward(self, loss, **kwargs)
             else:
                 super().backward(loss, **kwargs)
 

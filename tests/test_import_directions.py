@@ -12,11 +12,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 CORE = [
-    {"errors", "types", "rng", "scaling", "trials", "losses"},
+    {"errors", "types", "read_only", "rng", "scaling", "trials", "losses", "signal_deferral"},
     {"memory", "batching", "preserve", "window_report"},
     {"gradients"},
     {"distributed"},
     {"coupled"},
+    {"batch_norm"},
     {"verification"},
     {"accumulation"},
     {"execution"},

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bigbatch.accumulation import signal_deferral
+from bigbatch import signal_deferral
 from bigbatch.accumulation.pending_update import WindowState
-from bigbatch.accumulation.signal_deferral import DEFERRED, DeferredSignals
 from bigbatch.errors import TornUpdateError
+from bigbatch.signal_deferral import DEFERRED, DeferredSignals
 from support.interrupted_updates import BATCHES, CALLS, OPTIMIZERS, Training, references, sample
 from support.process_pool import Pool
 

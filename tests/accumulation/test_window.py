@@ -391,6 +391,24 @@ def test_retained_graph_is_differentiated_again(dtype):
     assert ref.relative_error(optimizer.recorded[0], full) <= (1e-12 if dtype is torch.float64 else 3e-2)
 
 
+def test_second_backward_of_a_graph_names_retain_graph():
+    model = torch.nn.LSTMCell(3, 4)
+    window = bigbatch.Accumulator(model, ref.RecordingSGD(model)).window()
+    state = model(torch.ones(2, 3))
+    window.backward(state[0].square().sum(), items=2)
+    with pytest.raises(WindowStateError) as caught:
+        window.backward(model(torch.ones(2, 3), state)[0].square().sum(), items=2)
+    assert str(caught.value) == (
+        "the graph of this loss, or a part of it, was differentiated before, and its tensors were freed. Pass "
+        "retain_graph=True to the earlier backward (of a window, or of an earlier step of truncated backpropagation), "
+        "or detach() what comes from it; for several optimizers of one loss, pass all of them to one accumulator: "
+        "Accumulator(model, [a, b])."
+    )
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert window.state is WindowState.ABORTED
+    assert_clean(model)
+
+
 def test_parameters_added_inside_window_are_refused():
     model, optimizer, accumulator, parts = setup()
     window = accumulator.window(parts[:2])

@@ -143,7 +143,7 @@ def test_nonfinite_raise_clears_gradients():
     model, accumulator = make(nonfinite="raise")
     window = accumulator.window()
     window.backward(next(model.parameters()).sum() * float("inf"), items=1)
-    with pytest.raises(bigbatch.NonFiniteError):
+    with pytest.raises(bigbatch.NonFiniteError, match=r"^the window has a non-finite gradient, and changed nothing:"):
         window.finish()
     assert all(gradient is None for gradient in gradients_of(model).values())
     assert window.state is WindowState.ABORTED

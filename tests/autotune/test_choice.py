@@ -407,6 +407,13 @@ def test_mispredicted_size_ends_search() -> None:
     assert (choice.prediction_failure, choice.largest, choice.size) == (None, 1, 1)
 
 
+@pytest.mark.parametrize(("fits", "largest"), [(11, 11), (10, 9), (8, 8), (31, 22)])
+def test_size_below_mispredicted_one_is_tried(fits: int, largest: int) -> None:
+    choice = choose(make_step(tokens(32), loss=failing_above(fits)), AMPLE)
+    assert choice.prediction_failure is None
+    assert choice.largest == largest == choice.trials[-1].size
+
+
 def test_size_that_runs_out_when_tried_is_rejected() -> None:
     def limited(model: nn.Module, tokens: Tensor) -> Any:
         return selecting(model, tokens) if len(tokens) <= 5 else failing_above(5)(model, tokens)

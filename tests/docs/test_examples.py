@@ -17,6 +17,7 @@ PAGES = [
     "docs/how-to/own-loop.md",
     "docs/how-to/fit-memory.md",
     "docs/how-to/accelerate.md",
+    "docs/how-to/batch-norm.md",
     "docs/how-to/contrastive.md",
     pytest.param("docs/how-to/lightning.md", marks=LIGHTNING),
     "docs/explanation/exactness.md",

@@ -21,7 +21,8 @@ DROPOUT = (
 )
 BATCH_NORM = (
     "- BatchNorm in training mode ({}): it normalizes by the mean and variance of the micro-batch, so samples "
-    "influence each other. Set it to eval mode, or use GroupNorm or LayerNorm."
+    'influence each other. Pass batch_norm="exact" to bigbatch.Engine, set it to eval mode, or use GroupNorm or '
+    "LayerNorm."
 )
 
 

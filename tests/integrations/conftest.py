@@ -1,5 +1,6 @@
 """Warnings of the frameworks that no test of ours is about."""
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,18 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 FRAMEWORK_WARNINGS = [
     "ignore:'pin_memory' argument is set as true:UserWarning",
     "ignore:`(is_)?gradient_checkpointing(_kwargs)?` is deprecated and will be removed in v6:FutureWarning",
+    "ignore:`SentenceTransformer` only defines `gradient_checkpointing_enable`:FutureWarning",
+    "ignore:`broadcast_buffers` is deprecated:FutureWarning",
+    "ignore:torch.distributed.nn.functional.[a-z_]+ is deprecated:FutureWarning",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports() -> Iterator[None]:
+    """Leave what the frameworks made when they were imported out of the collections that every training starts."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
-"""The pages and the notebook of the integration with transformers run, and print what they show."""
+"""The pages and the notebook of the integrations run, and print what they show."""
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_python_of_page_prints_its_proof(page: str, capsys: pytest.CaptureFixtur
     run(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL), page)
     (proof,) = re.findall(r"^```\n(gradient of .*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     assert shows(capsys.readouterr().out, proof)
+
+
+@pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed")
+def test_python_of_sentence_transformers_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/how-to/sentence-transformers.md").read_text(encoding="utf-8")
+    run(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL), "sentence-transformers.md")
+    (refusal,) = re.findall(r"^```\n(gradient_accumulation_steps .*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    printed = capsys.readouterr().out
+    assert "the last batch: 88 pairs in 11 micro-batches" in printed
+    assert refusal in printed
 
 
 def test_notebook_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:

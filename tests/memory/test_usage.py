@@ -1,7 +1,6 @@
 """What memory there is: of the machine, of containers around the process, and as it is asked for."""
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -287,20 +286,70 @@ def caught() -> RuntimeError:
     return raised.value
 
 
-def out_of_memory() -> Iterable[tuple[BaseException, bool]]:
-    quoted = "the state of AdamW does not fit in memory (DefaultCPUAllocator: can't allocate memory: you tried …)"
-    yield caught(), True
-    yield torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True
-    yield RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True
-    yield bigbatch.MemoryLimitError(quoted), False
-    yield RuntimeError("shapes do not match"), False
-    yield ValueError("can't allocate memory"), False
-    yield KeyboardInterrupt(), False
+FAILED_ALLOCATIONS = {
+    "cuda": "CUDA out of memory. Tried to allocate 20.00 MiB.",
+    "cuda runtime": "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "hip": "HIP out of memory. Tried to allocate 2.00 GiB.",
+    "xpu": "XPU out of memory. Tried to allocate 2.00 GiB.",
+    "mps": "MPS backend out of memory (MPS allocated: 9.00 GB)",
+    "triton": "Triton Error [CUDA]: out of memory",
+    "xla": "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.",
+    "cublas": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cudnn": "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cudnn 9": "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "cudnn workspace": "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a ...",
+    "cusolver": "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+    "cufft": "cuFFT error: CUFFT_ALLOC_FAILED",
+    "hpu": "FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::8",
+    "cpu": "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+    "windows": "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    "c++": "std::bad_alloc",
+}
+QUOTED = "the state of AdamW does not fit in memory (DefaultCPUAllocator: can't allocate memory: you tried …)"
+OTHERS = {
+    "quoted": bigbatch.MemoryLimitError(QUOTED),
+    "other rank": bigbatch.RankFailedError("rank 1 failed: OutOfMemoryError: CUDA out of memory."),
+    "shapes": RuntimeError("shapes do not match"),
+    "shared memory": RuntimeError("Your dataloader's workers are out of shared memory."),
+    "resources": RuntimeError("out of resource: shared memory, Required: 9, Hardware limit: 8"),
+    "assertion": RuntimeError("CUDA error: device-side assert triggered"),
+    "handle": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    "value": ValueError("can't allocate memory"),
+    "interrupt": KeyboardInterrupt("out of memory"),
+}
 
 
-@pytest.mark.parametrize(("error", "expected"), list(out_of_memory()), ids=lambda value: type(value).__name__)
-def test_failed_allocation_is_distinguished_from_other_errors(error: BaseException, *, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
+@pytest.mark.parametrize("name", FAILED_ALLOCATIONS)
+def test_sentences_of_failed_allocations_are_recognized(name: str) -> None:
+    assert is_out_of_memory(RuntimeError(FAILED_ALLOCATIONS[name]))
+    assert is_out_of_memory(torch.OutOfMemoryError(FAILED_ALLOCATIONS[name]))
+
+
+def test_failed_allocation_of_torch_is_recognized() -> None:
+    assert is_out_of_memory(caught())
+    assert is_out_of_memory(torch.OutOfMemoryError())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_errors_are_no_failed_allocations(name: str) -> None:
+    assert not is_out_of_memory(OTHERS[name])
+
+
+@pytest.mark.parametrize("name", ["cuda", "cublas", "cpu"])
+def test_window_recovers_from_every_sentence(name: str) -> None:
+    def loss_fn(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if len(inputs) > 2:
+            raise RuntimeError(FAILED_ALLOCATIONS[name])
+        return model(inputs).square().sum(), len(inputs)
+
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(3, 1).double(), torch.randn(7, 3).double()
+    engine = bigbatch.Engine(model, None, loss_fn, microbatch=4, check=False)
+    report = engine.backward(inputs)
+    (expected,) = torch.autograd.grad(model(inputs).square().sum() / 7, [model.weight])
+    assert report.retries > 0
+    assert model.weight.grad is not None
+    assert torch.allclose(model.weight.grad, expected, rtol=1e-12, atol=0)
 
 
 def huge() -> nn.Module:

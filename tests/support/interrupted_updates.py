@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.accumulation.signal_deferral import DEFERRED
 from bigbatch.errors import TornUpdateError
+from bigbatch.signal_deferral import DEFERRED
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),

@@ -22,6 +22,7 @@ from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.loss_checks import as_count, as_totals
+from bigbatch.read_only import read_only
 from bigbatch.types import CountItems, Items
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
+@read_only("model", "optimizer", "sync", "update")
 class Accumulator:
     """Exact accumulation windows in your own loop.
 
@@ -69,8 +71,8 @@ class Accumulator:
             and parameters on one device; not with float16, and not for sharded models.
 
     Attributes:
-        model: As passed.
-        optimizer: As passed.
+        model: As passed; cannot be replaced.
+        optimizer: As passed; cannot be replaced.
         sync: Synchronizes gradients over ranks.
         update: Applies the gradient of a window.
         noise: Measures the gradient noise scale; None if it is not measured.

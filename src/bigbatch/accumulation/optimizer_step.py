@@ -12,10 +12,10 @@ from weakref import WeakMethod, finalize
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.signal_deferral import DeferredSignals
 from bigbatch.accumulation.step_evidence import StepEvidence, StepSnapshot
 from bigbatch.errors import MemoryLimitError, TornUpdateError, WindowStateError, first_line
 from bigbatch.memory.usage import is_out_of_memory
+from bigbatch.signal_deferral import DeferredSignals
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

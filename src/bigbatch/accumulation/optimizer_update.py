@@ -63,9 +63,9 @@ class OptimizerUpdate:
         nonfinite: ``"skip"`` or ``"raise"``: what to do if the loss or gradient of a window is not finite.
 
     Attributes:
-        optimizers: All optimizers.
-        schedulers: All schedulers.
+        optimizers, schedulers: All of them.
         steps: Steps the optimizers and schedulers.
+        knows_number: Whether ``num_steps`` is known: not if other code counts the updates.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class OptimizerUpdate:
         self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
         self.steps = OptimizerStep(self.optimizers, self.schedulers)
-        self._setup = False
+        self._setup, self.knows_number = False, bool(self.optimizers)
         if self.scaler is not None:
             check_scalable(self.parameters())
 
@@ -119,6 +119,7 @@ class OptimizerUpdate:
     def set_num_steps(self, num_steps: int) -> None:
         """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
         self.steps.reset(num_steps)
+        self.knows_number = True
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all groups of all optimizers, or those that the model trains, as they are now."""
@@ -264,9 +265,10 @@ class OptimizerUpdate:
 
     def _skip_or_raise(self, grad_norm: float, why: str) -> UpdateOutcome:
         if self.nonfinite == "raise":
+            number = f" after update {self.num_steps}" if self.knows_number else ""
             raise NonFiniteError(
-                f"the window after update {self.num_steps} has a {why}, and changed nothing: look at its samples, "
-                'lower the learning rate, or pass nonfinite="skip" to continue without such windows.'
+                f"the window{number} has a {why}, and changed nothing: look at its samples, lower the learning rate, "
+                'or pass nonfinite="skip" to continue without such windows.'
             )
         return UpdateOutcome(grad_norm, skipped=why)
 

@@ -193,12 +193,12 @@ class PendingUpdate:
         self.sums.clear()
         self.num_microbatches = 0
 
-    def add_recorded(self, loss_sum: Tensor, items: Items) -> None:
-        """Count one micro-batch whose gradient a CUDA graph has already added to the sums."""
+    def record(self, result: LossResult) -> Tensor | None:
+        """Count one micro-batch that is differentiated elsewhere; return its loss for that, None without items."""
         self._require_open()
-        self.state = WindowState.ACCUMULATING
-        self.loss_totals.record(as_terms((loss_sum, items)))
-        self.num_microbatches += 1
+        self.state, self.num_microbatches = WindowState.ACCUMULATING, self.num_microbatches + 1
+        loss = self.loss_totals.record(as_terms(result))
+        return loss if loss is None or self._loss_scale is None else loss * self._loss_scale
 
     def apply(self, *, retries: int = 0, run_again: "Callable[[PendingUpdate], None] | None" = None) -> WindowReport:
         """Update once, clear the gradients, and report. Collective.
@@ -343,7 +343,7 @@ class PendingUpdate:
 
     def _reduce(self, result: window_vote.VoteResult) -> None:
         """Reduce the sums over ranks if every rank succeeded. Collective."""
-        result.check_succeeded(num_steps=self._update.num_steps)
+        result.check_succeeded(num_steps=self._update.num_steps if self._update.knows_number else None)
         self.loss_totals.set_global_totals(result.terms)
         self.loss_totals.undo_prescale(self.sums.tensors())
         self.sums.mark_unmodified()

@@ -10,6 +10,13 @@ from bigbatch.errors import WindowStateError
 from bigbatch.types import Items
 from bigbatch.window_report import WindowReport
 
+_SECOND_TIME = (
+    "the graph of this loss, or a part of it, was differentiated before, and its tensors were freed. Pass "
+    "retain_graph=True to the earlier backward (of a window, or of an earlier step of truncated backpropagation), or "
+    "detach() what comes from it; for several optimizers of one loss, pass all of them to one accumulator: "
+    "Accumulator(model, [a, b])."
+)
+
 
 class Window:
     """One accumulation window: iterate over its micro-batches, then call `step` once.
@@ -107,15 +114,18 @@ class Window:
             ValueError: The loss is not a 0-d sum that depends on the parameters, or the items are not a count. Like
                 any error of the backward itself, this aborts the window.
             WindowStateError: The window is closed or aborted; or other code changed its gradients, on any parameter,
-                since it opened or since its last backward; or a hook changed a parameter within this backward.
+                since it opened or since its last backward; or a hook changed a parameter within this backward; or the
+                graph of the loss was differentiated before.
         """
         if self._pending.state is not WindowState.ACCUMULATING:
             self._require_open("backward")
         result: Any = loss_sum if items is None else (loss_sum, items)
         try:
             self._pending.add(result, counts=self._counts, retain_graph=retain_graph)
-        except BaseException:
+        except BaseException as error:
             self.abort()  # a backward that failed half-way has added to some parameters and not to others
+            if isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
+                raise WindowStateError(_SECOND_TIME) from error
             raise
 
     def step(self) -> WindowReport:

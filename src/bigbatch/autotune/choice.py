@@ -30,6 +30,7 @@ SPEED_TOLERANCE = 1.02  # largest time of the chosen size relative to the fastes
 MAX_PROBING_S = 20.0
 MAX_PREDICTION_ERROR = 0.1  # relative: above it, peaks are measured instead of predicted
 NEGLIGIBLE_BYTES = 2**16
+SMALLEST_GAIN = 1.1  # of a size over the largest that was run, to be tried after a larger one did not fit
 SIZES_PER_DOUBLING = 4  # sizes compared by the time model
 
 
@@ -197,9 +198,12 @@ class _Search:
         best_s, num_slower = math.inf, 0
         size = self._problem.first_size
         while True:
-            if not self._time(self._median_microbatch(size)):
+            if not self._time(self._median_microbatch(size)):  # the prediction was too low: try a size in between
                 self._raise_above_limit(math.inf if not timed_sizes else 0, None)
-                return timed_sizes, timed_sizes[-1]
+                largest = size = self._problem.usable_size(math.isqrt(timed_sizes[-1] * size))
+                if size < SMALLEST_GAIN * timed_sizes[-1]:
+                    return timed_sizes, timed_sizes[-1]
+                continue
             timed_sizes.append(size)
             batch_s = self._batch_seconds(size)
             num_slower = num_slower + 1 if batch_s * SPEED_TOLERANCE > best_s else 0

@@ -84,20 +84,21 @@ class VoteResult:
             stopping=bool(self.ranks_with("stopping")),
         )
 
-    def check_succeeded(self, *, num_steps: int) -> None:
+    def check_succeeded(self, *, num_steps: int | None) -> None:
         """Raise on every rank if any did not finish its part of the window.
 
         Args:
-            num_steps: Updates before the window.
+            num_steps: Updates before the window; None if unknown.
 
         Raises:
             RankFailedError: A rank failed.
             WindowAbandonedError: A rank abandoned the window.
         """
         if failed := self.ranks_with("failed"):
+            number = "" if num_steps is None else f" after update {num_steps}"
             raise RankFailedError(
-                f"{list_ranks(failed)} failed in the window after update {num_steps}, which changed nothing on any "
-                "rank: see the error there. A window that ends without its step() has failed, too."
+                f"{list_ranks(failed)} failed in the window{number}, which changed nothing on any rank: see the error "
+                "there. A window that ends without its step() has failed, too."
             )
         if abandoned := self.ranks_with("abandoned"):
             raise WindowAbandonedError(f"the window was abandoned on {list_ranks(abandoned)}.")

@@ -15,7 +15,6 @@ from bigbatch.accumulation.window_content import WindowContent
 from bigbatch.batching.prefetch import Prefetcher
 from bigbatch.batching.split import Split, split, split_into, split_options
 from bigbatch.batching.time_first import TimeFirstCheck
-from bigbatch.coupled.coupled import Coupled
 from bigbatch.engine.checks import check_num_lengths
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
@@ -84,8 +83,7 @@ def open_window(
 ) -> Iterator[tuple[PendingUpdate, Split]]:
     """Split the batch, agree with the other ranks, and open a window; discard it if it does not end by itself."""
     sync = accumulator.sync
-    gathers = isinstance(loss_fn, Coupled) and loss_fn.gather == "all"  # the others wait for this rank's features
-    needs_agreement = sync.runs_in_lockstep or count_items is not None or gathers
+    needs_agreement = sync.runs_in_lockstep or count_items is not None or runner.waits_for_ranks
     with accumulator.fail_together(before_window=needs_agreement):
         accumulator.prepare()
         lengths = splitter.lengths_of(batch)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from bigbatch.accumulation.accumulator import Accumulator
+from bigbatch.batch_norm.checks import check_batch_norm
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.plan import TokenBudget, plan
 from bigbatch.coupled.coupled import Coupled
@@ -50,14 +52,23 @@ def check_layout(layout: str, lengths: object, collate: object) -> Layout:
     return layout  # type: ignore[return-value]
 
 
-def check_coupled(loss_fn: object, cuda_graphs: bool, count_items: object) -> bool:
-    """Return whether the loss is a `Coupled`, after rejecting settings that it does not support.
+def check_loss(
+    loss_fn: object, microbatch: object, batch_norm: object, *, cuda_graphs: bool, count_items: object
+) -> bool:
+    """Return whether each micro-batch has a gradient of its own, after rejecting settings that are not supported.
 
     Raises:
-        InputError: A setting is not supported.
+        InputError: A setting is not supported for a `Coupled`, or with ``batch_norm="exact"``.
     """
-    if not isinstance(loss_fn, Coupled):
-        return False
+    if isinstance(loss_fn, Coupled):
+        _check_coupled(cuda_graphs, count_items)
+    if batch_norm is not None:
+        check_batch_norm(batch_norm, loss_fn)
+        _check_exact_norms(microbatch, cuda_graphs)
+    return batch_norm is None and not isinstance(loss_fn, Coupled)
+
+
+def _check_coupled(cuda_graphs: bool, count_items: object) -> None:
     if cuda_graphs:
         raise InputError("cuda_graphs=True is not supported for a Coupled loss, which runs two passes; remove it.")
     if count_items is not None:
@@ -65,29 +76,52 @@ def check_coupled(loss_fn: object, cuda_graphs: bool, count_items: object) -> bo
             "count_items= is for losses of several terms, and a Coupled loss has one, whose items are the samples: "
             "add the terms up in its loss, and remove count_items=."
         )
-    return True
 
 
-def check_graphs(cuda_graphs: bool, device: torch.device) -> None:
-    """Validate cuda_graphs=.
+def _check_exact_norms(microbatch: object, cuda_graphs: bool) -> None:
+    if cuda_graphs:
+        raise InputError(
+            'cuda_graphs=True is not supported with batch_norm="exact", where micro-batches wait for each other within '
+            "their forward: remove one of the two."
+        )
+    if microbatch == "auto":
+        raise InputError(
+            'microbatch="auto" measures one micro-batch, and with batch_norm="exact" the memory depends on the whole '
+            "batch: pass a number of samples, or a TokenBudget."
+        )
 
-    Raises:
-        ValueError: The model is not on CUDA.
-    """
-    if cuda_graphs and device.type != "cuda":
-        raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
 
-
-def check_lockstep(sync: GradientSync, microbatch: object, cuda_graphs: bool) -> None:
-    """Reject settings that sharded models, and other ranks in lockstep, do not support.
+def check_ranks(accumulator: Accumulator, microbatch: object, batch_norm: object, *, cuda_graphs: bool) -> None:
+    """Reject settings that the device, sharded models, or other ranks in lockstep do not support.
 
     Raises:
         ValueError: A setting is not supported.
     """
-    if not sync.runs_in_lockstep:
-        return
+    sync, device = accumulator.sync, accumulator.device
+    if sync.runs_in_lockstep:
+        _check_lockstep(sync, microbatch, batch_norm, cuda_graphs)
+    if cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
+    if batch_norm is not None and sync.size > 1 and _is_float16(accumulator):
+        raise InputError(
+            f'batch_norm="exact" over {sync.size} ranks is not supported with float16, whose gradients each rank '
+            "scales by itself: use bfloat16, and leave scaler= out."
+        )
+
+
+def _is_float16(accumulator: Accumulator) -> bool:
+    update = accumulator.update
+    return update.scaler is not None or any(p.dtype is torch.float16 for p in update.parameters())
+
+
+def _check_lockstep(sync: GradientSync, microbatch: object, batch_norm: object, cuda_graphs: bool) -> None:
+    whose = "a sharded model" if sync.is_sharded else "lockstep=True"
+    if batch_norm is not None:
+        raise InputError(
+            f'batch_norm="exact" is not supported with {whose}, whose ranks run one micro-batch after the other: use '
+            "DistributedDataParallel or bigbatch.Replicated, without lockstep."
+        )
     if microbatch == "auto":
-        whose = "a sharded model" if sync.is_sharded else "lockstep=True"
         raise ValueError(
             f'microbatch="auto" tries sizes until one does not fit, and the ranks of {whose} cannot continue after '
             "that: pass a number of samples, or a TokenBudget."

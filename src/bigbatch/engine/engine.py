@@ -21,13 +21,14 @@ from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
 from bigbatch.engine.batch_windows import BatchSplitter, open_window
-from bigbatch.engine.checks import check_coupled, check_graphs, check_layout, check_lockstep, check_microbatch
+from bigbatch.engine.checks import check_layout, check_loss, check_microbatch, check_ranks
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.progress import EngineProgress
 from bigbatch.engine.tuning import choose_microbatch
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner_choice import make_runner
+from bigbatch.read_only import read_only
 from bigbatch.types import Collate, CountItems, Layout, LossFunction
 from bigbatch.verification.first_window import FirstWindowCheck
 from bigbatch.window_report import WindowReport
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
+@read_only("accumulator", "sync", "model", "collate", "lengths", "layout")
 class Engine:
     """One exact update from one batch of any size.
 
@@ -71,11 +73,12 @@ class Engine:
             gradients with less work for the host. Only for a ``loss_fn`` of one term that depends on the micro-batch
             and the model only, and never reads a value back to the host.
         count_items: ``count_items(batch) → {term: items}``, needed for a loss of several terms.
-        max_grad_norm: As for `Accumulator`.
-        gradient_hook: As for `Accumulator`.
-        scheduler: As for `Accumulator`.
-        scaler: As for `Accumulator`.
-        nonfinite: As for `Accumulator`.
+        batch_norm: ``"exact"`` for batch norm over the whole batch, all ranks included, whose running statistics move
+            once. Micro-batches wait for each other at each norm, each in a thread, and activations of the whole batch
+            are kept: on CUDA in host memory, so that the device holds those of one micro-batch, and of the whole batch
+            its inputs and what the forward holds at one norm, such as a residual. Copying costs time. Not with compiled
+            or sharded models, ``"auto"``, `Coupled`, ``cuda_graphs``. By default micro-batches normalize by themselves.
+        max_grad_norm, gradient_hook, scheduler, scaler, nonfinite: As for `Accumulator`.
         sync: As for `Accumulator`. Over several ranks the batch is this rank's part of the global batch, and may be
             empty; `step` is collective, and so is `tune`, which measures on the first rank.
         lockstep: Whether all ranks run the same number of micro-batches, for a ``loss_fn`` that calls collectives, such
@@ -110,6 +113,7 @@ class Engine:
         layout: Layout = "padded",
         cuda_graphs: bool = False,
         count_items: CountItems | None = None,
+        batch_norm: Literal["exact"] | None = None,
         max_grad_norm: float | None = None,
         gradient_hook: GradientHook | None = None,
         scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
@@ -122,7 +126,7 @@ class Engine:
     ) -> None:
         check_microbatch(microbatch, memory, lengths)
         check_batch_dim(batch_dim, collate)
-        is_coupled = check_coupled(loss_fn, cuda_graphs, count_items)
+        is_additive = check_loss(loss_fn, microbatch, batch_norm, cuda_graphs=cuda_graphs, count_items=count_items)
         self.accumulator = Accumulator(
             model,
             optimizer,
@@ -132,27 +136,24 @@ class Engine:
             scaler=scaler,
             nonfinite=nonfinite,
             sync=sync,
-            noise=noise and not is_coupled,
+            noise=noise and is_additive,
         )
         self.sync = self.accumulator.sync
         if lockstep:
             self.sync.run_in_lockstep()
-        check_lockstep(self.sync, microbatch, cuda_graphs)
-        check_graphs(cuda_graphs, self.accumulator.device)
-        self.model = model
-        self.loss_fn = loss_fn
-        self.memory = memory
-        self.collate = collate
+        check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
+        self.model, self.loss_fn = model, loss_fn
+        self.memory, self.collate = memory, collate
         self.lengths = lengths
         self.count_items = count_items
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
         self._splitter = BatchSplitter(self.accumulator, collate=collate, batch_dim=batch_dim, lengths=lengths)
-        self.runner = make_runner(self.accumulator, loss_fn, cuda_graphs=cuda_graphs)
+        self.runner = make_runner(self.accumulator, loss_fn, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
         self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
         self._first_window = FirstWindowCheck(
-            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1 and not is_coupled
+            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1, names_norms=batch_norm is None
         )
 
     @property

@@ -122,7 +122,9 @@ class _HandOver(torch.autograd.Function):
 
 
 def _multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply gradients in place, on their devices, without reading the factor."""
+    """Multiply gradients in place, on their devices, without waiting for the factor."""
+    if factor.is_cpu and factor.item() == 1:
+        return
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         values = gradient.coalesce()._values() if gradient.is_sparse else gradient

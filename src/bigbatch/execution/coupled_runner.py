@@ -24,7 +24,7 @@ from bigbatch.coupled.rank_features import RankFeatures
 from bigbatch.coupled.two_passes import EncodedPart, TwoPasses
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, MultiRankSync, never
 from bigbatch.errors import MemoryLimitError, RankFailedError, first_line
-from bigbatch.execution.oom_retry import OomRetry, too_large
+from bigbatch.execution.oom_retry import OomRetry, halves, too_large
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs, lockstep_memory_error
 from bigbatch.gradients.discarded_backward import backward_and_discard
 from bigbatch.gradients.leaf_backward import backward_with_leaves
@@ -51,6 +51,7 @@ class CoupledRunner(MicrobatchRunner):
         self._exchange: RankFeatures | None = None
         if coupled.gather == "all" and isinstance(sync, MultiRankSync) and sync.size > 1:
             self._exchange = RankFeatures(sync.ranks, sync.group, device)
+        self.waits_for_ranks = self._exchange is not None
         self._only: Rows | None = None  # the first micro-batch, until there is another
         self._turns: list[tuple[Microbatch, EncodedPart]] = []  # in lockstep
         self._others_wait = False
@@ -137,7 +138,7 @@ class CoupledRunner(MicrobatchRunner):
         self._recover(states, message, rows)
         pending.restart()
         self._only = None
-        for half in _halves(rows):
+        for half in halves(rows):
             self._encode(half)
         return False
 
@@ -164,7 +165,7 @@ class CoupledRunner(MicrobatchRunner):
                 raise
             message = first_line(error)
         self._recover(states, message, rows)
-        for half in _halves(rows):
+        for half in halves(rows):
             self._encode(half)
 
     def _encode_in_lockstep(self, microbatch: Microbatch) -> None:
@@ -310,11 +311,6 @@ class CoupledRunner(MicrobatchRunner):
             self._encode(rows)
 
 
-def _halves(rows: Rows) -> list[Rows]:
-    middle = (len(rows) + 1) // 2
-    return [rows[:middle], rows[middle:]]
-
-
 def _smaller(groups: Sequence[Rows], *, than: int) -> list[Rows]:
     """Cut micro-batches of at least a size into halves."""
-    return [half for rows in groups for half in (_halves(rows) if len(rows) >= than else [rows])]
+    return [half for rows in groups for half in (halves(rows) if len(rows) >= than else [rows])]

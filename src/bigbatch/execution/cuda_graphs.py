@@ -152,7 +152,7 @@ class CudaGraphRunner(MicrobatchRunner):
         else:
             torch._foreach_copy_(captured.inputs, tensors)
         captured.graph.replay()
-        pending.add_recorded(captured.loss_sum.clone(), captured.items.clone())
+        pending.record((captured.loss_sum.clone(), captured.items.clone()))
         return True
 
     def _drop_graphs(self) -> None:

@@ -28,6 +28,12 @@ def too_large(sample: int, message: str, lengths: Sequence[int] | None) -> Memor
     )
 
 
+def halves(rows: Sequence[int]) -> list[Sequence[int]]:
+    """Return the samples of the two halves of a micro-batch."""
+    middle = (len(rows) + 1) // 2
+    return [rows[:middle], rows[middle:]]
+
+
 # Random states of the CPU and of the CUDA device; each buffer with its copy.
 _State: TypeAlias = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
 
@@ -105,9 +111,8 @@ class OomRetry(MicrobatchRunner):
         if not is_repeated:  # with the cache freed, the whole may fit
             self.run(microbatch, pending, only=only, is_repeated=True)
         elif len(rows) > 1:
-            middle = (len(rows) + 1) // 2
-            self.run(Microbatch(rows[:middle]), pending, only=only, is_repeated=True)
-            self.run(Microbatch(rows[middle:]), pending, only=only, is_repeated=True)
+            for half in halves(rows):
+                self.run(Microbatch(half), pending, only=only, is_repeated=True)
         else:
             raise too_large(rows[0], message, self.inputs.lengths)
 

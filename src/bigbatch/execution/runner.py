@@ -44,11 +44,13 @@ class MicrobatchRunner(ABC):
         retries: Attempts in the last window that ran out of memory and were repeated.
         disabled_reason: Why a faster way to run is not used, in a few words; None if it is, or none was requested.
         captures_graphs: Whether it captures CUDA graphs, which must find no other graph of the parameters alive.
+        waits_for_ranks: Whether other ranks wait for this one within a window, so that all must agree to begin it.
         static_buffers: Gradient sums that the next window must use in place; None without any.
     """
 
     retries = 0
     captures_graphs = False
+    waits_for_ranks = False
     disabled_reason: str | None = None
     static_buffers: Mapping[Tensor, Tensor] | None = None
 

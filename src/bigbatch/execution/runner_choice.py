@@ -2,6 +2,7 @@
 
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.coupled.coupled import Coupled
+from bigbatch.execution.batch_norm_runner import BatchNormRunner
 from bigbatch.execution.coupled_runner import CoupledRunner
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.oom_retry import OomRetry
@@ -9,17 +10,22 @@ from bigbatch.execution.runner import LockstepRunner, MicrobatchRunner
 from bigbatch.types import LossFunction
 
 
-def make_runner(accumulator: Accumulator, loss_fn: LossFunction, *, cuda_graphs: bool) -> MicrobatchRunner:
+def make_runner(
+    accumulator: Accumulator, loss_fn: LossFunction, *, cuda_graphs: bool, batch_norm: str | None = None
+) -> MicrobatchRunner:
     """Return the runner of an engine.
 
     Args:
         accumulator: Of the engine; captured graphs contain its measurement of the gradient noise scale.
         loss_fn: Of the engine.
         cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
+        batch_norm: ``"exact"``, or None.
     """
     model, sync, device, noise = accumulator.model, accumulator.sync, accumulator.device, accumulator.noise
     if isinstance(loss_fn, Coupled):
         return CoupledRunner(model, loss_fn, sync, device)
+    if batch_norm is not None:
+        return BatchNormRunner(loss_fn, sync, device)
     if sync.runs_in_lockstep:
         return LockstepRunner(model, is_sharded=sync.is_sharded)
     retry = OomRetry(model, device)

@@ -1,4 +1,4 @@
-"""Run the backward of a loss that is computed from leaves, such as the features of a whole batch."""
+"""Run backwards that add to the sums of a window together with others, or to leaves such as features of a batch."""
 
 from collections.abc import Sequence
 
@@ -26,3 +26,20 @@ def backward_with_leaves(loss: Tensor, sums: GradientSums, leaves: Sequence[Tens
     hides = not sums.can_name_leaves or hides_leaves(loss, {*sums.parameters, *leaves})
     with sums.adding() as trained:
         run_backward(loss, () if hides else (*trained, *leaves), retain_graph=False)
+
+
+def backward_inside(loss: Tensor, sums: GradientSums, trained: Sequence[Tensor]) -> None:
+    """Add ∂loss/∂parameters to the sums of a window, inside `GradientSums.adding`, where others may do so meanwhile.
+
+    Args:
+        loss: 0-d.
+        sums: Of the window.
+        trained: What `GradientSums.adding` yields.
+
+    Raises:
+        ValueError: The loss depends on no parameter.
+    """
+    if not loss.requires_grad:
+        raise ValueError(NO_GRADIENT)
+    hides = not sums.can_name_leaves or hides_leaves(loss, set(sums.parameters))
+    run_backward(loss, () if hides else trained, retain_graph=False)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -11,12 +12,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigbatch.errors import MemoryLimitError
+from bigbatch.errors import BigbatchError
 from bigbatch.memory.allocation_tracker import storages
 from bigbatch.memory.limit import MemoryLimit, default_limit, describe_bytes, parse_memory
 
 HEADROOM_PERCENT = 5  # of a limit: for fragmentation, the gaps between allocations
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+_OUT_OF_MEMORY = re.compile(
+    "|".join(
+        (
+            r"\bout of memory\b",  # the caching allocators (CUDA, HIP, XPU, MPS), the CUDA runtime, Triton, XLA
+            r"can't allocate memory|DefaultCPUAllocator: not enough memory",  # the allocator of the CPU; on Windows
+            r"\bstd::bad_alloc\b",
+            r"\b(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS|HIPSPARSE|MIOPEN)_STATUS_ALLOC_FAILED\b|\bCUFFT_ALLOC_FAILED\b",
+            r"\bCUDNN_STATUS_INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED\b",
+            r"cuDNN error: CUDNN_STATUS_NOT_SUPPORTED\.",  # also without workspace; accelerate and Lightning count it
+            r"PT_DEVMEM Allocation failed",  # HPU
+        )
+    ),
+    re.IGNORECASE,
+)
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -38,13 +54,15 @@ def peak_bytes(device: torch.device) -> int | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error is a failed allocation, on a device or on the host.
 
-    False for `MemoryLimitError`, which may quote such an error: a smaller micro-batch cannot help there.
+    The allocators of torch raise ``torch.OutOfMemoryError``, or a ``RuntimeError`` with a sentence of their own; so do
+    the libraries under it, and code that re-raises their messages. False for the errors of bigbatch, which may quote
+    such a sentence: a smaller micro-batch cannot help there.
     """
-    if isinstance(error, MemoryLimitError):
+    if isinstance(error, BigbatchError):
         return False
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def free_cached_memory() -> None:

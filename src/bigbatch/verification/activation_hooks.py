@@ -1,5 +1,6 @@
 """Gradient hooks that a forward registers on tensors: found, and left out where they are not wanted."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class ActivationHooks(TorchFunctionMode):
         super().__init__()
         self.found: list[tuple[str, Any]] = []
         self._is_wanted = is_wanted
-        self._running: list[str] = []
+        self._running: dict[int, list[str]] = {}  # by thread: with batch_norm="exact" forwards take turns
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -41,7 +42,8 @@ class ActivationHooks(TorchFunctionMode):
         """Record a registration; call any other function."""
         if function in _REGISTER:
             hook = args[1] if len(args) > 1 else (kwargs or {})["hook"]
-            place = f"a tensor in {self._running[-1]}" if self._running else "a tensor in loss_fn"
+            running = self._running.get(threading.get_ident())
+            place = f"a tensor in {running[-1]}" if running else "a tensor in loss_fn"
             if (place, hook) not in self.found:
                 self.found.append((place, hook))
             if not self._is_wanted(place, hook):
@@ -52,20 +54,24 @@ class ActivationHooks(TorchFunctionMode):
     def naming(self, model: nn.Module) -> Iterator[None]:
         """Follow which module of a model runs, to name the places of hooks."""
 
-        def leave(*_: object) -> None:
-            self._running.pop()
+        thread, running = threading.get_ident(), list[str]()
 
+        def enter(label: str, *_: object) -> None:
+            if threading.get_ident() == thread:
+                running.append(label)
+
+        def leave(*_: object) -> None:
+            if threading.get_ident() == thread:
+                running.pop()
+
+        self._running[thread] = running
         handles = []
         for name, module in model.named_modules():
             label = f"the module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
-            enter = partial(self._enter, label)
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            handles += [module.register_forward_pre_hook(partial(enter, label)), module.register_forward_hook(leave)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._running.clear()
-
-    def _enter(self, label: str, *_: object) -> None:
-        self._running.append(label)
+            del self._running[thread]

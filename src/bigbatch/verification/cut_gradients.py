@@ -4,19 +4,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bigbatch.batch_norm.joint_window import JointWindow
 from bigbatch.batching.split import Split
 from bigbatch.coupled.coupled import Coupled
 from bigbatch.coupled.two_passes import TwoPasses
 from bigbatch.gradients.gradient_sums import GradientSums
-from bigbatch.gradients.leaf_backward import backward_with_leaves
+from bigbatch.gradients.leaf_backward import backward_inside, backward_with_leaves
 from bigbatch.gradients.loss_totals import SINGLE, LossTotals, as_terms
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.rng import seed_everything
+from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.types import Items
 from bigbatch.verification.activation_hooks import ActivationHooks
 
@@ -43,6 +46,7 @@ class CutGradients:
         outside: Parameters that the loss reaches outside of the model, with their names.
         restore: Restores the buffers and attributes of all modules; called before each cut.
         reset: Restores state after every micro-batch; None to let it move on, as in training.
+        batch_norm: As for `bigbatch.Engine`; ``reset`` has no effect with ``"exact"``.
     """
 
     model: nn.Module
@@ -52,6 +56,7 @@ class CutGradients:
     outside: Mapping[Tensor, str] = field(default_factory=dict)
     restore: Callable[[], None] = lambda: None
     reset: Callable[[], None] | None = None
+    batch_norm: Literal["exact"] | None = None
 
     def names(self) -> dict[Tensor, str]:
         """Return the parameters that require a gradient, with their names; those outside of the model come last."""
@@ -88,7 +93,11 @@ class CutGradients:
             if isinstance(self.loss_fn, Coupled):
                 num_samples = self._add_coupled(self.loss_fn, cut, sums, scale)
                 return {name: gradient / num_samples for name, gradient in sums.named_by(names).items()}
-            for part in self.split(cut):
+            split = self.split(cut)
+            if self.batch_norm is not None and len(split) > 1:
+                self._add_jointly(split, sums, loss_totals, scale)
+                split = replace(split, groups=[])
+            for part in split:
                 if (loss := loss_totals.record(as_terms(self.loss_fn(self.model, part)))) is not None:
                     sums.backward(loss if scale == 1 else loss * scale)
                 self._reset_state()
@@ -97,6 +106,27 @@ class CutGradients:
                     "the batch has no items, so the gradient of the mean loss is undefined. Pass samples with items."
                 )
             return {name: gradient / divisor for name, gradient in sums.named_by(names).items()}
+
+    def _add_jointly(self, split: Split, sums: GradientSums, loss_totals: LossTotals, scale: float) -> None:
+        """Add the gradients of micro-batches that wait for each other at batch norms."""
+
+        def differentiate(rows: Sequence[int]) -> None:
+            loss = loss_totals.record(as_terms(self.loss_fn(self.model, split.take(rows))))
+            if loss is not None:
+                backward_inside(loss * scale, sums, trained)
+
+        with sums.adding() as trained:
+            self._run_jointly(partial(differentiate, rows) for rows in split.groups)
+
+    def _run_jointly(self, functions: Iterable[Callable[[], None]]) -> None:
+        window = JointWindow([self.model, *modules_used_by(self.loss_fn)], self.samples.device)
+        try:
+            with window.open():
+                failure = window.run(functions)
+        finally:
+            window.stop()
+        if failure is not None:
+            raise torch.OutOfMemoryError(failure.message)
 
     def _add_coupled(self, coupled: Coupled, cut: Cut, sums: GradientSums, scale: float) -> int:
         """Add the gradient of a loss that couples samples to sums; return the number of samples."""
@@ -132,14 +162,22 @@ class CutGradients:
     def terms(self, cut: Cut, *, seed: int = 0) -> list[TermValues]:
         """Compute ``(loss_sum, items)`` of each term in each micro-batch, without gradients."""
         self._start(seed)
-        values = []
+        values: list[TermValues] = []
         with torch.no_grad(), ActivationHooks():
             if isinstance(self.loss_fn, Coupled):
                 return self._terms_of_coupled(self.loss_fn, cut)
-            for part in self.split(cut):
-                terms = as_terms(self.loss_fn(self.model, part))
+            split = self.split(cut)
+
+            def run(rows: Sequence[int]) -> None:
+                terms = as_terms(self.loss_fn(self.model, split.take(rows)))
                 values.append({name: _numbers(loss, items) for name, (loss, items) in terms.items()})
                 self._reset_state()
+
+            if self.batch_norm is not None and len(split) > 1:
+                self._run_jointly(partial(run, rows) for rows in split.groups)
+                return values
+            for rows in split.groups:
+                run(rows)
         return values
 
     def _terms_of_coupled(self, coupled: Coupled, cut: Cut) -> list[TermValues]:

@@ -57,19 +57,20 @@ class FirstWindowCheck:
         enabled: Whether to check at all.
         evaluates: Whether the loss may be evaluated on its own: not over several ranks, whose forwards may be
             collective. Modules are looked at in any case.
+        names_norms: Whether batch norms normalize micro-batches by themselves.
 
     Attributes:
         is_done: Whether nothing is left to check.
     """
 
-    def __init__(self, model: nn.Module, *, enabled: bool, evaluates: bool) -> None:
+    def __init__(self, model: nn.Module, *, enabled: bool, evaluates: bool, names_norms: bool = True) -> None:
         self.is_done = not enabled
         self._model = model
         # A compiled model would be compiled again for these samples.
         self._evaluates = evaluates and not any(map(_is_compiled, model.modules()))
         self._scale_is_checked = not self._evaluates
         self._num_postponed = 0
-        self._norms: set[nn.Module] | None = None  # that run on micro-batches; None for all
+        self._norms: set[nn.Module] | None = None if names_norms else set()  # that micro-batches run; None for all
         self._has_sign: bool | None = None  # None until a loss was seen
         self._devices = list({p.device for p in model.parameters() if p.is_cuda})
 

@@ -8,11 +8,12 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from bigbatch.batch_norm.checks import check_batch_norm, check_modules
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.split import split
 from bigbatch.memory.usage import is_out_of_memory
@@ -132,6 +133,7 @@ def verify(
     collate: Collate | None = None,
     batch_dim: int | None = None,
     count_items: "CountItems | None" = None,
+    batch_norm: Literal["exact"] | None = None,
     tolerance: float | None = None,
 ) -> Verification:
     """Verify that every cut of a batch yields the full-batch gradient, and diagnose why if not.
@@ -152,23 +154,27 @@ def verify(
         collate: Builds a micro-batch from a list of samples.
         batch_dim: The dimension of tensors that is the sample, by default 0: 1 for batches ``[time, batch, ...]``.
         count_items: ``count_items(batch) → {term: items}``; required for a loss of several terms.
+        batch_norm: As for `bigbatch.Engine`: ``"exact"`` verifies batch norm over the whole batch.
         tolerance: Largest relative error that counts as rounding; by default that of the narrowest dtype in use:
             1e-12 (float64), 2e-5 (float32), 5e-3 (float16), 3e-2 (bfloat16).
 
     Raises:
-        ValueError: The batch has fewer than 2 samples or no items, no parameter requires a gradient, or ``microbatch``
-            is empty or below 1.
+        ValueError: The batch has fewer than 2 samples or no items, no parameter requires a gradient, ``microbatch`` is
+            empty or below 1, or ``batch_norm`` is not supported here.
         TypeError: The batch cannot be split, or ``loss_fn`` returns something other than sums and items.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient: there is nothing to verify.")
+    if batch_norm is not None:
+        check_batch_norm(batch_norm, loss_fn)
+        check_modules([model, *modules_used_by(loss_fn)], loss_fn)
     device = next(model.parameters()).device
     samples = split(batch, 1, device=device, collate=collate, batch_dim=batch_dim)
     if samples.num_samples < 2:
         raise ValueError(f"the batch has {samples.num_samples} sample(s): pass at least 2, so that it can be split.")
     totals = None if count_items is None else count_items(batch)
     with preserved(model, *modules_used_by(loss_fn)) as state, ExitStack() as stack:
-        cut_gradients = CutGradients(model, loss_fn, samples, totals, restore=state.restore)
+        cut_gradients = CutGradients(model, loss_fn, samples, totals, restore=state.restore, batch_norm=batch_norm)
         outside, loss_dtype = survey_losses(cut_gradients)
         cut_gradients = replace(cut_gradients, outside=outside)
         stack.enter_context(preserved_tensors(outside))

@@ -223,7 +223,9 @@ def test_nonfinite_window_changes_nothing_and_warns(tmp_path: Path):
 
 def test_nonfinite_window_can_raise(tmp_path: Path):
     trainer, _ = _weights_after(tmp_path, SometimesNaN, nonfinite="raise")
-    with pytest.raises(bigbatch.NonFiniteError):
+    with pytest.raises(
+        bigbatch.NonFiniteError, match=r"^the window after update 1 has a non-finite gradient, and changed"
+    ):
         trainer.train()
 
 

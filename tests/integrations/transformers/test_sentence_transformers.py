@@ -8,6 +8,7 @@ import torch
 import bigbatch
 from bigbatch.integrations.transformers import exact
 from integrations.transformers import trainer_cases as cases
+from support import full_batch_reference as ref
 
 pytest.importorskip("sentence_transformers", minversion="5.0", reason="sentence-transformers is not installed")
 
@@ -93,7 +94,45 @@ def test_contrastive_loss_is_refused(tmp_path: Path):
         "the loss of SentenceTransformerTrainer (SentenceTransformer) is a mean over none of the known units"
     )
     assert "samples influence one another" in end
+    assert end.endswith(
+        "For losses with in-batch negatives, and all others that compare the samples of a batch, use exact() of "
+        "bigbatch.integrations.sentence_transformers."
+    )
     assert not recorder.gradients
+
+
+class OptimizerRecorder(cases.Recorder):
+    """Records the gradients of all parameters in the optimizer."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradients.append({str(number): p.grad.clone() for number, p in enumerate(parameters)})
+
+    def on_step_end(self, args, state, control, optimizer=None, **_):
+        optimizer.zero_grad()
+
+
+def test_parameters_of_loss_are_trained(tmp_path: Path):
+    rows = dataset(second=texts(), label=[number % 3 for number in range(NUM_SAMPLES)])
+    found = []
+    for size, steps in ((4, 8), (32, 1)):
+        own, recorder = model(), OptimizerRecorder()
+        arguments = cases.arguments(
+            tmp_path,
+            SentenceTransformerTrainingArguments,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            num_train_epochs=2,
+            remove_unused_columns=True,
+        )
+        torch.manual_seed(0)
+        loss = losses.SoftmaxLoss(own, WIDTH, 3).double()
+        trainer = SentenceTransformerTrainer(own, arguments, train_dataset=rows, loss=loss, callbacks=[recorder])
+        (exact(trainer) if steps > 1 else trainer).train()
+        found.append(recorder.gradients)
+    assert len(found[0]) == 2
+    for gradients, wanted in zip(*found, strict=True):
+        assert ref.relative_error(gradients, wanted) <= 1e-12
 
 
 def test_loader_reads_attributes_of_the_collator(tmp_path: Path):

@@ -155,7 +155,7 @@ def test_items_that_are_no_count_are_refused(tmp_path: Path, number):
     with pytest.raises(bigbatch.InputError) as caught:
         exact(trainer, items=lambda inputs: number).train()
     assert str(caught.value) == (
-        f"items= returned {number}: it must return the number of items of a micro-batch, at least 0."
+        f"items= returned {number}: it must return the number of items of a micro-batch, 0 or more."
     )
 
 

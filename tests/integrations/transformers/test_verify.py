@@ -236,3 +236,36 @@ def test_sharded_model_is_verified(pools):
     assert unit == "shifted labels"
     assert stock_error >= WRONG
     assert error <= EXACT
+
+
+class Normed(tiny.Regression):
+    """Normalizes by the statistics of a micro-batch, unless it is frozen."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(5).double()
+        self.frozen = frozen
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.norm.eval()
+        return self
+
+    def forward(self, x, labels=None):
+        return super().forward(self.norm(x), labels)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_batch_norms_are_named(frozen):
+    result = verify(tiny.trainer_of(Normed(frozen).eval(), tiny.regression_samples(), tiny.collate_regression))
+    assert result.relative_error <= EXACT
+    assert result.exact is frozen
+    if frozen:
+        assert result.causes == ()
+    else:
+        assert str(result).endswith(
+            "NOT exact (tolerance 2e-05)\n  cause: BatchNorm in training mode (norm) normalizes by the mean and "
+            "variance of a micro-batch, so the updates are not exactly those of the whole batch: set it to eval mode, "
+            "or use GroupNorm or LayerNorm."
+        )

@@ -12,7 +12,7 @@ from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.engine.checks import check_layout, check_microbatch
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.unit_refusals import refuse_coupled_losses
+from bigbatch.integrations.transformers.unit_refusals import class_name, refuse_coupled_losses
 from bigbatch.types import Layout
 
 
@@ -77,22 +77,51 @@ def check_trainer(trainer: Any, settings: Settings) -> None:
     Raises:
         InputError: Something about it makes exact updates impossible.
     """
-    name = type(trainer).__name__
+    check_surroundings(trainer, instead="use weights(trainer, items=...) instead of exact(trainer).")
     count = _own_count(trainer) if settings.items == "auto" else None
-    for problem in (_parallelism(trainer), _optimizer(trainer), _loss(trainer), count, _data(trainer)):
+    for problem in (_loss(trainer), count):
         if problem is not None:
-            raise InputError(f"{name} {problem}")
+            raise InputError(f"{type(trainer).__name__} {problem}")
     refuse_coupled_losses(trainer)
     if trainer.is_fsdp_enabled and settings.microbatch_for(1) == "auto":
         raise InputError(
-            f"{name} shards the model with FSDP, whose ranks cannot continue after one of them ran out of memory: pass "
-            'microbatch= a number of samples or a TokenBudget instead of memory= or microbatch="auto".'
+            f"{class_name(trainer)} shards the model with FSDP, whose ranks cannot continue after one of them ran out "
+            'of memory: pass microbatch= a number of samples or a TokenBudget instead of memory= or microbatch="auto".'
         )
 
 
-def _parallelism(trainer: Any) -> str | None:
+def check_surroundings(trainer: Any, *, instead: str) -> None:
+    """Check that an engine can run windows with the parallelism, the optimizer and the loader of a trainer.
+
+    Args:
+        trainer: A Trainer.
+        instead: What to do where another library owns the gradients.
+
+    Raises:
+        InputError: It cannot.
+    """
+    for problem in (_parallelism(trainer, instead), _optimizer(trainer), _data(trainer)):
+        if problem is not None:
+            raise InputError(f"{type(trainer).__name__} {problem}")
+
+
+def refuse_other_package(trainer: Any, package: str) -> None:
+    """Refuse a trainer that the `exact` of another package was called on.
+
+    Raises:
+        InputError: It was.
+    """
+    other = getattr(trainer, "_bigbatch_package", package)
+    if other != package:
+        raise InputError(
+            f"exact() of bigbatch.integrations.{other} was called on this {class_name(trainer)}, and that of "
+            f"bigbatch.integrations.{package} computes its windows in another way: leave this call out, or make "
+            "another trainer for it."
+        )
+
+
+def _parallelism(trainer: Any, weights: str) -> str | None:
     args, accelerator = trainer.args, trainer.accelerator
-    weights = "use weights(trainer, items=...) instead of exact(trainer)."
     if trainer.is_deepspeed_enabled:
         return f"trains with DeepSpeed, which owns the backward and the gradients: {weights}"
     if accelerator.distributed_type.value == "MEGATRON_LM":

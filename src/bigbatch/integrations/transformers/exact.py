@@ -7,7 +7,7 @@ from transformers import Trainer
 
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.checks import Settings, check_kind, check_trainer
+from bigbatch.integrations.transformers.checks import Settings, check_kind, check_trainer, refuse_other_package
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Layout
@@ -69,6 +69,7 @@ def exact(
     """
     settings = Settings(microbatch, memory, lengths, layout, items, nonfinite)
     own = check_kind(trainer)
+    refuse_other_package(trainer, ExactMixin._bigbatch_package)
     if isinstance(trainer, ExactMixin):
         if settings not in (Settings(), trainer._bigbatch_settings):
             if trainer._bigbatch_windows is None or trainer.bigbatch_report is not None:

@@ -25,7 +25,7 @@ _SAMPLES = 3  # of each rank
 _TOLERANCE = 1e-3  # of the loss of one micro-batch that runs twice, in half precision
 
 
-class _CollectiveWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CollectiveWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether a collective of torch.distributed is called, under whatever name."""
 
     supports_higher_order_operators = True
@@ -62,7 +62,7 @@ def calls_collectives(
     with collator.restored(), suppress(Exception):  # the window raises errors of the collator
         own_inputs = [collator.collate([sample]) for sample in chosen]
     inputs = _gathered(own_inputs)
-    with traceless(trainer, compute_loss) as model, _CollectiveWatch() as watch:  # type: ignore[no-untyped-call]
+    with traceless(trainer, compute_loss) as model, CollectiveWatch() as watch:  # type: ignore[no-untyped-call]
 
         def loss_of(micro_batch: Any) -> float:
             seed_everything(SEED)

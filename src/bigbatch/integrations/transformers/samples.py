@@ -7,16 +7,14 @@ key in a batch raises.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bigbatch.errors import InputError
 from bigbatch.types import Items
 
 
-@dataclass(eq=False)
 class Piece:
-    """Counts of one micro-batch.
+    """Counts of one micro-batch. No dataclass, whose fields the engine would search for tensors to move.
 
     Attributes:
         rows: Indices of its samples in the window.
@@ -27,12 +25,12 @@ class Piece:
         train_tokens: What it added to the tokens that TRL counts.
     """
 
-    rows: Sequence[int]
-    items: Items
-    floating_point_ops: float = 0.0
-    input_tokens: int = 0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    train_tokens: float = 0
+    def __init__(self, rows: Sequence[int], items: Items) -> None:
+        self.rows, self.items = rows, items
+        self.floating_point_ops: float = 0.0
+        self.input_tokens = 0
+        self.metrics: dict[str, list[float]] = {}
+        self.train_tokens: float = 0
 
 
 class Pieces:
@@ -81,9 +79,25 @@ class SampleBatch(dict[str, Any]):
         """Raise: nothing can be read before micro-batches are collated."""
         raise self._not_collated(key)
 
-    def _not_collated(self, key: Any) -> InputError:
+    def pop(self, key: Any, *_: Any) -> Any:
+        """Raise, as for reading."""
+        raise self._not_collated(key)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Raise, as for reading."""
+        raise self._not_collated(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise self._not_collated(key, "written to")
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """Raise unless there is nothing to add: a value would be lost."""
+        for key in dict(*others, **values):
+            raise self._not_collated(key, "written to")
+
+    def _not_collated(self, key: Any, verb: str = "read from") -> InputError:
         return InputError(
-            f"{key!r} was read from a batch of a trainer that exact() was called on, whose samples are collated in "
+            f"{key!r} was {verb} a batch of a trainer that exact() was called on, whose samples are collated in "
             "micro-batches later: read or change inputs in compute_loss or in the data collator."
         )
 

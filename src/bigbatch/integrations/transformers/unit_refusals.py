@@ -13,6 +13,16 @@ ADVICE = (
 _COUPLED_DPO_LOSSES = ("aot", "aot_unpaired")
 
 
+def _advice(trainer: Any) -> str:
+    """Return what to do about a loss that is a mean over nothing known."""
+    if any(kind.__module__.startswith("sentence_transformers.") for kind in type(trainer).__mro__):
+        return (
+            "For losses with in-batch negatives, and all others that compare the samples of a batch, use exact() of "
+            "bigbatch.integrations.sentence_transformers."
+        )
+    return ADVICE
+
+
 def subject_of(trainer: Any) -> str:
     """Return the loss of a trainer as the subject of a sentence."""
     return f"the loss of {class_name(trainer)} ({type(getattr(trainer, 'model', None)).__name__})"
@@ -21,8 +31,9 @@ def subject_of(trainer: Any) -> str:
 def class_name(trainer: Any) -> str:
     """Return the name of the class of a trainer, before `exact` or `weights` was called on it."""
     kinds = type(trainer).__mro__
-    kind = kinds[2] if len(kinds) > 2 and kinds[1].__module__.startswith("bigbatch") else kinds[0]
-    return kind.__name__
+    if len(kinds) == 1 or not kinds[1].__module__.startswith("bigbatch."):
+        return kinds[0].__name__
+    return next(kind for kind in kinds[1:] if not kind.__module__.startswith("bigbatch.")).__name__
 
 
 def refuse_coupled_losses(trainer: Any) -> None:
@@ -100,7 +111,8 @@ def no_unit(trainer: Any, errors: Mapping[str, float]) -> InputError:
     return InputError(
         f"{subject_of(trainer)} is a mean over none of the known units (relative error of the gradient: {listed}): "
         "samples influence one another, the loss has several terms in different units or class weights (whose number "
-        f"of items is weight[labels].sum()), it is a sum instead of a mean, or it depends on padding. {ADVICE}"
+        "of items is weight[labels].sum()), it is a sum instead of a mean, or it depends on padding. "
+        f"{_advice(trainer)}"
     )
 
 
@@ -115,7 +127,7 @@ def not_all_samples(trainer: Any, errors: Mapping[str, float]) -> InputError:
     return InputError(
         f"{subject_of(trainer)} is a mean over none of the known units for all samples of this window (relative error "
         f"of the loss: {listed}): it has class weights or several terms, leaves out labels, depends on padding, or "
-        f"samples influence one another. {ADVICE}"
+        f"samples influence one another. {_advice(trainer)}"
     )
 
 

@@ -3,16 +3,20 @@
 window → inputs of all micro-batches → items of each, of all ranks → loss of each · items · ranks / items of all
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.checks import check_kind
+from bigbatch.integrations.transformers.own_code import OwnCode, call_training_step, own_training_step
 from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.types import Items
 
@@ -59,7 +63,13 @@ def weights(trainer: AnyTrainer, *, items: CountInputs) -> AnyTrainer:
             f"exact() was called on this {type(trainer).__name__}, whose updates are weighted already: leave weights() "
             "out, or make another trainer for it."
         )
-    own._bigbatch_weights_items = items
+    owner, engine = own_training_step(trainer), own.accelerator.distributed_type.value
+    if owner is not None and engine in ("DEEPSPEED", "MEGATRON_LM"):
+        raise InputError(
+            f"training_step of {owner} calls the backward itself, and the factor of its loss cannot be seen with "
+            f"{engine}: call super().training_step(), and compute the loss in compute_loss."
+        )
+    own._bigbatch_weights_items, own._bigbatch_weights_ratios = items, {}
     if not isinstance(trainer, WeightsMixin):
         kind = type(trainer)
         attributes = {"__module__": kind.__module__, "__doc__": kind.__doc__}
@@ -90,6 +100,7 @@ class WeightsMixin:
 
     _bigbatch_weights_items: CountInputs
     _bigbatch_weights_window: _Window | None = None
+    _bigbatch_weights_ratios: dict[tuple[int, int], float]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of a window, without a number of items."""
@@ -106,10 +117,17 @@ class WeightsMixin:
                 "window is unknown: return every batch from super().get_batch_samples()."
             )
         window.is_running = True
+        left = len(window.prepared) or len(window.batches)
         try:
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            loss = call_training_step(super().training_step, model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
             window.is_running = False
+        if window.weight is not None or len(window.prepared) != left - 1:
+            raise InputError(
+                f"training_step of {class_name(self)} did not call self._prepare_inputs(inputs) and then "
+                "self.compute_loss(model, inputs), once each, so its loss was not weighted: compute the loss in "
+                "compute_loss, and call both."
+            )
         return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -143,9 +161,16 @@ class WeightsMixin:
         """Return items · ranks / items of the window, for each micro-batch. Collective."""
         trainer: Any = self
         accelerator = trainer.accelerator
-        counts = [self._bigbatch_weights_items(inputs) for inputs in prepared]
+        counts = [_counted(self._bigbatch_weights_items, inputs) for inputs in prepared]
         own = torch.stack([torch.as_tensor(count).detach().to(accelerator.device, torch.float64) for count in counts])
-        total = float(accelerator.gather(own.sum()[None]).sum())  # waits for the device, once a window
+        invalid = not bool((own.isfinite() & (own >= 0)).all())
+        local = own.sum()[None] * (math.nan if invalid else 1)  # raises on all ranks
+        total = float(accelerator.gather(local).sum())  # waits for the device, once a window
+        if math.isnan(total):
+            raise InputError(
+                f"items= returned {own.tolist()} for the micro-batches of this rank, or a number below 0 on another: "
+                "it must return the number of items of a micro-batch, 0 or more."
+            )
         if not total:
             return [0.0] * len(counts)
         return [count * accelerator.num_processes / total for count in own.tolist()]
@@ -154,8 +179,14 @@ class WeightsMixin:
         """Return the weighted loss in a training step, and the trainer's own elsewhere."""
         trainer: Any = self
         window = self._bigbatch_weights_window
-        if window is None or window.weight is None or not window.is_running:
+        if window is None or not window.is_running:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if window.weight is None:
+            raise InputError(
+                f"training_step of {class_name(self)} calls self.compute_loss twice, or before "
+                "self._prepare_inputs(inputs), and there is one weight for each micro-batch: call both once, and add "
+                "up losses in compute_loss."
+            )
         weight, window.weight = window.weight, None
         steps = trainer.current_gradient_accumulation_steps
         trainer.current_gradient_accumulation_steps = 1  # some losses divide by it
@@ -175,7 +206,44 @@ class WeightsMixin:
             loss = torch.stack([p.sum() * 0 for p in model.parameters() if p.requires_grad]).sum()
         else:
             loss = loss * (weight * (steps if _is_divided(trainer) else 1))
+            if own_training_step(self) is not None and loss.requires_grad:
+                loss.register_hook(partial(self._bigbatch_weights_undo, steps))
         return (loss, *outputs) if outputs else loss
+
+    def _bigbatch_weights_undo(self, steps: int, factor: Tensor) -> Tensor:
+        """Replace what an own training_step multiplies the loss of a micro-batch by, before backward.
+
+        Raises:
+            InputError: It is neither undivided nor divided by the number of accumulation steps.
+        """
+        trainer: Any = self
+        asked = trainer.args.gradient_accumulation_steps
+        if (steps, asked) not in self._bigbatch_weights_ratios:
+            scaler = trainer.accelerator.scaler
+            found = factor.item() / (1.0 if scaler is None else scaler.get_scale())  # waits, once for each length
+            if not any(math.isclose(found, 1 / number, rel_tol=1e-4) for number in (1, steps, asked)):
+                raise InputError(
+                    f"training_step of {class_name(self)} multiplies the loss of a micro-batch by {found:g}, and it is "
+                    f"weighted already: leave it as it is, or divide it by the number of accumulation steps ({steps})."
+                )
+            expected = 1 / steps if _is_divided(trainer) else 1.0
+            self._bigbatch_weights_ratios[steps, asked] = expected / found
+        return factor * self._bigbatch_weights_ratios[steps, asked]
+
+
+def _counted(items: CountInputs, inputs: Any) -> Items:
+    """Return the items of a micro-batch; of which type is checked, and the value later, on all ranks."""
+    own_code = OwnCode()
+    with own_code.named(), own_code.call("items="):
+        count: Any = items(inputs)
+    if isinstance(count, np.generic):
+        count = count.item()
+    if not isinstance(count, int | float) and not (isinstance(count, Tensor) and count.numel() == 1):
+        raise InputError(
+            f"items= returned a {type(count).__name__}: it must return the number of items of a micro-batch, a number "
+            "or a 0-d tensor."
+        )
+    return count.reshape(()) if isinstance(count, Tensor) else count
 
 
 def _is_divided(trainer: Any) -> bool:

@@ -3,36 +3,38 @@
 samples → unit of the loss → micro-batches (collator) → trainer's own loss, times items → sums → loss of the window
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from bigbatch.accumulation.optimizer_update import NO_ITEMS
 from bigbatch.engine.checks import check_lengths
 from bigbatch.engine.engine import Engine
-from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import trainer_metrics
 from bigbatch.integrations.transformers.checks import Settings
 from bigbatch.integrations.transformers.loss_collectives import calls_collectives
+from bigbatch.integrations.transformers.own_code import OwnCode, name_of
+from bigbatch.integrations.transformers.own_loss import ComputeLoss, OwnLoss
+from bigbatch.integrations.transformers.own_parameters import (
+    clear_gradients,
+    model_for_engine,
+    model_of_engine,
+    other_parameters,
+)
 from bigbatch.integrations.transformers.samples import Piece, WindowBatch, copy_samples, take_whole
 from bigbatch.integrations.transformers.traceless import trainer_preserved
 from bigbatch.integrations.transformers.unit_refusals import class_name, unequal_micro_batches
+from bigbatch.integrations.transformers.window_hand_over import WindowHandOver, warn_of_batch_norms
 from bigbatch.integrations.transformers.window_unit import WindowUnit
 from bigbatch.rng import random_states, same_random_states, set_random_states
 from bigbatch.trials.trial import is_trial
 from bigbatch.types import Items
-from bigbatch.verification.causes.modules import active_dropouts, training_batch_norms
+from bigbatch.verification.causes.modules import active_dropouts
 from bigbatch.window_report import WindowReport
-
-ComputeLoss = Callable[..., Any]
-"""``compute_loss(model, inputs, num_items_in_batch=...)`` of a trainer."""
 
 
 class WindowEngine:
@@ -49,15 +51,14 @@ class WindowEngine:
         self._settings = settings
         self._engine: Engine | None = None
         self._made_for: tuple[Any, ...] = ()
-        self._compute_loss: ComputeLoss = trainer.compute_loss
-        collate, loss = self._collate_samples, self._own_loss
-        self._unit = WindowUnit(trainer, settings.items, collate, loss, audits_items=audits_items)
+        self._own_code = OwnCode()
+        self._own_loss = OwnLoss(trainer, self._own_code)
+        collate = self._collate_samples
+        self._unit = WindowUnit(trainer, settings.items, collate, self._own_loss, audits_items=audits_items)
         self._window = WindowBatch()
-        self._num_windows = 0
+        self._hand_over = WindowHandOver(trainer)
         self._collator_draws = False  # random numbers
-        self._needs_num_items = False
         self._lockstep: bool | None = None
-        self._one_item = torch.ones((), dtype=torch.int64, device=trainer.args.device)
 
     def loss(self, model: nn.Module, window: WindowBatch, compute_loss: ComputeLoss) -> tuple[Tensor, WindowReport]:
         """Return the loss of a window, 0-d, whose backward is the exact gradient, and the report. Collective.
@@ -68,29 +69,26 @@ class WindowEngine:
             compute_loss: Of the trainer.
 
         Raises:
-            InputError: The unit of the loss is not certain, or the settings do not fit the loader.
+            InputError: The unit of the loss is not certain, the settings do not fit the loader, or a function of the
+                user failed; from its error.
             NonFiniteError: The loss or its gradient is not finite, and ``nonfinite`` is ``"raise"``.
         """
-        self._compute_loss, self._window = compute_loss, window
+        with self._own_code.named():
+            return self._loss(model, window, compute_loss)
+
+    def _loss(self, model: nn.Module, window: WindowBatch, compute_loss: ComputeLoss) -> tuple[Tensor, WindowReport]:
+        self._own_loss.compute_loss, self._window = compute_loss, window
         if self._lockstep is None:
             self._lockstep = self._calls_collectives(window)
         engine = self._engine_for(model, is_collated=window.is_collated)
+        engine.accumulator.update.set_num_steps(self._trainer.state.global_step)  # for messages
         batch = range(len(window.samples))
         with trainer_metrics.local_gathers(self._trainer.accelerator):
             self._unit.prepare(window, self._collate_ahead(engine, window))
-            loss, report = exact_loss(
-                engine.accumulator.update.parameters(), lambda: engine.backward(batch), engine.runner
-            )
+            loss, report = self._hand_over.run(engine, batch)
             self._unit.audit_items(window)
         trainer_metrics.complete(self._trainer, window.pieces)
         self._window = WindowBatch()  # frees the samples
-        if report.skipped is not None and self._trainer.accelerator.scaler is None:
-            return self._without_gradient(report), report
-        if report.skipped == NO_ITEMS:  # a GradScaler cannot step without a gradient
-            self._warn_of_window("no items: its gradient is 0, and momentum and weight decay act as in any update")
-        if not self._num_windows:
-            loss.register_hook(self._check_factor)  # type: ignore[no-untyped-call]
-        self._num_windows += 1
         return loss, report
 
     @property
@@ -101,7 +99,9 @@ class WindowEngine:
     def _engine_for(self, model: nn.Module, *, is_collated: bool) -> Engine:
         """Return the engine for a model; another one if the model or the batch size changed since the last window."""
         settings, batch_size = self._settings, batch_size_of(self._trainer)
-        made_for = (model, batch_size, is_collated)
+        others = other_parameters(self._trainer, model)
+        clear_gradients(others)
+        made_for = (model, batch_size, is_collated, tuple(map(id, others)))
         if self._engine is not None and made_for == self._made_for:
             return self._engine
         if is_collated and settings.needs_samples:
@@ -114,10 +114,11 @@ class WindowEngine:
         is_random = active_dropouts(model) or self._trainer.neftune_noise_alpha is not None
         evaluates = self._unit.is_given and is_collated and not is_random  # other units are audited
         if not evaluates:
-            _warn_of_batch_norms(model)
+            warn_of_batch_norms(model)
+        together, sync = model_for_engine(self._trainer, model, others)
         try:
             self._engine = Engine(
-                model,
+                together,
                 None,
                 self._loss_and_items,
                 microbatch=1 if is_collated else settings.microbatch_for(batch_size),
@@ -128,11 +129,13 @@ class WindowEngine:
                 scaler=self._trainer.accelerator.scaler,
                 nonfinite=settings.nonfinite,
                 lockstep=bool(self._lockstep),
+                sync=sync,
                 check=evaluates,
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
-        self._made_for, self._num_windows = made_for, 0
+        self._made_for = made_for
+        self._hand_over = WindowHandOver(self._trainer)
         return self._engine
 
     def _calls_collectives(self, window: WindowBatch) -> bool:
@@ -147,7 +150,8 @@ class WindowEngine:
 
     def _lengths(self, _batch: Any) -> Sequence[int]:
         assert self._settings.lengths is not None
-        lengths = self._settings.lengths(self._window.samples)
+        with self._own_code.call("lengths="):
+            lengths = self._settings.lengths(self._window.samples)
         try:
             check_lengths(lengths, len(self._window.samples))
         except (TypeError, ValueError) as error:
@@ -155,7 +159,9 @@ class WindowEngine:
         return lengths
 
     def _collate_samples(self, samples: Sequence[Any]) -> Any:
-        return self._trainer.data_collator(copy_samples(samples))
+        collator = self._trainer.data_collator
+        with self._own_code.call(f"the data collator of {class_name(self._trainer)} ({name_of(collator)})"):
+            return collator(copy_samples(samples))
 
     def _collate_ahead(self, engine: Engine, window: WindowBatch) -> Sequence[Any] | None:
         """Collate the micro-batches of a window before they run, if they are counted in several units.
@@ -185,77 +191,36 @@ class WindowEngine:
         inputs = None if is_trial() else window.collated.pop(tuple(rows), None)
         if inputs is None:
             inputs = take_whole(samples) if window.is_collated else self._collate_samples(samples)
-        piece = Piece(rows, _as_number(self._unit.count(inputs)))
+        piece = Piece(rows, self._count(inputs))
         if not is_trial():
             piece.floating_point_ops = float(trainer.floating_point_ops(inputs))
             piece.input_tokens = trainer._bigbatch_input_tokens(inputs)
             window.pieces.add(piece)
         return {"inputs": inputs, "piece": piece}
 
+    def _count(self, inputs: Any) -> Items:
+        with self._own_code.call("items="):
+            return _as_number(self._unit.count(inputs))
+
     def _loss_and_items(self, model: nn.Module, microbatch: Mapping[str, Any]) -> tuple[Tensor, Items]:
         """Return the loss sum and the items of a micro-batch."""
-        piece, trainer = microbatch["piece"], self._trainer
+        piece, trainer, model = microbatch["piece"], self._trainer, model_of_engine(model)
         with trainer_preserved(trainer) if is_trial() else trainer_metrics.recorded(trainer, piece):
             inputs = trainer._prepare_inputs(microbatch["inputs"])
             self._check_prepared(inputs, piece.items)
             if self._unit.takes_num_items:
-                return _wide(self._own_loss(model, inputs, self._one_item)), piece.items
-            return _wide(self._mean_loss(model, inputs, piece.items)) * piece.items, piece.items
-
-    def _mean_loss(self, model: nn.Module, inputs: Any, items: Items) -> Tensor:
-        """Return the mean loss; one that requires a number of items is divided by those that were passed."""
-        if not self._needs_num_items:
-            try:
-                return self._own_loss(model, inputs)
-            except TypeError:
-                if not self._unit.is_given:
-                    raise
-        loss = self._own_loss(model, inputs, self._one_item * items)
-        self._needs_num_items = True
-        return loss
+                return self._own_loss.sum(model, inputs), piece.items
+            needs_count = self._unit.is_given
+            return self._own_loss.sum_of_mean(model, inputs, piece.items, may_need_count=needs_count), piece.items
 
     def _check_prepared(self, inputs: Any, items: Items) -> None:
         """Check that an own ``_prepare_inputs`` leaves the number of items as it was."""
         kind = type(self._trainer)
         owner = next(each for each in kind.__mro__[2:] if "_prepare_inputs" in vars(each))
-        if owner is not Trainer and (number := _as_number(self._unit.count(inputs))) != items:
+        if owner is not Trainer and (number := self._count(inputs)) != items:
             raise InputError(
                 f"_prepare_inputs of {owner.__name__} changes the number of items of a micro-batch from {items} to "
                 f"{number}, and they are counted before it: change labels and masks in the data collator."
-            )
-
-    def _own_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Return the trainer's own loss; with a number of items it is not multiplied by the number of ranks."""
-        with _own_rank_only(self._trainer.args) if num_items_in_batch is not None else nullcontext():
-            loss: Tensor = self._compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if loss.numel() != 1:
-            raise InputError(
-                f"compute_loss of {class_name(self._trainer)} returned a loss of shape {tuple(loss.shape)}: return "
-                "its mean."
-            )
-        return loss.reshape(())
-
-    def _without_gradient(self, report: WindowReport) -> Tensor:
-        """Return the loss of a window that changes nothing: its backward leaves every ``.grad`` as it is."""
-        has_items = report.skipped != NO_ITEMS
-        self._warn_of_window(
-            f"{f'a {report.skipped}' if has_items else NO_ITEMS}: it changes no weight and no optimizer state; the "
-            "learning rate schedule goes on"
-        )
-        value = float("nan") if has_items else 0.0
-        return torch.full((), value, device=self._trainer.args.device, requires_grad=True)
-
-    def _warn_of_window(self, what: str) -> None:
-        warnings.warn(f"the window of update {self._trainer.state.global_step + 1} has {what}.", stacklevel=3)
-
-    def _check_factor(self, factor: Tensor) -> None:
-        """Check that the trainer differentiates the loss as it is, once: the gradient is multiplied by any factor."""
-        scaler = self._trainer.accelerator.scaler
-        expected = 1.0 if scaler is None else scaler.get_scale()
-        if factor.item() != expected:
-            raise InputError(
-                f"training_step of {class_name(self._trainer)} multiplies the loss by {factor.item() / expected:g}, "
-                "and the loss of a window is complete: remove the division by the number of accumulation steps."
             )
 
 
@@ -265,36 +230,8 @@ def batch_size_of(trainer: Any) -> int:
     return size // accelerator.num_processes if accelerator.split_batches else size
 
 
-@contextmanager
-def _own_rank_only(args: Any) -> Iterator[None]:
-    """Turn off, for one call, that losses over a number of items are multiplied by the number of ranks."""
-    found = args.average_tokens_across_devices
-    args.average_tokens_across_devices = False
-    try:
-        yield
-    finally:
-        args.average_tokens_across_devices = found
-
-
-def _wide(loss: Tensor) -> Tensor:
-    """Return a loss in float32 or wider: bfloat16 would round its sum to 8 bits."""
-    return loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss
-
-
 def _as_number(items: Any) -> Items:
     number: Any = items.item() if isinstance(items, Tensor | np.generic) else items
-    if not isinstance(number, int | float) or number < 0:
-        raise InputError(
-            f"items= returned {number!r}: it must return the number of items of a micro-batch, at least 0."
-        )
+    if not isinstance(number, int | float) or not 0 <= number < math.inf:
+        raise InputError(f"items= returned {number!r}: it must return the number of items of a micro-batch, 0 or more.")
     return number
-
-
-def _warn_of_batch_norms(model: nn.Module) -> None:
-    norms = training_batch_norms(model)
-    if norms:
-        warnings.warn(
-            f"BatchNorm in training mode ({', '.join(norms)}) normalizes by the mean and variance of a micro-batch, so "
-            "the updates are not exactly those of the whole batch: set it to eval mode, or use GroupNorm or LayerNorm.",
-            stacklevel=2,
-        )

@@ -11,11 +11,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.checks import Settings
+from bigbatch.integrations.transformers.own_code import OwnCode, name_of
+from bigbatch.integrations.transformers.own_loss import loss_name
 from bigbatch.integrations.transformers.samples import WindowBatch
 from bigbatch.integrations.transformers.traceless import attribute, class_of, collective, without_autocast
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.unit_probe import LossProbe
+from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.integrations.transformers.weights import WeightsMixin
 from bigbatch.integrations.transformers.window_data import FixedCollator, WindowData
 from bigbatch.integrations.transformers.window_engine import WindowEngine
@@ -70,12 +74,15 @@ class WindowGradients:
             self._collate: Callable[[Any], Any] = lambda batches: batches[0]
             self._samples = window.samples
         else:
-            fixed = FixedCollator(trainer.data_collator, window.samples)
+            own_code, collator = OwnCode(), trainer.data_collator
+            with own_code.named(), own_code.call(f"the data collator of {stock.__name__} ({name_of(collator)})"):
+                fixed = FixedCollator(collator, window.samples)
             self._collate, self._samples = fixed, fixed.samples
 
     def errors(self) -> tuple[WindowErrors, str, str, float]:
         """Return the errors, the unit, how the reference was computed, and the tolerance."""
-        with _as_probed(self._trainer, self._model, self._batches()) as tolerance:
+        own_code = OwnCode()
+        with own_code.named(), _as_probed(self._trainer, self._model, self._batches(), own_code) as tolerance:
             stock = self._by_training_steps(self._stock)
             if issubclass(self._kind, WeightsMixin):
                 ours = self._by_training_steps(self._kind)
@@ -180,6 +187,11 @@ class WindowGradients:
             torch.distributed.all_reduce(totals)
             for each in gradient if not self._is_sharded else ():
                 torch.distributed.all_reduce(each)
+        if not float(totals):
+            raise InputError(
+                f"the {self._window.name} window of {class_name(self._trainer)} has no items, so that it has no "
+                "gradient to compare: verify a trainer whose window has some."
+            )
         scale = float(totals) / (self._num_ranks if self._is_sharded else 1)  # the backward of a sharded model averages
         return [each / scale for each in gradient]
 
@@ -206,11 +218,12 @@ class WindowGradients:
 
 
 @contextmanager
-def _as_probed(trainer: Any, model: nn.Module, batches: Sequence[Any]) -> Iterator[float]:
+def _as_probed(trainer: Any, model: nn.Module, batches: Sequence[Any], own_code: OwnCode) -> Iterator[float]:
     """Run in training mode without dropout, or in eval mode, without autocast and scaler; yield the tolerance."""
 
     def compute_loss(model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
-        loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
+        with own_code.call(loss_name(trainer)):
+            loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss
 
     with ExitStack() as stack:

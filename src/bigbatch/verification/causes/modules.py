@@ -47,7 +47,8 @@ def batch_norm_cause(norms: dict[str, nn.Module]) -> Cause:
     return Cause(
         Kind.BATCH_NORM,
         f"BatchNorm in training mode ({listed_modules(norms)}): it normalizes by the mean and variance of the "
-        "micro-batch, so samples influence each other. Set it to eval mode, or use GroupNorm or LayerNorm.",
+        'micro-batch, so samples influence each other. Pass batch_norm="exact" to bigbatch.Engine, set it to eval '
+        "mode, or use GroupNorm or LayerNorm.",
     )
 
 
@@ -81,6 +82,8 @@ def _depends_on_seed(case: Case) -> bool:
 
 def batch_norm(case: Case) -> Iterator[Cause]:
     """Yield a cause if batch norms use statistics of the micro-batch, and switch them to running statistics."""
+    if case.cut_gradients.batch_norm is not None:
+        return
     norms = training_batch_norms(case.model)
     for norm in norms.values():
         norm.eval()

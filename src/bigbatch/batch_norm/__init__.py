@@ -1,0 +1,1 @@
+"""Batch norm over the whole batch: the micro-batches of a window meet at each norm and exchange their statistics."""
