@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from jinja2 import TemplateError
+
 from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenizer import AnyTokenizer
@@ -26,6 +28,8 @@ from bigbatch.lm.data.tokenizer import AnyTokenizer
 TrainOn: TypeAlias = Literal["all-assistant", "last-turn"]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "zq7answer"  # content that no template has in it
+# A template is a program, and may fail in every way that one can.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -115,8 +119,15 @@ class ConversationRenderer:
         return [rendering for rendering in renderings if rendering.spans]
 
     def template_for(self, tools: object) -> str:
-        """Return the template, of several the one for conversations with or without tools."""
-        template: str = self._tokenizer.get_chat_template(None, tools)
+        """Return the template, of several the one for conversations with or without tools.
+
+        Raises:
+            InputError: There are several, and none is for such conversations.
+        """
+        try:
+            template: str = self._tokenizer.get_chat_template(None, tools)
+        except ValueError as error:
+            raise InputError(f"the tokenizer has no chat template for this: {first_line(error)}.") from None
         return template
 
     def apply(
@@ -127,7 +138,6 @@ class ConversationRenderer:
         Raises:
             InputError: The template rejects them.
         """
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -139,7 +149,9 @@ class ConversationRenderer:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        except _TEMPLATE_ERRORS as error:
             raise InputError(f"{source}: the chat template rejects the conversation: {first_line(error)}.") from None
         return str(rendered[0]), marks[0] if marks else []
 
