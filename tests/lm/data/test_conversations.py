@@ -131,6 +131,15 @@ def test_rewritten_turns_are_trained_as_generated() -> None:
     assert shown(QWEN3, Q1, thought, Q2) == [f"{asked}«<think>\nhm\n</think>\n\na1<|im_end|>»\n"]
 
 
+def test_reasoning_within_content_is_no_lost_content() -> None:
+    for content, text in (
+        ("<think>hm</think>a1", "<think>\nhm\n</think>\n\na1"),
+        ("<think>hm</think>", "<think>\nhm\n</think>\n\n"),
+    ):
+        (found,) = shown(QWEN3, Q1, {"role": "assistant", "content": content})
+        assert found.endswith(f"«{text}<|im_end|>»\n")
+
+
 def test_turns_rendered_alike_share_one_rendering() -> None:
     # Between a call and the answer there is no question: the reasoning of the call stays, and both are trained at once.
     call = {"role": "assistant", "content": "", "reasoning_content": "look", "tool_calls": [CALL]}

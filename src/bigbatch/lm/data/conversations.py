@@ -285,8 +285,8 @@ def _reasoning(message: dict[str, Any]) -> str:
 
 
 def _last_line(content: str) -> str:
-    """Return the last line with a visible character: templates trim contents and cut reasoning from their beginning."""
-    lines = content.rstrip().splitlines()
+    """Return the last line with a visible character: templates trim contents, and move or cut reasoning before it."""
+    lines = content.rpartition("</think>")[2].rstrip().splitlines()
     return lines[-1].strip() if lines else ""
 
 
