@@ -12,7 +12,6 @@ of which the content and its end mark are trained on, and nothing after them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from jinja2 import TemplateError
 
 from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.lost_content import lost_part, lost_tools
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
 TrainOn: TypeAlias = Literal["all-assistant", "last-turn"]
@@ -30,7 +30,6 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "zq7answer"  # content that no template has in it
 # A template is a program, and may fail in every way that one can.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class Span(NamedTuple):
@@ -255,44 +254,15 @@ class _Conversation:
     def _check_complete(self, text: str, index: int | None) -> None:
         """Check that the messages after those checked before, up to ``index``, are in the text, and the tools."""
         stop = len(self._messages) if index is None else index + 1
-        lost = None
-        for number in range(self._num_checked, stop):
-            message = self._messages[number]
-            if not _is_in(_last_line(message["content"]), text):
-                lost = "the content"
-            elif not all(_is_in(call["function"]["name"], text) for call in message.get("tool_calls", ())):
-                lost = "the calls of tools"
-            elif number == index and not _is_in(_last_line(_reasoning(message)), text):
-                lost = "the reasoning"
-            if lost is not None:
-                lost = f"{lost} of message {number + 1} ({message['role']})"
-                break
+        lost = lost_part(self._messages[:stop], text, first=self._num_checked, trained=index)
         if lost is None and not self._num_checked:
-            names = (tool.get("function", tool).get("name") for tool in self._tools or ())
-            if not all(_is_in(name, text) for name in names if isinstance(name, str)):
-                lost = "the tools"
+            lost = lost_tools(self._tools or (), text)
         if lost is not None:
             raise InputError(
                 f"{self._source}: the chat template leaves out {lost}. Remove it from the record, or pass a "
                 "--chat-template that renders it."
             )
         self._num_checked = stop
-
-
-def _reasoning(message: dict[str, Any]) -> str:
-    found = next((message[name] for name in _REASONING if isinstance(message.get(name), str)), "")
-    return str(found)
-
-
-def _last_line(content: str) -> str:
-    """Return the last line with a visible character: templates trim contents, and move or cut reasoning before it."""
-    lines = content.rpartition("</think>")[2].rstrip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def _is_in(part: str, text: str) -> bool:
-    """Return whether a text has a part, as it is or in a JSON string."""
-    return part in text or any(json.dumps(part, ensure_ascii=is_ascii)[1:-1] in text for is_ascii in (False, True))
 
 
 def _difference(before: str, after: str) -> str:
