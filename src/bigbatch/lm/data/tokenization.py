@@ -191,15 +191,19 @@ def _masked(found: Any, row: int, rendering: Rendering) -> _Made:
     """Return the tokens of a rendering with their mask and, if one of them is not 1, the weights of the spans."""
     tokens: list[int] = list(found["input_ids"][row])
     offsets: list[tuple[int, int]] = found["offset_mapping"][row]
-    weights = array("f", bytes(4 * len(tokens)))
+    trained = bytearray(len(tokens))
+    has_weights = any(span.weight != 1 for span in rendering.spans)
+    weights = array("f", bytes(4 * len(tokens))) if has_weights else None
     for span in rendering.spans:
         first, last = _tokens_of(found, row, span)
         while rendering.marks is None and last < len(tokens) and offsets[last][0] < span.stop:
             last += 1  # the other tokens of a last character that has several
-        for place in range(max(first, 1), last):
-            weights[place] = span.weight
-    trained = bytes(weight > 0 for weight in weights)
-    return tokens, trained, weights if any(span.weight != 1 for span in rendering.spans) else None
+        first = max(first, 1)
+        count = max(0, last - first)
+        trained[first : first + count] = b"\1" * count
+        if weights is not None:
+            weights[first : first + count] = array("f", [span.weight]) * count
+    return tokens, bytes(trained), weights
 
 
 def _tokens_of(found: Any, row: int, span: Span) -> tuple[int, int]:
