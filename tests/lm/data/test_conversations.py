@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import ConversationRenderer, TrainOn
@@ -129,6 +131,15 @@ def test_rewritten_turns_are_trained_as_generated() -> None:
     ]
     # With a question at the end, the last answer is rendered without its reasoning, and trained with it.
     assert shown(QWEN3, Q1, thought, Q2) == [f"{asked}«<think>\nhm\n</think>\n\na1<|im_end|>»\n"]
+
+
+def test_reasoning_within_content_is_no_lost_content() -> None:
+    for content, text in (
+        ("<think>hm</think>a1", "<think>\nhm\n</think>\n\na1"),
+        ("<think>hm</think>", "<think>\nhm\n</think>\n\n"),
+    ):
+        (found,) = shown(QWEN3, Q1, {"role": "assistant", "content": content})
+        assert found.endswith(f"«{text}<|im_end|>»\n")
 
 
 def test_turns_rendered_alike_share_one_rendering() -> None:
@@ -289,3 +300,19 @@ def test_broken_conversations_are_skipped_and_reported() -> None:
         list(encode_documents(documents, tokenizer))
     with pytest.raises(InputError, match="a:2: the chat template rejects"):  # nothing is left
         list(encode_documents(documents[1:2], tokenizer, broken=[]))
+
+
+def test_dropped_white_space_does_not_move_the_mask() -> None:
+    # transformers would mask all later turns here, or train on them, since the spans begin and end with no token.
+    backend = Tokenizer(
+        models.WordLevel({"[UNK]": 0, "[END]": 1, "q1": 2, "a1": 3, "q2": 4, "a2": 5}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[END]")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + ' ' }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    (found,) = encode_documents([Document("a", messages=(Q1, A1, Q2, A2, Q3))], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(found.tokens) == ["q1", "a1", "q2", "a2", "[UNK]"]
+    assert list(found.trained) == [0, 1, 0, 1, 0]

@@ -255,10 +255,25 @@ def test_other_record_is_rejected(record: dict[str, Any], message: str) -> None:
             "be trained on.",
         ),
         ({"role": "user", "content": {"a": 1}}, "the content of message 2 is an object and must be a string."),
-        ({"role": "assistant", "content": "a", "weight": -1}, "the weight of message 2 is -1 and must be a number"),
-        ({"role": "assistant", "content": "a", "weight": "1"}, "the weight of message 2 is '1' and must be a number"),
-        ({"role": "assistant", "content": "a", "weight": True}, "the weight of message 2 is True and must be a number"),
-        ({"role": "assistant", "content": "a", "weight": float("nan")}, "the weight of message 2 is nan and must be"),
+        (
+            {"role": "assistant", "content": "a", "weight": -1},
+            "the weight of message 2 is -1 and must be",
+        ),
+        (
+            {"role": "assistant", "content": "a", "weight": "1"},
+            "the weight of message 2 is '1' and must be",
+        ),
+        ({"role": "assistant", "content": "a", "weight": True}, "the weight of message 2 is True and must be"),
+        ({"role": "assistant", "content": "a", "weight": float("nan")}, "the weight of message 2 is nan and must be 0"),
+        ({"role": "assistant", "content": "a", "weight": 1e39}, "the weight of message 2 is 1e+39 and must be"),
+        (
+            {"role": "assistant", "content": "a", "weight": 10**99},
+            "the weight of message 2 is a number and must be",
+        ),
+        (
+            {"role": "assistant", "content": "a", "weight": 1e-40},
+            "the weight of message 2 is 1e-40 and must be",
+        ),
         ({"role": "user", "content": "a", "tool_calls": [CALL]}, "message 2 calls a tool, and its role is user;"),
         ({"role": "assistant", "tool_calls": "a"}, "'tool_calls' of message 2 is a string and must be a list."),
         ({"role": "assistant", "tool_calls": ["a"]}, "call 1 of message 2 is a string and must be an object"),
@@ -276,7 +291,7 @@ def test_other_record_is_rejected(record: dict[str, Any], message: str) -> None:
             "the entry 'name' of message 2 has half of a surrogate",
         ),
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_other_message_is_rejected(message: dict[str, Any], error: str) -> None:
     assert refusal({"messages": [USER, message, ANSWER]}).startswith(error)
@@ -288,3 +303,17 @@ def test_conversation_without_training_token_is_rejected() -> None:
     nothing = "the record yields no training token: no message of the assistant has content."
     assert refusal({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}) == nothing
     assert refusal({"messages": [USER]}) == nothing
+
+
+def test_many_or_long_columns_are_listed_in_short() -> None:
+    message = refusal({f"column {i}": "a" for i in range(200)} | {"x" * 500: "a"})
+    assert message.startswith("the record has 'column 0', 'column 1', ")
+    assert "'column 19', and 181 more. A record must have" in message
+    assert len(refusal({"x" * 500: "a"})) < 400
+
+
+def test_deeply_nested_tools_do_not_end_the_process() -> None:
+    nested: Any = {"a": 1}
+    for _ in range(3000):
+        nested = {"a": nested}
+    assert refusal({"messages": [USER, ANSWER], "tools": [nested]}) == "the field 'tools' has a value that is not JSON."

@@ -12,21 +12,24 @@ of which the content and its end mark are trained on, and nothing after them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from jinja2 import TemplateError
+
 from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.lost_content import lost_part, lost_tools
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
 TrainOn: TypeAlias = Literal["all-assistant", "last-turn"]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "zq7answer"  # content that no template has in it
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+# A template is a program, and may fail in every way that one can.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Span(NamedTuple):
@@ -115,8 +118,15 @@ class ConversationRenderer:
         return [rendering for rendering in renderings if rendering.spans]
 
     def template_for(self, tools: object) -> str:
-        """Return the template, of several the one for conversations with or without tools."""
-        template: str = self._tokenizer.get_chat_template(None, tools)
+        """Return the template, of several the one for conversations with or without tools.
+
+        Raises:
+            InputError: There are several, and none is for such conversations.
+        """
+        try:
+            template: str = self._tokenizer.get_chat_template(None, tools)
+        except ValueError as error:
+            raise InputError(f"the tokenizer has no chat template for this: {first_line(error)}.") from None
         return template
 
     def apply(
@@ -127,7 +137,6 @@ class ConversationRenderer:
         Raises:
             InputError: The template rejects them.
         """
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -139,7 +148,9 @@ class ConversationRenderer:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        except _TEMPLATE_ERRORS as error:
             raise InputError(f"{source}: the chat template rejects the conversation: {first_line(error)}.") from None
         return str(rendered[0]), marks[0] if marks else []
 
@@ -243,44 +254,15 @@ class _Conversation:
     def _check_complete(self, text: str, index: int | None) -> None:
         """Check that the messages after those checked before, up to ``index``, are in the text, and the tools."""
         stop = len(self._messages) if index is None else index + 1
-        lost = None
-        for number in range(self._num_checked, stop):
-            message = self._messages[number]
-            if not _is_in(_last_line(message["content"]), text):
-                lost = "the content"
-            elif not all(_is_in(call["function"]["name"], text) for call in message.get("tool_calls", ())):
-                lost = "the calls of tools"
-            elif number == index and not _is_in(_last_line(_reasoning(message)), text):
-                lost = "the reasoning"
-            if lost is not None:
-                lost = f"{lost} of message {number + 1} ({message['role']})"
-                break
+        lost = lost_part(self._messages[:stop], text, first=self._num_checked, trained=index)
         if lost is None and not self._num_checked:
-            names = (tool.get("function", tool).get("name") for tool in self._tools or ())
-            if not all(_is_in(name, text) for name in names if isinstance(name, str)):
-                lost = "the tools"
+            lost = lost_tools(self._tools or (), text)
         if lost is not None:
             raise InputError(
                 f"{self._source}: the chat template leaves out {lost}. Remove it from the record, or pass a "
                 "--chat-template that renders it."
             )
         self._num_checked = stop
-
-
-def _reasoning(message: dict[str, Any]) -> str:
-    found = next((message[name] for name in _REASONING if isinstance(message.get(name), str)), "")
-    return str(found)
-
-
-def _last_line(content: str) -> str:
-    """Return the last line with a visible character: templates trim contents and cut reasoning from their beginning."""
-    lines = content.rstrip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def _is_in(part: str, text: str) -> bool:
-    """Return whether a text has a part, as it is or in a JSON string."""
-    return part in text or any(json.dumps(part, ensure_ascii=is_ascii)[1:-1] in text for is_ascii in (False, True))
 
 
 def _difference(before: str, after: str) -> str:

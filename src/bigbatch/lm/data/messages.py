@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +30,8 @@ SHAREGPT_ROLES = {
 """The names in ``from`` of a ShareGPT message that are not roles themselves; ``function_call`` is a call of a tool."""
 
 NO_TOKEN = "yields no training token"
+MOST_LISTED, LONGEST_NAME = 20, 60  # of names in an error
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # of a message, besides 0: float32 holds their sums
 
 
 def to_messages(value: object, field: str, source: str) -> tuple[dict[str, Any], ...]:
@@ -172,9 +173,13 @@ def _entries(entries: dict[str, Any], role: str, where: str, source: str) -> dic
     return kept
 
 
-def _weight(weight: object, where: str, source: str) -> int | float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise InputError(f"{source}: the weight of {where} is {weight!r} and must be a number of at least 0.")
+def _weight(weight: Any, where: str, source: str) -> int | float:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or (weight != 0 and not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT):
+        shown = repr(weight) if len(repr(weight)) <= LONGEST_NAME else kind_of(weight)
+        raise InputError(
+            f"{source}: the weight of {where} is {shown} and must be 0, or a number from 0.000001 to 1,000,000."
+        )
     return int(weight) if weight == int(weight) else weight
 
 
@@ -235,8 +240,10 @@ def kind_of(value: object) -> str:
 
 
 def listing(names: Iterable[Any]) -> str:
-    """Return names in quotes, for errors."""
-    return ", ".join(repr(name) for name in names) or "no field"
+    """Return names in quotes, for errors; of many, the first ones."""
+    listed = [repr(name) if len(repr(name)) <= LONGEST_NAME else f"{repr(name)[:LONGEST_NAME]}…" for name in names]
+    more = [f"and {len(listed) - MOST_LISTED:,} more"] if len(listed) > MOST_LISTED else []
+    return ", ".join([*listed[:MOST_LISTED], *more]) or "no field"
 
 
 def _parsed(value: object) -> object:
@@ -265,12 +272,12 @@ def _is_json(value: object) -> bool:
 
 def _strings(value: object) -> Iterator[str]:
     """Yield every string in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _strings(name)
-            yield from _strings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
+    remaining = [value]  # no recursion: JSON may be nested as deep as Python can read it
+    while remaining:
+        part = remaining.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping):
+            remaining += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            remaining += part

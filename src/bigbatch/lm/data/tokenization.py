@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import ConversationRenderer, Rendering, Span, TrainOn
@@ -19,6 +19,8 @@ from bigbatch.lm.data.tokenizer import AnyTokenizer
 
 BATCH_CHARACTERS = 500_000
 BATCH_DOCUMENTS = 1_000
+
+_Made: TypeAlias = "tuple[list[int], bytes, array[float] | None]"  # tokens, trained, weights
 
 
 @dataclass(frozen=True)
@@ -80,41 +82,44 @@ class _Encoder:
     def encode(self, batch: list[Document], broken: list[str] | None, *, first: int) -> Iterator[Encoded]:
         """Yield the tokens of documents; ``first`` is the index of the first one."""
         plain = iter(_tokenize(self._tokenizer, [text for document in batch for text in _strings(document)]))
-        rendered = self._render(batch, broken)
-        found = self._with_offsets([rendering.text for renderings in rendered.values() for rendering in renderings])
-        row = 0
-        for place, document in enumerate(batch):
-            if document.messages is None:
-                strings = [next(plain) for _ in _strings(document)]
-                make = self._special_tokens.text if document.text is not None else self._special_tokens.completion
-                made = [make(*strings)]
-            else:
-                made = []
-                for rendering in rendered.get(place, ()):
-                    made.append(_masked(found, row, rendering))
+        for group in _groups(self._parts(batch, plain, broken)):
+            found = self._with_offsets([part.text for _, part in group if isinstance(part, Rendering)])
+            row = 0
+            for place, part in group:
+                if isinstance(part, Rendering):
+                    part = _masked(found, row, part)
                     row += 1
-            for tokens, trained, weights in made:
+                tokens, trained, weights = part
                 if any(trained):
                     yield Encoded(tokens, trained, weights, first + place)
                 else:
-                    _refuse(f"{document.source} yields no training token with this tokenizer.", broken)
+                    _refuse(f"{batch[place].source} yields no training token with this tokenizer.", broken)
 
-    def _render(self, batch: list[Document], broken: list[str] | None) -> dict[int, list[Rendering]]:
-        """Return the renderings of each conversation that has some, by its place in the batch."""
-        rendered: dict[int, list[Rendering]] = {}
+    def _parts(
+        self, batch: list[Document], plain: Iterator[list[int]], broken: list[str] | None
+    ) -> Iterator[tuple[int, _Made | Rendering]]:
+        """Yield the place of each document with its tokens, or with each rendering of a conversation."""
         for place, document in enumerate(batch):
-            if document.messages is None:
-                continue
-            if self._renderer is None:
-                try:
-                    self._renderer = ConversationRenderer(self._tokenizer, train_on=self._train_on)
-                except InputError as error:
-                    raise InputError(f"{document.source}: {error}") from None
+            if document.text is not None:
+                yield place, self._special_tokens.text(next(plain))
+            elif document.messages is None:
+                yield place, self._special_tokens.completion(next(plain), next(plain))
+            else:
+                for rendering in self._render(document, broken):
+                    yield place, rendering
+
+    def _render(self, document: Document, broken: list[str] | None) -> list[Rendering]:
+        """Return the renderings of a conversation; none if it is rejected."""
+        if self._renderer is None:
             try:
-                rendered[place] = self._renderer.render(document)
+                self._renderer = ConversationRenderer(self._tokenizer, train_on=self._train_on)
             except InputError as error:
-                _refuse(str(error), broken)
-        return rendered
+                raise InputError(f"{document.source}: {error}") from None
+        try:
+            return self._renderer.render(document)
+        except InputError as error:
+            _refuse(str(error), broken)
+            return []
 
     def _with_offsets(self, texts: list[str]) -> Any:
         """Tokenize renderings, which have their special tokens; the result maps characters to tokens."""
@@ -132,13 +137,23 @@ class _Encoder:
         )
 
 
+def _groups(parts: Iterator[tuple[int, _Made | Rendering]]) -> Iterator[list[tuple[int, _Made | Rendering]]]:
+    """Group parts, in order: a conversation that is rendered for each turn has many times its own characters."""
+    group: list[tuple[int, _Made | Rendering]] = []
+    characters = 0
+    for place, part in parts:
+        group.append((place, part))
+        characters += len(part.text) if isinstance(part, Rendering) else 0
+        if characters >= BATCH_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    yield group
+
+
 def _refuse(message: str, broken: list[str] | None) -> None:
     if broken is None:
         raise InputError(message)
     broken.append(message)
-
-
-_Made = tuple[list[int], bytes, "array[float] | None"]
 
 
 @dataclass(frozen=True)
@@ -176,15 +191,19 @@ def _masked(found: Any, row: int, rendering: Rendering) -> _Made:
     """Return the tokens of a rendering with their mask and, if one of them is not 1, the weights of the spans."""
     tokens: list[int] = list(found["input_ids"][row])
     offsets: list[tuple[int, int]] = found["offset_mapping"][row]
-    weights = array("f", bytes(4 * len(tokens)))
+    trained = bytearray(len(tokens))
+    has_weights = any(span.weight != 1 for span in rendering.spans)
+    weights = array("f", bytes(4 * len(tokens))) if has_weights else None
     for span in rendering.spans:
         first, last = _tokens_of(found, row, span)
         while rendering.marks is None and last < len(tokens) and offsets[last][0] < span.stop:
             last += 1  # the other tokens of a last character that has several
-        for place in range(max(first, 1), last):
-            weights[place] = span.weight
-    trained = bytes(weight > 0 for weight in weights)
-    return tokens, trained, weights if any(span.weight != 1 for span in rendering.spans) else None
+        first = max(first, 1)
+        count = max(0, last - first)
+        trained[first : first + count] = b"\1" * count
+        if weights is not None:
+            weights[first : first + count] = array("f", [span.weight]) * count
+    return tokens, bytes(trained), weights
 
 
 def _tokens_of(found: Any, row: int, span: Span) -> tuple[int, int]:

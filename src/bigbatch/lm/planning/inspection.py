@@ -164,7 +164,7 @@ class _Inspector:
     def _seen(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Yield the documents after noting their shape, source and problems."""
         for index, document in enumerate(documents):
-            self.found.shapes[document.shape or "text"] += 1
+            self.found.shapes[_shape(document)] += 1
             self._sources[index] = document.source
             for text in document.texts:
                 if (match := self._special.search(text)) is not None:
@@ -253,6 +253,12 @@ class _Inspector:
                 f"{found.empty.first}. Remove it, or give it the weight 0"
             )
         return problems
+
+
+def _shape(document: Document) -> str:
+    if document.shape or document.text is not None:
+        return document.shape or "text"
+    return "messages" if document.messages is not None else "prompt-completion"
 
 
 def _is_visible(token: str) -> bool:
