@@ -16,7 +16,8 @@ from support.command_line import files_below, pretend_terminal, terminal_lines
 
 def found(**changes: Any) -> RunEvidence:
     usual: dict[str, Any] = {
-        "step": 100, "batch": 64.0, "microbatches": 8, "update_s": 4.0, "scale": 64.0, "low": 50.0, "high": 80.0
+        "step": 100, "batch": 64.0, "microbatches": 8, "update_s": 4.0, "scale": 64.0, "low": 50.0, "high": 80.0,
+        "beta2": 0.95,
     }  # fmt: skip
     return RunEvidence(**usual | changes)
 
@@ -48,6 +49,13 @@ def test_advice_has_figures_and_smaller_batch() -> None:
     assert "beta2 0.95 → 0.9968" in text
     assert "--global-batch 64 --scale-from 1,020" not in text, "a command takes no commas"
     assert "This is an estimate" in text
+
+
+def test_advice_without_adamw_names_no_rule() -> None:
+    text = " ".join(advise(found(batch=1024.0, microbatches=16, beta2=None)).sentences)
+    assert (
+        "about 8.5 times sooner, with a lower learning rate, to be tuned: bigbatch train --global-batch 64. The" in text
+    )
 
 
 def test_smaller_batch_gains_nothing_far_below_scale() -> None:

@@ -243,7 +243,7 @@ def _compare_with_smaller(found: RunEvidence, smaller: int, gain: float) -> str:
         )
     factor = smaller / found.batch
     if found.beta2 is None:
-        change = f"and a learning rate of its own: bigbatch train --global-batch {smaller}"
+        change = f"with a lower learning rate, to be tuned: bigbatch train --global-batch {smaller}"
     else:
         change = (
             f"with beta2 {found.beta2:g} → {found.beta2**factor:.4g} (the same half-life in samples) and the learning "
