@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from bigbatch.lm.checkpoint import newest
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.training.setup import set_up_training
 from distributed import sharded_start_cases as cases
 from support.language_models import metrics, records, save_model_folder, write_jsonl
@@ -29,6 +32,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"lora_rank": 2}),
     "lora on tied": ("qwen2", {"lora_rank": 2, "precision": "bf16-weights"}),
     "lora on Conv1D": ("gpt2", {"lora_rank": 2, "gradient_checkpointing": "full"}),
+    "some targets": ("qwen2", {"lora_rank": 2, "lora_targets": "q_proj,v_proj", "rslora": True, "lora_dropout": 0.1}),
+    "dora": ("llama", {"lora_rank": 2, "dora": True}),
+    "dora on bfloat16": ("qwen2", {"lora_rank": 2, "dora": True, "precision": "bf16-weights"}),
+    "dora on Conv1D": ("gpt2", {"lora_rank": 2, "dora": True}),
     "lora on tiny": ("tiny", {"lora_rank": 2, "max_length": 64}),
     "packed": ("llama", {"layout": "packed"}),
     "other files": ("bin", {}),
@@ -53,7 +60,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _as_pickle(folder: Path) -> None:
     import torch
-    from safetensors.torch import load_file
 
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -151,6 +157,15 @@ def test_model_above_cap_trains_and_resumes_sharded(tmp_path: Path, more: tuple[
     assert len(metrics(tmp_path / "run")) == 3
     for rank in range(2):
         assert 0 < json.loads((tmp_path / f"peak-{rank}.json").read_text()) <= cap * full_bytes
+    if more:
+        assert set(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")) == adapter_names(tmp_path)
+        return
     assert sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").parameters()) == (
         full_bytes
     )
+
+
+def adapter_names(folder: Path) -> set[str]:
+    """Return the names of the adapters of the deep model of rank 2, as peft saves them."""
+    model = add_lora(AutoModelForCausalLM.from_pretrained(folder / "deep"), rank=2, alpha=4.0, seed=0)
+    return set(get_peft_model_state_dict(model, save_embedding_layers=False))

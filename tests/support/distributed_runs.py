@@ -47,7 +47,9 @@ class RunFolder:
         return run(["resume", out, *more], size, folder=self.folder, alone=size == 1, **how)
 
     def model(self, out: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / out / "model" / "model.safetensors")
+        """Return the saved parameters: those of the model, or of its adapters."""
+        model = self.folder / out / "model" / "model.safetensors"
+        return load_file(model if model.exists() else self.folder / out / "adapter" / "adapter_model.safetensors")
 
     def windows(self, out: str) -> dict[int, list[int]]:
         """Return the samples of each update, checked against the shares of its ranks."""

@@ -50,7 +50,7 @@ CODES = {"kill": -signal.SIGKILL, "stop": 75, "full disk": 1}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "async": {"async_checkpoint": True},
-    "lora": {"lora_rank": 2},
+    "lora": {"lora_rank": 2, "lora_dropout": 0.1},
     "bf16-weights": {"precision": "bf16-weights"},
     "auto": {"microbatch": "auto"},
     "tokens": {"global_batch": None, "global_batch_tokens": 160},
@@ -140,6 +140,7 @@ class KillPoints:
         self.around(trainer, "validation_loss", "validation")
         self.around(trainer, "sample_text", "sample")
         self.around(trainer, "save_model", "model")
+        self.around(trainer, "save_adapters", "adapter")
         self._watch_lines()
         run = Trainer.run
 

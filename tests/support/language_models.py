@@ -1,10 +1,20 @@
 """Tiny language models, tokenizers, data files and training runs for tests of `bigbatch.lm` and the commands."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.utils import logging
 
 from bigbatch.lm.bench.workload import Workload
@@ -95,6 +105,15 @@ class RecordingCallback:
 
     def on_sample(self, step: int, text: str) -> None:
         self.samples.append((step, text))
+
+
+def load_peft(base: Path, adapter: Path) -> Any:
+    """Load a model with adapters as a user of peft does."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about names shared by peft and transformers
+        warnings.filterwarnings("ignore", message=".* keys did not match any targeted module")  # of experts
+        return PeftModel.from_pretrained(model, adapter).eval()
 
 
 def run(folder: Path, **settings: Any) -> tuple[TrainingSetup, RecordingCallback, TrainResult]:

@@ -36,7 +36,11 @@ def results(run: Path) -> dict[str, Any]:
     state = contents.values["state"]
     del state["progress"]["metrics_bytes"]  # timings vary in their number of digits
     return {
-        "model": hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest(),
+        "model": {
+            name: hashlib.sha256((run / name).read_bytes()).hexdigest()
+            for name in ("model/model.safetensors", "adapter/adapter_model.safetensors")
+            if (run / name).exists()
+        },
         "metrics": [json.dumps({k: v for k, v in row.items() if k not in CLOCK}) for row in metrics(run)],
         "quarantine": quarantine.read_bytes() if quarantine.exists() else b"",
         "checkpoint": path.name,

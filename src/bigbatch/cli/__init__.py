@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "show what is in the data, and what of it a run trains on",
     "verify": "verify on your model, loss and data that splitting the batch does not change the gradient",
     "generate": "generate text with a trained model",
+    "merge": "write a whole model from the LoRA adapters of a run",
     "checkpoints": "list the checkpoints of a run and verify them",
     "advise": "compare the batch of a run with its gradient noise scale",
     "report": "write an HTML page about a run, or a comparison of several runs",

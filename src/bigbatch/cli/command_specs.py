@@ -13,6 +13,7 @@ from bigbatch.cli.options import (
     CheckpointsOptions,
     GenerateOptions,
     InspectOptions,
+    MergeOptions,
     PlanOptions,
     ReportOptions,
     ResumeOptions,
@@ -142,6 +143,14 @@ COMMAND_SPECS = {
         sections=(_section(GenerateOptions, "generation", "Sampling settings."),),
         positionals=("run", "prompt"),
         usage_words="RUN and one PROMPT (in quotes if it contains spaces)",
+    ),
+    "merge": CommandSpec(
+        about="Merge the LoRA adapters of a run into the model that they were trained on, in the dtype of its weights, "
+        "and write it as a folder that loads without peft. The run is not changed.",
+        examples=("bigbatch merge RUN --out merged", "bigbatch merge RUN/adapter --model base-folder --out merged"),
+        sections=(_section(MergeOptions, "merge", "What to merge, and where to write it."),),
+        positionals=("run",),
+        usage_words="one RUN",
     ),
     "checkpoints": CommandSpec(
         about="List the checkpoints of a run with step, size and time, and verify them: a checkpoint is whole if every "

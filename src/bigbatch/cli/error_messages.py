@@ -33,6 +33,11 @@ FOREIGN_NAMES = {
     "gradient_clipping": "max_grad_norm",
     "lr_scheduler_type": "schedule",
     "model_name_or_path": "model",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets",
+    "target_modules": "lora_targets",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
     "dataset": "data",
     "dataset_name": "data",
     "train_file": "data",
@@ -59,6 +64,8 @@ def sentence(error: ValidationError, display_names: Mapping[str, str]) -> str:
         names = "|".join(re.escape(str(value)) for value in context.values())
         return re.sub(rf"\b({names})\b", lambda match: display_names.get(match[0], match[0]), first["msg"]) + "."
     key, *inside = map(str, first["loc"])
+    if first["type"] == "missing":
+        return f"{display_names.get(key, key)} is missing: it has no default."
     verb = "contains" if inside else "is"
     requirement = _requirement(first["type"], first["msg"], context)
     return f"{display_names.get(key, key)} {verb} {format_value(first['input'])}: {requirement}."

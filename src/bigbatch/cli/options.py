@@ -111,6 +111,25 @@ class GenerateOptions(BaseModel):
     device: Device = Field(
         default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = the best available device"
     )
+    model: Text | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or Hub name of the model under the LoRA adapters of the run (default: the one they name)",
+    )
+
+
+class MergeOptions(BaseModel):
+    """Options of ``bigbatch merge``: the adapters, the model that they are merged into, and the folder to write."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Folder = Field(description="directory of a run with --lora-rank, or a folder of LoRA adapters")
+    out: Folder = Field(description="new or empty folder for the model and its tokenizer")
+    model: Text | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or Hub name of the model that the adapters were trained on (default: the one they name)",
+    )
 
 
 class CheckpointsOptions(BaseModel):

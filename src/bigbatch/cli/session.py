@@ -15,7 +15,7 @@ from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
-from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, MODEL
+from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, METRICS, MODEL
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.dashboards import with_dashboard
 from bigbatch.lm.training.event_log import EventLog
@@ -100,6 +100,15 @@ def enable_determinism(config: TrainConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def parameters_line(model: Any) -> str:
+    """Return a line with the number of trained parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    if trained == total:
+        return f"trained parameters: all {total:,}"
+    return f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.2g} %)"
+
+
 def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     """Return three lines: the global batch, its micro-batches, and the number of updates with the learning rate."""
     config, setup = trainer.config, trainer.setup
@@ -142,7 +151,9 @@ def final_lines(directory: RunDirectory, outcome: "TrainResult") -> list[str]:
     return [
         f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; output is in "
         f"{directory.path}{os.sep}",
-        f"  {MODEL + '/':<15}model and tokenizer, for AutoModelForCausalLM.from_pretrained",
+        f"  {MODEL + '/':<15}model and tokenizer, for AutoModelForCausalLM.from_pretrained"
+        if not directory.adapter.is_dir()
+        else f"  {ADAPTER + '/':<15}LoRA adapters and tokenizer, for PeftModel.from_pretrained and bigbatch merge",
         f"  {METRICS:<15}one line per update",
         f"  {CHECKPOINTS + '/':<15}for bigbatch resume",
         f"  {CONFIG:<15}all settings",
@@ -202,13 +213,11 @@ _READING = ("text_column", "messages_column", "chat_template", "train_on")  # of
 def _same_job(config: TrainConfig) -> str:
     """Return the flags for a command on the same model and data."""
     default = TrainConfig()
-    names = [
-        name
-        for name in ("data", "split", "subset", "model", "max_length", "lora_rank", "precision", *_READING)
-        if getattr(config, name) != getattr(default, name)
-    ]
-    values = {name: getattr(config, name) for name in names}
-    words = {
-        name: shlex.join(map(str, value if isinstance(value, tuple) else [value])) for name, value in values.items()
-    }
-    return "".join(f" --{name.replace('_', '-')} {text}" for name, text in words.items())
+    of_model = ("model", "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora")
+    names = ("data", "split", "subset", *of_model, "precision", *_READING)
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    words = []
+    for name, value in given.items():
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        words.append(shlex.join([f"--{name.replace('_', '-')}", *map(str, values)]))
+    return "".join(f" {word}" for word in words)

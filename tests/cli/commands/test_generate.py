@@ -86,7 +86,8 @@ def test_missing_run_suggests_nearest(trained: Path, capfd: pytest.CaptureFixtur
 def test_run_without_model_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert refused(capfd, tmp_path) == (
-        f"{tmp_path} contains no trained model: a run saves it in {tmp_path / 'model'} when it ends."
+        f"{tmp_path} contains no trained model: a run saves it in {tmp_path / 'model'} when it ends, its LoRA adapters "
+        f"in {tmp_path / 'adapter'}."
     )
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.causal_attention import (
     NAME,
     drop_mask_if_causal,
@@ -29,7 +30,7 @@ from bigbatch.lm.model.causal_attention import (
     use_causal_attention,
 )
 from bigbatch.lm.model.decoder_layers import DecoderLayers
-from bigbatch.lm.model.pretrained import add_lora, load_model
+from bigbatch.lm.model.pretrained import load_model
 from support.language_models import records, run, save_model_folder, write_jsonl
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import bigbatch
 from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction
 from bigbatch.lm.data.dataset import IGNORED, collate
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head
-from bigbatch.lm.model.pretrained import add_lora
 
 CPU = torch.device("cpu")
 FLOAT64 = DeviceSpec(CPU, "float64")

@@ -21,11 +21,11 @@ from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.causal_attention import use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.packed_rows import pack_row
-from bigbatch.lm.model.pretrained import add_lora
 from bigbatch.memory.allocation_tracker import AllocationTracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it

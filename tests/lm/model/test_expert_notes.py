@@ -17,8 +17,8 @@ from transformers import (
 
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.model import expert_notes as notes
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
-from bigbatch.lm.model.pretrained import add_lora
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 16,

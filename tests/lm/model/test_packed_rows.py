@@ -32,12 +32,12 @@ from bigbatch.batching.token_groups import round_up_row
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.data.dataset import IGNORED, collate
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.causal_attention import NAME, use_causal_attention
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES, model_inputs, pack_row, packing_obstacle
-from bigbatch.lm.model.pretrained import add_lora
 
 CPU = torch.device("cpu")
 DOUBLE = DeviceSpec(CPU, "float64")

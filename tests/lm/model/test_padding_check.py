@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.padding_check import ignores_right_padding
-from bigbatch.lm.model.pretrained import add_lora
 
 FLOAT64 = DeviceSpec(torch.device("cpu"), "float64")
 TOKENS = 64

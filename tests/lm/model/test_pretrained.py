@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.tokenizer import train_tokenizer
-from bigbatch.lm.model.pretrained import add_lora, load_model, save_model, tiny_model
+from bigbatch.lm.model.adapters import add_lora
+from bigbatch.lm.model.pretrained import load_model, save_model, tiny_model
 from support.language_models import records, save_model_folder
 
 TOKENIZER = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)

@@ -21,6 +21,7 @@ from bigbatch.lm.training.tuning_cache import CachedChoice, cache_key, load_cach
 from support.language_models import (
     RecordingCallback,
     conversations,
+    load_peft,
     metrics,
     records,
     run,
@@ -111,8 +112,9 @@ def test_saved_model_is_the_trained_one(tmp_path: Path, settings: dict[str, Any]
     base = save_model_folder(tmp_path / kind, kind=kind)
     before = (base / "model.safetensors").read_bytes()
     prepared, _, _ = run(tmp_path / "run", **settings | {"model": str(base), "lora_rank": lora_rank})
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("def für 日本語", return_tensors="pt")
+    saved = tmp_path / "run" / ("adapter" if lora_rank else "model")
+    loaded = load_peft(base, saved) if lora_rank else AutoModelForCausalLM.from_pretrained(saved)
+    tokens = AutoTokenizer.from_pretrained(saved)("def für 日本語", return_tensors="pt")
     with torch.no_grad():
         expected = prepared.model.eval()(input_ids=tokens["input_ids"]).logits
         assert torch.allclose(loaded.eval()(input_ids=tokens["input_ids"]).logits, expected, atol=1e-5)

@@ -10,7 +10,7 @@ from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import ResumeOptions
 from bigbatch.cli.output import optional_output
 from bigbatch.cli.run_lookup import check_run
-from bigbatch.cli.session import enable_determinism, summary_lines, train
+from bigbatch.cli.session import enable_determinism, parameters_line, summary_lines, train
 from bigbatch.cli.torchrun import fail_together, process_group, reject_together, with_local_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
@@ -69,11 +69,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             for folder, reason in rejected:
                 console.print(f"skipping checkpoint {folder}: {reason}")
             directory = RunDirectory(path) if ranks.is_first else ReadOnlyRunDirectory(path)
-            if (
-                checkpoint is not None
-                and checkpoint.progress.step >= checkpoint.total_steps
-                and directory.model.is_dir()
-            ):
+            if checkpoint is not None and checkpoint.progress.step >= checkpoint.total_steps and directory.has_model:
                 console.print(
                     f"{path} is already finished: all {checkpoint.total_steps:,} updates are done, the model is saved"
                 )
@@ -96,7 +92,11 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
         console.print(f"resuming {path} {where}")
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             trainer.tune(cache=path, progress=progress)
-        for line in (*setup.notes, *(summary_lines(trainer) if checkpoint is None else ())):
+        for line in (
+            *setup.notes,
+            parameters_line(setup.model),
+            *(summary_lines(trainer) if checkpoint is None else ()),
+        ):
             console.print(line)
         return train(trainer, directory, console, config=config)
 

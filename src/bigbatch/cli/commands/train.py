@@ -8,7 +8,7 @@ from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import ResumeOptions
 from bigbatch.cli.output import optional_output
 from bigbatch.cli.run_lookup import check_paths
-from bigbatch.cli.session import enable_determinism, summary_lines, train
+from bigbatch.cli.session import enable_determinism, parameters_line, summary_lines, train
 from bigbatch.cli.torchrun import (
     fail_together,
     is_restarted,
@@ -78,6 +78,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         origin = trainer.tune(cache=path, progress=progress)
     for line in (
         *setup.notes,
+        parameters_line(setup.model),
         *summary_lines(trainer),
         *trainer.config.batch_scaling().lines(),
         *_choice_lines(trainer, origin),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec, resolve_device
-from bigbatch.lm.model.pretrained import add_lora
+from bigbatch.lm.model.adapters import add_lora
 
 Sample: TypeAlias = dict[str, Tensor]
 

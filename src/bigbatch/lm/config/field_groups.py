@@ -82,7 +82,17 @@ GROUPS = (
     FieldGroup(
         "model",
         "Model, LoRA adapters, and the load-balancing loss of a mixture of experts.",
-        ("model", "lora_rank", "lora_alpha", "router_aux_loss_coef", "router_aux_loss"),
+        (
+            "model",
+            "lora_rank",
+            "lora_alpha",
+            "lora_targets",
+            "lora_dropout",
+            "rslora",
+            "dora",
+            "router_aux_loss_coef",
+            "router_aux_loss",
+        ),
     ),
     FieldGroup(
         "batch",

@@ -15,6 +15,8 @@ from bigbatch.memory.limit import known_gpu, read_memory
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
+ALL_LINEAR = "all-linear"
+"""The LoRA targets that mean every linear layer but the output layer; as in peft."""
 
 
 def _refuse_bool(value: object) -> object:
@@ -136,6 +138,20 @@ def _gpu_name(value: str) -> str:
         raise PydanticCustomError("gpu", "{demand}", {"demand": str(error)}) from None
 
 
+def _lora_targets(value: object) -> object:
+    """Validate names separated by commas, or a list of them; return them separated by commas alone."""
+    if not isinstance(value, str | list | tuple):
+        raise PydanticCustomError("lora_targets", "it must be names separated by commas")
+    names = [_usable_text(str(name)).strip() for name in (value.split(",") if isinstance(value, str) else value)]
+    if not all(names):
+        raise PydanticCustomError("lora_targets", "each name in it must not be empty")
+    if len(set(names)) < len(names):
+        raise PydanticCustomError("lora_targets", "it must name each layer once")
+    if ALL_LINEAR in names and len(names) > 1:
+        raise PydanticCustomError("lora_targets", "all-linear includes every other name: give one or the other")
+    return ",".join(names)
+
+
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
 """An integer, also as text such as "64"; 2.5 and true are refused."""
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=LARGEST_COUNT)]
@@ -158,6 +174,7 @@ Checkpointing = Annotated[Literal["auto", "none", "selective", "full"], BeforeVa
 LrRule = Annotated[
     Literal["none", "linear", "sqrt", "sde", "half-life", "sqrt+half-life"], BeforeValidator(_no_adascale)
 ]
+LoraTargets = Annotated[str, BeforeValidator(_lora_targets)]
 Gpu = Annotated[str, AfterValidator(_gpu_name)]
 NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_none_word), AfterValidator(_zero_is_none)]
 

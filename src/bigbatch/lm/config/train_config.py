@@ -55,8 +55,6 @@ class TrainConfig(TrainFields):
 
     @model_validator(mode="after")
     def _check_no_effect(self) -> Self:
-        if self.lora_alpha is not None and not self.lora_rank:
-            raise _no_effect("lora_alpha", "lora_rank")
         if self.router_aux_loss == "microbatch" and self.router_aux_loss_coef == 0:
             names = {"first": "router_aux_loss", "second": "router_aux_loss_coef"}
             raise PydanticCustomError("idle", "{first} does nothing with {second} 0: remove one of them", names)
@@ -66,6 +64,11 @@ class TrainConfig(TrainFields):
                 "idle", "{first} is more than {second}: the learning rate would never reach its peak", names
             )
         return self
+
+    @property
+    def saves_adapters(self) -> bool:
+        """Whether the run saves its LoRA adapters; those of the tiny model, which no file holds, are merged into it."""
+        return self.lora_rank > 0 and self.model != "tiny"
 
     @model_validator(mode="after")
     def _check_batch_schedule(self) -> Self:

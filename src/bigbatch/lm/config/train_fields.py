@@ -12,7 +12,6 @@ from typing import Literal
 from pydantic import Field
 
 from bigbatch.lm.config.field_types import (
-    LARGEST_COUNT,
     BatchScheduleText,
     Checkpointing,
     Count,
@@ -25,8 +24,8 @@ from bigbatch.lm.config.field_types import (
     Seed,
     Text,
     Texts,
-    Whole,
 )
+from bigbatch.lm.config.lora_fields import LoraFields
 from bigbatch.lm.config.optimization_fields import OptimizationFields
 
 DEFAULT_MAX_LENGTH_TINY = 128
@@ -37,7 +36,7 @@ DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the run that starts w
 VALIDATIONS_PER_RUN = 10
 
 
-class TrainFields(OptimizationFields):
+class TrainFields(LoraFields, OptimizationFields):
     """The fields of :class:`bigbatch.lm.config.train_config.TrainConfig`, in the order of ``--help``.
 
     ``None`` in a field that allows it stands for a default that depends on other fields.
@@ -117,17 +116,6 @@ class TrainFields(OptimizationFields):
         min_length=1,
         description="tiny (a Llama of a few million parameters, trained from scratch with its own tokenizer), "
         "or a folder or Hub name that AutoModelForCausalLM loads",
-    )
-    lora_rank: Whole = Field(
-        default=0,
-        ge=0,
-        le=LARGEST_COUNT,
-        description="rank of the LoRA adapters, such as 16, to train in less memory; 0 = train all weights",
-    )
-    lora_alpha: Number | None = Field(
-        default=None,
-        gt=0,
-        description="LoRA scaling: adapter outputs are multiplied by alpha / rank (default: twice --lora-rank)",
     )
     router_aux_loss_coef: Number | None = Field(
         default=None,

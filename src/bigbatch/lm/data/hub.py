@@ -14,6 +14,7 @@ from bigbatch.lm.files import file_kind
 TIMEOUT_S = 10.0
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 SUGGESTED = 3
+ADAPTER_CONFIG = "adapter_config.json"  # in a folder of adapters, as peft saves them
 MOST_ENTRIES = 10_000  # of a folder that are compared with a misspelled name
 
 
@@ -56,6 +57,11 @@ def check_model_path(model: str) -> None:
             raise InputError(f"there is no model folder {model!r}. {remedy}")
     elif not path.is_dir():
         raise InputError(f"--model {model} is {file_kind(path)}. Pass the folder of the model.")
+    elif exists(path / ADAPTER_CONFIG):
+        raise InputError(
+            f"--model {model} is a folder of adapters. Merge them into their model with bigbatch merge {model} --out "
+            "DIR, and pass that."
+        )
     else:
         for entry in _entries(path):
             if entry.exists() and not (entry.is_file() or entry.is_dir()):

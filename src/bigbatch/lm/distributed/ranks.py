@@ -155,6 +155,23 @@ def gather_full_model(model: Any, empty: Any) -> Any:
     return empty
 
 
+def gather_trained(model: Any) -> dict[str, Tensor]:
+    """Gather the trained parameters of a sharded model on the host of the first rank, one by one. Collective.
+
+    Returns:
+        Them by name; empty on the other ranks.
+    """
+    from torch.distributed.tensor import DTensor
+
+    trained: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if dist.get_rank() == 0:
+                trained[name] = whole.detach().cpu()
+    return trained
+
+
 def _shard(model: Any, ranks: RankContext, kind: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -9,6 +9,7 @@ from typing import Any
 
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.adapters import set_magnitudes
 from bigbatch.lm.model.expert_balance import use_float64_experts
 from bigbatch.lm.model.meta_model import with_adapters_on_cpu
 from bigbatch.lm.model.setup import ModelSetup, layers_of, set_up_model, with_lora
@@ -48,6 +49,8 @@ def set_up_meta_model(
         names = {parameter: name for name, parameter in model.named_parameters()}
         model = with_adapters_on_cpu(model, partial(with_lora, config=config))
         weights.rename({name: names[p] for name, p in model.named_parameters() if p in names})
+        if config.dora:
+            set_magnitudes(model, {p: partial(weights.read_whole, name) for name, p in model.named_parameters()})
     layers = layers_of(model.train(), config)
     notes = tried.notes
     if layers is not None and tried.layers is not None and tried.layers.is_compiled:

@@ -1,9 +1,10 @@
-"""Create, load and save models: a tiny Llama, or any causal language model of transformers; LoRA through peft."""
+"""Create, load and save models: a tiny Llama, or any causal language model of transformers."""
 
 import copy
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -84,7 +85,7 @@ def model_from_config(config: Any, *, dtype: torch.dtype, device: torch.device) 
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def load_model(name: str, *, dtype: torch.dtype) -> "PreTrainedModel":
+def load_model(name: str, *, dtype: torch.dtype | Literal["auto"]) -> "PreTrainedModel":
     """Load a causal language model from a folder or by its name, without running code of the model.
 
     Raises:
@@ -123,40 +124,26 @@ def _check_weights(name: str, found: dict[str, Any]) -> None:
         raise InputError(f"{problem} lack {plural(len(missing), 'tensor')}, such as {missing[0]}.")
 
 
-def add_lora(model: "PreTrainedModel", *, rank: int, alpha: float, seed: int) -> Any:
-    """Freeze the weights and add trainable low-rank adapters to every linear layer but the head.
-
-    Source: Hu et al., "LoRA", 2021, section 4, implemented by peft.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's linear layers
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about names shared by peft and transformers
-        warnings.filterwarnings("ignore", message=".* keys did not match any targeted module")  # see expert_notes
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)
-
-
 def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Save a model and its tokenizer as a transformers folder; LoRA adapters are merged into a copy of the weights.
+    """Save a model and its tokenizer as a transformers folder; LoRA adapters are merged into a copy of the weights."""
+    with save_folder(folder) as partial:
+        if hasattr(model, "merge_and_unload"):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
-    Written to a temporary folder, synced to disk and renamed, so that a folder of that name is always complete; an
-    older one is renamed before and removed afterwards. A link at any of these names is replaced, not followed.
+
+@contextmanager
+def save_folder(folder: Path) -> Iterator[Path]:
+    """Yield the name of a temporary folder to write; after the block it is synced to disk and renamed to ``folder``.
+
+    So a folder of that name is always complete; an older one is renamed before and removed afterwards. A link at any
+    of these names is replaced, not followed.
     """
     partial, older = (folder.with_name(folder.name + ending) for ending in (PARTIAL, ".older"))
     for stale in (partial, older):
         remove(stale)
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    yield partial
     for path in (*partial.rglob("*"), partial):
         sync_folder(path)
     replace_folder(partial, folder, old=older)

@@ -16,6 +16,7 @@ from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.causal_attention import (
     drop_mask_if_causal,
     has_full_attention,
@@ -29,7 +30,6 @@ from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
 from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
-from bigbatch.lm.model.pretrained import add_lora
 from bigbatch.types import Layout
 
 
@@ -110,6 +110,11 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
     balance = balance_plan(model, config, device_spec)
     if config.lora_rank:
         model = with_lora(model, config)
+        chunks = chunks and find_lm_head(model) is not None  # not if the head has an adapter
+        if not config.saves_adapters:
+            notes.append(
+                "the adapters are saved within model/: no folder holds the weights of --model tiny without them"
+            )
     model = model.to(device_spec.device).train()
     layers = layers_of(model, config)
     compiles = compiles_layers(config, device_spec.device)
@@ -230,9 +235,21 @@ def with_lora(model: Any, config: TrainConfig) -> Any:
     """
     assert config.lora_alpha is not None, "resolved() sets it"
     try:
-        return add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+        return add_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            seed=config.seed,
+            targets=config.lora_targets,
+            dropout=config.lora_dropout,
+            rslora=config.rslora,
+            dora=config.dora,
+        )
+    except InputError:
+        raise
     except ValueError as error:
-        raise InputError(f"--lora-rank is not supported for {config.model}: {first_line(error)}.") from error
+        flags = "--lora-rank with --dora" if config.dora else "--lora-rank"
+        raise InputError(f"{flags} is not supported for {config.model}: {first_line(error)}.") from error
 
 
 def layers_of(model: Any, config: TrainConfig) -> DecoderLayers | None:

@@ -42,6 +42,10 @@ class Weights:
         found: Tensor = self._tensors[name][region]
         return found
 
+    def read_whole(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU."""
+        return self.read(name, (slice(None),) * len(_shape_of(self._tensors[name])))
+
     def rename(self, names: Mapping[str, str]) -> None:
         """Keep the tensors of a model that now has other names for them, ``{new name: old name}``."""
         self._tensors = {new: self._tensors[old] for new, old in names.items()}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bigbatch.errors import BigbatchError, InputError, os_reason
 from bigbatch.lm.files import LARGEST_LOG, open_regular, read_regular
 from bigbatch.lm.report.metrics_table import Columns, read_columns
-from bigbatch.lm.runs.file_names import CONFIG, EVENTS, LOCK, METRICS, MODEL, TUNED_MICROBATCH, VERIFICATION
+from bigbatch.lm.runs.file_names import ADAPTER, CONFIG, EVENTS, LOCK, METRICS, MODEL, TUNED_MICROBATCH, VERIFICATION
 from bigbatch.lm.runs.identity import check_layout
 
 try:
@@ -124,7 +124,8 @@ def _state(folder: Path, stored: Mapping[str, Any], columns: Columns, events: Se
     if isinstance(last, str) and last in ENDS:
         return ENDS[last]
     steps = columns.steps[-1] if columns.steps else 0
-    has_ended = not events and (folder / MODEL).is_dir() and stored.get("steps") in (steps, None)
+    has_model = (folder / MODEL).is_dir() or (folder / ADAPTER).is_dir()
+    has_ended = not events and has_model and stored.get("steps") in (steps, None)
     return "finished" if steps and has_ended else "ended"
 
 

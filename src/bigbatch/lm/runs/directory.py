@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from bigbatch.errors import BigbatchError, InputError, os_reason
 from bigbatch.lm.files import PARTIAL, check_regular, is_folder, open_regular, remove, write_atomically
-from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, IDENTITY, METRICS, MODEL, QUARANTINE
+from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, IDENTITY, METRICS, MODEL, QUARANTINE
 from bigbatch.lm.runs.identity import new_identity, read_identity, with_facts
 
 
@@ -55,13 +55,24 @@ class RunDirectory:
         return self.path / MODEL
 
     @property
+    def adapter(self) -> Path:
+        """The folder of the trained LoRA adapters and the tokenizer, of a run that saves these and no model."""
+        return self.path / ADAPTER
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a model or adapters were saved."""
+        return self.model.is_dir() or self.adapter.is_dir()
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     def __enter__(self) -> "RunDirectory":
-        if os.path.lexists(self.model) and not self.model.is_symlink() and not is_folder(self.model):
-            raise BigbatchError(f"{self.model} is not a folder, and the trained model is saved there. Rename it.")
+        for folder in (self.model, self.adapter):
+            if os.path.lexists(folder) and not folder.is_symlink() and not is_folder(folder):
+                raise BigbatchError(f"{folder} is not a folder, and the trained model is saved there. Rename it.")
         self._files = {METRICS: self._open(METRICS)}
         return self
 
@@ -86,20 +97,21 @@ class RunDirectory:
             raise InputError(_cannot_be_written(self.path, error)) from error
 
     def discard_model(self) -> None:
-        """Rename the model that was saved when the run was stopped, so that it is not taken for the final one.
+        """Rename what was saved when the run was stopped, so that it is not taken for the final model.
 
         Raises:
             BigbatchError: The folder cannot be written.
         """
-        partial = self.model.with_name(self.model.name + PARTIAL)
-        try:
-            remove(partial)
-            if is_folder(self.model):
-                self.model.rename(partial)
-            else:
-                self.model.unlink(missing_ok=True)  # a link, whose target stays
-        except OSError as error:
-            raise BigbatchError(f"{self.model} cannot be written: {os_reason(error)}.") from error
+        for folder in (self.model, self.adapter):
+            partial = folder.with_name(folder.name + PARTIAL)
+            try:
+                remove(partial)
+                if is_folder(folder):
+                    folder.rename(partial)
+                else:
+                    folder.unlink(missing_ok=True)  # a link, whose target stays
+            except OSError as error:
+                raise BigbatchError(f"{folder} cannot be written: {os_reason(error)}.") from error
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl and flush it; NaN and infinity become null."""
@@ -220,7 +232,7 @@ def check_free(path: Path) -> None:
     """
     try:
         if path.is_dir() and not all(map(_is_leftover, path.iterdir())):
-            run = os.path.lexists(path / CONFIG)
+            run = os.path.lexists(path / CONFIG) and not any(path.glob("*.safetensors"))  # else it is a model folder
             resume = f", or continue it: bigbatch resume {path}" if run else ""
             raise InputError(
                 f"--out {path} holds {'another run' if run else 'other files'}: name a new or empty folder{resume}."

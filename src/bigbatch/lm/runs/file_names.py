@@ -13,4 +13,5 @@ COMPARISON = "comparison.html"  # its page of several runs, in the first one
 TENSORBOARD = "tensorboard"  # event files of --log tensorboard
 LOCK = ".lock"  # held by the process that trains
 MODEL = "model"  # the trained model and its tokenizer
+ADAPTER = "adapter"  # of a run that trains LoRA adapters, instead: the adapters and the tokenizer
 CHECKPOINTS = "checkpoints"

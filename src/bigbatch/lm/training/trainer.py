@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError, first_line, os_reason
 from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
 from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
-from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_full_model
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_full_model, gather_trained
+from bigbatch.lm.files import remove
+from bigbatch.lm.model.adapters import save_adapters
 from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory
@@ -75,7 +77,9 @@ class Trainer:
         self.schedule = TrainingSchedule(self.config, setup.training.lengths, step=done.step, cursor=done.cursor)
         self.total_steps, self.warmup_steps = self.schedule.total_steps, self.schedule.warmup_steps
         self.model_setup = setup.model_setup
-        self._meta_model = copy_to_meta(setup.model) if ranks.are_sharded else None
+        self._meta_model = None
+        if ranks.are_sharded and not self.config.saves_adapters:
+            self._meta_model = copy_to_meta(setup.model)
         sync = parallelize(setup, ranks)
         if ranks.are_sharded:
             self.facts["frozen_sha256"] = self.initial_facts["frozen_sha256"] = frozen_fingerprint(setup.model)
@@ -264,16 +268,25 @@ class Trainer:
             session.callback.on_sample(now.step, self.sample_text(self.config.sample_prompt))
 
     def _save_model(self, directory: RunDirectory) -> None:
-        model = self.setup.model
+        """Save the model, or its adapters alone. Collective if it is sharded."""
+        model, tokenizer = self.setup.model, self.setup.tokenizer
+        trained = None
         if self._meta_model is not None:
             model = gather_full_model(model, self._meta_model)
+        elif self.ranks.are_sharded:
+            trained = gather_trained(model)
         if not self.ranks.is_first:
             return
+        folder = directory.adapter if self.config.saves_adapters else directory.model
         try:
-            save_model(model, self.setup.tokenizer, directory.model)
+            if self.config.saves_adapters:
+                save_adapters(model, tokenizer, folder, base=self.config.model, state=trained)
+                remove(directory.model)  # that an earlier version saved when this run was stopped
+            else:
+                save_model(model, tokenizer, folder)
         except (OSError, SafetensorError) as error:
             raise BigbatchError(
-                f"{directory.model} cannot be written: {os_reason(error)}. The checkpoints are complete: continue from "
+                f"{folder} cannot be written: {os_reason(error)}. The checkpoints are complete: continue from "
                 f"the last one with bigbatch resume {directory.path}."
             ) from error
 

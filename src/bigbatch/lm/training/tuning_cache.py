@@ -18,7 +18,18 @@ from bigbatch.lm.files import read_json, write_atomically
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
 from bigbatch.lm.training.setup import TrainingSetup
 
-SETTINGS = ("max_length", "global_batch", "global_batch_tokens", "memory", "gpu", "precision", "lora_rank")
+SETTINGS = (
+    "max_length",
+    "global_batch",
+    "global_batch_tokens",
+    "memory",
+    "gpu",
+    "precision",
+    "lora_rank",
+    "lora_targets",
+    "lora_dropout",
+    "dora",
+)
 
 
 def cache_key(setup: TrainingSetup) -> str:

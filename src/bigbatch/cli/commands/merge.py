@@ -1,0 +1,45 @@
+"""``bigbatch merge``: write a whole model from the LoRA adapters of a run and the model that they were trained on."""
+
+import shlex
+from pathlib import Path
+
+from bigbatch.cli.adapted_model import has_adapters, load_adapters, trained_folder
+from bigbatch.cli.console import make_console, progress_display, quiet_libraries
+from bigbatch.cli.exit_codes import DONE
+from bigbatch.cli.options import MergeOptions
+from bigbatch.errors import BigbatchError, InputError, os_reason
+from bigbatch.lm.runs.directory import check_free
+
+
+def run(options: MergeOptions) -> int:
+    """Merge adapters into their model, save it, and print where it is."""
+    folder = _adapter_folder(options.run)
+    check_free(options.out)
+    console = make_console()
+    with progress_display(console) as progress:
+        from bigbatch.lm.data.tokenizer import load_tokenizer
+        from bigbatch.lm.model.adapters import base_of, merge_adapters
+
+        quiet_libraries()
+        base = base_of(folder, options.model)
+        tokenizer = load_tokenizer(str(folder) if any(folder.glob("tokenizer*")) else base)
+        progress(f"loading {base}")
+        adapted = load_adapters(folder, base=base, dtype="auto")
+        progress("merging")
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            merge_adapters(adapted, tokenizer, options.out)
+        except OSError as error:
+            raise BigbatchError(f"{options.out} cannot be written: {os_reason(error)}.") from error
+    console.print_unbroken(
+        f"{options.out} is {base} with the adapters in {folder}, for AutoModelForCausalLM.from_pretrained",
+        f"next: bigbatch generate {shlex.quote(str(options.out))}",
+    )
+    return DONE
+
+
+def _adapter_folder(run: Path) -> Path:
+    folder = trained_folder(run)
+    if not has_adapters(folder):
+        raise InputError(f"{run} has no adapters to merge: {folder} is a whole model.")
+    return folder
