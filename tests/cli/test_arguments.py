@@ -221,6 +221,23 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--compile true", "--compile is 'true': it must be auto, none, layers or graphs."),
         ("--compile --steps 3", "--compile needs a value: --compile auto|none|layers|graphs."),
         ("--lora-alpha 8", "--lora-alpha does nothing without --lora-rank: give both."),
+        ("--lora-targets q_proj", "--lora-targets does nothing without --lora-rank: give both."),
+        ("--rslora", "--rslora does nothing without --lora-rank: give both."),
+        (
+            "--lora-rank 2 --lora-targets q_proj,,v_proj",
+            "--lora-targets is 'q_proj,,v_proj': each name in it must not be empty.",
+        ),
+        (
+            "--lora-rank 2 --lora-targets q_proj,q_proj",
+            "--lora-targets is 'q_proj,q_proj': it must name each layer once.",
+        ),
+        (
+            "--lora-rank 2 --lora-targets all-linear,q_proj",
+            "--lora-targets is 'all-linear,q_proj': all-linear includes every other name: give one or the other.",
+        ),
+        ("--lora-rank 2 --lora-dropout 1", "--lora-dropout is 1: it must be less than 1."),
+        ("--use-dora", "unknown flag --use-dora: did you mean --dora?"),
+        ("--lora-r 16", "unknown flag --lora-r: did you mean --lora-rank?"),
         (
             "--steps 3 --warmup-steps 4",
             "--warmup-steps is more than --steps: the learning rate would never reach its peak.",

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -155,8 +156,18 @@ def test_resolved_writes_out_main_job():
     assert config.resolved() == config
 
 
-@pytest.mark.parametrize("idle", [{"lora_alpha": 8.0}, {"steps": 3, "warmup_steps": 4}])
-def test_settings_without_effect_are_rejected(idle: dict[str, float]):
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"lora_alpha": 8.0},
+        {"lora_targets": "q_proj"},
+        {"lora_dropout": 0.1},
+        {"rslora": True},
+        {"dora": True},
+        {"steps": 3, "warmup_steps": 4},
+    ],
+)
+def test_settings_without_effect_are_rejected(idle: dict[str, Any]):
     assert error_types(**idle) == ["idle"]
 
 
@@ -169,6 +180,18 @@ def test_resolved_learning_rate_follows_model():
     assert TrainConfig(model="gpt2").resolved().lr == 2e-5
     lora = TrainConfig(model="gpt2", lora_rank=8).resolved()
     assert (lora.lr, lora.lora_alpha) == (2e-4, 16.0)
+
+
+@pytest.mark.parametrize("given", ["q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"], ("q_proj", "mlp.up_proj ")])
+def test_lora_targets_are_text_or_a_list(given: Any):
+    assert TrainConfig(lora_rank=2, lora_targets=given).lora_targets == "q_proj,mlp.up_proj"
+    assert TrainConfig(lora_rank=2, lora_targets="all-linear").lora_targets == "all-linear"
+
+
+def test_adapters_on_saved_model_are_saved():
+    assert TrainConfig(model="gpt2", lora_rank=2).saves_adapters
+    assert not TrainConfig(model="gpt2").saves_adapters
+    assert not TrainConfig(lora_rank=2).saves_adapters
 
 
 def test_resolved_keeps_explicit_settings():
@@ -195,6 +218,7 @@ def test_warmup_and_validation_scale_unless_explicit():
         TrainConfig(out=Path("runs/ä"), max_grad_norm=None, precision="bf16-weights", sample_prompt="", lora_rank=2),
         TrainConfig(token_budget=4096, memory="80 %", gradient_checkpointing=True).resolved(),
         TrainConfig(microbatch=4, gpu="RTX 4090"),
+        TrainConfig(model="gpt2", lora_rank=2, lora_targets="c_attn", lora_dropout=0.1, rslora=True, dora=True),
         TrainConfig(microbatch="auto"),
     ],
 )

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 
 from bigbatch.errors import InputError
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
@@ -40,6 +48,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: GPT2Config(**GPT2_SIZE, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
     "mistral": lambda: MistralConfig(**SIZE, num_key_value_heads=1, sliding_window=LONGEST - 5),
     "gemma2": lambda: Gemma2Config(**SIZE, num_key_value_heads=1, head_dim=8),
+    "mixtral": lambda: MixtralConfig(**SIZE, num_key_value_heads=1, num_local_experts=2),
     "mamba": lambda: MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
     "wide": lambda: LlamaConfig(**SIZE | {"vocab_size": 20_000}),
 }
@@ -185,6 +194,35 @@ def test_adapters_are_added_to_found_layers(layout: str) -> None:
 def test_unsupported_adapters_are_rejected() -> None:
     with pytest.raises(InputError, match=r"^--lora-rank is not supported for the-model: .*Mamba"):
         arranged(build("mamba"), lora_rank=2)
+
+
+@pytest.mark.parametrize(
+    ("more", "flags", "left_out"),
+    [
+        ({"dora": True}, "--lora-rank with --dora", "--dora"),
+        (
+            {"dora": True, "lora_dropout": 0.1},
+            "--lora-rank with --dora and --lora-dropout",
+            "--dora and --lora-dropout",
+        ),
+    ],
+    ids=["dora", "both"],
+)
+def test_adapters_that_peft_lacks_for_experts_are_rejected(more: dict[str, Any], flags: str, left_out: str) -> None:
+    with pytest.raises(InputError) as caught:
+        arranged(build("mixtral"), lora_rank=2, **more)
+    assert str(caught.value).startswith(
+        f"{flags} is not supported for the-model: lora.ParamWrapper does not work with "
+    )
+    assert str(caught.value).endswith(f". Leave out {left_out}, or name other --lora-targets.")
+    arranged(build("mixtral"), lora_rank=2, lora_targets="q_proj,v_proj", **more)
+
+
+def test_output_layer_with_adapter_uses_all_logits() -> None:
+    run = arranged(build("wide"), lora_rank=2, lora_targets="lm_head,q_proj")
+    assert type(run.loss_fn) is CausalLMLoss
+    assert gradient(run).abs().sum() > 0
+    assert type(arranged(build("wide"), lora_rank=2).loss_fn) is ChunkedCausalLMLoss
 
 
 @pytest.mark.parametrize("level", ["selective", "full"])

@@ -125,6 +125,7 @@ def tracked_peak(config: TrainConfig) -> int:
     [
         ("llama", {}),
         ("llama", {"lora_rank": 2}),
+        ("llama", {"lora_rank": 2, "lora_targets": "q_proj,down_proj", "dora": True}),
         ("llama", {"gradient_checkpointing": True}),
         ("llama", {"precision": "bf16-weights"}),
         *(("llama", {"optimizer": name, "lr": 0.01}) for name in ("muon", "lion", "adafactor", "sgd")),

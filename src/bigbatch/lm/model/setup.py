@@ -248,8 +248,10 @@ def with_lora(model: Any, config: TrainConfig) -> Any:
     except InputError:
         raise
     except ValueError as error:
-        flags = "--lora-rank with --dora" if config.dora else "--lora-rank"
-        raise InputError(f"{flags} is not supported for {config.model}: {first_line(error)}.") from error
+        more = [flag for flag, given in (("--dora", config.dora), ("--lora-dropout", config.lora_dropout)) if given]
+        flags = " with ".join(["--lora-rank", *([" and ".join(more)] if more else [])])
+        remedy = f" Leave out {' and '.join(more)}, or name other --lora-targets." if more else ""
+        raise InputError(f"{flags} is not supported for {config.model}: {first_line(error)}.{remedy}") from error
 
 
 def layers_of(model: Any, config: TrainConfig) -> DecoderLayers | None:
