@@ -33,14 +33,12 @@ def results(run: Path) -> dict[str, Any]:
     path, _ = newest(run / "checkpoints")
     assert path is not None
     contents = read(path)
+    saved = [name for name in ("model/model.safetensors", "adapter/adapter_model.safetensors") if (run / name).exists()]
+    assert len(saved) == 1, saved
     state = contents.values["state"]
     del state["progress"]["metrics_bytes"]  # timings vary in their number of digits
     return {
-        "model": {
-            name: hashlib.sha256((run / name).read_bytes()).hexdigest()
-            for name in ("model/model.safetensors", "adapter/adapter_model.safetensors")
-            if (run / name).exists()
-        },
+        "model": {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in saved},
         "metrics": [json.dumps({k: v for k, v in row.items() if k not in CLOCK}) for row in metrics(run)],
         "quarantine": quarantine.read_bytes() if quarantine.exists() else b"",
         "checkpoint": path.name,

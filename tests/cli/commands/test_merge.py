@@ -162,6 +162,7 @@ def test_weights_are_checked_in_dtype_of_run(folder: Path, capfd: pytest.Capture
     [
         ("merge run", "--out is missing: it has no default."),
         ("merge run --out base", "--out base holds other files: name a new or empty folder."),
+        ("merge run --out run/model", "--out run/model is replaced when the run is resumed: name another folder."),
         ("merge base --out merged", "base has no adapters to merge: base is a whole model."),
         ("merge data.jsonl --out merged", "run data.jsonl does not exist: create one with bigbatch train."),
         ("generate base --model other", "--model does nothing here: base is a whole model. Leave it out."),

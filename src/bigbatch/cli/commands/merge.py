@@ -9,12 +9,15 @@ from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import MergeOptions
 from bigbatch.errors import BigbatchError, InputError, os_reason
 from bigbatch.lm.runs.directory import check_free
+from bigbatch.lm.runs.file_names import ADAPTER, MODEL
 
 
 def run(options: MergeOptions) -> int:
     """Merge adapters into their model, save it, and print where it is."""
     folder = _adapter_folder(options.run)
     check_free(options.out)
+    if options.out.absolute() in (options.run.absolute() / name for name in (MODEL, ADAPTER)):
+        raise InputError(f"--out {options.out} is replaced when the run is resumed: name another folder.")
     console = make_console()
     with progress_display(console) as progress:
         from bigbatch.lm.data.tokenizer import load_tokenizer
