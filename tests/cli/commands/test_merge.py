@@ -113,7 +113,7 @@ def test_adapters_replace_model_of_an_earlier_version(folder: Path, capfd: pytes
     Path("run/adapter").rename("run/model")
     said(capfd, "resume", "run")
     assert Path("run/adapter").is_dir()
-    assert not Path("run/model").exists()
+    assert not list(Path("run").glob("model*"))
 
 
 def test_adapters_on_tiny_are_merged_by_the_run(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

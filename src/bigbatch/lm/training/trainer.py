@@ -17,11 +17,12 @@ from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, Windo
 from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
 from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_full_model, gather_trained
-from bigbatch.lm.files import remove
+from bigbatch.lm.files import PARTIAL, remove
 from bigbatch.lm.model.adapters import save_adapters
 from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.file_names import MODEL
 from bigbatch.lm.training.autotune import choose_microbatch
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
@@ -281,7 +282,8 @@ class Trainer:
         try:
             if self.config.saves_adapters:
                 save_adapters(model, tokenizer, folder, base=self.config.model, state=trained)
-                remove(directory.model)  # that an earlier version saved when this run was stopped
+                for name in (MODEL, MODEL + PARTIAL):  # what an earlier version saved when this run was stopped
+                    remove(directory.path / name)
             else:
                 save_model(model, tokenizer, folder)
         except (OSError, SafetensorError) as error:
