@@ -1,6 +1,7 @@
 """Optimizers and schedules of a run: the update of a plain loop, resumed runs, and refused settings."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,12 @@ def test_summary_names_optimizer_and_decay(settings: dict[str, Any], capsys: pyt
     out = Path(settings["data"]).parent / "run"
     assert main(["train", *flags, "--device", "cpu", "--out", str(out)]) == 0
     assert "SGD, learning rate 0.01, linear decay to 0.001 in the last 2 updates, no warm-up" in capsys.readouterr().out
+
+
+def test_start_names_parts_of_muon_and_duration(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings |= {"optimizer": "muon", "steps": 2, "microbatch": "auto"}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    assert main(["train", *flags, "--device", "cpu", "--out", str(Path(settings["data"]).parent / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "Muon updates 5,120 parameters in 14 matrices, AdamW the other" in shown
+    assert re.search(r"about [\d.]+ s of forward and backward for 2 updates\n", shown)

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigbatch.cli.console import make_console, progress_display, quiet_libraries
+from bigbatch.cli.console import duration, make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import ResumeOptions
 from bigbatch.cli.output import optional_output
 from bigbatch.cli.run_lookup import check_paths
@@ -22,6 +22,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory, check_free, default_path
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.runs.lock import RunLock
+from bigbatch.lm.text import plural
 from bigbatch.lm.training.dashboards import check_log
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         quiet_libraries()
         setup = set_up_training(config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
     with fail_together(ranks, "train"), progress_display(console) as progress:
+        from bigbatch.lm.training.optimizer import optimizer_notes
         from bigbatch.lm.training.trainer import Trainer
 
         trainer = Trainer(setup, ranks=ranks)
@@ -79,6 +81,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
     for line in (
         *setup.notes,
         parameters_line(setup.model),
+        *optimizer_notes(setup.model, setup.config),
         *summary_lines(trainer),
         *trainer.config.batch_scaling().lines(),
         *_choice_lines(trainer, origin),
@@ -104,4 +107,9 @@ def _choice_lines(trainer: "Trainer", origin: Path | None) -> list[str]:
     cached = "" if origin is None else f" (cached by {origin}: same model, device and settings)"
     failure = choice.prediction_failure
     unpredicted = "" if failure is None else f"; measured without a memory prediction: {failure}"
-    return [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{cached}{unpredicted}"]
+    lines = [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{cached}{unpredicted}"]
+    if choice.unit == "tokens" and trainer.ranks.size == 1:
+        lengths, passes = trainer.setup.training.lengths, trainer.total_steps / trainer.schedule.updates_per_epoch()
+        seconds = float(sum(lengths)) * passes / choice.per_s
+        lines.append(f"about {duration(seconds)} of forward and backward for {plural(trainer.total_steps, 'update')}")
+    return lines

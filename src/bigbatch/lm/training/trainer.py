@@ -23,7 +23,7 @@ from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.model.pretrained import save_model
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import MODEL
-from bigbatch.lm.training.autotune import choose_microbatch
+from bigbatch.lm.training.autotune import choose_microbatch, describe
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
 from bigbatch.lm.training.engine_factory import make_training_engine
@@ -34,6 +34,7 @@ from bigbatch.lm.training.optimizer import make_optimizer, rescale_second_moment
 from bigbatch.lm.training.resume import rank_invariants, run_facts, weights_fingerprint
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import TrainingSetup, parallelize
+from bigbatch.lm.training.speed_watch import SpeedWatch
 from bigbatch.lm.training.tuning_cache import cache_key, save_cached
 from bigbatch.lm.training.window_routing import run_update
 from bigbatch.rng import random_states, set_random_states
@@ -47,6 +48,7 @@ class _Session:
     callback: TrainerCallback
     should_stop: Callable[[], bool]
     should_abandon: Callable[[], bool]
+    on_note: Callable[[str], object]
 
 
 class Trainer:
@@ -90,6 +92,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule.lr_factor)
         self.engine = make_training_engine(setup, self.optimizer, scheduler=self.scheduler, ranks=ranks, sync=sync)
         self._is_tuned = self.engine.microbatch != "auto"
+        self._speed_watch = SpeedWatch()
 
     def tune(self, cache: Path | None = None, *, progress: Callable[[str], object] = lambda words: None) -> Path | None:
         """Set the micro-batch of ``--microbatch auto``, once: that of the checkpoint, a cached one, or a measured one.
@@ -111,18 +114,42 @@ class Trainer:
         budget, origin = enforce_memory_budget(self.engine.memory, self.setup), None
         if not self._choice_is_saved:
             progress("choosing the micro-batch")
-            lengths = self.setup.training.lengths
-            longest = max(range(len(lengths)), key=lengths.__getitem__)
-            origin = choose_microbatch(
-                self.engine,
-                self.setup,
-                lambda: self.fetch(list({*self.shard_window(self.schedule.first_window()), longest})),
-                ranks=self.ranks,
-                cache=cache,
-                usable_bytes=budget.usable_bytes,
-            )
+            origin = self._choose_microbatch(cache, budget.usable_bytes)
         self._is_tuned = True
         return origin
+
+    def _choose_microbatch(self, cache: Path | None, usable_bytes: int) -> Path | None:
+        lengths = self.setup.training.lengths
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        return choose_microbatch(
+            self.engine,
+            self.setup,
+            lambda: self.fetch(list({*self.shard_window(self.schedule.first_window()), longest})),
+            ranks=self.ranks,
+            cache=cache,
+            usable_bytes=usable_bytes,
+        )
+
+    def _choose_again_if_faster(self, row: MetricsRow, session: _Session) -> None:
+        """Choose the micro-batch again if updates are much faster than it was timed, in a single process."""
+        choice = self.engine.choice
+        if choice is None or self.ranks.size > 1:
+            return
+        factor = self._speed_watch.times_faster(row, choice)
+        if factor is None:
+            return
+        session.on_note(
+            f"updates are {factor:.2g} times as fast as the micro-batch was timed, when the machine was busy: choosing "
+            "it again"
+        )
+        self._choose_microbatch(None, enforce_memory_budget(self.engine.memory, self.setup).usable_bytes)
+        session.on_note(f"{self.engine.choice}{describe(self.model_setup.checkpointing_mode)}")
+        self._cache_choice(session.directory)
+
+    def _cache_choice(self, directory: RunDirectory) -> None:
+        if self.engine.choice is not None and self.ranks.is_first:
+            mode = self.model_setup.checkpointing_mode
+            save_cached(directory.path, self.engine.choice, cache_key(self.setup), checkpointing_mode=mode)
 
     @property
     def _choice_is_saved(self) -> bool:
@@ -151,7 +178,7 @@ class Trainer:
             callback: Receives updates, validations and text samples.
             should_stop: Called after every update, and again after its validation and its metrics.
             should_abandon: Called within an update: whether to discard it, and to stop as after the update before.
-            on_note: Receives sentences about the run directory, such as that a checkpoint in it is invalid.
+            on_note: Receives sentences, such as that a checkpoint in the run directory is invalid.
 
         Raises:
             BigbatchError: Too many updates in a row are skipped, or a file cannot be written.
@@ -169,15 +196,9 @@ class Trainer:
         )
         with directory, seeded(self.setup, rank=self.ranks.rank), deterministic_algorithms(self.config.deterministic):
             now = self._begin(directory)
-            if self.engine.choice is not None and self.ranks.is_first:
-                save_cached(
-                    directory.path,
-                    self.engine.choice,
-                    cache_key(self.setup),
-                    checkpointing_mode=self.model_setup.checkpointing_mode,
-                )
+            self._cache_choice(directory)
             with checkpoints.open():
-                self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon))
+                self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon, on_note))
             self.engine.release_cuda_graphs()
             self._save_model(directory)
         finished = now.step == self.total_steps
@@ -235,6 +256,8 @@ class Trainer:
             session.directory.write_quarantine({"step": now.step, "reason": row["skipped"], "samples": sorted(window)})
         session.callback.on_update(row)
         is_last = now.step == self.total_steps
+        if not is_last:
+            self._choose_again_if_faster(row, session)
         if stopping := not is_last and should_stop():
             now.pending_metrics_row = row
             session.directory.write_metrics(row)
