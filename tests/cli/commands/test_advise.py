@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bigbatch.cli import main
-from bigbatch.lm.advice.batch_advice import RunEvidence, advise, classify, evidence, one_line
+from bigbatch.lm.advice.batch_advice import advise, classify, one_line
+from bigbatch.lm.advice.run_evidence import RunEvidence, evidence
 from bigbatch.lm.config.train_config import TrainConfig
 from support.command_line import files_below, pretend_terminal, terminal_lines
 

@@ -11,7 +11,8 @@ from bigbatch.cli.options import AdviseOptions
 from bigbatch.cli.output import wrap
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
-from bigbatch.lm.advice.batch_advice import advise, read_evidence
+from bigbatch.lm.advice.batch_advice import advise
+from bigbatch.lm.advice.run_evidence import read_evidence
 
 if TYPE_CHECKING:
     from bigbatch.lm.advice.branch_experiment import BranchResult
@@ -54,7 +55,11 @@ def _train_branches(options: AdviseOptions, console: OutputConsole) -> "list[Bra
         from bigbatch.lm.training.trainer import Trainer
 
         quiet_libraries()
-        setup = set_up_training(with_saved_changes(stored, checkpoint.facts), progress=progress)
+        from bigbatch.lm.data.sampling_order import sampling_order_of
+
+        config = with_saved_changes(stored, checkpoint.facts)
+        order_version = sampling_order_of(options.run, checkpoint.facts, has_checkpoint=True)
+        setup = set_up_training(config, progress=progress, order_version=order_version)
         trainer = Trainer(setup, checkpoint=checkpoint)
         check_facts(setup.config, checkpoint.facts, trainer.facts, allowed=())
         progress(f"training {len(MULTIPLES)} branches from update {checkpoint.progress.step}")

@@ -1,6 +1,6 @@
 """Advice on the batch of a run: its ratio to the noise scale, the cost of accumulation, and smaller batches.
 
-metrics.jsonl and config.json → RunEvidence → Advice
+RunEvidence → Advice
 
 Model of McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, section 2.4. To reach a loss takes
 
@@ -10,60 +10,14 @@ so a batch far below the scale wastes updates, and one far above it wastes sampl
 """
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import ValidationError
-
-from bigbatch.errors import InputError, os_reason
-from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.files import LARGEST_LOG, file_kind, parse_json, read_json, read_regular
-from bigbatch.lm.runs.file_names import CONFIG, METRICS
-from bigbatch.lm.runs.identity import check_layout
-from bigbatch.lm.text import describe_invalid, plural
-from bigbatch.scaling.noise_scale import MIN_WINDOWS
+from bigbatch.lm.advice.run_evidence import RunEvidence
+from bigbatch.lm.text import plural
 
 FAR = 4.0  # ratio of batch and scale beyond which samples or updates are mostly wasted
-LATEST = 50  # most recent updates, whose times and batches count
-
-NUMBERS = frozenset(
-    ["step", "num_microbatches", "sequences", "global_batch", "elapsed_s", "ranks", "retries"]
-    + [f"noise_{name}_sequences" for name in ("scale", "low", "high")]
-)
-"""Fields of a row of metrics.jsonl that are numbers, or missing."""
-
-LARGEST_NUMBER = 2**62  # in a row; larger ones are ignored
 Verdict = Literal["far below", "near", "far above", "unknown"]
-
-
-@dataclass(frozen=True)
-class RunEvidence:
-    """Measurements of a run.
-
-    Attributes:
-        step: Updates done.
-        batch: Sequences per update, currently.
-        microbatches: Micro-batches per update.
-        update_s: Seconds per update; None if the run recorded no times.
-        scale: The noise scale in sequences; None if unknown, infinite if no signal was found.
-        low: Lower bound of its confidence interval.
-        high: Upper bound.
-        beta2: Second-moment decay of AdamW; None for other optimizers.
-        missing: Why the scale is unknown, as the end of a sentence; None if it is known, or the reason is not.
-    """
-
-    step: int
-    batch: float
-    microbatches: int
-    update_s: float | None
-    scale: float | None
-    low: float | None
-    high: float | None
-    beta2: float | None = None
-    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,77 +35,6 @@ class Advice:
     sentences: tuple[str, ...]
     smaller_batch: int | None = None
     gain: float = 1.0
-
-
-def read_evidence(folder: Path) -> RunEvidence:
-    """Read the evidence of a run directory.
-
-    Raises:
-        InputError: The folder is not a readable run, has a newer layout, or the run has no updates yet.
-    """
-    for path in (folder / METRICS, folder / CONFIG):
-        if path.exists() and not path.is_file():  # reading a pipe may wait for ever
-            raise InputError(f"{folder} is not a readable run: {path.name} is {file_kind(path)}.")
-    check_layout(folder)
-    try:
-        lines = read_regular(folder / METRICS, limit=LARGEST_LOG).split(b"\n")
-        config = TrainConfig.model_validate(read_json(folder / CONFIG))
-    except ValidationError as error:
-        reason = describe_invalid(error.errors(include_url=False)[0])
-        raise InputError(f"{folder} is not a readable run: {CONFIG} has an invalid value ({reason}).") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a readable run: {os_reason(error)}.") from error
-    rows = [row for row in map(_row, lines) if row is not None]
-    if not rows:
-        raise InputError(f"{folder} has no updates yet. Run bigbatch advise after the first update.")
-    return evidence(rows, config)
-
-
-def evidence(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> RunEvidence:
-    """Extract the evidence from the rows of metrics.jsonl."""
-    latest = rows[-LATEST:]
-    last = rows[-1]
-    times = [row["elapsed_s"] for row in latest if row.get("elapsed_s")]
-    return RunEvidence(
-        step=int(last["step"]),
-        batch=_batch(latest, config),
-        microbatches=max(1, round(statistics.median(int(row["num_microbatches"]) for row in latest))),
-        update_s=statistics.median(times) if times else None,
-        scale=_number(last.get("noise_scale_sequences"), last),
-        low=last.get("noise_low_sequences"),
-        beta2=config.optimizer_settings()["beta2"] if config.optimizer == "adamw" else None,
-        high=last.get("noise_high_sequences"),
-        missing=_missing(rows, config),
-    )
-
-
-def _missing(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> str | None:
-    """Return which condition of a measurement a run does not meet; None if the scale is known, or they are all met."""
-    last = rows[-1]
-    if _number(last.get("noise_scale_sequences"), last) is not None:
-        return None
-    if config.precision == "fp16":
-        return "it is not measured with --precision fp16, whose gradients are scaled. Train with bf16 or float32"
-    if last.get("ranks", 1) > 1 and config.parallel in ("fsdp", "hsdp"):
-        return f"it is not measured for a model that is sharded with --parallel {config.parallel}"
-    applied = [row for row in rows if not row.get("skipped")]
-    if not applied:
-        return f"every update was skipped ({last['skipped']})"
-    divided = [row for row in applied if int(row["num_microbatches"]) > 1]
-    if not divided:
-        return "it compares micro-batches, and every update is a single one. Train with a smaller --microbatch"
-    usable = [row for row in divided if not row.get("retries")]
-    if len(divided) >= MIN_WINDOWS > len(usable):
-        return "micro-batches ran out of memory and were repeated in smaller pieces. Train with a smaller --microbatch"
-    if len(usable) < MIN_WINDOWS:
-        return f"it needs {MIN_WINDOWS} updates of at least two micro-batches, and the run has {len(usable)}"
-    return None
-
-
-def _batch(latest: Sequence[Mapping[str, Any]], config: TrainConfig) -> float:
-    """Return the current batch in sequences: the configured one, since the last window of an epoch may be smaller."""
-    asked = latest[-1].get("global_batch") or config.global_batch
-    return float(asked or statistics.median(row.get("sequences") or 0 for row in latest))
 
 
 def advise(found: RunEvidence) -> Advice:
@@ -271,26 +154,3 @@ def _rounded(number: float) -> str:
         return f"{number:.2g}"
     digits = max(0, math.floor(math.log10(number)) - 2)
     return f"{round(number / 10**digits) * 10**digits:,}"
-
-
-def _number(value: Any, row: Mapping[str, Any]) -> float | None:
-    """Return the scale; infinite if the row has a lower bound and no scale."""
-    if value is None:
-        return math.inf if row.get("noise_low_sequences") is not None else None
-    return float(value)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """Return a row of metrics.jsonl without those of its numbers that are none; None if it is no row of an update."""
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
-        return None
-    row = {name: value for name, value in row.items() if name not in NUMBERS or _is_number(value)}
-    return row if {"step", "num_microbatches"} <= row.keys() else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER

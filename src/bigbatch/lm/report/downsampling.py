@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 MOST_POINTS = 360  # about one for each two or three pixels of a chart
 
 
@@ -38,14 +40,18 @@ def reduced(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> 
     """
     each = max(1, -(-len(y) // most))
     if each == 1:
-        values = tuple(map(float, y))
-        return Points(tuple(map(float, x)), values, values, values, 1)
-    places, means, lows, highs = [], [], [], []
-    for start in range(0, len(y), each):
-        part = [value for value in y[start : start + each] if value == value]
-        last = min(start + each, len(y)) - 1
-        places.append((x[start] + x[last]) / 2)
-        means.append(math.fsum(value / len(part) for value in part) if part else math.nan)
-        lows.append(min(part, default=math.nan))
-        highs.append(max(part, default=math.nan))
-    return Points(tuple(places), tuple(means), tuple(lows), tuple(highs), each)
+        same = tuple(map(float, y))
+        return Points(tuple(map(float, x)), same, same, same, 1)
+    values, starts = np.asarray(y, np.float64), np.arange(0, len(y), each)
+    middles = np.asarray(x, np.float64)
+    places = (middles[starts] + middles[np.minimum(starts + each, len(y)) - 1]) / 2
+    is_value = ~np.isnan(values)
+    counts = np.add.reduceat(is_value.astype(np.int64), starts)
+    shares = np.where(is_value, values, 0.0) / np.repeat(np.maximum(counts, 1), each)[: len(y)]
+    columns = (
+        np.add.reduceat(shares, starts),
+        np.minimum.reduceat(np.where(is_value, values, math.inf), starts),
+        np.maximum.reduceat(np.where(is_value, values, -math.inf), starts),
+    )
+    means, lows, highs = (tuple(np.where(counts > 0, column, math.nan).tolist()) for column in columns)
+    return Points(tuple(places.tolist()), means, lows, highs, each)

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigbatch.lm.report.axes import number
 from bigbatch.lm.report.html import data, table, tag, text
 from bigbatch.lm.report.svg_chart import Chart, Line, draw
@@ -86,20 +89,20 @@ def _stretch(chart: Chart, low: float, high: float) -> str:
     return f"{begin:,}" if end <= begin else f"{begin:,} to {end:,}"
 
 
-def _blocks(line: Line, edges: Sequence[float]) -> list[list[float]]:
-    blocks: list[list[float]] = [[] for _ in edges[1:]]
-    span = edges[-1] - edges[0]
-    for x, y in zip(line.x, line.y, strict=True):
-        if y == y:
-            blocks[min(len(blocks) - 1, int((x - edges[0]) / span * len(blocks)))].append(y)
-    return blocks
+def _blocks(line: Line, edges: Sequence[float]) -> list[NDArray[np.float64]]:
+    """Return the values of a line between each two edges."""
+    x, y = np.asarray(line.x, np.float64), np.asarray(line.y, np.float64)
+    x, y = x[~np.isnan(y)], y[~np.isnan(y)]
+    num_blocks = len(edges) - 1
+    blocks = np.minimum(num_blocks - 1, ((x - edges[0]) / (edges[-1] - edges[0]) * num_blocks).astype(np.int64))
+    return [y[blocks == block] for block in range(num_blocks)]
 
 
-def _cell(values: list[float], chart: Chart) -> str:
-    if not values:
+def _cell(values: NDArray[np.float64], chart: Chart) -> str:
+    if not len(values):
         return ""
-    low, high = min(values), max(values)
-    mean = number(sum(value / len(values) for value in values), chart.kind)
+    low, high = float(values.min()), float(values.max())
+    mean = number(float((values / len(values)).sum()), chart.kind)
     spread = f" ({number(low, chart.kind)} to {number(high, chart.kind)})"
     return mean if number(low, chart.kind) == number(high, chart.kind) else mean + spread
 

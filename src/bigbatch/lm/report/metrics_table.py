@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigbatch.lm.files import LARGEST_LOG, read_regular
+import numpy as np
+import pyarrow as pa
+import pyarrow.json
+from numpy.typing import NDArray
+
+from bigbatch.lm.files import LARGEST_LOG, open_regular
 
 NUMBERS = (
     "loss",
@@ -33,6 +40,8 @@ NUMBERS = (
 )
 """Keys of a line that are drawn; NaN if the line has no finite number there."""
 
+BLOCK_BYTES = 2**22
+LARGEST_STEP = 2**62
 LARGEST = 1e300  # differences of larger values would not be finite
 
 
@@ -74,40 +83,147 @@ class Columns:
         """Return whether any line has a finite number in this column."""
         return name in self._numbers
 
+    def finite(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the steps of the lines with a finite number in this column, and the numbers."""
+        steps, values = np.asarray(self.steps), np.asarray(self[name])
+        is_finite = ~np.isnan(values)
+        return steps[is_finite], values[is_finite]
+
     def last(self, name: str) -> float | None:
         """Return the last finite number of a column; None without one."""
         return next((value for value in reversed(self[name]) if math.isfinite(value)), None)
 
 
 def read_columns(path: Path) -> Columns:
-    """Read the complete lines of metrics.jsonl.
+    """Read the complete lines of metrics.jsonl, `BLOCK_BYTES` at a time.
 
     Of lines with the same step the last one counts. Numbers out of the range of a float are NaN.
 
     Raises:
         OSError: The file cannot be read. A missing file has no lines.
     """
+    found = Columns()
+    blocks: list[_Block] = []
     try:
-        data = read_regular(path, limit=LARGEST_LOG)
+        for data in _complete_lines(path):
+            found.num_bytes += len(data)
+            block = _parsed_by_arrow(data) or _parsed_by_python(data)
+            found.num_unreadable += block.num_unreadable
+            blocks.append(block)
     except FileNotFoundError:
-        data = b""
-    end = data.rfind(b"\n") + 1
-    found = Columns(num_bytes=end)
-    rows: dict[int, dict[str, Any]] = {}
-    for line in data[:end].splitlines():
+        pass
+    steps = np.concatenate([np.zeros(0, np.int64), *(block.steps for block in blocks)])
+    order = _last_of_each(steps)
+    found.steps.frombytes(steps[order].tobytes())
+    found.skipped = _skips(blocks, steps, order)
+    for name in NUMBERS:
+        parts = [block.numbers.pop(name) if name in block.numbers else _missing(block) for block in blocks]
+        column = np.concatenate([np.zeros(0), *parts])[order]
+        if not np.isnan(column).all():
+            found._numbers[name] = array("d", column.tobytes())
+    return found
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive lines: the step of each record, its numbers by name (none if all are missing), and reasons by row."""
+
+    steps: NDArray[np.int64]
+    numbers: dict[str, NDArray[np.float64]]
+    skipped: dict[int, str]
+    num_unreadable: int
+
+
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > LARGEST_LOG:
+            raise OSError(errno.EFBIG, f"it has {num_bytes:,} bytes, and at most {LARGEST_LOG:,} are read", str(path))
+        rest = b""
+        while data := file.read(BLOCK_BYTES):
+            data = rest + data
+            end = data.rfind(b"\n") + 1
+            rest = data[end:]
+            if end:
+                yield data[:end]
+
+
+def _parsed_by_arrow(data: bytes) -> _Block | None:
+    """Parse lines as what `bigbatch.lm.runs.directory` writes; None if any line is something else."""
+    if not data.isascii() or b"\r" in data or b"\n\n" in data or data.isspace():
+        return None
+    schema = pa.schema([("step", pa.int64()), ("skipped", pa.string()), *((name, pa.float64()) for name in NUMBERS)])
+    options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    try:
+        table = pa.json.read_json(pa.BufferReader(data), parse_options=options)
+    except pa.ArrowException:
+        return None
+    steps = table.column("step")
+    if table.num_rows != data.count(b"\n") or steps.null_count:
+        return None
+    whole = _values(steps, np.dtype(np.int64))
+    if whole.min() < 0 or whole.max() >= LARGEST_STEP:
+        return None
+    skipped = table.column("skipped")
+    numbers = {}
+    for name in NUMBERS:
+        column = table.column(name)
+        if column.null_count < len(column):
+            values = _values(column, np.dtype(np.float64))
+            numbers[name] = np.where(np.abs(values) <= LARGEST, values, math.nan)
+    reasons = skipped.to_pylist() if skipped.null_count < len(skipped) else []
+    return _Block(whole, numbers, {row: reason for row, reason in enumerate(reasons) if reason}, 0)
+
+
+def _values(column: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return a column, NaN where it is null. Not by ``to_numpy``, which imports pandas first."""
+    parts = []
+    for chunk in column.chunks:
+        marks, values = chunk.buffers()
+        part = np.frombuffer(values, dtype)[chunk.offset : chunk.offset + len(chunk)]
+        if chunk.null_count:
+            bits = np.unpackbits(np.frombuffer(marks, np.uint8), bitorder="little")
+            part = np.where(bits[chunk.offset : chunk.offset + len(chunk)], part, math.nan)
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def _parsed_by_python(data: bytes) -> _Block:
+    rows: list[dict[str, Any]] = []
+    num_unreadable = 0
+    for line in data.splitlines():
         row = _row(line)
         if row is None:
-            found.num_unreadable += bool(line.strip())
+            num_unreadable += bool(line.strip())
         else:
-            rows[row["step"]] = row
-    ordered = sorted(rows)
-    found.steps = array("q", ordered)
-    for name in NUMBERS:
-        column = array("d", [_number(rows[step].get(name)) for step in ordered])
-        if any(value == value for value in column):
-            found._numbers[name] = column
-    found.skipped = [Skip(step, str(rows[step]["skipped"])) for step in ordered if rows[step].get("skipped")]
-    return found
+            rows.append(row)
+    numbers = {name: np.array([_number(row.get(name)) for row in rows], np.float64) for name in NUMBERS}
+    reasons = {i: str(row["skipped"]) for i, row in enumerate(rows) if row.get("skipped")}
+    return _Block(np.array([row["step"] for row in rows], np.int64), numbers, reasons, num_unreadable)
+
+
+def _last_of_each(steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the places of the last line of each step, by step."""
+    order = np.argsort(steps, kind="stable")
+    ordered = steps[order]
+    return order[np.append(ordered[1:] != ordered[:-1], True)] if len(steps) else order
+
+
+def _skips(blocks: Sequence[_Block], steps: NDArray[np.int64], order: NDArray[np.int64]) -> list[Skip]:
+    """Return the skipped updates by step; a later line replaces an earlier one of the same step."""
+    counts = np.zeros(len(steps), np.bool_)
+    counts[order] = True
+    found, first = [], 0
+    for block in blocks:
+        for row, reason in block.skipped.items():
+            if counts[first + row]:
+                found.append(Skip(int(steps[first + row]), reason))
+        first += len(block.steps)
+    return sorted(found, key=lambda skip: skip.step)
+
+
+def _missing(block: _Block) -> NDArray[np.float64]:
+    return np.full(len(block.steps), math.nan)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -115,7 +231,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**62:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < LARGEST_STEP:
         return None
     return row
 

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from bigbatch.lm.report.axes import Kind, number
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.svg_chart import Chart, EventMarks, Line, ReferenceLine
@@ -81,10 +83,11 @@ class RunCharts:
             return None
         parts = []
         for run, name in self._each_with("lr"):
-            top, step = max((y, -x) for x, y in zip(run.columns.steps, run.columns["lr"], strict=True) if y == y)
+            steps, rates = run.columns.finite("lr")
+            top, step = float(rates.max()), int(steps[rates.argmax()])
             last = number(run.columns.last("lr"))
             parts.append(
-                f"The learning rate{self._of(name)} has its maximum, {number(top)}, at update {-step:,} and is {last} "
+                f"The learning rate{self._of(name)} has its maximum, {number(top)}, at update {step:,} and is {last} "
                 "at the end."
             )
         return Chart("lr", "Learning rate", "", tuple(lines), from_zero=True, summary=" ".join(parts))
@@ -102,8 +105,8 @@ class RunCharts:
             limit = limits.pop()
             levels = self._near([ReferenceLine("clipped above", limit)], lines)
             for run, name in self._each_with("grad_norm"):
-                norms = [y for y in run.columns["grad_norm"] if y == y]
-                share = sum(y > limit for y in norms) / len(norms)
+                _, norms = run.columns.finite("grad_norm")
+                share = float((norms > limit).mean())
                 summary += f" {number(share, 'share')} of the updates{self._of(name)} were clipped to {number(limit)}."
         return Chart("grad-norm", "Gradient norm", "before clipping", tuple(lines), levels, summary=summary)
 
@@ -157,7 +160,7 @@ class RunCharts:
         for place, (run, name) in enumerate(zip(self._runs, self._names, strict=True)):
             if not run.columns.has("peak_bytes"):
                 continue
-            measured = max(y for y in run.columns["peak_bytes"] if y == y)
+            measured = float(run.columns.finite("peak_bytes")[1].max())
             predicted = _positive(run.choice, "peak_bytes")
             parts.append(_about_memory(run, self._of(name), measured, predicted))
             if predicted is not None:
@@ -180,7 +183,7 @@ class RunCharts:
             return None
         parts = []
         for run, name in self._each_with("slowest_share"):
-            slowest = Counter(int(y) for y in run.columns["slowest_rank"] if y == y).most_common(1)
+            slowest = Counter(run.columns.finite("slowest_rank")[1].astype(int).tolist()).most_common(1)
             most_often = f" Rank {slowest[0][0]} is the slowest most often." if slowest else ""
             ranks = number(run.columns.last("ranks"), "count")
             half = number(_median(run.columns["slowest_share"]), "share")
@@ -213,9 +216,10 @@ class RunCharts:
         """Return a sentence about the first, last, minimum and maximum value of each run."""
         parts = []
         for run, name in self._each_with(column):
-            values = [(y, x) for x, y in zip(run.columns.steps, run.columns[column], strict=True) if y == y]
-            (first, begin), (last, end) = values[0], values[-1]
-            (low, lowest), (high, highest) = min(values), max(values)
+            steps, values = run.columns.finite(column)
+            begin, end, lowest = int(steps[0]), int(steps[-1]), int(steps[values.argmin()])
+            highest = int(steps[len(values) - 1 - values[::-1].argmax()])
+            first, last, low, high = (float(value) for value in (values[0], values[-1], values.min(), values.max()))
             parts.append(
                 f"{subject}{self._of(name)} is {number(first, kind)} at update {begin:,} and {number(last, kind)} at "
                 f"update {end:,}; minimum at {lowest:,} ({number(low, kind)}), maximum at {highest:,} "
@@ -252,7 +256,7 @@ def _positive(values: object, key: str) -> float | None:
 
 
 def _distinct(values: Sequence[float]) -> set[float]:
-    return {value for value in values if value == value}
+    return {value for value in np.unique(np.asarray(values, np.float64)).tolist() if value == value}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -261,8 +265,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _median(values: Sequence[float]) -> float:
-    finite = sorted(value for value in values if value == value)
-    return finite[len(finite) // 2] if finite else math.nan
+    array = np.asarray(values, np.float64)
+    finite = array[~np.isnan(array)]
+    return float(np.partition(finite, len(finite) // 2)[len(finite) // 2]) if len(finite) else math.nan
 
 
 def median(run: Run, column: str) -> float:

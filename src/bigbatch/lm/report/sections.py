@@ -67,7 +67,7 @@ def tiles(run: Run) -> str:
 
 
 def _range(columns: Columns) -> str:
-    values = [value for value in columns["num_microbatches"] if value == value]
+    values = columns.finite("num_microbatches")[1].tolist()
     if not values:
         return "–"
     low, high = min(values), max(values)
