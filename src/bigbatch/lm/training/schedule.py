@@ -5,12 +5,16 @@ order of the data, global batch or its schedule → windows → number of update
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bigbatch.errors import InputError
 from bigbatch.lm.config.batch_schedule import Schedule, Seesaw, read
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.data.sampling_order import epoch_order, epoch_windows
+from bigbatch.lm.data.run_order import RunOrder, UniformOrder
+from bigbatch.lm.data.sampling_order import num_tokens_of, window_bounds
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.optimizer import lr_factor
 
@@ -21,6 +25,7 @@ class TrainingSchedule:
     Args:
         config: With every default resolved.
         lengths: Tokens of every sample.
+        order: Of the samples; by default every sample once in each epoch.
         step: Updates before this process, with any batch.
         cursor: Samples of these updates.
 
@@ -32,17 +37,22 @@ class TrainingSchedule:
         InputError: The warm-up is longer than the run, or the batch schedule is incompatible with --schedule.
     """
 
-    def __init__(self, config: TrainConfig, lengths: Sequence[int], *, step: int = 0, cursor: int = 0) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        lengths: Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        order: RunOrder | None = None,
+        step: int = 0,
+        cursor: int = 0,
+    ) -> None:
         self._config = config
-        self._lengths = lengths
+        self._lengths = np.asarray(lengths)
+        self._order = UniformOrder(self._lengths, config.seed) if order is None else order
         self._step, self._cursor = step, cursor
         text = config.global_batch_schedule
         self.schedule: Schedule | None = None if text is None else read(text)
-        self._cached_epoch: tuple[int, list[int], list[int]] = (
-            -1,
-            [],
-            [],
-        )  # epoch, its order, and the tokens before each sample
+        self._tokens_at = 0, 0, 0  # epoch, position in it, and the tokens of the epoch before that position
         self._base_steps = config.steps or self._count_steps(config.epochs or 0)
         self.warmup_steps = config.warmup_steps_of(self._base_steps)
         if isinstance(self.schedule, Seesaw):
@@ -73,29 +83,38 @@ class TrainingSchedule:
 
     def windows(self, step: int, cursor: int) -> Iterator[list[int]]:
         """Yield the windows that remain after ``step`` updates and ``cursor`` samples."""
-        epoch, position = divmod(cursor, len(self._lengths))
+        epoch, position = self._order.locate(cursor)
         while True:
-            for window in self._epoch_windows(epoch, position):
+            for start, stop in self._bounds(epoch, position):
                 if step == self.total_steps:
                     return
                 step += 1
-                yield window
+                yield self._order.epoch(epoch).part(start, stop).tolist()
             epoch, position = epoch + 1, 0
 
     def first_window(self) -> list[int]:
         """Return the samples of the first update."""
-        return self._epoch_windows(0)[0]
+        start, stop = next(self._bounds(0))
+        return self._order.epoch(0).part(start, stop).tolist()  # type: ignore[no-any-return]
+
+    def first_samples(self, number: int, *, cursor: int = 0) -> list[int]:
+        """Return at most ``number`` samples in the order of training, after ``cursor`` samples."""
+        epoch, position = self._order.locate(cursor)
+        samples: list[int] = []
+        while len(samples) < number:
+            samples += self._order.epoch(epoch).part(position, position + number - len(samples)).tolist()
+            epoch, position = epoch + 1, 0
+        return samples
 
     def updates_per_epoch(self) -> int:
         """Return the number of updates of the first epoch."""
-        return len(self._epoch_windows(0))
+        return sum(1 for _ in self._bounds(0))
 
     def batch_after(self, cursor: int) -> int | None:
         """Return the sequences of the window after ``cursor`` samples; None if the batch is counted in tokens."""
         if self.schedule is None:
             return self._config.global_batch
-        epoch, position = divmod(cursor, len(self._lengths))
-        return self._batch_at(self._order_of(epoch)[1][position], cursor)
+        return self._batch_at(self._tokens_before(*self._order.locate(cursor)), cursor)
 
     def lr_factor(self, step: int) -> float:
         """Return the learning rate of an update, as a fraction of the peak."""
@@ -131,11 +150,11 @@ class TrainingSchedule:
         befores, samples, wanted = [], 0, self._base_steps * self._first_batch
         epoch = 0
         while samples < wanted:
-            for window in self._epoch_windows(epoch):
+            for start, stop in self._bounds(epoch):
                 if samples >= wanted:
                     break
                 befores.append(samples)
-                samples += len(window)
+                samples += stop - start
             epoch += 1
         return befores
 
@@ -146,10 +165,11 @@ class TrainingSchedule:
         """
         in_one_batch = self.schedule is None and self._config.global_batch is not None and not self._step
         if in_one_batch or isinstance(self.schedule, Seesaw):
-            return epochs * -(-len(self._lengths) // self._first_batch)
-        first, position = divmod(self._cursor, len(self._lengths))
-        remaining = (self._epoch_windows(epoch, position * (epoch == first)) for epoch in range(first, epochs))
-        return self._step + sum(map(len, remaining))  # windows of tokens depend on the order
+            samples = (self._order.samples_before(i + 1) - self._order.samples_before(i) for i in range(epochs))
+            return sum(-(-number // self._first_batch) for number in samples)
+        first, position = self._order.locate(self._cursor)
+        remaining = (self._bounds(epoch, position * (epoch == first)) for epoch in range(first, epochs))
+        return self._step + sum(sum(1 for _ in bounds) for bounds in remaining)  # windows of tokens depend on the order
 
     def _batch_at(self, tokens: int, samples: int) -> int:
         if isinstance(self.schedule, Seesaw):
@@ -157,28 +177,29 @@ class TrainingSchedule:
         assert self.schedule is not None, "called only with a schedule"
         return self.schedule.batch_at(tokens)
 
-    def _epoch_windows(self, epoch: int, position: int = 0) -> list[list[int]]:
+    def _bounds(self, epoch: int, position: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) in the order of an epoch of each of its windows from a position on."""
+        order = self._order.epoch(epoch)
         if self.schedule is None:
-            return epoch_windows(
+            yield from window_bounds(
+                order,
                 self._lengths,
                 global_batch=self._config.global_batch,
                 global_batch_tokens=self._config.global_batch_tokens,
-                seed=self._config.seed,
-                epoch=epoch,
                 position=position,
             )
-        order, tokens_before = self._order_of(epoch)
-        windows = []
+            return
+        before = self._order.samples_before(epoch)
         while position < len(order):
-            size = self._batch_at(tokens_before[position], epoch * len(order) + position)
-            windows.append(order[position : position + size])
+            size = self._batch_at(self._tokens_before(epoch, position), before + position)
+            yield position, min(position + size, len(order))
             position += size
-        return windows
 
-    def _order_of(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Return the order of an epoch, and the tokens of the run before each of its samples; the last is cached."""
-        if self._cached_epoch[0] != epoch:
-            order = epoch_order(len(self._lengths), seed=self._config.seed, epoch=epoch)
-            tokens = accumulate((self._lengths[i] for i in order), initial=epoch * sum(self._lengths))
-            self._cached_epoch = epoch, order, list(tokens)
-        return self._cached_epoch[1:]
+    def _tokens_before(self, epoch: int, position: int) -> int:
+        """Return the tokens of the run before a position; later positions of an epoch continue from the latest one."""
+        known_epoch, known, tokens = self._tokens_at
+        if known_epoch != epoch or known > position:
+            known, tokens = 0, 0
+        tokens += num_tokens_of(self._order.epoch(epoch), self._lengths, known, position)
+        self._tokens_at = epoch, position, tokens
+        return self._order.tokens_before(epoch) + tokens
