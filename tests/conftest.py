@@ -1,17 +1,26 @@
 """Settings of every test: one thread per process, no access to the hub, no progress bars."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COLUMNS", "120")
 
+import tempfile
 from collections.abc import Iterator
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigbatch-tests-")  # the token cache of all tests
 
 import pytest
 
 from support.process_pool import Pool, Pools
+
+
+def pytest_unconfigure() -> None:
+    """Remove the token cache of the tests."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

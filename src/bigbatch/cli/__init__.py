@@ -26,12 +26,14 @@ COMMANDS = {
     "resume": "resume an interrupted run from its last good checkpoint; results are bit-identical on CPU",
     "plan": "predict memory, micro-batches and time of a run before training",
     "inspect": "show what is in the data, and what of it a run trains on",
+    "tokenize": "tokenize data ahead of training, in one process or in parts by several",
     "verify": "verify on your model, loss and data that splitting the batch does not change the gradient",
     "generate": "generate text with a trained model",
     "merge": "write a whole model from the LoRA adapters of a run",
     "checkpoints": "list the checkpoints of a run and verify them",
     "advise": "compare the batch of a run with its gradient noise scale",
     "report": "write an HTML page about a run, or a comparison of several runs",
+    "cache": "list the tokens that earlier runs have cached, and remove them",
     "bench": "compare speed, memory and gradient with other training libraries",
 }
 """The commands and their line in ``--help``. Each one is a module of ``commands`` with ``run(...) -> int``."""

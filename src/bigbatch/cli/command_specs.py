@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from bigbatch.cli.options import (
     AdviseOptions,
     BenchOptions,
+    CacheOptions,
     CheckpointsOptions,
     GenerateOptions,
     InspectOptions,
@@ -18,6 +19,7 @@ from bigbatch.cli.options import (
     ReportOptions,
     ResumeOptions,
     SourceOptions,
+    TokenizeOptions,
     VerifyOptions,
     flag_key,
 )
@@ -78,6 +80,17 @@ RESUMABLE_GROUPS = tuple(
 )
 """The settings that ``resume`` accepts; those in ``NEEDS_PERMISSION`` only with the matching ``--allow-...`` flag."""
 
+_NOT_TOKENIZED = ("data_weights", "validation_data", "validation_fraction")
+_TOKENIZED_GROUPS = (
+    *(
+        group._replace(fields=tuple(name for name in group.fields if name not in _NOT_TOKENIZED))
+        for group in GROUPS
+        if group.title in ("data", "conversations")
+    ),
+    FieldGroup("model", "Its tokenizer encodes the data.", ("model",)),
+)
+"""The settings that ``tokenize`` accepts: those that tokens depend on."""
+
 COMMAND_SPECS = {
     "train": CommandSpec(
         about="Pretrain or fine-tune a causal language model with any global batch size. Only one micro-batch has to "
@@ -130,6 +143,19 @@ COMMAND_SPECS = {
         collects_all=True,
         missing="DATA is missing: pass the data to inspect, such as chats.jsonl",
     ),
+    "tokenize": CommandSpec(
+        about="Tokenize data into a folder that bigbatch train --data FOLDER uses without tokenizing it again, on any "
+        "machine with the same model. Several processes or machines each make a part. Documents are stored whole: "
+        "--max-length of train cuts them, and --max-length here prints into how many sequences.",
+        examples=(
+            "bigbatch tokenize --data corpus/ --model meta/llama-folder --out tokens/",
+            "bigbatch tokenize --data corpus/ --model meta/llama-folder --out tokens/ --shard 3/8",
+        ),
+        sections=(
+            _section(TokenizeOptions, "output", "Where the tokens go."),
+            *((TrainConfig, group) for group in _TOKENIZED_GROUPS),
+        ),
+    ),
     "verify": CommandSpec(
         about="Verify on this model, loss and data that every split of the batch produces the gradient of the full "
         "batch. The table also shows the error of averaging the means of the micro-batches. Accepts the flags of "
@@ -179,6 +205,13 @@ COMMAND_SPECS = {
         positionals=("runs",),
         usage_words="run directories",
         collects_all=True,
+    ),
+    "cache": CommandSpec(
+        about="List the entries of the token cache with size and last use: the tokens of data, the samples cut from "
+        "them and trained tokenizers. A run that finds no entry makes it again, so each can be removed at any time; "
+        "runs in progress keep what they use.",
+        examples=("bigbatch cache", "bigbatch cache --unused-for 30 --remove"),
+        sections=(_section(CacheOptions, "cache", "Which entries."),),
     ),
     "bench": CommandSpec(
         about="Compare one update of bigbatch with that of transformers' Trainer, accelerate and Lightning, on the "

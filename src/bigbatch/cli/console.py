@@ -87,7 +87,7 @@ def progress_display(console: Console | None) -> "Iterator[ProgressCallback]":
     with console.status("starting …", spinner="dots" if console.encoding.startswith("utf") else "line") as status:
 
         def replace(activity: str, done: int = 0, total: int = 0) -> None:
-            progress = f": {done:,} of {total:,} …" if total else " …"
+            progress = f": {done:,} of {total:,} …" if total else f": {done:,} …" if done else " …"
             status.update(Text(f"{_cut(visible(activity), console.width - len(progress) - 3)}{progress}"))
 
         yield replace

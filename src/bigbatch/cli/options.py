@@ -11,9 +11,25 @@ from pydantic_core import PydanticCustomError
 from bigbatch.lm.bench.entries import SAMPLES, read_entry
 from bigbatch.lm.config.field_types import LARGEST_COUNT, Count, Device, Folder, MemoryText, Number, Seed, Text, Whole
 
+LARGEST_PARTS = 99_999  # of bigbatch tokenize: numbers of five digits
+
 
 def _split_commas(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def _read_part(value: object) -> object:
+    """Read ``I/N`` as (I, N)."""
+    if not isinstance(value, str):
+        return value
+    number, _, of = value.partition("/")
+    if not (number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
+        raise PydanticCustomError("part", "it must be I/N, such as 0/8 for the first of eight parts")
+    if not 0 <= int(number) < int(of) <= LARGEST_PARTS:
+        raise PydanticCustomError(
+            "part", "parts count from 0, so I must be less than N, and N at most {most}", {"most": LARGEST_PARTS}
+        )
+    return int(number), int(of)
 
 
 def _check_entry(value: str) -> str:
@@ -55,6 +71,35 @@ class InspectOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     samples: Whole = Field(default=3, ge=0, le=LARGEST_COUNT, description="documents to print, chosen with --seed")
+
+
+class TokenizeOptions(BaseModel):
+    """Options of ``bigbatch tokenize``: where the tokens go, and which part of them this process makes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    out: Folder = Field(description="folder of the tokens, for --data of bigbatch train; it must not exist or be empty")
+    shard: Annotated[tuple[int, int], BeforeValidator(_read_part)] = Field(
+        default=(0, 1),
+        json_schema_extra={"placeholder": "I/N"},
+        description="make part I of N, from 0, so that N processes or machines make all of them: 0/8 to 7/8, with the "
+        "same flags (default: 0/1, everything in this process)",
+    )
+
+
+class CacheOptions(BaseModel):
+    """Options of ``bigbatch cache``: which cache, and what to remove."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cache: Folder | None = Field(
+        default=None,
+        description="folder of the token cache (default: $XDG_CACHE_HOME/bigbatch, else ~/.cache/bigbatch)",
+    )
+    remove: bool = Field(default=False, description="remove the entries that are listed, instead of keeping them")
+    unused_for: Number = Field(
+        default=0.0, ge=0, description="list only entries that no run has used for so many days; 0 = all"
+    )
 
 
 class ResumeOptions(BaseModel):

@@ -10,7 +10,8 @@ from bigbatch.cli.exit_codes import DONE, STOPPED
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.cli.torchrun import WatchdogCallback, watchdog
 from bigbatch.errors import InputError
-from bigbatch.lm.advice.batch_advice import one_line, read_evidence
+from bigbatch.lm.advice.batch_advice import one_line
+from bigbatch.lm.advice.run_evidence import read_evidence
 from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
@@ -175,7 +176,7 @@ def _batch(setup: "TrainingSetup") -> str:
         schedule = read(config.global_batch_schedule)
         start = "" if schedule.first is not None else f"{plural(config.global_batch or 0, 'sequence')}, "
         return f"{start}{schedule}"
-    mean = sum(lengths) / len(lengths)
+    mean = setup.training.num_tokens / len(lengths)
     if config.global_batch is not None:
         sequences = min(config.global_batch, len(lengths))
         limited = f" (the whole data set; {config.global_batch:,} requested)"
@@ -189,7 +190,7 @@ def _batch(setup: "TrainingSetup") -> str:
 
 
 def _split(trainer: "Trainer") -> str:
-    lengths = [trainer.setup.training.lengths[i] for i in trainer.shard_window(trainer.schedule.first_window())]
+    lengths = [int(trainer.setup.training.lengths[i]) for i in trainer.shard_window(trainer.schedule.first_window())]
     if not lengths:
         return "no micro-batch"
     groups = trainer.engine.groups(sorted(lengths, reverse=True))

@@ -4,6 +4,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,11 @@ from hypothesis import strategies as st
 from bigbatch.errors import InputError
 from bigbatch.lm.data.dataset import IGNORED, TokenDataset, collate, encode, split_documents
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.token_store.reader import MemoryTokens
+from bigbatch.lm.data.token_store.samples import make_samples
+from bigbatch.lm.data.token_store.writer import Block
 from bigbatch.lm.data.tokenizer import train_tokenizer
+from bigbatch.lm.data.validation_split import HashSplit
 
 TOKENIZER = train_tokenizer(["the quick brown fox and the quick brown hen"] * 4, vocabulary_size=280)
 BEGIN, END, PAD = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
@@ -58,21 +63,28 @@ def only_sample(document: Document, tokenizer: Any = TOKENIZER) -> tuple[list[in
 @given(documents=DOCUMENTS, max_length=st.integers(1, 9))
 def test_every_token_to_learn_is_labelled_once(documents: list[Document], max_length: int) -> None:
     dataset, counts = encode(documents, TOKENIZER, max_length=max_length)
-    times_a_label = torch.zeros(len(dataset.tokens), dtype=torch.int64)
+    whole, uncut = encode(documents, TOKENIZER, max_length=10**6)
+    assert len(whole) == len(documents)
+    pieces = iter(dataset[i] for i in range(len(dataset)))
+    learned = []
     for i in range(len(dataset)):
-        start, length, _ = dataset._samples[i]
         sample = dataset[i]
         assert sample["input_ids"].dtype == sample["labels"].dtype == torch.int64
-        assert len(sample["input_ids"]) == len(sample["labels"]) == length == dataset.lengths[i]
-        assert 1 <= length <= max_length
+        assert len(sample["input_ids"]) == len(sample["labels"]) == dataset.lengths[i] <= max_length
         is_label = sample["labels"] != IGNORED
         assert dataset.label_counts[i] == int(is_label.sum()) >= 1
-        places = torch.arange(start + 1, start + 1 + length)[is_label]
-        assert sample["labels"][is_label].tolist() == dataset.tokens[places].tolist()
-        times_a_label[places] += 1
-    assert torch.equal(times_a_label, dataset.trained.to(torch.int64))
-    assert sum(dataset.label_counts) == len(dataset.label_tokens) == counts.label_tokens
-    assert sorted({dataset.document_of(i) for i in range(len(dataset))}) == list(range(len(documents)))
+        learned += sample["labels"][is_label].tolist()
+        follows = sample["input_ids"][1:][is_label[:-1]].tolist()
+        assert follows == sample["labels"][:-1][is_label[:-1]].tolist()
+    assert learned == [int(label) for i in range(len(whole)) for label in whole[i]["labels"] if label != IGNORED]
+    for i in range(len(whole)):  # the pieces with labels, in order, are those of the document
+        for start in range(0, int(whole.lengths[i]), max_length):
+            labels = whole[i]["labels"][start : start + max_length]
+            if (labels != IGNORED).any():
+                piece = next(pieces)
+                assert torch.equal(piece["labels"], labels)
+                assert torch.equal(piece["input_ids"], whole[i]["input_ids"][start : start + max_length])
+    assert int(dataset.label_counts.sum()) == len(learned) == counts.label_tokens == uncut.label_tokens
 
 
 @settings(deadline=None)
@@ -80,7 +92,7 @@ def test_every_token_to_learn_is_labelled_once(documents: list[Document], max_le
 def test_only_unlabelled_chunks_are_dropped_and_counted(documents: list[Document], max_length: int) -> None:
     dataset, counts = encode(documents, TOKENIZER, max_length=max_length)
     whole, uncut = encode(documents, TOKENIZER, max_length=10**6)
-    inputs = whole.lengths
+    inputs = whole.lengths.tolist()
     assert counts.samples + counts.masked_pieces_left_out == sum(-(-length // max_length) for length in inputs)
     assert counts.cut_documents == sum(length > max_length for length in inputs)
     assert counts.tokens == uncut.tokens == sum(inputs) + len(documents)
@@ -174,10 +186,8 @@ def test_mixed_documents_keep_order_across_batches() -> None:
     dataset, _ = encode(documents, TOKENIZER, max_length=1000, progress=lambda *done: calls.append(done))
     assert len(dataset) == len(documents)
     for i, document in enumerate(documents):
-        assert dataset.document_of(i) == i
         assert document.texts[-1] in TOKENIZER.decode(dataset[i]["input_ids"])
-    assert calls[0] == (100, 1203)
-    assert calls[-1] == (1203, 1203)
+    assert calls == [(1000, 1203), (1203, 1203)]
 
 
 def test_long_documents_are_cut_without_tokenizer_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -204,7 +214,7 @@ def test_counts_are_one_line_naming_dropped_chunks() -> None:
 
 def test_no_documents_make_empty_dataset() -> None:
     dataset, counts = encode([], TOKENIZER, max_length=4)
-    assert (len(dataset), dataset.lengths, dataset.label_counts, counts.tokens) == (0, [], [], 0)
+    assert (len(dataset), len(dataset.lengths), len(dataset.label_counts), counts.tokens) == (0, 0, 0, 0)
 
 
 def test_index_beyond_samples_raises_index_error() -> None:
@@ -328,8 +338,11 @@ def test_unigram_entropy_equals_empirical_cross_entropy() -> None:
 
 
 def test_unigram_entropy_handles_single_and_no_token() -> None:
-    same = TokenDataset(torch.full((8,), 7, dtype=torch.int32), torch.tensor([False] + [True] * 7), [(0, 7, 0)])
-    assert same.unigram_entropy() == 0.0
+    tokens, trained = np.full(8, 7, np.int32), np.array([False] + [True] * 7)
+    block = Block(tokens, trained, None, np.array([8]), np.zeros(1, np.uint64), np.zeros(1, np.int32))
+    reader = MemoryTokens(block)
+    training, _ = make_samples(reader, max_length=3, split=HashSplit())
+    assert TokenDataset(reader, training).unigram_entropy() == 0.0
     with pytest.raises(ValueError, match="the dataset has no token to train on"):
         encode([], TOKENIZER, max_length=3)[0].unigram_entropy()
 

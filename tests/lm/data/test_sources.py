@@ -316,7 +316,7 @@ def test_unreachable_hub_fails_fast_with_one_sentence(tmp_path: Path, monkeypatc
 
 def test_reading_text_loads_no_torch_or_model_library() -> None:
     program = (
-        "import sys; from bigbatch.lm.data import sampling_order, sources; sources.read_corpus(sys.argv[1]);"
+        "import sys; from bigbatch.lm.data import sources; sources.read_corpus(sys.argv[1]);"
         "print(sorted({'torch', 'transformers', 'tokenizers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", program, __file__], capture_output=True, text=True, check=True)

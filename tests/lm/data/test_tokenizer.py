@@ -65,7 +65,7 @@ def test_vocabulary_too_small_for_bytes_is_rejected() -> None:
 def test_large_corpus_is_sampled_evenly() -> None:
     long = "".join(chr(i % 1000 + 32) for i in range(100_000))
     short = ["x" * 100] * 1000
-    pieces = list(module._evenly_spread([long, *short], 50_000))
+    pieces = list(module._evenly_spread([long, *short], 200_000, 50_000))
     from_short = sum(map(len, (piece for piece in pieces if set(piece) == {"x"})))
     assert 50_000 - 4096 <= sum(map(len, pieces)) <= 50_000 + 4096
     assert 25_000 - 4096 <= from_short <= 25_000 + 4096

@@ -31,7 +31,6 @@ from bigbatch.lm.planning.data_statistics import (
     DataStatistics,
     estimated_lengths,
     measure_data,
-    sample_documents,
 )
 from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
 from bigbatch.lm.planning.estimator import ASKED, FASTEST, FIXED, LARGEST, LEAST, MemorySaving, RunEstimator
@@ -326,13 +325,6 @@ def test_sample_represents_many_documents(place: Path, tmp_path: Path) -> None:
     in_tokens = survey_of(place, data=data, validation_fraction=0, global_batch_tokens=4000)
     assert sum(in_tokens.window) == pytest.approx(4000, rel=0.01)
     assert in_tokens.num_updates == pytest.approx(sum(exact.training.lengths) / 4000, abs=1)
-
-
-def test_measured_documents_are_spaced_and_include_longest() -> None:
-    documents = [Document(str(i), text="x" * (9 if i == 17 else 1)) for i in range(100)]
-    assert sample_documents(documents, 100) is documents
-    chosen = [int(document.source) for document in sample_documents(documents, 11)]
-    assert chosen == [0, 17, 18, 27, 36, 45, 54, 63, 72, 81, 90]
 
 
 def test_one_short_document_is_a_batch(place: Path, tmp_path: Path) -> None:

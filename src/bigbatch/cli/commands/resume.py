@@ -42,7 +42,12 @@ def run(overrides: TrainConfig, options: ResumeOptions) -> int:
 
 def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext") -> int:
     """Resume one run on the ranks of a process group. Collective; returns the same codes as `run`."""
-    from bigbatch.lm.training.resume import check_facts, merge_config, stored_config, with_saved_changes
+    from bigbatch.lm.training.resume import (
+        check_facts,
+        merge_config,
+        stored_config,
+        with_saved_changes,
+    )
 
     path = options.run
     console = make_console(quiet=not ranks.is_first)
@@ -78,12 +83,15 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             from bigbatch.lm.training.trainer import Trainer
 
             quiet_libraries()
-            setup = set_up_training(config, ranks=ranks, progress=progress)
+            before = read_identity(path).facts if checkpoint is None else checkpoint.facts
+            from bigbatch.lm.data.sampling_order import sampling_order_of
+
+            order_version = sampling_order_of(path, before, has_checkpoint=checkpoint is not None)
+            setup = set_up_training(config, ranks=ranks, progress=progress, order_version=order_version)
         with fail_together(ranks, "resume"):
             trainer = Trainer(setup, checkpoint=checkpoint, ranks=ranks)
             if checkpoint is not None:
                 checkpoint.check_model(trainer.engine)
-            before = read_identity(path).facts if checkpoint is None else checkpoint.facts
             if before is not None:
                 check_facts(config, before, trainer.initial_facts, allowed=options.allowed)
         where = (

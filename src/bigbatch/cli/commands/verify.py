@@ -27,12 +27,11 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
     check_paths(config)
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
-        from bigbatch.lm.data.sampling_order import epoch_order
         from bigbatch.lm.training.setup import set_up_training
 
         quiet_libraries()
         setup = set_up_training(config, progress=progress)
-        order = epoch_order(len(setup.training), seed=config.seed, epoch=0)[: options.samples]
+        order = setup.order.epoch(0).part(0, options.samples).tolist()
         if len(order) < 2:
             raise InputError(
                 f"a batch of {len(order)} sequence cannot be split: pass --samples 2 or more, or more data."

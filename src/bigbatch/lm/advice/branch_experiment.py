@@ -12,7 +12,6 @@ from typing import Literal
 
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.run_checkpoint import RunCheckpoint
-from bigbatch.lm.data.sampling_order import epoch_order
 from bigbatch.lm.training.engine_factory import make_training_engine
 from bigbatch.lm.training.evaluation import losses_by_sequence
 from bigbatch.lm.training.trainer import Trainer
@@ -146,11 +145,4 @@ def conclusion(found: Sequence[BranchResult]) -> str:
 
 def _following(trainer: Trainer, cursor: int, number: int) -> list[int]:
     """Return the next ``number`` samples of a run."""
-    lengths = trainer.setup.training.lengths
-    epoch, position = divmod(cursor, len(lengths))
-    samples: list[int] = []
-    while len(samples) < number:
-        order = epoch_order(len(lengths), seed=trainer.config.seed, epoch=epoch)
-        samples += order[position : position + number - len(samples)]
-        epoch, position = epoch + 1, 0
-    return samples
+    return trainer.schedule.first_samples(number, cursor=cursor)

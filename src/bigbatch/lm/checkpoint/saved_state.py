@@ -53,14 +53,15 @@ class SavedProgress(_Strict):
 class SavedFacts(_Strict):
     """What `bigbatch.lm.training.resume.run_facts` returns; earlier versions have fewer."""
 
-    settings: dict[str, Scalar | list[str]]
+    settings: dict[str, Scalar | list[Scalar]]
     data_sha256: str
     num_samples: PositiveCount
     vocabulary_sha256: str
     weights_dtype: str
     frozen_sha256: str | None
     fingerprint: str | None = None
-    learning: dict[str, Scalar] | None = None
+    sampling_order: PositiveCount = 1
+    learning: dict[str, Scalar | list[Scalar]] | None = None
     model: dict[str, Any] | None = None
     chat_template_sha256: str | None = None
 

@@ -27,10 +27,14 @@ NEEDS_PERMISSION = {
     "skip_broken": "data",
     "text_column": "data",
     "messages_column": "data",
+    "data_weights": "data",
 }
 """Settings that affect the result, each with the kind of ``--allow-KIND-change`` that ``bigbatch resume`` requires."""
 
 CHANGEABLE = (
+    "cache",
+    "no_cache",
+    "cache_by_content",
     "microbatch",
     "token_budget",
     "device",
@@ -68,6 +72,7 @@ GROUPS = (
         "Training data and its validation split.",
         (
             "data",
+            "data_weights",
             "split",
             "subset",
             "validation_data",
@@ -77,6 +82,11 @@ GROUPS = (
             "text_column",
             "messages_column",
         ),
+    ),
+    FieldGroup(
+        "token cache",
+        "Tokens of the data, written once and used by every later start and by bigbatch resume.",
+        ("cache", "no_cache", "cache_by_content"),
     ),
     FieldGroup("conversations", "How conversations are trained on.", ("chat_template", "train_on")),
     FieldGroup(

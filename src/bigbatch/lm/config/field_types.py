@@ -56,6 +56,11 @@ def _as_texts(value: object) -> object:
     raise PydanticCustomError("texts", "it must be text or a list of texts")
 
 
+def _as_numbers(value: object) -> object:
+    """Convert one number to a tuple of one, and a list to a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 def _one_or_list(values: tuple[str, ...]) -> str | list[str]:
     """Write one text as itself, as versions did that accepted only one, and several as a list."""
     return values[0] if len(values) == 1 else list(values)
@@ -165,6 +170,12 @@ Texts = Annotated[
     Field(min_length=1),
 ]
 """One text or several: a flag followed by several values, or repeated; a text or a list in a file of settings."""
+Weights = Annotated[
+    tuple[Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)], ...],
+    BeforeValidator(_as_numbers),
+    Field(min_length=1),
+]
+"""One number or several, each above 0: a flag followed by several values, or repeated; a list in a file of settings."""
 Folder = Annotated[Path, BeforeValidator(_folder_text)]
 Device = Annotated[str, AfterValidator(_known_device)]
 Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]

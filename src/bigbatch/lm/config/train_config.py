@@ -71,6 +71,20 @@ class TrainConfig(TrainFields):
         return self.lora_rank > 0 and self.model != "tiny"
 
     @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.data_weights is not None and len(self.data_weights) != len(self.data):
+            names = {"first": "data_weights", "second": "data"}
+            raise PydanticCustomError(
+                "out_of_range",
+                "{first} has {weights} and {second} has {sources}: give one weight for each source, in the same order",
+                names | {"weights": len(self.data_weights), "sources": len(self.data)},
+            )
+        if self.no_cache and self.cache is not None:
+            names = {"first": "no_cache", "second": "cache"}
+            raise PydanticCustomError("exclusive", "{first} and {second} exclude each other: give one of them", names)
+        return self
+
+    @model_validator(mode="after")
     def _check_batch_schedule(self) -> Self:
         if self.global_batch_schedule is None:
             if self.rebase_second_moment:

@@ -1,5 +1,7 @@
 """The fields of a training run: type, range, default and the ``--help`` text of each setting, defined once.
 
+Long because every setting has its description here.
+
 No torch here: the command line builds its help and its errors from these fields.
 
 Long because every setting of a run is here.
@@ -24,6 +26,7 @@ from bigbatch.lm.config.field_types import (
     Seed,
     Text,
     Texts,
+    Weights,
 )
 from bigbatch.lm.config.lora_fields import LoraFields
 from bigbatch.lm.config.optimization_fields import OptimizationFields
@@ -50,6 +53,13 @@ class TrainFields(LoraFields, OptimizationFields):
         ".csv, .tsv, .parquet or .arrow, each also with .gz, .bz2, .xz or .zst, a folder or a pattern of files such as "
         "'logs/*.txt', or a datasets folder or Hub name",
     )
+    data_weights: Weights | None = Field(
+        default=None,
+        json_schema_extra={"several": True, "placeholder": "X"},
+        description="share of each source of --data in the tokens trained on, in the order of --data, such as 0.7 0.3. "
+        "A source that runs out begins its next pass; an epoch is one pass over the source that needs the longest "
+        "(default: none, every document once in an epoch)",
+    )
     split: Text | None = Field(
         default=None,
         min_length=1,
@@ -65,6 +75,21 @@ class TrainFields(LoraFields, OptimizationFields):
         json_schema_extra={"several": True, "placeholder": "DATA"},
         description="validation data, never trained on: sources as in --data (default: the split validation of a "
         "dataset, else what --validation-fraction holds out)",
+    )
+    cache: Folder | None = Field(
+        default=None,
+        description="folder of the token cache (default: $XDG_CACHE_HOME/bigbatch, else ~/.cache/bigbatch)",
+    )
+    no_cache: bool = Field(
+        default=False,
+        strict=True,
+        description="keep the tokens in a temporary folder for this run only; each process tokenizes the data",
+    )
+    cache_by_content: bool = Field(
+        default=False,
+        strict=True,
+        description="recognize the files of the data by a hash of their content, which is read at every start, instead "
+        "of by path, size and modification time",
     )
     validation_fraction: Number = Field(
         default=0.05,

@@ -1,147 +1,88 @@
 """Tokenized samples of documents: every trained token is the label of exactly one position of one sample.
 
-documents → split_documents → encode → TokenDataset → samples → collate → micro-batch
+documents → encoded → TokenReader → samples → TokenDataset → collate → micro-batch
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import TrainOn
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.tokenization import Encoded, encode_documents
+from bigbatch.lm.data.token_store.encoding import batches, encode_batch
+from bigbatch.lm.data.token_store.reader import MemoryTokens, TokenReader
+from bigbatch.lm.data.token_store.samples import Counts, Samples, make_samples
+from bigbatch.lm.data.token_store.writer import concatenated
+from bigbatch.lm.data.tokenization import DocumentEncoder
 from bigbatch.lm.data.tokenizer import AnyTokenizer
-from bigbatch.lm.data.validation_split import split_documents
-from bigbatch.lm.text import plural
+from bigbatch.lm.data.validation_split import HashSplit, split_documents
 
 __all__ = ["IGNORED", "Counts", "TokenDataset", "collate", "encode", "split_documents", "weights_of"]
 
 IGNORED = -100
 """Label of a position whose next token is not trained on: torch's default ``ignore_index``."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Counts of encoded documents, samples and tokens.
-
-    Attributes:
-        documents: Documents encoded.
-        samples: Samples, each a document or a piece of one.
-        cut_documents: Documents cut into more than one piece.
-        tokens: Tokens of all documents, special ones included.
-        label_tokens: Tokens that are trained on, each once per epoch.
-        masked_pieces_left_out: Pieces of long documents without a token to train on.
-        turn_by_turn: Conversations encoded once for each turn of the assistant, or for some of them, because the chat
-            template renders earlier turns in another way; their earlier turns are in ``tokens`` several times.
-        broken: Documents left out because they cannot be encoded.
-    """
-
-    documents: int = 0
-    samples: int = 0
-    cut_documents: int = 0
-    tokens: int = 0
-    label_tokens: int = 0
-    masked_pieces_left_out: int = 0
-    turn_by_turn: int = 0
-    broken: int = 0
-
-    def describe(self) -> str:
-        """Return the counts as one line for the user."""
-        parts = [
-            f"{plural(self.documents, 'document')} with {plural(self.tokens, 'token')}, "
-            f"{self.label_tokens:,} of them trained on",
-            f"{plural(self.samples, 'sequence')}",
-        ]
-        if self.cut_documents:
-            parts.append(f"{plural(self.cut_documents, 'long document')} cut into pieces")
-        if self.masked_pieces_left_out:
-            parts.append(f"{plural(self.masked_pieces_left_out, 'piece')} without training tokens left out")
-        if self.turn_by_turn:
-            parts.append(
-                f"{plural(self.turn_by_turn, 'conversation')} trained turn by turn, because the chat template renders "
-                "earlier turns in another way"
-            )
-        if self.broken:
-            parts.append(f"{plural(self.broken, 'document')} that cannot be encoded left out")
-        return "; ".join(parts)
+_CHUNK = 1 << 12  # samples whose tokens are in memory at a time
 
 
 class TokenDataset:
-    """Samples of one flat token sequence; a sample is a piece of one document.
+    """Samples of one sequence of tokens; a sample is a piece of one document.
 
         input_ids[j] = tokens[start + j]
         labels[j]    = tokens[start + j + 1] if it is trained on, else -100            0 ≤ j < length
 
-        weights[j]   = token_weights[start + j + 1]                                    if there are any
-
     The last label of a piece is the first input of the document's next piece. Labels are already shifted: the target
-    of the logits at position j is ``labels[j]``.
+    of the logits at position j is ``labels[j]``. Nothing here is as long as the data: tokens and samples may be mapped
+    from files.
 
     Attributes:
-        tokens: int32 ``[tokens]`` on the CPU, the documents concatenated.
-        trained: bool ``[tokens]``, whether a token is trained on.
-        token_weights: float32 ``[tokens]``, the weight of a token's loss, 0 if it is not trained on; None if all are 1.
-        lengths: Tokens of each sample, without padding.
-        label_counts: Labels of each sample, at least 1.
+        lengths: int32 ``[samples]``, tokens of each sample, without padding.
+        label_counts: int32 ``[samples]``, labels of each sample, at least 1.
     """
 
-    def __init__(
-        self,
-        tokens: Tensor,
-        trained: Tensor,
-        samples: Sequence[tuple[int, int, int]],
-        *,
-        token_weights: Tensor | None = None,
-    ) -> None:
-        """Store ``samples``: (start, length, document index) triples."""
-        self.tokens = tokens
-        self.trained = trained
-        self.token_weights = token_weights
-        self._samples = list(samples)
-        self.lengths = [length for _, length, _ in self._samples]
-        starts, lengths, _ = torch.tensor(self._samples, dtype=torch.int64).reshape(-1, 3).unbind(1)
-        trained_up_to = trained.cumsum(0)  # inclusive
-        labels = trained_up_to[starts + lengths] - trained_up_to[starts]
-        self.label_counts: list[int] = labels.tolist()
+    def __init__(self, reader: TokenReader, samples: Samples) -> None:
+        self._reader = reader
+        self._starts = samples.starts
+        self.lengths: NDArray[np.int32] = samples.lengths
+        self.label_counts: NDArray[np.int32] = samples.label_counts
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``labels``, int64 ``[length]``, of one sample, and ``weights`` if there are any."""
-        start, length, _ = self._samples[index]
-        tokens = self.tokens[start : start + length + 1].to(torch.int64)
-        labels = tokens[1:].masked_fill(~self.trained[start + 1 : start + length + 1], IGNORED)
-        sample = {"input_ids": tokens[:-1], "labels": labels}
-        if self.token_weights is not None:
-            sample["weights"] = self.token_weights[start + 1 : start + length + 1].clone()
+        """Return ``input_ids`` and ``labels``, int64 ``[length]``, of one sample.
+
+        With ``weights``, float32 ``[length]``, if tokens have weights other than 0 and 1.
+        """
+        if index >= len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        start, length = int(self._starts[index]), int(self.lengths[index])
+        span = self._reader.read(start, start + length + 1)
+        tokens = torch.from_numpy(span.tokens.astype(np.int64))
+        labels = np.where(span.trained[1:], span.tokens[1:], IGNORED).astype(np.int64)
+        sample = {"input_ids": tokens[:-1], "labels": torch.from_numpy(labels)}
+        if span.weights is not None:
+            sample["weights"] = torch.from_numpy(span.weights[1:].copy())
         return sample
 
-    def document_of(self, index: int) -> int:
-        """Return the index of the encoded document that a sample belongs to."""
-        return self._samples[index][2]
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256, in hex, of the tokens, the training mask, the weights and the bounds of the samples."""
-        digest = hashlib.sha256(self.tokens.numpy().tobytes())
-        digest.update(self.trained.numpy().tobytes())
-        if self.token_weights is not None:
-            digest.update(self.token_weights.numpy().tobytes())
-        digest.update(torch.tensor(self._samples, dtype=torch.int64).numpy().tobytes())
-        return digest.hexdigest()
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return int(self.lengths.sum(dtype=np.int64))
 
     @property
-    def label_tokens(self) -> Tensor:
-        """Tokens that are trained on, int32 ``[label_tokens]``, in the order of the documents."""
-        return self.tokens[self.trained]
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return int(self.lengths.max())
 
     def unigram_entropy(self) -> float:
         """Return −Σ p ln p in nats per token, with p the share of each token among those that are trained on.
@@ -151,12 +92,28 @@ class TokenDataset:
         Raises:
             ValueError: The dataset is empty.
         """
-        total = len(self.label_tokens)
+        occurrences = np.zeros(0, np.int64)
+        for labels in self._labels():
+            more = np.bincount(labels, minlength=len(occurrences))
+            more[: len(occurrences)] += occurrences
+            occurrences = more
+        total = int(occurrences.sum())
         if total == 0:
             raise ValueError("the dataset has no token to train on, so its unigram entropy is undefined.")
         # ln N − Σ n ln n / N over the counts n: the same sum, and exactly 0 for one distinct token.
-        occurrences = torch.unique(self.label_tokens, return_counts=True)[1].to(torch.float64)
-        return max(0.0, math.log(total) - float((occurrences * occurrences.log()).sum()) / total)
+        counts = torch.from_numpy(occurrences[occurrences > 0]).to(torch.float64)
+        return max(0.0, math.log(total) - float((counts * counts.log()).sum()) / total)
+
+    def _labels(self) -> Iterator[NDArray[np.int32]]:
+        """Yield the tokens that are trained on, many at a time."""
+        for first in range(0, len(self), _CHUNK):
+            starts, lengths = self._starts[first : first + _CHUNK], self.lengths[first : first + _CHUNK]
+            ends = starts + lengths + 1
+            # The first token of a document is never trained on, so it may lie between the labels of two samples.
+            gaps = np.flatnonzero(starts[1:] - ends[:-1] > 0) + 1
+            for start, stop in pairwise([0, *gaps.tolist(), len(starts)]):
+                span = self._reader.read(int(starts[start]) + 1, int(ends[stop - 1]))
+                yield span.tokens[span.trained]
 
 
 def encode(
@@ -168,7 +125,7 @@ def encode(
     broken: list[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TokenDataset, Counts]:
-    """Encode documents as samples of at most ``max_length`` tokens, and count documents, samples and tokens.
+    """Encode documents in memory as samples of at most ``max_length`` tokens; count documents, samples and tokens.
 
     Longer documents are cut into pieces of ``max_length`` tokens, the last one shorter. Only pieces without a token to
     train on are left out; they are counted.
@@ -179,7 +136,7 @@ def encode(
         max_length: Tokens of the longest sample, at least 1.
         train_on: Which turns of conversations are trained on.
         broken: As for :func:`~bigbatch.lm.data.tokenization.encode_documents`.
-        progress: Called with (documents done, documents) every 100 documents and at the end.
+        progress: Called with (documents done, documents) after each batch.
 
     Raises:
         InputError: A document yields no training token, or the tokenizer cannot encode it; the message has its source.
@@ -187,76 +144,22 @@ def encode(
     """
     if max_length < 1:
         raise ValueError(f"max_length={max_length} leaves no token in a sample. Use at least 1.")
-    parts = _Parts(max_length)
-    num_broken = len(broken or ())
-    for encoded in encode_documents(documents, tokenizer, train_on=train_on, broken=broken):
-        if progress is not None and encoded.document // 100 > max(0, parts.last_document) // 100:
-            progress(encoded.document // 100 * 100, len(documents))
-        parts.add(encoded)
-    if progress is not None and documents:
-        progress(len(documents), len(documents))
-    num_broken = len(broken or ()) - num_broken
-    return parts.dataset(), parts.counts(len(documents) - num_broken, broken=num_broken)
-
-
-class _Parts:
-    """Encoded documents, concatenated, and the bounds of their samples."""
-
-    def __init__(self, max_length: int) -> None:
-        self._max_length = max_length
-        self._tokens = array("i")
-        self._trained = bytearray()
-        self._weights: array[float] | None = None
-        self._samples: list[tuple[int, int, int]] = []
-        self._cut: set[int] = set()
-        self._turn_by_turn: set[int] = set()
-        self._left_out = 0
-        self.last_document = -1
-
-    def add(self, encoded: Encoded) -> None:
-        pieces = _pieces(encoded, self._max_length)
-        start = len(self._tokens)
-        usable = [(first, length) for first, length in pieces if 1 in encoded.trained[first + 1 : first + length + 1]]
-        self._samples += [(start + first, length, encoded.document) for first, length in usable]
-        if len(pieces) > 1:
-            self._cut.add(encoded.document)
-        if encoded.document == self.last_document:
-            self._turn_by_turn.add(encoded.document)
-        self.last_document = encoded.document
-        self._left_out += len(pieces) - len(usable)
-        if encoded.weights is not None and self._weights is None:
-            self._weights = array("f", iter(self._trained))
-        if self._weights is not None:
-            self._weights.extend(array("f", iter(encoded.trained)) if encoded.weights is None else encoded.weights)
-        self._tokens.extend(encoded.tokens)
-        self._trained += encoded.trained
-
-    def dataset(self) -> TokenDataset:
-        # frombuffer refuses an empty buffer; the clone releases a buffer that Python may move.
-        if not self._tokens:
-            return TokenDataset(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.bool), [])
-        tokens = torch.frombuffer(self._tokens, dtype=torch.int32).clone()
-        trained = torch.frombuffer(self._trained, dtype=torch.bool).clone()
-        weights = None if self._weights is None else torch.frombuffer(self._weights, dtype=torch.float32).clone()
-        return TokenDataset(tokens, trained, self._samples, token_weights=weights)
-
-    def counts(self, documents: int, *, broken: int) -> Counts:
-        return Counts(
-            documents=documents,
-            samples=len(self._samples),
-            cut_documents=len(self._cut),
-            tokens=len(self._tokens),
-            label_tokens=sum(self._trained),
-            masked_pieces_left_out=self._left_out,
-            turn_by_turn=len(self._turn_by_turn),
-            broken=broken,
-        )
-
-
-def _pieces(encoded: Encoded, max_length: int) -> list[tuple[int, int]]:
-    """Return (start, length) of the pieces of a document's inputs; its last token is only a label."""
-    inputs = len(encoded.tokens) - 1
-    return [(start, min(max_length, inputs - start)) for start in range(0, inputs, max_length)]
+    encoder = DocumentEncoder(tokenizer, train_on=train_on)
+    blocks = []
+    done = 0
+    for batch in batches(documents, encoder):
+        blocks.append(encode_batch(batch, encoder, skip_broken=broken is not None))
+        done += blocks[-1].documents + len(blocks[-1].broken)
+        if progress is not None:
+            progress(done, len(documents))
+    found = [reason for block in blocks for reason in block.broken]
+    if found and broken is not None:
+        broken += found
+        if len(found) == len(documents):
+            raise InputError(found[0])
+    reader = MemoryTokens(concatenated(blocks))
+    training, _ = make_samples(reader, max_length=max_length, split=HashSplit())
+    return TokenDataset(reader, training), replace(training.counts, broken=len(found))
 
 
 def collate(samples: Sequence[dict[str, Tensor]], *, pad_id: int) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from transformers import PreTrainedTokenizerFast
+
 from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import ConversationRenderer, Rendering, Span, TrainOn
 from bigbatch.lm.data.documents import Document
@@ -21,6 +23,7 @@ BATCH_CHARACTERS = 500_000
 BATCH_DOCUMENTS = 1_000
 
 _Made: TypeAlias = "tuple[list[int], bytes, array[float] | None]"  # tokens, trained, weights
+_PLAIN_ENCODE = PreTrainedTokenizerFast._encode_plus
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def encode_documents(
         InputError: A document has no training token or is rejected by the chat template, and ``broken`` is None; or the
             tokenizer cannot render and mask conversations; or no document can be encoded.
     """
-    encoder = _Encoder(tokenizer, train_on)
+    encoder = DocumentEncoder(tokenizer, train_on=train_on)
     index, is_empty = 0, True
     for batch in _batches(documents):
         for encoded in encoder.encode(batch, broken, first=index):
@@ -72,15 +75,31 @@ def encode_documents(
         raise InputError(broken[0])
 
 
-class _Encoder:
-    def __init__(self, tokenizer: AnyTokenizer, train_on: TrainOn) -> None:
+class DocumentEncoder:
+    """Encodes batches of documents, as `encode_documents`, whose arguments these are."""
+
+    def __init__(self, tokenizer: AnyTokenizer, *, train_on: TrainOn = "all-assistant") -> None:
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._special_tokens = _SpecialTokens.of(tokenizer)
         self._renderer: ConversationRenderer | None = None
 
-    def encode(self, batch: list[Document], broken: list[str] | None, *, first: int) -> Iterator[Encoded]:
-        """Yield the tokens of documents; ``first`` is the index of the first one."""
+    def texts(self, texts: list[str]) -> tuple[list[int], list[list[int]], int]:
+        """Return the tokens before each text, those of each text, and the token after it; as `encode` joins them."""
+        return self._special_tokens.prefix, _tokenize(self._tokenizer, texts), self._special_tokens.end
+
+    def text_piece(self, text: str, *, is_first: bool, is_last: bool) -> Encoded:
+        """Return the tokens of a piece of a text, with those before the text and at its end where it has them."""
+        tokens = [*(self._special_tokens.prefix if is_first else []), *_tokenize(self._tokenizer, [text])[0]]
+        tokens += [self._special_tokens.end] if is_last else []
+        return Encoded(tokens, b"\0" * is_first + b"\1" * (len(tokens) - is_first))
+
+    def encode(self, batch: list[Document], broken: list[str] | None, *, first: int = 0) -> Iterator[Encoded]:
+        """Yield the tokens of documents; ``first`` is the index of the first one.
+
+        Raises:
+            InputError: As `encode_documents` raises it, but not if no document can be encoded.
+        """
         plain = iter(_tokenize(self._tokenizer, [text for document in batch for text in _strings(document)]))
         for group in _groups(self._parts(batch, plain, broken)):
             found = self._with_offsets([part.text for _, part in group if isinstance(part, Rendering)])
@@ -227,6 +246,12 @@ def _strings(document: Document) -> tuple[str, ...]:
 def _tokenize(tokenizer: AnyTokenizer, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
     if not texts:
         return []
+    if getattr(type(tokenizer), "_encode_plus", None) is _PLAIN_ENCODE:
+        backend: Any = tokenizer.backend_tokenizer  # as transformers calls it, without its work for each text
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
     # verbose=False: transformers would warn about texts longer than the model supports; they are cut later.
     found: Any = tokenizer(
         texts,

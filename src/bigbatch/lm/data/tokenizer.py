@@ -42,7 +42,9 @@ _VOCABULARY_FILES = ("tokenizer*", "tekken.json", "vocab*", "*.model", "*.tiktok
 AnyTokenizer: TypeAlias = PreTrainedTokenizerBase
 
 
-def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], *, vocabulary_size: int, characters: int | None = None
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; deterministic for the same texts in the same order.
 
     Every string round-trips exactly: ``decode(encode(text)) == "<|begin|>" + text``. ``<|begin|>`` starts a text,
@@ -53,6 +55,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> PreTrained
         texts: Training texts. Of more than ``MAX_TRAINING_CHARACTERS`` characters, evenly spread pieces of
             ``PIECE_CHARACTERS`` are used.
         vocabulary_size: Maximum number of tokens, special ones included. Little text may result in fewer.
+        characters: Of all texts, if known: they are read one by one then.
 
     Raises:
         ValueError: ``vocabulary_size`` is too small for the 256 bytes and the special tokens.
@@ -72,10 +75,29 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> PreTrained
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_evenly_spread(list(texts), MAX_TRAINING_CHARACTERS), trainer)
+    if characters is None:
+        texts = list(texts)
+        characters = sum(map(len, texts))
+    tokenizer.train_from_iterator(_evenly_spread(texts, characters, MAX_TRAINING_CHARACTERS), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
     )
+    return _wrapped(tokenizer)
+
+
+def read_trained(path: Path) -> PreTrainedTokenizerFast:
+    """Read a tokenizer of `train_tokenizer` from the file that ``tokenizer.backend_tokenizer.save`` wrote.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        return _wrapped(Tokenizer.from_file(str(path)))
+    except Exception as error:  # noqa: BLE001  tokenizers raises a bare Exception for an unreadable file
+        raise InputError(f"the tokenizer {path} cannot be read: {first_line(error)}.") from None
+
+
+def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
@@ -129,9 +151,8 @@ def _usable(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
     return tokenizer
 
 
-def _evenly_spread(texts: list[str], max_characters: int) -> Iterator[str]:
-    """Yield the texts, or evenly spread pieces of them with about ``max_characters`` characters in total."""
-    total = sum(map(len, texts))
+def _evenly_spread(texts: Iterable[str], total: int, max_characters: int) -> Iterator[str]:
+    """Yield the texts, or evenly spread pieces of them with about ``max_characters`` of their ``total`` characters."""
     if total <= max_characters:
         yield from texts
         return

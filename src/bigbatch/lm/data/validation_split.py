@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from io import StringIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bigbatch.lm.data.documents import Document
 
 SMALLEST_CUT_LINES = 20
 """Minimum number of lines of a single text for a validation split by lines."""
+
+
+@dataclass(frozen=True)
+class HashSplit:
+    """The documents that are held out, by the first 64 bits of their keys: `split_documents` for any number of them.
+
+    Attributes:
+        fraction: Documents below it are held out, with keys mapped to [0, 1).
+        also: A key that is held out too, because no document is below the fraction.
+        never: A key that is not, because all documents are.
+    """
+
+    fraction: float = 0.0
+    also: int | None = None
+    never: int | None = None
+
+    @classmethod
+    def of(cls, keys: Iterable[NDArray[np.uint64]], *, validation_fraction: float) -> HashSplit:
+        """Return the split of documents with these keys, many at a time; equal documents alone are for training.
+
+        Raises:
+            ValueError: ``validation_fraction`` is out of range.
+        """
+        _check_fraction(validation_fraction)
+        if validation_fraction == 0:
+            return cls()
+        lowest, highest = 2**64, -1
+        for some in keys:
+            if len(some):
+                lowest, highest = min(lowest, int(some.min())), max(highest, int(some.max()))
+        if lowest >= highest:  # none, or copies of one document
+            return cls()
+        if not _positions(np.uint64(lowest)) < validation_fraction:
+            return cls(validation_fraction, also=lowest)
+        if _positions(np.uint64(highest)) < validation_fraction:
+            return cls(validation_fraction, never=highest)
+        return cls(validation_fraction)
+
+    def held_out(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return whether each document is held out."""
+        found: NDArray[np.bool_] = _positions(keys) < self.fraction
+        if self.also is not None:
+            found |= keys == np.uint64(self.also)
+        if self.never is not None:
+            found &= keys != np.uint64(self.never)
+        return found
+
+
+def _positions(keys: Any) -> Any:
+    return keys.astype(np.float64) / 2.0**64
 
 
 def split_documents(
@@ -30,16 +85,12 @@ def split_documents(
     Raises:
         ValueError: ``validation_fraction`` is out of range.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction={validation_fraction} must be at least 0 and below 1: it is a share of the "
-            "documents, and training needs some of them."
-        )
+    _check_fraction(validation_fraction)
     keys = {document.key for document in documents}
     if validation_fraction == 0 or not keys:
         return list(documents), []
     if len(keys) == 1:
-        return _cut_single(documents, validation_fraction)
+        return cut_single(documents, validation_fraction)
     held_out = {key for key in keys if _position(key) < validation_fraction}
     if not held_out:
         held_out = {min(keys)}
@@ -49,12 +100,20 @@ def split_documents(
     return training, [document for document in documents if document.key in held_out]
 
 
+def _check_fraction(validation_fraction: float) -> None:
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} must be at least 0 and below 1: it is a share of the "
+            "documents, and training needs some of them."
+        )
+
+
 def _position(key: str) -> float:
     """Map the first 64 bits of a key to [0, 1)."""
     return int(key[:16], 16) / 2**64
 
 
-def _cut_single(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+def cut_single(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Hold out the last lines of the only document, if it is a text that is long enough."""
     training = list(documents)
     text = training[0].text

@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigbatch.distributed.collective import RankGroup, raise_together, rank_group
@@ -47,7 +49,7 @@ class RankContext:
         """Whether no rank holds the whole model."""
         return self.size > 1 and self.parallel != "ddp"
 
-    def shard_window(self, window: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    def shard_window(self, window: Sequence[int], lengths: Sequence[int] | NDArray[np.integer[Any]]) -> list[int]:
         """Return the samples of a window that this rank runs. Deterministic, so ranks do not communicate.
 
         Longest first, each sample goes to the rank that has the fewest tokens so far.
@@ -60,9 +62,9 @@ class RankContext:
             return list(window)
         filled = [(0, rank) for rank in range(self.size)]
         own = []
-        for sample in sorted(window, key=lambda i: (-lengths[i], i)):
+        for sample in sorted(window, key=lambda i: (-int(lengths[i]), i)):
             tokens, rank = filled[0]
-            heapq.heapreplace(filled, (tokens + lengths[sample], rank))
+            heapq.heapreplace(filled, (tokens + int(lengths[sample]), rank))
             if rank == self.rank:
                 own.append(sample)
         return own

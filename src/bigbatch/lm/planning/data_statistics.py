@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
@@ -15,10 +18,10 @@ from bigbatch.lm.data.chat_templates import set_chat_template
 from bigbatch.lm.data.dataset import encode
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sampling_order import epoch_windows
-from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
+from bigbatch.lm.data.tokenizer import load_tokenizer
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config, tiny_config
 from bigbatch.lm.text import plural
-from bigbatch.lm.training.setup import ProgressCallback, read_documents
+from bigbatch.lm.training.data import DataLoader, ProgressCallback
 
 MOST_DOCUMENTS = 2_000  # encoded for their lengths; evenly spaced if the data has more
 BYTES_A_TOKEN = 4  # approximately, of English text and code; used without a tokenizer
@@ -72,19 +75,19 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
             tokenizer = load_tokenizer(config.model)
         except InputError as error:
             notes.append(f"lengths are estimated, {BYTES_A_TOKEN} bytes a token: {error}")
-    data = read_documents(config, progress)
-    documents = data.training
+    # Without the cache: a plan writes nothing.
+    with DataLoader(config.model_copy(update={"no_cache": True}), progress) as loader:
+        if config.model == TINY:
+            tokenizer = loader.stored_tokenizer or loader.train_tokenizer(TINY_VOCABULARY)
+        data = loader.sample(MOST_DOCUMENTS)
     notes += data.left_out
     if config.model == TINY:
-        progress("training a tokenizer")
-        texts = [text for document in documents for text in document.texts]
-        tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
         assert config.max_length is not None, "set by resolved()"
         model_config = tiny_config(tokenizer, max_length=config.max_length)
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, _positions(model_config) or DEFAULT_MAX_LENGTH)
-    measured = sample_documents(documents, MOST_DOCUMENTS)
-    if len(measured) < len(documents):
-        notes.append(f"lengths are those of {len(measured):,} of {plural(len(documents), 'document')}")
+    measured = data.documents
+    if len(measured) < data.num_documents:
+        notes.append(f"lengths are those of {len(measured):,} of {plural(data.num_documents, 'document')}")
     progress("measuring the documents")
     if tokenizer is None:
         lengths = estimated_lengths(measured, max_length)
@@ -92,10 +95,14 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
         notes += set_chat_template(tokenizer, config.chat_template)
         broken: list[str] | None = [] if config.skip_broken else None
         encoded, _ = encode(measured, tokenizer, max_length=max_length, train_on=config.train_on, broken=broken)
-        lengths = encoded.lengths
+        lengths = encoded.lengths.tolist()
+    share = data.num_documents / max(1, len(measured))
+    if len(data.stored_inputs):
+        lengths = [*lengths * round(share), *stored_lengths(data.stored_inputs, max_length)]
+        share = 1.0
     if not lengths:
         raise InputError(f"{config.data_text} contains no text to train on. Pass other --data.")
-    windows, num_updates = _windows(config, lengths, len(documents) / len(measured))
+    windows, num_updates = _windows(config, lengths, share)
     return DataStatistics(
         model_config=model_config,
         max_length=max_length,
@@ -122,15 +129,11 @@ def _check_length(config: TrainConfig, model_config: Any) -> None:
         )
 
 
-def sample_documents(documents: Sequence[Document], most: int) -> Sequence[Document]:
-    """Return at most ``most`` documents: evenly spaced, the longest included."""
-    if len(documents) <= most:
-        return documents
-    longest = max(range(len(documents)), key=lambda i: sum(map(len, documents[i].texts)))
-    chosen = [i * len(documents) // most for i in range(most)]
-    if longest not in chosen:
-        chosen[longest * most // len(documents)] = longest
-    return [documents[i] for i in chosen]
+def stored_lengths(inputs: NDArray[np.int64], max_length: int) -> list[int]:
+    """Return the tokens of each sequence of documents with these numbers of inputs."""
+    full, rest = np.divmod(inputs, max_length)
+    lengths: list[int] = rest[rest > 0].tolist()
+    return [max_length] * int(full.sum()) + lengths
 
 
 def estimated_lengths(documents: Sequence[Document], max_length: int) -> list[int]:

@@ -11,19 +11,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
+from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.chat_templates import describe_template, set_chat_template
 from bigbatch.lm.data.conversations import trained_weights
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sources import open_sources
+from bigbatch.lm.data.token_store.tokenized import find_stores
 from bigbatch.lm.data.tokenization import Encoded, encode_documents
 from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config
 from bigbatch.lm.text import plural
-from bigbatch.lm.training.setup import ProgressCallback, read_options
+from bigbatch.lm.training.data import ProgressCallback, read_options
 
 SKIPPED = "left out; the first: "  # in notes about broken input
 
@@ -109,6 +112,9 @@ def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCal
     Raises:
         InputError: The data, the model or the template does not exist or cannot be used at all.
     """
+    for name in config.data:
+        if find_stores(Path(name)) is not None:
+            raise InputError(f"{name} holds tokens. Inspect the data that they were made from.")
     tokenizer: Any = None if config.model == TINY else load_tokenizer(config.model)
     progress(f"reading {config.data_text}")
     sources = open_sources(

@@ -91,7 +91,7 @@ def make_training_engine(
         InputError: The configured micro-batch or memory is not possible.
     """
     config, model_setup = setup.config, setup.model_setup
-    longest = max(setup.training.lengths)
+    longest = setup.training.longest
     microbatch = microbatch_of(config, longest=longest, ranks=ranks)
     if ranks.are_sharded:
         model_setup = replace(model_setup, uses_cuda_graphs=False)
@@ -132,6 +132,5 @@ def sample_lengths(samples: Sequence[dict[str, Tensor]]) -> list[int]:
 def _shortest_microbatch(setup: TrainingSetup) -> dict[str, Any]:
     """Return the shortest sample as a micro-batch: the padding micro-batch of a rank that has fewer than the others."""
     training = setup.training
-    shortest = min(range(len(training)), key=training.lengths.__getitem__)
-    microbatch = setup.collate([training[shortest]])
+    microbatch = setup.collate([training[int(training.lengths.argmin())]])
     return {name: tensor.to(setup.device_spec.device) for name, tensor in microbatch.items()}

@@ -26,13 +26,13 @@ def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
     held_out = setup.validation
     assert held_out is not None, "called only with validation data"
     chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
-    chosen.sort(key=lambda i: held_out.lengths[i])
+    chosen.sort(key=lambda i: int(held_out.lengths[i]))
     device = setup.device_spec.device
     total, items = 0.0, 0.0
     sync = engine.sync
     with _evaluating(setup, engine) as model:
         own = chosen[sync.rank :: sync.size]  # micro-batches may have another size on each rank
-        cut = engine.groups([held_out.lengths[i] for i in own]) if own else []
+        cut = engine.groups([int(held_out.lengths[i]) for i in own]) if own else []
         groups = [[own[row] for row in rows] for rows in cut]
         num_own, num_everywhere = len(groups), len(groups)
         if sync.runs_in_lockstep:

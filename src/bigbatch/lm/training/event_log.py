@@ -126,7 +126,8 @@ def first_window(trainer: "Trainer") -> dict[str, Any] | None:
     if engine.microbatch == "auto" and engine.choice is None:
         return None
     lengths = sorted(
-        (trainer.setup.training.lengths[i] for i in trainer.shard_window(trainer.schedule.first_window())), reverse=True
+        (int(trainer.setup.training.lengths[i]) for i in trainer.shard_window(trainer.schedule.first_window())),
+        reverse=True,
     )
     microbatches = [[lengths[i] for i in group] for group in engine.groups(lengths)]
     return {

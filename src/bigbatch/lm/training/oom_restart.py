@@ -39,7 +39,7 @@ def restart_smaller(
     assert microbatch != "auto", "sharded runs have a fixed micro-batch"
     folder = setup.config.out
     assert folder is not None, "set before training"
-    smaller, unit = next_smaller(microbatch, longest=max(setup.training.lengths)), unit_of(microbatch)
+    smaller, unit = next_smaller(microbatch, longest=setup.training.longest), unit_of(microbatch)
     if smaller is None:
         raise error
     save_override(folder, smaller, unit)

@@ -1,19 +1,18 @@
 """Set-up of a run from its configuration, before the first update: data, tokenizer, model. Writes nothing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.chat_templates import set_chat_template
-from bigbatch.lm.data.dataset import TokenDataset, encode, split_documents
-from bigbatch.lm.data.records import RecordColumns
-from bigbatch.lm.data.sources import Document, ReadOptions, open_sources
-from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
+from bigbatch.lm.data.dataset import TokenDataset
+from bigbatch.lm.data.run_order import RunOrder
+from bigbatch.lm.data.sampling_order import ORDER_VERSION
+from bigbatch.lm.data.tokenizer import load_tokenizer
 from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
@@ -24,17 +23,11 @@ from bigbatch.lm.model.meta_setup import set_up_meta_model
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.model.weights import Weights, empty_copy, empty_model, load_shards
-from bigbatch.lm.text import plural
+from bigbatch.lm.training.data import DataLoader as DataLoader
+from bigbatch.lm.training.data import ProgressCallback as ProgressCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class ProgressCallback(Protocol):
-    """A function that receives the progress of a set-up."""
-
-    def __call__(self, activity: str, done: int = 0, total: int = 0) -> None:
-        """Receive the current activity in a few words, and for some activities the amount done and the total."""
 
 
 def _no_progress(activity: str, done: int = 0, total: int = 0) -> None: ...
@@ -54,6 +47,9 @@ class TrainingSetup:
         training: Training data.
         validation: Validation data; None if there is too little data to hold any out.
         notes: Sentences with the counts of records read, truncated and skipped.
+        order: Of the training samples.
+        data_fingerprint: SHA-256 of the tokens, in hex; as its run has stored it.
+        order_version: Of the sampling order.
     """
 
     config: TrainConfig
@@ -63,6 +59,9 @@ class TrainingSetup:
     training: TokenDataset
     validation: TokenDataset | None
     notes: tuple[str, ...]
+    order: RunOrder
+    data_fingerprint: str
+    order_version: int = ORDER_VERSION
     weights: Weights | None = None
 
     @property
@@ -82,93 +81,76 @@ class TrainingSetup:
 
 
 def set_up_training(
-    config: TrainConfig, *, ranks: RankContext = SINGLE_PROCESS, progress: ProgressCallback = _no_progress
+    config: TrainConfig,
+    *,
+    ranks: RankContext = SINGLE_PROCESS,
+    progress: ProgressCallback = _no_progress,
+    order_version: int = ORDER_VERSION,
 ) -> TrainingSetup:
     """Read the data, make or load tokenizer and model, and put them on the device.
 
     Where the ranks shard the model, no rank puts the whole of it on its device: it stays on the meta device, and
-    `bigbatch.lm.training.trainer.Trainer` loads the shards. Nothing here is collective.
+    `bigbatch.lm.training.trainer.Trainer` loads the shards. Nothing here is collective; of the ranks of one machine,
+    one writes the token cache, while the others wait for its lock.
 
     Args:
         config: The configuration of the run.
         ranks: The processes of the run, with which the trainer is made.
         progress: Receives the current activity.
+        order_version: Of the sampling order; that of the run that is resumed.
 
     Raises:
         InputError: A model, data or device of the configuration does not exist or cannot be used.
+        BigbatchError: The token cache cannot be written.
     """
     config = config.resolved()
     device_spec = resolve_device(config.device, config.precision, is_sharded=ranks.are_sharded)
     config = config.model_copy(update={"device": str(device_spec.device), "precision": device_spec.precision})
     tokenizer = None if config.model == TINY else load_tokenizer(config.model)
-    data = read_documents(config, progress)
-    documents, held_out = data.training, data.validation
     weights: Weights | None = None
-    if tokenizer is None:
-        progress("training a tokenizer")
-        tokenizer, model = _make_tiny(config, device_spec, documents)
-        if ranks.are_sharded:
-            model, weights = empty_copy(model)
-    else:
-        progress(f"loading {config.model}")
-        if ranks.are_sharded:
-            model, weights = empty_model(config.model, dtype=device_spec.weights_dtype)
+    with DataLoader(config, progress, order_version=order_version) as loader:
+        if tokenizer is None:
+            tokenizer = loader.stored_tokenizer or loader.train_tokenizer(TINY_VOCABULARY)
+            model = _make_tiny(config, device_spec, tokenizer)
+            if ranks.are_sharded:
+                model, weights = empty_copy(model)
         else:
-            model = load_model(config.model, dtype=device_spec.weights_dtype)
-        config = _fit(config, model, tokenizer)
-    template_notes = set_chat_template(tokenizer, config.chat_template)
-    prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
-    training, validation, notes = _encode(config, tokenizer, documents, held_out, progress)
+            progress(f"loading {config.model}")
+            if ranks.are_sharded:
+                model, weights = empty_model(config.model, dtype=device_spec.weights_dtype)
+            else:
+                model = load_model(config.model, dtype=device_spec.weights_dtype)
+            config = _fit(config, model, tokenizer)
+        template_notes = set_chat_template(tokenizer, config.chat_template)
+        prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
+        assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
+        data = loader.load(tokenizer, config.max_length)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    longest = max(max(part.lengths) for part in (training, validation) if part is not None)
+    longest = max(part.longest for part in (data.training, data.validation) if part is not None)
     progress("testing attention, layout and compilation")
     if weights is None:
         model = model.to(device_spec.device)
         model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
     else:
         model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
-    experts = expert_notes(model_setup.model, config, model_setup.balanced)
-    notes = [*data.notes, *template_notes, *notes, *model_setup.notes, *experts]
-    return TrainingSetup(config, device_spec, tokenizer, model_setup, training, validation, tuple(notes), weights)
-
-
-class RunDocuments(NamedTuple):
-    """The documents to train on and to validate on; notes about what was read, and of these, what was left out."""
-
-    training: list[Document]
-    validation: list[Document]
-    notes: list[str]
-    left_out: list[str]
-
-
-def read_documents(config: TrainConfig, progress: ProgressCallback) -> RunDocuments:
-    """Read the documents of a run.
-
-    Raises:
-        InputError: The data does not exist or cannot be read.
-    """
-    options = read_options(config)
-    progress(f"reading {config.data_text}")
-    sources = open_sources(
-        config.data,
-        validation_data=config.validation_data or (),
-        options=options,
-        with_validation=config.validation_fraction > 0,
+    return TrainingSetup(
+        config=config,
+        device_spec=device_spec,
+        tokenizer=tokenizer,
+        model_setup=model_setup,
+        training=data.training,
+        validation=data.validation,
+        notes=(
+            *template_notes,
+            *data.notes,
+            *model_setup.notes,
+            *expert_notes(model_setup.model, config, model_setup.balanced),
+        ),
+        order=data.order,
+        data_fingerprint=data.fingerprint,
+        order_version=order_version,
+        weights=weights,
     )
-    training = [document for corpus in sources.training for document in corpus]
-    validation = [document for corpus in sources.validation for document in corpus]
-    if not sources.validation:
-        training, validation = split_documents(training, validation_fraction=config.validation_fraction)
-    corpora = (*sources.training, *sources.validation)
-    notes = [note for corpus in corpora for note in corpus.notes]
-    left_out = [note for corpus in corpora for note in corpus.left_out]
-    return RunDocuments(training, validation, [*notes, *sources.notes], left_out)
-
-
-def read_options(config: TrainConfig) -> ReadOptions:
-    """Return how the data of a run is read."""
-    columns = RecordColumns(config.text_column, config.messages_column)
-    return ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
 
 
 def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | SyncPolicy | None:
@@ -188,38 +170,9 @@ def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | Sync
     return sync
 
 
-def _make_tiny(config: TrainConfig, device_spec: DeviceSpec, documents: Sequence[Document]) -> tuple[Any, Any]:
+def _make_tiny(config: TrainConfig, device_spec: DeviceSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
     assert config.max_length is not None, "resolved() gives it a value"
-    texts = [text for document in documents for text in document.texts]
-    tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
-    model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed)
-    return tokenizer, model.to(device_spec.weights_dtype)
-
-
-def _encode(
-    config: TrainConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    documents: Sequence[Document],
-    held_out: Sequence[Document],
-    progress: ProgressCallback,
-) -> tuple[TokenDataset, TokenDataset | None, list[str]]:
-    """Encode both sides of the split; return them with sentences about their counts."""
-    assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
-    progress = partial(progress, "encoding the documents")
-    progress()
-    broken: list[str] | None = [] if config.skip_broken else None
-    options: dict[str, Any] = {"max_length": config.max_length, "train_on": config.train_on, "broken": broken}
-    training, counts = encode(documents, tokenizer, progress=progress, **options)
-    notes = [f"training data: {counts.describe()}"]
-    if not held_out:
-        if config.validation_fraction:
-            notes.append("no validation set: the data is too small to split")
-        return training, None, notes
-    validation, counts = encode(held_out, tokenizer, **options)
-    notes.append(f"validation data: {counts.describe()}")
-    if broken:
-        notes.append(f"{plural(len(broken), 'document')} left out; the first: {broken[0]}")
-    return training, validation, notes
+    return tiny_model(tokenizer, max_length=config.max_length, seed=config.seed).to(device_spec.weights_dtype)
 
 
 def _fit(config: TrainConfig, model: Any, tokenizer: "PreTrainedTokenizerBase") -> TrainConfig:

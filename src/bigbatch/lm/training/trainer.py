@@ -77,7 +77,9 @@ class Trainer:
         if ranks.size > 1:
             ranks.check_equal(rank_invariants(setup, self.facts))
         done = Progress() if checkpoint is None else checkpoint.progress
-        self.schedule = TrainingSchedule(self.config, setup.training.lengths, step=done.step, cursor=done.cursor)
+        self.schedule = TrainingSchedule(
+            self.config, setup.training.lengths, order=setup.order, step=done.step, cursor=done.cursor
+        )
         self.total_steps, self.warmup_steps = self.schedule.total_steps, self.schedule.warmup_steps
         self.model_setup = setup.model_setup
         self._meta_model = None
@@ -336,7 +338,7 @@ class Trainer:
     def fetch(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
         """Return the samples of a window, longest first: neighbours of similar length need little padding."""
         lengths = self.setup.training.lengths
-        return [self.setup.training[i] for i in sorted(window, key=lambda i: -lengths[i])]
+        return [self.setup.training[i] for i in sorted(window, key=lambda i: -int(lengths[i]))]
 
     def validate(self) -> float:
         """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token."""

@@ -46,7 +46,7 @@ def cache_key(setup: TrainingSetup) -> str:
         "checkpointing": config.gradient_checkpointing,
         "arrangement": [setup.model_setup.layout, setup.model_setup.uses_cuda_graphs, _is_compiled(setup)],
         "settings": {name: getattr(config, name) for name in SETTINGS},
-        "lengths": [len(setup.training.lengths), sum(setup.training.lengths), max(setup.training.lengths)],
+        "lengths": [len(setup.training), setup.training.num_tokens, setup.training.longest],
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

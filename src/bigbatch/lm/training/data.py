@@ -1,0 +1,298 @@
+"""The data of a run: sources → token stores, from the cache or made now → samples → datasets and their order.
+
+Nothing is in memory that is as long as the data: tokens and samples are mapped from files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from json import dumps
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigbatch.errors import InputError
+from bigbatch.lm.config.field_groups import GROUPS
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.dataset import TokenDataset
+from bigbatch.lm.data.document_counts import sample_documents, training_texts
+from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.legacy_fingerprint import legacy_fingerprint
+from bigbatch.lm.data.records import RecordColumns
+from bigbatch.lm.data.run_order import MixedOrder, RunOrder, UniformOrder
+from bigbatch.lm.data.sampling_order import LEGACY_ORDER, ORDER_VERSION
+from bigbatch.lm.data.sources import DataSources, ReadOptions, open_sources
+from bigbatch.lm.data.token_store.build import Store, Tokenization, corpus_state, vocabulary_state
+from bigbatch.lm.data.token_store.cache import Cache, default_cache
+from bigbatch.lm.data.token_store.reader import StoredTokens
+from bigbatch.lm.data.token_store.samples import Samples, read_samples, write_samples
+from bigbatch.lm.data.token_store.tokenized import find_stores, stored_tokenizer
+from bigbatch.lm.data.token_store.workers import Encoding
+from bigbatch.lm.data.tokenizer import AnyTokenizer, read_trained, train_tokenizer
+from bigbatch.lm.data.validation_split import HashSplit
+from bigbatch.lm.files import write_atomically
+from bigbatch.memory.limit import describe_bytes
+
+SAMPLES, TOKENIZERS = "samples", "tokenizers"
+"""Kinds of the cache's entries, with ``tokens``."""
+
+_NOT_IN_TOKENS = {
+    *(name for group in GROUPS if group.title not in ("data", "conversations") for name in group.fields),
+    *("data", "validation_data", "validation_fraction", "max_length", "data_weights"),
+    *("cache", "no_cache", "cache_by_content"),
+}
+"""Settings that do not affect the tokens of a source: with another value, the cache is used again."""
+
+
+class ProgressCallback(Protocol):
+    """A function that receives the progress of a set-up."""
+
+    def __call__(self, activity: str, done: int = 0, total: int = 0) -> None:
+        """Receive the current activity in a few words, and for some the amount done and the total, 0 if unknown."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Attributes:
+        training: Samples to train on.
+        validation: Samples to validate on; None if there is too little data to hold any out.
+        order: Of the training samples.
+        fingerprint: SHA-256 of the tokens, in hex.
+        notes: Sentences with the counts of records read, cut and left out.
+    """
+
+    training: TokenDataset
+    validation: TokenDataset | None
+    order: RunOrder
+    fingerprint: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataSample:
+    """Some of the data, for a plan.
+
+    Attributes:
+        documents: Evenly spaced, the longest included.
+        num_documents: Of how many.
+        stored_inputs: Input tokens of each document of the sources that were tokenized ahead.
+        left_out: Notes about what was left out.
+    """
+
+    documents: list[Document]
+    num_documents: int
+    stored_inputs: NDArray[np.int64]
+    left_out: tuple[str, ...]
+
+
+class DataLoader:
+    """Opens the sources of a run, and makes its datasets once the tokenizer is known.
+
+        with DataLoader(config, progress) as loader:
+            tokenizer = ... or loader.train_tokenizer(size)
+            data = loader.load(tokenizer, max_length)
+
+    Args:
+        config: With every default resolved.
+        progress: Receives the current activity.
+        order_version: Of the sampling order.
+
+    Raises:
+        InputError: A source does not exist or cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig, progress: ProgressCallback, *, order_version: int = ORDER_VERSION) -> None:
+        self._config = config
+        self._progress = progress
+        self._order_version = order_version
+        progress(f"reading {config.data_text}")
+        self._stores = [find_stores(Path(name)) for name in config.data]
+        raw = [name for name, stores in zip(config.data, self._stores, strict=True) if stores is None]
+        self._sources = DataSources((), ())
+        if raw or config.validation_data:
+            self._sources = open_sources(
+                raw,
+                validation_data=config.validation_data or (),
+                options=read_options(config),
+                with_validation=config.validation_fraction > 0,
+            )
+        self._cache = Cache(None if config.no_cache else config.cache or default_cache())
+
+    def __enter__(self) -> "DataLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cache.release()
+
+    @property
+    def stored_tokenizer(self) -> AnyTokenizer | None:
+        """The tokenizer in the first source that was tokenized ahead; None without such a source."""
+        found = next((stores for stores in self._stores if stores is not None), None)
+        return None if found is None else stored_tokenizer(found[0])
+
+    def train_tokenizer(self, vocabulary_size: int) -> AnyTokenizer:
+        """Return a tokenizer trained on the documents for training, from the cache if possible.
+
+        Raises:
+            InputError: A document cannot be read.
+        """
+        corpora, config = self._sources.training, self._config
+        state = [corpus_state(corpus, by_content=config.cache_by_content) for corpus in corpora]
+        fraction = 0.0 if self._sources.validation else config.validation_fraction
+        key = _digest([vocabulary_size, fraction, state, self._settings()])
+
+        def build(folder: Path) -> None:
+            self._progress("training a tokenizer")
+            texts, characters = training_texts(corpora, fraction)
+            tokenizer = train_tokenizer(texts, vocabulary_size=vocabulary_size, characters=characters)
+            write_atomically(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode())
+
+        return self._cache.folder(
+            TOKENIZERS, key, load=lambda folder: read_trained(folder / "tokenizer.json"), build=build
+        )
+
+    def sample(self, most: int) -> DataSample:
+        """Return at most ``most`` of the documents for training, evenly spaced, the longest included. Writes nothing.
+
+        Raises:
+            InputError: A document cannot be read.
+        """
+        corpora = self._sources.training
+        documents, num_documents = sample_documents(corpora, self._config.validation_fraction * self._splits, most)
+        stored = [store for stores in self._stores if stores is not None for store in stores]
+        counts = [rows.counts - 1 for rows in StoredTokens(stored).rows()]
+        left_out = tuple(note for corpus in corpora for note in corpus.left_out)
+        return DataSample(documents, num_documents, np.concatenate([np.zeros(0, np.int64), *counts]), left_out)
+
+    def load(self, tokenizer: AnyTokenizer, max_length: int) -> RunData:
+        """Return the datasets, from the cache if possible.
+
+        Raises:
+            InputError: A document cannot be read or encoded, or a source was tokenized with another tokenizer.
+            BigbatchError: The cache cannot be written.
+        """
+        config = self._config
+        tokenization = Tokenization(
+            Encoding(tokenizer, config.train_on, config.skip_broken),
+            self._cache,
+            settings=self._settings(),
+            by_content=config.cache_by_content,
+            model=config.model,
+            progress=self._progress,
+        )
+        training, split_key = self._training_stores(tokenization)
+        validation = [tokenization.store(corpus) for corpus in self._sources.validation]
+        readers = [StoredTokens(stores) for stores in training]
+        split = self._split(readers, split_key)
+        (samples, held_out), by_source, fingerprint = self._samples(training, readers, max_length, split)
+        if not len(samples.starts):
+            raise InputError(f"{config.data_text} has no sequence to train on. Pass other --data.")
+        tokens = StoredTokens([store for stores in training for store in stores])
+        dataset = TokenDataset(tokens, samples)
+        order = self._order(dataset, [number for number, _ in by_source])
+        notes = [note for _, manifest in chain(*training, validation) for note in manifest.notes]
+        notes += [*self._sources.notes, f"training data: {samples.counts.describe()}"]
+        if isinstance(order, MixedOrder):
+            notes.append(order.describe(config.data))
+        validation_set = TokenDataset(tokens, held_out) if len(held_out.starts) else None
+        if validation:
+            reader = StoredTokens(validation)
+            (held_out, _), _, _ = self._samples([validation], [reader], max_length, HashSplit())
+            validation_set = TokenDataset(reader, held_out)
+        if validation_set is not None:
+            notes.append(f"validation data: {held_out.counts.describe()}")
+        elif config.validation_fraction:
+            notes.append("no validation set: the data is too small to split")
+        if self._order_version == LEGACY_ORDER:
+            fingerprint = legacy_fingerprint(readers, max_length=max_length, split=split)
+        return RunData(dataset, validation_set, order, fingerprint, (*notes, *self._cache_notes()))
+
+    def _settings(self) -> dict[str, Any]:
+        return self._config.model_dump(mode="json", exclude=_NOT_IN_TOKENS)
+
+    def _training_stores(self, tokenization: Tokenization) -> tuple[list[list[Store]], int | None]:
+        """Return the stores of each source, and the key of the part of a single text that is held out, if any."""
+        corpora = iter(self._sources.training)
+        found = []
+        for name, stores in zip(self._config.data, self._stores, strict=True):
+            if stores is None:
+                found.append([tokenization.store(next(corpora))])
+            else:
+                _check_tokenizer(name, stores, tokenization, self._config.model)
+                found.append(stores)
+        is_single = len(found) == 1 and len(found[0]) == 1 and found[0][0][1].is_single_text
+        if is_single and self._sources.training and self._splits:
+            store, held_out = tokenization.cut_store(
+                self._sources.training[0], validation_fraction=self._config.validation_fraction
+            )
+            return [[store]], held_out
+        return found, None
+
+    @property
+    def _splits(self) -> bool:
+        """Whether validation data is held out of the training data."""
+        return self._config.validation_fraction > 0 and not self._sources.validation
+
+    def _split(self, readers: Sequence[StoredTokens], held_out: int | None) -> HashSplit:
+        if held_out is not None:
+            return HashSplit(also=held_out)
+        if not self._splits:
+            return HashSplit()
+        keys = (rows.keys for reader in readers for rows in reader.rows())
+        return HashSplit.of(keys, validation_fraction=self._config.validation_fraction)
+
+    def _samples(
+        self, stores: Sequence[Sequence[Store]], readers: Sequence[StoredTokens], max_length: int, split: HashSplit
+    ) -> tuple[list[Samples], list[list[int]], str]:
+        """Return the samples of both sides, their numbers by source, and the fingerprint of the tokens."""
+        fingerprint = _digest([manifest.fingerprint for source in stores for _, manifest in source])
+        split_facts = [split.fraction, split.also, split.never]
+        sources = [[manifest.fingerprint for _, manifest in source] for source in stores]
+        samples, by_source = self._cache.folder(
+            SAMPLES,
+            _digest([sources, max_length, split_facts]),
+            load=read_samples,
+            build=lambda folder: write_samples(folder, readers, max_length=max_length, split=split, facts={}),
+        )
+        return samples, by_source, fingerprint
+
+    def _order(self, dataset: TokenDataset, numbers: Sequence[int]) -> RunOrder:
+        config = self._config
+        if config.data_weights is None:
+            return UniformOrder(dataset.lengths, config.seed, self._order_version)
+        empty = next((name for name, number in zip(config.data, numbers, strict=True) if not number), None)
+        if empty is not None:
+            raise InputError(f"{empty} has no sequence to train on, so it cannot have a weight. Leave it out.")
+        parts = np.split(dataset.lengths, np.cumsum(numbers)[:-1])
+        return MixedOrder(parts, config.data_weights, seed=config.seed)
+
+    def _cache_notes(self) -> Iterator[str]:
+        if not self._cache.has_written or self._cache.is_temporary:
+            return
+        entries = self._cache.entries()
+        size = describe_bytes(sum(entry.num_bytes for entry in entries))
+        yield f"token cache: {size} in {self._cache.root}; bigbatch cache lists and removes it"
+
+
+def read_options(config: TrainConfig) -> ReadOptions:
+    """Return how the data of a run is read."""
+    columns = RecordColumns(config.text_column, config.messages_column)
+    return ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
+
+
+def _check_tokenizer(name: str, stores: Sequence[Store], tokenization: Tokenization, model: str) -> None:
+    found = stores[0][1]
+    if found.tokenizer != vocabulary_state(tokenization.encoding.tokenizer):
+        raise InputError(
+            f"{name} was tokenized with the tokenizer of {found.model}, and that of {model} differs in its tokens, "
+            "special tokens or chat template. Tokenize the data again, or pass the same --model."
+        )
+
+
+def _digest(value: Any) -> str:
+    return sha256(dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,85 @@
+"""Several processes yield the blocks of one, in order, and their failures are those of one."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.token_store import workers
+from bigbatch.lm.data.token_store.encoding import Batch, DocumentBatch
+from bigbatch.lm.data.token_store.workers import Encoding, encode_all
+from bigbatch.lm.data.tokenizer import train_tokenizer
+
+ENCODING = Encoding(train_tokenizer(["the quick brown fox"] * 4, vocabulary_size=280))
+
+
+@pytest.fixture(autouse=True)
+def workers_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "START_CHARACTERS", 1)
+
+
+def batches(number: int) -> Iterator[Batch]:
+    for i in range(number):
+        chat = ({"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "fox"})
+        found = [Document("a", text=f"the {i}"), Document("b", messages=chat)]
+        yield DocumentBatch([*found, Document(f"c:{i}", messages=chat[:1])] if i % 5 == 4 else found)
+
+
+def test_blocks_keep_order_content_and_broken_documents() -> None:
+    encoding = Encoding(ENCODING.tokenizer, skip_broken=True)
+    alone = list(encode_all(batches(40), encoding, processes=1))
+    together = list(encode_all(batches(40), encoding, processes=2))
+    assert len(alone) == len(together) == 40
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one.tokens, other.tokens)
+        assert np.array_equal(one.trained, other.trained)
+        assert np.array_equal(one.keys, other.keys)
+        assert one.broken == other.broken
+    assert [len(block.broken) for block in together] == [i % 5 == 4 for i in range(40)]
+
+
+def test_document_that_fails_raises_its_sentence() -> None:
+    with pytest.raises(InputError, match=r"^c:4[: ].*"):
+        list(encode_all(batches(40), ENCODING, processes=2))
+
+
+def test_killed_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[int] = []
+    popen = workers.subprocess.Popen
+
+    def record(*args: object, **options: object) -> object:
+        child = popen(*args, **options)  # type: ignore[call-overload]
+        children.append(child.pid)
+        return child
+
+    monkeypatch.setattr(workers.subprocess, "Popen", record)
+
+    def some() -> Iterator[Batch]:
+        for batch in batches(10**6):
+            if children:
+                os.kill(children[0], signal.SIGKILL)
+            yield batch
+
+    with pytest.raises(BigbatchError, match=r"^a process that tokenizes the data ended with exit code -9, perhaps "):
+        list(encode_all(some(), Encoding(ENCODING.tokenizer, skip_broken=True), processes=2))
+
+
+def test_abandoned_iteration_ends_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[object] = []
+    popen = workers.subprocess.Popen
+
+    def record(*args: object, **options: object) -> object:
+        child = popen(*args, **options)  # type: ignore[call-overload]
+        children.append(child)
+        return child
+
+    monkeypatch.setattr(workers.subprocess, "Popen", record)
+    found = encode_all(batches(10**6), Encoding(ENCODING.tokenizer, skip_broken=True), processes=2)
+    for _ in range(30):
+        next(found)
+    found.close()  # type: ignore[attr-defined]
+    assert [child.poll() is not None for child in children] == [True]  # type: ignore[attr-defined]
