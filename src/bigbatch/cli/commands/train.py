@@ -109,7 +109,7 @@ def _choice_lines(trainer: "Trainer", origin: Path | None) -> list[str]:
     unpredicted = "" if failure is None else f"; measured without a memory prediction: {failure}"
     lines = [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{cached}{unpredicted}"]
     if choice.unit == "tokens" and trainer.ranks.size == 1:
-        lengths, passes = trainer.setup.training.lengths, trainer.total_steps / trainer.schedule.updates_per_epoch()
-        seconds = float(sum(lengths)) * passes / choice.per_s
+        passes = trainer.total_steps / trainer.schedule.updates_per_epoch()
+        seconds = trainer.setup.order.tokens_before(1) * passes / choice.per_s
         lines.append(f"about {duration(seconds)} of forward and backward for {plural(trainer.total_steps, 'update')}")
     return lines

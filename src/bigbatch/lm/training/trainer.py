@@ -122,7 +122,7 @@ class Trainer:
 
     def _choose_microbatch(self, cache: Path | None, usable_bytes: int) -> Path | None:
         lengths = self.setup.training.lengths
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        longest = int(lengths.argmax())
         return choose_microbatch(
             self.engine,
             self.setup,
