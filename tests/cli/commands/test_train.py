@@ -45,7 +45,7 @@ def test_main_job_runs_from_any_folder_without_terminal(tmp_path: Path) -> None:
     assert lines[:5] == [
         "reading python-stdlib …",
         "training a tokenizer …",
-        "encoding the documents …",
+        "tokenizing python-stdlib …",
         "testing attention, layout and compilation …",
         "choosing the micro-batch …",
     ]
@@ -74,7 +74,7 @@ def test_small_model_is_tuned_and_reported(folder: Path, base: Path, capfd: pyte
     expected = f"""\
 reading ../data.jsonl …
 loading {base} …
-encoding the documents …
+tokenizing python-stdlib …
 testing attention, layout and compilation …
 40 records in 1 file from ../data.jsonl
 training data: 39 documents with """
