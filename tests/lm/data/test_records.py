@@ -11,7 +11,7 @@ import pytest
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.records import EXPECTED, RecordColumns, shape_notes, to_document
+from bigbatch.lm.data.records import EXPECTED, PREFERENCES, RecordColumns, shape_notes, to_document
 from bigbatch.lm.data.sources import read_corpus
 
 USER, ANSWER = {"role": "user", "content": "Hallo?"}, {"role": "assistant", "content": "Grüß dich."}
@@ -107,6 +107,10 @@ CHATS: dict[str, tuple[dict[str, Any], tuple[dict[str, Any], ...]]] = {
     "prompt-of-messages": (
         {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
         (USER, ANSWER | {"weight": 0}, USER, ANSWER),
+    ),
+    "prompt-of-messages-and-system": (
+        {"system": "Kurz.", "prompt": [USER], "completion": [ANSWER]},
+        ({"role": "system", "content": "Kurz."}, USER, ANSWER),
     ),
     "prompt-of-messages-and-text": ({"prompt": [USER], "completion": "Grüß dich."}, (USER, ANSWER)),
     "text-and-completion-of-messages": ({"prompt": "Hallo?", "completion": [ANSWER]}, (USER, ANSWER)),
@@ -204,7 +208,24 @@ def test_saved_dataset_of_chats_is_read(tmp_path: Path) -> None:
     [
         ({"question": "a", "answer": "b"}, f"the record has 'question', 'answer'. {EXPECTED}"),
         ({"instruction": "a", "response": "b"}, f"the record has 'instruction', 'response'. {EXPECTED}"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, f"the record has 'prompt', 'chosen', 'rejected'. {EXPECTED}"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            f"the record has 'prompt', 'chosen', 'rejected'. {PREFERENCES}",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": False},
+            "the record has 'label' False, and without it bad completions would be trained on like good ones. "
+            f"{PREFERENCES} Or keep the good completions, and remove the column 'label'.",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "system": "c", "tools": [TOOL]},
+            "the record has 'system', 'tools' and a prompt that is a string, which cannot use it. Add it to 'prompt', "
+            "make 'prompt' and 'completion' messages, or remove it.",
+        ),
+        (
+            {"prompt": [{"role": "system", "content": "a"}, USER], "completion": [ANSWER], "system": "b"},
+            "the record has 'system', and 'prompt' begins with one. Keep one of them.",
+        ),
         (
             {"prompt": "a", "completion": None},
             f"the record has 'prompt', 'completion' (null: 'completion'). {EXPECTED}",
@@ -295,6 +316,29 @@ def test_other_record_is_rejected(record: dict[str, Any], message: str) -> None:
 )
 def test_other_message_is_rejected(message: dict[str, Any], error: str) -> None:
     assert refusal({"messages": [USER, message, ANSWER]}).startswith(error)
+
+
+@pytest.mark.parametrize("label", [True, "TRUE", " false"], ids=["boolean", "upper-case", "text"])
+def test_label_of_completion_is_rejected(label: object) -> None:
+    assert refusal({"prompt": "a", "completion": "b", "label": label}).startswith(f"the record has 'label' {label!r}")
+
+
+def test_label_of_parquet_is_rejected(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"], "label": [False]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="has 'label' False, and without it bad completions would be trained on"):
+        tuple(read_corpus(str(tmp_path / "a.parquet")))
+
+
+def test_table_of_preferences_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("chosen,rejected\nb,c\n")
+    with pytest.raises(InputError) as caught:
+        tuple(read_corpus(str(tmp_path / "a.csv")))
+    assert str(caught.value).endswith(f"'chosen', 'rejected', none of which can be trained on. {PREFERENCES}")
+
+
+def test_other_columns_do_not_change_completion() -> None:
+    record = {"prompt": "a", "completion": "b", "label": 1, "system": "", "history": [], "tools": "[]"}
+    assert document(record) == Document("a.jsonl:3", prompt="a", completion="b")
 
 
 def test_conversation_without_training_token_is_rejected() -> None:

@@ -30,11 +30,12 @@ SHAPES = {
 """The fields that make each shape."""
 
 FIELDS = tuple(dict.fromkeys(name for names in SHAPES.values() for name in names))
-_BESIDES = ("input", "system", "history", "tools", "functions")  # of some shapes
+_BESIDES = ("input", "system", "history", "tools", "functions", "label")  # of some shapes
 EXPECTED = (
     "A record must have 'text', or 'prompt' and 'completion', or 'messages', or 'conversations' (ShareGPT), or "
     "'instruction' and 'output' (Alpaca). For a column of another name, pass --text-column or --messages-column."
 )
+PREFERENCES = "Preference data is not for bigbatch train: use a trainer of TRL, made exact with bigbatch."
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 ALPACA_PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -71,7 +72,8 @@ class RecordColumns:
             if column is not None and column not in names:
                 raise InputError(f"{source} has the columns {listing(names)}, and {flag} {column!r} is not among them.")
         if self.text is None and self.messages is None and not set(names) & set(FIELDS):
-            raise InputError(f"{source} has the columns {listing(names)}, none of which can be trained on. {EXPECTED}")
+            expected = PREFERENCES if {"chosen", "rejected"} <= set(names) else EXPECTED
+            raise InputError(f"{source} has the columns {listing(names)}, none of which can be trained on. {expected}")
 
 
 ANY_COLUMNS = RecordColumns()
@@ -105,7 +107,8 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
     shapes = [shape for shape, names in SHAPES.items() if present.issuperset(names)]
     if not shapes:
         nulls = f" (null: {listing(name for name in record if name not in present)})" if present != set(record) else ""
-        raise InputError(f"{source}: the record has {listing(name for name in record)}{nulls}. {EXPECTED}")
+        expected = PREFERENCES if present >= {"chosen", "rejected"} else EXPECTED
+        raise InputError(f"{source}: the record has {listing(name for name in record)}{nulls}. {expected}")
     if len(shapes) > 1:
         both = " and ".join(repr("+".join(SHAPES[shape])) for shape in shapes)
         flags = [f"--{name}-column {name}" for name in ("text", "messages") if name in shapes]
@@ -149,11 +152,23 @@ def _value(record: Mapping[str, Any], column: str, flag: str, source: str) -> An
 
 def _completion(record: Mapping[str, Any], source: str) -> Document:
     prompt, completion = record["prompt"], record["completion"]
+    if isinstance(record.get("label"), bool) or str(record.get("label")).strip().lower() in ("true", "false"):
+        raise InputError(
+            f"{source}: the record has 'label' {record['label']!r}, and without it bad completions would be trained on "
+            f"like good ones. {PREFERENCES} Or keep the good completions, and remove the column 'label'."
+        )
     if not isinstance(prompt, list) and not isinstance(completion, list):
         prompt = to_string(prompt, "the field 'prompt'", source)
         completion = to_string(completion, "the field 'completion'", source)
         if not completion:
             raise InputError(f"{source}: the record {NO_TOKEN}: its completion is empty.")
+        unused = [name for name in ("system", "history") if record.get(name)]
+        unused += [name for name in ("tools", "functions") if record.get(name) and to_tools(record, source)]
+        if unused:
+            raise InputError(
+                f"{source}: the record has {listing(unused)} and a prompt that is a string, which cannot use it. "
+                "Add it to 'prompt', make 'prompt' and 'completion' messages, or remove it."
+            )
         return Document(source, prompt=prompt, completion=completion, shape="prompt-completion")
     context = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
@@ -161,19 +176,27 @@ def _completion(record: Mapping[str, Any], source: str) -> Document:
     context = [
         turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in to_messages(context, "prompt", source)
     ]
-    messages = (*context, *to_messages(answer, "completion", source))
+    messages = _with_system((*context, *to_messages(answer, "completion", source)), record, "prompt", source)
     check_trainable(messages, source)
     return Document(source, messages=messages, tools=to_tools(record, source), shape="prompt-completion")
 
 
 def _conversation(record: Mapping[str, Any], column: str, source: str, *, shape: str) -> Document:
     messages = to_messages(_value(record, column, "--messages-column", source), column, source)
-    if record.get("system") is not None and (system := to_string(record["system"], "the field 'system'", source)):
-        if messages[0]["role"] in ("system", "developer"):
-            raise InputError(f"{source}: the record has 'system', and {column!r} begins with one. Keep one of them.")
-        messages = ({"role": "system", "content": system}, *messages)
+    messages = _with_system(messages, record, column, source)
     check_trainable(messages, source)
     return Document(source, messages=messages, tools=to_tools(record, source), shape=shape)
+
+
+def _with_system(
+    messages: tuple[dict[str, Any], ...], record: Mapping[str, Any], column: str, source: str
+) -> tuple[dict[str, Any], ...]:
+    """Return the messages after that of the column ``system``, if the record has one."""
+    if record.get("system") is None or not (system := to_string(record["system"], "the field 'system'", source)):
+        return messages
+    if messages[0]["role"] in ("system", "developer"):
+        raise InputError(f"{source}: the record has 'system', and {column!r} begins with one. Keep one of them.")
+    return ({"role": "system", "content": system}, *messages)
 
 
 def _alpaca(record: Mapping[str, Any], source: str) -> Document:
