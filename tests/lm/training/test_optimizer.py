@@ -207,6 +207,11 @@ def test_learning_rate_ends_at_its_minimum(schedule: str, expected: list[float])
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_only_update_has_peak_learning_rate(schedule: str) -> None:
+    assert lr_factor(0, total_steps=1, warmup_steps=0, schedule=schedule, final=0.0, decay_steps=1) == 1.0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -95,7 +95,7 @@ class OptimizationFields(BaseModel):
         default=None,
         min_length=1,
         description="parts of parameter names that have no weight decay either, comma-separated, such as "
-        "embed_tokens,lm_head (default: none)",
+        "embed_tokens (default: none)",
     )
     max_grad_norm: NormLimit = Field(
         default=1.0, description="clip the gradient of the global batch to this norm; 0 or none = no clipping"

@@ -121,7 +121,7 @@ def lr_factor(
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
+    if schedule == "constant" or total_steps == 1:  # the only update of a run is made with the peak
         return 1.0
     if schedule == "wsd":
         return 1 - (1 - final) * min(1.0, max(0.0, (step - (total_steps - 1 - decay_steps)) / decay_steps))
