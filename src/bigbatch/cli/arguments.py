@@ -154,11 +154,7 @@ def _parser(command: str) -> _Parser:
 
 
 def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
-    """Return the text of each flag and positional by field.
-
-    Raises:
-        InputError: A flag is unknown, is given twice or lacks its value, or a positional is missing or unexpected.
-    """
+    """Return the text of each flag and positional by field; raise `InputError` if one is unknown or missing."""
     spec = COMMAND_SPECS[command]
     tokens, after_dashes = _bind_values(command, argv)
     _refuse_repeated(command, tokens)
@@ -170,7 +166,10 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
         if argument.startswith("-") and argument != "-":
             flag = argument.partition("=")[0]
             near = nearest(flag, [*(key for key in spec.fields() if key not in spec.positionals), "help"])
-            raise InputError(f"unknown flag {truncate(flag)}: {suggestion(command, near and _flag(near))}")
+            hint = suggestion(command, near and _flag(near))
+            if flag == "--data" and "data" in spec.positionals:
+                hint = f"pass the data without it, as in bigbatch {command} FILE."
+            raise InputError(f"unknown flag {truncate(flag)}: {hint}")
     positionals = [*extras, *after_dashes]
     if spec.collects_all and positionals:
         return vars(namespace) | {spec.positionals[0]: positionals}
@@ -186,9 +185,8 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
 def _bind_values(command: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Rewrite ``--flag value`` as ``--flag=value``; return the arguments before and after ``--``.
 
-    Otherwise argparse would parse the value in ``--lr -1e-3`` or ``--sample-prompt -x`` as a flag. A flag that accepts
-    several values is repeated for each of them, up to the next word with a dash: ``--data a b`` becomes ``--data=a
-    --data=b``.
+    Otherwise argparse would parse the value in ``--lr -1e-3`` as a flag. A flag that accepts several values is
+    repeated for each, up to the next word with a dash: ``--data a b`` becomes ``--data=a --data=b``.
     """
     spec = COMMAND_SPECS[command]
     keys_by_flag = {_flag(key): key for key, info in spec.fields().items() if info.annotation is not bool}
