@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from bigbatch.batch_norm.host_tensors import HostTensors
+from bigbatch.batch_norm.made_tensors import MadeTensors
 from bigbatch.batch_norm.moments import Moments
 from bigbatch.batch_norm.norm_buffers import NormBuffers
 from bigbatch.batch_norm.norm_calls import NormCalls
@@ -77,11 +78,14 @@ class JointWindow:
         """Open a window; if an error leaves it, buffers are put back, and the other ranks fail, too."""
         self._buffers = NormBuffers([buffer for module in self._modules for buffer in module.buffers()])
         self._others_wait = self._ranks is not None
+        parameters = [(each._parameters, dict(each._parameters)) for m in self._modules for each in m.modules()]
         try:
             yield
         except BaseException as error:
             self._end(succeeded=False)  # the second time, unless it was interrupted the first time
             self._buffers.rollback()
+            for owned, before in parameters:  # torch.func.functional_call puts back those of another micro-batch
+                owned.update(before)
             if self._others_wait and self._ranks is not None and not isinstance(error, RankFailedError):
                 self._ranks.announce_failure()
             raise
@@ -89,6 +93,11 @@ class JointWindow:
             self._buffers = NormBuffers(())
             if self._device.type != "cuda":
                 self._workers.stop()
+
+    def note_inputs(self, microbatch: Any) -> None:
+        """Note the micro-batch of the function that calls this: others may not use its tensors."""
+        if self._current is not None:
+            self._current.tensors.add_inputs(microbatch)
 
     def run(self, functions: Iterable[Callable[[], object]]) -> OutOfMemory | None:
         """Run all functions to their end; return None, or that memory ran out on this rank or another.
@@ -135,13 +144,15 @@ class JointWindow:
 
     def _run(self, functions: Iterable[Callable[[], object]], streams: RandomStreams) -> None:
         state = ThreadState.now(self._device)
+        made = MadeTensors()
         resident = [tensor for m in self._modules for tensor in (*m.parameters(), *m.buffers())]
         for function in functions:
             is_moved = self._keeps_on_host and not state.has_saved_tensor_hooks
             host = HostTensors(self._device, resident) if is_moved else None
             random = partial(streams.active, streams.add())
-            self._turns.append(Turn(function, self._workers[len(self._turns)], state, host, random))
-            self._advance(len(self._turns) - 1)
+            number = len(self._turns)
+            self._turns.append(Turn(function, self._workers[number], state, host, random, made.by(number)))
+            self._advance(number)
         while (moments := self._meet()) is not None:
             for index in range(len(self._turns)):
                 self._advance(index, moments)

@@ -1,5 +1,6 @@
 """Optimizers and schedules of a run: the update of a plain loop, resumed runs, and refused settings."""
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.engine_factory import make_engine
 from bigbatch.lm.training.lion import Lion
+from bigbatch.lm.training.muon import MuonWithAdamW
 from bigbatch.lm.training.optimizer import lr_factor, make_optimizer, optimizer_notes, split_for_muon
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import set_up_training
@@ -267,3 +269,30 @@ def test_start_names_parts_of_muon_and_duration(settings: dict[str, Any], capsys
     shown = capsys.readouterr().out
     assert "Muon updates 5,120 parameters in 14 matrices, AdamW the other" in shown
     assert re.search(r"about [\d.]+ s of forward and backward for 2 updates\n", shown)
+
+
+def small_muon(matrix: nn.Parameter, bias: nn.Parameter) -> MuonWithAdamW:
+    parts = [{"params": [parameter]} for parameter in (matrix, bias)]
+    return MuonWithAdamW(parts[:1], parts[1:], lr=LR, momentum=0.9, betas=(0.9, 0.95), eps=1e-8)
+
+
+def test_copy_of_muon_continues() -> None:
+    parameters = nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3))
+    optimizer = small_muon(*parameters)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = parameter.detach().sin()
+        optimizer.step()
+    copied, copied_optimizer = copy.deepcopy((parameters, optimizer))
+    for each, updates in ((parameters, optimizer), (copied, copied_optimizer)):
+        for parameter in each:
+            parameter.grad = parameter.detach().cos()
+        updates.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, copied, strict=True))
+
+
+def test_later_group_of_muon_is_refused() -> None:
+    optimizer = small_muon(nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3)))
+    with pytest.raises(InputError, match="^MuonWithAdamW takes no further parameter group, because it cannot know"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
