@@ -55,7 +55,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what updates the groups in copies, too: that of torch keeps its own attributes only."""
-        return {**super().__getstate__(), "_parts": self._parts}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_parts": self._parts}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
