@@ -26,6 +26,7 @@ from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import RecordingCallback, metrics, records, run, save_model_folder, write_jsonl
 from support.run_comparison import differing_results
+from support.torchrun_ranks import Launch
 
 LR, STEPS, DECAY = 1e-2, 10, 0.1
 Update = Callable[[float], None]
@@ -296,3 +297,14 @@ def test_later_group_of_muon_is_refused() -> None:
     with pytest.raises(InputError, match=r"^MuonWithAdamW takes no further parameter group, because"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     assert len(optimizer.param_groups) == 2
+
+
+def test_sharded_lion_makes_the_same_updates(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"optimizer": "lion", "steps": 3, "precision": "float64", "device": "cpu", "lr": 1e-3}
+    words = ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in settings.items())]
+    sharded = Launch([*words, "--parallel=fsdp", "--out=sharded"], 2, folder=tmp_path)
+    assert sharded.wait() == [0, 0], sharded.stderr(0)
+    alone = Launch([*words, "--out=alone"], 1, folder=tmp_path, alone=True)
+    assert alone.wait() == [0], alone.stderr(0)
+    losses = [[row["loss"] for row in metrics(tmp_path / out)] for out in ("sharded", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
