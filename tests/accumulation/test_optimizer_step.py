@@ -279,6 +279,22 @@ def test_optimizer_that_writes_through_data_is_accepted():
     assert torch.allclose(values(actual), values(expected), rtol=0, atol=1e-14)
 
 
+def test_new_state_does_not_make_writes_visible():
+    """As of lists of sharded tensors: the first step adds state, and no step changes a version."""
+
+    class Momentum(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                    average.data.add_(parameter.grad)
+                    parameter.data.sub_(group["lr"] * average.data)
+
+    model = make_model()
+    engine = bigbatch.Engine(model, Momentum(model.parameters(), {"lr": 0.1}), loss_fn, microbatch=4)
+    assert [engine.step(make_batch()).step for _ in range(3)] == [1, 2, 3]
+
+
 def test_step_on_lists_within_dispatch_mode_is_seen():
     class Passing(TorchDispatchMode):
         """Changes nothing; within it, operations on lists of tensors change no version."""

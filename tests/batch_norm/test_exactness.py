@@ -1,6 +1,7 @@
 """Windows with batch norm over the whole batch, against the whole batch in one piece."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -156,6 +157,32 @@ def test_norm_of_loss_is_exact() -> None:
     engine_of(model, loss_fn, 4).backward(rows())
     assert gradient_error(model, expected) <= TOLERANCE
     assert criterion.num_batches_tracked == 1
+
+
+class Hidden:
+    """Keeps a norm where modules are not searched for."""
+
+    __slots__ = ("norm",)
+
+    def __init__(self) -> None:
+        self.norm = nn.BatchNorm1d(WIDTH, momentum=None).double()
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        return F.mse_loss(self.norm(model(batch[0])), batch[1], reduction="sum"), len(batch[0])
+
+
+def test_norm_that_no_search_finds_is_exact() -> None:
+    found, wanted, model = Hidden(), Hidden(), nn.Linear(WIDTH, WIDTH).double()
+    expected = whole(model, wanted, [rows(), rows(seed=5)])
+    engine = engine_of(model, found, 4)
+    for seed in (2, 5):
+        engine.backward(rows(seed=seed))
+    assert gradient_error(model, expected) <= TOLERANCE
+    assert buffer_error(found.norm, wanted.norm) <= BUFFER_TOLERANCE
+    before = copy.deepcopy(found.norm)
+    with pytest.raises(RuntimeError, match="must match the size"), warnings.catch_warnings(action="ignore"):
+        engine.backward((rows()[0], rows()[1][:, :2]))
+    assert buffer_error(found.norm, before) == 0
 
 
 def test_lazy_norm_is_exact() -> None:

@@ -27,6 +27,7 @@ class StepSnapshot:
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._versions = [p._version for p in self.parameters]
+        self._had_state = any(optimizer.state.get(p) for p in self.parameters)
         self._state = _state_token(optimizer, self.parameters)
         self._checksums = _checksums(self.parameters) if with_values else None
         self._attributes = {} if is_builtin(optimizer) else _attributes(optimizer)
@@ -46,6 +47,11 @@ class StepSnapshot:
         """Whether the optimizer rebound an attribute of its own, not a number; False for wrappers of optimizers."""
         is_wrapper = any(isinstance(value, torch.optim.Optimizer) for value in vars(self.optimizer).values())
         return not is_wrapper and _attributes(self.optimizer) != self._attributes
+
+    @property
+    def changes_are_visible(self) -> bool:
+        """Whether versions showed the step: new state does not, as lists of sharded tensors change no version."""
+        return self.versions_changed or (self._had_state and self.state_changed)
 
     @property
     def values_changed(self) -> bool:
@@ -89,7 +95,7 @@ class StepEvidence:
         if is_builtin(before.optimizer) or not before.parameters:
             return True
         if before.versions_changed or before.state_changed:
-            self._changes_versions[before.optimizer] = True
+            self._changes_versions[before.optimizer] = before.changes_are_visible
             return True
         rates = [float(group["lr"]) for group in before.optimizer.param_groups if "lr" in group]
         return before.values_changed or before.attributes_changed or grad_norm == 0.0 or not any(rates)

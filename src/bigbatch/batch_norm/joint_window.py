@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from bigbatch.batch_norm.host_tensors import HostTensors
+from bigbatch.batch_norm.made_tensors import MadeTensors
 from bigbatch.batch_norm.moments import Moments
 from bigbatch.batch_norm.norm_buffers import NormBuffers
-from bigbatch.batch_norm.norm_calls import NormCalls
 from bigbatch.batch_norm.random_streams import RandomStreams
 from bigbatch.batch_norm.rank_meetings import RankMeeting, RankMeetings, RanksOutOfMemoryError, key_of
 from bigbatch.batch_norm.suspension import Workers
@@ -65,7 +66,7 @@ class JointWindow:
         self._streams: RandomStreams | None = None
         self._turns: list[Turn] = []
         self._hooks = ExitStack()
-        self._current: NormCalls | None = None
+        self._current: Turn | None = None
         self._others_wait = False
 
     def stop(self) -> None:
@@ -77,11 +78,14 @@ class JointWindow:
         """Open a window; if an error leaves it, buffers are put back, and the other ranks fail, too."""
         self._buffers = NormBuffers([buffer for module in self._modules for buffer in module.buffers()])
         self._others_wait = self._ranks is not None
+        parameters = [(each._parameters, dict(each._parameters)) for m in self._modules for each in m.modules()]
         try:
             yield
         except BaseException as error:
             self._end(succeeded=False)  # the second time, unless it was interrupted the first time
             self._buffers.rollback()
+            for owned, before in parameters:  # torch.func.functional_call puts back those of another micro-batch
+                owned.update(before)
             if self._others_wait and self._ranks is not None and not isinstance(error, RankFailedError):
                 self._ranks.announce_failure()
             raise
@@ -89,6 +93,11 @@ class JointWindow:
             self._buffers = NormBuffers(())
             if self._device.type != "cuda":
                 self._workers.stop()
+
+    def note_inputs(self, microbatch: Any) -> None:
+        """Note the micro-batch of the function that calls this: others may not use its tensors."""
+        if self._current is not None:
+            self._current.calls.tensors.add_inputs(microbatch)
 
     def run(self, functions: Iterable[Callable[[], object]]) -> OutOfMemory | None:
         """Run all functions to their end; return None, or that memory ran out on this rank or another.
@@ -135,20 +144,22 @@ class JointWindow:
 
     def _run(self, functions: Iterable[Callable[[], object]], streams: RandomStreams) -> None:
         state = ThreadState.now(self._device)
+        made = MadeTensors()
         resident = [tensor for m in self._modules for tensor in (*m.parameters(), *m.buffers())]
         for function in functions:
             is_moved = self._keeps_on_host and not state.has_saved_tensor_hooks
             host = HostTensors(self._device, resident) if is_moved else None
             random = partial(streams.active, streams.add())
-            self._turns.append(Turn(function, self._workers[len(self._turns)], state, host, random))
-            self._advance(len(self._turns) - 1)
+            number = len(self._turns)
+            self._turns.append(Turn(function, self._workers[number], state, host, random, made.by(number)))
+            self._advance(number)
         while (moments := self._meet()) is not None:
             for index in range(len(self._turns)):
                 self._advance(index, moments)
 
     def _advance(self, index: int, reply: Moments | None = None) -> None:
         turn = self._turns[index]
-        self._current = turn.calls
+        self._current = turn
         turn.advance(reply)
         self._current = None
         if self._device.type == "cuda":
@@ -204,20 +215,39 @@ class JointWindow:
 
     def _follow_norms(self) -> None:
         """Note which batch norm runs; `SyncBatchNorm` runs as `BatchNorm`, whose statistics are of all ranks anyway."""
-        for name, norm in self._norms().items():
+        norms = self._norms()
+        for name, norm in norms.items():
             self._hooks.callback(norm.register_forward_pre_hook(partial(self._enter, _named(name))).remove)
             self._hooks.callback(norm.register_forward_hook(self._leave).remove)
             if isinstance(norm, SyncBatchNorm) and "forward" not in vars(norm):
                 self._hooks.callback(vars(norm).pop, "forward", None)
                 vars(norm)["forward"] = partial(_BatchNorm.forward, norm)
+        known = set(norms.values())
+        self._hooks.callback(register_module_forward_pre_hook(partial(self._enter_other, known)).remove)
+        self._hooks.callback(register_module_forward_hook(partial(self._leave_other, known)).remove)
 
     def _enter(self, name: str, norm: nn.Module, _inputs: Any) -> None:
-        if self._current is not None:
-            self._current.enter_module(name, norm)
+        if (turn := self._running_turn()) is not None:
+            turn.calls.enter_module(name, norm)
 
     def _leave(self, *_: Any) -> None:
-        if self._current is not None:
-            self._current.leave_module()
+        if (turn := self._running_turn()) is not None:
+            turn.calls.leave_module()
+
+    def _enter_other(self, known: set[_BatchNorm], module: nn.Module, inputs: Any) -> None:
+        """Note a batch norm that is not in the modules, such as one that ``loss_fn`` finds in another file."""
+        if isinstance(module, _BatchNorm) and module not in known and self._running_turn() is not None:
+            self._buffers.add(module.buffers())
+            self._enter(f"a batch norm of {module.num_features} channels outside of the model", module, inputs)
+
+    def _leave_other(self, known: set[_BatchNorm], module: nn.Module, *_: Any) -> None:
+        if isinstance(module, _BatchNorm) and module not in known:
+            self._leave()
+
+    def _running_turn(self) -> Turn | None:
+        """Return the micro-batch that calls this; None in other threads, which may run other windows."""
+        turn = self._current
+        return turn if turn is not None and turn.task.is_in_its_thread else None
 
 
 def _named(name: str) -> str:

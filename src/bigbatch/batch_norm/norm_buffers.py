@@ -18,7 +18,7 @@ class NormBuffers:
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._add(buffers)
+        self.add(buffers)
         self._counted: Tensor | None = None
 
     def arrive(self, meeting: Meeting, *, is_first: bool) -> None:
@@ -33,7 +33,7 @@ class NormBuffers:
     def update(self, meeting: Meeting, moments: Moments) -> None:
         """Update running statistics, by the factor of the first micro-batch."""
         running, variance = meeting.running
-        self._add([buffer for buffer in meeting.running if buffer is not None])
+        self.add([buffer for buffer in meeting.running if buffer is not None])
         moments.update(running, variance, meeting.momentum)
 
     def rollback(self) -> None:
@@ -41,7 +41,8 @@ class NormBuffers:
         for buffer, value in self._before.values():
             buffer.copy_(value)
 
-    def _add(self, buffers: Iterable[Tensor]) -> None:
+    def add(self, buffers: Iterable[Tensor]) -> None:
+        """Note values that are to be put back, unless they are known already."""
         for buffer in buffers:
             if id(buffer) not in self._before and not is_lazy(buffer):
                 self._before[id(buffer)] = buffer, buffer.detach().clone()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bigbatch.batch_norm.host_tensors import HostTensors
+from bigbatch.batch_norm.made_tensors import MadeTensors, TensorsOfOne
 from bigbatch.batch_norm.moments import Moments
 from bigbatch.batch_norm.normalize import normalize
 from bigbatch.errors import InputError
@@ -65,10 +66,12 @@ class NormCalls:
     Args:
         suspend: Returns the moments of the whole batch for a `Meeting`.
         host: Where saved tensors are kept; None on the device.
+        tensors: That it makes and uses.
     """
 
     suspend: Callable[[Meeting], Moments]
     host: HostTensors | None = None
+    tensors: TensorsOfOne = field(default_factory=lambda: MadeTensors().by(0))
     _running: list[_Running] = field(default_factory=list)
     _known: dict[str, list[_Known]] = field(default_factory=dict)
 
@@ -149,6 +152,15 @@ class _Mode(TorchFunctionMode):
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch._C._current_graph_task_id() != -1:  # in the backward
+            return self._run(function, args, kwargs)
+        tensors = self._calls.tensors
+        tensors.check(args, kwargs)
+        result = self._run(function, args, kwargs)
+        tensors.add(args, kwargs, result)
+        return result
+
+    def _run(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         names = _ARGUMENTS.get(function)
         if names is None:
             return function(*args, **kwargs)

@@ -39,6 +39,7 @@ class Task:
         self._reply: Any = None
         self._error: BaseException | None = None
         self._was_submitted = self._is_running = self._is_ending = False
+        self._thread: int | None = None
         self.is_done = False
         self._wakes_thread: SimpleQueue[None] = SimpleQueue()
         self._wakes_owner: SimpleQueue[None] = SimpleQueue()
@@ -63,6 +64,11 @@ class Task:
             raise error
         return self._request
 
+    @property
+    def is_in_its_thread(self) -> bool:
+        """Whether this is called by the function: `suspend` in any other thread would wait forever."""
+        return threading.get_ident() == self._thread
+
     def suspend(self, request: Any) -> Any:
         """Return the reply of the owner to a request. Called by the function, in its thread."""
         if not self._is_ending:
@@ -84,6 +90,7 @@ class Task:
 
     def _run(self) -> None:
         self._wait_for_owner()
+        self._thread = threading.get_ident()
         function, self._function = self._function, None
         try:
             if not self._is_ending and function is not None:

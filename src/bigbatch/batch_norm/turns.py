@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.batch_norm.host_tensors import HostTensors
+from bigbatch.batch_norm.made_tensors import TensorsOfOne, used_by_other
 from bigbatch.batch_norm.moments import Moments
 from bigbatch.batch_norm.norm_calls import Meeting, NormCalls
 from bigbatch.batch_norm.suspension import Task, Worker
@@ -24,6 +25,7 @@ class Turn:
         state: Of the thread that calls `advance`.
         host: Where its saved tensors are kept; None on the device.
         random: Returns a context in which its random numbers are drawn.
+        tensors: That it makes and uses.
 
     Attributes:
         task: Ends it early.
@@ -38,6 +40,7 @@ class Turn:
         state: ThreadState,
         host: HostTensors | None,
         random: Callable[[], Any],
+        tensors: TensorsOfOne,
     ) -> None:
         self._function = function
         self._worker = worker
@@ -45,7 +48,7 @@ class Turn:
         self._host = host
         self._random = random
         self.task = Task(self._run)
-        self.calls = NormCalls(self.task.suspend, host)
+        self.calls = NormCalls(self._suspend, host, tensors)
         self.meeting: Meeting | None = None
 
     def advance(self, reply: Moments | None) -> None:
@@ -53,6 +56,11 @@ class Turn:
         self.meeting = None
         with self._random():
             self.meeting = self.task.advance(self._worker, reply)
+
+    def _suspend(self, meeting: Meeting) -> Any:
+        if not self.task.is_in_its_thread:  # the backward of another micro-batch
+            raise used_by_other(self.calls.tensors.number)
+        return self.task.suspend(meeting)
 
     def _run(self, _suspend: Any) -> None:
         self._state.context.copy().run(self._run_in_state)

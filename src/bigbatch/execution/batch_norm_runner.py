@@ -102,7 +102,9 @@ class BatchNormRunner(MicrobatchRunner):
 
     def _differentiate(self, rows: Rows, pending: PendingUpdate, trained: Sequence[Tensor]) -> None:
         """Run forward and backward of a micro-batch, in a thread of its own."""
-        loss = pending.record(self.inputs.loss_fn(self._model, self.inputs.take(rows)))
+        microbatch = self.inputs.take(rows)
+        self._joint.note_inputs(microbatch)
+        loss = pending.record(self.inputs.loss_fn(self._model, microbatch))
         if loss is not None:
             backward_inside(loss, pending.sums, trained)
 

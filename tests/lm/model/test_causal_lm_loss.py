@@ -77,13 +77,13 @@ def test_weighted_update_is_that_of_whole_batch(microbatch: int, tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(save_model_folder(tmp_path)).double().eval()
     loss_fn = CausalLMLoss(resolve_device("cpu", "float64"))
     parts = [sample(3 + seed, seed, seed) for seed in range(8)]
-    parts = [part | {"weights": (part["labels"] != IGNORED) * (0.25 + i)} for i, part in enumerate(parts)]
+    parts = [part | {"weights": (part["labels"] != IGNORED) * (0.1 + i)} for i, part in enumerate(parts)]
     loss_sum, items = loss_fn(model, collate(parts, pad_id=0))
     expected = torch.autograd.grad(loss_sum / items, list(model.parameters()))
     engine = bigbatch.Engine(
         model, None, loss_fn, microbatch=microbatch, collate=lambda rows: collate(rows, pad_id=0), noise=False
     )
     report = engine.backward(parts)
-    assert report.items == pytest.approx(items.item())
+    assert report.items == pytest.approx(items.item(), rel=1e-14)  # in float32 the sum of the weights is rounded
     found = torch.nn.utils.get_total_norm([p.grad - g for p, g in zip(model.parameters(), expected, strict=True)])
     assert found <= 1e-6 * torch.nn.utils.get_total_norm(expected)  # norms are computed in float32

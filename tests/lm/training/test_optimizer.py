@@ -1,5 +1,6 @@
 """Optimizers and schedules of a run: the update of a plain loop, resumed runs, and refused settings."""
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -18,12 +19,14 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.engine_factory import make_engine
 from bigbatch.lm.training.lion import Lion
+from bigbatch.lm.training.muon import MuonWithAdamW
 from bigbatch.lm.training.optimizer import lr_factor, make_optimizer, optimizer_notes, split_for_muon
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import RecordingCallback, metrics, records, run, save_model_folder, write_jsonl
 from support.run_comparison import differing_results
+from support.torchrun_ranks import Launch
 
 LR, STEPS, DECAY = 1e-2, 10, 0.1
 Update = Callable[[float], None]
@@ -272,3 +275,41 @@ def test_start_names_parts_of_muon_and_duration(settings: dict[str, Any], capsys
     shown = capsys.readouterr().out
     assert "Muon updates 5,120 parameters in 14 matrices, AdamW the other" in shown
     assert re.search(r"about [\d.]+ s of forward and backward for 2 updates\n", shown)
+
+
+def small_muon(matrix: nn.Parameter, bias: nn.Parameter) -> MuonWithAdamW:
+    parts = [{"params": [parameter]} for parameter in (matrix, bias)]
+    return MuonWithAdamW(parts[:1], parts[1:], lr=LR, momentum=0.9, betas=(0.9, 0.95), eps=1e-8)
+
+
+def test_copy_of_muon_continues() -> None:
+    parameters = nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3))
+    optimizer = small_muon(*parameters)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = parameter.detach().sin()
+        optimizer.step()
+    copied, copied_optimizer = copy.deepcopy((parameters, optimizer))
+    for each, updates in ((parameters, optimizer), (copied, copied_optimizer)):
+        for parameter in each:
+            parameter.grad = parameter.detach().cos()
+        updates.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, copied, strict=True))
+
+
+def test_later_group_of_muon_is_refused() -> None:
+    optimizer = small_muon(nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3)))
+    with pytest.raises(InputError, match=r"^MuonWithAdamW takes no further parameter group, because"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_sharded_lion_makes_the_same_updates(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"optimizer": "lion", "steps": 3, "precision": "float64", "device": "cpu", "lr": 1e-3}
+    words = ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in settings.items())]
+    sharded = Launch([*words, "--parallel=fsdp", "--out=sharded"], 2, folder=tmp_path)
+    assert sharded.wait() == [0, 0], sharded.stderr(0)
+    alone = Launch([*words, "--out=alone"], 1, folder=tmp_path, alone=True)
+    assert alone.wait() == [0], alone.stderr(0)
+    losses = [[row["loss"] for row in metrics(tmp_path / out)] for out in ("sharded", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)

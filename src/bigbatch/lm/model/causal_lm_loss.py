@@ -53,6 +53,11 @@ class CausalLMLoss:
 
 
 def count_items(microbatch: dict[str, Tensor]) -> Tensor:
-    """Return the 0-d number of labels of a micro-batch or sample, or the sum of their weights if it has ``weights``."""
+    """Return the 0-d number of labels of a micro-batch or sample, or the sum of their weights if it has ``weights``.
+
+    In float64, where the device has it: in float32 the sum would depend on how the batch is cut.
+    """
     weights = microbatch.get("weights")
-    return (microbatch["labels"] != IGNORED).sum() if weights is None else weights.sum()
+    if weights is None:
+        return (microbatch["labels"] != IGNORED).sum()
+    return weights.sum(dtype=torch.float32 if weights.device.type == "mps" else torch.float64)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigbatch.errors import InputError
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` for the parameters of some groups, `torch.optim.AdamW` for those of the others.
@@ -41,6 +43,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
             parts.append((torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, foreach=True), len(others)))
         super().__init__([group for part, _ in parts for group in part.param_groups], {})
         self._parts = parts
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; not supported once the optimizer is made."""
+        if hasattr(self, "_parts"):
+            raise InputError(
+                "MuonWithAdamW takes no further parameter group, because it cannot know whether Muon or AdamW is to "
+                "update it: make another one with all groups."
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep what updates the groups in copies, too: that of torch keeps its own attributes only."""
+        return {**super().__getstate__(), "_parts": self._parts}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
