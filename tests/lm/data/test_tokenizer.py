@@ -69,7 +69,7 @@ def test_large_corpus_is_sampled_evenly() -> None:
     from_short = sum(map(len, (piece for piece in pieces if set(piece) == {"x"})))
     assert 50_000 - 4096 <= sum(map(len, pieces)) <= 50_000 + 4096
     assert 25_000 - 4096 <= from_short <= 25_000 + 4096
-    assert list(module._evenly_spread(["a", "b"], 2)) == ["a", "b"]
+    assert list(module._evenly_spread(["a", "b"], 2, 2)) == ["a", "b"]
 
 
 def test_chat_template_renders_first_turns_as_prefix() -> None:
