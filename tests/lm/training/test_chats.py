@@ -50,7 +50,8 @@ def test_template_is_saved_with_the_model(base: str, tmp_path: Path) -> None:
     assert saved.chat_template == NAMED_TEMPLATES["qwen3"].template
     counts = next(note for note in setup.notes if note.startswith("training data: "))
     assert counts.endswith("trained turn by turn, because the chat template renders earlier turns in another way")
-    assert len(setup.training) == 2 * len({setup.training.document_of(i) for i in range(len(setup.training))})
+    num_documents = int(counts.removeprefix("training data: ").split()[0])
+    assert len(setup.training) == 2 * num_documents
     assert any(note.startswith("--chat-template qwen3: the tokenizer splits ") for note in setup.notes)
 
 
