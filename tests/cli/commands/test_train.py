@@ -427,7 +427,7 @@ def test_ctrl_c_during_setup_leaves_no_files(folder: Path, base: Path) -> None:
     # Reading the data waits for the other end of a pipe, so that the signal comes in the middle of the set-up for sure.
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import bigbatch.lm.training.setup as setup; setup.open_sources = lambda *_, **__: open('../hold').read();"
+        "import bigbatch.lm.training.data as data; data.open_sources = lambda *_, **__: open('../hold').read();"
         "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     words = ["train", "--model", str(base), "--out", "run"]
