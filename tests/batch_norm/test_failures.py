@@ -311,7 +311,7 @@ class Interrupter:
 def interrupted(engine: bigbatch.Engine, number: int) -> int | None:
     """Run a window that is interrupted at a line; return how many lines it has if it is not."""
     interrupter = Interrupter(number)
-    tracer = sys.gettrace()
+    tracer, handler = sys.gettrace(), signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
     sys.settrace(interrupter)
     try:
         engine.backward(rows())
@@ -320,6 +320,7 @@ def interrupted(engine: bigbatch.Engine, number: int) -> int | None:
         return None
     finally:
         sys.settrace(tracer)
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -81,7 +81,7 @@ def describe(setup: TrainingSetup) -> dict[str, Any]:
         "loss": type(setup.loss_fn).__name__,
         "mode": None if setup.model_setup.layers is None else setup.model_setup.layers.mode,
         "training": model.training,
-        "notes": setup.notes,
+        "notes": [note for note in setup.notes if not note.startswith("token cache: ")],  # of the first process
     }
 
 
