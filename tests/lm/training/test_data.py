@@ -111,6 +111,18 @@ def test_run_without_cache_leaves_nothing(tmp_path: Path, data: str, monkeypatch
     assert found.fingerprint == kept.fingerprint
 
 
+def test_start_without_place_for_cache_says_so(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    config = TrainConfig(data=data).resolved()
+    with DataLoader(config, lambda *_: None) as loader:
+        notes = loader.load(TOKENIZER, 16).notes
+    assert notes[-1] == (
+        f"the token cache {tmp_path}/file/bigbatch cannot be written (not a directory): every start tokenizes the data "
+        "again. Pass --cache DIR"
+    )
+
+
 def test_single_text_is_cut_for_validation(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("".join(f"value {i}\n" for i in range(60)))

@@ -26,7 +26,7 @@ from bigbatch.lm.data.run_order import MixedOrder, RunOrder, UniformOrder
 from bigbatch.lm.data.sampling_order import LEGACY_ORDER, ORDER_VERSION
 from bigbatch.lm.data.sources import DataSources, ReadOptions, open_sources
 from bigbatch.lm.data.token_store.build import Store, Tokenization, corpus_state, vocabulary_state
-from bigbatch.lm.data.token_store.cache import Cache, default_cache
+from bigbatch.lm.data.token_store.cache import Cache, cache_folder
 from bigbatch.lm.data.token_store.reader import StoredTokens
 from bigbatch.lm.data.token_store.samples import Samples, read_samples, write_samples
 from bigbatch.lm.data.token_store.tokenized import find_stores, stored_tokenizer
@@ -36,9 +36,7 @@ from bigbatch.lm.data.validation_split import HashSplit
 from bigbatch.lm.files import write_atomically
 from bigbatch.memory.limit import describe_bytes
 
-SAMPLES, TOKENIZERS = "samples", "tokenizers"
-"""Kinds of the cache's entries, with ``tokens``."""
-
+SAMPLES, TOKENIZERS = "samples", "tokenizers"  # kinds of the cache's entries, with ``tokens``
 _NOT_IN_TOKENS = {
     *(name for group in GROUPS if group.title not in ("data", "conversations") for name in group.fields),
     *("data", "validation_data", "validation_fraction", "max_length", "data_weights"),
@@ -121,7 +119,8 @@ class DataLoader:
                 options=read_options(config),
                 with_validation=config.validation_fraction > 0,
             )
-        self._cache = Cache(None if config.no_cache else config.cache or default_cache())
+        root, self._cache_note = (None, None) if config.no_cache else cache_folder(config.cache)
+        self._cache = Cache(root)
 
     def __enter__(self) -> "DataLoader":
         return self
@@ -272,6 +271,8 @@ class DataLoader:
         return MixedOrder(parts, config.data_weights, seed=config.seed)
 
     def _cache_notes(self) -> Iterator[str]:
+        if self._cache_note is not None:
+            yield self._cache_note
         if not self._cache.has_written or self._cache.is_temporary:
             return
         entries = self._cache.entries()

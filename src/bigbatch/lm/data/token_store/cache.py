@@ -179,6 +179,28 @@ def default_cache() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "bigbatch"
 
 
+def cache_folder(asked: Path | None) -> tuple[Path | None, str | None]:
+    """Return the folder of the cache; None, with a sentence, if none is asked for and the default cannot be written."""
+    if asked is not None:
+        return asked, None
+    try:
+        folder = default_cache()
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder, None
+        reason = "permission denied"
+    except OSError as error:
+        reason = os_reason(error)
+    except RuntimeError:  # of Path.home()
+        return (
+            None,
+            "no folder for the token cache, since there is no home folder: every start tokenizes the data again",
+        )
+    return None, (
+        f"the token cache {folder} cannot be written ({reason}): every start tokenizes the data again. Pass --cache DIR"
+    )
+
+
 def _loaded(folder: Path, load: Callable[[Path], T]) -> tuple[T] | None:
     if not folder.is_dir():
         return None
