@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigbatch.lm.report import metrics_table
@@ -40,6 +40,9 @@ def content(found: Columns) -> Any:
 
 @settings(deadline=None)
 @given(lines=LINES)
+@example(lines=["", '{"step": 3} {"step": 4}'])
+@example(lines=[" ", '{"step": 3}{"step": 4}'])
+@example(lines=['{"step": 1, "other":', '{"step": 2}}', '{"step": 3} {"step": 4} {"step": 5}'])
 def test_arrow_and_python_read_the_same(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines) + '{"step": 99', encoding="utf-8")

@@ -150,7 +150,9 @@ def _complete_lines(path: Path) -> Iterator[bytes]:
 
 def _parsed_by_arrow(data: bytes) -> _Block | None:
     """Parse lines as what `bigbatch.lm.runs.directory` writes; None if any line is something else."""
-    if not data.isascii() or b"\r" in data or b"\n\n" in data or data.isspace():
+    # Arrow separates records by any white space: as many records as lines could be two in one line, and a blank one.
+    num_lines, num_starts = data.count(b"\n"), data.count(b"\n{") + data.startswith(b"{")
+    if not data.isascii() or b"\r" in data or not num_lines == num_starts == data.count(b"}\n"):
         return None
     schema = pa.schema([("step", pa.int64()), ("skipped", pa.string()), *((name, pa.float64()) for name in NUMBERS)])
     options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -159,7 +161,7 @@ def _parsed_by_arrow(data: bytes) -> _Block | None:
     except pa.ArrowException:
         return None
     steps = table.column("step")
-    if table.num_rows != data.count(b"\n") or steps.null_count:
+    if table.num_rows != num_lines or steps.null_count:
         return None
     whole = _values(steps, np.dtype(np.int64))
     if whole.min() < 0 or whole.max() >= LARGEST_STEP:
