@@ -42,6 +42,7 @@ def content(found: Columns) -> Any:
 @given(lines=LINES)
 @example(lines=["", '{"step": 3} {"step": 4}'])
 @example(lines=[" ", '{"step": 3}{"step": 4}'])
+@example(lines=['{"step": 1, "other": {}', ', "loss": 2}', '{"step": 3} {"step": 4}'])
 @example(lines=['{"step": 1, "other":', '{"step": 2}}', '{"step": 3} {"step": 4} {"step": 5}'])
 def test_arrow_and_python_read_the_same(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
