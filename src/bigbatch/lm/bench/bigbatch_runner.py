@@ -9,7 +9,7 @@ from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Workload, shift
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.model.causal_attention import use_causal_attention
+from bigbatch.lm.model.causal_attention import Kernel, kernel_of, use_causal_attention
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.training.autotune import apply_choice, describe, tune
 from bigbatch.lm.training.engine_factory import make_engine
@@ -17,24 +17,30 @@ from bigbatch.lm.training.engine_factory import make_engine
 WARM_UPDATES = 2  # one eager update, one that captures CUDA graphs
 
 
-def set_up(model: Any, workload: Workload) -> ModelSetup:
+def set_up(model: Any, workload: Workload, **settings: Any) -> ModelSetup:
     """Set up a model as `bigbatch train` does.
 
     Args:
         model: On its device. It is changed.
         workload: Provides precision and lengths.
+        settings: Of `TrainConfig`, other than the defaults.
     """
-    config = TrainConfig(
-        model=workload.name, max_length=workload.longest
-    ).resolved()  # the workload adds adapters itself
+    # the workload adds adapters itself
+    config = TrainConfig(model=workload.name, max_length=workload.longest, **settings).resolved()
     return set_up_model(model, config, workload.device_spec(), pad_id=0, longest=workload.longest)
 
 
 class BigbatchRunner:
-    """The engine as a contestant: sets up the model and tunes in its first turn, and reuses both in later turns."""
+    """The engine as a contestant: sets up the model and tunes in its first turn, and reuses both in later turns.
 
-    def __init__(self) -> None:
+    Args:
+        settings: Of `TrainConfig`, other than the defaults.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
         self._model_setup: ModelSetup | None = None
+        self._kernel: Kernel = "torch"
         self._chosen: tuple[CheckpointingMode, MicrobatchChoice] | None = None
         self.notes: list[str] = []
 
@@ -43,9 +49,10 @@ class BigbatchRunner:
         samples = shift(stage.samples)
         started_s = time.perf_counter()
         if self._model_setup is None:
-            self._model_setup = set_up(stage.model, stage.workload)
+            self._model_setup = set_up(stage.model, stage.workload, **self._settings)
+            self._kernel = kernel_of(stage.model)
         elif self._model_setup.layout == "packed":
-            use_causal_attention(stage.model)  # reset between turns
+            use_causal_attention(stage.model, self._kernel)  # reset between turns
         model_setup = self._model_setup
         engine = make_engine(model_setup, stage.optimizer, memory=stage.memory)
         if self._chosen is None:

@@ -43,6 +43,7 @@ CHANGEABLE = (
     "gpu",
     "gradient_checkpointing",
     "layout",
+    "attention",
     "compile",
     "sample_prompt",
     "log",
@@ -142,7 +143,7 @@ GROUPS = (
     FieldGroup(
         "machine",
         "Device, precision, memory and execution.",
-        ("device", "precision", "memory", "gpu", "gradient_checkpointing", "layout", "compile"),
+        ("device", "precision", "memory", "gpu", "gradient_checkpointing", "layout", "attention", "compile"),
     ),
     FieldGroup(
         "ranks",

@@ -231,6 +231,12 @@ class TrainFields(LoraFields, OptimizationFields):
         description="padded = one row for each sequence; packed = one row without padding, in which sequences do not "
         "attend to one another; auto = packed on CUDA if a check of the model finds no difference",
     )
+    attention: Literal["auto", "torch", "fa4"] = Field(
+        default="auto",
+        description="kernel of attention in packed rows on CUDA: that of torch, or FlashAttention-4 for Hopper and "
+        'Blackwell (pip install "bigbatch[fa4]"); auto = the faster of the two if a check of the model finds no '
+        "difference",
+    )
     compile: Literal["auto", "none", "layers", "graphs"] = Field(
         default="auto",
         description="layers = compile the layers of the model, which takes some seconds; graphs = also capture and "

@@ -7,7 +7,7 @@ it can be omitted. For an attention implementation without a registered mask fun
 import inspect
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
 
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.flash_attention_4 import flash_attention_4
 from bigbatch.lm.model.padding_check import ignores_right_padding, reference_logits
 
+Kernel = Literal["torch", "fa4"]
 NAME = "bigbatch_causal"
+NAMES: dict[Kernel, str] = {"torch": NAME, "fa4": "bigbatch_causal_fa4"}
 AGREEMENT_TOLERANCE = 0.02  # relative, of the logits, in any precision; a missing bias changes them by much more
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 # torch 2.11 shares key and value heads by default; later versions need the argument
@@ -49,7 +52,7 @@ def drop_mask_if_causal(model: Any, device_spec: DeviceSpec, *, max_length: int)
 
 def has_full_attention(config: Any, *, max_length: int) -> bool:
     """Return whether layers use torch's attention, over all previous tokens of at most ``max_length``."""
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", NAME):
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", *NAMES.values()):
         return False
     limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return all(limit is None or limit >= max_length for limit in limits)
@@ -60,12 +63,23 @@ def looks_causal(model: Any) -> bool:
     return all(getattr(module, "is_causal", True) is not False for module in model.modules())
 
 
-def use_causal_attention(model: Any) -> None:
-    """Switch every layer of a model to causal attention without a mask."""
+def use_causal_attention(model: Any, kernel: Kernel = "torch") -> None:
+    """Switch every layer of a model to causal attention without a mask.
+
+    Args:
+        model: A transformers language model.
+        kernel: Of packed rows on CUDA: that of torch, or FlashAttention-4.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attend)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(NAMES[kernel], _attend if kernel == "torch" else _attend_with_flash_attention_4)
+    model.set_attn_implementation(NAMES[kernel])
+
+
+def kernel_of(model: Any) -> Kernel:
+    """Return the kernel that `use_causal_attention` has set."""
+    name = getattr(model.config, "_attn_implementation", None)
+    return next((kernel for kernel, of_kernel in NAMES.items() if of_kernel == name), "torch")
 
 
 def _attend(
@@ -77,6 +91,7 @@ def _attend(
     *,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    kernel: Kernel = "torch",
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within rows, or within the sequences of one packed row; tensors are ``[rows, heads, length, width]``.
@@ -85,7 +100,7 @@ def _attend(
     """
     if cu_seq_lens_q is not None:
         assert max_length_q is not None, "offsets come with the length of the longest sequence"
-        return attend_packed(query, key, value, cu_seq_lens_q, max_length_q, **options), None
+        return attend_packed(query, key, value, cu_seq_lens_q, max_length_q, kernel=kernel, **options), None
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     groups = getattr(module, "num_key_value_groups", 1)
@@ -100,6 +115,10 @@ def _attend(
     return result
 
 
+def _attend_with_flash_attention_4(*tensors: Any, **options: Any) -> tuple[Tensor, None]:
+    return _attend(*tensors, kernel="fa4", **options)
+
+
 def attend_packed(
     query: Tensor,
     key: Tensor,
@@ -110,6 +129,7 @@ def attend_packed(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    kernel: Kernel = "torch",
     **options: Any,
 ) -> Tensor:
     """Attend causally within each sequence of one packed row.
@@ -127,6 +147,7 @@ def attend_packed(
         scaling: Factor of the products; by default 1 / √width.
         dropout: Only on the CPU.
         sliding_window: Tokens that each token attends to, itself included; None for all previous tokens.
+        kernel: On CUDA.
         options: Further options that transformers passes to attention.
 
     Returns:
@@ -149,9 +170,12 @@ def attend_packed(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    if kernel == "fa4":
+        scale = query.shape[2] ** -0.5 if scaling is None else scaling
+        return flash_attention_4(query, key, value, offsets, longest, scale=scale, window=sliding_window)[None]
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    kernel: Any = varlen_attn
-    attended: Tensor = kernel(
+    of_torch: Any = varlen_attn
+    attended: Tensor = of_torch(
         query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window, **_SHARED_HEADS
     )
     return attended[None]

@@ -17,6 +17,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.adapters import add_lora
+from bigbatch.lm.model.attention_choice import choose_kernel
 from bigbatch.lm.model.causal_attention import (
     drop_mask_if_causal,
     has_full_attention,
@@ -211,6 +212,7 @@ def _layout(
 ) -> Layout:
     """Choose packed or padded rows; for packed rows, switch the model to attention by offsets."""
     if not wants_packed_rows(config, device_spec.device):
+        _refuse_kernel(config, "rows are padded")
         return "padded"
     before = getattr(model.config, "_attn_implementation", None)
     why = "it needs a mask for padding" if needs_mask else None
@@ -218,13 +220,20 @@ def _layout(
         use_causal_attention(model)
         why = packing_obstacle(model, device_spec, longest=longest)
     if why is None:
+        notes += choose_kernel(model, config, device_spec, longest=longest)
         return "packed"
     if before is not None and getattr(model.config, "_attn_implementation", None) != before:
         model.set_attn_implementation(before)
     if config.layout == "packed":
         raise InputError(f"--layout packed is not supported for {config.model}: {why}. Use --layout auto or padded.")
+    _refuse_kernel(config, f"rows are padded, because {why}")
     notes.append(f"rows are padded and not packed: {why}")
     return "padded"
+
+
+def _refuse_kernel(config: TrainConfig, why: str) -> None:
+    if config.attention == "fa4":
+        raise InputError(f"--attention fa4 is for packed rows, and {why}. Use --attention auto.")
 
 
 def with_lora(model: Any, config: TrainConfig) -> Any:
