@@ -175,6 +175,61 @@ def test_shapes_are_captured_separately_and_oldest_is_evicted(monkeypatch: pytes
     assert pair.recorder.disabled_reason is None
 
 
+def test_graph_not_used_for_longest_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    captured = []
+    capture = cuda_graphs.capture
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        captured.append(True)
+        return capture(*arguments, **options)
+
+    monkeypatch.setattr(cuda_graphs, "capture", count)
+    pair = Pair(mlp(torch.float64))
+    for rows, captures in ((4, 0), (4, 1), (3, 2), (4, 2), (2, 3), (4, 3), (3, 4)):
+        assert pair.step(masked_batch(rows, rows, torch.float64)) <= 1e-12
+        assert len(captured) == captures
+
+
+def test_later_graphs_are_captured_while_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(mlp(torch.float64))
+    for _ in range(2):
+        assert pair.step(masked_batch(4, 0, torch.float64)) <= 1e-12
+    busy = []
+    capture = cuda_graphs.capture
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        torch.cuda._sleep(2_000_000_000)  # a second
+        graph = capture(*arguments, **options)
+        busy.append(not torch.cuda.current_stream().query())
+        return graph
+
+    monkeypatch.setattr(cuda_graphs, "capture", note)
+    assert pair.step(masked_batch(3, 1, torch.float64)) <= 1e-12
+    assert busy == [True]
+
+
+def test_capture_that_finds_no_memory_is_repeated_without_cached_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(mlp(torch.float64))
+    for _ in range(2):
+        assert pair.step(masked_batch(4, 0, torch.float64)) <= 1e-12
+    tries = []
+    capture = cuda_graphs.capture
+
+    def fail_first(run: Any, *arguments: Any, frees_cache: bool, **options: Any) -> Any:
+        tries.append(frees_cache)
+        if not frees_cache:
+            capture(run, *arguments, frees_cache=frees_cache, **options)  # which has added to the sums, but for running
+            raise torch.OutOfMemoryError("injected")
+        return capture(run, *arguments, frees_cache=frees_cache, **options)
+
+    monkeypatch.setattr(cuda_graphs, "capture", fail_first)
+    for seed in range(3):
+        assert pair.step(masked_batch(3, seed, torch.float64)) <= 1e-12
+    assert tries == [False, True]
+    assert pair.recorder.disabled_reason is None
+
+
 def test_sample_lists_are_captured_by_shape() -> None:
     """Padded to the longest of the micro-batch, under a limit of tokens."""
 

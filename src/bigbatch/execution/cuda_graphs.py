@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
-MAX_GRAPHS = 32  # one for each shape of a micro-batch; the oldest is dropped first
+MAX_GRAPHS = 32  # one for each shape of a micro-batch; that which was not used for longest is dropped first
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class CudaGraphRunner(MicrobatchRunner):
         self._fallback = fallback
         self._graphs: dict[Hashable, _CapturedGraph] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._parameters_with_gradient: tuple[Tensor, ...] = ()
         self._required_gradient: dict[Tensor, bool] = {}  # of each parameter, when buffers were adopted
         self._buffers: dict[Tensor, Tensor] | None = None
@@ -150,6 +151,7 @@ class CudaGraphRunner(MicrobatchRunner):
             if captured is None:
                 return False
         else:
+            self._graphs[key] = self._graphs.pop(key)  # the last one used is dropped last
             torch._foreach_copy_(captured.inputs, tensors)
         captured.graph.replay()
         pending.record((captured.loss_sum.clone(), captured.items.clone()))
@@ -168,7 +170,7 @@ class CudaGraphRunner(MicrobatchRunner):
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), cast("Any", torch.cuda.Stream)()
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         found: list[tuple[Tensor, Tensor]] = []
 
@@ -176,22 +178,28 @@ class CudaGraphRunner(MicrobatchRunner):
             found.append(_only_term(self.inputs.loss_fn(self._model, structure.unflatten(inputs))))
             sums.backward(found[0][0])
 
-        versions = sums.snapshot_versions()
-        try:
-            graph = capture(add, self._pool)
-            if not self._adds_to_same_buffers(sums, versions):
-                raise RuntimeError("micro-batches reach different parameters")
-        except Exception as error:  # noqa: BLE001 - whatever cannot be captured runs by the fallback
-            out_of_memory = is_out_of_memory(error)
-            self._disabled_reason = "memory ran out" if out_of_memory else first_line(error)
-        else:
-            (loss_sum, items), tensors = found[0], [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-            self._graphs[key] = _CapturedGraph(graph, tensors, loss_sum.detach(), items)
-            return self._graphs[key]
-        found.clear()
-        for parameter in sums.parameters:  # a new gradient would contain what was never written
-            parameter.grad = (self._buffers or {}).get(parameter)
-        sums.mark_unmodified()
+        # The first graph finds what the eager window left in the cache. Later ones are captured while the device still
+        # runs the micro-batches before, so that it never waits for the host.
+        for frees_cache in (False, True) if self._graphs else (True,):
+            versions = sums.snapshot_versions()
+            try:
+                graph = capture(add, self._pool, stream=self._stream, frees_cache=frees_cache)
+                if not self._adds_to_same_buffers(sums, versions):
+                    raise RuntimeError("micro-batches reach different parameters")
+            except Exception as error:  # noqa: BLE001 - whatever cannot be captured runs by the fallback
+                out_of_memory = is_out_of_memory(error)
+                reason = "memory ran out" if out_of_memory else first_line(error)
+            else:
+                (loss_sum, items), tensors = found[0], [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+                self._graphs[key] = _CapturedGraph(graph, tensors, loss_sum.detach(), items)
+                return self._graphs[key]
+            found.clear()
+            for parameter in sums.parameters:  # a new gradient would contain what was never written
+                parameter.grad = (self._buffers or {}).get(parameter)
+            sums.mark_unmodified()
+            if not out_of_memory:
+                break
+        self._disabled_reason = reason
         self._drop_graphs()
         return None
 
@@ -224,27 +232,48 @@ def _only_term(result: Any) -> tuple[Tensor, Tensor]:
     return loss_sum, items
 
 
-def capture(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+def capture(
+    run: Callable[[], None],
+    pool: Any = None,
+    *,
+    stream: torch.cuda.Stream | None = None,
+    frees_cache: bool = True,
+) -> torch.cuda.CUDAGraph:
     """Capture what a function launches on the current CUDA device as a graph, without running it.
 
     Args:
         run: Uses tensors that stay in place. What it allocates belongs to the graph.
         pool: Memory pool shared by graphs that never run at the same time; by default a pool of its own.
+        stream: Of the capture, the same for all graphs of a pool; by default one of torch.
+        frees_cache: Whether to wait for the device and free the memory that the allocator has cached, which cannot be
+            freed during a capture.
 
     Raises:
         RuntimeError: The function does something that cannot be captured, such as waiting for the device.
     """
     graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    context = torch.cuda.graph(graph, pool=pool, stream=stream)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # follows the error that caused it
-            with torch.cuda.graph(graph, pool=pool):
+            with context if frees_cache else _capturing(graph, pool, context.capture_stream):
                 run()
     except BaseException:
         _end_capture(pool)
         raise
     return graph
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: Any) -> Iterator[None]:
+    """Do what `torch.cuda.graph` does, but for waiting for the device and freeing its cached memory."""
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool)
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 def _end_capture(pool: Any) -> None:
