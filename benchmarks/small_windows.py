@@ -1,51 +1,72 @@
 """One batch of W over several cards: the time of every update, and where it goes.
 
-    torchrun --standalone --nproc-per-node 4 benchmarks/small_windows.py [--updates 30] [--budget 12288] [--profile]
+    torchrun --standalone --nproc-per-node 4 benchmarks/small_windows.py [--updates 30] [--budget 12288]
+        [--how alone,ddp,fsdp,fsdp-every] [--batches 1] [--profile]
 
 On CUDA cards of one host with NCCL. Every update has other lengths: the window of W with another seed, dealt over the
-ranks as `bigbatch train` does. First, rank 0 runs the same windows alone, and the others wait; then all ranks do. The
-tables have the milliseconds of each update, the graphs that were captured in it, and medians over the second half.
-``--cpu`` runs the small workload over gloo, to try the script.
+ranks as `bigbatch train` does. ``alone``: rank 0 runs the same windows, and the others wait. ``ddp``, ``fsdp``: all
+ranks do; ``fsdp-every`` gathers weights in float32 for every micro-batch, as FSDP does by default. ``--batches 4``
+makes each window as large as so many batches of W. The tables have the milliseconds of each update, the graphs that
+were captured in it, and medians over the second half. ``--cpu`` runs the small workload over gloo, to try the script.
 """
 
 import argparse
+import gc
 import os
 import statistics
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bigbatch import TokenBudget
+from bigbatch.distributed.sharded import ShardedSync
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.training.engine_factory import make_engine
 
 
-def windows(workload: Any, number: int) -> list[list[dict[str, torch.Tensor]]]:
-    """Return the samples of each window; the first is that of the workload."""
+def windows(workload: Any, number: int, batches: int) -> list[list[dict[str, torch.Tensor]]]:
+    """Return the samples of each window; the first one begins with that of the workload."""
     return [
-        shift([{"input_ids": ids, "labels": ids} for ids in workload.make_sequences(seed=seed)])
+        shift(
+            [
+                {"input_ids": ids, "labels": ids}
+                for part in range(batches)
+                for ids in workload.make_sequences(seed=seed * batches + part)
+            ]
+        )
         for seed in range(number)
     ]
 
 
 def run(
-    workload: Any, ranks: RankContext, device: torch.device, arguments: argparse.Namespace
+    workload: Any, ranks: RankContext, how: str, device: torch.device, arguments: argparse.Namespace
 ) -> list[dict[str, float]]:
     """Run the updates, and return what each took."""
     model = workload.make_model(device)
     model_setup = set_up(model, workload)
-    sync = ranks.parallelize(model, device)
+    sync: Any = None
+    if how == "fsdp-every":
+        ranks.parallelize(model, device)
+        sync = ShardedSync(model, keeps_weights=False)
+    elif how != "alone":
+        sync = ranks.parallelize(model, device, layers_dtype=workload.device_spec().gathered_dtype)
+    if ranks.are_sharded:
+        model_setup = replace(model_setup, uses_cuda_graphs=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=workload.lr, fused=device.type == "cuda")
     engine = make_engine(model_setup, optimizer, microbatch=TokenBudget(arguments.budget), sync=sync)
     rows = []
-    for number, window in enumerate(windows(workload, arguments.updates)):
+    for number, window in enumerate(windows(workload, arguments.updates, arguments.batches)):
         lengths = [len(sample["input_ids"]) for sample in window]
         own = [window[i] for i in ranks.shard_window(range(len(window)), lengths)]
+        if ranks.are_sharded and not number:
+            shortest = model_setup.collate([min(own, key=lambda sample: len(sample["input_ids"]))])
+            sync.set_padding_microbatch({name: tensor.to(device) for name, tensor in shortest.items()})
         before = getattr(engine.runner, "num_graphs", 0)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -69,7 +90,11 @@ def run(
                 "captured": getattr(engine.runner, "num_graphs", 0) - before,
             }
         )
-    engine.release_cuda_graphs()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        engine.release_cuda_graphs()
+        if ranks.rank == 0:
+            print(f"peak {peak:.1f} GiB")
     return rows
 
 
@@ -90,6 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--budget", type=int, default=12_288)
+    parser.add_argument("--how", default="alone,ddp,fsdp,fsdp-every")
+    parser.add_argument("--batches", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
@@ -99,16 +126,23 @@ def main() -> None:
         torch.cuda.set_device(device)
     workload = W_SMALL if arguments.cpu else W
     dist.init_process_group("gloo" if arguments.cpu else "nccl", device_id=None if arguments.cpu else device)
-    alone = 0.0
-    if rank == 0:
-        alone = show("rank 0 alone", run(workload, SINGLE_PROCESS, device, arguments))
+    speeds: dict[str, float] = {}
+    for how in arguments.how.split(","):
+        ranks = SINGLE_PROCESS
+        if how != "alone":
+            ranks = RankContext(size, rank, size, "ddp" if how == "ddp" else "fsdp")
+        if how != "alone" or rank == 0:
+            rows = run(workload, ranks, how, device, arguments)
+            if rank == 0:
+                speeds[how] = show(how if how == "alone" else f"{size} ranks, {how}", rows)
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    dist.barrier()
-    rows = run(workload, RankContext(size, rank, size, "ddp"), device, arguments)
-    if rank == 0:
-        together = show(f"{size} ranks", rows)
-        print(f"{size} ranks: {together / alone / size:.3f} of {size} times one card")
+            torch.cuda.reset_peak_memory_stats()
+        dist.barrier()
+    if "alone" in speeds:
+        for how, speed in speeds.items():
+            print(f"{how:12} {speed:10,.0f} tokens/s, {speed / speeds['alone'] / size:.3f} of {size} times one card")
     dist.destroy_process_group()
 
 

@@ -5,7 +5,7 @@ policy → flags before each micro-batch → FSDP reduces in backward → shards
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,11 @@ from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 from bigbatch.gradients.loss_totals import may_have_items
 from bigbatch.types import Terms
 
+if TYPE_CHECKING:
+    from bigbatch.gradients.gradient_sums import GradientSums
+
+KEPT_SHARE = 8  # gathered weights may take one part in so many of a device's memory
+
 
 class ShardedSync(MultiRankSync):
     """A model in shards, gathered layer by layer: every forward and backward is collective.
@@ -31,6 +36,9 @@ class ShardedSync(MultiRankSync):
         model: With `fully_shard` applied to it, and to its layers.
         policy: When gradients are reduced. By default with every micro-batch, which holds shards only; in two
             dimensions, between the ranks that shard with every micro-batch, and between the replicas with the last.
+        keeps_weights: Whether the gathered weights stay on the device from the first micro-batch of a window to the
+            last, so that they are gathered once a window instead of twice a micro-batch. By default if they take at
+            most an eighth of the memory of a CUDA device.
 
     Raises:
         TypeError: A parameter is not sharded, or is sharded over other ranks than the rest.
@@ -41,8 +49,10 @@ class ShardedSync(MultiRankSync):
     runs_in_lockstep = True
     parameters_are_wrapped = True
 
-    def __init__(self, model: nn.Module, *, policy: SyncPolicy | None = None) -> None:
-        self._roots = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    def __init__(
+        self, model: nn.Module, *, policy: SyncPolicy | None = None, keeps_weights: bool | None = None
+    ) -> None:
+        self._roots: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         if whole or len(meshes) != 1:
@@ -56,6 +66,8 @@ class ShardedSync(MultiRankSync):
             raise ValueError(f"sync is {policy}, and this model has no replicas: use LAST or EVERY.")
         self.gradient_divide_factor = self._find_divide_factor()
         self._check_dtypes()
+        self._keeps_weights = self._weights_fit() if keeps_weights is None else keeps_weights
+        self._kept: list[tuple[FSDPModule, bool]] = []
         self._padding_microbatch: Any = None
         self._zero_gradient = False
         self._unhook: Any = None
@@ -96,6 +108,10 @@ class ShardedSync(MultiRankSync):
         self._unhook = self.module.register_forward_hook(self._hook_outputs)
         self._clear_fsdp_state()
         self._set_reduction(is_last=True)
+        if self._keeps_weights:
+            self._kept = list(self._roots_that_gather_again())
+        for root, _ in self._kept:
+            root.set_reshard_after_forward(False, recurse=False)
 
     def end_window(self) -> None:
         """Restore the flags, and drop what an abandoned window left inside FSDP."""
@@ -107,6 +123,11 @@ class ShardedSync(MultiRankSync):
         if self._unhook is not None:
             self._unhook.remove()
             self._unhook = None
+        for root, gathers_again in self._kept:
+            root.set_reshard_after_forward(gathers_again, recurse=False)
+            root.set_reshard_after_backward(True, recurse=False)
+            root.reshard()  # no-op after the last backward of a window that ended
+        self._kept = []
         self._clear_fsdp_state()
 
     def turns(
@@ -137,6 +158,12 @@ class ShardedSync(MultiRankSync):
         yield
         self._backward_failed = self._zero_gradient = False
 
+    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool]) -> bool:
+        """Free weights that are still gathered: those of modules that did not run in the last micro-batch."""
+        for root, _ in self._kept:
+            root.reshard()
+        return False
+
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the 2-norm of whole gradients from their shards, 0-d. Collective."""
         total = torch.nn.utils.get_total_norm(gradients)
@@ -149,6 +176,8 @@ class ShardedSync(MultiRankSync):
             root.set_requires_gradient_sync(self.syncs_in_backward, recurse=False)
             if self.policy is SyncPolicy.SHARD:
                 root.set_requires_all_reduce(is_last, recurse=False)
+        for root, _ in self._kept:
+            root.set_reshard_after_backward(is_last, recurse=False)
 
     def _hook_outputs(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Register gradient hooks on the outputs without keeping references to them."""
@@ -169,9 +198,37 @@ class ShardedSync(MultiRankSync):
 
     def _parameter_groups(self) -> Iterator[Any]:
         for root in self._roots:
+            yield from self._groups_of(root)
+
+    @staticmethod
+    def _groups_of(root: FSDPModule) -> Iterator[Any]:
+        state = root._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # several a module from torch 2.13 on
+        yield from groups if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
+
+    def _roots_that_gather_again(self) -> Iterator[tuple[FSDPModule, bool]]:
+        """Yield the modules whose weights can be kept, and whether FSDP frees them after forward.
+
+        None before the first forward, which decides that; and none that FSDP shards over other ranks after forward.
+        """
+        for root in self._roots:
             state = root._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)  # several a module from torch 2.13 on
-            yield from groups if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
+            groups = list(self._groups_of(root))
+            if state._is_root is None or any(g.post_forward_mesh_info not in (None, g.mesh_info) for g in groups):
+                continue
+            yield root, any(group.post_forward_mesh_info is not None for group in groups)
+
+    def _weights_fit(self) -> bool:
+        """Return whether the gathered weights take little of the memory of a CUDA device."""
+        device = next(iter(self.module.parameters())).device
+        if device.type != "cuda":
+            return False
+        kept = sum(
+            parameter._orig_size.numel() * (group.mp_policy.param_dtype or parameter.sharded_param.dtype).itemsize
+            for group in self._parameter_groups()
+            for parameter in group.fsdp_params
+        )
+        return bool(kept * KEPT_SHARE <= torch.cuda.get_device_properties(device).total_memory)
 
     def _find_divide_factor(self) -> float:
         """Return what FSDP divides gradients by: the number of ranks, or the factor that was set on the model."""

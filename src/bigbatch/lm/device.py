@@ -32,6 +32,11 @@ class DeviceSpec:
         """Dtype of the parameters: float32 except for float64 and bf16-weights."""
         return {"float64": torch.float64, "bf16-weights": torch.bfloat16}.get(self.precision, torch.float32)
 
+    @property
+    def gathered_dtype(self) -> torch.dtype | None:
+        """Dtype in which ranks gather sharded weights of decoder layers: that of autocast, on CUDA; None for theirs."""
+        return torch.bfloat16 if self.precision == "bf16" and self.device.type == "cuda" else None
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context for forward and loss."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)

@@ -89,12 +89,16 @@ class RankContext:
                     "every machine."
                 )
 
-    def parallelize(self, model: Any, device: torch.device) -> GradientSync | SyncPolicy | None:
+    def parallelize(
+        self, model: Any, device: torch.device, *, layers_dtype: torch.dtype | None = None
+    ) -> GradientSync | SyncPolicy | None:
         """Replicate or shard a model over the ranks, before its optimizer is made. Collective.
 
         Args:
             model: On the device; or on the meta device if it is sharded, which it stays.
             device: Of this rank.
+            layers_dtype: Of the weights of decoder layers as a sharded model gathers them; None for that of the shards.
+                Gradients are reduced and summed in float32 all the same.
 
         Returns:
             What `bigbatch.Engine` accepts as ``sync``.
@@ -107,7 +111,7 @@ class RankContext:
         if not self.are_sharded:
             return Replicated(model)
         try:
-            _shard(model, self, device.type)
+            _shard(model, self, device.type, layers_dtype)
             return detect_sync(model)
         except (ValueError, TypeError, AssertionError) as error:
             raise InputError(f"--parallel {self.parallel} is not supported here: {first_line(error)}.") from error
@@ -174,9 +178,19 @@ def gather_trained(model: Any) -> dict[str, Tensor]:
     return trained
 
 
-def _shard(model: Any, ranks: RankContext, kind: str) -> None:
+def _casts_weights_under_autocast(layer: nn.Module) -> bool:
+    """Return whether all weights of a layer are cast under autocast, or are those of norms, whose output is cast."""
+    owners = [module for module in layer.modules() if next(module.parameters(recurse=False), None) is not None]
+    names = [type(owner).__name__ for owner in owners]
+    return all(
+        isinstance(owner, nn.Linear) or name == "Conv1D" or name.endswith("Norm")
+        for owner, name in zip(owners, names, strict=True)
+    )
+
+
+def _shard(model: Any, ranks: RankContext, kind: str, layers_dtype: torch.dtype | None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if ranks.parallel == "fsdp":
@@ -189,5 +203,10 @@ def _shard(model: Any, ranks: RankContext, kind: str) -> None:
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     # peft generates text by calling the base model, whose own hooks then have to gather the embeddings.
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for module in (*layers, root):
-        fully_shard(module, mesh=mesh)
+    precision = MixedPrecisionPolicy()
+    if layers_dtype is not None and all(map(_casts_weights_under_autocast, layers)):
+        # inputs of layers are not cast: hidden states and rotary positions stay in float32, as under autocast
+        precision = MixedPrecisionPolicy(layers_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(root, mesh=mesh)

@@ -163,7 +163,7 @@ def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | Sync
         InputError: The model cannot be sharded, or a rank cannot load its shards.
     """
     device = setup.device_spec.device
-    sync = ranks.parallelize(setup.model, device)
+    sync = ranks.parallelize(setup.model, device, layers_dtype=setup.device_spec.gathered_dtype)
     if setup.weights is not None:
         with ranks.raise_together():
             load_shards(setup.model, setup.weights, device)
