@@ -21,7 +21,7 @@ class DocumentCounts:
     """What one pass over documents found.
 
     Attributes:
-        characters: Of each.
+        characters: Of each; of tokens, 4 for each.
         for_training: Whether each is for training; the documents are then those of `documents`.
         cut: The two parts of the only document, if it is a text that was cut for validation.
     """
@@ -46,7 +46,7 @@ def count_documents(corpora: Iterable[Corpus], fraction: float) -> DocumentCount
     for document in chain.from_iterable(corpora):
         first = first or document
         keys.append(int(document.key[:16], 16))
-        characters.append(sum(map(len, document.texts)))
+        characters.append(document.size)
     if len(keys) == 1 and first is not None and fraction:
         training, held_out = cut_single([first], fraction)
         parts = (*training, *held_out)

@@ -12,9 +12,9 @@ _CANONICAL = json.JSONEncoder(ensure_ascii=True, sort_keys=True, separators=(","
 
 @dataclass(frozen=True)
 class Document:
-    """A text, a prompt with its completion, or a conversation: one unit of training data.
+    """A text, a prompt with its completion, a conversation, or tokens: one unit of training data.
 
-    Exactly one of ``text``, ``prompt`` with ``completion``, and ``messages`` is set.
+    Exactly one of ``text``, ``prompt`` with ``completion``, ``messages``, and ``tokens`` is set.
 
     Attributes:
         source: Origin, for messages to the user: a path, or ``path:line`` for a record.
@@ -25,6 +25,8 @@ class Document:
             :func:`bigbatch.lm.data.messages.to_messages` returns them; those of the assistant are trained on, each
             times its ``weight`` if it has one.
         tools: JSON schemas of the tools that a conversation may call; None for none.
+        tokens: Token ids, encoded by another tool: little-endian int32.
+        trained: For each of the tokens, a byte: 1 if it is trained on, else 0; None if all but the first are.
         shape: Shape of the record (see :mod:`bigbatch.lm.data.records`), for counts; no part of the content.
     """
 
@@ -34,17 +36,21 @@ class Document:
     completion: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
+    tokens: bytes | None = field(default=None, repr=False)
+    trained: bytes | None = field(default=None, repr=False)
     shape: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) == (self.completion is None), "a prompt and its completion come together"
-        kinds = [self.text is not None, self.prompt is not None, self.messages is not None]
-        assert sum(kinds) == 1, "a document is a text, a prompt with its completion, or a conversation"
+        kinds = [value is not None for value in (self.text, self.prompt, self.messages, self.tokens)]
+        assert sum(kinds) == 1, "a document is a text, a prompt with its completion, a conversation, or tokens"
         assert self.tools is None or self.messages is not None, "tools belong to a conversation"
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of the content in hex, independent of the source."""
+        if self.tokens is not None:
+            return hashlib.sha256(b"tokens" + self.tokens + (self.trained or b"")).hexdigest()
         content: list[Any] = [self.text, self.prompt, self.completion, self.messages]
         if self.tools is not None:
             content.append(self.tools)
@@ -53,8 +59,16 @@ class Document:
         return hashlib.sha256(_CANONICAL.encode(content).encode("ascii")).hexdigest()
 
     @property
+    def size(self) -> int:
+        """Characters of the texts; of tokens, 4 for each."""
+        return sum(map(len, self.texts)) if self.tokens is None else len(self.tokens)
+
+    @property
     def texts(self) -> tuple[str, ...]:
-        """Every string of the content, in order, to train a tokenizer on; tools and calls of tools as JSON."""
+        """Every string of the content, in order, to train a tokenizer on; tools and calls of tools as JSON.
+
+        None of tokens.
+        """
         if self.messages is None:
             return tuple(part for part in (self.text, self.prompt, self.completion) if part is not None)
         tools = () if self.tools is None else (json.dumps(self.tools, ensure_ascii=False),)

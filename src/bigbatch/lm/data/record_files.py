@@ -18,6 +18,7 @@ from bigbatch.lm.data.json_files import Records, read_json, read_json_lines
 from bigbatch.lm.data.messages import NO_TOKEN, kind_of, listing
 from bigbatch.lm.data.reading import Reading, UnknownShapeError
 from bigbatch.lm.data.records import ANY_COLUMNS, EXPECTED, FIELDS, SHAPES, RecordColumns, to_document
+from bigbatch.lm.data.token_records import has_token_list
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
@@ -58,7 +59,11 @@ def to_documents(records: Records, reading: Reading) -> Iterator[Document]:
 def is_known(record: object, columns: RecordColumns = ANY_COLUMNS) -> bool:
     """Return whether a value has all fields of a shape of records."""
     named = [(name,) for name in (columns.text, columns.messages) if name is not None]
-    return isinstance(record, Mapping) and any(record.keys() >= set(names) for names in named or SHAPES.values())
+    if not isinstance(record, Mapping):
+        return False
+    return any(record.keys() >= set(names) for names in named or SHAPES.values()) or (
+        not named and has_token_list(record)
+    )
 
 
 def select_columns(names: list[str], *, source: str, columns: RecordColumns = ANY_COLUMNS) -> list[str]:

@@ -5,6 +5,7 @@
     messages                               OpenAI's form; the assistant's turns are trained on
     conversations                          ShareGPT's form: from and value
     instruction, input, output             Alpaca's form: a prompt from the first two, and the output
+    input_ids or tokens, labels            tokens (see :mod:`bigbatch.lm.data.token_records`)
 
 Other columns are ignored. A field that is null is missing.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.messages import NO_TOKEN, check_trainable, kind_of, listing, to_messages, to_string, to_tools
+from bigbatch.lm.data.token_records import LABELS, MASKS, TOKENS, has_token_list, to_token_document
 from bigbatch.lm.text import plural
 
 SHAPES = {
@@ -26,14 +28,16 @@ SHAPES = {
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
     "Alpaca": ("instruction", "output"),
+    "tokens": ("input_ids",),
 }
 """The fields that make each shape."""
 
-FIELDS = tuple(dict.fromkeys(name for names in SHAPES.values() for name in names))
-_BESIDES = ("input", "system", "history", "tools", "functions", "label")  # of some shapes
+FIELDS = (*dict.fromkeys(name for names in SHAPES.values() for name in names), TOKENS)
+_BESIDES = ("input", "system", "history", "tools", "functions", "label", LABELS, *MASKS)  # of some shapes
 EXPECTED = (
     "A record must have 'text', or 'prompt' and 'completion', or 'messages', or 'conversations' (ShareGPT), or "
-    "'instruction' and 'output' (Alpaca). For a column of another name, pass --text-column or --messages-column."
+    "'instruction' and 'output' (Alpaca), or 'input_ids' (tokens). For a column of another name, pass --text-column "
+    "or --messages-column."
 )
 PREFERENCES = "Preference data is not for bigbatch train: use a trainer of TRL, made exact with bigbatch."
 
@@ -104,6 +108,8 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
     if columns.messages is not None:
         return _conversation(record, columns.messages, source, shape="messages")
     present = {name for name, value in record.items() if value is not None}
+    if has_token_list(record):
+        present.add("input_ids")
     shapes = [shape for shape, names in SHAPES.items() if present.issuperset(names)]
     if not shapes:
         nulls = f" (null: {listing(name for name in record if name not in present)})" if present != set(record) else ""
@@ -121,6 +127,8 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
             return _completion(record, source)
         case "Alpaca":
             return _alpaca(record, source)
+        case "tokens":
+            return to_token_document(record, source)
         case shape:
             return _conversation(record, SHAPES[shape][0], source, shape=shape)
 

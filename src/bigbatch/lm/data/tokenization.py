@@ -3,6 +3,7 @@
 text             prefix + text + end                  every token but the first is trained on
 prompt           prefix + prompt | completion + end   the tokens after the bar are trained on
 messages         the chat template's rendering        what the assistant says is trained on, end marks included
+tokens           as they are                          those that their labels or masks train on
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import ConversationRenderer, Rendering, Span, TrainOn
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.token_records import all_but_first, foreign_token, token_ids
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
 BATCH_CHARACTERS = 500_000
@@ -94,6 +96,17 @@ class DocumentEncoder:
         tokens += [self._special_tokens.end] if is_last else []
         return Encoded(tokens, b"\0" * is_first + b"\1" * (len(tokens) - is_first))
 
+    def accepts(self, document: Document, broken: list[str] | None) -> bool:
+        """Return whether the tokens of a document are those of the tokenizer; an error is raised or appended.
+
+        Raises:
+            InputError: They are not, and ``broken`` is None.
+        """
+        reason = foreign_token(int(token_ids(document).max()), document.source, len(self._tokenizer))
+        if reason is not None:
+            _refuse(reason, broken)
+        return reason is None
+
     def encode(self, batch: list[Document], broken: list[str] | None, *, first: int = 0) -> Iterator[Encoded]:
         """Yield the tokens of documents; ``first`` is the index of the first one.
 
@@ -121,6 +134,9 @@ class DocumentEncoder:
         for place, document in enumerate(batch):
             if document.text is not None:
                 yield place, self._special_tokens.text(next(plain))
+            elif document.tokens is not None:
+                if self.accepts(document, broken):
+                    yield place, (token_ids(document).tolist(), document.trained or all_but_first(document), None)
             elif document.messages is None:
                 yield place, self._special_tokens.completion(next(plain), next(plain))
             else:
@@ -272,7 +288,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += sum(map(len, document.texts))
+        characters += document.size
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.token_records import all_but_first
 from bigbatch.lm.data.token_store.writer import Block
 from bigbatch.lm.data.tokenization import BATCH_CHARACTERS, BATCH_DOCUMENTS, DocumentEncoder, Encoded
 
@@ -29,8 +30,8 @@ class DocumentBatch:
 
     @property
     def characters(self) -> int:
-        """Characters of all strings."""
-        return sum(len(text) for document in self.documents for text in document.texts)
+        """Sizes of all documents."""
+        return sum(document.size for document in self.documents)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def batches(documents: Iterable[Document], encoder: DocumentEncoder) -> Iterator
     batch: list[Document] = []
     characters = 0
     for document in documents:
-        length = sum(map(len, document.texts))
+        length = document.size
         if document.text is not None and length > LONG_TEXT:
             if batch:
                 yield DocumentBatch(batch)
@@ -98,6 +99,8 @@ def encode_batch(batch: Batch, encoder: DocumentEncoder, *, skip_broken: bool) -
     if all(document.text is not None for document in batch.documents):
         return _text_block(batch.documents, encoder)
     broken: list[str] | None = [] if skip_broken else None
+    if all(document.tokens is not None for document in batch.documents):
+        return _token_block([document for document in batch.documents if encoder.accepts(document, broken)], broken)
     found = list(encoder.encode(batch.documents, broken))
     parts: list[int] = []
     last = -1
@@ -124,6 +127,21 @@ def _text_block(documents: list[Document], encoder: DocumentEncoder) -> Block:
     trained[ends - counts] = False
     keys = np.fromiter((int(document.key[:16], 16) for document in documents), np.uint64, len(documents))
     return Block(tokens, trained, None, counts, keys, np.zeros(len(documents), np.int32))
+
+
+def _token_block(documents: list[Document], broken: list[str] | None) -> Block:
+    """Return the tokens of documents that are encoded already, all of them accepted by the encoder."""
+    tokens = np.frombuffer(b"".join(document.tokens or b"" for document in documents), "<i4")
+    trained = b"".join(document.trained or all_but_first(document) for document in documents)
+    return Block(
+        tokens.astype(np.int32, copy=False),
+        np.frombuffer(trained, np.bool_),
+        None,
+        np.fromiter((document.size // 4 for document in documents), np.int64, len(documents)),
+        np.fromiter((int(document.key[:16], 16) for document in documents), np.uint64, len(documents)),
+        np.zeros(len(documents), np.int32),
+        broken=tuple(broken or ()),
+    )
 
 
 def _block(
