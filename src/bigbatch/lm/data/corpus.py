@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.reading import DEFAULT_OPTIONS, Reading, ReadOptions
+
+if TYPE_CHECKING:
+    from bigbatch.lm.data.token_shards.shards import TokenShards
 
 
 class Corpus:
@@ -17,7 +21,9 @@ class Corpus:
 
     Attributes:
         name: The source, as the user named it.
-        files: The files that are read.
+        files: The files that are read, if they are on this machine.
+        shards: The shards of tokens that the documents are in, if they can be read where they are.
+        state: Returns a JSON value that changes when the documents do; None to know them by their files.
     """
 
     def __init__(
@@ -27,10 +33,14 @@ class Corpus:
         name: str = "",
         files: Sequence[Path] = (),
         options: ReadOptions = DEFAULT_OPTIONS,
+        shards: TokenShards | None = None,
+        state: Callable[[], Any] | None = None,
     ) -> None:
         """Store ``read``, which yields every document and adds notes to the pass that it receives."""
         self.name = name
         self.files = tuple(files)
+        self.shards = shards
+        self.state = state
         self._read = read
         self._options = options
         self._last: Reading | None = None

@@ -20,7 +20,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import TrainOn
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.token_store.encoding import batches, encode_batch
-from bigbatch.lm.data.token_store.reader import MemoryTokens, TokenReader
+from bigbatch.lm.data.token_store.reader import MemoryTokens, Span, TokenReader
 from bigbatch.lm.data.token_store.samples import Counts, Samples, make_samples
 from bigbatch.lm.data.token_store.writer import concatenated
 from bigbatch.lm.data.tokenization import DocumentEncoder
@@ -65,14 +65,13 @@ class TokenDataset:
         """
         if index >= len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        start, length = int(self._starts[index]), int(self.lengths[index])
-        span = self._reader.read(start, start + length + 1)
-        tokens = torch.from_numpy(span.tokens.astype(np.int64))
-        labels = np.where(span.trained[1:], span.tokens[1:], IGNORED).astype(np.int64)
-        sample = {"input_ids": tokens[:-1], "labels": torch.from_numpy(labels)}
-        if span.weights is not None:
-            sample["weights"] = torch.from_numpy(span.weights[1:].copy())
-        return sample
+        return self.take([index])[0]
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Return several samples; those of a remote storage are requested at the same time."""
+        starts = [int(self._starts[index]) for index in indices]
+        bounds = [(start, start + int(self.lengths[i]) + 1) for start, i in zip(starts, indices, strict=True)]
+        return [_sample(span) for span in self._reader.read_many(bounds)]
 
     @property
     def num_tokens(self) -> int:
@@ -114,6 +113,16 @@ class TokenDataset:
             for start, stop in pairwise([0, *gaps.tolist(), len(starts)]):
                 span = self._reader.read(int(starts[start]) + 1, int(ends[stop - 1]))
                 yield span.tokens[span.trained]
+
+
+def _sample(span: Span) -> dict[str, Tensor]:
+    """Return a sample of consecutive tokens, of which the last one is a label only."""
+    tokens = torch.from_numpy(span.tokens.astype(np.int64))
+    labels = np.where(span.trained[1:], span.tokens[1:], IGNORED).astype(np.int64)
+    sample = {"input_ids": tokens[:-1], "labels": torch.from_numpy(labels)}
+    if span.weights is not None:
+        sample["weights"] = torch.from_numpy(span.weights[1:].copy())
+    return sample
 
 
 def encode(

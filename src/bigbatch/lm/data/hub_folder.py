@@ -138,6 +138,12 @@ def split_of(name: str) -> str | None:
     return next((_SPLIT_OF_NAME[folder.lower()] for folder in folders if folder.lower() in _SPLIT_OF_NAME), None)
 
 
+def split_of_name(name: str) -> str | None:
+    """Return the split that the name of a shard or of a folder of shards has as a word; None for others."""
+    match = _IN_TABLE_NAME.search(name)
+    return None if match is None else _SPLIT_OF_NAME[match[1].lower()]
+
+
 def unused_validation_note(path: Path, data: str) -> str | None:
     """Return a note if a training file or folder has a validation split next to it, which is not used."""
     name = path.name if path.is_file() else f"{path.name}/all.txt"

@@ -22,6 +22,15 @@ from bigbatch.lm.data.python_stdlib import read_standard_library, read_standard_
 from bigbatch.lm.data.reading import DEFAULT_OPTIONS, ReadOptions
 from bigbatch.lm.data.record_files import RECORD_SUFFIXES
 from bigbatch.lm.data.records import ANY_COLUMNS, RecordColumns
+from bigbatch.lm.data.shard_source import (
+    ARCHIVE,
+    is_archive_list,
+    local_path,
+    open_archives,
+    open_shard_folder,
+    open_url,
+)
+from bigbatch.lm.data.token_shards.storage import check_url, is_url
 from bigbatch.lm.files import file_kind
 
 __all__ = ["BUILT_IN", "Corpus", "DataSources", "Document", "ReadOptions", "open_sources", "read_corpus"]
@@ -98,9 +107,10 @@ def read_corpus(data: str, *, skip_broken: bool = False, columns: RecordColumns 
             records (:mod:`bigbatch.lm.data.record_files`), each of which is a document (see
             :mod:`bigbatch.lm.data.records`); a folder of such files, read recursively without hidden entries and
             ``__pycache__``, of which only the training files are read if it is laid out like a dataset of the hub
-            (:mod:`bigbatch.lm.data.hub_folder`); a pattern of such files; a folder saved by ``datasets``; or the name
-            of a dataset on the hub. Of the last two the split ``train`` is read. Files may be compressed. Text is
-            UTF-8, with or without a byte-order mark.
+            (:mod:`bigbatch.lm.data.hub_folder`); a pattern of such files; a folder saved by ``datasets``; the name
+            of a dataset on the hub; or a folder or URL of shards of tokens, or a URL of records
+            (:mod:`bigbatch.lm.data.shard_source`). Of the last three the split ``train`` is read. Files may be
+            compressed. Text is UTF-8, with or without a byte-order mark.
         skip_broken: Whether to skip and count broken records and files instead of raising.
         columns: Columns to read records from, if not those of a known shape.
 
@@ -112,16 +122,21 @@ def read_corpus(data: str, *, skip_broken: bool = False, columns: RecordColumns 
 
 
 def check_data_path(data: str) -> None:
-    """Check that ``data`` is built in, a file or a folder, or can be a name on the hub. No request, nothing is read.
+    """Check that ``data`` is built in, a file, a folder or a URL, or can be a name on the hub.
+
+    No request, nothing is read.
 
     Raises:
         InputError: It is none of them.
     """
+    data = local_path(data)
     path = Path(data)
     if data in BUILT_IN:
         return
-    if not data or not exists(path):
-        if not has_wildcard(data):
+    if is_url(data):
+        check_url(data)
+    elif not data or not exists(path):
+        if not has_wildcard(data) and not is_archive_list(data):
             _hub_name(data)
     elif not path.is_dir() and not path.is_file():
         raise InputError(
@@ -133,8 +148,13 @@ def _open(data: str, options: ReadOptions, *, wanted: str) -> Source:
     check_data_path(data)
     if data in BUILT_IN:
         return Source(BUILT_IN[data]())
+    data = local_path(data)
     path = Path(data)
     try:
+        if is_url(data):
+            return open_url(data, options, wanted=wanted)
+        if is_archive_list(data) or (data.endswith(ARCHIVE) and (has_wildcard(data) or path.is_file())):
+            return open_archives(data, options, wanted=wanted)
         if not data or not exists(path):
             if has_wildcard(data):
                 return open_pattern(data, options, wanted=wanted)
@@ -143,6 +163,8 @@ def _open(data: str, options: ReadOptions, *, wanted: str) -> Source:
             return open_file(path, data, options, wanted=wanted)
         if is_saved_dataset(path):
             return open_saved(path, data, options, wanted=wanted)
+        if (shards := open_shard_folder(path, data, options, wanted=wanted)) is not None:
+            return shards
         return open_folder(path, data, options, wanted=wanted)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or data}: {os_reason(error)}.") from None

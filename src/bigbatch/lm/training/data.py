@@ -25,15 +25,16 @@ from bigbatch.lm.data.records import RecordColumns
 from bigbatch.lm.data.run_order import MixedOrder, RunOrder, UniformOrder
 from bigbatch.lm.data.sampling_order import LEGACY_ORDER, ORDER_VERSION
 from bigbatch.lm.data.sources import DataSources, ReadOptions, open_sources
-from bigbatch.lm.data.token_store.build import Store, Tokenization, corpus_state, vocabulary_state
+from bigbatch.lm.data.token_store.build import Tokenization, corpus_state
 from bigbatch.lm.data.token_store.cache import Cache, cache_folder
-from bigbatch.lm.data.token_store.reader import StoredTokens
+from bigbatch.lm.data.token_store.reader import JoinedTokens, StoredTokens, TokenReader
 from bigbatch.lm.data.token_store.samples import Samples, read_samples, write_samples
 from bigbatch.lm.data.token_store.tokenized import find_stores, stored_tokenizer
 from bigbatch.lm.data.token_store.workers import Encoding
 from bigbatch.lm.data.tokenizer import AnyTokenizer, read_trained, train_tokenizer
 from bigbatch.lm.data.validation_split import HashSplit
 from bigbatch.lm.files import write_atomically
+from bigbatch.lm.training.token_sources import TokenSource, check_tokenizer, source_of_corpus, source_of_stores
 from bigbatch.memory.limit import describe_bytes
 
 SAMPLES, TOKENIZERS = "samples", "tokenizers"  # kinds of the cache's entries, with ``tokens``
@@ -184,25 +185,24 @@ class DataLoader:
             model=config.model,
             progress=self._progress,
         )
-        training, split_key = self._training_stores(tokenization)
-        validation = [tokenization.store(corpus) for corpus in self._sources.validation]
-        readers = [StoredTokens(stores) for stores in training]
+        training, split_key = self._training_sources(tokenization)
+        validation = [source_of_corpus(corpus, tokenization) for corpus in self._sources.validation]
+        readers = [source.reader for source in training]
         split = self._split(readers, split_key)
-        (samples, held_out), by_source, fingerprint = self._samples(training, readers, max_length, split)
+        (samples, held_out), by_source, fingerprint = self._samples(training, max_length, split)
         if not len(samples.starts):
             raise InputError(f"{config.data_text} has no sequence to train on. Pass other --data.")
-        tokens = StoredTokens([store for stores in training for store in stores])
+        tokens = readers[0] if len(readers) == 1 else JoinedTokens(readers)
         dataset = TokenDataset(tokens, samples)
         order = self._order(dataset, [number for number, _ in by_source])
-        notes = [note for _, manifest in chain(*training, validation) for note in manifest.notes]
+        notes = [note for source in (*training, *validation) for note in source.notes]
         notes += [*self._sources.notes, f"training data: {samples.counts.describe()}"]
         if isinstance(order, MixedOrder):
             notes.append(order.describe(config.data))
         validation_set = TokenDataset(tokens, held_out) if len(held_out.starts) else None
         if validation:
-            reader = StoredTokens(validation)
-            (held_out, _), _, _ = self._samples([validation], [reader], max_length, HashSplit())
-            validation_set = TokenDataset(reader, held_out)
+            (held_out, _), _, _ = self._samples([joined := _joined(validation)], max_length, HashSplit())
+            validation_set = TokenDataset(joined.reader, held_out)
         if validation_set is not None:
             notes.append(f"validation data: {held_out.counts.describe()}")
         elif config.validation_fraction:
@@ -214,22 +214,21 @@ class DataLoader:
     def _settings(self) -> dict[str, Any]:
         return self._config.model_dump(mode="json", exclude=_NOT_IN_TOKENS)
 
-    def _training_stores(self, tokenization: Tokenization) -> tuple[list[list[Store]], int | None]:
-        """Return the stores of each source, and the key of the part of a single text that is held out, if any."""
+    def _training_sources(self, tokenization: Tokenization) -> tuple[list[TokenSource], int | None]:
+        """Return the tokens of each source, and the key of the part of a single text that is held out, if any."""
         corpora = iter(self._sources.training)
         found = []
         for name, stores in zip(self._config.data, self._stores, strict=True):
             if stores is None:
-                found.append([tokenization.store(next(corpora))])
+                found.append(source_of_corpus(next(corpora), tokenization))
             else:
-                _check_tokenizer(name, stores, tokenization, self._config.model)
-                found.append(stores)
-        is_single = len(found) == 1 and len(found[0]) == 1 and found[0][0][1].is_single_text
-        if is_single and self._sources.training and self._splits:
+                check_tokenizer(name, stores, tokenization, self._config.model)
+                found.append(source_of_stores(stores))
+        if len(found) == 1 and found[0].is_single_text and self._sources.training and self._splits:
             store, held_out = tokenization.cut_store(
                 self._sources.training[0], validation_fraction=self._config.validation_fraction
             )
-            return [[store]], held_out
+            return [source_of_stores([store])], held_out
         return found, None
 
     @property
@@ -237,7 +236,7 @@ class DataLoader:
         """Whether validation data is held out of the training data."""
         return self._config.validation_fraction > 0 and not self._sources.validation
 
-    def _split(self, readers: Sequence[StoredTokens], held_out: int | None) -> HashSplit:
+    def _split(self, readers: Sequence[TokenReader], held_out: int | None) -> HashSplit:
         if held_out is not None:
             return HashSplit(also=held_out)
         if not self._splits:
@@ -246,15 +245,15 @@ class DataLoader:
         return HashSplit.of(keys, validation_fraction=self._config.validation_fraction)
 
     def _samples(
-        self, stores: Sequence[Sequence[Store]], readers: Sequence[StoredTokens], max_length: int, split: HashSplit
+        self, sources: Sequence[TokenSource], max_length: int, split: HashSplit
     ) -> tuple[list[Samples], list[list[int]], str]:
         """Return the samples of both sides, their numbers by source, and the fingerprint of the tokens."""
-        fingerprint = _digest([manifest.fingerprint for source in stores for _, manifest in source])
+        readers = [source.reader for source in sources]
+        fingerprint = _digest([fingerprint for source in sources for fingerprint in source.fingerprints])
         split_facts = [split.fraction, split.also, split.never]
-        sources = [[manifest.fingerprint for _, manifest in source] for source in stores]
         samples, by_source = self._cache.folder(
             SAMPLES,
-            _digest([sources, max_length, split_facts]),
+            _digest([[source.fingerprints for source in sources], max_length, split_facts]),
             load=read_samples,
             build=lambda folder: write_samples(folder, readers, max_length=max_length, split=split, facts={}),
         )
@@ -286,13 +285,10 @@ def read_options(config: TrainConfig) -> ReadOptions:
     return ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
 
 
-def _check_tokenizer(name: str, stores: Sequence[Store], tokenization: Tokenization, model: str) -> None:
-    found = stores[0][1]
-    if found.tokenizer != vocabulary_state(tokenization.encoding.tokenizer):
-        raise InputError(
-            f"{name} was tokenized with the tokenizer of {found.model}, and that of {model} differs in its tokens, "
-            "special tokens or chat template. Tokenize the data again, or pass the same --model."
-        )
+def _joined(sources: Sequence[TokenSource]) -> TokenSource:
+    """Return several sources as one."""
+    reader = sources[0].reader if len(sources) == 1 else JoinedTokens([source.reader for source in sources])
+    return TokenSource(reader, tuple(chain.from_iterable(source.fingerprints for source in sources)), ())
 
 
 def _digest(value: Any) -> str:

@@ -338,7 +338,7 @@ class Trainer:
     def fetch(self, window: list[int]) -> list[dict[str, torch.Tensor]]:
         """Return the samples of a window, longest first: neighbours of similar length need little padding."""
         lengths = self.setup.training.lengths
-        return [self.setup.training[i] for i in sorted(window, key=lambda i: -int(lengths[i]))]
+        return self.setup.training.take(sorted(window, key=lambda i: -int(lengths[i])))
 
     def validate(self) -> float:
         """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token."""

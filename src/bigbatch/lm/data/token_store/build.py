@@ -164,12 +164,14 @@ def num_cores() -> int:
 def corpus_state(corpus: Corpus, *, by_content: bool) -> Any:
     """Return a JSON value that differs if the documents of a corpus do.
 
-    For each file its path, size and modification time; with ``by_content``, its name and a hash of its content. Of a
-    corpus without files, a hash of its documents.
+    For each file its path, size and modification time; with ``by_content``, its name and a hash of its content, except
+    of shards and remote files. Of a corpus without files, a hash of its documents.
 
     Raises:
         InputError: A file cannot be read.
     """
+    if corpus.state is not None:
+        return [corpus.name, corpus.state()]
     if not corpus.files:
         digest = hashlib.sha256()
         for document in corpus:

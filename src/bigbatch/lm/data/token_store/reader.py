@@ -1,5 +1,6 @@
 """Read the tokens of one or more stores from memory-mapped files, as one sequence."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,33 @@ class TokenReader(Protocol):
     def read(self, start: int, stop: int) -> Span:
         """Return the tokens from ``start`` to ``stop``, exclusive."""
 
+    def read_many(self, bounds: Sequence[tuple[int, int]]) -> list[Span]:
+        """Return the tokens of several bounds, each as `read` does."""
+
+    def marks(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return whether each token from ``start`` to ``stop``, exclusive, is trained on."""
+
     def rows(self) -> Iterator[Rows]:
         """Yield the documents in order, many at a time."""
 
 
-class MemoryTokens:
+class _LocalReader(ABC):
+    """A reader whose tokens are on this machine: several bounds are read one after the other."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Span:
+        """Return the tokens from ``start`` to ``stop``, exclusive."""
+
+    def read_many(self, bounds: Sequence[tuple[int, int]]) -> list[Span]:
+        """Return the tokens of several bounds."""
+        return [self.read(start, stop) for start, stop in bounds]
+
+    def marks(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return whether each token from ``start`` to ``stop``, exclusive, is trained on."""
+        return self.read(start, stop).trained
+
+
+class MemoryTokens(_LocalReader):
     """Tokens in memory."""
 
     def __init__(self, block: Block) -> None:
@@ -94,7 +117,7 @@ class MemoryTokens:
         yield Rows(self._block.counts, self._block.keys, self._block.parts)
 
 
-class StoredTokens:
+class StoredTokens(_LocalReader):
     """The tokens of stores, one after the other. The files are mapped, not read: only what is used is in memory.
 
     Args:
@@ -134,19 +157,81 @@ class StoredTokens:
             base = end - self._shards[number].num_tokens
             spans += self._shards[number].read(start - base, min(stop, end) - base)
             start, number = end, number + 1
-        if len(spans) == 1:
-            return spans[0]
-        weighted = any(span.weights is not None for span in spans)
-        return Span(
-            np.concatenate([np.zeros(0, np.int32), *(span.tokens for span in spans)]),
-            np.concatenate([np.zeros(0, np.bool_), *(span.trained for span in spans)]),
-            np.concatenate([_weights(span) for span in spans]) if weighted else None,
-        )
+        return _joined(spans)
 
     def rows(self) -> Iterator[Rows]:
         """Yield the documents in order, many at a time."""
         for shard in self._shards:
             yield from shard.rows()
+
+
+class JoinedTokens:
+    """The tokens of several readers, one after the other.
+
+    Args:
+        readers: At least one.
+    """
+
+    def __init__(self, readers: Sequence[TokenReader]) -> None:
+        self._readers = readers
+        self._ends = np.cumsum([reader.num_tokens for reader in readers], dtype=np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self._ends[-1])
+
+    @property
+    def num_rows(self) -> int:
+        """Encoded documents."""
+        return sum(reader.num_rows for reader in self._readers)
+
+    def read(self, start: int, stop: int) -> Span:
+        """Return the tokens from ``start`` to ``stop``, exclusive."""
+        (span,) = self.read_many([(start, stop)])
+        return span
+
+    def read_many(self, bounds: Sequence[tuple[int, int]]) -> list[Span]:
+        """Return the tokens of several bounds; each reader receives all of its own at once."""
+        parts = [(place, *part) for place, bound in enumerate(bounds) for part in self._parts(*bound)]
+        found: list[list[Span]] = [[] for _ in bounds]
+        for number, reader in enumerate(self._readers):
+            own = [(place, start, stop) for place, owner, start, stop in parts if owner == number]
+            spans = reader.read_many([(start, stop) for _, start, stop in own])
+            for (place, _, _), span in zip(own, spans, strict=True):
+                found[place].append(span)
+        return [_joined(spans) for spans in found]
+
+    def marks(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return whether each token from ``start`` to ``stop``, exclusive, is trained on."""
+        parts = [self._readers[number].marks(first, last) for number, first, last in self._parts(start, stop)]
+        return np.concatenate([np.zeros(0, np.bool_), *parts])
+
+    def rows(self) -> Iterator[Rows]:
+        """Yield the documents in order, many at a time."""
+        for reader in self._readers:
+            yield from reader.rows()
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the number of each reader that has some of the tokens, and their bounds in it."""
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[number])
+            base = end - self._readers[number].num_tokens
+            yield number, start - base, min(stop, end) - base
+            start, number = end, number + 1
+
+
+def _joined(spans: Sequence[Span]) -> Span:
+    """Return consecutive spans as one."""
+    if len(spans) == 1:
+        return spans[0]
+    weighted = any(span.weights is not None for span in spans)
+    return Span(
+        np.concatenate([np.zeros(0, np.int32), *(span.tokens for span in spans)]),
+        np.concatenate([np.zeros(0, np.bool_), *(span.trained for span in spans)]),
+        np.concatenate([_weights(span) for span in spans]) if weighted else None,
+    )
 
 
 def _weights(span: Span) -> NDArray[np.float32]:

@@ -230,7 +230,7 @@ def _label_counts(reader: TokenReader, starts: NDArray[np.int64], lengths: NDArr
     while place < len(starts):
         end = max(place + 1, int(np.searchsorted(starts, starts[place] + _CHUNK_TOKENS)))
         low, high = int(starts[place]), int(starts[end - 1] + lengths[end - 1] + 1)
-        up_to = np.cumsum(reader.read(low, high).trained, dtype=np.int64)  # inclusive
+        up_to = np.cumsum(reader.marks(low, high), dtype=np.int64)  # inclusive
         first = starts[place:end] - low
         found[place:end] = up_to[first + lengths[place:end]] - up_to[first]
         place = end
