@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.validation_split import HashSplit, cut_single
@@ -63,6 +64,8 @@ def training_texts(corpora: Sequence[Corpus], fraction: float) -> tuple[Iterator
     Raises:
         InputError: A document cannot be read.
     """
+    for corpus in corpora:
+        texts_of(next(iter(corpus)))
     counts = count_documents(corpora, fraction)
     total = int(counts.characters[counts.for_training].sum())
     return _texts(counts.documents(corpora), counts.for_training), total
@@ -71,7 +74,21 @@ def training_texts(corpora: Sequence[Corpus], fraction: float) -> tuple[Iterator
 def _texts(documents: Iterable[Document], chosen: Iterable[bool]) -> Iterator[str]:
     for document, is_chosen in zip(documents, chosen, strict=True):
         if is_chosen:
-            yield from document.texts
+            yield from texts_of(document)
+
+
+def texts_of(document: Document) -> tuple[str, ...]:
+    """Return the texts of a document, to train a tokenizer on.
+
+    Raises:
+        InputError: It has tokens.
+    """
+    if document.tokens is not None:
+        raise InputError(
+            f"{document.source} has tokens and no text, and --model tiny trains a tokenizer on text. Pass the --model "
+            "whose tokenizer made the tokens."
+        )
+    return document.texts
 
 
 def sample_documents(corpora: Sequence[Corpus], fraction: float, most: int) -> tuple[list[Document], int]:

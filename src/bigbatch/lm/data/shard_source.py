@@ -71,8 +71,8 @@ def open_shard_folder(folder: Path, data: str, options: ReadOptions, *, wanted: 
             return _of_splits(Storage.of(str(folder)), names, data, options, wanted=wanted)
     paths = [path for path in list_folder(folder).files if path.name != INDEX]
     if paths and all(path.name.endswith(ARCHIVE) for path in paths):
-        storage = Storage.of(str(folder))
-        return _tar(storage, storage.files(), data, options, wanted=wanted)
+        storage, archives = Storage.of(str(folder)), {str(path.absolute()) for path in paths}
+        return _tar(storage, [file for file in storage.files() if file.path in archives], data, options, wanted=wanted)
     return None
 
 
@@ -208,7 +208,7 @@ def _records(storage: Storage, files: Sequence[StoredFile], data: str, options: 
     def read(reading: Reading) -> Iterator[Document]:
         shapes: list[str] = []
         for file in files:
-            source = data if len(files) == 1 else f"{data}: {file.path}"
+            source = storage.name_of(file.path)
             try:
                 with storage.open(file.path) as opened:
                     for document in to_documents(_rows(opened, file.path, source, reading), reading):

@@ -140,7 +140,8 @@ def estimated_lengths(documents: Sequence[Document], max_length: int) -> list[in
     """Estimate the tokens of each sequence from the bytes of the documents, without a tokenizer."""
     lengths = []
     for document in documents:
-        tokens = max(1, sum(len(text.encode()) for text in document.texts) // BYTES_A_TOKEN)
+        num_bytes = document.size if document.tokens is not None else sum(len(text.encode()) for text in document.texts)
+        tokens = max(1, num_bytes // BYTES_A_TOKEN)
         lengths += [max_length] * (tokens // max_length) + [tokens % max_length] * bool(tokens % max_length)
     return lengths
 

@@ -19,6 +19,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.chat_templates import describe_template, set_chat_template
 from bigbatch.lm.data.conversations import trained_weights
+from bigbatch.lm.data.document_counts import texts_of
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sources import open_sources
 from bigbatch.lm.data.token_store.tokenized import find_stores
@@ -126,7 +127,7 @@ def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCal
     corpora = (*sources.training, *sources.validation)
     if tokenizer is None:
         progress("training a tokenizer")
-        texts = (text for corpus in corpora for document in corpus for text in document.texts)
+        texts = (text for corpus in corpora for document in corpus for text in texts_of(document))
         tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
     template_notes = set_chat_template(tokenizer, config.chat_template)
     progress("encoding the documents")

@@ -6,7 +6,6 @@ Nothing is in memory that is as long as the data: tokens and samples are mapped 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from json import dumps
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,14 +26,21 @@ from bigbatch.lm.data.sampling_order import LEGACY_ORDER, ORDER_VERSION
 from bigbatch.lm.data.sources import DataSources, ReadOptions, open_sources
 from bigbatch.lm.data.token_store.build import Tokenization, corpus_state
 from bigbatch.lm.data.token_store.cache import Cache, cache_folder
-from bigbatch.lm.data.token_store.reader import JoinedTokens, StoredTokens, TokenReader
+from bigbatch.lm.data.token_store.reader import StoredTokens, TokenReader
 from bigbatch.lm.data.token_store.samples import Samples, read_samples, write_samples
 from bigbatch.lm.data.token_store.tokenized import find_stores, stored_tokenizer
 from bigbatch.lm.data.token_store.workers import Encoding
 from bigbatch.lm.data.tokenizer import AnyTokenizer, read_trained, train_tokenizer
 from bigbatch.lm.data.validation_split import HashSplit
 from bigbatch.lm.files import write_atomically
-from bigbatch.lm.training.token_sources import TokenSource, check_tokenizer, source_of_corpus, source_of_stores
+from bigbatch.lm.training.token_sources import (
+    TokenSource,
+    check_tokenizer,
+    document_inputs,
+    joined,
+    source_of_corpus,
+    source_of_stores,
+)
 from bigbatch.memory.limit import describe_bytes
 
 SAMPLES, TOKENIZERS = "samples", "tokenizers"  # kinds of the cache's entries, with ``tokens``
@@ -79,7 +85,7 @@ class DataSample:
     Attributes:
         documents: Evenly spaced, the longest included.
         num_documents: Of how many.
-        stored_inputs: Input tokens of each document of the sources that were tokenized ahead.
+        stored_inputs: Input tokens of each document of the sources that are tokens already.
         left_out: Notes about what was left out.
     """
 
@@ -163,9 +169,11 @@ class DataLoader:
             InputError: A document cannot be read.
         """
         corpora = self._sources.training
-        documents, num_documents = sample_documents(corpora, self._config.validation_fraction * self._splits, most)
+        raw = [corpus for corpus in corpora if corpus.shards is None]
+        documents, num_documents = sample_documents(raw, self._config.validation_fraction * self._splits, most)
         stored = [store for stores in self._stores if stores is not None for store in stores]
         counts = [rows.counts - 1 for rows in StoredTokens(stored).rows()]
+        counts += [document_inputs(corpus) for corpus in corpora if corpus.shards is not None]
         left_out = tuple(note for corpus in corpora for note in corpus.left_out)
         return DataSample(documents, num_documents, np.concatenate([np.zeros(0, np.int64), *counts]), left_out)
 
@@ -192,7 +200,7 @@ class DataLoader:
         (samples, held_out), by_source, fingerprint = self._samples(training, max_length, split)
         if not len(samples.starts):
             raise InputError(f"{config.data_text} has no sequence to train on. Pass other --data.")
-        tokens = readers[0] if len(readers) == 1 else JoinedTokens(readers)
+        tokens = joined(training).reader
         dataset = TokenDataset(tokens, samples)
         order = self._order(dataset, [number for number, _ in by_source])
         notes = [note for source in (*training, *validation) for note in source.notes]
@@ -201,8 +209,8 @@ class DataLoader:
             notes.append(order.describe(config.data))
         validation_set = TokenDataset(tokens, held_out) if len(held_out.starts) else None
         if validation:
-            (held_out, _), _, _ = self._samples([joined := _joined(validation)], max_length, HashSplit())
-            validation_set = TokenDataset(joined.reader, held_out)
+            (held_out, _), _, _ = self._samples([joined(validation)], max_length, HashSplit())
+            validation_set = TokenDataset(joined(validation).reader, held_out)
         if validation_set is not None:
             notes.append(f"validation data: {held_out.counts.describe()}")
         elif config.validation_fraction:
@@ -283,12 +291,6 @@ def read_options(config: TrainConfig) -> ReadOptions:
     """Return how the data of a run is read."""
     columns = RecordColumns(config.text_column, config.messages_column)
     return ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
-
-
-def _joined(sources: Sequence[TokenSource]) -> TokenSource:
-    """Return several sources as one."""
-    reader = sources[0].reader if len(sources) == 1 else JoinedTokens([source.reader for source in sources])
-    return TokenSource(reader, tuple(chain.from_iterable(source.fingerprints for source in sources)), ())
 
 
 def _digest(value: Any) -> str:

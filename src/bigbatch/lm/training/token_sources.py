@@ -6,18 +6,22 @@ corpus → store of the cache, or index of its shards → TokenSource: a reader,
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from json import dumps
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bigbatch import __version__
 from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
-from bigbatch.lm.data.token_records import foreign_token
+from bigbatch.lm.data.token_records import foreign_token, token_ids
 from bigbatch.lm.data.token_shards.index import VERSION, Index, read_index, write_index
 from bigbatch.lm.data.token_shards.reader import ShardTokens
 from bigbatch.lm.data.token_shards.shards import TokenShards, state_of
 from bigbatch.lm.data.token_store.build import Store, Tokenization, vocabulary_state
-from bigbatch.lm.data.token_store.reader import StoredTokens, TokenReader
+from bigbatch.lm.data.token_store.reader import JoinedTokens, StoredTokens, TokenReader
 
 SHARDS = "shards"  # kind of the cache's entries that are indexes
 
@@ -67,6 +71,12 @@ def source_of_corpus(corpus: Corpus, tokenization: Tokenization) -> TokenSource:
     return TokenSource(ShardTokens(corpus.shards, index), (manifest.fingerprint,), manifest.notes)
 
 
+def joined(sources: Sequence[TokenSource]) -> TokenSource:
+    """Return several sources as one, without notes."""
+    reader = sources[0].reader if len(sources) == 1 else JoinedTokens([source.reader for source in sources])
+    return TokenSource(reader, tuple(chain.from_iterable(source.fingerprints for source in sources)), ())
+
+
 def indexed(shards: TokenShards, tokenization: Tokenization) -> Index:
     """Return the index of shards; make it if the cache has none.
 
@@ -86,6 +96,15 @@ def indexed(shards: TokenShards, tokenization: Tokenization) -> Index:
         tokenization.progress(f"waiting for another process that indexes {shards.name}", 0, 0)
 
     return tokenization.cache.folder(SHARDS, key, load=read_index, build=build, on_wait=wait)
+
+
+def document_inputs(corpus: Corpus) -> NDArray[np.int64]:
+    """Return the input tokens of each document of a corpus of tokens; reads it once.
+
+    Raises:
+        InputError: A shard or a record cannot be read.
+    """
+    return np.fromiter((len(token_ids(document)) - 1 for document in corpus), np.int64)
 
 
 def check_tokenizer(name: str, stores: Sequence[Store], tokenization: Tokenization, model: str) -> None:

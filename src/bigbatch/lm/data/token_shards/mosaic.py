@@ -109,7 +109,7 @@ class MosaicShards:
         return found
 
     def _samples(self, number: int, shard: _Shard) -> Iterator[RawRecord]:
-        where = f"{self.storage.name.rstrip('/')}/{shard.file.path.rpartition('/')[2]}"
+        where = self.storage.name_of(shard.file.path)
         with self.storage.open(shard.file.path) as file:
             read: Callable[[int], bytes] = file.read
             if shard.compression is not None:
@@ -117,8 +117,8 @@ class MosaicShards:
             samples = int.from_bytes(read(4), "little")
             if samples != shard.samples:
                 raise InputError(f"{where} is damaged: it has {samples:,} samples, and {INDEX} says {shard.samples:,}.")
-            offsets = np.frombuffer(read(4 * (samples + 1)), _U32).astype(np.int64)
-            first = 4 * (samples + 2)
+            table, first = read(4 * (samples + 1)), 4 * (samples + 2)
+            offsets = np.frombuffer(table[: len(table) // 4 * 4], _U32).astype(np.int64)
             if len(offsets) != samples + 1 or offsets[0] < first or (np.diff(offsets) < 0).any():
                 raise InputError(f"{where} is damaged: its table of samples is.")
             if offsets[-1] != shard.raw_bytes:
@@ -147,8 +147,8 @@ class _Bytes:
 
 
 def _read_index(storage: Storage) -> tuple[_Shard, ...]:
-    where = f"{storage.name.rstrip('/')}/{INDEX}"
-    raw = storage.read(f"{storage.root}/{INDEX}")
+    where = storage.name_of(path := f"{storage.root}/{INDEX}")
+    raw = storage.read(path)
     files = {file.path: file for file in storage.files()}
     found = []
     try:
@@ -169,6 +169,8 @@ def _read_index(storage: Storage) -> tuple[_Shard, ...]:
             columns = tuple(_Column(str(name), str(encoding), size or None) for name, encoding, size in names)
             _check_columns(columns, where)
             found.append(_Shard(file, int(entry["samples"]), columns, compression, int(entry["raw_data"]["bytes"])))
+    except InputError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{where} cannot be read as the index of MosaicML Streaming ({first_line(error)}).") from None
     if not found:

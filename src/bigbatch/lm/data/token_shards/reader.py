@@ -105,8 +105,8 @@ class ShardTokens:
             document = None
         if document is None or int(document.key[:16], 16) != int(index.keys[row]):
             raise InputError(
-                f"{source} is not what it was when the shards were indexed: {file.path} was changed. Restore it, or "
-                "start a new run."
+                f"{source} is not what it was when the shards were indexed: {shards.storage.name_of(file.path)} was "
+                "changed. Restore it, or start a new run."
             )
         trained = np.frombuffer(document.trained or all_but_first(document), np.bool_)
         return token_ids(document).astype(np.int32, copy=False), trained

@@ -107,6 +107,10 @@ class Storage:
         """Return a folder in this one."""
         return Storage(f"{self.name.rstrip('/')}/{name}", f"{self.root}/{name}", self.is_local)
 
+    def name_of(self, path: str) -> str:
+        """Return the name of a file in messages: below that of the storage."""
+        return f"{self.name.rstrip('/')}{path.removeprefix(self.root)}" if path.startswith(f"{self.root}/") else path
+
     def exists(self, name: str = "") -> bool:
         """Return whether it, or a file in it, exists."""
         with errors_of(self.name):

@@ -89,6 +89,8 @@ class TarShards:
                         columns |= value
                     elif suffix == "npy":
                         columns["input_ids"] = value
+        except InputError:
+            raise
         except (tarfile.TarError, ValueError, OSError, EOFError) as error:
             raise InputError(f"{source} cannot be read: {first_line(error)}.") from None
         return columns
@@ -100,7 +102,7 @@ class TarShards:
         return column, suffix
 
     def _records(self, number: int, shard: StoredFile) -> Iterator[RawRecord]:
-        where = self._where(shard)
+        where = self.storage.name_of(shard.path)
         with self.storage.open(shard.path) as file:
             for key, start, stop in self._groups(file, where):
                 file.seek(start)
@@ -134,7 +136,7 @@ class TarShards:
     def _check_first(self) -> None:
         first = next(self._records(0, self.shards[0]), None)
         if first is None:
-            raise UnknownShapeError(f"{self._where(self.shards[0])} has no record of webdataset.")
+            raise UnknownShapeError(f"{self.storage.name_of(self.shards[0].path)} has no record of webdataset.")
         if not {"input_ids", TOKENS} & self.decode(0, first.data, first.source).keys():
             with tarfile.open(fileobj=io.BytesIO(first.data), mode="r:") as archive:
                 names = ", ".join(member.name for member in archive)
@@ -142,9 +144,3 @@ class TarShards:
                 f"{first.source} has no tokens, which are read from NAME.input_ids.npy, NAME.tokens.npy or NAME.json: "
                 f"it has {names}. Unpack other archives, and pass the folder."
             )
-
-    def _where(self, shard: StoredFile) -> str:
-        file = shard.path.rpartition("/")[2]
-        if self.storage.name.endswith(file):
-            return self.storage.name
-        return f"{self.name}: {file}"
