@@ -80,6 +80,25 @@ def test_problems_are_listed_with_exit_code_one(tmp_path: Path, capsys: pytest.C
     assert "sample 1" not in text
 
 
+def test_every_kind_of_broken_record_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT, *({"question": n} for n in range(5)), {"text": 5}, {"text": 6}])
+    with path.open("a") as file:
+        file.write("{\n")
+    text = inspect(path, "--samples", 0, code=1, capsys=capsys)
+    place = f"{path}:"
+    lines = text[text.index("problem: ") :].splitlines()
+    assert [line.partition(" A record must have")[0] for line in lines] == [
+        f"problem: 5 broken records left out; the first: {place}2: the record has 'question'.",
+        f"  {place}3: the record has 'question'.",
+        f"  {place}4: the record has 'question'.",
+        "  and 2 more",
+        f"problem: 2 broken records left out; the first: {place}7: the field 'text' is a number and must be a string.",
+        f"  {place}8: the field 'text' is a number and must be a string.",
+        f"problem: 1 broken record left out; the first: {place}9: not valid JSON: Expecting property name enclosed in "
+        "double quotes at column 2.",
+    ]
+
+
 def test_bad_input_has_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(code=2, capsys=capsys) == (
         "bigbatch inspect: DATA is missing: pass the data to inspect, such as chats.jsonl.\n"

@@ -20,6 +20,7 @@ from bigbatch.cli import main
 from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.json_files import LARGEST_RECORD
+from bigbatch.lm.data.reading import SKIP_ADVICE
 from bigbatch.lm.data.records import to_document
 from bigbatch.lm.data.sources import ReadOptions, open_sources
 
@@ -465,7 +466,8 @@ def test_broken_records_are_skipped_and_counted(suffix: str, tmp_path: Path) -> 
     assert corpus.left_out[0].startswith(f"4 broken records left out; the first: {path}:")
     with pytest.raises(InputError) as caught:
         read(path)
-    assert corpus.left_out[0].endswith(str(caught.value))
+    assert str(caught.value).endswith(SKIP_ADVICE)
+    assert corpus.left_out[0].endswith(str(caught.value).removesuffix(f" {SKIP_ADVICE}"))
 
 
 def test_broken_files_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.reading import SKIP_ADVICE
 from bigbatch.lm.data.sources import ReadOptions, open_sources, read_corpus
 
 CONVERSATION = [{"role": "user", "content": "Hallo?"}, {"role": "assistant", "content": "Grüß dich."}]
@@ -119,7 +120,7 @@ def test_empty_or_misencoded_text_is_rejected(tmp_path: Path, content: bytes, me
     path.write_bytes(content)
     assert refusal(path) == f"{path} {message}"
     (tmp_path / "good.txt").write_text("good")
-    assert refusal(tmp_path) == f"{path} {message}"
+    assert refusal(tmp_path) == f"{path} {message} {SKIP_ADVICE}"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_broken_parquet_is_rejected(tmp_path: Path) -> None:
         f"{path} has the columns 'body', none of which can be trained on. A record must have 'text'"
     )
     pq.write_table(pa.table({"text": [1]}), path)
-    assert refusal(path) == f"{path}:1: the field 'text' is a number and must be a string."
+    assert refusal(path) == f"{path}:1: the field 'text' is a number and must be a string. {SKIP_ADVICE}"
     pq.write_table(pa.table({"text": ["a", None]}), path)
     assert refusal(path).startswith(f"{path}:2: the record has no field. A record must have")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)

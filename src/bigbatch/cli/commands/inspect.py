@@ -41,7 +41,8 @@ def run(config: TrainConfig, options: InspectOptions) -> int:
             console.print(text)
     console.print("")
     for problem in inspection.problems:
-        console.print(f"problem: {problem}")
+        for line in f"problem: {problem}".split("\n"):
+            console.print(line)
     if not inspection.problems:
         console.print("no problems found")
     return PROBLEMS if inspection.problems else NO_PROBLEM

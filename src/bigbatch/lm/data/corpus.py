@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.reading import DEFAULT_OPTIONS, Reading, ReadOptions
+from bigbatch.lm.data.reading import DEFAULT_OPTIONS, Broken, Reading, ReadOptions
 
 if TYPE_CHECKING:
     from bigbatch.lm.data.token_shards.shards import TokenShards
@@ -75,6 +75,11 @@ class Corpus:
     def left_out(self) -> tuple[str, ...]:
         """Those of the notes that say what was left out."""
         return tuple(self._complete.left_out)
+
+    @property
+    def broken(self) -> tuple[Broken, ...]:
+        """The broken records and files that the last complete iteration left out."""
+        return self._complete.broken
 
     @property
     def _complete(self) -> Reading:

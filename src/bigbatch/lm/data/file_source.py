@@ -14,7 +14,7 @@ from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.folder_files import Listing, expand_pattern, list_folder
 from bigbatch.lm.data.hub_folder import LISTED, Selection, select_files, split_of, unused_validation_note
-from bigbatch.lm.data.reading import Reading, ReadOptions, UnknownShapeError
+from bigbatch.lm.data.reading import Reading, ReadOptions, UnknownShapeError, advised
 from bigbatch.lm.data.record_files import RECORD_SUFFIXES, is_known, read_record_file
 from bigbatch.lm.data.records import shape_notes
 from bigbatch.lm.data.text_files import read_text
@@ -56,6 +56,7 @@ class _Files:
         counts: Counter[str] = Counter()
         shapes: Counter[str] = Counter()
         unknown: list[str] = []
+        is_only = len(self.files) == 1
         for problem in self.problems:
             reading.skip_file(InputError(problem))
         for path in self.files:
@@ -68,11 +69,11 @@ class _Files:
                     yield document
             except UnknownShapeError as error:
                 if not (self.is_mixed and is_record_file):
-                    reading.skip_file(error)
+                    reading.skip_file(error, is_only=is_only)
                 else:
                     unknown.append(self._name(path))
             except InputError as error:
-                reading.skip_file(error)
+                reading.skip_file(error, is_only=is_only and not num_documents)
                 counts["cut files"] += num_documents > 0
             if num_documents and is_record_file:
                 counts["records"] += num_documents
@@ -133,7 +134,7 @@ def open_pattern(pattern: str, options: ReadOptions, *, wanted: str) -> Source:
 
 def _open_listing(listing: Listing, root: Path, data: str, options: ReadOptions, *, wanted: str) -> Source:
     if listing.problems and not options.skip_broken:
-        raise InputError(listing.problems[0])
+        raise advised(InputError(listing.problems[0]))
     if not listing.files:
         special = next((note for note in listing.notes if "__pycache__" not in note), None)
         why = listing.problems[0] if listing.problems else f"{special}." if special else None

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.records import ANY_COLUMNS, RecordColumns
 from bigbatch.lm.text import plural
+
+SKIP_ADVICE = "Pass --skip-broken to leave out and count what is broken."
+_KEPT = 3  # messages about broken input of one kind
+_MOST_KINDS = 50  # the others are counted as one
+# What differs between messages of one kind: places with their number, paths, quoted text, numbers.
+_DETAILS = re.compile(r"\S+:\d+|\S*/\S*|'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 
 
 class UnknownShapeError(InputError):
@@ -33,6 +40,27 @@ class ReadOptions:
 DEFAULT_OPTIONS = ReadOptions()
 
 
+@dataclass(frozen=True)
+class Broken:
+    """Broken input of one kind that was skipped.
+
+    Attributes:
+        noun: ``record`` or ``file``.
+        number: How many.
+        first: Messages about the first few of them.
+    """
+
+    noun: str
+    number: int
+    first: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Return the number and the first ones, each on a line."""
+        more = "".join(f"\n  {message}" for message in self.first[1:])
+        rest = f"\n  and {self.number - len(self.first):,} more" if self.number > len(self.first) else ""
+        return f"{plural(self.number, f'broken {self.noun}')} left out; the first: {self.first[0]}{more}{rest}"
+
+
 @dataclass
 class Reading:
     """One pass over a source.
@@ -49,6 +77,7 @@ class Reading:
     _records: int = 0
     _files: int = 0
     _first: str = ""
+    _broken: dict[tuple[str, str], Broken] = field(default_factory=dict)
 
     def skip_record(self, error: InputError) -> None:
         """Count a broken record.
@@ -56,17 +85,23 @@ class Reading:
         Raises:
             InputError: ``error``, unless broken input is skipped.
         """
-        self._skip(error)
+        self._skip(error, advice=SKIP_ADVICE)
         self._records += 1
+        self._count("record", str(error))
 
-    def skip_file(self, error: InputError) -> None:
+    def skip_file(self, error: InputError, *, is_only: bool = False) -> None:
         """Count a file that is broken as a whole, or from some place on.
+
+        Args:
+            error: What is wrong with it.
+            is_only: Whether the source has no other file, so that skipping it would leave nothing.
 
         Raises:
             InputError: ``error``, unless broken input is skipped.
         """
-        self._skip(error)
+        self._skip(error, advice="" if is_only else SKIP_ADVICE)
         self._files += 1
+        self._count("file", str(error))
 
     @property
     def num_broken(self) -> int:
@@ -78,6 +113,11 @@ class Reading:
         """The message of the first broken record or file; None if there is none."""
         return self._first or None
 
+    @property
+    def broken(self) -> tuple[Broken, ...]:
+        """The broken records and files that were skipped, by what is wrong with them."""
+        return tuple(self._broken.values())
+
     def note_broken(self) -> None:
         """Add the note about broken records and files, if any were skipped."""
         kinds = ((self._records, "broken record"), (self._files, "broken file"))
@@ -85,7 +125,20 @@ class Reading:
         if found:
             self.left_out.append(f"{' and '.join(found)} left out; the first: {self._first}")
 
-    def _skip(self, error: InputError) -> None:
+    def _skip(self, error: InputError, *, advice: str) -> None:
         if not self.options.skip_broken:
-            raise error
+            raise advised(error, advice)
         self._first = self._first or str(error)
+
+    def _count(self, noun: str, message: str) -> None:
+        kind = (noun, _DETAILS.sub("", message))
+        if kind not in self._broken and len(self._broken) >= _MOST_KINDS:
+            kind = (noun, "")
+        before = self._broken.get(kind, Broken(noun, 0, ()))
+        self._broken[kind] = Broken(noun, before.number + 1, (*before.first, message)[:_KEPT])
+
+
+def advised(error: InputError, advice: str = SKIP_ADVICE) -> InputError:
+    """Return an error of the same class that also says how to leave out what is broken, unless it does already."""
+    text = str(error)
+    return error if not advice or text.endswith(SKIP_ADVICE) else type(error)(f"{text} {advice}")

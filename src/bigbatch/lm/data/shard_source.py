@@ -215,7 +215,7 @@ def _records(storage: Storage, files: Sequence[StoredFile], data: str, options: 
                         shapes.append(document.shape)
                         yield document
             except InputError as error:
-                reading.skip_file(error)
+                reading.skip_file(error, is_only=len(files) == 1)
         reading.about.append(f"{plural(len(shapes), 'record')} in {plural(len(files), 'file')} from {data}")
         reading.about.extend(shape_notes(shapes))
 

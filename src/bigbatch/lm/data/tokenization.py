@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import ConversationRenderer, Rendering, Span, TrainOn
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.reading import advised
 from bigbatch.lm.data.token_records import all_but_first, foreign_token, token_ids
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
@@ -187,7 +188,7 @@ def _groups(parts: Iterator[tuple[int, _Made | Rendering]]) -> Iterator[list[tup
 
 def _refuse(message: str, broken: list[str] | None) -> None:
     if broken is None:
-        raise InputError(message)
+        raise advised(InputError(message))
     broken.append(message)
 
 

@@ -30,6 +30,7 @@ from bigbatch.lm.text import plural
 from bigbatch.lm.training.data import ProgressCallback, read_options
 
 SKIPPED = "left out; the first: "  # in notes about broken input
+SHOWN = 3  # documents that cannot be encoded
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCal
     progress("encoding the documents")
     inspector = _Inspector(config, tokenizer, num_samples)
     inspector.run(chain.from_iterable(corpora))
-    skipped = [note for corpus in corpora for note in corpus.left_out if SKIPPED in note]
-    notes = [note for corpus in corpora for note in corpus.notes if note not in skipped]
+    skipped = [kind.describe() for corpus in corpora for kind in corpus.broken]
+    notes = [note for corpus in corpora for note in corpus.notes if not (corpus.broken and SKIPPED in note)]
     return Inspection(
         notes=(*notes, *sources.notes, *inspector.notes(), *template_notes),
         lengths=dict(sorted(inspector.found.lengths.items())),
@@ -243,7 +244,10 @@ class _Inspector:
         problems = []
         if found.broken:
             number = plural(len(found.broken), "document")
-            problems.append(f"{number} cannot be trained on; the first: {found.broken[0]}")
+            first, *others = found.broken[:SHOWN]
+            more = "".join(f"\n  {message}" for message in others)
+            rest = f"\n  and {len(found.broken) - SHOWN:,} more" if len(found.broken) > SHOWN else ""
+            problems.append(f"{number} cannot be trained on; the first: {first}{more}{rest}")
         if found.special.number:
             problems.append(
                 f"{plural(found.special.number, 'document')} with special tokens of the tokenizer in the text, which "

@@ -139,7 +139,7 @@ def write_index(
         left_out=tuple(reading.left_out),
         description={"data": shards.name},
     )
-    content = {"format": FORMAT, "version": VERSION, "model": "any model", **asdict(manifest)}
+    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     write_atomically(folder / MANIFEST, json.dumps(content).encode())
 
 
@@ -153,7 +153,6 @@ def read_index(folder: Path) -> Index:
         content = read_json(folder / MANIFEST)
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
             raise InputError(f"the index {folder} has another format. Delete the folder.")
-        del content["model"]
         for name in ("rows", "notes", "left_out"):
             content[name] = tuple(content[name])
         manifest = IndexManifest(**content)

@@ -87,7 +87,7 @@ class MosaicShards:
             try:
                 yield from self._samples(number, shard)
             except InputError as error:
-                reading.skip_file(error)
+                reading.skip_file(error, is_only=len(self._shards) == 1)
 
     def decode(self, shard: int, data: bytes, source: str) -> Mapping[str, Any]:
         """Return the columns of a sample that tokens are read from.

@@ -64,7 +64,7 @@ class TarShards:
             try:
                 yield from self._records(number, shard)
             except InputError as error:
-                reading.skip_file(error)
+                reading.skip_file(error, is_only=len(self.shards) == 1)
 
     def decode(self, shard: int, data: bytes, source: str) -> Mapping[str, Any]:
         """Return the columns of a record that tokens are read from; no other file of it is decoded.

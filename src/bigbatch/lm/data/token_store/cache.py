@@ -50,6 +50,8 @@ class Entry:
         """Return what the entry holds, as a few words for the user."""
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             manifest = read_json(self.path / "manifest.json")
+            if self.path.parent.name == "shards":
+                return f"an index of the shards {manifest['description']['data']}"
             if "description" in manifest:
                 return f"tokens of {manifest['description']['data']} for {manifest['model']}"
         return {"samples": "samples of tokens", "tokenizers": "a trained tokenizer"}.get(
