@@ -308,9 +308,9 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("-lr 3", "unknown flag -lr: did you mean --lr?"),
         ("--hlp", "unknown flag --hlp: did you mean --help?"),
         ("--zzz 3", "unknown flag --zzz: see bigbatch train --help."),
-        ("texts", "unexpected argument 'texts': train accepts flags only."),
-        ("--steps 3 texts", "unexpected argument 'texts': train accepts flags only."),
-        ("-- texts", "unexpected argument 'texts': train accepts flags only."),
+        ("texts", "unexpected argument 'texts': train accepts flags only. Pass data as --data texts."),
+        ("--steps 3 texts", "unexpected argument 'texts': train accepts flags only. Pass data as --data texts."),
+        ("-- texts", "unexpected argument 'texts': train accepts flags only. Pass data as --data texts."),
         ("--steps 3 --epochs 2", "--steps and --epochs exclude each other: give one of them."),
         (
             "--global-batch 3 --global-batch-tokens 2",

@@ -175,7 +175,9 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
         return vars(namespace) | {spec.positionals[0]: positionals}
     if len(positionals) > len(spec.positionals):
         unexpected = truncate(repr(positionals[len(spec.positionals)]))
-        raise InputError(f"unexpected argument {unexpected}: {command} accepts {spec.usage_words}.")
+        reads_data = command in ("train", "tokenize", "plan")
+        hint = f" Pass data as --data {truncate(' '.join(positionals))}." if reads_data else ""
+        raise InputError(f"unexpected argument {unexpected}: {command} accepts {spec.usage_words}.{hint}")
     if spec.positionals and not positionals:
         order = ", before --data, which accepts every value after it" if "data" in namespace else ""
         raise InputError(f"{spec.missing}{order}.")

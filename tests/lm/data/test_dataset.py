@@ -238,8 +238,8 @@ def test_index_beyond_samples_raises_index_error() -> None:
         ),
         (
             {"chat_template": "{{ raise_exception('Roles must be polite.\nAlways.') }}"},
-            r"a\.jsonl:3: the chat template rejects the conversation: Roles must be polite\. Pass --skip-broken to leave "
-            r"out and count what is broken\.$",
+            r"a\.jsonl:3: the chat template rejects the conversation: Roles must be polite\. Pass --skip-broken to "
+            r"leave out and count what is broken\.$",
         ),
         ({"chat_template": "{% for"}, r"a\.jsonl:3: the chat template rejects the conversation: "),
         (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from bigbatch.cli import main
 from bigbatch.errors import InputError
@@ -105,7 +106,7 @@ def rate(schedule: str, step: int) -> float:
         * {
             "cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)),
             "linear": 1 - 0.7 * done,
-            "wsd": 1 - max(0, step - 5) / 4,
+            "wsd": 1 - max(0, step - 5) / 5,
             "constant": 1.0,
         }[schedule]
     )
@@ -208,6 +209,24 @@ def test_learning_rate_ends_at_its_minimum(schedule: str, expected: list[float])
         lr_factor(step, total_steps=6, warmup_steps=1, schedule=schedule, final=0.2, decay_steps=2) for step in range(6)
     ]
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_zero_rate_is_reached_after_last_update(warmup_steps: int) -> None:
+    """As in transformers, after the warm-up; its warm-up starts at 0."""
+    theirs = {
+        "linear": get_linear_schedule_with_warmup,
+        "cosine": get_cosine_schedule_with_warmup,
+    }
+    for schedule, make in theirs.items():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        rates = make(optimizer, warmup_steps, 10).lr_lambdas[0]
+        for step in range(warmup_steps, 10):
+            found = lr_factor(step, total_steps=10, warmup_steps=warmup_steps, schedule=schedule, final=0.0)
+            assert found == pytest.approx(rates(step), rel=1e-12)
+            assert found > 0
+    found = [lr_factor(s, total_steps=9, warmup_steps=0, schedule="wsd", final=0.0, decay_steps=4) for s in range(9)]
+    assert found == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])

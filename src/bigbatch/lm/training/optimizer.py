@@ -116,16 +116,19 @@ def lr_factor(
         warmup_steps: Updates over which the rate rises linearly to the peak.
         schedule: ``cosine`` and ``linear`` fall from the peak to ``final`` at the last update, ``wsd`` linearly in the
             last ``decay_steps``; ``constant`` stays.
-        final: The rate of the last update, as a fraction of the peak.
+        final: The rate of the last update, as a fraction of the peak. A rate of 0 is that of the update after the last
+            one, as in transformers: the last one would change nothing.
         decay_steps: Updates with a rate below the peak at the end of ``wsd``.
     """
+    last = total_steps - 1 if final else total_steps  # the update with the final rate
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant" or total_steps == 1:  # the only update of a run is made with the peak
         return 1.0
     if schedule == "wsd":
-        return 1 - (1 - final) * min(1.0, max(0.0, (step - (total_steps - 1 - decay_steps)) / decay_steps))
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+        start = total_steps - 1 - decay_steps  # the last update with the peak
+        return 1 - (1 - final) * min(1.0, max(0.0, (step - start) / (last - start)))
+    done = min(1.0, (step - warmup_steps) / max(1, last - warmup_steps))
     if schedule == "linear":
         return 1 - (1 - final) * done
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
