@@ -40,7 +40,7 @@ def test_example_is_inspected_as_shown(
     assert "\n5 documents: " in printed
 
 
-@pytest.mark.parametrize("page", ["chats.md", "data-formats.md"])
+@pytest.mark.parametrize("page", ["chats.md", "data-formats.md", "shards.md"])
 def test_command_lines_parse(page: str) -> None:
     lines = re.findall(r"^(?:\$ )?bigbatch (.*)$", (HOW_TO / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert lines

@@ -20,6 +20,7 @@ PAGES = [
     "docs/how-to/batch-norm.md",
     "docs/how-to/contrastive.md",
     "docs/how-to/large-data.md",
+    "docs/how-to/shards.md",
     pytest.param("docs/how-to/lightning.md", marks=LIGHTNING),
     "docs/explanation/exactness.md",
     "docs/explanation/scaling-rules.md",

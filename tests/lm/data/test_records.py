@@ -167,6 +167,20 @@ def test_alpaca_output_is_completion() -> None:
     assert document({**record, "instruction": "{input}"}).prompt == prompt.replace("Übersetze.", "{input}")
 
 
+def test_rendered_text_of_alpaca_record_is_ignored() -> None:
+    record = {"instruction": "Name a colour.\n", "input": "", "output": "Blue "}
+    for text in (
+        "Below is a task.\n\n### Instruction:\nName a colour.\n\n### Response:\nBlue",
+        "Name a colour. Blue \n",
+    ):
+        assert document(record | {"text": text}) == document(record)
+        assert document(record | {"text": text}, text="text").text == text
+    others = ("Name a colour.", "Blue. Name a colour.", "Another text.", "Name a colour. Blue? No.")
+    for rows in (*(record | {"text": text} for text in others), record | {"instruction": "", "text": "Blue"}):
+        with pytest.raises(InputError, match=r"has 'text' and 'instruction\+output', but only one of them is allowed"):
+            document(rows)
+
+
 def test_wording_of_alpaca_prompts_is_noted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n{"text": "c"}\n')

@@ -115,6 +115,8 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
         nulls = f" (null: {listing(name for name in record if name not in present)})" if present != set(record) else ""
         expected = PREFERENCES if present >= {"chosen", "rejected"} else EXPECTED
         raise InputError(f"{source}: the record has {listing(name for name in record)}{nulls}. {expected}")
+    if shapes == ["text", "Alpaca"] and _is_rendered(record):
+        shapes = ["Alpaca"]
     if len(shapes) > 1:
         both = " and ".join(repr("+".join(SHAPES[shape])) for shape in shapes)
         flags = [f"--{name}-column {name}" for name in ("text", "messages") if name in shapes]
@@ -205,6 +207,16 @@ def _with_system(
     if messages[0]["role"] in ("system", "developer"):
         raise InputError(f"{source}: the record has 'system', and {column!r} begins with one. Keep one of them.")
     return ({"role": "system", "content": system}, *messages)
+
+
+def _is_rendered(record: Mapping[str, Any]) -> bool:
+    """Return whether the text of an Alpaca record is its instruction and then its output, as many files have it."""
+    text, *parts = (record[name] for name in ("text", "instruction", "output"))
+    if not all(isinstance(part, str) for part in (text, *parts)):
+        return False
+    asked, answered = (part.strip() for part in parts)
+    _, found, after = text.partition(asked or "\0")
+    return bool(found) and after.rstrip().endswith(answered)
 
 
 def _alpaca(record: Mapping[str, Any], source: str) -> Document:
