@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Greet.", "input": "", "output": "Hi"},
     ],
+    "tokens": [{"input_ids": [5, 0, 7], "labels": [-100, 0, 7]}, {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}],
 }
 FLAT = ("text", "completion", "alpaca")
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -140,6 +142,19 @@ def write_parquet(**columns: Any) -> Callable[[Path], object]:
     return lambda path: pq.write_table(pa.table(columns), path)
 
 
+def write_tar(*names: str) -> Callable[[Path], object]:
+    def build(path: Path) -> None:
+        with tarfile.open(path, "w") as archive:
+            for name in names:
+                archive.addfile(tarfile.TarInfo(name))
+
+    return build
+
+
+def write_index(content: object) -> Callable[[Path], object]:
+    return lambda path: (path.mkdir(), (path / "index.json").write_text(json.dumps(content)))
+
+
 def write_zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "text")
@@ -208,6 +223,54 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "zip": ("a.zip", write_zip, "{} is an archive of files: unpack it, and pass the folder."),
     "zip named text": ("a.txt", write_zip, "{} is a zip archive or a document of an office program. Unpack it, or"),
     "tar": ("a.tar.gz", write(gzip.compress(b"a" * 999)), "{} is an archive of files: unpack it, and pass the folder."),
+    "tar of images": ("a.tar", write_tar("a.png"), "{}:a has no tokens, which are read from NAME.input_ids.npy, NAME."),
+    "text named tar": ("a.tar", write(b"plain text" * 99), "{} cannot be read as a tar archive: "),
+    "empty tar": ("a.tar", write(b""), "{} cannot be read as a tar archive: "),
+    "tar of no name": ("a.tar", write_tar("README"), "{} has no record of webdataset."),
+    "tar of no array": ("a.tar", write_tar("a.npy"), "{}:a cannot be read: "),
+    "index of no shard": ("d", write_index({"shards": []}), "{}/index.json lists no shard."),
+    "index of another version": (
+        "d",
+        write_index({"shards": [{"format": "mds", "version": 1}]}),
+        "{}/index.json lists shards of the format 'mds', version 1, and bigbatch reads 'mds', version 2.",
+    ),
+    "index without its shard": (
+        "d",
+        write_index(
+            {
+                "shards": [
+                    {
+                        "format": "mds",
+                        "version": 2,
+                        "compression": None,
+                        "raw_data": {"basename": "shard.00000.mds", "bytes": 9},
+                    }
+                ]
+            }
+        ),
+        "{}/index.json lists shard.00000.mds, which does not exist.",
+    ),
+    "tokens of a word": (
+        "a.jsonl",
+        write('{"input_ids": ["a"]}'),
+        "{}:1: 'input_ids' must be a list of whole numbers.",
+    ),
+    "negative token": ("a.jsonl", write('{"tokens": [1, -5]}'), "{}:1: 'tokens' has -5, which is no token."),
+    "shifted labels": (
+        "a.jsonl",
+        write('{"input_ids": [1, 2, 3], "labels": [2, 3, -100]}'),
+        "{}:1: 'labels' has 2 where the token is 1. A label must be the token itself, not the next one, or -100",
+    ),
+    "masked tokens": (
+        "a.parquet",
+        write_parquet(input_ids=[[1, 2]], labels=[[-100, -100]]),
+        "{}:1: the record yields no training token: all of its tokens are masked.",
+    ),
+    "text and tokens": (
+        "a.jsonl",
+        write('{"text": "a", "input_ids": [1, 2]}'),
+        "{}:1: the record has 'text' and 'input_ids', but only one of them is allowed. Keep one, or pass --text-column",
+    ),
     "PDF": ("a.txt", write(b"%PDF-1.7\n"), "{} is a PDF document. Extract its text."),
     "pointer of Git LFS": (
         "a.jsonl",

@@ -51,7 +51,7 @@ class TrainFields(LoraFields, OptimizationFields):
         description="training data, one source or several: python-stdlib (Python files of this machine's standard "
         "library), python-stdlib-functions (docstring as prompt, body as completion), a file of text, .jsonl, .json, "
         ".csv, .tsv, .parquet or .arrow, each also with .gz, .bz2, .xz or .zst, a folder or a pattern of files such as "
-        "'logs/*.txt', or a datasets folder or Hub name",
+        "'logs/*.txt', a datasets folder or Hub name, or a folder or URL of shards of tokens",
     )
     data_weights: Weights | None = Field(
         default=None,
