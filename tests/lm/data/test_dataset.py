@@ -338,6 +338,16 @@ def test_unigram_entropy_equals_empirical_cross_entropy() -> None:
     assert dataset.unigram_entropy() == pytest.approx(expected, abs=1e-12)
 
 
+def test_unigram_entropy_of_many_samples_is_that_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [Document(f"a:{i}", text="value " * (1 + i % 7) + f"{i}") for i in range(40)]
+    chosen = [documents[i * 40 // 8] for i in range(8)]
+    some, _ = encode(chosen, TOKENIZER, max_length=100)
+    every, _ = encode(documents, TOKENIZER, max_length=100)
+    before = every.unigram_entropy()
+    monkeypatch.setattr("bigbatch.lm.data.dataset.MOST_COUNTED", 8)
+    assert every.unigram_entropy() == some.unigram_entropy() != before
+
+
 def test_unigram_entropy_handles_single_and_no_token() -> None:
     tokens, trained = np.full(8, 7, np.int32), np.array([False] + [True] * 7)
     block = Block(tokens, trained, None, np.array([8]), np.zeros(1, np.uint64), np.zeros(1, np.int32))

@@ -269,6 +269,22 @@ def test_shards_are_tokenized_ahead_as_a_copy(tmp_path: Path, model: str, source
     assert all_samples(copied.training) == all_samples(load(tmp_path, model, sources["tars"])[0].training)
 
 
+def test_parts_of_other_remote_data_are_refused(
+    tmp_path: Path, model: str, sources: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    fs = fsspec.filesystem("memory")
+    lines = [json.dumps({"input_ids": row}) for row in ROWS]
+    fs.pipe("/bucket/rows/a.jsonl", "\n".join(lines).encode())
+    out = str(tmp_path / "parts")
+    for part in ("0/2", "1/2"):
+        command = ["tokenize", "--data", "memory://bucket/rows/a.jsonl", "--model", model, "--out", out]
+        assert main([*command, "--shard", part]) == 0
+        fs.pipe("/bucket/rows/a.jsonl", "\n".join(lines[1:]).encode())
+    capfd.readouterr()
+    assert main(["train", "--data", out, "--model", model, "--out", str(tmp_path / "run"), "--steps", "1"]) == 2
+    assert "was made from other data, settings or another tokenizer than" in capfd.readouterr().err
+
+
 # killed, several ranks --------------------------------------------------------------------------------------------
 
 KILLED = """

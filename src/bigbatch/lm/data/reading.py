@@ -13,7 +13,7 @@ SKIP_ADVICE = "Pass --skip-broken to leave out and count what is broken."
 _KEPT = 3  # messages about broken input of one kind
 _MOST_KINDS = 50  # the others are counted as one
 # What differs between messages of one kind: places with their number, paths, quoted text, numbers.
-_DETAILS = re.compile(r"\S+:\d+|\S*/\S*|'[^']*'|\"[^\"]*\"|\d[\d,.]*")
+_DETAILS = re.compile(r"\S+:\d+|\S*[/.]\w\S*|'[^']*'|\"[^\"]*\"|0x\w+|\d[\d,.]*")
 
 
 class UnknownShapeError(InputError):

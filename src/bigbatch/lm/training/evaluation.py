@@ -39,7 +39,7 @@ def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
             num_everywhere = int(max(number for (number,) in sync.all_gather([float(num_own)])))
         for place in range(num_everywhere):
             rows = groups[place] if place < num_own else chosen[:1]
-            samples = [held_out[i] for i in rows]
+            samples = held_out.take(rows)
             microbatch = {name: tensor.to(device) for name, tensor in setup.collate(samples).items()}
             loss_sum, num_items = setup.loss_fn(model, microbatch)
             if place < num_own:

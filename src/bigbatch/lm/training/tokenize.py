@@ -112,6 +112,7 @@ def _write(
     _save_tokenizer(encoding.tokenizer, folder / TOKENIZER, is_trained=config.model == TINY)
     broken = broken_notes(writer)
     sizes = [[path.name, path.stat().st_size] for corpus in corpora for path in corpus.files]
+    sizes += [corpus.state() for corpus in corpora if corpus.state is not None and not corpus.files]  # remote
     settings = [config.skip_broken, config.split, config.subset, config.train_on, config.text_column]
     manifest = Manifest(
         shards=(),
