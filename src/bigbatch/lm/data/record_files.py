@@ -18,7 +18,7 @@ from bigbatch.lm.data.json_files import Records, read_json, read_json_lines
 from bigbatch.lm.data.messages import NO_TOKEN, kind_of, listing
 from bigbatch.lm.data.reading import Reading, UnknownShapeError
 from bigbatch.lm.data.records import ANY_COLUMNS, EXPECTED, FIELDS, SHAPES, RecordColumns, to_document
-from bigbatch.lm.data.token_records import has_token_list
+from bigbatch.lm.data.token_records import TOKENS, has_token_list
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
@@ -100,9 +100,9 @@ def _records(path: Path, source: str, reading: Reading) -> Records:
 
 def _known_records(records: Records, columns: RecordColumns) -> Records:
     """Yield records; raise if the first has no field of any: a .json file may hold anything."""
-    fields = {*FIELDS, columns.text, columns.messages}
+    fields = {*FIELDS, columns.text, columns.messages} - {TOKENS}
     for number, (record, place) in enumerate(records):
-        if number == 0 and not (isinstance(record, Mapping) and fields & record.keys()):
+        if number == 0 and not (isinstance(record, Mapping) and (fields & record.keys() or has_token_list(record))):
             what = f"the record has {listing(record)}" if isinstance(record, Mapping) else f"it is {kind_of(record)}"
             raise UnknownShapeError(f"{place}: {what}. {EXPECTED}")
         yield record, place
