@@ -291,5 +291,5 @@ def _short(name: str) -> str:
 def _short_data(name: str) -> str:
     """Return the name of a source without suffixes and, of a pattern, without its wildcards."""
     parts = [re.sub(r"(\.(gz|bz2|xz|zst))$", "", part) for part in Path(name).parts]
-    words = [re.sub(r"[*?\[\]!]+", "", Path(part).stem).strip("-_. ") for part in parts if part != "/"]
+    words = [re.sub(r"\{\w+\.\.\w+\}|[*?\[\]!]+", "", Path(part).stem).strip("-_. ") for part in parts if part != "/"]
     return next((word for word in reversed(words) if word), "run")

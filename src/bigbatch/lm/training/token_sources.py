@@ -68,7 +68,10 @@ def source_of_corpus(corpus: Corpus, tokenization: Tokenization) -> TokenSource:
     vocabulary = len(tokenization.encoding.tokenizer)
     if (reason := foreign_token(manifest.largest_token, corpus.name, vocabulary)) is not None:
         raise InputError(reason)
-    return TokenSource(ShardTokens(corpus.shards, index), (manifest.fingerprint,), manifest.notes)
+    reader = ShardTokens(corpus.shards, index)
+    if not corpus.shards.storage.is_local:
+        reader.read(0, 1)  # a storage that cannot send parts of files is an error now, not in the first update
+    return TokenSource(reader, (manifest.fingerprint,), manifest.notes)
 
 
 def joined(sources: Sequence[TokenSource]) -> TokenSource:

@@ -2,11 +2,15 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
@@ -14,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
@@ -70,15 +75,6 @@ def test_shards_of_library_hold_their_rows(mosaic: Path, kind: str) -> None:
 
 def test_rows_of_fixed_size_are_read(mosaic: Path) -> None:
     assert tokens_of(corpus_of(mosaic / "fixed")) == [list(range(i, i + 6)) for i in range(10)]
-
-
-def test_other_library_reads_same_rows(mosaic: Path) -> None:
-    streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed")
-    for kind in ("plain", "zstd"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(mosaic)
-            found = streaming.LocalDataset(local=str(mosaic / kind))
-            assert [row["input_ids"].tolist() for row in found] == DOCUMENTS
 
 
 def test_splits_are_folders(mosaic: Path) -> None:
@@ -232,7 +228,7 @@ def test_records_of_archive_are_read(kind: str, tmp_path: Path) -> None:
 
 
 def test_writer_of_library_is_read(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+
     with webdataset.ShardWriter(str(tmp_path / "part-%06d.tar"), maxcount=2, verbose=0) as sink:
         for i, (row, labels) in enumerate(zip(ROWS, LABELS, strict=True)):
             sink.write({"__key__": f"{i}", "input_ids.npy": np.array(row), "labels.npy": np.array(labels)})
@@ -321,6 +317,62 @@ def test_remote_data_is_read(remote: str, name: str, expected: list[list[int]]) 
     assert tokens_of(corpus) == expected
     assert tokens_of(corpus) == expected  # again
     assert not corpus.files
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """Serves parts of files, which that of the standard library does not."""
+
+    def do_GET(self) -> None:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if wanted is None or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(mosaic: Path) -> Iterator[Callable[[type[SimpleHTTPRequestHandler]], str]]:
+    servers = []
+
+    def serve(handler: type[SimpleHTTPRequestHandler]) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(mosaic)))
+        Thread(target=server.serve_forever).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_shards_of_web_server_are_read(web: Callable[..., str], mosaic: Path, tmp_path: Path) -> None:
+    write_tar(mosaic / "a-0.tar", columns())
+    url = web(RangeHandler)
+    assert tokens_of(corpus_of(f"{url}/zstd")) == DOCUMENTS
+    assert tokens_of(corpus_of(f"{url}/a-{{0..0}}.tar")) == ROWS
+    reader = reader_of(f"{url}/plain", tmp_path / "index")
+    spans = reader.read_many([(0, 5), (5, 14), (20, 30)])
+    tokens = [token for row in DOCUMENTS for token in row]
+    assert [span.tokens.tolist() for span in spans] == [tokens[0:5], tokens[5:14], tokens[20:30]]
+
+
+def test_server_without_parts_of_files_is_refused(web: Callable[..., str], tmp_path: Path) -> None:
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    reader = reader_of(f"{web(Handler)}/plain", tmp_path / "index")
+    with pytest.raises(InputError, match=r"or the storage does not send parts of files\.$"):
+        reader.read(0, 1)
 
 
 def test_file_url_is_its_path(mosaic: Path) -> None:

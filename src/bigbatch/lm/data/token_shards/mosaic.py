@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,7 @@ class _Bytes:
 def _read_index(storage: Storage) -> tuple[_Shard, ...]:
     where = storage.name_of(path := f"{storage.root}/{INDEX}")
     raw = storage.read(path)
-    files = {file.path: file for file in storage.files()}
+    files = {file.path: file for file in storage.files() if file.path.startswith(f"{storage.root}/")}
     found = []
     try:
         for entry in json.loads(raw)["shards"]:
@@ -161,8 +162,10 @@ def _read_index(storage: Storage) -> tuple[_Shard, ...]:
             compression = entry["compression"].partition(":")[0] if entry["compression"] else None
             if compression is not None and compression not in _CODECS:
                 raise InputError(f"{where} lists shards with the compression {compression!r}, which is not supported.")
-            basename = (entry["zip_data"] if compression else entry["raw_data"])["basename"]
-            file = files.get(f"{storage.root}/{basename}")
+            stored = entry["zip_data"] if compression else entry["raw_data"]
+            basename, path = stored["basename"], f"{storage.root}/{stored['basename']}"
+            # A web server does not list its files.
+            file = files.get(path) if files else StoredFile(path, int(stored["bytes"]), sha256(raw).hexdigest())
             if file is None:
                 raise InputError(f"{where} lists {basename}, which does not exist.")
             names = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)

@@ -144,6 +144,11 @@ class Storage:
         """Return the bytes of a file, or some of them."""
         with errors_of(self.name):
             data: bytes = self.fs.cat_file(path, start=start, end=stop)
+        if start is not None and stop is not None and len(data) != stop - start:
+            raise InputError(
+                f"{self.name_of(path)}: {stop - start:,} bytes from {start:,} on were requested, and the storage sent "
+                f"{len(data):,}. The file was changed, or the storage does not send parts of files."
+            )
         return data
 
     @contextmanager
