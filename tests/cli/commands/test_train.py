@@ -255,7 +255,7 @@ REFUSED: list[tuple[str, Callable[[Path], None] | None, str, str]] = [
         "nothing to learn",
         bad("n.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": ""}\n'),
         "--data ../n.jsonl",
-        r"\.\./n\.jsonl:2: the record yields no training token: its completion is empty\.",
+        r"\.\./n\.jsonl:2: the record yields no training token: its completion is empty\. Pass --skip-broken to .*",
     ),
     ("batch 0", None, "--global-batch 0", r"--global-batch is 0: it must be at least 1\."),
     ("negative batch", None, "--global-batch -4", r"--global-batch is -4: it must be at least 1\."),

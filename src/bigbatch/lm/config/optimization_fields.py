@@ -52,7 +52,8 @@ class OptimizationFields(BaseModel):
     min_lr: Number | None = Field(
         default=None,
         ge=0,
-        description="learning rate at the last update (default: a tenth of --lr for cosine, 0 for linear and wsd)",
+        description="learning rate at the last update (default: a tenth of --lr for cosine, 0 for linear and wsd, "
+        "reached one update later)",
     )
     decay_steps: Count | None = Field(
         default=None,
