@@ -47,6 +47,7 @@ def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.Monkey
     Path("runs/tiny-python-stdlib-2").mkdir(parents=True)
     assert default_path("tiny", ["python-stdlib"]) == Path("runs/tiny-python-stdlib-3")
     assert default_path("/models/Qwen2/", ["/data/chat.jsonl"]) == Path("runs/Qwen2-chat")
+    assert default_path("tiny", ["s3://bucket/train-{000..099}.tar"]) == Path("runs/tiny-train")
     assert default_path("tiny", ["a/logs.csv.gz", "b", "c"]) == Path("runs/tiny-logs-and-2-more")
     assert default_path("tiny", ["/a/logs/*.txt"]) == Path("runs/tiny-logs")
     assert default_path("tiny", ["/a/part-*.json"]) == Path("runs/tiny-part")

@@ -50,7 +50,8 @@ class Document:
     def key(self) -> str:
         """SHA-256 of the content in hex, independent of the source."""
         if self.tokens is not None:
-            return hashlib.sha256(b"tokens" + self.tokens + (self.trained or b"")).hexdigest()
+            head = b"%d bytes of tokens" % len(self.tokens)
+            return hashlib.sha256(head + self.tokens + (self.trained or b"")).hexdigest()
         content: list[Any] = [self.text, self.prompt, self.completion, self.messages]
         if self.tools is not None:
             content.append(self.tools)
