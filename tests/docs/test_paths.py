@@ -16,16 +16,16 @@ PAGES = sorted(
     )
 )
 BENCHMARKS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py"))
-REPOSITORY_PATH = re.compile(r"(?<![\w./-])((?:src|tests|docs|benchmarks)/[\w./-]*\w)")
+REPOSITORY_PATH = re.compile(r"(?<![\w./-])((?:src|tests|docs|benchmarks|examples)/[\w./-]*\w)")
 CODE_SPAN = re.compile(r"`+([^`\n]+)`+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PYTHON_FILES = {
-    path.name for folder in ("src", "tests", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    path.name for folder in ("src", "tests", "docs", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
 }
 
 
 def missing_paths(text: str) -> list[str]:
-    """Return the paths below src, tests, docs and benchmarks, and the bare names of Python files, that do not exist."""
+    """Return the paths of repository files, and the bare names of Python files, that do not exist."""
     paths = [path for path in REPOSITORY_PATH.findall(text) if not (ROOT / path).exists()]
     names = [span for span in CODE_SPAN.findall(text) if re.fullmatch(r"\w+\.py", span) and span not in PYTHON_FILES]
     return paths + names
