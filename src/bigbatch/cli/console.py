@@ -58,9 +58,12 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> OutputConsole:
 
 
 def quiet_libraries() -> None:
-    """Disable the progress bars and warnings of transformers."""
+    """Disable the progress bars and warnings of transformers, and what bitsandbytes says when peft imports it."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -103,8 +103,9 @@ def enable_determinism(config: TrainConfig) -> None:
 
 def parameters_line(model: Any) -> str:
     """Return a line with the number of trained parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    from bigbatch.lm.model.quantization import count_parameters
+
+    total, trained = count_parameters(model)
     if trained == total:
         return f"trained parameters: all {total:,}"
     return f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.2g} %)"
@@ -214,7 +215,7 @@ _READING = ("text_column", "messages_column", "chat_template", "train_on")  # of
 def _same_job(config: TrainConfig) -> str:
     """Return the flags for a command on the same model and data."""
     default = TrainConfig()
-    of_model = ("model", "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora")
+    of_model = ("model", "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora", "quantize")
     names = ("data", "split", "subset", *of_model, "precision", *_READING)
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
     words = []

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.engine.engine import Engine
 from bigbatch.lm.checkpoint import prune, write
@@ -161,19 +161,28 @@ class CheckpointManager:
                 self._notes.setdefault(f"{path} was not written by this run and is now called {kept.name}", False)
 
 
-def frozen_fingerprint(model: nn.Module) -> str | None:
+def frozen_fingerprint(model: nn.Module, values: Mapping[str, Callable[[], Tensor]] | None = None) -> str | None:
     """Return the SHA-256, in hex, of the parameters that are not trained, which checkpoints leave out; None without.
 
     Collective if the model is sharded; it is the same then as of the whole model. One tensor is gathered at a time.
-    """
-    from torch.distributed.tensor import DTensor
 
-    frozen = [(name, p) for name, p in sorted(model.named_parameters()) if not p.requires_grad]
-    if not frozen:
+    Args:
+        model: With its adapters.
+        values: Functions that return the values of its frozen parameters before they were quantized, by name; None for
+            those of the model.
+    """
+    if values is None:
+        values = {name: partial(_whole, p) for name, p in model.named_parameters() if not p.requires_grad}
+    if not values:
         return None
     digest = sha256()
-    for name, parameter in frozen:
+    for name in sorted(values):
         digest.update(name.encode())
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        digest.update(bits(whole).numpy().tobytes())
+        digest.update(bits(values[name]()).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -101,6 +101,7 @@ GROUPS = (
             "lora_dropout",
             "rslora",
             "dora",
+            "quantize",
             "router_aux_loss_coef",
             "router_aux_loss",
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -52,6 +52,11 @@ class LoraFields(BaseModel):
         strict=True,
         description="also train the norm of each row of the adapted weights (DoRA); slower",
     )
+    quantize: Literal["nf4", "nf4-double"] | None = Field(
+        default=None,
+        description="store the weights under the adapters in 4 bits, in blocks of 64 with a scale of 32 bits; "
+        "nf4-double = with scales of 8 bits. Needs the package bitsandbytes, and CUDA or the CPU (default: none)",
+    )
 
     @model_validator(mode="after")
     def _check_lora(self) -> Self:
@@ -59,4 +64,9 @@ class LoraFields(BaseModel):
             if not self.lora_rank and getattr(self, name) not in (None, 0):
                 names = {"first": name, "second": "lora_rank"}
                 raise PydanticCustomError("idle", "{first} does nothing without {second}: give both", names)
+        if self.quantize is not None and not self.lora_rank:
+            names = {"first": "quantize", "second": "lora_rank"}
+            raise PydanticCustomError(
+                "idle", "{first} needs {second}: weights in 4 bits are not trained, only adapters on them", names
+            )
         return self

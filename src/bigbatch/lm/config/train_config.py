@@ -113,6 +113,22 @@ class TrainConfig(TrainFields):
         return self
 
     @model_validator(mode="after")
+    def _check_quantize(self) -> Self:
+        if self.quantize is not None and self.model == "tiny":
+            names = {"first": "quantize", "second": "model"}
+            raise PydanticCustomError(
+                "idle", "{first} is for adapters on a model that exists, not for {second} tiny: leave it out", names
+            )
+        if self.quantize is not None and self.parallel != "ddp":
+            names = {"first": "quantize", "second": "parallel"}
+            raise PydanticCustomError(
+                "sharded",
+                "{first} is not supported with {second} fsdp and hsdp, which shard the weights: use ddp",
+                names,
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_schedule(self) -> Self:
         if self.min_lr is not None and self.schedule == "constant":
             raise _not_of("min_lr", "schedule", self.schedule)

@@ -102,7 +102,8 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
                 f"layers are {', '.join(known)}."
             )
         for name in matched:
-            others = sorted(owners[linear[name].weight] - {name})
+            own = next(linear[name].parameters(recurse=False))  # the weight, or its codes in 4 bits
+            others = sorted(owners[own] - {name})
             if others:
                 raise InputError(
                     f"--lora-targets {target}: the weight of {name} is also that of {others[0]}, which has no adapter, "

@@ -15,7 +15,7 @@ from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.text import plural
 
 _BALANCING = re.compile(r"(router_)?(aux|z)_loss_(coeff?|alpha|weight|factor)|moe_loss_weight|load_balanc\w*_\w+")
-_ROUTER = re.compile(r"(^|[._])(gate|router)(\.layer)?(\.base_layer)?\.weight$")
+ROUTER = re.compile(r"(^|[._])(gate|router)(\.layer)?(\.base_layer)?\.weight$")
 
 
 def expert_notes(model: Any, config: TrainConfig, balanced: LoadBalancedLoss | None) -> list[str]:
@@ -52,7 +52,7 @@ def _trained(model: Any, config: TrainConfig, balanced: LoadBalancedLoss) -> str
         else "over each micro-batch, as asked: its gradient depends on the micro-batch"
     )
     frozen = any(
-        _ROUTER.search(name) and ".base_layer." not in name and not parameter.requires_grad
+        ROUTER.search(name) and ".base_layer." not in name and not parameter.requires_grad
         for name, parameter in model.named_parameters()
     )
     lora = "; the routers are frozen, and it trains the adapters in the layers below them" if frozen else ""
@@ -77,7 +77,7 @@ def _adapted_experts(model: Any) -> str | None:
     if not any(".lora_" in name for name in names):
         return None
     weights = [name for name in names if ".lora_" not in name and "bias" not in name]
-    routers = [name for name in weights if _ROUTER.search(name)]
+    routers = [name for name in weights if ROUTER.search(name)]
     experts = [name for name in weights if ("expert" in name or names[name] > 2) and name not in routers]
     if not experts:
         return None

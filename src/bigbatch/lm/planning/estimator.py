@@ -19,6 +19,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES
 from bigbatch.lm.model.pretrained import model_from_config
+from bigbatch.lm.model.quantization import count_parameters, quantize_copy, quantize_outline, weights_dtype_of
 from bigbatch.lm.model.setup import ModelOutline, outline_model, set_up_model
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
@@ -33,6 +34,7 @@ MEMORY_SAVINGS: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing full": {"gradient_checkpointing": "full"},
     "--precision bf16-weights": {"precision": "bf16-weights"},
     "--lora-rank 16": {"lora_rank": 16, "lora_alpha": 32.0},
+    "--quantize nf4": {"quantize": "nf4"},
 }
 
 ASKED = "as asked"
@@ -82,8 +84,7 @@ class RunEstimator:
         self.unit = "samples" if isinstance(config.microbatch, int) else "tokens"
         outline = self._outline(config)
         self.layout = outline.layout
-        self.num_parameters = sum(p.numel() for p in outline.model.parameters())
-        self.num_trained = sum(p.numel() for p in outline.model.parameters() if p.requires_grad)
+        self.num_parameters, self.num_trained = count_parameters(outline.model)
         self._predictor = make_predictor(outline, config, target=target.device)
         self._predicted: dict[tuple[int, int], Prediction] = {}
 
@@ -170,6 +171,8 @@ class RunEstimator:
         if str(changes.get("precision")).startswith("bf16") and not self._target.computes_bf16:
             return None
         config = self._config.model_copy(update=changes)
+        if config.quantize is not None and (not config.saves_adapters or self._target.device.type == "mps"):
+            return None
         try:
             predictor = make_predictor(self._outline(config), config, target=self._target.device)
             peak_bytes = predictor.predict(self._rows(shape)).peak_bytes
@@ -192,7 +195,10 @@ class RunEstimator:
     def measure(self, size: int) -> UpdateTiming | None:
         """Time two updates with random weights and samples, and return the faster; None if they run out of memory."""
         device_spec, config, limit = self._target.device_spec, self._config, self.limit
-        model = self._bare_model(config, device_spec.device)
+        if config.quantize is None:
+            model = self._bare_model(config, device_spec.device)
+        else:
+            model = quantize_copy(self._bare_model(config, torch.device("cpu")), config, device_spec)
         model_setup = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
         engine = make_engine(
             model_setup,
@@ -214,7 +220,7 @@ class RunEstimator:
         return UpdateTiming(choice.size, choice.timing.cost(choice.size), seconds)
 
     def _bare_model(self, config: TrainConfig, device: torch.device) -> Any:
-        dtype = DeviceSpec(self._target.device_spec.device, config.precision).weights_dtype
+        dtype = weights_dtype_of(config, DeviceSpec(self._target.device_spec.device, config.precision))
         try:
             return model_from_config(self._data.model_config, dtype=dtype, device=device)
         except Exception as error:  # models raise many types for an inconsistent configuration
@@ -222,8 +228,11 @@ class RunEstimator:
 
     def _outline(self, config: TrainConfig) -> ModelOutline:
         """Decide how training would run the model, without weights."""
+        model = self._bare_model(config, torch.device("meta"))
+        if config.quantize is not None:
+            quantize_outline(model, config)
         return outline_model(
-            self._bare_model(config, torch.device("meta")),
+            model,
             config,
             DeviceSpec(self._target.device_spec.device, config.precision),
             target=self._target.device,

@@ -22,6 +22,7 @@ from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.chat_templates import template_digest
 from bigbatch.lm.files import read_json
+from bigbatch.lm.model.quantization import weights_dtype_of
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.runs.identity import RunIdentity, digest_of, read_identity
 from bigbatch.lm.text import describe_invalid
@@ -163,9 +164,16 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         "num_samples": len(setup.training),
         "vocabulary_sha256": sha256(json.dumps(sorted(setup.tokenizer.get_vocab().items())).encode()).hexdigest(),
         "chat_template_sha256": template_digest(setup.tokenizer),
-        "weights_dtype": str(setup.device_spec.weights_dtype),
-        "frozen_sha256": None if setup.weights is not None else frozen_fingerprint(setup.model),
+        "weights_dtype": str(weights_dtype_of(setup.config, setup.device_spec)),
+        "frozen_sha256": _frozen_sha256(setup),
     }
+
+
+def _frozen_sha256(setup: TrainingSetup) -> str | None:
+    """Return the fingerprint of the weights that are not trained, as they were before they were quantized."""
+    if setup.weights is not None:
+        return None
+    return setup.frozen_sha256 or frozen_fingerprint(setup.model)
 
 
 def _stable(model: Any) -> Any:

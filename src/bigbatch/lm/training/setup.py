@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.errors import InputError
+from bigbatch.lm.checkpoint.manager import frozen_fingerprint
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.chat_templates import set_chat_template
@@ -21,6 +22,7 @@ from bigbatch.lm.model.expert_notes import expert_notes
 from bigbatch.lm.model.generation import prompt_tokens
 from bigbatch.lm.model.meta_setup import set_up_meta_model
 from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
+from bigbatch.lm.model.quantization import QuantizedBase, load_quantized, quantization_note
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.model.weights import Weights, empty_copy, empty_model, load_shards
 from bigbatch.lm.training.data import DataLoader as DataLoader
@@ -44,6 +46,8 @@ class TrainingSetup:
         model_setup: The model, in training mode and on the device, with its loss and layout. In a sharded run, its
             parameters are on the meta device until the trainer shards it.
         weights: The source of their values in a sharded run; None otherwise.
+        frozen_sha256: Fingerprint of the weights under the adapters, as they were before they were quantized; None
+            without quantization.
         training: Training data.
         validation: Validation data; None if there is too little data to hold any out.
         notes: Sentences with the counts of records read, truncated and skipped.
@@ -63,6 +67,7 @@ class TrainingSetup:
     data_fingerprint: str
     order_version: int = ORDER_VERSION
     weights: Weights | None = None
+    frozen_sha256: str | None = None
 
     @property
     def model(self) -> Any:
@@ -108,6 +113,7 @@ def set_up_training(
     config = config.model_copy(update={"device": str(device_spec.device), "precision": device_spec.precision})
     tokenizer = None if config.model == TINY else load_tokenizer(config.model)
     weights: Weights | None = None
+    quantized: QuantizedBase | None = None
     with DataLoader(config, progress, order_version=order_version) as loader:
         if tokenizer is None:
             tokenizer = loader.stored_tokenizer or loader.train_tokenizer(TINY_VOCABULARY)
@@ -118,6 +124,9 @@ def set_up_training(
             progress(f"loading {config.model}")
             if ranks.are_sharded:
                 model, weights = empty_model(config.model, dtype=device_spec.weights_dtype)
+            elif config.quantize is not None:
+                quantized = load_quantized(config, device_spec)
+                model = quantized.model
             else:
                 model = load_model(config.model, dtype=device_spec.weights_dtype)
             config = _fit(config, model, tokenizer)
@@ -143,6 +152,7 @@ def set_up_training(
         notes=(
             *template_notes,
             *data.notes,
+            *([quantization_note(model_setup.model)] if quantized is not None else []),
             *model_setup.notes,
             *expert_notes(model_setup.model, config, model_setup.balanced),
         ),
@@ -150,6 +160,7 @@ def set_up_training(
         data_fingerprint=data.fingerprint,
         order_version=order_version,
         weights=weights,
+        frozen_sha256=None if quantized is None else _fingerprint(quantized, model_setup.model),
     )
 
 
@@ -168,6 +179,14 @@ def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | Sync
         with ranks.raise_together():
             load_shards(setup.model, setup.weights, device)
     return sync
+
+
+def _fingerprint(quantized: QuantizedBase, model: Any) -> str | None:
+    """Return the fingerprint of a base before it was quantized, then close its files."""
+    try:
+        return frozen_fingerprint(model, quantized.frozen_values(model))
+    finally:
+        quantized.weights.close()
 
 
 def _make_tiny(config: TrainConfig, device_spec: DeviceSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:

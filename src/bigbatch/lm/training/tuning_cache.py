@@ -29,6 +29,7 @@ SETTINGS = (
     "lora_targets",
     "lora_dropout",
     "dora",
+    "quantize",
 )
 
 
