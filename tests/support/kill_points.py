@@ -51,6 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "async": {"async_checkpoint": True},
     "lora": {"lora_rank": 2, "lora_dropout": 0.1},
+    "qlora": {"model": "packable", "lora_rank": 2, "quantize": "nf4-double", "optimizer": "adamw-8bit"},
     "bf16-weights": {"precision": "bf16-weights"},
     "auto": {"microbatch": "auto"},
     "tokens": {"global_batch": None, "global_batch_tokens": 160},

@@ -144,10 +144,13 @@ def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr("bigbatch.lm.model.nf4.import_module", refuse)
-    message = '--quantize needs the package bitsandbytes: install it with pip install "bigbatch[quantize]".'
+    message = '{} needs the package bitsandbytes: install it with pip install "bigbatch[quantize]".'
     with pytest.raises(InputError) as raised:
         load_kernels()
-    assert str(raised.value) == message
+    assert str(raised.value) == message.format("--quantize")
+    with pytest.raises(InputError) as raised:
+        load_kernels("--optimizer adamw-8bit")
+    assert str(raised.value) == message.format("--optimizer adamw-8bit")
 
 
 @pytest.mark.gpu

@@ -82,6 +82,8 @@ def test_run_killed_anywhere_equals_uninterrupted_run(server: Server, point: str
         ("lora", "before scheduler", 8),
         ("lora", "before adapter", 1),  # after the last checkpoint
         ("lora", "before fsync", 43),  # while the adapters are saved
+        ("qlora", "after scheduler", 8),
+        ("qlora", "before adapter", 1),
         ("bf16-weights", "before optimizer", 8),
         ("auto", "before optimizer", 8),
         ("tokens", "after optimizer", 7),

@@ -22,9 +22,9 @@ class OptimizationFields(BaseModel):
 
     optimizer: OptimizerName = Field(
         default="adamw",
-        description="adamw; muon = orthogonalized momentum for the matrices of the layers, with the learning rate and "
-        "weight decay of AdamW, which updates embeddings, head, biases and norms; lion; adafactor and sgd, which need "
-        "--lr",
+        description="adamw; adamw-8bit = AdamW with moments in 8 bits, which needs the package bitsandbytes; muon = "
+        "orthogonalized momentum for the matrices of the layers, with the learning rate and weight decay of AdamW, "
+        "which updates embeddings, head, biases and norms; lion; adafactor and sgd, which need --lr",
     )
     lr: Number | None = Field(
         default=None,
@@ -70,19 +70,21 @@ class OptimizationFields(BaseModel):
         default=None,
         ge=0,
         lt=1,
-        description="decay of the mean of gradients of adamw, lion and the AdamW part of muon (default: 0.9)",
+        description="decay of the mean of gradients of adamw, adamw-8bit, lion and the AdamW part of muon "
+        "(default: 0.9)",
     )
     beta2: Number | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="decay of the mean of squared gradients of adamw and the AdamW part of muon (default: 0.95), and "
-        "of the momentum of lion (default: 0.99)",
+        description="decay of the mean of squared gradients of adamw, adamw-8bit and the AdamW part of muon "
+        "(default: 0.95), and of the momentum of lion (default: 0.99)",
     )
     eps: Number | None = Field(
         default=None,
         gt=0,
-        description="added to the root of the mean squares of adamw and the AdamW part of muon (default: 1e-8)",
+        description="added to the root of the mean squares of adamw, adamw-8bit and the AdamW part of muon "
+        "(default: 1e-8)",
     )
     momentum: Number | None = Field(
         default=None, ge=0, lt=1, description="momentum of sgd (default: 0.9) and muon (default: 0.95)"

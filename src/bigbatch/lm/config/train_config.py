@@ -105,6 +105,8 @@ class TrainConfig(TrainFields):
             raise PydanticCustomError("no_lr", "{first} {value} has no default learning rate: pass {second}", names)
         if self.rebase_second_moment and self.optimizer != "adamw":
             raise _not_of("rebase_second_moment", "optimizer", self.optimizer)
+        if self.optimizer == "adamw-8bit":
+            _check_8bit(self.precision, self.parallel)
         if self.parallel != "ddp" and self.optimizer == "muon":
             names = {"first": "optimizer", "second": "parallel"}
             raise PydanticCustomError(
@@ -144,7 +146,7 @@ class TrainConfig(TrainFields):
     def _check_lr_rule(self) -> Self:
         if self.lr_rule != "none" and self.scale_from is None:
             raise _no_effect("lr_rule", "scale_from")
-        if self.lr_rule != "none" and self.optimizer not in ("adamw", "sgd"):
+        if self.lr_rule != "none" and self.optimizer not in ("adamw", "adamw-8bit", "sgd"):
             raise _not_of("lr_rule", "optimizer", self.optimizer)
         if (why := self.batch_scaling().problem()) is not None:
             names = {"first": "lr_rule", "second": "scale_from"}
@@ -223,6 +225,18 @@ class TrainConfig(TrainFields):
     def validation_every_of(self, total_steps: int) -> int:
         """Return the updates between two validations of a run of ``total_steps`` updates: at least 1."""
         return max(1, total_steps // VALIDATIONS_PER_RUN) if self.validation_every is None else self.validation_every
+
+
+def _check_8bit(precision: str, parallel: str) -> None:
+    names = {"first": "optimizer", "second": "precision", "third": "parallel"}
+    if precision == "float64":
+        raise PydanticCustomError(
+            "idle", "{first} adamw-8bit computes in float32, not in {second} float64: use adamw", names
+        )
+    if parallel != "ddp":
+        raise PydanticCustomError(
+            "sharded", "{first} adamw-8bit needs whole tensors, which {third} fsdp and hsdp shard: use ddp", names
+        )
 
 
 def _exclusive(first: str, second: str) -> PydanticCustomError:

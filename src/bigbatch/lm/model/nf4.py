@@ -25,8 +25,11 @@ SCALE_BLOCK = 256
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def load_kernels() -> None:
+def load_kernels(needed_by: str = "--quantize") -> None:
     """Import bitsandbytes, which registers its operations.
+
+    Args:
+        needed_by: The flag that needs it.
 
     Raises:
         InputError: It is not installed, or its import fails.
@@ -37,7 +40,7 @@ def load_kernels() -> None:
         if error.name != "bitsandbytes":
             raise
         raise InputError(
-            '--quantize needs the package bitsandbytes: install it with pip install "bigbatch[quantize]".'
+            f'{needed_by} needs the package bitsandbytes: install it with pip install "bigbatch[quantize]".'
         ) from error
 
 

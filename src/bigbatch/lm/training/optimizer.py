@@ -10,6 +10,7 @@ from torch import nn
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.nf4 import load_kernels
 from bigbatch.lm.training.lion import Lion
 from bigbatch.lm.training.muon import MuonWithAdamW
 
@@ -43,6 +44,11 @@ def make_optimizer(model: Any, config: TrainConfig, device_spec: DeviceSpec) -> 
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=lr)
     betas = settings["beta1"], settings["beta2"]
+    if config.optimizer == "adamw-8bit":
+        load_kernels("--optimizer adamw-8bit")
+        from bigbatch.lm.training.adamw_8bit import AdamW8bit
+
+        return AdamW8bit(groups, lr=lr, betas=betas, eps=settings["eps"])
     if config.optimizer == "lion":
         return Lion(groups, lr=lr, betas=betas)
     fused = device_spec.device.type in ("cuda", "cpu")
