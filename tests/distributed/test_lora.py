@@ -40,6 +40,14 @@ def test_stopped_run_on_ranks_saves_same_adapters(folder: RunFolder, parallel: s
     assert one == other
 
 
+def test_quantized_run_on_ranks_saves_same_adapters(folder: RunFolder) -> None:
+    words = ("--lora-rank", "2", "--quantize", "nf4-double", "--steps", "4", "--checkpoint-every", "2")
+    folder.train("quantized alone", 1, *words)
+    folder.train("quantized", 2, *words, patch=signal_in_update(3), codes=75)
+    folder.resume("quantized", 2)
+    assert max_relative_difference(folder.model("quantized"), folder.model("quantized alone")) < TIGHT
+
+
 def settings(run: Path) -> dict[str, object]:
     found: dict[str, object] = json.loads((run / "adapter" / "adapter_config.json").read_text())
     return found

@@ -81,13 +81,14 @@ def load_quantized(config: TrainConfig, device_spec: DeviceSpec) -> QuantizedBas
     """
     dtype, device = weights_dtype_of(config, device_spec), device_spec.device
     check_kernels(device, dtype)
-    return _fill(*empty_model(config.model, dtype=dtype), config, dtype, device)
+    return quantize_weights(*empty_model(config.model, dtype=dtype), config, dtype=dtype, device=device)
 
 
 def quantize_copy(model: Any, config: TrainConfig, device_spec: DeviceSpec) -> Any:
     """Copy a model on the CPU to the device of a run, with its linear layers in 4 bits."""
     check_kernels(device_spec.device, next(model.parameters()).dtype)
-    return _fill(*empty_copy(model), config, weights_dtype_of(config, device_spec), device_spec.device).model
+    dtype = weights_dtype_of(config, device_spec)
+    return quantize_weights(*empty_copy(model), config, dtype=dtype, device=device_spec.device).model
 
 
 def quantize_outline(model: Any, config: TrainConfig) -> None:
@@ -131,7 +132,14 @@ def quantized_layers(model: Any, config: TrainConfig) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def _fill(model: Any, weights: Weights, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> QuantizedBase:
+def quantize_weights(
+    model: Any, weights: Weights, config: TrainConfig, *, dtype: torch.dtype, device: torch.device
+) -> QuantizedBase:
+    """Load the weights of a model on the meta device, one at a time, and quantize those of its linear layers.
+
+    Raises:
+        InputError: A weight cannot be read, or does not fit on the device.
+    """
     layers = quantized_layers(model, config)
     names: dict[nn.Module | Tensor, str] = {}
     loaded: dict[nn.Parameter, nn.Parameter] = {}
