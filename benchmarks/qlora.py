@@ -1,7 +1,7 @@
 """Memory of LoRA on weights in 4 bits: measured, predicted by `bigbatch plan`, and the adapters' gradient.
 
-    python benchmarks/qlora.py --out benchmarks/results/qlora-h200.txt     # one CUDA GPU with 80 GB, five minutes
-    python benchmarks/qlora.py --dry                                       # a tiny model on the CPU, half a minute
+    python benchmarks/qlora.py --out FILE     # one CUDA GPU with 80 GB, some minutes
+    python benchmarks/qlora.py --dry          # a tiny model on the CPU, half a minute
 
 A Llama of 6.7 billion parameters with random weights, which are made on the device one at a time, as weights of a
 folder are loaded. Each line trains rank-16 adapters on all linear layers: four sequences in micro-batches of
@@ -232,7 +232,8 @@ def table(options: argparse.Namespace) -> Iterator[str]:
         yield (
             f"{row['quantize'] or 'unquantized':<12}{row['precision']:<14}{row['gradient_checkpointing']:<13}"
             f"{row['compile']:<9}{line.weights / 2**20:>9,.0f}{line.loading / 2**20:>9,.0f}"
-            f"{line.measured / 2**20:>10,.1f}{line.predicted / 2**20:>11,.1f}{line.predicted / line.measured:>8.4f}{line.seconds:>9.2f}"
+            f"{line.measured / 2**20:>10,.1f}{line.predicted / 2**20:>11,.1f}"
+            f"{line.predicted / line.measured:>8.4f}{line.seconds:>9.2f}"
             f"{'–' if line.gradient is None else f'{line.gradient:.1e}':>10}"
         )
     yield from notes

@@ -246,6 +246,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 CHECKPOINTING, NARROW, LORA = "--gradient-checkpointing full", "--precision bf16-weights", "--lora-rank 16"
+NF4 = "--quantize nf4"  # of a run with adapters
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,8 @@ CHECKPOINTING, NARROW, LORA = "--gradient-checkpointing full", "--precision bf16
         ({"gradient_checkpointing": "selective"}, {CHECKPOINTING, NARROW, LORA}),
         ({"gradient_checkpointing": "none"}, {CHECKPOINTING, NARROW, LORA}),
         ({"precision": "bf16-weights"}, {CHECKPOINTING, LORA}),
-        ({"lora_rank": 2}, {CHECKPOINTING, NARROW}),
+        ({"lora_rank": 2}, {CHECKPOINTING, NARROW, NF4}),
+        ({"lora_rank": 2, "quantize": "nf4-double"}, {CHECKPOINTING, NARROW}),
     ],
 )
 def test_active_setting_is_not_suggested(place: Path, wide: str, settings: dict[str, Any], offered: set[str]) -> None:
@@ -287,7 +289,7 @@ def test_fewest_settings_that_fit_are_suggested(place: Path, wide: str) -> None:
     together = [lever for lever in fitting if lever.fits]
     assert together
     assert {lever.flags for lever in together} <= {
-        f"{CHECKPOINTING} {NARROW}", f"{CHECKPOINTING} {LORA}", f"{NARROW} {LORA}"
+        f"{CHECKPOINTING} {NARROW}", f"{CHECKPOINTING} {LORA}", f"{NARROW} {LORA}", f"{LORA} {NF4}"
     }  # fmt: skip
     assert len(fitting) == len(together) + 3
 

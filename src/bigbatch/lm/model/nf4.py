@@ -92,7 +92,7 @@ class Nf4Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight, computed anew in the dtype that it was quantized from."""
+        """The weight, computed at each access in the dtype that it was quantized from."""
         return self.dequantized(self._dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
