@@ -352,3 +352,22 @@ def test_router_noise_counts_as_random() -> None:
         for noise in (0.0, 0.1)
     )
     assert (quiet._uses_randomness, noisy._uses_randomness) == (False, True)
+
+
+def test_scaling_of_adapters_is_a_constant_of_the_graph() -> None:
+    model = build(LlamaConfig(**SIZE), lora=True).train()
+    inputs: list[Any] = []
+
+    def backend(graph: Any, examples: list[Any]) -> Any:
+        inputs.extend(examples)
+        return graph.forward
+
+    layers = DecoderLayers(model)
+    layers.compile(backend)
+    for length in (8, 12, 5):
+        model(input_ids=torch.arange(2 * length).view(2, length)).logits.sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 4  # as many as with floats as inputs
+    assert inputs
+    assert not [each for each in inputs if isinstance(each, float | torch.SymFloat)]
+    assert not [each for each in inputs if isinstance(each, Tensor) and each.ndim == 0]
+    assert torch._dynamo.config.specialize_float is False

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, CohereConfig, MambaConfig
 
 from bigbatch.cli import main
 from bigbatch.errors import InputError
@@ -169,6 +170,28 @@ def test_muon_updates_matrices_of_layers(settings: dict[str, Any]) -> None:
         "Muon updates 5,120 parameters in 14 matrices, AdamW the other "
         f"{sum(p.numel() for p in setup.model.parameters()) - 5120:,}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "others"),
+    [
+        (MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4), {"embeddings", "A_log"}),
+        (
+            CohereConfig(
+                hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+                use_qk_norm=True,
+            ),
+            {"embed_tokens", "q_norm", "k_norm"},
+        ),
+    ],
+    ids=["mamba", "cohere"],
+)  # fmt: skip
+def test_muon_leaves_states_and_norms_to_adamw(config: Any, others: set[str]) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    matrices, rest = split_for_muon(model, list(model.named_parameters()))
+    assert {name.removesuffix(".weight").split(".")[-1] for name, p in rest if p.ndim == 2} == others
+    assert matrices
+    assert all(name.endswith("proj.weight") for name, _ in matrices)
 
 
 def test_named_parameters_have_no_weight_decay(settings: dict[str, Any]) -> None:

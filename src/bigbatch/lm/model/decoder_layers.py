@@ -9,12 +9,13 @@ of minutes for a whole model.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
@@ -52,7 +53,7 @@ class DecoderLayers:
         """Whether the layers are compiled."""
         return bool(self._compiled)
 
-    def compile(self, backend: str = "inductor") -> None:
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the layers for rows of any length; compilation happens when the first micro-batch runs.
 
         Inductor is configured to round like eager mode and to draw the same random numbers, so that compilation changes
@@ -62,7 +63,8 @@ class DecoderLayers:
         if backend == "inductor":
             options = {"emulate_precision_casts": True, "fallback_random": self._uses_randomness}
         self._compiled = [
-            torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options) for layer in self._layers
+            _with_constant_floats(torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options))
+            for layer in self._layers
         ]
         self.set_checkpointing(self.mode)
 
@@ -96,6 +98,26 @@ class DecoderLayers:
                 # the random state cannot be read while a CUDA graph is captured
                 checkpointed = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=self._uses_randomness)
                 layer._compiled_call_impl = checkpointed if recomputes else run
+
+
+def _with_constant_floats(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the compiler treat floats, such as the scaling of adapters, as constants of the graph.
+
+    With dynamic shapes they would be inputs, for each of which Inductor compiles a kernel for the CPU. Set around each
+    call, because any call may compile; by hand, because ``torch._dynamo.config.patch`` takes twice as long.
+    """
+    config: Any = torch._dynamo.config
+
+    @wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = config.specialize_float
+        config.specialize_float = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            config.specialize_float = before
+
+    return call
 
 
 def uses_randomness(model: nn.Module) -> bool:

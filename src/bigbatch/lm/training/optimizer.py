@@ -67,13 +67,19 @@ def optimizer_notes(model: Any, config: TrainConfig) -> list[str]:
 def split_for_muon(model: Any, trained: Named) -> tuple[Named, Named]:
     """Return the trained parameters that Muon updates, the matrices of layers, and all others.
 
-    Embeddings and the output layer are no matrices in the sense of Muon; experts that are stored as one tensor of three
-    dimensions are not supported by `torch.optim.Muon`.
+    Embeddings, norms, the output layer and tensors that are not called a weight are no matrices in the sense of Muon;
+    experts that are stored as one tensor of three dimensions are not supported by `torch.optim.Muon`.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     outer = {id(p) for module in ends if module is not None for p in module.parameters()}
     outer |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    is_matrix = [p.ndim == 2 and id(p) not in outer for _, p in trained]
+    weights = {  # not the states of Mamba (A_log), nor norms with a row for each head
+        id(p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if "weight" in name and "norm" not in type(module).__name__.lower()
+    }
+    is_matrix = [p.ndim == 2 and id(p) in weights and id(p) not in outer for _, p in trained]
     matrices = [pair for pair, matrix in zip(trained, is_matrix, strict=True) if matrix]
     return matrices, [pair for pair, matrix in zip(trained, is_matrix, strict=True) if not matrix]
 
