@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbatch.errors import InputError
-from bigbatch.lm.model.nf4 import Nf4Linear, check_kernels, load_kernels
+from bigbatch.lm.model.nf4 import Nf4Linear, check_kernels, input_gradient, load_kernels
 
 CPU = torch.device("cpu")
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -165,3 +165,10 @@ def test_cuda_computes_what_the_cpu_does(double: bool) -> None:
     output = there(inputs)
     expected = F.linear(inputs, there.dequantized(torch.bfloat16))
     assert distance(output, expected) <= ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("double", [False, True])
+def test_compiled_gradient_operation_is_well_defined(double: bool) -> None:
+    quantized = layer(double=double)
+    torch.library.opcheck(input_gradient, (torch.randn(2, 5, 96), quantized.stored(), 96, 72))

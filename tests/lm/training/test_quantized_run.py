@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bigbatch.cli import main
 from bigbatch.lm.config.train_config import TrainConfig
@@ -116,3 +116,17 @@ def test_plan_suggests_quantization_of_a_lora_run(folder: Path, capsys: pytest.C
     assert "--quantize nf4" in levers
     assert main(["plan", *flags, "--quantize", "nf4"]) == 0
     assert "  --quantize" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of compilers
+def test_captured_run_on_cuda_equals_eager_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = folder / "base"
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=308)).save_pretrained(base)
+    for compiled in ("none", "graphs"):
+        more = {"device": "cuda", "compile": compiled, "precision": "bf16", "steps": 4, "optimizer": "adamw-8bit"}
+        assert main(["train", *words(folder, compiled, **more), "--gradient-checkpointing=full"]) == 0
+    assert "not" not in "".join(line for line in capsys.readouterr().out.splitlines() if "compiled" in line)
+    losses = [[row["loss"] for row in metrics(folder / out)] for out in ("none", "graphs")]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
