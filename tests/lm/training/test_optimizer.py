@@ -11,8 +11,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
-from transformers import AutoModelForCausalLM, CohereConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    MambaConfig,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from bigbatch.cli import main
 from bigbatch.errors import InputError
