@@ -22,6 +22,7 @@ from bigbatch.lm.data.tokenizer import train_tokenizer
 from bigbatch.lm.distributed.ranks import RankContext, gather_full_model
 from bigbatch.lm.model.meta_model import copy_to_meta
 from bigbatch.lm.training import evaluation
+from bigbatch.lm.training.model_saver import ModelSaver
 from bigbatch.lm.training.setup import TrainingSetup, set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.memory.allocation_tracker import AllocationTracker
@@ -232,13 +233,13 @@ class CappedTracker(DeviceTracker):
 def cap_memory(cap_bytes: int, rank: int) -> None:
     """Cap the device in a process that will run the command, but for what the first rank gathers on its host."""
     tracker = CappedTracker(cap_bytes)
-    save = Trainer._save_model
+    save = ModelSaver.save
 
-    def save_on_host(self: Trainer, directory: Any) -> None:
+    def save_on_host(self: ModelSaver, directory: Any) -> None:
         Path(f"peak-{rank}.json").write_text(json.dumps(tracker.peak_bytes))
         tracker.cap_bytes = float("inf")  # host and device are one memory here
         save(self, directory)
 
-    Trainer._save_model = save_on_host  # type: ignore[method-assign]
+    ModelSaver.save = save_on_host  # type: ignore[method-assign]
     evaluation.SAMPLE_TOKENS = 2  # counting slows every operation down
     tracker.__enter__()

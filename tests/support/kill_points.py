@@ -37,7 +37,7 @@ from bigbatch.lm.checkpoint.hashed_file import HashedFile
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
-from bigbatch.lm.training import trainer
+from bigbatch.lm.training import model_saver, trainer
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import metrics, records, save_model_folder, write_jsonl
 from support.run_comparison import differences
@@ -140,8 +140,8 @@ class KillPoints:
         self.around(manager, "prune", "prune")
         self.around(trainer, "validation_loss", "validation")
         self.around(trainer, "sample_text", "sample")
-        self.around(trainer, "save_model", "model")
-        self.around(trainer, "save_adapters", "adapter")
+        self.around(model_saver, "save_model", "model")
+        self.around(model_saver, "save_adapters", "adapter")
         self._watch_lines()
         run = Trainer.run
 

@@ -27,7 +27,7 @@ from bigbatch.lm.checkpoint.run_checkpoint import load
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.lock import RunLock
-from bigbatch.lm.training import trainer as trainer_module
+from bigbatch.lm.training import model_saver
 from bigbatch.lm.training.resume import merge_config
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
@@ -231,7 +231,7 @@ def test_model_saved_at_stop_is_not_final(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "save_model", die)
+        patch.setattr(model_saver, "save_model", die)
         with pytest.raises(KeyboardInterrupt):
             go_on(run)
     assert "after update 10" in said(["resume", str(run)], capfd)
@@ -614,7 +614,7 @@ def test_unsaved_model_is_saved_by_resume(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "save_model", full)
+        patch.setattr(model_saver, "save_model", full)
         assert failed(1, ["train", *words(folder, base, "--out", str(run))], capfd) == (
             f"{run}/model cannot be written: no space left on device. The checkpoints are complete: continue "
             f"from the last one with bigbatch resume {run}."

@@ -11,31 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError, first_line, os_reason
+from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, WindowAbandonedError, first_line
 from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
 from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
-from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext, gather_full_model, gather_trained
-from bigbatch.lm.files import PARTIAL, remove
-from bigbatch.lm.model.adapters import save_adapters
-from bigbatch.lm.model.meta_model import copy_to_meta
-from bigbatch.lm.model.pretrained import save_model
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.runs.directory import RunDirectory
-from bigbatch.lm.runs.file_names import MODEL
-from bigbatch.lm.training.autotune import choose_microbatch, describe
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
 from bigbatch.lm.training.engine_factory import make_training_engine
 from bigbatch.lm.training.evaluation import deterministic_algorithms, sample_text, seeded, validation_loss
-from bigbatch.lm.training.microbatch_limits import enforce_memory_budget
+from bigbatch.lm.training.microbatch_tuner import MicrobatchTuner
+from bigbatch.lm.training.model_saver import ModelSaver
 from bigbatch.lm.training.oom_restart import restart_smaller
 from bigbatch.lm.training.optimizer import make_optimizer, rescale_second_moment
 from bigbatch.lm.training.resume import rank_invariants, run_facts, weights_fingerprint
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import TrainingSetup, parallelize
-from bigbatch.lm.training.speed_watch import SpeedWatch
-from bigbatch.lm.training.tuning_cache import cache_key, save_cached
 from bigbatch.lm.training.window_routing import run_update
 from bigbatch.rng import random_states, set_random_states
 
@@ -82,9 +74,7 @@ class Trainer:
         )
         self.total_steps, self.warmup_steps = self.schedule.total_steps, self.schedule.warmup_steps
         self.model_setup = setup.model_setup
-        self._meta_model = None
-        if ranks.are_sharded and not self.config.saves_adapters:
-            self._meta_model = copy_to_meta(setup.model)
+        self._saver = ModelSaver(setup, ranks)
         sync = parallelize(setup, ranks)
         if ranks.are_sharded:
             self.facts["frozen_sha256"] = self.initial_facts["frozen_sha256"] = frozen_fingerprint(setup.model)
@@ -93,8 +83,9 @@ class Trainer:
             self.config.batch_scaling().apply(self.optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule.lr_factor)
         self.engine = make_training_engine(setup, self.optimizer, scheduler=self.scheduler, ranks=ranks, sync=sync)
-        self._is_tuned = self.engine.microbatch != "auto"
-        self._speed_watch = SpeedWatch()
+        self._tuner = MicrobatchTuner(
+            self.engine, setup, self._tuning_samples, ranks=ranks, is_saved=self._choice_is_saved
+        )
 
     def tune(self, cache: Path | None = None, *, progress: Callable[[str], object] = lambda words: None) -> Path | None:
         """Set the micro-batch of ``--microbatch auto``, once: that of the checkpoint, a cached one, or a measured one.
@@ -111,52 +102,16 @@ class Trainer:
         Raises:
             InputError: A single sequence does not fit in memory.
         """
-        if self._is_tuned or self.engine.choice is not None:
-            return None
-        budget, origin = enforce_memory_budget(self.engine.memory, self.setup), None
-        if not self._choice_is_saved:
-            progress("choosing the micro-batch")
-            origin = self._choose_microbatch(cache, budget.usable_bytes)
-        self._is_tuned = True
-        return origin
-
-    def _choose_microbatch(self, cache: Path | None, usable_bytes: int) -> Path | None:
-        lengths = self.setup.training.lengths
-        longest = int(lengths.argmax())
-        return choose_microbatch(
-            self.engine,
-            self.setup,
-            lambda: self.fetch(list({*self.shard_window(self.schedule.first_window()), longest})),
-            ranks=self.ranks,
-            cache=cache,
-            usable_bytes=usable_bytes,
-        )
-
-    def _choose_again_if_faster(self, row: MetricsRow, session: _Session) -> None:
-        """Choose the micro-batch again if updates are much faster than it was timed, in a single process."""
-        choice = self.engine.choice
-        if choice is None or self.ranks.size > 1:
-            return
-        factor = self._speed_watch.times_faster(row, choice)
-        if factor is None:
-            return
-        session.on_note(
-            f"updates are {factor:.2g} times as fast as the micro-batch was timed, when the machine was busy: choosing "
-            "it again"
-        )
-        self._choose_microbatch(None, enforce_memory_budget(self.engine.memory, self.setup).usable_bytes)
-        session.on_note(f"{self.engine.choice}{describe(self.model_setup.checkpointing_mode)}")
-        self._cache_choice(session.directory)
-
-    def _cache_choice(self, directory: RunDirectory) -> None:
-        if self.engine.choice is not None and self.ranks.is_first:
-            mode = self.model_setup.checkpointing_mode
-            save_cached(directory.path, self.engine.choice, cache_key(self.setup), checkpointing_mode=mode)
+        return self._tuner.tune(cache, progress=progress)
 
     @property
     def _choice_is_saved(self) -> bool:
         """Whether the checkpoint holds the micro-batch, which is then loaded with the engine's state."""
         return self.checkpoint is not None and self.checkpoint.engine["engine"]["choice"] is not None
+
+    def _tuning_samples(self) -> list[dict[str, torch.Tensor]]:
+        longest = int(self.setup.training.lengths.argmax())
+        return self.fetch(list({*self.shard_window(self.schedule.first_window()), longest}))
 
     def shard_window(self, window: list[int]) -> list[int]:
         """Return this rank's samples of a window."""
@@ -198,11 +153,11 @@ class Trainer:
         )
         with directory, seeded(self.setup, rank=self.ranks.rank), deterministic_algorithms(self.config.deterministic):
             now = self._begin(directory)
-            self._cache_choice(directory)
+            self._tuner.save_choice(directory)
             with checkpoints.open():
                 self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon, on_note))
             self.engine.release_cuda_graphs()
-            self._save_model(directory)
+            self._saver.save(directory)
         finished = now.step == self.total_steps
         return TrainResult(now.step, now.skipped, finished, now.validation_loss, time.perf_counter() - started_s)
 
@@ -259,7 +214,7 @@ class Trainer:
         session.callback.on_update(row)
         is_last = now.step == self.total_steps
         if not is_last:
-            self._choose_again_if_faster(row, session)
+            self._tuner.retune_if_faster(row, session.directory, session.on_note)
         if stopping := not is_last and should_stop():
             now.pending_metrics_row = row
             session.directory.write_metrics(row)
@@ -292,30 +247,6 @@ class Trainer:
             session.callback.on_validation(now.step, row["validation_loss"])
         if now.step in (self.total_steps // 2, self.total_steps) and (self.ranks.is_first or self.ranks.are_sharded):
             session.callback.on_sample(now.step, self.sample_text(self.config.sample_prompt))
-
-    def _save_model(self, directory: RunDirectory) -> None:
-        """Save the model, or its adapters alone. Collective if it is sharded."""
-        model, tokenizer = self.setup.model, self.setup.tokenizer
-        trained = None
-        if self._meta_model is not None:
-            model = gather_full_model(model, self._meta_model)
-        elif self.ranks.are_sharded:
-            trained = gather_trained(model)
-        if not self.ranks.is_first:
-            return
-        folder = directory.adapter if self.config.saves_adapters else directory.model
-        try:
-            if self.config.saves_adapters:
-                save_adapters(model, tokenizer, folder, base=self.config.model, state=trained)
-                for name in (MODEL, MODEL + PARTIAL):  # what an earlier version saved when this run was stopped
-                    remove(directory.path / name)
-            else:
-                save_model(model, tokenizer, folder)
-        except (OSError, SafetensorError) as error:
-            raise BigbatchError(
-                f"{folder} cannot be written: {os_reason(error)}. The checkpoints are complete: continue from "
-                f"the last one with bigbatch resume {directory.path}."
-            ) from error
 
     def _update(self, step: int, window: list[int], session: _Session) -> tuple[MetricsRow, Callable[[], bool]]:
         """Run one update; return its metrics row and the stop condition, on which several ranks have agreed."""
