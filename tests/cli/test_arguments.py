@@ -549,8 +549,10 @@ def test_dependent_defaults_are_described_correctly():
     rates = [
         TrainConfig(model=model, lora_rank=rank).resolved().lr for model, rank in (("tiny", 0), ("m", 0), ("m", 1))
     ]
+    rates.append(TrainConfig(model_config="config.json").resolved().lr)
     assert (
-        "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA; a fifth of these for lion)".format(*rates)
+        "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA, {:g} with --model-config; a fifth of these "
+        "for lion)".format(*rates)
         in shown
     )
 

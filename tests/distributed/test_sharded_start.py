@@ -40,6 +40,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "packed": ("llama", {"layout": "packed"}),
     "other files": ("bin", {}),
     "converted": ("mixtral", {}),
+    "from a configuration": ("new", {}),
+    "from a tied configuration": ("new", {"model_config": "qwen2", "precision": "bf16-weights", "seed": 3}),
+    "from a mixture": ("new", {"model_config": "mixtral", "layout": "padded"}),
 }
 
 
@@ -73,9 +76,10 @@ def _as_mixture(folder: Path) -> None:
 
 
 def settings_of(models: Path, kind: str, more: dict[str, Any]) -> dict[str, Any]:
-    model = kind if kind == "tiny" else str(models / kind)
-    common = {"max_length": 32, "token_budget": 64, "steps": 2, "device": "cpu"}
-    return {"data": str(models / "data.jsonl"), "model": model, **common, **more}
+    common = {"max_length": 32, "token_budget": 64, "steps": 2, "device": "cpu", "data": str(models / "data.jsonl")}
+    if kind == "new":
+        return {**common, **more, "model_config": str(models / more.get("model_config", "llama"))}
+    return {**common, "model": kind if kind == "tiny" else str(models / kind), **more}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,6 +113,16 @@ def test_start_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, more: 
         assert found["peak"] < 0.75 * full_bytes, found["peak"] / full_bytes
         sampled = 4096 * 80  # bytes of each tensor, which ranks compare before they load
         assert found["own"] * 0.9 < found["slices"] <= found["own"] + sampled
+
+
+def test_only_first_rank_holds_a_whole_new_model(tmp_path: Path, pools: Pools) -> None:
+    full_bytes = cases.save_deep_model(tmp_path / "deep")
+    write_jsonl(tmp_path / "data.jsonl", records(40))
+    first, second = pools(2).run(cases.measure_start, settings_of(tmp_path, "new", {"model_config": "deep"}))
+    assert first["peak"] > full_bytes  # on its host, which is the device here
+    assert second["peak"] < 0.75 * full_bytes, second["peak"] / full_bytes
+    assert second["own"] < 0.55 * full_bytes
+    assert first["slices"] == second["slices"] == 0
 
 
 WORDS = [

@@ -42,6 +42,10 @@ class RunFolder:
         """Train on ``size`` ranks; one process runs without torchrun."""
         return run(self.words(out, *more), size, folder=self.folder, alone=size == 1, **how)
 
+    def launch(self, out: str, size: int, *more: str, **how: Any) -> Launch:
+        """Start training on several ranks."""
+        return Launch(self.words(out, *more), size, folder=self.folder, **how)
+
     def resume(self, out: str, size: int, *more: str, **how: Any) -> Launch:
         """Resume on ``size`` ranks."""
         return run(["resume", out, *more], size, folder=self.folder, alone=size == 1, **how)

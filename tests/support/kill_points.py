@@ -37,7 +37,7 @@ from bigbatch.lm.checkpoint.hashed_file import HashedFile
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
-from bigbatch.lm.training import model_saver, trainer
+from bigbatch.lm.training import evaluation, model_saver, trainer
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import metrics, records, save_model_folder, write_jsonl
 from support.run_comparison import differences
@@ -46,6 +46,11 @@ from support.torchrun_ranks import Launch
 NEVER = 10**9
 CODES = {"kill": -signal.SIGKILL, "stop": 75, "full disk": 1}
 """How a process can be interrupted, and its exit code then: SIGKILL, SIGTERM, an error of the next disk operation."""
+
+DIVERGING: dict[str, Any] = {
+    "lr": 0.1, "schedule": "constant", "warmup_steps": 3, "validation_every": 1, "validation_fraction": 0.2,
+}  # fmt: skip
+"""Settings with which the validation loss has its minimum after update 4 of 10."""
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -57,6 +62,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens": {"global_batch": None, "global_batch_tokens": 160},
     "schedule": {"global_batch": None, "global_batch_schedule": "0:4 60:8 150:12", "rebase_second_moment": True},
     "poisoned": {},
+    "best": {**DIVERGING, "keep": "best"},
+    "early": {**DIVERGING, "early_stopping": 2, "early_stopping_min_delta": 0.01},
 }
 """Runs of about ten updates over two epochs, with dropout; some windows of ``poisoned`` are not finite."""
 
@@ -138,7 +145,7 @@ class KillPoints:
         self.around(torch.optim.lr_scheduler.LambdaLR, "step", "scheduler")
         self.around(manager, "write", "checkpoint")
         self.around(manager, "prune", "prune")
-        self.around(trainer, "validation_loss", "validation")
+        self.around(evaluation, "validation_loss", "validation")
         self.around(trainer, "sample_text", "sample")
         self.around(model_saver, "save_model", "model")
         self.around(model_saver, "save_adapters", "adapter")
@@ -198,6 +205,7 @@ class KillExperiment:
         self.folder = folder
         self.log = folder / "log"
         data = write_jsonl(folder / "data.jsonl", records(40))
+        torch.manual_seed(0)
         model = save_model_folder(folder / "base", kind="gpt2", dropout=0.1)
         self._settings: dict[str, Any] = {
             "data": str(data), "model": str(model), "device": "cpu", "global_batch": 8, "microbatch": 3, "epochs": 2,

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class RecordingCallback:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.validations: list[tuple[int, float]] = []
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.samples: list[tuple[int, str]] = []
 
     def on_update(self, row: dict[str, Any]) -> None:
@@ -102,6 +104,9 @@ class RecordingCallback:
 
     def on_validation(self, step: int, loss: float) -> None:
         self.validations.append((step, loss))
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        self.evaluations.append((step, dict(losses)))
 
     def on_sample(self, step: int, text: str) -> None:
         self.samples.append((step, text))

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from bigbatch.cli.command_specs import COMMAND_SPECS
 from bigbatch.cli.error_messages import format_value, nearest, sentence, suggestion, truncate
 from bigbatch.cli.options import SourceOptions, flag_key
-from bigbatch.cli.settings_file import read_settings
+from bigbatch.cli.settings_file import read_settings, setting_names
 from bigbatch.errors import InputError
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.field_types import join_texts
@@ -58,7 +58,7 @@ def train_config(command: str, values: Mapping[str, object]) -> TrainConfig:
     A flag also replaces an exclusive setting of the file: ``--epochs`` replaces ``steps``.
     """
     source = _validate(SourceOptions, values)
-    flags = {key: value for key, value in values.items() if key in TrainConfig.model_fields}
+    flags = {key: value for key, value in values.items() if key in setting_names()}
     table = {} if source.config is None else read_settings(command, source.config)
     for names in EXCLUSIVE:
         if any(name in flags for name in names):
@@ -292,7 +292,7 @@ def _validate(
     ``display_names`` are the names of fields in messages; by default the flag, or the metavar of a positional.
     """
     keys = {flag_key(name, info) for name, info in model.model_fields.items()}
-    positionals = {key: name for key, name in POSITIONAL_NAMES.items() if key not in TrainConfig.model_fields}
+    positionals = {key: name for key, name in POSITIONAL_NAMES.items() if key not in setting_names()}
     names = {key: _flag(key) for key in keys} | positionals | dict(display_names or {})
     try:
         return model.model_validate({key: value for key, value in values.items() if key in keys})

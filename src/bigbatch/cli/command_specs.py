@@ -81,13 +81,14 @@ RESUMABLE_GROUPS = tuple(
 """The settings that ``resume`` accepts; those in ``NEEDS_PERMISSION`` only with the matching ``--allow-...`` flag."""
 
 _NOT_TOKENIZED = ("data_weights", "validation_data", "validation_fraction")
+_TOKENIZER_OF = FieldGroup("model", "Its tokenizer encodes the data.", ("model", "model_config_path", "tokenizer"))
 _TOKENIZED_GROUPS = (
     *(
         group._replace(fields=tuple(name for name in group.fields if name not in _NOT_TOKENIZED))
         for group in GROUPS
         if group.title in ("data", "conversations")
     ),
-    FieldGroup("model", "Its tokenizer encodes the data.", ("model",)),
+    _TOKENIZER_OF,
 )
 """The settings that ``tokenize`` accepts: those that tokens depend on."""
 
@@ -136,7 +137,7 @@ COMMAND_SPECS = {
         sections=(
             _section(InspectOptions, "inspection", "What to print."),
             *((TrainConfig, group) for group in GROUPS if group.title in ("data", "conversations")),
-            (TrainConfig, FieldGroup("model", "Its tokenizer encodes the data.", ("model", "seed"))),
+            (TrainConfig, _TOKENIZER_OF._replace(fields=(*_TOKENIZER_OF.fields, "seed"))),
         ),
         positionals=("data",),
         usage_words="DATA",

@@ -6,7 +6,7 @@ Every text passes through `OutputConsole`, `quote` or the live lines here, which
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from bigbatch.cli.eta import EtaEstimator
 from bigbatch.cli.output import visible, wrap
+from bigbatch.lm.training.callbacks import perplexity
 
 if TYPE_CHECKING:
     from bigbatch.lm.training.setup import ProgressCallback
@@ -156,7 +157,12 @@ class TrainingDisplay:
         """Show a validation loss next to the unigram baseline (the loss of predicting token frequencies only)."""
         self._pace.validated()
         baseline = "" if self._entropy is None else f" (unigram baseline: {self._entropy:.3f})"
-        self._console.print(f"update {step}: validation loss {loss:.3f}{baseline}")
+        self._console.print(f"update {step}: validation loss {loss:.3f}, perplexity {perplexity(loss):,.4g}{baseline}")
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Show the losses of named sets."""
+        parts = (f"{name} {loss:.3f} (perplexity {perplexity(loss):,.4g})" for name, loss in losses.items())
+        self._console.print(f"update {step}: validation loss of {', '.join(parts)}")
 
     def on_sample(self, step: int, text: str) -> None:
         """Show a text sample, with the prompt in bold on a terminal."""

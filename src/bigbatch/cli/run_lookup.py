@@ -5,7 +5,9 @@ from pathlib import Path
 
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.config.validation_sets import check_named_paths, sources_of
 from bigbatch.lm.data.hub import check_model_path
+from bigbatch.lm.data.model_files import check_model_config
 from bigbatch.lm.data.named_templates import check_chat_template
 from bigbatch.lm.data.sources import check_data_path
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG
@@ -32,9 +34,12 @@ def check_paths(config: TrainConfig) -> None:
     Raises:
         InputError: One of them does not exist.
     """
-    for name in (*config.data, *(config.validation_data or ())):
+    check_named_paths(config.validation_data or ())
+    for name in (*config.data, *sources_of(config.validation_data or ())):
         check_data_path(name)
     if config.chat_template is not None:
         check_chat_template(config.chat_template)
-    if config.model != "tiny":
+    if config.model_config_path is not None:
+        check_model_config(config.model_config_path, config.tokenizer)
+    elif config.model != "tiny":
         check_model_path(config.model)

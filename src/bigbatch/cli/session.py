@@ -13,6 +13,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.advice.batch_advice import one_line
 from bigbatch.lm.advice.run_evidence import read_evidence
 from bigbatch.lm.config.batch_schedule import read
+from bigbatch.lm.config.field_groups import flag_of
 from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
@@ -72,11 +73,16 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
         console.print_unbroken(f"to continue: bigbatch resume {shlex.quote(str(directory.path))}")
+    if outcome.stopped_early:
+        count = plural(setup.config.early_stopping or 0, "validation")
+        console.print(
+            f"ended early after update {outcome.step} of {total_steps}: {count} without a lower validation loss"
+        )
     if (reason := trainer.engine.runner.disabled_reason) is not None:
         console.print(f"CUDA graphs are disabled: {reason}")
     if ranks.is_first and (advice := _advice_line(directory)) is not None:
         console.print(advice)
-    for line in final_lines(directory, outcome):
+    for line in final_lines(directory, outcome, is_best=setup.config.resolved_keep == "best"):
         console.print(line)
     console.print_unbroken(*next_lines(config, directory))
     return DONE if outcome.finished else STOPPED
@@ -147,8 +153,13 @@ def _effect_of_split(model: Any) -> str:
     return "affects memory only, not the result"
 
 
-def final_lines(directory: RunDirectory, outcome: "TrainResult") -> list[str]:
-    """Return the lines with the output files."""
+def final_lines(directory: RunDirectory, outcome: "TrainResult", *, is_best: bool = False) -> list[str]:
+    """Return the lines with the output files; with ``is_best``, also the update that the saved weights are of."""
+    weights = []
+    if is_best:
+        has_best = outcome.best_loss is not None and outcome.saved_step == outcome.best_step
+        loss = f", which has the lowest validation loss: {outcome.best_loss:.3f}" if has_best else ""
+        weights = [f"  {'':<15}weights after update {outcome.saved_step}{loss}"]
     skipped = f", {outcome.skipped:,} of them skipped," if outcome.skipped else ""
     return [
         f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; output is in "
@@ -156,6 +167,7 @@ def final_lines(directory: RunDirectory, outcome: "TrainResult") -> list[str]:
         f"  {MODEL + '/':<15}model and tokenizer, for AutoModelForCausalLM.from_pretrained"
         if not directory.adapter.is_dir()
         else f"  {ADAPTER + '/':<15}LoRA adapters and tokenizer, for PeftModel.from_pretrained and bigbatch merge",
+        *weights,
         f"  {METRICS:<15}one line per update",
         f"  {CHECKPOINTS + '/':<15}for bigbatch resume",
         f"  {CONFIG:<15}all settings",
@@ -215,11 +227,12 @@ _READING = ("text_column", "messages_column", "chat_template", "train_on")  # of
 def _same_job(config: TrainConfig) -> str:
     """Return the flags for a command on the same model and data."""
     default = TrainConfig()
-    of_model = ("model", "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora", "quantize")
+    source = ("model",) if config.model_config_path is None else ("model_config_path", "tokenizer")
+    of_model = (*source, "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora", "quantize")
     names = ("data", "split", "subset", *of_model, "precision", *_READING)
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
     words = []
     for name, value in given.items():
         values = [] if value is True else value if isinstance(value, tuple) else [value]
-        words.append(shlex.join([f"--{name.replace('_', '-')}", *map(str, values)]))
+        words.append(shlex.join([flag_of(name), *map(str, values)]))
     return "".join(f" {word}" for word in words)

@@ -53,14 +53,19 @@ def read_settings(command: str, path: Path) -> dict[str, object]:
     return table
 
 
+def setting_names() -> set[str]:
+    """Return the names of the settings of a run, as in flags and files."""
+    return {info.alias or name for name, info in TrainConfig.model_fields.items()}
+
+
 def _check_names(command: str, path: Path, table: dict[str, object]) -> None:
     for key, value in table.items():
-        if key in TrainConfig.model_fields:
+        if key in setting_names():
             continue
         if isinstance(value, dict):
             shape = f"the table [{truncate(key)}]" if path.suffix.lower() not in YAML_SUFFIXES else f"settings in {key}"
             raise InputError(f"{path} has {shape}: write the settings at the top level, without tables.")
-        near = nearest(key, TrainConfig.model_fields)
+        near = nearest(key, setting_names())
         raise InputError(
             f"{path} has the unknown key {truncate(repr(key))}: {suggestion(command, near and repr(near))}"
         )

@@ -5,7 +5,7 @@ environment of torchrun → process group → RankContext → train or resume on
 
 import faulthandler
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -206,6 +206,10 @@ class WatchdogCallback:
     def on_validation(self, step: int, loss: float) -> None:
         """Forward a validation loss."""
         self._forward("on_validation", step, loss)
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Forward the losses of named sets."""
+        self._forward("on_evaluation", step, losses)
 
     def on_sample(self, step: int, text: str) -> None:
         """Forward a text sample."""

@@ -592,6 +592,14 @@ def test_pruning_keeps_newest_intact_checkpoints(
     assert names_in(folder) == {f"step-{step}" for step in left} | {"mine"}
 
 
+@pytest.mark.parametrize(("best", "keep", "left"), [(2, 1, {2, 5}), (5, 2, {4, 5}), (2, 2, {2, 4, 5}), (9, 1, {5})])
+def test_pruning_keeps_the_best_however_old(best: int, keep: int, left: set[int], tmp_path: Path) -> None:
+    folder = filled(tmp_path, 5)
+    removed = prune(folder, keep=keep, best=best, run_id=RUN_ID)
+    assert removed == [folder / f"step-{step}" for step in range(1, 6) if step not in left]
+    assert names_in(folder) == {f"step-{step}" for step in left}
+
+
 def test_pruning_removes_only_what_the_run_wrote(tmp_path: Path) -> None:
     folder = filled(tmp_path / "checkpoints", 7)
     save(folder, 0, run_id="other")
@@ -609,7 +617,7 @@ def test_pruning_removes_only_what_the_run_wrote(tmp_path: Path) -> None:
     assert names_in(tmp_path / "step-2") == outside
     reason = verify(folder / "step-7")
     assert notes == [
-        f"checkpoint {folder / 'step-7'} is not valid and does not count towards --keep 1: {reason}",
+        f"checkpoint {folder / 'step-7'} is not valid and does not count as one to keep: {reason}",
         *(f"{folder / name} was not written by this run and is not removed" for name in ("step-0", "step-1")),
         *(f"{folder / name} was not written by this run and is not removed" for name in ("step-2", "step-3")),
     ]

@@ -196,7 +196,7 @@ def test_adapters_on_saved_model_are_saved():
 
 def test_resolved_keeps_explicit_settings():
     asked = TrainConfig(global_batch_tokens=4096, epochs=2, lr=1.0, max_length=64, lora_rank=4, lora_alpha=1.0)
-    assert asked.resolved() == asked.model_copy(update={"microbatch": "auto"})
+    assert asked.resolved() == asked.model_copy(update={"microbatch": "auto", "keep": 2})
     assert TrainConfig(microbatch=3).resolved().microbatch == 3
     budget = TrainConfig(token_budget=4096).resolved()
     assert (budget.microbatch, budget.token_budget) == (None, 4096)

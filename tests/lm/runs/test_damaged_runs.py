@@ -297,7 +297,7 @@ def test_pruning_passes_a_broken_newest_checkpoint(made: DamagedRuns, run: Path)
     broken = shutil.copytree(run / "checkpoints" / "step-3", run / "checkpoints" / "step-9")
     printed = resumed(made, "--keep", "1")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-4", "step-9"]
-    assert printed.count(f"checkpoint {broken} is not valid and does not count towards --keep 1: ") == 1
+    assert printed.count(f"checkpoint {broken} is not valid and does not count as one to keep: ") == 1
 
 
 def test_notes_in_place_of_a_checkpoint_stay(made: DamagedRuns, run: Path) -> None:

@@ -37,13 +37,15 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
     listener.on_update(row)
     listener.on_validation(1, 2.5)
     listener.on_validation(2, math.inf)
+    listener.on_evaluation(3, {"web": 1.5, "code": math.nan})
     listener.on_sample(2, "text")
-    (step, values), validation = written
+    (step, values), validation, evaluation = written
     assert step == 1
     assert "train/loss" not in values
     assert "train/grad_norm" not in values
     assert (values["cost/peak_bytes"], values["batch/noise_scale_items"]) == (5.0, 7.0)
     assert validation == (1, {"validation/loss": 2.5})
+    assert evaluation == (3, {"validation/loss/web": 1.5})
 
 
 def test_every_callback_receives_all_events() -> None:
@@ -51,8 +53,18 @@ def test_every_callback_receives_all_events() -> None:
     both = CallbackList(one, other)
     both.on_update({"step": 1})
     both.on_validation(1, 2.0)
+    both.on_evaluation(1, {"web": 2.0})
     both.on_sample(1, "text")
-    assert vars(one) == vars(other) == {"rows": [{"step": 1}], "validations": [(1, 2.0)], "samples": [(1, "text")]}
+    assert (
+        vars(one)
+        == vars(other)
+        == {
+            "rows": [{"step": 1}],
+            "validations": [(1, 2.0)],
+            "evaluations": [(1, {"web": 2.0})],
+            "samples": [(1, "text")],
+        }
+    )
 
 
 @pytest.mark.parametrize("log", ["tensorboard", "trackio"])

@@ -90,6 +90,13 @@ def test_run_killed_anywhere_equals_uninterrupted_run(server: Server, point: str
         ("schedule", "before optimizer", 4),
         ("schedule", "after optimizer", 6),
         ("poisoned", "middle of quarantine.jsonl", 3),
+        ("best", "after validation", 4),  # the best, before its checkpoint
+        ("best", "after checkpoint", 5),  # before older ones are removed
+        ("best", "middle of metrics.jsonl", 8),  # after the best
+        ("best", "before model", 1),
+        ("early", "after validation", 5),  # the first without improvement
+        ("early", "after checkpoint", 5),  # the last
+        ("early", "before model", 1),
     ],
 )
 def test_killed_run_of_any_kind_equals_uninterrupted(server: Server, kind: str, point: str, number: int) -> None:
@@ -113,3 +120,10 @@ def test_kill_at_any_moment_leaves_result_unchanged(server: Server) -> None:
     died, differs = server.kill_and_resume("async", *({"after_s": 0.02 + 0.01 * i} for i in range(5)))
     assert differs == []
     assert died >= 1
+
+
+def test_stops_and_kills_leave_choice_unchanged(server: Server) -> None:
+    stops = ({"point": "after optimizer", "number": number, "how": "stop"} for number in (3, 1, 2))
+    assert server.kill_and_resume("best", *stops, at("after validation", 2)) == (4, [])
+    stop = {"point": "after optimizer", "number": 5, "how": "stop"}
+    assert server.kill_and_resume("early", stop) == (1, [])

@@ -84,7 +84,9 @@ def test_metrics_have_one_documented_line_per_update(tmp_path: Path, settings: d
     _, recorder, outcome = run(tmp_path / "run", **settings, validation_every=2)
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert [row.keys() - KEYS for row in rows] == [set(), {"validation_loss"}, {"validation_loss"}]
+    validation = {"validation_loss", "validation_perplexity"}
+    assert [row.keys() - KEYS for row in rows] == [set(), validation, validation]
+    assert rows[1]["validation_perplexity"] == math.exp(rows[1]["validation_loss"])
     assert all(row.keys() >= KEYS for row in rows)
     assert [row["skipped"] for row in rows] == [None] * 3
     assert rows == recorder.rows

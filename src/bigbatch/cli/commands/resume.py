@@ -14,6 +14,7 @@ from bigbatch.cli.session import enable_determinism, parameters_line, summary_li
 from bigbatch.cli.torchrun import fail_together, process_group, reject_together, with_local_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.config.validation_sets import check_named_paths, sources_of
 from bigbatch.lm.data.sources import check_data_path
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory
 from bigbatch.lm.runs.identity import read_identity
@@ -21,6 +22,7 @@ from bigbatch.lm.runs.lock import RunLock
 from bigbatch.lm.training.dashboards import check_log
 
 if TYPE_CHECKING:
+    from bigbatch.lm.checkpoint.run_checkpoint import RunCheckpoint
     from bigbatch.lm.distributed.ranks import RankContext
 
 
@@ -29,7 +31,8 @@ def run(overrides: TrainConfig, options: ResumeOptions) -> int:
     with reject_together("resume"):
         check_run(options.run)  # before torch is imported
         data = overrides.data if "data" in overrides.model_fields_set else ()
-        for name in (*data, *(overrides.validation_data or ())):
+        check_named_paths(overrides.validation_data or ())
+        for name in (*data, *sources_of(overrides.validation_data or ())):
             check_data_path(name)
         from bigbatch.lm.training.resume import stored_config
 
@@ -74,10 +77,8 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             for folder, reason in rejected:
                 console.print(f"skipping checkpoint {folder}: {reason}")
             directory = RunDirectory(path) if ranks.is_first else ReadOnlyRunDirectory(path)
-            if checkpoint is not None and checkpoint.progress.step >= checkpoint.total_steps and directory.has_model:
-                console.print(
-                    f"{path} is already finished: all {checkpoint.total_steps:,} updates are done, the model is saved"
-                )
+            if checkpoint is not None and directory.has_model and (end := _end_of(checkpoint, config)) is not None:
+                console.print(f"{path} is already finished: {end}, the model is saved")
                 return DONE
             from bigbatch.lm.training.setup import set_up_training
             from bigbatch.lm.training.trainer import Trainer
@@ -107,6 +108,18 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
         ):
             console.print(line)
         return train(trainer, directory, console, config=config)
+
+
+def _end_of(checkpoint: "RunCheckpoint", config: TrainConfig) -> str | None:
+    """Return why a run has ended; None if it has not."""
+    from bigbatch.lm.training.best_checkpoint import stops_early
+
+    step, total_steps = checkpoint.progress.step, checkpoint.total_steps
+    if step >= total_steps:
+        return f"all {total_steps:,} updates are done"
+    if stops_early(checkpoint.progress, config):
+        return f"--early-stopping {config.early_stopping} ended it after update {step:,} of {total_steps:,}"
+    return None
 
 
 def check_same(checkpoint: str | None, path: Path, ranks: "RankContext") -> None:

@@ -25,6 +25,7 @@ def run(config: TrainConfig, options: TokenizeOptions) -> int:
         others = "the other" if len(result.missing) == 1 else f"the other {len(result.missing):,}"
         console.print(f"{others} of {of:,} parts: the same command with --shard {number}/{of}, and so on")
     else:
-        model = shlex.quote(config.model)
-        console.print(f"next: bigbatch train --data {shlex.quote(str(options.out))} --model {model}")
+        flags = ["--model", config.model] if config.model_config_path is None else ["--model-config", config.model]
+        flags += [] if config.tokenizer is None else ["--tokenizer", config.tokenizer]
+        console.print(f"next: bigbatch train --data {shlex.quote(str(options.out))} {shlex.join(flags)}")
     return DONE

@@ -156,7 +156,12 @@ def _size_of(path: Path) -> int:
 
 
 def prune(
-    folder: Path, *, keep: int, run_id: str, on_note: Callable[[str], object] = lambda sentence: None
+    folder: Path,
+    *,
+    keep: int,
+    run_id: str,
+    best: int | None = None,
+    on_note: Callable[[str], object] = lambda sentence: None,
 ) -> list[Path]:
     """Remove a run's checkpoints that are older than the ``keep`` newest valid ones; these are read to verify them.
 
@@ -167,6 +172,7 @@ def prune(
         folder: The folder of the checkpoints.
         keep: Number of valid ones to keep, at least 1.
         run_id: Identifier of the run.
+        best: Step of a checkpoint that is kept however old it is; None for none.
         on_note: Receives a sentence about each one that is invalid or of another run.
 
     Returns:
@@ -181,6 +187,8 @@ def prune(
     remove_leftovers(folder)
     old = []
     for path in _older_than_kept(numbered(folder), keep, run_id, on_note):
+        if step_of(path) == best:
+            continue
         if is_of_run(path, run_id):
             old.append(path)
         elif os.path.lexists(path):
@@ -204,7 +212,7 @@ def _older_than_kept(paths: list[Path], keep: int, run_id: str, on_note: Callabl
             num_whole += verified(path).run_id == run_id
         except IntegrityError as reason:
             if os.path.lexists(path):
-                on_note(f"checkpoint {path} is not valid and does not count towards --keep {keep}: {reason}")
+                on_note(f"checkpoint {path} is not valid and does not count as one to keep: {reason}")
         if num_whole == keep:
             return paths[:index]
     return []

@@ -6,11 +6,11 @@ engine, progress → state → a checkpoint, in the background → the newest on
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ class CheckpointManager:
 
     Args:
         directory: The run directory.
-        keep: Number of checkpoints to keep.
+        keep: Number of checkpoints to keep; ``"best"`` for that of the best validation and the newest other one.
         in_background: Whether to write during training, from a copy on the host; not supported for shards, which all
             ranks write.
         total_steps: Number of updates of the whole run.
@@ -50,7 +50,7 @@ class CheckpointManager:
         self,
         directory: RunDirectory,
         *,
-        keep: int,
+        keep: int | Literal["best"],
         in_background: bool,
         total_steps: int,
         facts: Mapping[str, Any],
@@ -105,16 +105,16 @@ class CheckpointManager:
             "facts": dict(self._facts),
         }
         if self._ranks.are_sharded:
-            self._write(progress.step, state)
+            self._write(progress, state)
             self._send_notes()
             return
         if not self._ranks.is_first:
             return
         if self._pool is None:
-            self._write(progress.step, state)
+            self._write(progress, state)
             self._send_notes()
         else:
-            self._writing = self._pool.submit(self._write, progress.step, copy_to_cpu(state))
+            self._writing = self._pool.submit(self._write, replace(progress), copy_to_cpu(state))
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -131,7 +131,8 @@ class CheckpointManager:
     def _run_id(self) -> str:
         return read_identity(self._directory.path).run_id
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, progress: Progress, state: dict[str, Any]) -> None:
+        step = progress.step
         values, tensors = split_tensors(state)
         files: dict[str, dict[str, Any]] = {}
         for place, tensor in tensors.items():
@@ -147,9 +148,11 @@ class CheckpointManager:
         write_files = write_sharded if self._ranks.are_sharded else write
         write_files(folder, step, run_id=self._run_id, tensors=files, values=values_after)
         if self._ranks.is_first:
+            keep, best = (self._keep, None) if self._keep != "best" else _keep_best(progress)
             prune(
                 folder,
-                keep=self._keep,
+                keep=keep,
+                best=best,
                 run_id=self._run_id,
                 on_note=lambda sentence: self._notes.setdefault(sentence, False),
             )
@@ -159,6 +162,15 @@ class CheckpointManager:
             kept = set_aside(path, self._run_id)
             if kept is not None:
                 self._notes.setdefault(f"{path} was not written by this run and is now called {kept.name}", False)
+
+
+def _keep_best(progress: Progress) -> tuple[int, int | None]:
+    """Return how many of the newest checkpoints are kept besides that of the best validation, and its step.
+
+    Two always remain, so that a damaged one costs updates and not the run.
+    """
+    best = progress.best_step or None
+    return (1 if best not in (None, progress.step) else 2), best
 
 
 def frozen_fingerprint(model: nn.Module, values: Mapping[str, Callable[[], Tensor]] | None = None) -> str | None:

@@ -18,13 +18,14 @@ from bigbatch.lm.checkpoint import newest, read
 from bigbatch.lm.checkpoint.catalog import step_of
 from bigbatch.lm.checkpoint.integrity import IntegrityError, NewerCheckpointError
 from bigbatch.lm.checkpoint.manifest import Manifest
+from bigbatch.lm.checkpoint.progress import Progress as Progress
 from bigbatch.lm.checkpoint.saved_state import STATE, check_seal, check_types, validate
 from bigbatch.lm.checkpoint.sharded_reader import newest_together, read_into
 from bigbatch.lm.checkpoint.state_tree import join_tensors, split_tensors
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.files import open_regular
-from bigbatch.lm.runs.directory import as_line, size_of_lines
+from bigbatch.lm.runs.directory import size_of_lines
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, METRICS, QUARANTINE
 from bigbatch.lm.runs.identity import LEGACY_LAYOUT, RunIdentity, read_identity
 from bigbatch.rng import seed_of, states_of_seed
@@ -32,39 +33,6 @@ from bigbatch.rng import seed_of, states_of_seed
 FILES = {"/engine/model/": "model", "/engine/optimizer/": "optimizer"}  # the other tensors are random states
 OTHERS = "random"
 OLD_NAMES = {"owed": "pending_metrics_row"}  # in checkpoints of bigbatch 0.1.0
-
-
-@dataclass
-class Progress:
-    """The progress of a run.
-
-    Attributes:
-        step: Number of updates done, including skipped ones.
-        cursor: Number of samples used since the start of the first pass. With the seed, it determines the next samples.
-        skipped: Number of skipped updates.
-        skipped_in_a_row: Number of skipped updates since the last one that was applied.
-        validation_loss: Last validation loss, in nats per token, or None.
-        metrics_bytes: Size of metrics.jsonl.
-        quarantine_bytes: Size of quarantine.jsonl.
-        batch: Sequences in the last window according to the batch schedule; 0 without a schedule.
-        pending_metrics_row: Last line of metrics.jsonl if the run was stopped before validating that update; it is
-            written again with the validation loss. None otherwise.
-    """
-
-    step: int = 0
-    cursor: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    validation_loss: float | None = None
-    metrics_bytes: int = 0
-    quarantine_bytes: int = 0
-    batch: int = 0
-    pending_metrics_row: dict[str, Any] | None = None
-
-    @property
-    def lines_before_pending(self) -> int:
-        """Size of metrics.jsonl without the line that is written again."""
-        return self.metrics_bytes - (0 if self.pending_metrics_row is None else len(as_line(self.pending_metrics_row)))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class SavedProgress(_Strict):
     quarantine_bytes: Count
     batch: Count = 0
     pending_metrics_row: dict[str, Scalar] | None = None
+    best_loss: float | None = None
+    best_step: Count = 0
+    improved_loss: float | None = None
+    validations_without_improvement: Count = 0
 
 
 class SavedFacts(_Strict):
@@ -64,6 +68,8 @@ class SavedFacts(_Strict):
     learning: dict[str, Scalar | list[Scalar]] | None = None
     model: dict[str, Any] | None = None
     chat_template_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    validation_sha256: str | None = None
 
 
 class SavedOptimizer(_Strict):
@@ -225,6 +231,8 @@ def validate(state: Any) -> None:
         raise IntegrityError(
             f"{STATE} is of update {progress.step:,} of {found.total_steps:,}, with {progress.skipped:,} skipped"
         )
+    if progress.best_step > progress.step:
+        raise IntegrityError(f"{STATE} is of update {progress.step:,}, and its best one is {progress.best_step:,}")
     if progress.cursor < progress.step:  # every update has at least one sample
         raise IntegrityError(f"{STATE}: progress.cursor is {progress.cursor:,} after {progress.step:,} updates")
     for part in (found.engine, *found.ranks):

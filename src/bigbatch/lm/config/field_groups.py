@@ -49,6 +49,7 @@ CHANGEABLE = (
     "log",
     "checkpoint_every",
     "keep",
+    "early_stopping",
     "async_checkpoint",
     "max_skipped",
     "grace_s",
@@ -57,6 +58,14 @@ CHANGEABLE = (
     "timeout_s",
 )
 """Settings that ``bigbatch resume`` may change freely: execution and output, not what is trained."""
+
+
+_FLAGS = {"model_config_path": "--model-config"}
+
+
+def flag_of(field: str) -> str:
+    """Return the flag of a field."""
+    return _FLAGS.get(field, f"--{field.replace('_', '-')}")
 
 
 class FieldGroup(NamedTuple):
@@ -95,6 +104,8 @@ GROUPS = (
         "Model, LoRA adapters, and the load-balancing loss of a mixture of experts.",
         (
             "model",
+            "model_config_path",
+            "tokenizer",
             "lora_rank",
             "lora_alpha",
             "lora_targets",
@@ -152,7 +163,12 @@ GROUPS = (
         "for any number of them.",
         ("parallel", "timeout_s"),
     ),
-    FieldGroup("output", "Run directory, validation and logging.", ("out", "validation_every", "sample_prompt", "log")),
+    FieldGroup(
+        "validation",
+        "When a run validates, and what follows from the validation loss.",
+        ("validation_every", "best_metric", "early_stopping", "early_stopping_min_delta"),
+    ),
+    FieldGroup("output", "Run directory, text samples and logging.", ("out", "sample_prompt", "log")),
     FieldGroup(
         "safety",
         "Checkpoints, interruptions and failures.",

@@ -15,6 +15,7 @@ from bigbatch.memory.limit import known_gpu, read_memory
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
+SMALLEST_TRAINED_VOCABULARY = 259  # 256 bytes and three special tokens
 ALL_LINEAR = "all-linear"
 """The LoRA targets that mean every linear layer but the output layer; as in peft."""
 
@@ -101,6 +102,31 @@ def _auto_or_count(value: object) -> object:
         raise PydanticCustomError("auto_or_count", "it must be auto or a whole number") from None
 
 
+def _best_or_count(value: object) -> object:
+    """Validate ``best`` or a count."""
+    if isinstance(value, str) and value.strip().lower() == "best":
+        return "best"
+    try:
+        return _auto_or_count(None if value == "auto" else value)
+    except PydanticCustomError as error:
+        if error.type != "auto_or_count":
+            raise
+        raise PydanticCustomError("best_or_count", "it must be best or a whole number") from None
+
+
+def _tokenizer_text(value: str) -> str:
+    """Refuse the vocabulary of a tokenizer to train that has no number."""
+    if value.startswith("train:") and not (
+        re.fullmatch(r"train:[0-9]{1,9}", value) and int(value[6:]) >= SMALLEST_TRAINED_VOCABULARY
+    ):
+        raise PydanticCustomError(
+            "tokenizer",
+            "train: needs the number of tokens, {least} or more, such as train:8192",
+            {"least": SMALLEST_TRAINED_VOCABULARY},
+        )
+    return _usable_text(value)
+
+
 def _switch(value: object) -> object:
     """Convert TOML's true and false to ``full`` and ``none``."""
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
@@ -179,6 +205,9 @@ Weights = Annotated[
 Folder = Annotated[Path, BeforeValidator(_folder_text)]
 Device = Annotated[str, AfterValidator(_known_device)]
 Microbatch = Annotated[Literal["auto"] | Count, BeforeValidator(_auto_or_count)]
+Keep = Annotated[Literal["best"] | Count, BeforeValidator(_best_or_count)]
+Patience = Annotated[Count | None, BeforeValidator(_none_word)]
+TokenizerText = Annotated[str, AfterValidator(_tokenizer_text)]
 BatchScheduleText = Annotated[str, AfterValidator(_batch_schedule)]
 MemoryText = Annotated[str, BeforeValidator(_memory_text)]
 Checkpointing = Annotated[Literal["auto", "none", "selective", "full"], BeforeValidator(_switch)]

@@ -12,6 +12,7 @@ from bigbatch.lm.config.optimizer_settings import DECAY_PERCENT, OptimizerName
 DEFAULT_LR_TINY = 5e-3
 DEFAULT_LR = 2e-5
 DEFAULT_LR_LORA = 2e-4
+DEFAULT_LR_PRETRAINING = 5e-4
 WARMUP_PERCENT = 10
 
 
@@ -30,8 +31,8 @@ class OptimizationFields(BaseModel):
         default=None,
         gt=0,
         description="peak learning rate, reached at the end of the warm-up "
-        f"(default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, {DEFAULT_LR_LORA:g} with LoRA; "
-        "a fifth of these for lion)",
+        f"(default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, {DEFAULT_LR_LORA:g} with LoRA, "
+        f"{DEFAULT_LR_PRETRAINING:g} with --model-config; a fifth of these for lion)",
     )
     scale_from: Count | None = Field(
         default=None,

@@ -13,9 +13,16 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from bigbatch.lm.config.batch_schedule import read
+from bigbatch.lm.config.evaluation_fields import VALIDATIONS_PER_RUN
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.field_types import join_texts
-from bigbatch.lm.config.optimization_fields import DEFAULT_LR, DEFAULT_LR_LORA, DEFAULT_LR_TINY, WARMUP_PERCENT
+from bigbatch.lm.config.optimization_fields import (
+    DEFAULT_LR,
+    DEFAULT_LR_LORA,
+    DEFAULT_LR_PRETRAINING,
+    DEFAULT_LR_TINY,
+    WARMUP_PERCENT,
+)
 from bigbatch.lm.config.optimizer_settings import (
     DECAY_PERCENT,
     FINAL_LR_FACTORS,
@@ -29,7 +36,6 @@ from bigbatch.lm.config.train_fields import (
     DEFAULT_GLOBAL_BATCH,
     DEFAULT_MAX_LENGTH_TINY,
     DEFAULT_STEPS,
-    VALIDATIONS_PER_RUN,
     TrainFields,
 )
 
@@ -169,7 +175,8 @@ class TrainConfig(TrainFields):
 
         Afterwards ``lr``, ``max_length`` of the tiny model, exactly one of ``global_batch`` and
         ``global_batch_tokens``, exactly one of ``steps`` and ``epochs``, and ``lora_alpha`` (when ``lora_rank`` is not
-        0) are numbers, and ``microbatch`` is ``"auto"`` or a number unless ``token_budget`` is one. Resolving twice
+        0) are numbers, ``keep`` is a number or ``"best"``, and ``microbatch`` is ``"auto"`` or a number unless
+        ``token_budget`` is one. Resolving twice
         changes nothing.
         """
         resolved: dict[str, int | float | str] = {}
@@ -189,7 +196,10 @@ class TrainConfig(TrainFields):
                 resolved["epochs"] = DEFAULT_EPOCHS
         if self.lr is None:
             full_lr = DEFAULT_LR_TINY if self.model == "tiny" else DEFAULT_LR
+            full_lr = full_lr if self.model_config_path is None else DEFAULT_LR_PRETRAINING
             resolved["lr"] = LR_FACTORS[self.optimizer] * (DEFAULT_LR_LORA if self.lora_rank else full_lr)
+        if self.keep is None:
+            resolved["keep"] = self.resolved_keep
         if self.lora_alpha is None and self.lora_rank:
             resolved["lora_alpha"] = 2.0 * self.lora_rank
         return self.model_copy(update=resolved)

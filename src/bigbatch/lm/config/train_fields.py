@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from bigbatch.lm.config.evaluation_fields import EvaluationFields
 from bigbatch.lm.config.field_types import (
     BatchScheduleText,
     Checkpointing,
@@ -30,16 +31,16 @@ from bigbatch.lm.config.field_types import (
 )
 from bigbatch.lm.config.lora_fields import LoraFields
 from bigbatch.lm.config.optimization_fields import OptimizationFields
+from bigbatch.lm.config.pretraining_fields import PretrainingFields
 
 DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_GLOBAL_BATCH = 32
 DEFAULT_EPOCHS = 1
 DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the run that starts without any flag
-VALIDATIONS_PER_RUN = 10
 
 
-class TrainFields(LoraFields, OptimizationFields):
+class TrainFields(PretrainingFields, EvaluationFields, LoraFields, OptimizationFields):
     """The fields of :class:`bigbatch.lm.config.train_config.TrainConfig`, in the order of ``--help``.
 
     ``None`` in a field that allows it stands for a default that depends on other fields.
@@ -69,12 +70,6 @@ class TrainFields(LoraFields, OptimizationFields):
         default=None,
         min_length=1,
         description="subset (configuration) of a dataset to train on (default: none, for datasets without subsets)",
-    )
-    validation_data: Texts | None = Field(
-        default=None,
-        json_schema_extra={"several": True, "placeholder": "DATA"},
-        description="validation data, never trained on: sources as in --data (default: the split validation of a "
-        "dataset, else what --validation-fraction holds out)",
     )
     cache: Folder | None = Field(
         default=None,
@@ -140,7 +135,7 @@ class TrainFields(LoraFields, OptimizationFields):
         default="tiny",
         min_length=1,
         description="tiny (a Llama of a few million parameters, trained from scratch with its own tokenizer), "
-        "or a folder or Hub name that AutoModelForCausalLM loads",
+        "or a folder or Hub name that AutoModelForCausalLM loads; --model-config pretrains another model",
     )
     router_aux_loss_coef: Number | None = Field(
         default=None,
@@ -256,10 +251,6 @@ class TrainFields(LoraFields, OptimizationFields):
     out: Folder | None = Field(
         default=None, description="run directory (default: runs/MODEL-DATA, numbered if that exists)"
     )
-    validation_every: Count | None = Field(
-        default=None,
-        description=f"updates between two validations (default: about {VALIDATIONS_PER_RUN} validations per run)",
-    )
     sample_prompt: Text = Field(default="def ", description="prompt of the text that is generated at each validation")
     log: Literal["none", "tensorboard", "trackio"] = Field(
         default="none",
@@ -269,9 +260,6 @@ class TrainFields(LoraFields, OptimizationFields):
     checkpoint_every: Count = Field(
         default=50,
         description="updates between two checkpoints; lower it to repeat fewer updates after a crash",
-    )
-    keep: Count = Field(
-        default=2, description="checkpoints to keep; older ones are deleted when a newer one is verified"
     )
     async_checkpoint: bool = Field(
         default=False,

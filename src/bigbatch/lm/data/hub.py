@@ -101,9 +101,9 @@ def is_on_hub(name: str, kind: Literal["dataset", "model"]) -> bool:
 
 
 def is_local(model: str) -> bool:
-    """Return whether a model must be loaded from this machine: it is a folder, or the hub cannot be reached.
+    """Return whether a model must be loaded from this machine: it is a path, or the hub cannot be reached.
 
     Raises:
         InputError: As :func:`is_on_hub`.
     """
-    return Path(model).is_dir() or not is_on_hub(model, "model")
+    return exists(Path(model)) or not is_on_hub(model, "model")

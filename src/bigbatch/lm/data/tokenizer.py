@@ -16,6 +16,9 @@ BEGIN = "<|begin|>"
 END = "<|end|>"
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (BEGIN, END, PAD)
+END_TOKENS = (END, "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
+BEGIN_TOKENS = (BEGIN, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]")
+PAD_TOKENS = (PAD, "<pad>", "[PAD]")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 MAX_TRAINING_CHARACTERS = 16_000_000
 """Maximum number of characters to train a tokenizer on; longer data is sampled in evenly spread pieces."""
@@ -117,6 +120,8 @@ def load_tokenizer(folder_or_name: str) -> AnyTokenizer:
         InputError: The folder or model does not exist or has no tokenizer, or the tokenizer has no end token.
     """
     folder = Path(folder_or_name)
+    if folder.is_file():
+        return _load_file(folder)
     is_folder = folder.is_dir()
     if is_folder and not any(any(folder.glob(pattern)) for pattern in _VOCABULARY_FILES):
         raise InputError(
@@ -135,6 +140,28 @@ def load_tokenizer(folder_or_name: str) -> AnyTokenizer:
             ) from None
         raise InputError(f"the tokenizer of {folder_or_name} cannot be loaded: {first_line(error)}.") from None
     return _usable(tokenizer, folder_or_name)
+
+
+def _load_file(path: Path) -> AnyTokenizer:
+    """Load a tokenizer.json; without a tokenizer_config.json next to it, the end token is recognized by its name."""
+    if path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
+        return load_tokenizer(str(path.parent))
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # noqa: BLE001  tokenizers raises a bare Exception for an unreadable file
+        raise InputError(f"the tokenizer {path} cannot be read: {first_line(error)}.") from None
+    known = tokenizer.get_vocab()
+    for role, names in (("eos_token", END_TOKENS), ("bos_token", BEGIN_TOKENS), ("pad_token", PAD_TOKENS)):
+        found = [name for name in names if name in known]
+        if len(found) == 1:
+            setattr(tokenizer, role, found[0])
+        elif role == "eos_token":
+            which = "several: " + ", ".join(found) if found else "none of " + ", ".join(names)
+            raise InputError(
+                f"the tokenizer {path} does not say which token ends a document, and has {which}. Save it in a folder "
+                "with a tokenizer_config.json that sets eos_token, and pass the folder."
+            )
+    return _usable(tokenizer, str(path))
 
 
 def _usable(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import is_local
 from bigbatch.lm.model.meta_model import copy_to_meta, meta_model_from_config, replace_parameters
 from bigbatch.lm.model.pretrained import load_config, load_model
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 Region = tuple[slice, ...]
 SAMPLED_ELEMENTS = 1024  # of each tensor: enough to distinguish two models of one shape, without reading them
@@ -203,7 +200,7 @@ def load_shards(model: nn.Module, weights: Weights, device: torch.device) -> Non
     try:
         for name, parameter in model.named_parameters():
             if parameter.is_meta:
-                loaded[parameter] = _load_shard(name, parameter, weights, device)  # type: ignore[arg-type]
+                loaded[parameter] = _load_shard(name, parameter, weights, device)
     except Exception as error:
         raise InputError(f"the weights of the model cannot be loaded onto {device}: {first_line(error)}.") from error
     finally:
@@ -211,19 +208,26 @@ def load_shards(model: nn.Module, weights: Weights, device: torch.device) -> Non
     replace_parameters(model, loaded)
 
 
-def _load_shard(name: str, parameter: "DTensor", weights: Weights, device: torch.device) -> nn.Parameter:
+def _load_shard(name: str, parameter: nn.Parameter, weights: Weights, device: torch.device) -> nn.Parameter:
+    shard, local, region = empty_shard(parameter, device)
+    if local.numel():
+        local.copy_(weights.read(name, region))
+    return shard
+
+
+def empty_shard(parameter: Any, device: torch.device) -> tuple[nn.Parameter, Tensor, Region]:
+    """Allocate this rank's shard of a parameter; return it, its local values, and their place in the whole tensor."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = parameter.device_mesh, parameter.placements
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     local = torch.empty(shape, dtype=parameter.dtype, device=device)
-    if local.numel():
-        local.copy_(weights.read(name, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))))
     shard = DTensor.from_local(
         local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
-    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+    region = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+    return nn.Parameter(shard, requires_grad=parameter.requires_grad), local, region
 
 
 def _shape_of(tensor: Any) -> tuple[int, ...]:

@@ -18,10 +18,15 @@ from bigbatch.lm.data.chat_templates import set_chat_template
 from bigbatch.lm.data.dataset import encode
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sampling_order import epoch_windows
-from bigbatch.lm.data.tokenizer import load_tokenizer
-from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config, tiny_config
+from bigbatch.lm.model.from_scratch import new_model_config
+from bigbatch.lm.model.pretrained import TINY, load_config, tiny_config
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.data import DataLoader, ProgressCallback
+from bigbatch.lm.training.run_tokenizer import (
+    load_run_tokenizer,
+    train_run_tokenizer,
+    vocabulary_to_train,
+)
 
 MOST_DOCUMENTS = 2_000  # encoded for their lengths; evenly spaced if the data has more
 BYTES_A_TOKEN = 4  # approximately, of English text and code; used without a tokenizer
@@ -72,18 +77,23 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
         model_config = load_config(config.model)
         _check_length(config, model_config)
         try:
-            tokenizer = load_tokenizer(config.model)
+            tokenizer = load_run_tokenizer(config)
         except InputError as error:
+            if config.model_config_path is not None:
+                raise
             notes.append(f"lengths are estimated, {BYTES_A_TOKEN} bytes a token: {error}")
     # Without the cache: a plan writes nothing.
     with DataLoader(config.model_copy(update={"no_cache": True}), progress) as loader:
-        if config.model == TINY:
-            tokenizer = loader.stored_tokenizer or loader.train_tokenizer(TINY_VOCABULARY)
+        if vocabulary_to_train(config) is not None:
+            tokenizer = train_run_tokenizer(config, loader)
         data = loader.sample(MOST_DOCUMENTS)
     notes += data.left_out
     if config.model == TINY:
         assert config.max_length is not None, "set by resolved()"
         model_config = tiny_config(tokenizer, max_length=config.max_length)
+    if config.model_config_path is not None:
+        path, name = config.model_config_path, config.tokenizer_name
+        model_config = new_model_config(path, tokenizer, tokenizer_name=name)
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, _positions(model_config) or DEFAULT_MAX_LENGTH)
     measured = data.documents
     if len(measured) < data.num_documents:

@@ -17,6 +17,7 @@ from typing import Any
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
+from bigbatch.lm.config.validation_sets import sources_of
 from bigbatch.lm.data.chat_templates import describe_template, set_chat_template
 from bigbatch.lm.data.conversations import trained_weights
 from bigbatch.lm.data.document_counts import texts_of
@@ -24,10 +25,11 @@ from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.sources import open_sources
 from bigbatch.lm.data.token_store.tokenized import find_stores
 from bigbatch.lm.data.tokenization import Encoded, encode_documents
-from bigbatch.lm.data.tokenizer import load_tokenizer, train_tokenizer
-from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_config
+from bigbatch.lm.data.tokenizer import train_tokenizer
+from bigbatch.lm.model.pretrained import TINY_VOCABULARY, load_config
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.data import ProgressCallback, read_options
+from bigbatch.lm.training.run_tokenizer import load_run_tokenizer, vocabulary_to_train
 
 SKIPPED = "left out; the first: "  # in notes about broken input
 SHOWN = 3  # documents that cannot be encoded
@@ -117,11 +119,11 @@ def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCal
     for name in config.data:
         if find_stores(Path(name)) is not None:
             raise InputError(f"{name} holds tokens. Inspect the data that they were made from.")
-    tokenizer: Any = None if config.model == TINY else load_tokenizer(config.model)
+    tokenizer: Any = load_run_tokenizer(config)
     progress(f"reading {config.data_text}")
     sources = open_sources(
         config.data,
-        validation_data=config.validation_data or (),
+        validation_data=sources_of(config.validation_data or ()),
         options=replace(read_options(config), skip_broken=True),
         with_validation=config.validation_fraction > 0,
     )
@@ -129,7 +131,7 @@ def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCal
     if tokenizer is None:
         progress("training a tokenizer")
         texts = (text for corpus in corpora for document in corpus for text in texts_of(document))
-        tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
+        tokenizer = train_tokenizer(texts, vocabulary_size=vocabulary_to_train(config) or TINY_VOCABULARY)
     template_notes = set_chat_template(tokenizer, config.chat_template)
     progress("encoding the documents")
     inspector = _Inspector(config, tokenizer, num_samples)

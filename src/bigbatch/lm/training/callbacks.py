@@ -1,6 +1,7 @@
 """Training callbacks, the metrics row of an update, and the result of a run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,10 @@ class TrainerCallback(Protocol):
         """Handle one update; ``row`` is its row of metrics.jsonl, without a validation loss."""
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Handle a validation; ``loss`` is the mean in nats per token."""
+        """Handle a validation; ``loss`` is the mean in nats per token, of several sets that of ``best_metric``."""
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Handle the losses of named validation sets, in nats per token; called before `on_validation`."""
 
     def on_sample(self, step: int, text: str) -> None:
         """Handle a text that the model generated."""
@@ -30,9 +34,13 @@ class TrainResult:
     Attributes:
         step: Updates done, the skipped ones included.
         skipped: Updates that changed nothing: without items, or with gradients that are not finite.
-        finished: Whether all updates are done; False if the run was stopped.
+        finished: Whether the run has ended, early or after all updates; False if it was stopped.
         validation_loss: The last one, in nats per token, or None.
         elapsed_s: Seconds of the whole loop.
+        stopped_early: Whether ``early_stopping`` has ended it.
+        saved_step: Number of updates behind the saved model.
+        best_step: Number of updates done at the best validation; 0 without one.
+        best_loss: The lowest validation loss, in nats per token, or None.
     """
 
     step: int
@@ -40,6 +48,10 @@ class TrainResult:
     finished: bool
     validation_loss: float | None
     elapsed_s: float
+    stopped_early: bool = False
+    saved_step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
 
 
 def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = True) -> MetricsRow:
@@ -70,6 +82,14 @@ def metrics_row(step: int, report: WindowReport, *, lr: float, clock: bool = Tru
         row["slowest_rank"] = ranks.slowest if clock else None
         row["slowest_share"] = ranks.slowest_share if clock else None
     return row
+
+
+def perplexity(loss: float) -> float:
+    """Return the perplexity of a loss in nats per token; infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _noise(noise: NoiseScale | None) -> MetricsRow:

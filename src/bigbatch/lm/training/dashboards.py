@@ -60,6 +60,11 @@ class DashboardCallback:
         if math.isfinite(loss):
             self._write(step, {"validation/loss": loss})
 
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Write the losses of named sets."""
+        values = {f"validation/loss/{name}": loss for name, loss in losses.items() if math.isfinite(loss)}
+        self._write(step, values)
+
     def on_sample(self, step: int, text: str) -> None:
         """Ignore generated text."""
 
@@ -79,6 +84,11 @@ class CallbackList:
         """Forward a validation."""
         for callback in self._callbacks:
             callback.on_validation(step, loss)
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Forward the losses of named sets."""
+        for callback in self._callbacks:
+            callback.on_evaluation(step, losses)
 
     def on_sample(self, step: int, text: str) -> None:
         """Forward a generated text."""

@@ -3,8 +3,8 @@
 Nothing is in memory that is as long as the data: tokens and samples are mapped from files.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bigbatch.errors import InputError
 from bigbatch.lm.config.field_groups import GROUPS
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.config.validation_sets import check_named_paths, sources_of
 from bigbatch.lm.data.dataset import TokenDataset
 from bigbatch.lm.data.document_counts import sample_documents, training_texts
 from bigbatch.lm.data.documents import Document
@@ -41,6 +42,7 @@ from bigbatch.lm.training.token_sources import (
     source_of_corpus,
     source_of_stores,
 )
+from bigbatch.lm.training.validation_data import read_validation_data
 from bigbatch.memory.limit import describe_bytes
 
 SAMPLES, TOKENIZERS = "samples", "tokenizers"  # kinds of the cache's entries, with ``tokens``
@@ -65,10 +67,13 @@ class RunData:
 
     Attributes:
         training: Samples to train on.
-        validation: Samples to validate on; None if there is too little data to hold any out.
+        validation: Samples to validate on; None if there is too little data to hold any out. Of several sets, that of
+            ``best_metric``, else the first.
         order: Of the training samples.
         fingerprint: SHA-256 of the tokens, in hex.
         notes: Sentences with the counts of records read, cut and left out.
+        validation_sets: By name; empty if the only one has no name.
+        validation_fingerprint: SHA-256 of their tokens, in hex; None if they are held out of the data.
     """
 
     training: TokenDataset
@@ -76,6 +81,8 @@ class RunData:
     order: RunOrder
     fingerprint: str
     notes: tuple[str, ...]
+    validation_sets: Mapping[str, TokenDataset] = field(default_factory=dict)
+    validation_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,11 @@ class DataLoader:
         self._stores = [find_stores(Path(name)) for name in config.data]
         raw = [name for name, stores in zip(config.data, self._stores, strict=True) if stores is None]
         self._sources = DataSources((), ())
+        check_named_paths(config.validation_data or ())
         if raw or config.validation_data:
             self._sources = open_sources(
                 raw,
-                validation_data=config.validation_data or (),
+                validation_data=sources_of(config.validation_data or ()),
                 options=read_options(config),
                 with_validation=config.validation_fraction > 0,
             )
@@ -190,7 +198,7 @@ class DataLoader:
             self._cache,
             settings=self._settings(),
             by_content=config.cache_by_content,
-            model=config.model,
+            model=config.tokenizer_name,
             progress=self._progress,
         )
         training, split_key = self._training_sources(tokenization)
@@ -207,17 +215,11 @@ class DataLoader:
         notes += [*self._sources.notes, f"training data: {samples.counts.describe()}"]
         if isinstance(order, MixedOrder):
             notes.append(order.describe(config.data))
-        validation_set = TokenDataset(tokens, held_out) if len(held_out.starts) else None
-        if validation:
-            (held_out, _), _, _ = self._samples([joined(validation)], max_length, HashSplit())
-            validation_set = TokenDataset(joined(validation).reader, held_out)
-        if validation_set is not None:
-            notes.append(f"validation data: {held_out.counts.describe()}")
-        elif config.validation_fraction:
-            notes.append("no validation set: the data is too small to split")
+        held = read_validation_data(config, validation, (tokens, held_out), self._samples, max_length)
+        notes += (*held.notes, *self._cache_notes())
         if self._order_version == LEGACY_ORDER:
             fingerprint = legacy_fingerprint(readers, max_length=max_length, split=split)
-        return RunData(dataset, validation_set, order, fingerprint, (*notes, *self._cache_notes()))
+        return RunData(dataset, held.primary, order, fingerprint, tuple(notes), held.named, held.fingerprint)
 
     def _settings(self) -> dict[str, Any]:
         return self._config.model_dump(mode="json", exclude=_NOT_IN_TOKENS)
@@ -230,7 +232,7 @@ class DataLoader:
             if stores is None:
                 found.append(source_of_corpus(next(corpora), tokenization))
             else:
-                check_tokenizer(name, stores, tokenization, self._config.model)
+                check_tokenizer(name, stores, tokenization, self._config.tokenizer_name)
                 found.append(source_of_stores(stores))
         if len(found) == 1 and found[0].is_single_text and self._sources.training and self._splits:
             store, held_out = tokenization.cut_store(

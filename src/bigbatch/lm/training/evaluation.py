@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from bigbatch.engine.engine import Engine
+from bigbatch.lm.data.dataset import TokenDataset
 from bigbatch.lm.model.generation import generate_text
+from bigbatch.lm.training.callbacks import MetricsRow, perplexity
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.rng import random_states, seed_everything, seed_of, set_random_states
 
@@ -15,15 +17,38 @@ MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the validation set: enough 
 SAMPLE_TOKENS = 64
 
 
+def evaluate(setup: TrainingSetup, engine: Engine) -> MetricsRow:
+    """Compute the loss and the perplexity of every validation set, as metrics.jsonl has them. Collective.
+
+        validation_loss, validation_perplexity              of the set that decides
+        validation_loss/NAME, validation_perplexity/NAME    of every named set
+
+    Args:
+        setup: With validation data.
+        engine: As for `validation_loss`.
+    """
+    losses = {name: validation_loss(setup, engine, data) for name, data in setup.validation_sets.items()}
+    primary = next((losses[name] for name, data in setup.validation_sets.items() if data is setup.validation), None)
+    row = _metrics("", validation_loss(setup, engine) if primary is None else primary)
+    for name, loss in losses.items():
+        row |= _metrics(f"/{name}", loss)
+    return row
+
+
+def _metrics(ending: str, loss: float) -> MetricsRow:
+    return {f"validation_loss{ending}": loss, f"validation_perplexity{ending}": perplexity(loss)}
+
+
 @torch.no_grad()
-def validation_loss(setup: TrainingSetup, engine: Engine) -> float:
-    """Compute the mean loss over a fixed sample of the validation set, in nats per token. Collective.
+def validation_loss(setup: TrainingSetup, engine: Engine, held_out: TokenDataset | None = None) -> float:
+    """Compute the mean loss over a fixed sample of a validation set, in nats per token. Collective.
 
     Args:
         setup: With validation data.
         engine: Limits the micro-batches; its CUDA graphs are released.
+        held_out: The set; None for that of the setup.
     """
-    held_out = setup.validation
+    held_out = setup.validation if held_out is None else held_out
     assert held_out is not None, "called only with validation data"
     chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
     chosen.sort(key=lambda i: int(held_out.lengths[i]))

@@ -10,17 +10,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
-from bigbatch import __version__
 from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
 from bigbatch.lm.checkpoint.state_tree import bits
-from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION
+from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION, flag_of
 from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.chat_templates import template_digest
+from bigbatch.lm.data.model_files import tokenizer_digest
 from bigbatch.lm.files import read_json
 from bigbatch.lm.model.quantization import weights_dtype_of
 from bigbatch.lm.runs.file_names import CONFIG
@@ -76,7 +75,7 @@ def _check_unedited(path: Path, stored: TrainConfig, identity: RunIdentity) -> N
     before, now = identity.settings or {}, stored.model_dump(mode="json")
     for name in RECORDED:
         if name in before and before[name] != now[name]:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise InputError(
                 f"{path} has {flag} {join_texts(now[name])}, and the run was started with {flag} "
                 f"{join_texts(before[name])}. Restore the file, or start a new run."
@@ -131,7 +130,7 @@ def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[s
 
 
 def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     before, now = join_texts(before), join_texts(now)
     if name not in NEEDS_PERMISSION:
         return (
@@ -160,10 +159,12 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         "model": model,
         "settings": {name: settings[name] for name in NEEDS_PERMISSION},
         "data_sha256": setup.data_fingerprint,
+        "validation_sha256": setup.validation_fingerprint,
         "sampling_order": setup.order_version,
         "num_samples": len(setup.training),
         "vocabulary_sha256": sha256(json.dumps(sorted(setup.tokenizer.get_vocab().items())).encode()).hexdigest(),
         "chat_template_sha256": template_digest(setup.tokenizer),
+        "tokenizer_sha256": setup.config.model_config_path and tokenizer_digest(setup.config.tokenizer_name),
         "weights_dtype": str(weights_dtype_of(setup.config, setup.device_spec)),
         "frozen_sha256": _frozen_sha256(setup),
     }
@@ -191,30 +192,6 @@ def weights_fingerprint(setup: TrainingSetup) -> str:
     with ThreadPoolExecutor(4) as pool:  # SHA-256 of large arrays runs without the interpreter lock
         digests = list(pool.map(lambda pair: sha256(bits(pair[1]).numpy().data).hexdigest(), named))
     return digest_of({name: digest for (name, _), digest in zip(named, digests, strict=True)})
-
-
-def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be the same on all ranks of a run, by the name that a user knows it by.
-
-    Args:
-        setup: On this rank.
-        facts: What `run_facts` returned for it.
-    """
-    settings = setup.config.model_dump(mode="json", exclude={"device", "out"})
-    tensors = [(n, str(t.dtype), list(t.shape), t.requires_grad) for n, t in setup.model.named_parameters()]
-    return {
-        **{
-            f"--{name.replace('_', '-')}": join_texts(value) if isinstance(value, list) else value
-            for name, value in settings.items()
-        },
-        "the samples": facts["data_sha256"],
-        "the tokenizers": facts["vocabulary_sha256"],
-        "the chat templates": facts["chat_template_sha256"],
-        "the parameters of the models": sha256(json.dumps(tensors).encode()).hexdigest(),
-        "the weights of the models": None if setup.weights is None else setup.weights.fingerprint(),
-        "the weights that are not trained": facts["frozen_sha256"],
-        "the versions": [__version__, torch.__version__],
-    }
 
 
 def check_facts(
@@ -246,6 +223,10 @@ def check_facts(
             f"the chat template of {folder} has changed since the run started. Restore that of {origin}, or start a "
             "new run."
         )
+    if before.get("tokenizer_sha256") != now.get("tokenizer_sha256"):
+        raise InputError(
+            f"the tokenizer {config.tokenizer_name} has changed since {folder} started. Restore it, or start a new run."
+        )
     if now["data_sha256"] != before["data_sha256"] and "data" not in allowed:
         raise InputError(
             f"the data of {folder} has changed since the run started: {config.data_text} has {now['num_samples']:,} "
@@ -255,7 +236,8 @@ def check_facts(
     if now["vocabulary_sha256"] != before["vocabulary_sha256"]:
         raise InputError(
             f"the tokenizer of {folder} has changed since the run started, and its model needs the original one: "
-            "--model tiny trains it on the data. Restore the data, or start a new run."
+            f"--{'model tiny' if config.tokenizer is None else 'tokenizer train:N'} trains it on the data. Restore the "
+            "data, or start a new run."
         )
     if before.get("fingerprint") != now["fingerprint"]:
         _check_fingerprint(config, before, now)

@@ -1,7 +1,8 @@
 """Set-up of a run from its configuration, before the first update: data, tokenizer, model. Writes nothing."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
@@ -11,22 +12,26 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.chat_templates import set_chat_template
 from bigbatch.lm.data.dataset import TokenDataset
+from bigbatch.lm.data.model_files import check_has_weights, check_model_config, has_weights
 from bigbatch.lm.data.run_order import RunOrder
 from bigbatch.lm.data.sampling_order import ORDER_VERSION
-from bigbatch.lm.data.tokenizer import load_tokenizer
 from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.expert_notes import expert_notes
+from bigbatch.lm.model.from_scratch import new_model, new_model_config
 from bigbatch.lm.model.generation import prompt_tokens
 from bigbatch.lm.model.meta_setup import set_up_meta_model
-from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY, load_model, tiny_model
+from bigbatch.lm.model.pretrained import TINY, load_model, tiny_model
 from bigbatch.lm.model.quantization import QuantizedBase, load_quantized, quantization_note
+from bigbatch.lm.model.sent_weights import SentWeights, receive_shards, sent_model
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.model.weights import Weights, empty_copy, empty_model, load_shards
+from bigbatch.lm.runs.identity import digest_of
 from bigbatch.lm.training.data import DataLoader as DataLoader
 from bigbatch.lm.training.data import ProgressCallback as ProgressCallback
+from bigbatch.lm.training.run_tokenizer import load_run_tokenizer, train_run_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +53,11 @@ class TrainingSetup:
         weights: The source of their values in a sharded run; None otherwise.
         frozen_sha256: Fingerprint of the weights under the adapters, as they were before they were quantized; None
             without quantization.
+        validation_sets: Validation data by name; empty if the only set has no name.
+        validation_fingerprint: SHA-256 of its tokens, in hex; None if it is held out of the training data.
         training: Training data.
-        validation: Validation data; None if there is too little data to hold any out.
+        validation: Validation data; None if there is too little data to hold any out. Of several sets, the one whose
+            loss decides.
         notes: Sentences with the counts of records read, truncated and skipped.
         order: Of the training samples.
         data_fingerprint: SHA-256 of the tokens, in hex; as its run has stored it.
@@ -68,6 +76,8 @@ class TrainingSetup:
     order_version: int = ORDER_VERSION
     weights: Weights | None = None
     frozen_sha256: str | None = None
+    validation_sets: Mapping[str, TokenDataset] = field(default_factory=dict)
+    validation_fingerprint: str | None = None
 
     @property
     def model(self) -> Any:
@@ -111,15 +121,20 @@ def set_up_training(
     config = config.resolved()
     device_spec = resolve_device(config.device, config.precision, is_sharded=ranks.are_sharded)
     config = config.model_copy(update={"device": str(device_spec.device), "precision": device_spec.precision})
-    tokenizer = None if config.model == TINY else load_tokenizer(config.model)
+    if config.model_config_path is not None:
+        check_model_config(config.model_config_path, config.tokenizer)
+    elif config.model != TINY:
+        check_has_weights(config.model)
+    tokenizer = load_run_tokenizer(config)
     weights: Weights | None = None
     quantized: QuantizedBase | None = None
     with DataLoader(config, progress, order_version=order_version) as loader:
         if tokenizer is None:
-            tokenizer = loader.stored_tokenizer or loader.train_tokenizer(TINY_VOCABULARY)
-            model = _make_tiny(config, device_spec, tokenizer)
-            if ranks.are_sharded:
-                model, weights = empty_copy(model)
+            tokenizer = train_run_tokenizer(config, loader)
+        if config.model == TINY or config.model_config_path is not None:
+            if config.model_config_path is not None:
+                progress(f"initializing the weights of {config.model_config_path}")
+            model, weights = _make_new(config, device_spec, tokenizer, ranks)
         else:
             progress(f"loading {config.model}")
             if ranks.are_sharded:
@@ -129,7 +144,7 @@ def set_up_training(
                 model = quantized.model
             else:
                 model = load_model(config.model, dtype=device_spec.weights_dtype)
-            config = _fit(config, model, tokenizer)
+        config = _fit(config, model, tokenizer)
         template_notes = set_chat_template(tokenizer, config.chat_template)
         prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
         assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
@@ -151,6 +166,7 @@ def set_up_training(
         validation=data.validation,
         notes=(
             *template_notes,
+            *_notes_of_new_model(config),
             *data.notes,
             *([quantization_note(model_setup.model)] if quantized is not None else []),
             *model_setup.notes,
@@ -161,6 +177,8 @@ def set_up_training(
         order_version=order_version,
         weights=weights,
         frozen_sha256=None if quantized is None else _fingerprint(quantized, model_setup.model),
+        validation_sets=data.validation_sets,
+        validation_fingerprint=data.validation_fingerprint,
     )
 
 
@@ -175,7 +193,9 @@ def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | Sync
     """
     device = setup.device_spec.device
     sync = ranks.parallelize(setup.model, device, layers_dtype=setup.device_spec.gathered_dtype)
-    if setup.weights is not None:
+    if isinstance(setup.weights, SentWeights):
+        receive_shards(setup.model, setup.weights, device)
+    elif setup.weights is not None:
         with ranks.raise_together():
             load_shards(setup.model, setup.weights, device)
     return sync
@@ -189,9 +209,34 @@ def _fingerprint(quantized: QuantizedBase, model: Any) -> str | None:
         quantized.weights.close()
 
 
-def _make_tiny(config: TrainConfig, device_spec: DeviceSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    assert config.max_length is not None, "resolved() gives it a value"
-    return tiny_model(tokenizer, max_length=config.max_length, seed=config.seed).to(device_spec.weights_dtype)
+def _notes_of_new_model(config: TrainConfig) -> tuple[str, ...]:
+    """Return a sentence about the random weights of a new model, and about trained ones next to its configuration."""
+    if config.model_config_path is None:
+        return ()
+    others = f"; those in {config.model_config_path} are not used" if has_weights(config.model_config_path) else ""
+    return (f"the weights of the new model are random, from --seed {config.seed}{others}",)
+
+
+def _make_new(
+    config: TrainConfig, device_spec: DeviceSpec, tokenizer: "PreTrainedTokenizerBase", ranks: RankContext
+) -> tuple[Any, Weights | None]:
+    """Create the tiny model, or that of ``--model-config``, on the CPU with random weights.
+
+    If it is sharded, it stays on the meta device, and the weights are returned apart from it.
+    """
+    dtype = device_spec.weights_dtype
+    if config.model_config_path is None:
+        assert config.max_length is not None, "resolved() gives it a value"
+        model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed).to(dtype)
+        return empty_copy(model) if ranks.are_sharded else (model, None)
+    path = config.model_config_path
+    model_config = new_model_config(path, tokenizer, tokenizer_name=config.tokenizer_name)
+    make_model = partial(new_model, model_config, name=path, dtype=dtype, seed=config.seed)
+    if not ranks.are_sharded:
+        return make_model(), None
+    text = model_config.to_json_string(use_diff=False)
+    identity = digest_of({"model": text, "seed": config.seed, "dtype": str(dtype)})
+    return sent_model(model_config, make_model, dtype=dtype, identity=identity, is_first=ranks.is_first)
 
 
 def _fit(config: TrainConfig, model: Any, tokenizer: "PreTrainedTokenizerBase") -> TrainConfig:

@@ -22,13 +22,17 @@ from bigbatch.lm.data.token_store.samples import make_samples
 from bigbatch.lm.data.token_store.tokenized import TOKENIZER, TRAINED, find_stores, part_name, part_of
 from bigbatch.lm.data.token_store.workers import Encoding
 from bigbatch.lm.data.token_store.writer import StoreWriter
-from bigbatch.lm.data.tokenizer import AnyTokenizer, load_tokenizer
+from bigbatch.lm.data.tokenizer import AnyTokenizer
 from bigbatch.lm.data.validation_split import HashSplit
 from bigbatch.lm.files import PARTIAL, remove, sync_folder, write_atomically
-from bigbatch.lm.model.pretrained import TINY, TINY_VOCABULARY
 from bigbatch.lm.runs.identity import digest_of
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.data import DataLoader, ProgressCallback, read_options
+from bigbatch.lm.training.run_tokenizer import (
+    load_run_tokenizer,
+    train_run_tokenizer,
+    vocabulary_to_train,
+)
 from bigbatch.memory.limit import describe_bytes
 
 
@@ -109,7 +113,7 @@ def _write(
     documents = chain.from_iterable(corpora)
     with StoreWriter(folder) as writer:
         write_documents(writer, part_of(documents, *part), encoding, name=config.data_text, progress=progress)
-    _save_tokenizer(encoding.tokenizer, folder / TOKENIZER, is_trained=config.model == TINY)
+    _save_tokenizer(encoding.tokenizer, folder / TOKENIZER, is_trained=vocabulary_to_train(config) is not None)
     broken = broken_notes(writer)
     sizes = [[path.name, path.stat().st_size] for corpus in corpora for path in corpus.files]
     sizes += [corpus.state() for corpus in corpora if corpus.state is not None and not corpus.files]  # remote
@@ -118,7 +122,7 @@ def _write(
         shards=(),
         documents=0,
         tokenizer=vocabulary_state(encoding.tokenizer),
-        model=config.model,
+        model=config.tokenizer_name,
         notes=(*(note for corpus in corpora for note in corpus.notes), *broken) if part[0] == 0 else broken,
         left_out=(*(note for corpus in corpora for note in corpus.left_out), *broken) if part[0] == 0 else broken,
         part=part,
@@ -132,10 +136,11 @@ def _write(
 
 
 def _tokenizer(config: TrainConfig, progress: ProgressCallback) -> AnyTokenizer:
-    if config.model != TINY:
-        return load_tokenizer(config.model)
+    tokenizer = load_run_tokenizer(config)
+    if tokenizer is not None:
+        return tokenizer
     with DataLoader(config.model_copy(update={"no_cache": True}).resolved(), progress) as loader:
-        return loader.train_tokenizer(TINY_VOCABULARY)
+        return train_run_tokenizer(config, loader)
 
 
 def _save_tokenizer(tokenizer: AnyTokenizer, folder: Path, *, is_trained: bool) -> None:

@@ -17,15 +17,23 @@ from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
 from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.training.best_checkpoint import (
+    check_comparable,
+    check_validation,
+    load_best,
+    record_validation,
+    stops_early,
+)
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
 from bigbatch.lm.training.engine_factory import make_training_engine
-from bigbatch.lm.training.evaluation import deterministic_algorithms, sample_text, seeded, validation_loss
+from bigbatch.lm.training.evaluation import deterministic_algorithms, evaluate, sample_text, seeded, validation_loss
 from bigbatch.lm.training.microbatch_tuner import MicrobatchTuner
 from bigbatch.lm.training.model_saver import ModelSaver
 from bigbatch.lm.training.oom_restart import restart_smaller
 from bigbatch.lm.training.optimizer import make_optimizer, rescale_second_moment
-from bigbatch.lm.training.resume import rank_invariants, run_facts, weights_fingerprint
+from bigbatch.lm.training.rank_invariants import rank_invariants
+from bigbatch.lm.training.resume import run_facts, weights_fingerprint
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import TrainingSetup, parallelize
 from bigbatch.lm.training.window_routing import run_update
@@ -54,7 +62,8 @@ class Trainer:
         ranks: The processes of the run. Collective.
 
     Raises:
-        InputError: The warm-up is longer than the run, or the model cannot be parallelized over the ranks.
+        InputError: The warm-up is longer than the run, a setting needs validation data and there is none, or the model
+            cannot be parallelized over the ranks.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class Trainer:
         self.setup = setup
         self.ranks = ranks
         self.config = setup.config
+        check_validation(self.config, setup.validation)
         self.checkpoint = checkpoint
         self.facts = run_facts(setup)
         self.initial_facts = self.facts | ({} if checkpoint else {"weights_sha256": weights_fingerprint(setup)})
@@ -144,7 +154,7 @@ class Trainer:
         self.tune(None if self.checkpoint is None else directory.path)
         checkpoints = CheckpointManager(
             directory,
-            keep=self.config.keep,
+            keep=self.config.resolved_keep,
             in_background=self.config.async_checkpoint,
             total_steps=self.total_steps,
             facts=self.facts,
@@ -152,30 +162,49 @@ class Trainer:
             on_note=on_note,
         )
         with directory, seeded(self.setup, rank=self.ranks.rank), deterministic_algorithms(self.config.deterministic):
-            now = self._begin(directory)
+            now = self._begin(directory, on_note)
             self._tuner.save_choice(directory)
             with checkpoints.open():
                 self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon, on_note))
             self.engine.release_cuda_graphs()
+            saved_step = now.step
+            if self._has_ended(now) and self.config.resolved_keep == "best":
+                saved_step = load_best(self.engine, now, directory, self.ranks, on_note)
             self._saver.save(directory)
-        finished = now.step == self.total_steps
-        return TrainResult(now.step, now.skipped, finished, now.validation_loss, time.perf_counter() - started_s)
+        return TrainResult(
+            now.step,
+            now.skipped,
+            self._has_ended(now),
+            now.validation_loss,
+            time.perf_counter() - started_s,
+            stopped_early=now.step < self.total_steps and self._has_ended(now),
+            saved_step=saved_step,
+            best_step=now.best_step,
+            best_loss=now.best_loss,
+        )
+
+    def _has_ended(self, now: Progress) -> bool:
+        return now.step == self.total_steps or stops_early(now, self.config)
 
     def _train(self, now: Progress, checkpoints: CheckpointManager, session: _Session) -> None:
         """Run the windows that are left, with a checkpoint every so many updates and after the last one."""
         if now.pending_metrics_row is not None:
             self._validate_and_log(now.pending_metrics_row, now, session)
             now.pending_metrics_row = None
+        if self._has_ended(now):
+            return
         for window in self.schedule.windows(now.step, now.cursor):
             stopping = not self._try_step(window, now, session)
-            if now.step == self.total_steps:
+            has_ended = self._has_ended(now)
+            if has_ended:
                 session.directory.discard_model()  # a model next to the last checkpoint counts as the final one
-            if now.step % self.config.checkpoint_every == 0 or now.step == self.total_steps or stopping:
+            is_best = now.best_step == now.step and self.config.resolved_keep == "best"
+            if now.step % self.config.checkpoint_every == 0 or has_ended or stopping or is_best:
                 checkpoints.save(self.engine, now, self.model_setup.checkpointing_mode)
-            if stopping:
+            if stopping or has_ended:
                 return
 
-    def _begin(self, directory: RunDirectory) -> Progress:
+    def _begin(self, directory: RunDirectory, on_note: Callable[[str], object]) -> Progress:
         """Take up a run where it was saved, or begin."""
         checkpoint = self.checkpoint
         if checkpoint is None:
@@ -190,6 +219,8 @@ class Trainer:
             raise InputError(f"{checkpoint.path} is not of this model: {first_line(error)}.") from error
         now = replace(checkpoint.progress)
         directory.truncate_to(now.lines_before_pending, now.quarantine_bytes)
+        if (note := check_comparable(now, checkpoint, self.facts, self.config, self.ranks)) is not None:
+            on_note(note)
         return now
 
     def _try_step(self, window: list[int], now: Progress, session: _Session) -> bool:
@@ -241,11 +272,16 @@ class Trainer:
         """Validate if due, write the metrics row, and generate text in the middle and at the end of the run."""
         every = self.config.validation_every_of(self.total_steps)
         if self.setup.validation is not None and (now.step % every == 0 or now.step == self.total_steps):
-            row["validation_loss"] = now.validation_loss = self.validate()
+            row |= evaluate(self.setup, self.engine)
+            now.validation_loss = row["validation_loss"]
+            record_validation(now, row["validation_loss"], min_delta=self.config.early_stopping_min_delta)
         session.directory.write_metrics(row)
         if "validation_loss" in row:
+            if losses := {name: row[f"validation_loss/{name}"] for name in self.setup.validation_sets}:
+                session.callback.on_evaluation(now.step, losses)
             session.callback.on_validation(now.step, row["validation_loss"])
-        if now.step in (self.total_steps // 2, self.total_steps) and (self.ranks.is_first or self.ranks.are_sharded):
+        is_shown = now.step == self.total_steps // 2 or self._has_ended(now)
+        if is_shown and (self.ranks.is_first or self.ranks.are_sharded):
             session.callback.on_sample(now.step, self.sample_text(self.config.sample_prompt))
 
     def _update(self, step: int, window: list[int], session: _Session) -> tuple[MetricsRow, Callable[[], bool]]:
