@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from bigbatch.cli import COMMANDS, main
 from bigbatch.cli.arguments import POSITIONAL_NAMES, help_text, parse
 from bigbatch.cli.command_specs import COMMAND_SPECS
-from bigbatch.cli.error_messages import FOREIGN_NAMES
 from bigbatch.cli.options import GenerateOptions, PlanOptions, VerifyOptions
 from bigbatch.errors import InputError
+from bigbatch.lm.config.error_messages import FOREIGN_NAMES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.train_fields import DEFAULT_STEPS
 
@@ -446,13 +446,16 @@ def test_file_error_names_file_and_key(text: str | bytes, expected: str, folder:
 
 def test_missing_file_or_folder_is_rejected(folder: Path):
     (folder / "runs").mkdir()
-    assert complaint("train", "--config", "no.toml") == "no.toml does not exist: --config needs a TOML file."
-    assert complaint("train", "--config", "runs") == "runs is a folder: --config needs a TOML file."
+    assert (
+        complaint("train", "--config", "no.toml")
+        == "no.toml does not exist: settings are read from a TOML or YAML file."
+    )
+    assert complaint("train", "--config", "runs") == "runs is a folder: settings are read from a TOML or YAML file."
     assert complaint("train", "--config", "") == "--config is '': it must not be empty."
 
 
 def test_config_that_is_no_regular_file_is_rejected(folder: Path):
-    expected = "{} is a {}: --config needs a TOML file. Write the settings to a file."
+    expected = "{} is a {}: settings are read from a TOML or YAML file. Write the settings to a file."
     os.mkfifo(folder / "run.toml")
     assert complaint("plan", "--config", "run.toml") == expected.format("run.toml", "pipe")
     assert complaint("train", "--config", "/dev/zero") == expected.format("/dev/zero", "device")

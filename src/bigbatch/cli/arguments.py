@@ -20,12 +20,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from bigbatch.cli.command_specs import COMMAND_SPECS
-from bigbatch.cli.error_messages import format_value, nearest, sentence, suggestion, truncate
 from bigbatch.cli.options import SourceOptions, flag_key
-from bigbatch.cli.settings_file import read_settings, setting_names
 from bigbatch.errors import InputError
+from bigbatch.lm.config.error_messages import format_value, nearest, sentence, suggestion, truncate
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.field_types import join_texts
+from bigbatch.lm.config.settings_file import read_settings, setting_names
 from bigbatch.lm.config.train_config import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)

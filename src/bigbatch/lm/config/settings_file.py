@@ -1,4 +1,4 @@
-"""Read the settings of a run from the file of ``--config``, TOML or YAML.
+"""Read the settings of a run from a TOML or YAML file, such as that of ``--config``, or from a dict.
 
 file → UTF-8 → TOML, or YAML for .yaml and .yml → names checked → {field of TrainConfig: value}
 """
@@ -7,15 +7,50 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bigbatch.cli.error_messages import nearest, suggestion, truncate
+from pydantic import ValidationError
+
 from bigbatch.errors import InputError, first_line, os_reason
+from bigbatch.lm.config.error_messages import nearest, sentence, suggestion, truncate
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.files import file_kind
 
 YAML_SUFFIXES = (".yaml", ".yml")
+_EXPECTED = "settings are read from a TOML or YAML file"
+
+
+def to_config(settings: TrainConfig | Mapping[str, object] | str | Path | None) -> TrainConfig:
+    """Return a configuration, or the one that a dict or the file at a path describes; None for the defaults.
+
+    Raises:
+        InputError: The file cannot be read, a name is unknown, or a value is invalid; the message is one sentence.
+    """
+    if isinstance(settings, TrainConfig):
+        return settings
+    display_names = {}
+    if settings is None:
+        table: dict[str, object] = {}
+    elif isinstance(settings, Mapping):
+        table = dict(settings)
+        unknown = next((name for name in table if name not in TrainConfig.model_fields), None)
+        if unknown is not None:
+            near = nearest(str(unknown), TrainConfig.model_fields)
+            raise InputError(f"{truncate(repr(unknown))} is not a setting: {suggestion('train', near and repr(near))}")
+    elif isinstance(settings, str | Path):
+        table = read_settings("train", Path(settings))
+        display_names = {name: f"{name} in {settings}" for name in table}
+    else:
+        raise InputError(
+            f"the configuration is {type(settings).__name__}: pass a TrainConfig, a dict of settings, or the path of a "
+            "TOML or YAML file."
+        )
+    try:
+        return TrainConfig.model_validate(table)
+    except ValidationError as error:
+        raise InputError(sentence(error, display_names)) from None
 
 
 def read_settings(command: str, path: Path) -> dict[str, object]:
@@ -30,14 +65,14 @@ def read_settings(command: str, path: Path) -> dict[str, object]:
             :class:`TrainConfig`.
     """
     if not path.is_file() and path.exists() and not path.is_dir():  # reading a pipe may wait for ever
-        raise InputError(f"{path} is {file_kind(path)}: --config needs a TOML file. Write the settings to a file.")
+        raise InputError(f"{path} is {file_kind(path)}: {_EXPECTED}. Write the settings to a file.")
     try:
         text = path.read_bytes().decode("utf-8-sig")
         table = _parse_yaml(path, text) if path.suffix.lower() in YAML_SUFFIXES else tomllib.loads(text)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: --config needs a TOML file.") from None
+        raise InputError(f"{path} does not exist: {_EXPECTED}.") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder: --config needs a TOML file.") from None
+        raise InputError(f"{path} is a folder: {_EXPECTED}.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {os_reason(error)}.") from None
     except UnicodeDecodeError as error:
