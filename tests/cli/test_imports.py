@@ -83,3 +83,11 @@ def test_missing_extra_is_one_sentence(words: list[str]):
     assert done.returncode == 2
     assert done.stderr == f'bigbatch {words[0]}: pydantic is not installed: pip install "bigbatch[train]".\n'
     assert done.stdout == ""
+
+
+def test_importing_trainer_package_loads_no_library():
+    assert loaded_after("import bigbatch.lm; dir(bigbatch.lm)", (*HEAVY, "pydantic")) == set()
+
+
+def test_configuration_loads_no_heavy_library():
+    assert loaded_after("import bigbatch.lm; bigbatch.lm.TrainConfig(steps=3)", HEAVY) == set()

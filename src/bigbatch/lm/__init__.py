@@ -1,1 +1,40 @@
-"""Language-model trainer: data, tokenizer, model, loss and training loop on top of exact gradient accumulation."""
+"""Language-model trainer: data, tokenizer, model, loss and training loop on top of exact gradient accumulation.
+
+    config, dataset, loss_fn, callbacks → train → RunResult and a run directory
+
+Importing this package loads neither torch nor transformers; its names do when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigbatch.lm.config.train_config import TrainConfig as TrainConfig
+    from bigbatch.lm.training.api import train as train
+    from bigbatch.lm.training.user_callbacks import Callback as Callback
+    from bigbatch.lm.training.user_callbacks import RunResult as RunResult
+    from bigbatch.lm.training.user_callbacks import RunStart as RunStart
+    from bigbatch.lm.training.user_callbacks import StopTraining as StopTraining
+
+_PUBLIC = {
+    "Callback": "bigbatch.lm.training.user_callbacks",
+    "RunResult": "bigbatch.lm.training.user_callbacks",
+    "RunStart": "bigbatch.lm.training.user_callbacks",
+    "StopTraining": "bigbatch.lm.training.user_callbacks",
+    "TrainConfig": "bigbatch.lm.config.train_config",
+    "train": "bigbatch.lm.training.api",
+}
+
+__all__ = ["Callback", "RunResult", "RunStart", "StopTraining", "TrainConfig", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bigbatch.lm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -70,6 +70,7 @@ class SavedFacts(_Strict):
     chat_template_sha256: str | None = None
     tokenizer_sha256: str | None = None
     validation_sha256: str | None = None
+    passed: dict[str, bool | str] | None = None
 
 
 class SavedOptimizer(_Strict):

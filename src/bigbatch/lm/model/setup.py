@@ -27,6 +27,7 @@ from bigbatch.lm.model.causal_attention import (
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
 from bigbatch.lm.model.compilation import compile_layers
+from bigbatch.lm.model.custom_loss import CustomLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
 from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
@@ -50,7 +51,7 @@ class ModelSetup:
     """
 
     model: Any
-    loss_fn: CausalLMLoss | ChunkedCausalLMLoss
+    loss_fn: CausalLMLoss | ChunkedCausalLMLoss | CustomLoss
     collate: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     layout: Layout
     layers: DecoderLayers | None
@@ -59,7 +60,7 @@ class ModelSetup:
     balanced: LoadBalancedLoss | None = None
 
     @property
-    def training_loss(self) -> CausalLMLoss | ChunkedCausalLMLoss | LoadBalancedLoss:
+    def training_loss(self) -> CausalLMLoss | ChunkedCausalLMLoss | CustomLoss | LoadBalancedLoss:
         """The loss function for `bigbatch.Engine`."""
         return self.loss_fn if self.balanced is None else self.balanced
 

@@ -30,8 +30,10 @@ class RunDirectory:
         self._files: dict[str, BinaryIO] = {}
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any]) -> "RunDirectory":
-        """Make the folder, and write run-manifest.json and config.json; a failure leaves nothing behind.
+    def create(cls, path: Path, config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> "RunDirectory":
+        """Make the folder, and write run-manifest.json, with the facts of `record_facts` if known, and config.json.
+
+        A failure leaves nothing behind.
 
         Raises:
             InputError: The folder is not empty or cannot be written.
@@ -42,7 +44,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             for leftover in filter(_is_leftover, path.iterdir()):
                 remove(leftover)
-            write_atomically(path / IDENTITY, new_identity(config))
+            write_atomically(path / IDENTITY, new_identity(config, facts))
             write_atomically(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
             _remove(path, made)

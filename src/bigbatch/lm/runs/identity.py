@@ -58,9 +58,9 @@ class RunIdentity:
     facts: Mapping[str, Any] | None = None
 
 
-def new_identity(settings: Mapping[str, Any]) -> bytes:
+def new_identity(settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> bytes:
     """Return the content of run-manifest.json for a new run."""
-    return _to_bytes(token_hex(16), settings, None)
+    return _to_bytes(token_hex(16), settings, facts)
 
 
 def with_facts(identity: RunIdentity, facts: Mapping[str, Any]) -> bytes:

@@ -124,18 +124,18 @@ class DataLoader:
         self._order_version = order_version
         progress(f"reading {config.data_text}")
         self._stores = [find_stores(Path(name)) for name in config.data]
-        raw = [name for name, stores in zip(config.data, self._stores, strict=True) if stores is None]
-        self._sources = DataSources((), ())
-        check_named_paths(config.validation_data or ())
-        if raw or config.validation_data:
-            self._sources = open_sources(
-                raw,
-                validation_data=sources_of(config.validation_data or ()),
-                options=read_options(config),
-                with_validation=config.validation_fraction > 0,
-            )
+        self._sources = self._open([name for name, found in zip(config.data, self._stores, strict=True) if not found])
         root, self._cache_note = (None, None) if config.no_cache else cache_folder(config.cache)
         self._cache = Cache(root)
+
+    def _open(self, raw: Sequence[str]) -> DataSources:
+        """Open the sources that were not tokenized ahead."""
+        named, fraction = self._config.validation_data or (), self._config.validation_fraction
+        check_named_paths(named)
+        if not raw and not named:
+            return DataSources((), ())
+        options, validation_data = read_options(self._config), sources_of(named)
+        return open_sources(raw, validation_data=validation_data, options=options, with_validation=fraction > 0)
 
     def __enter__(self) -> "DataLoader":
         return self

@@ -19,6 +19,7 @@ from bigbatch.engine.engine import Engine
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
+from bigbatch.lm.model.custom_loss import CustomLoss
 from bigbatch.lm.model.setup import ModelOutline, ModelSetup
 from bigbatch.lm.training.microbatch_limits import memory_of, microbatch_of
 from bigbatch.lm.training.oom_restart import apply_override
@@ -66,7 +67,7 @@ def make_engine(
         scheduler=scheduler,
         scaler=scaler,
         sync=sync,
-        check=False,  # the loss is a sum, and messages of the run name dropout
+        check=isinstance(model_setup.loss_fn, CustomLoss),  # ours is a sum, and messages of the run name dropout
     )
 
 

@@ -25,6 +25,7 @@ from bigbatch.lm.model.quantization import weights_dtype_of
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.runs.identity import RunIdentity, digest_of, read_identity
 from bigbatch.lm.text import describe_invalid
+from bigbatch.lm.training.passed_data import PASSED, check_nothing_passed
 from bigbatch.lm.training.setup import TrainingSetup
 
 RECORDED = sorted(TrainConfig.model_fields.keys() - {*CHANGEABLE, "out", "validation_every"} | {"precision"})
@@ -40,8 +41,8 @@ UNSTABLE = ("architectures", "dtype", "torch_dtype", "transformers_version", "us
 """Entries of a model's configuration that do not affect what is learned, or follow from --precision."""
 
 
-def stored_config(folder: Path) -> TrainConfig:
-    """Read the configuration of a run.
+def stored_config(folder: Path, *, from_python: bool = False) -> TrainConfig:
+    """Read the configuration of a run; with ``from_python``, also of one to which Python code passed a dataset or loss.
 
     Raises:
         InputError: The folder is not a run, or its configuration is invalid, or was edited in a setting that affects
@@ -60,6 +61,8 @@ def stored_config(folder: Path) -> TrainConfig:
         raise InputError(f"{path} is not the configuration of a run: {first_line(error)}.") from error
     identity = read_identity(folder)
     _check_unedited(path, stored, identity)
+    if not from_python:
+        check_nothing_passed(folder, identity.facts)
     if BALANCING not in settings and _has_key((identity.facts or {}).get("model"), BALANCING):
         return stored.model_copy(update={BALANCING: 0.0})  # of an earlier version, which did not train that loss
     return stored
@@ -167,6 +170,7 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         "tokenizer_sha256": setup.config.model_config_path and tokenizer_digest(setup.config.tokenizer_name),
         "weights_dtype": str(weights_dtype_of(setup.config, setup.device_spec)),
         "frozen_sha256": _frozen_sha256(setup),
+        **({PASSED: dict(setup.passed)} if setup.passed else {}),
     }
 
 

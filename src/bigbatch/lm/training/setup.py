@@ -19,6 +19,7 @@ from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
+from bigbatch.lm.model.custom_loss import CustomLoss
 from bigbatch.lm.model.expert_notes import expert_notes
 from bigbatch.lm.model.from_scratch import new_model, new_model_config
 from bigbatch.lm.model.generation import prompt_tokens
@@ -55,6 +56,7 @@ class TrainingSetup:
             without quantization.
         validation_sets: Validation data by name; empty if the only set has no name.
         validation_fingerprint: SHA-256 of its tokens, in hex; None if it is held out of the training data.
+        passed: The facts of `bigbatch.lm.training.passed_data.PassedInputs`.
         training: Training data.
         validation: Validation data; None if there is too little data to hold any out. Of several sets, the one whose
             loss decides.
@@ -78,6 +80,7 @@ class TrainingSetup:
     frozen_sha256: str | None = None
     validation_sets: Mapping[str, TokenDataset] = field(default_factory=dict)
     validation_fingerprint: str | None = None
+    passed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -85,7 +88,7 @@ class TrainingSetup:
         return self.model_setup.model
 
     @property
-    def loss_fn(self) -> CausalLMLoss | ChunkedCausalLMLoss:
+    def loss_fn(self) -> CausalLMLoss | ChunkedCausalLMLoss | CustomLoss:
         """The cross entropy, without the load-balancing loss of experts."""
         return self.model_setup.loss_fn
 
@@ -101,6 +104,7 @@ def set_up_training(
     ranks: RankContext = SINGLE_PROCESS,
     progress: ProgressCallback = _no_progress,
     order_version: int = ORDER_VERSION,
+    data_loader: Callable[..., DataLoader] = DataLoader,
 ) -> TrainingSetup:
     """Read the data, make or load tokenizer and model, and put them on the device.
 
@@ -113,6 +117,7 @@ def set_up_training(
         ranks: The processes of the run, with which the trainer is made.
         progress: Receives the current activity.
         order_version: Of the sampling order; that of the run that is resumed.
+        data_loader: Makes the data loader.
 
     Raises:
         InputError: A model, data or device of the configuration does not exist or cannot be used.
@@ -128,7 +133,7 @@ def set_up_training(
     tokenizer = load_run_tokenizer(config)
     weights: Weights | None = None
     quantized: QuantizedBase | None = None
-    with DataLoader(config, progress, order_version=order_version) as loader:
+    with data_loader(config, progress, order_version=order_version) as loader:
         if tokenizer is None:
             tokenizer = train_run_tokenizer(config, loader)
         if config.model == TINY or config.model_config_path is not None:

@@ -75,7 +75,8 @@ def _is_compiled(setup: TrainingSetup) -> bool:
 
 def _loss_name(setup: TrainingSetup) -> str:
     balanced = setup.model_setup.balanced
-    return type(setup.loss_fn).__name__ + ("" if balanced is None else f", {balanced.scope} load balancing")
+    name = f"{type(setup.loss_fn).__name__} {setup.passed.get('loss_fn', '')}".rstrip()
+    return name + ("" if balanced is None else f", {balanced.scope} load balancing")
 
 
 def save_cached(folder: Path, choice: MicrobatchChoice, key: str, *, checkpointing_mode: CheckpointingMode) -> None:
