@@ -165,8 +165,11 @@ COMMAND_SPECS = {
         sections=(_section(VerifyOptions, "verification", "What to compare."), *_CONFIG),
     ),
     "generate": CommandSpec(
-        about="Generate text with a trained model.",
-        examples=("bigbatch generate runs/tiny-python-stdlib", 'bigbatch generate RUN "class Tree" --temperature 0'),
+        about="Generate text with a trained model: the continuation of a prompt, or the answer to a message.",
+        examples=(
+            'bigbatch generate RUN "class Tree" --temperature 0',
+            'bigbatch generate RUN --chat "What is a tree?" --system "Answer in one sentence."',
+        ),
         sections=(_section(GenerateOptions, "generation", "Sampling settings."),),
         positionals=("run", "prompt"),
         usage_words="RUN and one PROMPT (in quotes if it contains spaces)",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -145,7 +145,21 @@ class GenerateOptions(BaseModel):
 
     run: Folder = Field(description="directory of a trained run")
     prompt: Text = Field(default="def ", description="start of the text, in quotes")
-    max_new_tokens: Count = Field(default=120, description="maximum number of new tokens")
+    chat: Text | None = Field(
+        default=None,
+        json_schema_extra={"alone": "", "placeholder": "MESSAGE"},
+        description="answer a message of a user, in quotes, with the chat template of the model, instead of continuing "
+        "a text; on a terminal without a value: a conversation, until Ctrl-D (default: none)",
+    )
+    system: Text | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={"placeholder": "MESSAGE"},
+        description="system message of the conversation of --chat, in quotes (default: none)",
+    )
+    max_new_tokens: Count | None = Field(
+        default=None, description="maximum number of new tokens (default: 120, with --chat 512)"
+    )
     temperature: Number = Field(
         default=0.8, ge=0, description="0 = always the most likely token; higher values are more random"
     )
@@ -161,6 +175,15 @@ class GenerateOptions(BaseModel):
         min_length=1,
         description="folder or Hub name of the model under the LoRA adapters of the run (default: the one they name)",
     )
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        names = {"first": "prompt", "second": "chat", "third": "system"}
+        if self.chat is not None and "prompt" in self.model_fields_set:
+            raise PydanticCustomError("exclusive", "{first} and {second} exclude each other: give one of them", names)
+        if self.system is not None and self.chat is None:
+            raise PydanticCustomError("idle", "{third} does nothing without {second}: give both", names)
+        return self
 
 
 class MergeOptions(BaseModel):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import OutputConsole, TrainingDisplay, duration
 from bigbatch.cli.exit_codes import DONE, STOPPED
+from bigbatch.cli.next_steps import suggested_commands
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.cli.torchrun import WatchdogCallback, watchdog
 from bigbatch.errors import InputError
@@ -84,7 +85,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         console.print(advice)
     for line in final_lines(directory, outcome, is_best=setup.config.resolved_keep == "best"):
         console.print(line)
-    console.print_unbroken(*next_lines(config, directory))
+    console.print_unbroken(*next_lines(config, directory, setup, finished=outcome.finished))
     return DONE if outcome.finished else STOPPED
 
 
@@ -174,13 +175,15 @@ def final_lines(directory: RunDirectory, outcome: "TrainResult", *, is_best: boo
     ]
 
 
-def next_lines(config: TrainConfig, directory: RunDirectory) -> list[str]:
+def next_lines(
+    config: TrainConfig, directory: RunDirectory, setup: "TrainingSetup", *, finished: bool = True
+) -> list[str]:
     """Return the next commands, to copy; ``config`` is the requested configuration."""
-    path = shlex.quote(str(directory.path))
-    return [
-        f"next: bigbatch generate {path} {_quoted(config.sample_prompt)}",
-        f"      bigbatch verify{_same_job(config)}   checks that splitting the batch does not change the gradient",
-    ]
+    commands = suggested_commands(setup, directory, prompt=_quoted(config.sample_prompt), finished=finished)
+    if finished:
+        same = _same_job(config)
+        commands.append(f"bigbatch verify{same}   checks that splitting the batch does not change the gradient")
+    return [f"{'      ' if place else 'next: '}{command}" for place, command in enumerate(commands)]
 
 
 def _batch(setup: "TrainingSetup") -> str:

@@ -1,13 +1,15 @@
 """``bigbatch generate``: text from a run, or one sentence."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bigbatch.cli import main
 from bigbatch.cli.output import visible
-from support.command_line import SENTENCE, command
+from support.command_line import LIMIT_S, SENTENCE, command
 from support.language_models import records, run, save_model_folder, write_jsonl
 
 
@@ -107,3 +109,92 @@ def test_pipe_in_model_folder_is_rejected(tmp_path: Path, capfd: pytest.CaptureF
 
 def test_unavailable_device_is_rejected(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert refused(capfd, trained, "--device", "cuda:77").startswith("--device cuda:77 is not available: ")
+
+
+# chats -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model that has learned to answer, as a whole in run and with adapters in adapted."""
+    folder = tmp_path_factory.mktemp("chats")
+    turns = [[("system", "be brief"), ("user", f"say {i}"), ("assistant", "für 日本\x07")] for i in range(3)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+    data, base = write_jsonl(folder / "data.jsonl", rows), save_model_folder(folder / "base", kind="qwen2")
+    words = ["train", "--data", str(data), "--device", "cpu", "--validation-fraction", "0", "--microbatch", "3"]
+    words += ["--checkpoint-every", "1000"]
+    learn = ["--epochs", "60", "--lr", "2e-2", "--model", str(base)]
+    assert main([*words, *learn, "--out", str(folder / "run")]) == 0
+    adapt = ["--epochs", "5", "--lora-rank", "2", "--model", str(folder / "run" / "model")]
+    assert main([*words, *adapt, "--out", str(folder / "adapted")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["run", "adapted"])
+def test_chat_prints_the_learned_answer(chats: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        words = ("--chat", f"say {i}", "--system", "be brief", "--temperature", "0")
+        assert written(capfd, chats / name, *words) == "für 日本\\x07\n"
+
+
+def test_cut_answer_is_reported(chats: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(chats / "run"), "--chat", "say 1", "--max-new-tokens", "2"]) == 0
+    assert capfd.readouterr().err == "bigbatch generate: the answer is cut: it reached --max-new-tokens 2.\n"
+
+
+def typed(folder: Path, keys: bytes, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a conversation on a terminal on which some keys are pressed."""
+    screen, keyboard = os.openpty()
+    try:
+        os.write(screen, keys)
+        return subprocess.run(
+            [sys.executable, "-m", "bigbatch", "generate", str(folder), *words, "--temperature", "0", "--chat"],
+            stdin=keyboard,
+            capture_output=True,
+            timeout=LIMIT_S,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        )
+    finally:
+        os.close(screen)
+        os.close(keyboard)
+
+
+def test_lines_of_a_terminal_are_answered(chats: Path) -> None:
+    process = typed(chats / "run", b"say 1\n\n\x04", "--system", "be brief")
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert process.stdout.decode() == "> für 日本\\x07\n> > \n"  # an empty line is no message
+
+
+def test_earlier_turns_are_part_of_the_conversation(tmp_path: Path) -> None:
+    folder = save_model_folder(tmp_path)  # with 64 positions
+    process = typed(folder, b"say one\nsay two\n", "--max-new-tokens", "20")
+    assert process.returncode == 2
+    assert process.stdout.count(b"> ") == 2
+    assert b"tokens and the model supports 64 positions: begin a new one" in process.stderr
+
+
+def test_conversation_that_fills_the_model_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = save_model_folder(tmp_path)
+    assert refused(capfd, folder, "--chat", "☃" * 70) == (
+        "the conversation has 227 tokens and the model supports 64 positions: begin a new one, or shorten it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--chat",), '--chat needs a message, such as --chat "Hello"; a conversation needs a terminal.'),
+        (("text", "--chat", "a"), "PROMPT and --chat exclude each other: give one of them."),
+        (("--system", "a"), "--system does nothing without --chat: give both."),
+    ],
+)  # fmt: skip
+def test_unusable_chat_is_one_sentence(
+    chats: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert refused(capfd, chats / "run", *words) == message

@@ -68,19 +68,50 @@ def generate_text(
     tokens, first = _without_last_space(
         tokenizer, prompt, prompt_tokens(tokenizer, prompt, model=model, name="the prompt")
     )
-    max_fitting = (_positions(model) or len(tokens) + max_new_tokens) - len(tokens)
-    input_ids = torch.tensor([tokens], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    output_ids = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(max_new_tokens, max_fitting),
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    output = continue_tokens(
+        model,
+        tokenizer,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
         streamer=streamer,
         logits_processor=[] if first is None else [_FirstToken(first, len(tokens), model.device)],
-        **sampling,
     )
-    return str(tokenizer.decode(output_ids[0], skip_special_tokens=True))
+    return str(tokenizer.decode(output, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def continue_tokens(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    **options: Any,
+) -> list[int]:
+    """Continue tokens, at most up to the last position of the model; ``options`` are for ``model.generate``."""
+    input_ids = torch.tensor([tokens], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    fitting = max_fitting(model, len(tokens))
+    output_ids: Tensor = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens if fitting is None else min(max_new_tokens, fitting),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **sampling,
+        **options,
+    )
+    found: list[int] = output_ids[0].tolist()
+    return found
+
+
+def max_fitting(model: Any, num_tokens: int) -> int | None:
+    """Return how many tokens fit after ``num_tokens``; None if the model has no fixed number of positions."""
+    positions = _positions(model)
+    return None if positions is None else positions - num_tokens
 
 
 class _FirstToken:
