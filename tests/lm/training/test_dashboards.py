@@ -1,22 +1,29 @@
-"""Dashboards beside metrics.jsonl: what they hear, and what is said where they are not installed."""
+"""Dashboards compared with metrics.jsonl: what they receive, and the error where they are not installed."""
 
+import json
 import math
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bigbatch import lm
 from bigbatch.cli import main
 from bigbatch.cli.commands import resume, train
 from bigbatch.cli.options import ResumeOptions
+from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.runs.identity import read_identity
 from bigbatch.lm.training import dashboards
-from bigbatch.lm.training.dashboards import CallbackList, DashboardCallback
+from bigbatch.lm.training.dashboards import TAGS, CallbackList, DashboardCallback, check_log
 from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
 from support.run_directories import rows
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow-skinny is not installed")
 needs_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
 
 
@@ -33,7 +40,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def test_finite_numbers_are_written_under_their_tags() -> None:
     written: list[tuple[int, dict[str, float]]] = []
     listener = DashboardCallback(lambda step, values: written.append((step, dict(values))))
-    row = rows(1)[0] | {"grad_norm": math.nan, "loss": None, "peak_bytes": 5, "noise_scale_items": 7.0}
+    row = rows(1)[0] | {"grad_norm": math.nan, "loss": None, "peak_bytes": 5, "noise_scale_items": 7.0, "new_field": 3}
     listener.on_update(row)
     listener.on_validation(1, 2.5)
     listener.on_validation(2, math.inf)
@@ -43,6 +50,8 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
     assert step == 1
     assert "train/loss" not in values
     assert "train/grad_norm" not in values
+    assert values["train/skipped"] == 0.0
+    assert values["more/new_field"] == 3.0
     assert (values["cost/peak_bytes"], values["batch/noise_scale_items"]) == (5.0, 7.0)
     assert validation == (1, {"validation/loss": 2.5})
     assert evaluation == (3, {"validation/loss/web": 1.5})
@@ -67,7 +76,7 @@ def test_every_callback_receives_all_events() -> None:
     )
 
 
-@pytest.mark.parametrize("log", ["tensorboard", "trackio"])
+@pytest.mark.parametrize("log", ["tensorboard", "wandb", "mlflow", "trackio"])
 def test_missing_dashboard_is_one_sentence_and_writes_nothing(
     log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +104,113 @@ def test_tensorboard_has_every_update_once_after_resume(settings: dict[str, Any]
     assert [step for step, _ in losses] == [1, 2, 3, 4]
     assert [value for _, value in losses] == pytest.approx([row["loss"] for row in metrics(run)])
     assert [event.step for event in found.Scalars("validation/loss")] == [2, 4]
+
+
+def test_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    if (spec := find_spec("trackio")) is None or spec.origin is not None:
+        pytest.skip("trackio is installed")
+    with pytest.raises(InputError, match="needs trackio, which is not installed"):
+        check_log("trackio")
+
+
+def interrupted(settings: dict[str, Any], log: str) -> list[dict[str, Any]]:
+    """Train for three updates, resume from the checkpoint of the second; return the rows of metrics.jsonl."""
+    run = settings["out"]
+
+    class Die(lm.Callback):
+        def on_update(self, row: dict[str, Any]) -> None:
+            if row["step"] == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lm.train({**settings, "log": log}, callbacks=[Die()])
+    assert resume.run(TrainConfig(), ResumeOptions(run=run)) == 0
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    return rows
+
+
+def expected_values(row: dict[str, Any]) -> dict[str, float]:
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+    assert numbers.keys() - TAGS.keys() <= {"step", "validation_loss"}
+    return {TAGS[name]: value for name, value in numbers.items() if name in TAGS}
+
+
+@needs_wandb
+def test_wandb_has_what_metrics_have_after_resume(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    rows = interrupted(settings, "wandb")
+    runs = [wandb_records(path) for path in sorted(settings["out"].glob("wandb/offline-run-*/*.wandb"))]
+    assert len(runs) == 2
+    assert {found.run_id for found, _ in runs} == {read_identity(settings["out"]).run_id}
+    assert {found.project for found, _ in runs} == {"bigbatch"}
+    assert list(runs[0][1]) == [1, 2, 3]
+    assert list(runs[1][1]) == [3, 4]
+    logged = runs[0][1] | runs[1][1]  # as wandb sync merges them
+    for row in rows:
+        assert logged[row["step"]].items() >= expected_values(row).items()
+    assert {step: values["validation/loss"] for step, values in logged.items() if "validation/loss" in values} == {
+        row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row
+    }
+
+
+@needs_mlflow
+def test_mlflow_has_what_metrics_have_after_resume(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    settings["deterministic"] = True  # without times, which differ when an update is repeated
+    rows = interrupted(settings, "mlflow")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("bigbatch").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    assert run.data.params["global_batch"] == "8"
+    for name, tag in TAGS.items():
+        points = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, tag)]
+        assert sorted(points) == [(row["step"], row[name]) for row in rows if row.get(name) is not None], name
+    points = [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, "validation/loss")]
+    assert points == [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+
+
+@needs_mlflow
+def test_unreachable_mlflow_is_one_sentence(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://host")
+    with pytest.raises(BigbatchError, match=r"^--log mlflow failed: .*\. Resume the run; --log none continues it"):
+        train.run(TrainConfig(log="mlflow", **settings))
+
+
+def wandb_records(path: Path) -> tuple[Any, dict[int, dict[str, float]]]:
+    """Return the run and the rows of an offline file: protobuf in blocks of 32 KiB, in the format of LevelDB's logs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts, run, rows = path.read_bytes(), 7, b"", None, {}
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind not in (1, 4):  # whole, or the last part
+            continue
+        record, parts = Record.FromString(parts), b""
+        if record.WhichOneof("record_type") == "run":
+            run = record.run
+        elif record.WhichOneof("record_type") == "history":
+            values = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+            }
+            rows[values["_step"]] = values
+    return run, rows
 
 
 @needs_trackio

@@ -252,10 +252,11 @@ class TrainFields(PretrainingFields, EvaluationFields, LoraFields, OptimizationF
         default=None, description="run directory (default: runs/MODEL-DATA, numbered if that exists)"
     )
     sample_prompt: Text = Field(default="def ", description="prompt of the text that is generated at each validation")
-    log: Literal["none", "tensorboard", "trackio"] = Field(
+    log: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = Field(
         default="none",
         description="dashboard that receives every update in addition to metrics.jsonl, if it is installed: "
-        "tensorboard writes to tensorboard/ in the run directory, trackio to its own folder",
+        "tensorboard writes to tensorboard/ in the run directory, wandb, mlflow and trackio to where they are set up "
+        "to, such as a server, or offline",
     )
     checkpoint_every: Count = Field(
         default=50,

@@ -1,17 +1,19 @@
-"""Export of metrics to a dashboard: TensorBoard or trackio.
+"""Export of metrics to a dashboard: TensorBoard, Weights & Biases, MLflow or trackio.
 
 updates, validations → finite numbers by tag → the writer of a dashboard
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import BigbatchError, InputError, os_reason
+from bigbatch.errors import BigbatchError, InputError, first_line, os_reason
 from bigbatch.lm.runs.file_names import TENSORBOARD
+from bigbatch.lm.runs.identity import read_identity
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 
 TAGS = {
@@ -23,13 +25,28 @@ TAGS = {
     "tokens": "batch/tokens",
     "num_microbatches": "batch/num_microbatches",
     "noise_scale_items": "batch/noise_scale_items",
+    "noise_scale_sequences": "batch/noise_scale_sequences",
+    "noise_low_sequences": "batch/noise_low_sequences",
+    "noise_high_sequences": "batch/noise_high_sequences",
+    "sequences": "batch/sequences",
     "global_batch": "batch/global_batch",
     "tokens_per_s": "cost/tokens_per_s",
     "elapsed_s": "cost/elapsed_s",
     "peak_bytes": "cost/peak_bytes",
     "slowest_share": "cost/slowest_share",
+    "slowest_rank": "cost/slowest_rank",
+    "ranks": "cost/ranks",
+    "retries": "cost/retries",
 }
-"""Fields of metrics.jsonl that are exported, with their tags."""
+"""Tags of the fields of metrics.jsonl; those of other numbers are ``more/FIELD``."""
+
+PROJECT = "bigbatch"
+"""Name of the project or experiment in which runs are."""
+
+_OWN_TAGS = ("step", "skipped", "validation_loss")  # fields that are no plain number, or exported in another way
+
+_MLFLOW_TAG = "bigbatch.run_id"
+_MLFLOW_LONGEST = 500  # characters of a setting
 
 Write = Callable[[int, Mapping[str, float]], None]
 
@@ -40,7 +57,10 @@ def check_log(log: str) -> None:
     Raises:
         InputError: It is not installed.
     """
-    if log != "none" and find_spec(log) is None:
+    if log == "none":
+        return
+    spec = find_spec(log)
+    if spec is None or spec.origin is None:  # a folder of that name, such as the one that wandb makes
         raise InputError(f"--log {log} needs {log}, which is not installed: pip install {log}.")
 
 
@@ -52,8 +72,13 @@ class DashboardCallback:
 
     def on_update(self, row: MetricsRow) -> None:
         """Write the finite numbers of an update."""
-        values = {tag: float(row[name]) for name, tag in TAGS.items() if isinstance(row.get(name), int | float)}
-        self._write(row["step"], {tag: value for tag, value in values.items() if math.isfinite(value)})
+        numbers = {
+            TAGS.get(name, f"more/{name}"): float(value)
+            for name, value in row.items()
+            if isinstance(value, int | float) and name not in _OWN_TAGS
+        }
+        numbers["train/skipped"] = float(bool(row["skipped"]))
+        self._write(row["step"], {tag: value for tag, value in numbers.items() if math.isfinite(value)})
 
     def on_validation(self, step: int, loss: float) -> None:
         """Write a validation loss."""
@@ -104,18 +129,21 @@ def with_dashboard(
 
     Args:
         callback: The callback of the run.
-        log: ``none``, ``tensorboard`` or ``trackio``.
+        log: ``none``, ``tensorboard``, ``wandb``, ``mlflow`` or ``trackio``.
         folder: The run directory.
         done: Updates of earlier processes; later points are deleted if the dashboard supports that.
         settings: Settings of the run, for dashboards that show them.
 
     Raises:
-        BigbatchError: The dashboard's files cannot be written.
+        BigbatchError: The dashboard's files cannot be written, or its server cannot be reached.
     """
     if log == "none":
         yield callback
         return
-    opened = _tensorboard(folder, done) if log == "tensorboard" else _trackio(folder, done, settings)
+    if log == "tensorboard":
+        opened = _tensorboard(folder, done)
+    else:
+        opened = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}[log](folder, done, settings)
     with opened as write:
         yield CallbackList(callback, DashboardCallback(write))
 
@@ -143,16 +171,108 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Write]:
 
 
 @contextmanager
+def _wandb(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[Write]:
+    """Log to Weights & Biases, in the mode that is configured there; the run id is that of the run directory."""
+    import wandb
+
+    with _service_errors("wandb"):
+        run = wandb.init(
+            project=PROJECT,
+            name=folder.name,
+            id=read_identity(folder).run_id,
+            resume="allow" if done else None,
+            config=dict(settings),
+            dir=str(folder),
+            settings=wandb.Settings(console="off"),
+        )
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        with _service_errors("wandb"):
+            run.log(dict(values), step=step)
+
+    try:
+        yield write
+    finally:
+        with _service_errors("wandb"):
+            run.finish()
+
+
+@contextmanager
+def _mlflow(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[Write]:
+    """Log to MLflow, where it is configured to; a resumed run is found by the id of the run directory, its tag.
+
+    A point that MLflow has already, of an update that is repeated after a crash, is not logged a second time.
+    """
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+    with _service_errors("mlflow"):
+        client = MlflowClient()
+        run_id, is_new = _mlflow_run(client, folder)
+        if is_new:
+            for name, value in settings.items():
+                client.log_param(run_id, name, str(value)[:_MLFLOW_LONGEST])
+        client.update_run(run_id, status="RUNNING")
+    known: dict[str, set[tuple[int, float]]] = {}
+
+    def is_known(tag: str, step: int, value: float) -> bool:
+        if tag not in known:
+            history = [] if is_new else client.get_metric_history(run_id, tag)
+            known[tag] = {(point.step, point.value) for point in history}
+        return (step, value) in known[tag]
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        with _service_errors("mlflow"):
+            now_ms = int(time.time() * 1000)
+            points = [Metric(tag, value, now_ms, step) for tag, value in values.items()]
+            points = [point for point in points if not is_known(point.key, step, point.value)]
+            if points:
+                client.log_batch(run_id, metrics=points)
+
+    status = "FAILED"
+    try:
+        yield write
+        status = "FINISHED"
+    finally:
+        with _service_errors("mlflow"):
+            client.set_terminated(run_id, status)
+
+
+def _mlflow_run(client: Any, folder: Path) -> tuple[str, bool]:
+    """Return the id of the run in MLflow, and whether it was created now."""
+    experiment = client.get_experiment_by_name(PROJECT)
+    experiment_id = client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
+    own_id = read_identity(folder).run_id
+    found = client.search_runs([experiment_id], filter_string=f"tags.`{_MLFLOW_TAG}` = '{own_id}'")
+    if found:
+        return str(found[0].info.run_id), False
+    run = client.create_run(experiment_id, run_name=folder.name, tags={_MLFLOW_TAG: own_id})
+    return str(run.info.run_id), True
+
+
+@contextmanager
 def _trackio(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[Write]:
     import trackio
 
     run = trackio.init(
-        project="bigbatch", name=folder.name, config=dict(settings), resume="allow" if done else "never", embed=False
+        project=PROJECT, name=folder.name, config=dict(settings), resume="allow" if done else "never", embed=False
     )
     try:
         yield lambda step, values: run.log(dict(values), step=step)
     finally:
         run.finish()
+
+
+@contextmanager
+def _service_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (BigbatchError, AssertionError):
+        raise
+    except Exception as error:
+        raise BigbatchError(
+            f"--log {name} failed: {first_line(error)}. Resume the run; --log none continues it without {name}."
+        ) from error
 
 
 @contextmanager
