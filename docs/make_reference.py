@@ -6,11 +6,19 @@ python docs/make_reference.py            # tests/docs/test_reference.py fails if
 import dataclasses
 import enum
 import inspect
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
 
 import bigbatch
+import bigbatch.lm
+from bigbatch.lm.config.field_groups import GROUPS
 
 TARGET = Path(__file__).parent / "reference" / "api.md"
+WIDTH = 120
 
 
 def reference() -> str:
@@ -31,7 +39,46 @@ def reference() -> str:
         for name, value in vars(bigbatch.losses).items()
         if inspect.isfunction(value) and hasattr(value, "__wrapped__")
     ]
+    parts.append(_entry("## `bigbatch.lm`", "lm", bigbatch.lm))
+    for name in bigbatch.lm.__all__:
+        thing = getattr(bigbatch.lm, name)
+        if thing is bigbatch.lm.TrainConfig:
+            parts.append(f"### `bigbatch.lm.{name}`\n\n```text\n{inspect.getdoc(thing)}\n\n{_fields(thing)}\n```\n")
+            continue
+        parts.append(_entry(f"### `bigbatch.lm.{name}`", name, thing))
+        if thing is bigbatch.lm.Callback:
+            parts += [
+                _entry(f"#### `{name}.{member}`", member, value)
+                for member, value in vars(thing).items()
+                if inspect.isfunction(value)
+            ]
     return "\n".join(parts)
+
+
+def _fields(config: type[BaseModel]) -> str:
+    """Return the fields of a configuration with type, default and description, as in the section of a docstring."""
+    schema = config.model_json_schema()["properties"]
+    lines = ["Fields:"]
+    for name in dict.fromkeys(name for group in GROUPS for name in group.fields):
+        info = config.model_fields[name]
+        default = "" if "(default" in (info.description or "") else f" Default: {info.default!r}."
+        text = f"{name} ({_type(schema[name])}): {info.description}.{default}"
+        lines.append(
+            textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+        )
+    return "\n".join(lines)
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    """Return the type of a field in the words of Python, from its JSON schema."""
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(_type(part) for part in schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return " | ".join(map(repr, schema.get("enum", [schema.get("const")])))
+    if schema["type"] == "array":
+        return f"{_type(schema['items'])} | list[{_type(schema['items'])}]"
+    kinds = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "None"}
+    return kinds[schema["type"]]
 
 
 def _entry(heading: str, name: str, thing: object) -> str:

@@ -444,3 +444,24 @@ def test_ctrl_c_during_setup_leaves_no_files(folder: Path, base: Path) -> None:
     assert (process.returncode, complained) == (130, "\nbigbatch train: interrupted.\n")
     assert all(line.endswith(" …") for line in printed.splitlines())
     assert files_below(folder) == set()
+
+
+# what comes next ----------------------------------------------------------------------------------------------------
+
+
+def test_next_lines_suit_model_and_data(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(folder / "chats.jsonl", conversations(20))
+    words = ["train", "--model", str(base), "--steps", "1", "--microbatch", "4"]
+    assert main([*words, "--data", "chats.jsonl", "--out", "chat"]) == 0
+    assert capfd.readouterr().out.splitlines()[-3:-1] == [
+        'next: bigbatch generate chat --chat "Hello"',
+        "      python convert_hf_to_gguf.py chat/model   of llama.cpp, writes a GGUF file",
+    ]
+    assert main([*words, "--data", "../data.jsonl", "--out", "text"]) == 0
+    assert capfd.readouterr().out.splitlines()[-3] == 'next: bigbatch generate text "def "'
+    split = ["--data", "chats.jsonl", "--chat-template", "chatml", "--max-length", "64", "--lora-rank", "2"]
+    assert main([*words, *split, "--out", "split"]) == 0
+    assert capfd.readouterr().out.splitlines()[-4:-2] == [
+        'next: bigbatch generate split --chat "Hello"',
+        "      bigbatch merge split --out split-merged   writes the model with its adapters",
+    ]

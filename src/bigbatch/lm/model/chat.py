@@ -120,7 +120,7 @@ class ChatModel:
         return tokens
 
     def _end_of_turn(self) -> str:
-        """Return the text that ends an answer; of a template without an end mark, how it goes on with a question."""
+        """Return the text that ends an answer; of a template without an end mark, the text before a question."""
         _, mark = self._renderer.closing
         if mark.strip():
             return mark

@@ -74,8 +74,8 @@ class Callback:
         on_start, then for each update: on_update, on_validation if it validates, on_sample if it samples, then on_end
 
     Methods are called on the first rank only, in the thread of the training loop, between two updates; the values are
-    over all ranks. Of several callbacks, each method is called in the order of the list. They may take their time: it
-    is no part of the measured speed. They must not change the parameters of the model.
+    over all ranks. Of several callbacks, each method is called in the order of the list. The time that they take is
+    not part of the measured speed. They must not change the parameters of the model.
 
     An exception that a method raises ends the run after the current update, with a checkpoint and the model saved; the
     other callbacks still receive the event, and `bigbatch.lm.train` then raises the exception. `StopTraining` ends the
