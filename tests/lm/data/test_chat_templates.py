@@ -98,8 +98,8 @@ def test_split_tokens_and_other_end_are_noted() -> None:
     assert set_chat_template(tokenizer, "chatml") == (
         "--chat-template chatml: the tokenizer splits <|im_start|> (12 tokens), <|im_end|> (10 tokens), which a model "
         "of that format has as single tokens; train enough for the model to learn them",
-        "--chat-template chatml ends an answer with <|im_end|>, and generation stops at <|end|>: generate with "
-        'stop_strings=["<|im_end|>"]',
+        "--chat-template chatml ends an answer with <|im_end|>, and generation stops at <|end|>: bigbatch generate "
+        '--chat stops there, other programs need stop_strings=["<|im_end|>"]',
     )
     assert tokenizer.chat_template == NAMED_TEMPLATES["chatml"].template
     tokenizer = chat_tokenizer("chatml")

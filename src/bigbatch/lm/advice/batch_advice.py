@@ -62,7 +62,7 @@ def classify(found: RunEvidence) -> Verdict:
         return "far above"
     if math.isinf(found.scale) or (math.isinf(high) and found.batch * FAR >= low and low == 0.0):
         return "unknown"
-    ratio = found.batch / found.scale
+    ratio = found.batch / found.scale if found.scale > 0 else math.inf
     return "far below" if ratio < 1 / FAR else "far above" if ratio > FAR else "near"
 
 
@@ -113,8 +113,10 @@ def _cost(found: RunEvidence) -> str:
 def _smaller(found: RunEvidence) -> tuple[int, float]:
     """Return the sequences of one micro-batch, and the factor by which that batch needs fewer samples."""
     smaller = max(1, round(found.batch / found.microbatches))
-    if found.scale is None or math.isinf(found.scale) or found.scale <= 0:
+    if found.scale is None or math.isinf(found.scale):
         return smaller, 1.0
+    if found.scale <= 0:  # the limit of the ratio below
+        return smaller, found.batch / smaller
     return smaller, (1 + found.batch / found.scale) / (1 + smaller / found.scale)
 
 

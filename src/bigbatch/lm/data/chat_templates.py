@@ -48,7 +48,7 @@ def set_chat_template(tokenizer: AnyTokenizer, choice: str | None) -> tuple[str,
     if named.end is not None and named.end != tokenizer.eos_token:
         notes.append(
             f"--chat-template {choice} ends an answer with {named.end}, and generation stops at {tokenizer.eos_token}: "
-            f'generate with stop_strings=["{named.end}"]'
+            f'bigbatch generate --chat stops there, other programs need stop_strings=["{named.end}"]'
         )
     return tuple(notes)
 
