@@ -104,6 +104,7 @@ def train(
     if inputs.dataset is not None:
         asked = asked.model_copy(update={"data": (PASSED_DATA,)})
     ranks = _ranks(asked)
+    asked = _with_own_device(asked, ranks)
     names = (DATASET,) if inputs.dataset is not None else asked.data
     path = Path(ranks.broadcast(str(asked.out or default_path(asked.model, names))))
     with ranks.raise_together():
@@ -139,7 +140,7 @@ def _resume(
         facts = read_identity(path).facts if checkpoint is None else checkpoint.facts
         check_passed(path, facts, inputs)
         stored = with_saved_changes(stored, None if checkpoint is None else checkpoint.facts)
-        config = merge_config(stored, asked, allowed=())
+        config = _with_own_device(merge_config(stored, asked, allowed=()), ranks)
         check_log(config.log)
         notes = tuple(f"skipped checkpoint {folder}: {reason}" for folder, reason in rejected)
         directory = RunDirectory(path) if ranks.is_first else ReadOnlyRunDirectory(path)
@@ -227,6 +228,12 @@ def _ranks(config: TrainConfig) -> RankContext:
     found = RankContext(dist.get_world_size(), dist.get_rank(), 1, config.parallel)
     hosts = found.all_gather(socket.gethostname())
     return replace(found, local_size=hosts.count(hosts[found.rank]))
+
+
+def _with_own_device(config: TrainConfig, ranks: RankContext) -> TrainConfig:
+    """Replace ``cuda:N`` by the current device of each of several ranks."""
+    is_numbered = ranks.size > 1 and config.device.startswith("cuda:")
+    return config.model_copy(update={"device": "cuda"}) if is_numbered else config
 
 
 def _set_up(
