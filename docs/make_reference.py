@@ -62,6 +62,7 @@ def _fields(config: type[BaseModel]) -> str:
     for name in dict.fromkeys(name for group in GROUPS for name in group.fields):
         info = config.model_fields[name]
         default = "" if "(default" in (info.description or "") else f" Default: {info.default!r}."
+        name = info.alias or name
         text = f"{name} ({_type(schema[name])}): {info.description}.{default}"
         lines.append(
             textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)

@@ -22,5 +22,6 @@ def test_reference_has_every_name_and_setting_of_trainer() -> None:
         assert f"\n### `bigbatch.lm.{name}`\n" in page
     _, fields = page.split("### `bigbatch.lm.TrainConfig`")
     fields = fields.partition("\n###")[0]
-    assert all(re.search(rf"^    {name} \(", fields, re.MULTILINE) for name in bigbatch.lm.TrainConfig.model_fields)
+    names = [info.alias or name for name, info in bigbatch.lm.TrainConfig.model_fields.items()]
+    assert all(re.search(rf"^    {name} \(", fields, re.MULTILINE) for name in names)
     assert all(f"#### `Callback.{method}`" in page for method in METHODS)

@@ -232,8 +232,8 @@ def test_sample_that_changes_during_the_run_is_an_error(settings: dict[str, Any]
          "setting out."),
         ({}, {"dataset": [IDS], "validation_dataset": [{"text": "a"}]}, "dataset has 'input_ids' and "
          "validation_dataset has not: pass samples or records in both."),
-        ({"model": "tiny"}, {"dataset": [IDS]}, "dataset has 'input_ids', and the model tiny trains its tokenizer on "
-         "text: pass records with text, or the model whose tokenizer made the tokens."),
+        ({"model": "tiny"}, {"dataset": [IDS]}, "dataset has 'input_ids', and the tokenizer of this model is trained "
+         "on text: pass records with text, or the model whose tokenizer made the tokens."),
         ({}, {"callbacks": [Recorder]}, "the callback Recorder is a class: pass an object of it, Recorder(...)."),
         ({}, {"callbacks": [3]}, "the callback int has none of the methods on_start, on_update, on_validation, "
          "on_sample, on_note, on_end."),

@@ -155,8 +155,8 @@ class PassedDataLoader(DataLoader):
         """
         if self._is_tokenized:
             raise InputError(
-                f"{DATASET} has 'input_ids', and the model tiny trains its tokenizer on text: pass records with text, "
-                "or the model whose tokenizer made the tokens."
+                f"{DATASET} has 'input_ids', and the tokenizer of this model is trained on text: pass records with "
+                "text, or the model whose tokenizer made the tokens."
             )
         return super().train_tokenizer(vocabulary_size)
 

@@ -61,8 +61,7 @@ def stored_config(folder: Path, *, from_python: bool = False) -> TrainConfig:
         raise InputError(f"{path} is not the configuration of a run: {first_line(error)}.") from error
     identity = read_identity(folder)
     _check_unedited(path, stored, identity)
-    if not from_python:
-        check_nothing_passed(folder, identity.facts)
+    check_nothing_passed(folder, None if from_python else identity.facts)
     if BALANCING not in settings and _has_key((identity.facts or {}).get("model"), BALANCING):
         return stored.model_copy(update={BALANCING: 0.0})  # of an earlier version, which did not train that loss
     return stored

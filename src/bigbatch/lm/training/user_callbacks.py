@@ -46,7 +46,7 @@ class RunStart:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunResult(TrainResult):
     """The result of `bigbatch.lm.train`.
 
