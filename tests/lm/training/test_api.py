@@ -18,6 +18,7 @@ from bigbatch.errors import InputError, RankFailedError
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenization import encode_documents
 from bigbatch.lm.data.tokenizer import load_tokenizer
+from bigbatch.lm.training.user_callbacks import METHODS
 from support import gloo_processes
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
 from support.run_comparison import CLOCK, differences
@@ -235,8 +236,7 @@ def test_sample_that_changes_during_the_run_is_an_error(settings: dict[str, Any]
         ({"model": "tiny"}, {"dataset": [IDS]}, "dataset has 'input_ids', and the tokenizer of this model is trained "
          "on text: pass records with text, or the model whose tokenizer made the tokens."),
         ({}, {"callbacks": [Recorder]}, "the callback Recorder is a class: pass an object of it, Recorder(...)."),
-        ({}, {"callbacks": [3]}, "the callback int has none of the methods on_start, on_update, on_validation, "
-         "on_sample, on_note, on_end."),
+        ({}, {"callbacks": [3]}, f"the callback int has none of the methods {', '.join(METHODS)}."),
     ],
 )  # fmt: skip
 def test_unusable_argument_is_one_sentence(tmp_path: Path, config: Any, arguments: Any, message: str) -> None:
@@ -255,8 +255,7 @@ def test_misspelled_method_of_callback_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         lm.train(callbacks=[Wrong()])
     assert str(caught.value) == (
-        "the callback Wrong has 'on_step_end', which is never called. The methods are on_start, on_update, "
-        "on_validation, on_sample, on_note, on_end."
+        f"the callback Wrong has 'on_step_end', which is never called. The methods are {', '.join(METHODS)}."
     )
 
 
