@@ -1,6 +1,8 @@
 """Resuming a run: its stored configuration, the settings that may change, and the facts that may not.
 
 config.json, compared with run-manifest.json → flags → merged configuration → set-up → facts, compared with earlier ones
+
+Long because each reason to refuse has its sentence here.
 """
 
 import json
