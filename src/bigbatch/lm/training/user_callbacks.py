@@ -3,7 +3,7 @@
 event of the trainer → UserCallbacks → the methods that exist; an exception → stop after the update → raised at the end
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,13 @@ class RunResult(TrainResult):
     Attributes:
         step: Updates done, the skipped ones included.
         skipped: Updates that changed nothing: without items, or with gradients that are not finite.
-        finished: Whether all updates are done; False if a callback stopped the run.
+        finished: Whether the run has ended, early or after all updates; False if a callback stopped it.
         validation_loss: The last one, in nats per token, or None; with a ``loss_fn``, the mean of that loss.
         elapsed_s: Seconds of the training loop of this call; 0 if the run was finished before.
+        stopped_early: Whether ``early_stopping`` has ended it.
+        saved_step: Number of updates behind the saved model.
+        best_step: Number of updates done at the best validation; 0 without one.
+        best_loss: The lowest validation loss, in nats per token, or None.
         path: The run directory.
         model_path: The folder of the model and its tokenizer, or of the LoRA adapters of a run that saves those.
         metrics: The rows of metrics.jsonl, one for each update, those before a resume included.
@@ -71,7 +75,7 @@ class RunResult(TrainResult):
 class Callback:
     """Base class of callbacks, all of whose methods do nothing. Any object with some of these methods is a callback.
 
-        on_start, then for each update: on_update, on_validation if it validates, on_sample if it samples, then on_end
+        on_start, then for each update: on_update, on_evaluation and on_validation if it validates, on_sample if it samples, then on_end
 
     Methods are called on the first rank only, in the thread of the training loop, between two updates; the values are
     over all ranks. Of several callbacks, each method is called in the order of the list. The time that they take is
@@ -93,7 +97,10 @@ class Callback:
         """
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Called after a validation with its loss, in nats per token."""
+        """Called after a validation with its loss, in nats per token; of several sets, that of ``best_metric``."""
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Called before `on_validation` with the losses of named validation sets, in nats per token."""
 
     def on_sample(self, step: int, text: str) -> None:
         """Called with a text that the model generated from the setting ``sample_prompt``."""
@@ -167,6 +174,10 @@ class UserCallbacks:
     def on_validation(self, step: int, loss: float) -> None:
         """Forward a validation."""
         self.call("on_validation", step, loss)
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Forward the losses of named validation sets."""
+        self.call("on_evaluation", step, dict(losses))
 
     def on_sample(self, step: int, text: str) -> None:
         """Forward a generated text."""
