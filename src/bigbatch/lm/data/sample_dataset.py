@@ -27,8 +27,7 @@ from bigbatch.lm.data.records import shape_notes, without_nulls
 from bigbatch.lm.data.token_store.samples import Counts
 from bigbatch.lm.text import plural
 
-PER_TOKEN = ("labels", "weights")  # columns of a sample that the loss of the trainer knows
-COLLATED = ("input_ids", "labels", "weights")
+COLLATED = ("input_ids", "labels", "weights")  # columns of a sample that the loss of the trainer knows
 
 
 class Rows(Protocol):
@@ -134,10 +133,9 @@ class SampleDataset(TokenDataset):
         self.label_counts = np.zeros(number, np.int32)
         self.keys = np.zeros(number, np.uint64)
         total = hashlib.sha256()
-        names: set[str] | None = None
+        names = self._read(0).keys() - {"weights"}
         for index in range(number):
             sample = self._read(index)
-            names = sample.keys() - {"weights"} if names is None else names
             if sample.keys() - {"weights"} != names:
                 raise InputError(
                     f"{name}[{index}] has {listing(sample)}, and {name}[0] has {listing(names)}: all samples must have "
@@ -172,6 +170,10 @@ class SampleDataset(TokenDataset):
             )
         return sample
 
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Return several samples."""
+        return [self[index] for index in indices]
+
     def part(self, chosen: NDArray[np.bool_]) -> SampleDataset:
         """Return the dataset of some of the samples."""
         part = object.__new__(SampleDataset)
@@ -183,8 +185,8 @@ class SampleDataset(TokenDataset):
     @property
     def counts(self) -> Counts:
         """The numbers of samples and tokens."""
-        samples, labels = len(self), int(self.label_counts.sum(dtype=np.int64))
-        return Counts(documents=samples, samples=samples, tokens=self.num_tokens + samples, label_tokens=labels)
+        number, labels = len(self), int(self.label_counts.sum(dtype=np.int64))
+        return Counts(documents=number, samples=number, tokens=self.num_tokens + number, label_tokens=labels)
 
     def _labels(self) -> Iterator[NDArray[np.int32]]:
         for index in range(len(self)):
