@@ -275,7 +275,7 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--validation-fraction 1", "--validation-fraction is 1: it must be less than 1."),
         ("--seed -1", "--seed is -1: it must be at least 0."),
         ("--schedule step", "--schedule is 'step': it must be cosine, linear, wsd or constant."),
-        ("--optimizer adam", "--optimizer is 'adam': it must be adamw, muon, lion, adafactor or sgd."),
+        ("--optimizer adam", "--optimizer is 'adam': it must be adamw, adamw-8bit, muon, lion, adafactor or sgd."),
         ("--optimizer sgd", "--optimizer sgd has no default learning rate: pass --lr."),
         (
             "--precision bf61",

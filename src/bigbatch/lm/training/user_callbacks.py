@@ -75,7 +75,9 @@ class RunResult(TrainResult):
 class Callback:
     """Base class of callbacks, all of whose methods do nothing. Any object with some of these methods is a callback.
 
-        on_start, then for each update: on_update, on_evaluation and on_validation if it validates, on_sample if it samples, then on_end
+        on_start
+        for each update: on_update; if it validates, on_evaluation and on_validation; if it samples, on_sample
+        on_end
 
     Methods are called on the first rank only, in the thread of the training loop, between two updates; the values are
     over all ranks. Of several callbacks, each method is called in the order of the list. The time that they take is
