@@ -532,3 +532,17 @@ def test_public_names_are_listed() -> None:
     assert issubclass(InputError, bigbatch.BigbatchError)
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         _ = lm.trian  # type: ignore[attr-defined]
+
+
+def test_run_that_ended_early_is_not_continued(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"epochs": 9, "validation_every": 1, "early_stopping": 1, "early_stopping_min_delta": 9.0}
+    ended = lm.train({**settings, "out": tmp_path / "run"}, records(40))
+    assert (ended.step, ended.finished, ended.stopped_early) == (2, True, True)
+    again = lm.train(resume=tmp_path / "run", dataset=records(40))
+    assert (again.step, again.finished, again.stopped_early, again.elapsed_s) == (2, True, True, 0.0)
+    assert again.metrics == ended.metrics
+
+
+def test_alias_of_setting_is_its_name() -> None:
+    with pytest.raises(InputError, match=r"^'model_confg' is not a setting: did you mean 'model_config'\?$"):
+        lm.train({"model_confg": "x"})

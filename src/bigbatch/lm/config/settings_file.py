@@ -35,9 +35,9 @@ def to_config(settings: TrainConfig | Mapping[str, object] | str | Path | None) 
         table: dict[str, object] = {}
     elif isinstance(settings, Mapping):
         table = dict(settings)
-        unknown = next((name for name in table if name not in TrainConfig.model_fields), None)
+        unknown = next((name for name in table if name not in setting_names()), None)
         if unknown is not None:
-            near = nearest(str(unknown), TrainConfig.model_fields)
+            near = nearest(str(unknown), setting_names())
             raise InputError(f"{truncate(repr(unknown))} is not a setting: {suggestion('train', near and repr(near))}")
     elif isinstance(settings, str | Path):
         table = read_settings("train", Path(settings))

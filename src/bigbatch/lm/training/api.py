@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from bigbatch.errors import BigbatchError, InputError, RankFailedError
-from bigbatch.lm.checkpoint.run_checkpoint import load
+from bigbatch.lm.checkpoint.run_checkpoint import RunCheckpoint, load
 from bigbatch.lm.config.settings_file import to_config
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.sample_dataset import collate_more
@@ -27,6 +27,7 @@ from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory, check
 from bigbatch.lm.runs.file_names import METRICS
 from bigbatch.lm.runs.identity import read_identity
 from bigbatch.lm.runs.lock import RunLock
+from bigbatch.lm.training.best_checkpoint import stops_early
 from bigbatch.lm.training.callbacks import MetricsRow, TrainResult
 from bigbatch.lm.training.dashboards import check_log, with_dashboard
 from bigbatch.lm.training.data import DataLoader
@@ -144,9 +145,18 @@ def _resume(
         check_log(config.log)
         notes = tuple(f"skipped checkpoint {folder}: {reason}" for folder, reason in rejected)
         directory = RunDirectory(path) if ranks.is_first else ReadOnlyRunDirectory(path)
-        if checkpoint is not None and checkpoint.progress.step >= checkpoint.total_steps and directory.has_model:
+        if checkpoint is not None and directory.has_model and _has_ended(checkpoint, config):
             done = checkpoint.progress
-            outcome = TrainResult(done.step, done.skipped, True, done.validation_loss, 0.0)
+            outcome = TrainResult(
+                done.step,
+                done.skipped,
+                True,
+                done.validation_loss,
+                0.0,
+                stopped_early=done.step < checkpoint.total_steps,
+                best_step=done.best_step,
+                best_loss=done.best_loss,
+            )
             return _result(outcome, directory, config, notes)
         order_version = sampling_order_of(path, facts, has_checkpoint=checkpoint is not None)
         with ranks.raise_together():
@@ -165,6 +175,11 @@ def _resume(
                 check_facts(config, facts, trainer.initial_facts, allowed=())
             trainer.tune(cache=path)
         return _run(trainer, directory, user, config)
+
+
+def _has_ended(checkpoint: RunCheckpoint, config: TrainConfig) -> bool:
+    now = checkpoint.progress
+    return now.step >= checkpoint.total_steps or stops_early(now, config)
 
 
 def _run(trainer: Trainer, directory: RunDirectory, user: UserCallbacks, config: TrainConfig) -> RunResult:

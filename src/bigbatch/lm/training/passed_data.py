@@ -183,7 +183,8 @@ class PassedDataLoader(DataLoader):
         elif fraction:
             notes.append("no validation set: the data is too small to split")
         order = UniformOrder(training.lengths, self._config.seed, self._order_version)
-        return RunData(training, validation, order, whole.fingerprint, tuple(notes))
+        passed = None if self._validation_rows is None or validation is None else validation.fingerprint
+        return RunData(training, validation, order, whole.fingerprint, tuple(notes), validation_fingerprint=passed)
 
     def _samples_of(self, rows: Rows, name: str, tokenizer: AnyTokenizer, max_length: int) -> SampleDataset:
         self._progress(f"reading {name}", 0, len(rows))
