@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from bigbatch.errors import InputError
@@ -101,22 +102,23 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
     Raises:
         InputError: The record has another structure, or no content to train on.
     """
-    if not isinstance(record, Mapping):
+    if type(record) is not dict and not isinstance(record, Mapping):
         raise InputError(f"{source}: the record is {kind_of(record)} and not an object. {EXPECTED}")
     if columns.text is not None:
         return _text(record, columns.text, source)
     if columns.messages is not None:
         return _conversation(record, columns.messages, source, shape="messages")
-    present = {name for name, value in record.items() if value is not None}
-    if has_token_list(record):
-        present.add("input_ids")
-    shapes = [shape for shape, names in SHAPES.items() if present.issuperset(names)]
+    present = tuple([name for name, value in record.items() if value is not None])
+    if TOKENS in record and has_token_list(record):
+        present = (*present, "input_ids")
+    shapes = _shapes_of(present)
     if not shapes:
-        nulls = f" (null: {listing(name for name in record if name not in present)})" if present != set(record) else ""
-        expected = PREFERENCES if present >= {"chosen", "rejected"} else EXPECTED
+        missing = [name for name in record if name not in present]
+        nulls = f" (null: {listing(missing)})" if missing else ""
+        expected = PREFERENCES if {"chosen", "rejected"} <= set(present) else EXPECTED
         raise InputError(f"{source}: the record has {listing(name for name in record)}{nulls}. {expected}")
-    if shapes == ["text", "Alpaca"] and _is_rendered(record):
-        shapes = ["Alpaca"]
+    if shapes == ("text", "Alpaca") and _is_rendered(record):
+        shapes = ("Alpaca",)
     if len(shapes) > 1:
         both = " and ".join(repr("+".join(SHAPES[shape])) for shape in shapes)
         flags = [f"--{name}-column {name}" for name in ("text", "messages") if name in shapes]
@@ -135,6 +137,11 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
             return _conversation(record, SHAPES[shape][0], source, shape=shape)
 
 
+@lru_cache(maxsize=1000)
+def _shapes_of(names: tuple[object, ...]) -> tuple[str, ...]:
+    return tuple(shape for shape, needed in SHAPES.items() if set(names).issuperset(needed))
+
+
 def shape_notes(shapes: Iterable[str]) -> list[str]:
     """Return what a user must know about the shapes of the records that were read: the wording of Alpaca prompts."""
     number = sum(shape == "Alpaca" for shape in shapes)
@@ -147,10 +154,12 @@ def shape_notes(shapes: Iterable[str]) -> list[str]:
 
 
 def _text(record: Mapping[str, Any], column: str, source: str) -> Document:
-    text = to_string(_value(record, column, "--text-column", source), f"the field {column!r}", source)
+    text = record.get(column)
+    if type(text) is not str or not text.isascii():  # ASCII needs no check, and no message prepared for one
+        text = to_string(_value(record, column, "--text-column", source), f"the field {column!r}", source)
     if not text.strip():
         raise InputError(f"{source}: the record {NO_TOKEN}: its text is empty.")
-    return Document(source, text=text, shape="text")
+    return Document.of_text(source, text, shape="text")
 
 
 def _value(record: Mapping[str, Any], column: str, flag: str, source: str) -> Any:

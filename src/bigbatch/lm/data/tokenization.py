@@ -8,9 +8,12 @@ tokens           as they are                          those that their labels or
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerFast
@@ -87,6 +90,11 @@ class DocumentEncoder:
         self._special_tokens = _SpecialTokens.of(tokenizer)
         self._renderer: ConversationRenderer | None = None
 
+    @property
+    def releases_gil(self) -> bool:
+        """Whether texts are tokenized outside of Python, so that several threads can do so at a time."""
+        return _is_plain(self._tokenizer)
+
     def texts(self, texts: list[str]) -> tuple[list[int], list[list[int]], int]:
         """Return the tokens before each text, those of each text, and the token after it; as `encode` joins them."""
         return self._special_tokens.prefix, _tokenize(self._tokenizer, texts), self._special_tokens.end
@@ -107,6 +115,33 @@ class DocumentEncoder:
         if reason is not None:
             _refuse(reason, broken)
         return reason is None
+
+    def is_cut(self, before: str, after: str) -> bool:
+        """Return whether the tokens of a text cannot depend on both parts, of which these are the end and the start.
+
+        That is so if the pre-tokenizer cuts it there; or if nothing does, between lines that no token can join.
+        """
+        if not self.releases_gil:
+            return False
+        together, first, second = (self._words(text) for text in (before + after, before, after))
+        is_one_word = len(together) == len(first) == len(second) == 1
+        if together != first + second and not (is_one_word and before.endswith("\n") and not self._joins_lines):
+            return False
+        tokens, *alone = _tokenize(self._tokenizer, [before + after, before, after])
+        return tokens == list(chain.from_iterable(alone))
+
+    def _words(self, text: str) -> list[str]:
+        """Return the parts of a text that are tokenized each on its own."""
+        backend: Any = self._tokenizer.backend_tokenizer
+        normalized = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+        if backend.pre_tokenizer is None:
+            return [normalized]
+        return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+
+    @cached_property
+    def _joins_lines(self) -> bool:
+        """Whether a token has a line's end, as such or as the letter of its byte, before something else."""
+        return any(re.search("[\nĊ][^\nĊ]", token) for token in self._tokenizer.get_vocab())
 
     def encode(self, batch: list[Document], broken: list[str] | None, *, first: int = 0) -> Iterator[Encoded]:
         """Yield the tokens of documents; ``first`` is the index of the first one.
@@ -260,14 +295,21 @@ def _strings(document: Document) -> tuple[str, ...]:
     return document.texts if document.messages is None else ()
 
 
+def _is_plain(tokenizer: AnyTokenizer) -> bool:
+    return getattr(type(tokenizer), "_encode_plus", None) is _PLAIN_ENCODE
+
+
 def _tokenize(tokenizer: AnyTokenizer, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
     if not texts:
         return []
-    if getattr(type(tokenizer), "_encode_plus", None) is _PLAIN_ENCODE:
+    if _is_plain(tokenizer):
         backend: Any = tokenizer.backend_tokenizer  # as transformers calls it, without its work for each text
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
+        if backend.truncation is not None:  # set only what differs: other threads may encode with it
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens != tokenizer.split_special_tokens:
+            backend.encode_special_tokens = tokenizer.split_special_tokens
         return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
     # verbose=False: transformers would warn about texts longer than the model supports; they are cut later.
     found: Any = tokenizer(

@@ -3,22 +3,25 @@
 documents → batches (documents, or a piece of a long text) → encode_batch → Block
 """
 
+import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.documents import Document, text_key
 from bigbatch.lm.data.token_records import all_but_first
 from bigbatch.lm.data.token_store.writer import Block
 from bigbatch.lm.data.tokenization import BATCH_CHARACTERS, BATCH_DOCUMENTS, DocumentEncoder, Encoded
 
 LONG_TEXT = 4 * BATCH_CHARACTERS
 """Characters of a text that is tokenized in pieces of about ``BATCH_CHARACTERS``."""
-_MOST_TRIES = 1000  # lines after which a text without a place to cut is tokenized as a whole
+_MOST_TRIES = 1000  # lines, and words, after which a text without a place to cut is not cut any more
+_BETWEEN_LINES = re.compile(r"(?<=\S)\n(?=\S)")
+_BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)")
 _CONTEXT = 256  # characters on each side of a cut that are tokenized with and without it
 
 
@@ -58,7 +61,19 @@ class TextPiece:
         return len(self.text)
 
 
-Batch = DocumentBatch | TextPiece
+@dataclass(frozen=True)
+class TextBatch:
+    """Texts that are encoded together: documents without anything else."""
+
+    texts: list[str]
+
+    @property
+    def characters(self) -> int:
+        """Characters of all texts."""
+        return sum(map(len, self.texts))
+
+
+Batch = DocumentBatch | TextBatch | TextPiece
 
 
 def batches(documents: Iterable[Document], encoder: DocumentEncoder) -> Iterator[Batch]:
@@ -66,20 +81,26 @@ def batches(documents: Iterable[Document], encoder: DocumentEncoder) -> Iterator
     batch: list[Document] = []
     characters = 0
     for document in documents:
-        length = document.size
-        if document.text is not None and length > LONG_TEXT:
+        text = document.text
+        length = document.size if text is None else len(text)
+        if text is not None and length > LONG_TEXT:
             if batch:
-                yield DocumentBatch(batch)
+                yield _batch(batch)
             batch, characters = [], 0
-            yield from _pieces(document, document.text, encoder)
+            yield from _pieces(document, text, encoder)
             continue
         batch.append(document)
         characters += length
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield DocumentBatch(batch)
+            yield _batch(batch)
             batch, characters = [], 0
     if batch:
-        yield DocumentBatch(batch)
+        yield _batch(batch)
+
+
+def _batch(documents: list[Document]) -> DocumentBatch | TextBatch:
+    texts = [document.text for document in documents if document.text is not None]
+    return TextBatch(texts) if len(texts) == len(documents) else DocumentBatch(documents)
 
 
 def encode_batch(batch: Batch, encoder: DocumentEncoder, *, skip_broken: bool) -> Block:
@@ -96,8 +117,8 @@ def encode_batch(batch: Batch, encoder: DocumentEncoder, *, skip_broken: bool) -
     if isinstance(batch, TextPiece):
         encoded = encoder.text_piece(batch.text, is_first=batch.is_first, is_last=batch.is_last)
         return _block([encoded], [batch.key], [0], continues=not batch.is_first)
-    if all(document.text is not None for document in batch.documents):
-        return _text_block(batch.documents, encoder)
+    if isinstance(batch, TextBatch):
+        return _text_block(batch.texts, encoder)
     broken: list[str] | None = [] if skip_broken else None
     if all(document.tokens is not None for document in batch.documents):
         return _token_block([document for document in batch.documents if encoder.accepts(document, broken)], broken)
@@ -110,9 +131,9 @@ def encode_batch(batch: Batch, encoder: DocumentEncoder, *, skip_broken: bool) -
     return _block(found, [batch.documents[part.document].key for part in found], parts, broken=tuple(broken or ()))
 
 
-def _text_block(documents: list[Document], encoder: DocumentEncoder) -> Block:
-    """Encode texts alone: the same block as that of their `Encoded`, without one for each."""
-    prefix, rows, end = encoder.texts([document.text or "" for document in documents])
+def _text_block(texts: list[str], encoder: DocumentEncoder) -> Block:
+    """Encode texts: the same block as that of their `Encoded`, without one for each."""
+    prefix, rows, end = encoder.texts(texts)
     counts = np.fromiter(map(len, rows), np.int64, len(rows)) + len(prefix) + 1
     ends = np.cumsum(counts)
     tokens = np.empty(int(ends[-1]), np.int32)
@@ -125,8 +146,8 @@ def _text_block(documents: list[Document], encoder: DocumentEncoder) -> Block:
     tokens[is_inside] = np.fromiter(chain.from_iterable(rows), np.int32, int(is_inside.sum()))
     trained = np.ones(len(tokens), np.bool_)
     trained[ends - counts] = False
-    keys = np.fromiter((int(document.key[:16], 16) for document in documents), np.uint64, len(documents))
-    return Block(tokens, trained, None, counts, keys, np.zeros(len(documents), np.int32))
+    keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
+    return Block(tokens, trained, None, counts, keys, np.zeros(len(texts), np.int32))
 
 
 def _token_block(documents: list[Document], broken: list[str] | None) -> Block:
@@ -177,23 +198,28 @@ def _weights(encoded: list[Encoded]) -> NDArray[np.float32] | None:
 
 
 def _pieces(document: Document, text: str, encoder: DocumentEncoder) -> Iterator[TextPiece]:
-    """Cut a text at ends of lines where the tokens on both sides do not depend on each other."""
+    """Cut a text between words where the tokens on both sides do not depend on each other."""
     cuts = [0, *_cuts(text, encoder), len(text)]
     for start, stop in pairwise(cuts):
         yield TextPiece(text[start:stop], document.source, document.key, start == 0, stop == len(text))
 
 
 def _cuts(text: str, encoder: DocumentEncoder) -> Iterator[int]:
-    """Yield the places of the cuts: each where the next characters are the same tokens with and without it."""
-    place, tries = BATCH_CHARACTERS, 0
-    while tries < _MOST_TRIES and 0 < (place := text.find("\n", place) + 1) < len(text):
-        before, after = text[max(0, place - _CONTEXT) : place], text[place : place + _CONTEXT]
-        whole, first, second = (_plain(part, encoder) for part in (before + after, before, after))
-        tries += 1
-        if whole == first + second:
-            yield place
-            place, tries = place + BATCH_CHARACTERS, 0
+    """Yield the places of the cuts: each where the characters around it are the same words and tokens without it.
+
+    Never within white space: a tokenizer may count a run of it from its beginning, however far that is.
+    """
+    place = BATCH_CHARACTERS
+    while (found := _next_cut(text, place, encoder)) is not None:
+        yield found
+        place = found + BATCH_CHARACTERS
 
 
-def _plain(text: str, encoder: DocumentEncoder) -> list[int]:
-    return encoder.text_piece(text, is_first=False, is_last=False).tokens
+def _next_cut(text: str, start: int, encoder: DocumentEncoder) -> int | None:
+    """Return the first place after ``start`` to cut a text: after a line, if one of the next ends there, or a word."""
+    for between in _BETWEEN_LINES, _BETWEEN_WORDS:
+        for match in islice(between.finditer(text, start), _MOST_TRIES):
+            place = match.end()
+            if encoder.is_cut(text[max(0, place - _CONTEXT) : place], text[place : place + _CONTEXT]):
+                return place
+    return None

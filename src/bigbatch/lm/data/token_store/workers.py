@@ -14,14 +14,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any
 
 from bigbatch.errors import BigbatchError
 from bigbatch.lm.data.conversations import TrainOn
-from bigbatch.lm.data.token_store.encoding import Batch, encode_batch
+from bigbatch.lm.data.token_store.encoding import Batch, DocumentBatch, encode_batch
 from bigbatch.lm.data.token_store.writer import Block
 from bigbatch.lm.data.tokenization import DocumentEncoder
 from bigbatch.lm.data.tokenizer import AnyTokenizer
@@ -29,6 +29,7 @@ from bigbatch.lm.data.tokenizer import AnyTokenizer
 START_CHARACTERS = 4_000_000
 """Characters that are encoded in this process before workers start, which takes each about two seconds."""
 _QUEUED = 3  # batches for each worker
+_THREADS = 3  # batches of texts at a time
 _START = "import sys; sys.path[:] = {path!r}; from bigbatch.lm.data.token_store.workers import serve; serve()"
 
 
@@ -57,28 +58,34 @@ class Encoding:
 
 
 def encode_all(batches: Iterable[Batch], encoding: Encoding, *, processes: int) -> Iterator[Block]:
-    """Encode batches with ``processes`` processes, this one included; yield their blocks in order.
+    """Encode batches on ``processes`` cores; yield their blocks in order.
 
-    While every worker has enough to do, this process encodes a batch itself. Memory is bounded by the number of
-    batches that are queued.
+    Texts are tokenized by threads, outside of Python, where the tokenizer can. What needs Python for each document
+    (conversations with their template, other tokenizers) is encoded by worker processes and, while every worker has
+    enough to do, by this one. Memory is bounded by the number of batches that are queued.
 
     Raises:
         BigbatchError: A batch cannot be encoded (an `InputError`, as `encode_batch` raises it), or a worker ended.
     """
-    source = iter(batches)
-    characters = 0
-    for batch in source:
-        yield encoding.encode(batch)
-        characters += batch.characters
-        if characters >= START_CHARACTERS and processes > 1:
-            break
-    else:
+    if processes == 1:
+        yield from map(encoding.encode, batches)
         return
-    with _Workers(encoding, processes - 1) as workers:
-        queued: deque[Future[Block] | Block] = deque()
-        for batch in source:
-            queued.append(workers.submit(batch) if workers.are_free else encoding.encode(batch))
-            while queued and (isinstance(queued[0], Block) or queued[0].done() or len(queued) > workers.most_queued):
+    in_process = 0
+    queued: deque[Future[Block] | Block] = deque()
+    with ExitStack() as stack:
+        threads = stack.enter_context(_Threads(encoding))
+        workers: _Workers | None = None
+        for batch in batches:
+            if not isinstance(batch, DocumentBatch) and encoding.encoder.releases_gil:
+                queued.append(threads.submit(batch))
+            elif in_process < START_CHARACTERS:
+                in_process += batch.characters
+                queued.append(encoding.encode(batch))
+            else:
+                workers = workers or stack.enter_context(_Workers(encoding, processes - 1))
+                queued.append(workers.submit(batch) if workers.are_free else encoding.encode(batch))
+            most_queued = threads.most_queued if workers is None else workers.most_queued
+            while queued and (isinstance(queued[0], Block) or queued[0].done() or len(queued) > most_queued):
                 yield _result(queued.popleft())
         while queued:
             yield _result(queued.popleft())
@@ -86,6 +93,25 @@ def encode_all(batches: Iterable[Batch], encoding: Encoding, *, processes: int) 
 
 def _result(found: "Future[Block] | Block") -> Block:
     return found if isinstance(found, Block) else found.result()
+
+
+class _Threads:
+    """Threads that tokenize, each a batch on all cores, of which one prepares the result of another's batch."""
+
+    most_queued = _THREADS
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encode = encoding.encode
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+
+    def __enter__(self) -> "_Threads":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def submit(self, batch: Batch) -> "Future[Block]":
+        return self._threads.submit(self._encode, batch)
 
 
 class _Workers:
