@@ -27,6 +27,7 @@ CORE = [
 ]
 PRODUCT = [
     {"lm.text", "lm.files"},
+    {"lm.cpu_cores"},
     {"lm.data", "lm.device", "lm.runs"},
     {"lm.config"},
     {"lm.distributed", "lm.model"},

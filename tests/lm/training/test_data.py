@@ -268,17 +268,35 @@ def add(self, block, add=StoreWriter.add):
 
 StoreWriter.add = add
 from bigbatch.cli import main
-main(["tokenize", "--data", sys.argv[1], "--model", "tiny", *sys.argv[2:]])
+main(sys.argv[1:])
 """
 
 
 def test_start_after_kill_while_tokenizing_begins_again(tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "data.jsonl", [{"text": f"value {i}"} for i in range(3000)]))
-    command = [sys.executable, "-c", KILLED, data, "--out", str(tmp_path / "tokens")]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    command = ["tokenize", "--data", data, "--model", "tiny", "--out", str(tmp_path / "tokens")]
+    assert subprocess.run([sys.executable, "-c", KILLED, *command], check=False).returncode == -signal.SIGKILL
     assert [path.suffix for path in tmp_path.iterdir() if path.is_dir()] == [".partial"]
-    assert main(["tokenize", "--data", data, "--model", "tiny", "--out", str(tmp_path / "tokens")]) == 0
+    assert main(command) == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["tokens"]
+
+
+def test_run_after_kill_while_tokenizing_never_uses_half_a_cache(tmp_path: Path) -> None:
+    data = str(write_jsonl(tmp_path / "data.jsonl", [{"text": f"value {i}"} for i in range(3000)]))
+
+    def command(cache: str, out: str) -> list[str]:
+        folders = ["--cache", str(tmp_path / cache), "--out", str(tmp_path / out)]
+        return ["train", "--data", data, "--steps", "1", "--microbatch", "4", "--global-batch", "4", *folders]
+
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command("killed", "first")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (partial,) = (tmp_path / "killed" / "tokens").glob("*.partial")
+    assert (partial / "tokens-00000.arrow").exists()
+    assert main(command("killed", "second")) == main(command("whole", "third")) == 0
+    assert not partial.exists()
+    tokens = [path.read_bytes() for path in sorted(tmp_path.glob("*/tokens/*/tokens-00000.arrow"))]
+    assert len(tokens) == 2
+    assert tokens[0] == tokens[1]
 
 
 def load_on_rank(cache: Path, data: str) -> tuple[str, bool, list[str]]:

@@ -15,6 +15,7 @@ from bigbatch.cli.torchrun import fail_together, process_group, reject_together,
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.validation_sets import check_named_paths, sources_of
+from bigbatch.lm.cpu_cores import cpu_cores, share_threads
 from bigbatch.lm.data.sources import check_data_path
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory
 from bigbatch.lm.runs.identity import read_identity
@@ -84,6 +85,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             from bigbatch.lm.training.trainer import Trainer
 
             quiet_libraries()
+            threads_note = share_threads(cpu_cores(), ranks.local_size)
             before = read_identity(path).facts if checkpoint is None else checkpoint.facts
             from bigbatch.lm.data.sampling_order import sampling_order_of
 
@@ -102,6 +104,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             trainer.tune(cache=path, progress=progress)
         for line in (
+            *([] if threads_note is None else [threads_note]),
             *setup.notes,
             parameters_line(setup.model),
             *(summary_lines(trainer) if checkpoint is None else ()),

@@ -19,6 +19,7 @@ from bigbatch.cli.torchrun import (
 )
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.cpu_cores import cpu_cores, share_threads
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory, check_free, default_path
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.runs.lock import RunLock
@@ -71,6 +72,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         from bigbatch.lm.training.setup import set_up_training
 
         quiet_libraries()
+        threads_note = share_threads(cpu_cores(), ranks.local_size)
         setup = set_up_training(config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
     with fail_together(ranks, "train"), progress_display(console) as progress:
         from bigbatch.lm.training.optimizer import optimizer_notes
@@ -79,6 +81,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         trainer = Trainer(setup, ranks=ranks)
         origin = trainer.tune(cache=path, progress=progress)
     for line in (
+        *([] if threads_note is None else [threads_note]),
         *setup.notes,
         parameters_line(setup.model),
         *optimizer_notes(setup.model, setup.config),

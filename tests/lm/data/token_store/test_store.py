@@ -1,6 +1,7 @@
 """Stores hold what was encoded, bit by bit, whatever the sizes of shards, batches and pieces."""
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.dataset import TokenDataset, encode
@@ -182,13 +185,86 @@ def test_long_text_is_tokenized_as_the_whole(monkeypatch: pytest.MonkeyPatch) ->
     assert block.documents == 3
 
 
-def test_text_without_place_to_cut_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["brown" * 600, "\n" * 3000, f"{' ' * 1500}\n{' ' * 1500}", "a\n\nb" * 600])
+def test_text_without_place_to_cut_stays_whole(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 300)
     monkeypatch.setattr(encoding, "LONG_TEXT", 1000)
-    (piece,) = encoding.batches([Document("a", text="brown " * 500)], ENCODING.encoder)
+    (piece,) = encoding.batches([Document("a", text=text)], ENCODING.encoder)
     assert isinstance(piece, encoding.TextPiece)
     assert piece.is_first
     assert piece.is_last
+
+
+LLAMA_3 = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PIPELINES: dict[str, dict[str, Any]] = {
+    "bytes": {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False)},
+    "bytes of words by a pattern": {
+        "pre_tokenizer": pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(LLAMA_3, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    },
+    "one word for all": {"normalizer": normalizers.Replace(" ", "▁")},
+    "words that are never found": {
+        "normalizer": normalizers.Replace(" ", "▁"),
+        "pre_tokenizer": pre_tokenizers.Split(" ", "merged_with_previous"),
+    },
+    "one word with a prefix": {
+        "normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    },
+    "words with a prefix": {"pre_tokenizer": pre_tokenizers.Metaspace()},
+    "white space dropped": {"normalizer": normalizers.Lowercase(), "pre_tokenizer": pre_tokenizers.BertPreTokenizer()},
+}
+ATOMS = [
+    "the",
+    " Quick",
+    "  ",
+    "\n",
+    "\n\n",
+    "\n" * 700,
+    " " * 700,
+    "\t",
+    "fox",
+    "'s",
+    " 1234567",
+    "\r\n",
+    "dogs. ",
+    "a b\n",
+]
+ATOMS += ["fox" * 200, "1" * 600, "\n fox", "."]
+
+
+@pytest.mark.parametrize("joins_lines", [False, True])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_cut_of_hostile_text_changes_tokens(monkeypatch: pytest.MonkeyPatch, name: str, joins_lines: bool) -> None:
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 400)
+    monkeypatch.setattr(encoding, "LONG_TEXT", 1200)
+    tokenizer = Tokenizer(models.BPE())
+    for part, value in PIPELINES[name].items():
+        setattr(tokenizer, part, value)
+    lines = ["the quick  brown", "fox jumps, over 1234 dogs. It's", "\tfun", "\n" * 64, " " * 64, "a b"] * 3
+    texts = ["\n".join(lines)] * 5 if joins_lines else lines
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<e>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    encoder = Encoding(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>")).encoder
+    draw = random.Random(name)
+    number = 0
+    for _ in range(6):
+        text = "".join(draw.choices(ATOMS, k=draw.randrange(200, 400)))
+        pieces = list(encoding.batches([Document("a", text=text)], encoder))
+        number += len(pieces)
+        assert "".join(piece.text for piece in pieces if isinstance(piece, encoding.TextPiece)) == text
+        (whole,) = encoder.texts([text])[1]
+        found = concatenated(encoding.encode_batch(piece, encoder, skip_broken=False) for piece in pieces)
+        assert found.tokens.tolist()[1:-1] == whole
+    is_cut = name not in ("one word for all", "words that are never found") or not joins_lines
+    assert (number > 6) == (is_cut and name != "one word with a prefix")
 
 
 # damage -----------------------------------------------------------------------------------------------------------

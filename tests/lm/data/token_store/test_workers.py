@@ -2,16 +2,18 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
 
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.token_store import workers
-from bigbatch.lm.data.token_store.encoding import Batch, DocumentBatch
+from bigbatch.lm.data.token_store import encoding, workers
+from bigbatch.lm.data.token_store.encoding import Batch, DocumentBatch, TextBatch
 from bigbatch.lm.data.token_store.workers import Encoding, encode_all
+from bigbatch.lm.data.token_store.writer import concatenated
+from bigbatch.lm.data.tokenization import encode_documents
 from bigbatch.lm.data.tokenizer import train_tokenizer
 
 ENCODING = Encoding(train_tokenizer(["the quick brown fox"] * 4, vocabulary_size=280))
@@ -40,6 +42,31 @@ def test_blocks_keep_order_content_and_broken_documents() -> None:
         assert np.array_equal(one.keys, other.keys)
         assert one.broken == other.broken
     assert [len(block.broken) for block in together] == [i % 5 == 4 for i in range(40)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_texts_keep_order_and_content_among_others(processes: int) -> None:
+    chat = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "fox"})
+    found = [
+        Document(f"{i}:{j}", messages=chat)
+        if i % 7 == 3 and j == 2
+        else Document(f"{i}:{j}", text=f"the {i} {'é' * j}")
+        for i in range(60)
+        for j in range(4)
+    ]
+    encoded = list(encode_documents(found, ENCODING.tokenizer))
+    grouped = [*batches_of(found[i : i + 4] for i in range(0, len(found), 4))]
+    assert {type(batch) for batch in grouped} == {DocumentBatch, TextBatch}
+    block = concatenated(encode_all(grouped, ENCODING, processes=processes))
+    assert block.tokens.tolist() == [token for one in encoded for token in one.tokens]
+    assert block.trained.tobytes() == b"".join(one.trained for one in encoded)
+    assert block.counts.tolist() == [len(one.tokens) for one in encoded]
+    assert block.keys.tolist() == [int(document.key[:16], 16) for document in found]
+
+
+def batches_of(groups: Iterable[list[Document]]) -> Iterator[Batch]:
+    for group in groups:
+        yield from encoding.batches(group, ENCODING.encoder)
 
 
 def test_document_that_fails_raises_its_sentence() -> None:

@@ -5,7 +5,6 @@ corpus, tokenizer, settings → key → cached folder, or documents → batches 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -17,6 +16,7 @@ import transformers
 
 from bigbatch import __version__
 from bigbatch.errors import InputError, os_reason
+from bigbatch.lm.cpu_cores import cpu_cores
 from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.token_store.cache import Cache
@@ -141,7 +141,7 @@ def write_documents(
     """
     activity = f"tokenizing {name}"  # how many documents there are is not known
     progress(activity, 0, 0)
-    for block in encode_all(batches(documents, encoding.encoder), encoding, processes=num_cores()):
+    for block in encode_all(batches(documents, encoding.encoder), encoding, processes=cpu_cores().usable):
         writer.add(block)
         progress(activity, writer.documents, 0)
     if not writer.documents and writer.num_broken:
@@ -154,11 +154,6 @@ def broken_notes(writer: StoreWriter) -> tuple[str, ...]:
         return ()
     left_out = plural(writer.num_broken, "document")
     return (f"{left_out} left out; the first: {writer.first_broken}",)
-
-
-def num_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def corpus_state(corpus: Corpus, *, by_content: bool) -> Any:

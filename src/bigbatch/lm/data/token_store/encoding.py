@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from bigbatch.lm.data.documents import Document, text_key
 from bigbatch.lm.data.token_records import all_but_first
 from bigbatch.lm.data.token_store.writer import Block
-from bigbatch.lm.data.tokenization import BATCH_CHARACTERS, BATCH_DOCUMENTS, DocumentEncoder, Encoded
+from bigbatch.lm.data.tokenization import BATCH_DOCUMENTS, DocumentEncoder, Encoded
 
-LONG_TEXT = 4 * BATCH_CHARACTERS
+BATCH_CHARACTERS = 2**16
+"""Characters that are encoded together: while they are, each needs about 80 bytes, on every core."""
+LONG_TEXT = 2 * BATCH_CHARACTERS
 """Characters of a text that is tokenized in pieces of about ``BATCH_CHARACTERS``."""
 _MOST_TRIES = 1000  # lines, and words, after which a text without a place to cut is not cut any more
 _BETWEEN_LINES = re.compile(r"(?<=\S)\n(?=\S)")

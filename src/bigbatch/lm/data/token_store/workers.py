@@ -29,7 +29,7 @@ from bigbatch.lm.data.tokenizer import AnyTokenizer
 START_CHARACTERS = 4_000_000
 """Characters that are encoded in this process before workers start, which takes each about two seconds."""
 _QUEUED = 3  # batches for each worker
-_THREADS = 3  # batches of texts at a time
+_MOST_THREADS = 33  # bounds the memory of machines with many cores
 _START = "import sys; sys.path[:] = {path!r}; from bigbatch.lm.data.token_store.workers import serve; serve()"
 
 
@@ -73,7 +73,7 @@ def encode_all(batches: Iterable[Batch], encoding: Encoding, *, processes: int) 
     in_process = 0
     queued: deque[Future[Block] | Block] = deque()
     with ExitStack() as stack:
-        threads = stack.enter_context(_Threads(encoding))
+        threads = stack.enter_context(_Threads(encoding, min(processes + 1, _MOST_THREADS)))
         workers: _Workers | None = None
         for batch in batches:
             if not isinstance(batch, DocumentBatch) and encoding.encoder.releases_gil:
@@ -96,13 +96,12 @@ def _result(found: "Future[Block] | Block") -> Block:
 
 
 class _Threads:
-    """Threads that tokenize, each a batch on all cores, of which one prepares the result of another's batch."""
+    """Threads that tokenize, one more than cores: one of them may make arrays of what is tokenized."""
 
-    most_queued = _THREADS
-
-    def __init__(self, encoding: Encoding) -> None:
+    def __init__(self, encoding: Encoding, number: int) -> None:
         self._encode = encoding.encode
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+        self._threads = ThreadPoolExecutor(number, thread_name_prefix="tokenize")
+        self.most_queued = number
 
     def __enter__(self) -> "_Threads":
         return self
