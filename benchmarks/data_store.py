@@ -1,11 +1,12 @@
 """Tokenize once, map many times: speed against `tokenizers` alone, start times, memory, and metrics of long runs.
 
-    python benchmarks/data_store.py [--documents 1000000] [--text-mb 200] [--lines 1000000] | tee FILE
+    python benchmarks/data_store.py [--parts speed start memory metrics] [--documents 1000000] | tee FILE
 
 Text is words drawn from Python's standard library, in documents of 79 characters, as JSON lines. `tokenizers` alone
 encodes the same texts, in memory already, 1,000 at a time with `encode_batch` (and `encode_batch_fast`) on all cores;
 the store reads, parses, hashes, encodes and writes them. Both run in turn, in rounds. Times of other processes on the
-machine affect all of them, so CPU seconds are printed too. Anonymous memory is that of /proc/self/smaps_rollup, sampled
+machine affect all of them, so CPU seconds are printed too. Starts are `bigbatch train` and `bigbatch resume` on the
+same documents, in new processes, up to the first update. Anonymous memory is that of /proc/self/smaps_rollup, sampled
 every 50 ms, above its value after the imports. Files are written to a temporary folder and removed.
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 LETTERS = 79
+PARTS = ["speed", "start", "memory", "metrics"]
 
 
 def words() -> str:
@@ -122,6 +125,22 @@ def load_data(data: str, tokenizer: str, cache: str, measures: str) -> dict[str,
     return found | {"documents": len(run.training), "tokens": run.training.num_tokens}
 
 
+def begin(*words: str) -> dict[str, float]:
+    """Run a command of `bigbatch` up to its first update; return when that begins and the CPU seconds until then."""
+    from bigbatch.cli import main
+    from bigbatch.lm.training import trainer
+
+    def stop(*_: object, **__: object) -> None:
+        found = {"at_s": time.time(), "cpu_s": sum(os.times()[:2])}
+        print(json.dumps(found), file=answer, flush=True)
+        os._exit(0)
+
+    trainer.run_update = stop
+    answer, sys.stdout = sys.stdout, sys.stderr
+    main(list(words))
+    raise AssertionError("no update")
+
+
 def child(*arguments: str) -> dict[str, float]:
     """Run one of the functions above in a new process."""
     command = [sys.executable, __file__, "--child", *arguments]
@@ -157,6 +176,34 @@ def speed(folder: Path, documents: int, rounds: int) -> None:
             print(f"speed relative to {name}, by {unit}: {ratio:.2f}")
     again = child("load_data", data, tokenizer, str(folder / "cache0"), "time")
     print(f"second start or resume, data only: {again['wall_s']:.2f} s wall, {again['cpu_s']:.2f} s CPU")
+
+
+def starts(folder: Path, rounds: int) -> None:
+    """Print the time of whole commands until the first update, with the tokens in the cache."""
+    common = ["--data", str(folder / "documents.jsonl"), "--max-length", "128", "--cache", str(folder / "cache-start")]
+    common += ["--microbatch", "8", "--global-batch", "8", "--steps", "4", "--checkpoint-every", "2"]
+    first = ["train", *common, "--out", str(folder / "started")]
+    subprocess.run([sys.executable, "-m", "bigbatch", *first], check=True, capture_output=True)
+    shutil.rmtree(folder / "started" / "model")
+    shutil.rmtree(max((folder / "started" / "checkpoints").iterdir()))  # the last one, of a run that is complete
+    print(f"\n{'whole command until the first update':<40}{'wall s':>8}{'CPU s':>8}{'load':>6}")
+    for number in range(rounds):
+        for name, words in (
+            ("bigbatch train, second start", ["train", *common, "--out", str(folder / f"again{number}")]),
+            ("bigbatch resume", ["resume", str(folder / "started")]),
+            ("import torch, transformers' model class", []),
+        ):
+            begin_s = time.time()
+            if words:
+                found = child("begin", *words)
+            else:
+                code = "import json, os, time, torch; from transformers import LlamaForCausalLM; import torch._dynamo; "
+                code += "print(json.dumps({'at_s': time.time(), 'cpu_s': sum(os.times()[:2])}))"
+                command = [sys.executable, "-c", code]
+                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            print(
+                f"{name:<40}{found['at_s'] - begin_s:>8.1f}{found['cpu_s']:>8.1f}{os.getloadavg()[0]:>6.1f}", flush=True
+            )
 
 
 def memory(folder: Path, sizes: list[int], text_mb: int, source: str) -> None:
@@ -212,9 +259,11 @@ def metrics(folder: Path, lines: int) -> None:
 def main() -> None:
     """Print every part."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--memory-documents", nargs="+", type=int, default=[100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--text-mb", type=int, default=200)
+    parser.add_argument("--text-mb", type=int, default=1000)
     parser.add_argument("--lines", type=int, default=1_000_000)
     asked = parser.parse_args()
     from bigbatch.lm.data.tokenizer import train_tokenizer
@@ -229,9 +278,14 @@ def main() -> None:
         train_tokenizer([source], vocabulary_size=32_000).save_pretrained(folder / "tokenizer")
         write_documents(folder / "documents.jsonl", asked.documents, source)
         write_documents(folder / "few.jsonl", 200, source)
-        speed(folder, asked.documents, asked.rounds)
-        memory(folder, [100_000, asked.documents], asked.text_mb, source)
-        metrics(folder, asked.lines)
+        if "speed" in asked.parts:
+            speed(folder, asked.documents, asked.rounds)
+        if "start" in asked.parts:
+            starts(folder, asked.rounds)
+        if "memory" in asked.parts:
+            memory(folder, asked.memory_documents, asked.text_mb, source)
+        if "metrics" in asked.parts:
+            metrics(folder, asked.lines)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
 
 

@@ -49,7 +49,7 @@ class Document:
 
     @classmethod
     def of_text(cls, source: str, text: str, *, shape: str = "") -> Self:
-        """Return the document of a text: that of the constructor, made in a fifth of its time, for millions of records."""
+        """Return the document of a text, as the constructor does in five times the time, for millions of records."""
         document = object.__new__(cls)
         document.__dict__.update(source=source, text=text, shape=shape)  # the defaults of the others are the class's
         return document

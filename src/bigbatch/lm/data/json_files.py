@@ -256,7 +256,7 @@ def _parse(line: str, place: str) -> object:
     line = line.rstrip()  # with a newline, an error at the end would be reported in column 1 of the next line
     try:
         # What decode() calls; it takes twice as long, and is left to find out what is wrong with a line.
-        value, end = _STRICT.scan_once(line, 0)
+        value, end = _scan(line, 0)
         if end == len(line):
             return value
     except (StopIteration, ValueError, RecursionError):
@@ -283,3 +283,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _PLAIN = json.JSONDecoder()
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique)
+_scan: Callable[[str, int], tuple[object, int]] = _STRICT.scan_once  # type: ignore[attr-defined]

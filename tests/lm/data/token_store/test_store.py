@@ -196,7 +196,8 @@ def test_text_without_place_to_cut_stays_whole(monkeypatch: pytest.MonkeyPatch, 
 
 
 LLAMA_3 = Regex(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PIPELINES: dict[str, dict[str, Any]] = {
     "bytes": {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False)},

@@ -263,14 +263,20 @@ class _Shard:
 
     def rows(self) -> Iterator[Rows]:
         for batch in self._row_batches:
-            yield Rows(*(column.to_numpy(zero_copy_only=True) for column in batch.columns))
+            kinds = (np.int64, np.uint64, np.int32)
+            yield Rows(*(_view(column, kind) for column, kind in zip(batch.columns, kinds, strict=True)))
 
 
 def _columns_of(batch: Any) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.float32] | None]:
     """Return views of the tokens, of the bits of their marks, and of their weights."""
-    weights = batch.column(2).to_numpy(zero_copy_only=True) if batch.num_columns == 3 else None
+    weights = _view(batch.column(2), np.float32) if batch.num_columns == 3 else None
     bits = np.frombuffer(batch.column(1).buffers()[1], dtype=np.uint8)
-    return batch.column(0).to_numpy(zero_copy_only=True), bits, weights
+    return _view(batch.column(0), np.int32), bits, weights
+
+
+def _view(column: Any, kind: Any) -> NDArray[Any]:
+    """Return a view of a whole column. Its ``to_numpy`` imports pandas, if that is installed: a third of a second."""
+    return np.frombuffer(column.buffers()[1], kind, len(column))
 
 
 def _open(path: Path, num_columns: int) -> Any:

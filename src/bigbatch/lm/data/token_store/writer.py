@@ -178,12 +178,13 @@ class _ShardWriter:
         self._pending_tokens -= number
         tokens = np.concatenate([part.tokens for part in parts])
         trained = np.concatenate([part.trained for part in parts])
-        columns = [pa.array(tokens, pa.int32()), pa.array(trained, pa.bool_())]
+        marks = pa.Array.from_buffers(pa.bool_(), number, [None, pa.py_buffer(np.packbits(trained, bitorder="little"))])
+        columns = [_array(tokens, pa.int32()), marks]
         self._digests[0].update(_little_endian(tokens))
         self._digests[0].update(trained.tobytes())
         if self.has_weights:
             weights = np.concatenate([_weights(part) for part in parts])
-            columns.append(pa.array(weights, pa.float32()))
+            columns.append(_array(weights, pa.float32()))
             self._digests[0].update(_little_endian(weights))
         self._writers[0].write_batch(pa.record_batch(columns, schema=self._token_schema))
 
@@ -194,13 +195,18 @@ class _ShardWriter:
         parts, self._parts = np.split(self._parts, [number])
         arrays: tuple[NDArray[Any], ...] = counts, keys, parts
         self._digests[1].update(b"".join(map(_little_endian, arrays)))
-        columns = [pa.array(array, kind) for array, (_, kind) in zip(arrays, _ROW, strict=True)]
+        columns = [_array(array, kind) for array, (_, kind) in zip(arrays, _ROW, strict=True)]
         self._writers[1].write_batch(pa.record_batch(columns, schema=self._row_schema))
         self.rows += number
 
 
 def _column(name: str, kind: Any) -> Any:
     return pa.field(name, kind, nullable=False)
+
+
+def _array(values: NDArray[Any], kind: Any) -> Any:
+    """Return an array of Arrow over the memory of one of NumPy. `pyarrow.array` imports pandas, if it is installed."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def _part(block: Block, start: int, stop: int) -> Block:
