@@ -4,16 +4,15 @@ text             prefix + text + end                  every token but the first 
 prompt           prefix + prompt | completion + end   the tokens after the bar are trained on
 messages         the chat template's rendering        what the assistant says is trained on, end marks included
 tokens           as they are                          those that their labels or masks train on
+
+Long because the kinds of documents share the special tokens, and the batches that are tokenized together.
 """
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerFast
@@ -85,7 +84,7 @@ class DocumentEncoder:
     """Encodes batches of documents, as `encode_documents`, whose arguments these are."""
 
     def __init__(self, tokenizer: AnyTokenizer, *, train_on: TrainOn = "all-assistant") -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._train_on = train_on
         self._special_tokens = _SpecialTokens.of(tokenizer)
         self._renderer: ConversationRenderer | None = None
@@ -93,15 +92,15 @@ class DocumentEncoder:
     @property
     def releases_gil(self) -> bool:
         """Whether texts are tokenized outside of Python, so that several threads can do so at a time."""
-        return _is_plain(self._tokenizer)
+        return _is_plain(self.tokenizer)
 
     def texts(self, texts: list[str]) -> tuple[list[int], list[list[int]], int]:
         """Return the tokens before each text, those of each text, and the token after it; as `encode` joins them."""
-        return self._special_tokens.prefix, _tokenize(self._tokenizer, texts), self._special_tokens.end
+        return self._special_tokens.prefix, _tokenize(self.tokenizer, texts), self._special_tokens.end
 
     def text_piece(self, text: str, *, is_first: bool, is_last: bool) -> Encoded:
         """Return the tokens of a piece of a text, with those before the text and at its end where it has them."""
-        tokens = [*(self._special_tokens.prefix if is_first else []), *_tokenize(self._tokenizer, [text])[0]]
+        tokens = [*(self._special_tokens.prefix if is_first else []), *_tokenize(self.tokenizer, [text])[0]]
         tokens += [self._special_tokens.end] if is_last else []
         return Encoded(tokens, b"\0" * is_first + b"\1" * (len(tokens) - is_first))
 
@@ -111,37 +110,10 @@ class DocumentEncoder:
         Raises:
             InputError: They are not, and ``broken`` is None.
         """
-        reason = foreign_token(int(token_ids(document).max()), document.source, len(self._tokenizer))
+        reason = foreign_token(int(token_ids(document).max()), document.source, len(self.tokenizer))
         if reason is not None:
             _refuse(reason, broken)
         return reason is None
-
-    def is_cut(self, before: str, after: str) -> bool:
-        """Return whether the tokens of a text cannot depend on both parts, of which these are the end and the start.
-
-        That is so if the pre-tokenizer cuts it there; or if nothing does, between lines that no token can join.
-        """
-        if not self.releases_gil:
-            return False
-        together, first, second = (self._words(text) for text in (before + after, before, after))
-        is_one_word = len(together) == len(first) == len(second) == 1
-        if together != first + second and not (is_one_word and before.endswith("\n") and not self._joins_lines):
-            return False
-        tokens, *alone = _tokenize(self._tokenizer, [before + after, before, after])
-        return tokens == list(chain.from_iterable(alone))
-
-    def _words(self, text: str) -> list[str]:
-        """Return the parts of a text that are tokenized each on its own."""
-        backend: Any = self._tokenizer.backend_tokenizer
-        normalized = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
-        if backend.pre_tokenizer is None:
-            return [normalized]
-        return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
-
-    @cached_property
-    def _joins_lines(self) -> bool:
-        """Whether a token has a line's end, as such or as the letter of its byte, before something else."""
-        return any(re.search("[\nĊ][^\nĊ]", token) for token in self._tokenizer.get_vocab())
 
     def encode(self, batch: list[Document], broken: list[str] | None, *, first: int = 0) -> Iterator[Encoded]:
         """Yield the tokens of documents; ``first`` is the index of the first one.
@@ -149,7 +121,7 @@ class DocumentEncoder:
         Raises:
             InputError: As `encode_documents` raises it, but not if no document can be encoded.
         """
-        plain = iter(_tokenize(self._tokenizer, [text for document in batch for text in _strings(document)]))
+        plain = iter(_tokenize(self.tokenizer, [text for document in batch for text in _strings(document)]))
         for group in _groups(self._parts(batch, plain, broken)):
             found = self._with_offsets([part.text for _, part in group if isinstance(part, Rendering)])
             row = 0
@@ -183,7 +155,7 @@ class DocumentEncoder:
         """Return the renderings of a conversation; none if it is rejected."""
         if self._renderer is None:
             try:
-                self._renderer = ConversationRenderer(self._tokenizer, train_on=self._train_on)
+                self._renderer = ConversationRenderer(self.tokenizer, train_on=self._train_on)
             except InputError as error:
                 raise InputError(f"{document.source}: {error}") from None
         try:
@@ -196,7 +168,7 @@ class DocumentEncoder:
         """Tokenize renderings, which have their special tokens; the result maps characters to tokens."""
         if not texts:
             return None
-        return self._tokenizer(
+        return self.tokenizer(
             texts,
             add_special_tokens=False,
             return_offsets_mapping=True,

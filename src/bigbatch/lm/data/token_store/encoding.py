@@ -3,17 +3,17 @@
 documents → batches (documents, or a piece of a long text) → encode_batch → Block
 """
 
-import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.lm.data.documents import Document, text_key
 from bigbatch.lm.data.token_records import all_but_first
+from bigbatch.lm.data.token_store.text_cuts import TextCutter
 from bigbatch.lm.data.token_store.writer import Block
 from bigbatch.lm.data.tokenization import BATCH_DOCUMENTS, DocumentEncoder, Encoded
 
@@ -21,10 +21,6 @@ BATCH_CHARACTERS = 2**16
 """Characters that are encoded together: while they are, each needs about 80 bytes, on every core."""
 LONG_TEXT = 2 * BATCH_CHARACTERS
 """Characters of a text that is tokenized in pieces of about ``BATCH_CHARACTERS``."""
-_MOST_TRIES = 1000  # lines, and words, after which a text without a place to cut is not cut any more
-_BETWEEN_LINES = re.compile(r"(?<=\S)\n(?=\S)")
-_BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)")
-_CONTEXT = 256  # characters on each side of a cut that are tokenized with and without it
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,7 @@ Batch = DocumentBatch | TextBatch | TextPiece
 
 def batches(documents: Iterable[Document], encoder: DocumentEncoder) -> Iterator[Batch]:
     """Group documents, in order, into batches of at least ``BATCH_CHARACTERS``, or cut them into pieces."""
+    cutter = TextCutter(encoder)
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -89,7 +86,7 @@ def batches(documents: Iterable[Document], encoder: DocumentEncoder) -> Iterator
             if batch:
                 yield _batch(batch)
             batch, characters = [], 0
-            yield from _pieces(document, text, encoder)
+            yield from _pieces(document, text, cutter)
             continue
         batch.append(document)
         characters += length
@@ -199,29 +196,8 @@ def _weights(encoded: list[Encoded]) -> NDArray[np.float32] | None:
     return np.concatenate([np.asarray(mark, np.float32) for mark in marks])
 
 
-def _pieces(document: Document, text: str, encoder: DocumentEncoder) -> Iterator[TextPiece]:
+def _pieces(document: Document, text: str, cutter: TextCutter) -> Iterator[TextPiece]:
     """Cut a text between words where the tokens on both sides do not depend on each other."""
-    cuts = [0, *_cuts(text, encoder), len(text)]
+    cuts = [0, *cutter.cuts(text, every=BATCH_CHARACTERS), len(text)]
     for start, stop in pairwise(cuts):
         yield TextPiece(text[start:stop], document.source, document.key, start == 0, stop == len(text))
-
-
-def _cuts(text: str, encoder: DocumentEncoder) -> Iterator[int]:
-    """Yield the places of the cuts: each where the characters around it are the same words and tokens without it.
-
-    Never within white space: a tokenizer may count a run of it from its beginning, however far that is.
-    """
-    place = BATCH_CHARACTERS
-    while (found := _next_cut(text, place, encoder)) is not None:
-        yield found
-        place = found + BATCH_CHARACTERS
-
-
-def _next_cut(text: str, start: int, encoder: DocumentEncoder) -> int | None:
-    """Return the first place after ``start`` to cut a text: after a line, if one of the next ends there, or a word."""
-    for between in _BETWEEN_LINES, _BETWEEN_WORDS:
-        for match in islice(between.finditer(text, start), _MOST_TRIES):
-            place = match.end()
-            if encoder.is_cut(text[max(0, place - _CONTEXT) : place], text[place : place + _CONTEXT]):
-                return place
-    return None
