@@ -19,7 +19,7 @@ from bigbatch.errors import InputError
 from bigbatch.lm.data.dataset import TokenDataset, encode
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.legacy_fingerprint import legacy_fingerprint
-from bigbatch.lm.data.token_store import encoding, manifest
+from bigbatch.lm.data.token_store import encoding, manifest, samples
 from bigbatch.lm.data.token_store.manifest import Manifest, read_manifest
 from bigbatch.lm.data.token_store.reader import MemoryTokens, StoredTokens
 from bigbatch.lm.data.token_store.samples import make_samples, read_samples, write_samples
@@ -97,6 +97,18 @@ def test_stored_samples_equal_those_in_memory(tmp_path: Path, max_length: int) -
             assert stored.label_counts.tolist() == dataset.label_counts.tolist()
             if len(dataset):
                 assert stored.unigram_entropy() == pytest.approx(dataset.unigram_entropy())
+
+
+def test_samples_do_not_depend_on_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = concatenated(blocks_of(documents(60)))
+    split = HashSplit.of([block.keys], validation_fraction=0.2)
+    whole = make_samples(MemoryTokens(block), max_length=3, split=split)
+    monkeypatch.setattr(samples, "_CHUNK_TOKENS", 20)
+    for one, other in zip(whole, make_samples(MemoryTokens(block), max_length=3, split=split), strict=True):
+        assert one.starts.tolist() == other.starts.tolist()
+        assert one.lengths.tolist() == other.lengths.tolist()
+        assert one.label_counts.tolist() == other.label_counts.tolist()
+        assert one.counts == other.counts
 
 
 def test_fingerprint_of_earlier_runs_is_reproduced(tmp_path: Path) -> None:

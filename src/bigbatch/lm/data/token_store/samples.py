@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -184,7 +185,7 @@ def _write_columns(files: Sequence[BinaryIO], found: Samples) -> None:
 def _parts(reader: TokenReader, max_length: int, split: HashSplit, first_token: int) -> Iterator[tuple[int, Samples]]:
     """Yield (side, samples of many documents), the documents in order."""
     done = 0
-    for rows in reader.rows():
+    for rows in chain.from_iterable(map(_few_tokens, reader.rows())):
         held_out = split.held_out(rows.keys)
         starts = done + np.cumsum(rows.counts) - rows.counts
         for side, chosen in ((0, ~held_out), (1, held_out)):
@@ -192,6 +193,15 @@ def _parts(reader: TokenReader, max_length: int, split: HashSplit, first_token: 
                 found, _ = cut(reader, starts[chosen], rows[chosen], max_length)
                 yield side, _moved(found, first_token)
         done += int(rows.counts.sum())
+
+
+def _few_tokens(rows: Rows) -> Iterator[Rows]:
+    """Divide documents after about ``_CHUNK_TOKENS`` tokens, not within one: long documents have many samples."""
+    chunks = np.cumsum(rows.counts) // _CHUNK_TOKENS
+    starts = np.flatnonzero((np.diff(chunks, prepend=0) > 0) & (rows.parts == 0))
+    for start, stop in pairwise([0, *starts.tolist(), len(chunks)]):
+        if start < stop:
+            yield Rows(rows.counts[start:stop], rows.keys[start:stop], rows.parts[start:stop])
 
 
 def cut(
