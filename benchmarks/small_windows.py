@@ -1,13 +1,15 @@
 """One batch of W over several cards: the time of every update, and where it goes.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/small_windows.py [--updates 30] [--budget 12288]
-        [--how alone,ddp,fsdp,fsdp-every] [--batches 1] [--profile]
+        [--how alone,ddp,fsdp,fsdp-kept,fsdp-every] [--batches 1] [--profile]
 
 On CUDA cards of one host with NCCL. Every update has other lengths: the window of W with another seed, dealt over the
 ranks as `bigbatch train` does. ``alone``: rank 0 runs the same windows, and the others wait. ``ddp``, ``fsdp``: all
-ranks do; ``fsdp-every`` gathers weights in float32 for every micro-batch, as FSDP does by default. ``--batches 4``
-makes each window as large as so many batches of W. The tables have the milliseconds of each update, the graphs that
-were captured in it, and medians over the second half. ``--cpu`` runs the small workload over gloo, to try the script.
+ranks do, as in `bigbatch train`: ``fsdp`` gathers weights and reduces gradients once a window if both fit;
+``fsdp-kept`` reduces gradients with every micro-batch; ``fsdp-every`` also gathers weights, in float32, for every
+micro-batch, as FSDP does by default. ``--batches 4`` makes each window as large as so many batches of W. The tables
+have the milliseconds of each update, the graphs that were captured in it, and medians over the second half. ``--cpu``
+runs the small workload over gloo, to try the script.
 """
 
 import argparse
@@ -51,11 +53,15 @@ def run(
     model = workload.make_model(device)
     model_setup = set_up(model, workload)
     sync: Any = None
+    dtype = workload.device_spec().gathered_dtype
     if how == "fsdp-every":
         ranks.parallelize(model, device)
         sync = ShardedSync(model, keeps_weights=False)
+    elif how == "fsdp-kept":
+        ranks.parallelize(model, device, layers_dtype=dtype)
+        sync = ShardedSync(model, keeps_weights=True)
     elif how != "alone":
-        sync = ranks.parallelize(model, device, layers_dtype=workload.device_spec().gathered_dtype)
+        sync = ranks.parallelize(model, device, layers_dtype=dtype)
     if ranks.are_sharded:
         model_setup = replace(model_setup, uses_cuda_graphs=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=workload.lr, fused=device.type == "cuda")
@@ -115,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--budget", type=int, default=12_288)
-    parser.add_argument("--how", default="alone,ddp,fsdp,fsdp-every")
+    parser.add_argument("--how", default="alone,ddp,fsdp,fsdp-kept,fsdp-every")
     parser.add_argument("--batches", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--cpu", action="store_true")

@@ -23,7 +23,7 @@ from bigbatch.types import Terms
 if TYPE_CHECKING:
     from bigbatch.gradients.gradient_sums import GradientSums
 
-KEPT_SHARE = 8  # gathered weights may take one part in so many of a device's memory
+KEPT_SHARE = 8  # what is kept whole may take one part in so many of a device's memory
 
 
 class ShardedSync(MultiRankSync):
@@ -66,7 +66,8 @@ class ShardedSync(MultiRankSync):
             raise ValueError(f"sync is {policy}, and this model has no replicas: use LAST or EVERY.")
         self.gradient_divide_factor = self._find_divide_factor()
         self._check_dtypes()
-        self._keeps_weights = self._weights_fit() if keeps_weights is None else keeps_weights
+        device = next(iter(self.module.parameters())).device
+        self._keeps_weights = self.fits_whole(device) if keeps_weights is None else keeps_weights
         self._kept: list[tuple[FSDPModule, bool]] = []
         self._padding_microbatch: Any = None
         self._zero_gradient = False
@@ -218,13 +219,19 @@ class ShardedSync(MultiRankSync):
                 continue
             yield root, any(group.post_forward_mesh_info is not None for group in groups)
 
-    def _weights_fit(self) -> bool:
-        """Return whether the gathered weights take little of the memory of a CUDA device."""
-        device = next(iter(self.module.parameters())).device
+    def fits_whole(self, device: torch.device, *, gradients: bool = False) -> bool:
+        """Return whether gathered weights take at most an eighth of the memory of a CUDA device; False for others.
+
+        Args:
+            device: Of this rank; the model may still be on the meta device.
+            gradients: Whether to count whole gradients in float32 as well.
+        """
         if device.type != "cuda":
             return False
+        more = torch.float32.itemsize if gradients else 0
         kept = sum(
-            parameter._orig_size.numel() * (group.mp_policy.param_dtype or parameter.sharded_param.dtype).itemsize
+            parameter._orig_size.numel()
+            * ((group.mp_policy.param_dtype or parameter.sharded_param.dtype).itemsize + more)
             for group in self._parameter_groups()
             for parameter in group.fsdp_params
         )

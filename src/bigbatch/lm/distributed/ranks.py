@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigbatch.distributed.collective import RankGroup, raise_together, rank_group
-from bigbatch.distributed.detect import detect_sync
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.distributed.replicated import Replicated
 from bigbatch.errors import InputError, first_line
@@ -112,7 +111,12 @@ class RankContext:
             return Replicated(model)
         try:
             _shard(model, self, device.type, layers_dtype)
-            return detect_sync(model)
+            from bigbatch.distributed.sharded import ShardedSync
+
+            sync = ShardedSync(model)
+            keeps_gradients = self.parallel == "fsdp" and sync.fits_whole(device, gradients=True)
+            policy = SyncPolicy.LAST if keeps_gradients else None  # reduce once a window, not once a micro-batch
+            return ShardedSync(model, policy=policy, keeps_weights=sync.fits_whole(device))
         except (ValueError, TypeError, AssertionError) as error:
             raise InputError(f"--parallel {self.parallel} is not supported here: {first_line(error)}.") from error
 
