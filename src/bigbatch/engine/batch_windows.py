@@ -111,7 +111,9 @@ def open_window(
         pending,
         source as taken_from,
         nullcontext(taken_from.take) if time_first.is_done else time_first.watch(taken_from.take) as watched_take,
-        nullcontext(watched_take) if measures else fused.window(pending.sums, watched_take) as take,
+        nullcontext(watched_take)
+        if measures or fused.obstacle is not None
+        else fused.window(pending.sums, watched_take) as take,
         runner.window(WindowInputs(watched, take, lengths)),
     ):
         yield pending, parts

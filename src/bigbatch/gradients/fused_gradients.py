@@ -66,6 +66,7 @@ class FusedGradients:
         obstacle: Why no layer takes part, in a few words; None if any may.
 
     Attributes:
+        obstacle: As passed.
         reasons: Why linear layers do not take part, by name.
         copies: The narrow copies of weights.
         is_partial: Whether a failed backward of this window may have added one of several gradients of a weight.
@@ -81,7 +82,7 @@ class FusedGradients:
     ) -> None:
         self._model = model
         self._parts = parts
-        self._obstacle = obstacle
+        self.obstacle = obstacle
         self._layers: list[_Layer] = []
         self.reasons: dict[str, str] = {}
         self.copies = WeightCopies()
@@ -100,7 +101,7 @@ class FusedGradients:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedGradients":
         model = copy.deepcopy(self._model, memo)  # layers of a copied model are found again
-        return FusedGradients(model, list(model.parameters()), parts=self._parts, obstacle=self._obstacle)
+        return FusedGradients(model, list(model.parameters()), parts=self._parts, obstacle=self.obstacle)
 
     @property
     def num_layers(self) -> int:
@@ -110,8 +111,8 @@ class FusedGradients:
     @property
     def disabled_reason(self) -> str | None:
         """Why no layer takes part, in a few words; None if any does."""
-        if self._layers or self._obstacle is not None:
-            return self._obstacle
+        if self._layers or self.obstacle is not None:
+            return self.obstacle
         found = Counter(self.reasons.values()).most_common(1)
         return found[0][0] if found else "the model has no linear layer whose weight is trained"
 
@@ -131,7 +132,7 @@ class FusedGradients:
         return None if self._store is None else self.copies.num_allocations
 
     def _find(self, parameters: Sequence[Tensor]) -> None:
-        if self._obstacle is not None:
+        if self.obstacle is not None:
             return
         known = {layer.module: layer for layer in self._layers}
         found = find_fusable_layers(self._model, parameters)

@@ -47,9 +47,6 @@ class GradientSums:
         static_buffers: Sums of an earlier window by parameter: set to zero, and used again in place, so that captured
             CUDA graphs may add to them. Only of parameters that are summed in ``.grad``.
         parameters_are_wrapped: Whether graphs end in other tensors than these, as under FSDP.
-
-    Attributes:
-        store: The sums.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class GradientSums:
     ) -> None:
         self.parameters = tuple(parameters)
         self._static_buffers = static_buffers or {}
-        self.store = SumStore()
+        self.store = SumStore()  # layers that add by themselves use it
         self._handles: list[RemovableHandle] = []
         self._unhook: Callable[[], object] = lambda: None
         self._observer: BackwardObserver | None = None
@@ -327,7 +324,8 @@ class GradientSums:
     def write_to_grad(self) -> None:
         """Write the float32 sums to ``.grad`` in the dtype of the parameters, where optimizers expect them."""
         self._writes.reset()
-        self.store.write_to_grad()
+        if self.store.float32:
+            self.store.write_to_grad()
 
     def write_nan_to_grad(self) -> None:
         """Write NaN to the ``.grad`` of all parameters that received a gradient, and drop the sums."""

@@ -1,6 +1,7 @@
 """Where the gradient sum of each parameter is stored: in ``.grad``, or in float32 if the parameter is narrower."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 HALF_PRECISION_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
+@dataclass
 class SumStore:
     """The sums of parameters, found by parameter.
 
@@ -15,8 +17,7 @@ class SumStore:
         float32: Those of parameters in bfloat16 or float16, undivided. All others are in ``.grad``.
     """
 
-    def __init__(self) -> None:
-        self.float32: dict[Tensor, Tensor] = {}
+    float32: dict[Tensor, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def dtype_of(parameter: Tensor) -> torch.dtype:
