@@ -62,7 +62,7 @@ def choose_microbatch(
         fused.copies.free()  # measured without them: they are added to what is measured
         budget = resolve_memory_budget(memory, accumulator.device, problem.resident_tensors())
         copies = fused.expected_copies_bytes
-        copies_fit = copies <= LARGEST_COPIES * (budget.usable_bytes - problem.static_bytes())
+        copies_fit = not copies or copies <= LARGEST_COPIES * (budget.usable_bytes - problem.static_bytes())
         problem = replace(problem, copies_bytes=copies if copies_fit else 0)
         return {"choice": asdict(choose(problem, budget)), "copies_fit": copies_fit}
 

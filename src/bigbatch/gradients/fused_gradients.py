@@ -234,6 +234,10 @@ class FusedGradients:
                 return True
         return False
 
+    def adds_to(self, weight: Tensor) -> bool:
+        """Return whether a layer may add to the sum of a weight, which autograd then sees without a gradient."""
+        return self._parts != "copies" and any(layer.weight is weight for layer in self._layers)
+
     def accepts_gradient(self, layer: "_Layer") -> bool:
         """Return whether a layer that is not compiled adds to its sum, instead of returning its gradient."""
         return self._state is _State.ADDING and self._parts != "copies" and layer.weight not in self._repeated

@@ -133,6 +133,8 @@ class GradientSums:
             parameter.grad = None
             self._writes.note_backward()
             return
+        if gradient is None and self._fused is not None and self._fused.adds_to(parameter):
+            return
         if gradient is None:
             raise WindowStateError(
                 "another window over the same parameters is open and took this one's gradient. End one of the two, by "
