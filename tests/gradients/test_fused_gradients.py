@@ -258,20 +258,10 @@ def test_compiled_layers_count_once_after_out_of_memory(monkeypatch: pytest.Monk
     optimizer = RecordingSGD(model.parameters(), lr=0.05)
     engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=5, fuse_gradients=True, noise=False, check=False)
     engine.step(make_batch())  # shows that compiled layers use each weight once
-    num_seen = at = 0
-    for name in ("weight_gradient", "add_weight_gradient_"):
-
-        def product(*args: Any, original: Any = getattr(weight_products, name)) -> Any:
-            nonlocal num_seen
-            num_seen += 1
-            if num_seen == at:
-                raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-            return original(*args)
-
-        monkeypatch.setattr(fused_gradients, name, product)
     for at in range(1, num_failures + 1):
-        num_seen = 0
-        assert engine.step(make_batch()).retries == 1
+        with monkeypatch.context() as patch:
+            failure = OutOfMemory(patch, nn.Module(), at)
+            assert engine.step(make_batch()).retries == failure.num_raised == 1
     assert difference(optimizer, expected) <= EXACT
 
 

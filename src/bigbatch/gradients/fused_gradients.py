@@ -84,6 +84,7 @@ class FusedGradients:
         self._parts = parts
         self.obstacle = obstacle
         self._layers: list[_Layer] = []
+        self._weights: set[Tensor] = set()
         self.reasons: dict[str, str] = {}
         self.copies = WeightCopies()
         if parts == "sums":
@@ -145,6 +146,7 @@ class FusedGradients:
             for module, weight in found.layers
             if weight not in self._repeated
         ]
+        self._weights = {layer.weight for layer in self._layers}
 
     @contextmanager
     def window(self, sums: FusableSums, take: _Take) -> Iterator[_Take]:
@@ -209,7 +211,7 @@ class FusedGradients:
     def begin_backward(self, loss: Tensor, only: Sequence[Tensor] | None) -> None:
         """Let layers add to the sums; arguments are those of `GradientSums.backward`."""
         if not self._knows_uses:
-            uses = count_uses(loss, [layer.weight for layer in self._layers])
+            uses = count_uses(loss, self._weights)
             self._repeated |= {weight for weight, found in uses.items() if found.number > 1}
             self._knows_uses = True
         self._only = None if only is None else set(map(id, only))
@@ -236,7 +238,7 @@ class FusedGradients:
 
     def adds_to(self, weight: Tensor) -> bool:
         """Return whether a layer may add to the sum of a weight, which autograd then sees without a gradient."""
-        return self._parts != "copies" and any(layer.weight is weight for layer in self._layers)
+        return self._parts != "copies" and weight in self._weights
 
     def accepts_gradient(self, layer: "_Layer") -> bool:
         """Return whether a layer that is not compiled adds to its sum, instead of returning its gradient."""
