@@ -8,7 +8,7 @@ table has each saving alone, over all linear layers of W, in milliseconds for on
 updates: for each size, engines without savings, with each and with both share one model and optimizer (lr 0), and run
 in turns after three updates that compile and capture; medians of tokens/s, and milliseconds of a micro-batch. ``peak``
 is that of the first three updates of an engine, in GiB, less the memory of the other engines. ``cosine`` is that of the
-gradient of 40 sequences of at most 1,024 tokens with the gradient in float32, one sequence at a time. The noise scale is
+gradient of 40 sequences of at most 1,024 tokens with that in float32, one sequence at a time. The noise scale is
 measured in the last row of each size only: by default the first nine windows and then one in eight are not fused.
 """
 
