@@ -589,3 +589,24 @@ def test_coupled_loss_is_not_fused() -> None:
         ValueError, match="of a Coupled loss, or with exact batch norms, are not differentiated one by one"
     ):
         bigbatch.Engine(model, torch.optim.SGD(model.parameters()), coupled, microbatch=2, fuse_gradients=True)
+
+
+def test_resumed_engine_continues_bit_for_bit() -> None:
+    def engine_of(model: nn.Module) -> tuple[RecordingSGD, bigbatch.Engine]:
+        optimizer = RecordingSGD(model.parameters(), lr=0.05)
+        return optimizer, bigbatch.Engine(
+            model, optimizer, autocast_loss_fn, microbatch=2, fuse_gradients=True, check=False
+        )
+
+    optimizer, engine = engine_of(make(torch.float32))
+    for _ in range(11):  # the noise scale is measured in the first nine
+        engine.step(make_batch())
+    state = copy.deepcopy(engine.state_dict())
+    for _ in range(8):
+        engine.step(make_batch())
+    resumed, other = engine_of(make(torch.float32, num_blocks=2))
+    other.load_state_dict(state)
+    for _ in range(8):
+        other.step(make_batch())
+    pairs = zip(optimizer.seen[11:], resumed.seen, strict=True)
+    assert all(torch.equal(one[i], found[i]) for one, found in pairs for i in one)
