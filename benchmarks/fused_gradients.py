@@ -179,7 +179,10 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 def print_savings(model: Any, device: torch.device, sizes: list[int]) -> None:
     """Print the time of each saving alone, over all linear layers."""
-    weights = [weight.detach() for _, weight in find_fusable_layers(model, model.parameters()).layers]
+    layers = find_fusable_layers(model, model.parameters()).layers
+    weights = [
+        layer.weight.detach() for layer in layers if isinstance(layer.module, torch.nn.Linear) and not layer.is_tied
+    ]
     copies = [weight.bfloat16() for weight in weights]
     sums = [torch.zeros_like(weight) for weight in weights]
     num_bytes = sum(weight.numel() for weight in weights)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import bigbatch
-from bigbatch.gradients import fused_gradients, weight_products
+from bigbatch.gradients import direct_sums, weight_products
 from support import distributed_windows as cases
 from support import full_batch_reference as ref
 
@@ -50,7 +50,7 @@ def update(how: str, fail_at: int, lockstep: bool) -> tuple[float, int, int]:
 
     names = ("weight_gradient", "add_weight_gradient_")
     counted = {name: partial(product, original=getattr(weight_products, name)) for name in names}
-    with mock.patch.multiple(fused_gradients, **counted):
+    with mock.patch.multiple(direct_sums, **counted):
         report = engine.step(share)
     return ref.relative_error(optimizer.seen[0], ref.full_gradient(reference, batch)), num_products, report.retries
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bigbatch
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
-from bigbatch.gradients import fused_gradients, weight_products
+from bigbatch.gradients import direct_sums, weight_products
 
 pytestmark = [
     pytest.mark.gpu,
@@ -209,7 +209,7 @@ def test_samples_count_once_after_out_of_memory(loss: Callable[..., Any], monkey
 
         with monkeypatch.context() as patch:
             for name in ("weight_gradient", "add_weight_gradient_"):
-                patch.setattr(fused_gradients, name, fail_in_turn(getattr(weight_products, name)))
+                patch.setattr(direct_sums, name, fail_in_turn(getattr(weight_products, name)))
             found, engine = run(make(), loss, fuse=True, num_steps=1)
         assert engine.runner.retries == 1
         assert errors(found, expected)[0] <= 1e-5

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import bigbatch
 from bigbatch.errors import InputError
-from bigbatch.gradients import fused_gradients, weight_products
+from bigbatch.gradients import direct_sums, weight_products
+from bigbatch.gradients.fused_embedding import FusedEmbedding, weight_for_loss
 from bigbatch.gradients.fused_linear import FusedLinear
+from bigbatch.lm.model.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [  # of torch's compiler, which hides both unless warnings are errors
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -52,12 +54,15 @@ class Net(nn.Module):
         self.uses, self.checkpointed = uses, checkpointed
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
         for block in self.blocks:
             hidden = checkpoint(block, hidden, use_reentrant=False) if self.checkpointed else block(hidden)
         for _ in range(self.uses):
             hidden = torch.tanh(self.shared(hidden))
-        return self.head(hidden)
+        return hidden
 
 
 def make(dtype: torch.dtype = torch.float64, **kind: Any) -> Net:
@@ -70,6 +75,13 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
     logits = model(tokens).flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, labels.flatten(), reduction="sum"), (labels != -100).sum()
+
+
+def chunked_loss_fn(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same loss, which uses the weight of the head, and not its forward."""
+    tokens, labels = batch
+    hidden, weight = model.hidden(tokens).flatten(0, 1), weight_for_loss(model.head)
+    return linear_cross_entropy(hidden, weight, None, labels.flatten(), chunk_tokens=4), (labels != -100).sum()
 
 
 def autocast_loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,18 +151,28 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(total.shape))
         original(total, output_gradient, inputs)
 
-    monkeypatch.setattr(fused_gradients, "add_weight_gradient_", record)
+    monkeypatch.setattr(direct_sums, "add_weight_gradient_", record)
     return shapes
 
 
+KINDS = [
+    ({}, loss_fn),
+    ({"tied": True}, loss_fn),
+    ({"tied": True}, chunked_loss_fn),
+    ({"uses": 2}, chunked_loss_fn),
+    ({"checkpointed": True}, loss_fn),
+]
+KIND_NAMES = ["plain", "tied", "tied, chunked loss", "used twice", "checkpointed"]
+
+
 @pytest.mark.parametrize("microbatch", [1, 2, 4, 5, 8, 9])
-@pytest.mark.parametrize("kind", [{}, {"tied": True}, {"uses": 2}, {"checkpointed": True}], ids=str)
-def test_any_microbatch_gives_full_gradient(kind: dict[str, Any], microbatch: int, added: list[Any]) -> None:
+@pytest.mark.parametrize(("kind", "loss"), KINDS, ids=KIND_NAMES)
+def test_any_microbatch_gives_full_gradient(kind: dict[str, Any], loss: Any, microbatch: int, added: list[Any]) -> None:
     expected = whole(make(**kind))
-    optimizer, engine = run(make(**kind), microbatch=microbatch)
+    optimizer, engine = run(make(**kind), loss, microbatch=microbatch)
     assert difference(optimizer, expected) <= EXACT
     assert len(added) == 0 if microbatch == 9 else len(added) >= 4
-    assert not any(isinstance(module, FusedLinear) for module in engine.model.modules())
+    assert not any(isinstance(module, FusedLinear | FusedEmbedding) for module in engine.model.modules())
 
 
 class OutOfMemory:
@@ -158,9 +180,9 @@ class OutOfMemory:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module, at: int) -> None:
         self.at, self.num_seen, self.num_raised = at, 0, 0
-        for name in ("weight_gradient", "add_weight_gradient_"):
+        for name in ("weight_gradient", "add_weight_gradient_", "add_rows_"):
             original = getattr(weight_products, name)
-            monkeypatch.setattr(fused_gradients, name, self.around(original))
+            monkeypatch.setattr(direct_sums, name, self.around(original))
         for module in model.modules():
             module.register_forward_hook(self.hook_output)
 
@@ -182,8 +204,10 @@ class OutOfMemory:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
 
-@pytest.mark.parametrize("kind", [{}, {"tied": True}, {"uses": 2}, {"checkpointed": True}], ids=str)
-def test_every_sample_counts_once_after_out_of_memory(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "loss"), KINDS, ids=KIND_NAMES)
+def test_every_sample_counts_once_after_out_of_memory(
+    kind: dict[str, Any], loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = whole(make(**kind), num_steps=1)
     at = 0
     while True:
@@ -191,7 +215,7 @@ def test_every_sample_counts_once_after_out_of_memory(kind: dict[str, Any], monk
         model = make(**kind)
         with monkeypatch.context() as patch:
             failure = OutOfMemory(patch, model, at)
-            optimizer, engine = run(model, microbatch=5, num_steps=1)
+            optimizer, engine = run(model, loss, microbatch=5, num_steps=1)
         assert engine.fused.disabled_reason is None
         if not failure.num_raised:
             break
@@ -224,7 +248,7 @@ def test_weight_that_may_be_partial_is_not_retried(monkeypatch: pytest.MonkeyPat
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         original(total, output_gradient, inputs)
 
-    monkeypatch.setattr(fused_gradients, "add_weight_gradient_", fail_at_second_use)
+    monkeypatch.setattr(direct_sums, "add_weight_gradient_", fail_at_second_use)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         engine.step(make_batch())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -239,7 +263,7 @@ def test_compiled_layers_give_full_gradient(backend: str, checkpointed: bool, ad
     optimizer, engine = run(model, microbatch=4)
     assert difference(optimizer, expected) <= EXACT
     assert len(added) >= 2 * 2 * 4  # windows, further micro-batches, compiled weights
-    assert engine.fused.num_layers == 7
+    assert engine.fused.num_layers == 8
 
 
 def compile_blocks(model: Net, backend: str, *, checkpointed: bool = False) -> None:
@@ -418,11 +442,14 @@ def test_reasons_name_layers_that_are_not_fused() -> None:
     model = make(tied=True)
     model.shared = Own(6, 6, dtype=torch.float64)
     model.blocks[0].up.forward = model.blocks[0].up.forward  # type: ignore[method-assign]
+    model.unused = nn.Linear(6, 12, dtype=torch.float64)
+    model.unused.weight = model.blocks[1].up.weight
     engine = run(model, num_steps=1)[1]
     assert engine.fused.reasons == {
         "blocks.0.up": "its forward was replaced",
         "shared": "it is a Own, and not exactly an nn.Linear",
-        "head": "its weight is tied to that of another module",
+        "unused": "its weight is tied to that of another module",
+        "blocks.1.up": "its weight is tied to that of another module",
     }
     assert engine.fused.num_layers == 4
 
@@ -547,13 +574,14 @@ def test_copied_engine_fuses_its_own_model() -> None:
     other = copy.deepcopy(engine)
     before = [parameter.clone() for parameter in engine.model.parameters()]
     other.step(make_batch())
-    assert other.fused.num_layers == 7
+    assert other.fused.num_layers == 8
     assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
     assert not torch.equal(other.model.shared.weight, engine.model.shared.weight)
 
 
 REFUSALS = [
-    (nn.Sequential(nn.Embedding(11, 6), nn.LSTM(6, 6)), "the model has no linear layer whose weight is trained"),
+    (nn.LSTM(6, 6), "the model has no linear layer and no embedding that is trained"),
+    (nn.Embedding(11, 6, sparse=True), "its max_norm, scale_grad_by_freq or sparse is set"),
     (
         nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(6, 6)),
         "it is a NonDynamicallyQuantizableLinear, and not exactly an nn.Linear",
@@ -561,7 +589,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "reason"), REFUSALS, ids=["recurrent", "subclass"])
+@pytest.mark.parametrize(("model", "reason"), REFUSALS, ids=["recurrent", "sparse", "subclass"])
 def test_nothing_to_fuse_is_refused(model: nn.Module, reason: str) -> None:
     with pytest.raises(InputError) as caught:
         bigbatch.Engine(model, torch.optim.SGD(model.parameters()), loss_fn, fuse_gradients=True)
@@ -610,3 +638,36 @@ def test_resumed_engine_continues_bit_for_bit() -> None:
         other.step(make_batch())
     pairs = zip(optimizer.seen[11:], resumed.seen, strict=True)
     assert all(torch.equal(one[i], found[i]) for one, found in pairs for i in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_embedding_adds_its_rows(dtype: torch.dtype, padding_idx: int | None) -> None:
+    def made() -> Net:
+        model = make(dtype)
+        model.embedding = nn.Embedding(11, 6, padding_idx=padding_idx, dtype=dtype)
+        return model
+
+    expected = whole(made().double(), num_steps=1)
+    error = difference(run(made(), num_steps=1)[0], expected)
+    assert error <= {torch.float64: EXACT, torch.float32: 1e-6}.get(dtype, 0.05)
+
+
+def test_embedding_that_is_used_twice_is_exact() -> None:
+    def doubled(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        loss_sum, items = loss_fn(model, batch)
+        return loss_sum + model.embedding(batch[0][:, :2]).square().sum(), items
+
+    optimizer, engine = run(make(), doubled)
+    assert difference(optimizer, whole(make(), doubled)) <= EXACT
+    assert engine.fused.reasons == {"embedding": SEVERAL}
+
+
+def test_tied_weight_that_misses_a_use_is_exact() -> None:
+    """The gradient of a head without its embedding is added when the backward has ended."""
+
+    def of_head(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden = torch.ones(len(batch[0]), 6, dtype=torch.float64)
+        return model.head(model.shared(hidden)).square().sum(), torch.tensor(len(batch[0]))
+
+    assert difference(run(make(tied=True), of_head)[0], whole(make(tied=True), of_head)) <= EXACT

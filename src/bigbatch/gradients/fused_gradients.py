@@ -1,33 +1,33 @@
-"""The linear layers of a model whose weight gradients are added to the sums of a window within their products.
+"""The layers of a model that add the gradients of their weights to the sums of a window by themselves.
 
     find the layers → open a window: install them → micro-batches → close it: remove them
 
 Two savings in each micro-batch:
 
-    sums      no product in a narrow dtype, no cast of it, no addition       one rounding fewer
-    copies    no cast of the weights to the dtype of autocast                the same bits
+    sums      linear layers: no product in a narrow dtype, no cast of it, no addition          one rounding fewer
+              embeddings: no matrix of the whole vocabulary
+    copies    no cast of the weights of linear layers to the dtype of autocast                 the same bits
 
-A layer takes part if it is exactly an ``nn.Linear``, its weight belongs to no other module, no hook waits for the
-gradient of the weight, and a micro-batch uses it once; `FusedGradients.reasons` names the others, which run as always.
+A layer takes part if it is exactly an ``nn.Linear`` or ``nn.Embedding``, no hook waits for the gradient of its weight,
+and a micro-batch uses the weight once; or a linear layer and an embedding share it, as in many language models.
+`FusedGradients.reasons` names the others, which run as always.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum, auto
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from bigbatch.errors import WindowStateError
+from bigbatch.gradients.direct_sums import DirectSums, FusedLayer
 from bigbatch.gradients.fusable_layers import find_fusable_layers
-from bigbatch.gradients.fused_linear import install, make_key
+from bigbatch.gradients.fused_embedding import install_embedding
+from bigbatch.gradients.fused_linear import install
 from bigbatch.gradients.sum_store import SumStore
 from bigbatch.gradients.weight_copies import WeightCopies
-from bigbatch.gradients.weight_products import add_weight_gradient_, weight_gradient
-from bigbatch.gradients.weight_uses import count_uses
 
 FusedParts: TypeAlias = Literal["both", "sums", "copies"]
 _Take: TypeAlias = Callable[[Sequence[int]], Any]
@@ -45,14 +45,8 @@ class FusableSums(Protocol):
         """Report the backwards of the window."""
 
 
-class _State(Enum):
-    IDLE = auto()
-    ADDING = auto()
-    PAUSED = auto()
-
-
 class FusedGradients:
-    """Linear layers that add the gradients of their weights to the sums of windows.
+    """Layers that add the gradients of their weights to the sums of windows.
 
         fused = FusedGradients(model, parameters)
         with fused.window(sums, take) as take:
@@ -67,9 +61,9 @@ class FusedGradients:
 
     Attributes:
         obstacle: As passed.
-        reasons: Why linear layers do not take part, by name.
+        reasons: Why layers do not take part, by name.
         copies: The narrow copies of weights.
-        is_partial: Whether a failed backward of this window may have added one of several gradients of a weight.
+        sums: What layers add to.
     """
 
     def __init__(
@@ -83,21 +77,14 @@ class FusedGradients:
         self._model = model
         self._parts = parts
         self.obstacle = obstacle
-        self._layers: list[_Layer] = []
-        self._weights: set[Tensor] = set()
         self.reasons: dict[str, str] = {}
         self.copies = WeightCopies()
         if parts == "sums":
             self.copies.forbid("they were not requested")
-        self._knows_uses = False
-        self._repeated: set[Tensor] = set()  # weights that a micro-batch uses several times
-        self._once: set[Tensor] = set()  # weights that a whole backward has added to once
-        self._store: SumStore | None = None
+        self.sums = DirectSums()
+        self._layers: list[FusedLayer] = []
         self._removers: list[Callable[[], None]] = []
-        self._state = _State.IDLE
-        self._only: set[int] | None = None  # ids of the parameters that receive the running backward; None for all
-        self._num_added: Counter[Tensor] = Counter()  # in the running backward
-        self.is_partial = False
+        self._is_open = False
         self._find(parameters)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedGradients":
@@ -106,7 +93,7 @@ class FusedGradients:
 
     @property
     def num_layers(self) -> int:
-        """Linear layers that take part."""
+        """Layers that take part."""
         return len(self._layers)
 
     @property
@@ -115,7 +102,12 @@ class FusedGradients:
         if self._layers or self.obstacle is not None:
             return self.obstacle
         found = Counter(self.reasons.values()).most_common(1)
-        return found[0][0] if found else "the model has no linear layer whose weight is trained"
+        return found[0][0] if found else "the model has no linear layer and no embedding that is trained"
+
+    @property
+    def variant(self) -> Hashable:
+        """What a captured CUDA graph of the current window contains; None for the ordinary layers."""
+        return self.copies.num_allocations if self._is_open else None
 
     @property
     def expected_copies_bytes(self) -> int:
@@ -127,26 +119,20 @@ class FusedGradients:
     def _narrow_dtypes(self) -> dict[Tensor, torch.dtype]:
         return {layer.weight: layer.narrow_dtype for layer in self._layers if layer.narrow_dtype is not None}
 
-    @property
-    def variant(self) -> Hashable:
-        """What a captured CUDA graph of the current window contains; None for the ordinary layers."""
-        return None if self._store is None else self.copies.num_allocations
-
     def _find(self, parameters: Sequence[Tensor]) -> None:
         if self.obstacle is not None:
             return
-        known = {layer.module: layer for layer in self._layers}
-        found = find_fusable_layers(self._model, parameters)
+        known = {layer.fusable: layer for layer in self._layers}
+        found, repeated = find_fusable_layers(self._model, parameters), self.sums.repeated
         self.reasons = found.reasons
-        if self._repeated:
+        if repeated:
             names = {module: name for name, module in self._model.named_modules()}
-            self.reasons |= {names[module]: _SEVERAL_USES for module, w in found.layers if w in self._repeated}
+            self.reasons |= {names[each.module]: _SEVERAL_USES for each in found.layers if each.weight in repeated}
         self._layers = [
-            known[module] if module in known and known[module].weight is weight else _Layer(self, module, weight)
-            for module, weight in found.layers
-            if weight not in self._repeated
+            known.get(each) or FusedLayer(self.sums, each) for each in found.layers if each.weight not in repeated
         ]
-        self._weights = {layer.weight for layer in self._layers}
+        if self._parts == "copies":
+            self._layers = [layer for layer in self._layers if isinstance(layer.module, nn.Linear)]
 
     @contextmanager
     def window(self, sums: FusableSums, take: _Take) -> Iterator[_Take]:
@@ -163,9 +149,10 @@ class FusedGradients:
         if not self._layers:
             yield take
             return
-        self._store, self.is_partial = sums.store, False
+        self.sums.open(sums.store, self._layers)
         sums.fuse(self)
         self.copies.mark_stale()
+        self._is_open = True
         self._install()
 
         def prepare_and_take(rows: Sequence[int]) -> Any:
@@ -176,13 +163,18 @@ class FusedGradients:
             yield prepare_and_take
         finally:
             self._remove()
-            self._store, self._state = None, _State.IDLE
+            self._is_open = False
+            self.sums.close()
 
     def _install(self) -> None:
         adds = self._parts != "copies"
-        self._removers += [
-            install(layer.module, layer.key, adds=adds, copy=self.copies.get(layer.weight)) for layer in self._layers
-        ]
+        for layer in self._layers:
+            module, is_tied = layer.module, layer.is_tied and adds
+            if isinstance(module, nn.Linear):
+                copied = self.copies.get(layer.weight)
+                self._removers.append(install(module, layer.key, adds=adds, copy=copied, is_tied=is_tied))
+            else:
+                self._removers.append(install_embedding(module, layer.key))
 
     def _remove(self) -> None:
         while self._removers:
@@ -192,11 +184,11 @@ class FusedGradients:
     def paused(self) -> Iterator[None]:
         """Let other code run the model and its backwards inside."""
         self._remove()
-        self._state = _State.PAUSED
+        self.sums.pause()
         try:
             yield
         finally:
-            self._state = _State.IDLE
+            self.sums.resume()
             self._install()
 
     def _prepare_microbatch(self) -> None:
@@ -210,92 +202,14 @@ class FusedGradients:
 
     def begin_backward(self, loss: Tensor, only: Sequence[Tensor] | None) -> None:
         """Let layers add to the sums; arguments are those of `GradientSums.backward`."""
-        if not self._knows_uses:
-            uses = count_uses(loss, self._weights)
-            self._repeated |= {weight for weight, found in uses.items() if found.number > 1}
-            self._knows_uses = True
-        self._only = None if only is None else set(map(id, only))
-        self._num_added.clear()
-        self._state = _State.ADDING
+        if self._parts != "copies":
+            self.sums.begin(loss, only)
 
     def end_backward(self, loss: Tensor, *, succeeded: bool) -> None:
-        """Note which weights have received a gradient."""
-        self._state = _State.IDLE
-        if not succeeded:
-            self.is_partial = self.is_partial or self._may_be_partial(loss)
-        elif len(self._once) < len(self._layers):
-            self._once |= {weight for weight, number in self._num_added.items() if number == 1}
-            self._repeated |= {weight for weight, number in self._num_added.items() if number > 1}
-
-    def _may_be_partial(self, loss: Tensor) -> bool:
-        """Return whether a weight received a part of its gradient in a backward that failed."""
-        uses = count_uses(loss, self._num_added)
-        for weight in self._num_added:
-            found = uses.get(weight)
-            if found is None or found.number > 1 or (found.is_compiled and weight not in self._once):
-                return True
-        return False
+        """Complete the sums."""
+        if self._parts != "copies":
+            self.sums.end(loss, succeeded=succeeded)
 
     def adds_to(self, weight: Tensor) -> bool:
         """Return whether a layer may add to the sum of a weight, which autograd then sees without a gradient."""
-        return self._parts != "copies" and weight in self._weights
-
-    def accepts_gradient(self, layer: "_Layer") -> bool:
-        """Return whether a layer that is not compiled adds to its sum, instead of returning its gradient."""
-        return self._state is _State.ADDING and self._parts != "copies" and layer.weight not in self._repeated
-
-    def add(self, layer: "_Layer", output_gradient: Tensor, inputs: Tensor) -> None:
-        """Add a gradient to the sum of a weight, unless an attempt that ran out of memory has added it."""
-        weight, store = layer.weight, self._store
-        if store is None or (self._only is not None and id(weight) not in self._only):
-            return
-        if (total := store.get(weight)) is None:
-            store.set(weight, weight_gradient(output_gradient, inputs, store.dtype_of(weight)))
-        else:
-            add_weight_gradient_(total, output_gradient, inputs)
-        self._num_added[weight] += 1
-
-    def add_compiled(self, layer: "_Layer", output_gradient: Tensor, inputs: Tensor) -> None:
-        """As `add`, for code that cannot return a gradient.
-
-        Raises:
-            WindowStateError: The backward is not that of the window.
-        """
-        if self._state is _State.IDLE:
-            raise WindowStateError(
-                "loss_fn differentiates compiled layers by itself, and the gradients of their weights would be added "
-                "to those of the window: pass fuse_gradients=False."
-            )
-        if self._state is _State.ADDING:
-            self.add(layer, output_gradient, inputs)
-
-
-class _Layer:
-    """A linear layer that takes part; its key refers to it weakly.
-
-    Attributes:
-        narrow_dtype: To which micro-batches cast the weight; None to none. Expected to be bfloat16 on CUDA, until the
-            first backward.
-    """
-
-    def __init__(self, owner: FusedGradients, module: nn.Linear, weight: Tensor) -> None:
-        self._owner = owner
-        self.module = module
-        self.weight = weight
-        self.key = make_key(self)
-        is_wide = weight.dtype is torch.float32 and weight.is_cuda
-        self.narrow_dtype: torch.dtype | None = torch.bfloat16 if is_wide else None
-
-    def accepts_gradient(self, inputs: Tensor) -> bool:
-        self._note(inputs)
-        return self._owner.accepts_gradient(self)
-
-    def add(self, output_gradient: Tensor, inputs: Tensor) -> None:
-        self._owner.add(self, output_gradient, inputs)
-
-    def add_compiled(self, output_gradient: Tensor, inputs: Tensor) -> None:
-        self._note(inputs)
-        self._owner.add_compiled(self, output_gradient, inputs)
-
-    def _note(self, inputs: Tensor) -> None:
-        self.narrow_dtype = inputs.dtype if inputs.dtype != self.weight.dtype else None
+        return self._parts != "copies" and weight in self.sums.weights

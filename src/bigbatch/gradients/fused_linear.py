@@ -30,11 +30,17 @@ class WeightSum(Protocol):
 
     __weakref__: Any
 
-    def accepts_gradient(self, inputs: Tensor) -> bool:
+    def accepts_gradient(self, inputs: Tensor | None) -> bool:
         """Return whether the running backward is to add to the sum, instead of returning the gradient to autograd."""
 
     def add(self, output_gradient: Tensor, inputs: Tensor) -> None:
         """Add a gradient, ``output_gradientᵀ · inputs``."""
+
+    def add_rows(self, places: Tensor, rows: Tensor) -> None:
+        """Add rows of a gradient at their places."""
+
+    def add_whole(self, gradient: Tensor) -> None:
+        """Add a gradient of the weight, which may be written to from then on."""
 
     def add_compiled(self, output_gradient: Tensor, inputs: Tensor) -> None:
         """Add a gradient in compiled code, which cannot return it to autograd."""
@@ -51,12 +57,18 @@ def make_key(weight_sum: WeightSum) -> Tensor:
     return torch.tensor(number)
 
 
+def find_sum(key: Tensor) -> WeightSum | None:
+    """Return the sum that a key refers to; None if it has been deleted."""
+    return _SUMS.get(int(key))
+
+
 class FusedLinear(nn.Linear):
     """What `install` makes of an ``nn.Linear``: the same parameters, outputs and gradients."""
 
     _bigbatch_key: Tensor
     _bigbatch_adds: bool  # else autograd receives the gradient of the weight
     _bigbatch_copy: Tensor | None  # of the weight
+    _bigbatch_is_tied: bool  # to an embedding
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in torch
         """Compute ``input · weightᵀ + bias``."""
@@ -79,7 +91,9 @@ class FusedLinear(nn.Linear):
         return output
 
 
-def install(linear: nn.Linear, key: Tensor, *, adds: bool, copy: Tensor | None) -> Callable[[], None]:
+def install(
+    linear: nn.Linear, key: Tensor, *, adds: bool, copy: Tensor | None, is_tied: bool = False
+) -> Callable[[], None]:
     """Make a `FusedLinear` of a layer that is exactly an ``nn.Linear``; return a function that undoes it.
 
     Args:
@@ -87,9 +101,10 @@ def install(linear: nn.Linear, key: Tensor, *, adds: bool, copy: Tensor | None) 
         key: Of the sum of its weight.
         adds: Whether compiled code adds to the sum.
         copy: Of the weight, in a narrower dtype.
+        is_tied: Whether an embedding has the same weight.
     """
     assert type(linear) is nn.Linear, "subclasses have a forward of their own"
-    own = {"_bigbatch_key": key, "_bigbatch_adds": adds, "_bigbatch_copy": copy}
+    own = {"_bigbatch_key": key, "_bigbatch_adds": adds, "_bigbatch_copy": copy, "_bigbatch_is_tied": is_tied}
     linear.__dict__.update(own)
     linear.__class__ = FusedLinear
 
@@ -147,7 +162,7 @@ def _add_or_return(key: Tensor | None, output_gradient: Tensor, inputs: Tensor, 
         if torch.compiler.is_compiling():
             torch.ops.bigbatch.add_weight_gradient(key, output_gradient, inputs)
             return None
-        weight_sum = _SUMS.get(int(key))
+        weight_sum = find_sum(key)
         if weight_sum is not None and weight_sum.accepts_gradient(inputs):
             weight_sum.add(output_gradient, inputs)
             return None
@@ -155,7 +170,7 @@ def _add_or_return(key: Tensor | None, output_gradient: Tensor, inputs: Tensor, 
 
 
 def _add_compiled(key: Tensor, output_gradient: Tensor, inputs: Tensor) -> None:
-    weight_sum = _SUMS.get(int(key))
+    weight_sum = find_sum(key)
     if weight_sum is None:
         raise RuntimeError("the graph of a window was differentiated after its engine was deleted.")
     weight_sum.add_compiled(output_gradient, inputs)

@@ -249,7 +249,7 @@ class GradientSums:
     @property
     def can_name_leaves(self) -> bool:
         """Whether ``only`` is supported: reentrant checkpoints, hooks with a backward and FSDP hide their leaves."""
-        return not self._hides_leaves and not (self._fused is not None and self._fused.is_partial)
+        return not self._hides_leaves and not (self._fused is not None and self._fused.sums.is_partial)
 
     def snapshot_versions(self) -> SumVersions:
         """Return every sum with its version after the last backward, for `unchanged_since`."""

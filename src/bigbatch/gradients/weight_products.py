@@ -45,6 +45,17 @@ def add_weight_gradient_(total: Tensor, output_gradient: Tensor, inputs: Tensor)
         torch.autograd.graph.increment_version(total)
 
 
+def add_rows_(total: Tensor, places: Tensor, rows: Tensor) -> None:
+    """Add rows to a sum, ``total[places[i]] += rows[i]`` for each i, in the same order in every run.
+
+    Args:
+        total: ``[out, in]``.
+        places: int ``[rows]``; places may repeat.
+        rows: ``[rows, in]``, of any floating dtype.
+    """
+    total.index_put_((places,), rows.to(total.dtype), accumulate=True)
+
+
 def _multiplies_wide(operand: Tensor, dtype: torch.dtype) -> bool:
     """Return whether cuBLAS has a product of these operands with a result in ``dtype``."""
     if dtype is not torch.float32 or operand.dtype not in _HALF or not operand.is_cuda:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbatch.gradients.fused_embedding import weight_for_loss
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss, count_items
@@ -139,7 +140,7 @@ class ChunkedCausalLMLoss:
         with self._device_spec.autocast():
             loss_sum = linear_cross_entropy(
                 hidden.flatten(0, 1),
-                head.linear.weight,
+                weight_for_loss(head.linear),
                 head.linear.bias,
                 labels.flatten(),
                 weights=None if weights is None else weights.flatten(),
