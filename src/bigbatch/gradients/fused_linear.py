@@ -91,6 +91,11 @@ class FusedLinear(nn.Linear):
         return output
 
 
+def is_exactly_linear(module: object) -> bool:
+    """Return whether a module is an ``nn.Linear``, fused at the moment or not, and of no other subclass."""
+    return type(module) in (nn.Linear, FusedLinear)
+
+
 def install(
     linear: nn.Linear, key: Tensor, *, adds: bool, copy: Tensor | None, is_tied: bool = False
 ) -> Callable[[], None]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbatch.gradients.fused_embedding import weight_for_loss
+from bigbatch.gradients.fused_linear import is_exactly_linear
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss, count_items
@@ -63,7 +64,7 @@ def find_lm_head(model: Any) -> LmHead | None:
     if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
         return None
     linear = base.get_output_embeddings()
-    if type(linear) is not nn.Linear:
+    if not is_exactly_linear(linear):
         return None
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     softcaps = (getattr(config, name, None) for name in SOFTCAPS)
