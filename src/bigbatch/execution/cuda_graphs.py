@@ -26,7 +26,7 @@ from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
-MAX_GRAPHS = 32  # of a variant, one for each shape of a micro-batch; that which was not used for longest is dropped first
+MAX_GRAPHS = 32  # of a variant, one for each shape of a micro-batch; that not used for longest is dropped first
 
 # The variant of the backward, as `GradientSums.variant`; and what else a graph depends on.
 _Key: TypeAlias = tuple[Hashable, ...]
