@@ -20,10 +20,13 @@ def weight_gradient(output_gradient: Tensor, inputs: Tensor, dtype: torch.dtype)
         inputs: ``[rows, in]``, of the same dtype.
         dtype: That of the operands, or float32 for operands in bfloat16 or float16.
     """
-    left = output_gradient.t()
     if _multiplies_wide(output_gradient, dtype):
-        return torch.mm(left, inputs, out_dtype=dtype)
-    return torch.mm(left.to(dtype), inputs.to(dtype))
+        return torch.mm(output_gradient.t(), inputs, out_dtype=dtype)
+    if output_gradient.dtype == dtype:
+        return torch.mm(output_gradient.t(), inputs)
+    total = inputs.new_zeros(output_gradient.shape[1], inputs.shape[1], dtype=dtype)
+    _add_in_parts_(total, output_gradient, inputs)
+    return total
 
 
 def add_weight_gradient_(total: Tensor, output_gradient: Tensor, inputs: Tensor) -> None:
@@ -36,13 +39,28 @@ def add_weight_gradient_(total: Tensor, output_gradient: Tensor, inputs: Tensor)
         output_gradient: As for `weight_gradient`.
         inputs: As for `weight_gradient`.
     """
-    version, left = total._version, output_gradient.t()
+    version = total._version
     if _multiplies_wide(output_gradient, total.dtype):
-        torch.addmm(total, left, inputs, out_dtype=total.dtype, out=total)
+        torch.addmm(total, output_gradient.t(), inputs, out_dtype=total.dtype, out=total)
+    elif output_gradient.dtype == total.dtype:
+        total.addmm_(output_gradient.t(), inputs)
     else:
-        total.addmm_(left.to(total.dtype), inputs.to(total.dtype))
+        _add_in_parts_(total, output_gradient, inputs)
     if total._version == version:  # inside an operator torch does not count writes
         torch.autograd.graph.increment_version(total)
+
+
+def _add_in_parts_(total: Tensor, output_gradient: Tensor, inputs: Tensor) -> None:
+    """Add a product of converted operands: as many rows at a time as are no larger than the sum."""
+    width, height = total.shape
+    size = min(len(inputs), max(1, total.numel() // (width + height)))
+    left, right = total.new_empty(size, width), total.new_empty(size, height)
+    for start in range(0, len(inputs), size or 1):  # nothing is allocated from here on: all parts are added, or none
+        part = slice(start, start + size)
+        number = len(inputs[part])
+        left[:number].copy_(output_gradient[part])
+        right[:number].copy_(inputs[part])
+        total.addmm_(left[:number].t(), right[:number])
 
 
 def add_rows_(total: Tensor, places: Tensor, rows: Tensor) -> None:
