@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import bigbatch
 from bigbatch.errors import InputError
 from bigbatch.gradients import direct_sums, weight_products
-from bigbatch.gradients.fused_embedding import FusedEmbedding, weight_for_loss
+from bigbatch.gradients.fused_embedding import FusedEmbedding, weights_for_loss
 from bigbatch.gradients.fused_linear import FusedLinear
 from bigbatch.lm.model.linear_cross_entropy import linear_cross_entropy
 
@@ -80,8 +80,9 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
 def chunked_loss_fn(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The same loss, which uses the weight of the head, and not its forward."""
     tokens, labels = batch
-    hidden, weight = model.hidden(tokens).flatten(0, 1), weight_for_loss(model.head)
-    return linear_cross_entropy(hidden, weight, None, labels.flatten(), chunk_tokens=4), (labels != -100).sum()
+    hidden, (weight, narrow) = model.hidden(tokens).flatten(0, 1), weights_for_loss(model.head)
+    loss_sum = linear_cross_entropy(hidden, weight, None, labels.flatten(), narrow_weight=narrow, chunk_tokens=4)
+    return loss_sum, (labels != -100).sum()
 
 
 def autocast_loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -304,15 +305,30 @@ def test_compiled_layer_that_runs_twice_gives_full_gradient(compiled: str) -> No
     assert engine.fused.reasons == dict.fromkeys(["blocks.0.up", "blocks.0.down"], SEVERAL)
 
 
-def test_copies_change_no_bit_under_autocast() -> None:
-    ordinary, _ = run(make(torch.float32), autocast_loss_fn, fuse=False)
-    optimizer, engine = run(make(torch.float32), autocast_loss_fn, fuse="copies")
+@pytest.mark.parametrize("loss", [loss_fn, chunked_loss_fn])
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_change_no_bit_under_autocast(loss: Callable[..., Any], tied: bool) -> None:
+    def autocast(model: Any, batch: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(model, batch)
+
+    ordinary, _ = run(make(torch.float32, tied=tied), autocast, fuse=False)
+    optimizer, engine = run(make(torch.float32, tied=tied), autocast, fuse="copies")
+    assert is_equal(optimizer, ordinary)
+    if tied or loss is chunked_loss_fn:
+        assert engine.fused.copies.get(engine.model.head.weight) is not None or not tied
+        return
     assert engine.fused.copies.num_bytes == 2 * sum(
         p.numel() for n, p in engine.model.named_parameters() if is_fused(n)
     )
-    for one, other in zip(optimizer.seen, ordinary.seen, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[i], other[i]) for i in one)
+
+
+def is_equal(optimizer: RecordingSGD, other: RecordingSGD) -> bool:
+    pairs = zip(optimizer.seen, other.seen, strict=True)
+    return all(
+        first.keys() == second.keys() and all(torch.equal(first[i], second[i]) for i in first)
+        for first, second in pairs
+    )
 
 
 def is_fused(name: str) -> bool:

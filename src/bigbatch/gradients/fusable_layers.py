@@ -62,9 +62,9 @@ def find_fusable_layers(model: nn.Module, parameters: Iterable[Tensor]) -> Fusab
 
 
 def copied_bytes(model: nn.Module, parameters: Iterable[Tensor]) -> int:
-    """Return the memory of narrow copies of the float32 weights of fusable linear layers, those of embeddings aside."""
+    """Return the memory of narrow copies of the float32 weights of fusable linear layers."""
     layers = find_fusable_layers(model, parameters).layers
-    copied = (layer.weight for layer in layers if isinstance(layer.module, nn.Linear) and not layer.is_tied)
+    copied = (layer.weight for layer in layers if isinstance(layer.module, nn.Linear))
     return sum(2 * weight.numel() for weight in copied if weight.dtype is torch.float32)
 
 

@@ -42,15 +42,18 @@ def install_embedding(embedding: nn.Embedding, key: Tensor) -> Callable[[], None
     return remove
 
 
-def weight_for_loss(linear: nn.Linear) -> Tensor:
-    """Return the weight of a linear layer, for a loss that uses it without the layer's forward.
+def weights_for_loss(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return the weight of a linear layer and its copy, for a loss that uses it without the layer's forward.
 
-    If it is tied to an embedding that adds to a sum, so does the gradient of the tensor that is returned.
+    If it is tied to an embedding that adds to a sum, so does the gradient of the tensor that is returned. The copy is
+    in a narrower dtype; None if there is none.
     """
-    if type(linear) is not FusedLinear or not linear._bigbatch_is_tied or torch.compiler.is_compiling():
-        return linear.weight
-    weight: Tensor = _TiedWeight.apply(linear.weight, linear._bigbatch_key)  # type: ignore[no-untyped-call]
-    return weight
+    if type(linear) is not FusedLinear or torch.compiler.is_compiling():
+        return linear.weight, None
+    weight: Tensor = linear.weight
+    if linear._bigbatch_is_tied:
+        weight = _TiedWeight.apply(weight, linear._bigbatch_key)  # type: ignore[no-untyped-call]
+    return weight, linear._bigbatch_copy
 
 
 class _Embedding(torch.autograd.Function):

@@ -117,7 +117,13 @@ class FusedGradients:
         return sum(w.numel() * dtype.itemsize for w, dtype in self._narrow_dtypes().items())
 
     def _narrow_dtypes(self) -> dict[Tensor, torch.dtype]:
-        return {layer.weight: layer.narrow_dtype for layer in self._layers if layer.narrow_dtype is not None}
+        """Return the dtypes of copies; weights that are shared with an embedding follow all others."""
+        found = {layer.weight: layer.narrow_dtype for layer in self._layers if layer.narrow_dtype is not None}
+        dtypes = set(found.values())
+        if len(dtypes) == 1:
+            tied = (each.weight for each in self._layers if each.is_tied and each.weight.dtype is torch.float32)
+            found |= dict.fromkeys(tied, *dtypes)
+        return found
 
     def _find(self, parameters: Sequence[Tensor]) -> None:
         if self.obstacle is not None:

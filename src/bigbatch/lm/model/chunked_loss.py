@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbatch.gradients.fused_embedding import weight_for_loss
+from bigbatch.gradients.fused_embedding import weights_for_loss
 from bigbatch.gradients.fused_linear import is_exactly_linear
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
@@ -138,12 +138,14 @@ class ChunkedCausalLMLoss:
         with self._device_spec.autocast():
             hidden = hidden_states(model, head, **inputs)
         # A second context: the first would keep its own cast copy of the head's weight.
+        weight, narrow_weight = weights_for_loss(head.linear)
         with self._device_spec.autocast():
             loss_sum = linear_cross_entropy(
                 hidden.flatten(0, 1),
-                weight_for_loss(head.linear),
+                weight,
                 head.linear.bias,
                 labels.flatten(),
+                narrow_weight=narrow_weight,
                 weights=None if weights is None else weights.flatten(),
                 chunk_tokens=self._chunk_tokens,
                 softcap=head.softcap,
