@@ -71,8 +71,8 @@ class Engine:
         cuda_graphs: Whether micro-batches of shapes that were run before are replayed as one CUDA graph: the same
             gradients with less work for the host. Only for a ``loss_fn`` of one term that depends on the micro-batch
             and the model only, and never reads a value back to the host.
-        fuse_gradients: Whether ``nn.Linear`` layers add the gradients of their weights to the sums within the products,
-            one rounding fewer, and under autocast cast float32 weights once a window: True; or ``"auto"``, on CUDA; or
+        fuse_gradients: Whether linear layers and embeddings add gradients of weights to the sums by themselves, one
+            rounding fewer, and float32 weights are cast once a window under autocast: True; or ``"auto"``, on CUDA; or
             ``"sums"`` or ``"copies"``, one of the two. Windows that measure the noise scale run without it.
         count_items: ``count_items(batch) → {term: items}``, needed for a loss of several terms.
         batch_norm: ``"exact"`` for batch norm over the whole batch, all ranks included, whose running statistics move
