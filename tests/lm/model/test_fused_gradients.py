@@ -9,10 +9,12 @@ from torch import Tensor
 import bigbatch
 from bigbatch.gradients import direct_sums, weight_products
 from bigbatch.lm.bench.workload import W_SMALL
+from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.model.setup import set_up_model
 
 pytestmark = [  # of torch's compiler, which hides both unless warnings are errors
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -90,3 +92,42 @@ def test_tied_weight_counts_once_after_out_of_memory(
         found, _, retries = gradient(True, 3)
         assert retries == 1
         assert error(found, expected) <= 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+def test_packed_rows_in_graphs_give_the_same_gradient() -> None:
+    """As `bigbatch train` sets a model up on CUDA: packed, compiled, chunked, captured, under bf16 autocast."""
+    torch._dynamo.reset()
+    model = W_SMALL.make_model("cuda", vocab_size=20_000)
+    batch = [{"input_ids": ids, "labels": ids} for ids in W_SMALL.make_sequences(vocabulary=20_000)]
+    config = TrainConfig(model="w-small", max_length=W_SMALL.longest).resolved()
+    spec = DeviceSpec(torch.device("cuda", 0), "bf16")
+    run = set_up_model(model, config, spec, pad_id=0, longest=W_SMALL.longest)
+    found: list[list[Tensor]] = []
+    for fuse_gradients in (False, "copies", True):
+        engine = bigbatch.Engine(
+            run.model,
+            None,
+            run.loss_fn,
+            microbatch=bigbatch.TokenBudget(512),
+            collate=run.collate,
+            lengths=lambda samples: [len(sample["input_ids"]) for sample in samples],
+            layout=run.layout,
+            cuda_graphs=True,
+            fuse_gradients=fuse_gradients,
+            noise=False,
+            check=False,
+        )
+        for _ in range(3):
+            engine.backward(batch)
+        assert engine.runner.disabled_reason is None
+        found.append([parameter.grad.double().flatten() for parameter in run.model.parameters()])
+        if fuse_gradients:
+            assert engine.fused.reasons == {}
+            linear = sum(p.numel() for n, p in run.model.named_parameters() if p.ndim == 2)
+            assert engine.fused.copies.num_bytes == 2 * linear
+        engine.release_cuda_graphs()
+    ordinary, copied, fused = map(torch.cat, found)
+    assert torch.equal(copied, ordinary)
+    assert torch.nn.functional.cosine_similarity(fused, ordinary, dim=0) > 0.99995
