@@ -124,6 +124,18 @@ def test_memory_parts_are_named_and_add_up() -> None:
     assert 2 * logits <= prediction.parts["loss"] <= 4 * logits
 
 
+def test_copies_of_weights_count_in_every_phase() -> None:
+    model = Decoder()
+    optimizer = OPTIMIZERS["fused AdamW"](model.parameters())
+    without, with_copies = (
+        PeakPredictor.from_training(model, optimizer, loss_fn, copies_bytes=num_bytes).predict(tokens(16))
+        for num_bytes in (0, 4096)
+    )
+    assert {name: peak + 4096 for name, peak in without.phases.items()} == with_copies.phases
+    assert with_copies.parts["parameters"] == without.parts["parameters"] + 4096
+    assert with_copies.resident_bytes == without.resident_bytes + 4096
+
+
 def test_bfloat16_weights_have_float32_sums() -> None:
     model = Decoder().bfloat16()
     parts = (

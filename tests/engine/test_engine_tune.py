@@ -112,6 +112,29 @@ def test_tensor_step_stays_within_requested_memory(limit: Limit) -> None:
     assert 0.8 * usable <= peak_of_a_step(engine, batch) <= 1.005 * usable
 
 
+def test_copies_of_weights_are_kept_only_where_they_fit(limit: Limit) -> None:
+    def narrow_loss_fn(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_fn(model, tokens)
+
+    def tuned(batch: list[Tensor], usable: int) -> tuple[Engine, MicrobatchChoice]:
+        engine = engine_of(make(width=64), narrow_loss_fn, noise=False, fuse_gradients=True, **LISTED)
+        limit(engine, 16 * MIB).step(batch)  # shows the dtype of the copies
+        assert engine.fused.expected_copies_bytes > 0
+        return engine, limit(engine, usable).tune(batch)
+
+    engine, chosen = tuned(MANY, 16 * MIB)
+    assert engine.fused.copies.obstacle is None
+    engine.set_microbatch(replace(chosen, size=chosen.largest))
+    assert peak_of_a_step(engine, MANY) <= 1.005 * 16 * MIB
+    copies, short = engine.fused.copies.num_bytes, samples(*[4] * 8)
+    static = 4 * sum(parameter.nbytes for parameter in engine.model.parameters())
+    tight, _ = tuned(short, static + 3 * copies)
+    assert tight.fused.copies.obstacle == "micro-batches need the memory"
+    tight.step(short)
+    assert tight.fused.copies.num_bytes == 0 < copies
+
+
 def test_padded_tensor_with_lengths_stays_within_requested_memory(limit: Limit) -> None:
     """Its rows are as wide as it is, however short the samples in them are."""
     usable, batch = 16 * MIB, collate(MANY)

@@ -34,7 +34,7 @@ class NoiseObserver:
 
     def __init__(self) -> None:
         self.estimator = NoiseScaleEstimator()
-        self._measures_every_window = False
+        self._measures_every_window = self._measures_whole_windows = False
         self._squared_norm_sum: Tensor | None = None  # stays in place: captured CUDA graphs add to it
         self._norms: list[Tensor] = []
         self._is_measuring = False
@@ -45,7 +45,11 @@ class NoiseObserver:
 
     def measure_every_window(self) -> None:
         """Measure all micro-batches of all windows: a captured CUDA graph contains the measurement, or never does."""
-        self._measures_every_window = True
+        self._measures_every_window = self._measures_whole_windows = True
+
+    def measure_whole_windows(self) -> None:
+        """Measure all micro-batches of a measured window: their CUDA graphs are others than those of other windows."""
+        self._measures_whole_windows = True
 
     def attach(self, sums: GradientSums, microbatches: Iterable[Any], *, samples: int | None) -> None:
         """Start a window: observe its sums, unless this window is not to be measured.
@@ -67,7 +71,7 @@ class NoiseObserver:
             total = self._squared_norm_sum = torch.zeros((), dtype=dtype, device=device)
         total.zero_()
         self._is_measuring, self._samples = True, float(samples or 0)
-        if self._measures_every_window:
+        if self._measures_whole_windows:
             sums.observe(self)
             return
         self._parameters = sums.parameters

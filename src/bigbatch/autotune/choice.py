@@ -73,7 +73,8 @@ class _Search:
         self._budget = budget
         self._prediction_failure = prediction_failure
         self._predictor: PeakPredictor | None = None
-        self._unprobed_bytes = 0  # allocated by a window but not by a probe: optimizer state, copies of buffers
+        # Allocated by a window but not by a probe: optimizer state, copies of buffers and of weights.
+        self._unprobed_bytes = problem.copies_bytes
         self._correction_bytes = 0  # measured peak of one sample minus its prediction
         self._update_bytes = 0  # predicted peak of the update, if only that is predicted
         self._peaks: dict[tuple[int, int, int], float] = {}
@@ -140,10 +141,12 @@ class _Search:
 
     def _build_predictor(self) -> PeakPredictor:
         problem = self._problem
-        predictor = PeakPredictor.from_training(problem.model, problem.optimizer, problem.loss_fn)
+        predictor = PeakPredictor.from_training(
+            problem.model, problem.optimizer, problem.loss_fn, copies_bytes=problem.copies_bytes
+        )
         existing = AllocationTracker(predictor.device)
         existing.track(state_of(problem.optimizer), MemoryCategory.OPTIMIZER)
-        self._unprobed_bytes = predictor.state_bytes - existing.live_bytes.total()
+        self._unprobed_bytes += predictor.state_bytes - existing.live_bytes.total()
         return predictor
 
     def _peak_of(self, size: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bigbatch.errors import BigbatchError, first_line
-from bigbatch.memory.allocation_tracker import tensors_in
+from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory, tensors_in
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -112,3 +112,33 @@ def attention_without_dropout() -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = attention
+
+
+@contextmanager
+def loss_tracked_separately(tracker: AllocationTracker, model: nn.Module) -> Iterator[None]:
+    """Categorize allocations of forward and backward as loss or activations.
+
+    The outputs of the model and everything computed from them belong to the loss; in backward, so do allocations of
+    autograd nodes that were created after the outputs.
+    """
+    last_model_node = [-1]
+
+    def after_forward(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        tensors = tensors_in(outputs)
+        tracker.track(tensors, MemoryCategory.LOSS)
+        tracker.set_category(part)
+        nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        last_model_node[0] = max((node._sequence_nr() for node in nodes), default=-1)
+
+    def part() -> MemoryCategory:
+        node = torch._C._current_autograd_node()
+        if node is None or ("AccumulateGrad" not in node.name() and node._sequence_nr() > last_model_node[0]):
+            return MemoryCategory.LOSS
+        return MemoryCategory.ACTIVATIONS
+
+    tracker.set_category(MemoryCategory.ACTIVATIONS)
+    handle = model.register_forward_hook(after_forward)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -26,6 +26,7 @@ from bigbatch.autotune.fake_tensors import (
     attention_without_dropout,
     errors_as_prediction_errors,
     fake_copies,
+    loss_tracked_separately,
     proxy_device,
 )
 from bigbatch.batching.batch_types import flatten
@@ -83,6 +84,7 @@ class PeakPredictor:
         loss_fn: As for `bigbatch.Engine`.
         device: Device that the prediction is for; by default that of the fake tensors.
         original: The model that ``model`` is a copy of: its attributes are restored, should ``loss_fn`` run it.
+        copies_bytes: Memory of the copies of weights that windows hold in addition.
 
     Attributes:
         device: Device that the prediction is for.
@@ -98,6 +100,7 @@ class PeakPredictor:
         *,
         device: torch.device | None = None,
         original: nn.Module | None = None,
+        copies_bytes: int = 0,
     ) -> None:
         self._mode = mode
         self._model = model
@@ -110,6 +113,7 @@ class PeakPredictor:
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
         with errors_as_prediction_errors(), mode, AllocationTracker(self._fake_device, unit=self._unit) as tracker:
             self._create_state()
+            self._copies = torch.empty(copies_bytes, dtype=torch.uint8, device=self._fake_device)
             tracker.track(state_of(optimizer), MemoryCategory.OPTIMIZER)
         self.state_bytes = tracker.live_bytes[MemoryCategory.OPTIMIZER]
 
@@ -121,6 +125,7 @@ class PeakPredictor:
         loss_fn: "LossFunction",
         *,
         device: torch.device | None = None,
+        copies_bytes: int = 0,
     ) -> "PeakPredictor":
         """Build a predictor from fake copies of a model and its optimizer; the originals are not modified.
 
@@ -129,13 +134,14 @@ class PeakPredictor:
             optimizer: Over the parameters of ``model``; or several.
             loss_fn: As for `bigbatch.Engine`.
             device: Device that the step will run on, available or not; by default that of the parameters.
+            copies_bytes: As for the class.
 
         Raises:
             PredictionError: The model or the optimizer cannot be copied, or its state cannot be created without data.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copies = fake_copies(mode, model, as_optimizers(optimizer), None if device is None else proxy_device(device))
-        return cls(mode, *copies, loss_fn, device=device, original=model)
+        return cls(mode, *copies, loss_fn, device=device, original=model, copies_bytes=copies_bytes)
 
     def predict(self, microbatch: Any) -> Prediction:
         """Predict the peak of one micro-batch and the update.
@@ -186,7 +192,8 @@ class PeakPredictor:
 
     def _track(self, tracker: AllocationTracker, sums: GradientSums) -> None:
         """Track what is allocated before the micro-batch starts."""
-        tracker.track([*self._model.parameters(), *self._model.buffers(), *self._parameters], MemoryCategory.PARAMETERS)
+        resident = [*self._model.parameters(), *self._model.buffers(), *self._parameters, self._copies]
+        tracker.track(resident, MemoryCategory.PARAMETERS)
         tracker.track(state_of(self._optimizers), MemoryCategory.OPTIMIZER)
         tracker.set_category(MemoryCategory.GRADIENTS)
         sums.fill_missing_with_zeros()
@@ -202,7 +209,7 @@ class PeakPredictor:
             engine_tensors.append(self._fake_inputs(microbatch))
         engine_bytes = tracker.live_bytes.total() - resident_bytes
         phases = {}
-        with _loss_tracked_separately(tracker, self._model):
+        with loss_tracked_separately(tracker, self._model):
             tracker.reset_peak()
             terms = as_terms(self._loss_fn(self._model, self._fake_inputs(microbatch)))
             loss = reduce(add, (loss_sum for loss_sum, _ in terms.values()))
@@ -262,36 +269,6 @@ class _Phase:
         phase = cls(tracker.peak_bytes, tracker.parts_at_peak.copy())
         tracker.reset_peak()
         return phase
-
-
-@contextmanager
-def _loss_tracked_separately(tracker: AllocationTracker, model: nn.Module) -> Iterator[None]:
-    """Categorize allocations of forward and backward as loss or activations.
-
-    The outputs of the model and everything computed from them belong to the loss; in backward, so do allocations of
-    autograd nodes that were created after the outputs.
-    """
-    last_model_node = [-1]
-
-    def after_forward(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        tensors = tensors_in(outputs)
-        tracker.track(tensors, MemoryCategory.LOSS)
-        tracker.set_category(part)
-        nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-        last_model_node[0] = max((node._sequence_nr() for node in nodes), default=-1)
-
-    def part() -> MemoryCategory:
-        node = torch._C._current_autograd_node()
-        if node is None or ("AccumulateGrad" not in node.name() and node._sequence_nr() > last_model_node[0]):
-            return MemoryCategory.LOSS
-        return MemoryCategory.ACTIVATIONS
-
-    tracker.set_category(MemoryCategory.ACTIVATIONS)
-    handle = model.register_forward_hook(after_forward)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def state_of(optimizer: "Optimizer | Sequence[Optimizer] | None") -> list[Tensor]:

@@ -13,6 +13,7 @@ from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.batching.plan import Cost
 from bigbatch.batching.split import Split
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
+from bigbatch.gradients.sum_store import SumStore
 from bigbatch.memory.allocation_tracker import tensors_in
 from bigbatch.types import Layout
 
@@ -40,6 +41,7 @@ class TuningProblem:
         layout: ``"packed"`` if micro-batches are collated into one row, with the sizes of `round_up_row`.
         uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs, see `bigbatch.execution.cuda_graphs`.
         prediction_obstacle: Why the step cannot run on fake tensors, if known in advance.
+        copies_bytes: Copies of weights that windows hold in addition, which are not allocated yet.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class TuningProblem:
     layout: Layout = "padded"
     uses_cuda_graphs: bool = False
     prediction_obstacle: str | None = None
+    copies_bytes: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -65,6 +68,12 @@ class TuningProblem:
     def resident_tensors(self) -> list[Tensor]:
         """Return the tensors that are allocated already: parameters, buffers and optimizer state."""
         return [*self.model.parameters(), *self.model.buffers(), *self.parameters, *state_of(self.optimizer)]
+
+    def static_bytes(self) -> int:
+        """Return the memory that does not depend on the micro-batch: `resident_tensors` and the gradient sums."""
+        tensors = {id(tensor): tensor for tensor in self.resident_tensors()}
+        sums = sum(p.numel() * SumStore.dtype_of(p).itemsize for p in self.parameters if p.requires_grad)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + sums
 
     def peek(self, rows: Sequence[int]) -> Any:
         """Return a micro-batch on the device of the batch, which may have more memory than that of the model."""

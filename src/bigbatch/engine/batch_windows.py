@@ -18,6 +18,7 @@ from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.engine.checks import check_num_lengths
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
+from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.types import Collate, CountItems, Items, LossFunction
 from bigbatch.verification.first_window import FirstWindowCheck
 
@@ -79,9 +80,13 @@ def open_window(
     loss_fn: LossFunction,
     count_items: CountItems | None,
     first_window: FirstWindowCheck,
+    fused: FusedGradients,
     should_stop: Callable[[], bool],
 ) -> Iterator[tuple[PendingUpdate, Split]]:
-    """Split the batch, agree with the other ranks, and open a window; discard it if it does not end by itself."""
+    """Split the batch, agree with the other ranks, and open a window; discard it if it does not end by itself.
+
+    In windows that measure the noise scale, which needs the gradient of each micro-batch, no layer is fused.
+    """
     sync = accumulator.sync
     needs_agreement = sync.runs_in_lockstep or count_items is not None or runner.waits_for_ranks
     with accumulator.fail_together(before_window=needs_agreement):
@@ -101,10 +106,14 @@ def open_window(
     watched = loss_fn if first_window.is_done else first_window.watch(loss_fn, parts)
     source = Prefetcher(parts) if accumulator.device.type == "cuda" else nullcontext(parts)
     time_first = splitter.time_first
+    measures = accumulator.noise is not None and accumulator.noise.is_measuring
     with (
         pending,
         source as taken_from,
-        nullcontext(taken_from.take) if time_first.is_done else time_first.watch(taken_from.take) as take,
+        nullcontext(taken_from.take) if time_first.is_done else time_first.watch(taken_from.take) as watched_take,
+        nullcontext(watched_take)
+        if measures or fused.obstacle is not None
+        else fused.window(pending.sums, watched_take) as take,
         runner.window(WindowInputs(watched, take, lengths)),
     ):
         yield pending, parts

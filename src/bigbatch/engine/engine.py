@@ -18,15 +18,14 @@ from bigbatch.accumulation.training_state import TrainingState
 from bigbatch.autotune.choice import MicrobatchChoice
 from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget
-from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
 from bigbatch.engine.batch_windows import BatchSplitter, open_window
 from bigbatch.engine.checks import check_layout, check_loss, check_microbatch, check_ranks
+from bigbatch.engine.fused_layers import FuseGradients, make_fused_gradients
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.progress import EngineProgress
 from bigbatch.engine.tuning import choose_microbatch
-from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner_choice import make_runner
 from bigbatch.read_only import read_only
 from bigbatch.types import Collate, CountItems, Layout, LossFunction
@@ -72,6 +71,9 @@ class Engine:
         cuda_graphs: Whether micro-batches of shapes that were run before are replayed as one CUDA graph: the same
             gradients with less work for the host. Only for a ``loss_fn`` of one term that depends on the micro-batch
             and the model only, and never reads a value back to the host.
+        fuse_gradients: Whether linear layers and embeddings add gradients of weights to the sums by themselves, one
+            rounding fewer, and float32 weights are cast once a window under autocast: True; or ``"auto"``, on CUDA; or
+            ``"sums"`` or ``"copies"``, one of the two. Windows that measure the noise scale run without it.
         count_items: ``count_items(batch) → {term: items}``, needed for a loss of several terms.
         batch_norm: ``"exact"`` for batch norm over the whole batch, all ranks included, whose running statistics move
             once. Micro-batches wait for each other at each norm, each in a thread, and activations of the whole batch
@@ -93,6 +95,7 @@ class Engine:
         sync: Synchronizes gradients over ranks.
         microbatch_size: The size of micro-batches at the moment.
         runner: Runs micro-batches.
+        fused: The fused layers, and why others are not.
 
     Raises:
         TypeError: The wrapper, optimizer or scheduler is of a kind that is not supported.
@@ -112,6 +115,7 @@ class Engine:
         lengths: Callable[[Any], Sequence[int]] | None = None,
         layout: Layout = "padded",
         cuda_graphs: bool = False,
+        fuse_gradients: FuseGradients = False,
         count_items: CountItems | None = None,
         batch_norm: Literal["exact"] | None = None,
         max_grad_norm: float | None = None,
@@ -142,14 +146,13 @@ class Engine:
         if lockstep:
             self.sync.run_in_lockstep()
         check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
-        self.model, self.loss_fn = model, loss_fn
-        self.memory, self.collate = memory, collate
-        self.lengths = lengths
-        self.count_items = count_items
+        self.model, self.loss_fn, self.memory = model, loss_fn, memory
+        self.collate, self.lengths, self.count_items = collate, lengths, count_items
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
         self._splitter = BatchSplitter(self.accumulator, collate=collate, batch_dim=batch_dim, lengths=lengths)
-        self.runner = make_runner(self.accumulator, loss_fn, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
+        self.fused = make_fused_gradients(fuse_gradients, self.accumulator, is_additive=is_additive)
+        self.runner = make_runner(self.accumulator, self.fused, loss_fn, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
         self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
         self._first_window = FirstWindowCheck(
@@ -191,20 +194,17 @@ class Engine:
         """
         if self.microbatch != "auto":
             raise ValueError(f'microbatch={self.microbatch!r} is fixed: pass microbatch="auto" to have it chosen.')
-        chosen = run_on_first_rank(
-            self.sync.ranks,
-            lambda: choose_microbatch(
-                batch,
-                self.accumulator,
-                self.runner,
-                self._splitter,
-                loss_fn=self.loss_fn,
-                memory=self.memory,
-                layout=self.layout,
-                uniform_length=self.collate is None,
-            ),
+        choice = choose_microbatch(
+            batch,
+            self.accumulator,
+            self.runner,
+            self._splitter,
+            self.fused,
+            loss_fn=self.loss_fn,
+            memory=self.memory,
+            layout=self.layout,
+            uniform_length=self.collate is None,
         )
-        choice = MicrobatchChoice.from_dict(chosen)
         self.microbatch_size.set(choice)
         return choice
 
@@ -217,11 +217,7 @@ class Engine:
         self.microbatch_size.set(choice)
 
     def step(
-        self,
-        batch: Any,
-        *,
-        should_abandon: Callable[[], bool] = never,
-        should_stop: Callable[[], bool] = never,
+        self, batch: Any, *, should_abandon: Callable[[], bool] = never, should_stop: Callable[[], bool] = never
     ) -> WindowReport:
         """Apply the gradient of the whole batch, once.
 
@@ -293,6 +289,7 @@ class Engine:
             loss_fn=self.loss_fn,
             count_items=self.count_items,
             first_window=self._first_window,
+            fused=self.fused,
             should_stop=should_stop,
         ) as (pending, parts):
             self._run_microbatches(pending, should_abandon)
@@ -309,12 +306,13 @@ class Engine:
     @property
     def _run_again(self) -> Callable[[PendingUpdate], None] | None:
         """Runs a window again within its update; None where other ranks, CUDA graphs or a scaler depend on it."""
-        is_alone = self.sync.size == 1 and not isinstance(self.runner, CudaGraphRunner)
+        is_alone = self.sync.size == 1 and not self.runner.captures_graphs
         return self._run_microbatches if is_alone and self.accumulator.update.scaler is None else None
 
     def release_cuda_graphs(self) -> None:
-        """Free the memory of CUDA graphs, for work between updates; they are captured again when needed."""
+        """Free the memory of CUDA graphs and copied weights, for work between updates; windows make them again."""
         self.runner.release()
+        self.fused.copies.free()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that was trained and everything that the next windows depend on, except their data.

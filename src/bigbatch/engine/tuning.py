@@ -1,19 +1,30 @@
 """Choose the micro-batch of an engine for a batch."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from bigbatch.accumulation.accumulator import Accumulator
-from bigbatch.autotune.choice import TuningProblem, choose
+from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
 from bigbatch.autotune.peak_prediction import prediction_obstacle
 from bigbatch.coupled.coupled import Coupled
 from bigbatch.coupled.stand_in import stand_in
+from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.engine.batch_windows import BatchSplitter
 from bigbatch.engine.checks import check_lengths
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner import MicrobatchRunner
+from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.memory.usage import resolve_memory_budget
 from bigbatch.types import Layout, LossFunction
+
+LARGEST_COPIES = 0.25
+"""Largest share of copied weights in the memory that micro-batches can use.
+
+    time of a window ∝ (fixed + cast) / memory             without copies: fixed and cast are times of one micro-batch
+                       fixed / (memory − copies)           with them: fewer tokens fit, and nothing is cast
+
+so that copies pay up to a share of cast / (fixed + cast). By bytes, 6 and 14 for each weight: 0.3.
+"""
 
 
 def choose_microbatch(
@@ -21,29 +32,56 @@ def choose_microbatch(
     accumulator: Accumulator,
     runner: MicrobatchRunner,
     splitter: BatchSplitter,
+    fused: FusedGradients,
     *,
     loss_fn: LossFunction,
     memory: str | int | None,
     layout: Layout,
     uniform_length: bool,
-) -> dict[str, Any]:
-    """Measure micro-batches of a batch between two windows, and choose their size.
+) -> MicrobatchChoice:
+    """Measure micro-batches of a batch between two windows on the first rank, and choose their size. Collective.
 
     Args:
         batch: As for `bigbatch.Engine.tune`.
         accumulator: Of the engine.
         runner: Of the engine; its memory is released.
         splitter: Of the engine.
+        fused: Of the engine; its weights are not copied if micro-batches need the memory.
         loss_fn: As for `bigbatch.Engine`.
         memory: As for `bigbatch.Engine`.
         layout: As for `bigbatch.Engine`.
         uniform_length: As for `TuningProblem`.
 
-    Returns:
-        The fields of a `MicrobatchChoice`.
-
     Errors are those of `bigbatch.Engine.tune`.
     """
+
+    def measure() -> dict[str, Any]:
+        problem = _problem(
+            batch, accumulator, runner, splitter, loss_fn=loss_fn, layout=layout, uniform_length=uniform_length
+        )
+        fused.copies.free()  # measured without them: they are added to what is measured
+        budget = resolve_memory_budget(memory, accumulator.device, problem.resident_tensors())
+        copies = fused.expected_copies_bytes
+        copies_fit = not copies or copies <= LARGEST_COPIES * (budget.usable_bytes - problem.static_bytes())
+        problem = replace(problem, copies_bytes=copies if copies_fit else 0)
+        return {"choice": asdict(choose(problem, budget)), "copies_fit": copies_fit}
+
+    found = run_on_first_rank(accumulator.sync.ranks, measure)
+    if not found["copies_fit"]:
+        fused.copies.forbid("micro-batches need the memory")
+    return MicrobatchChoice.from_dict(found["choice"])
+
+
+def _problem(
+    batch: Any,
+    accumulator: Accumulator,
+    runner: MicrobatchRunner,
+    splitter: BatchSplitter,
+    *,
+    loss_fn: LossFunction,
+    layout: Layout,
+    uniform_length: bool,
+) -> TuningProblem:
     module = accumulator.sync.module
     lengths = splitter.lengths_of(batch)
     samples = splitter.samples(batch)
@@ -51,7 +89,7 @@ def choose_microbatch(
         check_lengths(lengths, samples.num_samples)
     accumulator.prepare()
     runner.release()
-    problem = TuningProblem(
+    return TuningProblem(
         module,
         accumulator.optimizer,
         stand_in(loss_fn, samples.num_samples) if isinstance(loss_fn, Coupled) else loss_fn,
@@ -62,4 +100,3 @@ def choose_microbatch(
         uses_cuda_graphs=isinstance(runner, CudaGraphRunner),
         prediction_obstacle=prediction_obstacle(module),
     )
-    return asdict(choose(problem, resolve_memory_budget(memory, accumulator.device, problem.resident_tensors())))

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
-MAX_GRAPHS = 32  # one for each shape of a micro-batch; that which was not used for longest is dropped first
+MAX_GRAPHS = 32  # of a variant, one for each shape of a micro-batch; that not used for longest is dropped first
+
+# The variant of the backward, as `GradientSums.variant`; and what else a graph depends on.
+_Key: TypeAlias = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class _CapturedGraph:
 class CudaGraphRunner(MicrobatchRunner):
     """Replays micro-batches from CUDA graphs, one for each of their shapes; runs others by a fallback.
 
-    The first window runs by the fallback, and shows which parameters receive a gradient.
+    The first window runs by the fallback, and shows which parameters receive a gradient. So does the first micro-batch
+    of each variant of the backward, which compiles what the others need.
 
     Args:
         model: As for `MicrobatchRunner`. Loss functions must have one term, whose items are a tensor on the device, and
@@ -54,7 +58,8 @@ class CudaGraphRunner(MicrobatchRunner):
     def __init__(self, model: nn.Module, fallback: MicrobatchRunner) -> None:
         super().__init__(model)
         self._fallback = fallback
-        self._graphs: dict[Hashable, _CapturedGraph] = {}
+        self._graphs: dict[_Key, _CapturedGraph] = {}
+        self._variants: set[Hashable] = set()  # of the backward, that have run
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._parameters_with_gradient: tuple[Tensor, ...] = ()
@@ -112,6 +117,7 @@ class CudaGraphRunner(MicrobatchRunner):
         """Add the gradient of one micro-batch by a graph if possible, else by the fallback."""
         if not self.is_ready or not self._replay(self.inputs.take(microbatch.content), pending):
             self._fallback.run(microbatch, pending)
+            self._variants.add(pending.sums.variant)
 
     def end(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
         """Use the sums of this window for all later ones, if nothing ran out of memory."""
@@ -136,12 +142,12 @@ class CudaGraphRunner(MicrobatchRunner):
 
     def _replay(self, microbatch: Any, pending: PendingUpdate) -> bool:
         """Add a micro-batch by its graph; return whether that was possible."""
-        if not pending.uses_plain_sums:
+        if not pending.uses_plain_sums or pending.sums.variant not in self._variants:
             return False
         leaves, structure = flatten(microbatch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         try:
-            key = (self.inputs.loss_fn, structure, self._model.training, *map(_describe, leaves))
+            key = (pending.sums.variant, self.inputs.loss_fn, structure, self._model.training, *map(_describe, leaves))
             captured = self._graphs.get(key)
         except TypeError:
             self._disabled_reason = "a micro-batch contains more than dense tensors and plain values"
@@ -164,11 +170,10 @@ class CudaGraphRunner(MicrobatchRunner):
             self._pool = None
             free_cached_memory()
 
-    def _capture(
-        self, key: Hashable, leaves: list[Any], structure: Structure, sums: GradientSums
-    ) -> _CapturedGraph | None:
-        while len(self._graphs) >= MAX_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+    def _capture(self, key: _Key, leaves: list[Any], structure: Structure, sums: GradientSums) -> _CapturedGraph | None:
+        same = [other for other in self._graphs if other[0] == key[0]]
+        if len(same) >= MAX_GRAPHS:
+            del self._graphs[same[0]]
         if self._pool is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), cast("Any", torch.cuda.Stream)()
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -7,16 +7,23 @@ from bigbatch.execution.coupled_runner import CoupledRunner
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.execution.runner import LockstepRunner, MicrobatchRunner
+from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.types import LossFunction
 
 
 def make_runner(
-    accumulator: Accumulator, loss_fn: LossFunction, *, cuda_graphs: bool, batch_norm: str | None = None
+    accumulator: Accumulator,
+    fused: FusedGradients,
+    loss_fn: LossFunction,
+    *,
+    cuda_graphs: bool,
+    batch_norm: str | None = None,
 ) -> MicrobatchRunner:
     """Return the runner of an engine.
 
     Args:
         accumulator: Of the engine; captured graphs contain its measurement of the gradient noise scale.
+        fused: Of the engine: windows that do not measure the noise scale then have graphs of their own.
         loss_fn: Of the engine.
         cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
         batch_norm: ``"exact"``, or None.
@@ -31,6 +38,8 @@ def make_runner(
     retry = OomRetry(model, device)
     if not cuda_graphs:
         return retry
-    if noise is not None:
+    if noise is not None and fused.num_layers:
+        noise.measure_whole_windows()
+    elif noise is not None:
         noise.measure_every_window()
     return CudaGraphRunner(model, fallback=retry)

@@ -9,8 +9,8 @@ Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter, is_
 from types import TracebackType
 from typing import Self
@@ -23,9 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.backward_observer import BackwardObserver
 from bigbatch.gradients.foreign_writes import ForeignWrites, SumVersions, WindowHook, on_accumulated, on_gradient
+from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.gradients.graph_leaves import HIDDEN_LATER, NO_GRADIENT, hides_leaves, run_backward
-
-HALF_PRECISION_DTYPES = frozenset({torch.bfloat16, torch.float16})
+from bigbatch.gradients.sum_store import HALF_PRECISION_DTYPES as HALF_PRECISION_DTYPES
+from bigbatch.gradients.sum_store import SumStore
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -57,10 +58,11 @@ class GradientSums:
     ) -> None:
         self.parameters = tuple(parameters)
         self._static_buffers = static_buffers or {}
-        self._float32_sums: dict[Tensor, Tensor] = {}
+        self.store = SumStore()  # layers that add by themselves use it
         self._handles: list[RemovableHandle] = []
         self._unhook: Callable[[], object] = lambda: None
         self._observer: BackwardObserver | None = None
+        self._fused: FusedGradients | None = None
         self._hides_leaves: bool | None = True if parameters_are_wrapped else None  # None until the first backward
         self._adding = False
         self._is_paused = False
@@ -81,7 +83,7 @@ class GradientSums:
             torch._foreach_zero_(list(self._static_buffers.values()))
             for parameter, total in self._static_buffers.items():
                 parameter.grad = total
-            self._writes.record(self._float32_sums)
+            self._writes.record(self.store.float32)
         self._unhook = finalize(self, _remove, self._handles)  # also of a window that is dropped without an end
 
     def __exit__(
@@ -100,6 +102,15 @@ class GradientSums:
         """Let an observer see every later backward; at most one, before the first backward."""
         self._observer = observer
 
+    def fuse(self, fused: FusedGradients) -> None:
+        """Let linear layers add to the sums by themselves, before the first backward."""
+        self._fused = fused
+
+    @property
+    def variant(self) -> Hashable:
+        """What a captured backward contains in addition to the gradients: an observation, or fused layers."""
+        return self._observer is not None, None if self._fused is None else self._fused.variant
+
     def _pass_to_observer(self, gradient: Tensor) -> None:
         if self._adding and self._observer is not None:
             self._observer.on_gradient(gradient)
@@ -109,7 +120,8 @@ class GradientSums:
         """Let other code run backwards inside, which restores every ``.grad`` before it ends."""
         self._is_paused = True
         try:
-            yield
+            with nullcontext() if self._fused is None else self._fused.paused():
+                yield
         finally:
             self._is_paused = False
 
@@ -121,16 +133,14 @@ class GradientSums:
             parameter.grad = None
             self._writes.note_backward()
             return
+        if gradient is None and self._fused is not None and self._fused.adds_to(parameter):
+            return
         if gradient is None:
             raise WindowStateError(
                 "another window over the same parameters is open and took this one's gradient. End one of the two, by "
                 "its step() or its abort(), before the other begins."
             )
-        if (total := self._float32_sums.get(parameter)) is None:
-            self._float32_sums[parameter] = gradient.to(torch.float32)
-        else:
-            total.add_(gradient)
-        parameter.grad = None
+        self.store.add_narrow(parameter, gradient)
 
     def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Add ∂loss/∂parameters to the sums; no other leaf of the graph receives a gradient.
@@ -161,6 +171,8 @@ class GradientSums:
             raise ValueError(NO_GRADIENT)
         self._adding, succeeded, was_frozen = True, False, False
         try:
+            if self._fused is not None:
+                self._fused.begin_backward(loss, only)
             run_backward(loss, inputs, retain_graph=retain_graph)
             succeeded = True
         except RuntimeError:
@@ -169,11 +181,12 @@ class GradientSums:
                 raise
         finally:
             self._adding = False
+            if self._fused is not None:
+                self._fused.end_backward(loss, succeeded=succeeded)
             if self._observer is not None:
                 self._observer.on_backward_end(succeeded=succeeded)
-            num_added = self._writes.record_backward(
-                self._float32_sums, can_replace=self._hides_leaves or not succeeded
-            )
+            can_replace = self._hides_leaves or not succeeded
+            num_added = self._writes.record_backward(self.store.float32, can_replace=can_replace)
         if is_first:
             self._writes.end_first_backward()
         if was_frozen:
@@ -197,7 +210,7 @@ class GradientSums:
             yield self._trained
         finally:
             self._adding = self._has_begun = False  # the first micro-batch is checked as the first backward
-            self._writes.record_backward(self._float32_sums, can_replace=True)
+            self._writes.record_backward(self.store.float32, can_replace=True)
 
     def _hook_trained(self) -> None:
         """Hook the parameters that require a gradient since the last backward: their dtype is the one of now."""
@@ -217,11 +230,7 @@ class GradientSums:
         self._handles += [on_accumulated(p, WindowHook(self._move_to_float32, p)) for p in half]
 
     def check_parameters(self, parameters: Sequence[Tensor]) -> None:
-        """Raise if the parameters of the optimizer are not those of these sums any more.
-
-        Raises:
-            WindowStateError: Some were added or removed.
-        """
+        """Raise a WindowStateError if the parameters of the optimizer are not those of these sums any more."""
         if len(parameters) != len(self.parameters) or not all(map(is_, parameters, self.parameters)):
             raise WindowStateError(
                 f"the optimizer had {len(self.parameters)} parameters when the window opened and has {len(parameters)} "
@@ -240,7 +249,7 @@ class GradientSums:
     @property
     def can_name_leaves(self) -> bool:
         """Whether ``only`` is supported: reentrant checkpoints, hooks with a backward and FSDP hide their leaves."""
-        return not self._hides_leaves
+        return not self._hides_leaves and not (self._fused is not None and self._fused.sums.is_partial)
 
     def snapshot_versions(self) -> SumVersions:
         """Return every sum with its version after the last backward, for `unchanged_since`."""
@@ -255,11 +264,11 @@ class GradientSums:
         for parameter, before, version in zip(self.parameters, *versions, strict=True):
             if parameter.dtype in HALF_PRECISION_DTYPES:
                 parameter.grad = None  # written by autograd, but the hook had no memory to move it
-            total = self._float32_sums.get(parameter, parameter.grad)
+            total = self.store.get(parameter)
             same = total is before and (total is None or total._version == version)
             if same and parameter.requires_grad:
                 unchanged.append(parameter)
-        self._writes.record(self._float32_sums, can_replace=True)
+        self._writes.record(self.store.float32, can_replace=True)
         return unchanged
 
     def tensors(self) -> list[Tensor]:
@@ -268,6 +277,8 @@ class GradientSums:
         Of a sparse gradient, the values of its coalesced form. In-place operations change the sums.
         """
         self._writes.check_end()
+        if self._fused is not None:
+            self._fused.copies.check()
         return [
             self._sparse_values(parameter, total) if total.is_sparse else total
             for parameter, total in zip(self.parameters, self._writes.sums, strict=True)
@@ -277,36 +288,28 @@ class GradientSums:
     def _sparse_values(self, parameter: Tensor, total: Tensor) -> Tensor:
         if not total.is_coalesced():
             total = total.coalesce()
-            if parameter in self._float32_sums:
-                self._float32_sums[parameter] = total
-            else:
-                parameter.grad = total
+            self.store.set(parameter, total)
             self.mark_unmodified()
         return total._values()
 
     def grads_in_place(self) -> dict[Tensor, Tensor] | None:
         """Return the dense sums in ``.grad`` by parameter; None if any sum is sparse or kept in float32."""
         found = {p: p.grad for p in self.parameters if p.grad is not None}
-        if self._float32_sums or any(total.is_sparse for total in found.values()):
+        if self.store.float32 or any(total.is_sparse for total in found.values()):
             return None
         return found
 
     def named_by(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
         """Return the sums by the names of the parameters, zeros for those that received no gradient."""
-        return {
-            names[p]: torch.zeros_like(p) if total is None else total.to_dense() if total.is_sparse else total
-            for p in self.parameters
-            if p.requires_grad
-            for total in [self._float32_sums.get(p, p.grad)]
-        }
+        return self.store.named(self.parameters, names)
 
     def has_gradient(self) -> list[bool]:
         """Return for each parameter whether it has received a gradient."""
-        return [self._float32_sums.get(parameter, parameter.grad) is not None for parameter in self.parameters]
+        return [self.store.get(parameter) is not None for parameter in self.parameters]
 
     def mark_unmodified(self) -> None:
         """Accept the sums as they are now, after they were reduced over ranks or restored."""
-        self._writes.record(self._float32_sums, can_replace=True)
+        self._writes.record(self.store.float32, can_replace=True)
 
     def fill_missing_with_zeros(self, wanted: Iterable[bool] | None = None) -> None:
         """Create the missing sums, as zeros.
@@ -316,19 +319,15 @@ class GradientSums:
         """
         trained = [parameter.requires_grad for parameter in self.parameters]
         for parameter, is_wanted, has in zip(self.parameters, wanted or trained, self.has_gradient(), strict=True):
-            if has or not is_wanted:
-                continue
-            if parameter.dtype in HALF_PRECISION_DTYPES:
-                self._float32_sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
-            else:
-                parameter.grad = torch.zeros_like(parameter)
+            if is_wanted and not has:
+                self.store.set_zeros(parameter)
         self.mark_unmodified()
 
     def write_to_grad(self) -> None:
         """Write the float32 sums to ``.grad`` in the dtype of the parameters, where optimizers expect them."""
-        self._writes.reset()  # each sum is freed before the next one is converted
-        for parameter in list(self._float32_sums):
-            parameter.grad = self._float32_sums.pop(parameter).to(parameter.dtype)
+        self._writes.reset()
+        if self.store.float32:
+            self.store.write_to_grad()
 
     def write_nan_to_grad(self) -> None:
         """Write NaN to the ``.grad`` of all parameters that received a gradient, and drop the sums."""
@@ -338,7 +337,9 @@ class GradientSums:
 
     def clear(self) -> None:
         """Drop all sums and gradients."""
-        self._float32_sums.clear()
+        if self._fused is not None:
+            self._fused.copies.mark_stale()
+        self.store.float32.clear()
         self._writes.reset()
         for parameter in self.parameters:
             parameter.grad = None

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbatch.gradients.fused_embedding import weights_for_loss
+from bigbatch.gradients.fused_linear import is_exactly_linear
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss, count_items
@@ -62,7 +64,7 @@ def find_lm_head(model: Any) -> LmHead | None:
     if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
         return None
     linear = base.get_output_embeddings()
-    if type(linear) is not nn.Linear:
+    if not is_exactly_linear(linear):
         return None
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     softcaps = (getattr(config, name, None) for name in SOFTCAPS)
@@ -136,12 +138,14 @@ class ChunkedCausalLMLoss:
         with self._device_spec.autocast():
             hidden = hidden_states(model, head, **inputs)
         # A second context: the first would keep its own cast copy of the head's weight.
+        weight, narrow_weight = weights_for_loss(head.linear)
         with self._device_spec.autocast():
             loss_sum = linear_cross_entropy(
                 hidden.flatten(0, 1),
-                head.linear.weight,
+                weight,
                 head.linear.bias,
                 labels.flatten(),
+                narrow_weight=narrow_weight,
                 weights=None if weights is None else weights.flatten(),
                 chunk_tokens=self._chunk_tokens,
                 softcap=head.softcap,

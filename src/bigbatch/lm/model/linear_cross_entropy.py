@@ -40,6 +40,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     *,
+    narrow_weight: Tensor | None = None,
     weights: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     softcap: float | None = None,
@@ -63,6 +64,7 @@ def linear_cross_entropy(
         weight: Weight of the head, ``[vocabulary, width]``.
         bias: ``[vocabulary]``, or None.
         labels: The next tokens, int64 ``[tokens]``; -100 is ignored.
+        narrow_weight: A copy of the weight for products in its dtype, where the weight would be cast.
         weights: Factor of each loss, float32 ``[tokens]``; None for 1.
         chunk_tokens: Tokens in one chunk of logits.
         softcap: Bound on the absolute value of the logits; None for no bound.
@@ -80,7 +82,7 @@ def linear_cross_entropy(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs at least 1 token.")
     options = _Options(
-        chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor)
+        chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor), narrow_weight
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights, options)  # type: ignore[no-untyped-call]
@@ -95,6 +97,7 @@ class _Options:
     scale: float
     dtype: torch.dtype  # of the matrix products' operands
     fused: bool
+    narrow_weight: Tensor | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -172,7 +175,8 @@ class _ChunkLoop:
         factor: Tensor | None,
     ) -> None:
         self.hidden = hidden
-        self.weight = weight.to(options.dtype)
+        narrow = options.narrow_weight
+        self.weight = weight.to(options.dtype) if narrow is None or narrow.dtype != options.dtype else narrow
         self.bias = None if bias is None else bias.to(options.dtype)
         self.options = options
         self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
@@ -180,10 +184,13 @@ class _ChunkLoop:
         sums = torch.float64 if options.dtype == torch.float64 else torch.float32
         self.loss_sum = hidden.new_zeros((), dtype=sums)
         self.grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
-        self.grad_weight = weight.new_zeros(weight.shape, dtype=sums) if needs_grad[1] else None
+        self.grad_weight = weight.new_empty(weight.shape, dtype=sums) if needs_grad[1] else None
+        self.beta = 0  # of the next product: the first one does not read what is in grad_weight
         self.grad_bias = weight.new_zeros(weight.shape[0], dtype=sums) if needs_grad[2] else None
 
     def gradients(self) -> list[Tensor | None]:
+        if self.grad_weight is not None and self.beta == 0:
+            self.grad_weight.zero_()
         weight, bias = (
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip((self.grad_weight, self.grad_bias), self.dtypes, strict=True)
@@ -256,9 +263,10 @@ class _ChunkLoop:
         if self.grad_weight is None:
             return
         if _has_wide_products(rows):
-            torch.addmm(self.grad_weight, narrow.T, rows, out_dtype=torch.float32, out=self.grad_weight)
+            torch.addmm(self.grad_weight, narrow.T, rows, out_dtype=torch.float32, beta=self.beta, out=self.grad_weight)
         else:
-            self.grad_weight.addmm_(logit_grads.T, rows.to(logit_grads.dtype))
+            self.grad_weight.addmm_(logit_grads.T, rows.to(logit_grads.dtype), beta=self.beta)
+        self.beta = 1
 
 
 @cache

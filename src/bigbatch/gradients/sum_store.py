@@ -1,0 +1,62 @@
+"""Where the gradient sum of each parameter is stored: in ``.grad``, or in float32 if the parameter is narrower."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+HALF_PRECISION_DTYPES = frozenset({torch.bfloat16, torch.float16})
+
+
+@dataclass
+class SumStore:
+    """The sums of parameters, found by parameter.
+
+    Attributes:
+        float32: Those of parameters in bfloat16 or float16, undivided. All others are in ``.grad``.
+    """
+
+    float32: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def dtype_of(parameter: Tensor) -> torch.dtype:
+        """Return the dtype in which the gradients of a parameter are summed."""
+        return torch.float32 if parameter.dtype in HALF_PRECISION_DTYPES else parameter.dtype
+
+    def get(self, parameter: Tensor) -> Tensor | None:
+        """Return the sum of a parameter; None if it has received no gradient."""
+        return self.float32.get(parameter, parameter.grad)
+
+    def set(self, parameter: Tensor, total: Tensor) -> None:
+        """Store the sum of a parameter, in the dtype of its sum."""
+        if parameter.dtype in HALF_PRECISION_DTYPES:
+            self.float32[parameter] = total
+        else:
+            parameter.grad = total
+
+    def set_zeros(self, parameter: Tensor) -> None:
+        """Store zeros as the sum of a parameter."""
+        self.set(parameter, torch.zeros_like(parameter, dtype=self.dtype_of(parameter)))
+
+    def add_narrow(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add the gradient of a parameter in bfloat16 or float16, and clear its ``.grad``."""
+        if (total := self.float32.get(parameter)) is None:
+            self.float32[parameter] = gradient.to(torch.float32)
+        else:
+            total.add_(gradient)
+        parameter.grad = None
+
+    def named(self, parameters: Sequence[Tensor], names: dict[Tensor, str]) -> dict[str, Tensor]:
+        """Return the sums by the names of the parameters, zeros for those that received no gradient."""
+        return {
+            names[p]: torch.zeros_like(p) if total is None else total.to_dense() if total.is_sparse else total
+            for p in parameters
+            if p.requires_grad
+            for total in [self.get(p)]
+        }
+
+    def write_to_grad(self) -> None:
+        """Move the float32 sums to ``.grad`` in the dtype of the parameters; each is freed before the next one."""
+        for parameter in list(self.float32):
+            parameter.grad = self.float32.pop(parameter).to(parameter.dtype)
