@@ -54,6 +54,10 @@ class VerifyOptions(BaseModel):
         "below the batch, and 3)",
     )
     samples: Count = Field(default=16, description="sequences in the batch that is split")
+    order: bool = Field(
+        default=False,
+        description="also compare 8 random orders and cuts of the micro-batches, and the full batch in these orders",
+    )
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of a table")
 
 

@@ -107,3 +107,19 @@ def test_table_fits_forty_columns(
         r" micro-batches of 1: 5, bigbatch \d\.\de-\d+, mean of means \d\.\de-\d+ micro-batches of 3: 2, ", text
     )
     assert text.endswith(" exact: every cut gives the full-batch gradient")
+
+
+def test_order_row_compares_random_orders(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--samples", "6", "--order"]) == 0
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"order: 8 random orders and cuts differ by at most \d\.\de-\d\d, the full batch in these orders by "
+        r"\d\.\de-\d\d",
+        last,
+    )
+    assert main([*SMALL, "--samples", "6", "--order", "--json"]) == 0
+    order = json.loads(capfd.readouterr().out)["order"]
+    assert order["num_orders"] == 8
+    assert 0 < order["relative_error"] < 2e-5
+    assert main([*SMALL, "--samples", "6", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["order"] is None

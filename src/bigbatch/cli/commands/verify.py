@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXACT = 0
 NOT_EXACT = 1
 TABLE_COLUMNS = 66
+NUM_ORDERS = 8  # of --order
 
 
 def run(config: TrainConfig, options: VerifyOptions) -> int:
@@ -37,7 +38,8 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
                 f"a batch of {len(order)} sequence cannot be split: pass --samples 2 or more, or more data."
             )
         progress("computing gradients")
-        verification = verify_cuts(setup, [setup.training[i] for i in order], options.cuts or default_cuts(len(order)))
+        samples, cuts = [setup.training[i] for i in order], options.cuts or default_cuts(len(order))
+        verification = verify_cuts(setup, samples, cuts, orders=NUM_ORDERS if options.order else 0)
     if options.as_json:
         subject = {"model": config.model, "data": config.data_text, "machine": str(setup.device_spec)}
         console.print_unbroken(json.dumps(subject | as_json(verification)))
@@ -48,7 +50,9 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
     return EXACT if verification.exact else NOT_EXACT
 
 
-def verify_cuts(setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", cuts: Sequence[int]) -> "Verification":
+def verify_cuts(
+    setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", cuts: Sequence[int], *, orders: int = 0
+) -> "Verification":
     """Verify the cuts of a batch, with the loss that a run would train."""
     from bigbatch.lm.training.window_routing import counted_samples
     from bigbatch.verification.verify import verify
@@ -62,6 +66,7 @@ def verify_cuts(setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", cuts
             microbatch=cuts,
             collate=setup.collate,
             count_items=None if balanced is None or balanced.scope == "global" else balanced.count_items,
+            orders=orders,
         )
 
 
