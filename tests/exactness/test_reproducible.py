@@ -1,6 +1,5 @@
 """Updates that are the same bits for every micro-batch and every order of quanta, and what cannot be so."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,13 +296,17 @@ def test_state_of_other_mode_or_quantum_is_refused():
         engine.load_state_dict(default.state_dict())
 
 
-def test_state_of_other_threads_is_reported():
+def test_state_of_other_threads_is_refused():
     engine = linear_engine()
     engine.step(rows())
     state = engine.state_dict()
     state["engine"]["reproducible"]["num_threads"] = 5
-    with pytest.warns(UserWarning, match=r"5 threads .* and this process has 1.*set_num_threads\(5\)"):
+    with pytest.raises(ValueError, match="threads") as refused:
         engine.load_state_dict(state)
+    assert str(refused.value) == (
+        "the state was made with 5 threads in each process, and this process has 1, with which sums round differently: "
+        "call torch.set_num_threads(5), or set OMP_NUM_THREADS=5."
+    )
 
 
 @pytest.mark.parametrize("damage", [{"seed": -1}, {"num_windows": 0.5}, {"scales": [{}]}, {"scales": None}])
@@ -367,9 +370,7 @@ def test_accumulator_state_holds_scales():
     resumed = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), reproducible=True)
     assert accumulator.reproducible is not None
     assert resumed.reproducible is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        resumed.reproducible.load_state_dict(accumulator.reproducible.state_dict())
+    resumed.reproducible.load_state_dict(accumulator.reproducible.state_dict())
     assert windows_of(resumed, list(rows().split(2)), 5) == [5]
 
 

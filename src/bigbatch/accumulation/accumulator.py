@@ -128,7 +128,7 @@ class Accumulator:
         self.noise = NoiseObserver() if can_measure else None
         if reproducible:
             check_reproducible(self.sync.module, self.update, self.sync)
-        self.reproducible = ReproducibleState() if reproducible else None
+        self.reproducible = ReproducibleState(self.update.device) if reproducible else None
         self._open: PendingUpdate | None = None
 
     @property

@@ -1,6 +1,5 @@
 """What windows with ``reproducible=True`` depend on besides model and optimizer; it belongs to the state of a run."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,9 @@ from bigbatch.gradients.gradient_scales import GradientScales
 class ReproducibleState:
     """Seed, number of windows and scales of the gradient sums.
 
+    Args:
+        device: Of the parameters. On the CPU the number of threads decides how sums round, and belongs to the state.
+
     Attributes:
         scales: Of the gradient sums.
         seed: From which every quantum is seeded: `torch.initial_seed` of the first rank when the first window opens;
@@ -20,7 +22,8 @@ class ReproducibleState:
         num_windows: Windows that ended, applied or skipped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._is_cpu = device.type == "cpu"
         self.scales = GradientScales()
         self.seed: int | None = None
         self.num_windows = 0
@@ -45,7 +48,11 @@ class ReproducibleState:
         }
 
     def check_state_dict(self, state: Any) -> None:
-        """Raise ValueError if `load_state_dict` does not accept a state; change nothing."""
+        """Check that `load_state_dict` accepts a state, without changing anything.
+
+        Raises:
+            ValueError: It is damaged, or was made on the CPU with another number of threads.
+        """
         found = check_keys("reproducible", state, ("seed", "num_windows", "num_threads", "scales"))
         if found["seed"] is not None:
             check_whole("reproducible.seed", found["seed"])
@@ -55,20 +62,19 @@ class ReproducibleState:
             GradientScales.check_state_dict(found["scales"])
         except ValueError:
             raise damaged("reproducible.scales", "is not a list of windows with exponents and num_quanta") from None
+        if self._is_cpu and found["num_threads"] != (now := torch.get_num_threads()):
+            raise ValueError(
+                f"the state was made with {found['num_threads']} threads in each process, and this process has {now}, "
+                f"with which sums round differently: call torch.set_num_threads({found['num_threads']}), or set "
+                f"OMP_NUM_THREADS={found['num_threads']}."
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; warns if it was made with another number of threads.
+        """Continue from a state.
 
         Raises:
-            ValueError: It is damaged; nothing is changed then.
+            ValueError: As for `check_state_dict`; nothing is changed then.
         """
         self.check_state_dict(state)
         self.seed, self.num_windows = state["seed"], state["num_windows"]
         self.scales.load_state_dict(state["scales"])
-        if state["num_threads"] != (now := torch.get_num_threads()):
-            warnings.warn(
-                f"the state was made with {state['num_threads']} threads for each process, and this process has {now}: "
-                f"sums of the CPU round differently. Call torch.set_num_threads({state['num_threads']}) for the same "
-                "bits.",
-                stacklevel=2,
-            )

@@ -230,6 +230,16 @@ class AdviseOptions(BaseModel):
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of text")
 
 
+class DiffOptions(BaseModel):
+    """Options of ``bigbatch diff``: two runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    runs: Annotated[tuple[Folder, ...], Field(min_length=1)] = Field(
+        description="directories of two runs that were started with --reproducible"
+    )
+
+
 class ReportOptions(BaseModel):
     """Options of ``bigbatch report``: the runs, and the output file."""
 

@@ -55,6 +55,14 @@ class BatchSplitter:
         """Split a batch into its samples."""
         return split(batch, 1, **self._options)
 
+    def groups(self, lengths: Sequence[int], size: MicrobatchSize) -> Sequence[Sequence[int]]:
+        """Group samples of these lengths as `split` does."""
+        if self._quantum is None:
+            return size.groups(lengths)
+        return [
+            range(start, min(start + self._quantum, len(lengths))) for start in range(0, len(lengths), self._quantum)
+        ]
+
     def split(self, batch: Any, lengths: list[int] | None, size: MicrobatchSize) -> Split:
         """Split a batch into micro-batches of the current size.
 

@@ -345,4 +345,4 @@ class Engine:
             RuntimeError: No micro-batch is chosen yet.
             ValueError: A length is above the token budget.
         """
-        return self.microbatch_size.groups(lengths)
+        return self._splitter.groups(lengths, self.microbatch_size)

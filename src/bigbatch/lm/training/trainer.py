@@ -125,7 +125,7 @@ class Trainer:
 
     def shard_window(self, window: list[int]) -> list[int]:
         """Return this rank's samples of a window."""
-        return self.ranks.shard_window(window, self.setup.training.lengths)
+        return self.ranks.shard_window(window, self.setup.training.lengths, quantum=self.config.quantum_in_use)
 
     def run(
         self,
