@@ -35,6 +35,7 @@ class Run:
         order: Seed of the order in which quanta run; None for that of the batch.
         fails: Numbers of the forwards that run out of memory, and of backwards that do so half-way.
         samples: Of the first global batch; later ones have up to two fewer.
+        seed: Of dropout.
     """
 
     kind: str = "llama"
@@ -44,6 +45,7 @@ class Run:
     order: int | None = None
     fails: tuple[int, ...] = ()
     samples: int = 17
+    seed: int = 7
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def make_engine(run: Run, **settings: Any) -> bigbatch.Engine:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     if dist.is_initialized() and dist.get_world_size() > 1:
         settings.setdefault("sync", bigbatch.Replicated(model))
-    torch.manual_seed(7)
+    torch.manual_seed(run.seed)
     return bigbatch.Engine(
         model,
         optimizer,
@@ -243,7 +245,7 @@ def train_in_ddp(run: Run) -> Outcome:
     torch.set_num_threads(1)
     model = make_model(run.kind)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    torch.manual_seed(7)
+    torch.manual_seed(run.seed)
     engine = bigbatch.Engine(
         wrapped,
         torch.optim.AdamW(model.parameters(), lr=3e-3),

@@ -22,7 +22,6 @@ from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, METRICS, M
 from bigbatch.lm.text import plural
 from bigbatch.lm.training.dashboards import with_dashboard
 from bigbatch.lm.training.event_log import EventLog
-from bigbatch.lm.training.fingerprint_log import with_fingerprints
 
 if TYPE_CHECKING:
     from bigbatch.lm.training.setup import TrainingSetup
@@ -36,6 +35,8 @@ DUPLICATE_SIGNAL_S = 5.0
 
 def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *, config: TrainConfig) -> int:
     """Run a trainer to its end or until a signal; return the exit code. ``config`` is the requested configuration."""
+    from bigbatch.lm.training.fingerprint_log import with_fingerprints  # loads torch
+
     setup, total_steps, ranks = trainer.setup, trainer.total_steps, trainer.ranks
     done = 0 if trainer.checkpoint is None else trainer.checkpoint.progress.step
     display = TrainingDisplay(

@@ -150,6 +150,7 @@ class Engine:
         check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
         self.model, self.loss_fn, self.memory = model, loss_fn, memory
         self.collate, self.lengths, self.count_items = collate, lengths, count_items
+        self.batch_dim, self.quantum = batch_dim, quantum
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
         self._splitter = BatchSplitter(self.accumulator, quantum, collate=collate, batch_dim=batch_dim, lengths=lengths)

@@ -123,3 +123,13 @@ def test_order_row_compares_random_orders(folder: Path, capfd: pytest.CaptureFix
     assert 0 < order["relative_error"] < 2e-5
     assert main([*SMALL, "--samples", "6", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["order"] is None
+
+
+def test_reproducible_gradient_of_dropout_is_verified(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_model_folder(folder.parent / "drops", kind="gpt2", dropout=0.1)
+    words = ["verify", "--data", "../data.jsonl", "--model", "../drops", "--samples", "7", "--reproducible"]
+    assert main(words) == 0
+    assert capfd.readouterr().out.endswith("gradient of 7 samples in quanta of 2: the same bits in 8 random orders\n")
+    assert main([*words, "--json", "--quantum", "3"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["reproducible"], found["quantum"], found["differing"]) == (True, 3, [])
