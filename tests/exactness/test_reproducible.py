@@ -393,3 +393,14 @@ def test_collate_pads_each_quantum_by_itself():
 
     train(Run(updates=1, microbatch=8, samples=5), collate=noting)
     assert seen == [2, 2, 1] * 2, "the first window is run twice: first to find its magnitudes"
+
+
+@pytest.mark.filterwarnings("error")
+def test_dropout_is_no_warning_of_the_first_window():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+    settings = {"microbatch": 2, "reproducible": True, "quantum": 2}
+    bigbatch.Engine(model, None, squares, **settings).backward(rows())  # type: ignore[arg-type]
+    mean = bigbatch.Engine(model, None, lambda m, x: (m(x).square().mean(), len(x)), **settings)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="mean"):
+        mean.backward(rows())

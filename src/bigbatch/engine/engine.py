@@ -148,17 +148,17 @@ class Engine:
         if lockstep:
             self.sync.run_in_lockstep()
         check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
-        self.model, self.loss_fn, self.memory = model, loss_fn, memory
+        self.model, self.loss_fn, self.memory, self.batch_dim, self.quantum = model, loss_fn, memory, batch_dim, quantum
         self.collate, self.lengths, self.count_items = collate, lengths, count_items
-        self.batch_dim, self.quantum = batch_dim, quantum
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
         self._splitter = BatchSplitter(self.accumulator, quantum, collate=collate, batch_dim=batch_dim, lengths=lengths)
         self.runner = make_runner(self.accumulator, quantum, loss_fn, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
         self._progress = EngineProgress(self.microbatch_size, self.accumulator, quantum)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
+        names = {"names_norms": batch_norm is None, "names_dropout": not reproducible}
         self._first_window = FirstWindowCheck(
-            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1, names_norms=batch_norm is None
+            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1, **names
         )
 
     @property

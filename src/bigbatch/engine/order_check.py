@@ -84,7 +84,7 @@ def _gradients(engine: Engine, batch: Any, generator: random.Random | None) -> d
             engine.runner.run(Microbatch(rows), pending)
         engine.runner.end(pending)
         pending.finish()
-    names = {parameter: name for name, parameter in engine.sync.module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in engine.sync.module.named_parameters()}
     return {
         names.get(p, f"parameter {index + 1}"): p.grad
         for index, p in enumerate(accumulator.update.parameters())
