@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import bigbatch
+from bigbatch.engine.microbatch_size import MicrobatchSize
+from bigbatch.engine.quanta import check_quanta
 from bigbatch.errors import InputError, MemoryLimitError
 from support.reproducible_runs import KINDS, Run, collate, fingerprint, train
 
@@ -404,3 +406,13 @@ def test_dropout_is_no_warning_of_the_first_window():
     mean = bigbatch.Engine(model, None, lambda m, x: (m(x).square().mean(), len(x)), **settings)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="mean"):
         mean.backward(rows())
+
+
+def test_quantum_above_the_chosen_micro_batch_is_refused():
+    size = MicrobatchSize("auto", has_lengths=False, layout="padded")
+    with pytest.raises(MemoryLimitError) as refused:
+        check_quanta([range(4, 8)], None, size)
+    assert str(refused.value) == (
+        "samples 4 to 7 of the batch are a quantum of 4 samples, and micro-batches of 0 samples fit in memory: pass a "
+        "smaller quantum."
+    )

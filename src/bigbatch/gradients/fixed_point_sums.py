@@ -37,6 +37,7 @@ class FixedPointSums(GradientSums):
         self._complete: frozenset[Tensor] = frozenset()  # have the gradient of the current micro-batch already
         self._extremes: list[tuple[int, Tensor, Tensor]] = []  # of the current backward
         self._peaks: Tensor | None = None
+        self._places: tuple[tuple[int, ...], Tensor] | None = None  # of the parameters of the last backward
         self._integers: Tensor | None = None  # of one chunk
         self.set_scales(scales)
 
@@ -112,7 +113,9 @@ class FixedPointSums(GradientSums):
         found = torch.maximum(torch.stack(most), torch.stack(least).neg()).to(torch.float32)  # NaN if any is
         if self._peaks is None:
             self._peaks = torch.zeros(len(self.parameters), dtype=torch.float32, device=found.device)
-        at = torch.tensor(indices, device=found.device)
+        if self._places is None or self._places[0] != indices:
+            self._places = indices, torch.tensor(indices, device=found.device)
+        at = self._places[1]
         if len(set(indices)) < len(indices):  # a reentrant checkpoint adds the gradient of a parameter in parts
             for index, value in zip(indices, found, strict=True):
                 self._peaks[index] = torch.maximum(self._peaks[index], value)
