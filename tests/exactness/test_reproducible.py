@@ -365,6 +365,17 @@ def test_window_without_iteration_asks_for_another():
         )
 
 
+def test_loss_before_the_iteration_is_not_lost():
+    model = nn.Linear(4, 3)
+    accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), reproducible=True)
+    window = accumulator.window(rows().split(5))
+    with pytest.raises(bigbatch.WindowStateError, match="other magnitudes"):  # noqa: PT012 - the loop raises at its end
+        window.backward(squares(model, rows(3))[0], items=3)
+        for part in window:
+            window.backward(squares(model, part)[0], items=len(part))
+    assert window.state is bigbatch.WindowState.ABORTED
+
+
 def test_accumulator_state_holds_scales():
     model = nn.Linear(4, 3)
     accumulator = bigbatch.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), reproducible=True)

@@ -89,10 +89,14 @@ def make_model(kind: str) -> nn.Module:
 
 
 def batch_of(update: int, run: Run) -> list[Sample]:
-    """Return the global batch of an update: samples of different lengths."""
+    """Return the global batch of an update: samples of different lengths, in which each token follows from the last."""
     generator = torch.Generator().manual_seed(1000 + update)
     lengths = torch.randint(3, 12, (run.samples - update % 3,), generator=generator).tolist()
-    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
+    firsts = torch.randint(VOCABULARY, (len(lengths),), generator=generator).tolist()
+    return [
+        torch.tensor([((first + 1) * 2**place - 1) % VOCABULARY for place in range(length)])
+        for first, length in zip(firsts, lengths, strict=True)
+    ]
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:

@@ -74,14 +74,19 @@ class ReproducibleUpdate(PendingUpdate):
     ) -> Iterator[Microbatch]:
         """Yield this rank's micro-batches, once for each pass; arguments as for `PendingUpdate.microbatches`."""
         if isinstance(self._content.microbatches, Sequence):
-            return super().microbatches(should_abandon, again)
-        return self._drawing() if not self._passes else map(Microbatch, self._drawn)
+            source = super().microbatches(should_abandon, again)
+        else:
+            source = map(Microbatch, self._drawn) if self._passes else self._drawing()
+        return source if self._passes else self._noting_start(source)
 
     def _drawing(self) -> Iterator[Microbatch]:
-        self._has_other_microbatches = self.num_microbatches > 0
         for content in self._content.microbatches:
             self._drawn.append(content)
             yield Microbatch(content)
+
+    def _noting_start(self, source: Iterator[Microbatch]) -> Iterator[Microbatch]:
+        self._has_other_microbatches = self.num_microbatches > 0
+        yield from source
 
     def end_pass(self, *, can_run_again: bool = True) -> bool:
         """Return whether the sums of this pass are exact; if not, it is dropped, and must be run again. Collective.
