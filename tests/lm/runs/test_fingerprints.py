@@ -8,7 +8,7 @@ import torch
 
 from bigbatch.errors import InputError
 from bigbatch.lm.runs.fingerprints import begin_fingerprints, first_difference, read_fingerprints
-from bigbatch.lm.training.fingerprint_log import as_text, checksums
+from bigbatch.lm.training.fingerprints import as_text, checksums
 
 NAMES = ["first.weight", "second.weight"]
 
@@ -40,7 +40,7 @@ def test_checksum_sees_each_bit_and_each_swap(dtype: torch.dtype):
 def test_checksum_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch):
     tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     before = checksums([tensor])
-    monkeypatch.setattr("bigbatch.lm.training.fingerprint_log.CHUNK", 64)
+    monkeypatch.setattr("bigbatch.lm.training.fingerprints.CHUNK", 64)
     assert checksums([tensor]) == before
 
 

@@ -23,7 +23,7 @@ from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.custom_loss import CustomLoss
 from bigbatch.lm.model.setup import ModelOutline, ModelSetup
-from bigbatch.lm.training.fingerprint_log import GradientFingerprints
+from bigbatch.lm.training.fingerprints import GradientFingerprints
 from bigbatch.lm.training.microbatch_limits import enforce_memory_budget, memory_of, microbatch_of
 from bigbatch.lm.training.oom_restart import apply_override
 from bigbatch.lm.training.optimizer import make_optimizer
