@@ -35,8 +35,6 @@ DUPLICATE_SIGNAL_S = 5.0
 
 def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *, config: TrainConfig) -> int:
     """Run a trainer to its end or until a signal; return the exit code. ``config`` is the requested configuration."""
-    from bigbatch.lm.training.fingerprint_log import with_fingerprints  # loads torch
-
     setup, total_steps, ranks = trainer.setup, trainer.total_steps, trainer.ranks
     done = 0 if trainer.checkpoint is None else trainer.checkpoint.progress.step
     display = TrainingDisplay(
@@ -63,10 +61,9 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         display,
     ):
         callback = WatchdogCallback(displays if ranks.is_first else None, watch)
-        noted = with_fingerprints(callback, trainer, directory.path, done=done)
         outcome = trainer.run(
             directory,
-            callback=noted,
+            callback=callback,
             should_stop=lambda: stop.requested,
             should_abandon=lambda: stop.grace_expired,
             on_note=console.print,

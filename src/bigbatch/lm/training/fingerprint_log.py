@@ -3,11 +3,12 @@
 Two passes over the parameters and two over the gradients, and 16 bytes in the file for each parameter tensor.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from bigbatch.engine.engine import Engine
 from bigbatch.errors import BigbatchError, os_reason
 from bigbatch.lm.files import open_regular
 from bigbatch.lm.runs.directory import as_line
@@ -15,9 +16,7 @@ from bigbatch.lm.runs.file_names import FINGERPRINTS
 from bigbatch.lm.runs.fingerprints import begin_fingerprints
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
 from bigbatch.lm.training.fingerprints import GradientFingerprints, as_text, checksums
-
-if TYPE_CHECKING:
-    from bigbatch.lm.training.trainer import Trainer
+from bigbatch.lm.training.setup import TrainingSetup
 
 
 class FingerprintCallback:
@@ -25,7 +24,8 @@ class FingerprintCallback:
 
     Args:
         callback: Receives the events.
-        trainer: Whose model and gradients are recorded.
+        setup: Of the run.
+        gradients: The gradient hook of its engine.
         folder: The run directory.
         done: Updates at the checkpoint that the run resumes from; 0 for a new run.
 
@@ -33,19 +33,25 @@ class FingerprintCallback:
         BigbatchError: The file cannot be written.
     """
 
-    def __init__(self, callback: TrainerCallback, trainer: "Trainer", folder: Path, *, done: int) -> None:
+    def __init__(
+        self,
+        callback: TrainerCallback,
+        setup: TrainingSetup,
+        gradients: GradientFingerprints,
+        folder: Path,
+        *,
+        done: int,
+    ) -> None:
         self._callback = callback
-        named = [(name, p) for name, p in trainer.setup.model.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in setup.model.named_parameters() if p.requires_grad]
         self._parameters = [parameter for _, parameter in named]
-        hook = trainer.engine.accumulator.update.gradient_hook
-        assert isinstance(hook, GradientFingerprints), "of the first rank of a reproducible run"
-        self._gradients = hook
+        self._gradients = gradients
         self._path = folder / FINGERPRINTS
         setting = {
-            "quantum": trainer.config.quantum_in_use,
+            "quantum": setup.config.quantum_in_use,
             "num_threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "machine": str(trainer.setup.device_spec),
+            "machine": str(setup.device_spec),
         }
         try:
             begin_fingerprints(folder, [name for name, _ in named], setting, done=done)
@@ -70,13 +76,20 @@ class FingerprintCallback:
         """Pass the event on."""
         self._callback.on_validation(step, loss)
 
+    def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Pass the event on."""
+        self._callback.on_evaluation(step, losses)
+
     def on_sample(self, step: int, text: str) -> None:
         """Pass the event on."""
         self._callback.on_sample(step, text)
 
 
-def with_fingerprints(callback: TrainerCallback, trainer: "Trainer", folder: Path, *, done: int) -> TrainerCallback:
+def with_fingerprints(
+    callback: TrainerCallback, setup: TrainingSetup, engine: Engine, folder: Path, *, done: int
+) -> TrainerCallback:
     """Return a callback that also writes fingerprints, on the first rank of a reproducible run."""
-    if not (trainer.config.reproducible and trainer.ranks.is_first):
+    hook = engine.accumulator.update.gradient_hook
+    if not isinstance(hook, GradientFingerprints):
         return callback
-    return FingerprintCallback(callback, trainer, folder, done=done)
+    return FingerprintCallback(callback, setup, hook, folder, done=done)
