@@ -66,3 +66,20 @@ def test_ranks_share_whole_quanta_in_one_order(lengths: list[int], size: int, qu
     assert all(len(share) % quantum == 0 for share in used[:-1])
     if len(lengths) >= 8 * size * quantum and len(set(lengths)) == 1:
         assert max(map(len, shares)) - min(map(len, shares)) <= 2 * quantum
+
+
+def test_function_writes_the_same_fingerprints(reproducible: RunFolder):
+    import torch
+
+    import bigbatch.lm
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        settings = {"data": "data.jsonl", "model": "dropping", "max_length": 32, "steps": 3, "global_batch": 9}
+        settings |= {"lr": 0.01, "device": "cpu", "reproducible": True}
+        for out, more in (("same-api", {"microbatch": 8}), ("same-api-2", {"token_budget": 99})):
+            bigbatch.lm.train({**settings, **more, "out": out})
+    finally:
+        torch.set_num_threads(before)
+    assert main(["diff", "same-api", "same-api-2"]) == 0
