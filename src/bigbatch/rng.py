@@ -154,3 +154,22 @@ def seed_of(seed: int, rank: int, step: int = 0) -> int:
     if not rank and not step:
         return seed
     return int.from_bytes(sha256(f"seed {seed} rank {rank} step {step}".encode()).digest()[:4], "big")
+
+
+def seed_of_quantum(seed: int, window: int, quantum: int) -> int:
+    """Return the 63-bit seed of a quantum, by its position in the global batch of a window."""
+    digest = sha256(f"seed {seed} window {window} quantum {quantum}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of the host and of one device.
+
+    As `seed_everything`, in 12 µs instead of 100 and more: `torch.manual_seed` visits every kind of device.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)

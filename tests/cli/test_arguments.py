@@ -243,6 +243,16 @@ def test_accumulation_steps_set_microbatch(folder: Path):
             "--warmup-steps is more than --steps: the learning rate would never reach its peak.",
         ),
         ("--lr-rule sde", "--lr-rule does nothing without --scale-from: give both."),
+        ("--quantum 2", "--quantum does nothing without --reproducible: give both."),
+        (
+            "--reproducible --parallel fsdp",
+            "--reproducible needs whole gradients on every rank, which --parallel fsdp and hsdp shard: use ddp.",
+        ),
+        ("--reproducible --compile graphs", "--reproducible excludes --compile graphs: use layers or none."),
+        (
+            "--reproducible --microbatch 3",
+            "--microbatch 3 is no whole number of quanta: pass a multiple of --quantum, 2.",
+        ),
         ("--scale-from 0 --lr-rule sde", "--scale-from is 0: it must be at least 1."),
         (
             "--scale-from 8 --lr-rule cubic",

@@ -21,6 +21,7 @@ PAGES = [
     "docs/how-to/contrastive.md",
     "docs/how-to/large-data.md",
     "docs/how-to/shards.md",
+    "docs/how-to/reproducible.md",
     pytest.param("docs/how-to/lightning.md", marks=LIGHTNING),
     "docs/explanation/exactness.md",
     "docs/explanation/scaling-rules.md",

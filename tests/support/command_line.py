@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SENTENCE = re.compile(
-    r"bigbatch (train|resume|verify|plan|generate|merge|checkpoints|advise|report|bench|inspect): [^\n]+[.?]\n"
+    r"bigbatch (train|resume|verify|plan|generate|merge|checkpoints|advise|report|bench|inspect|diff): [^\n]+[.?]\n"
 )
 LIMIT_S = 120
 

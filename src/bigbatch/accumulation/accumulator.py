@@ -1,4 +1,7 @@
-"""Exact accumulation windows for a user's own training loop."""
+"""Exact accumulation windows for a user's own training loop.
+
+Long because it documents every setting, and windows of every kind open here.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 from bigbatch.accumulation.noise_observer import NoiseObserver
 from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite, OptimizerUpdate
 from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.accumulation.reproducible_checks import check_reproducible
+from bigbatch.accumulation.reproducible_state import ReproducibleState
+from bigbatch.accumulation.reproducible_update import ReproducibleUpdate
 from bigbatch.accumulation.window import Window
 from bigbatch.accumulation.window_content import WindowContent, WindowState
 from bigbatch.batching.checks import check_count
@@ -68,7 +74,11 @@ class Accumulator:
         sync: When the gradients of a sharded model are reduced, a `SyncPolicy`; or a `Replicated` of a plain model that
             every rank holds. By default it follows from the wrapper of the model.
         noise: Whether to measure the gradient noise scale, see `bigbatch.NoiseScale`. Supported for losses of one term
-            and parameters on one device; not with float16, and not for sharded models.
+            and parameters on one device; not with float16, not for sharded models, and not if ``reproducible``.
+        reproducible: Whether updates are the same bits for any order of the micro-batches and any distribution over
+            ranks. Gradients are added as integers, 8 bytes for each element; if the scales of the window before do not
+            suit them, as in the first window, iterating over the window yields its micro-batches once more. What is
+            random in a micro-batch is up to the loop. Not for sharded models, float16 and running statistics.
 
     Attributes:
         model: As passed; cannot be replaced.
@@ -76,8 +86,10 @@ class Accumulator:
         sync: Synchronizes gradients over ranks.
         update: Applies the gradient of a window.
         noise: Measures the gradient noise scale; None if it is not measured.
+        reproducible: State of the scales, with ``state_dict`` and ``load_state_dict``; None without ``reproducible``.
 
     Raises:
+        InputError: ``reproducible`` is not supported here.
         TypeError: The wrapper, optimizer or scheduler is of a kind that is not supported.
         ValueError: None of the optimizer's parameters belongs to the model, two optimizers have the same parameter, or
             there is no optimizer and no parameter of the model requires a gradient.
@@ -95,6 +107,7 @@ class Accumulator:
         nonfinite: NonFinite = "skip",
         sync: GradientSync | SyncPolicy | None = None,
         noise: bool = True,
+        reproducible: bool = False,
     ) -> None:
         self.update = OptimizerUpdate(
             optimizer,
@@ -111,8 +124,11 @@ class Accumulator:
         self.model = model
         self.optimizer = optimizer
         on_one_device = len({parameter.device for parameter in self.update.parameters()}) == 1
-        can_measure = noise and on_one_device and not self.sync.is_sharded
+        can_measure = noise and on_one_device and not self.sync.is_sharded and not reproducible
         self.noise = NoiseObserver() if can_measure else None
+        if reproducible:
+            check_reproducible(self.sync.module, self.update, self.sync)
+        self.reproducible = ReproducibleState(self.update.device) if reproducible else None
         self._open: PendingUpdate | None = None
 
     @property
@@ -241,14 +257,17 @@ class Accumulator:
         self._finish_previous()
         self.prepare()
         previous = self._open
-        self._open = PendingUpdate(
-            self.update,
-            self.sync,
-            content,
-            static_buffers=static_buffers,
-            observer=self.noise,
-            should_stop=should_stop,
-        )
+        if self.reproducible is not None:
+            self._open = ReproducibleUpdate(self.update, self.sync, content, self.reproducible, should_stop=should_stop)
+        else:
+            self._open = PendingUpdate(
+                self.update,
+                self.sync,
+                content,
+                static_buffers=static_buffers,
+                observer=self.noise,
+                should_stop=should_stop,
+            )
         if previous is not None and previous.state is WindowState.CLOSED and previous.sums.shows_leaves:
             self._open.sums.expect_shown_leaves()
         return self._open

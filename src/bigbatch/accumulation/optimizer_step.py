@@ -36,6 +36,7 @@ class OptimizerStep:
     Attributes:
         num_steps: Updates applied so far.
         torn: Which part of the last update failed, in a sentence; None if none did.
+        require_closure: Optimizers whose step needs a closure.
     """
 
     def __init__(self, optimizers: Sequence["Optimizer"], schedulers: Sequence["LRScheduler"]) -> None:
@@ -47,7 +48,7 @@ class OptimizerStep:
         self._called: set[int] = set()  # hooked optimizers whose step ran in the current update
         self._was_evaluated = False  # whether the current optimizer called its closure
         self._is_stepping = False
-        self._require_closure = [optimizer for optimizer in self.optimizers if _requires_closure(optimizer)]
+        self.require_closure = [optimizer for optimizer in self.optimizers if _requires_closure(optimizer)]
         self._holds_gradients: WeakMethod[Callable[[], bool]] | None = None
         self._hooked = [_hook_before_step(optimizer, WeakMethod(self._on_step)) for optimizer in self.optimizers]
         finalize(self, _remove_all, [handle for _, handle in self._hooked])
@@ -161,7 +162,7 @@ class OptimizerStep:
             if isinstance(optimizer, torch.optim.LBFGS):
                 value = torch.tensor(loss())
                 optimizer.step(lambda: value)  # type: ignore[no-untyped-call]
-            elif optimizer in self._require_closure:
+            elif optimizer in self.require_closure:
                 self._step_with_closure(optimizer, evaluate_again)
             else:
                 self._step_without_closure(before, evaluate_again)

@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Plain values that the next windows depend on, besides model, optimizer and random states."""
+    """Plain values that the next windows depend on, besides model, optimizer and random states.
+
+    Attributes:
+        optional_keys: Keys that a state may lack, or have in addition; ``check_state_dict`` decides about them.
+    """
+
+    @property
+    def optional_keys(self) -> set[str]: ...  # noqa: D102 - as above
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values by name."""
@@ -118,6 +125,7 @@ class TrainingState:
         optimizer_states = check_updaters(update, names, state, of)
         own = {"num_steps": update.num_steps, **progress.state_dict()}
         added = {"noise"} if of.is_old else set()
+        added |= progress.optional_keys
         found = check_keys("engine", state["engine"], own.keys() - added, optional=added)
         check_whole("engine.num_steps", found["num_steps"])
         progress.check_state_dict(found)

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.accumulation.reproducible_update import ReproducibleUpdate
 from bigbatch.accumulation.window_content import WindowState
 from bigbatch.errors import WindowStateError
 from bigbatch.types import Items
@@ -65,12 +66,25 @@ class Window:
             try:
                 microbatch = next(self._microbatches)
             except StopIteration:
-                return
+                if (again := self._another_pass()) is None:
+                    return
+                self._microbatches = again
+                continue
             except BaseException:
                 self.abort()  # the other ranks wait for this one
                 raise
             self._counts = microbatch.counts
             yield microbatch.content
+
+    def _another_pass(self) -> Iterator[Any] | None:
+        """Return the micro-batches once more if a reproducible window needs them; else None."""
+        if not isinstance(self._pending, ReproducibleUpdate):
+            return None
+        try:
+            return None if self._pending.end_pass() else self._pending.microbatches()
+        except BaseException:
+            self.abort()
+            raise
 
     @property
     def state(self) -> WindowState:

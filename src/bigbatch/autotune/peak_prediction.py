@@ -6,6 +6,8 @@
 a second and no memory. Gradient sums and optimizer state exist from the start, as in all but the first window. For CUDA
 on a machine without it, the operations are those of the CPU, with sizes rounded as CUDA's allocator rounds;
 docs/explanation/memory.md compares both with measurements on an H200.
+
+Long because every phase of a step is predicted here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +87,7 @@ class PeakPredictor:
         device: Device that the prediction is for; by default that of the fake tensors.
         original: The model that ``model`` is a copy of: its attributes are restored, should ``loss_fn`` run it.
         copies_bytes: Memory of the copies of weights that windows hold in addition.
+        integer_sums: Whether gradients are summed in int64, as with ``reproducible=True``.
 
     Attributes:
         device: Device that the prediction is for.
@@ -101,7 +104,9 @@ class PeakPredictor:
         device: torch.device | None = None,
         original: nn.Module | None = None,
         copies_bytes: int = 0,
+        integer_sums: bool = False,
     ) -> None:
+        self._has_integer_sums = integer_sums
         self._mode = mode
         self._model = model
         self._optimizers = as_optimizers(optimizer)
@@ -126,6 +131,7 @@ class PeakPredictor:
         *,
         device: torch.device | None = None,
         copies_bytes: int = 0,
+        integer_sums: bool = False,
     ) -> "PeakPredictor":
         """Build a predictor from fake copies of a model and its optimizer; the originals are not modified.
 
@@ -135,13 +141,22 @@ class PeakPredictor:
             loss_fn: As for `bigbatch.Engine`.
             device: Device that the step will run on, available or not; by default that of the parameters.
             copies_bytes: As for the class.
+            integer_sums: As for the class.
 
         Raises:
             PredictionError: The model or the optimizer cannot be copied, or its state cannot be created without data.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copies = fake_copies(mode, model, as_optimizers(optimizer), None if device is None else proxy_device(device))
-        return cls(mode, *copies, loss_fn, device=device, original=model, copies_bytes=copies_bytes)
+        return cls(
+            mode,
+            *copies,
+            loss_fn,
+            device=device,
+            original=model,
+            copies_bytes=copies_bytes,
+            integer_sums=integer_sums,
+        )
 
     def predict(self, microbatch: Any) -> Prediction:
         """Predict the peak of one micro-batch and the update.
@@ -156,8 +171,10 @@ class PeakPredictor:
         """
         with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
             self._track(tracker, sums)
+            wider = self._wider_part_of_sums()
             resident_bytes = tracker.live_bytes.total()
             phases, engine_bytes = self._differentiate(tracker, sums, microbatch)
+            del wider  # integers are converted to float32 before the update
             phases["update"] = self._update(tracker, sums)
         libraries = self._libraries_bytes
         phase = max(phases, key=lambda name: phases[name].peak_bytes)
@@ -197,6 +214,11 @@ class PeakPredictor:
         tracker.track(state_of(self._optimizers), MemoryCategory.OPTIMIZER)
         tracker.set_category(MemoryCategory.GRADIENTS)
         sums.fill_missing_with_zeros()
+
+    def _wider_part_of_sums(self) -> list[Tensor]:
+        """Return tensors of the bytes by which sums in int64 exceed those in float32."""
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        return [torch.empty_like(p, dtype=torch.float32) for p in trained] if self._has_integer_sums else []
 
     def _differentiate(
         self, tracker: AllocationTracker, sums: GradientSums, microbatch: Any

@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": "write a whole model from the LoRA adapters of a run",
     "checkpoints": "list the checkpoints of a run and verify them",
     "advise": "compare the batch of a run with its gradient noise scale",
+    "diff": "name the first update at which two reproducible runs differ",
     "report": "write an HTML page about a run, or a comparison of several runs",
     "cache": "list the tokens that earlier runs have cached, and remove them",
     "bench": "compare speed, memory and gradient with other training libraries",

@@ -12,6 +12,7 @@ from bigbatch.cli.options import (
     BenchOptions,
     CacheOptions,
     CheckpointsOptions,
+    DiffOptions,
     GenerateOptions,
     InspectOptions,
     MergeOptions,
@@ -198,6 +199,16 @@ COMMAND_SPECS = {
         sections=(_section(AdviseOptions, "advice", "What to analyze."),),
         positionals=("run",),
         usage_words="one RUN",
+    ),
+    "diff": CommandSpec(
+        about="Name the first update, and the parameters, at which two runs with --reproducible differ: from the "
+        "fingerprints of gradients and parameters that they write. The exit code is 0 if all updates that both runs "
+        "have are equal, 1 if one differs, and 2 if they cannot be compared.",
+        examples=("bigbatch diff runs/one-rank runs/four-ranks",),
+        sections=(_section(DiffOptions, "runs", "What to compare."),),
+        positionals=("runs",),
+        usage_words="two run directories",
+        collects_all=True,
     ),
     "report": CommandSpec(
         about="Write a self-contained HTML page about a run: loss, validation, learning rate, gradient norm, noise "

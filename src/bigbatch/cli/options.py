@@ -54,6 +54,10 @@ class VerifyOptions(BaseModel):
         "below the batch, and 3)",
     )
     samples: Count = Field(default=16, description="sequences in the batch that is split")
+    order: bool = Field(
+        default=False,
+        description="also compare 8 random orders and cuts of the micro-batches, and the full batch in these orders",
+    )
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of a table")
 
 
@@ -224,6 +228,16 @@ class AdviseOptions(BaseModel):
         default=8, description="updates of the branch with the largest batch; the others use the same samples"
     )
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of text")
+
+
+class DiffOptions(BaseModel):
+    """Options of ``bigbatch diff``: two runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    runs: Annotated[tuple[Folder, ...], Field(min_length=1)] = Field(
+        description="directories of two runs that were started with --reproducible"
+    )
 
 
 class ReportOptions(BaseModel):

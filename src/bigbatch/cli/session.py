@@ -103,8 +103,8 @@ def _advice_line(directory: RunDirectory) -> str | None:
 
 
 def enable_determinism(config: TrainConfig) -> None:
-    """Configure cuBLAS for deterministic results if ``config.deterministic``; call it before torch is imported."""
-    if config.deterministic:
+    """Configure cuBLAS for deterministic results if the run needs them; call it before torch is imported."""
+    if config.deterministic or config.reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -126,10 +126,11 @@ def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     warmup = plural(trainer.warmup_steps, "warm-up update") if trainer.warmup_steps else "no warm-up"
     optimizer = "" if config.optimizer == "adamw" else f"{TITLES[config.optimizer]}, "
     ranks = trainer.ranks
+    effect = _effect_of_split(setup.model, is_reproducible=config.reproducible)
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
         f"global batch per update: {_batch(setup)}",
-        f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} ({_effect_of_split(setup.model)})",
+        f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} ({effect})",
         f"{plural(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
         f"{plural(len(setup.training), 'sequence')}; {optimizer}learning rate {peak:g}, {_decay(trainer)}, {warmup}",
     )
@@ -145,10 +146,12 @@ def _decay(trainer: "Trainer") -> str:
     return f"{config.schedule} decay{last}"
 
 
-def _effect_of_split(model: Any) -> str:
+def _effect_of_split(model: Any, *, is_reproducible: bool) -> str:
     """Return what the split affects: memory alone, unless the model draws random numbers."""
     from bigbatch.lm.model.decoder_layers import uses_randomness
 
+    if is_reproducible:
+        return "affects neither memory nor the result"
     if uses_randomness(model):
         return "the model has dropout, whose random numbers, and so the result, depend on the split"
     return "affects memory only, not the result"

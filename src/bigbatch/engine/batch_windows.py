@@ -17,6 +17,7 @@ from bigbatch.batching.split import Split, split, split_into, split_options
 from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.engine.checks import check_num_lengths
 from bigbatch.engine.microbatch_size import MicrobatchSize
+from bigbatch.engine.quanta import check_quanta
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
 from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.types import Collate, CountItems, Items, LossFunction
@@ -28,6 +29,7 @@ class BatchSplitter:
 
     Args:
         accumulator: Its model decides on which device micro-batches are.
+        quantum: Samples that are always computed together; None if micro-batches are cut by their size.
         collate: As for `bigbatch.Engine`.
         batch_dim: As for `bigbatch.Engine`.
         lengths: As for `bigbatch.Engine`.
@@ -36,12 +38,13 @@ class BatchSplitter:
     def __init__(
         self,
         accumulator: Accumulator,
+        quantum: int | None = None,
         *,
         collate: Collate | None,
         batch_dim: int | None,
         lengths: Callable[[Any], Sequence[int]] | None,
     ) -> None:
-        self._lengths = lengths
+        self._lengths, self._quantum = lengths, quantum
         self._options = split_options(accumulator.device, collate, batch_dim)
         self.time_first = TimeFirstCheck(accumulator.model if collate is None and batch_dim is None else nn.Identity())
 
@@ -53,12 +56,27 @@ class BatchSplitter:
         """Split a batch into its samples."""
         return split(batch, 1, **self._options)
 
+    def groups(self, lengths: Sequence[int], size: MicrobatchSize) -> Sequence[Sequence[int]]:
+        """Group samples of these lengths as `split` does."""
+        if self._quantum is None:
+            return size.groups(lengths)
+        return [
+            range(start, min(start + self._quantum, len(lengths))) for start in range(0, len(lengths), self._quantum)
+        ]
+
     def split(self, batch: Any, lengths: list[int] | None, size: MicrobatchSize) -> Split:
         """Split a batch into micro-batches of the current size.
 
         Raises:
-            ValueError: Lengths and samples differ in number, or a length is not valid.
+            ValueError: Lengths and samples differ in number, or a length is not valid, or a quantum is above the
+                micro-batch.
         """
+        if self._quantum is not None:
+            parts = split(batch, self._quantum, **self._options)
+            if lengths is not None:
+                check_num_lengths(lengths, parts.num_samples)
+            check_quanta(parts.groups, lengths, size)
+            return parts
         if lengths is None:
             return split(batch, size.current, **self._options)
         if size.token_budget is None:
@@ -100,11 +118,14 @@ def open_window(
     max_num_microbatches = len(parts.groups)
     if needs_agreement:
         max_num_microbatches, totals = accumulator.agree_on_start(max_num_microbatches, totals)
+    runner.begin(parts.num_samples)
     tokens = None if lengths is None else sum(lengths)
     content = WindowContent(parts.groups, max_num_microbatches, totals, tokens, parts.num_samples)
     pending = accumulator.open(content, static_buffers=runner.static_buffers, should_stop=should_stop)
     watched = loss_fn if first_window.is_done else first_window.watch(loss_fn, parts)
-    source = Prefetcher(parts) if accumulator.device.type == "cuda" else nullcontext(parts)
+    # A collate may draw random numbers: those of its own quantum only if nothing is prefetched.
+    prefetches = accumulator.device.type == "cuda" and accumulator.reproducible is None
+    source = Prefetcher(parts) if prefetches else nullcontext(parts)
     time_first = splitter.time_first
     measures = accumulator.noise is not None and accumulator.noise.is_measuring
     with (

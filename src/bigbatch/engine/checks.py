@@ -38,6 +38,30 @@ def check_microbatch(microbatch: object, memory: object, lengths: object) -> Non
         )
 
 
+def check_quantum(quantum: int | None, microbatch: object, *, reproducible: bool) -> None:
+    """Check quantum= together with reproducible= and microbatch=.
+
+    Raises:
+        TypeError: The quantum is not an int.
+        ValueError: It is below 1, missing, without effect, or no divisor of the micro-batch.
+    """
+    if not reproducible:
+        if quantum is not None:
+            raise ValueError(f"quantum={quantum!r} has no effect without reproducible=True: pass both, or neither.")
+        return
+    if quantum is None:
+        raise ValueError(
+            "reproducible=True needs quantum=, the number of consecutive samples that are computed together whatever "
+            "the micro-batch is: pass for example quantum=2."
+        )
+    check_count("quantum", quantum, "the samples that are computed together")
+    if isinstance(microbatch, int) and microbatch % quantum:
+        raise ValueError(
+            f"microbatch={microbatch} is no whole number of quanta of {quantum} samples: pass a multiple, such as "
+            f"{max(quantum, microbatch // quantum * quantum)}."
+        )
+
+
 def check_layout(layout: str, lengths: object, collate: object) -> Layout:
     """Return the layout if it is valid together with lengths= and collate=.
 

@@ -20,7 +20,7 @@ from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
 from bigbatch.engine.batch_windows import BatchSplitter, open_window
-from bigbatch.engine.checks import check_layout, check_loss, check_microbatch, check_ranks
+from bigbatch.engine.checks import check_layout, check_loss, check_microbatch, check_quantum, check_ranks
 from bigbatch.engine.fused_layers import FuseGradients, make_fused_gradients
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.engine.microbatch_size import MicrobatchSize
@@ -69,8 +69,8 @@ class Engine:
         layout: ``"padded"``; or ``"packed"`` if ``collate`` makes one row of a list of samples, without padding, and
             the loss keeps the samples apart: a micro-batch is then limited by the sum of its ``lengths``.
         cuda_graphs: Whether micro-batches of shapes that were run before are replayed as one CUDA graph: the same
-            gradients with less work for the host. Only for a ``loss_fn`` of one term that depends on the micro-batch
-            and the model only, and never reads a value back to the host.
+            gradients with less work for the host. Only for a ``loss_fn`` of one term that depends on micro-batch and
+            model only, and never reads a value back.
         fuse_gradients: Whether linear layers and embeddings add gradients of weights to the sums by themselves, one
             rounding fewer, and float32 weights are cast once a window under autocast: True; or ``"auto"``, on CUDA; or
             ``"sums"`` or ``"copies"``, one of the two. Windows that measure the noise scale run without it.
@@ -80,15 +80,17 @@ class Engine:
             are kept: on CUDA in host memory, so that the device holds those of one micro-batch, and of the whole batch
             its inputs and what the forward holds at one norm, such as a residual. Copying costs time. Not with compiled
             or sharded models, ``"auto"``, `Coupled`, ``cuda_graphs``. By default micro-batches normalize by themselves.
-        max_grad_norm, gradient_hook, scheduler, scaler, nonfinite: As for `Accumulator`.
+        max_grad_norm, gradient_hook, scheduler, scaler, nonfinite, noise: As for `Accumulator`.
+        reproducible: Whether updates are the same bits for any micro-batch and number of ranks, see `Accumulator`: each
+            ``quantum`` of consecutive samples of the global batch is then computed by itself, seeded by its position.
+        quantum: Samples; ``microbatch`` is a multiple, and changes neither memory nor time.
         sync: As for `Accumulator`. Over several ranks the batch is this rank's part of the global batch, and may be
             empty; `step` is collective, and so is `tune`, which measures on the first rank.
         lockstep: Whether all ranks run the same number of micro-batches, for a ``loss_fn`` that calls collectives, such
             as an all-reduce of metrics. A rank with fewer repeats a sample, whose loss and gradient do not count. Ranks
             in lockstep cannot retry after out-of-memory. Sharded models always run so; no-op in a single process.
-        noise: As for `Accumulator`.
         check: Whether the first window warns, once, of what `verify` would name: a mean as loss, dropout, batch norm...
-            A few samples run once more for it; over several ranks and for compiled models only modules are looked at.
+            A few samples run once more for it; over several ranks and for compiled models it looks at modules only.
 
     Attributes:
         accumulator: Its windows.
@@ -123,6 +125,8 @@ class Engine:
         scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
+        reproducible: bool = False,
+        quantum: int | None = None,
         sync: GradientSync | SyncPolicy | None = None,
         lockstep: bool = False,
         noise: bool = True,
@@ -131,6 +135,7 @@ class Engine:
         check_microbatch(microbatch, memory, lengths)
         check_batch_dim(batch_dim, collate)
         is_additive = check_loss(loss_fn, microbatch, batch_norm, cuda_graphs=cuda_graphs, count_items=count_items)
+        check_quantum(quantum, microbatch, reproducible=reproducible)
         self.accumulator = Accumulator(
             model,
             optimizer,
@@ -141,22 +146,25 @@ class Engine:
             nonfinite=nonfinite,
             sync=sync,
             noise=noise and is_additive,
+            reproducible=reproducible,
         )
         self.sync = self.accumulator.sync
         if lockstep:
             self.sync.run_in_lockstep()
         check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
-        self.model, self.loss_fn, self.memory = model, loss_fn, memory
+        self.model, self.loss_fn, self.memory, self.batch_dim, self.quantum = model, loss_fn, memory, batch_dim, quantum
         self.collate, self.lengths, self.count_items = collate, lengths, count_items
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
-        self._splitter = BatchSplitter(self.accumulator, collate=collate, batch_dim=batch_dim, lengths=lengths)
+        self._splitter = BatchSplitter(self.accumulator, quantum, collate=collate, batch_dim=batch_dim, lengths=lengths)
         self.fused = make_fused_gradients(fuse_gradients, self.accumulator, is_additive=is_additive)
-        self.runner = make_runner(self.accumulator, self.fused, loss_fn, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
-        self._progress = EngineProgress(self.microbatch_size, self.accumulator.noise)
+        made = self.accumulator, self.fused, quantum, loss_fn
+        self.runner = make_runner(*made, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
+        self._progress = EngineProgress(self.microbatch_size, self.accumulator, quantum)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
+        names = {"names_norms": batch_norm is None, "names_dropout": not reproducible}
         self._first_window = FirstWindowCheck(
-            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1, names_norms=batch_norm is None
+            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1, **names
         )
 
     @property
@@ -180,8 +188,7 @@ class Engine:
         The peak is predicted by running the step on tensors without data, and corrected by the memory of a real
         micro-batch; then some sizes are timed, for at most half a minute. If the step cannot run without data, sizes
         are tried until one does not fit. Restores random states and all that hangs on the model and on other modules
-        that ``loss_fn`` uses. ``loss_fn`` is called once for each prediction and 3 to 12 times for each size that is
-        tried, about 100 times in all for 256 samples; `is_trial` is True inside.
+        that ``loss_fn`` uses, which is called about 100 times for 256 samples; `is_trial` is True inside.
 
         Args:
             batch: As for `step`, with the longest sample that will occur.
@@ -211,8 +218,7 @@ class Engine:
     def set_microbatch(self, choice: MicrobatchChoice) -> None:
         """Use a choice that `tune` made before, for the same model and settings, instead of tuning again.
 
-        Raises:
-            ValueError: The micro-batch of this engine is fixed, or the choice is in another unit.
+        Raises a ValueError if the micro-batch of this engine is fixed, or the choice is in another unit.
         """
         self.microbatch_size.set(choice)
 
@@ -249,10 +255,7 @@ class Engine:
         return report
 
     def backward(self, batch: Any, *, should_abandon: Callable[[], bool] = never) -> WindowReport:
-        """Leave the gradient of the whole batch in ``.grad``: `step` without optimizer and scheduler.
-
-        As `Window.finish` for a window of this batch, with the arguments and errors of `step`.
-        """
+        """Leave the gradient of the whole batch in ``.grad``, as `Window.finish`; arguments and errors as of `step`."""
         with self._filled_window(batch, should_abandon, never) as pending:
             report = pending.finish(retries=self.runner.retries)
         self.microbatch_size.observe(report.retries)
@@ -332,9 +335,8 @@ class Engine:
         Settings such as ``lr`` become those of the state. Everything is checked before the first value is written; if
         writing fails nevertheless, for example because memory runs out, the old values are put back.
 
-        Raises:
-            ValueError: It is of another model, optimizer, scheduler or scaler, of a newer version of bigbatch, or
-                damaged; nothing is changed then.
+        Raises a ValueError if it is of another model, optimizer, scheduler or scaler, of a newer version of bigbatch,
+        or damaged; nothing is changed then.
         """
         self._training_state.restore(state, self._progress, self.accumulator.device)
 
@@ -345,4 +347,4 @@ class Engine:
             RuntimeError: No micro-batch is chosen yet.
             ValueError: A length is above the token budget.
         """
-        return self.microbatch_size.groups(lengths)
+        return self._splitter.groups(lengths, self.microbatch_size)

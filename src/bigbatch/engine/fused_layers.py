@@ -39,6 +39,8 @@ def _obstacle(fuse_gradients: FuseGradients, accumulator: Accumulator, *, is_add
         return "it was not requested"
     if not is_additive:
         return "the micro-batches of a Coupled loss, or with exact batch norms, are not differentiated one by one"
+    if accumulator.reproducible is not None:
+        return "reproducible=True sums the gradients of quanta as integers"
     if accumulator.sync.is_sharded:
         return "the weights of a sharded model are gathered for each layer, and their gradients reduced after it"
     if fuse_gradients == "auto" and accumulator.device.type != "cuda":

@@ -30,6 +30,7 @@ class MicrobatchSize:
         limit: The largest size; 0 before a choice.
         current: The size in use, smaller than the limit after out-of-memory.
         windows_since_oom: Windows since then.
+        layout: As passed.
     """
 
     def __init__(self, requested: int | TokenBudget | Literal["auto"], *, has_lengths: bool, layout: Layout) -> None:
@@ -39,7 +40,7 @@ class MicrobatchSize:
         self.windows_since_oom = 0
         self._cost = Cost()
         self._counts_tokens = has_lengths and not isinstance(requested, int)
-        self._layout = layout
+        self.layout = layout
 
     @property
     def is_chosen(self) -> bool:
@@ -91,7 +92,7 @@ class MicrobatchSize:
             return [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
         if isinstance(self.requested, TokenBudget) and max(lengths, default=1) > self.requested.tokens:
             plan(lengths, token_budget=self.requested.tokens)  # raises, naming the sample: this budget was requested
-        return group_by_tokens(lengths, self.current, cost=self._cost, layout=self._layout)
+        return group_by_tokens(lengths, self.current, cost=self._cost, layout=self.layout)
 
     def observe(self, retries: int) -> None:
         """Adapt the size after a window: smaller if memory ran out, larger again after many windows without."""
@@ -99,9 +100,9 @@ class MicrobatchSize:
         now = self.current
         if retries:
             smaller = max(1, min(now - 1, int(now * SHRINK_FACTOR)))
-            self.current = smaller if self._layout == "padded" else round_down_row(smaller)
+            self.current = smaller if self.layout == "padded" else round_down_row(smaller)
         elif self.windows_since_oom % WINDOWS_BEFORE_GROWTH == 0 and now < self.limit:
-            larger = math.ceil(now / SHRINK_FACTOR) if self._layout == "padded" else round_up_row(now + 1)
+            larger = math.ceil(now / SHRINK_FACTOR) if self.layout == "padded" else round_up_row(now + 1)
             self.current = min(self.limit, larger)
 
     def state_dict(self) -> dict[str, Any]:

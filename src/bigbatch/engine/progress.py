@@ -1,11 +1,14 @@
-"""The plain values of an engine that its next windows depend on: the size of micro-batches and the noise averages."""
+"""The plain values of an engine that its next windows depend on: the size of micro-batches and averages of windows."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from bigbatch.accumulation.noise_observer import NoiseObserver
+from bigbatch.accumulation.accumulator import Accumulator
+from bigbatch.accumulation.value_checks import check_whole
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.scaling.noise_scale import NoiseScaleEstimator
+
+REPRODUCIBLE, QUANTUM = "reproducible", "quantum"  # keys of an engine with reproducible=True only
 
 
 class EngineProgress:
@@ -13,27 +16,53 @@ class EngineProgress:
 
     Args:
         microbatch_size: Its values are keys of the state.
-        noise: Its averages are ``noise``; None if the engine does not measure them, and those of a state are ignored.
+        accumulator: The averages of its noise scale are ``noise``; None if it does not measure them, and those of a
+            state are ignored. With ``reproducible=True`` its seed and its scales are ``reproducible``.
+        quantum: Samples that are computed together, with ``reproducible=True``.
     """
 
-    def __init__(self, microbatch_size: MicrobatchSize, noise: NoiseObserver | None) -> None:
+    def __init__(self, microbatch_size: MicrobatchSize, accumulator: Accumulator, quantum: int | None) -> None:
         self._microbatch_size = microbatch_size
-        self._noise = noise
+        self._noise = accumulator.noise
+        self._reproducible = accumulator.reproducible
+        self._quantum = quantum
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
         noise = None if self._noise is None else self._noise.state_dict()
-        return {**self._microbatch_size.state_dict(), "noise": noise}
+        state = {**self._microbatch_size.state_dict(), "noise": noise}
+        if self._reproducible is not None:
+            state |= {REPRODUCIBLE: self._reproducible.state_dict(), QUANTUM: self._quantum}
+        return state
+
+    @property
+    def optional_keys(self) -> set[str]:
+        """Keys that a state may lack or have in addition; `check_state_dict` decides about them."""
+        return {REPRODUCIBLE, QUANTUM}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Check that `load_state_dict` accepts a state, without changing anything.
 
         Raises:
-            ValueError: A value is missing or invalid.
+            ValueError: A value is missing or invalid, or the state is of an engine with another ``quantum``.
         """
         self._microbatch_size.check_state_dict(state)
         if state.get("noise") is not None:
             NoiseScaleEstimator.check_state_dict(state["noise"])
+        if (REPRODUCIBLE in state) != (self._reproducible is not None):
+            which, other = ("with", "without") if REPRODUCIBLE in state else ("without", "with")
+            raise ValueError(
+                f"the state is of an engine {which} reproducible=True, and this one was made {other} it: make it as "
+                "that one, since the next updates would have other bits."
+            )
+        if self._reproducible is None:
+            return
+        self._reproducible.check_state_dict(state[REPRODUCIBLE])
+        if (quantum := check_whole("engine.quantum", state.get(QUANTUM), at_least=1)) != self._quantum:
+            raise ValueError(
+                f"the state is of an engine with quantum={quantum}, and this one has quantum={self._quantum}: pass "
+                f"quantum={quantum}, since the next updates would have other bits."
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; averages stay if it has none.
@@ -45,3 +74,5 @@ class EngineProgress:
         self._microbatch_size.load_state_dict(state)
         if self._noise is not None and state.get("noise") is not None:
             self._noise.load_state_dict(state["noise"])
+        if self._reproducible is not None:
+            self._reproducible.load_state_dict(state[REPRODUCIBLE])

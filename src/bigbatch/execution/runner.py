@@ -67,6 +67,9 @@ class MicrobatchRunner(ABC):
     def prepare(self) -> None:  # noqa: B027 - optional
         """Prepare for a window, before it opens."""
 
+    def begin(self, num_samples: int) -> None:  # noqa: B027 - optional
+        """Exchange what a window of this rank's samples needs to know of the other ranks, which all begin it."""
+
     @contextmanager
     def window(self, inputs: WindowInputs) -> Iterator[None]:
         """Run one window; its inputs are not referenced afterwards."""

@@ -58,18 +58,21 @@ class FirstWindowCheck:
         evaluates: Whether the loss may be evaluated on its own: not over several ranks, whose forwards may be
             collective. Modules are looked at in any case.
         names_norms: Whether batch norms normalize micro-batches by themselves.
+        names_dropout: Whether other cuts draw other random numbers.
 
     Attributes:
         is_done: Whether nothing is left to check.
     """
 
-    def __init__(self, model: nn.Module, *, enabled: bool, evaluates: bool, names_norms: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, enabled: bool, evaluates: bool, names_norms: bool = True, names_dropout: bool = True
+    ) -> None:
         self.is_done = not enabled
         self._model = model
         # A compiled model would be compiled again for these samples.
         self._evaluates = evaluates and not any(map(_is_compiled, model.modules()))
         self._scale_is_checked = not self._evaluates
-        self._num_postponed = 0
+        self._num_postponed, self._names_dropout = 0, names_dropout
         self._norms: set[nn.Module] | None = None if names_norms else set()  # that micro-batches run; None for all
         self._has_sign: bool | None = None  # None until a loss was seen
         self._devices = list({p.device for p in model.parameters() if p.is_cuda})
@@ -90,7 +93,8 @@ class FirstWindowCheck:
         def watched(model: Any, microbatch: Any) -> LossResult:
             if self._has_sign is not None:
                 return loss_fn(model, microbatch)
-            before = None if active_dropouts(self._model) else random_states(self._devices)
+            is_named = not self._names_dropout or active_dropouts(self._model)
+            before = None if is_named else random_states(self._devices)
             result = loss_fn(model, microbatch)
             draws = before is not None and not _same_states(before, random_states(self._devices))
             self._has_sign = draws or _has_sign(result, first)
@@ -153,6 +157,7 @@ class FirstWindowCheck:
 
     def _of_modules(self) -> list[Cause]:
         dropouts, norms = active_dropouts(self._model), training_batch_norms(self._model)
+        dropouts = dropouts if self._names_dropout else {}
         if self._norms is not None:
             norms = {name: norm for name, norm in norms.items() if norm in self._norms}
         return [dropout_cause(dropouts)] * bool(dropouts) + [batch_norm_cause(norms)] * bool(norms)

@@ -32,6 +32,7 @@ from bigbatch.verification.cut_gradients import (
 )
 from bigbatch.verification.diagnose import find_causes
 from bigbatch.verification.module_state import ModuleState
+from bigbatch.verification.order import OrderError, order_error
 from bigbatch.verification.outside_parameters import modules_by_name, preserved_tensors, survey_losses
 from bigbatch.verification.tolerances import TOLERANCES, coarser_dtype
 
@@ -88,6 +89,8 @@ class Verification:
         cuts: Result of each cut, ascending by micro-batch size by default.
         worst: Up to 5 parameters with the largest error in the worst cut, largest first; empty if ``exact``.
         causes: Why the gradients differ, in sentences; empty if ``exact``.
+        order: Dependence on the order and the cut of the micro-batches; None if it was not measured: by default, or if
+            the cuts are not exact, whose differences are not those of an order.
     """
 
     exact: bool
@@ -99,6 +102,7 @@ class Verification:
     cuts: tuple[Cut, ...]
     worst: tuple[ParameterError, ...] = ()
     causes: tuple[str, ...] = ()
+    order: OrderError | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -116,6 +120,7 @@ class Verification:
         lines.append("exact: every cut gives the full-batch gradient" if self.exact else "NOT exact")
         lines += [f"  largest error: {parameter.name}, {parameter.relative_error:.1e}" for parameter in self.worst]
         lines += [f"  cause: {cause}" for cause in self.causes]
+        lines += [] if self.order is None else [self.order.explain(self.tolerance)]
         return "\n".join(lines)
 
     def _reference(self) -> str:
@@ -135,6 +140,7 @@ def verify(
     count_items: "CountItems | None" = None,
     batch_norm: Literal["exact"] | None = None,
     tolerance: float | None = None,
+    orders: int = 0,
 ) -> Verification:
     """Verify that every cut of a batch yields the full-batch gradient, and diagnose why if not.
 
@@ -157,12 +163,16 @@ def verify(
         batch_norm: As for `bigbatch.Engine`: ``"exact"`` verifies batch norm over the whole batch.
         tolerance: Largest relative error that counts as rounding; by default that of the narrowest dtype in use:
             1e-12 (float64), 2e-5 (float32), 5e-3 (float16), 3e-2 (bfloat16).
+        orders: Random orders of the samples in which the gradient is computed twice more, for ``order`` of the result:
+            as the full batch, and with a random cut. By default none.
 
     Raises:
         ValueError: The batch has fewer than 2 samples or no items, no parameter requires a gradient, ``microbatch`` is
             empty or below 1, or ``batch_norm`` is not supported here.
         TypeError: The batch cannot be split, or ``loss_fn`` returns something other than sums and items.
     """
+    if type(orders) is not int or orders < 0:
+        raise ValueError(f"orders is {orders!r}: pass the number of random orders, 0 or more.")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient: there is nothing to verify.")
     if batch_norm is not None:
@@ -195,6 +205,9 @@ def verify(
             cuts=tuple(result.cut for result in results),
             worst=() if exact else worst.parameters,
             causes=() if exact else _causes(cut_gradients, largest, results, tolerance),
+            order=order_error(cut_gradients, reference, num_orders=orders, largest=largest)
+            if exact and orders
+            else None,
         )
 
 

@@ -302,3 +302,16 @@ def test_unpredictable_model_fails_with_advice(folder: Path, capfd: pytest.Captu
     said = refused(capfd, "plan", "--data", "../data.jsonl", "--model", "../experts", "--device", "cpu", code=1)
     assert said.startswith("the memory of ../experts cannot be predicted: the step cannot run without data (")
     assert said.endswith("). Run bigbatch train on the target machine: it finds the micro-batch by trying sizes.")
+
+
+def test_plan_counts_eight_bytes_for_integer_sums(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "--json", "--device", "cpu"]
+    default = json.loads(planned(capfd, *words, "--microbatch", "2"))
+    found = [
+        json.loads(planned(capfd, *words, "--reproducible", *more))
+        for more in ([], ["--microbatch", "8"], ["--token-budget", "400"])
+    ]
+    assert default["parts"]["gradients"] == 4 * default["trained_parameters"]
+    assert [each["parts"]["gradients"] for each in found] == [8 * default["trained_parameters"]] * 3
+    assert [each["microbatch"]["size"] for each in found] == [2, 2, 2]
+    assert {each["peak_bytes"] - default["peak_bytes"] for each in found} == {4 * default["trained_parameters"]}

@@ -107,3 +107,29 @@ def test_table_fits_forty_columns(
         r" micro-batches of 1: 5, bigbatch \d\.\de-\d+, mean of means \d\.\de-\d+ micro-batches of 3: 2, ", text
     )
     assert text.endswith(" exact: every cut gives the full-batch gradient")
+
+
+def test_order_row_compares_random_orders(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--samples", "6", "--order"]) == 0
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"order: 8 random orders and cuts differ by at most \d\.\de-\d\d, the full batch in these orders by "
+        r"\d\.\de-\d\d",
+        last,
+    )
+    assert main([*SMALL, "--samples", "6", "--order", "--json"]) == 0
+    order = json.loads(capfd.readouterr().out)["order"]
+    assert order["num_orders"] == 8
+    assert 0 < order["relative_error"] < 2e-5
+    assert main([*SMALL, "--samples", "6", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["order"] is None
+
+
+def test_reproducible_gradient_of_dropout_is_verified(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_model_folder(folder.parent / "drops", kind="gpt2", dropout=0.1)
+    words = ["verify", "--data", "../data.jsonl", "--model", "../drops", "--samples", "7", "--reproducible"]
+    assert main(words) == 0
+    assert capfd.readouterr().out.endswith("gradient of 7 samples in quanta of 2: the same bits in 8 random orders\n")
+    assert main([*words, "--json", "--quantum", "3"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["reproducible"], found["quantum"], found["differing"]) == (True, 3, [])

@@ -60,7 +60,8 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             stored = stored_config(path)
             if ranks.is_first:
                 stack.enter_context(RunLock(path))
-        enable_determinism(overrides if "deterministic" in overrides.model_fields_set else stored)
+        changes_kernels = "deterministic" in overrides.model_fields_set and not stored.reproducible
+        enable_determinism(overrides if changes_kernels else stored)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.run_checkpoint import load

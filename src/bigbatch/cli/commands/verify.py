@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import VerifyOptions
 from bigbatch.cli.run_lookup import check_paths
+from bigbatch.cli.session import enable_determinism
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 EXACT = 0
 NOT_EXACT = 1
 TABLE_COLUMNS = 66
+NUM_ORDERS = 8  # of --order
 
 
 def run(config: TrainConfig, options: VerifyOptions) -> int:
     """Print the verification; return 0 only if every split is exact."""
     check_paths(config)
+    enable_determinism(config)
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.training.setup import set_up_training
@@ -37,7 +40,10 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
                 f"a batch of {len(order)} sequence cannot be split: pass --samples 2 or more, or more data."
             )
         progress("computing gradients")
-        verification = verify_cuts(setup, [setup.training[i] for i in order], options.cuts or default_cuts(len(order)))
+        if config.reproducible:
+            return _run_reproducible(setup, [setup.training[i] for i in order], as_json=options.as_json)
+        samples, cuts = [setup.training[i] for i in order], options.cuts or default_cuts(len(order))
+        verification = verify_cuts(setup, samples, cuts, orders=NUM_ORDERS if options.order else 0)
     if options.as_json:
         subject = {"model": config.model, "data": config.data_text, "machine": str(setup.device_spec)}
         console.print_unbroken(json.dumps(subject | as_json(verification)))
@@ -48,7 +54,32 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
     return EXACT if verification.exact else NOT_EXACT
 
 
-def verify_cuts(setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", cuts: Sequence[int]) -> "Verification":
+def _run_reproducible(setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", *, as_json: bool) -> int:
+    """Print whether random orders of the quanta have the same bits; return 0 only if they do."""
+    import torch
+
+    from bigbatch.engine.order_check import check_orders
+    from bigbatch.lm.training.engine_factory import make_training_engine
+    from bigbatch.preserve import preserved
+
+    config = setup.config
+    with preserved(setup.model):
+        torch.manual_seed(config.seed)
+        optimizer = torch.optim.SGD([p for p in setup.model.parameters() if p.requires_grad])  # never steps
+        found = check_orders(make_training_engine(setup, optimizer), samples, num_orders=NUM_ORDERS)
+    console = make_console()
+    if as_json:
+        subject = {"model": config.model, "data": config.data_text, "machine": str(setup.device_spec)}
+        console.print_unbroken(json.dumps(subject | asdict(found) | {"reproducible": not found.differing}))
+    else:
+        console.print(f"{config.model} on {config.data_text}, {setup.device_spec}")
+        console.print(str(found))
+    return EXACT if not found.differing else NOT_EXACT
+
+
+def verify_cuts(
+    setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", cuts: Sequence[int], *, orders: int = 0
+) -> "Verification":
     """Verify the cuts of a batch, with the loss that a run would train."""
     from bigbatch.lm.training.window_routing import counted_samples
     from bigbatch.verification.verify import verify
@@ -62,6 +93,7 @@ def verify_cuts(setup: "TrainingSetup", samples: "list[dict[str, Tensor]]", cuts
             microbatch=cuts,
             collate=setup.collate,
             count_items=None if balanced is None or balanced.scope == "global" else balanced.count_items,
+            orders=orders,
         )
 
 

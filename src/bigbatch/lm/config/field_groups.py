@@ -174,5 +174,10 @@ GROUPS = (
         "Checkpoints, interruptions and failures.",
         ("checkpoint_every", "keep", "async_checkpoint", "max_skipped", "grace_s", "deterministic"),
     ),
+    FieldGroup(
+        "reproducibility",
+        "The same bits on any number of ranks and with any micro-batch.",
+        ("reproducible", "quantum"),
+    ),
 )
 """Every field of a training run, in the order of ``--help``."""

@@ -30,6 +30,7 @@ from bigbatch.lm.config.optimizer_settings import (
     SETTINGS,
     unused_settings,
 )
+from bigbatch.lm.config.reproducible_fields import DEFAULT_QUANTUM
 from bigbatch.lm.config.scale_from import BatchScaling
 from bigbatch.lm.config.train_fields import (
     DEFAULT_EPOCHS,
@@ -70,6 +71,35 @@ class TrainConfig(TrainFields):
                 "idle", "{first} is more than {second}: the learning rate would never reach its peak", names
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_reproducible(self) -> Self:
+        if not self.reproducible:
+            if self.quantum is not None:
+                raise _no_effect("quantum", "reproducible")
+            return self
+        if self.parallel != "ddp":
+            raise PydanticCustomError(
+                "sharded",
+                "{first} needs whole gradients on every rank, which {second} fsdp and hsdp shard: use ddp",
+                {"first": "reproducible", "second": "parallel"},
+            )
+        if self.compile == "graphs":
+            names = {"first": "reproducible", "second": "compile"}
+            raise PydanticCustomError("exclusive", "{first} excludes {second} graphs: use layers or none", names)
+        quantum = self.quantum or DEFAULT_QUANTUM
+        if isinstance(self.microbatch, int) and self.microbatch % quantum:
+            raise PydanticCustomError(
+                "out_of_range",
+                "{first} {microbatch} is no whole number of quanta: pass a multiple of {second}, {quantum}",
+                {"first": "microbatch", "second": "quantum", "microbatch": self.microbatch, "quantum": quantum},
+            )
+        return self
+
+    @property
+    def quantum_in_use(self) -> int | None:
+        """Sequences that are computed together; None without ``reproducible``."""
+        return (self.quantum or DEFAULT_QUANTUM) if self.reproducible else None
 
     @property
     def saves_adapters(self) -> bool:
@@ -189,6 +219,10 @@ class TrainConfig(TrainFields):
             )
         if self.microbatch is None and self.token_budget is None:
             resolved["microbatch"] = "auto"
+        if self.quantum_in_use is not None:
+            resolved["quantum"] = self.quantum_in_use
+            if self.microbatch in (None, "auto") and self.token_budget is None:
+                resolved["microbatch"] = self.quantum_in_use  # nothing depends on it
         if self.steps is None and self.epochs is None:
             if self.data == ("python-stdlib",) and self.model == "tiny":
                 resolved["steps"] = DEFAULT_STEPS

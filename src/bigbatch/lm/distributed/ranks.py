@@ -48,7 +48,9 @@ class RankContext:
         """Whether no rank holds the whole model."""
         return self.size > 1 and self.parallel != "ddp"
 
-    def shard_window(self, window: Sequence[int], lengths: Sequence[int] | NDArray[np.integer[Any]]) -> list[int]:
+    def shard_window(
+        self, window: Sequence[int], lengths: Sequence[int] | NDArray[np.integer[Any]], *, quantum: int | None = None
+    ) -> list[int]:
         """Return the samples of a window that this rank runs. Deterministic, so ranks do not communicate.
 
         Longest first, each sample goes to the rank that has the fewest tokens so far.
@@ -56,7 +58,13 @@ class RankContext:
         Args:
             window: Samples of one update.
             lengths: Tokens of every sample of the data set.
+            quantum: Samples that are computed together, in a fixed order: longest first, whole quanta on each rank,
+                those of the first rank first. None to balance samples.
         """
+        if quantum is not None:
+            ordered = sorted(window, key=lambda i: (-int(lengths[i]), i))
+            bounds = _bounds_of_ranks([int(lengths[i]) for i in ordered], quantum, self.size)
+            return ordered[bounds[self.rank] : bounds[self.rank + 1]]
         if self.size == 1:
             return list(window)
         filled = [(0, rank) for rank in range(self.size)]
@@ -137,6 +145,25 @@ class RankContext:
 
 
 SINGLE_PROCESS = RankContext()
+
+
+def _bounds_of_ranks(lengths: Sequence[int], quantum: int, num_ranks: int) -> list[int]:
+    """Return where the samples of each rank begin, and their number: whole quanta, with about as many tokens each.
+
+    Args:
+        lengths: Tokens of each sample, in the order of the quanta.
+        quantum: Samples of each quantum but the last.
+        num_ranks: At least 1.
+    """
+    starts = range(0, len(lengths), quantum)
+    tokens = [sum(lengths[start : start + quantum]) for start in starts]
+    bounds, quanta, done, total = [0], 0, 0, sum(tokens)
+    for rank in range(1, num_ranks):
+        while quanta < len(tokens) and done + tokens[quanta] / 2 <= total * rank / num_ranks:
+            done += tokens[quanta]
+            quanta += 1
+        bounds.append(min(quanta * quantum, len(lengths)))
+    return [*bounds, len(lengths)]
 
 
 def gather_full_model(model: Any, empty: Any) -> Any:

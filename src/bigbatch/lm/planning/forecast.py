@@ -103,6 +103,8 @@ def forecast(config: TrainConfig, *, progress: ProgressCallback) -> Forecast:
         BigbatchError: The memory of this model cannot be predicted.
     """
     config = config.resolved()
+    if config.reproducible:  # one quantum is in memory at a time
+        config = config.model_copy(update={"microbatch": config.quantum_in_use, "token_budget": None})
     target = resolve_target(config)
     data = measure_data(config, progress=progress)
     config = config.model_copy(update={"precision": target.device_spec.precision, "max_length": data.max_length})

@@ -12,16 +12,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from bigbatch.accumulation.optimizer_update import GradientHook
 from bigbatch.autotune.peak_prediction import PeakPredictor
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.engine import Engine
+from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.custom_loss import CustomLoss
 from bigbatch.lm.model.setup import ModelOutline, ModelSetup
-from bigbatch.lm.training.microbatch_limits import memory_of, microbatch_of
+from bigbatch.lm.training.fingerprints import GradientFingerprints
+from bigbatch.lm.training.microbatch_limits import enforce_memory_budget, memory_of, microbatch_of
 from bigbatch.lm.training.oom_restart import apply_override
 from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.lm.training.setup import TrainingSetup
@@ -37,6 +40,8 @@ def make_engine(
     scheduler: LRScheduler | None = None,
     scaler: torch.amp.GradScaler | None = None,
     sync: GradientSync | SyncPolicy | None = None,
+    quantum: int | None = None,
+    gradient_hook: GradientHook | None = None,
 ) -> Engine:
     """Create an engine whose batches are lists of samples with ``input_ids`` and ``labels``, int64 ``[length]``.
 
@@ -49,6 +54,8 @@ def make_engine(
         scheduler: Stepped once per update.
         scaler: Of float16.
         sync: How gradients cross ranks; None for a single process.
+        quantum: For reproducible updates; else None.
+        gradient_hook: As for `bigbatch.Accumulator`.
     """
     balanced = model_setup.balanced
     count_items = None if balanced is None or balanced.scope == "global" else balanced.count_items
@@ -61,12 +68,15 @@ def make_engine(
         collate=model_setup.collate,
         lengths=sample_lengths,
         layout=model_setup.layout,
-        cuda_graphs=model_setup.uses_cuda_graphs,
+        cuda_graphs=model_setup.uses_cuda_graphs and quantum is None,
         count_items=count_items,
         max_grad_norm=max_grad_norm,
         scheduler=scheduler,
         scaler=scaler,
         sync=sync,
+        reproducible=quantum is not None,
+        quantum=quantum,
+        gradient_hook=gradient_hook,
         check=isinstance(model_setup.loss_fn, CustomLoss),  # ours is a sum, and messages of the run name dropout
     )
 
@@ -98,19 +108,35 @@ def make_training_engine(
         model_setup = replace(model_setup, uses_cuda_graphs=False)
         if microbatch != "auto":
             microbatch = apply_override(config.out, microbatch, longest=longest)
+    memory = memory_of(config, setup.device_spec, ranks=ranks)
+    if config.reproducible:
+        _check_reproducible(model_setup)
+        if memory is not None:  # it limits the process: one quantum is in memory at a time, whatever the micro-batch is
+            enforce_memory_budget(memory, setup)
+            memory = None
     engine = make_engine(
         model_setup,
         optimizer,
         microbatch=microbatch,
-        memory=memory_of(config, setup.device_spec, ranks=ranks),
+        memory=memory,
         max_grad_norm=config.max_grad_norm,
         scheduler=scheduler,
         scaler=setup.device_spec.scaler(),
         sync=sync,
+        quantum=config.quantum_in_use,
+        gradient_hook=GradientFingerprints() if config.reproducible and ranks.is_first else None,
     )
     if ranks.are_sharded:
         engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
     return engine
+
+
+def _check_reproducible(model_setup: ModelSetup) -> None:
+    if model_setup.balanced is not None:
+        raise InputError(
+            "--reproducible is not supported with the load-balancing loss of experts, whose sums over the batch are in "
+            "floating point. Pass --router-aux-loss-coef 0."
+        )
 
 
 def make_predictor(outline: ModelOutline, config: TrainConfig, *, target: torch.device) -> PeakPredictor:
@@ -122,7 +148,9 @@ def make_predictor(outline: ModelOutline, config: TrainConfig, *, target: torch.
         target: Device of the run; it need not exist on this machine.
     """
     optimizer = make_optimizer(outline.model, config, DeviceSpec(target, config.precision))
-    return PeakPredictor.from_training(outline.model, optimizer, outline.loss_fn, device=target)
+    return PeakPredictor.from_training(
+        outline.model, optimizer, outline.loss_fn, device=target, integer_sums=config.reproducible
+    )
 
 
 def sample_lengths(samples: Sequence[dict[str, Tensor]]) -> list[int]:

@@ -62,7 +62,7 @@ def memory_of(config: TrainConfig, device_spec: DeviceSpec, *, ranks: RankContex
         shares = config.microbatch == "auto" and not config.deterministic and device_spec.device.type == "cpu"
         return f"{SHARED_PERCENT // ranks.local_size}%" if shares and ranks.local_size > 1 else None
     decided = "token_budget" if config.token_budget is not None else "microbatch"
-    if config.microbatch != "auto":
+    if config.microbatch != "auto" and not config.reproducible:
         raise InputError(
             f"--{name} limits --microbatch auto and cannot be combined with --{decided.replace('_', '-')} "
             f"{getattr(config, decided)}. Remove one of them."

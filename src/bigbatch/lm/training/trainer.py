@@ -28,6 +28,7 @@ from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
 from bigbatch.lm.training.engine_factory import make_training_engine
 from bigbatch.lm.training.evaluation import deterministic_algorithms, evaluate, sample_text, seeded, validation_loss
+from bigbatch.lm.training.fingerprint_log import with_fingerprints
 from bigbatch.lm.training.microbatch_tuner import MicrobatchTuner
 from bigbatch.lm.training.model_saver import ModelSaver
 from bigbatch.lm.training.oom_restart import restart_smaller
@@ -125,7 +126,7 @@ class Trainer:
 
     def shard_window(self, window: list[int]) -> list[int]:
         """Return this rank's samples of a window."""
-        return self.ranks.shard_window(window, self.setup.training.lengths)
+        return self.ranks.shard_window(window, self.setup.training.lengths, quantum=self.config.quantum_in_use)
 
     def run(
         self,
@@ -164,6 +165,7 @@ class Trainer:
         with directory, seeded(self.setup, rank=self.ranks.rank), deterministic_algorithms(self.config.deterministic):
             now = self._begin(directory, on_note)
             self._tuner.save_choice(directory)
+            callback = with_fingerprints(callback, self.setup, self.engine, directory.path, done=now.step)
             with checkpoints.open():
                 self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon, on_note))
             self.engine.release_cuda_graphs()

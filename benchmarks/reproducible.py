@@ -1,0 +1,140 @@
+"""Cost of reproducible updates, their bits over 50 updates, and their loss over 300, compared with the default mode.
+
+    python benchmarks/reproducible.py [--rounds 5] [--device cuda --workload w]
+    python benchmarks/reproducible.py --bits
+    python benchmarks/reproducible.py --losses
+
+Cost: the workloads are those of `bigbatch bench`. Both engines run the same model and samples in alternation, and the
+default engine has the micro-batch of the quantum, so that both run the same forwards and backwards: the ratio is that
+of the medians. On a CPU, times are process times of one thread, which exclude other processes.
+
+Bits: small Llama and GPT-2 models with dropout, as the tests train them, in every combination of micro-batch, order and
+out-of-memory error, and on 1 to 4 gloo ranks with a kill and a resume on other ranks: all must have equal parameters
+after each of 50 updates.
+
+Losses: the mean loss of the last 20 of 300 updates, for some seeds.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bigbatch
+from bigbatch.lm.bench.bigbatch_runner import set_up
+from bigbatch.lm.bench.workload import WORKLOADS, count_tokens, shift
+
+QUANTA = (2, 4, 8, 16)
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", default="w-small", choices=[*WORKLOADS])
+    parser.add_argument("--rounds", type=int, default=5, help="timed updates of each engine")
+    parser.add_argument("--quanta", default=",".join(map(str, QUANTA)), help="samples, separated by commas")
+    parser.add_argument("--bits", action="store_true", help="compare parameters over 50 updates")
+    parser.add_argument("--losses", action="store_true", help="compare losses over 300 updates")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    if options.bits:
+        compare_bits()
+    elif options.losses:
+        compare_losses()
+    else:
+        compare_cost(options.workload, options.rounds, [int(quantum) for quantum in options.quanta.split(",")])
+
+
+def compare_cost(name: str, rounds: int, quanta: list[int]) -> None:
+    """Time updates of both modes in alternation."""
+    workload = WORKLOADS[name]
+    machine = workload.device_spec()
+    is_cuda = machine.device.type == "cuda"
+    samples = sorted(shift(workload.make_samples()), key=lambda sample: -len(sample["input_ids"]))
+    run = set_up(workload.make_trained_model(machine.device), workload)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    trained = sum(parameter.numel() for parameter in parameters)
+    print(
+        f"{name} on {machine}: {len(samples)} sequences, {count_tokens(samples):,} tokens, {trained:,} trained "
+        f"parameters, torch {torch.__version__}, medians of {rounds} updates"
+    )
+    print(f"{'quantum':>8}{'tokens in it':>14}{'default':>11}{'reproducible':>15}{'ratio':>8}")
+
+    def update_s(engine: bigbatch.Engine) -> float:
+        clock = time.perf_counter if is_cuda else time.process_time
+        start = clock()
+        engine.step(samples)
+        if is_cuda:
+            torch.cuda.synchronize()
+        return clock() - start
+
+    for quantum in quanta:
+        settings: dict[str, Any] = {"microbatch": quantum, "collate": run.collate, "noise": False, "check": False}
+        default = bigbatch.Engine(run.model, optimizer, run.loss_fn, **settings)
+        exact = bigbatch.Engine(run.model, optimizer, run.loss_fn, reproducible=True, quantum=quantum, **settings)
+        times: dict[bigbatch.Engine, list[float]] = {default: [], exact: []}
+        for round_ in range(rounds + 1):
+            for engine in (default, exact) if round_ % 2 else (exact, default):
+                times[engine].append(update_s(engine))
+        one, other = (statistics.median(times[engine][1:]) for engine in (default, exact))
+        tokens = count_tokens(samples) / len(samples) * quantum
+        print(f"{quantum:>8}{tokens:>14.0f}{one:>10.3f}s{other:>14.3f}s{other / one:>8.3f}", flush=True)
+
+
+def compare_bits(updates: int = 50) -> None:
+    """Train in every way, and count the runs whose parameters differ from the first one."""
+    from support import gloo_processes
+    from support.reproducible_runs import KINDS, Run, train, train_on_ranks
+
+    ways: list[dict[str, Any]] = [{"microbatch": size} for size in (4, 8, 16)]
+    ways += [{"order": 1}, {"order": 2, "microbatch": 8}, {"microbatch": 16, "fails": (3, 8, 21, 34, 55, 90, 145)}]
+    print(f"parameters after each of {updates} updates, compared with quantum 2 and micro-batch 2 in one process")
+    for kind, precision in KINDS:
+        run = Run(kind, precision, updates=updates)
+        expected = train(run)
+        for way in ways:
+            _print_bits(kind, precision, str(way), [train(replace(run, **way)).same(expected)])
+        for size in (2, 3, 4):
+            found = gloo_processes.run(train_on_ranks, size, run, timeout_s=600)
+            _print_bits(kind, precision, f"{size} ranks", [each.same(expected) for each in found])
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "state"
+            gloo_processes.attempt(train_on_ranks, 3, run, saved, updates // 2, timeout_s=600)
+            done = torch.load(saved)["engine"]["num_steps"]
+            found = gloo_processes.run(train_on_ranks, 2, run, saved, timeout_s=600)
+        same = [each.same(expected.after(done)) for each in found]
+        _print_bits(kind, precision, f"3 ranks, killed after update {updates // 2}, then 2 ranks", same)
+
+
+def _print_bits(kind: str, precision: str, way: str, same: list[bool]) -> None:
+    print(f"{kind:<6} {precision:<8} {way:<56} {'equal' if all(same) else 'DIFFERENT'}", flush=True)
+
+
+def compare_losses(updates: int = 300) -> None:
+    """Train in both modes."""
+    from support.reproducible_runs import Run, train
+
+    print(f"mean loss of the last 20 of {updates} updates of a small Llama with dropout")
+    print(f"{'seed':>5}{'default':>12}{'reproducible':>15}")
+    for seed in range(3):
+        means = []
+        for settings in ({"reproducible": False, "quantum": None}, {}):
+            losses = train(Run(updates=updates, seed=seed), **settings).losses
+            means.append(statistics.mean(losses[-20:]))
+        print(f"{seed:>5}{means[0]:>12.4f}{means[1]:>15.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
