@@ -31,6 +31,7 @@ PRODUCT = [
     {"lm.data", "lm.device", "lm.runs"},
     {"lm.config"},
     {"lm.distributed", "lm.model"},
+    {"lm.objectives"},
     {"lm.checkpoint", "lm.report"},
     {"lm.training"},
     {"lm.advice", "lm.bench", "lm.planning"},

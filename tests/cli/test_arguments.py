@@ -563,11 +563,12 @@ def test_dependent_defaults_are_described_correctly():
         TrainConfig(model=model, lora_rank=rank).resolved().lr for model, rank in (("tiny", 0), ("m", 0), ("m", 1))
     ]
     rates.append(TrainConfig(model_config="config.json").resolved().lr)
-    assert (
-        "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA, {:g} with --model-config; a fifth of these "
-        "for lion)".format(*rates)
-        in shown
+    rates += [TrainConfig(model="m", objective="dpo", lora_rank=rank).resolved().lr for rank in (0, 1)]
+    described = (
+        "(default: {:g} for tiny, {:g} for other models, {:g} with LoRA, {:g} with --model-config; with --objective "
+        "dpo {:g} and {:g}; a fifth of these for lion)"
     )
+    assert described.format(*rates) in shown
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "verify"])

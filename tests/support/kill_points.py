@@ -39,7 +39,7 @@ from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
 from bigbatch.lm.training import evaluation, model_saver, trainer
 from bigbatch.lm.training.trainer import Trainer
-from support.language_models import metrics, records, save_model_folder, write_jsonl
+from support.language_models import examples, metrics, pairs, records, save_model_folder, write_jsonl
 from support.run_comparison import differences
 from support.torchrun_ranks import Launch
 
@@ -64,6 +64,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "poisoned": {},
     "best": {**DIVERGING, "keep": "best"},
     "early": {**DIVERGING, "early_stopping": 2, "early_stopping_min_delta": 0.01},
+    "dpo": {"objective": "dpo", "data": "pairs"},
+    "reward": {"objective": "reward", "data": "pairs", "lora_rank": 2},
+    "embedding": {"objective": "embedding", "data": "examples"},
 }
 """Runs of about ten updates over two epochs, with dropout; some windows of ``poisoned`` are not finite."""
 
@@ -217,6 +220,9 @@ class KillExperiment:
 
     def config(self, kind: str, path: Path) -> TrainConfig:
         settings = self._settings | (KINDS | MORE_KINDS)[kind]
+        if settings["data"] in ("pairs", "examples"):
+            rows = pairs(40) if settings["data"] == "pairs" else examples(40)
+            settings["data"] = str(write_jsonl(self.folder / f"{settings['data']}.jsonl", rows))
         if settings["model"] == "packable":
             settings["model"] = str(self.folder / "packable")
             if not (self.folder / "packable").exists():

@@ -72,6 +72,27 @@ def conversations(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Return prompts with a chosen and a rejected answer, of different lengths."""
+    return [
+        {"prompt": row["prompt"] + ":", "chosen": f" {row['completion']}", "rejected": " x" * (1 + (3 * i) % 11)}
+        for i, row in enumerate(records(count))
+    ]
+
+
+def examples(count: int, *, negatives: int = 1) -> list[dict[str, Any]]:
+    """Return queries with a positive passage and some negative ones, of different lengths."""
+    rows = records(count)
+    return [
+        {
+            "query": row["prompt"],
+            "positive": row["completion"],
+            "negative": [rows[(i + 7 * k) % count]["completion"] for k in range(1, 1 + negatives)],
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
 def save_model_folder(folder: Path, *, kind: str = "llama", dropout: float = 0.0) -> Path:
     """Save a model with a few thousand parameters and its tokenizer."""
     tokenizer = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)

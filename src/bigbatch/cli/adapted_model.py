@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bigbatch.cli.run_lookup import check_run
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.lm.data.hub import ADAPTER_CONFIG
+from bigbatch.lm.files import read_json
 from bigbatch.lm.runs.file_names import ADAPTER, IDENTITY, MODEL
 from bigbatch.lm.runs.identity import read_identity
 
@@ -32,6 +33,25 @@ def trained_folder(run: Path) -> Path:
         f"{run} contains no trained model: a run saves it in {run / MODEL} when it ends, its LoRA adapters in "
         f"{run / ADAPTER}."
     )
+
+
+def check_generates(folder: Path) -> None:
+    """Raise if a model, or the one of adapters, scores or encodes texts and does not generate any.
+
+    Raises:
+        InputError: It does not, or its configuration cannot be read.
+    """
+    path = folder / (ADAPTER_CONFIG if has_adapters(folder) else "config.json")
+    try:
+        settings = read_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}.") from error
+    settings = settings if isinstance(settings, dict) else {}
+    kinds = [str(kind) for kind in (*(settings.get("architectures") or ()), settings.get("task_type"))]
+    is_score = any(kind.endswith("ForSequenceClassification") or kind == "SEQ_CLS" for kind in kinds)
+    if is_score or (folder / "modules.json").is_file():
+        what = "scores texts (--objective reward)" if is_score else "encodes texts (--objective embedding)"
+        raise InputError(f"the model in {folder} {what} and generates none.")
 
 
 def has_adapters(folder: Path) -> bool:

@@ -138,6 +138,7 @@ COMMAND_SPECS = {
         sections=(
             _section(InspectOptions, "inspection", "What to print."),
             *((TrainConfig, group) for group in GROUPS if group.title in ("data", "conversations")),
+            (TrainConfig, FieldGroup("objective", "Which records are read.", ("objective",))),
             (TrainConfig, _TOKENIZER_OF._replace(fields=(*_TOKENIZER_OF.fields, "seed"))),
         ),
         positionals=("data",),

@@ -141,6 +141,7 @@ class TrainingDisplay:
         step = row["step"]
         parts = (
             f"loss {row['loss']:.3f}",
+            *([f"accuracy {row['accuracy']:.2f}"] if "accuracy" in row else []),
             f"{self._pace.tokens_per_s:,.0f} tokens/s",
             f"{duration(self._pace.left_s)} left",
             _gibibytes(row["peak_bytes"]),

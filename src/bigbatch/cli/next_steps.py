@@ -24,12 +24,12 @@ def suggested_commands(setup: "TrainingSetup", directory: RunDirectory, *, promp
     """
     path = shlex.quote(str(directory.path))
     what = '--chat "Hello"' if trains_on_chats(setup) else prompt
-    commands = [f"bigbatch generate {path} {what}"]
+    commands = [f"bigbatch generate {path} {what}"] if setup.config.generates_text else []
     whole = shlex.quote(str(directory.model))
     if setup.config.saves_adapters:
         whole = shlex.quote(f"{str(directory.path).rstrip(os.sep)}-merged")
         commands.append(f"bigbatch merge {path} --out {whole}   writes the model with its adapters")
-    if finished and setup.config.model != "tiny":
+    if finished and setup.config.model != "tiny" and setup.config.generates_text:
         commands.append(f"python convert_hf_to_gguf.py {whole}   of llama.cpp, writes a GGUF file")
     return commands
 
@@ -44,8 +44,10 @@ def trains_on_chats(setup: "TrainingSetup") -> bool:
         text = str(tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False))
     except Exception:  # noqa: BLE001  a template is a program, and this is for a suggestion only
         return False
+    from bigbatch.lm.data.pair_batches import sequences_of
+
     header = _without_spaces(text.partition(_PROBE)[2])
-    samples = (setup.training[i]["input_ids"] for i in range(min(_SAMPLES, len(setup.training))))
+    samples = [row for i in range(min(_SAMPLES, len(setup.training))) for row in sequences_of(setup.training[i])]
     return bool(header) and any(header in _without_spaces(str(tokenizer.decode(tokens))) for tokens in samples)
 
 

@@ -15,6 +15,7 @@ from bigbatch.lm.advice.batch_advice import one_line
 from bigbatch.lm.advice.run_evidence import read_evidence
 from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.field_groups import flag_of
+from bigbatch.lm.config.objective_fields import OF_OBJECTIVE
 from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
@@ -35,13 +36,15 @@ DUPLICATE_SIGNAL_S = 5.0
 
 def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *, config: TrainConfig) -> int:
     """Run a trainer to its end or until a signal; return the exit code. ``config`` is the requested configuration."""
+    from bigbatch.lm.data.dataset import TokenDataset
+
     setup, total_steps, ranks = trainer.setup, trainer.total_steps, trainer.ranks
     done = 0 if trainer.checkpoint is None else trainer.checkpoint.progress.step
     display = TrainingDisplay(
         console,
         total_steps=total_steps,
         validation_every=None if setup.validation is None else setup.config.validation_every_of(total_steps),
-        entropy=None if setup.validation is None else setup.validation.unigram_entropy(),
+        entropy=setup.validation.unigram_entropy() if isinstance(setup.validation, TokenDataset) else None,
         prompt=setup.config.sample_prompt,
         done=done,
     )
@@ -83,7 +86,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         console.print(f"CUDA graphs are disabled: {reason}")
     if ranks.is_first and (advice := _advice_line(directory)) is not None:
         console.print(advice)
-    for line in final_lines(directory, outcome, is_best=setup.config.resolved_keep == "best"):
+    for line in final_lines(config, directory, outcome, is_best=setup.config.resolved_keep == "best"):
         console.print(line)
     console.print_unbroken(*next_lines(config, directory, setup, finished=outcome.finished))
     return DONE if outcome.finished else STOPPED
@@ -125,14 +128,14 @@ def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     peak = trainer.scheduler.base_lrs[0]
     warmup = plural(trainer.warmup_steps, "warm-up update") if trainer.warmup_steps else "no warm-up"
     optimizer = "" if config.optimizer == "adamw" else f"{TITLES[config.optimizer]}, "
-    ranks = trainer.ranks
+    ranks, samples = trainer.ranks, plural(len(setup.training), sample_noun(config))
     effect = _effect_of_split(setup.model, is_reproducible=config.reproducible)
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
         f"global batch per update: {_batch(setup)}",
         f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} ({effect})",
         f"{plural(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
-        f"{plural(len(setup.training), 'sequence')}; {optimizer}learning rate {peak:g}, {_decay(trainer)}, {warmup}",
+        f"{samples}; {optimizer}learning rate {peak:g}, {_decay(trainer)}, {warmup}",
     )
 
 
@@ -157,8 +160,12 @@ def _effect_of_split(model: Any, *, is_reproducible: bool) -> str:
     return "affects memory only, not the result"
 
 
-def final_lines(directory: RunDirectory, outcome: "TrainResult", *, is_best: bool = False) -> list[str]:
+def final_lines(
+    config: TrainConfig, directory: RunDirectory, outcome: "TrainResult", *, is_best: bool = False
+) -> list[str]:
     """Return the lines with the output files; with ``is_best``, also the update that the saved weights are of."""
+    from bigbatch.lm.model.task_models import AUTO_CLASSES
+
     weights = []
     if is_best:
         has_best = outcome.best_loss is not None and outcome.saved_step == outcome.best_step
@@ -168,7 +175,7 @@ def final_lines(directory: RunDirectory, outcome: "TrainResult", *, is_best: boo
     return [
         f"{plural(outcome.step, 'update')}{skipped} in {duration(outcome.elapsed_s)}; output is in "
         f"{directory.path}{os.sep}",
-        f"  {MODEL + '/':<15}model and tokenizer, for AutoModelForCausalLM.from_pretrained"
+        f"  {MODEL + '/':<15}model and tokenizer, for {AUTO_CLASSES[config.objective]}.from_pretrained"
         if not directory.adapter.is_dir()
         else f"  {ADAPTER + '/':<15}LoRA adapters and tokenizer, for PeftModel.from_pretrained and bigbatch merge",
         *weights,
@@ -189,37 +196,46 @@ def next_lines(
     return [f"{'      ' if place else 'next: '}{command}" for place, command in enumerate(commands)]
 
 
+def sample_noun(config: TrainConfig) -> str:
+    """Return what a sample of the objective is."""
+    from bigbatch.lm.data.pair_dataset import NOUNS
+
+    return NOUNS[config.objective]
+
+
 def _batch(setup: "TrainingSetup") -> str:
     config, lengths = setup.config, setup.training.lengths
+    noun = sample_noun(config)
     if config.global_batch_schedule is not None:
         schedule = read(config.global_batch_schedule)
-        start = "" if schedule.first is not None else f"{plural(config.global_batch or 0, 'sequence')}, "
+        start = "" if schedule.first is not None else f"{plural(config.global_batch or 0, noun)}, "
         return f"{start}{schedule}"
     mean = setup.training.num_tokens / len(lengths)
     if config.global_batch is not None:
         sequences = min(config.global_batch, len(lengths))
         limited = f" (the whole data set; {config.global_batch:,} requested)"
         return (
-            f"{plural(sequences, 'sequence')}{limited if sequences < config.global_batch else ''}, "
+            f"{plural(sequences, noun)}{limited if sequences < config.global_batch else ''}, "
             f"about {plural(round(sequences * mean), 'token')}"
         )
     assert config.global_batch_tokens is not None, "resolved() gives one of the two"
     sequences = min(len(lengths), max(1, round(config.global_batch_tokens / mean)))
-    return f"{plural(config.global_batch_tokens, 'token')}, about {plural(sequences, 'sequence')}"
+    return f"{plural(config.global_batch_tokens, 'token')}, about {plural(sequences, noun)}"
 
 
 def _split(trainer: "Trainer") -> str:
     lengths = [int(trainer.setup.training.lengths[i]) for i in trainer.shard_window(trainer.schedule.first_window())]
     if not lengths:
         return "no micro-batch"
+    noun = sample_noun(trainer.config)
     groups = trainer.engine.groups(sorted(lengths, reverse=True))
     budget = trainer.engine.token_budget
     if len(groups) == 1:
-        return f"1 micro-batch of {plural(len(lengths), 'sequence')}"
+        return f"1 micro-batch of {plural(len(lengths), noun)}"
     if budget is not None:
         return f"{plural(len(groups), 'micro-batch')} of up to {plural(budget, 'token')}"
     up_to = "" if len(lengths) % len(groups[0]) == 0 else "up to "
-    return f"{plural(len(groups), 'micro-batch')} of {up_to}{plural(len(groups[0]), 'sequence')}"
+    return f"{plural(len(groups), 'micro-batch')} of {up_to}{plural(len(groups[0]), noun)}"
 
 
 def _quoted(prompt: str) -> str:
@@ -235,7 +251,7 @@ def _same_job(config: TrainConfig) -> str:
     default = TrainConfig()
     source = ("model",) if config.model_config_path is None else ("model_config_path", "tokenizer")
     of_model = (*source, "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora", "quantize")
-    names = ("data", "split", "subset", *of_model, "precision", *_READING)
+    names = ("objective", *OF_OBJECTIVE, "data", "split", "subset", *of_model, "precision", *_READING)
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
     words = []
     for name, value in given.items():

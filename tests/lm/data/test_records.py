@@ -11,7 +11,7 @@ import pytest
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.records import EXPECTED, PREFERENCES, RecordColumns, shape_notes, to_document
+from bigbatch.lm.data.records import EXPECTED, PREFERENCES, UNPAIRED, RecordColumns, shape_notes, to_document
 from bigbatch.lm.data.sources import read_corpus
 
 USER, ANSWER = {"role": "user", "content": "Hallo?"}, {"role": "assistant", "content": "Grüß dich."}
@@ -229,7 +229,7 @@ def test_saved_dataset_of_chats_is_read(tmp_path: Path) -> None:
         (
             {"prompt": "a", "completion": "b", "label": False},
             "the record has 'label' False, and without it bad completions would be trained on like good ones. "
-            f"{PREFERENCES} Or keep the good completions, and remove the column 'label'.",
+            f"{UNPAIRED} Or keep the good completions, and remove the column 'label'.",
         ),
         (
             {"prompt": "a", "completion": "b", "system": "c", "tools": [TOOL]},

@@ -97,6 +97,11 @@ def test_run_killed_anywhere_equals_uninterrupted_run(server: Server, point: str
         ("early", "after validation", 5),  # the first without improvement
         ("early", "after checkpoint", 5),  # the last
         ("early", "before model", 1),
+        ("dpo", "before training", 1),  # before the reference is stored
+        ("dpo", "before optimizer", 5),
+        ("dpo", "before optimizer", 8),
+        ("reward", "after optimizer", 7),
+        ("embedding", "before optimizer", 8),
     ],
 )
 def test_killed_run_of_any_kind_equals_uninterrupted(server: Server, kind: str, point: str, number: int) -> None:

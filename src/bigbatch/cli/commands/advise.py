@@ -62,6 +62,7 @@ def _train_branches(options: AdviseOptions, console: OutputConsole) -> "list[Bra
         setup = set_up_training(config, progress=progress, order_version=order_version)
         trainer = Trainer(setup, checkpoint=checkpoint)
         check_facts(setup.config, checkpoint.facts, trainer.facts, allowed=())
+        trainer.prepare(options.run)
         progress(f"training {len(MULTIPLES)} branches from update {checkpoint.progress.step}")
         results = []
         with seeded(setup):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.cli.adapted_model import has_adapters, load_adapters, trained_folder
+from bigbatch.cli.adapted_model import check_generates, has_adapters, load_adapters, trained_folder
 from bigbatch.cli.console import quiet_libraries
 from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import GenerateOptions
@@ -26,6 +26,8 @@ def run(options: GenerateOptions) -> int:
         raise InputError(f"--model does nothing here: {folder} is a whole model. Leave it out.")
     if options.chat == "" and not sys.stdin.isatty():
         raise InputError('--chat needs a message, such as --chat "Hello"; a conversation needs a terminal.')
+
+    check_generates(folder)
 
     import torch
 

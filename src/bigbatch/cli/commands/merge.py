@@ -21,7 +21,8 @@ def run(options: MergeOptions) -> int:
     console = make_console()
     with progress_display(console) as progress:
         from bigbatch.lm.data.tokenizer import load_tokenizer
-        from bigbatch.lm.model.adapters import base_of, merge_adapters
+        from bigbatch.lm.model.adapters import base_of, merge_adapters, objective_of
+        from bigbatch.lm.model.task_models import AUTO_CLASSES
 
         quiet_libraries()
         base = base_of(folder, options.model)
@@ -29,14 +30,17 @@ def run(options: MergeOptions) -> int:
         progress(f"loading {base}")
         adapted = load_adapters(folder, base=base, dtype="auto")
         progress("merging")
+        objective = objective_of(folder)
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            merge_adapters(adapted, tokenizer, options.out)
+            if objective == "reward":
+                adapted.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            merge_adapters(adapted, tokenizer, options.out, source=folder)
         except OSError as error:
             raise BigbatchError(f"{options.out} cannot be written: {os_reason(error)}.") from error
     console.print_unbroken(
-        f"{options.out} is {base} with the adapters in {folder}, for AutoModelForCausalLM.from_pretrained",
-        f"next: bigbatch generate {shlex.quote(str(options.out))}",
+        f"{options.out} is {base} with the adapters in {folder}, for {AUTO_CLASSES[objective]}.from_pretrained",
+        *([f"next: bigbatch generate {shlex.quote(str(options.out))}"] if objective == "sft" else []),
     )
     return DONE
 

@@ -104,6 +104,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
         console.print(f"resuming {path} {where}")
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             trainer.tune(cache=path, progress=progress)
+            trainer.prepare(path, progress=progress)
         for line in (
             *([] if threads_note is None else [threads_note]),
             *setup.notes,

@@ -80,6 +80,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
 
         trainer = Trainer(setup, ranks=ranks)
         origin = trainer.tune(cache=path, progress=progress)
+        trainer.prepare(path, progress=progress)
     for line in (
         *([] if threads_note is None else [threads_note]),
         *setup.notes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bigbatch.cli.console import make_console, progress_display, quiet_libraries
 from bigbatch.cli.options import VerifyOptions
 from bigbatch.cli.run_lookup import check_paths
-from bigbatch.cli.session import enable_determinism
+from bigbatch.cli.session import enable_determinism, sample_noun
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 
@@ -30,19 +30,20 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
     enable_determinism(config)
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
+        from bigbatch.lm.training.reference import add_reference
         from bigbatch.lm.training.setup import set_up_training
 
         quiet_libraries()
         setup = set_up_training(config, progress=progress)
         order = setup.order.epoch(0).part(0, options.samples).tolist()
         if len(order) < 2:
-            raise InputError(
-                f"a batch of {len(order)} sequence cannot be split: pass --samples 2 or more, or more data."
-            )
+            one = f"{len(order)} {sample_noun(config)}"
+            raise InputError(f"a batch of {one} cannot be split: pass --samples 2 or more, or more data.")
         progress("computing gradients")
-        if config.reproducible:
-            return _run_reproducible(setup, [setup.training[i] for i in order], as_json=options.as_json)
         samples, cuts = [setup.training[i] for i in order], options.cuts or default_cuts(len(order))
+        add_reference(setup, samples)
+        if config.reproducible:
+            return _run_reproducible(setup, samples, as_json=options.as_json)
         verification = verify_cuts(setup, samples, cuts, orders=NUM_ORDERS if options.order else 0)
     if options.as_json:
         subject = {"model": config.model, "data": config.data_text, "machine": str(setup.device_spec)}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from bigbatch.coupled.coupled import Coupled
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.run_checkpoint import RunCheckpoint
 from bigbatch.lm.training.engine_factory import make_training_engine
@@ -59,11 +60,16 @@ def branch_experiment(trainer: Trainer, checkpoint: RunCheckpoint, *, updates: i
         updates: Updates of the branch with the largest batch; the others use as many samples.
 
     Raises:
-        InputError: The run has no validation set, or counts its batch in tokens.
+        InputError: The run has no validation set, counts its batch in tokens, or compares samples with each other.
     """
     if trainer.setup.validation is None:
         raise InputError(
             "--branch compares validation losses, and this run has no validation set. Train with --validation-fraction."
+        )
+    if isinstance(trainer.setup.loss_fn, Coupled):
+        raise InputError(
+            "--branch compares the losses of single samples, and those of --objective embedding depend on the whole "
+            "batch."
         )
     batch = trainer.schedule.batch_after(checkpoint.progress.cursor)
     if batch is None:

@@ -185,6 +185,8 @@ def frozen_fingerprint(model: nn.Module, values: Mapping[str, Callable[[], Tenso
     """
     if values is None:
         values = {name: partial(_whole, p) for name, p in model.named_parameters() if not p.requires_grad}
+    # peft keeps the head that a trained copy replaces; it has no effect.
+    values = {name: value for name, value in values.items() if ".original_module." not in name}
     if not values:
         return None
     digest = sha256()

@@ -78,6 +78,19 @@ class FieldGroup(NamedTuple):
 
 GROUPS = (
     FieldGroup(
+        "objective",
+        "What is learned from the data; the other settings are for the objective that their description names.",
+        (
+            "objective",
+            "dpo_beta",
+            "dpo_loss",
+            "dpo_label_smoothing",
+            "center_rewards_coefficient",
+            "pooling",
+            "temperature",
+        ),
+    ),
+    FieldGroup(
         "data",
         "Training data and its validation split.",
         (

@@ -32,7 +32,8 @@ class OptimizationFields(BaseModel):
         gt=0,
         description="peak learning rate, reached at the end of the warm-up "
         f"(default: {DEFAULT_LR_TINY:g} for tiny, {DEFAULT_LR:g} for other models, {DEFAULT_LR_LORA:g} with LoRA, "
-        f"{DEFAULT_LR_PRETRAINING:g} with --model-config; a fifth of these for lion)",
+        f"{DEFAULT_LR_PRETRAINING:g} with --model-config; with --objective dpo 1e-06 and 1e-05; a fifth of these for "
+        "lion)",
     )
     scale_from: Count | None = Field(
         default=None,

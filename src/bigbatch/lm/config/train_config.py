@@ -16,6 +16,7 @@ from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.evaluation_fields import VALIDATIONS_PER_RUN
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.field_types import join_texts
+from bigbatch.lm.config.objective_fields import DEFAULT_LR_DPO, DEFAULT_LR_DPO_LORA
 from bigbatch.lm.config.optimization_fields import (
     DEFAULT_LR,
     DEFAULT_LR_LORA,
@@ -229,9 +230,13 @@ class TrainConfig(TrainFields):
             else:
                 resolved["epochs"] = DEFAULT_EPOCHS
         if self.lr is None:
-            full_lr = DEFAULT_LR_TINY if self.model == "tiny" else DEFAULT_LR
+            full_lr, lora_lr = DEFAULT_LR, DEFAULT_LR_LORA
+            if self.objective == "dpo":
+                full_lr, lora_lr = DEFAULT_LR_DPO, DEFAULT_LR_DPO_LORA
+            if self.model == "tiny":
+                full_lr = DEFAULT_LR_TINY
             full_lr = full_lr if self.model_config_path is None else DEFAULT_LR_PRETRAINING
-            resolved["lr"] = LR_FACTORS[self.optimizer] * (DEFAULT_LR_LORA if self.lora_rank else full_lr)
+            resolved["lr"] = LR_FACTORS[self.optimizer] * (lora_lr if self.lora_rank else full_lr)
         if self.keep is None:
             resolved["keep"] = self.resolved_keep
         if self.lora_alpha is None and self.lora_rank:

@@ -30,6 +30,7 @@ from bigbatch.lm.config.field_types import (
     Weights,
 )
 from bigbatch.lm.config.lora_fields import LoraFields
+from bigbatch.lm.config.objective_fields import ObjectiveFields
 from bigbatch.lm.config.optimization_fields import OptimizationFields
 from bigbatch.lm.config.pretraining_fields import PretrainingFields
 from bigbatch.lm.config.reproducible_fields import ReproducibleFields
@@ -41,7 +42,9 @@ DEFAULT_EPOCHS = 1
 DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the run that starts without any flag
 
 
-class TrainFields(PretrainingFields, EvaluationFields, LoraFields, OptimizationFields, ReproducibleFields):
+class TrainFields(
+    ObjectiveFields, PretrainingFields, EvaluationFields, LoraFields, OptimizationFields, ReproducibleFields
+):
     """The fields of :class:`bigbatch.lm.config.train_config.TrainConfig`, in the order of ``--help``.
 
     ``None`` in a field that allows it stands for a default that depends on other fields.

@@ -117,6 +117,16 @@ class ConversationRenderer:
             renderings[-1] = renderings[-1].continued(conversation.whole()) or renderings[-1]
         return [rendering for rendering in renderings if rendering.spans]
 
+    def continuation(self, document: Document, num_context: int) -> tuple[str, str]:
+        """Return a conversation up to an answer to generate after ``num_context`` messages, and all of it.
+
+        Raises:
+            InputError: The template rejects the conversation, leaves a part of it out, or renders the messages before
+                the answer differently when it is generated.
+        """
+        conversation = _Conversation(self, document)
+        return (conversation.opening(num_context) if num_context else ""), conversation.whole().text
+
     def template_for(self, tools: object) -> str:
         """Return the template, of several the one for conversations with or without tools.
 
@@ -222,6 +232,14 @@ class _Conversation:
         self._check_complete(text, None)
         return self._rendering(text, marks, ())
 
+    def opening(self, num_context: int) -> str:
+        """Return the text before an answer to generate after some of the messages, which all of them begin with."""
+        before, _ = self._apply(num_context, add_generation_prompt=True)
+        text, _ = self._apply(len(self._messages))
+        if not text.startswith(before):
+            raise InputError(f"{self._differs(num_context, before, text)}.")
+        return before
+
     def _rendering(self, text: str, marks: list[tuple[int, int]], spans: tuple[Span, ...]) -> Rendering:
         return Rendering(text, spans, frozenset(marks) if self._is_marked else None)
 
@@ -241,15 +259,17 @@ class _Conversation:
         """Return the bounds of the last message's content and end mark."""
         before, _ = self._apply(index, add_generation_prompt=True)
         if not text.startswith(before):
-            raise InputError(
-                f"{self._source}: the chat template renders message {index + 1} differently from how it begins an "
-                f"answer to generate: {_difference(before, text)}. Pass another --chat-template, or one with "
-                "{% generation %} marks."
-            )
+            raise InputError(f"{self._differs(index, before, text)}, or one with {{% generation %}} marks.")
         tail, mark = self._renderer.closing
         if text[len(before) :].endswith(tail):
             return len(before), len(text) - len(tail) + len(mark)
         return len(before), max(len(text.rstrip()), len(before)) if text[len(before) :].strip() else len(text)
+
+    def _differs(self, index: int, before: str, text: str) -> str:
+        return (
+            f"{self._source}: the chat template renders message {index + 1} differently from how it begins an answer "
+            f"to generate: {_difference(before, text)}. Pass another --chat-template"
+        )
 
     def _check_complete(self, text: str, index: int | None) -> None:
         """Check that the messages after those checked before, up to ``index``, are in the text, and the tools."""

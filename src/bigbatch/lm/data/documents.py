@@ -12,10 +12,36 @@ _CANONICAL = json.JSONEncoder(ensure_ascii=True, sort_keys=True, separators=(","
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text, a prompt with its completion, a conversation, or tokens: one unit of training data.
+class Part:
+    """One of the sequences that a record of pairs consists of.
 
-    Exactly one of ``text``, ``prompt`` with ``completion``, ``messages``, and ``tokens`` is set.
+    Attributes:
+        name: Its field, such as ``chosen``.
+        context: What comes before the answer: a string, or messages; may be empty.
+        answer: What is compared with the other parts, of the same type.
+        tools: As for a `Document`, for messages.
+    """
+
+    name: str
+    context: str | tuple[dict[str, Any], ...]
+    answer: str | tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every string of the content, in order."""
+        if isinstance(self.answer, str):
+            assert isinstance(self.context, str), "both are strings, or both messages"
+            return self.context, self.answer
+        assert not isinstance(self.context, str), "both are strings, or both messages"
+        return Document("", messages=(*self.context, *self.answer), tools=self.tools).texts
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, a prompt with its completion, a conversation, tokens, or parts to compare: one unit of training data.
+
+    Exactly one of ``text``, ``prompt`` with ``completion``, ``messages``, ``tokens`` and ``parts`` is set.
 
     Attributes:
         source: Origin, for messages to the user: a path, or ``path:line`` for a record.
@@ -29,6 +55,7 @@ class Document:
         tokens: Token ids, encoded by another tool: little-endian int32.
         trained: For each of the tokens, a byte: 1 if it is trained on, else 0; None if all but the first are.
         shape: Shape of the record (see :mod:`bigbatch.lm.data.records`), for counts; no part of the content.
+        parts: The sequences of a pair, or of a query with its passages (see :mod:`bigbatch.lm.data.pairs`).
     """
 
     source: str
@@ -40,11 +67,12 @@ class Document:
     tokens: bytes | None = field(default=None, repr=False)
     trained: bytes | None = field(default=None, repr=False)
     shape: str = field(default="", compare=False)
+    parts: tuple[Part, ...] | None = None
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) == (self.completion is None), "a prompt and its completion come together"
-        kinds = [value is not None for value in (self.text, self.prompt, self.messages, self.tokens)]
-        assert sum(kinds) == 1, "a document is a text, a prompt with its completion, a conversation, or tokens"
+        kinds = [value is not None for value in (self.text, self.prompt, self.messages, self.tokens, self.parts)]
+        assert sum(kinds) == 1, "a document is a text, a prompt with its completion, a conversation, tokens, or parts"
         assert self.tools is None or self.messages is not None, "tools belong to a conversation"
 
     @classmethod
@@ -65,6 +93,8 @@ class Document:
         content: list[Any] = [self.text, self.prompt, self.completion, self.messages]
         if self.tools is not None:
             content.append(self.tools)
+        if self.parts is not None:
+            content.append([[part.name, part.context, part.answer, part.tools] for part in self.parts])
         # ASCII escapes make the digest independent of the machine and defined for every Python string. One encoder for
         # all documents: json.dumps would create one for each, which takes longer than the digest.
         return hashlib.sha256(_CANONICAL.encode(content).encode("ascii")).hexdigest()
@@ -80,6 +110,8 @@ class Document:
 
         None of tokens.
         """
+        if self.parts is not None:
+            return tuple(chain.from_iterable(part.texts for part in self.parts))
         if self.messages is None:
             return tuple(part for part in (self.text, self.prompt, self.completion) if part is not None)
         tools = () if self.tools is None else (json.dumps(self.tools, ensure_ascii=False),)

@@ -17,7 +17,7 @@ from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.json_files import Records, read_json, read_json_lines
 from bigbatch.lm.data.messages import NO_TOKEN, kind_of, listing
 from bigbatch.lm.data.reading import Reading, UnknownShapeError
-from bigbatch.lm.data.records import ANY_COLUMNS, EXPECTED, FIELDS, SHAPES, RecordColumns, to_document
+from bigbatch.lm.data.records import ANY_COLUMNS, RecordColumns, to_document
 from bigbatch.lm.data.token_records import TOKENS, has_token_list
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -58,12 +58,9 @@ def to_documents(records: Records, reading: Reading) -> Iterator[Document]:
 
 def is_known(record: object, columns: RecordColumns = ANY_COLUMNS) -> bool:
     """Return whether a value has all fields of a shape of records."""
-    named = [(name,) for name in (columns.text, columns.messages) if name is not None]
     if not isinstance(record, Mapping):
         return False
-    return any(record.keys() >= set(names) for names in named or SHAPES.values()) or (
-        not named and has_token_list(record)
-    )
+    return columns.have_shape(record) or (columns.reads_tokens and has_token_list(record))
 
 
 def select_columns(names: list[str], *, source: str, columns: RecordColumns = ANY_COLUMNS) -> list[str]:
@@ -76,7 +73,7 @@ def select_columns(names: list[str], *, source: str, columns: RecordColumns = AN
     try:
         columns.check(names, source)
     except InputError as error:
-        raise (error if columns != ANY_COLUMNS else UnknownShapeError(str(error))) from None
+        raise (error if columns.are_named else UnknownShapeError(str(error))) from None
     return columns.needed(names)
 
 
@@ -100,9 +97,9 @@ def _records(path: Path, source: str, reading: Reading) -> Records:
 
 def _known_records(records: Records, columns: RecordColumns) -> Records:
     """Yield records; raise if the first has no field of any: a .json file may hold anything."""
-    fields = {*FIELDS, columns.text, columns.messages} - {TOKENS}
+    fields = columns.fields - {TOKENS}
     for number, (record, place) in enumerate(records):
         if number == 0 and not (isinstance(record, Mapping) and (fields & record.keys() or has_token_list(record))):
             what = f"the record has {listing(record)}" if isinstance(record, Mapping) else f"it is {kind_of(record)}"
-            raise UnknownShapeError(f"{place}: {what}. {EXPECTED}")
+            raise UnknownShapeError(f"{place}: {what}. {columns.expected}")
         yield record, place

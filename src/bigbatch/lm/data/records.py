@@ -7,11 +7,13 @@
     instruction, input, output             Alpaca's form: a prompt from the first two, and the output
     input_ids or tokens, labels            tokens (see :mod:`bigbatch.lm.data.token_records`)
 
-Other columns are ignored. A field that is null is missing.
+Other columns are ignored. A field that is null is missing. The shapes of other objectives than next-token prediction
+are those of :mod:`bigbatch.lm.data.pairs`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +22,8 @@ from typing import Any
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.messages import NO_TOKEN, check_trainable, kind_of, listing, to_messages, to_string, to_tools
+from bigbatch.lm.data.pairs import EQUAL, Objective, fields_of, has_shape, to_parts
+from bigbatch.lm.data.pairs import EXPECTED as EXPECTED_PARTS
 from bigbatch.lm.data.token_records import LABELS, MASKS, TOKENS, has_token_list, to_token_document
 from bigbatch.lm.text import plural
 
@@ -40,7 +44,8 @@ EXPECTED = (
     "'instruction' and 'output' (Alpaca), or 'input_ids' (tokens). For a column of another name, pass --text-column "
     "or --messages-column."
 )
-PREFERENCES = "Preference data is not for bigbatch train: use a trainer of TRL, made exact with bigbatch."
+PREFERENCES = "Pairs of 'chosen' and 'rejected' are for --objective dpo or reward."
+UNPAIRED = "Unpaired preferences are not for bigbatch train: use a trainer of TRL, made exact with bigbatch."
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 ALPACA_PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -53,14 +58,47 @@ class RecordColumns:
     Attributes:
         text: Column whose text is trained on, whatever other columns a record has; None to recognize the shape.
         messages: Column with the messages, likewise.
+        objective: Decides about the shapes of records.
     """
 
     text: str | None = None
     messages: str | None = None
+    objective: Objective = "sft"
+
+    @property
+    def are_named(self) -> bool:
+        """Whether a column is named."""
+        return self.text is not None or self.messages is not None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether records may be tokens."""
+        return self.objective == "sft" and not self.are_named
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of which a record has some."""
+        named = {name for name in (self.text, self.messages) if name is not None}
+        return frozenset(named | set(FIELDS if self.objective == "sft" else fields_of(self.objective)))
+
+    @property
+    def expected(self) -> str:
+        """What a record must have, as a sentence."""
+        return EXPECTED if self.objective == "sft" else EXPECTED_PARTS[self.objective]
+
+    def have_shape(self, names: Iterable[str]) -> bool:
+        """Return whether fields include all of those of a shape."""
+        found = set(names)
+        if self.objective != "sft":
+            return has_shape(found, self.objective)
+        named = [(name,) for name in (self.text, self.messages) if name is not None]
+        return any(found >= set(shape) for shape in named or SHAPES.values())
 
     def needed(self, names: Iterable[str]) -> list[str]:
         """Return those names of a table's columns that a record may be read from."""
         names = list(names)
+        if self.objective != "sft":
+            return [name for name in names if name in fields_of(self.objective)]
         if self.text is not None:
             return [name for name in names if name == self.text]
         wanted = (self.messages, *_BESIDES) if self.messages is not None else (*FIELDS, *_BESIDES)
@@ -73,6 +111,10 @@ class RecordColumns:
             InputError: It cannot.
         """
         names = list(names)
+        if self.objective != "sft":
+            if not self.have_shape(names):
+                raise InputError(f"{source} has the columns {listing(names)}. {self.expected}")
+            return
         for flag, column in (("--text-column", self.text), ("--messages-column", self.messages)):
             if column is not None and column not in names:
                 raise InputError(f"{source} has the columns {listing(names)}, and {flag} {column!r} is not among them.")
@@ -103,7 +145,9 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
         InputError: The record has another structure, or no content to train on.
     """
     if type(record) is not dict and not isinstance(record, Mapping):
-        raise InputError(f"{source}: the record is {kind_of(record)} and not an object. {EXPECTED}")
+        raise InputError(f"{source}: the record is {kind_of(record)} and not an object. {columns.expected}")
+    if columns.objective != "sft":
+        return to_parts(record, source, columns.objective)
     if columns.text is not None:
         return _text(record, columns.text, source)
     if columns.messages is not None:
@@ -143,14 +187,23 @@ def _shapes_of(names: tuple[object, ...]) -> tuple[str, ...]:
 
 
 def shape_notes(shapes: Iterable[str]) -> list[str]:
-    """Return what a user must know about the shapes of the records that were read: the wording of Alpaca prompts."""
-    number = sum(shape == "Alpaca" for shape in shapes)
-    if not number:
-        return []
-    wording = ALPACA_PROMPT_WITH_INPUT.replace("\n", "\\n")
-    return [
-        f'{plural(number, "Alpaca record")}: the prompt is "{wording}", without its middle part if there is no input'
-    ]
+    """Return what a user must know about the shapes of the records that were read.
+
+    That is the wording of Alpaca prompts, and how many pairs have no difference to learn from.
+    """
+    numbers = Counter(shapes)
+    notes = []
+    if number := numbers["Alpaca"]:
+        wording = ALPACA_PROMPT_WITH_INPUT.replace("\n", "\\n")
+        notes.append(
+            f'{plural(number, "Alpaca record")}: the prompt is "{wording}", without its middle part if there is no '
+            "input"
+        )
+    if number := numbers[EQUAL]:
+        notes.append(
+            f"{plural(number, 'pair')} whose chosen and rejected are equal: counted in the loss, without a gradient"
+        )
+    return notes
 
 
 def _text(record: Mapping[str, Any], column: str, source: str) -> Document:
@@ -174,7 +227,7 @@ def _completion(record: Mapping[str, Any], source: str) -> Document:
     if isinstance(record.get("label"), bool) or str(record.get("label")).strip().lower() in ("true", "false"):
         raise InputError(
             f"{source}: the record has 'label' {record['label']!r}, and without it bad completions would be trained on "
-            f"like good ones. {PREFERENCES} Or keep the good completions, and remove the column 'label'."
+            f"like good ones. {UNPAIRED} Or keep the good completions, and remove the column 'label'."
         )
     if not isinstance(prompt, list) and not isinstance(completion, list):
         prompt = to_string(prompt, "the field 'prompt'", source)

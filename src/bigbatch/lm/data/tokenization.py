@@ -96,11 +96,11 @@ class DocumentEncoder:
 
     def texts(self, texts: list[str]) -> tuple[list[int], list[list[int]], int]:
         """Return the tokens before each text, those of each text, and the token after it; as `encode` joins them."""
-        return self._special_tokens.prefix, _tokenize(self.tokenizer, texts), self._special_tokens.end
+        return self._special_tokens.prefix, tokenize_texts(self.tokenizer, texts), self._special_tokens.end
 
     def text_piece(self, text: str, *, is_first: bool, is_last: bool) -> Encoded:
         """Return the tokens of a piece of a text, with those before the text and at its end where it has them."""
-        tokens = [*(self._special_tokens.prefix if is_first else []), *_tokenize(self.tokenizer, [text])[0]]
+        tokens = [*(self._special_tokens.prefix if is_first else []), *tokenize_texts(self.tokenizer, [text])[0]]
         tokens += [self._special_tokens.end] if is_last else []
         return Encoded(tokens, b"\0" * is_first + b"\1" * (len(tokens) - is_first))
 
@@ -121,7 +121,7 @@ class DocumentEncoder:
         Raises:
             InputError: As `encode_documents` raises it, but not if no document can be encoded.
         """
-        plain = iter(_tokenize(self.tokenizer, [text for document in batch for text in _strings(document)]))
+        plain = iter(tokenize_texts(self.tokenizer, [text for document in batch for text in _strings(document)]))
         for group in _groups(self._parts(batch, plain, broken)):
             found = self._with_offsets([part.text for _, part in group if isinstance(part, Rendering)])
             row = 0
@@ -212,7 +212,7 @@ class _SpecialTokens:
         end: int | None = tokenizer.eos_token_id
         if end is None:
             raise InputError("the tokenizer has no end token to terminate documents with. Set its eos_token.")
-        full, plain = (_tokenize(tokenizer, ["a"], add_special_tokens=add)[0] for add in (True, False))
+        full, plain = (tokenize_texts(tokenizer, ["a"], add_special_tokens=add)[0] for add in (True, False))
         starts = (i for i in range(len(full)) if full[i : i + len(plain)] == plain)
         prefix = full[: next(starts, 0)]
         fallback = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
@@ -271,7 +271,8 @@ def _is_plain(tokenizer: AnyTokenizer) -> bool:
     return getattr(type(tokenizer), "_encode_plus", None) is _PLAIN_ENCODE
 
 
-def _tokenize(tokenizer: AnyTokenizer, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+def tokenize_texts(tokenizer: AnyTokenizer, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+    """Return the tokens of each text, without truncation; with the special tokens that the tokenizer adds, or none."""
     if not texts:
         return []
     if _is_plain(tokenizer):

@@ -111,10 +111,14 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(folder_or_name: str) -> AnyTokenizer:
+def load_tokenizer(folder_or_name: str, *, needs_end: bool = True) -> AnyTokenizer:
     """Load the tokenizer of a model folder or of a model on the hub, without running code of the model.
 
     A tokenizer without a padding token pads with its end token: padding is masked and does not affect the result.
+
+    Args:
+        folder_or_name: Of the model.
+        needs_end: Whether the tokenizer must have an end token.
 
     Raises:
         InputError: The folder or model does not exist or has no tokenizer, or the tokenizer has no end token.
@@ -139,7 +143,7 @@ def load_tokenizer(folder_or_name: str) -> AnyTokenizer:
                 "Check the path or the network."
             ) from None
         raise InputError(f"the tokenizer of {folder_or_name} cannot be loaded: {first_line(error)}.") from None
-    return _usable(tokenizer, folder_or_name)
+    return _usable(tokenizer, folder_or_name, needs_end=needs_end)
 
 
 def _load_file(path: Path) -> AnyTokenizer:
@@ -161,14 +165,14 @@ def _load_file(path: Path) -> AnyTokenizer:
                 f"the tokenizer {path} does not say which token ends a document, and has {which}. Save it in a folder "
                 "with a tokenizer_config.json that sets eos_token, and pass the folder."
             )
-    return _usable(tokenizer, str(path))
+    return _usable(tokenizer, str(path), needs_end=True)
 
 
-def _usable(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
+def _usable(tokenizer: AnyTokenizer, name: str, *, needs_end: bool) -> AnyTokenizer:
     """Check that a tokenizer can encode and end a text, and set its padding token if it has none."""
     if set(tokenizer("a text", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
         raise InputError(f"the tokenizer of {name} cannot encode text: its vocabulary files are missing.")
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and (needs_end or tokenizer.pad_token_id is None):
         raise InputError(
             f"the tokenizer of {name} has no end token to terminate documents with. "
             "Set eos_token in its tokenizer_config.json."

@@ -5,8 +5,9 @@ model → `add_lora` → trained → `save_adapters`: adapter_config.json, adapt
 """
 
 import json
+import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,11 +18,14 @@ from bigbatch.errors import BigbatchError, InputError, first_line
 from bigbatch.lm.config.field_types import ALL_LINEAR
 from bigbatch.lm.data.hub import ADAPTER_CONFIG, close_matches, looks_local
 from bigbatch.lm.files import read_json
-from bigbatch.lm.model.pretrained import load_model, save_folder
+from bigbatch.lm.model.pretrained import save_folder
+from bigbatch.lm.model.task_models import PEFT_TASKS, load_task_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling", "2_Normalize")
+"""What makes a folder of transformers one of sentence-transformers."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "base_model_name_or_path"  # entry of the configuration
 
@@ -36,6 +40,7 @@ def add_lora(
     dropout: float = 0.0,
     rslora: bool = False,
     dora: bool = False,
+    task: str = "CAUSAL_LM",
 ) -> Any:
     """Freeze the weights and add trainable low-rank adapters to linear layers.
 
@@ -54,6 +59,7 @@ def add_lora(
         dropout: Rate for the inputs of the adapters.
         rslora: See above.
         dora: Whether to train the norms of the rows of W + s·B·A too.
+        task: peft's name of what the model is for. Of ``SEQ_CLS``, the head is trained whole.
 
     Raises:
         InputError: A name in ``targets`` matches no linear layer, or one whose weight another layer has too.
@@ -71,7 +77,7 @@ def add_lora(
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
-        task_type="CAUSAL_LM",
+        task_type=task,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's linear layers
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -122,6 +128,7 @@ def save_adapters(
     *,
     base: str,
     state: Mapping[str, Tensor] | None = None,
+    write_more: Callable[[Path], object] | None = None,
 ) -> None:
     """Save the adapters of a model and its tokenizer as a folder for ``PeftModel.from_pretrained``, atomically.
 
@@ -131,6 +138,7 @@ def save_adapters(
         folder: As for `bigbatch.lm.model.pretrained.save_model`.
         base: Name of the model without adapters; recorded as an absolute path if it is a folder.
         state: The trained parameters by name; None for those of the model.
+        write_more: Writes more files into the folder before it gets its name.
     """
     where = Path(base)
     recorded = str(where.absolute()) if where.is_dir() else base
@@ -143,6 +151,8 @@ def save_adapters(
             settings["target_modules"].sort()
         path.write_text(json.dumps({**settings, BASE: recorded}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(partial)
+        if write_more is not None:
+            write_more(partial)
 
 
 def base_of(folder: Path, given: str | None = None) -> str:
@@ -178,6 +188,12 @@ def base_of(folder: Path, given: str | None = None) -> str:
     return base
 
 
+def objective_of(folder: Path) -> str:
+    """Return the objective that adapters were trained for, by their configuration; sft for dpo, too."""
+    task = read_json(folder / ADAPTER_CONFIG).get("task_type")
+    return next((name for name, of_peft in PEFT_TASKS.items() if of_peft == task), "sft")
+
+
 def load_adapted(folder: Path, *, base: str, dtype: torch.dtype | Literal["auto"]) -> Any:
     """Load a model with the adapters of a folder, in evaluation mode; gradients are those of the adapters alone.
 
@@ -191,7 +207,7 @@ def load_adapted(folder: Path, *, base: str, dtype: torch.dtype | Literal["auto"
     """
     from peft import PeftModel
 
-    model = load_model(base, dtype=dtype)
+    model = load_task_model(base, objective_of(folder), dtype=dtype)
     problem = f"the adapters in {folder} do not fit the model {base}"
     try:
         with warnings.catch_warnings(record=True) as found:
@@ -212,13 +228,16 @@ def _reason(error: Exception) -> str:
     return lines[1].rstrip(".") if listed else first_line(error)
 
 
-def merge_adapters(adapted: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+def merge_adapters(
+    adapted: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, source: Path | None = None
+) -> None:
     """Add adapters to the weights of their model, in its dtype, and save it as a transformers folder, atomically.
 
     Args:
         adapted: From `load_adapted`; it has no adapters afterwards.
         tokenizer: Of the model.
         folder: As for `bigbatch.lm.model.pretrained.save_model`.
+        source: Folder of the adapters, whose files for sentence-transformers are copied; None for none.
 
     Raises:
         BigbatchError: The merged weights are not finite.
@@ -230,6 +249,27 @@ def merge_adapters(adapted: Any, tokenizer: "PreTrainedTokenizerBase", folder: P
     with save_folder(folder) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        for path in () if source is None else (source / name for name in SENTENCE_FILES):
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            elif path.is_file():
+                shutil.copy(path, partial / path.name)
+
+
+@torch.no_grad()
+def set_trained_copies(model: nn.Module, read: Mapping[nn.Parameter, Any]) -> None:
+    """Set the copies of modules that are trained whole, such as a head, to weights that are not in the model yet.
+
+    Args:
+        model: What `add_lora` returned.
+        read: As for `set_magnitudes`.
+    """
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)  # of the model itself, a set of names
+        for copied in copies.values() if isinstance(copies, nn.ModuleDict) else ():
+            original: Any = module.original_module
+            for parameter, trained in zip(original.parameters(), copied.parameters(), strict=True):
+                trained.copy_(read[parameter]())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
-from bigbatch.lm.model.adapters import set_magnitudes
+from bigbatch.lm.model.adapters import set_magnitudes, set_trained_copies
 from bigbatch.lm.model.expert_balance import use_float64_experts
 from bigbatch.lm.model.meta_model import with_adapters_on_cpu
 from bigbatch.lm.model.setup import ModelSetup, layers_of, set_up_model, with_lora
@@ -46,11 +46,7 @@ def set_up_meta_model(
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
     if config.lora_rank:
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        model = with_adapters_on_cpu(model, partial(with_lora, config=config))
-        weights.rename({name: names[p] for name, p in model.named_parameters() if p in names})
-        if config.dora:
-            set_magnitudes(model, {p: partial(weights.read_whole, name) for name, p in model.named_parameters()})
+        model = with_lora_on_meta(model, weights, config)
     layers = layers_of(model.train(), config)
     notes = tried.notes
     if layers is not None and tried.layers is not None and tried.layers.is_compiled:
@@ -59,3 +55,19 @@ def set_up_meta_model(
         else:  # transformers installs the hooks of its router logits in the first forward, when layers are sharded
             notes = (*notes, "layers are not compiled: those of a sharded model do not record the use of its experts")
     return replace(tried, model=model, layers=layers, notes=notes)
+
+
+def with_lora_on_meta(model: Any, weights: Weights, config: TrainConfig) -> Any:
+    """Add the LoRA adapters of a config to a model on the meta device, and rename its weights accordingly.
+
+    Raises:
+        InputError: The model does not support them.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    model = with_adapters_on_cpu(model, partial(with_lora, config=config))
+    weights.rename({name: names[p] for name, p in model.named_parameters() if p in names})
+    read = {p: partial(weights.read_whole, name) for name, p in model.named_parameters()}
+    if config.dora:
+        set_magnitudes(model, read)
+    set_trained_copies(model, read)
+    return model

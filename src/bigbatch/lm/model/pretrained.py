@@ -1,7 +1,7 @@
 """Create, load and save models: a tiny Llama, or any causal language model of transformers."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,13 +124,24 @@ def _check_weights(name: str, found: dict[str, Any]) -> None:
         raise InputError(f"{problem} lack {plural(len(missing), 'tensor')}, such as {missing[0]}.")
 
 
-def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Save a model and its tokenizer as a transformers folder; LoRA adapters are merged into a copy of the weights."""
+def save_model(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    *,
+    write_more: Callable[[Path], object] | None = None,
+) -> None:
+    """Save a model and its tokenizer as a transformers folder; LoRA adapters are merged into a copy of the weights.
+
+    ``write_more`` writes more files into the folder before it gets its name.
+    """
     with save_folder(folder) as partial:
         if hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if write_more is not None:
+            write_more(partial)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ model → attention without a mask → chunked loss → packed rows → balance 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from bigbatch.lm.model.causal_attention import (
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
 from bigbatch.lm.model.compilation import compile_layers
-from bigbatch.lm.model.custom_loss import CustomLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
 from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
+from bigbatch.lm.model.loss_types import LanguageLoss, LossMetrics
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
+from bigbatch.lm.model.task_models import PEFT_TASKS
 from bigbatch.types import Layout
 
 
@@ -41,26 +43,30 @@ class ModelSetup:
 
     Attributes:
         model: In training mode, with its adapters.
-        loss_fn: The cross entropy, as validation computes it.
+        loss_fn: The loss, as validation computes it: for sft the cross entropy.
         collate: Collates a list of samples to a micro-batch.
         layout: Layout of the micro-batches.
         layers: Layers that support activation checkpointing; None if the model has none.
         uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
         notes: Sentences about optimizations that are not used, and why.
         balanced: The cross entropy with the load-balancing loss of the experts; None if that is not trained.
+        metrics: What the loss function records for metrics.jsonl; None for nothing.
+        write_files: Writes more files into the folder of a saved model; None for none.
     """
 
     model: Any
-    loss_fn: CausalLMLoss | ChunkedCausalLMLoss | CustomLoss
+    loss_fn: LanguageLoss
     collate: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     layout: Layout
     layers: DecoderLayers | None
     uses_cuda_graphs: bool
     notes: tuple[str, ...]
     balanced: LoadBalancedLoss | None = None
+    metrics: LossMetrics | None = None
+    write_files: Callable[[Path], None] | None = None
 
     @property
-    def training_loss(self) -> CausalLMLoss | ChunkedCausalLMLoss | CustomLoss | LoadBalancedLoss:
+    def training_loss(self) -> LanguageLoss | LoadBalancedLoss:
         """The loss function for `bigbatch.Engine`."""
         return self.loss_fn if self.balanced is None else self.balanced
 
@@ -81,7 +87,7 @@ class ModelOutline:
     """
 
     model: Any
-    loss_fn: CausalLMLoss | ChunkedCausalLMLoss | LoadBalancedLoss
+    loss_fn: LanguageLoss | LoadBalancedLoss
     layout: Layout
 
 
@@ -254,6 +260,7 @@ def with_lora(model: Any, config: TrainConfig) -> Any:
             dropout=config.lora_dropout,
             rslora=config.rslora,
             dora=config.dora,
+            task=PEFT_TASKS[config.objective],
         )
     except InputError:
         raise

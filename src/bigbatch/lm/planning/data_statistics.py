@@ -17,6 +17,7 @@ from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.chat_templates import set_chat_template
 from bigbatch.lm.data.dataset import encode
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.pair_dataset import encode_pairs
 from bigbatch.lm.data.sampling_order import epoch_windows
 from bigbatch.lm.model.from_scratch import new_model_config
 from bigbatch.lm.model.pretrained import TINY, load_config, tiny_config
@@ -44,6 +45,7 @@ class DataStatistics:
         most_rows: Sequences of the largest update.
         num_updates: Updates of the run; approximate if the batch is counted in tokens or documents were sampled.
         notes: Sentences about the estimates.
+        num_parts: Sequences of a sample; its tokens are those of all of them, padded to the longest.
     """
 
     model_config: Any
@@ -53,6 +55,7 @@ class DataStatistics:
     most_rows: int
     num_updates: int
     notes: tuple[str, ...]
+    num_parts: int = 1
 
     @property
     def longest(self) -> int:
@@ -99,11 +102,19 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
     if len(measured) < data.num_documents:
         notes.append(f"lengths are those of {len(measured):,} of {plural(data.num_documents, 'document')}")
     progress("measuring the documents")
+    num_parts = 1
+    broken: list[str] | None = [] if config.skip_broken else None
     if tokenizer is None:
-        lengths = estimated_lengths(measured, max_length)
+        if config.objective != "sft":
+            num_parts = max((len(document.parts or ()) for document in measured), default=1)
+        lengths = estimated_lengths(measured, max_length, num_parts=num_parts)
+    elif config.objective != "sft":
+        notes += set_chat_template(tokenizer, config.chat_template)
+        pairs, counts = encode_pairs(measured, tokenizer, config.objective, max_length=max_length, broken=broken)
+        notes.append(f"measured: {counts.describe(config.objective, max_length)}")
+        num_parts, lengths = pairs.num_parts, pairs.lengths.tolist()
     else:
         notes += set_chat_template(tokenizer, config.chat_template)
-        broken: list[str] | None = [] if config.skip_broken else None
         encoded, _ = encode(measured, tokenizer, max_length=max_length, train_on=config.train_on, broken=broken)
         lengths = encoded.lengths.tolist()
     share = data.num_documents / max(1, len(measured))
@@ -121,6 +132,7 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
         most_rows=max(map(len, windows)),
         num_updates=num_updates,
         notes=tuple(notes),
+        num_parts=num_parts,
     )
 
 
@@ -146,10 +158,14 @@ def stored_lengths(inputs: NDArray[np.int64], max_length: int) -> list[int]:
     return [max_length] * int(full.sum()) + lengths
 
 
-def estimated_lengths(documents: Sequence[Document], max_length: int) -> list[int]:
-    """Estimate the tokens of each sequence from the bytes of the documents, without a tokenizer."""
+def estimated_lengths(documents: Sequence[Document], max_length: int, *, num_parts: int = 1) -> list[int]:
+    """Estimate the tokens of each sample from the bytes of the documents, without a tokenizer."""
     lengths = []
     for document in documents:
+        if document.parts is not None:
+            sizes = [sum(len(text.encode()) for text in part.texts) // BYTES_A_TOKEN for part in document.parts]
+            lengths.append(num_parts * min(max_length, max(1, *sizes)))
+            continue
         num_bytes = document.size if document.tokens is not None else sum(len(text.encode()) for text in document.texts)
         tokens = max(1, num_bytes // BYTES_A_TOKEN)
         lengths += [max_length] * (tokens // max_length) + [tokens % max_length] * bool(tokens % max_length)

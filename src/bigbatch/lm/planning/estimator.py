@@ -3,6 +3,7 @@
 Models are created on the device ``meta``, without weights; only `RunEstimator.measure` creates one that runs.
 """
 
+import copy
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -16,11 +17,13 @@ from bigbatch.batching.plan import Cost, Plan, TokenBudget, plan
 from bigbatch.batching.token_groups import DEFAULT_COST, group_by_tokens, round_down_row, round_up_row
 from bigbatch.errors import InputError, MemoryLimitError, first_line
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.pair_batches import collate_pairs, placeholder_samples
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.packed_rows import MIN_ROW_PLACES
-from bigbatch.lm.model.pretrained import model_from_config
 from bigbatch.lm.model.quantization import count_parameters, quantize_copy, quantize_outline, weights_dtype_of
 from bigbatch.lm.model.setup import ModelOutline, outline_model, set_up_model
+from bigbatch.lm.model.task_models import task_model_from_config
+from bigbatch.lm.objectives.setup import outline_objective, set_up_objective
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.training.engine_factory import make_engine, make_predictor
@@ -199,7 +202,10 @@ class RunEstimator:
             model = self._bare_model(config, device_spec.device)
         else:
             model = quantize_copy(self._bare_model(config, torch.device("cpu")), config, device_spec)
-        model_setup = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
+        if config.objective == "sft":
+            model_setup = set_up_model(model, config, device_spec, pad_id=0, longest=self._data.longest)
+        else:
+            model_setup = set_up_objective(model, config, device_spec, None, pad_id=0)
         engine = make_engine(
             model_setup,
             make_optimizer(model_setup.model, config, device_spec),
@@ -211,8 +217,8 @@ class RunEstimator:
         window = sorted(self._data.window, reverse=True)
         longest = [self._data.longest] * (self._data.longest > window[0])
         try:
-            choice = engine.tune(_samples(window + longest)) if limit == "auto" else None
-            seconds = min(run_update(engine, model_setup, _samples(window))[0].elapsed_s for _ in range(2))
+            choice = engine.tune(self._samples(window + longest)) if limit == "auto" else None
+            seconds = min(run_update(engine, model_setup, self._samples(window))[0].elapsed_s for _ in range(2))
         except MemoryLimitError:
             return None
         if choice is None:
@@ -222,7 +228,8 @@ class RunEstimator:
     def _bare_model(self, config: TrainConfig, device: torch.device) -> Any:
         dtype = weights_dtype_of(config, DeviceSpec(self._target.device_spec.device, config.precision))
         try:
-            return model_from_config(self._data.model_config, dtype=dtype, device=device)
+            settings = copy.deepcopy(self._data.model_config)
+            return task_model_from_config(config.objective, settings, dtype=dtype, device=device)
         except Exception as error:  # models raise many types for an inconsistent configuration
             raise InputError(f"the configuration of {config.model} makes no model: {first_line(error)}.") from error
 
@@ -231,10 +238,13 @@ class RunEstimator:
         model = self._bare_model(config, torch.device("meta"))
         if config.quantize is not None:
             quantize_outline(model, config)
+        device_spec = DeviceSpec(self._target.device_spec.device, config.precision)
+        if config.objective != "sft":
+            return outline_objective(model, config, device_spec, num_samples=self._data.most_rows)
         return outline_model(
             model,
             config,
-            DeviceSpec(self._target.device_spec.device, config.precision),
+            device_spec,
             target=self._target.device,
             longest=self._data.longest,
             max_length=self._data.max_length,
@@ -242,19 +252,25 @@ class RunEstimator:
 
     def _rows(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Return a micro-batch on the device ``meta``."""
+        if self._config.objective != "sft":
+            rows, length = shape
+            samples = self._samples([length] * rows)
+            return {name: tensor.to("meta") for name, tensor in collate_pairs(samples, pad_id=0).items()}
         names = ("input_ids", "labels", "attention_mask" if self.layout == "padded" else "position_ids")
-        rows = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
+        found = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
         if self.layout == "packed":
-            rows["offsets"] = torch.empty(MIN_ROW_PLACES + 1, dtype=torch.int32, device="meta")
-        return rows
+            found["offsets"] = torch.empty(MIN_ROW_PLACES + 1, dtype=torch.int32, device="meta")
+        return found
+
+    def _samples(self, lengths: list[int]) -> list[dict[str, Any]]:
+        """Return samples of these lengths."""
+        if self._config.objective != "sft":
+            return placeholder_samples(lengths, self._config.objective, num_parts=self._data.num_parts)
+        names = ("input_ids", "labels")
+        return [{name: torch.zeros(length, dtype=torch.int64) for name in names} for length in lengths]
 
 
 def _is_set(config: TrainConfig, flags: str) -> bool:
     name, value = next(iter(MEMORY_SAVINGS[flags].items()))
     now = getattr(config, name)
     return bool(now == value if isinstance(value, str) else now)
-
-
-def _samples(lengths: list[int]) -> list[dict[str, torch.Tensor]]:
-    names = ("input_ids", "labels")
-    return [{name: torch.zeros(length, dtype=torch.int64) for name in names} for length in lengths]

@@ -44,7 +44,11 @@ def _notes(config: TrainConfig, asked: TrainConfig, target: PlanTarget) -> list[
     if config.gradient_checkpointing != asked.gradient_checkpointing:
         layers = "all layers" if config.gradient_checkpointing == "full" else "every second layer"
         notes.append(f"activation checkpointing in {layers}: the longest sequence does not fit without it")
-    if target.device.type == "cuda" and compiles_layers(config, target.device):
+    if config.objective == "dpo":
+        notes.append(
+            "the reference takes one forward for each pair before the first update, and two numbers for each in memory"
+        )
+    if target.device.type == "cuda" and config.objective == "sft" and compiles_layers(config, target.device):
         notes.append("on that GPU layers are compiled and need less memory than this eager-mode estimate")
     return notes
 

@@ -8,6 +8,7 @@ FINGERPRINTS = "fingerprints.jsonl"  # of gradients and parameters after each up
 QUARANTINE = "quarantine.jsonl"  # samples of skipped updates
 TUNED_MICROBATCH = "microbatch.json"  # the micro-batch that `auto` chose
 SMALLER_MICROBATCH = "smaller.json"  # the micro-batch to restart with after out-of-memory
+REFERENCE = "reference.safetensors"  # of --objective dpo: log-probabilities under the model that the run starts with
 VERIFICATION = "verify.json"  # output of `bigbatch verify --json`
 REPORT = "report.html"  # the page of `bigbatch report`
 COMPARISON = "comparison.html"  # its page of several runs, in the first one

@@ -1,6 +1,8 @@
 """The data of a run: sources → token stores, from the cache or made now → samples → datasets and their order.
 
 Nothing is in memory that is as long as the data: tokens and samples are mapped from files.
+
+Long because one class opens the sources of a run and makes all of its data.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from bigbatch.lm.data.dataset import TokenDataset
 from bigbatch.lm.data.document_counts import sample_documents, training_texts
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.legacy_fingerprint import legacy_fingerprint
+from bigbatch.lm.data.pair_dataset import PairDataset
 from bigbatch.lm.data.records import RecordColumns
 from bigbatch.lm.data.run_order import MixedOrder, RunOrder, UniformOrder
 from bigbatch.lm.data.sampling_order import LEGACY_ORDER, ORDER_VERSION
@@ -34,6 +37,7 @@ from bigbatch.lm.data.token_store.workers import Encoding
 from bigbatch.lm.data.tokenizer import AnyTokenizer, read_trained, train_tokenizer
 from bigbatch.lm.data.validation_split import HashSplit
 from bigbatch.lm.files import write_atomically
+from bigbatch.lm.training.pair_data import load_pairs
 from bigbatch.lm.training.token_sources import (
     TokenSource,
     check_tokenizer,
@@ -76,8 +80,8 @@ class RunData:
         validation_fingerprint: SHA-256 of their tokens, in hex; None if they are held out of the data.
     """
 
-    training: TokenDataset
-    validation: TokenDataset | None
+    training: TokenDataset | PairDataset
+    validation: TokenDataset | PairDataset | None
     order: RunOrder
     fingerprint: str
     notes: tuple[str, ...]
@@ -194,7 +198,7 @@ class DataLoader:
         """
         config = self._config
         tokenization = Tokenization(
-            Encoding(tokenizer, config.train_on, config.skip_broken),
+            Encoding(tokenizer, config.train_on, config.skip_broken, config.objective),
             self._cache,
             settings=self._settings(),
             by_content=config.cache_by_content,
@@ -205,16 +209,22 @@ class DataLoader:
         validation = [source_of_corpus(corpus, tokenization) for corpus in self._sources.validation]
         readers = [source.reader for source in training]
         split = self._split(readers, split_key)
+        notes = [note for source in (*training, *validation) for note in source.notes]
+        notes += self._sources.notes
+        if config.objective != "sft":
+            pairs = load_pairs(config, tokenizer, training, validation, max_length=max_length, split=split)
+            order = self._order(pairs.training, pairs.by_source)
+            fingerprint = _digest(joined(training).fingerprints)
+            notes += [*pairs.notes, *self._notes_of_order(order), *self._cache_notes()]
+            apart = _digest(joined(validation).fingerprints) if validation else None
+            return RunData(pairs.training, pairs.validation, order, fingerprint, tuple(notes), {}, apart)
         (samples, held_out), by_source, fingerprint = self._samples(training, max_length, split)
         if not len(samples.starts):
             raise InputError(f"{config.data_text} has no sequence to train on. Pass other --data.")
         tokens = joined(training).reader
         dataset = TokenDataset(tokens, samples)
         order = self._order(dataset, [number for number, _ in by_source])
-        notes = [note for source in (*training, *validation) for note in source.notes]
-        notes += [*self._sources.notes, f"training data: {samples.counts.describe()}"]
-        if isinstance(order, MixedOrder):
-            notes.append(order.describe(config.data))
+        notes += [f"training data: {samples.counts.describe()}", *self._notes_of_order(order)]
         held = read_validation_data(config, validation, (tokens, held_out), self._samples, max_length)
         notes += (*held.notes, *self._cache_notes())
         if self._order_version == LEGACY_ORDER:
@@ -222,7 +232,8 @@ class DataLoader:
         return RunData(dataset, held.primary, order, fingerprint, tuple(notes), held.named, held.fingerprint)
 
     def _settings(self) -> dict[str, Any]:
-        return self._config.model_dump(mode="json", exclude=_NOT_IN_TOKENS)
+        settings = self._config.model_dump(mode="json", exclude=_NOT_IN_TOKENS)
+        return settings if self._config.objective == "sft" else settings | {"objective": self._config.objective}
 
     def _training_sources(self, tokenization: Tokenization) -> tuple[list[TokenSource], int | None]:
         """Return the tokens of each source, and the key of the part of a single text that is held out, if any."""
@@ -231,6 +242,11 @@ class DataLoader:
         for name, stores in zip(self._config.data, self._stores, strict=True):
             if stores is None:
                 found.append(source_of_corpus(next(corpora), tokenization))
+            elif self._config.objective != "sft":
+                raise InputError(
+                    f"{name} holds tokens, which bigbatch tokenize writes for --objective sft alone. Pass the records "
+                    "that they were made from."
+                )
             else:
                 check_tokenizer(name, stores, tokenization, self._config.tokenizer_name)
                 found.append(source_of_stores(stores))
@@ -269,14 +285,18 @@ class DataLoader:
         )
         return samples, by_source, fingerprint
 
-    def _order(self, dataset: TokenDataset, numbers: Sequence[int]) -> RunOrder:
+    def _notes_of_order(self, order: RunOrder) -> list[str]:
+        return [order.describe(self._config.data)] if isinstance(order, MixedOrder) else []
+
+    def _order(self, dataset: TokenDataset | PairDataset, numbers: Sequence[int]) -> RunOrder:
         config = self._config
         if config.data_weights is None:
             return UniformOrder(dataset.lengths, config.seed, self._order_version)
         empty = next((name for name, number in zip(config.data, numbers, strict=True) if not number), None)
         if empty is not None:
             raise InputError(f"{empty} has no sequence to train on, so it cannot have a weight. Leave it out.")
-        parts = np.split(dataset.lengths, np.cumsum(numbers)[:-1])
+        lengths: NDArray[np.integer[Any]] = dataset.lengths
+        parts = np.split(lengths, np.cumsum(numbers)[:-1])
         return MixedOrder(parts, config.data_weights, seed=config.seed)
 
     def _cache_notes(self) -> Iterator[str]:
@@ -291,7 +311,7 @@ class DataLoader:
 
 def read_options(config: TrainConfig) -> ReadOptions:
     """Return how the data of a run is read."""
-    columns = RecordColumns(config.text_column, config.messages_column)
+    columns = RecordColumns(config.text_column, config.messages_column, config.objective)
     return ReadOptions(skip_broken=config.skip_broken, split=config.split, subset=config.subset, columns=columns)
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -19,6 +18,7 @@ from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.engine import Engine
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.pair_batches import NO_INDEX, sample_length
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.custom_loss import CustomLoss
@@ -43,7 +43,7 @@ def make_engine(
     quantum: int | None = None,
     gradient_hook: GradientHook | None = None,
 ) -> Engine:
-    """Create an engine whose batches are lists of samples with ``input_ids`` and ``labels``, int64 ``[length]``.
+    """Create an engine whose batches are lists of samples: those of a `TokenDataset`, or of a `PairDataset`.
 
     Args:
         model_setup: Model, loss, layout and collate function.
@@ -153,13 +153,16 @@ def make_predictor(outline: ModelOutline, config: TrainConfig, *, target: torch.
     )
 
 
-def sample_lengths(samples: Sequence[dict[str, Tensor]]) -> list[int]:
+def sample_lengths(samples: Sequence[dict[str, Any]]) -> list[int]:
     """Return the tokens of each sample."""
-    return [len(sample["input_ids"]) for sample in samples]
+    return [sample_length(sample) for sample in samples]
 
 
 def _shortest_microbatch(setup: TrainingSetup) -> dict[str, Any]:
     """Return the shortest sample as a micro-batch: the padding micro-batch of a rank that has fewer than the others."""
     training = setup.training
-    microbatch = setup.collate([training[int(training.lengths.argmin())]])
+    sample = training[int(training.lengths.argmin())]
+    if "index" in sample:
+        sample["index"] = torch.tensor(NO_INDEX)
+    microbatch = setup.collate([sample])
     return {name: tensor.to(setup.device_spec.device) for name, tensor in microbatch.items()}

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from bigbatch.coupled.coupled import Coupled
 from bigbatch.engine.engine import Engine
 from bigbatch.lm.data.dataset import TokenDataset
 from bigbatch.lm.model.generation import generate_text
 from bigbatch.lm.training.callbacks import MetricsRow, perplexity
+from bigbatch.lm.training.coupled_validation import coupled_validation_loss
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.rng import random_states, seed_everything, seed_of, set_random_states
 
@@ -23,10 +25,16 @@ def evaluate(setup: TrainingSetup, engine: Engine) -> MetricsRow:
         validation_loss, validation_perplexity              of the set that decides
         validation_loss/NAME, validation_perplexity/NAME    of every named set
 
+    For another objective than sft, the loss and its metrics.
+
     Args:
         setup: With validation data.
         engine: As for `validation_loss`.
     """
+    if setup.model_setup.metrics is not None:
+        loss = validation_loss(setup, engine)
+        means = setup.model_setup.metrics.means(engine.sync)
+        return {"validation_loss": loss, **{f"validation_{name}": value for name, value in means.items()}}
     losses = {name: validation_loss(setup, engine, data) for name, data in setup.validation_sets.items()}
     primary = next((losses[name] for name, data in setup.validation_sets.items() if data is setup.validation), None)
     row = _metrics("", validation_loss(setup, engine) if primary is None else primary)
@@ -43,33 +51,42 @@ def _metrics(ending: str, loss: float) -> MetricsRow:
 def validation_loss(setup: TrainingSetup, engine: Engine, held_out: TokenDataset | None = None) -> float:
     """Compute the mean loss over a fixed sample of a validation set, in nats per token. Collective.
 
+    The metrics of the loss are those of the validation set afterwards.
+
     Args:
         setup: With validation data.
         engine: Limits the micro-batches; its CUDA graphs are released.
         held_out: The set; None for that of the setup.
     """
-    held_out = setup.validation if held_out is None else held_out
-    assert held_out is not None, "called only with validation data"
-    chosen = evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES)
-    chosen.sort(key=lambda i: int(held_out.lengths[i]))
+    data = setup.validation if held_out is None else held_out
+    assert data is not None, "called only with validation data"
+    chosen = evenly_spaced(len(data), MAX_VALIDATION_SEQUENCES)
+    chosen.sort(key=lambda i: int(data.lengths[i]))
     device = setup.device_spec.device
     total, items = 0.0, 0.0
-    sync = engine.sync
+    sync, metrics = engine.sync, setup.model_setup.metrics
+    if metrics is not None:
+        metrics.clear()
+    if isinstance(setup.loss_fn, Coupled):
+        with _evaluating(setup, engine) as model:
+            return coupled_validation_loss(setup, engine, setup.loss_fn, model, chosen)
     with _evaluating(setup, engine) as model:
         own = chosen[sync.rank :: sync.size]  # micro-batches may have another size on each rank
-        cut = engine.groups([int(held_out.lengths[i]) for i in own]) if own else []
+        cut = engine.groups([int(data.lengths[i]) for i in own]) if own else []
         groups = [[own[row] for row in rows] for rows in cut]
         num_own, num_everywhere = len(groups), len(groups)
         if sync.runs_in_lockstep:
             num_everywhere = int(max(number for (number,) in sync.all_gather([float(num_own)])))
         for place in range(num_everywhere):
             rows = groups[place] if place < num_own else chosen[:1]
-            samples = held_out.take(rows)
+            samples = data.take(rows)
             microbatch = {name: tensor.to(device) for name, tensor in setup.collate(samples).items()}
             loss_sum, num_items = setup.loss_fn(model, microbatch)
             if place < num_own:
                 total += loss_sum.item()
                 items += num_items.item()
+            elif metrics is not None:
+                metrics.discard_last()
     if sync.size > 1:
         total, items = (sum(column) for column in zip(*sync.all_gather([total, items]), strict=True))
     return total / items

@@ -45,11 +45,18 @@ class ModelSaver:
         folder = directory.adapter if config.saves_adapters else directory.model
         try:
             if config.saves_adapters:
-                save_adapters(model, tokenizer, folder, base=config.model, state=trained)
+                save_adapters(
+                    model,
+                    tokenizer,
+                    folder,
+                    base=config.model,
+                    state=trained,
+                    write_more=self._setup.model_setup.write_files,
+                )
                 for name in (MODEL, MODEL + PARTIAL):  # what an earlier version saved when this run was stopped
                     remove(directory.path / name)
             else:
-                save_model(model, tokenizer, folder)
+                save_model(model, tokenizer, folder, write_more=self._setup.model_setup.write_files)
         except (OSError, SafetensorError) as error:
             raise BigbatchError(
                 f"{folder} cannot be written: {os_reason(error)}. The checkpoints are complete: continue from "

@@ -18,7 +18,9 @@ def load_run_tokenizer(config: TrainConfig) -> AnyTokenizer | None:
     Raises:
         InputError: It does not exist or cannot be used.
     """
-    return None if vocabulary_to_train(config) is not None else load_tokenizer(config.tokenizer_name)
+    if vocabulary_to_train(config) is not None:
+        return None
+    return load_tokenizer(config.tokenizer_name, needs_end=config.objective != "embedding")
 
 
 def train_run_tokenizer(config: TrainConfig, loader: DataLoader) -> AnyTokenizer:

@@ -13,22 +13,23 @@ from bigbatch.lm.config.train_fields import DEFAULT_MAX_LENGTH
 from bigbatch.lm.data.chat_templates import set_chat_template
 from bigbatch.lm.data.dataset import TokenDataset
 from bigbatch.lm.data.model_files import check_has_weights, check_model_config, has_weights
+from bigbatch.lm.data.pair_dataset import PairDataset
 from bigbatch.lm.data.run_order import RunOrder
 from bigbatch.lm.data.sampling_order import ORDER_VERSION
 from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
-from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
-from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
-from bigbatch.lm.model.custom_loss import CustomLoss
 from bigbatch.lm.model.expert_notes import expert_notes
 from bigbatch.lm.model.from_scratch import new_model, new_model_config
 from bigbatch.lm.model.generation import prompt_tokens
+from bigbatch.lm.model.loss_types import LanguageLoss
 from bigbatch.lm.model.meta_setup import set_up_meta_model
-from bigbatch.lm.model.pretrained import TINY, load_model, tiny_model
+from bigbatch.lm.model.pretrained import TINY
 from bigbatch.lm.model.quantization import QuantizedBase, load_quantized, quantization_note
 from bigbatch.lm.model.sent_weights import SentWeights, receive_shards, sent_model
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
+from bigbatch.lm.model.task_models import load_task_model, make_tiny
 from bigbatch.lm.model.weights import Weights, empty_copy, empty_model, load_shards
+from bigbatch.lm.objectives.setup import set_up_objective
 from bigbatch.lm.runs.identity import digest_of
 from bigbatch.lm.training.data import DataLoader as DataLoader
 from bigbatch.lm.training.data import ProgressCallback as ProgressCallback
@@ -70,8 +71,8 @@ class TrainingSetup:
     device_spec: DeviceSpec
     tokenizer: "PreTrainedTokenizerBase"
     model_setup: ModelSetup
-    training: TokenDataset
-    validation: TokenDataset | None
+    training: TokenDataset | PairDataset
+    validation: TokenDataset | PairDataset | None
     notes: tuple[str, ...]
     order: RunOrder
     data_fingerprint: str
@@ -88,8 +89,8 @@ class TrainingSetup:
         return self.model_setup.model
 
     @property
-    def loss_fn(self) -> CausalLMLoss | ChunkedCausalLMLoss | CustomLoss:
-        """The cross entropy, without the load-balancing loss of experts."""
+    def loss_fn(self) -> LanguageLoss:
+        """The loss of the objective, without the load-balancing loss of experts."""
         return self.model_setup.loss_fn
 
     @property
@@ -142,16 +143,25 @@ def set_up_training(
             model, weights = _make_new(config, device_spec, tokenizer, ranks)
         else:
             progress(f"loading {config.model}")
-            if ranks.are_sharded:
+            if ranks.are_sharded and config.generates_text:
                 model, weights = empty_model(config.model, dtype=device_spec.weights_dtype)
             elif config.quantize is not None:
                 quantized = load_quantized(config, device_spec)
                 model = quantized.model
             else:
-                model = load_model(config.model, dtype=device_spec.weights_dtype)
+                model = load_task_model(
+                    config.model,
+                    config.objective,
+                    dtype=device_spec.weights_dtype,
+                    seed=config.seed,
+                    pad_id=tokenizer.pad_token_id,
+                )
+                if ranks.are_sharded:
+                    model, weights = empty_copy(model)
         config = _fit(config, model, tokenizer)
         template_notes = set_chat_template(tokenizer, config.chat_template)
-        prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
+        if config.generates_text:
+            prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
         assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
         data = loader.load(tokenizer, config.max_length)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -159,6 +169,9 @@ def set_up_training(
     progress("testing attention, layout and compilation")
     if weights is None:
         model = model.to(device_spec.device)
+    if config.objective != "sft":
+        model_setup = set_up_objective(model, config, device_spec, weights, pad_id=pad)
+    elif weights is None:
         model_setup = set_up_model(model, config, device_spec, pad_id=pad, longest=longest)
     else:
         model_setup = set_up_meta_model(model, weights, config, device_spec, pad_id=pad, longest=longest)
@@ -231,8 +244,7 @@ def _make_new(
     """
     dtype = device_spec.weights_dtype
     if config.model_config_path is None:
-        assert config.max_length is not None, "resolved() gives it a value"
-        model = tiny_model(tokenizer, max_length=config.max_length, seed=config.seed).to(dtype)
+        model = make_tiny(tokenizer, config).to(dtype)
         return empty_copy(model) if ranks.are_sharded else (model, None)
     path = config.model_config_path
     model_config = new_model_config(path, tokenizer, tokenizer_name=config.tokenizer_name)

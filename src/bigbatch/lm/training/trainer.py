@@ -34,6 +34,7 @@ from bigbatch.lm.training.model_saver import ModelSaver
 from bigbatch.lm.training.oom_restart import restart_smaller
 from bigbatch.lm.training.optimizer import make_optimizer, rescale_second_moment
 from bigbatch.lm.training.rank_invariants import rank_invariants
+from bigbatch.lm.training.reference import prepare_reference, save_reference
 from bigbatch.lm.training.resume import run_facts, weights_fingerprint
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import TrainingSetup, parallelize
@@ -115,6 +116,10 @@ class Trainer:
         """
         return self._tuner.tune(cache, progress=progress)
 
+    def prepare(self, folder: Path | None = None, *, progress: Callable[..., object] = lambda *words: None) -> None:
+        """Compute what the loss needs of the weights that the run starts with, once; `run` calls it. Collective."""
+        prepare_reference(self.setup, self.engine, self.ranks, folder, progress)
+
     @property
     def _choice_is_saved(self) -> bool:
         """Whether the checkpoint holds the micro-batch, which is then loaded with the engine's state."""
@@ -153,6 +158,7 @@ class Trainer:
         """
         started_s = time.perf_counter()
         self.tune(None if self.checkpoint is None else directory.path)
+        self.prepare(directory.path)
         checkpoints = CheckpointManager(
             directory,
             keep=self.config.resolved_keep,
@@ -166,6 +172,8 @@ class Trainer:
             now = self._begin(directory, on_note)
             self._tuner.save_choice(directory)
             callback = with_fingerprints(callback, self.setup, self.engine, directory.path, done=now.step)
+            if self.ranks.is_first:
+                save_reference(self.setup, directory.path)
             with checkpoints.open():
                 self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon, on_note))
             self.engine.release_cuda_graphs()
@@ -283,7 +291,7 @@ class Trainer:
                 session.callback.on_evaluation(now.step, losses)
             session.callback.on_validation(now.step, row["validation_loss"])
         is_shown = now.step == self.total_steps // 2 or self._has_ended(now)
-        if is_shown and (self.ranks.is_first or self.ranks.are_sharded):
+        if self.config.generates_text and is_shown and (self.ranks.is_first or self.ranks.are_sharded):
             session.callback.on_sample(now.step, self.sample_text(self.config.sample_prompt))
 
     def _update(self, step: int, window: list[int], session: _Session) -> tuple[MetricsRow, Callable[[], bool]]:

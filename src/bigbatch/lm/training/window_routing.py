@@ -47,12 +47,16 @@ def run_update(
 
     Returns:
         The report; and ``loss``, the cross entropy alone, with ``router_aux_loss``, the load-balancing loss without its
-        coefficient, over all ranks: empty for a model without that loss.
+        coefficient, over all ranks: empty for a model without that loss. For another objective than sft, its metrics.
 
     Raises:
         As `Engine.step`.
     """
-    balanced = model_setup.balanced
+    balanced, metrics = model_setup.balanced, model_setup.metrics
+    if metrics is not None:
+        metrics.clear()
+        report = engine.step(samples, should_abandon=should_abandon, should_stop=should_stop)
+        return report, dict(metrics.means(engine.sync))
     if balanced is None:
         return engine.step(samples, should_abandon=should_abandon, should_stop=should_stop), {}
     if balanced.scope == "microbatch":

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.lm.data.documents import Document, text_key
+from bigbatch.lm.data.pair_encoding import PairEncoder
 from bigbatch.lm.data.token_records import all_but_first
 from bigbatch.lm.data.token_store.text_cuts import TextCutter
 from bigbatch.lm.data.token_store.writer import Block
@@ -72,9 +73,10 @@ class TextBatch:
 
 
 Batch = DocumentBatch | TextBatch | TextPiece
+Encoder = DocumentEncoder | PairEncoder
 
 
-def batches(documents: Iterable[Document], encoder: DocumentEncoder) -> Iterator[Batch]:
+def batches(documents: Iterable[Document], encoder: Encoder) -> Iterator[Batch]:
     """Group documents, in order, into batches of at least ``BATCH_CHARACTERS``, or cut them into pieces."""
     cutter = TextCutter(encoder)
     batch: list[Document] = []
@@ -102,7 +104,7 @@ def _batch(documents: list[Document]) -> DocumentBatch | TextBatch:
     return TextBatch(texts) if len(texts) == len(documents) else DocumentBatch(documents)
 
 
-def encode_batch(batch: Batch, encoder: DocumentEncoder, *, skip_broken: bool) -> Block:
+def encode_batch(batch: Batch, encoder: Encoder, *, skip_broken: bool) -> Block:
     """Encode a batch as one block.
 
     Args:
@@ -130,7 +132,7 @@ def encode_batch(batch: Batch, encoder: DocumentEncoder, *, skip_broken: bool) -
     return _block(found, [batch.documents[part.document].key for part in found], parts, broken=tuple(broken or ()))
 
 
-def _text_block(texts: list[str], encoder: DocumentEncoder) -> Block:
+def _text_block(texts: list[str], encoder: Encoder) -> Block:
     """Encode texts: the same block as that of their `Encoded`, without one for each."""
     prefix, rows, end = encoder.texts(texts)
     counts = np.fromiter(map(len, rows), np.int64, len(rows)) + len(prefix) + 1

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
+from bigbatch.lm.data.pair_encoding import PairEncoder
 from bigbatch.lm.data.tokenization import DocumentEncoder
 
 _MOST_TRIES = 1000  # lines, and words, after which a text without a place to cut is not cut any more
@@ -25,7 +26,7 @@ class TextCutter:
         encoder: Of the texts.
     """
 
-    def __init__(self, encoder: DocumentEncoder) -> None:
+    def __init__(self, encoder: DocumentEncoder | PairEncoder) -> None:
         self._encoder = encoder
 
     def cuts(self, text: str, *, every: int) -> Iterator[int]:

@@ -21,7 +21,9 @@ from typing import IO, Any
 
 from bigbatch.errors import BigbatchError
 from bigbatch.lm.data.conversations import TrainOn
-from bigbatch.lm.data.token_store.encoding import Batch, DocumentBatch, encode_batch
+from bigbatch.lm.data.pair_encoding import PairEncoder
+from bigbatch.lm.data.pairs import Objective
+from bigbatch.lm.data.token_store.encoding import Batch, DocumentBatch, Encoder, encode_batch
 from bigbatch.lm.data.token_store.writer import Block
 from bigbatch.lm.data.tokenization import DocumentEncoder
 from bigbatch.lm.data.tokenizer import AnyTokenizer
@@ -41,15 +43,19 @@ class Encoding:
         tokenizer: With its chat template.
         train_on: Which turns of conversations are trained on.
         skip_broken: Whether documents that cannot be encoded are left out.
+        objective: Whether documents are texts and conversations, or have parts that are compared.
     """
 
     tokenizer: AnyTokenizer
     train_on: TrainOn = "all-assistant"
     skip_broken: bool = False
+    objective: Objective = "sft"
 
     @cached_property
-    def encoder(self) -> DocumentEncoder:
+    def encoder(self) -> Encoder:
         """The encoder of this process."""
+        if self.objective != "sft":
+            return PairEncoder(self.tokenizer, self.objective)
         return DocumentEncoder(self.tokenizer, train_on=self.train_on)
 
     def encode(self, batch: Batch) -> Block:
@@ -117,7 +123,7 @@ class _Workers:
     """Child processes, each with a thread that sends it one batch at a time."""
 
     def __init__(self, encoding: Encoding, number: int) -> None:
-        settings = encoding.tokenizer, encoding.train_on, encoding.skip_broken
+        settings = encoding.tokenizer, encoding.train_on, encoding.skip_broken, encoding.objective
         self._encoding = pickle.dumps(settings, protocol=5)
         self._number = number
         self._unfinished = 0

@@ -1,0 +1,1 @@
+"""Objectives that compare sequences: preferences of answers, scores, and embeddings."""
