@@ -107,6 +107,7 @@ class TrainingDisplay:
         entropy: Unigram entropy of the validation text in nats per token, or None.
         prompt: Start of the text samples, highlighted in the output.
         done: Updates made before this process started.
+        has_perplexity: Whether the loss is that of tokens.
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class TrainingDisplay:
         entropy: float | None,
         prompt: str,
         done: int = 0,
+        has_perplexity: bool = True,
     ) -> None:
+        self._has_perplexity = has_perplexity
         self._console = console
         self._total_steps = total_steps
         self._entropy = entropy
@@ -158,7 +161,8 @@ class TrainingDisplay:
         """Show a validation loss next to the unigram baseline (the loss of predicting token frequencies only)."""
         self._pace.validated()
         baseline = "" if self._entropy is None else f" (unigram baseline: {self._entropy:.3f})"
-        self._console.print(f"update {step}: validation loss {loss:.3f}, perplexity {perplexity(loss):,.4g}{baseline}")
+        shown = f", perplexity {perplexity(loss):,.4g}" if self._has_perplexity else ""
+        self._console.print(f"update {step}: validation loss {loss:.3f}{shown}{baseline}")
 
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Show the losses of named sets."""

@@ -47,6 +47,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         entropy=setup.validation.unigram_entropy() if isinstance(setup.validation, TokenDataset) else None,
         prompt=setup.config.sample_prompt,
         done=done,
+        has_perplexity=setup.config.objective == "sft",
     )
     with (
         watchdog(ranks, setup.config.timeout_s) as watch,

@@ -29,6 +29,7 @@ NUM_SAMPLES = 13
 
 def make_folder(folder: Path) -> Path:
     """Write the model and the data."""
+    torch.manual_seed(0)
     save_model_folder(folder / "base", kind="gpt2")  # without norms in float32, unlike Llama
     write_jsonl(folder / "pairs.jsonl", pairs(NUM_SAMPLES))
     write_jsonl(folder / "examples.jsonl", examples(NUM_SAMPLES))
