@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+import bigbatch.lm
 from bigbatch.cli import main
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
@@ -238,3 +239,46 @@ def test_tokens_of_another_objective_are_refused(folder: Path, tmp_path: Path, c
 def test_setting_without_effect_is_refused(given: list[str], message: str, capfd: Capture) -> None:
     assert main(["train", *given]) == 2
     assert capfd.readouterr().err.startswith(f"bigbatch train: {message}")
+
+
+def test_python_api_trains_on_files_alone(folder: Path, tmp_path: Path) -> None:
+    config = {
+        "objective": "dpo", "model": str(folder / "base"), "data": str(folder / "pairs.jsonl"), "device": "cpu",
+        "max_length": 64, "steps": 2, "global_batch": 8, "microbatch": 3, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    result = bigbatch.lm.train(config)
+    assert [row["step"] for row in result.metrics] == [1, 2]
+    assert "margin" in result.metrics[-1]
+    assert (tmp_path / "run" / "reference.safetensors").is_file()
+    with pytest.raises(InputError) as caught:
+        bigbatch.lm.train({name: value for name, value in config.items() if name not in ("data", "out")}, pairs(8))
+    assert str(caught.value) == (
+        "objective dpo is not supported with a passed dataset: name a file of records in the setting data."
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--quantize", "nf4", "--lora-rank", "2"], "--quantize is not supported with --objective dpo: leave it out."),
+        (
+            ["--model-config", "config.json", "--tokenizer", "train:400"],
+            "--model-config is not supported with --objective dpo: leave it out.",
+        ),
+    ],
+)
+def test_setting_of_token_training_is_refused(setting: list[str], message: str, capfd: Capture) -> None:
+    assert main(["train", "--objective", "dpo", *setting]) == 2
+    assert capfd.readouterr().err == f"bigbatch train: {message}\n"
+
+
+def test_named_validation_sets_are_refused(folder: Path, tmp_path: Path, capfd: Capture) -> None:
+    named = ["--validation-data", f"more={folder / 'pairs.jsonl'}", "--out", str(tmp_path / "run")]
+    write_jsonl(tmp_path / "own.jsonl", pairs(20)[10:])
+    given = words(folder, "reward", *named)
+    given[given.index("--data") + 1] = str(tmp_path / "own.jsonl")
+    assert main(["train", *given]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "bigbatch train: --validation-data with names is not supported with --objective reward: pass the sources "
+        "without NAME=."
+    )

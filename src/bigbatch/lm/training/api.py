@@ -258,6 +258,11 @@ def _set_up(
     ranks: RankContext,
     order_version: int = ORDER_VERSION,
 ) -> TrainingSetup:
+    if config.objective != "sft" and (loss_fn is not None or inputs.dataset is not None):
+        what = "a loss_fn" if loss_fn is not None else "a passed dataset"
+        raise InputError(
+            f"objective {config.objective} is not supported with {what}: name a file of records in the setting data."
+        )
     if loss_fn is not None:
         if config.layout == "packed" or config.compile == "graphs":
             setting = "layout packed" if config.layout == "packed" else "compile graphs"
