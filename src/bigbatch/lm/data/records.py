@@ -9,6 +9,8 @@
 
 Other columns are ignored. A field that is null is missing. The shapes of other objectives than next-token prediction
 are those of :mod:`bigbatch.lm.data.pairs`.
+
+Long because every shape is read here.
 """
 
 from __future__ import annotations
