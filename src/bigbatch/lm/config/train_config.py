@@ -2,7 +2,9 @@
 
     flags and TOML → TrainConfig → resolved() → the trainer, and config.json in the run directory
 
-No torch here. Long because all rules between two settings, and all defaults that follow from others, are in one place.
+No torch here.
+
+Long because all rules between two settings, and all defaults that follow from others, are in one place.
 """
 
 from __future__ import annotations
