@@ -32,7 +32,7 @@ def targets(text: str) -> list[str]:
 
 
 def test_there_are_chinese_pages() -> None:
-    assert {"docs/tutorial.zh.md", "docs/how-to/transformers.zh.md"} <= set(PAGES)
+    assert {"README.zh.md", "docs/tutorial.zh.md", "docs/how-to/transformers.zh.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
