@@ -687,3 +687,89 @@ def test_tied_weight_that_misses_a_use_is_exact() -> None:
         return model.head(model.shared(hidden)).square().sum(), torch.tensor(len(batch[0]))
 
     assert difference(run(make(tied=True), of_head)[0], whole(make(tied=True), of_head)) <= EXACT
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_functional_call_with_other_weights_is_exact(tied: bool) -> None:
+    def scaled_loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        weights = {name: 1.5 * parameter for name, parameter in model.named_parameters()}
+        return loss_fn(lambda tokens: torch.func.functional_call(model, weights, (tokens,)), batch)  # type: ignore
+
+    gradients = []
+    for fuse in (False, True):
+        model = make(tied=tied)
+        optimizer = torch.optim.SGD(model.parameters())
+        engine = bigbatch.Engine(
+            model, optimizer, scaled_loss_fn, microbatch=2, fuse_gradients=fuse, noise=False, check=False
+        )
+        engine.backward(make_batch())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_model_that_is_copied_within_a_window_has_ordinary_layers() -> None:
+    copies: list[nn.Module] = []
+
+    def copying_loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        copies.append(copy.deepcopy(model))
+        return loss_fn(model, batch)
+
+    model = make(tied=True)
+    optimizer = torch.optim.SGD(model.parameters())
+    engine = bigbatch.Engine(
+        model, optimizer, copying_loss_fn, microbatch=2, fuse_gradients=True, noise=False, check=False
+    )
+    engine.step(make_batch())
+    for copied in copies:
+        assert [type(module) for module in copied.modules()] == [type(module) for module in model.modules()]
+        assert not any(name.startswith("_bigbatch") for module in copied.modules() for name in vars(module))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layer_without_autocast_in_window_with_autocast(tied: bool) -> None:
+    def wide_loss_fn(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            return loss_fn(model, batch)
+
+    gradients = []
+    for fuse in (False, True):
+        model = make(torch.float32, tied=tied)
+        optimizer = torch.optim.SGD(model.parameters())
+        engine = bigbatch.Engine(
+            model, optimizer, wide_loss_fn, microbatch=2, fuse_gradients=fuse, noise=False, check=False
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            engine.backward(make_batch())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for expected, found in zip(*gradients, strict=True):
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-2)
+
+
+def test_gradient_inside_backward_is_not_added() -> None:
+    gradients = []
+    for fuse in (False, True):
+        model = make()
+
+        def hooked_loss_fn(net: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            hidden = net.embedding(batch[0])
+
+            def differentiate(gradient: Tensor) -> None:
+                with torch.enable_grad():
+                    inputs = gradient.detach().requires_grad_()
+                    output = net.shared(inputs).square().sum()
+                torch.autograd.grad(output, inputs)
+
+            mixed = net.shared(hidden)
+            mixed.register_hook(differentiate)  # type: ignore[no-untyped-call]
+            return loss_fn(lambda _: net.head(mixed), batch)  # type: ignore[arg-type]
+
+        optimizer = torch.optim.SGD(model.parameters())
+        engine = bigbatch.Engine(
+            model, optimizer, hooked_loss_fn, microbatch=2, fuse_gradients=fuse, noise=False, check=False
+        )
+        engine.backward(make_batch())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)

@@ -9,6 +9,7 @@ embedding share is collected, and added when the backward has ended.
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class DirectSums:
         self._store: SumStore | None = None
         self._state = _State.IDLE
         self._knows_uses = False
+        self._task: int | None = None  # of autograd, of the running backward; None if inner ones belong to it
+        self._task_hook: Any = None
         self._once: set[Tensor] = set()  # weights that a whole backward has added to once
         self._only: set[int] | None = None  # ids of the parameters that receive the running backward; None for all
         self._num_added: Counter[Tensor] = Counter()  # in the running backward, without tied weights
@@ -69,8 +72,15 @@ class DirectSums:
         """End `pause`."""
         self._state = _State.IDLE
 
-    def begin(self, loss: Tensor, only: Sequence[Tensor] | None) -> None:
-        """Let layers add; arguments are those of `GradientSums.backward`."""
+    def begin(self, loss: Tensor, only: Sequence[Tensor] | None, *, has_inner: bool = False) -> None:
+        """Let layers add.
+
+        Args:
+            loss: As for `GradientSums.backward`.
+            only: As for `GradientSums.backward`.
+            has_inner: Whether backwards that run within this one, as of reentrant checkpoints, belong to it; else they
+                are those of hooks, and add nothing.
+        """
         if not self._knows_uses:
             uses = count_uses(loss, self.weights - self._tied)
             self.repeated |= {weight for weight, found in uses.items() if found.number > 1}
@@ -78,11 +88,25 @@ class DirectSums:
         self._only = None if only is None else set(map(id, only))
         self._num_added.clear()
         self._versions = {weight: self._version_of(weight) for weight in self._tied}
-        self._state = _State.ADDING
+        self._state, self._task = _State.ADDING, None
+        if not has_inner and loss.grad_fn is not None:
+            self._task_hook = loss.grad_fn.register_prehook(self._note_task)
+
+    def _note_task(self, _gradients: object) -> None:
+        if self._task is None:
+            self._task = torch._C._current_graph_task_id()
+
+    @property
+    def _is_inner(self) -> bool:
+        """Whether a backward that does not belong to the loss runs within that of the loss."""
+        return self._task is not None and self._task != torch._C._current_graph_task_id()
 
     def end(self, loss: Tensor, *, succeeded: bool) -> None:
         """Complete the sums; or note after a failure whether each is complete or unchanged."""
         self._state = _State.IDLE
+        if self._task_hook is not None:
+            self._task_hook.remove()
+            self._task_hook = None
         collected, self._collected = self._collected, {}
         if not succeeded:
             self.is_partial = self.is_partial or self._may_be_partial(loss, collected)
@@ -105,14 +129,16 @@ class DirectSums:
 
     def accepts(self, layer: "FusedLayer") -> bool:
         """Return whether a layer that is not compiled adds to its sum, instead of returning its gradient."""
-        return self._state is _State.ADDING and layer.weight not in self.repeated
+        return self._state is _State.ADDING and layer.weight not in self.repeated and not self._is_inner
 
     def add_product(self, layer: "FusedLayer", output_gradient: Tensor, inputs: Tensor) -> None:
         """Add the gradient of a linear layer, unless an attempt that ran out of memory has added it."""
         if not self._is_wanted(layer):
             return
         if (total := self._total(layer)) is None:
-            self._start(layer, weight_gradient(output_gradient, inputs, SumStore.dtype_of(layer.weight)))
+            with torch.autocast(inputs.device.type, enabled=False):  # one around the window would narrow the product
+                gradient = weight_gradient(output_gradient, inputs, SumStore.dtype_of(layer.weight))
+            self._start(layer, gradient)
         else:
             add_weight_gradient_(total, output_gradient, inputs)
         self._count(layer)
@@ -123,7 +149,7 @@ class DirectSums:
         Raises:
             WindowStateError: The backward is not that of the window.
         """
-        if self._state is _State.IDLE:
+        if self._state is _State.IDLE or (self._state is _State.ADDING and self._is_inner):
             raise WindowStateError(
                 "loss_fn differentiates compiled layers by itself, and the gradients of their weights would be added "
                 "to those of the window: pass fuse_gradients=False."

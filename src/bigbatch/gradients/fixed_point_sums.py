@@ -109,7 +109,6 @@ class FixedPointSums(GradientSums):
         if not self._extremes:
             return
         indices, least, most = zip(*self._extremes, strict=True)
-        self._extremes.clear()
         found = torch.maximum(torch.stack(most), torch.stack(least).neg()).to(torch.float32)  # NaN if any is
         if self._peaks is None:
             self._peaks = torch.zeros(len(self.parameters), dtype=torch.float32, device=found.device)
@@ -121,6 +120,7 @@ class FixedPointSums(GradientSums):
                 self._peaks[index] = torch.maximum(self._peaks[index], value)
         else:
             self._peaks[at] = torch.maximum(self._peaks[at], found)
+        self._extremes.clear()  # last: if memory runs out above, a retry notes them
 
     def peaks(self) -> list[float]:
         """Return the largest |g| of each parameter so far, NaN or infinity if one was; waits for the device."""

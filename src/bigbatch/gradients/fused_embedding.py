@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.gradients.fused_linear import FusedLinear, WeightSum, find_sum
+from bigbatch.gradients.fused_linear import FusedLinear, WeightSum, find_sum, ordinary_copy
 
 
 class FusedEmbedding(nn.Embedding):
     """What `install_embedding` makes of an ``nn.Embedding``: the same parameter, outputs and gradient."""
 
     _bigbatch_key: Tensor
+    _bigbatch_weight: Tensor  # as for `FusedLinear`
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in torch
         """Return the rows of the weight at indices; in compiled code, autograd computes the gradient."""
@@ -25,19 +26,26 @@ class FusedEmbedding(nn.Embedding):
             return super().forward(input)
         if type(input) is not Tensor or torch._C._are_functorch_transforms_active():
             return super().forward(input)
+        if self.weight is not self._bigbatch_weight:
+            return super().forward(input)
         output: Tensor = _Embedding.apply(self.weight, input, self.padding_idx, self._bigbatch_key)  # type: ignore[no-untyped-call]
         return output
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle as the ordinary layer, as for `FusedLinear`."""
+        return ordinary_copy(self, nn.Embedding)
 
 
 def install_embedding(embedding: nn.Embedding, key: Tensor) -> Callable[[], None]:
     """Make a `FusedEmbedding` of a layer that is exactly an ``nn.Embedding``; return a function that undoes it."""
     assert type(embedding) is nn.Embedding, "subclasses have a forward of their own"
-    embedding.__dict__["_bigbatch_key"] = key
+    embedding.__dict__.update({"_bigbatch_key": key, "_bigbatch_weight": embedding.weight})
     embedding.__class__ = FusedEmbedding
 
     def remove() -> None:
         embedding.__class__ = nn.Embedding
-        embedding.__dict__.pop("_bigbatch_key", None)
+        for name in ("_bigbatch_key", "_bigbatch_weight"):
+            embedding.__dict__.pop(name, None)
 
     return remove
 
@@ -48,7 +56,7 @@ def weights_for_loss(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     If it is tied to an embedding that adds to a sum, so does the gradient of the tensor that is returned. The copy is
     in a narrower dtype; None if there is none.
     """
-    if type(linear) is not FusedLinear or torch.compiler.is_compiling():
+    if type(linear) is not FusedLinear or torch.compiler.is_compiling() or linear.weight is not linear._bigbatch_weight:
         return linear.weight, None
     weight: Tensor = linear.weight
     if linear._bigbatch_is_tied:

@@ -206,10 +206,10 @@ class FusedGradients:
             self._install()
         self.copies.refresh()
 
-    def begin_backward(self, loss: Tensor, only: Sequence[Tensor] | None) -> None:
-        """Let layers add to the sums; arguments are those of `GradientSums.backward`."""
+    def begin_backward(self, loss: Tensor, only: Sequence[Tensor] | None, *, has_inner: bool) -> None:
+        """Let layers add to the sums; arguments are those of `DirectSums.begin`."""
         if self._parts != "copies":
-            self.sums.begin(loss, only)
+            self.sums.begin(loss, only, has_inner=has_inner)
 
     def end_backward(self, loss: Tensor, *, succeeded: bool) -> None:
         """Complete the sums."""

@@ -10,6 +10,7 @@ key, and the addition is an operator, ``bigbatch::add_weight_gradient``. The key
 that no compiler drops or repeats it; functional copies of the key have the same value.
 """
 
+import copyreg
 from collections.abc import Callable
 from itertools import count
 from typing import Any, Protocol
@@ -69,12 +70,15 @@ class FusedLinear(nn.Linear):
     _bigbatch_adds: bool  # else autograd receives the gradient of the weight
     _bigbatch_copy: Tensor | None  # of the weight
     _bigbatch_is_tied: bool  # to an embedding
+    _bigbatch_weight: Tensor  # that of the sum: torch.func.functional_call replaces the one of the layer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in torch
         """Compute ``input · weightᵀ + bias``."""
         weight, copy = self.weight, self._bigbatch_copy
         bias: Tensor | None = self.bias
         if not torch.is_grad_enabled() or not weight.requires_grad or not _is_plain(input):
+            return F.linear(input, weight, bias)
+        if weight is not self._bigbatch_weight:
             return F.linear(input, weight, bias)
         kind = input.device.type
         dtype = input.dtype
@@ -89,6 +93,16 @@ class FusedLinear(nn.Linear):
         key = self._bigbatch_key if self._bigbatch_adds or not torch.compiler.is_compiling() else None
         output: Tensor = _Linear.apply(input, weight, copy, bias, key)  # type: ignore[no-untyped-call]
         return output
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle as the ordinary layer: a copy that is made within a window has no part in its sums."""
+        return ordinary_copy(self, nn.Linear)
+
+
+def ordinary_copy(layer: nn.Module, kind: type[nn.Module]) -> tuple[Any, ...]:
+    """Return what ``__reduce_ex__`` of a fused layer returns, to be copied as an ordinary one."""
+    state = {name: value for name, value in vars(layer).items() if not name.startswith("_bigbatch_")}
+    return copyreg.__newobj__, (kind,), state  # type: ignore[attr-defined]
 
 
 def is_exactly_linear(module: object) -> bool:
@@ -110,6 +124,7 @@ def install(
     """
     assert type(linear) is nn.Linear, "subclasses have a forward of their own"
     own = {"_bigbatch_key": key, "_bigbatch_adds": adds, "_bigbatch_copy": copy, "_bigbatch_is_tied": is_tied}
+    own |= {"_bigbatch_weight": linear.weight}
     linear.__dict__.update(own)
     linear.__class__ = FusedLinear
 

@@ -172,7 +172,7 @@ class GradientSums:
         self._adding, succeeded, was_frozen = True, False, False
         try:
             if self._fused is not None:
-                self._fused.begin_backward(loss, only)
+                self._fused.begin_backward(loss, only, has_inner=bool(self._hides_leaves))
             run_backward(loss, inputs, retain_graph=retain_graph)
             succeeded = True
         except RuntimeError:

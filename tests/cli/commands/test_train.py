@@ -393,7 +393,7 @@ def test_second_signal_ends_run_immediately(folder: Path, base: Path) -> None:
     # Saving waits for the other end of a pipe, so that the second signal comes in the middle of it for sure.
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import bigbatch.lm.training.model_saver as saver; saver.save_model = lambda *_: open('../hold').read();"
+        "import bigbatch.lm.training.model_saver as saver; saver.save_model = lambda *_, **__: open('../hold').read();"
         "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     with subprocess.Popen(

@@ -230,3 +230,8 @@ def test_json_loads_back_equal(config: TrainConfig):
 def test_config_loads_no_torch():
     code = "import sys, bigbatch.lm.config.train_config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_reproducible_embedding_is_refused() -> None:
+    with pytest.raises(ValidationError, match="reproducible is not supported with objective embedding"):
+        TrainConfig(reproducible=True, objective="embedding")

@@ -546,3 +546,10 @@ def test_run_that_ended_early_is_not_continued(settings: dict[str, Any], tmp_pat
 def test_alias_of_setting_is_its_name() -> None:
     with pytest.raises(InputError, match=r"^'model_confg' is not a setting: did you mean 'model_config'\?$"):
         lm.train({"model_confg": "x"})
+
+
+def test_result_of_a_finished_run_has_the_saved_step(settings: dict[str, Any], tmp_path: Path) -> None:
+    asked = {**settings, "out": tmp_path / "run", "keep": "best", "validation_every": 1}
+    first = lm.train(asked, records(40))
+    again = lm.train(resume=tmp_path / "run", dataset=records(40))
+    assert (again.saved_step, again.best_step) == (first.saved_step, first.best_step)

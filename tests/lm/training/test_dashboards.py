@@ -53,7 +53,7 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
     assert values["train/skipped"] == 0.0
     assert values["more/new_field"] == 3.0
     assert (values["cost/peak_bytes"], values["batch/noise_scale_items"]) == (5.0, 7.0)
-    assert validation == (1, {"validation/loss": 2.5})
+    assert validation == (1, {"validation/loss": 2.5, "validation/perplexity": math.exp(2.5)})
     assert evaluation == (3, {"validation/loss/web": 1.5})
 
 
@@ -134,7 +134,7 @@ def interrupted(settings: dict[str, Any], log: str) -> list[dict[str, Any]]:
 
 def expected_values(row: dict[str, Any]) -> dict[str, float]:
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-    assert numbers.keys() - TAGS.keys() <= {"step", "validation_loss"}
+    assert numbers.keys() - TAGS.keys() <= {"step", "validation_loss", "validation_perplexity"}
     return {TAGS[name]: value for name, value in numbers.items() if name in TAGS}
 
 
@@ -143,8 +143,9 @@ def test_wandb_has_what_metrics_have_after_resume(settings: dict[str, Any], monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     rows = interrupted(settings, "wandb")
-    runs = [wandb_records(path) for path in sorted(settings["out"].glob("wandb/offline-run-*/*.wandb"))]
-    assert len(runs) == 2
+    files = sorted(settings["out"].glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    runs = [wandb_records(path) for path in files]
     assert {found.run_id for found, _ in runs} == {read_identity(settings["out"]).run_id}
     assert {found.project for found, _ in runs} == {"bigbatch"}
     assert list(runs[0][1]) == [1, 2, 3]
@@ -152,9 +153,10 @@ def test_wandb_has_what_metrics_have_after_resume(settings: dict[str, Any], monk
     logged = runs[0][1] | runs[1][1]  # as wandb sync merges them
     for row in rows:
         assert logged[row["step"]].items() >= expected_values(row).items()
-    assert {step: values["validation/loss"] for step, values in logged.items() if "validation/loss" in values} == {
-        row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row
-    }
+    for kind in ("loss", "perplexity"):
+        tag, name = f"validation/{kind}", f"validation_{kind}"
+        found = {step: values[tag] for step, values in logged.items() if tag in values}
+        assert found == {row["step"]: row[name] for row in rows if name in row}
 
 
 @needs_mlflow

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,19 @@ def test_resumed_run_reads_the_reference(folder: Path, tmp_path: Path) -> None:
     assert torch.allclose(again - 1.5, prepared.setup.training.reference)  # type: ignore[union-attr]
 
 
+def test_reference_is_not_that_of_other_validation_data(folder: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    write_jsonl(held_out, pairs(8))
+    train(folder, "dpo", tmp_path / "run", "--validation-data", str(held_out))
+    before = resumed(tmp_path / "run").setup.validation.reference  # type: ignore[union-attr]
+    exchanged = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(8)]
+    write_jsonl(held_out, exchanged)  # of the same lengths
+    after = resumed(tmp_path / "run").setup.validation.reference  # type: ignore[union-attr]
+    assert before is not None
+    assert after is not None
+    assert torch.allclose(after, before.flip(1))
+
+
 def resumed(run: Path, **settings: Any) -> Trainer:
     config = TrainConfig.model_validate(json.loads((run / "config.json").read_text()) | settings)
     trainer = Trainer(set_up_training(config))
@@ -281,4 +295,20 @@ def test_named_validation_sets_are_refused(folder: Path, tmp_path: Path, capfd: 
     assert capfd.readouterr().err.splitlines()[-1] == (
         "bigbatch train: --validation-data with names is not supported with --objective reward: pass the sources "
         "without NAME=."
+    )
+
+
+@pytest.mark.parametrize("flag", ["--data", "--validation-data"])
+def test_shards_of_tokens_are_refused(folder: Path, tmp_path: Path, capfd: Capture, flag: str) -> None:
+    (tmp_path / "00000.json").write_text('{"input_ids": [1, 2, 3]}')
+    with tarfile.open(tmp_path / "tokens.tar", "w") as archive:
+        archive.add(tmp_path / "00000.json", "00000.json")
+    given = words(folder, "reward", "--validation-data", str(folder / "pairs.jsonl"), "--out", str(tmp_path / "run"))
+    write_jsonl(tmp_path / "own.jsonl", pairs(20))
+    given[given.index("--data") + 1] = str(tmp_path / "own.jsonl")
+    given[given.index(flag) + 1] = str(tmp_path / "tokens.tar")
+    assert main(["train", *given]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"bigbatch train: {tmp_path / 'tokens.tar'} holds tokens, which are for --objective sft alone. Pass records "
+        "for --objective reward."
     )

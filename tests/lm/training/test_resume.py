@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.training.resume import merge_config
 
@@ -33,3 +34,28 @@ def test_repeated_train_command_resumes_its_run(tmp_path: Path, more: dict[str, 
     asked = TrainConfig(out=tmp_path, **{name: value for name, value in (FULL | more).items() if value is not None})
     stored = asked.resolved()
     assert merge_config(stored, asked, allowed=()) == stored
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "message"),
+    [
+        ({"reproducible": True}, {"microbatch": 3}, "--microbatch 3 is no whole number of quanta"),
+        ({"reproducible": True}, {"parallel": "fsdp"}, "--reproducible needs whole gradients on every rank"),
+        ({"objective": "dpo"}, {"layout": "packed"}, "--layout packed is not supported with --objective dpo"),
+        ({"optimizer": "adamw-8bit"}, {"precision": "float64"}, "--optimizer adamw-8bit computes in float32"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(
+    stored: dict[str, Any], asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        merge_config(TrainConfig(**stored).resolved(), TrainConfig(**asked), allowed=())
+
+
+def test_changed_setting_replaces_what_it_excludes() -> None:
+    stored = TrainConfig(early_stopping=2, early_stopping_min_delta=0.1, cache=Path("tokens")).resolved()
+    merged = merge_config(stored, TrainConfig(early_stopping=None, no_cache=True), allowed=())
+    assert (merged.early_stopping, merged.no_cache, merged.cache) == (None, True, None)
+    stored = TrainConfig(global_batch_schedule="0:8 1e5:16").resolved()
+    merged = merge_config(stored, TrainConfig(global_batch_schedule="0:4 1e5:16"), allowed=("batch",))
+    assert merged.resolved().global_batch == 4

@@ -87,6 +87,14 @@ class TrainConfig(TrainFields):
                 "{first} needs whole gradients on every rank, which {second} fsdp and hsdp shard: use ddp",
                 {"first": "reproducible", "second": "parallel"},
             )
+        if self.objective == "embedding":
+            names = {"first": "reproducible", "second": "objective"}
+            raise PydanticCustomError(
+                "unsupported",
+                "{first} is not supported with {second} embedding, whose loss compares all samples of a batch: "
+                "leave one out",
+                names,
+            )
         if self.compile == "graphs":
             names = {"first": "reproducible", "second": "compile"}
             raise PydanticCustomError("exclusive", "{first} excludes {second} graphs: use layers or none", names)

@@ -50,6 +50,9 @@ def wants_log(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_RATIO
 
 
+TINY = 1e-300  # steps between smaller values would underflow
+
+
 def value_scale(values: Sequence[float], *, is_log: bool, from_zero: bool, kind: Kind, most_ticks: int) -> Scale:
     """Return an axis that contains all values, which are finite and at least one."""
     low, high = min(values), max(values)
@@ -58,8 +61,8 @@ def value_scale(values: Sequence[float], *, is_log: bool, from_zero: bool, kind:
         return Scale(low, high, True, _log_ticks(low, high, most_ticks), kind)
     if from_zero:
         low, high = min(0.0, low), max(0.0, high)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat line has room on both sides, or above zero
-        room = abs(high) * 0.1 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), TINY):  # a flat line has room on both sides, or above zero
+        room = abs(high) * 0.1 if abs(high) > TINY else 1.0
         low, high = (low if from_zero and low == 0 else low - room), high + room
     unit = byte_unit(high)[0] if kind == "bytes" else 1.0
     step = _step((high - low) / unit, most_ticks, whole=kind == "count" and high - low >= 2) * unit

@@ -154,6 +154,7 @@ def _resume(
                 done.validation_loss,
                 0.0,
                 stopped_early=done.step < checkpoint.total_steps,
+                saved_step=done.best_step if stored.resolved_keep == "best" and done.best_step else done.step,
                 best_step=done.best_step,
                 best_loss=done.best_loss,
             )

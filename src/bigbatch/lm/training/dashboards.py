@@ -14,7 +14,7 @@ from typing import Any
 from bigbatch.errors import BigbatchError, InputError, first_line, os_reason
 from bigbatch.lm.runs.file_names import TENSORBOARD
 from bigbatch.lm.runs.identity import read_identity
-from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback
+from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, perplexity
 
 TAGS = {
     "loss": "train/loss",
@@ -43,7 +43,12 @@ TAGS = {
 PROJECT = "bigbatch"
 """Name of the project or experiment in which runs are."""
 
-_OWN_TAGS = ("step", "skipped", "validation_loss")  # fields that are no plain number, or exported in another way
+_OWN_TAGS = (
+    "step",
+    "skipped",
+    "validation_loss",
+    "validation_perplexity",
+)  # fields that are no plain number, or exported in another way
 
 _MLFLOW_TAG = "bigbatch.run_id"
 _MLFLOW_LONGEST = 500  # characters of a setting
@@ -65,10 +70,16 @@ def check_log(log: str) -> None:
 
 
 class DashboardCallback:
-    """Callback that writes updates and validations to a dashboard."""
+    """Callback that writes updates and validations to a dashboard.
 
-    def __init__(self, write: Write) -> None:
+    Args:
+        write: Writes numbers by tag.
+        has_perplexity: Whether the validation loss is that of tokens.
+    """
+
+    def __init__(self, write: Write, *, has_perplexity: bool = True) -> None:
         self._write = write
+        self._has_perplexity = has_perplexity
 
     def on_update(self, row: MetricsRow) -> None:
         """Write the finite numbers of an update."""
@@ -82,13 +93,18 @@ class DashboardCallback:
 
     def on_validation(self, step: int, loss: float) -> None:
         """Write a validation loss."""
-        if math.isfinite(loss):
-            self._write(step, {"validation/loss": loss})
+        self._write_losses(step, {"": loss})
 
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Write the losses of named sets."""
-        values = {f"validation/loss/{name}": loss for name, loss in losses.items() if math.isfinite(loss)}
-        self._write(step, values)
+        self._write_losses(step, {f"/{name}": loss for name, loss in losses.items()})
+
+    def _write_losses(self, step: int, losses: Mapping[str, float]) -> None:
+        values = {f"validation/loss{ending}": loss for ending, loss in losses.items()}
+        if self._has_perplexity:
+            values |= {f"validation/perplexity{ending}": perplexity(loss) for ending, loss in losses.items()}
+        if finite := {tag: value for tag, value in values.items() if math.isfinite(value)}:
+            self._write(step, finite)
 
     def on_sample(self, step: int, text: str) -> None:
         """Ignore generated text."""
@@ -145,7 +161,8 @@ def with_dashboard(
     else:
         opened = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}[log](folder, done, settings)
     with opened as write:
-        yield CallbackList(callback, DashboardCallback(write))
+        has_perplexity = settings.get("objective", "sft") == "sft"
+        yield CallbackList(callback, DashboardCallback(write, has_perplexity=has_perplexity))
 
 
 @contextmanager

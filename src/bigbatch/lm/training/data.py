@@ -129,6 +129,7 @@ class DataLoader:
         progress(f"reading {config.data_text}")
         self._stores = [find_stores(Path(name)) for name in config.data]
         self._sources = self._open([name for name, found in zip(config.data, self._stores, strict=True) if not found])
+        self._check_no_tokens()
         root, self._cache_note = (None, None) if config.no_cache else cache_folder(config.cache)
         self._cache = Cache(root)
 
@@ -140,6 +141,15 @@ class DataLoader:
             return DataSources((), ())
         options, validation_data = read_options(self._config), sources_of(named)
         return open_sources(raw, validation_data=validation_data, options=options, with_validation=fraction > 0)
+
+    def _check_no_tokens(self) -> None:
+        """Refuse shards of tokens, to train or to validate on, for an objective that compares sequences."""
+        for corpus in (*self._sources.training, *self._sources.validation):
+            if corpus.shards is not None and self._config.objective != "sft":
+                raise InputError(
+                    f"{corpus.name} holds tokens, which are for --objective sft alone. Pass records for --objective "
+                    f"{self._config.objective}."
+                )
 
     def __enter__(self) -> "DataLoader":
         return self

@@ -103,7 +103,8 @@ def _datasets(setup: TrainingSetup) -> dict[str, PairDataset]:
 
 def _key(setup: TrainingSetup) -> str:
     """Return a SHA-256, in hex, of the sequences that the reference belongs to."""
-    digest = sha256(f"{setup.data_fingerprint} {setup.config.max_length}".encode())
+    data = f"{setup.data_fingerprint} {setup.validation_fingerprint} {setup.config.max_length}"
+    digest = sha256(data.encode())
     for part in _datasets(setup).values():
         digest.update(part.lengths.tobytes())
     return digest.hexdigest()

@@ -17,6 +17,8 @@ from pydantic import ValidationError
 from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
 from bigbatch.lm.checkpoint.state_tree import bits
+from bigbatch.lm.config.batch_schedule import read
+from bigbatch.lm.config.error_messages import sentence
 from bigbatch.lm.config.field_groups import CHANGEABLE, EXCLUSIVE, NEEDS_PERMISSION, flag_of
 from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.train_config import TrainConfig
@@ -130,7 +132,27 @@ def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[s
         for one, other in ((first, second), (second, first)):
             if changes.get(one) is not None and other not in changes:
                 changes[other] = None
-    return stored.model_copy(update=changes)
+    schedule = changes.get("global_batch_schedule")
+    if schedule is not None and read(schedule).first is not None:
+        changes.setdefault("global_batch", None)  # the first one of the schedule
+    if changes.get("no_cache"):
+        changes.setdefault("cache", None)
+    elif changes.get("cache") is not None:
+        changes.setdefault("no_cache", False)
+    merged = stored.model_copy(update=changes)
+    _check_together(merged)
+    return merged
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Check the rules between settings, which a copy does not."""
+    settings = config.model_dump()
+    if config.early_stopping is None:
+        settings["early_stopping_min_delta"] = 0.0  # it cannot change, and does nothing once early stopping is off
+    try:
+        TrainConfig.model_validate(settings)
+    except ValidationError as error:
+        raise InputError(sentence(error, {name: flag_of(name) for name in TrainConfig.model_fields})) from error
 
 
 def _refusal(folder: Path | None, name: str, before: Any, now: Any) -> str:
