@@ -43,12 +43,8 @@ TAGS = {
 PROJECT = "bigbatch"
 """Name of the project or experiment in which runs are."""
 
-_OWN_TAGS = (
-    "step",
-    "skipped",
-    "validation_loss",
-    "validation_perplexity",
-)  # fields that are no plain number, or exported in another way
+# fields that are no plain number, or exported in another way
+_OWN_TAGS = ("step", "skipped", "validation_loss", "validation_perplexity")
 
 _MLFLOW_TAG = "bigbatch.run_id"
 _MLFLOW_LONGEST = 500  # characters of a setting
