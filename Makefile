@@ -30,7 +30,7 @@ setup: $(STAMP)
 # A Debian python3 may come without ensurepip: then its own pip installs into the bare environment.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --without-pip $(VENV)
-	@echo "installing bigbatch and what it needs into $(VENV) (about a minute)"
+	@echo "installing bigbatch and what it needs into $(VENV) (one to two minutes)"
 	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"; \
 	else \
