@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.distributed.gradient_sync import Microbatch
 from bigbatch.errors import MemoryLimitError, first_line
-from bigbatch.execution.runner import MicrobatchRunner
+from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
 
@@ -83,15 +83,41 @@ class OomRetry(MicrobatchRunner):
             MemoryLimitError: One sample does not fit in memory by itself.
         """
         rows: Sequence[int] = microbatch.content
-        sums, totals, inputs = pending.sums, pending.loss_totals, self._inputs
+        inputs = self._inputs
         assert inputs is not None, "no window is open"
-        versions, num_recorded = sums.snapshot_versions(), totals.num_recorded
         state = self._save() if self._draws_random_numbers or self._buffers else None
+        failure = self._attempt(inputs, rows, pending, state, only)
+        if failure is None:
+            return
+        message, only = failure
+        if not is_repeated:  # with the cache freed, the whole may fit
+            self.run(microbatch, pending, only=only, is_repeated=True)
+        elif len(rows) > 1:
+            for half in halves(rows):
+                self.run(Microbatch(half), pending, only=only, is_repeated=True)
+        else:
+            raise too_large(rows[0], message, self.inputs.lengths)
+
+    def _attempt(
+        self,
+        inputs: WindowInputs,
+        rows: Sequence[int],
+        pending: PendingUpdate,
+        state: _State | None,
+        only: list[Tensor] | None,
+    ) -> tuple[str, list[Tensor] | None] | None:
+        """Add the gradient of some samples; if memory runs out, undo what they did.
+
+        Returns:
+            None; or why memory ran out, and the parameters that still need the gradient: None for all.
+        """
+        sums, totals = pending.sums, pending.loss_totals
+        versions, num_recorded = sums.snapshot_versions(), totals.num_recorded
         try:
             pending.add(inputs.loss_fn(self._model, inputs.take(rows)), only=only)
             if self._checked_in_training is None and state is not None:
                 self._drop_unchanged(state)
-            return
+            return None
         except RuntimeError as error:
             # Only a forward that finished is recorded. One that did not has added nothing to any parameter.
             forward_finished = totals.num_recorded != num_recorded
@@ -108,13 +134,7 @@ class OomRetry(MicrobatchRunner):
             unchanged = sums.unchanged_since(versions)
             only = [parameter for parameter in unchanged if earlier is None or id(parameter) in earlier]
         free_cached_memory()
-        if not is_repeated:  # with the cache freed, the whole may fit
-            self.run(microbatch, pending, only=only, is_repeated=True)
-        elif len(rows) > 1:
-            for half in halves(rows):
-                self.run(Microbatch(half), pending, only=only, is_repeated=True)
-        else:
-            raise too_large(rows[0], message, self.inputs.lengths)
+        return message, only
 
     def _save(self) -> _State:
         on_cpu = torch.get_rng_state()

@@ -15,10 +15,9 @@ from bigbatch.accumulation.reproducible_state import ReproducibleState
 from bigbatch.accumulation.reproducible_update import ReproducibleUpdate
 from bigbatch.deterministic import deterministic_kernels
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, never
-from bigbatch.errors import MemoryLimitError, first_line
+from bigbatch.errors import MemoryLimitError
 from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.execution.runner import WindowInputs
-from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.rng import random_states, seed_generators, seed_of_quantum, set_random_states
 
 
@@ -92,33 +91,15 @@ class QuantumRunner(OomRetry):
             MemoryLimitError: It does not fit in memory.
         """
         rows: Sequence[int] = microbatch.content
-        sums, totals = pending.sums, pending.loss_totals
         position = self._first_position + rows[0] // self._quantum
-        versions, num_recorded = sums.snapshot_versions(), totals.num_recorded
         state = self._save() if self._buffers else None
         seed = self._state.seed
         assert seed is not None, "set when the window begins"
         seed_generators(seed_of_quantum(seed, self._state.num_windows, position), self._device)
-        try:
-            pending.add(self.inputs.loss_fn(self._model, self.inputs.take(rows)), only=only)
-            if self._checked_in_training is None and state is not None:
-                self._drop_unchanged(state)
+        failure = self._attempt(self.inputs, rows, pending, state, only)
+        if failure is None:
             return
-        except RuntimeError as error:
-            forward_finished = totals.num_recorded != num_recorded
-            if not is_out_of_memory(error) or (forward_finished and not sums.can_name_leaves):
-                raise
-            message = first_line(error)
-        # Outside the except block: inside it, the traceback holds the tensors of the attempt.
-        self.retries += 1
-        totals.rollback(num_recorded)
-        if state is not None:
-            self._restore(state)
-        if forward_finished:
-            earlier = None if only is None else {id(parameter) for parameter in only}
-            unchanged = sums.unchanged_since(versions)
-            only = [parameter for parameter in unchanged if earlier is None or id(parameter) in earlier]
-        free_cached_memory()
+        message, only = failure
         if is_repeated:
             raise MemoryLimitError(
                 f"samples {rows[0]} to {rows[-1]} of the batch, a quantum, do not fit in memory ({message}): a quantum "
