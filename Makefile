@@ -7,7 +7,7 @@ STAMP  := $(VENV)/installed
 .PHONY: train test test-versions setup lint format docs clean
 .DEFAULT_GOAL := train
 
-train: setup  ## train a small language model on Python's own standard library (a few minutes on two cores)
+train: setup  ## train a small language model on Python's own standard library (about two minutes on two cores)
 	$(BIN)/bigbatch train $(ARGS)
 
 test: lint  ## lint, type-check and run every test

@@ -39,7 +39,7 @@ DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_GLOBAL_BATCH = 32
 DEFAULT_EPOCHS = 1
-DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the run that starts without any flag
+DEFAULT_STEPS = 100  # of the tiny model on python-stdlib: the run that starts without any flag
 
 
 class TrainFields(
