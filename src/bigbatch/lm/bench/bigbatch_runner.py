@@ -43,19 +43,23 @@ class BigbatchRunner:
         self._kernel: Kernel = "torch"
         self._chosen: tuple[CheckpointingMode, MicrobatchChoice] | None = None
         self.notes: list[str] = []
+        self.first_update_s: float | None = None
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
         """Warm up with whole updates, then run the measured one."""
         samples = shift(stage.samples)
         started_s = time.perf_counter()
         if self._model_setup is None:
-            self._model_setup = set_up(stage.model, stage.workload, **self._settings)
+            stage.progress("bigbatch: trying attention, packed rows and compiled layers on the model")
+            settings = {"memory": stage.memory, **self._settings}
+            self._model_setup = set_up(stage.model, stage.workload, **settings)
             self._kernel = kernel_of(stage.model)
         elif self._model_setup.layout == "packed":
             use_causal_attention(stage.model, self._kernel)  # reset between turns
         model_setup = self._model_setup
         engine = make_engine(model_setup, stage.optimizer, memory=stage.memory)
         if self._chosen is None:
+            stage.progress("bigbatch: choosing the micro-batch")
             self._chosen = tune(engine, model_setup.layers, samples, modes=True)
             elapsed_s = time.perf_counter() - started_s
             mode, choice = self._chosen
@@ -66,6 +70,9 @@ class BigbatchRunner:
         stage.reset_peak()  # excludes tuning
         for _ in range(WARM_UPDATES):
             engine.step(samples)
+            if self.first_update_s is None:
+                stage.synchronize()
+                self.first_update_s = time.perf_counter() - started_s
         stage.reset()
         meter.start()
         report = engine.step(samples)
