@@ -33,16 +33,17 @@ from bigbatch.lm.bench.workload import W_SMALL, WORKLOADS, Workload
 
 WITH_TORCH = "bigbatch-torch"
 DRY = dataclasses.replace(W_SMALL, sequences=6)
+BOTH = f"{OURS},{WITH_TORCH}"
 DEFAULTS = {
-    ("w", True): "torchtitan:2,torchtitan:3,torchtitan-varlen:3,hand-written:3,hand-written-sdpa:3",
-    ("w", False): "torchtitan:4,torchtitan:8,torchtitan-varlen:4,hand-written:6,hand-written-sdpa:4",
-    ("w-1.5b", True): "torchtitan:2,hand-written:2,hand-written-sdpa:2",
-    ("w-1.5b", False): "torchtitan:4,hand-written:6,hand-written-sdpa:4",
-    ("w-7b-lora", True): "hand-written:2,hand-written-sdpa:2",
-    ("w-7b-lora", False): "hand-written:4,hand-written-sdpa:4",
-    ("w-small", False): "torchtitan:2,hand-written:2,hand-written-sdpa:2",
+    ("w", True): f"{BOTH},torchtitan:2,torchtitan:3,torchtitan-varlen:3,hand-written:3,hand-written-sdpa:3",
+    ("w", False): f"{BOTH},torchtitan:4,torchtitan:8,torchtitan-varlen:4,hand-written:6,hand-written-sdpa:4",
+    ("w-1.5b", True): f"{OURS},torchtitan:2,hand-written:2",
+    ("w-1.5b", False): f"{OURS},torchtitan:4,hand-written:6",
+    ("w-7b-lora", True): f"{OURS},hand-written:2",
+    ("w-7b-lora", False): f"{OURS},hand-written:4",
+    ("w-small", False): f"{BOTH},torchtitan:2,hand-written:2,hand-written-sdpa:2",
 }
-"""Rivals by workload and whether memory is limited, with sizes that fit; bigbatch and bigbatch-torch come first."""
+"""Contestants by workload and whether memory is limited, with sizes that fit."""
 
 
 def entries_of(text: str) -> list[Entry]:
@@ -104,12 +105,12 @@ def main() -> None:
     workload: Workload = DRY if options.dry else WORKLOADS[options.workload]
     memory = None if options.memory == "none" else options.memory
     rivals = DEFAULTS[workload.name, memory is not None and not options.dry]
-    entries = entries_of(options.only or f"{OURS},{WITH_TORCH},{rivals}")
+    entries = entries_of(options.only or rivals)
     torch._dynamo.config.recompile_limit = 64  # every contestant compiles the same code of transformers and torchtitan
     started_s = time.perf_counter()
 
     def progress(activity: str, done: int = 0, total: int = 0) -> None:
-        print(f"[{time.perf_counter() - started_s:6.1f} s] {activity}", flush=True)
+        print(f"[{time.perf_counter() - started_s:6.1f} s] {activity}", file=sys.stderr)
 
     progress(f"torch {torch.__version__}")
     result = run_benchmark(workload, entries, memory=memory, rounds=options.rounds, progress=progress, make=make)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bigbatch.autotune.peak_prediction import PeakPredictor
-from bigbatch.lm.bench.workload import W, W_SMALL
+from bigbatch.lm.bench.workload import W_SMALL, W
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model import setup
@@ -23,8 +23,15 @@ def config(**settings: object) -> TrainConfig:
 
 @pytest.mark.parametrize(
     ("limit_gib", "vocabulary", "tokens"),
-    [(0, 151_936, 1_024), (24, 151_936, 1_024), (40, 151_936, 2_048), (80, 151_936, 4_096), (139, 151_936, 4_096)]
-    + [(24, 32_000, 4_096), (24, 262_144, 1_024)],
+    [
+        (0, 151_936, 1_024),
+        (24, 151_936, 1_024),
+        (40, 151_936, 2_048),
+        (80, 151_936, 4_096),
+        (139, 151_936, 4_096),
+        (24, 32_000, 4_096),
+        (24, 262_144, 1_024),
+    ],
 )
 def test_chunk_takes_sixteenth_of_memory(limit_gib: int, vocabulary: int, tokens: int) -> None:
     assert largest_chunk(limit_gib * GIB, vocabulary=vocabulary) == tokens

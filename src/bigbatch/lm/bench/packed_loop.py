@@ -13,8 +13,6 @@ from bigbatch.lm.bench.rows import Rows
 from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.data.dataset import IGNORED
 
-WARM_UPDATES = 2  # the first one compiles
-
 LossSum = Callable[[Rows], Tensor]
 
 
@@ -49,12 +47,12 @@ class PackedLoop(ABC):
             self._loss_sum = self.build(stage)
             self.notes.append(_describe(microbatches, self._num_labels + len(stage.samples)))
         try:
-            for _ in range(WARM_UPDATES):
-                self._update(stage, self._loss_sum)
-                if self.first_update_s is None:
-                    stage.synchronize()
-                    self.first_update_s = time.perf_counter() - started_s
+            if self.first_update_s is None:
+                self._update(stage, self._loss_sum)  # compiles
+                stage.synchronize()
+                self.first_update_s = time.perf_counter() - started_s
                 stage.optimizer.zero_grad()
+            self._update(stage, self._loss_sum)
             stage.reset()
             meter.start()
             self._update(stage, self._loss_sum)

@@ -59,13 +59,13 @@ class TorchtitanRunner(PackedLoop):
         from torchtitan.components.loss import build_cross_entropy_loss
         from torchtitan.config import JobConfig
         from torchtitan.models.attention import VarlenMetadata
-        from torchtitan.models.llama4.infra.parallelize import apply_compile
+        from torchtitan.models.llama3.infra.parallelize import apply_compile  # of blocks without experts
 
         model = make_model(stage, self._attention)
         job_config = JobConfig()
         job_config.compile.enable = stage.device.type == "cuda"
         if job_config.compile.enable:
-            apply_compile(model, job_config.compile, ep_enabled=False)
+            apply_compile(model, job_config.compile)
         loss_fn = build_cross_entropy_loss(job_config)
 
         def loss_sum(rows: Rows) -> Tensor:

@@ -32,7 +32,7 @@ def chunk_tokens_of(head: LmHead | None, config: TrainConfig, device: torch.devi
 
 
 def largest_chunk(limit_bytes: int, *, vocabulary: int) -> int:
-    """Return the largest power of two, from 1,024 to 4,096, whose logits and gradients fit in a sixteenth of a limit."""
+    """Return the largest of 1,024, 2,048 and 4,096 whose logits and gradients take a sixteenth of a limit or less."""
     tokens = CHUNK_TOKENS
     while tokens < MAX_CHUNK_TOKENS and CHUNK_SHARE * LOGIT_BYTES * vocabulary * 2 * tokens <= limit_bytes:
         tokens *= 2
