@@ -69,7 +69,7 @@ def test_weights_are_those_of_transformers_initialization() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not layer.self_attn.q_proj.bias.any()
     assert (layer.input_layernorm.weight == 1).all()
-    for matrix in (model.lm_head.weight, layer.mlp.gate_proj.weight):
+    for matrix in (model.lm_head.weight.detach(), layer.mlp.gate_proj.weight.detach()):
         assert float(matrix.mean()) == pytest.approx(0, abs=1e-3)
         assert float(matrix.std()) == pytest.approx(model.config.initializer_range, rel=0.01)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
