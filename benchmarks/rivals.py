@@ -5,9 +5,10 @@
 
 On one H200 or H100: w with --memory 24GiB and with --memory none about six minutes each, w-1.5b and w-7b-lora less than
 five. The updates of all contestants alternate, and each starts from the same weights; the last table has the medians.
-Besides the contestants of `bigbatch bench` there is ``bigbatch-torch``, bigbatch with the attention kernel of torch;
-``bigbatch`` uses FlashAttention-4 where that is installed and faster. The number after a name is rows of 2,048 tokens
-per micro-batch. With ``--dry`` a small workload runs on the CPU, uncompiled.
+Besides the contestants of `bigbatch bench` there are ``bigbatch-torch``, with the attention kernel of torch
+(``bigbatch`` uses FlashAttention-4 where that is installed and faster), and ``bigbatch-by-hand:N``, with a micro-batch
+that is set and not chosen; `hand_tuned.py` compares such sizes alone. N is rows of 2,048 tokens per micro-batch. With
+``--dry`` a small workload runs on the CPU, uncompiled.
 
 The table and every measurement are written to rivals-WORKLOAD-LIMIT-DEVICE.txt in the folder.
 """
@@ -32,6 +33,8 @@ from bigbatch.lm.bench.registry import make_contestant
 from bigbatch.lm.bench.workload import W_SMALL, WORKLOADS, Workload
 
 WITH_TORCH = "bigbatch-torch"
+BY_HAND = "bigbatch-by-hand"
+ROW_TOKENS = 2_048
 DRY = dataclasses.replace(W_SMALL, sequences=6)
 BOTH = f"{OURS},{WITH_TORCH}"
 DEFAULTS = {
@@ -48,12 +51,25 @@ DEFAULTS = {
 
 def entries_of(text: str) -> list[Entry]:
     """Parse the names of contestants."""
-    return [Entry(WITH_TORCH, None) if name == WITH_TORCH else read_entry(name) for name in text.split(",")]
+    entries = []
+    for name in text.split(","):
+        if name == WITH_TORCH:
+            entries.append(Entry(name, None))
+        elif name.startswith(f"{BY_HAND}:"):
+            entries.append(Entry(BY_HAND, int(name.removeprefix(f"{BY_HAND}:"))))
+        else:
+            entries.append(read_entry(name))
+    return entries
 
 
 def make(entry: Entry) -> Contestant:
     """Create a contestant."""
-    return BigbatchRunner(attention="torch") if entry.name == WITH_TORCH else make_contestant(entry)
+    if entry.name == WITH_TORCH:
+        return BigbatchRunner(attention="torch")
+    if entry.name == BY_HAND:
+        assert entry.samples is not None, "parsed with its rows"
+        return BigbatchRunner(tokens=entry.samples * ROW_TOKENS)
+    return make_contestant(entry)
 
 
 def title(row: ContestantResult) -> str:
