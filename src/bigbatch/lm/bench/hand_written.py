@@ -81,7 +81,8 @@ class HandWrittenRunner(PackedLoop):
     @torch.no_grad()
     def after_backward(self) -> None:
         """Add the gradients of a micro-batch to the sums."""
-        torch._foreach_add_([p.grad for p, _ in self._copies], [copy.grad for _, copy in self._copies])
+        found = [(p.grad, copy.grad) for p, copy in self._copies if p.grad is not None and copy.grad is not None]
+        torch._foreach_add_([total for total, _ in found], [gradient for _, gradient in found])
         for _, copy in self._copies:
             copy.grad = None
 
@@ -156,14 +157,18 @@ class Layer(nn.Module):
         attended = self.attend(query, key, value, offsets).reshape(rows, length, -1)
         hidden = hidden + self.out(attended)
         inputs = self.after(hidden)
-        return hidden + self.down(F.silu(self.gate(inputs)) * self.up(inputs))
+        fed: Tensor = self.down(F.silu(self.gate(inputs)) * self.up(inputs))
+        return hidden + fed
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
         """Attend causally within rows, or within the parts between offsets."""
         if self.attention == "varlen" and query.is_cuda:
             parts = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-            options: dict[str, Any] = {"window_size": (-1, 0), **SHARED_HEADS}
-            return varlen_attn(*parts, offsets, offsets, self.longest, self.longest, **options)  # type: ignore[arg-type]
+            of_torch: Any = varlen_attn
+            attended: Tensor = of_torch(
+                *parts, offsets, offsets, self.longest, self.longest, window_size=(-1, 0), **SHARED_HEADS
+            )
+            return attended
         mask = _mask_of_parts(offsets) if self.attention == "varlen" else None
         return F.scaled_dot_product_attention(
             query.transpose(1, 2),
