@@ -76,14 +76,14 @@ def brightness(colour: str) -> float:
 @pytest.mark.parametrize("name", ["rich", "long", "compared"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dark": True}, {"width": 375}, {"width": 375, "dark": True}, {"width": 700}, {"paper": True, "width": 700}],
+    [{}, {"dark": True}, {"width": 375}, {"width": 375, "dark": True}, {"width": 700}, {"print_media": True, "width": 700}],
     ids=["light", "dark", "phone", "dark phone", "tablet", "paper"],
 )
 def test_every_chart_has_readable_marks_and_labels(
     browser: Browser, pages: dict[str, Path], name: str, options: dict[str, Any]
 ) -> None:
     with browser.page(pages[name], **options) as seen:
-        assert seen.complaints == []
+        assert seen.console_errors == []
         assert seen.requests == [pages[name].as_uri()]
         assert seen.value("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
         charts = seen.value(CHARTS)
@@ -103,7 +103,7 @@ def test_every_chart_has_readable_marks_and_labels(
         is_dark = bool(options.get("dark"))
         assert (brightness(charts[0]["ground"]) < 128) == is_dark
         assert (brightness(charts[0]["ink"]) > 128) == is_dark
-        assert seen.complaints == []
+        assert seen.console_errors == []
 
 
 def test_pointer_readout_matches_line(browser: Browser, pages: dict[str, Path]) -> None:
@@ -117,7 +117,7 @@ def test_pointer_readout_matches_line(browser: Browser, pages: dict[str, Path]) 
         assert told.startswith("update 1")
         assert "training 2." in told
         assert seen.value("getComputedStyle(document.querySelector('#lr .readout')).display") == "none"
-        assert seen.complaints == []
+        assert seen.console_errors == []
         assert seen.requests == [pages["rich"].as_uri()]
 
 
