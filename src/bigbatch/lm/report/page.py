@@ -77,7 +77,8 @@ def _one(run: Run) -> Iterator[str]:
 def _several(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
     charts = RunCharts(runs, names)
     yield _section("Comparison", (), "", comparison.compare(runs, names))
-    yield _section("Learning", charts.learning(), "No update has been logged yet.")
+    learning = charts.learning()
+    yield _section("Learning", learning, "" if learning else "No update has been logged yet.")
     yield _section("Batch", charts.batch(), "")
     yield _section("Speed and memory", charts.cost(), "")
     each = [
