@@ -21,7 +21,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, METRICS, MODEL
 from bigbatch.lm.text import plural
-from bigbatch.lm.training.dashboards import with_dashboard
+from bigbatch.lm.training.dashboards import with_dashboards
 from bigbatch.lm.training.event_log import EventLog
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         stop_on_signals(
             setup.config.grace_s, duplicate_s=DUPLICATE_SIGNAL_S if ranks.size > 1 else 0.0, quiet=not ranks.is_first
         ) as stop,
-        with_dashboard(
+        with_dashboards(
             display,
-            config.log if ranks.is_first else "none",
+            config.log if ranks.is_first else (),
             directory.path,
             done=done,
             settings=config.model_dump(mode="json"),

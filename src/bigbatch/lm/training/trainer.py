@@ -27,7 +27,14 @@ from bigbatch.lm.training.best_checkpoint import (
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
 from bigbatch.lm.training.engine_factory import make_training_engine
-from bigbatch.lm.training.evaluation import deterministic_algorithms, evaluate, sample_text, seeded, validation_loss
+from bigbatch.lm.training.evaluation import (
+    deterministic_algorithms,
+    evaluate,
+    sample_text,
+    seeded,
+    validation_loss,
+    validation_metrics,
+)
 from bigbatch.lm.training.fingerprint_log import with_fingerprints
 from bigbatch.lm.training.microbatch_tuner import MicrobatchTuner
 from bigbatch.lm.training.model_saver import ModelSaver
@@ -289,6 +296,8 @@ class Trainer:
         if "validation_loss" in row:
             if losses := {name: row[f"validation_loss/{name}"] for name in self.setup.validation_sets}:
                 session.callback.on_evaluation(now.step, losses)
+            if means := validation_metrics(row):
+                session.callback.on_validation_metrics(now.step, means)
             session.callback.on_validation(now.step, row["validation_loss"])
         is_shown = now.step == self.total_steps // 2 or self._has_ended(now)
         if self.config.generates_text and is_shown and (self.ranks.is_first or self.ranks.are_sharded):
