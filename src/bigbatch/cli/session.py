@@ -20,7 +20,7 @@ from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, METRICS, MODEL
-from bigbatch.lm.text import plural
+from bigbatch.lm.text import SAMPLE_NOUNS, plural
 from bigbatch.lm.training.dashboards import with_dashboards
 from bigbatch.lm.training.event_log import EventLog
 
@@ -199,9 +199,7 @@ def next_lines(
 
 def sample_noun(config: TrainConfig) -> str:
     """Return what a sample of the objective is."""
-    from bigbatch.lm.data.pair_dataset import NOUNS
-
-    return NOUNS[config.objective]
+    return SAMPLE_NOUNS[config.objective]
 
 
 def _batch(setup: "TrainingSetup") -> str:
