@@ -53,7 +53,8 @@ class Browser:
         self._from, from_browser = os.pipe()
         flags = [
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-background-networking", "--remote-debugging-pipe", "--hide-scrollbars", f"--user-data-dir={self._folder.name}",
+            "--disable-background-networking", "--remote-debugging-pipe", "--hide-scrollbars",
+            f"--user-data-dir={self._folder.name}",
         ]  # fmt: skip
         # Chromium reads commands from descriptor 3 and answers on 4; copies from 10 on cannot be one of these.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser)]

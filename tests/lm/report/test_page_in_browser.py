@@ -110,7 +110,7 @@ def check_layout(seen: Page, *, is_paper: bool = False) -> list[Any]:
             assert any(abs(brightness(c) - brightness(chart["ground"])) > 25 for c in painted), (chart["id"], mark)
         assert all(label["size"] >= 10 for label in chart["labels"]), chart["id"]
         for place, one in enumerate(chart["labels"]):
-            assert chart["left"] <= one["left"] and one["right"] <= chart["right"], (chart["id"], one["words"])
+            assert chart["left"] <= one["left"] <= one["right"] <= chart["right"], (chart["id"], one["words"])
             for other in chart["labels"][:place]:
                 assert not overlap(one, other), (chart["id"], one["words"], other["words"])
     return charts

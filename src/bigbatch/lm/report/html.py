@@ -30,12 +30,12 @@ def table(
 ) -> str:
     """Return a table of cells that are already markup; the first cell of a row is its header."""
     right = set(numeric)
-    head, rows = list(head), [list(row) for row in rows]
+    names, lines = list(head), [list(row) for row in rows]
 
     def kind(column: int) -> str | None:
         return "number" if column in right else None
 
-    top = "".join(tag("th", cell, scope="col", class_=kind(i)) for i, cell in enumerate(head))
+    top = "".join(tag("th", cell, scope="col", class_=kind(i)) for i, cell in enumerate(names))
     body = "".join(
         "<tr>"
         + "".join(
@@ -43,11 +43,11 @@ def table(
             for i, cell in enumerate(row)
         )
         + "</tr>"
-        for row in rows
+        for row in lines
     )
     parts = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
-    is_many = len(head) >= MANY_COLUMNS
-    columns = _columns([head, *rows]) if is_many else ""
+    is_many = len(names) >= MANY_COLUMNS
+    columns = _columns([names, *lines]) if is_many else ""
     whole = tag("table", tag("caption", text(caption)) + columns + parts, class_="many" if is_many else None)
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption) if wide else whole
 

@@ -24,6 +24,7 @@ class WindowLayout:
         num_microbatches: Micro-batches of the window.
         first: Tokens of each sample of the first micro-batches.
         last: Tokens of each sample of the last micro-batches; those in between are not recorded.
+        noun: What a sample is.
     """
 
     layout: str
@@ -34,6 +35,7 @@ class WindowLayout:
     num_microbatches: int
     first: tuple[tuple[int, ...], ...]
     last: tuple[tuple[int, ...], ...]
+    noun: str = "sequence"
 
     @property
     def shown(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -62,10 +64,12 @@ class WindowLayout:
         share = padding / self.laid_out_tokens
         waste = f"{padding:,} of {self.laid_out_tokens:,} tokens are padding ({share:.1%})" if padding else "no padding"
         batches = "1 micro-batch" if self.num_microbatches == 1 else f"{self.num_microbatches:,} micro-batches"
-        return f"{self.num_samples:,} sequences, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
+        return (
+            f"{self.num_samples:,} {self.noun}s, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
+        )
 
 
-def window_of(recorded: object) -> WindowLayout | None:
+def window_of(recorded: object, *, noun: str = "sequence") -> WindowLayout | None:
     """Return the window that an event has recorded; None if it cannot be drawn."""
     if not isinstance(recorded, Mapping):
         return None
@@ -81,6 +85,7 @@ def window_of(recorded: object) -> WindowLayout | None:
             num_microbatches=_count(recorded["num_microbatches"]),
             first=first,
             last=last,
+            noun=noun,
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -149,9 +154,9 @@ def _words(window: WindowLayout, lengths: tuple[int, ...], *, short: bool) -> st
     tokens, laid_out = sum(lengths), window.laid_out(lengths)
     if short:
         return f"{len(lengths):,} × {max(lengths):,}"
-    sequences = "sequence" if len(lengths) == 1 else "sequences"
+    samples = window.noun if len(lengths) == 1 else f"{window.noun}s"
     full = f", {tokens / laid_out:.0%} full" if window.layout == "padded" and tokens != laid_out else ""
-    return f"{len(lengths):,} {sequences}, {tokens:,} tokens{full}"
+    return f"{len(lengths):,} {samples}, {tokens:,} tokens{full}"
 
 
 def _bar(

@@ -17,6 +17,7 @@ from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
 from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.samples import Sample, keep_samples, write_sample
 from bigbatch.lm.training.best_checkpoint import (
     check_comparable,
     check_validation,
@@ -236,6 +237,8 @@ class Trainer:
             raise InputError(f"{checkpoint.path} is not of this model: {first_line(error)}.") from error
         now = replace(checkpoint.progress)
         directory.truncate_to(now.lines_before_pending, now.quarantine_bytes)
+        if self.ranks.is_first:
+            keep_samples(directory.path, now.step)
         if (note := check_comparable(now, checkpoint, self.facts, self.config, self.ranks)) is not None:
             on_note(note)
         return now
@@ -301,7 +304,11 @@ class Trainer:
             session.callback.on_validation(now.step, row["validation_loss"])
         is_shown = now.step == self.total_steps // 2 or self._has_ended(now)
         if self.config.generates_text and is_shown and (self.ranks.is_first or self.ranks.are_sharded):
-            session.callback.on_sample(now.step, self.sample_text(self.config.sample_prompt))
+            prompt = self.config.sample_prompt
+            text = self.sample_text(prompt)
+            if self.ranks.is_first:
+                write_sample(session.directory.path, Sample(now.step, prompt, text))
+            session.callback.on_sample(now.step, text)
 
     def _update(self, step: int, window: list[int], session: _Session) -> tuple[MetricsRow, Callable[[], bool]]:
         """Run one update; return its metrics row and the stop condition, on which several ranks have agreed."""
