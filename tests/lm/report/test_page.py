@@ -93,7 +93,7 @@ def test_rich_run_has_every_section(tmp_path: Path) -> None:
     for sentence in (
         "Finished: 300 of 300 updates done.",
         "of the updates were clipped to 1.",
-        "The estimate of the gradient noise scale is 382.2 sequences at the end; the last batch has 32.",
+        "The estimate of the gradient noise scale is 382 sequences at the end; the last batch has 32.",
         "The validation loss has its minimum, 2.401, at update 300 (perplexity 11.03).",
         "after update 300, from the prompt def",
         "after update 150, from the prompt def",

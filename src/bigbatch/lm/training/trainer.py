@@ -225,6 +225,8 @@ class Trainer:
     def _begin(self, directory: RunDirectory, on_note: Callable[[str], object]) -> Progress:
         """Take up a run where it was saved, or begin."""
         checkpoint = self.checkpoint
+        if self.ranks.is_first:
+            keep_samples(directory.path, 0 if checkpoint is None else checkpoint.progress.step)
         if checkpoint is None:
             directory.truncate_to(0, 0)
             return Progress()
@@ -237,8 +239,6 @@ class Trainer:
             raise InputError(f"{checkpoint.path} is not of this model: {first_line(error)}.") from error
         now = replace(checkpoint.progress)
         directory.truncate_to(now.lines_before_pending, now.quarantine_bytes)
-        if self.ranks.is_first:
-            keep_samples(directory.path, now.step)
         if (note := check_comparable(now, checkpoint, self.facts, self.config, self.ranks)) is not None:
             on_note(note)
         return now
