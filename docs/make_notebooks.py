@@ -1,0 +1,114 @@
+"""Execute the notebooks of docs/notebooks, each in a new kernel, and save their outputs.
+
+    python docs/make_notebooks.py [--check] [notebook ...]
+
+With ``--check`` nothing is written: a notebook fails if a cell raises, if something is printed to stderr, such as a
+warning, or if its outputs differ from the saved ones in more than numbers, which depend on the machine.
+"""
+
+import argparse
+import base64
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).parent / "notebooks"
+CELL_TIMEOUT_S = 120
+LARGEST_PICTURE_BYTES = 60_000
+NUMBER = re.compile(r"[-−+]?\d+(\.\d+)?(e[+-]?\d+)?")
+
+
+def execute(notebook: NotebookNode) -> NotebookNode:
+    """Return the notebook with the outputs of a new kernel.
+
+    Raises:
+        CellExecutionError: A cell raised; the message has its traceback.
+    """
+    executed = nbformat.from_dict(notebook)
+    with tempfile.TemporaryDirectory() as folder:
+        private = dict.fromkeys(("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), folder)
+        client = NotebookClient(executed, timeout=CELL_TIMEOUT_S, kernel_name="python3", record_timing=False)
+        client.execute(env={**os.environ, **private, "HF_HUB_OFFLINE": "1"}, cwd=folder)
+    return executed
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Return the code cells, in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def shown(cell: NotebookNode) -> list[str]:
+    """Return what a cell shows, without numbers and spaces: lines of text, and ``"picture"`` for each picture."""
+    found = []
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            text = output.text
+        elif "image/png" in output.data:
+            text = "picture"
+        else:
+            text = output.data["text/plain"]
+        found += ["".join(NUMBER.sub("", line).split()) for line in text.strip().splitlines()]
+    return found
+
+
+def problems(executed: NotebookNode) -> list[str]:
+    """Return what is wrong with outputs: text on stderr, large pictures."""
+    found = []
+    for number, cell in enumerate(code_cells(executed), start=1):
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                found.append(f"code cell {number} printed to stderr: {output.text.strip()}")
+            size = len(base64.b64decode(output.get("data", {}).get("image/png", "")))
+            if size > LARGEST_PICTURE_BYTES:
+                found.append(f"code cell {number} has a picture of {size} bytes; at most {LARGEST_PICTURE_BYTES}")
+    return found
+
+
+def differences(saved: NotebookNode, executed: NotebookNode) -> list[str]:
+    """Return the cells whose outputs differ from the saved ones in more than numbers."""
+    found = []
+    for number, (old, new) in enumerate(zip(code_cells(saved), code_cells(executed), strict=True), start=1):
+        if shown(old) != shown(new):
+            found.append(f"code cell {number} shows {shown(new)}, and {shown(old)} is saved")
+    return found
+
+
+def make(path: Path, *, check: bool) -> list[str]:
+    """Execute one notebook, and save it unless ``check``; return what is wrong with it."""
+    saved = nbformat.read(path, as_version=4)
+    try:
+        executed = execute(saved)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        return [str(error)]
+    found = problems(executed)
+    if check:
+        return found + differences(saved, executed)
+    executed.metadata = {"kernelspec": executed.metadata["kernelspec"], "language_info": {"name": "python"}}
+    nbformat.write(executed, path)
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the command line; exit with 1 if a notebook fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with the saved outputs, and write nothing")
+    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
+    options = parser.parse_args(words)
+    failed = False
+    for path in options.notebooks:
+        found = make(path, check=options.check)
+        print("\n".join([f"{path.name}: {'failed' if found else 'ok'}", *found]), flush=True)
+        failed |= bool(found)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
