@@ -29,7 +29,7 @@ import bigbatch
 CUTS = (1, 2, 4, 8, 16)
 BATCH_SIZE = 32
 MAX_WORDS = 128
-VOCABULARY_SIZE = 400
+VOCABULARY_SIZE = 300
 NUM_TEXTS = 2500
 HELD_OUT = 64
 EVALUATE_EVERY = 5
@@ -215,7 +215,7 @@ def run(updates: int, path: Path) -> Losses:
 def main(words: Sequence[str] | None = None) -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--updates", type=int, default=100, help="updates of each run (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=60, help="updates of each run (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="picture: .png or .svg (%(default)s)")
     options = parser.parse_args(words)
     if options.updates < EVALUATE_EVERY:
