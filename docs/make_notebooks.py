@@ -23,7 +23,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent / "notebooks"
-CELL_TIMEOUT_S = 120
+CELL_TIMEOUT_S = 300  # a cell runs for seconds; a busy machine may need minutes
 LARGEST_PICTURE_BYTES = 60_000
 OF_MACHINE = re.compile(r"[-−+]?\d+([.,]\d+)*(e[+-]?\d+)?|[█░─]+|\s+")  # numbers, bars, spaces
 OPTIONAL = re.compile(r"Failed to load CPU gemm_4bit_forward from kernels-community.*\n")  # bitsandbytes, if installed
