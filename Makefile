@@ -4,11 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: train test test-versions setup lint format docs clean
+.PHONY: train demo test test-versions setup lint format docs clean
 .DEFAULT_GOAL := train
 
 train: setup  ## train a small language model on Python's own standard library (about two minutes on two cores)
 	$(BIN)/bigbatch train $(ARGS)
+
+demo: setup  ## draw the loss by the number of micro-batches: usual accumulation compared with bigbatch (a minute)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint  ## lint, type-check and run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
