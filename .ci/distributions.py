@@ -68,7 +68,7 @@ def build(source: Path, out: Path, *kinds: str, umask: int, time_zone: str) -> N
 def change_surroundings(source: Path) -> None:
     """Change what must not matter in a build: the times and the modes of the files."""
     for path in source.rglob("*"):
-        path.chmod(0o700 if path.is_dir() else 0o600)
+        path.chmod(path.stat().st_mode & 0o700)  # git knows whether a file is executable, and no other mode
         os.utime(path, (LATER, LATER))
 
 

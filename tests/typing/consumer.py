@@ -84,7 +84,7 @@ class Log(lm.Callback):
 
 
 def with_trainer(records: list[dict[str, str]], folder: Path) -> Path:
-    config = lm.TrainConfig(model="tiny", global_batch=64, out=str(folder))
+    config = lm.TrainConfig(model="tiny", global_batch=64, out=folder)
     result = lm.train(config, records, callbacks=[Log()])
     assert_type(result, lm.RunResult)
     lm.train(config, records, callback=Log())  # type: ignore[call-arg]
