@@ -1,10 +1,10 @@
 """Run the tests with the lowest and with the newest supported dependencies, in an environment for each.
 
-    python .ci/framework_versions.py [--set lowest|newest] [--lowest-torch] [pytest arguments]
+    python .ci/framework_versions.py [--set lowest|newest] [--lowest-torch | --bounds] [pytest arguments]
 
 Lowest: the lower bounds of pyproject.toml, exactly and all at once: those of the trainer, the integrations and the
-other extras that run without a GPU; LOWEST_TESTS run with them. Newest: the latest releases, without pins, for
-tests/integrations. In both, torch and the test runner have the versions of constraints.txt. torch is not installed
+other extras that run without a GPU; LOWEST_TESTS run with them. .ci/lowest.txt has the versions of what they need in
+turn. Newest: the latest releases, without pins, for tests/integrations. In both, torch and the test runner have the versions of constraints.txt. torch is not installed
 again: the environments import the one of the interpreter that runs this script, if its version is the pinned one.
 
 With --lowest-torch, the lowest set has the lower bound of torch instead. Where the package index has no build of it
@@ -32,6 +32,7 @@ MLFLOW = "mlflow-skinny"
 LOWEST_TESTS = ("tests/integrations", "tests/engine", "tests/accumulation", "tests/coupled", "tests/cli/commands",
     "tests/lm/config", "tests/lm/checkpoint", "tests/lm/data", "tests/lm/model", "tests/lm/report",
     "tests/lm/training/test_dashboards.py")  # fmt: skip
+LOWEST = ROOT / ".ci" / "lowest.txt"
 NEWEST_TESTS = ("tests/integrations",)
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 LARGE_PARTS_OF_TORCH = ("nvidia-", "triton", "cuda-")
@@ -57,11 +58,36 @@ def lower_bounds() -> dict[str, str]:
     return bounds
 
 
+def read_versions(path: Path) -> dict[str, str]:
+    """Return the version of each package in a file of pins."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if re.match(r"[\w.-]+==", line))
+
+
 def pins() -> dict[str, str]:
     """Return the versions of torch and the test runner in constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    found = dict(line.split("==") for line in lines if "==" in line)
+    found = read_versions(ROOT / "constraints.txt")
     return {name: found[name] for name in ("torch", *TEST_TOOLS)}
+
+
+def lowest_versions() -> dict[str, str]:
+    """Return the version of every package of the lowest set but torch.
+
+    Raises:
+        SystemExit: The file of these versions does not have a lower bound of pyproject.toml.
+    """
+    found, bounds = read_versions(LOWEST), lower_bounds()
+    for name in sorted(bounds.keys() - {"torch"}):
+        if not _equal(found.get(name, ""), bounds[name]):
+            sys.exit(
+                f"{LOWEST.name} has {name} {found.get(name)}, and its lower bound is {bounds[name]}: make it again."
+            )
+    return found
+
+
+def _equal(first: str, second: str) -> bool:
+    """Return whether two versions are the same but for zeros at the end."""
+    return re.sub(r"(\.0)+$", "", first) == re.sub(r"(\.0)+$", "", second)
 
 
 def share_torch(environment: Path, version: str) -> None:
@@ -102,8 +128,7 @@ def install(name: str, *, lowest_torch: bool) -> Path:
     venv.create(environment, with_pip=False)
     constraints = pins()
     if name == "lowest":
-        bounds = lower_bounds()
-        constraints = bounds | constraints | ({"torch": bounds["torch"]} if lowest_torch else {})
+        constraints = lowest_versions() | constraints | ({"torch": lower_bounds()["torch"]} if lowest_torch else {})
     share_torch(environment, constraints["torch"])
     lines = [f"{package}=={version}\n" for package, version in sorted(constraints.items())]
     (environment / "constraints.txt").write_text("".join(lines), encoding="utf-8")
@@ -133,7 +158,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--set", choices=("lowest", "newest"), action="append", help="one of the two only")
     parser.add_argument("--lowest-torch", action="store_true", help="test the lower bound of torch, too")
+    parser.add_argument("--bounds", action="store_true", help="print the versions that the lowest set begins with")
     arguments, for_pytest = parser.parse_known_args()
+    if arguments.bounds:
+        print("\n".join(f"{name}=={version}" for name, version in sorted((lower_bounds() | pins()).items())))
+        return
     failed = []
     for name in arguments.set or ("lowest", "newest"):
         python = install(name, lowest_torch=arguments.lowest_torch)
