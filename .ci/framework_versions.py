@@ -3,9 +3,10 @@
     python .ci/framework_versions.py [--set lowest|newest] [--lowest-torch | --bounds] [pytest arguments]
 
 Lowest: the lower bounds of pyproject.toml, exactly and all at once: those of the trainer, the integrations and the
-other extras that run without a GPU; LOWEST_TESTS run with them. .ci/lowest.txt has the versions of what they need in
-turn. Newest: the latest releases, without pins, for tests/integrations. In both, torch and the test runner have the versions of constraints.txt. torch is not installed
-again: the environments import the one of the interpreter that runs this script, if its version is the pinned one.
+other extras that run without a GPU, with the versions of .ci/lowest.txt for what these need in turn; LOWEST_TESTS run
+with them. Newest: the latest releases, without pins, for tests/integrations. In both, torch and the test runner have
+the versions of constraints.txt. torch is not installed again: the environments import the one of the interpreter that
+runs this script, if its version is the pinned one.
 
 With --lowest-torch, the lowest set has the lower bound of torch instead. Where the package index has no build of it
 for the CPU alone, that installs several GB.
