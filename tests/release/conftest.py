@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / ".ci"))
 from bill_of_materials import create_environment, find_wheel  # noqa: E402  its folder is no package
 
 ENVIRONMENTS = ROOT / ".venv" / "release"
-COMMAND_S = 300
+COMMAND_S = 900
 
 
 class Installation:
