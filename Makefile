@@ -31,6 +31,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup  ## build the documentation site into site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 setup: $(STAMP)
 
 # $(1): an environment, $(2): what pip installs into it.
@@ -66,4 +69,4 @@ $(TOOLS)/installed: .ci/release-tools.txt constraints.txt
 	$(call install,$(TOOLS),-r .ci/release-tools.txt)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

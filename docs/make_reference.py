@@ -1,23 +1,28 @@
-"""Generate docs/reference/api.md from the docstrings of the public names.
+"""Generate docs/reference/: api.md from the docstrings of the public names, cli.md from the parser of the command line.
 
-python docs/make_reference.py            # tests/docs/test_reference.py fails if the file is out of date
+python docs/make_reference.py            # tests/docs/test_reference.py fails if a file is out of date
+
+The site shows cli.md, and the docstrings with mkdocstrings instead of api.md.
 """
 
+import argparse
 import dataclasses
 import enum
 import inspect
+import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 import bigbatch
 import bigbatch.lm
-from bigbatch.lm.config.field_groups import GROUPS
+from bigbatch.cli import COMMANDS, arguments
+from bigbatch.cli.command_specs import COMMAND_SPECS
+from bigbatch.lm.config.field_groups import GROUPS, FieldGroup
+from bigbatch.lm.config.train_config import TrainConfig
 
-TARGET = Path(__file__).parent / "reference" / "api.md"
+FOLDER = Path(__file__).parent / "reference"
 WIDTH = 120
 
 
@@ -43,7 +48,7 @@ def reference() -> str:
     for name in bigbatch.lm.__all__:
         thing = getattr(bigbatch.lm, name)
         if thing is bigbatch.lm.TrainConfig:
-            parts.append(f"### `bigbatch.lm.{name}`\n\n```text\n{inspect.getdoc(thing)}\n\n{_fields(thing)}\n```\n")
+            parts.append(f"### `bigbatch.lm.{name}`\n\n```text\n{inspect.getdoc(thing)}\n\n{_fields()}\n```\n")
             continue
         parts.append(_entry(f"### `bigbatch.lm.{name}`", name, thing))
         if thing is bigbatch.lm.Callback:
@@ -55,19 +60,91 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def _fields(config: type[BaseModel]) -> str:
-    """Return the fields of a configuration with type, default and description, as in the section of a docstring."""
-    schema = config.model_json_schema()["properties"]
-    lines = ["Fields:"]
-    for name in dict.fromkeys(name for group in GROUPS for name in group.fields):
-        info = config.model_fields[name]
-        default = "" if "(default" in (info.description or "") else f" Default: {info.default!r}."
-        name = info.alias or name
-        text = f"{name} ({_type(schema[name])}): {info.description}.{default}"
-        lines.append(
-            textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+def command_line() -> str:
+    """Return the page of the command line: every command with its flags, from the parser that reads them."""
+    parts = [
+        "# Command line\n\nGenerated from the parser by `python docs/make_reference.py`. "
+        "`bigbatch COMMAND --help` prints the same.\n",
+        _table(("command", "what it does"), [(f"[`{name}`](#bigbatch-{name})", COMMANDS[name]) for name in COMMANDS]),
+    ]
+    for command, spec in COMMAND_SPECS.items():
+        parts.append(f"## bigbatch {command}\n\n{_prose(spec.about)}\n")
+        parts.append("\n".join(["```", *spec.examples, "```\n"]))
+        parser = arguments._parser(command)
+        for (model, group), section in zip(spec.sections, parser._action_groups[-len(spec.sections) :], strict=True):
+            if model is TrainConfig and command != "train":
+                continue
+            rows = [(_usage(action), _prose((action.help or "") % {})) for action in section._group_actions]
+            if rows:
+                parts.append(f"**{group.title[0].upper() + group.title[1:]}.** {_prose(group.about)}\n")
+                parts.append(_table(("flag", "meaning"), rows))
+        if command != "train" and (shared := [group for model, group in spec.sections if model is TrainConfig]):
+            flags = [
+                f"`{arguments._flag(arguments.flag_key(name, TrainConfig.model_fields[name]))}`"
+                for group in shared
+                for name in group.fields
+                if name not in spec.positionals
+            ]
+            every = len(flags) == sum(len(group.fields) for group in GROUPS)
+            parts.append(
+                "Settings of [train](#bigbatch-train): " + ("all of them.\n" if every else f"{', '.join(flags)}.\n")
+            )
+    return "\n".join(parts)
+
+
+def _usage(action: argparse.Action) -> str:
+    return f"`{action.option_strings[0]}{f' {action.metavar}' if action.metavar else ''}`"
+
+
+def settings_table() -> str:
+    """Return the settings of `bigbatch.lm.TrainConfig` as tables, one for each group."""
+    parts = []
+    for group in GROUPS:
+        parts.append(f"**{group.title[0].upper() + group.title[1:]}.** {_prose(group.about)}\n")
+        parts.append(
+            _table(("setting", "type", "meaning"), [(f"`{a}`", f"`{b}`", _prose(c)) for a, b, c in _settings(group)])
         )
-    return "\n".join(lines)
+    return "\n".join(parts)
+
+
+def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [titles, ("---",) * len(titles), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _prose(text: str) -> str:
+    """Return a text of ``--help`` as Markdown: flags, and words with marks of Markdown, become code."""
+    return re.sub(
+        r"(?<!\S)([('\"]?)(--[a-z][\w-]*|[^\s'\"(`]*[_*<>\[\]|~][^\s'\"`]*?)(?=[.,:;)'\"]*(?:\s|$))", r"\1`\2`", text
+    )
+
+
+def _settings(group: FieldGroup) -> Iterator[tuple[str, str, str]]:
+    """Yield name, type, and description with default of each setting of a group."""
+    schema = TrainConfig.model_json_schema()["properties"]
+    for field in group.fields:
+        info = TrainConfig.model_fields[field]
+        default = "" if "(default" in (info.description or "") else f" Default: {info.default!r}."
+        name = info.alias or field
+        yield name, _type(schema[name]), f"{info.description}.{default}"
+
+
+def _fields() -> str:
+    """Return the settings with type, default and description, as in the section of a docstring."""
+    settings = {setting: None for group in GROUPS for setting in _settings(group)}
+    return "\n".join(
+        ["Fields:"]
+        + [
+            textwrap.fill(
+                f"{name} ({kind}): {text}",
+                WIDTH,
+                initial_indent="    ",
+                subsequent_indent="        ",
+                break_on_hyphens=False,
+            )
+            for name, kind, text in settings
+        ]
+    )
 
 
 def _type(schema: Mapping[str, Any]) -> str:
@@ -120,5 +197,6 @@ def _is_plain(thing: object) -> bool:
 
 
 if __name__ == "__main__":
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(reference(), encoding="utf-8")
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "api.md").write_text(reference(), encoding="utf-8")
+    (FOLDER / "cli.md").write_text(command_line(), encoding="utf-8")

@@ -6,46 +6,32 @@ from pathlib import Path
 
 import pytest
 
+from support.doc_pages import blocks, pages_that_run_alone
+
 ROOT = Path(__file__).parents[2]
 LIGHTNING = pytest.mark.filterwarnings(  # raised by every Trainer
     r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
     "ignore:The 'train_dataloader' does not have many workers:UserWarning",
 )
 PAGES = [
-    "README.md",
-    "docs/tutorial.md",
-    "docs/how-to/own-loop.md",
-    "docs/how-to/fit-memory.md",
-    "docs/how-to/accelerate.md",
-    "docs/how-to/batch-norm.md",
-    "docs/how-to/contrastive.md",
-    "docs/how-to/large-data.md",
-    "docs/how-to/shards.md",
-    "docs/how-to/reproducible.md",
-    pytest.param("docs/how-to/lightning.md", marks=LIGHTNING),
-    "docs/explanation/exactness.md",
-    "docs/explanation/scaling-rules.md",
+    pytest.param(page, marks=LIGHTNING if page.endswith("/lightning.md") else ()) for page in pages_that_run_alone()
 ]
 
 
-def blocks(page: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.parametrize("page", PAGES)
-def test_python_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = blocks(page)
-    assert code, f"{page} has no Python block"
+def test_python_of_a_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for number, block in enumerate(code):
-        exec(compile(block, f"{page}, block {number + 1}", "exec"), names)
+    for number, block in enumerate(blocks(page, "python")):
+        exec(compile(block.text, f"{page}, block {number + 1}", "exec"), names)
 
 
 def test_readme_example_prints_the_proof(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
-    for block in blocks("README.md"):
-        exec(compile(block, "README.md", "exec"), names)
+    for block in blocks("README.md", "python"):
+        exec(compile(block.text, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "exact: every cut gives the full-batch gradient" in printed
 
