@@ -38,6 +38,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Rewrite the links of a page; pages that list everything come after the others in search."""
     if page.file.src_uri.startswith(LESS_IN_SEARCH):
         page.meta.setdefault("search", {"boost": 0.5})
+    if ".zh." in page.file.src_uri:
+        markdown = site_pages.join_chinese_lines(markdown)
     return site_pages.rewrite_links(page.file.src_uri, markdown)
 
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOT_PAGES = {"README.md": "index.md", "README.zh.md": "index.zh.md"}
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 FENCED = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
+CHINESE_BREAK = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])\n(?=[\u3000-\u9fff\uff00-\uffef])")
 MODULES = {
     "bigbatch": ("reference/bigbatch.md", ["bigbatch"]),
     "bigbatch.lm": ("reference/lm.md", ["bigbatch.lm"]),
@@ -127,6 +128,13 @@ def rewrite_links(page: str, markdown: str) -> str:
     return "".join(parts)
 
 
+def join_chinese_lines(markdown: str) -> str:
+    """Remove line breaks between Chinese characters, which browsers show as spaces."""
+    parts = FENCED.split(markdown)
+    parts[::2] = [CHINESE_BREAK.sub("", part) for part in parts[::2]]
+    return "".join(parts)
+
+
 def linked_files(page: str, markdown: str) -> dict[str, Path]:
     """Return the files of the repository that a page links to and that are no page: path in the site, and path."""
     targets = {site_target(page, link) for link in links(markdown)}
@@ -196,11 +204,15 @@ def trainer_reference() -> str:
 
 
 def integrations_reference() -> str:
-    """Return the page about the integrations, for mkdocstrings."""
+    """Return the page about the integrations, for mkdocstrings. A function may be named as the module that has it."""
     parts = ["# bigbatch.integrations\n"]
     for module in MODULES["bigbatch.integrations"][1]:
         parts.append(f"## {module}\n")
-        parts += [f"::: {name}\n    options:\n      heading_level: 3\n" for name in public_names(module)]
+        for name in public_names(module):
+            own = (ROOT / "src" / f"{name.replace('.', '/')}.py").is_file()
+            path = f"{name}.{name.rpartition('.')[2]}" if own else name
+            anchor = f'<a id="{name}"></a>\n\n' if own else ""
+            parts.append(f"{anchor}::: {path}\n    options:\n      heading_level: 3\n      heading: {name}\n")
     return "\n".join(parts)
 
 
