@@ -37,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Rewrite the links of a page; pages that list everything come after the others in search."""
     if page.file.src_uri.startswith(LESS_IN_SEARCH):
-        page.meta.setdefault("search", {"boost": 0.5})
+        page.meta.setdefault("search", {"boost": 0.2})
     if ".zh." in page.file.src_uri:
         markdown = site_pages.join_chinese_lines(markdown)
     return site_pages.rewrite_links(page.file.src_uri, markdown)

@@ -102,6 +102,7 @@ def test_search_from_disk_finds_page(browser: Browser, site: Path, query: str, e
         deadline = time.monotonic() + LIMIT_S
         while not found and time.monotonic() < deadline:
             found = seen.value(RESULTS)
-        assert [path.removeprefix(f"{site.as_posix()}/") for path in found[:4]].count(expected) == 1, found
+        pages = list(dict.fromkeys(path.removeprefix(f"{site.as_posix()}/") for path in found))
+        assert expected in pages[:2], pages
         assert seen.console_errors == []
         assert requests_elsewhere(seen, site) == []
