@@ -20,6 +20,16 @@ INLINE_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 LESS_IN_SEARCH = ("changelog.md", "explanation/decisions.md", "benchmarks.md", "contributing.md", "reference/")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add notebooks, and Markdown files in the root of the repository, to the navigation; titles are their headings."""
+    sections = {title: entries for section in config.nav or [] for title, entries in section.items()}
+    listed = {path for entry in sections["Project"] for path in entry.values()} | {"index.md", "index.zh.md"}
+    notebooks = [page for page in site_pages.generated_pages() if page.startswith("notebooks/")]
+    sections["How-to"].append({"Notebooks": notebooks})
+    sections["Project"] += sorted(set(site_pages.root_pages().values()) - listed)
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and copies of the files that any page links to."""
     from mkdocs.structure.files import File
