@@ -32,7 +32,7 @@ format: setup
 	$(BIN)/ruff format .
 
 docs: setup  ## build the documentation site into site/: open site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: $(STAMP)
 

@@ -25,6 +25,11 @@ def html_pages(site: Path) -> list[Path]:
     return sorted(path for path in site.rglob("*.html") if path.name != "404.html")
 
 
+def test_make_docs_builds_as_strictly() -> None:
+    (recipe,) = re.findall(r"^docs:.*\n\t(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert recipe.endswith("mkdocs build --strict")  # with --quiet, MkDocs counts no warning
+
+
 def test_every_page_of_the_repository_is_in_the_site(site: Path) -> None:
     made = {path.relative_to(site).as_posix() for path in html_pages(site)}
     docs = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".ipynb")}
