@@ -7,7 +7,7 @@ STAMP  := $(VENV)/installed
 TOOLS  := $(VENV)/release-tools
 PROJECT = -e ".[train,dev]"
 
-.PHONY: train demo test test-versions setup lint format docs clean dist sbom test-release release-check
+.PHONY: train demo test quick slowest test-versions setup lint format docs clean dist sbom test-release release-check
 .DEFAULT_GOAL := train
 
 train: setup  ## train a small language model on Python's own standard library (about two minutes on two cores)
@@ -18,6 +18,14 @@ demo: setup  ## draw the loss by the number of micro-batches: usual accumulation
 
 test: lint  ## lint, type-check and run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+quick: setup  ## lint, and run the tests that the changes since main affect, the nearest first, for less than a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/quick_tests.py $(ARGS)
+
+slowest: setup  ## run every test and list the twenty tests and files that use most CPU time
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cpu-times 20 $(ARGS)
 
 test-versions: setup  ## test with the lowest dependencies, and the integrations with the newest, each in its own environment
 	$(BIN)/python .ci/framework_versions.py $(ARGS)
