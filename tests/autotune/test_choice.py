@@ -1,9 +1,8 @@
 """The largest size that fits, and what is chosen up to it, with the memory that is there given in bytes."""
 
-import gc
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -31,13 +30,10 @@ AMPLE = MemoryBudget.from_limit(2**33, "8GiB")
 
 
 @pytest.fixture(autouse=True)
-def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test looks at the time; and each time that memory is released, garbage is collected."""
+def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at the time."""
     monkeypatch.setattr(probe, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(choice_module, "MAX_PROBING_S", float("inf"))
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # the search ---------------------------------------------------------------------------------------------------------

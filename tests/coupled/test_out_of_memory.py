@@ -1,7 +1,5 @@
 """Out-of-memory in any part of a coupled window: every sample still counts exactly once."""
 
-import gc
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,15 +11,6 @@ import bigbatch
 from coupled.models import CASES, NUM_SAMPLES, TOLERANCE, Case, batch, gradient_error, rows_of, towers, whole_batch
 
 CLIP = CASES["clip"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_garbage_collection() -> Iterator[None]:
-    """Each retry collects garbage: without the objects of imports this takes a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class LimitedMemory:

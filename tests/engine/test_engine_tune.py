@@ -1,9 +1,8 @@
 """`Engine.tune`: what it takes fits, and nothing but the micro-batch is different afterwards."""
 
 import copy
-import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -41,13 +40,10 @@ BY_LENGTH: dict[str, Any] = {"collate": collate, "lengths": lengths_of}
 
 
 @pytest.fixture(autouse=True)
-def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test looks at the time; and each time that memory is released, garbage is collected."""
+def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at the time."""
     monkeypatch.setattr(probe, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(choice, "MAX_PROBING_S", float("inf"))
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def engine_of(model: nn.Module, loss: Any = loss_fn, **settings: Any) -> Engine:

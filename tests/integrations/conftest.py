@@ -1,6 +1,5 @@
 """Warnings of the frameworks that no test of ours is about."""
 
-import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,6 @@ FRAMEWORK_WARNINGS = [
     "ignore:`broadcast_buffers` is deprecated:FutureWarning",
     "ignore:torch.distributed.nn.functional.[a-z_]+ is deprecated:FutureWarning",
 ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def frozen_imports() -> Iterator[None]:
-    """Leave what the frameworks made when they were imported out of the collections that every training starts."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

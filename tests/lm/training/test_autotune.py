@@ -1,8 +1,6 @@
 """What is computed anew, and the micro-batch to go with it: as little as memory allows, and no more than is faster."""
 
 import dataclasses
-import gc
-from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -187,13 +185,10 @@ LENGTHS = (240, 240, 200, 40)
 
 
 @pytest.fixture(autouse=True)
-def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test looks at the time; and each time that memory is released, garbage is collected."""
+def _time_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at the time."""
     monkeypatch.setattr(probe, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(choice, "MAX_PROBING_S", float("inf"))
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
