@@ -1,14 +1,14 @@
-"""The real command in a subprocess without a terminal or input, in its own working directory."""
+"""The real command in its own process without a terminal or input, in its own working directory."""
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from support.forked_processes import ForkedProcess, bigbatch
 
 SENTENCE = re.compile(
     r"bigbatch (train|resume|verify|plan|generate|merge|checkpoints|advise|report|bench|inspect|diff): [^\n]+[.?]\n"
@@ -18,6 +18,21 @@ LIMIT_S = 120
 
 def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run ``bigbatch WORDS`` in ``folder``, and wait for it."""
+    return completed(bigbatch, *words, folder=folder)
+
+
+def completed(
+    function: Callable[..., object], *words: str, folder: Path, timeout_s: float = LIMIT_S
+) -> subprocess.CompletedProcess[str]:
+    """Run a function in a forked process, and wait for it."""
+    with ForkedProcess(function, *words, folder=folder) as process:
+        printed, complained = process.communicate(timeout=timeout_s)
+        assert process.returncode is not None
+        return subprocess.CompletedProcess(words, process.returncode, printed, complained)
+
+
+def cold_command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``bigbatch WORDS`` in ``folder`` in a new interpreter, and wait for it."""
     return subprocess.run(
         [sys.executable, "-m", "bigbatch", *words],
         cwd=folder,
@@ -28,27 +43,9 @@ def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@contextmanager
-def running(*words: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def running(*words: str, folder: Path) -> ForkedProcess:
     """Run ``bigbatch WORDS`` in ``folder`` in the background, with SIGINT handled as in a terminal."""
-    start = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job ignores it
-        "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", start, *words],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    return ForkedProcess(bigbatch, *words, folder=folder)
 
 
 def files_below(folder: Path) -> set[str]:

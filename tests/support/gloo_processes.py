@@ -15,22 +15,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
 
 def forking_context() -> multiprocessing.context.ForkServerContext:
-    """Return a multiprocessing context whose processes are forks of one that has only imported torch and bigbatch."""
+    """Return a multiprocessing context whose processes are forks of one that has only imported `support.preloaded`."""
     context = multiprocessing.get_context("forkserver")
-    product = [
-        "bigbatch.cli.commands.resume",
-        "bigbatch.lm.training.trainer",
-        "transformers.models.llama.modeling_llama",
-    ]
-    context.set_forkserver_preload(
-        ["torch", "torch.distributed.fsdp", "bigbatch.engine.engine", "bigbatch.distributed.sharded", *product]
-    )
+    context.set_forkserver_preload(["support.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:  # the server finds modules by the environment alone in Python 3.11
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        forkserver.ensure_running()
     return context
 
 

@@ -1,7 +1,6 @@
 """``bigbatch generate``: text from a run, or one sentence."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from bigbatch.cli import main
 from bigbatch.cli.output import visible
 from support.command_line import LIMIT_S, SENTENCE, command
+from support.forked_processes import ForkedProcess, bigbatch
 from support.language_models import records, run, save_model_folder, write_jsonl
 
 
@@ -142,35 +142,32 @@ def test_cut_answer_is_reported(chats: Path, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr().err == "bigbatch generate: the answer is cut: it reached --max-new-tokens 2.\n"
 
 
-def typed(folder: Path, keys: bytes, *words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a conversation on a terminal on which some keys are pressed."""
+def typed(folder: Path, keys: bytes, *words: str) -> tuple[int | None, str, str]:
+    """Run a conversation on a terminal on which some keys are pressed; return exit code, stdout and stderr."""
     screen, keyboard = os.openpty()
     try:
         os.write(screen, keys)
-        return subprocess.run(
-            [sys.executable, "-m", "bigbatch", "generate", str(folder), *words, "--temperature", "0", "--chat"],
-            stdin=keyboard,
-            capture_output=True,
-            timeout=LIMIT_S,
-            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        )
+        words = ("generate", str(folder), *words, "--temperature", "0", "--chat")
+        with ForkedProcess(bigbatch, *words, stdin=keyboard) as process:
+            printed, complained = process.communicate(timeout=LIMIT_S)
+            return process.returncode, printed, complained
     finally:
         os.close(screen)
         os.close(keyboard)
 
 
 def test_lines_of_a_terminal_are_answered(chats: Path) -> None:
-    process = typed(chats / "run", b"say 1\n\n\x04", "--system", "be brief")
-    assert (process.returncode, process.stderr) == (0, b"")
-    assert process.stdout.decode() == "> für 日本\\x07\n> > \n"  # an empty line is no message
+    code, printed, complained = typed(chats / "run", b"say 1\n\n\x04", "--system", "be brief")
+    assert (code, complained) == (0, "")
+    assert printed == "> für 日本\\x07\n> > \n"  # an empty line is no message
 
 
 def test_earlier_turns_are_part_of_the_conversation(tmp_path: Path) -> None:
     folder = save_model_folder(tmp_path)  # with 64 positions
-    process = typed(folder, b"say one\nsay two\n", "--max-new-tokens", "20")
-    assert process.returncode == 2
-    assert process.stdout.count(b"> ") == 2
-    assert b"tokens and the model supports 64 positions: begin a new one" in process.stderr
+    code, printed, complained = typed(folder, b"say one\nsay two\n", "--max-new-tokens", "20")
+    assert code == 2
+    assert printed.count("> ") == 2
+    assert "tokens and the model supports 64 positions: begin a new one" in complained
 
 
 def test_conversation_that_fills_the_model_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,8 @@ from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.data import DataLoader, RunData
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
+from support.command_line import completed
+from support.forked_processes import script
 from support.gloo_processes import run as run_ranks
 from support.language_models import RecordingCallback, metrics, records, write_jsonl
 
@@ -275,7 +275,7 @@ main(sys.argv[1:])
 def test_start_after_kill_while_tokenizing_begins_again(tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "data.jsonl", [{"text": f"value {i}"} for i in range(3000)]))
     command = ["tokenize", "--data", data, "--model", "tiny", "--out", str(tmp_path / "tokens")]
-    assert subprocess.run([sys.executable, "-c", KILLED, *command], check=False).returncode == -signal.SIGKILL
+    assert completed(script, KILLED, *command, folder=tmp_path).returncode == -signal.SIGKILL
     assert [path.suffix for path in tmp_path.iterdir() if path.is_dir()] == [".partial"]
     assert main(command) == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["tokens"]
@@ -288,7 +288,7 @@ def test_run_after_kill_while_tokenizing_never_uses_half_a_cache(tmp_path: Path)
         folders = ["--cache", str(tmp_path / cache), "--out", str(tmp_path / out)]
         return ["train", "--data", data, "--steps", "1", "--microbatch", "4", "--global-batch", "4", *folders]
 
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command("killed", "first")], check=False)
+    killed = completed(script, KILLED, *command("killed", "first"), folder=tmp_path)
     assert killed.returncode == -signal.SIGKILL
     (partial,) = (tmp_path / "killed" / "tokens").glob("*.partial")
     assert (partial / "tokens-00000.arrow").exists()

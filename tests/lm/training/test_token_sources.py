@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,8 @@ from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.data import DataLoader, RunData
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
+from support.command_line import completed
+from support.forked_processes import script
 from support.gloo_processes import run as run_ranks
 from support.language_models import RecordingCallback, metrics, save_model_folder
 
@@ -315,8 +314,7 @@ def test_start_after_kill_while_indexing_begins_again(tmp_path: Path, model: str
         "1",
     ]
     command += ["--out", str(tmp_path / "run"), *QUICK]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, check=False)
+    killed = completed(script, KILLED, *command, folder=tmp_path)
     assert killed.returncode == -signal.SIGKILL
     assert [path.suffix for path in (tmp_path / "cache" / "shards").iterdir() if path.is_dir()] == [".partial"]
     assert main(command) == 0

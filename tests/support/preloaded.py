@@ -1,0 +1,29 @@
+"""What the server of forks imports once, so that no forked rank or command imports it again: see `gloo_processes`.
+
+Names that are not installed are left out: the integrations are tested without the libraries of the trainer.
+"""
+
+import gc
+import importlib
+from contextlib import suppress
+
+NAMES = (
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.profiler",
+    "bigbatch.engine.engine",
+    "bigbatch.distributed.sharded",
+    "bigbatch.cli.arguments",
+    "bigbatch.cli.commands.resume",
+    "bigbatch.cli.commands.train",
+    "bigbatch.lm.training.trainer",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+)
+
+for _name in NAMES:
+    with suppress(ImportError):
+        importlib.import_module(_name)
+
+gc.collect()
+gc.freeze()  # a collection in a fork then visits, and copies, only what the fork has made: 1 ms instead of 200 ms
