@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
@@ -16,6 +14,8 @@ from bigbatch.lm.checkpoint import newest, read, verify
 from lm.checkpoint import sharded_faults_cases
 from lm.checkpoint.sharded_faults_cases import FILES, PARTS, Payload, save_all
 from support.checkpoints import RUN_ID, assert_holds, names_in
+from support.command_line import completed
+from support.forked_processes import module
 from support.gloo_processes import run
 
 TESTS = Path(__file__).parents[2]
@@ -128,8 +128,8 @@ def killed(two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, lis
     for rank in (0, 1):
         template = root / str(rank) / "template"
         shutil.copytree(two / "step-1", template / "step-1")
-        script = [sys.executable, "-m", "lm.checkpoint.sharded_crash_script", str(template), str(rank)]
-        done = subprocess.run(script, cwd=TESTS, capture_output=True, text=True, check=False, timeout=400)
+        script = "lm.checkpoint.sharded_crash_script", str(template), str(rank)
+        done = completed(module, *script, folder=root, timeout_s=400)
         assert done.returncode == 0, done.stderr
         found[rank] = [(point, said, Path(left)) for point, said, left in map(json.loads, done.stdout.splitlines())]
     return found

@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,8 @@ import torch
 from bigbatch.errors import CheckpointError
 from bigbatch.lm.checkpoint import newest, prune, verify, write
 from support.checkpoints import FILES, RUN_ID, DiskOperations, assert_holds, mounted, names_in, no_space, save
+from support.command_line import completed
+from support.forked_processes import module
 
 TESTS = Path(__file__).parents[2]
 
@@ -32,8 +33,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str
     (templates["write"] / "step-2.partial").mkdir()
     (templates["write"] / "step-2.partial" / "model.safetensors").touch()
     (templates["replace"] / "step-2" / "state.json").unlink()
-    script = [sys.executable, "-m", "lm.checkpoint.writer_crash_script", *map(str, templates.values())]
-    done = subprocess.run(script, cwd=TESTS, capture_output=True, text=True, check=False)
+    done = completed(module, "lm.checkpoint.writer_crash_script", *map(str, templates.values()), folder=root)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[tuple[str, Path]]] = {action: [] for action in templates}
     for line in done.stdout.splitlines():

@@ -4,40 +4,36 @@
 """
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parents[2]
+from support.forked_processes import ForkedProcess, module
 
 
 class Server:
     """The process whose children are killed."""
 
     def __init__(self, folder: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.kill_points", str(folder)],
-            cwd=TESTS,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        source, target = os.pipe()
+        self._process = ForkedProcess(module, "support.kill_points", str(folder), stdin=source)
+        os.close(source)
+        self._questions = os.fdopen(target, "w", encoding="utf-8")
 
     def kill_and_resume(self, kind: str, *kills: dict[str, Any]) -> tuple[int, list[str]]:
         """How often a run died, and what differs from the one that never did."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"kind": kind, "kills": kills}) + "\n")
-        self._process.stdin.flush()
+        self._questions.write(json.dumps({"kind": kind, "kills": kills}) + "\n")
+        self._questions.flush()
         answer = json.loads(self._process.stdout.readline())
         return answer["died"], answer["differs"]
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._questions.close()
+        with self._process:
+            self._process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
