@@ -41,14 +41,18 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with dropout, so that random states matter."""
-    return save_model_folder(tmp_path_factory.mktemp("base") / "dropping", kind="gpt2", dropout=0.1)
+    """A model with dropout, so that random states matter, with data beside it."""
+    model = save_model_folder(tmp_path_factory.mktemp("base") / "dropping", kind="gpt2", dropout=0.1)
+    write_jsonl(model.parent / "data.jsonl", records(40))
+    return model
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without dropout, which another micro-batch does not change."""
-    return save_model_folder(tmp_path_factory.mktemp("plain") / "plain")
+    model = save_model_folder(tmp_path_factory.mktemp("plain") / "plain")
+    write_jsonl(model.parent / "data.jsonl", records(40))
+    return model
 
 
 @pytest.fixture
@@ -57,11 +61,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def words(folder: Path, model: Path, *more: str) -> list[str]:
+def words(model: Path, *more: str) -> list[str]:
     """Ten updates over two passes, with a checkpoint after every third."""
     settings = {
-        "data": folder / "data.jsonl", "model": model, "device": "cpu", "global-batch": 8, "microbatch": 3, "lr": 0.01,
-        "max-length": 32, "checkpoint-every": 3, "validation-every": 4,
+        "data": model.parent / "data.jsonl", "model": model, "device": "cpu", "global-batch": 8, "microbatch": 3,
+        "lr": 0.01, "max-length": 32, "checkpoint-every": 3, "validation-every": 4,
     }  # fmt: skip
     if not {"--steps", "--epochs"} & set(more):
         settings["epochs"] = 2
@@ -71,11 +75,24 @@ def words(folder: Path, model: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that returns the run of `words` to which nothing has happened; trained once."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+
+    def run_of(*more: str) -> Path:
+        run = folder / " ".join(("run", *more))
+        if not run.exists():
+            assert main(["train", *words(base, *more, "--out", str(run))]) == 0
+        return run
+
+    return run_of
+
+
 @pytest.fixture
-def reference(folder: Path, base: Path) -> Path:
-    """A run of `words` to which nothing has happened."""
-    assert main(["train", *words(folder, base, "--out", str(folder / "reference"))]) == 0
-    return folder / "reference"
+def reference(folder: Path, uninterrupted: Callable[..., Path]) -> Path:
+    """A copy of the run of `words` to which nothing has happened."""
+    return shutil.copytree(uninterrupted(), folder / "reference")
 
 
 def config_of(run: Path) -> TrainConfig:
@@ -94,9 +111,9 @@ def go_on(
     return recorder
 
 
-def begin(run: Path, folder: Path, base: Path, *more: str, **how: Any) -> RecordingCallback:
+def begin(run: Path, base: Path, *more: str, **how: Any) -> RecordingCallback:
     """Begin a run of `words` without the command line."""
-    names = iter(words(folder, base, *more))
+    names = iter(words(base, *more))
     config = TrainConfig(
         **{name[2:].replace("-", "_"): _value(value) for name, value in zip(names, names, strict=True)}
     )
@@ -144,7 +161,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 def test_nonfinite_updates_are_skipped_reported_and_quarantined(folder: Path, base: Path, capfd: Capture) -> None:
-    printed = said(["train", *words(folder, base, "--out", str(folder / "run"))], capfd)
+    printed = said(["train", *words(base, "--out", str(folder / "run"))], capfd)
     rows = metrics(folder / "run")
     skipped = [row["step"] for row in rows if row["skipped"]]
     assert 0 < len(skipped) < len(rows) == 10
@@ -166,7 +183,7 @@ def test_nonfinite_updates_are_skipped_reported_and_quarantined(folder: Path, ba
 def test_too_many_consecutive_skips_fail(
     folder: Path, base: Path, max_skipped: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
-    command = ["train", *words(folder, base, "--out", str(folder / "run"), "--max-skipped", max_skipped)]
+    command = ["train", *words(base, "--out", str(folder / "run"), "--max-skipped", max_skipped)]
     with monkeypatch.context() as patch:
         patch.setattr("bigbatch.lm.model.causal_lm_loss.CausalLMLoss.__call__", nothing_finite)
         patch.setattr("bigbatch.lm.model.chunked_loss.ChunkedCausalLMLoss.__call__", nothing_finite)
@@ -191,7 +208,7 @@ def nothing_finite(_self: Any, model: Any, microbatch: dict[str, torch.Tensor]) 
 def test_run_stopped_after_update_resumes_bit_identically(folder: Path, base: Path, reference: Path, step: int) -> None:
     """After 4 and 8 it would have validated, after 5 written a sample, after 3 and 9 saved anyway."""
     run = folder / "run"
-    before = begin(run, folder, base, until=lambda done: done == step)
+    before = begin(run, base, until=lambda done: done == step)
     assert (len(metrics(run)), before.validations) == (step, before.validations[: (step - 1) // 4])
     after = go_on(run)
     assert [at for at, _ in (*before.validations, *after.validations)] == [4, 8, 10]
@@ -202,7 +219,7 @@ def test_run_stopped_after_update_resumes_bit_identically(folder: Path, base: Pa
 @pytest.mark.parametrize("microbatch", [0, 2, 3, 7, 14, 28])
 def test_abandoned_update_leaves_result_unchanged(folder: Path, base: Path, reference: Path, microbatch: int) -> None:
     asked = iter(range(100))
-    begin(folder / "run", folder, base, should_abandon=lambda: next(asked) == microbatch)
+    begin(folder / "run", base, should_abandon=lambda: next(asked) == microbatch)
     saved, _ = load(folder / "run")
     assert saved is not None
     assert saved.progress.step == len(metrics(folder / "run")) == microbatch // 3
@@ -212,7 +229,7 @@ def test_abandoned_update_leaves_result_unchanged(folder: Path, base: Path, refe
 
 def test_abandoned_first_update_of_restart_can_resume(folder: Path, base: Path, reference: Path) -> None:
     run = folder / "run"
-    begin(run, folder, base, should_abandon=lambda: True)
+    begin(run, base, should_abandon=lambda: True)
     shutil.rmtree(run / "checkpoints")  # as if it had been killed before its first one
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     go_on(run, should_abandon=lambda: True)
@@ -224,7 +241,7 @@ def test_model_saved_at_stop_is_not_final(
     folder: Path, base: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     run = folder / "run"
-    begin(run, folder, base, until=lambda step: step == 4)
+    begin(run, base, until=lambda step: step == 4)
     assert (run / "model" / "model.safetensors").exists()
 
     def die(*_: Any, **__: Any) -> None:
@@ -238,15 +255,21 @@ def test_model_saved_at_stop_is_not_final(
     assert differences(run, reference) == []
 
 
+LONG = ("--epochs", "16", "--checkpoint-every", "10", "--validation-every", "13", "--microbatch", "1")
+"""Arguments of a run of 80 updates, which still runs when it is signalled."""
+
+
 @pytest.mark.parametrize(("number", "grace_s"), [(signal.SIGTERM, "30"), (signal.SIGINT, "30"), (signal.SIGTERM, "0")])
 def test_signal_saves_and_resume_is_bit_identical(
-    folder: Path, base: Path, number: signal.Signals, grace_s: str, capfd: Capture
+    folder: Path,
+    base: Path,
+    uninterrupted: Callable[..., Path],
+    number: signal.Signals,
+    grace_s: str,
+    capfd: Capture,
 ) -> None:
-    job = words(
-        folder, base, "--epochs", "16", "--checkpoint-every", "20", "--validation-every", "13", "--microbatch", "1"
-    )
-    reference, run = str(folder / "reference"), str(folder / "run")
-    with running("train", *job, "--out", run, "--grace-s", grace_s, folder=folder) as process:
+    run = str(folder / "run")
+    with running("train", *words(base, *LONG), "--out", run, "--grace-s", grace_s, folder=folder) as process:
         assert process.stdout is not None
         assert any(line.startswith("update 1/80 ") for line in process.stdout)
         process.send_signal(signal.SIGSTOP)  # it waits while the second one is refused
@@ -261,13 +284,14 @@ def test_signal_saves_and_resume_is_bit_identical(
     (step,) = re.findall(rf"(?m)^stopped by {name} after update (\d+) of 80; the model is saved$", printed)
     assert f"\nto continue: bigbatch resume {run}\n" in printed
     assert len(metrics(Path(run))) == int(step) < 80
-    assert main(["train", *job, "--out", reference, "--grace-s", grace_s]) == 0
     assert f"resuming {run} after update {step}\n" in said(["resume", run], capfd)
-    assert differences(Path(run), Path(reference)) == []
+    assert differences(Path(run), uninterrupted(*LONG)) == []
 
 
-def test_second_signal_exits_and_resume_is_bit_identical(folder: Path, base: Path) -> None:
-    job = words(folder, base, "--epochs", "16", "--checkpoint-every", "10", "--microbatch", "1")
+def test_second_signal_exits_and_resume_is_bit_identical(
+    folder: Path, base: Path, uninterrupted: Callable[..., Path]
+) -> None:
+    job = words(base, *LONG)
     with running("train", *job, "--out", "run", folder=folder) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -281,12 +305,11 @@ def test_second_signal_exits_and_resume_is_bit_identical(folder: Path, base: Pat
     if process.returncode == 130:
         assert complained.endswith("bigbatch train: interrupted.\n")
     assert main(["resume", str(folder / "run")]) == 0
-    assert main(["train", *job, "--out", str(folder / "reference")]) == 0
-    assert differences(folder / "run", folder / "reference") == []
+    assert differences(folder / "run", uninterrupted(*LONG)) == []
 
 
 def test_resumed_run_restores_random_state_of_caller(folder: Path, base: Path) -> None:
-    begin(folder / "run", folder, base, until=lambda step: step == 4)
+    begin(folder / "run", base, until=lambda step: step == 4)
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
@@ -301,7 +324,15 @@ def test_resumed_run_restores_random_state_of_caller(folder: Path, base: Path) -
 @pytest.fixture
 def stopped(folder: Path, plain: Path) -> Path:
     """A run of ten updates that was stopped after seven; in float64, without dropout."""
-    begin(folder / "stopped", folder, plain, "--precision", "float64", until=lambda step: step == 7)
+    begin(
+        folder / "stopped",
+        plain,
+        "--data",
+        str(folder / "data.jsonl"),
+        "--precision",
+        "float64",
+        until=lambda step: step == 7,
+    )
     return folder / "stopped"
 
 
@@ -395,7 +426,7 @@ def test_given_microbatch_replaces_memory_limit_on_resume(tmp_path: Path) -> Non
 
 
 def test_recomputation_can_be_set_on_resume(folder: Path, plain: Path, capfd: Capture) -> None:
-    begin(folder / "run", folder, plain, "--microbatch", "auto", until=lambda step: step == 4)
+    begin(folder / "run", plain, "--microbatch", "auto", until=lambda step: step == 4)
     stored = config_of(folder / "run")
     asked = merge_config(stored, TrainConfig(gradient_checkpointing="full"), allowed=())
     saved, _ = load(folder / "run")
@@ -440,13 +471,13 @@ def test_process_killed_during_config_write_starts_nothing(folder: Path, base: P
     run.mkdir()
     (run / "config.json.1.partial").write_text('{"data": "py', encoding="utf-8")
     failed(2, ["resume", str(run)], capfd)
-    said(["train", *words(folder, base, "--out", str(run), "--steps", "1")], capfd)
+    said(["train", *words(base, "--out", str(run), "--steps", "1")], capfd)
     assert not (run / "config.json.1.partial").exists()
 
 
 def test_changed_frozen_weights_are_rejected(folder: Path, capfd: Capture) -> None:
     base = save_model_folder(folder / "base")
-    begin(folder / "run", folder, base, "--lora-rank", "2", until=lambda step: step == 4)
+    begin(folder / "run", base, "--lora-rank", "2", until=lambda step: step == 4)
     before = everything_in(folder / "run")
     save_model_folder(folder / "base")  # other random weights
     assert failed(2, ["resume", str(folder / "run")], capfd).endswith(
@@ -456,14 +487,14 @@ def test_changed_frozen_weights_are_rejected(folder: Path, capfd: Capture) -> No
 
 
 def test_adapters_resume_in_another_precision(folder: Path, plain: Path, capfd: Capture) -> None:
-    begin(folder / "run", folder, plain, "--lora-rank", "2", until=lambda step: step == 4)
+    begin(folder / "run", plain, "--lora-rank", "2", until=lambda step: step == 4)
     said(["resume", str(folder / "run"), "--precision", "float64"], capfd)
     assert len(metrics(folder / "run")) == 10
 
 
 def test_model_of_another_shape_is_one_sentence(folder: Path, capfd: Capture) -> None:
     base = save_model_folder(folder / "base")
-    begin(folder / "run", folder, base, until=lambda step: step == 4)
+    begin(folder / "run", base, until=lambda step: step == 4)
     shutil.rmtree(base)
     save_model_folder(base, kind="gpt2")
     sentence = failed(2, ["resume", str(folder / "run")], capfd)
@@ -496,7 +527,7 @@ def test_broken_checkpoint_is_skipped_and_result_unchanged(
     folder: Path, base: Path, reference: Path, capfd: Capture
 ) -> None:
     run = folder / "run"
-    begin(run, folder, base, until=lambda step: step == 7)
+    begin(run, base, until=lambda step: step == 7)
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-6", "step-7"]
     flip_a_byte(run / "checkpoints" / "step-7" / "optimizer.safetensors")
     printed = said(["resume", str(run)], capfd)
@@ -510,7 +541,7 @@ def test_broken_checkpoint_is_skipped_and_result_unchanged(
 
 def test_run_with_only_broken_checkpoints_restarts(folder: Path, base: Path, reference: Path, capfd: Capture) -> None:
     run = folder / "run"
-    begin(run, folder, base, until=lambda step: step == 7)
+    begin(run, base, until=lambda step: step == 7)
     flip_a_byte(run / "checkpoints" / "step-7" / "state.json")
     (run / "checkpoints" / "step-6" / "model.safetensors").unlink()
     printed = said(["resume", str(run)], capfd)
@@ -556,17 +587,22 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_full_disk_is_one_sentence_and_run_resumes(
-    folder: Path, base: Path, every: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+    folder: Path,
+    base: Path,
+    uninterrupted: Callable[..., Path],
+    every: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Capture,
 ) -> None:
     run = folder / "run"
-    job = words(folder, base, "--checkpoint-every", every)
-    assert main(["train", *job, "--out", str(folder / "reference")]) == 0
+    job = words(base, "--checkpoint-every", every)
     with monkeypatch.context() as patch:
         shorten(patch)
         assert failed(1, ["train", *job, "--out", str(run)], capfd) == sentence.format(run=run)
     assert newest(run / "checkpoints") == (None, [])
     said(["resume", str(run)], capfd)
-    assert differences(run, folder / "reference") == []
+    assert differences(run, uninterrupted("--checkpoint-every", every)) == []
 
 
 @pytest.mark.parametrize("number", [0, 3, 60, 130, 131, 260])
@@ -593,7 +629,7 @@ def test_checkpoint_without_space_is_never_partial(
 
     with monkeypatch.context() as patch:
         patch.setattr(HashedFile, "write", full)
-        sentence = failed(1, ["train", *words(folder, base, "--out", str(run), *beside)], capfd)
+        sentence = failed(1, ["train", *words(base, "--out", str(run), *beside)], capfd)
     assert re.fullmatch(
         rf"checkpoint step-\d+ could not be written to {run}/checkpoints: no space left on device; "
         r"(no other valid one exists|the last valid one is step-\d+)\.",
@@ -615,7 +651,7 @@ def test_unsaved_model_is_saved_by_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(model_saver, "save_model", full)
-        assert failed(1, ["train", *words(folder, base, "--out", str(run))], capfd) == (
+        assert failed(1, ["train", *words(base, "--out", str(run))], capfd) == (
             f"{run}/model cannot be written: no space left on device. The checkpoints are complete: continue "
             f"from the last one with bigbatch resume {run}."
         )
@@ -627,7 +663,7 @@ def test_unsaved_model_is_saved_by_resume(
 @pytest.mark.usefixtures("poisoned")
 def test_unopenable_line_file_is_one_sentence(folder: Path, base: Path, name: str, capfd: Capture) -> None:
     run = folder / "run"
-    begin(run, folder, base, should_abandon=lambda: True)
+    begin(run, base, should_abandon=lambda: True)
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()
     shutil.rmtree(run / "checkpoints")
@@ -639,7 +675,7 @@ def test_run_in_unwritable_folder_is_rejected(folder: Path, base: Path, capfd: C
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     run = folder / "run"
-    begin(run, folder, base, until=lambda step: step == 4)
+    begin(run, base, until=lambda step: step == 4)
     (run / ".lock").unlink(missing_ok=True)
     run.chmod(0o555)
     try:
@@ -662,7 +698,7 @@ def test_two_processes_cannot_resume_one_run(stopped: Path, capfd: Capture) -> N
 def test_two_deterministic_runs_give_same_bytes(folder: Path, base: Path, capfd: Capture) -> None:
     runs = [folder / "one", folder / "other"]
     for run in runs:
-        said(["train", *words(folder, base, "--out", str(run), "--deterministic", "--microbatch", "auto")], capfd)
+        said(["train", *words(base, "--out", str(run), "--deterministic", "--microbatch", "auto")], capfd)
     one, other = ({name: data for name, (_, data) in everything_in(run).items()} for run in runs)
     assert one.keys() == other.keys()
     alike = [name for name in one if not name.endswith(("manifest.json", "config.json"))]
@@ -674,7 +710,7 @@ def test_two_deterministic_runs_give_same_bytes(folder: Path, base: Path, capfd:
 
 
 def test_determinism_setting_is_restored(folder: Path, base: Path) -> None:
-    begin(folder / "run", folder, base, "--deterministic", "true", "--steps", "1")
+    begin(folder / "run", base, "--deterministic", "true", "--steps", "1")
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -686,7 +722,7 @@ def test_broken_records_are_rejected_or_skipped_and_counted(folder: Path, base: 
     lines = data.read_text(encoding="utf-8").splitlines()
     lines[4:4] = ['{"text": ', '{"text": 3}']
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    job = words(folder, base, "--out", str(folder / "run"))
+    job = words(base, "--data", str(data), "--out", str(folder / "run"))
     refused = failed(2, ["train", *job], capfd)
     assert refused.startswith(f"{data}:5: ")
     assert not (folder / "run").exists()
