@@ -4,8 +4,6 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from support.distributed_runs import DROPPING, RunFolder
 from support.language_models import metrics
 from support.run_comparison import differing_results
@@ -17,12 +15,10 @@ def ours(complained: str) -> list[str]:
     return [line for line in complained.splitlines() if line.startswith("bigbatch ")]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_kill_9_of_rank_leaves_result_unchanged(
-    run_folder: RunFolder, uninterrupted: dict[str, Path], parallel: str
-) -> None:
-    out = f"torchrun-{parallel}"
-    words = run_folder.words(out, *DROPPING, "--parallel", parallel)
+def test_kill_9_of_rank_leaves_result_unchanged(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:
+    """The agent restarts ranks of either kind by the same means; test_train_command.py kills ranks of both."""
+    out = "torchrun-fsdp"
+    words = run_folder.words(out, *DROPPING, "--parallel", "fsdp")
     flags = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     fault = "rank_faults.on({1}, rank_faults.kill_in_window(6))(rank)"
     code, printed, complained = run_torchrun(flags, words, run_folder.folder, fault=fault)
@@ -30,7 +26,7 @@ def test_kill_9_of_rank_leaves_result_unchanged(
     assert f"resuming {out} after update 3\n" in printed
     assert printed.count("update 8/8 ") == 1
     assert all("has lost another rank" in line for line in ours(complained)), complained
-    assert differing_results(run_folder.folder / out, uninterrupted[parallel]) == []
+    assert differing_results(run_folder.folder / out, uninterrupted["fsdp"]) == []
 
 
 def test_ctrl_c_reaches_every_rank_and_all_save(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:
