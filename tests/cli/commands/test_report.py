@@ -19,6 +19,7 @@ from bigbatch.cli.arguments import parse
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.lock import RunLock
 from support.command_line import LIMIT_S, files_below, running
+from support.forked_processes import ForkedProcess
 from support.run_directories import BEGIN, make_rich_run, make_run, rows
 
 REFRESH = 'http-equiv="refresh"'
@@ -152,7 +153,7 @@ def test_folder_without_write_access_is_refused(
     assert refused(capfd, run) == (f"{run / 'report.html'} cannot be written: {run} is not writable. Pass --out FILE.")
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], bool], process: ForkedProcess) -> None:
     """Wait until the condition holds while the process runs."""
     last_s = time.monotonic() + LIMIT_S
     while not condition():

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from bigbatch.cli import main
-from support.command_line import LIMIT_S, SENTENCE, command, files_below, running
+from support.command_line import LIMIT_S, SENTENCE, cold_command, command, files_below, running
+from support.forked_processes import ForkedProcess, script
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
 
 
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_main_job_runs_from_any_folder_without_terminal(tmp_path: Path) -> None:
-    done = command("train", "--steps", "2", "--global-batch", "4", "--validation-every", "2", folder=tmp_path)
+    done = cold_command("train", "--steps", "2", "--global-batch", "4", "--validation-every", "2", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[:5] == [
@@ -349,7 +350,8 @@ def test_process_rejects_like_its_function(folder: Path, base: Path, case: str) 
         spoil(folder)
     before = files_below(folder.parent)
     given = [] if "--data" in words else ["--data", "../data.jsonl"]
-    check_refusal(command("train", *given, *words.split(), folder=folder), expected)
+    start = cold_command if case == "broken weights" else command
+    check_refusal(start("train", *given, *words.split(), folder=folder), expected)
     assert files_below(folder.parent) == before
 
 
@@ -361,7 +363,7 @@ def long_run(base: Path) -> list[str]:
     return [*words, "--epochs", "100000", "--global-batch", "4", "--validation-fraction", "0"]
 
 
-def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+def wait_for(process: ForkedProcess, happened: Callable[[], bool]) -> None:
     while not happened():
         assert process.poll() is None, process.communicate()
 
@@ -391,29 +393,24 @@ def test_second_signal_ends_run_immediately(folder: Path, base: Path) -> None:
     hold = folder.parent / "hold"
     os.mkfifo(hold)
     # Saving waits for the other end of a pipe, so that the second signal comes in the middle of it for sure.
-    script = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import bigbatch.lm.training.model_saver as saver; saver.save_model = lambda *_, **__: open('../hold').read();"
+    waiting = (
+        "import sys, bigbatch.lm.training.model_saver as saver;"
+        "saver.save_model = lambda *_, **__: open('../hold').read();"
         "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *long_run(base)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            wait_for(process, lambda: has_a_line(folder))
-            process.send_signal(signal.SIGINT)
-            writer = open_when_read(process, hold)
-            process.send_signal(signal.SIGINT)
-            os.close(writer)  # if the signal came between two system calls, the read ends and it is handled then
-            _, complained = process.communicate(timeout=LIMIT_S)
-        finally:
-            process.kill()
+    with ForkedProcess(script, waiting, *long_run(base)) as process:
+        wait_for(process, lambda: has_a_line(folder))
+        process.send_signal(signal.SIGINT)
+        writer = open_when_read(process, hold)
+        process.send_signal(signal.SIGINT)
+        os.close(writer)  # if the signal came between two system calls, the read ends and it is handled then
+        _, complained = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert complained.endswith("\n\nbigbatch train: interrupted.\n")
     assert not (folder / "run" / "model").exists()
 
 
-def open_when_read(process: subprocess.Popen[str], pipe: Path) -> int:
+def open_when_read(process: ForkedProcess, pipe: Path) -> int:
     while True:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
@@ -425,22 +422,17 @@ def test_ctrl_c_during_setup_leaves_no_files(folder: Path, base: Path) -> None:
     hold = folder.parent / "hold"
     os.mkfifo(hold)
     # Reading the data waits for the other end of a pipe, so that the signal comes in the middle of the set-up for sure.
-    script = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import bigbatch.lm.training.data as data; data.open_sources = lambda *_, **__: open('../hold').read();"
+    waiting = (
+        "import sys, bigbatch.lm.training.data as data;"
+        "data.open_sources = lambda *_, **__: open('../hold').read();"
         "from bigbatch.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     words = ["train", "--model", str(base), "--out", "run"]
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            writer = open_when_read(process, hold)
-            process.send_signal(signal.SIGINT)
-            os.close(writer)
-            printed, complained = process.communicate(timeout=LIMIT_S)
-        finally:
-            process.kill()
+    with ForkedProcess(script, waiting, *words) as process:
+        writer = open_when_read(process, hold)
+        process.send_signal(signal.SIGINT)
+        os.close(writer)
+        printed, complained = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, complained) == (130, "\nbigbatch train: interrupted.\n")
     assert all(line.endswith(" …") for line in printed.splitlines())
     assert files_below(folder) == set()
