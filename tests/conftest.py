@@ -20,13 +20,13 @@ import pytest
 from support import cpu_times
 from support.process_pool import Pool, Pools
 
+COLLECTED_S = pytest.StashKey[float]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of `make slowest` and `make quick`."""
     cpu_times.add_option(parser)
-    parser.addoption(
-        "--stop-at", type=float, metavar="TIME", help="start no test after this time, in seconds of time()"
-    )
+    parser.addoption("--stop-after", type=float, metavar="S", help="start no test later than this after collection")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,11 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(cpu_times.CpuTimes(number))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin to count the time of ``--stop-after``."""
+    session.config.stash[COLLECTED_S] = time.monotonic()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests that would start after the time is over."""
-    stop_at_s = item.config.getoption("--stop-at")
-    if stop_at_s is not None and time.time() > stop_at_s:
+    limit_s = item.config.getoption("--stop-after")
+    if limit_s is not None and time.monotonic() - item.config.stash[COLLECTED_S] > limit_s:
         pytest.skip("not run: the time is over; make test runs every test")
 
 

@@ -77,7 +77,7 @@ def test_deleted_module_affects_no_test(quick: Any, project: Path) -> None:
 
 
 def test_late_tests_are_skipped_and_cpu_times_listed() -> None:
-    words = ["-q", "-p", "no:cacheprovider", "--stop-at=0", "--cpu-times=1", "tests/cli/test_run_lookup.py"]
+    words = ["-q", "-p", "no:cacheprovider", "--stop-after=0", "--cpu-times=1", "tests/cli/test_run_lookup.py"]
     done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert re.search(r"CPU seconds in \d+ tests", done.stdout)
