@@ -28,6 +28,7 @@ from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.loss_checks import as_count, as_totals
+from bigbatch.offload.levels import Offload
 from bigbatch.read_only import read_only
 from bigbatch.types import CountItems, Items
 
@@ -75,6 +76,9 @@ class Accumulator:
             every rank holds. By default it follows from the wrapper of the model.
         noise: Whether to measure the gradient noise scale, see `bigbatch.NoiseScale`. Supported for losses of one term
             and parameters on one device; not with float16, not for sharded models, and not if ``reproducible``.
+        offload: What lives in host memory between updates, with the same bits: ``"optimizer"`` for the state of the
+            optimizer, which passes through the device in each update while the parts before it are computed. For
+            optimizers that update each parameter from its own gradient and state, and models that are not sharded.
         reproducible: Whether updates are the same bits for any order of the micro-batches and any distribution over
             ranks. Gradients are added as integers, 8 bytes for each element; if the scales of the window before do not
             suit them, as in the first window, iterating over the window yields its micro-batches once more. What is
@@ -89,7 +93,7 @@ class Accumulator:
         reproducible: State of the scales, with ``state_dict`` and ``load_state_dict``; None without ``reproducible``.
 
     Raises:
-        InputError: ``reproducible`` is not supported here.
+        InputError: ``offload`` or ``reproducible`` is not supported here.
         TypeError: The wrapper, optimizer or scheduler is of a kind that is not supported.
         ValueError: None of the optimizer's parameters belongs to the model, two optimizers have the same parameter, or
             there is no optimizer and no parameter of the model requires a gradient.
@@ -107,6 +111,7 @@ class Accumulator:
         nonfinite: NonFinite = "skip",
         sync: GradientSync | SyncPolicy | None = None,
         noise: bool = True,
+        offload: Offload = "none",
         reproducible: bool = False,
     ) -> None:
         self.update = OptimizerUpdate(
@@ -117,6 +122,7 @@ class Accumulator:
             max_grad_norm=max_grad_norm,
             gradient_hook=gradient_hook,
             nonfinite=nonfinite,
+            offload=offload,
         )
         _check_model(model, self.update.parameters())
         self.sync = detect_sync(model, sync)

@@ -1,4 +1,7 @@
-"""The optimizer update of a window: unscale, divide, check, clip, step, schedule. Once, on the total."""
+"""The optimizer update of a window: unscale, divide, check, clip, step, schedule. Once, on the total.
+
+Long because every part of an update is here, in its order.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +17,8 @@ from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
 from bigbatch.errors import NonFiniteError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.offload.levels import Offload
+from bigbatch.offload.optimizer_offload import offload_optimizers
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -61,9 +66,11 @@ class OptimizerUpdate:
         max_grad_norm: Largest 2-norm of the divided gradient, over the parameters of all optimizers; None to not clip.
         gradient_hook: Called once per update with the parameters, whose ``.grad`` is final; may change it in place.
         nonfinite: ``"skip"`` or ``"raise"``: what to do if the loss or gradient of a window is not finite.
+        offload: As for `bigbatch.Accumulator`.
 
     Attributes:
         optimizers, schedulers: All of them.
+        offload: Steps the optimizers with their state in host memory; None for ``offload="none"``.
         steps: Steps the optimizers and schedulers.
         knows_number: Whether ``num_steps`` is known: not if other code counts the updates.
     """
@@ -78,6 +85,7 @@ class OptimizerUpdate:
         max_grad_norm: float | None = None,
         gradient_hook: GradientHook | None = None,
         nonfinite: NonFinite = "skip",
+        offload: Offload = "none",
     ) -> None:
         self.optimizers = check_optimizers(optimizer)
         self.schedulers = check_schedulers(scheduler, self.optimizers)
@@ -87,7 +95,8 @@ class OptimizerUpdate:
         self.max_grad_norm = max_grad_norm
         self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
-        self.steps = OptimizerStep(self.optimizers, self.schedulers)
+        self.offload = offload_optimizers(self.optimizers, offload)
+        self.steps = OptimizerStep(self.optimizers, self.schedulers, self.offload)
         self._setup, self.knows_number = False, bool(self.optimizers)
         if self.scaler is not None:
             check_scalable(self.parameters())
@@ -111,7 +120,9 @@ class OptimizerUpdate:
                 "torch.inference_mode() is on, and tensors that are created under it can never be trained. Run windows "
                 "outside of it; use it, or torch.no_grad(), for evaluation only."
             )
-        if not self._setup:
+        if self.offload is not None:
+            self.offload.prepare(init_optimizer_state)
+        elif not self._setup:
             for optimizer in self.optimizers:
                 init_optimizer_state(optimizer)
             self._setup = True

@@ -28,6 +28,7 @@ from bigbatch.lm.training.microbatch_limits import enforce_memory_budget, memory
 from bigbatch.lm.training.oom_restart import apply_override
 from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.lm.training.setup import TrainingSetup
+from bigbatch.offload.levels import Offload
 
 
 def make_engine(
@@ -42,6 +43,7 @@ def make_engine(
     sync: GradientSync | SyncPolicy | None = None,
     quantum: int | None = None,
     gradient_hook: GradientHook | None = None,
+    offload: Offload = "none",
 ) -> Engine:
     """Create an engine whose batches are lists of samples: those of a `TokenDataset`, or of a `PairDataset`.
 
@@ -56,6 +58,7 @@ def make_engine(
         sync: How gradients cross ranks; None for a single process.
         quantum: For reproducible updates; else None.
         gradient_hook: As for `bigbatch.Accumulator`.
+        offload: As for `bigbatch.Accumulator`.
     """
     balanced = model_setup.balanced
     count_items = None if balanced is None or balanced.scope == "global" else balanced.count_items
@@ -77,6 +80,7 @@ def make_engine(
         reproducible=quantum is not None,
         quantum=quantum,
         gradient_hook=gradient_hook,
+        offload=offload,
         check=isinstance(model_setup.loss_fn, CustomLoss),  # ours is a sum, and messages of the run name dropout
     )
 
@@ -125,6 +129,7 @@ def make_training_engine(
         sync=sync,
         quantum=config.quantum_in_use,
         gradient_hook=GradientFingerprints() if config.reproducible and ranks.is_first else None,
+        offload=config.offload,
     )
     if ranks.are_sharded:
         engine.sync.set_padding_microbatch(_shortest_microbatch(setup))

@@ -1,0 +1,329 @@
+"""An optimizer whose state lives in host memory and passes through the device in its step.
+
+prepare: state ──▶ host memory
+step:    pre-hooks → chunk by chunk: host ──▶ device, the optimizer's own step, device ──▶ host → post-hooks
+load:    values of a state dict ──▶ host memory
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod, finalize
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from bigbatch.offload.arena import Arena, arena_bytes
+from bigbatch.offload.state_chunk import CHUNK_BYTES, StateChunk, lay_out, make_chunks, streamed_state
+from bigbatch.offload.transfers import Transfers, make_transfers
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+InitState = Callable[["Optimizer", Sequence[Tensor]], object]
+"""Creates the missing state of some parameters of an optimizer on their device, if that is possible before a step."""
+
+
+class StreamedOptimizer:
+    """Steps an optimizer chunk by chunk, with the same kernels and the same bits as its own step over all parameters.
+
+        streamed = StreamedOptimizer(optimizer, transfers)
+        streamed.prepare(init_state)    # all state is in host memory from here on
+        streamed.step()                 # instead of optimizer.step()
+
+    Between steps ``optimizer.state`` refers to host memory, so that a state dict is read without the device.
+
+    Args:
+        optimizer: One that `check_streamable` accepts.
+        transfers: Copies.
+        chunk_bytes: As for `make_chunks`, and the largest slot of the arena; 64 MiB by default.
+
+    Attributes:
+        optimizer, transfers: As passed.
+        chunks: Parts of the parameters, with the state of each in one buffer.
+        has_begun: Whether the last step may have changed a parameter.
+    """
+
+    def __init__(
+        self, optimizer: "Optimizer", transfers: Transfers | None = None, *, chunk_bytes: int | None = None
+    ) -> None:
+        self.optimizer = optimizer
+        self.transfers = transfers or make_transfers(optimizer.param_groups[0]["params"][0].device)
+        self.has_begun = False
+        self._chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        self.chunks: list[StateChunk] = []
+        self._incoming: list[dict[str, Any] | None] = []
+        before, after = WeakMethod(self._before_load), WeakMethod(self._after_load)
+        handles = [
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: _call(before, state)),
+            optimizer.register_load_state_dict_post_hook(lambda _: _call(after)),
+        ]
+        finalize(self, _remove_all, handles)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StreamedOptimizer":
+        return StreamedOptimizer(copy.deepcopy(self.optimizer, memo), chunk_bytes=self._chunk_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the state."""
+        return sum(chunk.num_bytes for chunk in self.chunks)
+
+    @property
+    def largest_chunk_bytes(self) -> int:
+        """The most state that a part of the step uses."""
+        return max((chunk.num_bytes for chunk in self.chunks), default=0)
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the device that a step needs for the state that passes through."""
+        return arena_bytes([chunk.num_bytes for chunk in self.chunks], self._chunk_bytes)
+
+    def prepare(self, init_state: InitState | None = None) -> None:
+        """Move all state to host memory, and create what is missing there; little of it is on the device at a time.
+
+        Args:
+            init_state: None to create nothing ahead of the first step.
+
+        Raises:
+            InputError: The optimizer has state that cannot be streamed.
+            MemoryLimitError: The host has too little memory.
+        """
+        self._update_chunks()
+        for chunk in self.chunks:
+            if init_state is not None and not all(self.optimizer.state.get(p) for p in chunk.parameters):
+                init_state(self.optimizer, chunk.parameters)
+            if not chunk.holds(self.optimizer):
+                self._move_to_host(chunk)
+
+    def _update_chunks(self) -> None:
+        """Cut the parameters of the optimizer as they are now; chunks that stay the same keep their memory."""
+        now = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        cut = [parameter for chunk in self.chunks for parameter in chunk.parameters]
+        groups = {id(group) for group in self.optimizer.param_groups}
+        same = len(now) == len(cut) and all(a is b for a, b in zip(now, cut, strict=True))
+        if same and all(id(chunk.group) in groups for chunk in self.chunks):
+            return
+        old = {tuple(map(id, chunk.parameters)): chunk for chunk in self.chunks}
+        self.chunks = list(make_chunks(self.optimizer, self._chunk_bytes))
+        for chunk in self.chunks:
+            if (known := old.get(tuple(map(id, chunk.parameters)))) is not None:
+                chunk.entries, chunk.host, chunk.views = known.entries, known.host, known.views
+
+    def _move_to_host(self, chunk: StateChunk) -> None:
+        """Copy the state of a chunk, wherever it is, to a new buffer, and refer to it there."""
+        state = streamed_state(self.optimizer, chunk)
+        entries, num_bytes = lay_out(state)
+        host = self.transfers.host_memory(num_bytes)
+        views = tuple(entry.view(host) for entry in entries)
+        with torch.no_grad():
+            for view, (_, _, value) in zip(views, state, strict=True):
+                if value.device == self.transfers.device:
+                    self.transfers.to_host(view, value.detach())
+                else:  # loaded from a checkpoint
+                    view.copy_(value.detach())
+        self.transfers.finish()
+        chunk.entries, chunk.host, chunk.views = entries, host, views
+        chunk.show_host(self.optimizer)
+
+    def step(self) -> None:
+        """Step once.
+
+        Raises:
+            RuntimeError: A pre-hook changes the arguments of the step; or any error of a transfer or of the optimizer.
+                Nothing has changed unless `has_begun`.
+        """
+        optimizer, self.has_begun = self.optimizer, False
+        for hook in [*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]:
+            if hook(optimizer, (optimizer,), {}) is not None:
+                raise RuntimeError(
+                    f"a pre-hook of {type(optimizer).__name__}.step() returns other arguments, and offload= calls "
+                    "step() without any: remove the hook."
+                )
+        self.prepare()
+        chunks = [chunk for chunk in self.chunks if any(p.grad is not None for p in chunk.parameters)]
+        arena = Arena(self.transfers, chunks, self._chunk_bytes)
+        try:
+            self.transfers.begin()
+            with _without_hooks(optimizer):
+                self._stream(chunks, arena)
+        finally:
+            self.transfers.finish()
+        if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper of step() does
+        for hook in [*optimizer._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()]:
+            hook(optimizer, (optimizer,), {})
+
+    def _stream(self, chunks: Sequence[StateChunk], arena: Arena) -> None:
+        settings = _Settings(self.optimizer)
+        loaded = self._load(chunks[0], arena) if chunks else None
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            early = following is not None and arena.is_small(chunk) and arena.is_small(following)
+            next_loaded = self._load(following, arena) if early and following is not None else None
+            assert loaded is not None, "loaded in the turn before"
+            with settings.of(chunk.group):
+                self._compute(chunk, *loaded)
+            self._store(chunk, loaded[0], arena)
+            if following is not None and next_loaded is None:
+                next_loaded = self._load(following, arena)
+            loaded = next_loaded
+        settings.finish()
+
+    def _load(self, chunk: StateChunk, arena: Arena) -> tuple[Tensor, Any]:
+        """Start to copy a chunk to the device; return its memory there, and what to wait for."""
+        memory, after = arena.place(chunk)
+        if chunk.host is None or not chunk.num_bytes:
+            return memory, None
+        return memory, self.transfers.to_device(memory, chunk.host, after=after)
+
+    def _compute(self, chunk: StateChunk, memory: Tensor, loaded: Any) -> None:
+        """Run the optimizer's step over the parameters of a chunk, with its state on the device."""
+        optimizer, groups, parameters = self.optimizer, self.optimizer.param_groups, chunk.group["params"]
+        if loaded is not None:
+            self.transfers.use(loaded)
+        on_device = [entry.view(memory) for entry in chunk.entries]
+        self.has_begun = True
+        try:
+            for entry, view in zip(chunk.entries, on_device, strict=True):
+                optimizer.state[entry.parameter][entry.name] = view
+            chunk.group["params"] = list(chunk.parameters)
+            optimizer.param_groups = [chunk.group]
+            _plain_step(optimizer)
+            self._write_replaced(chunk, on_device)
+        except BaseException:
+            chunk.show_host(optimizer)
+            raise
+        finally:
+            optimizer.param_groups, chunk.group["params"] = groups, parameters
+
+    def _write_replaced(self, chunk: StateChunk, on_device: Sequence[Tensor]) -> None:
+        """Copy tensors that the step has put in place of those that it was given into these."""
+        for entry, view in zip(chunk.entries, on_device, strict=True):
+            value = self.optimizer.state[entry.parameter].get(entry.name)
+            if isinstance(value, Tensor) and value is not view and entry.has_layout_of(value):
+                with torch.no_grad():
+                    view.copy_(value.detach())
+                self.optimizer.state[entry.parameter][entry.name] = view
+
+    def _store(self, chunk: StateChunk, memory: Tensor, arena: Arena) -> None:
+        """Start to copy the state of a chunk back to the host; state of another layout gets another buffer."""
+        on_device = {(id(entry.parameter), entry.name) for entry in chunk.entries}
+        found = {(id(parameter), name): value for parameter, name, value in streamed_state(self.optimizer, chunk)}
+        start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        if found.keys() == on_device and all(start <= value.data_ptr() < end for value in found.values()):
+            left = None
+            if chunk.host is not None and chunk.num_bytes:
+                left = self.transfers.to_host(chunk.host, memory)
+            chunk.show_host(self.optimizer)
+        else:  # new state, as in the first step
+            self._move_to_host(chunk)
+            left = None
+        arena.release(chunk, left)
+
+    def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keep the tensors of a state dict back, which ``load_state_dict`` would copy to the device."""
+        entries = state_dict["state"]
+        keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        known = [entries.get(key) for key in keys]
+        self._incoming = [entry if isinstance(entry, dict) else None for entry in known]
+        rest = {
+            key: {name: value for name, value in entry.items() if not _is_large(value)}
+            if isinstance(entry, dict)
+            else entry
+            for key, entry in entries.items()
+        }
+        return {**state_dict, "state": rest}
+
+    def _after_load(self) -> None:
+        """Put copies of these tensors, in host memory, into the state that was loaded."""
+        incoming, self._incoming = self._incoming, []
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        for parameter, entry in zip(parameters, incoming, strict=True):
+            if entry is None:
+                continue
+            now = self.optimizer.state[parameter]
+            values = {
+                name: _host_copy(value, parameter) if _is_large(value) else now[name] for name, value in entry.items()
+            }
+            now.clear()
+            now.update(values)
+
+
+class _Settings:
+    """Settings and attributes of an optimizer, which every chunk finds as they were before the step.
+
+    An optimizer that counts its steps in a setting counts one.
+    """
+
+    def __init__(self, optimizer: "Optimizer") -> None:
+        self._places: list[dict[str, Any]] = [vars(optimizer), *optimizer.param_groups]
+        self._before = [_plain_values(place) for place in self._places]
+        self._after: list[dict[str, Any] | None] = [None] * len(self._places)
+        self._name = type(optimizer).__name__
+
+    @contextmanager
+    def of(self, group: dict[str, Any]) -> Iterator[None]:
+        """Restore what the block changes, and compare it with what earlier blocks have changed."""
+        yield
+        for index, (place, before) in enumerate(zip(self._places, self._before, strict=True)):
+            if index and place is not group:
+                continue
+            now = _plain_values(place)
+            if self._after[index] not in (None, now):
+                raise RuntimeError(
+                    f"{self._name}.step() changes its settings differently for each part of the parameters, so that "
+                    "they cannot be stepped one after the other."
+                )
+            self._after[index] = now
+            place.update(before)
+
+    def finish(self) -> None:
+        """Apply the changes of one step."""
+        for place, after in zip(self._places, self._after, strict=True):
+            place.update(after or {})
+
+
+def _plain_values(place: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in place.items() if isinstance(value, bool | int | float | str)}
+
+
+@contextmanager
+def _without_hooks(optimizer: "Optimizer") -> Iterator[None]:
+    """Run no hooks of an optimizer inside: they run once for a step, and see all of its parameters."""
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before, after
+
+
+def _plain_step(optimizer: "Optimizer") -> None:
+    """Call ``step`` of an optimizer without its hooks."""
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):  # torch has wrapped it
+        step = step.__wrapped__
+    step(optimizer)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _host_copy(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy in host memory, in the dtype that ``load_state_dict`` converts to."""
+    dtype = parameter.dtype if parameter.is_floating_point() else value.dtype
+    return value.detach().to("cpu", dtype, copy=True)
+
+
+def _call(method: "WeakMethod[Any]", *arguments: Any) -> Any:
+    found = method()
+    return None if found is None else found(*arguments)
+
+
+def _remove_all(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
