@@ -2,23 +2,20 @@
 
 prepare: state ──▶ host memory
 step:    pre-hooks → chunk by chunk: host ──▶ device, the optimizer's own step, device ──▶ host → post-hooks
-load:    values of a state dict ──▶ host memory
 """
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from bigbatch.offload.arena import Arena, arena_bytes
+from bigbatch.offload.partial_step import StepSettings, plain_step, without_hooks
 from bigbatch.offload.state_chunk import CHUNK_BYTES, StateChunk, lay_out, make_chunks, streamed_state
+from bigbatch.offload.state_loading import load_into_host_memory
 from bigbatch.offload.transfers import Transfers, make_transfers
 
 if TYPE_CHECKING:
@@ -56,13 +53,7 @@ class StreamedOptimizer:
         self.has_begun = False
         self._chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         self.chunks: list[StateChunk] = []
-        self._incoming: list[dict[str, Any] | None] = []
-        before, after = WeakMethod(self._before_load), WeakMethod(self._after_load)
-        handles = [
-            optimizer.register_load_state_dict_pre_hook(lambda _, state: _call(before, state)),
-            optimizer.register_load_state_dict_post_hook(lambda _: _call(after)),
-        ]
-        finalize(self, _remove_all, handles)
+        load_into_host_memory(optimizer, owner=self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StreamedOptimizer":
         return StreamedOptimizer(copy.deepcopy(self.optimizer, memo), chunk_bytes=self._chunk_bytes)
@@ -148,7 +139,7 @@ class StreamedOptimizer:
         arena = Arena(self.transfers, chunks, self._chunk_bytes)
         try:
             self.transfers.begin()
-            with _without_hooks(optimizer):
+            with without_hooks(optimizer):
                 self._stream(chunks, arena)
         finally:
             self.transfers.finish()
@@ -158,7 +149,7 @@ class StreamedOptimizer:
             hook(optimizer, (optimizer,), {})
 
     def _stream(self, chunks: Sequence[StateChunk], arena: Arena) -> None:
-        settings = _Settings(self.optimizer)
+        settings = StepSettings(self.optimizer)
         loaded = self._load(chunks[0], arena) if chunks else None
         for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
             early = following is not None and arena.is_small(chunk) and arena.is_small(following)
@@ -191,7 +182,7 @@ class StreamedOptimizer:
                 optimizer.state[entry.parameter][entry.name] = view
             chunk.group["params"] = list(chunk.parameters)
             optimizer.param_groups = [chunk.group]
-            _plain_step(optimizer)
+            plain_step(optimizer)
             self._write_replaced(chunk, on_device)
         except BaseException:
             chunk.show_host(optimizer)
@@ -222,108 +213,3 @@ class StreamedOptimizer:
             self._move_to_host(chunk)
             left = None
         arena.release(chunk, left)
-
-    def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Keep the tensors of a state dict back, which ``load_state_dict`` would copy to the device."""
-        entries = state_dict["state"]
-        keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        known = [entries.get(key) for key in keys]
-        self._incoming = [entry if isinstance(entry, dict) else None for entry in known]
-        rest = {
-            key: {name: value for name, value in entry.items() if not _is_large(value)}
-            if isinstance(entry, dict)
-            else entry
-            for key, entry in entries.items()
-        }
-        return {**state_dict, "state": rest}
-
-    def _after_load(self) -> None:
-        """Put copies of these tensors, in host memory, into the state that was loaded."""
-        incoming, self._incoming = self._incoming, []
-        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-        for parameter, entry in zip(parameters, incoming, strict=True):
-            if entry is None:
-                continue
-            now = self.optimizer.state[parameter]
-            values = {
-                name: _host_copy(value, parameter) if _is_large(value) else now[name] for name, value in entry.items()
-            }
-            now.clear()
-            now.update(values)
-
-
-class _Settings:
-    """Settings and attributes of an optimizer, which every chunk finds as they were before the step.
-
-    An optimizer that counts its steps in a setting counts one.
-    """
-
-    def __init__(self, optimizer: "Optimizer") -> None:
-        self._places: list[dict[str, Any]] = [vars(optimizer), *optimizer.param_groups]
-        self._before = [_plain_values(place) for place in self._places]
-        self._after: list[dict[str, Any] | None] = [None] * len(self._places)
-        self._name = type(optimizer).__name__
-
-    @contextmanager
-    def of(self, group: dict[str, Any]) -> Iterator[None]:
-        """Restore what the block changes, and compare it with what earlier blocks have changed."""
-        yield
-        for index, (place, before) in enumerate(zip(self._places, self._before, strict=True)):
-            if index and place is not group:
-                continue
-            now = _plain_values(place)
-            if self._after[index] not in (None, now):
-                raise RuntimeError(
-                    f"{self._name}.step() changes its settings differently for each part of the parameters, so that "
-                    "they cannot be stepped one after the other."
-                )
-            self._after[index] = now
-            place.update(before)
-
-    def finish(self) -> None:
-        """Apply the changes of one step."""
-        for place, after in zip(self._places, self._after, strict=True):
-            place.update(after or {})
-
-
-def _plain_values(place: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in place.items() if isinstance(value, bool | int | float | str)}
-
-
-@contextmanager
-def _without_hooks(optimizer: "Optimizer") -> Iterator[None]:
-    """Run no hooks of an optimizer inside: they run once for a step, and see all of its parameters."""
-    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before, after
-
-
-def _plain_step(optimizer: "Optimizer") -> None:
-    """Call ``step`` of an optimizer without its hooks."""
-    step: Any = type(optimizer).step
-    if getattr(step, "hooked", False):  # torch has wrapped it
-        step = step.__wrapped__
-    step(optimizer)
-
-
-def _is_large(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
-
-
-def _host_copy(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a copy in host memory, in the dtype that ``load_state_dict`` converts to."""
-    dtype = parameter.dtype if parameter.is_floating_point() else value.dtype
-    return value.detach().to("cpu", dtype, copy=True)
-
-
-def _call(method: "WeakMethod[Any]", *arguments: Any) -> Any:
-    found = method()
-    return None if found is None else found(*arguments)
-
-
-def _remove_all(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
