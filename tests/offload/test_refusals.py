@@ -12,6 +12,7 @@ import bigbatch
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.training.lion import Lion
+from bigbatch.lm.training.muon import MuonWithAdamW
 from offload.models import make_batch, make_engine, make_model, values
 
 REST = ': use another optimizer, or offload="none".'
@@ -84,8 +85,22 @@ def test_optimizer_that_cannot_be_stepped_in_parts_is_refused(rule: Callable[...
 
 @pytest.mark.parametrize(
     "make",
-    [lambda p: Custom(p, momentum), lambda p: Lion(p, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)],
-    ids=["custom", "lion"],
+    [
+        lambda p: Custom(p, momentum),
+        lambda p: Lion(p, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1),
+        lambda p: MuonWithAdamW(
+            [{"params": [each for each in p if each.ndim == 2], "weight_decay": 0.1}],
+            [{"params": [each for each in p if each.ndim == 1], "weight_decay": 0.0}],
+            lr=0.01,
+            momentum=0.9,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+        ),
+        lambda p: torch.optim.AdamW([{"params": p[:3]}, {"params": p[3:], "lr": 0.1}], lr=0.01, fused=True),
+        lambda p: torch.optim.Adafactor([{"params": p[:3]}, {"params": p[3:], "lr": 0.1}], lr=0.01),
+        lambda p: torch.optim.RMSprop([{"params": p[:3]}, {"params": p[3:], "lr": 0.1}], lr=0.01, foreach=True),
+    ],
+    ids=["custom", "lion", "muon with adamw", "groups fused", "groups loop", "groups foreach"],
 )
 def test_other_optimizer_has_equal_bits(make: Callable[[Any], Any]):
     found = []

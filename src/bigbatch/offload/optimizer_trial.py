@@ -95,15 +95,14 @@ def _miniature(optimizer: "Optimizer") -> "Optimizer":
     for name in attributes:
         if name.startswith("_optimizer_") and name.endswith("_hooks"):
             attributes[name] = OrderedDict()
-    vars(small).update(copy.deepcopy(attributes))
     small.state = defaultdict(dict)
-    small.param_groups = [
-        {
-            **{k: copy.deepcopy(v) for k, v in group.items() if k != "params"},
-            "params": _small_parameters(group["params"]),
-        }
-        for group in optimizer.param_groups
-    ]
+    copies: dict[int, Any] = {id(optimizer.state): small.state, id(optimizer): small}
+    for group in optimizer.param_groups:
+        parameters = _small_parameters(group["params"])
+        copies[id(group["params"])] = parameters
+        copies.update((id(parameter), parameters[0]) for parameter in group["params"])  # held elsewhere: not copied
+    small.param_groups = copy.deepcopy(optimizer.param_groups, copies)
+    vars(small).update(copy.deepcopy(attributes, copies))
     return small  # type: ignore[no-any-return]
 
 

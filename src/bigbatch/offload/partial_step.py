@@ -1,9 +1,11 @@
 """One step of an optimizer in several calls, each over a part of its parameters: hooks and counts as of one call."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -56,6 +58,19 @@ def without_hooks(optimizer: "Optimizer") -> Iterator[None]:
         yield
     finally:
         optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before, after
+
+
+@contextmanager
+def only_parameters(optimizer: "Optimizer", of: dict[str, Any], parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let a group of an optimizer have these parameters alone inside, and all other groups none."""
+    before = [(group, group["params"]) for group in optimizer.param_groups]
+    try:
+        for group, _ in before:
+            group["params"] = list(parameters) if group is of else []
+        yield
+    finally:
+        for group, all_parameters in before:
+            group["params"] = all_parameters
 
 
 def plain_step(optimizer: "Optimizer") -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from bigbatch.offload.arena import Arena, arena_bytes
-from bigbatch.offload.partial_step import StepSettings, plain_step, without_hooks
+from bigbatch.offload.partial_step import StepSettings, only_parameters, plain_step, without_hooks
 from bigbatch.offload.state_chunk import CHUNK_BYTES, StateChunk, lay_out, make_chunks, streamed_state
 from bigbatch.offload.state_loading import load_into_host_memory
 from bigbatch.offload.transfers import Transfers, make_transfers
@@ -172,7 +172,7 @@ class StreamedOptimizer:
 
     def _compute(self, chunk: StateChunk, memory: Tensor, loaded: Any) -> None:
         """Run the optimizer's step over the parameters of a chunk, with its state on the device."""
-        optimizer, groups, parameters = self.optimizer, self.optimizer.param_groups, chunk.group["params"]
+        optimizer = self.optimizer
         if loaded is not None:
             self.transfers.use(loaded)
         on_device = [entry.view(memory) for entry in chunk.entries]
@@ -180,15 +180,12 @@ class StreamedOptimizer:
         try:
             for entry, view in zip(chunk.entries, on_device, strict=True):
                 optimizer.state[entry.parameter][entry.name] = view
-            chunk.group["params"] = list(chunk.parameters)
-            optimizer.param_groups = [chunk.group]
-            plain_step(optimizer)
+            with only_parameters(optimizer, chunk.group, chunk.parameters):
+                plain_step(optimizer)
             self._write_replaced(chunk, on_device)
         except BaseException:
             chunk.show_host(optimizer)
             raise
-        finally:
-            optimizer.param_groups, chunk.group["params"] = groups, parameters
 
     def _write_replaced(self, chunk: StateChunk, on_device: Sequence[Tensor]) -> None:
         """Copy tensors that the step has put in place of those that it was given into these."""
