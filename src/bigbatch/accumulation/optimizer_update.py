@@ -4,7 +4,7 @@ Long because every part of an update is here, in its order.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -17,7 +17,7 @@ from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
 from bigbatch.errors import NonFiniteError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
-from bigbatch.offload.levels import Offload
+from bigbatch.offload.levels import Offload, check_master
 from bigbatch.offload.optimizer_offload import offload_optimizers
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class OptimizerUpdate:
         self.max_grad_norm = max_grad_norm
         self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
-        self.offload = offload_optimizers(self.optimizers, offload)
+        check_master(offload, {"gradient_hook=": gradient_hook is not None, "a GradScaler": self.scaler is not None})
+        self.offload = offload_optimizers(self.optimizers, offload, model)
         self.steps = OptimizerStep(self.optimizers, self.schedulers, self.offload)
         self._setup, self.knows_number = False, bool(self.optimizers)
         if self.scaler is not None:
@@ -181,8 +182,13 @@ class OptimizerUpdate:
             MemoryLimitError: Memory ran out within the step of an optimizer.
             TornUpdateError: The update failed after it had begun.
         """
-        outcome = self.finish(sums, loss_totals, loss_scale=loss_scale, sync=sync, extra_scalars=extra_scalars)
+        keep = () if self.offload is None else self.offload.weights.narrowed
+        outcome = self.finish(
+            sums, loss_totals, loss_scale=loss_scale, sync=sync, extra_scalars=extra_scalars, keep=keep
+        )
         if outcome.skipped is None:
+            if self.offload is not None:
+                self.offload.weights.hand_over(sums.store.float32)
 
             def closure() -> Tensor:
                 assert evaluate_again is not None, "not passed without it"
@@ -207,11 +213,20 @@ class OptimizerUpdate:
         loss_scale: Tensor | None = None,
         sync: "GradientSync | None" = None,
         extra_scalars: Sequence[Tensor] = (),
+        keep: Container[Tensor] = (),
     ) -> UpdateOutcome:
-        """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`."""
+        """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`.
+
+        The sums of parameters to ``keep`` stay in the store of ``sums``, not rounded to the dtype of ``.grad``.
+        """
+        if self.offload is not None and self.offload.weights.narrowed and not keep:
+            raise WindowStateError(
+                'offload="master" keeps weights in bfloat16 on the device, and a gradient in .grad would be rounded to '
+                'it: call step(), or pass offload="optimizer".'
+            )
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
-            return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars, keep=keep)
         divisor = loss_totals.divisor()  # waits for the device if items are counted there
         if not divisor:  # the scaler stays as it is
             return UpdateOutcome(math.nan, skipped=NO_ITEMS)
@@ -240,6 +255,7 @@ class OptimizerUpdate:
         sync: "GradientSync | None",
         extra_scalars: Sequence[Tensor],
         divisor: float | None = None,
+        keep: Container[Tensor] = (),
     ) -> UpdateOutcome:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
         divide_factor = 1.0 if sync is None else sync.gradient_divide_factor
@@ -265,7 +281,7 @@ class OptimizerUpdate:
                 return self._skip_or_raise(grad_norm, "non-finite loss")
         _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
         gradients.clear()  # float32 sums are then freed one by one as they are written to .grad
-        sums.write_to_grad()
+        sums.write_to_grad(keep)
         if self.gradient_hook is not None:
             changed = [parameter for parameter in sums.parameters if parameter.grad is not None]
             self.gradient_hook(changed)

@@ -1,15 +1,19 @@
 """The optimizers of an update whose state is offloaded."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bigbatch.errors import InputError
+from bigbatch.errors import InputError, first_line
 from bigbatch.offload.levels import Offload, check_level
+from bigbatch.offload.narrow_weights import NarrowWeights, find_narrow_weights
 from bigbatch.offload.optimizer_trial import check_streamable
 from bigbatch.offload.streamed_optimizer import InitState, StreamedOptimizer
+from bigbatch.offload.weight_probe import read_elsewhere
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -20,18 +24,29 @@ class OptimizerOffload:
 
     Args:
         optimizers: Each over parameters on one device.
+        narrow: Weights that become bfloat16 on the device, with their names.
 
     Attributes:
         streamed: One for each optimizer, in order.
+        weights: Those that are bfloat16 on the device.
 
     Raises:
         InputError: One cannot be stepped in parts, or parameters are on several devices or sharded.
     """
 
-    def __init__(self, optimizers: Sequence["Optimizer"]) -> None:
+    def __init__(self, optimizers: Sequence["Optimizer"], narrow: Mapping[Tensor, str]) -> None:
         for optimizer in optimizers:
             check_streamable(optimizer)
-        self.streamed = [StreamedOptimizer(optimizer) for optimizer in optimizers]
+        self.weights = NarrowWeights(narrow)
+        self.streamed = [StreamedOptimizer(optimizer, weights=self.weights) for optimizer in optimizers]
+        self._is_probed = not narrow
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerOffload":
+        """Copy it for a copied model; weights that are narrow stay narrow, and have master weights of their own."""
+        parts = [each.optimizer for each in self.streamed]
+        if self.weights.names:
+            raise InputError('an update with offload="master" cannot be copied: its weights are in host memory.')
+        return OptimizerOffload(copy.deepcopy(parts, memo), {})
 
     @property
     def host_bytes(self) -> int:
@@ -44,7 +59,12 @@ class OptimizerOffload:
         return max((each.device_bytes for each in self.streamed), default=0)
 
     def prepare(self, init_state: InitState) -> None:
-        """Move all state to host memory, and create what is missing; arguments and errors are those of each."""
+        """Move all state to host memory, and create what is missing; arguments and errors are those of each.
+
+        Raises:
+            WindowStateError: Other code has written to a weight whose float32 value is in host memory.
+        """
+        self.weights.check_unwritten()
         for each in self.streamed:
             each.prepare(init_state)
 
@@ -55,6 +75,57 @@ class OptimizerOffload:
     def has_begun(self, optimizer: "Optimizer") -> bool:
         """Return whether the last step of an optimizer may have changed a parameter."""
         return self._of(optimizer).has_begun
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Return the float32 value of a narrow weight, in host memory; any other tensor itself."""
+        if tensor not in self.weights.narrowed:
+            return tensor
+        return self._masters()[tensor]
+
+    def refresh(self) -> None:
+        """Write the narrow weights after their float32 values have changed."""
+        with torch.no_grad():
+            self.weights.refresh(self._masters())
+
+    @contextmanager
+    def wide_weights(self) -> Iterator[None]:
+        """Let the parameters of the model be the float32 values in host memory inside, to be saved."""
+        with self.weights.wide(self._masters()):
+            yield
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether it is not known yet how a loss reads the narrow weights."""
+        return not self._is_probed
+
+    def probe(self, compute_loss: Callable[[], Tensor]) -> None:
+        """Make the narrow weights float32 again that a loss reads otherwise than in a linear layer; then `prepare`.
+
+        Args:
+            compute_loss: Returns the loss of a few samples, with a graph.
+
+        Raises:
+            InputError: The loss does not run with weights in bfloat16.
+        """
+        try:
+            loss = compute_loss()
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            raise InputError(
+                f'offload="master" keeps weights of linear layers in bfloat16 on the device, and the loss does not '
+                f"run with them ({first_line(error)}): compute it under torch.autocast with dtype=torch.bfloat16, or "
+                'pass offload="optimizer".'
+            ) from error
+        if not loss.requires_grad:
+            return
+        for parameter in read_elsewhere(loss, self.weights.narrowed):
+            for each in self.streamed:
+                each.keep_wide(parameter)
+        self._is_probed = True
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        return {parameter: master for each in self.streamed for parameter, master in each.masters().items()}
 
     def without_state(self) -> "Optimizer":
         """Return an optimizer over the same parameters whose step needs the memory of these, to predict the peak."""
@@ -87,7 +158,9 @@ class WithoutState(torch.optim.Optimizer):
         torch.empty(self.step_bytes, dtype=torch.uint8, device=self.param_groups[0]["params"][0].device)
 
 
-def offload_optimizers(optimizers: Sequence["Optimizer"], level: Offload) -> OptimizerOffload | None:
+def offload_optimizers(
+    optimizers: Sequence["Optimizer"], level: Offload, model: nn.Module | None = None
+) -> OptimizerOffload | None:
     """Return what steps optimizers at a level of offload; None for ``"none"``.
 
     Raises:
@@ -97,8 +170,15 @@ def offload_optimizers(optimizers: Sequence["Optimizer"], level: Offload) -> Opt
         return None
     if not optimizers:
         raise InputError(f"offload={level!r} moves the state of the optimizer, and there is none: pass the optimizer.")
-    _check_parameters([p for each in optimizers for group in each.param_groups for p in group["params"]])
-    return OptimizerOffload(optimizers)
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    _check_parameters(parameters)
+    narrow = find_narrow_weights(model, parameters) if level == "master" and model is not None else {}
+    if level == "master" and not narrow:
+        raise InputError(
+            'offload="master" is for float32 weights of torch.nn.Linear layers, each of one layer, and the optimizer '
+            'has none: pass offload="optimizer".'
+        )
+    return OptimizerOffload(optimizers, narrow)
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:

@@ -4,7 +4,7 @@ state of each parameter → entries with offsets → views of the host buffer, o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 CHUNK_BYTES = 64 * 2**20
+MASTER = "master weight"
+"""In the place of a name of the state: the float32 value of a parameter that is bfloat16 on the device."""
+
 _ALIGNMENT = 256  # bytes: of an allocation on CUDA
 
 
@@ -60,6 +63,7 @@ class StateChunk:
         entries: Tensors of their state that are streamed.
         host: The buffer in host memory; None before there is any state.
         views: The tensors in host memory, in the order of ``entries``.
+        masters: float32 values of the parameters that are bfloat16 on the device.
     """
 
     group: dict[str, Any]
@@ -67,6 +71,7 @@ class StateChunk:
     entries: tuple[StateEntry, ...] = ()
     host: Tensor | None = None
     views: tuple[Tensor, ...] = ()
+    masters: dict[Tensor, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -81,14 +86,17 @@ class StateChunk:
             for (parameter, name, value), entry, view in zip(found, self.entries, self.views, strict=True)
         )
 
-    def show_host(self, optimizer: "Optimizer") -> None:
-        """Let the optimizer's state refer to host memory."""
-        for entry, view in zip(self.entries, self.views, strict=True):
-            optimizer.state[entry.parameter][entry.name] = view
+    def show(self, optimizer: "Optimizer", views: Sequence[Tensor]) -> None:
+        """Let the optimizer's state refer to other memory, with views in the order of ``entries``."""
+        for entry, view in zip(self.entries, views, strict=True):
+            if entry.name == MASTER:
+                self.masters[entry.parameter] = view
+            else:
+                optimizer.state[entry.parameter][entry.name] = view
 
 
 def streamed_state(optimizer: "Optimizer", chunk: StateChunk) -> list[tuple[Tensor, str, Tensor]]:
-    """Return the tensors of a chunk's state that are streamed: parameter, name and value.
+    """Return the tensors of a chunk that are streamed: parameter, name and value, the master weight first.
 
     Scalars that the optimizer keeps in host memory, such as counts of steps, are not.
 
@@ -97,6 +105,8 @@ def streamed_state(optimizer: "Optimizer", chunk: StateChunk) -> list[tuple[Tens
     """
     found = []
     for parameter in chunk.parameters:
+        if (master := chunk.masters.get(parameter)) is not None:
+            found.append((parameter, MASTER, master))
         for name, value in optimizer.state.get(parameter, {}).items():
             _check_value(optimizer, name, value)
             if isinstance(value, Tensor) and _is_streamed(optimizer, chunk.group, parameter, value):
@@ -120,17 +130,19 @@ def make_chunks(optimizer: "Optimizer", chunk_bytes: int) -> Iterator[StateChunk
 
     Args:
         optimizer: Its groups are cut in order; no chunk contains parameters of two.
-        chunk_bytes: Largest state of a chunk of several parameters, if each has twice the bytes of its parameter.
+        chunk_bytes: Largest state of a chunk of several parameters, if each has twice the bytes of its parameter in
+            float32 or wider.
     """
     for group in optimizer.param_groups:
         chunk: list[Tensor] = []
         size = 0
         for parameter in group["params"]:
-            if chunk and size + 2 * parameter.nbytes > chunk_bytes:
+            state_bytes = 2 * parameter.numel() * max(4, parameter.element_size())
+            if chunk and size + state_bytes > chunk_bytes:
                 yield StateChunk(group, tuple(chunk))
                 chunk, size = [], 0
             chunk.append(parameter)
-            size += 2 * parameter.nbytes
+            size += state_bytes
         if chunk:
             yield StateChunk(group, tuple(chunk))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from bigbatch.offload.arena import Arena, arena_bytes
+from bigbatch.offload.narrow_weights import NarrowWeights
 from bigbatch.offload.partial_step import StepSettings, only_parameters, plain_step, without_hooks
 from bigbatch.offload.state_chunk import CHUNK_BYTES, StateChunk, lay_out, make_chunks, streamed_state
 from bigbatch.offload.state_loading import load_into_host_memory
@@ -37,23 +38,30 @@ class StreamedOptimizer:
     Args:
         optimizer: One that `check_streamable` accepts.
         transfers: Copies.
+        weights: Those of its parameters that are bfloat16 on the device; none by default.
         chunk_bytes: As for `make_chunks`, and the largest slot of the arena; 64 MiB by default.
 
     Attributes:
-        optimizer, transfers: As passed.
+        optimizer, transfers, weights: As passed.
         chunks: Parts of the parameters, with the state of each in one buffer.
         has_begun: Whether the last step may have changed a parameter.
     """
 
     def __init__(
-        self, optimizer: "Optimizer", transfers: Transfers | None = None, *, chunk_bytes: int | None = None
+        self,
+        optimizer: "Optimizer",
+        transfers: Transfers | None = None,
+        *,
+        weights: NarrowWeights | None = None,
+        chunk_bytes: int | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.transfers = transfers or make_transfers(optimizer.param_groups[0]["params"][0].device)
+        self.weights = weights or NarrowWeights({})
         self.has_begun = False
         self._chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         self.chunks: list[StateChunk] = []
-        load_into_host_memory(optimizer, owner=self)
+        load_into_host_memory(optimizer, self.weights.dtype_of, owner=self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StreamedOptimizer":
         return StreamedOptimizer(copy.deepcopy(self.optimizer, memo), chunk_bytes=self._chunk_bytes)
@@ -86,9 +94,12 @@ class StreamedOptimizer:
         self._update_chunks()
         for chunk in self.chunks:
             if init_state is not None and not all(self.optimizer.state.get(p) for p in chunk.parameters):
-                init_state(self.optimizer, chunk.parameters)
+                with self.weights.wide(chunk.masters, self.transfers.device):
+                    init_state(self.optimizer, chunk.parameters)
+            self.weights.add_masters(chunk)
             if not chunk.holds(self.optimizer):
                 self._move_to_host(chunk)
+            self.weights.narrow(chunk)
 
     def _update_chunks(self) -> None:
         """Cut the parameters of the optimizer as they are now; chunks that stay the same keep their memory."""
@@ -99,10 +110,22 @@ class StreamedOptimizer:
         if same and all(id(chunk.group) in groups for chunk in self.chunks):
             return
         old = {tuple(map(id, chunk.parameters)): chunk for chunk in self.chunks}
+        masters = self.masters()
         self.chunks = list(make_chunks(self.optimizer, self._chunk_bytes))
         for chunk in self.chunks:
             if (known := old.get(tuple(map(id, chunk.parameters)))) is not None:
                 chunk.entries, chunk.host, chunk.views = known.entries, known.host, known.views
+            chunk.masters = {p: masters[p] for p in chunk.parameters if p in masters}
+
+    def masters(self) -> dict[Tensor, Tensor]:
+        """Return the float32 values of narrow weights, in host memory."""
+        return {parameter: master for chunk in self.chunks for parameter, master in chunk.masters.items()}
+
+    def keep_wide(self, parameter: Tensor) -> None:
+        """Put the float32 value of a weight back on the device, for good."""
+        for chunk in self.chunks:
+            if parameter in chunk.masters:
+                self.weights.keep_wide(parameter, chunk.masters)
 
     def _move_to_host(self, chunk: StateChunk) -> None:
         """Copy the state of a chunk, wherever it is, to a new buffer, and refer to it there."""
@@ -118,7 +141,7 @@ class StreamedOptimizer:
                     view.copy_(value.detach())
         self.transfers.finish()
         chunk.entries, chunk.host, chunk.views = entries, host, views
-        chunk.show_host(self.optimizer)
+        chunk.show(self.optimizer, chunk.views)
 
     def step(self) -> None:
         """Step once.
@@ -135,7 +158,7 @@ class StreamedOptimizer:
                     "step() without any: remove the hook."
                 )
         self.prepare()
-        chunks = [chunk for chunk in self.chunks if any(p.grad is not None for p in chunk.parameters)]
+        chunks = [chunk for chunk in self.chunks if any(map(self.weights.has_gradient, chunk.parameters))]
         arena = Arena(self.transfers, chunks, self._chunk_bytes)
         try:
             self.transfers.begin()
@@ -178,19 +201,21 @@ class StreamedOptimizer:
         on_device = [entry.view(memory) for entry in chunk.entries]
         self.has_begun = True
         try:
-            for entry, view in zip(chunk.entries, on_device, strict=True):
-                optimizer.state[entry.parameter][entry.name] = view
-            with only_parameters(optimizer, chunk.group, chunk.parameters):
+            chunk.show(optimizer, on_device)
+            with (
+                self.weights.stepping(chunk.masters),
+                only_parameters(optimizer, chunk.group, chunk.parameters),
+            ):
                 plain_step(optimizer)
             self._write_replaced(chunk, on_device)
         except BaseException:
-            chunk.show_host(optimizer)
+            chunk.show(optimizer, chunk.views)
             raise
 
     def _write_replaced(self, chunk: StateChunk, on_device: Sequence[Tensor]) -> None:
         """Copy tensors that the step has put in place of those that it was given into these."""
         for entry, view in zip(chunk.entries, on_device, strict=True):
-            value = self.optimizer.state[entry.parameter].get(entry.name)
+            value = self.optimizer.state.get(entry.parameter, {}).get(entry.name)  # None for a master weight
             if isinstance(value, Tensor) and value is not view and entry.has_layout_of(value):
                 with torch.no_grad():
                     view.copy_(value.detach())
@@ -203,9 +228,9 @@ class StreamedOptimizer:
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
         if found.keys() == on_device and all(start <= value.data_ptr() < end for value in found.values()):
             left = None
+            chunk.show(self.optimizer, chunk.views)
             if chunk.host is not None and chunk.num_bytes:
                 left = self.transfers.to_host(chunk.host, memory)
-            chunk.show_host(self.optimizer)
         else:  # new state, as in the first step
             self._move_to_host(chunk)
             left = None
