@@ -51,6 +51,31 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return F.cross_entropy(model(inputs).float(), labels, reduction="sum"), len(labels)
 
 
+class Decoder(nn.Module):
+    """Has an embedding, a norm and linear layers, and runs under autocast to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(30, 16), nn.LayerNorm(16)
+        self.first, self.second = nn.Linear(16, 40), nn.Linear(40, 16, bias=False)
+        self.head = nn.Linear(16, 30, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        return self.head(hidden + self.second(F.gelu(self.first(self.norm(hidden)))))
+
+
+def make_tokens(number: int, rows: int = 8) -> Tensor:
+    return torch.randint(30, (rows, 6), generator=torch.Generator().manual_seed(number))
+
+
+def decoder_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        logits = model(tokens)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="sum")
+    return loss, tokens.numel()
+
+
 def make_engine(model: nn.Module, optimizer: Any, offload: Any = "optimizer", **settings: Any) -> bigbatch.Engine:
     given = {"microbatch": 4, "max_grad_norm": 0.1, "check": False} | settings
     return bigbatch.Engine(model, optimizer, given.pop("loss_fn", loss_fn), offload=offload, **given)

@@ -2,10 +2,22 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 import bigbatch
-from offload.models import OPTIMIZERS, make_batch, make_engine, make_model, plain_state, small_chunks, values
+from offload.models import (
+    OPTIMIZERS,
+    Decoder,
+    decoder_loss,
+    make_batch,
+    make_engine,
+    make_model,
+    make_tokens,
+    plain_state,
+    small_chunks,
+    values,
+)
 
 
 def train(name: str, level: str, updates: int) -> dict[str, Any]:
@@ -24,3 +36,19 @@ def train(name: str, level: str, updates: int) -> dict[str, Any]:
     num_copies = 0 if offload is None else sum(s.transfers.counts.num_to_device for s in offload.streamed)
     states = [plain_state(each) for each in engine.accumulator.update.optimizers]
     return {"values": values(model).tolist(), "states": states, "copies": num_copies}
+
+
+def train_decoder(level: str, updates: int) -> dict[str, Any]:
+    """Train a model under autocast on this rank's rows of each batch; return its float32 parameters and its state."""
+    rank = dist.get_rank()
+    with small_chunks():
+        torch.manual_seed(rank)
+        model = Decoder()
+        sync = bigbatch.Replicated(model)
+        optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+        engine = make_engine(model, optimizer, level, sync=sync, loss_fn=decoder_loss)
+        for number in range(updates):
+            tokens = make_tokens(number)
+            engine.step(tokens[:5] if rank == 0 else tokens[5:])
+    weights = {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
+    return {"weights": weights, "state": plain_state(optimizer)}

@@ -5,6 +5,7 @@ Long because every part of an update is here, in its order.
 
 import math
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -132,6 +133,10 @@ class OptimizerUpdate:
         """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
         self.steps.reset(num_steps)
         self.knows_number = True
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Let narrow weights be their float32 values inside, in host memory."""
+        return nullcontext() if self.offload is None else self.offload.wide_weights()
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all groups of all optimizers, or those that the model trains, as they are now."""

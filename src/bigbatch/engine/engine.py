@@ -6,7 +6,7 @@ Long because it documents every setting once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -335,6 +335,10 @@ class Engine:
         or damaged; nothing is changed then.
         """
         self._training_state.restore(state, self._progress, self.accumulator.device)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Let parameters that ``offload`` keeps narrow be their float32 values inside, in host memory, to save them."""
+        return self.accumulator.update.whole_weights()
 
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
         """Group samples of these lengths as the micro-batches of `step` would be at the moment.

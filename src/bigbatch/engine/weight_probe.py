@@ -33,8 +33,10 @@ def probe_weights(accumulator: Accumulator, loss_fn: LossFunction, parts: Split)
             'offload="optimizer".'
         )
     with preserved(accumulator.sync.module, *modules_used_by(loss_fn), parameters=False):
-        offload.probe(partial(_loss, accumulator.model, loss_fn, parts))
-    offload.prepare(init_optimizer_state)
+        found = offload.probe(partial(_loss, accumulator.model, loss_fn, parts))
+    if found is not None:
+        offload.keep_wide(found)
+        offload.prepare(init_optimizer_state)
 
 
 def _loss(model: Any, loss_fn: LossFunction, parts: Split) -> Tensor:

@@ -98,8 +98,8 @@ class OptimizerOffload:
         """Whether it is not known yet how a loss reads the narrow weights."""
         return not self._is_probed
 
-    def probe(self, compute_loss: Callable[[], Tensor]) -> None:
-        """Make the narrow weights float32 again that a loss reads otherwise than in a linear layer; then `prepare`.
+    def probe(self, compute_loss: Callable[[], Tensor]) -> set[Tensor] | None:
+        """Return the narrow weights that a loss reads otherwise than in a linear layer; None if it has no graph.
 
         Args:
             compute_loss: Returns the loss of a few samples, with a graph.
@@ -117,9 +117,11 @@ class OptimizerOffload:
                 f"run with them ({first_line(error)}): compute it under torch.autocast with dtype=torch.bfloat16, or "
                 'pass offload="optimizer".'
             ) from error
-        if not loss.requires_grad:
-            return
-        for parameter in read_elsewhere(loss, self.weights.narrowed):
+        return read_elsewhere(loss, self.weights.narrowed) if loss.requires_grad else None
+
+    def keep_wide(self, parameters: set[Tensor]) -> None:
+        """Put the float32 values of some narrow weights back on the device for good; `prepare` follows, no `probe`."""
+        for parameter in parameters:
             for each in self.streamed:
                 each.keep_wide(parameter)
         self._is_probed = True

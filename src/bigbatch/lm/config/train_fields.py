@@ -229,7 +229,8 @@ class TrainFields(
     offload: Offload = Field(
         default="none",
         description="what lives in host memory between updates, with the same result: optimizer = the state of the "
-        "optimizer, which passes through the device in each update, with --parallel ddp; none = nothing",
+        "optimizer, which passes through the device in each update; master = also the float32 values of the weights of "
+        "linear layers, in bf16; both with --parallel ddp; none = nothing",
     )
     layout: Literal["auto", "padded", "packed"] = Field(
         default="auto",

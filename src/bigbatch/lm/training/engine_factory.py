@@ -112,6 +112,11 @@ def make_training_engine(
         model_setup = replace(model_setup, uses_cuda_graphs=False)
         if microbatch != "auto":
             microbatch = apply_override(config.out, microbatch, longest=longest)
+    if config.offload == "master" and setup.device_spec.precision != "bf16":
+        raise InputError(
+            f"--offload master needs --precision bf16, and this run computes in {setup.device_spec.precision}: "
+            "pass --offload optimizer."
+        )
     memory = memory_of(config, setup.device_spec, ranks=ranks)
     if config.reproducible:
         _check_reproducible(model_setup)
