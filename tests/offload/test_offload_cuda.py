@@ -9,7 +9,18 @@ from torch import nn
 
 from bigbatch.offload import streamed_optimizer
 from bigbatch.offload.transfers import CudaTransfers
-from offload.models import OPTIMIZERS, make_batch, make_engine, make_model, plain_state, streamed_of, values
+from offload.models import (
+    OPTIMIZERS,
+    Decoder,
+    decoder_loss,
+    make_batch,
+    make_engine,
+    make_model,
+    make_tokens,
+    plain_state,
+    streamed_of,
+    values,
+)
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -130,3 +141,61 @@ def test_copies_run_beside_the_computation(monkeypatch: pytest.MonkeyPatch):
     )
     shorter = min(sum(end - start for start, end in found) for found in spans.values())
     assert both > 0.5 * shorter
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_master_weights_have_equal_bits(name: str):
+    found = []
+    for level in ("none", "master"):
+        torch.manual_seed(0)
+        model = Decoder().cuda()
+        engine = make_engine(model, CUDA[name](list(model.parameters())), level, loss_fn=decoder_loss)
+        reports = [engine.step(make_tokens(number)) for number in range(20)]
+        state = {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
+        found.append((state, [report.grad_norm for report in reports]))
+    assert found[0] == found[1]
+    assert model.first.weight.dtype is torch.bfloat16
+
+
+def test_master_weights_are_saved_and_loaded():
+    def make(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = Decoder().cuda()
+        return make_engine(model, CUDA["adamw-fused"](list(model.parameters())), "master", loss_fn=decoder_loss)
+
+    first, second = make(0), make(1)
+    for number in range(3):
+        first.step(make_tokens(number))
+    second.step(make_tokens(0))
+    second.load_state_dict(first.state_dict())
+    for engine in (first, second):
+        engine.step(make_tokens(3))
+    one, other = (engine.state_dict()["model"] for engine in (first, second))
+    assert all(torch.equal(one[name].cpu(), other[name].cpu()) for name in one)
+    with first.whole_weights():
+        assert first.model.first.weight.dtype is torch.float32
+        assert first.model.first.weight.is_pinned()
+    assert first.model.first.weight.is_cuda
+
+
+def test_peak_of_training_is_without_master_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streamed_optimizer, "CHUNK_BYTES", 64 * MIB)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(48)]).cuda()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return model(batch).float().square().sum(), len(batch)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    engine = make_engine(model, optimizer, "master", microbatch=8, loss_fn=loss_fn, noise=False, max_grad_norm=1.0)
+    engine.step(torch.randn(16, 2048))
+    gc.collect()
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    assert base < 0.5 * weights + 64 * MIB  # the weights in bfloat16
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        engine.step(torch.randn(16, 2048))
+    assert torch.cuda.max_memory_allocated() < 1.5 * weights + 3 * 96 * MIB + 128 * MIB

@@ -112,7 +112,8 @@ def open_window(
         accumulator.prepare()
         lengths = splitter.lengths_of(batch)
         parts = splitter.split(batch, lengths, microbatch_size)
-        probe_weights(accumulator, loss_fn, parts)
+        if accumulator.update.offload is not None:
+            probe_weights(accumulator, loss_fn, parts)
         totals: Mapping[str, Items] | None = None if count_items is None else count_items(batch)
         runner.prepare()
         if sync.needs_padding_microbatch and parts.groups:
