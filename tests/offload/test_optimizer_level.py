@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import bigbatch
 from bigbatch.autotune.peak_prediction import PeakPredictor
+from bigbatch.offload.transfers import Transfers
 from offload.models import (
     CHUNK_BYTES,
     OPTIMIZERS,
@@ -260,3 +261,30 @@ def test_copied_engine_streams_a_state_of_its_own():
     assert theirs.streamed[0].optimizer is other.optimizers[0]
     own = {v.data_ptr() for s in mine.streamed[0].optimizer.state.values() for v in s.values()}
     assert own.isdisjoint(v.data_ptr() for s in theirs.streamed[0].optimizer.state.values() for v in s.values())
+
+
+@pytest.mark.parametrize(("name", "level"), [("adamw-fused", "optimizer"), ("adamw-foreach", "master")])
+def test_chunks_of_nominal_size_arrive_while_others_are_computed(
+    name: str, level: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Counts of steps, a third moment or master weights make a chunk larger than twice its parameters."""
+    model = nn.Sequential(*[nn.Linear(8, 16, bias=False) if n % 2 else nn.Linear(16, 8, bias=False) for n in range(6)])
+
+    def loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch).float().square().sum(), len(batch)
+
+    engine = make_engine(model, OPTIMIZERS[name](list(model.parameters())), level, loss_fn=loss)
+    engine.step(torch.randn(4, 16))
+    calls: list[str] = []
+    for direction in ("to_device", "to_host"):
+        original = getattr(Transfers, f"_copy_{direction}")
+
+        def noted(*words: Any, direction: str = direction, original: Any = original) -> Any:
+            calls.append(direction)
+            return original(*words)
+
+        monkeypatch.setattr(Transfers, f"_copy_{direction}", noted)
+    engine.step(torch.randn(4, 16))
+    assert len(streamed_of(engine).chunks) == 6
+    assert calls == ["to_device", *["to_device", "to_host"] * 5, "to_host"]

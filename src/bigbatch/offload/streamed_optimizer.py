@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from bigbatch.offload.arena import Arena, arena_bytes
+from bigbatch.offload.arena import SLOT_FACTOR, Arena, arena_bytes
 from bigbatch.offload.narrow_weights import NarrowWeights
 from bigbatch.offload.partial_step import StepSettings, only_parameters, plain_step, without_hooks
 from bigbatch.offload.state_chunk import CHUNK_BYTES, StateChunk, lay_out, make_chunks, streamed_state
@@ -39,7 +39,7 @@ class StreamedOptimizer:
         optimizer: One that `check_streamable` accepts.
         transfers: Copies.
         weights: Those of its parameters that are bfloat16 on the device; none by default.
-        chunk_bytes: As for `make_chunks`, and the largest slot of the arena; 64 MiB by default.
+        chunk_bytes: As for `make_chunks`; 64 MiB by default.
 
     Attributes:
         optimizer, transfers, weights: As passed.
@@ -79,7 +79,7 @@ class StreamedOptimizer:
     @property
     def device_bytes(self) -> int:
         """Memory of the device that a step needs for the state that passes through."""
-        return arena_bytes([chunk.num_bytes for chunk in self.chunks], self._chunk_bytes)
+        return arena_bytes([chunk.num_bytes for chunk in self.chunks], SLOT_FACTOR * self._chunk_bytes)
 
     def prepare(self, init_state: InitState | None = None) -> None:
         """Move all state to host memory, and create what is missing there; little of it is on the device at a time.
@@ -159,7 +159,7 @@ class StreamedOptimizer:
                 )
         self.prepare()
         chunks = [chunk for chunk in self.chunks if any(map(self.weights.has_gradient, chunk.parameters))]
-        arena = Arena(self.transfers, chunks, self._chunk_bytes)
+        arena = Arena(self.transfers, chunks, SLOT_FACTOR * self._chunk_bytes)
         try:
             self.transfers.begin()
             with without_hooks(optimizer):
