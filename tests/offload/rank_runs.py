@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import bigbatch
+from bigbatch.errors import InputError
 from offload.models import (
     OPTIMIZERS,
     Decoder,
@@ -52,3 +54,27 @@ def train_decoder(level: str, updates: int) -> dict[str, Any]:
             engine.step(tokens[:5] if rank == 0 else tokens[5:])
     weights = {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
     return {"weights": weights, "state": plain_state(optimizer)}
+
+
+def train_wrapped(level: str, updates: int) -> dict[str, Any]:
+    """Train in ``DistributedDataParallel``; return the float32 parameters."""
+    rank = dist.get_rank()
+    with small_chunks():
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(Decoder())
+        optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+        engine = make_engine(model, optimizer, level, loss_fn=decoder_loss)
+        for number in range(updates):
+            tokens = make_tokens(number)
+            engine.step(tokens[:5] if rank == 0 else tokens[5:])
+    return {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
+
+
+def refuse_wrapped() -> str:
+    """Return the message that refuses master weights under ``DistributedDataParallel``."""
+    model = nn.parallel.DistributedDataParallel(Decoder())
+    try:
+        make_engine(model, OPTIMIZERS["adamw"](list(model.parameters())), "master", loss_fn=decoder_loss)
+    except InputError as error:
+        return str(error)
+    return "no error"

@@ -395,3 +395,11 @@ def test_training_run_without_autocast_is_refused(tmp_path: Path):
         r"optimizer\.$",
     ):
         run(tmp_path / "run", model=model, data=(data,), steps=1, precision="float32", offload="master")
+
+
+def test_wrapped_model_is_refused(pools: Pools):
+    (message, _) = pools(2).run(rank_runs.refuse_wrapped)
+    assert message == (
+        'offload="master" changes the dtype of parameters, which DistributedDataParallel does not follow: pass the '
+        "model without it, and sync=bigbatch.Replicated(model)."
+    )

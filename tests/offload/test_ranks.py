@@ -13,3 +13,10 @@ def test_ranks_have_equal_bits(pools: Pools, name: str):
     assert all(each["copies"] > 0 for each in streamed)
     assert [(each["values"], each["states"]) for each in streamed] == [(e["values"], e["states"]) for e in plain]
     assert streamed[0]["values"] == streamed[1]["values"]
+
+
+def test_wrapped_model_has_equal_bits(pools: Pools):
+    plain = pools(2).run(rank_runs.train_wrapped, "none", 5)
+    streamed = pools(2).run(rank_runs.train_wrapped, "optimizer", 5)
+    assert streamed == plain
+    assert streamed[0] == streamed[1]

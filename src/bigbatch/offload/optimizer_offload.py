@@ -42,7 +42,7 @@ class OptimizerOffload:
         self._is_probed = not narrow
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerOffload":
-        """Copy it for a copied model; weights that are narrow stay narrow, and have master weights of their own."""
+        """Copy it for copied optimizers, whose state then gets host memory of its own; not with narrow weights."""
         parts = [each.optimizer for each in self.streamed]
         if self.weights.names:
             raise InputError('an update with offload="master" cannot be copied: its weights are in host memory.')
@@ -80,7 +80,8 @@ class OptimizerOffload:
         """Return the float32 value of a narrow weight, in host memory; any other tensor itself."""
         if tensor not in self.weights.narrowed:
             return tensor
-        return self._masters()[tensor]
+        chunks = (chunk for each in self.streamed for chunk in each.chunks)
+        return next(chunk.masters[tensor] for chunk in chunks if tensor in chunk.masters)
 
     def refresh(self) -> None:
         """Write the narrow weights after their float32 values have changed."""
@@ -174,6 +175,11 @@ def offload_optimizers(
         raise InputError(f"offload={level!r} moves the state of the optimizer, and there is none: pass the optimizer.")
     parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     _check_parameters(parameters)
+    if level == "master" and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InputError(
+            'offload="master" changes the dtype of parameters, which DistributedDataParallel does not follow: pass the '
+            "model without it, and sync=bigbatch.Replicated(model)."
+        )
     narrow = find_narrow_weights(model, parameters) if level == "master" and model is not None else {}
     if level == "master" and not narrow:
         raise InputError(
