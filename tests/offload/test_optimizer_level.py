@@ -263,11 +263,11 @@ def test_copied_engine_streams_a_state_of_its_own():
     assert own.isdisjoint(v.data_ptr() for s in theirs.streamed[0].optimizer.state.values() for v in s.values())
 
 
-@pytest.mark.parametrize(("name", "level"), [("adamw-fused", "optimizer"), ("adamw-foreach", "master")])
+@pytest.mark.parametrize(("name", "level"), [("adamw-foreach", "optimizer"), ("adamw", "master")])
 def test_chunks_of_nominal_size_arrive_while_others_are_computed(
     name: str, level: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Counts of steps, a third moment or master weights make a chunk larger than twice its parameters."""
+    """A third moment or master weights make a chunk larger than twice its parameters."""
     model = nn.Sequential(*[nn.Linear(8, 16, bias=False) if n % 2 else nn.Linear(16, 8, bias=False) for n in range(6)])
 
     def loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
