@@ -4,16 +4,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: train test test-versions setup lint format docs clean
+TOOLS  := $(VENV)/release-tools
+PROJECT = -e ".[train,dev]"
+
+.PHONY: train demo test test-versions setup lint format docs clean dist sbom test-release release-check
 .DEFAULT_GOAL := train
 
-train: setup  ## train a small language model on Python's own standard library (a few minutes on two cores)
+train: setup  ## train a small language model on Python's own standard library (about two minutes on two cores)
 	$(BIN)/bigbatch train $(ARGS)
+
+demo: setup  ## draw the loss by the number of micro-batches: usual accumulation compared with bigbatch (a minute)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint  ## lint, type-check and run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-versions: setup  ## test the integrations with the lowest and the newest frameworks, each in its own environment
+test-versions: setup  ## test with the lowest dependencies, and the integrations with the newest, each in its own environment
 	$(BIN)/python .ci/framework_versions.py $(ARGS)
 
 lint: setup
@@ -27,16 +33,37 @@ format: setup
 
 setup: $(STAMP)
 
+# $(1): an environment, $(2): what pip installs into it.
 # A Debian python3 may come without ensurepip: then its own pip installs into the bare environment.
-$(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --without-pip $(VENV)
-	@echo "installing bigbatch and what it needs into $(VENV) (one to two minutes)"
-	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"; \
+define install
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) 2>/dev/null || $(PYTHON) -m venv --without-pip $(1)
+	@if $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+	  $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2); \
 	else \
-	  $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"; \
+	  $(PYTHON) -m pip --python $(1)/bin/python install --quiet --disable-pip-version-check -c constraints.txt $(2); \
 	fi
 	@touch $@
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing bigbatch and what it needs into $(VENV) (one to two minutes)"
+	$(call install,$(VENV),$(PROJECT))
+
+dist: $(TOOLS)/installed  ## build the sdist and the wheel of the last commit into dist/, twice, and check both
+	$(TOOLS)/bin/python .ci/distributions.py
+
+sbom: dist  ## write the bill of materials of the wheel with its extra `train`, as CycloneDX JSON into dist/
+	$(TOOLS)/bin/python .ci/bill_of_materials.py
+
+test-release: dist  ## install the wheel into empty environments, with and without extras, and test it there
+	$(TOOLS)/bin/python -m pytest -p no:cacheprovider --confcutdir=tests/release tests/release $(ARGS)
+
+release-check:  ## refuse a release whose version, changelog, tag or working tree is not ready
+	$(PYTHON) .ci/release_check.py
+
+$(TOOLS)/installed: .ci/release-tools.txt constraints.txt
+	@echo "installing the tools of a release into $(TOOLS) (under a minute)"
+	$(call install,$(TOOLS),-r .ci/release-tools.txt)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

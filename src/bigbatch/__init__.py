@@ -79,14 +79,16 @@ _MODULES = {"losses"}
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"bigbatch.{name}")  # sets the attribute
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'bigbatch' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else, type checkers would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"bigbatch.{name}")  # sets the attribute
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'bigbatch' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

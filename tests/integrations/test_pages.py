@@ -1,6 +1,5 @@
-"""The pages and the notebook of the integrations run, and print what they show."""
+"""The pages of the integrations run, and print what they show."""
 
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,19 +44,6 @@ def test_python_of_sentence_transformers_page_runs(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "the last batch: 88 pairs in 11 micro-batches" in printed
     assert refusal in printed
-
-
-def test_notebook_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    cells = json.loads((ROOT / "docs/notebooks/trainer.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    run(["".join(cell["source"]) for cell in code], "trainer.ipynb")
-    printed = capsys.readouterr().out
-    outputs = ["".join(output["text"]) for cell in code for output in cell["outputs"]]
-    assert len(outputs) == 3
-    assert all(shows(printed, output) for output in outputs)
-    errors = re.findall(r"^(?:with exact|TokenBudget): +(\S+)$", printed, flags=re.MULTILINE)
-    assert len(errors) == 2
-    assert max(map(float, errors)) <= 1e-12
 
 
 def test_other_lines_are_noticed() -> None:

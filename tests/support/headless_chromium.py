@@ -12,6 +12,7 @@ import json
 import os
 import select
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,22 +28,42 @@ def find_chromium() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
-class Browser:
-    """A Chromium process."""
+def find_wide_font() -> Path | None:
+    """Return a bold monospaced font of this machine, whose letters are wider than those of most; None without one."""
+    if (program := shutil.which("fc-list")) is None:
+        return None
+    found = subprocess.run(
+        [program, ":spacing=100:bold:scalable=true", "file"], capture_output=True, text=True, check=True
+    )
+    files = sorted(line.strip().rstrip(":") for line in found.stdout.splitlines())
+    return Path(files[0]) if files else None
 
-    def __init__(self, program: str) -> None:
+
+class Browser:
+    """A Chromium process.
+
+    Args:
+        program: Its path.
+        font: The only font that it has; by default those of the machine.
+    """
+
+    def __init__(self, program: str, *, font: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
         flags = [
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={self._folder.name}",
+            "--disable-background-networking", "--remote-debugging-pipe", "--hide-scrollbars",
+            f"--user-data-dir={self._folder.name}",
         ]  # fmt: skip
         # Chromium reads commands from descriptor 3 and answers on 4; copies from 10 on cannot be one of these.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser)]
         actions = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
         actions += [(os.POSIX_SPAWN_DUP2, end, n) for end, n in zip(ends, (3, 4), strict=True)]
-        self._process = os.posix_spawn(program, [program, *flags, "about:blank"], os.environ, file_actions=actions)
+        environment = dict(os.environ)
+        if font is not None:
+            environment["FONTCONFIG_FILE"] = str(_fonts_with_only(font, Path(self._folder.name)))
+        self._process = os.posix_spawn(program, [program, *flags, "about:blank"], environment, file_actions=actions)
         for end in (to_browser, from_browser, *ends):
             os.close(end)
         self._rest = b""
@@ -120,6 +141,20 @@ class Browser:
         self.wait_for("Page.loadEventFired", session)
         yield Page(self, session)
         self.call("Target.closeTarget", targetId=target)
+
+
+def _fonts_with_only(font: Path, folder: Path) -> Path:
+    """Write a configuration of fontconfig with one font for every name."""
+    fonts = folder / "fonts"
+    fonts.mkdir()
+    (fonts / font.name).symlink_to(font)
+    path = folder / "fonts.conf"
+    path.write_text(
+        '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">'
+        f"<fontconfig><dir>{fonts}</dir><cachedir>{folder / 'font-cache'}</cachedir></fontconfig>",
+        encoding="utf-8",
+    )
+    return path
 
 
 class Page:

@@ -118,6 +118,7 @@ class RecordingCallback:
         self.rows: list[dict[str, Any]] = []
         self.validations: list[tuple[int, float]] = []
         self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.validation_metrics: list[tuple[int, dict[str, float]]] = []
         self.samples: list[tuple[int, str]] = []
 
     def on_update(self, row: dict[str, Any]) -> None:
@@ -128,6 +129,9 @@ class RecordingCallback:
 
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         self.evaluations.append((step, dict(losses)))
+
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.validation_metrics.append((step, dict(metrics)))
 
     def on_sample(self, step: int, text: str) -> None:
         self.samples.append((step, text))

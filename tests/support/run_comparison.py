@@ -9,6 +9,7 @@ import torch
 
 from bigbatch.lm.checkpoint import newest, read
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.runs.samples import read_samples
 from bigbatch.lm.training.optimizer import lr_factor
 from support.language_models import metrics
 
@@ -28,7 +29,7 @@ def differing_results(run: Path, other: Path) -> list[str]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """Return the results of a run: model, metrics, quarantine, newest checkpoint."""
+    """Return the results of a run: model, metrics, quarantine, samples of text, newest checkpoint."""
     quarantine = run / "quarantine.jsonl"
     path, _ = newest(run / "checkpoints")
     assert path is not None
@@ -41,6 +42,7 @@ def results(run: Path) -> dict[str, Any]:
         "model": {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in saved},
         "metrics": [json.dumps({k: v for k, v in row.items() if k not in CLOCK}) for row in metrics(run)],
         "quarantine": quarantine.read_bytes() if quarantine.exists() else b"",
+        "samples": read_samples(run),
         "checkpoint": path.name,
         "state": json.dumps(state),
         "tensors": {

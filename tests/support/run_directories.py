@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bigbatch.lm.runs.samples import Sample, write_sample
+
 WINDOW = {
     "layout": "padded",
     "token_budget": 408,
@@ -27,6 +29,7 @@ BEGIN = {
     "parameters": 4_200_000,
     "trained": 4_200_000,
     "recomputed": "none",
+    "process_bytes": 840_000_000,
     "versions": VERSIONS,
     "window": WINDOW,
 }
@@ -77,9 +80,11 @@ def rows(
             "peak_bytes": int(9.2e8 + 8e7 * min(1.0, at * 5)),
             "elapsed_s": seconds,
             "skipped": None,
+            "sequences": 32,
         }
         if validation_every and step % validation_every == 0:
             row["validation_loss"] = scale * (2.4 + 6.3 * math.exp(-9 * at))
+            row["validation_perplexity"] = math.exp(row["validation_loss"])
         found.append(row)
     return found
 
@@ -117,6 +122,7 @@ def make_rich_run(folder: Path, number: int = 300, **options: Any) -> Path:
         at = row["step"] / number
         row |= {
             "noise_scale_items": 900 * math.exp(4 * at) if at > 0.05 else None,
+            "noise_scale_sequences": 7 * math.exp(4 * at) if at > 0.05 else None,
             "ranks": 4,
             "slowest_rank": row["step"] % 3,
             "slowest_share": 0.26 + 0.02 * math.sin(row["step"] / 9),
@@ -142,4 +148,7 @@ def make_rich_run(folder: Path, number: int = 300, **options: Any) -> Path:
                          "checkpoint": f"step-{number * 2 // 3}", "passed_over": [], "settings": {}},
         {"at": "2025-05-01T11:20:00+00:00", "event": "finished", "step": number, "why": None},
     ]  # fmt: skip
-    return make_run(folder, lines, events=events, choice=CHOICE, proof=PROOF, settings={"memory": None})
+    run = make_run(folder, lines, events=events, choice=CHOICE, proof=PROOF, settings={"memory": None})
+    for step in (number // 2, number):
+        write_sample(run, Sample(step, "def ", f"def f_{step}(x):\n    return x < 1 & x"))
+    return run

@@ -40,8 +40,7 @@ POSITIONAL_NAMES = {"run": "RUN", "runs": "RUN", "prompt": "PROMPT", "data": "DA
 def parse(command: str, argv: Sequence[str]) -> tuple[BaseModel, ...]:
     """Return the arguments of the command's ``run``: its validated models, in order.
 
-    train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; resume: ``(TrainConfig, ResumeOptions)``; verify:
-    ``(TrainConfig, VerifyOptions)``; generate: ``(GenerateOptions,)``, and so on for the other commands.
+    train: ``(TrainConfig,)``; plan: ``(TrainConfig, PlanOptions)``; generate: ``(GenerateOptions,)``, and so on.
 
     Raises:
         InputError: An argument, or the file named by ``--config``, is invalid; the message is one sentence.
@@ -179,7 +178,8 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
         hint = f" Pass data as --data {truncate(' '.join(positionals))}." if reads_data else ""
         raise InputError(f"unexpected argument {unexpected}: {command} accepts {spec.usage_words}.{hint}")
     if spec.positionals and not positionals:
-        order = ", before --data, which accepts every value after it" if "data" in namespace else ""
+        several = [key for key, value in vars(namespace).items() if isinstance(value, list)]
+        order = f", before {_flag(several[-1])}, which accepts every value after it" if several else ""
         raise InputError(f"{spec.missing}{order}.")
     return vars(namespace) | dict(zip(spec.positionals, positionals, strict=False))
 

@@ -169,6 +169,11 @@ class TrainingDisplay:
         parts = (f"{name} {loss:.3f} (perplexity {perplexity(loss):,.4g})" for name, loss in losses.items())
         self._console.print(f"update {step}: validation loss of {', '.join(parts)}")
 
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a validation of pairs."""
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
+        self._console.print(f"update {step}: validation {shown}")
+
     def on_sample(self, step: int, text: str) -> None:
         """Show a text sample, with the prompt in bold on a terminal."""
         self._pace.paused()

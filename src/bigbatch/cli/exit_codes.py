@@ -11,7 +11,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 TRAIN_EXTRA = frozenset(
-    ["transformers", "tokenizers", "datasets", "safetensors", "peft", "pydantic", "pydantic_core", "rich", "filelock"]
+    (
+        *("transformers", "tokenizers", "datasets", "safetensors", "peft", "pydantic", "pydantic_core", "rich"),
+        *("filelock", "huggingface_hub", "numpy", "pyarrow", "fsspec", "jinja2", "yaml"),
+    )
 )
 """Modules installed by the extra ``train``; a missing one is reported as one sentence, without a traceback."""
 

@@ -264,24 +264,26 @@ class BenchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workload: Literal["auto", "w", "w-lora", "w-small"] = Field(
+    workload: Literal["auto", "w", "w-1.5b", "w-lora", "w-7b-lora", "w-small"] = Field(
         default="auto",
         description="model and batch of the update. w, on CUDA: Qwen2 with 494M parameters, 256 sequences with 92,493 "
-        "tokens in total, bf16. w-lora, on CUDA: LoRA adapters on Qwen2 with 1.5B parameters, 64 such sequences. "
+        "tokens in total, bf16. w-1.5b, on CUDA: the same with 1.5B parameters. w-lora, on CUDA: LoRA adapters on "
+        "Qwen2 with 1.5B parameters, 64 such sequences. w-7b-lora, on CUDA: the same with 7.6B parameters. "
         "w-small, on the CPU: Qwen2 with 4M parameters, 32 sequences with 1,444 tokens, float32, about a minute. "
         "auto = w if CUDA is available, else w-small",
     )
     memory: MemoryText | None = Field(
         default=None,
         description="GPU memory that this process may use, such as 24GiB or 30%; on the CPU only bigbatch respects it "
-        "(default: 24GiB for w, 16GiB for w-lora, none for w-small)",
+        "(default: 24GiB for w, 16GiB for w-lora, 40GiB for w-7b-lora, none for the others)",
     )
     rounds: Count = Field(default=2, description="timed updates per tool; the table shows the median")
     only: Annotated[tuple[Annotated[str, AfterValidator(_check_entry)], ...], BeforeValidator(_split_commas)] | None = (
         Field(
             default=None,
             description="tools to run, as NAME, or NAME:SAMPLES to set the samples per micro-batch, such as "
-            f"bigbatch,trainer:4 (default: all, which are {', '.join(SAMPLES)})",
+            "bigbatch,trainer:4; for torchtitan and the hand-written loops, rows of as many tokens as the longest "
+            f"sequence (default: all, which are {', '.join(SAMPLES)})",
         )
     )
     save: Folder | None = Field(

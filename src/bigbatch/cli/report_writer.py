@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bigbatch.cli.console import OutputConsole, make_console
 from bigbatch.cli.exit_codes import DONE
+from bigbatch.cli.next_steps import guidance
 from bigbatch.cli.options import ReportOptions
 from bigbatch.lm.report.output_file import check_place, write_page
 from bigbatch.lm.report.page import page
@@ -25,7 +26,7 @@ def write_report(options: ReportOptions) -> int:
     check_place(target)
     console = make_console()
     watched = options.watch and _any_running(runs)
-    num_bytes = write_page(target, page(runs, refresh=watched))
+    num_bytes = write_page(target, _page(runs, refresh=watched))
     console.print(f"{target}: {describe_bytes(num_bytes)}, {_states(runs)}")
     if watched:
         runs = _watch(folders, target, console)
@@ -47,13 +48,17 @@ def _watch(folders: tuple[Path, ...], target: Path, console: OutputConsole) -> l
             shown = now
             started_s = time.perf_counter()
             runs = [read_run(folder) for folder in folders]
-            write_page(target, page(runs, refresh=_any_running(runs)))
+            write_page(target, _page(runs, refresh=_any_running(runs)))
             pause_s = max(POLL_INTERVAL_S, WAIT_PER_WRITE * (time.perf_counter() - started_s))
     except KeyboardInterrupt:
         print()  # the terminal has just written ^C
     runs = [read_run(folder) for folder in folders]
-    write_page(target, page(runs))
+    write_page(target, _page(runs))
     return runs
+
+
+def _page(runs: list[Run], *, refresh: bool = False) -> str:
+    return page(runs, guidance=[guidance(run) for run in runs], refresh=refresh)
 
 
 def _any_running(runs: list[Run]) -> bool:

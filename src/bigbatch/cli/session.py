@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import OutputConsole, TrainingDisplay, duration
 from bigbatch.cli.exit_codes import DONE, STOPPED
-from bigbatch.cli.next_steps import suggested_commands
+from bigbatch.cli.next_steps import resume_command, same_job, suggested_commands
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.cli.torchrun import WatchdogCallback, watchdog
 from bigbatch.errors import InputError
 from bigbatch.lm.advice.batch_advice import one_line
 from bigbatch.lm.advice.run_evidence import read_evidence
 from bigbatch.lm.config.batch_schedule import read
-from bigbatch.lm.config.field_groups import flag_of
-from bigbatch.lm.config.objective_fields import OF_OBJECTIVE
 from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, METRICS, MODEL
-from bigbatch.lm.text import plural
-from bigbatch.lm.training.dashboards import with_dashboard
+from bigbatch.lm.text import SAMPLE_NOUNS, plural
+from bigbatch.lm.training.dashboards import with_dashboards
 from bigbatch.lm.training.event_log import EventLog
 
 if TYPE_CHECKING:
@@ -55,9 +53,9 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         stop_on_signals(
             setup.config.grace_s, duplicate_s=DUPLICATE_SIGNAL_S if ranks.size > 1 else 0.0, quiet=not ranks.is_first
         ) as stop,
-        with_dashboard(
+        with_dashboards(
             display,
-            config.log if ranks.is_first else "none",
+            config.log if ranks.is_first else (),
             directory.path,
             done=done,
             settings=config.model_dump(mode="json"),
@@ -77,7 +75,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
     if not outcome.finished:
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
-        console.print_unbroken(f"to continue: bigbatch resume {shlex.quote(str(directory.path))}")
+        console.print_unbroken(f"to continue: {resume_command(directory.path)}")
     if outcome.stopped_early:
         count = plural(setup.config.early_stopping or 0, "validation")
         console.print(
@@ -190,18 +188,18 @@ def next_lines(
     config: TrainConfig, directory: RunDirectory, setup: "TrainingSetup", *, finished: bool = True
 ) -> list[str]:
     """Return the next commands, to copy; ``config`` is the requested configuration."""
-    commands = suggested_commands(setup, directory, prompt=_quoted(config.sample_prompt), finished=finished)
+    from bigbatch.lm.training.chat_detection import trains_on_chats
+
+    commands = suggested_commands(config, directory.path, is_chat=trains_on_chats(setup), finished=finished)
     if finished:
-        same = _same_job(config)
+        same = same_job(config)
         commands.append(f"bigbatch verify{same}   checks that splitting the batch does not change the gradient")
     return [f"{'      ' if place else 'next: '}{command}" for place, command in enumerate(commands)]
 
 
 def sample_noun(config: TrainConfig) -> str:
     """Return what a sample of the objective is."""
-    from bigbatch.lm.data.pair_dataset import NOUNS
-
-    return NOUNS[config.objective]
+    return SAMPLE_NOUNS[config.objective]
 
 
 def _batch(setup: "TrainingSetup") -> str:
@@ -237,25 +235,3 @@ def _split(trainer: "Trainer") -> str:
         return f"{plural(len(groups), 'micro-batch')} of up to {plural(budget, 'token')}"
     up_to = "" if len(lengths) % len(groups[0]) == 0 else "up to "
     return f"{plural(len(groups), 'micro-batch')} of {up_to}{plural(len(groups[0]), noun)}"
-
-
-def _quoted(prompt: str) -> str:
-    """Quote a prompt for a shell, with double quotes as in the documentation if they are sufficient."""
-    return f'"{prompt}"' if prompt.isprintable() and not set(prompt) & set('"$`\\!') else shlex.quote(prompt)
-
-
-_READING = ("text_column", "messages_column", "chat_template", "train_on")  # of records and conversations
-
-
-def _same_job(config: TrainConfig) -> str:
-    """Return the flags for a command on the same model and data."""
-    default = TrainConfig()
-    source = ("model",) if config.model_config_path is None else ("model_config_path", "tokenizer")
-    of_model = (*source, "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora", "quantize")
-    names = ("objective", *OF_OBJECTIVE, "data", "split", "subset", *of_model, "precision", *_READING)
-    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
-    words = []
-    for name, value in given.items():
-        values = [] if value is True else value if isinstance(value, tuple) else [value]
-        words.append(shlex.join([flag_of(name), *map(str, values)]))
-    return "".join(f" {word}" for word in words)

@@ -211,6 +211,10 @@ class WatchdogCallback:
         """Forward the losses of named sets."""
         self._forward("on_evaluation", step, losses)
 
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Forward the metrics of a validation of pairs."""
+        self._forward("on_validation_metrics", step, metrics)
+
     def on_sample(self, step: int, text: str) -> None:
         """Forward a text sample."""
         self._forward("on_sample", step, text)

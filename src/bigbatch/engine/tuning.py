@@ -62,14 +62,19 @@ def choose_microbatch(
         fused.copies.free()  # measured without them: they are added to what is measured
         budget = resolve_memory_budget(memory, accumulator.device, problem.resident_tensors())
         copies = fused.expected_copies_bytes
-        copies_fit = not copies or copies <= LARGEST_COPIES * (budget.usable_bytes - problem.static_bytes())
-        problem = replace(problem, copies_bytes=copies if copies_fit else 0)
-        return {"choice": asdict(choose(problem, budget)), "copies_fit": copies_fit}
+        fit = copies_fit(copies, usable_bytes=budget.usable_bytes, static_bytes=problem.static_bytes())
+        problem = replace(problem, copies_bytes=copies if fit else 0)
+        return {"choice": asdict(choose(problem, budget)), "copies_fit": fit}
 
     found = run_on_first_rank(accumulator.sync.ranks, measure)
     if not found["copies_fit"]:
         fused.copies.forbid("micro-batches need the memory")
     return MicrobatchChoice.from_dict(found["choice"])
+
+
+def copies_fit(copies_bytes: int, *, usable_bytes: int, static_bytes: int) -> bool:
+    """Return whether narrow copies of weights leave enough of the memory that micro-batches may use."""
+    return not copies_bytes or copies_bytes <= LARGEST_COPIES * (usable_bytes - static_bytes)
 
 
 def _problem(

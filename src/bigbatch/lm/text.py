@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+SAMPLE_NOUNS = {"sft": "sequence", "dpo": "pair", "reward": "pair", "embedding": "example"}
+"""What a sample of an objective is, for notes."""
+
 
 def plural(number: int, noun: str) -> str:
     """Return ``1,234 files`` or ``1 file``: a number with its noun, for notes."""

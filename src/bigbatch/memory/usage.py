@@ -137,6 +137,11 @@ def resolve_memory_budget(
     return MemoryBudget.from_limit(limit_bytes, None if memory is None else str(memory), reserved_bytes=reserved_bytes)
 
 
+def bytes_outside(tensors: Iterable[Tensor]) -> int:
+    """Return the resident set of this process without tensors: Python, libraries, data."""
+    return max(0, _resident_bytes() - _bytes_of(tensors, torch.device("cpu")))
+
+
 def _bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:
     on_device = (tensor for tensor in tensors if tensor.device.type == device.type)
     return sum({memory._cdata: memory.nbytes() for tensor in on_device for memory in storages(tensor)}.values())

@@ -59,6 +59,13 @@ def test_advice_without_adamw_names_no_rule() -> None:
     )
 
 
+def test_advice_counts_pairs_of_preference_runs() -> None:
+    measured = evidence_of([{"noise_scale_sequences": 64.0, "noise_low_sequences": 1.0}] * 3, objective="dpo")
+    assert (
+        advise(measured).sentences[0].startswith("The batch of 32 pairs is near the gradient noise scale, about 64 p")
+    )
+
+
 def test_smaller_batch_gains_nothing_far_below_scale() -> None:
     advice = advise(found(batch=8.0, microbatches=4, scale=4000.0, low=3000.0, high=5000.0))
     assert (advice.verdict, advice.smaller_batch) == ("far below", None)
@@ -199,6 +206,23 @@ def test_branch_table_fits_forty_columns(
     lines = terminal_lines(capfd.readouterr().out)
     assert "  batch updates     loss  penalty      ±" in lines
     assert max(map(len, lines)) <= 40
+
+
+def test_branches_of_pairs_have_their_unit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"{i} plus {i}", "chosen": f"is {2 * i}", "rejected": "is odd"} for i in range(40)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    flags = {
+        "data": data, "out": tmp_path / "run", "steps": 2, "global-batch": 2, "microbatch": 1, "max-length": 32,
+        "validation-fraction": 0.1, "device": "cpu", "objective": "dpo",
+    }  # fmt: skip
+    assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0
+    capfd.readouterr()
+    assert main(["advise", str(tmp_path / "run"), "--branch", "--branch-updates", "1"]) == 0
+    out = " ".join(capfd.readouterr().out.split())
+    assert "loss: of the held-out pairs, in nats per pair; ±: half" in out
+    assert "token" not in out
+    assert "sequences" not in out
 
 
 def test_branches_use_same_samples_and_keep_run_unchanged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,12 @@ import torch
 from bigbatch.cli import main
 from bigbatch.cli.commands import bench
 from bigbatch.cli.commands.bench import describe
+from bigbatch.cli.options import BenchOptions
 from bigbatch.errors import MemoryLimitError
 from bigbatch.lm.bench import bigbatch_runner
 from bigbatch.lm.bench.benchmark import BenchmarkResult, ContestantResult
-from bigbatch.lm.bench.entries import missing
+from bigbatch.lm.bench.entries import SAMPLES, missing
+from bigbatch.lm.bench.meter import Similarity
 from bigbatch.lm.bench.workload import WORKLOADS
 from bigbatch.lm.device import DeviceSpec
 from support.command_line import SENTENCE, files_below
@@ -43,7 +45,7 @@ def test_table_lists_every_tool_and_nothing_is_written(folder: Path, capfd: pyte
         second,
     )
     assert re.search(r"^bigbatch +auto +[\d,]+ +× 1\.00 +1\.00000 +1\.000$", printed, re.MULTILINE)
-    for name in ("trainer", "trainer-checkpointing", "trainer-expert", "accelerate", "lightning"):
+    for name in [name for name in SAMPLES if name != "bigbatch"]:
         figures = r"[\d,]+ +× [\d.]+ +[01]\.\d{5} +\d\.\d{3}"
         expected = re.escape(reason) if (reason := missing(name)) else figures
         assert re.search(rf"^{name} +\d+ +{expected}$", printed, re.MULTILINE), name
@@ -90,7 +92,10 @@ def test_exit_code_reports_missing_own_figures(
     assert re.search(r"^bigbatch +auto  out of memory$", capfd.readouterr().out, re.MULTILINE)
 
 
-NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, accelerate or lightning"
+NAMES = (
+    "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, accelerate, lightning, torchtitan, "
+    "torchtitan-varlen, hand-written or hand-written-sdpa"
+)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ NAMES = "it must be bigbatch, trainer, trainer-checkpointing, trainer-expert, ac
             "samples.",
         ),
         (["--rounds", "0"], "--rounds is 0: it must be at least 1."),
-        (["--workload", "x"], "--workload is 'x': it must be auto, w, w-lora or w-small."),
+        (["--workload", "x"], "--workload is 'x': it must be auto, w, w-1.5b, w-lora, w-7b-lora or w-small."),
         (["--memory", "24"], "--memory is 24: it needs a unit, such as 24GiB."),
         (["--save", ""], "--save is '': it must not be empty."),
         (["--save", "."], "--save . is a folder: pass a file, such as bench.txt."),
@@ -133,9 +138,35 @@ def test_invalid_comparison_is_one_sentence(
 def test_large_workload_needs_cuda(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.find_workload("auto") is TINY_WORKLOAD
-    assert main(["bench", "--workload", "w"]) == 2
-    said = capfd.readouterr().err.splitlines()[-1]
-    assert said == ("bigbatch bench: --workload w needs a CUDA device, but torch finds none: use --workload w-small.")
+    for name in ("w", "w-1.5b", "w-7b-lora"):
+        assert main(["bench", "--workload", name]) == 2
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert said == (
+            f"bigbatch bench: --workload {name} needs a CUDA device, but torch finds none: use --workload w-small."
+        )
+
+
+def test_known_card_adds_share_of_matrix_rate() -> None:
+    row = ContestantResult(
+        "bigbatch", "one line", None, (1200.0,), 3 * 2**30, Similarity(1.0, 1.0), first_update_s=12.34
+    )
+    device = DeviceSpec(torch.device("cpu"), "bf16")
+    result = BenchmarkResult(TINY_WORKLOAD, device, None, 1, 10**6, 8, 64, (row,), 64 * 10**9, 2e12)
+    assert result.share(row) == pytest.approx(0.6)  # 1,200 tokens/s of a billion operations each
+    table = list(describe(result))
+    assert table[3].split() == ["samples", "tokens/s", "speedup", "share", "GiB", "cosine", "norm"]
+    assert table[4].split() == ["bigbatch", "auto", "1,200", "×", "1.00", "0.600", "3.00", "1.00000", "1.000"]
+    assert len(table[4]) == len(table[3])
+    assert "bigbatch: one line; first update after 12.3 s" in table
+    text = " ".join(line.strip() for line in table)
+    assert (
+        "share: of 2 TFLOP/s, the rate of large bf16 matrix products on this card; per token 6 operations for each "
+        "weight (4 for a frozen one), and those of attention within documents."
+    ) in text
+    assert ", share 0.600, 3.00 GiB" in list(describe(result, width=89))[3]
+    assert list(describe(result, width=90))[3].split()[0] == "samples"
+    assert bench.as_json(result, BenchOptions())["rows"][0]["share"] == pytest.approx(0.6)
+    assert bench.as_json(result, BenchOptions())["rows"][0]["first_update_s"] == 12.34
 
 
 @pytest.mark.parametrize("peak_bytes", [None, 3 * 2**30])

@@ -2,17 +2,21 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 from bigbatch.cli import main
+from bigbatch.cli.arguments import parse
+from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.lock import RunLock
 from support.command_line import LIMIT_S, files_below, running
 from support.run_directories import BEGIN, make_rich_run, make_run, rows
@@ -52,6 +56,50 @@ def test_out_sets_the_path_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixt
     printed(capfd, run, "--out", tmp_path / "page.html")
     assert (tmp_path / "page.html").is_file()
     assert files_below(run) == before
+
+
+def words_of(page: Path) -> str:
+    return " ".join(unescape(re.sub("<[^>]*>", " ", page.read_text(encoding="utf-8"))).split())
+
+
+def test_advice_is_that_of_advise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    noise = {"noise_scale_sequences": 60.0, "noise_low_sequences": 40.0, "noise_high_sequences": 90.0}
+    run = make_run(tmp_path / "run", [row | noise | {"noise_scale_items": 7000.0} for row in rows(9)])
+    printed(capfd, run)
+    assert main(["advise", str(run)]) == 0
+    first = " ".join(capfd.readouterr().out.split()).partition(". ")[0]
+    assert first.startswith("The batch of 32 sequences is near the gradient noise scale, about 60 sequences (40 to 90)")
+    assert f"{first}. See also bigbatch advise {run}" in words_of(run / "report.html")
+
+
+def test_commands_suit_state_of_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stopped = make_run(tmp_path / "stopped", rows(3), events=[BEGIN, {"event": "stopped", "step": 3, "why": "SIGTERM"}])
+    printed(capfd, stopped)
+    assert f"Next: bigbatch resume {stopped} updates" in words_of(stopped / "report.html")
+    settings = {"steps": 3, "sample_prompt": "a b", "max_length": 64}
+    done = make_run(tmp_path / "done", rows(3), settings=settings)
+    (done / "model").mkdir()
+    printed(capfd, done)
+    longer = f"bigbatch train --model {done}/model --max-length 64 --steps 3"
+    assert "bigbatch resume" not in words_of(done / "report.html")
+    assert f"{longer} trains the model for longer, as a new run" in words_of(done / "report.html")
+    assert f'bigbatch generate {done} "a b"' in words_of(done / "report.html")
+    config, *_ = parse("train", shlex.split(longer)[2:])
+    assert isinstance(config, TrainConfig)
+    assert (config.model, config.max_length, config.steps) == (f"{done}/model", 64, 3)
+    chat = make_run(
+        tmp_path / "chat", rows(3), settings=settings, events=[BEGIN | {"chats": True}, {"event": "finished"}]
+    )
+    (chat / "model").mkdir()
+    printed(capfd, chat)
+    assert f'bigbatch generate {chat} --chat "Hello"' in words_of(chat / "report.html")
+
+
+def test_running_run_has_no_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", rows(3))
+    with RunLock(run):
+        printed(capfd, run)
+    assert "Next:" not in words_of(run / "report.html")
 
 
 def test_several_runs_share_page_in_first_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def test_main_job_runs_from_any_folder_without_terminal(tmp_path: Path) -> None:
     ]
     run = tmp_path / "runs" / "tiny-python-stdlib"
     names = {".lock", "checkpoints", "config.json", "events.jsonl", "metrics.jsonl", "microbatch.json", "model"}
-    assert {path.name for path in run.iterdir()} == names | {"run-manifest.json"}
+    assert {path.name for path in run.iterdir()} == names | {"run-manifest.json", "samples.jsonl"}
     assert AutoTokenizer.from_pretrained(run / "model")("def ").input_ids
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 2e6
 

@@ -64,8 +64,8 @@ def test_single_sequence_decides_nothing() -> None:
 def test_inconclusive_branch_is_no_result() -> None:
     rest = (
         "inconclusive at {}: the difference +0.0123 from the batch of 8 is within the spread ±0.0456 over the held-out "
-        "sequences, so it may be above or below 0.01 nats. Train with a larger --validation-fraction, or pass more "
-        "--branch-updates."
+        "sequences, so it may be above or below 0.01 nats per token. Train with a larger --validation-fraction, or "
+        "pass more --branch-updates."
     )
     assert conclusion(results("inconclusive", "penalty")) == rest.format(16)
     assert conclusion(results("no penalty", "inconclusive", "no penalty")) == (
@@ -83,3 +83,10 @@ def test_inconclusive_branch_is_no_result() -> None:
 )
 def test_largest_batch_before_penalty_is_result(verdicts: tuple[str, ...], expected: str) -> None:
     assert conclusion(results(*verdicts)) == f"largest batch without loss penalty: {expected}"
+
+
+def test_conclusion_names_unit_of_objective() -> None:
+    text = conclusion(results("no penalty", "inconclusive"), noun="pair", unit="nats per pair")
+    assert text.startswith("no loss penalty up to 16 pairs; inconclusive at 32: ")
+    assert "±0.0456 over the held-out pairs, so it may be above or below 0.01 nats per pair. Train" in text
+    assert conclusion(results("no penalty"), noun="pair").endswith("16 pairs or more")

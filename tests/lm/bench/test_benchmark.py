@@ -26,7 +26,7 @@ from bigbatch.lm.bench.meter import (
 from bigbatch.lm.bench.peer import Peer, pad
 from bigbatch.lm.bench.registry import make_contestant
 from bigbatch.lm.bench.shared_model import SharedModel
-from bigbatch.lm.bench.workload import W_SMALL, W, count_tokens, shift
+from bigbatch.lm.bench.workload import W_1_5B, W_7B_LORA, W_SMALL, W, count_tokens, shift
 from support.language_models import TINY_WORKLOAD
 
 SAME = 1 - 1e-6
@@ -54,6 +54,25 @@ def test_workload_is_that_of_published_figures() -> None:
     lengths = [len(sequence) for sequence in W.make_sequences()]
     assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (256, 92_493, 33, 2_048)
     assert sum(parameter.numel() for parameter in W.make_model("meta").parameters()) == 494_032_768
+
+
+def test_large_workloads_have_sizes_of_their_names() -> None:
+    sizes = {workload.name: workload.make_model("meta").num_parameters() for workload in (W_1_5B, W_7B_LORA)}
+    assert sizes == {"w-1.5b": 1_543_714_304, "w-7b-lora": 7_615_616_512}
+    assert count_tokens(W_1_5B.make_samples()) == 92_493
+    assert count_tokens(W_7B_LORA.make_samples()) == 25_473
+
+
+def test_weights_are_those_of_transformers_initialization() -> None:
+    model = W_SMALL.make_model("cpu")
+    layer = model.model.layers[0]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not layer.self_attn.q_proj.bias.any()
+    assert (layer.input_layernorm.weight == 1).all()
+    for matrix in (model.lm_head.weight.detach(), layer.mlp.gate_proj.weight.detach()):
+        assert float(matrix.mean()) == pytest.approx(0, abs=1e-3)
+        assert float(matrix.std()) == pytest.approx(model.config.initializer_range, rel=0.01)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_small_workload_matches_help() -> None:
@@ -208,7 +227,10 @@ def test_reset_keeps_tensor_addresses(stage: SharedModel) -> None:
 # the race --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLES if name != OURS])
+PEERS = [name for name in SAMPLES if not name.startswith((OURS, "torchtitan", "hand-written"))]
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_every_peer_makes_one_whole_batch_update(name: str, stage: SharedModel) -> None:
     if reason := missing(name):
         pytest.skip(reason)
@@ -229,6 +251,18 @@ def test_every_peer_makes_one_whole_batch_update(name: str, stage: SharedModel) 
     assert timer.elapsed_s > 0
 
 
+@pytest.mark.parametrize("name", [OURS, "trainer", "hand-written"])
+def test_first_update_is_timed_from_beginning_of_first_turn(name: str) -> None:
+    said: list[str] = []
+    (row,) = run(name, rounds=2, said=said).rows
+    after_s = row.first_update_s
+    assert after_s is not None
+    assert after_s > 0
+    told = [line for line in said if "first update" in line]
+    assert len(told) == 1
+    assert told[0].endswith(f"tokens/s, first update after {after_s:.1f} s")
+
+
 def test_our_update_covers_whole_batch_every_round() -> None:
     (row,) = run(OURS, rounds=2, memory="3GiB").rows
     assert row.problem is None
@@ -247,6 +281,7 @@ class Instant:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.notes: list[str] = []
+        self.first_update_s: float | None = None
         self.error = error
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
@@ -269,7 +304,11 @@ def test_tools_alternate_and_failures_have_rows(monkeypatch: pytest.MonkeyPatch)
     assert [found.ratio(row) is None for row in found.rows] == [True, True, False, False]
     assert found.ratio(found.rows[-1]) == 1
     names = ("trainer:1", "lightning:1", "accelerate:2", OURS)
-    assert said[-8:] == [f"round {n} of 2: {name}" for n in (1, 2) for name in names]
+    assert said[-16::2] == [f"round {n} of 2: {name}" for n in (1, 2) for name in names]
+    assert said[-15:-11:2] == ["trainer:1: out of memory", "lightning:1: failed: KeyError: 'x\\ny'"]
+    assert all(
+        re.fullmatch(rf"{name}: [\d,]+ tokens/s", line) for name, line in zip(names[2:], said[-3::2], strict=True)
+    )
 
 
 def test_our_oom_is_reported_and_other_errors_raise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,13 +329,15 @@ def test_optimizer_that_never_steps_is_reported(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_missing_package_has_row_with_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("accelerate", "lightning", "pytorch_lightning"):
+    for module in ("accelerate", "lightning", "pytorch_lightning", "torchtitan"):
         monkeypatch.setitem(sys.modules, module, None)
-    found = run("trainer", "accelerate", "lightning")
+    found = run("trainer", "accelerate", "lightning", "torchtitan", "torchtitan-varlen")
     assert [row.problem for row in found.rows] == [
         'accelerate is not installed: pip install "bigbatch[bench]"',
         'accelerate is not installed: pip install "bigbatch[bench]"',
         'lightning is not installed: pip install "bigbatch[bench]"',
+        "torchtitan is not installed: pip install torchtitan==0.2.2",
+        "torchtitan is not installed: pip install torchtitan==0.2.2",
     ]
 
 

@@ -65,7 +65,9 @@ def gradient(setup: TrainingSetup, samples: list[dict[str, Any]], microbatch: in
 
 def whole_gradient(setup: TrainingSetup, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Return the gradient of the batch in one forward and backward of torch."""
-    model, loss_fn, batch = setup.model, setup.loss_fn, setup.collate(samples)
+    device = setup.device_spec.device
+    model, loss_fn = setup.model, setup.loss_fn
+    batch = {name: tensor.to(device) for name, tensor in setup.collate(samples).items()}
     if isinstance(loss_fn, bigbatch.Coupled):
         loss_fn.loss(model, loss_fn.encode(model, batch)).backward()
     else:

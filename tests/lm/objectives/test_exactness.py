@@ -18,9 +18,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cases.make_folder(tmp_path_factory.mktemp("objectives"))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", cases.OBJECTIVES)
-def test_every_cut_gives_gradient_of_whole_batch(folder: Path, name: str) -> None:
-    setup = cases.set_up(folder, name)
+def test_every_cut_gives_gradient_of_whole_batch(folder: Path, name: str, device: str) -> None:
+    setup = cases.set_up(folder, name, device=device)
     samples = cases.samples_of(setup)
     assert len({len(row) for sample in samples for row in sample["sequences"]}) > 3, "lengths are ragged"
     whole = cases.whole_gradient(setup, samples)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -100,6 +101,14 @@ def desk_of(place: Path, usable_bytes: int | None, **settings: Any) -> RunEstima
     config = config.model_copy(update={"precision": "float32" if config.precision == "auto" else config.precision})
     room = None if usable_bytes is None else MemoryBudget(2 * usable_bytes, usable_bytes)
     target = PlanTarget("elsewhere", CPU, DeviceSpec(CPU, config.precision), room, is_local=False)
+    return RunEstimator(config, target, survey_of(place, **settings))
+
+
+def card_of(place: Path, usable_bytes: int, **settings: Any) -> RunEstimator:
+    """Plan for a card of so much memory."""
+    config = asked(place, precision="bf16", **settings).resolved()
+    room = MemoryBudget(2 * usable_bytes, usable_bytes)
+    target = PlanTarget("a card", torch.device("cuda"), DeviceSpec(CPU, "bf16"), room, is_local=False)
     return RunEstimator(config, target, survey_of(place, **settings))
 
 
@@ -413,6 +422,22 @@ def test_gpu_with_another_device_is_rejected(place: Path) -> None:
 def test_memory_above_device_is_rejected(place: Path) -> None:
     with pytest.raises(InputError, match=r"^--memory 100TiB is more than the .*GiB that the device has: pass "):
         resolve_target(asked(place, memory="100TiB"))
+
+
+def test_copies_of_weights_are_counted_where_training_makes_them(place: Path) -> None:
+    """In bfloat16, 2 bytes for each weight of a linear layer; with "auto", only where they are a small part."""
+    desk = desk_of(place, 2**30)
+    linear = sum(m.weight.numel() for m in desk._outline(desk._config).model.modules() if isinstance(m, nn.Linear))
+
+    def peak_bytes(usable_bytes: int, **settings: Any) -> int:
+        return card_of(place, usable_bytes, **settings).predict(32).peak_bytes
+
+    def saved(more_bytes: int, **settings: Any) -> int:
+        return peak_bytes(2**30, **settings) - peak_bytes(more_bytes, **settings)
+
+    assert saved(1, microbatch=4) == 0  # a given micro-batch leaves the copies where they are
+    assert 2 * linear <= saved(1) <= 2 * linear + 512
+    assert saved(2**29) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.report.axes import number, step_scale, value_scale, wants_log
 from bigbatch.lm.report.downsampling import MOST_POINTS, reduced
+from bigbatch.lm.report.guidance import Guidance
 from bigbatch.lm.report.metrics_table import read_columns
 from bigbatch.lm.report.output_file import check_place, write_page
 from bigbatch.lm.report.page import page
@@ -26,7 +27,7 @@ from bigbatch.lm.runs.lock import RunLock
 from support.checkpoints import mounted
 from support.run_directories import BEGIN, CHOICE, PROOF, WINDOW, make_rich_run, make_run, rows
 
-VOID = {"meta", "link"}
+VOID = {"col", "meta", "link"}
 CHARTS = {"loss", "lr", "grad-norm", "noise", "speed", "memory", "ranks"}
 
 
@@ -80,7 +81,7 @@ def parsed(*folders: Path) -> Parsed:
 
 
 def figures(found: Parsed) -> set[str]:
-    return {str(figure["id"]) for figure in found.all("figure")}
+    return {str(figure["id"]) for figure in found.all("figure") if figure["class"] != "sample"}
 
 
 # the whole -------------------------------------------------------------------------------------------------------
@@ -91,11 +92,15 @@ def test_rich_run_has_every_section(tmp_path: Path) -> None:
     assert figures(found) == CHARTS | {"window"}
     for sentence in (
         "Finished: 300 of 300 updates done.",
-        "The validation loss has its minimum, 2.401, at update 300.",
         "of the updates were clipped to 1.",
-        "times the batch of",
+        "The estimate of the gradient noise scale is 382 sequences at the end; the last batch has 32.",
+        "The validation loss has its minimum, 2.401, at update 300 (perplexity 11.03).",
+        "after update 300, from the prompt def",
+        "after update 150, from the prompt def",
+        "return x < 1 & x",
         "8 sequences, 900 tokens, in 3 micro-batches of at most 408 tokens, padded: 60 of 960 tokens are padding",
-        "on the CPU this is the whole process with Python and libraries. The prediction of 80.38 MiB",
+        "The measured peak is 953.67 MiB for the whole process, 8.2 % more than the expected 881.46 MiB: 801.09 MiB of "
+        "Python, libraries and data before the first update, and a predicted 80.38 MiB of tensors.",
         "Of 4 ranks, the slowest has a median share of",
         "the process ended unexpectedly (killed?)",
         "skipped step-150: model.safetensors has 1 bytes, and the manifest says 2,048; with memory = 16GiB",
@@ -144,7 +149,6 @@ def test_missing_data_is_reported_instead_of_empty_chart(tmp_path: Path) -> None
     assert figures(found) == {"loss"}
     for sentence in (
         "This run has no validation loss yet.",
-        "The gradient noise scale was not measured in this run.",
         "This run has not recorded the plan of its first window.",
         "This run has not recorded its starts, stops and resumes.",
         "No verification is stored in this run. To add one, run bigbatch verify --json > RUN/verify.json",
@@ -449,6 +453,50 @@ def test_gpu_memory_is_compared_with_the_prediction(tmp_path: Path) -> None:
     assert "The measured peak is 11.00 GiB, 10.0 % more than the predicted 10.00 GiB." in parsed(run).text
     (run / "microbatch.json").unlink()
     assert "there is no prediction, because the micro-batch was set" in parsed(run).text
+
+
+def test_unknown_process_memory_is_not_added(tmp_path: Path) -> None:
+    begin = {name: value for name, value in BEGIN.items() if name != "process_bytes"}
+    text = parsed(make_run(tmp_path / "run", rows(3), events=[begin], choice=CHOICE)).text
+    assert "on the CPU this is the whole process with Python and libraries. The prediction of 80.38 MiB covers" in text
+    assert "predicted tensors only 80.38 MiB" in text
+
+
+def test_runs_of_pairs_show_their_metrics(tmp_path: Path) -> None:
+    lines = [
+        row | {"accuracy": 0.5, "margin": 0.1 * row["step"], "noise_scale_items": 9.0, "noise_scale_sequences": 9.0}
+        for row in rows(10)
+    ]
+    for row in lines[4::5]:
+        row |= {"validation_loss": 0.6, "validation_accuracy": 0.05 * row["step"], "validation_margin": 0.2}
+    found = parsed(make_run(tmp_path / "run", lines, settings={"objective": "dpo"}))
+    assert figures(found) >= {"accuracy", "margin", "loss"}
+    assert "nats per pair" in found.text
+    assert "nats per token" not in found.text
+    assert "best validation accuracy 50.0 %" in found.text
+    assert "has its maximum, 50.0 %, at update 10, and is 50.0 % at the last validation." in found.text
+    assert "is 9 pairs at the end; the last batch has 32." in found.text
+    assert "8 pairs, 900 tokens, in 3 micro-batches" in found.text
+    assert "perplexity" not in found.text
+
+
+def test_old_runs_compare_noise_and_batch_in_items(tmp_path: Path) -> None:
+    lines = [{**row, "noise_scale_items": 5000.0} for row in rows(4)]
+    for row in lines:
+        del row["sequences"]
+    text = parsed(make_run(tmp_path / "run", lines)).text
+    assert "is 5,000 items at the end; the last batch has 4," in text
+
+
+def test_advice_and_commands_are_shown_as_given(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", rows(4)))
+    given = Guidance("The batch is <fine>.", "bigbatch advise runs/x", ("bigbatch resume runs/x", "ls   lists & shows"))
+    text = Parsed(page([run], guidance=[given])).text
+    assert "The batch is <fine>. See also bigbatch advise runs/x" in " ".join(text.split())
+    assert "Next: bigbatch resume runs/x ls lists & shows" in " ".join(text.split())
+    both = Parsed(page([run, run], guidance=[given, Guidance()])).text
+    assert both.count("bigbatch resume runs/x") == 1
+    assert "Next:" not in Parsed(page([run])).text
 
 
 def test_changed_batch_is_drawn_without_noise_scale(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import read_run
-from support.headless_chromium import Browser, find_chromium
+from support.headless_chromium import Browser, Page, find_chromium, find_wide_font
 from support.run_directories import make_rich_run, make_run, rows
 
 CHROMIUM = find_chromium()
@@ -33,6 +33,7 @@ CHARTS = """
   });
   return {
     id: figure.id, drawings: shown.length, labels,
+    left: figure.getBoundingClientRect().left, right: figure.getBoundingClientRect().right,
     marks: [...shown[0].querySelectorAll("path.line, circle.dot, rect.even, path.band")].map(paint),
     ground: getComputedStyle(figure).backgroundColor, ink: getComputedStyle(figure).color,
   };
@@ -40,10 +41,29 @@ CHARTS = """
 """
 
 
+OUTSIDE = """
+[...document.querySelectorAll("body *")].filter((element) => {
+  const box = element.getBoundingClientRect();
+  return box.width > 0 && box.right > innerWidth + 0.5;
+}).map((element) => element.tagName + " " + element.textContent.slice(0, 40))
+"""
+
+PAPER = {"print_media": True, "width": 700}
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None
     with Browser(CHROMIUM) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def wide_browser() -> Iterator[Browser]:
+    assert CHROMIUM is not None
+    if (font := find_wide_font()) is None:
+        pytest.skip("no bold monospaced font: install one, such as fonts-dejavu-core, to see the page in a wide font")
+    with Browser(CHROMIUM, font=font) as browser:
         yield browser
 
 
@@ -73,37 +93,64 @@ def brightness(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def check_layout(seen: Page, *, is_paper: bool = False) -> list[Any]:
+    """Check that everything is inside of the page, visible and not on top of something else; return the charts."""
+    assert seen.value("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
+    if is_paper:
+        assert seen.value(OUTSIDE) == []
+    charts: list[Any] = seen.value(CHARTS)
+    assert len(charts) >= 7
+    for chart in charts:
+        assert chart["drawings"] == 1, chart["id"]
+        marks = [mark for mark in chart["marks"] if mark["width"] > 0.4 or mark["height"] > 0.4]
+        assert marks, chart["id"]
+        assert all(mark["inside"] for mark in marks), chart["id"]
+        for mark in marks:
+            painted = [colour for colour in mark["colours"] if colour.startswith("rgb")]
+            assert any(abs(brightness(c) - brightness(chart["ground"])) > 25 for c in painted), (chart["id"], mark)
+        assert all(label["size"] >= 10 for label in chart["labels"]), chart["id"]
+        for place, one in enumerate(chart["labels"]):
+            assert chart["left"] <= one["left"] <= one["right"] <= chart["right"], (chart["id"], one["words"])
+            for other in chart["labels"][:place]:
+                assert not overlap(one, other), (chart["id"], one["words"], other["words"])
+    return charts
+
+
 @pytest.mark.parametrize("name", ["rich", "long", "compared"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dark": True}, {"width": 375}, {"width": 375, "dark": True}, {"width": 700}, {"paper": True, "width": 700}],
+    [{}, {"dark": True}, {"width": 375}, {"width": 375, "dark": True}, {"width": 700}, PAPER],
     ids=["light", "dark", "phone", "dark phone", "tablet", "paper"],
 )
 def test_every_chart_has_readable_marks_and_labels(
     browser: Browser, pages: dict[str, Path], name: str, options: dict[str, Any]
 ) -> None:
     with browser.page(pages[name], **options) as seen:
-        assert seen.complaints == []
+        assert seen.console_errors == []
         assert seen.requests == [pages[name].as_uri()]
-        assert seen.value("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
-        charts = seen.value(CHARTS)
-        assert len(charts) >= 7
-        for chart in charts:
-            assert chart["drawings"] == 1, chart["id"]
-            marks = [mark for mark in chart["marks"] if mark["width"] > 0.4 or mark["height"] > 0.4]
-            assert marks, chart["id"]
-            assert all(mark["inside"] for mark in marks), chart["id"]
-            for mark in marks:
-                painted = [colour for colour in mark["colours"] if colour.startswith("rgb")]
-                assert any(abs(brightness(c) - brightness(chart["ground"])) > 25 for c in painted), (chart["id"], mark)
-            assert all(label["size"] >= 10 for label in chart["labels"]), chart["id"]
-            for place, one in enumerate(chart["labels"]):
-                for other in chart["labels"][:place]:
-                    assert not overlap(one, other), (chart["id"], one["words"], other["words"])
+        charts = check_layout(seen, is_paper=options == PAPER)
         is_dark = bool(options.get("dark"))
         assert (brightness(charts[0]["ground"]) < 128) == is_dark
         assert (brightness(charts[0]["ink"]) > 128) == is_dark
-        assert seen.complaints == []
+        assert seen.console_errors == []
+
+
+@pytest.mark.parametrize("name", ["rich", "compared"])
+@pytest.mark.parametrize("options", [{}, {"width": 375}, PAPER], ids=["light", "phone", "paper"])
+def test_layout_fits_in_wide_font(
+    wide_browser: Browser, browser: Browser, pages: dict[str, Path], name: str, options: dict[str, Any]
+) -> None:
+    with wide_browser.page(pages[name], **options) as seen, browser.page(pages[name], **options) as usual:
+        width = "(() => { const range = document.createRange(); range.selectNodeContents(document.querySelector('h1'));"
+        width += "return range.getBoundingClientRect().width; })()"
+        assert seen.value(width) > usual.value(width), "the other font is not in use"
+        check_layout(seen, is_paper=options == PAPER)
+
+
+def test_tables_fit_on_paper_with_any_font(browser: Browser, pages: dict[str, Path]) -> None:
+    with browser.page(pages["compared"], **PAPER) as seen:
+        seen.value("document.head.insertAdjacentHTML('beforeend', '<style>td, th { letter-spacing: 0.6em }</style>')")
+        assert seen.value(OUTSIDE) == []
 
 
 def test_pointer_readout_matches_line(browser: Browser, pages: dict[str, Path]) -> None:
@@ -117,7 +164,7 @@ def test_pointer_readout_matches_line(browser: Browser, pages: dict[str, Path]) 
         assert told.startswith("update 1")
         assert "training 2." in told
         assert seen.value("getComputedStyle(document.querySelector('#lr .readout')).display") == "none"
-        assert seen.complaints == []
+        assert seen.console_errors == []
         assert seen.requests == [pages["rich"].as_uri()]
 
 

@@ -80,7 +80,6 @@ def update(of: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: rang
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loaded_state_continues(device: str, dtype: torch.dtype) -> None:
-    """Bitwise on the CPU. On an H200, float32 parameters differed: of two runs, or of the resumed one, is not known."""
     whole, cut = parameters(device, dtype), parameters(device, dtype)
     optimizer, first = made(whole), made(cut)
     update(whole, optimizer, range(300))
@@ -92,7 +91,7 @@ def test_loaded_state_continues(device: str, dtype: torch.dtype) -> None:
     second.load_state_dict(state)
     update(cut, second, range(290, 300))
     for a, b in zip(whole, cut, strict=True):
-        assert torch.equal(a, b) or (device == "cuda" and (a - b).norm() <= 1e-2 * a.norm())
+        assert torch.equal(a, b)
     assert second.state[cut[0]]["step"] == 300  # of which bfloat16 holds no exact count
 
 

@@ -1,8 +1,9 @@
 """What is computed anew, and the micro-batch to go with it: as little as memory allows, and no more than is faster."""
 
+import dataclasses
 import gc
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_levels_are_tried_while_faster_under_limit(case: str) -> None:
     assert engine.tried == tried
     assert engine.mode == best
     assert engine.used == [script[best]]
+
+
+@pytest.mark.parametrize(("fixed_tokens", "tried"), [(3, ["none"]), (30, ["none", "selective"])])
+def test_recomputation_is_tried_only_if_fixed_time_is_long(fixed_tokens: int, tried: list[CheckpointingMode]) -> None:
+    timing = TimeModel(tuple((size, float(fixed_tokens + size)) for size in (16, 64)))
+    none = dataclasses.replace(choice_of(64, 10.0, limited=True), timing=timing)
+    engine = Scripted(none=none, selective=choice_of(128, 9.0, limited=True))
+    tune(cast("Any", engine), cast("Any", engine), [], modes=True)
+    assert engine.tried == tried
 
 
 def test_no_fitting_level_reports_needs_of_last() -> None:

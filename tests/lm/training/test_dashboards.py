@@ -46,8 +46,9 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
     listener.on_validation(1, 2.5)
     listener.on_validation(2, math.inf)
     listener.on_evaluation(3, {"web": 1.5, "code": math.nan})
+    listener.on_validation_metrics(4, {"accuracy": 0.75, "margin": math.inf})
     listener.on_sample(2, "text")
-    (step, values), validation, evaluation = written
+    (step, values), validation, evaluation, of_pairs = written
     assert step == 1
     assert "train/loss" not in values
     assert "train/grad_norm" not in values
@@ -56,6 +57,7 @@ def test_finite_numbers_are_written_under_their_tags() -> None:
     assert (values["cost/peak_bytes"], values["batch/noise_scale_items"]) == (5.0, 7.0)
     assert validation == (1, {"validation/loss": 2.5, "validation/perplexity": math.exp(2.5)})
     assert evaluation == (3, {"validation/loss/web": 1.5, "validation/perplexity/web": math.exp(1.5)})
+    assert of_pairs == (4, {"validation/accuracy": 0.75})
 
 
 def test_every_callback_receives_all_events() -> None:
@@ -64,6 +66,7 @@ def test_every_callback_receives_all_events() -> None:
     both.on_update({"step": 1})
     both.on_validation(1, 2.0)
     both.on_evaluation(1, {"web": 2.0})
+    both.on_validation_metrics(1, {"accuracy": 1.0})
     both.on_sample(1, "text")
     assert (
         vars(one)
@@ -72,6 +75,7 @@ def test_every_callback_receives_all_events() -> None:
             "rows": [{"step": 1}],
             "validations": [(1, 2.0)],
             "evaluations": [(1, {"web": 2.0})],
+            "validation_metrics": [(1, {"accuracy": 1.0})],
             "samples": [(1, "text")],
         }
     )
@@ -113,10 +117,10 @@ def test_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.Mo
     if (spec := find_spec("trackio")) is None or spec.origin is not None:
         pytest.skip("trackio is installed")
     with pytest.raises(InputError, match="needs trackio, which is not installed"):
-        check_log("trackio")
+        check_log(["trackio"])
 
 
-def interrupted(settings: dict[str, Any], log: str) -> list[dict[str, Any]]:
+def interrupted(settings: dict[str, Any], log: str | list[str]) -> list[dict[str, Any]]:
     """Train for three updates, resume from the checkpoint of the second; return the rows of metrics.jsonl."""
     run = settings["out"]
 
@@ -182,6 +186,86 @@ def test_mlflow_has_what_metrics_have_after_resume(
         assert sorted(points) == [(row["step"], row[name]) for row in rows if row.get(name) is not None], name
     points = [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, "validation/loss")]
     assert points == [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+
+
+@pytest.fixture
+def mlflow_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a client of a store in files, which mlflow-skinny has."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    return MlflowClient()
+
+
+def mlflow_points(client: Any, tag: str) -> list[tuple[int, float]]:
+    """Return the points of the only run."""
+    (run,) = client.search_runs([client.get_experiment_by_name("bigbatch").experiment_id])
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, tag)]
+
+
+@needs_wandb
+@needs_mlflow
+def test_several_dashboards_receive_the_same(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mlflow_client: Any
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert train.run(TrainConfig(log=["wandb", "mlflow"], **settings)) == 0
+    assert json.loads((settings["out"] / "config.json").read_text())["log"] == ["wandb", "mlflow"]
+    expected = [(row["step"], row["loss"]) for row in metrics(settings["out"])]
+    assert len(expected) == 4
+    assert mlflow_points(mlflow_client, "train/loss") == expected
+    (path,) = settings["out"].glob("wandb/offline-run-*/*.wandb")
+    end_s = time.monotonic() + 60
+    while len(wandb_records(path)[1]) < 4 and time.monotonic() < end_s:
+        time.sleep(0.1)  # a process of its own writes them
+    assert [(step, values["train/loss"]) for step, values in wandb_records(path)[1].items()] == expected
+
+
+@needs_mlflow
+def test_validation_accuracy_of_pairs_is_logged(settings: dict[str, Any], tmp_path: Path, mlflow_client: Any) -> None:
+    pairs = [{"prompt": f"{i} plus {i}", "chosen": f"is {2 * i}", "rejected": "is odd"} for i in range(16)]
+    data = str(write_jsonl(tmp_path / "pairs.jsonl", pairs))
+    seen: list[tuple[int, dict[str, float]]] = []
+
+    class Keep(lm.Callback):
+        def on_validation_metrics(self, step: int, metrics: Any) -> None:
+            seen.append((step, metrics))
+
+    lm.train(
+        {**settings, "data": data, "objective": "dpo", "log": "mlflow", "validation_fraction": 0.25}, callbacks=[Keep()]
+    )
+    rows = metrics(settings["out"])
+    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward"):
+        expected = [(row["step"], row[f"validation_{name}"]) for row in rows if "validation_loss" in row]
+        assert [step for step, _ in expected] == [2, 4]
+        assert mlflow_points(mlflow_client, f"validation/{name}") == expected
+        assert [(step, values[name]) for step, values in seen] == expected
+        assert mlflow_points(mlflow_client, f"train/{name}") == [(row["step"], row[name]) for row in rows]
+    assert mlflow_points(mlflow_client, "validation/perplexity") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--log", "wandb", "wandb"], "--log is a list: name each dashboard once."),
+        (["--log", "wandb", "--log", "none"], "--log is a list: none excludes the others."),
+        (["--log", "wandb", "neptune"], "--log contains 'neptune': it must be none, tensorboard, wandb, mlflow or "
+         "trackio."),
+    ],
+)  # fmt: skip
+def test_unusable_dashboards_are_refused(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *words]) == 2
+    assert capfd.readouterr().err == f"bigbatch train: {message}\n"
+
+
+def test_run_after_several_dashboards_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", "--log", "none", "runs/x"]) == 2
+    assert capfd.readouterr().err == (
+        "bigbatch resume: RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib, before --log, "
+        "which accepts every value after it.\n"
+    )
 
 
 @needs_mlflow

@@ -13,7 +13,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.report.run_reader import read_run
 from bigbatch.lm.report.window_plan_chart import window_of
 from bigbatch.lm.training import trainer
-from support.language_models import records, save_model_folder, write_jsonl
+from support.language_models import metrics, records, save_model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,8 @@ def test_run_logs_begin_and_finish(tmp_path: Path, settings: dict[str, Any]) -> 
     began, ended = events(tmp_path / "run")
     assert (began["event"], began["step"], began["total_steps"], began["settings"]) == ("begin", 0, 4, {})
     assert began["machine"] == "cpu, float32"
+    assert began["chats"] is False
+    assert 50 * 2**20 < began["process_bytes"] < metrics(tmp_path / "run")[0]["peak_bytes"]
     assert {"bigbatch", "torch", "transformers", "Python", "system"} <= began["versions"].keys()
     window = window_of(began["window"])
     assert window is not None
@@ -83,6 +85,7 @@ def test_earlier_events_are_kept_on_resume(
 def test_deterministic_run_logs_no_time(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert train.run(TrainConfig(out=tmp_path / "run", deterministic=True, **settings)) == 0
     assert [(event["at"], event.get("elapsed_s")) for event in events(tmp_path / "run")] == [(None, None)] * 2
+    assert events(tmp_path / "run")[0]["process_bytes"] is None
 
 
 def test_run_continues_when_events_are_unwritable(tmp_path: Path, settings: dict[str, Any]) -> None:

@@ -66,6 +66,15 @@ def test_metrics_do_not_depend_on_microbatch(folder: Path, tmp_path: Path, objec
                 assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (row["step"], name)
 
 
+@pytest.mark.parametrize("objective", ["reward", "dpo"])
+def test_reproducible_runs_are_equal(folder: Path, tmp_path: Path, objective: str, capfd: Capture) -> None:
+    for size in ("2", "6"):
+        train(folder, objective, tmp_path / size, "--microbatch", size, "--reproducible")
+    capfd.readouterr()
+    assert main(["diff", str(tmp_path / "2"), str(tmp_path / "6")]) == 0
+    assert capfd.readouterr().out.startswith("equal in 4 updates")
+
+
 def test_reward_model_scores_as_in_training(folder: Path, tmp_path: Path, capfd: Capture) -> None:
     rows = train(folder, "reward", tmp_path / "run")
     assert "for AutoModelForSequenceClassification.from_pretrained" in capfd.readouterr().out

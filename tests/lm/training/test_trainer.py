@@ -13,6 +13,7 @@ from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.samples import Sample, read_samples
 from bigbatch.lm.training.evaluation import evenly_spaced
 from bigbatch.lm.training.optimizer import lr_factor
 from bigbatch.lm.training.setup import set_up_training
@@ -92,6 +93,8 @@ def test_metrics_have_one_documented_line_per_update(tmp_path: Path, settings: d
     assert rows == recorder.rows
     assert outcome.validation_loss == rows[-1]["validation_loss"] == recorder.validations[-1][1]
     assert [step for step, _ in recorder.samples] == [1, 3]
+    prompt = TrainConfig().sample_prompt
+    assert read_samples(tmp_path / "run") == [Sample(step, prompt, text) for step, text in recorder.samples]
 
 
 def test_learning_rate_follows_updates(tmp_path: Path, settings: dict[str, Any]) -> None:

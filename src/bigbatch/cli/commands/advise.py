@@ -13,6 +13,8 @@ from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
 from bigbatch.lm.advice.batch_advice import advise
 from bigbatch.lm.advice.run_evidence import read_evidence
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.text import SAMPLE_NOUNS
 
 if TYPE_CHECKING:
     from bigbatch.lm.advice.branch_experiment import BranchResult
@@ -26,19 +28,20 @@ def run(options: AdviseOptions) -> int:
     evidence = read_evidence(options.run)
     advice = advise(evidence)
     console = make_console(stderr=options.as_json)
-    branches = _train_branches(options, console) if options.branch else []
+    config, branches = _train_branches(options, console) if options.branch else (None, [])
     if options.as_json:
         print(json.dumps(_finite({**asdict(evidence), **asdict(advice), "branches": [asdict(b) for b in branches]})))
         return DONE
     for sentence in advice.sentences:
         for line in wrap(sentence, min(MAX_WIDTH, console.width)).splitlines():
             console.print(line)
-    if branches:
-        _show(branches, console)
+    if config is not None:
+        _show(branches, console, noun=SAMPLE_NOUNS[config.objective], unit=config.loss_unit)
     return DONE
 
 
-def _train_branches(options: AdviseOptions, console: OutputConsole) -> "list[BranchResult]":
+def _train_branches(options: AdviseOptions, console: OutputConsole) -> "tuple[TrainConfig, list[BranchResult]]":
+    """Return the configuration of the run and the branches from its newest checkpoint."""
     from bigbatch.lm.checkpoint.run_checkpoint import load
     from bigbatch.lm.training.resume import check_facts, stored_config, with_saved_changes
 
@@ -69,10 +72,10 @@ def _train_branches(options: AdviseOptions, console: OutputConsole) -> "list[Bra
             for branch in branch_experiment(trainer, checkpoint, updates=options.branch_updates):
                 results.append(branch)
                 progress(f"training {len(MULTIPLES)} branches", len(results), len(MULTIPLES))
-    return results
+    return config, results
 
 
-def _show(branches: "list[BranchResult]", console: OutputConsole) -> None:
+def _show(branches: "list[BranchResult]", console: OutputConsole, *, noun: str, unit: str) -> None:
     from bigbatch.lm.advice.branch_experiment import TOLERANCE, conclusion
 
     console.print("")
@@ -81,12 +84,16 @@ def _show(branches: "list[BranchResult]", console: OutputConsole) -> None:
         spread = f"{branch.spread:.4f}" if branch.multiple > 1 else ""
         line = f"{branch.batch:>7,}{branch.updates:>8,}{branch.loss:>9.4f}{branch.penalty:>+9.4f}{spread:>7}"
         console.print(line.rstrip())
-    console.print(conclusion(branches))
+    console.print(conclusion(branches, noun=noun, unit=unit))
     console.print(
-        "loss: of the held-out sequences, in nats per token; ±: half of the 95 % interval of the penalty over these "
-        "sequences, without the chance in training. Every branch is trained on the same samples; at k times the batch: "
+        f"loss: of the held-out {noun}s, {_in_unit(unit)}; ±: half of the 95 % interval of the penalty over these "
+        f"{noun}s, without the chance in training. Every branch is trained on the same samples; at k times the batch: "
         f"learning rate × √k, beta2 to the power k. A penalty up to {TOLERANCE} is ignored."
     )
+
+
+def _in_unit(unit: str) -> str:
+    return unit if unit.startswith("per ") else f"in {unit}"
 
 
 def _finite(value: Any) -> Any:

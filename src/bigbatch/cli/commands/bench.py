@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 TABLE_COLUMNS = 82
+SHARE_COLUMNS = 8
 
 
 def run(options: BenchOptions) -> int:
@@ -55,7 +56,7 @@ def find_workload(name: str) -> "Workload":
     from bigbatch.lm.bench.workload import WORKLOADS
 
     cuda = torch.cuda.is_available()
-    if name in ("w", "w-lora") and not cuda:
+    if name not in ("auto", "w-small") and not cuda:
         raise InputError(f"--workload {name} needs a CUDA device, but torch finds none: use --workload w-small.")
     return WORKLOADS[("w" if cuda else "w-small") if name == "auto" else name]
 
@@ -87,21 +88,39 @@ def describe(result: "BenchmarkResult", *, width: int = WIDTH) -> Iterator[str]:
     yield _workload_line(result)
     yield ""
     with_peaks = any(row.peak_bytes is not None for row in result.rows)
-    if width < (TABLE_COLUMNS if with_peaks else TABLE_COLUMNS - 8):
-        yield from (_sentence(row, result.ratio(row)) for row in result.rows)
+    with_share = result.matrix_flops_per_s is not None
+    columns = TABLE_COLUMNS - (0 if with_peaks else 8) + (SHARE_COLUMNS if with_share else 0)
+    if width < columns:
+        yield from (_sentence(row, result.ratio(row), result.share(row)) for row in result.rows)
     else:
         peak = f"{'GiB':>8}" if with_peaks else ""
-        yield f"{'':<24}{'samples':>8}{'tokens/s':>11}{'speedup':>13}{peak}{'cosine':>10}{'norm':>8}"
-        yield from (_line(row, result.ratio(row), with_peaks=with_peaks) for row in result.rows)
+        share = f"{'share':>{SHARE_COLUMNS}}" if with_share else ""
+        yield f"{'':<24}{'samples':>8}{'tokens/s':>11}{'speedup':>13}{share}{peak}{'cosine':>10}{'norm':>8}"
+        for row in result.rows:
+            yield _line(row, result.ratio(row), result.share(row), with_peaks=with_peaks)
     yield ""
-    for line in dict.fromkeys(f"{row.name}: {'; '.join([row.about, *row.notes])}" for row in result.rows):
+    for line in dict.fromkeys(f"{row.name}: {'; '.join([row.about, *row.notes, *_start(row)])}" for row in result.rows):
         yield from _paragraph(line, width)
     yield from _paragraph(
         "samples: per micro-batch. tokens/s: median of the rounds, timed from the first micro-batch until the device "
         "has finished the optimizer step. speedup: tokens/s of bigbatch divided by that of this row. cosine, norm: "
         "cosine similarity and norm ratio of the gradient passed to the optimizer and the full-batch gradient (mean "
-        "over all labels, float32, one sequence at a time); 1 and 1 mean the same update.",
+        "over all labels, float32, one sequence at a time); 1 and 1 mean the same update."
+        + _about_share(result.matrix_flops_per_s),
         width,
+    )
+
+
+def _start(row: "ContestantResult") -> list[str]:
+    return [] if row.first_update_s is None else [f"first update after {row.first_update_s:.1f} s"]
+
+
+def _about_share(matrix_flops_per_s: float | None) -> str:
+    if matrix_flops_per_s is None:
+        return ""
+    return (
+        f" share: of {matrix_flops_per_s / 1e12:.0f} TFLOP/s, the rate of large bf16 matrix products on this card; per "
+        "token 6 operations for each weight (4 for a frozen one), and those of attention within documents."
     )
 
 
@@ -129,7 +148,7 @@ def _workload_line(result: "BenchmarkResult") -> str:
     )
 
 
-def _line(row: "ContestantResult", ratio: float | None, *, with_peaks: bool) -> str:
+def _line(row: "ContestantResult", ratio: float | None, share: float | None, *, with_peaks: bool) -> str:
     start = f"{row.name:<24}{row.samples or 'auto':>8}"
     if row.tokens_per_s is None:
         return f"{start}  {row.problem or 'no timed round'}"
@@ -137,10 +156,11 @@ def _line(row: "ContestantResult", ratio: float | None, *, with_peaks: bool) -> 
     speedup = f"{'–':>13}" if ratio is None else f"{f'× {ratio:.2f}':>13}"
     assert row.similarity is not None, "a timed row has its gradient compared"
     cosine, norm = row.similarity
-    return f"{start}{row.tokens_per_s:>11,.0f}{speedup}{peak}{cosine:>10.5f}{norm:>8.3f}"
+    of_rate = "" if share is None else f"{share:>{SHARE_COLUMNS}.3f}"
+    return f"{start}{row.tokens_per_s:>11,.0f}{speedup}{of_rate}{peak}{cosine:>10.5f}{norm:>8.3f}"
 
 
-def _sentence(row: "ContestantResult", ratio: float | None) -> str:
+def _sentence(row: "ContestantResult", ratio: float | None, share: float | None) -> str:
     """Format a row for a terminal that is narrower than the table."""
     start = f"{row.name}: samples {row.samples or 'auto'}, "
     if row.tokens_per_s is None:
@@ -149,7 +169,8 @@ def _sentence(row: "ContestantResult", ratio: float | None) -> str:
     speedup = "" if ratio is None else f", speedup × {ratio:.2f}"
     peak = "" if row.peak_bytes is None else f", {row.peak_bytes / 2**30:.2f} GiB"
     cosine, norm = row.similarity
-    return f"{start}tokens/s {row.tokens_per_s:,.0f}{speedup}{peak}, cosine {cosine:.5f}, norm {norm:.3f}"
+    of_rate = "" if share is None else f", share {share:.3f}"
+    return f"{start}tokens/s {row.tokens_per_s:,.0f}{speedup}{of_rate}{peak}, cosine {cosine:.5f}, norm {norm:.3f}"
 
 
 def _paragraph(text: str, width: int) -> list[str]:
@@ -172,11 +193,13 @@ def as_json(result: "BenchmarkResult", options: BenchOptions) -> dict[str, Any]:
         "tokens": result.num_tokens,
         "memory": result.memory,
         "rounds": result.rounds,
-        "rows": [_row_as_json(row, result.ratio(row)) for row in result.rows],
+        "flops": result.flops,
+        "matrix_flops_per_s": result.matrix_flops_per_s,
+        "rows": [_row_as_json(row, result.ratio(row), result.share(row)) for row in result.rows],
     }
 
 
-def _row_as_json(row: "ContestantResult", ratio: float | None) -> dict[str, Any]:
+def _row_as_json(row: "ContestantResult", ratio: float | None, share: float | None) -> dict[str, Any]:
     cosine, norm_ratio = row.similarity or (None, None)
     return {
         "name": row.name,
@@ -185,6 +208,8 @@ def _row_as_json(row: "ContestantResult", ratio: float | None) -> dict[str, Any]
         "tokens_per_s": row.tokens_per_s,
         "speeds": list(row.speeds),
         "ratio": ratio,
+        "share": share,
+        "first_update_s": row.first_update_s,
         "peak_bytes": row.peak_bytes,
         "cosine": _finite(cosine),
         "norm_ratio": _finite(norm_ratio),

@@ -6,11 +6,14 @@ trainer.train()
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Not lazily: a submodule of the same name would be found in its place.
 from bigbatch.integrations.transformers.exact import ExactTrainer, exact
 from bigbatch.integrations.transformers.weights import weights
+
+if TYPE_CHECKING:
+    from bigbatch.integrations.transformers.verification import verify as verify
 
 _LAZY = {
     "verify": "bigbatch.integrations.transformers.verification",
@@ -19,9 +22,11 @@ _LAZY = {
 __all__ = ["ExactTrainer", "exact", "verify", "weights"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else, type checkers would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value

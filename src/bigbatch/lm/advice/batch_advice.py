@@ -76,13 +76,13 @@ def one_line(found: RunEvidence) -> str | None:
         "near": "about as large as is efficient",
         "far above": "a smaller one would need fewer samples",
     }[verdict]
-    return f"batch: {_rounded(found.batch)} sequences, {verdict} the gradient noise scale {_scale(found)}: {means}"
+    return f"batch: {_rounded(found.batch)} {found.noun}s, {verdict} the gradient noise scale {_scale(found)}: {means}"
 
 
 def _compare_with_scale(found: RunEvidence, verdict: Verdict) -> str:
     if verdict == "unknown":
         if found.scale is not None and not found.batch:
-            why = "cannot be compared with the batch: the run did not record its sequences"
+            why = f"cannot be compared with the batch: the run did not record its {found.noun}s"
         elif found.scale is not None:
             why = "cannot be estimated yet: the noise hides the signal. More updates narrow the estimate"
         else:
@@ -94,7 +94,7 @@ def _compare_with_scale(found: RunEvidence, verdict: Verdict) -> str:
         "far above": "most of its samples are redundant, and a smaller batch would need fewer samples",
     }[verdict]
     return (
-        f"The batch of {_rounded(found.batch)} sequences is {verdict} the gradient noise scale, {_scale(found)}: "
+        f"The batch of {_rounded(found.batch)} {found.noun}s is {verdict} the gradient noise scale, {_scale(found)}: "
         f"{means}."
     )
 
@@ -143,7 +143,7 @@ def _compare_with_smaller(found: RunEvidence, smaller: int, gain: float) -> str:
 
 def _scale(found: RunEvidence) -> str:
     assert found.scale is not None, "called only with a known scale"
-    about = "too large to estimate" if math.isinf(found.scale) else f"about {_rounded(found.scale)} sequences"
+    about = "too large to estimate" if math.isinf(found.scale) else f"about {_rounded(found.scale)} {found.noun}s"
     low = _rounded(found.low or 0.0)
     if found.high is None or math.isinf(found.high):
         return f"{about} (at least {low})"

@@ -20,7 +20,7 @@ from bigbatch.lm.training.window_routing import run_update
 from bigbatch.scaling.hyperparameters import rescale
 
 MULTIPLES = (1, 2, 4, 8)
-TOLERANCE = 0.01  # nats per token; smaller differences count as equal
+TOLERANCE = 0.01  # in the unit of the loss; smaller differences count as equal
 Z_95 = 1.96  # standard errors of a 95 % interval
 
 Losses = Sequence[tuple[float, float]]
@@ -35,7 +35,7 @@ class BranchResult:
         multiple: Batch of the branch / batch of the run.
         batch: Sequences per update.
         updates: Updates of the branch.
-        loss: Validation loss in nats per token.
+        loss: Validation loss, in the unit of the objective.
         penalty: Loss minus the loss at the batch of the run.
         spread: Half the width of the 95 % interval of the penalty, over the held-out sequences; infinite for one
             sequence. It does not contain the chance in training: another seed may give another penalty.
@@ -127,8 +127,14 @@ def _verdict(penalty: float, spread: float) -> Verdict:
     return "penalty" if penalty - spread > TOLERANCE else "inconclusive"
 
 
-def conclusion(found: Sequence[BranchResult]) -> str:
-    """Return the result of the branches in one or two sentences: the largest batch without penalty, if it is known."""
+def conclusion(found: Sequence[BranchResult], *, noun: str = "sequence", unit: str = "nats per token") -> str:
+    """Return the result of the branches in one or two sentences: the largest batch without penalty, if it is known.
+
+    Args:
+        found: The branches, by batch.
+        noun: What a sample of the objective is.
+        unit: What its loss is measured in.
+    """
     good, undecided = found[0], None
     for branch in found[1:]:
         if branch.verdict == "inconclusive":
@@ -137,14 +143,14 @@ def conclusion(found: Sequence[BranchResult]) -> str:
             break
         good = branch
     if undecided is None:
-        return f"largest batch without loss penalty: {good.batch:,} sequences{' or more' if good is found[-1] else ''}"
-    known = "" if good is found[0] else f"no loss penalty up to {good.batch:,} sequences; "
+        return f"largest batch without loss penalty: {good.batch:,} {noun}s{' or more' if good is found[-1] else ''}"
+    known = "" if good is found[0] else f"no loss penalty up to {good.batch:,} {noun}s; "
     spread = (
-        f"±{undecided.spread:.4f} over the held-out sequences" if math.isfinite(undecided.spread) else "of one sequence"
+        f"±{undecided.spread:.4f} over the held-out {noun}s" if math.isfinite(undecided.spread) else f"of one {noun}"
     )
     return (
         f"{known}inconclusive at {undecided.batch:,}: the difference {undecided.penalty:+.4f} from the batch of "
-        f"{found[0].batch:,} is within the spread {spread}, so it may be above or below {TOLERANCE} nats. Train "
+        f"{found[0].batch:,} is within the spread {spread}, so it may be above or below {TOLERANCE} {unit}. Train "
         "with a larger --validation-fraction, or pass more --branch-updates."
     )
 

@@ -19,7 +19,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.files import LARGEST_LOG, file_kind, open_regular, parse_json, read_json
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
 from bigbatch.lm.runs.identity import check_layout
-from bigbatch.lm.text import describe_invalid
+from bigbatch.lm.text import SAMPLE_NOUNS, describe_invalid
 from bigbatch.scaling.noise_scale import MIN_WINDOWS
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class RunEvidence:
         low: Lower bound of its confidence interval.
         high: Upper bound.
         beta2: Second-moment decay of AdamW; None for other optimizers.
+        noun: What a sample of the objective is.
         missing: Why the scale is unknown, as the end of a sentence; None if it is known, or the reason is not.
     """
 
@@ -61,6 +62,7 @@ class RunEvidence:
     low: float | None
     high: float | None
     beta2: float | None = None
+    noun: str = "sequence"
     missing: str | None = None
 
 
@@ -147,6 +149,7 @@ def evidence(
         low=last.get("noise_low_sequences"),
         high=last.get("noise_high_sequences"),
         beta2=config.optimizer_settings()["beta2"] if config.optimizer == "adamw" else None,
+        noun=SAMPLE_NOUNS[config.objective],
         missing=_missing(last, config, all_rows or (lambda: _counts_of(rows))),
     )
 

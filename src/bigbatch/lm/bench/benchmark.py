@@ -4,8 +4,9 @@ import contextlib
 import io
 import logging
 import statistics
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from bigbatch.errors import InputError, MemoryLimitError, first_line
 from bigbatch.lm.bench.entries import ABOUT, OURS, Entry, missing
+from bigbatch.lm.bench.flops import matrix_rate, update_flops
 from bigbatch.lm.bench.meter import GradientMeter, Meter, Similarity, Timer, reference_gradient
+from bigbatch.lm.bench.packed_loop import UnsupportedWorkloadError
 from bigbatch.lm.bench.peer import Contestant
 from bigbatch.lm.bench.registry import make_contestant
 from bigbatch.lm.bench.shared_model import SharedModel
@@ -40,6 +43,7 @@ class ContestantResult:
         similarity: Similarity of its first gradient to that of the whole batch.
         problem: Why it has no measurements, in a few words; None if it has.
         notes: Remarks for the reader.
+        first_update_s: Seconds until the end of its first update, compilation and tuning included; None for none.
     """
 
     name: str
@@ -50,6 +54,7 @@ class ContestantResult:
     similarity: Similarity | None = None
     problem: str | None = None
     notes: tuple[str, ...] = ()
+    first_update_s: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -70,6 +75,8 @@ class BenchmarkResult:
         num_sequences: Sequences of the global batch.
         num_tokens: Tokens of the global batch.
         rows: One result per entry, in order.
+        flops: Floating-point operations of the update, by `update_flops`.
+        matrix_flops_per_s: Rate of large matrix products on the device; None if unknown.
     """
 
     workload: Workload
@@ -80,6 +87,8 @@ class BenchmarkResult:
     num_sequences: int
     num_tokens: int
     rows: tuple[ContestantResult, ...]
+    flops: int = 0
+    matrix_flops_per_s: float | None = None
 
     @property
     def ours(self) -> ContestantResult | None:
@@ -91,9 +100,21 @@ class BenchmarkResult:
         ours = None if self.ours is None else self.ours.tokens_per_s
         return ours / row.tokens_per_s if ours and row.tokens_per_s else None
 
+    def share(self, row: ContestantResult) -> float | None:
+        """Return the share of the device's matrix rate that a row reaches; None if either is unknown."""
+        if self.matrix_flops_per_s is None or row.tokens_per_s is None:
+            return None
+        return row.tokens_per_s * self.flops / self.num_tokens / self.matrix_flops_per_s
+
 
 def run_benchmark(
-    workload: Workload, entries: Sequence[Entry], *, memory: str | None, rounds: int, progress: "ProgressCallback"
+    workload: Workload,
+    entries: Sequence[Entry],
+    *,
+    memory: str | None,
+    rounds: int,
+    progress: "ProgressCallback",
+    make: Callable[[Entry], Contestant] | None = None,
 ) -> BenchmarkResult:
     """Run the update of a workload with every contestant in turn, in each round.
 
@@ -103,22 +124,27 @@ def run_benchmark(
         memory: Memory limit of this process on a CUDA device; on the CPU only bigbatch applies it. None for no limit.
         rounds: Timed updates per contestant.
         progress: Receives progress messages.
+        make: Creates the contestant of an entry, other than `make_contestant`.
 
     Raises:
         InputError: The device does not exist, or has less memory.
     """
     device_spec = workload.device_spec()
     with _limited(device_spec, memory):
-        progress("creating the model")
-        stage = SharedModel(workload, memory)
+        progress("creating the model on its device")
+        started_s = time.perf_counter()
+        stage = SharedModel(workload, memory, progress=progress)
+        stage.synchronize()
+        progress(f"created the model in {time.perf_counter() - started_s:.1f} s")
         progress("computing the reference gradient, in float32")
         with _unlimited(device_spec):  # not part of the comparison
             reference = reference_gradient(stage)
-        runs = [_ContestantRun(entry) for entry in entries]
+        runs = [_ContestantRun(entry, make or make_contestant) for entry in entries]
         for number in range(1, rounds + 1):
             for run in runs:
                 progress(f"round {number} of {rounds}: {run.title}")
                 run.time(stage, reference)
+                progress(f"{run.title}: {run.outcome(first=number == 1)}")
     return BenchmarkResult(
         workload=workload,
         device_spec=device_spec,
@@ -128,16 +154,18 @@ def run_benchmark(
         num_sequences=len(stage.samples),
         num_tokens=count_tokens(stage.samples),
         rows=tuple(run.row() for run in runs),
+        flops=update_flops(stage.model, stage.samples),
+        matrix_flops_per_s=matrix_rate(device_spec.device, device_spec.precision),
     )
 
 
 class _ContestantRun:
     """Measurements of one contestant so far, or the reason why it stopped."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, make: Callable[[Entry], Contestant]) -> None:
         self._entry = entry
         self._problem = missing(entry.name)
-        self._contestant: Contestant | None = None if self._problem else make_contestant(entry)
+        self._contestant: Contestant | None = None if self._problem else make(entry)
         self._speeds: list[float] = []
         self._peaks: list[int] = []
         self._similarity: Similarity | None = None
@@ -178,22 +206,32 @@ class _ContestantRun:
         if self._problem is not None:
             free_cached_memory()  # outside the except block, whose traceback holds tensors
 
+    def outcome(self, *, first: bool) -> str:
+        """Describe the round that just ended, the first one with the time until the first update."""
+        if self._problem is not None or self._contestant is None:
+            return str(self._problem)
+        after_s = self._contestant.first_update_s if first else None
+        return f"{self._speeds[-1]:,.0f} tokens/s" + (f", first update after {after_s:.1f} s" if after_s else "")
+
     def row(self) -> ContestantResult:
         return ContestantResult(
             name=self._entry.name,
-            about=ABOUT[self._entry.name],
+            about=ABOUT.get(self._entry.name, ABOUT[OURS]),
             samples=self._entry.samples,
             speeds=tuple(self._speeds),
             peak_bytes=max(self._peaks, default=None),
             similarity=self._similarity,
             problem=self._problem,
             notes=() if self._contestant is None else tuple(self._contestant.notes),
+            first_update_s=None if self._contestant is None else self._contestant.first_update_s,
         )
 
 
 def _describe(error: Exception) -> str:
     if is_out_of_memory(error) or isinstance(error, MemoryLimitError):
         return "out of memory"
+    if isinstance(error, UnsupportedWorkloadError):
+        return str(error)
     return f"failed: {type(error).__name__}: {first_line(error)}"
 
 

@@ -4,9 +4,11 @@ import time
 from typing import Any
 
 from bigbatch.autotune.choice import MicrobatchChoice
+from bigbatch.batching.plan import TokenBudget
+from bigbatch.engine.engine import Engine
 from bigbatch.lm.bench.meter import Meter
 from bigbatch.lm.bench.shared_model import SharedModel
-from bigbatch.lm.bench.workload import Workload, shift
+from bigbatch.lm.bench.workload import Sample, Workload, shift
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.model.causal_attention import Kernel, kernel_of, use_causal_attention
@@ -34,38 +36,38 @@ class BigbatchRunner:
     """The engine as a contestant: sets up the model and tunes in its first turn, and reuses both in later turns.
 
     Args:
+        tokens: Tokens of a micro-batch, without activation checkpointing; None to choose them.
         settings: Of `TrainConfig`, other than the defaults.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, tokens: int | None = None, **settings: Any) -> None:
+        self._tokens = tokens
         self._settings = settings
         self._model_setup: ModelSetup | None = None
         self._kernel: Kernel = "torch"
         self._chosen: tuple[CheckpointingMode, MicrobatchChoice] | None = None
         self.notes: list[str] = []
+        self.first_update_s: float | None = None
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
         """Warm up with whole updates, then run the measured one."""
         samples = shift(stage.samples)
         started_s = time.perf_counter()
         if self._model_setup is None:
-            self._model_setup = set_up(stage.model, stage.workload, **self._settings)
+            stage.progress("bigbatch: trying attention, packed rows and compiled layers on the model")
+            settings = {"memory": stage.memory, **self._settings}
+            self._model_setup = set_up(stage.model, stage.workload, **settings)
             self._kernel = kernel_of(stage.model)
         elif self._model_setup.layout == "packed":
             use_causal_attention(stage.model, self._kernel)  # reset between turns
         model_setup = self._model_setup
-        engine = make_engine(model_setup, stage.optimizer, memory=stage.memory)
-        if self._chosen is None:
-            self._chosen = tune(engine, model_setup.layers, samples, modes=True)
-            elapsed_s = time.perf_counter() - started_s
-            mode, choice = self._chosen
-            self.notes += [f"tuned once, in {elapsed_s:.1f} s that are not counted: {choice}{describe(mode)}"]
-            self.notes += model_setup.notes
-        else:
-            apply_choice(engine, model_setup.layers, *self._chosen)
+        engine = self._make_engine(stage, model_setup, samples, started_s)
         stage.reset_peak()  # excludes tuning
         for _ in range(WARM_UPDATES):
             engine.step(samples)
+            if self.first_update_s is None:
+                stage.synchronize()
+                self.first_update_s = time.perf_counter() - started_s
         stage.reset()
         meter.start()
         report = engine.step(samples)
@@ -75,3 +77,24 @@ class BigbatchRunner:
             self.notes.append(f"ran out of memory {report.retries} times and retried with smaller micro-batches")
         if engine.runner.disabled_reason is not None:
             self.notes.append(f"no CUDA graphs: {engine.runner.disabled_reason}")
+
+    def _make_engine(
+        self, stage: SharedModel, model_setup: ModelSetup, samples: list[Sample], started_s: float
+    ) -> Engine:
+        """Create the engine of a turn with the micro-batch that was set or chosen; choose it in the first turn."""
+        layers = model_setup.layers
+        if self._tokens is not None:
+            if layers is not None:
+                layers.set_checkpointing("none")  # and compiled again
+            return make_engine(model_setup, stage.optimizer, microbatch=TokenBudget(self._tokens))
+        engine = make_engine(model_setup, stage.optimizer, memory=stage.memory)
+        if self._chosen is not None:
+            apply_choice(engine, layers, *self._chosen)
+            return engine
+        stage.progress("bigbatch: choosing the micro-batch")
+        self._chosen = tune(engine, layers, samples, modes=True)
+        elapsed_s = time.perf_counter() - started_s
+        mode, choice = self._chosen
+        self.notes += [f"tuned once, in {elapsed_s:.1f} s that are not counted: {choice}{describe(mode)}"]
+        self.notes += model_setup.notes
+        return engine

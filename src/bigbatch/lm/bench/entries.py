@@ -14,8 +14,14 @@ SAMPLES: dict[str, int | None] = {
     "trainer-expert": 16,
     "accelerate": 1,
     "lightning": 1,
+    "torchtitan": 2,
+    "torchtitan-varlen": 2,
+    "hand-written": 2,
+    "hand-written-sdpa": 2,
 }
-"""Samples per micro-batch of every contestant, in the order of the table; None if it chooses them."""
+"""Samples per micro-batch of every contestant, in the order of the table; None if it chooses them.
+
+For torchtitan and the hand-written loops, rows of as many tokens as the longest sequence."""
 
 ABOUT = {
     OURS: 'Engine(microbatch="auto"), set up as in bigbatch train',
@@ -24,6 +30,10 @@ ABOUT = {
     "trainer-expert": "transformers Trainer with activation checkpointing, length grouping, Liger Kernel if available",
     "accelerate": "the accumulate loop of accelerate's documentation",
     "lightning": "Lightning's Trainer with accumulate_grad_batches",
+    "torchtitan": "torchtitan's model, compiled layers and loss on full rows, which attend across documents",
+    "torchtitan-varlen": "the same, with attention within documents, which are cut at the ends of rows",
+    "hand-written": "a loop written for this model alone: packed documents, whole model compiled, bf16 weights",
+    "hand-written-sdpa": "the same on full rows, which attend across documents",
 }
 
 NEEDS = {
@@ -32,11 +42,15 @@ NEEDS = {
     "trainer-expert": ("accelerate",),
     "accelerate": ("accelerate",),
     "lightning": ("lightning", "pytorch_lightning"),
+    "torchtitan": ("torchtitan",),
+    "torchtitan-varlen": ("torchtitan",),
 }
 """Modules of a contestant, of which one must be installed."""
 
-LIBRARIES = ("torch", "transformers", "accelerate", "lightning", "liger-kernel")
+LIBRARIES = ("torch", "transformers", "accelerate", "lightning", "liger-kernel", "torchtitan", "flash-attn-4")
 """Distributions on which the measurements depend."""
+
+TORCHTITAN = "torchtitan==0.2.2"  # later versions build models in another way
 
 ALTERNATIVE_NAMES = {"lightning": "pytorch-lightning"}
 
@@ -77,6 +91,8 @@ def missing(name: str) -> str | None:
     modules = NEEDS.get(name, ())
     if not modules or any(importlib.util.find_spec(module) for module in modules):
         return None
+    if modules == ("torchtitan",):
+        return f"torchtitan is not installed: pip install {TORCHTITAN}"
     return f'{modules[0]} is not installed: pip install "bigbatch[bench]"'
 
 

@@ -1,6 +1,7 @@
 """Interface of a contestant, and base class of the tools that bigbatch is compared with."""
 
 import importlib.util
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -21,9 +22,12 @@ class Contestant(Protocol):
 
     Attributes:
         notes: Remarks for the reader of its row.
+        first_update_s: Seconds from the beginning of its first turn until the end of its first update, compilation and
+            tuning included; None before.
     """
 
     notes: list[str]
+    first_update_s: float | None
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
         """Warm up, then run one whole update from the initial weights, between ``meter.start`` and ``meter.stop``."""
@@ -39,11 +43,16 @@ class Peer(ABC):
     def __init__(self, samples: int) -> None:
         self.samples = samples
         self.notes: list[str] = []
+        self.first_update_s: float | None = None
 
     def turn(self, stage: SharedModel, meter: Meter) -> None:
         """Warm up with the longest sequences, so that the memory is allocated, then run the whole update."""
+        started_s = time.perf_counter()
         longest = sorted(stage.samples, key=lambda sample: -len(sample["input_ids"]))
         self.update(stage, longest[: max(WARM_SAMPLES, self.samples)], NoMeter())
+        if self.first_update_s is None:
+            stage.synchronize()
+            self.first_update_s = time.perf_counter() - started_s
         stage.restore_model()
         self.update(stage, stage.samples, meter)
 

@@ -4,7 +4,7 @@ A contestant may wrap the forward, patch modules, hook parameters, or move the m
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,13 +26,17 @@ class SharedModel:
     Args:
         workload: Provides model and batch.
         memory: Memory limit for contestants that support one; None for no limit.
+        progress: Receives what a contestant does before its first update.
 
     Raises:
         InputError: The device of the workload does not exist.
     """
 
-    def __init__(self, workload: Workload, memory: str | None) -> None:
+    def __init__(
+        self, workload: Workload, memory: str | None, *, progress: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.workload = workload
+        self.progress = progress
         self.memory = memory
         self.device_spec = workload.device_spec()
         self.device = self.device_spec.device
@@ -67,6 +71,11 @@ class SharedModel:
         """
         self._snapshot.restore()
         self.reset()
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def reset_peak(self) -> None:
         """Reset the peak memory statistics of the device."""

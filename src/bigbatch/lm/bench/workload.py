@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.model.adapters import add_lora
+from bigbatch.lm.model.meta_model import meta_model_from_config, replace_parameters
 
 Sample: TypeAlias = dict[str, Tensor]
 
@@ -57,13 +58,18 @@ class Workload:
         return resolve_device(self.device, self.precision)
 
     def make_model(self, device: torch.device | str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-        """Create the model in training mode; its random weights are the same for every call on one device type."""
+        """Create the model in training mode; its random weights are the same for every call on one device type.
+
+        The weights are created where they stay, without a copy on the host: normal with a standard deviation of 0.02,
+        ones for norms and zeros for biases, as transformers initializes them.
+        """
         import transformers
 
         config = transformers.Qwen2Config(**{**self.model, "max_position_embeddings": self.longest, **changes})
+        model = meta_model_from_config(config, dtype=dtype)
         torch.manual_seed(0)
-        with torch.device(device):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        allocate(model, torch.device(device), std=config.initializer_range)
+        return model.to(device).train()  # its buffers
 
     def make_trained_model(self, device: torch.device | str) -> Any:
         """Create the model with its adapters, if any."""
@@ -83,6 +89,22 @@ class Workload:
     def make_samples(self) -> list[Sample]:
         """Create the global batch for transformers: labels equal the inputs, and the model shifts them."""
         return [{"input_ids": ids, "labels": ids} for ids in self.make_sequences()]
+
+
+@torch.no_grad()
+def allocate(model: nn.Module, device: torch.device, *, std: float) -> None:
+    """Replace the parameters of a model on the meta device by random ones on ``device``."""
+    new = {}
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if name.endswith("bias"):
+            values.zero_()
+        elif parameter.ndim == 1:
+            values.fill_(1)  # of a norm
+        else:
+            values.normal_(std=std)
+        new[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    replace_parameters(model, new)
 
 
 def count_tokens(samples: Sequence[Sample]) -> int:
@@ -160,4 +182,39 @@ W_LORA = Workload(
 )
 """Adapters of rank 16 on a Qwen2 of 1.5 billion parameters in bfloat16, 64 sequences of the lengths of w."""
 
-WORKLOADS = {workload.name: workload for workload in (W, W_LORA, W_SMALL)}
+W_1_5B = Workload(
+    name="w-1.5b",
+    device="cuda",
+    precision="bf16",
+    model=W_LORA.model,
+    sequences=256,
+    mean=5.6,
+    shortest=32,
+    longest=2_048,
+)
+"""Qwen2 of 1.5 billion parameters with all weights trained, in float32 under bf16 autocast, on the batch of w."""
+
+W_7B_LORA = Workload(
+    name="w-7b-lora",
+    device="cuda",
+    precision="bf16",
+    model={
+        "hidden_size": 3_584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+    },
+    sequences=64,
+    mean=5.6,
+    shortest=32,
+    longest=2_048,
+    memory="40GiB",
+    lr=1e-4,
+    lora_rank=16,
+)
+"""Adapters of rank 16 on a Qwen2 of 7.6 billion parameters in bfloat16, on the batch of w-lora."""
+
+WORKLOADS = {workload.name: workload for workload in (W, W_1_5B, W_LORA, W_7B_LORA, W_SMALL)}

@@ -67,6 +67,14 @@ def _one_or_list(values: tuple[str, ...]) -> str | list[str]:
     return values[0] if len(values) == 1 else list(values)
 
 
+def _distinct_dashboards(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("dashboards", "name each dashboard once")
+    if "none" in values and len(values) > 1:
+        raise PydanticCustomError("dashboards", "none excludes the others")
+    return values
+
+
 def join_texts(values: object) -> str:
     """Return the value of a setting as words of a command line: texts of a list are separated by spaces."""
     if not isinstance(values, list | tuple):
@@ -196,6 +204,14 @@ Texts = Annotated[
     Field(min_length=1),
 ]
 """One text or several: a flag followed by several values, or repeated; a text or a list in a file of settings."""
+Dashboards = Annotated[
+    tuple[Literal["none", "tensorboard", "wandb", "mlflow", "trackio"], ...],
+    BeforeValidator(_as_texts),
+    AfterValidator(_distinct_dashboards),
+    PlainSerializer(_one_or_list),
+    Field(min_length=1),
+]
+"""One dashboard or several, each once; ``none`` alone."""
 Weights = Annotated[
     tuple[Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)], ...],
     BeforeValidator(_as_numbers),

@@ -13,6 +13,14 @@ DEFAULT_DPO_BETA = 0.1
 DEFAULT_TEMPERATURE = 0.05
 DEFAULT_LR_DPO = 1e-6
 DEFAULT_LR_DPO_LORA = 1e-5
+LOSS_UNITS = {
+    "sft": "nats per token",
+    "dpo": "nats per pair",
+    "reward": "nats per pair",
+    "embedding": "nats per example",
+}
+"""What the loss of an objective is measured in; that of the loss ipo is no logarithm."""
+
 OF_OBJECTIVE = {
     "dpo_beta": "dpo",
     "dpo_loss": "dpo",
@@ -103,6 +111,11 @@ class ObjectiveFields(BaseModel):
     def vector_pooling(self) -> Literal["mean", "last"]:
         """``pooling``, or its default."""
         return "mean" if self.pooling is None else self.pooling
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is measured in."""
+        return "per pair" if self.dpo_loss == "ipo" else LOSS_UNITS[self.objective]
 
     @property
     def generates_text(self) -> bool:

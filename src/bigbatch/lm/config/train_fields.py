@@ -18,6 +18,7 @@ from bigbatch.lm.config.field_types import (
     BatchScheduleText,
     Checkpointing,
     Count,
+    Dashboards,
     Device,
     Folder,
     Gpu,
@@ -40,7 +41,7 @@ DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_GLOBAL_BATCH = 32
 DEFAULT_EPOCHS = 1
-DEFAULT_STEPS = 300  # of the tiny model on python-stdlib: the run that starts without any flag
+DEFAULT_STEPS = 100  # of the tiny model on python-stdlib: the run that starts without any flag
 
 
 class TrainFields(
@@ -263,9 +264,10 @@ class TrainFields(
         default=None, description="run directory (default: runs/MODEL-DATA, numbered if that exists)"
     )
     sample_prompt: Text = Field(default="def ", description="prompt of the text that is generated at each validation")
-    log: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = Field(
-        default="none",
-        description="dashboard that receives every update in addition to metrics.jsonl, if it is installed: "
+    log: Dashboards = Field(
+        default=("none",),
+        json_schema_extra={"several": True, "placeholder": "none|tensorboard|wandb|mlflow|trackio"},
+        description="dashboards, one or several, that receive every update in addition to metrics.jsonl: "
         "tensorboard writes to tensorboard/ in the run directory, wandb, mlflow and trackio to where they are set up "
         "to, such as a server, or offline",
     )

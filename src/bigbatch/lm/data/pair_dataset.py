@@ -23,10 +23,7 @@ from bigbatch.lm.data.token_store.reader import MemoryTokens, TokenReader
 from bigbatch.lm.data.token_store.writer import concatenated
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 from bigbatch.lm.data.validation_split import HashSplit
-from bigbatch.lm.text import plural
-
-NOUNS = {"sft": "sequence", "dpo": "pair", "reward": "pair", "embedding": "example"}
-"""What a sample of an objective is, for notes."""
+from bigbatch.lm.text import SAMPLE_NOUNS, plural
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class PairCounts:
 
     def describe(self, objective: Objective, max_length: int) -> str:
         """Return the counts as one line for the user."""
-        noun = NOUNS[objective]
+        noun = SAMPLE_NOUNS[objective]
         parts = [
             f"{plural(self.samples, noun)} of {plural(self.sequences, 'sequence')} with {plural(self.tokens, 'token')}"
         ]

@@ -30,7 +30,9 @@ from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 from bigbatch.lm.data.dataset import IGNORED
 
 CHUNK_TOKENS = 1024
-"""On an H200, 0.85 to 1.04 times the time of all logits of 8,192 tokens, in a fifth of the memory or less
+"""By default; `chunk_size` chooses more where memory allows.
+
+On an H200, 0.85 to 1.04 times the time of all logits of 8,192 tokens, in a fifth of the memory or less
 (benchmarks/results/loss-h200.txt)."""
 
 

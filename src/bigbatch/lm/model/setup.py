@@ -26,6 +26,7 @@ from bigbatch.lm.model.causal_attention import (
     use_causal_attention,
 )
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
+from bigbatch.lm.model.chunk_size import chunk_tokens_of
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
 from bigbatch.lm.model.compilation import compile_layers
 from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
@@ -126,7 +127,10 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
     model = model.to(device_spec.device).train()
     layers = layers_of(model, config)
     compiles = compiles_layers(config, device_spec.device)
-    loss_fn = make_loss_fn(device_spec, chunked=chunks, needs_mask=needs_mask, longest=longest, fused=compiles)
+    chunk_tokens = chunk_tokens_of(find_lm_head(model), config, device_spec.device) if chunks else None
+    loss_fn = make_loss_fn(
+        device_spec, chunk_tokens=chunk_tokens, needs_mask=needs_mask, longest=longest, fused=compiles
+    )
     if layout == "packed":
         collator: Any = partial(
             pack_row, pad_id=pad_id, longest=longest, most=config.token_budget, marks_padding=balance is not None
@@ -174,8 +178,9 @@ def outline_model(
     if config.lora_rank:
         model = with_lora(model, config)
     layers_of(model, config)
-    chunked = worth_chunking(find_lm_head(model))
-    loss_fn = make_loss_fn(device_spec, chunked=chunked, needs_mask=not is_causal, longest=longest)
+    head = find_lm_head(model)
+    chunk_tokens = chunk_tokens_of(head, config, target) if worth_chunking(head) else None
+    loss_fn = make_loss_fn(device_spec, chunk_tokens=chunk_tokens, needs_mask=not is_causal, longest=longest)
     return ModelOutline(model.train(), loss_fn if balance is None else balance.loss_fn(loss_fn), layout)
 
 
@@ -206,11 +211,13 @@ def wants_packed_rows(config: TrainConfig, device: torch.device) -> bool:
 
 
 def make_loss_fn(
-    device_spec: DeviceSpec, *, chunked: bool, needs_mask: bool, longest: int, fused: bool = False
+    device_spec: DeviceSpec, *, chunk_tokens: int | None, needs_mask: bool, longest: int, fused: bool = False
 ) -> CausalLMLoss | ChunkedCausalLMLoss:
-    """Create the loss function of a language model: over chunks of logits, or over all logits at once."""
-    if chunked:
-        return ChunkedCausalLMLoss(device_spec, needs_mask=needs_mask, longest=longest, fused=fused)
+    """Create the loss function of a language model: over chunks of logits, or with None over all logits at once."""
+    if chunk_tokens is not None:
+        return ChunkedCausalLMLoss(
+            device_spec, needs_mask=needs_mask, longest=longest, chunk_tokens=chunk_tokens, fused=fused
+        )
     return CausalLMLoss(device_spec, needs_mask=needs_mask, longest=longest)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from bigbatch.autotune.peak_prediction import Prediction, PredictionError
+from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError
 from bigbatch.autotune.problem import FULL_ENOUGH
 from bigbatch.autotune.search import largest_below
 from bigbatch.batching.plan import Cost, Plan, TokenBudget, plan
@@ -88,8 +88,13 @@ class RunEstimator:
         outline = self._outline(config)
         self.layout = outline.layout
         self.num_parameters, self.num_trained = count_parameters(outline.model)
-        self._predictor = make_predictor(outline, config, target=target.device)
+        self._predictor = self._make_predictor(outline, config)
         self._predicted: dict[tuple[int, int], Prediction] = {}
+
+    def _make_predictor(self, outline: ModelOutline, config: TrainConfig) -> PeakPredictor:
+        budget = self._target.budget
+        usable_bytes = None if budget is None else budget.usable_bytes
+        return make_predictor(outline, config, target=self._target.device, usable_bytes=usable_bytes)
 
     @property
     def limit(self) -> int | TokenBudget | Literal["auto"]:
@@ -177,7 +182,7 @@ class RunEstimator:
         if config.quantize is not None and (not config.saves_adapters or self._target.device.type == "mps"):
             return None
         try:
-            predictor = make_predictor(self._outline(config), config, target=self._target.device)
+            predictor = self._make_predictor(self._outline(config), config)
             peak_bytes = predictor.predict(self._rows(shape)).peak_bytes
         except (InputError, PredictionError):  # not supported by the model
             return None

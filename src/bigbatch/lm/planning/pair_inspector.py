@@ -7,11 +7,10 @@ from itertools import islice
 from typing import Any
 
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.pair_dataset import NOUNS
 from bigbatch.lm.data.pair_encoding import PairEncoder
 from bigbatch.lm.data.tokenization import BATCH_DOCUMENTS, Encoded
 from bigbatch.lm.planning.document_inspector import InspectedSample, Inspector, segments_of
-from bigbatch.lm.text import plural
+from bigbatch.lm.text import SAMPLE_NOUNS, plural
 
 LONG = {
     "dpo": "cut at its end",
@@ -51,7 +50,7 @@ class PairInspector(Inspector):
 
     def notes(self) -> list[str]:
         """Return sentences about the documents."""
-        found, noun = self.found, NOUNS[self._config.objective]
+        found, noun = self.found, SAMPLE_NOUNS[self._config.objective]
         sequences = sum(parts * number for parts, number in found.sequences.items())
         shapes = ", ".join(f"{number:,} {shape}" for shape, number in found.shapes.most_common())
         notes = [

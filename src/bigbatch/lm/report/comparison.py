@@ -12,11 +12,11 @@ from bigbatch.lm.report.sections import STATES
 
 def compare(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Return a table that compares runs, and one of the settings in which they differ."""
+    has_perplexity = any(run.columns.has("validation_perplexity") for run in runs)
+    has_accuracy = any(run.columns.has("validation_accuracy") for run in runs)
     rows = []
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         columns = run.columns
-        best = min((value for value in columns["validation_loss"] if value == value), default=None)
-        peak = max((value for value in columns["peak_bytes"] if value == value), default=None)
         swatch = swatch_of(f"line s{place}")
         rows.append(
             [
@@ -24,9 +24,11 @@ def compare(runs: Sequence[Run], names: Sequence[str]) -> str:
                 text(STATES[run.state]),
                 text(f"{run.steps:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")),
                 text(number(columns.last("loss"))),
-                text(number(best)),
+                text(number(columns.lowest("validation_loss"))),
+                *([text(number(columns.lowest("validation_perplexity")))] if has_perplexity else []),
+                *([text(number(columns.highest("validation_accuracy"), "share"))] if has_accuracy else []),
                 text(number(median(run, "tokens_per_s"), "count")),
-                text(number(peak, "bytes")),
+                text(number(columns.highest("peak_bytes"), "bytes")),
                 f"{len(columns.skipped):,}",
                 f"{len(run.resumes):,}" if run.events else "–",
             ]
@@ -37,12 +39,14 @@ def compare(runs: Sequence[Run], names: Sequence[str]) -> str:
         "updates",
         "last loss",
         "best validation",
+        *(["best perplexity"] if has_perplexity else []),
+        *(["best accuracy"] if has_accuracy else []),
         "tokens/s",
         "peak memory",
         "skipped",
         "resumes",
     ]
-    results = table(head, rows, caption="The runs", numeric=range(2, 9))
+    results = table(head, rows, caption="The runs", numeric=range(2, len(head)))
     values = {key: [format_setting(run.settings.get(key)) for run in runs] for key in _all_settings(runs)}
     differing = [key for key, of_runs in values.items() if key != "out" and len(set(of_runs)) > 1]
     if not differing:

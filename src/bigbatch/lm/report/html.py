@@ -1,8 +1,12 @@
 """HTML elements whose text is escaped, so that no setting, path or message can become markup."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from html import escape
+from html import escape, unescape
+
+MANY_COLUMNS = 5  # of a table whose columns have a set width on paper
+LONGEST_WORD = 16  # characters of a word that the width of a column on paper allows for; longer words are broken
 
 
 def text(value: object) -> str:
@@ -26,11 +30,12 @@ def table(
 ) -> str:
     """Return a table of cells that are already markup; the first cell of a row is its header."""
     right = set(numeric)
+    names, lines = list(head), [list(row) for row in rows]
 
     def kind(column: int) -> str | None:
         return "number" if column in right else None
 
-    top = "".join(tag("th", cell, scope="col", class_=kind(i)) for i, cell in enumerate(head))
+    top = "".join(tag("th", cell, scope="col", class_=kind(i)) for i, cell in enumerate(names))
     body = "".join(
         "<tr>"
         + "".join(
@@ -38,10 +43,22 @@ def table(
             for i, cell in enumerate(row)
         )
         + "</tr>"
-        for row in rows
+        for row in lines
     )
-    whole = f"<table><caption>{text(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    parts = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    is_many = len(names) >= MANY_COLUMNS
+    columns = _columns([names, *lines]) if is_many else ""
+    whole = tag("table", tag("caption", text(caption)) + columns + parts, class_="many" if is_many else None)
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption) if wide else whole
+
+
+def _columns(rows: list[list[str]]) -> str:
+    """Return the columns with their widths on paper, in proportion to their longest words, so that any font fits."""
+    texts = [[unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in rows]
+    longest = [
+        min(LONGEST_WORD, max(map(len, " ".join(column).split()), default=0)) + 1 for column in zip(*texts, strict=True)
+    ]
+    return tag("colgroup", "".join(f'<col style="--share: {width / sum(longest):.2%}">' for width in longest))
 
 
 def data(value: Mapping[str, object]) -> str:

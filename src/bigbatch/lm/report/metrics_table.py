@@ -30,9 +30,18 @@ NUMBERS = (
     "tokens_per_s",
     "peak_bytes",
     "elapsed_s",
+    "accuracy",
+    "margin",
     "validation_loss",
+    "validation_perplexity",
+    "validation_accuracy",
+    "validation_margin",
     "retries",
     "noise_scale_items",
+    "noise_scale_sequences",
+    "noise_low_sequences",
+    "noise_high_sequences",
+    "sequences",
     "global_batch",
     "ranks",
     "slowest_rank",
@@ -92,6 +101,14 @@ class Columns:
     def last(self, name: str) -> float | None:
         """Return the last finite number of a column; None without one."""
         return next((value for value in reversed(self[name]) if math.isfinite(value)), None)
+
+    def lowest(self, name: str) -> float | None:
+        """Return the lowest number of a column; None without one."""
+        return min((value for value in self[name] if math.isfinite(value)), default=None)
+
+    def highest(self, name: str) -> float | None:
+        """Return the highest number of a column; None without one."""
+        return max((value for value in self[name] if math.isfinite(value)), default=None)
 
 
 def read_columns(path: Path) -> Columns:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from bigbatch import __version__
 from bigbatch.errors import InputError
 from bigbatch.lm.report import comparison, sections, verification_section
+from bigbatch.lm.report.guidance import Guidance, batch_advice, next_commands
 from bigbatch.lm.report.html import tag, text
 from bigbatch.lm.report.html_figures import figure
 from bigbatch.lm.report.run_charts import RunCharts
@@ -18,11 +19,18 @@ MOST_RUNS = 8  # one colour each
 REFRESH_S = 10
 
 
-def page(runs: Sequence[Run], *, refresh: bool = False, now: datetime | None = None) -> str:
+def page(
+    runs: Sequence[Run],
+    *,
+    guidance: Sequence[Guidance] | None = None,
+    refresh: bool = False,
+    now: datetime | None = None,
+) -> str:
     """Return the HTML page of one run, or of several for comparison.
 
     Args:
         runs: At most 8.
+        guidance: Advice and commands for each run.
         refresh: Whether the page reloads itself every 10 seconds.
         now: Time of writing that the page shows; by default the current time.
 
@@ -33,7 +41,8 @@ def page(runs: Sequence[Run], *, refresh: bool = False, now: datetime | None = N
         raise InputError(f"{len(runs)} runs are too many for one page: name at most {MOST_RUNS}.")
     names = _names(runs)
     title = " vs. ".join(names) if len(runs) < 4 else f"Comparison of {len(runs)} runs"
-    parts = _one(runs[0]) if len(runs) == 1 else _several(runs, names)
+    found = [Guidance()] * len(runs) if guidance is None else guidance
+    parts = _one(runs[0], found[0]) if len(runs) == 1 else _several(runs, names, found)
     moment = (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M:%S UTC")
     again = f"; reloaded every {REFRESH_S} seconds while the run is running" if refresh else ""
     head = [
@@ -59,32 +68,43 @@ def page(runs: Sequence[Run], *, refresh: bool = False, now: datetime | None = N
     return f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head><body>{"".join(body)}</body></html>\n'
 
 
-def _one(run: Run) -> Iterator[str]:
+def _one(run: Run, found: Guidance) -> Iterator[str]:
     charts = RunCharts([run], [run.name])
-    yield sections.status(run)
+    yield sections.status(run) + next_commands(found)
     if run.columns.steps:
         yield sections.tiles(run)
     yield _section("Learning", charts.learning(), _missing_learning(run))
     batch = charts.batch()
-    yield _section("Batch", batch, "", _missing_noise(run) + sections.window(run))
+    yield _section("Batch", batch, "", batch_advice(found) + sections.window(run))
     yield _section("Speed and memory", charts.cost(), "")
+    yield _section("Samples", (), "", sections.samples(run))
     yield _section("History", (), "", sections.history(run))
     yield _section("Verification", (), "", verification_section.verification(run))
     both = tag("div", sections.settings(run) + sections.environment(run), class_="tables")
     yield _section("Settings and versions", (), "", both)
 
 
-def _several(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
+def _several(runs: Sequence[Run], names: Sequence[str], found: Sequence[Guidance]) -> Iterator[str]:
     charts = RunCharts(runs, names)
     yield _section("Comparison", (), "", comparison.compare(runs, names))
-    yield _section("Learning", charts.learning(), "No update has been logged yet.")
-    yield _section("Batch", charts.batch(), "")
+    learning = charts.learning()
+    yield _section("Learning", learning, "" if learning else "No update has been logged yet.")
+    advice = [(name, batch_advice(each)) for name, each in zip(names, found, strict=True) if each.advice is not None]
+    of_runs = "".join(tag("h3", text(name)) + words for name, words in advice)
+    yield _section("Batch", charts.batch(), "", of_runs)
     yield _section("Speed and memory", charts.cost(), "")
-    each = [
-        tag("details", tag("summary", text(name)) + sections.status(run) + sections.history(run))
-        for run, name in zip(runs, names, strict=True)
+    details = [
+        tag(
+            "details",
+            tag("summary", text(name))
+            + sections.status(run)
+            + next_commands(each)
+            + sections.samples(run)
+            + sections.history(run),
+        )
+        for run, name, each in zip(runs, names, found, strict=True)
     ]
-    yield _section("History", (), "", "".join(each))
+    yield _section("Each run", (), "", "".join(details))
 
 
 def _section(title: str, charts: Sequence[Chart], instead: str, rest: str = "") -> str:
@@ -101,12 +121,6 @@ def _missing_learning(run: Run) -> str:
     if not run.columns.steps:
         return "No update has been logged yet."
     return "" if run.columns.has("validation_loss") else "This run has no validation loss yet."
-
-
-def _missing_noise(run: Run) -> str:
-    if run.columns.has("noise_scale_items") or not run.columns.steps:
-        return ""
-    return tag("p", "The gradient noise scale was not measured in this run.", class_="missing")
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -11,6 +11,7 @@ from itertools import accumulate
 import numpy as np
 
 from bigbatch.lm.report.axes import Kind, number
+from bigbatch.lm.report.memory_prediction import MemoryPrediction, positive
 from bigbatch.lm.report.run_reader import Run
 from bigbatch.lm.report.svg_chart import Chart, EventMarks, Line, ReferenceLine
 
@@ -31,8 +32,9 @@ class RunCharts:
         self._alone = len(runs) == 1
 
     def learning(self) -> list[Chart]:
-        """Return the charts of loss, learning rate and gradient norm."""
-        return [chart for chart in (self._loss(), self._by_tokens(), self._rate(), self._norm()) if chart]
+        """Return the charts of loss, accuracy, margin, learning rate and gradient norm."""
+        charts = (self._loss(), self._by_tokens(), self._accuracy(), self._margin(), self._rate(), self._norm())
+        return [chart for chart in charts if chart]
 
     def batch(self) -> list[Chart]:
         """Return the chart of the noise scale and the batch size, or of the batch size if it changed."""
@@ -50,10 +52,12 @@ class RunCharts:
         for run, name in self._each_with("validation_loss"):
             values = [(y, x) for x, y in zip(run.columns.steps, run.columns["validation_loss"], strict=True) if y == y]
             best, step = min(values)
+            perplexity = run.columns.lowest("validation_perplexity")
             summary += f" The validation loss{self._of(name)} has its minimum, {number(best)}, at update {step:,}"
+            summary += f" (perplexity {number(perplexity)})" if perplexity is not None else ""
             summary += f", and {number(values[-1][0])} at the last validation." if values[-1][1] != step else "."
         marks = self._marks() if self._alone else ()
-        return Chart("loss", "Loss", "nats per token", tuple(lines), marks=marks, summary=summary, wide=True)
+        return Chart("loss", "Loss", self._loss_unit, tuple(lines), marks=marks, summary=summary, wide=True)
 
     def _by_tokens(self) -> Chart | None:
         """Return the loss over the trained tokens, if the batches of the runs differ in size."""
@@ -70,12 +74,41 @@ class RunCharts:
         return Chart(
             "loss-by-tokens",
             "Loss by tokens",
-            "nats per token",
+            self._loss_unit,
             tuple(lines),
             x_label="tokens",
             summary=summary,
             wide=True,
         )
+
+    def _accuracy(self) -> Chart | None:
+        return self._of_pairs("accuracy", "Accuracy", "of the pairs or examples", kind="share")
+
+    def _margin(self) -> Chart | None:
+        return self._of_pairs("margin", "Margin", "of the chosen over the rejected answer")
+
+    def _of_pairs(self, column: str, title: str, unit: str, *, kind: Kind = "plain") -> Chart | None:
+        """Return the chart of a metric of pairs, in training and validation."""
+        lines = self._lines(column, "training") + self._lines(f"validation_{column}", "validation", 1, style="dots")
+        if not lines:
+            return None
+        parts = []
+        for run, name in self._each_with(column):
+            last = number(run.columns.last(column), kind)
+            parts.append(f"The {column}{self._of(name)} in training is {last} at the end.")
+        for run, name in self._each_with(f"validation_{column}"):
+            values = run.columns[f"validation_{column}"]
+            best, step = max((y, -x) for x, y in zip(run.columns.steps, values, strict=True) if y == y)
+            parts.append(
+                f"The validation {column}{self._of(name)} has its maximum, {number(best, kind)}, at update {-step:,}, "
+                f"and is {number(run.columns.last(f'validation_{column}'), kind)} at the last validation."
+            )
+        return Chart(column, title, unit, tuple(lines), kind=kind, summary=" ".join(parts))
+
+    @property
+    def _loss_unit(self) -> str:
+        units = {run.loss_unit for run in self._runs}
+        return units.pop() if len(units) == 1 else ""
 
     def _rate(self) -> Chart | None:
         lines = self._lines("lr", "learning rate")
@@ -98,7 +131,7 @@ class RunCharts:
             return None
         summary = self._describe_range("grad_norm", "The norm of the gradient of the whole batch, before clipping,")
         limits = {
-            limit for run, _ in self._each_with("grad_norm") if (limit := _positive(run.settings, "max_grad_norm"))
+            limit for run, _ in self._each_with("grad_norm") if (limit := positive(run.settings, "max_grad_norm"))
         }
         levels: tuple[ReferenceLine, ...] = ()
         if len(limits) == 1:
@@ -111,23 +144,31 @@ class RunCharts:
         return Chart("grad-norm", "Gradient norm", "before clipping", tuple(lines), levels, summary=summary)
 
     def _noise(self) -> Chart | None:
-        noise = self._lines("noise_scale_items", "noise scale")
+        """Return the noise scale and the batch in sequences; in items, as old runs have it, if any lacks sequences."""
+        measured = [run.columns for run, _ in self._each_with("noise_scale_items")]
+        has_sequences = all(columns.has("noise_scale_sequences") and columns.has("sequences") for columns in measured)
+        scale, size, unit = "noise_scale_items", "items", "items"
+        if has_sequences:
+            scale, size = "noise_scale_sequences", "sequences"
+            nouns = {run.noun for run in self._runs}
+            unit = f"{nouns.pop()}s" if len(nouns) == 1 else "samples"
+        noise = self._lines(scale, "noise scale")
         if not noise:
             return None
-        batch = self._lines("items", "batch", 1, style="dashed")
+        batch = self._lines(size, "batch", 1, style="dashed")
         parts = []
-        for run, name in self._each_with("noise_scale_items"):
-            last, items = run.columns.last("noise_scale_items"), run.columns.last("items")
-            word = f"The gradient noise scale{self._of(name)} is {number(last, 'count')} items at the end"
-            if last and items and last > 0 and items > 0:
-                ratio = last / items
-                word += f", {number(ratio)} times the batch of {number(items, 'count')}"
-                word += ": larger batches would " + ("need fewer updates" if ratio > 1 else "save few updates")
-            parts.append(f"{word}.")
+        for run, name in self._each_with(scale):
+            last, items = run.columns.last(scale), run.columns.last(size)
+            low, high = run.columns["noise_low_sequences"][-1], run.columns["noise_high_sequences"][-1]
+            within = f" (interval: {number(low, 'count')} to {number(high, 'count') if high == high else 'unlimited'})"
+            parts.append(
+                f"The estimate of the gradient noise scale{self._of(name)} is {number(last, 'count')} {unit} at the end"
+                f"{within if has_sequences and low == low else ''}; the last batch has {number(items, 'count')}."
+            )
         return Chart(
             "noise",
-            "Noise scale against the batch",
-            "items",
+            "Noise scale and batch",
+            unit,
             (*batch, *noise),
             kind="count",
             summary=" ".join(parts),
@@ -160,16 +201,16 @@ class RunCharts:
         for place, (run, name) in enumerate(zip(self._runs, self._names, strict=True)):
             if not run.columns.has("peak_bytes"):
                 continue
-            measured = float(run.columns.finite("peak_bytes")[1].max())
-            predicted = _positive(run.choice, "peak_bytes")
-            parts.append(_about_memory(run, self._of(name), measured, predicted))
-            if predicted is not None:
-                colour = 1 if self._alone else place
-                levels.append(ReferenceLine("predicted" if self._alone else f"{name}: predicted", predicted, colour))
+            found = MemoryPrediction.of(run)
+            parts.append(found.describe(self._of(name)))
+            if found.expected_bytes is not None:
+                label = found.label if self._alone else f"{name}: {found.label}"
+                levels.append(ReferenceLine(label, found.expected_bytes, 1 if self._alone else place))
+        unit = "highest so far" if all(run.is_on_cuda for run in self._runs) else "of the process, highest so far"
         return Chart(
             "memory",
             "Memory",
-            "highest so far",
+            unit,
             tuple(lines),
             tuple(levels),
             kind="bytes",
@@ -232,27 +273,6 @@ class RunCharts:
         values = [value for line in lines for value in line.points.finite]
         low, high = min(values), max(values)
         return tuple(level for level in levels if low / FAR <= level.value <= high * FAR)
-
-
-def _about_memory(run: Run, of: str, measured: float, predicted: float | None) -> str:
-    """Return a sentence that compares measured and predicted memory; on the CPU the two differ in scope."""
-    word = f"The measured peak{of} is {number(measured, 'bytes')}"
-    if predicted is None:
-        return f"{word}; there is no prediction, because the micro-batch was set."
-    device = run.last_event_value("device") or str(run.settings.get("device", ""))
-    if str(device).startswith("cuda"):
-        off = measured / predicted - 1
-        more = "more" if off >= 0 else "less"
-        return f"{word}, {number(abs(off), 'share')} {more} than the predicted {number(predicted, 'bytes')}."
-    return (
-        f"{word}: on the CPU this is the whole process with Python and libraries. The prediction of "
-        f"{number(predicted, 'bytes')} covers only the tensors of an update."
-    )
-
-
-def _positive(values: object, key: str) -> float | None:
-    value = values.get(key) if hasattr(values, "get") else None
-    return float(value) if type(value) in (int, float) and 0 < value < 1e300 else None  # type: ignore[operator, arg-type]
 
 
 def _distinct(values: Sequence[float]) -> set[float]:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigbatch.errors import BigbatchError, InputError, os_reason
+from bigbatch.lm.config.objective_fields import LOSS_UNITS
 from bigbatch.lm.files import LARGEST_LOG, open_regular, read_regular
 from bigbatch.lm.report.metrics_table import Columns, read_columns
 from bigbatch.lm.runs.file_names import ADAPTER, CONFIG, EVENTS, LOCK, METRICS, MODEL, TUNED_MICROBATCH, VERIFICATION
 from bigbatch.lm.runs.identity import check_layout
+from bigbatch.lm.runs.samples import Sample, read_samples
+from bigbatch.lm.text import SAMPLE_NOUNS
 
 try:
     import fcntl
@@ -36,6 +39,7 @@ class Run:
         columns: The updates.
         events: Lines of events.jsonl.
         choice: The micro-batch that ``auto`` chose, with its predicted peak; empty if none was chosen.
+        samples: Texts that the model generated, by update.
         verification: The output of ``bigbatch verify --json`` in verify.json; empty without that file.
     """
 
@@ -48,6 +52,24 @@ class Run:
     events: Sequence[Mapping[str, Any]]
     choice: Mapping[str, Any]
     verification: Mapping[str, Any]
+    samples: Sequence[Sample] = ()
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is measured in."""
+        objective = str(self.settings.get("objective", "sft"))
+        return "per pair" if self.settings.get("dpo_loss") == "ipo" else LOSS_UNITS.get(objective, "")
+
+    @property
+    def noun(self) -> str:
+        """What a sample is."""
+        return SAMPLE_NOUNS.get(str(self.settings.get("objective")), "sequence")
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether memory was measured as torch's allocations on a GPU; elsewhere it is that of the whole process."""
+        device = self.last_event_value("device") or self.settings.get("device", "")
+        return str(device).startswith("cuda")
 
     @property
     def steps(self) -> int:
@@ -99,6 +121,7 @@ def read_run(folder: Path) -> Run:
         events=events,
         choice=_object(folder / TUNED_MICROBATCH),
         verification=_object(folder / VERIFICATION),
+        samples=read_samples(folder),
     )
 
 

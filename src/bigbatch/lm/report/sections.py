@@ -13,6 +13,7 @@ from bigbatch.lm.report.window_plan_chart import draw_window, window_of
 from bigbatch.lm.runs.file_names import CONFIG, METRICS
 
 MOST_LINES = 60  # rows of a table; the rest is counted
+MOST_SAMPLES = 8
 STATES = {
     "running": "running",
     "finished": "finished",
@@ -32,9 +33,9 @@ def status(run: Run) -> str:
     word = {
         "running": f"Running: {done}.",
         "finished": f"Finished: {done}.",
-        "stopped": f"Stopped{f' by {why}' if why else ''}: {done}. Continue with bigbatch resume.",
+        "stopped": f"Stopped{f' by {why}' if why else ''}: {done}.",
         "failed": f"Failed: {done}. {why}",
-        "ended": f"Not running and not finished: {done}. Continue with bigbatch resume.",
+        "ended": f"Not running and not finished: {done}.",
     }[run.state]
     sentences = [tag("strong", text(STATES[run.state]), class_=f"state {run.state}") + " " + text(word)]
     if run.columns.num_unreadable:
@@ -47,17 +48,20 @@ def status(run: Run) -> str:
 def tiles(run: Run) -> str:
     """Return the key figures of a run."""
     columns = run.columns
-    best = min((value for value in columns["validation_loss"] if value == value), default=None)
-    peak = max((value for value in columns["peak_bytes"] if value == value), default=None)
     found = [
         ("updates", f"{run.steps:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")),
         ("last loss", number(columns.last("loss"))),
-        ("best validation loss", number(best)),
+        ("best validation loss", number(columns.lowest("validation_loss"))),
+        ("best validation perplexity", number(columns.lowest("validation_perplexity"))),
+        ("best validation accuracy", number(columns.highest("validation_accuracy"), "share")),
         ("tokens/s", number(median(run, "tokens_per_s"), "count")),
-        ("peak memory", number(peak, "bytes")),
+        (
+            "peak memory" if run.is_on_cuda else "peak memory of the process",
+            number(columns.highest("peak_bytes"), "bytes"),
+        ),
         ("micro-batches per update", _range(columns)),
         ("skipped updates", f"{len(columns.skipped):,}"),
-        ("resumes", f"{len(run.resumes):,}" if run.events else "–"),
+        ("resumes", f"{len(run.resumes):,}" if run.resumes else "–"),
     ]
     return tag(
         "dl",
@@ -76,17 +80,17 @@ def _range(columns: Columns) -> str:
 
 def window(run: Run) -> str:
     """Return a drawing of the first window's micro-batches, or a note if the run has not recorded them."""
-    found = window_of(run.last_event_value("window"))
+    found = window_of(run.last_event_value("window"), noun=run.noun)
     if found is None:
         return tag("p", "This run has not recorded the plan of its first window.", class_="missing")
     shares = [
         [f"{place:,}", f"{len(lengths):,}", f"{max(lengths):,}", f"{sum(lengths):,}", f"{found.laid_out(lengths):,}"]
         for place, lengths in found.shown
     ]
-    head = ["micro-batch", "sequences", "longest", "tokens", "with padding"]
+    head = ["micro-batch", f"{run.noun}s", "longest", "tokens", "with padding"]
     rows = table(head, shares, caption="Micro-batches in the drawing", numeric=range(1, 5))
-    entries = [("even", "a sequence")]
-    entries += [("odd", "the next sequence")] if any(len(lengths) > 1 for _, lengths in found.shown) else []
+    entries = [("even", f"1 {run.noun}")]
+    entries += [("odd", f"the next {run.noun}")] if any(len(lengths) > 1 for _, lengths in found.shown) else []
     entries += [("padding", "padding")] if found.laid_out_tokens > found.tokens else []
     swatch = (
         '<svg viewBox="0 0 28 12" class="swatch" aria-hidden="true"><rect class="{}" width="28" height="12"/></svg>'
@@ -102,6 +106,17 @@ def window(run: Run) -> str:
         class_="chart wide-figure",
         id="window",
     )
+
+
+def samples(run: Run) -> str:
+    """Return the texts that the model generated, the latest first; nothing without one."""
+    shown = [
+        tag("figcaption", f"after update {sample.step:,}, from the prompt {tag('code', text(sample.prompt))}")
+        + tag("pre", text(sample.text))
+        for sample in reversed(run.samples)
+        if sample.step <= run.steps
+    ]
+    return "".join(tag("figure", inside, class_="sample") for inside in shown[:MOST_SAMPLES])
 
 
 def history(run: Run) -> str:

@@ -14,7 +14,7 @@ from bigbatch.lm.report.axes import Kind, Scale, step_scale, value_scale, wants_
 from bigbatch.lm.report.downsampling import Points, reduced
 from bigbatch.lm.report.html import tag, text
 
-CHARACTER = 7.2  # width of a digit in a font of 13
+CHARACTER = 8.0  # room for a character in a font of 13: of DejaVu Sans Mono, a wide font, it is 7.8
 TOP, BOTTOM, RIGHT = 12, 38, 16
 
 

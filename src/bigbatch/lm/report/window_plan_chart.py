@@ -24,6 +24,7 @@ class WindowLayout:
         num_microbatches: Micro-batches of the window.
         first: Tokens of each sample of the first micro-batches.
         last: Tokens of each sample of the last micro-batches; those in between are not recorded.
+        noun: What a sample is.
     """
 
     layout: str
@@ -34,6 +35,7 @@ class WindowLayout:
     num_microbatches: int
     first: tuple[tuple[int, ...], ...]
     last: tuple[tuple[int, ...], ...]
+    noun: str = "sequence"
 
     @property
     def shown(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -62,10 +64,12 @@ class WindowLayout:
         share = padding / self.laid_out_tokens
         waste = f"{padding:,} of {self.laid_out_tokens:,} tokens are padding ({share:.1%})" if padding else "no padding"
         batches = "1 micro-batch" if self.num_microbatches == 1 else f"{self.num_microbatches:,} micro-batches"
-        return f"{self.num_samples:,} sequences, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
+        return (
+            f"{self.num_samples:,} {self.noun}s, {self.tokens:,} tokens, in {batches}{budget}, {self.layout}: {waste}."
+        )
 
 
-def window_of(recorded: object) -> WindowLayout | None:
+def window_of(recorded: object, *, noun: str = "sequence") -> WindowLayout | None:
     """Return the window that an event has recorded; None if it cannot be drawn."""
     if not isinstance(recorded, Mapping):
         return None
@@ -81,6 +85,7 @@ def window_of(recorded: object) -> WindowLayout | None:
             num_microbatches=_count(recorded["num_microbatches"]),
             first=first,
             last=last,
+            noun=noun,
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -107,8 +112,10 @@ def _draw(window: WindowLayout, size: Size) -> str:
     budget = window.token_budget
     height = HEAD + rows * ROW + 6
     number_width = 10 + CHARACTER * len(f"{window.num_microbatches:,}")
-    text_width = 96 if size.name == "narrow" else 216
-    left, right = number_width, size.width - text_width
+    words = [_words(window, lengths, short=False) for _, lengths in window.shown]
+    is_short = size.name == "narrow" or 10 + CHARACTER * max(map(len, words)) > size.width / 2
+    words = [_words(window, lengths, short=True) for _, lengths in window.shown] if is_short else words
+    left, right = number_width, size.width - 10 - CHARACTER * max(map(len, words))
     unit = (right - left) / window.scale
     parts = [*_head(window, left, right, unit, height, budget)]
     y = float(HEAD)
@@ -117,7 +124,7 @@ def _draw(window: WindowLayout, size: Size) -> str:
             hidden = f"… {window.num_hidden:,} more"
             parts.append(tag("text", text(hidden), class_="tick", x=left, y=y + BAR - 3))
             y += ROW
-        parts += _bar(window, number, lengths, left=left, right=right, y=y, unit=unit, short=size.name == "narrow")
+        parts += _bar(window, number, lengths, words[place], left=left, right=right, y=y, unit=unit)
         y += ROW
     name = f"window-{size.name}"
     return tag(
@@ -142,26 +149,31 @@ def _head(
     yield tag("line", class_="capacity", x1=_short(end), x2=_short(end), y1=HEAD - 6, y2=height - 4)
 
 
+def _words(window: WindowLayout, lengths: tuple[int, ...], *, short: bool) -> str:
+    """Return the text next to a bar."""
+    tokens, laid_out = sum(lengths), window.laid_out(lengths)
+    if short:
+        return f"{len(lengths):,} × {max(lengths):,}"
+    samples = window.noun if len(lengths) == 1 else f"{window.noun}s"
+    full = f", {tokens / laid_out:.0%} full" if window.layout == "padded" and tokens != laid_out else ""
+    return f"{len(lengths):,} {samples}, {tokens:,} tokens{full}"
+
+
 def _bar(
     window: WindowLayout,
     number: int,
     lengths: tuple[int, ...],
+    words: str,
     *,
     left: float,
     right: float,
     y: float,
     unit: float,
-    short: bool,
 ) -> Iterator[str]:
-    tokens, laid_out = sum(lengths), window.laid_out(lengths)
     middle = y + BAR / 2
     yield tag("text", f"{number:,}", class_="tick end", x=_short(left - 7), y=middle, dy="0.35em")
     yield from _samples(window, lengths, left, y, unit)
-    sequences = "sequence" if len(lengths) == 1 else "sequences"
-    share = f"{tokens / laid_out:.0%}" if window.layout == "padded" else ""
-    words = f"{len(lengths):,} × {max(lengths):,}" if short else f"{len(lengths):,} {sequences}, {tokens:,} tokens"
-    full = f", {share} full" if share and not short and tokens != laid_out else ""
-    yield tag("text", text(words + full), class_="tick", x=_short(right + 10), y=middle, dy="0.35em")
+    yield tag("text", text(words), class_="tick", x=_short(right + 10), y=middle, dy="0.35em")
 
 
 def _samples(window: WindowLayout, lengths: tuple[int, ...], left: float, y: float, unit: float) -> Iterator[str]:

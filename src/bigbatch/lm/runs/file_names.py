@@ -4,6 +4,7 @@ IDENTITY = "run-manifest.json"  # layout, run id, and what the run was started w
 CONFIG = "config.json"  # every setting, written once
 METRICS = "metrics.jsonl"  # one line for each update
 EVENTS = "events.jsonl"  # starts, stops and errors, for the report
+SAMPLES = "samples.jsonl"  # texts that the model generated during the run
 FINGERPRINTS = "fingerprints.jsonl"  # of gradients and parameters after each update, with --reproducible
 QUARANTINE = "quarantine.jsonl"  # samples of skipped updates
 TUNED_MICROBATCH = "microbatch.json"  # the micro-batch that `auto` chose

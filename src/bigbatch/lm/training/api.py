@@ -29,7 +29,7 @@ from bigbatch.lm.runs.identity import read_identity
 from bigbatch.lm.runs.lock import RunLock
 from bigbatch.lm.training.best_checkpoint import stops_early
 from bigbatch.lm.training.callbacks import MetricsRow, TrainResult
-from bigbatch.lm.training.dashboards import check_log, with_dashboard
+from bigbatch.lm.training.dashboards import check_log, with_dashboards
 from bigbatch.lm.training.data import DataLoader
 from bigbatch.lm.training.event_log import EventLog
 from bigbatch.lm.training.passed_data import (
@@ -199,11 +199,11 @@ def _run(trainer: Trainer, directory: RunDirectory, user: UserCallbacks, config:
         notes.append(sentence)
         user.call("on_note", sentence)
 
-    log = config.log if ranks.is_first else "none"
+    log = config.log if ranks.is_first else ()
     settings = config.model_dump(mode="json")
     with (
         EventLog(trainer, directory.path) if ranks.is_first else nullcontext() as event_log,
-        with_dashboard(user, log, directory.path, done=done, settings=settings) as callback,
+        with_dashboards(user, log, directory.path, done=done, settings=settings) as callback,
     ):
         outcome = trainer.run(directory, callback=callback, should_stop=lambda: user.is_stopping, on_note=receive_note)
         if event_log is not None:

@@ -17,6 +17,10 @@ from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.lm.training.tuning_cache import cache_key, load_cached
 
+RECOMPUTED = 0.1
+"""Smallest share of time that recomputing every second layer adds: half of the forward, which is a third of the time of
+a layer or more, less the head, which is not recomputed."""
+
 
 def choose_microbatch(
     engine: Engine,
@@ -65,7 +69,8 @@ def tune(
     """Choose and apply the micro-batch and, with ``modes``, the mode of activation checkpointing.
 
     Checkpointing trades time for memory, so a mode is tried only if memory limits the micro-batch of the mode before,
-    and the search ends with the first mode that is not faster.
+    and the search ends with the first mode that is not faster, or where the fixed time of a micro-batch is so short
+    that larger ones cannot make up for recomputed layers.
 
     Args:
         engine: Of the model that the layers belong to.
@@ -90,13 +95,20 @@ def tune(
         faster = found is None or choice.per_s > found[1].per_s * SPEED_TOLERANCE
         if faster:
             found = (mode, choice)
-        if not faster or not choice.limited:
+        if not faster or not choice.limited or not _recomputing_may_pay(choice):
             break
     if found is None:
         assert last_error is not None, "every mode failed"
         raise last_error
     apply_choice(engine, layers, *found)
     return found
+
+
+def _recomputing_may_pay(choice: MicrobatchChoice) -> bool:
+    """Return whether the fixed time that larger micro-batches would save may exceed that of recomputed layers."""
+    if len(choice.timing.points) < 2:
+        return True  # the fixed time is unknown
+    return choice.timing.overhead_tokens(choice.size) >= RECOMPUTED * choice.size
 
 
 def apply_choice(

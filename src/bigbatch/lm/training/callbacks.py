@@ -23,6 +23,9 @@ class TrainerCallback(Protocol):
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Handle the losses of named validation sets, in nats per token; called before `on_validation`."""
 
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Handle the metrics of a validation of pairs, such as ``accuracy``; called before `on_validation`."""
+
     def on_sample(self, step: int, text: str) -> None:
         """Handle a text that the model generated."""
 

@@ -1,24 +1,26 @@
-"""Export of metrics to a dashboard: TensorBoard, Weights & Biases, MLflow or trackio.
+"""Export of metrics to dashboards: TensorBoard, Weights & Biases, MLflow or trackio.
 
-updates, validations → finite numbers by tag → the writer of a dashboard
+updates, validations → finite numbers by tag → the writer of each dashboard
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import BigbatchError, InputError, first_line, os_reason
-from bigbatch.lm.runs.file_names import TENSORBOARD
-from bigbatch.lm.runs.identity import read_identity
+from bigbatch.errors import InputError
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, perplexity
+from bigbatch.lm.training.dashboard_writers import WRITERS, Write
 
 TAGS = {
     "loss": "train/loss",
     "router_aux_loss": "train/router_aux_loss",
+    "accuracy": "train/accuracy",
+    "margin": "train/margin",
+    "chosen_reward": "train/chosen_reward",
+    "rejected_reward": "train/rejected_reward",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
     "items": "batch/items",
@@ -40,29 +42,22 @@ TAGS = {
 }
 """Tags of the fields of metrics.jsonl; those of other numbers are ``more/FIELD``."""
 
-PROJECT = "bigbatch"
-"""Name of the project or experiment in which runs are."""
-
 # fields that are no plain number, or exported in another way
 _OWN_TAGS = ("step", "skipped", "validation_loss", "validation_perplexity")
 
-_MLFLOW_TAG = "bigbatch.run_id"
-_MLFLOW_LONGEST = 500  # characters of a setting
 
-Write = Callable[[int, Mapping[str, float]], None]
-
-
-def check_log(log: str) -> None:
-    """Check that the package of a dashboard is installed.
+def check_log(log: Sequence[str]) -> None:
+    """Check that the packages of the dashboards are installed.
 
     Raises:
-        InputError: It is not installed.
+        InputError: One is not installed.
     """
-    if log == "none":
-        return
-    spec = find_spec(log)
-    if spec is None or spec.origin is None:  # a folder of that name, such as the one that wandb makes
-        raise InputError(f"--log {log} needs {log}, which is not installed: pip install {log}.")
+    for name in log:
+        if name == "none":
+            continue
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name, such as the one that wandb makes
+            raise InputError(f"--log {name} needs {name}, which is not installed: pip install {name}.")
 
 
 class DashboardCallback:
@@ -94,6 +89,12 @@ class DashboardCallback:
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Write the losses of named sets."""
         self._write_losses(step, {f"/{name}": loss for name, loss in losses.items()})
+
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a validation of pairs."""
+        values = {f"validation/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+        if values:
+            self._write(step, values)
 
     def _write_losses(self, step: int, losses: Mapping[str, float]) -> None:
         values = {f"validation/loss{ending}": loss for ending, loss in losses.items()}
@@ -127,6 +128,11 @@ class CallbackList:
         for callback in self._callbacks:
             callback.on_evaluation(step, losses)
 
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Forward the metrics of a validation of pairs."""
+        for callback in self._callbacks:
+            callback.on_validation_metrics(step, metrics)
+
     def on_sample(self, step: int, text: str) -> None:
         """Forward a generated text."""
         for callback in self._callbacks:
@@ -134,163 +140,26 @@ class CallbackList:
 
 
 @contextmanager
-def with_dashboard(
-    callback: TrainerCallback, log: str, folder: Path, *, done: int, settings: Mapping[str, Any]
+def with_dashboards(
+    callback: TrainerCallback, log: Sequence[str], folder: Path, *, done: int, settings: Mapping[str, Any]
 ) -> Iterator[TrainerCallback]:
-    """Yield a callback that also writes to a dashboard; under ``"none"``, the callback itself.
+    """Yield a callback that also writes to dashboards; under ``("none",)``, the callback itself.
 
     Args:
         callback: The callback of the run.
-        log: ``none``, ``tensorboard``, ``wandb``, ``mlflow`` or ``trackio``.
+        log: ``none``, or some of ``tensorboard``, ``wandb``, ``mlflow`` and ``trackio``.
         folder: The run directory.
         done: Updates of earlier processes; later points are deleted if the dashboard supports that.
         settings: Settings of the run, for dashboards that show them.
 
     Raises:
-        BigbatchError: The dashboard's files cannot be written, or its server cannot be reached.
+        BigbatchError: The files of a dashboard cannot be written, or its server cannot be reached.
     """
-    if log == "none":
+    names = [name for name in log if name != "none"]
+    if not names:
         yield callback
         return
-    if log == "tensorboard":
-        opened = _tensorboard(folder, done)
-    else:
-        opened = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}[log](folder, done, settings)
-    with opened as write:
-        has_perplexity = settings.get("objective", "sft") == "sft"
-        yield CallbackList(callback, DashboardCallback(write, has_perplexity=has_perplexity))
-
-
-@contextmanager
-def _tensorboard(folder: Path, done: int) -> Iterator[Write]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    place = folder / TENSORBOARD
-    if place.is_symlink():
-        raise BigbatchError(f"{place} is a link, and links in a run directory are not followed. Remove it.")
-    with _write_errors(place):
-        writer = SummaryWriter(str(place), purge_step=done + 1 if done else None, flush_secs=10)
-
-    def write(step: int, values: Mapping[str, float]) -> None:
-        with _write_errors(place):
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
-
-    try:
-        yield write
-    finally:
-        with _write_errors(place):
-            writer.close()
-
-
-@contextmanager
-def _wandb(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[Write]:
-    """Log to Weights & Biases, in the mode that is configured there; the run id is that of the run directory."""
-    import wandb
-
-    with _service_errors("wandb"):
-        run = wandb.init(
-            project=PROJECT,
-            name=folder.name,
-            id=read_identity(folder).run_id,
-            resume="allow" if done else None,
-            config=dict(settings),
-            dir=str(folder),
-            settings=wandb.Settings(console="off"),
-        )
-
-    def write(step: int, values: Mapping[str, float]) -> None:
-        with _service_errors("wandb"):
-            run.log(dict(values), step=step)
-
-    try:
-        yield write
-    finally:
-        with _service_errors("wandb"):
-            run.finish()
-
-
-@contextmanager
-def _mlflow(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[Write]:
-    """Log to MLflow, where it is configured to; a resumed run is found by the id of the run directory, its tag.
-
-    A point that MLflow has already, of an update that is repeated after a crash, is not logged a second time.
-    """
-    from mlflow.entities import Metric
-    from mlflow.tracking import MlflowClient
-
-    with _service_errors("mlflow"):
-        client = MlflowClient()
-        run_id, is_new = _mlflow_run(client, folder)
-        if is_new:
-            for name, value in settings.items():
-                client.log_param(run_id, name, str(value)[:_MLFLOW_LONGEST])
-        client.update_run(run_id, status="RUNNING")
-    known: dict[str, set[tuple[int, float]]] = {}
-
-    def is_known(tag: str, step: int, value: float) -> bool:
-        if tag not in known:
-            history = [] if is_new else client.get_metric_history(run_id, tag)
-            known[tag] = {(point.step, point.value) for point in history}
-        return (step, value) in known[tag]
-
-    def write(step: int, values: Mapping[str, float]) -> None:
-        with _service_errors("mlflow"):
-            now_ms = int(time.time() * 1000)
-            points = [Metric(tag, value, now_ms, step) for tag, value in values.items()]
-            points = [point for point in points if not is_known(point.key, step, point.value)]
-            if points:
-                client.log_batch(run_id, metrics=points)
-
-    status = "FAILED"
-    try:
-        yield write
-        status = "FINISHED"
-    finally:
-        with _service_errors("mlflow"):
-            client.set_terminated(run_id, status)
-
-
-def _mlflow_run(client: Any, folder: Path) -> tuple[str, bool]:
-    """Return the id of the run in MLflow, and whether it was created now."""
-    experiment = client.get_experiment_by_name(PROJECT)
-    experiment_id = client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
-    own_id = read_identity(folder).run_id
-    found = client.search_runs([experiment_id], filter_string=f"tags.`{_MLFLOW_TAG}` = '{own_id}'")
-    if found:
-        return str(found[0].info.run_id), False
-    run = client.create_run(experiment_id, run_name=folder.name, tags={_MLFLOW_TAG: own_id})
-    return str(run.info.run_id), True
-
-
-@contextmanager
-def _trackio(folder: Path, done: int, settings: Mapping[str, Any]) -> Iterator[Write]:
-    import trackio
-
-    run = trackio.init(
-        project=PROJECT, name=folder.name, config=dict(settings), resume="allow" if done else "never", embed=False
-    )
-    try:
-        yield lambda step, values: run.log(dict(values), step=step)
-    finally:
-        run.finish()
-
-
-@contextmanager
-def _service_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (BigbatchError, AssertionError):
-        raise
-    except Exception as error:
-        raise BigbatchError(
-            f"--log {name} failed: {first_line(error)}. Resume the run; --log none continues it without {name}."
-        ) from error
-
-
-@contextmanager
-def _write_errors(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BigbatchError(f"{place} cannot be written: {os_reason(error)}.") from error
+    has_perplexity = settings.get("objective", "sft") == "sft"
+    with ExitStack() as stack:
+        writers = [stack.enter_context(WRITERS[name](folder, done, settings)) for name in names]
+        yield CallbackList(callback, *(DashboardCallback(write, has_perplexity=has_perplexity) for write in writers))

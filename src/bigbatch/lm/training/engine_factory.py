@@ -16,7 +16,10 @@ from bigbatch.autotune.peak_prediction import PeakPredictor
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.engine import Engine
+from bigbatch.engine.tuning import copies_fit
 from bigbatch.errors import InputError
+from bigbatch.gradients.fusable_layers import copied_bytes
+from bigbatch.gradients.sum_store import SumStore
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.pair_batches import NO_INDEX, sample_length
 from bigbatch.lm.device import DeviceSpec
@@ -62,6 +65,7 @@ def make_engine(
     """
     balanced = model_setup.balanced
     count_items = None if balanced is None or balanced.scope == "global" else balanced.count_items
+    is_custom = isinstance(model_setup.loss_fn, CustomLoss)
     return Engine(
         model_setup.model,
         optimizer,
@@ -81,7 +85,8 @@ def make_engine(
         quantum=quantum,
         gradient_hook=gradient_hook,
         offload=offload,
-        check=isinstance(model_setup.loss_fn, CustomLoss),  # ours is a sum, and messages of the run name dropout
+        check=is_custom,  # ours is a sum, and messages of the run name dropout
+        fuse_gradients=False if is_custom else "auto",
     )
 
 
@@ -149,18 +154,40 @@ def _check_reproducible(model_setup: ModelSetup) -> None:
         )
 
 
-def make_predictor(outline: ModelOutline, config: TrainConfig, *, target: torch.device) -> PeakPredictor:
+def make_predictor(
+    outline: ModelOutline, config: TrainConfig, *, target: torch.device, usable_bytes: int | None = None
+) -> PeakPredictor:
     """Create the memory model of an engine's step, with the optimizer of training, for a model without weights.
 
     Args:
         outline: The model and its loss.
         config: With every default resolved, the precision included.
         target: Device of the run; it need not exist on this machine.
+        usable_bytes: Memory that ``--microbatch auto`` may use; None if it is not known.
     """
-    optimizer = make_optimizer(outline.model, config, DeviceSpec(target, config.precision))
-    return PeakPredictor.from_training(
-        outline.model, optimizer, outline.loss_fn, device=target, integer_sums=config.reproducible
-    )
+    model = outline.model
+    optimizer = make_optimizer(model, config, DeviceSpec(target, config.precision))
+
+    def predictor(copies_bytes: int) -> PeakPredictor:
+        return PeakPredictor.from_training(
+            model,
+            optimizer,
+            outline.loss_fn,
+            device=target,
+            copies_bytes=copies_bytes,
+            integer_sums=config.reproducible,
+        )
+
+    fuses = target.type == "cuda" and config.precision in ("bf16", "fp16") and not config.reproducible
+    copies_bytes = copied_bytes(model, model.parameters()) if fuses and config.parallel in (None, "ddp") else 0
+    found = predictor(copies_bytes)
+    if copies_bytes and usable_bytes is not None and config.microbatch == "auto":
+        tensors = [*model.parameters(), *model.buffers()]
+        sums = sum(p.numel() * SumStore.dtype_of(p).itemsize for p in model.parameters() if p.requires_grad)
+        static_bytes = sum(tensor.nbytes for tensor in tensors) + sums + found.state_bytes
+        if not copies_fit(copies_bytes, usable_bytes=usable_bytes, static_bytes=static_bytes):
+            return predictor(0)
+    return found
 
 
 def sample_lengths(samples: Sequence[dict[str, Any]]) -> list[int]:

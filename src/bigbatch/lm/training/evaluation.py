@@ -17,6 +17,7 @@ from bigbatch.rng import random_states, seed_everything, seed_of, set_random_sta
 
 MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the validation set: enough to see progress, a second on two cores
 SAMPLE_TOKENS = 64
+PREFIX = "validation_"  # of the fields of a validation in metrics.jsonl
 
 
 def evaluate(setup: TrainingSetup, engine: Engine) -> MetricsRow:
@@ -41,6 +42,15 @@ def evaluate(setup: TrainingSetup, engine: Engine) -> MetricsRow:
     for name, loss in losses.items():
         row |= _metrics(f"/{name}", loss)
     return row
+
+
+def validation_metrics(row: MetricsRow) -> dict[str, float]:
+    """Return the metrics of a validation of pairs, such as ``accuracy``, from the row that `evaluate` is added to."""
+    return {
+        name.removeprefix(PREFIX): value
+        for name, value in row.items()
+        if name.startswith(PREFIX) and not name.startswith((f"{PREFIX}loss", f"{PREFIX}perplexity"))
+    }
 
 
 def _metrics(ending: str, loss: float) -> MetricsRow:

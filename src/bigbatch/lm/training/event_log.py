@@ -83,6 +83,8 @@ def _ends_a_line(file: Any) -> bool:
 
 
 def _beginning(trainer: "Trainer", folder: Path) -> dict[str, Any]:
+    from bigbatch.lm.training.chat_detection import trains_on_chats  # imports torch
+
     setup, checkpoint = trainer.setup, trainer.checkpoint
     parameters = list(setup.model.parameters())
     return {
@@ -98,8 +100,24 @@ def _beginning(trainer: "Trainer", folder: Path) -> dict[str, Any]:
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
         "recomputed": trainer.model_setup.checkpointing_mode,
         "versions": versions(),
+        "chats": trains_on_chats(setup),
+        "process_bytes": None if trainer.config.deterministic else _process_bytes(trainer),
         "window": first_window(trainer),
     }
+
+
+def _process_bytes(trainer: "Trainer") -> int | None:
+    """Return the memory of the process on the CPU before the first update, without tensors; None on other devices."""
+    from torch import Tensor
+
+    from bigbatch.memory.usage import bytes_outside
+
+    model = trainer.setup.model
+    if trainer.setup.device_spec.device.type != "cpu":
+        return None
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    tensors = [*model.parameters(), *model.buffers(), *(value for value in states if isinstance(value, Tensor))]
+    return bytes_outside(tensors)
 
 
 def versions() -> dict[str, str]:

@@ -80,6 +80,10 @@ class FingerprintCallback:
         """Pass the event on."""
         self._callback.on_evaluation(step, losses)
 
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Pass the event on."""
+        self._callback.on_validation_metrics(step, metrics)
+
     def on_sample(self, step: int, text: str) -> None:
         """Pass the event on."""
         self._callback.on_sample(step, text)

@@ -17,6 +17,7 @@ from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
 from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.samples import Sample, keep_samples, write_sample
 from bigbatch.lm.training.best_checkpoint import (
     check_comparable,
     check_validation,
@@ -27,7 +28,14 @@ from bigbatch.lm.training.best_checkpoint import (
 from bigbatch.lm.training.callbacks import MetricsRow, TrainerCallback, metrics_row
 from bigbatch.lm.training.callbacks import TrainResult as TrainResult
 from bigbatch.lm.training.engine_factory import make_training_engine
-from bigbatch.lm.training.evaluation import deterministic_algorithms, evaluate, sample_text, seeded, validation_loss
+from bigbatch.lm.training.evaluation import (
+    deterministic_algorithms,
+    evaluate,
+    sample_text,
+    seeded,
+    validation_loss,
+    validation_metrics,
+)
 from bigbatch.lm.training.fingerprint_log import with_fingerprints
 from bigbatch.lm.training.microbatch_tuner import MicrobatchTuner
 from bigbatch.lm.training.model_saver import ModelSaver
@@ -218,6 +226,8 @@ class Trainer:
     def _begin(self, directory: RunDirectory, on_note: Callable[[str], object]) -> Progress:
         """Take up a run where it was saved, or begin."""
         checkpoint = self.checkpoint
+        if self.ranks.is_first:
+            keep_samples(directory.path, 0 if checkpoint is None else checkpoint.progress.step)
         if checkpoint is None:
             directory.truncate_to(0, 0)
             return Progress()
@@ -290,10 +300,16 @@ class Trainer:
         if "validation_loss" in row:
             if losses := {name: row[f"validation_loss/{name}"] for name in self.setup.validation_sets}:
                 session.callback.on_evaluation(now.step, losses)
+            if means := validation_metrics(row):
+                session.callback.on_validation_metrics(now.step, means)
             session.callback.on_validation(now.step, row["validation_loss"])
         is_shown = now.step == self.total_steps // 2 or self._has_ended(now)
         if self.config.generates_text and is_shown and (self.ranks.is_first or self.ranks.are_sharded):
-            session.callback.on_sample(now.step, self.sample_text(self.config.sample_prompt))
+            prompt = self.config.sample_prompt
+            text = self.sample_text(prompt)
+            if self.ranks.is_first:
+                write_sample(session.directory.path, Sample(now.step, prompt, text))
+            session.callback.on_sample(now.step, text)
 
     def _update(self, step: int, window: list[int], session: _Session) -> tuple[MetricsRow, Callable[[], bool]]:
         """Run one update; return its metrics row and the stop condition, on which several ranks have agreed."""

@@ -76,7 +76,8 @@ class Callback:
     """Base class of callbacks, all of whose methods do nothing. Any object with some of these methods is a callback.
 
         on_start
-        for each update: on_update; if it validates, on_evaluation and on_validation; if it samples, on_sample
+        for each update: on_update; if it validates, on_evaluation or on_validation_metrics, and on_validation; if it
+                         samples, on_sample
         on_end
 
     Methods are called on the first rank only, in the thread of the training loop, between two updates; the values are
@@ -103,6 +104,9 @@ class Callback:
 
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Called before `on_validation` with the losses of named validation sets, in nats per token."""
+
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Called before `on_validation` with the metrics of dpo, reward or embedding, such as ``accuracy``."""
 
     def on_sample(self, step: int, text: str) -> None:
         """Called with a text that the model generated from the setting ``sample_prompt``."""
@@ -180,6 +184,10 @@ class UserCallbacks:
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Forward the losses of named validation sets."""
         self.call("on_evaluation", step, dict(losses))
+
+    def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Forward the metrics of a validation of pairs."""
+        self.call("on_validation_metrics", step, dict(metrics))
 
     def on_sample(self, step: int, text: str) -> None:
         """Forward a generated text."""
