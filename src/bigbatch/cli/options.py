@@ -66,6 +66,16 @@ class PlanOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    cards: Count = Field(
+        default=1,
+        description="GPUs of one machine that share the global batch and, with --parallel fsdp or hsdp, the model; "
+        "more than 1 prints the table of --offload",
+    )
+    host_memory: MemoryText | None = Field(
+        default=None,
+        description="host memory for --offload on all GPUs of a machine, such as 128GiB (default: what is available "
+        "on this machine if it has the GPU, else unlimited)",
+    )
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of text")
 
 

@@ -227,11 +227,12 @@ class TrainFields(
         "for less memory and about a third more time. none, selective (every second layer) or full; auto = the "
         "fastest that fits in memory with --microbatch auto, else none; without a value: full",
     )
-    offload: Offload = Field(
+    offload: Offload | Literal["auto"] = Field(
         default="none",
         description="what lives in host memory between updates, with the same result: optimizer = the state of the "
         "optimizer, which passes through the device in each update; master = also the float32 values of the weights of "
-        "linear layers, in bf16; both with --parallel ddp; none = nothing",
+        "linear layers, in bf16; both with --parallel ddp; none = nothing; auto = the level that is predicted to be "
+        "the fastest that fits in memory",
     )
     layout: Literal["auto", "padded", "packed"] = Field(
         default="auto",

@@ -21,8 +21,9 @@ from bigbatch.memory.limit import gpu_limit, known_gpu, parse_memory
 from bigbatch.memory.usage import MemoryBudget
 from bigbatch.offload.cards import TYPICAL, Card, card, card_of_size
 from bigbatch.offload.choice import Candidate, choose
-from bigbatch.offload.costs import LEVELS, Level
+from bigbatch.offload.costs import Level
 from bigbatch.offload.host_memory import available_host_bytes
+from bigbatch.offload.levels import LEVELS
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,10 @@ def _of_gpu(name: str, gpu: str) -> CardMemory:
 
 def _levels(config: TrainConfig, num_cards: int) -> tuple[Sequence[Level], Sequence[Level]]:
     """Return the levels that training supports, and those to predict."""
+    every = cast("tuple[Level, ...]", LEVELS)
     if num_cards > 1 and config.parallel != "ddp":
-        return ("none",), LEVELS
-    asked = getattr(config, "offload", "auto")
-    levels = LEVELS if asked == "auto" else (cast(Level, asked),)
+        return ("none",), every
+    levels = every if config.offload == "auto" else (config.offload,)
     return levels, levels
 
 
