@@ -235,7 +235,7 @@ def test_large_model_is_planned_in_a_minute(billions: int) -> None:
     assert time.process_time() - started_s < 60
     assert cases.num_parameters == num_parameters
     on_h100 = {each.level: each.card_bytes for each in found if each.checkpointing == "full"}
-    assert (on_h100["none"] > 80 * GIB) and (on_h100["gradients"] < 80 * GIB)
+    assert on_h100["gradients"] < 80 * GIB < on_h100["none"]
     assert (on_h100["optimizer"] < 80 * GIB) == (billions == 7)
     by_hand = 16 * num_parameters / (8 if billions == 70 else 1)
     assert placement(cases.state, "none").card_bytes == pytest.approx(by_hand, rel=1e-3)

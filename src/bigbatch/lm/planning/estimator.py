@@ -230,7 +230,6 @@ class RunEstimator:
             memory=config.memory if limit == "auto" else None,
             max_grad_norm=config.max_grad_norm,
             scaler=device_spec.scaler(),
-            offload=config.offload,
         )
         window = sorted(self._data.window, reverse=True)
         longest = [self._data.longest] * (self._data.longest > window[0])

@@ -152,11 +152,7 @@ def _memories(config: TrainConfig, *, is_here: bool) -> list[CardMemory]:
     if is_here:
         target = resolve_target(config)
         assert target.budget is not None, "known on this machine"
-        total = torch.cuda.get_device_properties(target.device).total_memory
-        try:
-            rates = card(known_gpu(torch.cuda.get_device_name(target.device)))
-        except ValueError:  # not in the table
-            rates = card_of_size(total)
+        rates = local_card(target.device)
         return [CardMemory(config.memory or rates.name, target.budget.usable_bytes, rates)]
     if config.memory is not None:
         try:
@@ -168,17 +164,29 @@ def _memories(config: TrainConfig, *, is_here: bool) -> list[CardMemory]:
     return [_of_gpu(size, gpu) for size, gpu in TYPICAL.items()]
 
 
+def local_card(device: torch.device) -> Card:
+    """Return the rates of a CUDA device of this machine; of an unknown one, those of the typical card of its size."""
+    try:
+        return card(known_gpu(torch.cuda.get_device_name(device)))
+    except ValueError:  # not in the table
+        return card_of_size(torch.cuda.get_device_properties(device).total_memory)
+
+
 def _of_gpu(name: str, gpu: str) -> CardMemory:
     return CardMemory(name, MemoryBudget.from_limit(gpu_limit(gpu), name).usable_bytes, card(gpu))
 
 
 def _levels(config: TrainConfig, num_cards: int) -> tuple[Sequence[Level], Sequence[Level]]:
     """Return the levels that training supports, and those to predict."""
-    every = cast("tuple[Level, ...]", LEVELS)
     if num_cards > 1 and config.parallel != "ddp":
-        return ("none",), every
-    levels = every if config.offload == "auto" else (config.offload,)
+        return ("none",), cast("tuple[Level, ...]", LEVELS)
+    levels = levels_of(config)
     return levels, levels
+
+
+def levels_of(config: TrainConfig) -> Sequence[Level]:
+    """Return the levels that a configuration allows."""
+    return cast("tuple[Level, ...]", LEVELS) if config.offload == "auto" else (config.offload,)
 
 
 def _host_bytes(host_memory: str | None, num_cards: int, *, is_here: bool) -> int | None:

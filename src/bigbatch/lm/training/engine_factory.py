@@ -16,6 +16,7 @@ from bigbatch.autotune.peak_prediction import PeakPredictor
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.engine import Engine
+from bigbatch.engine.host_check import check_host
 from bigbatch.engine.tuning import copies_fit
 from bigbatch.errors import InputError
 from bigbatch.gradients.fusable_layers import copied_bytes
@@ -111,6 +112,11 @@ def make_training_engine(
         InputError: The configured micro-batch or memory is not possible.
     """
     config, model_setup = setup.config, setup.model_setup
+    if config.offload == "auto":
+        raise InputError(
+            "--offload auto is chosen by bigbatch train and bigbatch resume: pass a level here, such as the one that "
+            "bigbatch plan --offload auto prints."
+        )
     longest = setup.training.longest
     microbatch = microbatch_of(config, longest=longest, ranks=ranks)
     if ranks.are_sharded:
@@ -141,6 +147,7 @@ def make_training_engine(
         gradient_hook=GradientFingerprints() if config.reproducible and ranks.is_first else None,
         offload=config.offload,
     )
+    check_host(engine.accumulator, config.offload, num_processes=ranks.local_size)
     if ranks.are_sharded:
         engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
     return engine
