@@ -43,4 +43,5 @@ def _state_bytes(accumulator: Accumulator) -> int:
         raise AssertionError("only the state is predicted")
 
     loss_fn: Any = no_loss
-    return PeakPredictor.from_training(parameters, update.optimizers, loss_fn).state_bytes
+    state_bytes: int = PeakPredictor.from_training(parameters, update.optimizers, loss_fn).state_bytes
+    return state_bytes
