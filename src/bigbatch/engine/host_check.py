@@ -3,6 +3,7 @@
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
 from bigbatch.accumulation.accumulator import Accumulator
@@ -12,7 +13,7 @@ from bigbatch.offload.host_memory import available_host_bytes, check_host_memory
 
 
 def check_host(accumulator: Accumulator, level: str, *, num_processes: int = 1) -> None:
-    """Check that the host has memory for the optimizer state that a level of offload moves there.
+    """Check that the host has memory for the state and the float32 weights that a level of offload moves there.
 
     The state is predicted from a step on tensors without data. What is in host memory already counts as available.
 
@@ -28,7 +29,8 @@ def check_host(accumulator: Accumulator, level: str, *, num_processes: int = 1) 
     if offload is None:
         return
     with suppress(PredictionError):  # then the allocation itself fails, with a sentence
-        needed = pinned_bytes(_state_bytes(accumulator)) - offload.host_bytes
+        masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
+        needed = pinned_bytes(_state_bytes(accumulator) + masters) - offload.host_bytes
         check_host_memory(
             needed, available_host_bytes(num_processes=num_processes), level=level, num_processes=num_processes
         )

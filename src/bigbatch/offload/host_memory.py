@@ -5,9 +5,8 @@ from bigbatch.memory.limit import describe_bytes
 from bigbatch.memory.usage import host_memory
 
 RESERVED_BYTES = 2 * 2**30
-"""Left to the process and to others: libraries, the data loader, a checkpoint that is being written."""
-
-RESERVED_PERCENT = 5  # of the free memory, if that is more
+"""Left to the process and to others: libraries, the data loader, a checkpoint that is being written. At least 5 % and
+at most a quarter of the free memory."""
 
 
 def available_host_bytes(*, num_processes: int = 1) -> int:
@@ -20,7 +19,7 @@ def available_host_bytes(*, num_processes: int = 1) -> int:
         num_processes: Processes of the run on this machine, which share it.
     """
     free_bytes, _ = host_memory()
-    reserved = max(RESERVED_BYTES, free_bytes * RESERVED_PERCENT // 100)
+    reserved = max(min(RESERVED_BYTES, free_bytes // 4), free_bytes // 20)
     return max(0, free_bytes - reserved) // num_processes
 
 

@@ -16,10 +16,13 @@ from torch import nn
 from bigbatch.autotune.peak_prediction import PeakPredictor
 from bigbatch.errors import BigbatchError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.meta_model import replace_parameters
+from bigbatch.lm.model.setup import ModelOutline
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.planning.estimator import RunEstimator
+from bigbatch.offload.narrow_weights import find_narrow_weights
 
 FEW_LAYERS = (4, 8)  # even, for checkpointing in every second layer; with two, the peak is in another operation
 
@@ -33,17 +36,23 @@ class NarrowEstimator(RunEstimator):
         model = self.outline.model
         narrow = {
             p: nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16), requires_grad=p.requires_grad)
-            for p in narrowed_parameters(model)
+            for p in narrowed_parameters(self.outline)
         }
         replace_parameters(model, narrow)
         return PeakPredictor.from_training(model, None, self.outline.loss_fn, device=self._target.device)
 
 
-def narrowed_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trained float32 parameters that autocast casts wherever they are used: of linear layers alone."""
-    linear = dict.fromkeys(p for m in model.modules() if isinstance(m, nn.Linear) for p in m._parameters.values())
-    others = {p for m in model.modules() if not isinstance(m, nn.Linear) for p in m._parameters.values()}
-    return [p for p in linear if p is not None and p not in others and p.requires_grad and p.dtype == torch.float32]
+def narrowed_parameters(outline: ModelOutline) -> list[nn.Parameter]:
+    """Return the float32 weights that offload keeps in bfloat16 on the card: those of linear layers under autocast.
+
+    The chunked loss reads the weight of the output layer itself, which stays as it is then.
+    """
+    model = outline.model
+    head = model.get_output_embeddings() if isinstance(outline.loss_fn, ChunkedCausalLMLoss) else None
+    own = None if head is None else getattr(head, "weight", None)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    narrow = find_narrow_weights(model, trained)
+    return [p for p in trained if p in narrow and p is not own]
 
 
 class LayerSeries:

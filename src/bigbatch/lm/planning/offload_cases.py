@@ -87,7 +87,7 @@ class OffloadCases:
         first = "none" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
         whole = RunEstimator(self._with_mode(first), target, data)
         self.num_parameters, self.num_trained = whole.num_parameters, whole.num_trained
-        self._model = whole.outline.model
+        self._outline, self._model = whole.outline, whole.outline.model
         self.tokens = sum(own)
         self._series_of: dict[tuple[CheckpointingMode, bool], LayerSeries] = {}
         self._curves: dict[tuple[CheckpointingMode, bool], _Curve] = {}
@@ -192,12 +192,13 @@ class OffloadCases:
         )
         self._series_of[mode, False] = series
         wide = 2 if self._config.reproducible else 1  # sums in int64
+        narrow = narrowed_parameters(self._outline) if self._config.precision == "bf16" else []
         state = ModelState(
             weight_bytes=sum(p.nbytes for p in trained),
             frozen_bytes=sum(tensor.nbytes for tensor in others),
             sum_bytes=wide * sum(p.numel() * SumStore.dtype_of(p).itemsize for p in trained),
             state_bytes=int(series.total(lambda each: each.predictor.state_bytes)),
-            narrowed=sum(p.numel() for p in narrowed_parameters(model)) if self._casts else 0,
+            narrowed=sum(p.numel() for p in narrow),
             num_trained=sum(p.numel() for p in trained),
             largest=max(p.numel() for p in trained),
             largest_state_bytes=series.first.predictor.largest_state_bytes,

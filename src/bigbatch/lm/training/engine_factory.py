@@ -147,7 +147,8 @@ def make_training_engine(
         gradient_hook=GradientFingerprints() if config.reproducible and ranks.is_first else None,
         offload=config.offload,
     )
-    check_host(engine.accumulator, config.offload, num_processes=ranks.local_size)
+    if ranks.local_size > 1:
+        check_host(engine.accumulator, config.offload, num_processes=ranks.local_size)
     if ranks.are_sharded:
         engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
     return engine
