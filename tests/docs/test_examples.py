@@ -16,6 +16,7 @@ PAGES = [
     "docs/tutorial.md",
     "docs/how-to/own-loop.md",
     "docs/how-to/fit-memory.md",
+    "docs/how-to/offload.md",
     "docs/how-to/accelerate.md",
     "docs/how-to/batch-norm.md",
     "docs/how-to/contrastive.md",

@@ -198,6 +198,15 @@ def test_plan_of_offload_is_for_cuda(place: Path) -> None:
     )
 
 
+def test_master_weights_need_autocast(place: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        table_of(place, gpu="h100", offload="master", precision="fp16")
+    assert str(caught.value) == (
+        "--offload master keeps float32 weights of linear layers in host memory, and this run has none that it computes "
+        "with in bf16: pass --offload optimizer."
+    )
+
+
 @pytest.mark.parametrize("setting", ["memory", "host_memory"])
 def test_share_of_unknown_memory_is_refused(place: Path, setting: str) -> None:
     with pytest.raises(InputError, match=f"^--{setting.replace('_', '-')} 50% is a share of a device's memory"):

@@ -69,6 +69,8 @@ class OffloadCases:
         num_parameters, num_trained: Of the whole model.
         state: Training state of one card.
         tokens: Of one card in the first update.
+        unit: Of micro-batches: ``"tokens"`` or ``"samples"``.
+        levels: Those that are predicted.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class OffloadCases:
         self._layout = whole.layout
         self._size = whole.limit if whole.limit != "auto" else None
         self.state = self._state()
-        self._levels = [level for level in levels if self.state.narrowed or level != "master"]
+        self.levels = [level for level in levels if self.state.narrowed or level != "master"]
 
     def candidates(self, usable_bytes: int, card: Card) -> list[Candidate]:
         """Predict every level and mode with the largest micro-batch that fits; lower levels first.
@@ -105,7 +107,7 @@ class OffloadCases:
             usable_bytes: Memory of the card that tensors may use.
             card: Its rates.
         """
-        return [self._candidate(level, mode, usable_bytes, card) for level in self._levels for mode in self._modes]
+        return [self._candidate(level, mode, usable_bytes, card) for level in self.levels for mode in self._modes]
 
     @property
     def _modes(self) -> Sequence[CheckpointingMode]:
@@ -192,7 +194,8 @@ class OffloadCases:
         )
         self._series_of[mode, False] = series
         wide = 2 if self._config.reproducible else 1  # sums in int64
-        narrow = narrowed_parameters(self._outline) if self._config.precision == "bf16" else []
+        narrows = self._config.precision == "bf16" and not self._config.reproducible
+        narrow = narrowed_parameters(self._outline) if narrows else []
         state = ModelState(
             weight_bytes=sum(p.nbytes for p in trained),
             frozen_bytes=sum(tensor.nbytes for tensor in others),

@@ -121,6 +121,11 @@ def offload_table(
     supported, levels = _levels(config, num_cards)
     try:
         cases = OffloadCases(config, target, data, num_cards=num_cards, levels=levels)
+        if not cases.levels:
+            raise InputError(
+                f"--offload {config.offload} keeps float32 weights of linear layers in host memory, and this run has "
+                "none that it computes with in bf16: pass --offload optimizer."
+            )
         host_bytes = _host_bytes(host_memory, num_cards, is_here=is_here)
         share = None if host_bytes is None else host_bytes // num_cards
         rows, obstacle = [], None
