@@ -202,8 +202,8 @@ def test_master_weights_need_autocast(place: Path) -> None:
     with pytest.raises(InputError) as caught:
         table_of(place, gpu="h100", offload="master", precision="fp16")
     assert str(caught.value) == (
-        "--offload master keeps float32 weights of linear layers in host memory, and this run has none that it computes "
-        "with in bf16: pass --offload optimizer."
+        "--offload master keeps float32 weights of linear layers in host memory, and this run has none that it "
+        "computes with in bf16: pass --offload optimizer."
     )
 
 
