@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.limit import GPU_GIB
-from bigbatch.offload.arena import NUM_SLOTS as SLOTS_OF_ARENA
-from bigbatch.offload.arena import arena_bytes
+from bigbatch.offload import arena
 from bigbatch.offload.cards import TYPICAL, card, card_of_size
 from bigbatch.offload.choice import Candidate, choose
 from bigbatch.offload.costs import (
     CHUNK_BYTES,
     LEVELS,
     NUM_SLOTS,
+    SLOT_FACTOR,
     LinkBytes,
     ModelState,
     UpdateTime,
@@ -76,11 +76,12 @@ def test_update_needs_largest_parameter_twice() -> None:
     assert placement(adamw(largest=1000), "optimizer").step_bytes == 4 * CHUNK_BYTES
 
 
-def test_buffers_are_those_of_the_arena() -> None:
-    assert (CHUNK_BYTES, NUM_SLOTS) == (CHUNK_OF_UPDATES, SLOTS_OF_ARENA)
-    sizes = [8 * LARGEST, CHUNK_BYTES, CHUNK_BYTES // 2]
-    found = placement(adamw(), "optimizer").step_bytes
-    assert found == arena_bytes(sizes, CHUNK_BYTES) + max(sizes)
+@pytest.mark.parametrize("largest", [1000, 12_000_000, LARGEST])
+def test_buffers_are_those_of_the_arena(largest: int) -> None:
+    assert (CHUNK_BYTES, NUM_SLOTS, SLOT_FACTOR) == (CHUNK_OF_UPDATES, arena.NUM_SLOTS, arena.SLOT_FACTOR)
+    sizes = [8 * largest, CHUNK_BYTES, CHUNK_BYTES // 2]
+    found = placement(adamw(largest=largest), "optimizer").step_bytes
+    assert found == arena.arena_bytes(sizes, SLOT_FACTOR * CHUNK_BYTES) + max(sizes)
 
 
 def test_levels_of_training_are_predicted() -> None:

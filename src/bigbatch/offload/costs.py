@@ -20,9 +20,10 @@ weights that micro-batches use in 16 bits; the gradient sums."""
 LEVELS: tuple[Level, ...] = ("none", "optimizer", "master", "gradients")
 
 CHUNK_BYTES = 64 * 2**20
-"""Of the state that passes through the card together; a parameter with more is a chunk of its own."""
+"""Of the optimizer state that passes through the card together; a parameter with more is a chunk of its own."""
 
 NUM_SLOTS = 3  # chunks on the card at a time: one arrives, one is computed on, one leaves
+SLOT_FACTOR = 2  # a chunk of more than so many CHUNK_BYTES is on the card alone
 FLOAT32 = 4
 PAGE_BYTES = 4096
 
@@ -128,19 +129,20 @@ def placement(state: ModelState, level: Level) -> Placement:
         card_bytes -= state.sum_bytes
         host_bytes += state.sum_bytes
         window_bytes = NUM_SLOTS * 2 * state.largest  # gradients in 16 bits that wait for their copy
-    largest = _largest_chunk_bytes(state, level)
-    arena = max(NUM_SLOTS * min(CHUNK_BYTES, host_bytes), largest)
+    largest = _largest_chunk_bytes(state, level, host_bytes)
+    arena = max(NUM_SLOTS * min(largest, SLOT_FACTOR * CHUNK_BYTES), largest)
     return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes)
 
 
-def _largest_chunk_bytes(state: ModelState, level: Level) -> int:
-    """Return the bytes of the largest chunk: at least a whole chunk, unless there is less."""
+def _largest_chunk_bytes(state: ModelState, level: Level, host_bytes: int) -> int:
+    """Return the bytes of the largest chunk: several parameters with `CHUNK_BYTES` of state, or one with more."""
     largest = state.largest_state_bytes
     if reaches(level, "master"):
         largest += FLOAT32 * min(state.largest, state.narrowed)
     if reaches(level, "gradients"):
         largest += FLOAT32 * state.largest
-    return max(largest, min(CHUNK_BYTES, state.state_bytes))
+    several = CHUNK_BYTES * host_bytes // max(state.state_bytes, 1)
+    return max(largest, min(several, host_bytes))
 
 
 def pinned_bytes(num_bytes: int) -> int:
