@@ -1,4 +1,7 @@
-"""Options of the commands other than the training configuration: one small frozen model per command."""
+"""Options of the commands other than the training configuration: one small frozen model per command.
+
+Long because the options of every command are here.
+"""
 
 from __future__ import annotations
 

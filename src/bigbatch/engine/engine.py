@@ -23,7 +23,6 @@ from bigbatch.engine.batch_windows import BatchSplitter, open_window
 from bigbatch.engine.checks import check_layout, check_loss, check_microbatch, check_quantum, check_ranks
 from bigbatch.engine.fused_layers import FuseGradients, make_fused_gradients
 from bigbatch.engine.hand_over import exact_loss
-from bigbatch.engine.host_check import check_host
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.progress import EngineProgress
 from bigbatch.engine.tuning import choose_microbatch
@@ -156,7 +155,6 @@ class Engine:
         if lockstep:
             self.sync.run_in_lockstep()
         check_ranks(self.accumulator, microbatch, batch_norm, cuda_graphs=cuda_graphs)
-        check_host(self.accumulator, offload)
         self.model, self.loss_fn, self.memory, self.batch_dim, self.quantum = model, loss_fn, memory, batch_dim, quantum
         self.collate, self.lengths, self.count_items = collate, lengths, count_items
         self.layout = check_layout(layout, lengths, collate)

@@ -12,14 +12,13 @@ from bigbatch.offload.costs import pinned_bytes
 from bigbatch.offload.host_memory import available_host_bytes, check_host_memory
 
 
-def check_host(accumulator: Accumulator, level: str, *, num_processes: int = 1) -> None:
+def check_host(accumulator: Accumulator, *, num_processes: int = 1) -> None:
     """Check that the host has memory for the state and the float32 weights that a level of offload moves there.
 
     The state is predicted from a step on tensors without data. What is in host memory already counts as available.
 
     Args:
-        accumulator: Of the engine.
-        level: Of offload; nothing is checked for ``"none"``.
+        accumulator: Of the engine; nothing is checked without offload.
         num_processes: Processes of the run on this machine.
 
     Raises:
@@ -28,6 +27,7 @@ def check_host(accumulator: Accumulator, level: str, *, num_processes: int = 1) 
     offload = accumulator.update.offload
     if offload is None:
         return
+    level = "master" if offload.weights.names else "optimizer"
     with suppress(PredictionError):  # then the allocation itself fails, with a sentence
         masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
         needed = pinned_bytes(_state_bytes(accumulator) + masters) - offload.host_bytes

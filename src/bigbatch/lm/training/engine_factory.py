@@ -148,7 +148,7 @@ def make_training_engine(
         offload=config.offload,
     )
     if ranks.local_size > 1:
-        check_host(engine.accumulator, config.offload, num_processes=ranks.local_size)
+        check_host(engine.accumulator, num_processes=ranks.local_size)
     if ranks.are_sharded:
         engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
     return engine
