@@ -19,6 +19,7 @@ CORE = [
     {"coupled"},
     {"batch_norm"},
     {"verification"},
+    {"offload"},
     {"accumulation"},
     {"execution"},
     {"autotune"},

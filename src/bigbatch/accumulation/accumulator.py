@@ -26,8 +26,9 @@ from bigbatch.distributed.detect import detect_sync
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
 from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
-from bigbatch.errors import WindowStateError
+from bigbatch.errors import InputError, WindowStateError
 from bigbatch.gradients.loss_checks import as_count, as_totals
+from bigbatch.offload.levels import Offload, check_master
 from bigbatch.read_only import read_only
 from bigbatch.types import CountItems, Items
 
@@ -75,6 +76,11 @@ class Accumulator:
             every rank holds. By default it follows from the wrapper of the model.
         noise: Whether to measure the gradient noise scale, see `bigbatch.NoiseScale`. Supported for losses of one term
             and parameters on one device; not with float16, not for sharded models, and not if ``reproducible``.
+        offload: What lives in host memory between updates, with the same bits: ``"optimizer"`` for the state of the
+            optimizer, which passes through the device in each update while the parts before it are computed, for
+            optimizers that update each parameter from its own gradient and state, and models that are not sharded.
+            ``"master"``, for `Engine` and losses under autocast to bfloat16, also for the float32 values of weights of
+            linear layers: the device holds them in bfloat16, as the parameters of the model.
         reproducible: Whether updates are the same bits for any order of the micro-batches and any distribution over
             ranks. Gradients are added as integers, 8 bytes for each element; if the scales of the window before do not
             suit them, as in the first window, iterating over the window yields its micro-batches once more. What is
@@ -89,7 +95,7 @@ class Accumulator:
         reproducible: State of the scales, with ``state_dict`` and ``load_state_dict``; None without ``reproducible``.
 
     Raises:
-        InputError: ``reproducible`` is not supported here.
+        InputError: ``offload`` or ``reproducible`` is not supported here.
         TypeError: The wrapper, optimizer or scheduler is of a kind that is not supported.
         ValueError: None of the optimizer's parameters belongs to the model, two optimizers have the same parameter, or
             there is no optimizer and no parameter of the model requires a gradient.
@@ -107,6 +113,7 @@ class Accumulator:
         nonfinite: NonFinite = "skip",
         sync: GradientSync | SyncPolicy | None = None,
         noise: bool = True,
+        offload: Offload = "none",
         reproducible: bool = False,
     ) -> None:
         self.update = OptimizerUpdate(
@@ -117,6 +124,7 @@ class Accumulator:
             max_grad_norm=max_grad_norm,
             gradient_hook=gradient_hook,
             nonfinite=nonfinite,
+            offload=offload,
         )
         _check_model(model, self.update.parameters())
         self.sync = detect_sync(model, sync)
@@ -126,6 +134,7 @@ class Accumulator:
         on_one_device = len({parameter.device for parameter in self.update.parameters()}) == 1
         can_measure = noise and on_one_device and not self.sync.is_sharded and not reproducible
         self.noise = NoiseObserver() if can_measure else None
+        check_master(offload, {"reproducible=True": reproducible})
         if reproducible:
             check_reproducible(self.sync.module, self.update, self.sync)
         self.reproducible = ReproducibleState(self.update.device) if reproducible else None
@@ -177,6 +186,7 @@ class Accumulator:
     def _windows(
         self, microbatches: Iterator[Any], num_microbatches: int, count_items: CountItems | None
     ) -> Iterator[Window]:
+        self._require_engine()
         window = None
         names: tuple[str, ...] = ()
         draws_ahead = count_items is not None or self.sync.runs_in_lockstep
@@ -214,6 +224,7 @@ class Accumulator:
         Raises:
             WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
         """
+        self._require_engine()
         self._finish_previous()
         if totals is not None:
             with self.fail_together(before_window=True):
@@ -271,6 +282,13 @@ class Accumulator:
         if previous is not None and previous.state is WindowState.CLOSED and previous.sums.shows_leaves:
             self._open.sums.expect_shown_leaves()
         return self._open
+
+    def _require_engine(self) -> None:
+        if self.update.offload is not None and self.update.offload.wants_probe:
+            raise InputError(
+                'offload="master" looks at the loss before the first window, which an Accumulator does not know: use '
+                'bigbatch.Engine, or pass offload="optimizer".'
+            )
 
     def _finish_previous(self) -> None:
         if self._open is None:

@@ -38,7 +38,7 @@ _INIT_IS_CONSTANT = (
 _INIT_HAS_ALL_NAMES = (torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adagrad)
 
 
-def init_optimizer_state(optimizer: "Optimizer") -> bool:
+def init_optimizer_state(optimizer: "Optimizer", only: Sequence[Tensor] | None = None) -> bool:
     """Create the state that an optimizer would create in its first step, without counting a step.
 
         state[p] = initial state of step()     for each trainable parameter p without state
@@ -49,6 +49,7 @@ def init_optimizer_state(optimizer: "Optimizer") -> bool:
     Args:
         optimizer: Its state is created if it is exactly one of torch's Adam, AdamW, NAdam, RAdam, Adamax, Adadelta,
             RMSprop, Adafactor and Muon; no-op for others.
+        only: The parameters whose state is created; None for all.
 
     Returns:
         Whether the optimizer is one of these.
@@ -59,7 +60,7 @@ def init_optimizer_state(optimizer: "Optimizer") -> bool:
     if type(optimizer) not in _INIT_IS_CONSTANT:
         return False
     try:
-        optimizer.state.update(_first_state(optimizer, Tensor.detach))
+        optimizer.state.update(_first_state(optimizer, Tensor.detach, only))
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -68,21 +69,24 @@ def init_optimizer_state(optimizer: "Optimizer") -> bool:
     # Outside the except block: inside it, the traceback holds the new tensors.
     free_cached_memory()
     # Not fused, which does not support tensors without data.
-    needed = describe_bytes(_bytes(_first_state(optimizer, _without_data, fused=False)))
+    needed = describe_bytes(_bytes(_first_state(optimizer, _without_data, only, fused=False)))
     raise MemoryLimitError(
         f"the state of {type(optimizer).__name__}, {needed}, does not fit in memory with the model ({message}). "
         "Train fewer parameters or in lower precision, or use an optimizer with less state for each."
     )
 
 
-def _first_state(optimizer: "Optimizer", proxy: Callable[[Tensor], Tensor], **settings: Any) -> _State:
+def _first_state(
+    optimizer: "Optimizer", proxy: Callable[[Tensor], Tensor], only: Sequence[Tensor] | None, **settings: Any
+) -> _State:
     """Run the optimizer state initialization on proxy tensors; no value is read."""
+    wanted = None if only is None else set(only)
     optimizer_copy = object.__new__(type(optimizer))
     vars(optimizer_copy).update(vars(optimizer), state=defaultdict(dict))
     num_lists = len(inspect.signature(optimizer_copy._init_group).parameters) - 1  # type: ignore[attr-defined]
     state: _State = {}
     for group in optimizer.param_groups:
-        parameters = [p for p in group["params"] if _wants_state(optimizer, p)]
+        parameters = [p for p in group["params"] if (wanted is None or p in wanted) and _wants_state(optimizer, p)]
         proxies = [proxy(p) for p in parameters]
         for tensor in proxies:
             tensor.grad = tensor.detach()

@@ -1,6 +1,8 @@
 """The step of an update: optimizers, then schedulers. It ends whole, or says that the update is torn.
 
 guard → signals deferred → optimizer.step() of each → counted → scheduler.step() of each
+
+Long because every way in which a step can fail is decided here.
 """
 
 import copy
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from bigbatch.offload.optimizer_offload import OptimizerOffload
+
 
 class OptimizerStep:
     """Steps optimizers and schedulers together, once per update.
@@ -32,6 +36,7 @@ class OptimizerStep:
     Args:
         optimizers: Over different parameters.
         schedulers: Stepped after the optimizers.
+        offload: Steps the optimizers with their state in host memory; None to step them as they are.
 
     Attributes:
         num_steps: Updates applied so far.
@@ -39,7 +44,13 @@ class OptimizerStep:
         require_closure: Optimizers whose step needs a closure.
     """
 
-    def __init__(self, optimizers: Sequence["Optimizer"], schedulers: Sequence["LRScheduler"]) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence["Optimizer"],
+        schedulers: Sequence["LRScheduler"],
+        offload: "OptimizerOffload | None" = None,
+    ) -> None:
+        self._offload = offload
         self.optimizers = tuple(optimizers)
         self.schedulers = tuple(schedulers)
         self.num_steps = 0
@@ -54,7 +65,8 @@ class OptimizerStep:
         finalize(self, _remove_all, [handle for _, handle in self._hooked])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerStep":
-        copied = OptimizerStep(copy.deepcopy(self.optimizers, memo), copy.deepcopy(self.schedulers, memo))
+        parts = copy.deepcopy((self.optimizers, self.schedulers, self._offload), memo)
+        copied = OptimizerStep(*parts)
         copied.reset(self.num_steps, torn=self.torn)
         return copied
 
@@ -141,7 +153,7 @@ class OptimizerStep:
         except BaseException as error:
             if any(part is each for each in done):  # interrupted between two parts
                 part = None
-            if not done and (part is None or (before is not None and before.unchanged)):
+            if not done and (part is None or (before is not None and self._is_unchanged(before))):
                 _raise_unchanged(error, part)
             if len(done) < len(self.optimizers) or part is not None:
                 self._raise_torn(error, number, done, part)
@@ -169,7 +181,14 @@ class OptimizerStep:
         finally:
             self._is_stepping = False
 
+    def _is_unchanged(self, before: StepSnapshot) -> bool:
+        """Return whether it is certain that a step has changed nothing."""
+        return before.unchanged if self._offload is None else not self._offload.has_begun(before.optimizer)
+
     def _step_without_closure(self, before: StepSnapshot, evaluate_again: Callable[[], Tensor] | None) -> None:
+        if self._offload is not None:
+            self._offload.step(before.optimizer)
+            return
         try:
             before.optimizer.step()
             return

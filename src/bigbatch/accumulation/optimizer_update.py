@@ -1,7 +1,11 @@
-"""The optimizer update of a window: unscale, divide, check, clip, step, schedule. Once, on the total."""
+"""The optimizer update of a window: unscale, divide, check, clip, step, schedule. Once, on the total.
+
+Long because every part of an update is here, in its order.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -14,6 +18,8 @@ from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
 from bigbatch.errors import NonFiniteError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.offload.levels import Offload, check_master
+from bigbatch.offload.optimizer_offload import offload_optimizers
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -61,9 +67,11 @@ class OptimizerUpdate:
         max_grad_norm: Largest 2-norm of the divided gradient, over the parameters of all optimizers; None to not clip.
         gradient_hook: Called once per update with the parameters, whose ``.grad`` is final; may change it in place.
         nonfinite: ``"skip"`` or ``"raise"``: what to do if the loss or gradient of a window is not finite.
+        offload: As for `bigbatch.Accumulator`.
 
     Attributes:
         optimizers, schedulers: All of them.
+        offload: Steps the optimizers with their state in host memory; None for ``offload="none"``.
         steps: Steps the optimizers and schedulers.
         knows_number: Whether ``num_steps`` is known: not if other code counts the updates.
     """
@@ -78,6 +86,7 @@ class OptimizerUpdate:
         max_grad_norm: float | None = None,
         gradient_hook: GradientHook | None = None,
         nonfinite: NonFinite = "skip",
+        offload: Offload = "none",
     ) -> None:
         self.optimizers = check_optimizers(optimizer)
         self.schedulers = check_schedulers(scheduler, self.optimizers)
@@ -87,7 +96,9 @@ class OptimizerUpdate:
         self.max_grad_norm = max_grad_norm
         self.gradient_hook = gradient_hook
         self.nonfinite = nonfinite
-        self.steps = OptimizerStep(self.optimizers, self.schedulers)
+        check_master(offload, {"gradient_hook=": gradient_hook is not None, "a GradScaler": self.scaler is not None})
+        self.offload = offload_optimizers(self.optimizers, offload, model)
+        self.steps = OptimizerStep(self.optimizers, self.schedulers, self.offload)
         self._setup, self.knows_number = False, bool(self.optimizers)
         if self.scaler is not None:
             check_scalable(self.parameters())
@@ -111,7 +122,9 @@ class OptimizerUpdate:
                 "torch.inference_mode() is on, and tensors that are created under it can never be trained. Run windows "
                 "outside of it; use it, or torch.no_grad(), for evaluation only."
             )
-        if not self._setup:
+        if self.offload is not None:
+            self.offload.prepare(init_optimizer_state)
+        elif not self._setup:
             for optimizer in self.optimizers:
                 init_optimizer_state(optimizer)
             self._setup = True
@@ -120,6 +133,10 @@ class OptimizerUpdate:
         """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
         self.steps.reset(num_steps)
         self.knows_number = True
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Let narrow weights be their float32 values inside, in host memory."""
+        return nullcontext() if self.offload is None else self.offload.wide_weights()
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all groups of all optimizers, or those that the model trains, as they are now."""
@@ -170,8 +187,13 @@ class OptimizerUpdate:
             MemoryLimitError: Memory ran out within the step of an optimizer.
             TornUpdateError: The update failed after it had begun.
         """
-        outcome = self.finish(sums, loss_totals, loss_scale=loss_scale, sync=sync, extra_scalars=extra_scalars)
+        keep = () if self.offload is None else self.offload.weights.narrowed
+        outcome = self.finish(
+            sums, loss_totals, loss_scale=loss_scale, sync=sync, extra_scalars=extra_scalars, keep=keep
+        )
         if outcome.skipped is None:
+            if self.offload is not None:
+                self.offload.weights.hand_over(sums.store.float32)
 
             def closure() -> Tensor:
                 assert evaluate_again is not None, "not passed without it"
@@ -196,11 +218,20 @@ class OptimizerUpdate:
         loss_scale: Tensor | None = None,
         sync: "GradientSync | None" = None,
         extra_scalars: Sequence[Tensor] = (),
+        keep: Container[Tensor] = (),
     ) -> UpdateOutcome:
-        """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`."""
+        """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`.
+
+        The sums of parameters to ``keep`` stay in the store of ``sums``, not rounded to the dtype of ``.grad``.
+        """
+        if self.offload is not None and self.offload.weights.narrowed and not keep:
+            raise WindowStateError(
+                'offload="master" keeps weights in bfloat16 on the device, and a gradient in .grad would be rounded to '
+                'it: call step(), or pass offload="optimizer".'
+            )
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
-            return self._finish(sums, gradients, loss_totals, sync, extra_scalars)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars, keep=keep)
         divisor = loss_totals.divisor()  # waits for the device if items are counted there
         if not divisor:  # the scaler stays as it is
             return UpdateOutcome(math.nan, skipped=NO_ITEMS)
@@ -229,6 +260,7 @@ class OptimizerUpdate:
         sync: "GradientSync | None",
         extra_scalars: Sequence[Tensor],
         divisor: float | None = None,
+        keep: Container[Tensor] = (),
     ) -> UpdateOutcome:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
         divide_factor = 1.0 if sync is None else sync.gradient_divide_factor
@@ -254,7 +286,7 @@ class OptimizerUpdate:
                 return self._skip_or_raise(grad_norm, "non-finite loss")
         _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
         gradients.clear()  # float32 sums are then freed one by one as they are written to .grad
-        sums.write_to_grad()
+        sums.write_to_grad(keep)
         if self.gradient_hook is not None:
             changed = [parameter for parameter in sums.parameters if parameter.grad is not None]
             self.gradient_hook(changed)

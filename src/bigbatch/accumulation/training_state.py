@@ -4,6 +4,7 @@ capture → a dictionary of tensors and plain values → every part checked → 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -85,7 +86,7 @@ class TrainingState:
         update.steps.check_between_windows("state_dict")
         self._tensors.note_trained()
         return {
-            "model": {name: tensor.detach() for name, tensor in self._tensors.belonging().items()},
+            "model": {name: self._whole(tensor).detach() for name, tensor in self._tensors.belonging().items()},
             "optimizer": one_or_list([_optimizer_state(optimizer) for optimizer in update.optimizers]),
             "scheduler": one_or_list([scheduler.state_dict() for scheduler in update.schedulers]),
             "scaler": None if update.scaler is None else update.scaler.state_dict(),
@@ -130,8 +131,9 @@ class TrainingState:
         check_whole("engine.num_steps", found["num_steps"])
         progress.check_state_dict(found)
         check_random_states(state["random"], [device])
-        to_write = {n: t for n, t in tensors.items() if not _shares_memory(t, state["model"][n])}
-        with all_or_nothing(update, list(to_write.values()), device):
+        whole = {name: self._whole(tensor) for name, tensor in tensors.items()}
+        to_write = {n: t for n, t in whole.items() if not _shares_memory(t, state["model"][n])}
+        with self._refreshed(), all_or_nothing(update, list(to_write.values()), device):
             for optimizer, optimizer_state, own_names in zip(update.optimizers, optimizer_states, names, strict=True):
                 _load(optimizer, _shard_optimizer_state(optimizer, optimizer_state))
                 _restore_dtypes(optimizer, optimizer_state, [state["model"].get(name) for name in own_names])
@@ -145,6 +147,20 @@ class TrainingState:
             update.set_num_steps(found["num_steps"])
             progress.load_state_dict(found)
         self._tensors.note_trained(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter))
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """Return the float32 value of a weight that is bfloat16 on the device; any other tensor itself."""
+        offload = self._update.offload
+        return tensor if offload is None else offload.whole(tensor)
+
+    @contextmanager
+    def _refreshed(self) -> Iterator[None]:
+        """Write such weights again at the end, whether their values were loaded or put back."""
+        try:
+            yield
+        finally:
+            if self._update.offload is not None:
+                self._update.offload.refresh()
 
     def _other_parts(self, state: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         schedulers = self._update.schedulers

@@ -185,6 +185,12 @@ class PeakPredictor:
         forward_backward_bytes = max(peaks["forward"], peaks["backward"]) - engine_bytes
         return Prediction(peaks[phase], phase, parts, peaks, forward_backward_bytes, resident_bytes + libraries)
 
+    @property
+    def largest_state_bytes(self) -> int:
+        """Bytes of the optimizer state of the parameter with most of it."""
+        states = [tensors_in(state) for each in self._optimizers for state in each.state.values()]
+        return max((sum(tensor.numel() * tensor.element_size() for tensor in tensors) for tensors in states), default=0)
+
     def predict_update(self) -> int:
         """Predict the peak of the update alone in bytes, which does not depend on the micro-batch."""
         with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:

@@ -118,13 +118,14 @@ COMMAND_SPECS = {
     ),
     "plan": CommandSpec(
         about="Predict memory, micro-batches and time of a run without training: for this machine, or for another one "
-        "with --memory or --gpu. Accepts the flags of train; writes nothing. The exit code is 1 if the micro-batch "
-        "does not fit in memory.",
+        "with --memory or --gpu. Accepts the flags of train; writes nothing. With --offload or --cards: a table of "
+        "what fits in the memory of a GPU, or of GPUs of 12 to 80 GB. The exit code is 1 if nothing fits in memory.",
         examples=(
             "bigbatch plan",
             "bigbatch plan --model meta/llama-folder --gpu a100-40gb --global-batch 512 --json",
+            "bigbatch plan --model meta/llama-folder --offload auto",
         ),
-        sections=(_section(PlanOptions, "plan", "Output format."), *_CONFIG),
+        sections=(_section(PlanOptions, "plan", "Machine and output format."), *_CONFIG),
     ),
     "inspect": CommandSpec(
         about="Show what a run would train on: counts, lengths, and samples with what is trained on and masked. "

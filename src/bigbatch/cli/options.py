@@ -1,4 +1,7 @@
-"""Options of the commands other than the training configuration: one small frozen model per command."""
+"""Options of the commands other than the training configuration: one small frozen model per command.
+
+Long because the options of every command are here.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,16 @@ class PlanOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    cards: Count = Field(
+        default=1,
+        description="GPUs of one machine that share the global batch and, with --parallel fsdp or hsdp, the model; "
+        "more than 1 prints the table of --offload",
+    )
+    host_memory: MemoryText | None = Field(
+        default=None,
+        description="host memory for --offload on all GPUs of a machine, such as 128GiB (default: what is available "
+        "on this machine if it has the GPU, else unlimited)",
+    )
     as_json: bool = Field(default=False, alias="json", description="print one JSON object instead of text")
 
 

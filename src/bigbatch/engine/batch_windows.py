@@ -18,6 +18,7 @@ from bigbatch.batching.time_first import TimeFirstCheck
 from bigbatch.engine.checks import check_num_lengths
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.quanta import check_quanta
+from bigbatch.engine.weight_probe import probe_weights
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
 from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.types import Collate, CountItems, Items, LossFunction
@@ -111,6 +112,8 @@ def open_window(
         accumulator.prepare()
         lengths = splitter.lengths_of(batch)
         parts = splitter.split(batch, lengths, microbatch_size)
+        if accumulator.update.offload is not None:
+            probe_weights(accumulator, loss_fn, parts)
         totals: Mapping[str, Items] | None = None if count_items is None else count_items(batch)
         runner.prepare()
         if sync.needs_padding_microbatch and parts.groups:

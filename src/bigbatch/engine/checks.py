@@ -10,6 +10,7 @@ from bigbatch.batching.checks import check_count
 from bigbatch.batching.plan import TokenBudget, plan
 from bigbatch.coupled.coupled import Coupled
 from bigbatch.distributed.gradient_sync import GradientSync
+from bigbatch.engine.host_check import check_host
 from bigbatch.errors import InputError
 from bigbatch.types import Layout
 
@@ -116,12 +117,14 @@ def _check_exact_norms(microbatch: object, cuda_graphs: bool) -> None:
 
 
 def check_ranks(accumulator: Accumulator, microbatch: object, batch_norm: object, *, cuda_graphs: bool) -> None:
-    """Reject settings that the device, sharded models, or other ranks in lockstep do not support.
+    """Reject settings that the device, its host, sharded models, or other ranks in lockstep do not support.
 
     Raises:
+        MemoryLimitError: The host has too little memory for the level of offload.
         ValueError: A setting is not supported.
     """
     sync, device = accumulator.sync, accumulator.device
+    check_host(accumulator)
     if sync.runs_in_lockstep:
         _check_lockstep(sync, microbatch, batch_norm, cuda_graphs)
     if cuda_graphs and device.type != "cuda":

@@ -6,7 +6,7 @@ Long because it documents every setting once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.progress import EngineProgress
 from bigbatch.engine.tuning import choose_microbatch
 from bigbatch.execution.runner_choice import make_runner
+from bigbatch.offload.levels import Offload
 from bigbatch.read_only import read_only
 from bigbatch.types import Collate, CountItems, Layout, LossFunction
 from bigbatch.verification.first_window import FirstWindowCheck
@@ -80,7 +81,7 @@ class Engine:
             are kept: on CUDA in host memory, so that the device holds those of one micro-batch, and of the whole batch
             its inputs and what the forward holds at one norm, such as a residual. Copying costs time. Not with compiled
             or sharded models, ``"auto"``, `Coupled`, ``cuda_graphs``. By default micro-batches normalize by themselves.
-        max_grad_norm, gradient_hook, scheduler, scaler, nonfinite, noise: As for `Accumulator`.
+        max_grad_norm, gradient_hook, scheduler, scaler, nonfinite, offload, noise: As for `Accumulator`.
         reproducible: Whether updates are the same bits for any micro-batch and number of ranks, see `Accumulator`: each
             ``quantum`` of consecutive samples of the global batch is then computed by itself, seeded by its position.
         quantum: Samples; ``microbatch`` is a multiple, and changes neither memory nor time.
@@ -125,6 +126,7 @@ class Engine:
         scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
+        offload: Offload = "none",
         reproducible: bool = False,
         quantum: int | None = None,
         sync: GradientSync | SyncPolicy | None = None,
@@ -144,6 +146,7 @@ class Engine:
             scheduler=scheduler,
             scaler=scaler,
             nonfinite=nonfinite,
+            offload=offload,
             sync=sync,
             noise=noise and is_additive,
             reproducible=reproducible,
@@ -201,16 +204,9 @@ class Engine:
         """
         if self.microbatch != "auto":
             raise ValueError(f'microbatch={self.microbatch!r} is fixed: pass microbatch="auto" to have it chosen.')
+        parts = batch, self.accumulator, self.runner, self._splitter, self.fused
         choice = choose_microbatch(
-            batch,
-            self.accumulator,
-            self.runner,
-            self._splitter,
-            self.fused,
-            loss_fn=self.loss_fn,
-            memory=self.memory,
-            layout=self.layout,
-            uniform_length=self.collate is None,
+            *parts, loss_fn=self.loss_fn, memory=self.memory, layout=self.layout, uniform_length=self.collate is None
         )
         self.microbatch_size.set(choice)
         return choice
@@ -339,6 +335,10 @@ class Engine:
         or damaged; nothing is changed then.
         """
         self._training_state.restore(state, self._progress, self.accumulator.device)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Let parameters that ``offload`` keeps narrow be their float32 values inside, in host memory, to save them."""
+        return self.accumulator.update.whole_weights()
 
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
         """Group samples of these lengths as the micro-batches of `step` would be at the moment.

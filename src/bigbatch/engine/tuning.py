@@ -94,9 +94,10 @@ def _problem(
         check_lengths(lengths, samples.num_samples)
     accumulator.prepare()
     runner.release()
+    offload = accumulator.update.offload
     return TuningProblem(
         module,
-        accumulator.optimizer,
+        accumulator.optimizer if offload is None else offload.without_state(),
         stand_in(loss_fn, samples.num_samples) if isinstance(loss_fn, Coupled) else loss_fn,
         samples,
         lengths,

@@ -118,7 +118,11 @@ class FusedGradients:
 
     def _narrow_dtypes(self) -> dict[Tensor, torch.dtype]:
         """Return the dtypes of copies; weights that are shared with an embedding follow all others."""
-        found = {layer.weight: layer.narrow_dtype for layer in self._layers if layer.narrow_dtype is not None}
+        found = {
+            layer.weight: layer.narrow_dtype
+            for layer in self._layers
+            if layer.narrow_dtype is not None and layer.narrow_dtype != layer.weight.dtype
+        }
         dtypes = set(found.values())
         if len(dtypes) == 1:
             tied = (each.weight for each in self._layers if each.is_tied and each.weight.dtype is torch.float32)

@@ -9,7 +9,7 @@ Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse 
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter, is_
 from types import TracebackType
@@ -323,11 +323,11 @@ class GradientSums:
                 self.store.set_zeros(parameter)
         self.mark_unmodified()
 
-    def write_to_grad(self) -> None:
-        """Write the float32 sums to ``.grad`` in the dtype of the parameters, where optimizers expect them."""
+    def write_to_grad(self, keep: Container[Tensor] = ()) -> None:
+        """Write the float32 sums, but for those to keep, to ``.grad`` in the dtype of the parameters."""
         self._writes.reset()
         if self.store.float32:
-            self.store.write_to_grad()
+            self.store.write_to_grad(keep)
 
     def write_nan_to_grad(self) -> None:
         """Write NaN to the ``.grad`` of all parameters that received a gradient, and drop the sums."""

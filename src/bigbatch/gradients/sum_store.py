@@ -1,6 +1,6 @@
 """Where the gradient sum of each parameter is stored: in ``.grad``, or in float32 if the parameter is narrower."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +56,11 @@ class SumStore:
             for total in [self.get(p)]
         }
 
-    def write_to_grad(self) -> None:
-        """Move the float32 sums to ``.grad`` in the dtype of the parameters; each is freed before the next one."""
-        for parameter in list(self.float32):
+    def write_to_grad(self, keep: Container[Tensor] = ()) -> None:
+        """Move the float32 sums to ``.grad`` in the dtype of the parameters; each is freed before the next one.
+
+        Args:
+            keep: Parameters whose sums stay.
+        """
+        for parameter in [each for each in self.float32 if each not in keep]:
             parameter.grad = self.float32.pop(parameter).to(parameter.dtype)

@@ -147,6 +147,11 @@ def _bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:
     return sum({memory._cdata: memory.nbytes() for tensor in on_device for memory in storages(tensor)}.values())
 
 
+def host_memory() -> tuple[int, int]:
+    """Return the free and total bytes of host memory for this process, within its control groups."""
+    return _host_memory()
+
+
 def _host_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> tuple[int, int]:
     """Return the free and total bytes for this process: of the machine, or of its tightest control group."""
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

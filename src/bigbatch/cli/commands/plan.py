@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.cli.console import duration, make_console, progress_display, quiet_libraries
+from bigbatch.cli.offload_table import describe_table, table_as_json
 from bigbatch.cli.options import PlanOptions
 from bigbatch.cli.run_lookup import check_paths
+from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.text import plural
 from bigbatch.memory.limit import describe_bytes
@@ -23,8 +25,12 @@ MOST_ROWS = 8  # first and last micro-batches that a narrow terminal shows
 
 
 def run(config: TrainConfig, options: PlanOptions) -> int:
-    """Print the forecast; return 1 only if a micro-batch does not fit in memory."""
+    """Print the forecast, or the table of levels of offload; return 1 only if nothing fits in memory."""
     check_paths(config)
+    if config.offload != "none" or options.cards > 1:
+        return _print_table(config, options)
+    if options.host_memory is not None:
+        raise InputError("--host-memory is for --offload: add --offload auto, or leave it out.")
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.planning.forecast import forecast
@@ -37,6 +43,21 @@ def run(config: TrainConfig, options: PlanOptions) -> int:
         for line in describe(result, width=console.width if console.is_terminal else DRAWING_COLUMNS):
             console.print(line)
     return DOES_NOT_FIT if result.fits is False else FITS
+
+
+def _print_table(config: TrainConfig, options: PlanOptions) -> int:
+    console, notes = make_console(), make_console(stderr=True)
+    with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
+        from bigbatch.lm.planning.offload_table import offload_table
+
+        quiet_libraries()
+        table = offload_table(config, num_cards=options.cards, host_memory=options.host_memory, progress=progress)
+    if options.as_json:
+        console.print_unbroken(json.dumps(table_as_json(table)))
+    else:
+        for line in describe_table(table):
+            console.print(line)
+    return FITS if any(row.is_chosen for row in table.rows) else DOES_NOT_FIT
 
 
 def describe(forecast: "Forecast", *, width: int = DRAWING_COLUMNS) -> Iterator[str]:

@@ -82,6 +82,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             if checkpoint is not None and directory.has_model and (end := _end_of(checkpoint, config)) is not None:
                 console.print(f"{path} is already finished: {end}, the model is saved")
                 return DONE
+            from bigbatch.lm.planning.offload_choice import with_chosen_offload
             from bigbatch.lm.training.setup import set_up_training
             from bigbatch.lm.training.trainer import Trainer
 
@@ -91,6 +92,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             from bigbatch.lm.data.sampling_order import sampling_order_of
 
             order_version = sampling_order_of(path, before, has_checkpoint=checkpoint is not None)
+            config, offload_note = with_chosen_offload(config, ranks, progress=progress)
             setup = set_up_training(config, ranks=ranks, progress=progress, order_version=order_version)
         with fail_together(ranks, "resume"):
             trainer = Trainer(setup, checkpoint=checkpoint, ranks=ranks)
@@ -106,7 +108,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             trainer.tune(cache=path, progress=progress)
             trainer.prepare(path, progress=progress)
         for line in (
-            *([] if threads_note is None else [threads_note]),
+            *(note for note in (threads_note, offload_note) if note is not None),
             *setup.notes,
             parameters_line(setup.model),
             *(summary_lines(trainer) if checkpoint is None else ()),

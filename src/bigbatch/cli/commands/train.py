@@ -69,10 +69,12 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         if ranks.is_first:
             check_free(path)
     with fail_together(ranks, "train"), progress_display(console) as progress:
+        from bigbatch.lm.planning.offload_choice import with_chosen_offload
         from bigbatch.lm.training.setup import set_up_training
 
         quiet_libraries()
         threads_note = share_threads(cpu_cores(), ranks.local_size)
+        config, offload_note = with_chosen_offload(config, ranks, progress=progress)
         setup = set_up_training(config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
     with fail_together(ranks, "train"), progress_display(console) as progress:
         from bigbatch.lm.training.optimizer import optimizer_notes
@@ -82,7 +84,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         origin = trainer.tune(cache=path, progress=progress)
         trainer.prepare(path, progress=progress)
     for line in (
-        *([] if threads_note is None else [threads_note]),
+        *(note for note in (threads_note, offload_note) if note is not None),
         *setup.notes,
         parameters_line(setup.model),
         *optimizer_notes(setup.model, setup.config),

@@ -42,6 +42,7 @@ CHANGEABLE = (
     "memory",
     "gpu",
     "gradient_checkpointing",
+    "offload",
     "layout",
     "attention",
     "compile",
@@ -168,7 +169,7 @@ GROUPS = (
     FieldGroup(
         "machine",
         "Device, precision, memory and execution.",
-        ("device", "precision", "memory", "gpu", "gradient_checkpointing", "layout", "attention", "compile"),
+        ("device", "precision", "memory", "gpu", "gradient_checkpointing", "offload", "layout", "attention", "compile"),
     ),
     FieldGroup(
         "ranks",

@@ -162,6 +162,25 @@ class TrainConfig(TrainFields):
         return self
 
     @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload != "none" and self.parallel != "ddp":
+            names = {"first": "offload", "second": "parallel", "value": self.offload}
+            raise PydanticCustomError(
+                "sharded",
+                "{first} {value} is not supported with {second} fsdp and hsdp, which shard the optimizer state: use "
+                "ddp, or {first} none",
+                names,
+            )
+        if self.offload != "none" and self.optimizer == "adamw-8bit":
+            names = {"first": "offload", "second": "optimizer", "value": self.offload}
+            raise PydanticCustomError(
+                "unsupported",
+                "{first} {value} is not supported with {second} adamw-8bit, whose state is quantized: use adamw",
+                names,
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_quantize(self) -> Self:
         if self.quantize is not None and self.model == "tiny":
             names = {"first": "quantize", "second": "model"}

@@ -35,6 +35,7 @@ from bigbatch.lm.config.objective_fields import ObjectiveFields
 from bigbatch.lm.config.optimization_fields import OptimizationFields
 from bigbatch.lm.config.pretraining_fields import PretrainingFields
 from bigbatch.lm.config.reproducible_fields import ReproducibleFields
+from bigbatch.offload.levels import Offload
 
 DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
@@ -225,6 +226,13 @@ class TrainFields(
         description="activation checkpointing: layers recompute their activations in backward instead of storing them, "
         "for less memory and about a third more time. none, selective (every second layer) or full; auto = the "
         "fastest that fits in memory with --microbatch auto, else none; without a value: full",
+    )
+    offload: Offload | Literal["auto"] = Field(
+        default="none",
+        description="what lives in host memory between updates, with the same result: optimizer = the state of the "
+        "optimizer, which passes through the device in each update; master = also the float32 values of the weights of "
+        "linear layers, in bf16; both with --parallel ddp; none = nothing; auto = the level that is predicted to be "
+        "the fastest that fits in memory",
     )
     layout: Literal["auto", "padded", "packed"] = Field(
         default="auto",

@@ -5,6 +5,7 @@ Models are created on the device ``meta``, without weights; only `RunEstimator.m
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
 
@@ -78,18 +79,29 @@ class UpdateTiming:
 
 
 class RunEstimator:
-    """Estimates memory and time of one configuration; sizes are in ``unit``, samples or tokens."""
+    """Estimates memory and time of one configuration; sizes are in ``unit``, samples or tokens.
+
+    Attributes:
+        unit: ``"samples"`` or ``"tokens"``.
+        outline: How training would run the model, without weights.
+        layout: Of the micro-batches.
+        num_parameters, num_trained: All parameters of the model, and those with ``requires_grad``.
+    """
 
     def __init__(self, config: TrainConfig, target: PlanTarget, data: DataStatistics) -> None:
         self._config = config
         self._target = target
         self._data = data
         self.unit = "samples" if isinstance(config.microbatch, int) else "tokens"
-        outline = self._outline(config)
-        self.layout = outline.layout
-        self.num_parameters, self.num_trained = count_parameters(outline.model)
-        self._predictor = self._make_predictor(outline, config)
+        self.outline = self._outline(config)
+        self.layout = self.outline.layout
+        self.num_parameters, self.num_trained = count_parameters(self.outline.model)
         self._predicted: dict[tuple[int, int], Prediction] = {}
+
+    @cached_property
+    def predictor(self) -> PeakPredictor:
+        """Of a training step with the optimizer of the configuration."""
+        return self._make_predictor(self.outline, self._config)
 
     def _make_predictor(self, outline: ModelOutline, config: TrainConfig) -> PeakPredictor:
         budget = self._target.budget
@@ -127,7 +139,7 @@ class RunEstimator:
         """Predict the peak of a window with micro-batches of a size."""
         for shape in self._worst_cases(size):
             if shape not in self._predicted:
-                self._predicted[shape] = self._predictor.predict(self._rows(shape))
+                self._predicted[shape] = self.predictor.predict(self._rows(shape))
         return max((self._predicted[shape] for shape in self._worst_cases(size)), key=lambda found: found.peak_bytes)
 
     def _worst_cases(self, size: int) -> list[tuple[int, int]]:

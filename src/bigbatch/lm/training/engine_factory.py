@@ -16,6 +16,7 @@ from bigbatch.autotune.peak_prediction import PeakPredictor
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.engine import Engine
+from bigbatch.engine.host_check import check_host
 from bigbatch.engine.tuning import copies_fit
 from bigbatch.errors import InputError
 from bigbatch.gradients.fusable_layers import copied_bytes
@@ -31,6 +32,7 @@ from bigbatch.lm.training.microbatch_limits import enforce_memory_budget, memory
 from bigbatch.lm.training.oom_restart import apply_override
 from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.lm.training.setup import TrainingSetup
+from bigbatch.offload.levels import Offload
 
 
 def make_engine(
@@ -45,6 +47,7 @@ def make_engine(
     sync: GradientSync | SyncPolicy | None = None,
     quantum: int | None = None,
     gradient_hook: GradientHook | None = None,
+    offload: Offload = "none",
 ) -> Engine:
     """Create an engine whose batches are lists of samples: those of a `TokenDataset`, or of a `PairDataset`.
 
@@ -59,6 +62,7 @@ def make_engine(
         sync: How gradients cross ranks; None for a single process.
         quantum: For reproducible updates; else None.
         gradient_hook: As for `bigbatch.Accumulator`.
+        offload: As for `bigbatch.Accumulator`.
     """
     balanced = model_setup.balanced
     count_items = None if balanced is None or balanced.scope == "global" else balanced.count_items
@@ -81,6 +85,7 @@ def make_engine(
         reproducible=quantum is not None,
         quantum=quantum,
         gradient_hook=gradient_hook,
+        offload=offload,
         check=is_custom,  # ours is a sum, and messages of the run name dropout
         fuse_gradients=False if is_custom else "auto",
     )
@@ -107,12 +112,22 @@ def make_training_engine(
         InputError: The configured micro-batch or memory is not possible.
     """
     config, model_setup = setup.config, setup.model_setup
+    if config.offload == "auto":
+        raise InputError(
+            "--offload auto is chosen by bigbatch train and bigbatch resume: pass a level here, such as the one that "
+            "bigbatch plan --offload auto prints."
+        )
     longest = setup.training.longest
     microbatch = microbatch_of(config, longest=longest, ranks=ranks)
     if ranks.are_sharded:
         model_setup = replace(model_setup, uses_cuda_graphs=False)
         if microbatch != "auto":
             microbatch = apply_override(config.out, microbatch, longest=longest)
+    if config.offload == "master" and setup.device_spec.precision != "bf16":
+        raise InputError(
+            f"--offload master needs --precision bf16, and this run computes in {setup.device_spec.precision}: "
+            "pass --offload optimizer."
+        )
     memory = memory_of(config, setup.device_spec, ranks=ranks)
     if config.reproducible:
         _check_reproducible(model_setup)
@@ -130,7 +145,10 @@ def make_training_engine(
         sync=sync,
         quantum=config.quantum_in_use,
         gradient_hook=GradientFingerprints() if config.reproducible and ranks.is_first else None,
+        offload=config.offload,
     )
+    if ranks.local_size > 1:
+        check_host(engine.accumulator, num_processes=ranks.local_size)
     if ranks.are_sharded:
         engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
     return engine

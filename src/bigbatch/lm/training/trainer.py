@@ -188,7 +188,8 @@ class Trainer:
             saved_step = now.step
             if self._has_ended(now) and self.config.resolved_keep == "best":
                 saved_step = load_best(self.engine, now, directory, self.ranks, on_note)
-            self._saver.save(directory)
+            with self.engine.whole_weights():
+                self._saver.save(directory)
         return TrainResult(
             now.step,
             now.skipped,

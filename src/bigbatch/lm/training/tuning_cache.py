@@ -25,6 +25,7 @@ SETTINGS = (
     "memory",
     "gpu",
     "precision",
+    "offload",
     "lora_rank",
     "lora_targets",
     "lora_dropout",

@@ -1,0 +1,49 @@
+"""Refuse offload before the first window if the host has too little memory for the state that it will hold."""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigbatch.accumulation.accumulator import Accumulator
+from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
+from bigbatch.offload.costs import pinned_bytes
+from bigbatch.offload.host_memory import available_host_bytes, check_host_memory
+
+
+def check_host(accumulator: Accumulator, *, num_processes: int = 1) -> None:
+    """Check that the host has memory for the state and the float32 weights that a level of offload moves there.
+
+    The state is predicted from a step on tensors without data. What is in host memory already counts as available.
+
+    Args:
+        accumulator: Of the engine; nothing is checked without offload.
+        num_processes: Processes of the run on this machine.
+
+    Raises:
+        MemoryLimitError: It has not.
+    """
+    offload = accumulator.update.offload
+    if offload is None:
+        return
+    level = "master" if offload.weights.names else "optimizer"
+    with suppress(PredictionError):  # then the allocation itself fails, with a sentence
+        masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
+        needed = pinned_bytes(_state_bytes(accumulator) + masters) - offload.host_bytes
+        check_host_memory(
+            needed, available_host_bytes(num_processes=num_processes), level=level, num_processes=num_processes
+        )
+
+
+def _state_bytes(accumulator: Accumulator) -> int:
+    """Predict the bytes of the optimizer state."""
+    update = accumulator.update
+    parameters = nn.ParameterList(update.parameters())
+
+    def no_loss(_model: nn.Module, _microbatch: object) -> None:
+        raise AssertionError("only the state is predicted")
+
+    loss_fn: Any = no_loss
+    state_bytes: int = PeakPredictor.from_training(parameters, update.optimizers, loss_fn).state_bytes
+    return state_bytes

@@ -1,0 +1,59 @@
+"""The level of offload of ``bigbatch train --offload auto``: the one that is predicted to be the fastest that fits."""
+
+from bigbatch.autotune.peak_prediction import PredictionError
+from bigbatch.errors import InputError, MemoryLimitError
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.distributed.ranks import RankContext
+from bigbatch.lm.planning.data_statistics import measure_data
+from bigbatch.lm.planning.device_target import resolve_target
+from bigbatch.lm.planning.offload_cases import OffloadCases
+from bigbatch.lm.planning.offload_table import levels_of, local_card
+from bigbatch.lm.training.setup import ProgressCallback
+from bigbatch.memory.limit import describe_bytes
+from bigbatch.offload.choice import choose
+from bigbatch.offload.host_memory import available_host_bytes
+
+
+def with_chosen_offload(
+    config: TrainConfig, ranks: RankContext, *, progress: ProgressCallback
+) -> tuple[TrainConfig, str | None]:
+    """Return a configuration with the chosen level in place of ``auto``, and a sentence about it. Collective.
+
+    The first rank chooses. With a fixed micro-batch, the activation checkpointing is chosen too, unless it is set; with
+    ``--microbatch auto``, training measures both.
+
+    Raises:
+        InputError: No level fits on the card and on the host, or the memory of the model cannot be predicted.
+    """
+    if config.offload != "auto":
+        return config, None
+    found = ranks.broadcast(_choose(config, ranks, progress) if ranks.is_first else None)
+    return config.model_copy(update=found["settings"]), found["sentence"]
+
+
+def _choose(config: TrainConfig, ranks: RankContext, progress: ProgressCallback) -> dict[str, object]:
+    """Choose on this rank; return the settings that follow, and a sentence."""
+    asked = config.resolved()
+    target = resolve_target(asked)
+    if target.device.type != "cuda" or target.budget is None:
+        sentence = f"offload none, chosen by auto: {target.name} has no memory but that of the host"
+        return {"settings": {"offload": "none"}, "sentence": sentence}
+    data = measure_data(asked, progress=progress)
+    asked = asked.model_copy(update={"precision": target.device_spec.precision, "max_length": data.max_length})
+    progress("choosing the level of offload")
+    try:
+        cases = OffloadCases(asked, target, data, num_cards=ranks.size, levels=levels_of(asked))
+        candidates = cases.candidates(target.budget.usable_bytes, local_card(target.device))
+        host_bytes = available_host_bytes(num_processes=ranks.local_size)
+        chosen = choose(candidates, card_bytes=target.budget.usable_bytes, host_bytes=host_bytes)
+    except (PredictionError, MemoryLimitError) as error:
+        raise InputError(f"--offload auto: {error} Pass a level, such as --offload optimizer.") from error
+    settings: dict[str, object] = {"offload": chosen.level}
+    if asked.microbatch != "auto" and asked.gradient_checkpointing == "auto":
+        settings["gradient_checkpointing"] = chosen.checkpointing
+    card_memory, host_memory = map(describe_bytes, (chosen.card_bytes, chosen.host_bytes))
+    sentence = (
+        f"offload {chosen.level}, chosen by auto: {card_memory} on the card with checkpointing {chosen.checkpointing}, "
+        f"{host_memory} on the host, about {chosen.time.total_s:.1f} s an update"
+    )
+    return {"settings": settings, "sentence": sentence}

@@ -1,0 +1,1 @@
+"""Training state that lives in host memory between updates."""

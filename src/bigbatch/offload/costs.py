@@ -1,0 +1,258 @@
+"""Costs of training state in host memory: bytes on the card and on the host, bytes over the link, seconds of an update.
+
+    ModelState, level        → placement, transfers     bytes
+    … and WindowWork, Card   → update_time              seconds
+
+Everything is for one card. Integers are bytes, floats seconds. No torch, and no device is queried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from bigbatch.offload.cards import Card
+
+Level: TypeAlias = Literal["none", "optimizer", "master", "gradients"]
+"""What lives in host memory, each including those before it: nothing; the optimizer state; the float32 values of
+weights that micro-batches use in 16 bits; the gradient sums."""
+
+LEVELS: tuple[Level, ...] = ("none", "optimizer", "master", "gradients")
+
+CHUNK_BYTES = 64 * 2**20
+"""Of the optimizer state that passes through the card together; a parameter with more is a chunk of its own."""
+
+NUM_SLOTS = 3  # chunks on the card at a time: one arrives, one is computed on, one leaves
+SLOT_FACTOR = 2  # a chunk of more than so many CHUNK_BYTES is on the card alone
+FLOAT32 = 4
+PAGE_BYTES = 4096
+
+WEIGHT_MOVES = 26
+"""Bytes that one micro-batch moves for each trained float32 weight: its cast 6, the product in 16 bits 2, the cast of
+that 6, the addition to the sum 12. An H200 took 7.6 ms for 1.2 billion weights, 26 bytes each at 4.0 TB/s."""
+CAST_MOVES = 6
+SUM_MOVES = 18  # the cast of a gradient and its addition, which the host does at "gradients"
+
+HOST_ADDS_PER_S = 1.85e9
+"""Gradients in bfloat16 that the host adds to float32 sums: torch's ``add_`` with 16 threads, next to an H200."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Training state of one card.
+
+    Attributes:
+        weight_bytes: Trained weights, as the optimizer updates them.
+        frozen_bytes: Other weights, and buffers.
+        sum_bytes: Gradient sums of a window.
+        state_bytes: Optimizer state.
+        narrowed: Trained float32 weights that micro-batches use in 16 bits; the others, such as those of norms, stay as
+            they are at every level.
+        num_trained: Trained weights.
+        largest: Trained weights of the largest parameter.
+        largest_state_bytes: Optimizer state of the parameter with most of it.
+        step_bytes: Temporary tensors of the optimizer's step if all parameters are stepped together.
+    """
+
+    weight_bytes: int
+    frozen_bytes: int
+    sum_bytes: int
+    state_bytes: int
+    narrowed: int
+    num_trained: int
+    largest: int
+    largest_state_bytes: int
+    step_bytes: int = 0
+
+    def sharded(self, num_cards: int) -> ModelState:
+        """Return the share of one of several cards, each parameter cut into equal parts."""
+        fields = {name: -(-value // num_cards) for name, value in vars(self).items()}
+        return replace(self, **fields)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes that a level needs.
+
+    Attributes:
+        card_bytes: On the card between updates, without activations.
+        host_bytes: In host memory, pinned.
+        step_bytes: On the card in addition while the update runs.
+        window_bytes: On the card in addition while micro-batches run, without activations.
+    """
+
+    card_bytes: int
+    host_bytes: int
+    step_bytes: int
+    window_bytes: int
+
+
+@dataclass(frozen=True)
+class LinkBytes:
+    """Bytes between card and host in one window.
+
+    Attributes:
+        to_card, to_host: In the update.
+        to_host_per_microbatch: Gradients of one micro-batch.
+    """
+
+    to_card: int
+    to_host: int
+    to_host_per_microbatch: int = 0
+
+
+def reaches(level: Level, part: Level) -> bool:
+    """Return whether a level includes another one."""
+    return LEVELS.index(level) >= LEVELS.index(part)
+
+
+def placement(state: ModelState, level: Level) -> Placement:
+    """Return the bytes that a level needs.
+
+    level      on the card                                 on the host
+    none       weights, sums, optimizer state              –
+    optimizer  weights, sums                               optimizer state
+    master     weights in 16 bits, sums                    the above, weights in float32
+    gradients  weights in 16 bits                          the above, sums
+
+    Weights that micro-batches use in float32, such as those of norms, stay on the card in float32 alone.
+    """
+    if level == "none":
+        held = state.weight_bytes + state.frozen_bytes + state.sum_bytes + state.state_bytes
+        return Placement(held, 0, state.step_bytes, 0)
+    card_bytes = state.weight_bytes + state.frozen_bytes + state.sum_bytes
+    host_bytes, window_bytes = state.state_bytes, 0
+    if reaches(level, "master"):
+        card_bytes -= (FLOAT32 - 2) * state.narrowed
+        host_bytes += FLOAT32 * state.narrowed
+    if reaches(level, "gradients"):
+        card_bytes -= state.sum_bytes
+        host_bytes += state.sum_bytes
+        window_bytes = NUM_SLOTS * 2 * state.largest  # gradients in 16 bits that wait for their copy
+    largest = _largest_chunk_bytes(state, level, host_bytes)
+    arena = max(NUM_SLOTS * min(largest, SLOT_FACTOR * CHUNK_BYTES), largest)
+    return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes)
+
+
+def _largest_chunk_bytes(state: ModelState, level: Level, host_bytes: int) -> int:
+    """Return the bytes of the largest chunk: several parameters with `CHUNK_BYTES` of state, or one with more."""
+    largest = state.largest_state_bytes
+    if reaches(level, "master"):
+        largest += FLOAT32 * min(state.largest, state.narrowed)
+    if reaches(level, "gradients"):
+        largest += FLOAT32 * state.largest
+    several = CHUNK_BYTES * host_bytes // max(state.state_bytes, 1)
+    return max(largest, min(several, host_bytes))
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """Return the pinned host memory for a number of bytes: whole pages, of 4,096 bytes."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def transfers(state: ModelState, level: Level) -> LinkBytes:
+    """Return the bytes between card and host in one window.
+
+    An update reads optimizer state, master weights and sums from the host, and writes the first two back.
+    """
+    if level == "none":
+        return LinkBytes(0, 0)
+    both = state.state_bytes + (FLOAT32 * state.narrowed if reaches(level, "master") else 0)
+    if not reaches(level, "gradients"):
+        return LinkBytes(both, both)
+    gradients = 2 * state.narrowed + FLOAT32 * (state.num_trained - state.narrowed)
+    return LinkBytes(both + state.sum_bytes, both, gradients)
+
+
+@dataclass(frozen=True)
+class WindowWork:
+    """Work of one window on one card.
+
+    Attributes:
+        tokens: Padding included.
+        num_microbatches: Forwards and backwards.
+        layer_operations: Floating-point operations of the matrix products of the layers for one token, forward and
+            backward, nothing recomputed; that of attention in products of the same rate.
+        layer_moves: Bytes that everything else in the layers moves for one token.
+        head_operations: As for the layers: of the output layer.
+        head_moves: As for the layers: of the output layer and the loss.
+        recomputed: Share of the layers whose forward runs again in backward.
+    """
+
+    tokens: int
+    num_microbatches: int
+    layer_operations: float
+    layer_moves: float
+    head_operations: float
+    head_moves: float
+    recomputed: float = 0.0
+
+
+@dataclass(frozen=True)
+class UpdateTime:
+    """Predicted seconds of one window and its update.
+
+    Attributes:
+        compute_s: Forward and backward.
+        microbatches_s: What micro-batches cost whatever their size: casts of weights, additions of gradients.
+        update_s: The update: the longer of its kernels and its transfers, which overlap.
+        link_s: Waiting for gradients that are still on their way when a backward has ended, or for the host's addition.
+        fabric_s: Waiting for the weights and gradients of other cards.
+    """
+
+    compute_s: float
+    microbatches_s: float
+    update_s: float
+    link_s: float = 0.0
+    fabric_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the window and its update."""
+        return self.compute_s + self.microbatches_s + self.update_s + self.link_s + self.fabric_s
+
+
+def update_time(
+    state: ModelState,
+    level: Level,
+    work: WindowWork,
+    card: Card,
+    *,
+    host_adds_per_s: float = HOST_ADDS_PER_S,
+    fabric_bytes: int = 0,
+) -> UpdateTime:
+    """Predict the seconds of one window and its update.
+
+        compute + micro-batches · weight moves + max(kernels, to card, to host) + what backward does not hide
+
+    Args:
+        state: Of one card.
+        level: Of offload.
+        work: Of one card.
+        card: Rates.
+        host_adds_per_s: Gradients that the host adds per second, for ``"gradients"``.
+        fabric_bytes: Sent and received by one card for a micro-batch of a sharded model, while it computes.
+    """
+    layers_s = work.layer_operations / card.products_per_s + work.layer_moves / card.memory_rate
+    head_s = work.head_operations / card.products_per_s + work.head_moves / card.memory_rate
+    forward_s = work.tokens * (layers_s + head_s) / 3
+    compute_s = 3 * forward_s + work.tokens * layers_s * work.recomputed / 3
+    moves = WEIGHT_MOVES * state.num_trained
+    if reaches(level, "master"):
+        moves -= CAST_MOVES * state.narrowed
+    if reaches(level, "gradients"):
+        moves -= SUM_MOVES * state.num_trained
+    microbatches_s = work.num_microbatches * moves / card.memory_rate
+
+    link = transfers(state, level)
+    backward_s = (compute_s - forward_s) / work.num_microbatches
+    copy_s = link.to_host_per_microbatch / card.link_rate
+    add_s = state.num_trained / host_adds_per_s if link.to_host_per_microbatch else 0.0
+    link_s = work.num_microbatches * max(0.0, max(copy_s, add_s) - backward_s)
+    fabric_s = work.num_microbatches * max(0.0, fabric_bytes / card.fabric_rate - compute_s / work.num_microbatches)
+
+    # The update reads weights, state and sums, writes the first two, and reads the sums once more for their norm.
+    kernels_s = (2 * state.weight_bytes + 2 * state.state_bytes + 2 * state.sum_bytes) / card.memory_rate
+    ends = min(CHUNK_BYTES, link.to_card) + min(CHUNK_BYTES, link.to_host)  # the first in and the last out
+    update_s = max(kernels_s, link.to_card / card.link_rate, link.to_host / card.link_rate) + ends / card.link_rate
+    return UpdateTime(compute_s, microbatches_s, update_s, link_s, fabric_s)

@@ -1,0 +1,204 @@
+"""The optimizers of an update whose state is offloaded."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.errors import InputError, first_line
+from bigbatch.offload.levels import Offload, check_level
+from bigbatch.offload.narrow_weights import NarrowWeights, find_narrow_weights
+from bigbatch.offload.optimizer_trial import check_streamable
+from bigbatch.offload.streamed_optimizer import InitState, StreamedOptimizer
+from bigbatch.offload.weight_probe import read_elsewhere
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class OptimizerOffload:
+    """Steps the optimizers of an update with their state in host memory.
+
+    Args:
+        optimizers: Each over parameters on one device.
+        narrow: Weights that become bfloat16 on the device, with their names.
+
+    Attributes:
+        streamed: One for each optimizer, in order.
+        weights: Those that are bfloat16 on the device.
+
+    Raises:
+        InputError: One cannot be stepped in parts, or parameters are on several devices or sharded.
+    """
+
+    def __init__(self, optimizers: Sequence["Optimizer"], narrow: Mapping[Tensor, str]) -> None:
+        for optimizer in optimizers:
+            check_streamable(optimizer)
+        self.weights = NarrowWeights(narrow)
+        self.streamed = [StreamedOptimizer(optimizer, weights=self.weights) for optimizer in optimizers]
+        self._is_probed = not narrow
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerOffload":
+        """Copy it for copied optimizers, whose state then gets host memory of its own; not with narrow weights."""
+        parts = [each.optimizer for each in self.streamed]
+        if self.weights.names:
+            raise InputError('an update with offload="master" cannot be copied: its weights are in host memory.')
+        return OptimizerOffload(copy.deepcopy(parts, memo), {})
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the state."""
+        return sum(each.host_bytes for each in self.streamed)
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the device that an update needs for the state that passes through."""
+        return max((each.device_bytes for each in self.streamed), default=0)
+
+    def prepare(self, init_state: InitState) -> None:
+        """Move all state to host memory, and create what is missing; arguments and errors are those of each.
+
+        Raises:
+            WindowStateError: Other code has written to a weight whose float32 value is in host memory.
+        """
+        self.weights.check_unwritten()
+        for each in self.streamed:
+            each.prepare(init_state)
+
+    def step(self, optimizer: "Optimizer") -> None:
+        """Step one of the optimizers."""
+        self._of(optimizer).step()
+
+    def has_begun(self, optimizer: "Optimizer") -> bool:
+        """Return whether the last step of an optimizer may have changed a parameter."""
+        return self._of(optimizer).has_begun
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Return the float32 value of a narrow weight, in host memory; any other tensor itself."""
+        if tensor not in self.weights.narrowed:
+            return tensor
+        chunks = (chunk for each in self.streamed for chunk in each.chunks)
+        return next(chunk.masters[tensor] for chunk in chunks if tensor in chunk.masters)
+
+    def refresh(self) -> None:
+        """Write the narrow weights after their float32 values have changed."""
+        with torch.no_grad():
+            self.weights.refresh(self._masters())
+
+    @contextmanager
+    def wide_weights(self) -> Iterator[None]:
+        """Let the parameters of the model be the float32 values in host memory inside, to be saved."""
+        with self.weights.wide(self._masters()):
+            yield
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether it is not known yet how a loss reads the narrow weights."""
+        return not self._is_probed
+
+    def probe(self, compute_loss: Callable[[], Tensor]) -> set[Tensor] | None:
+        """Return the narrow weights that a loss reads otherwise than in a linear layer; None if it has no graph.
+
+        Args:
+            compute_loss: Returns the loss of a few samples, with a graph.
+
+        Raises:
+            InputError: The loss does not run with weights in bfloat16.
+        """
+        try:
+            loss = compute_loss()
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            raise InputError(
+                f'offload="master" keeps weights of linear layers in bfloat16 on the device, and the loss does not '
+                f"run with them ({first_line(error)}): compute it under torch.autocast with dtype=torch.bfloat16, or "
+                'pass offload="optimizer".'
+            ) from error
+        return read_elsewhere(loss, self.weights.narrowed) if loss.requires_grad else None
+
+    def keep_wide(self, parameters: set[Tensor]) -> None:
+        """Put the float32 values of some narrow weights back on the device for good; `prepare` follows, no `probe`."""
+        for parameter in parameters:
+            for each in self.streamed:
+                each.keep_wide(parameter)
+        self._is_probed = True
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        return {parameter: master for each in self.streamed for parameter, master in each.masters().items()}
+
+    def without_state(self) -> "Optimizer":
+        """Return an optimizer over the same parameters whose step needs the memory of these, to predict the peak."""
+        parameters = [p for each in self.streamed for group in each.optimizer.param_groups for p in group["params"]]
+        return WithoutState(parameters, self.device_bytes + self._largest_chunk_bytes)
+
+    @property
+    def _largest_chunk_bytes(self) -> int:
+        """For temporary tensors of a step over one chunk, which are about as large as its state."""
+        return max((each.largest_chunk_bytes for each in self.streamed), default=0)
+
+    def _of(self, optimizer: "Optimizer") -> StreamedOptimizer:
+        return next(each for each in self.streamed if each.optimizer is optimizer)
+
+
+class WithoutState(torch.optim.Optimizer):
+    """An optimizer without state, whose step allocates memory and changes nothing.
+
+    Args:
+        parameters: Of its only group.
+        step_bytes: What a step allocates, on the device of the first parameter.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], step_bytes: int) -> None:
+        super().__init__(parameters, {})
+        self.step_bytes = step_bytes
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Allocate memory."""
+        torch.empty(self.step_bytes, dtype=torch.uint8, device=self.param_groups[0]["params"][0].device)
+
+
+def offload_optimizers(
+    optimizers: Sequence["Optimizer"], level: Offload, model: nn.Module | None = None
+) -> OptimizerOffload | None:
+    """Return what steps optimizers at a level of offload; None for ``"none"``.
+
+    Raises:
+        InputError: The level does not exist, or is not supported for these optimizers.
+    """
+    if check_level(level) == "none":
+        return None
+    if not optimizers:
+        raise InputError(f"offload={level!r} moves the state of the optimizer, and there is none: pass the optimizer.")
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    _check_parameters(parameters)
+    if level == "master" and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InputError(
+            'offload="master" changes the dtype of parameters, which DistributedDataParallel does not follow: pass the '
+            "model without it, and sync=bigbatch.Replicated(model)."
+        )
+    narrow = find_narrow_weights(model, parameters) if level == "master" and model is not None else {}
+    if level == "master" and not narrow:
+        raise InputError(
+            'offload="master" is for float32 weights of torch.nn.Linear layers, each of one layer, and the optimizer '
+            'has none: pass offload="optimizer".'
+        )
+    return OptimizerOffload(optimizers, narrow)
+
+
+def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if len(devices) > 1 or not devices[0].startswith(("cuda", "cpu")):
+        raise InputError(
+            f"offload= copies between host memory and one CUDA device, and the parameters are on {', '.join(devices)}: "
+            'move them to one, or leave offload="none".'
+        )
+    for parameter in parameters:
+        if type(parameter) not in (Tensor, torch.nn.Parameter):
+            raise InputError(
+                f"a parameter of shape {tuple(parameter.shape)} is a {type(parameter).__name__}, and offload= supports "
+                'whole, plain parameters only: for a sharded model leave offload="none".'
+            )

@@ -1,0 +1,90 @@
+"""The level that ``bigbatch train --offload auto`` chooses, and what it says about it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bigbatch.lm
+from bigbatch.cli import main
+from bigbatch.errors import InputError
+from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS
+from bigbatch.lm.planning import offload_choice
+from bigbatch.lm.planning.device_target import PlanTarget
+from bigbatch.lm.planning.offload_choice import with_chosen_offload
+from bigbatch.lm.runs.file_names import CONFIG
+from bigbatch.memory.usage import MemoryBudget
+from bigbatch.offload.cards import card
+from support.language_models import records, save_model_folder, write_jsonl
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_jsonl(tmp_path / "data.jsonl", records(20))
+    save_model_folder(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def on_card(monkeypatch: pytest.MonkeyPatch, usable_bytes: int, host_bytes: int = 2**40) -> None:
+    """Plan for a card of so much memory in this machine."""
+    device = torch.device("cuda")
+    spec = DeviceSpec(torch.device("cpu"), "bf16")
+    target = PlanTarget("a card, bf16", device, spec, MemoryBudget(usable_bytes, usable_bytes), is_local=True)
+    monkeypatch.setattr(offload_choice, "resolve_target", lambda config: target)
+    monkeypatch.setattr(offload_choice, "local_card", lambda device: card("h100"))
+    monkeypatch.setattr(offload_choice, "available_host_bytes", lambda **_: host_bytes)
+
+
+def chosen(**settings: Any) -> tuple[TrainConfig, str | None]:
+    given = {"data": "data.jsonl", "model": "base", "offload": "auto", "max_length": 32}
+    return with_chosen_offload(TrainConfig(**given | settings), SINGLE_PROCESS, progress=lambda *_: None)
+
+
+def test_level_that_is_set_stays(place: Path) -> None:
+    config, sentence = chosen(offload="optimizer")
+    assert (config.offload, sentence) == ("optimizer", None)
+
+
+def test_enough_memory_needs_no_offload(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_card(monkeypatch, 2**34)
+    config, sentence = chosen()
+    assert (config.offload, config.gradient_checkpointing) == ("none", "auto")
+    assert sentence is not None
+    assert sentence.startswith("offload none, chosen by auto: ")
+    assert sentence.endswith(" on the card with checkpointing none, 0 B on the host, about 0.0 s an update")
+
+
+def test_fixed_microbatch_has_its_checkpointing_chosen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_card(monkeypatch, 2**34)
+    assert chosen(microbatch=4)[0].gradient_checkpointing == "none"
+    assert chosen(microbatch=4, gradient_checkpointing="full")[0].gradient_checkpointing == "full"
+
+
+def test_too_little_memory_is_refused_with_the_flag(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_card(monkeypatch, 2**20)
+    with pytest.raises(
+        InputError, match=r"^--offload auto: no level of offload fits: .* 1\.0 MiB are usable\. Pass a level"
+    ):
+        chosen()
+
+
+def test_cpu_run_trains_without_offload(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", "data.jsonl", "--model", "base", "--max-length", "32", "--steps", "1", "--out", "run"]
+    assert main(["train", *words, "--device", "cpu", "--offload", "auto", "--microbatch", "4"]) == 0
+    note = "\noffload none, chosen by auto: cpu, float32 has no memory but that of the host\n"
+    assert note in capfd.readouterr().out
+    assert json.loads((Path("run") / CONFIG).read_text())["offload"] == "none"
+
+
+def test_python_api_names_the_commands_that_choose(place: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        bigbatch.lm.train({"data": "data.jsonl", "model": "base", "device": "cpu", "offload": "auto", "out": "run"})
+    assert str(caught.value) == (
+        "--offload auto is chosen by bigbatch train and bigbatch resume: pass a level here, such as the one that "
+        "bigbatch plan --offload auto prints."
+    )

@@ -1,0 +1,201 @@
+"""Offload on a CUDA device: the same bits, pinned memory, a bound on the peak, and copies beside the computation."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bigbatch.offload import streamed_optimizer
+from bigbatch.offload.transfers import CudaTransfers
+from offload.models import (
+    OPTIMIZERS,
+    Decoder,
+    decoder_loss,
+    make_batch,
+    make_engine,
+    make_model,
+    make_tokens,
+    plain_state,
+    streamed_of,
+    values,
+)
+
+pytestmark = pytest.mark.gpu
+MIB = 2**20
+CUDA = {**OPTIMIZERS, "adamw-capturable": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True)}
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_twenty_updates_have_equal_bits(name: str):
+    found = []
+    for level in ("none", "optimizer"):
+        model = make_model(device="cuda")
+        engine = make_engine(model, CUDA[name](list(model.parameters())), level)
+        reports = [engine.step(make_batch(number)) for number in range(20)]
+        states = [plain_state(optimizer) for optimizer in engine.accumulator.update.optimizers]
+        found.append((values(model).tolist(), states, [report.grad_norm for report in reports]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd", "adamw-capturable", "nadam"])
+def test_resumed_run_has_equal_bits(name: str):
+    def make(level: str, seed: int) -> Any:
+        model = make_model(seed, device="cuda")
+        return make_engine(model, CUDA[name](list(model.parameters())), level)
+
+    expected, before, after = make("none", 1), make("optimizer", 1), make("optimizer", 2)
+    for number in range(6):
+        expected.step(make_batch(number))
+    for number in range(3):
+        before.step(make_batch(number))
+    after.load_state_dict(before.state_dict())
+    for number in range(3, 6):
+        after.step(make_batch(number))
+    assert torch.equal(values(after.model), values(expected.model))
+
+
+def test_state_is_in_pinned_host_memory():
+    model = make_model(device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    engine = make_engine(model, optimizer)
+    engine.step(make_batch(0))
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in moments)
+
+
+def test_memory_is_no_longer_pinned_when_it_is_freed():
+    transfers = CudaTransfers(torch.device("cuda", 0))
+    memory = transfers.host_memory(3 * MIB + 1)
+    base = memory[:]
+    assert base.is_pinned()
+    del memory
+    gc.collect()
+    assert not base.is_pinned()
+
+
+def test_state_dict_does_not_allocate_on_device():
+    model = make_model(device="cuda")
+    engine = make_engine(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    engine.step(make_batch(0))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    state = engine.state_dict()["optimizer"]["state"]
+    assert torch.cuda.max_memory_allocated() == before
+    assert all(entry["exp_avg"].device.type == "cpu" for entry in state.values())
+
+
+def large_engine(level: str) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(48)]).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return model(batch).square().sum(), len(batch)
+
+    return make_engine(model, optimizer, level, microbatch=8, loss_fn=loss_fn, noise=False, max_grad_norm=1.0)
+
+
+def test_peak_of_training_is_without_state(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streamed_optimizer, "CHUNK_BYTES", 64 * MIB)
+    peaks, base = {}, torch.cuda.memory_allocated()
+    batch = torch.randn(16, 2048)
+    for level in ("none", "optimizer"):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        engine = large_engine(level)
+        for _ in range(3):
+            engine.step(batch)
+        peaks[level] = torch.cuda.max_memory_allocated() - base
+        weights = sum(parameter.nbytes for parameter in engine.model.parameters())
+        del engine
+    assert peaks["none"] > 4 * weights
+    assert peaks["optimizer"] < 2 * weights + 3 * 64 * MIB + 96 * MIB
+
+
+def test_copies_run_beside_the_computation(monkeypatch: pytest.MonkeyPatch):
+    """Both directions and the kernels overlap: fewer time than the copies would need one after the other."""
+    monkeypatch.setattr(streamed_optimizer, "CHUNK_BYTES", 64 * MIB)
+    engine = large_engine("optimizer")
+    engine.step(torch.randn(16, 2048))
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        engine.step(torch.randn(16, 2048))
+        torch.cuda.synchronize()
+    spans: dict[str, list[tuple[float, float]]] = {"HtoD": [], "DtoH": []}
+    for event in profile.events():
+        for direction, found in spans.items():
+            if direction in event.name and event.time_range.elapsed_us() > 100:
+                found.append((event.time_range.start, event.time_range.end))
+    num_chunks = len(streamed_of(engine).chunks)
+    assert num_chunks >= 24
+    assert len(spans["HtoD"]) >= num_chunks
+    assert len(spans["DtoH"]) >= num_chunks
+    both = sum(
+        max(0.0, min(end, other_end) - max(start, other_start))
+        for start, end in spans["HtoD"]
+        for other_start, other_end in spans["DtoH"]
+    )
+    shorter = min(sum(end - start for start, end in found) for found in spans.values())
+    assert both > 0.5 * shorter
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_master_weights_have_equal_bits(name: str):
+    found = []
+    for level in ("none", "master"):
+        torch.manual_seed(0)
+        model = Decoder().cuda()
+        engine = make_engine(model, CUDA[name](list(model.parameters())), level, loss_fn=decoder_loss)
+        reports = [engine.step(make_tokens(number)) for number in range(20)]
+        state = {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
+        found.append((state, [report.grad_norm for report in reports]))
+    assert found[0] == found[1]
+    assert model.first.weight.dtype is torch.bfloat16
+
+
+def test_master_weights_are_saved_and_loaded():
+    def make(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = Decoder().cuda()
+        return make_engine(model, CUDA["adamw-fused"](list(model.parameters())), "master", loss_fn=decoder_loss)
+
+    first, second = make(0), make(1)
+    for number in range(3):
+        first.step(make_tokens(number))
+    second.step(make_tokens(0))
+    second.load_state_dict(first.state_dict())
+    for engine in (first, second):
+        engine.step(make_tokens(3))
+    one, other = (engine.state_dict()["model"] for engine in (first, second))
+    assert all(torch.equal(one[name].cpu(), other[name].cpu()) for name in one)
+    with first.whole_weights():
+        assert first.model.first.weight.dtype is torch.float32
+        assert first.model.first.weight.is_pinned()
+    assert first.model.first.weight.is_cuda
+
+
+def test_peak_of_training_is_without_master_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streamed_optimizer, "CHUNK_BYTES", 64 * MIB)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(48)]).cuda()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return model(batch).float().square().sum(), len(batch)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    engine = make_engine(model, optimizer, "master", microbatch=8, loss_fn=loss_fn, noise=False, max_grad_norm=1.0)
+    engine.step(torch.randn(16, 2048))
+    gc.collect()
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    assert base < 0.5 * weights + 64 * MIB  # the weights in bfloat16
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        engine.step(torch.randn(16, 2048))
+    assert torch.cuda.max_memory_allocated() < 1.5 * weights + 3 * 96 * MIB + 128 * MIB
