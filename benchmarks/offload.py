@@ -1,6 +1,6 @@
 """Speed and memory of full AdamW training at every level of `offload`, interleaved.
 
-    python benchmarks/offload.py --rounds 3 --out benchmarks/results/offload-h200.txt     # one CUDA GPU with 80 GB
+    python benchmarks/offload.py --rounds 3 --out FILE     # one CUDA GPU with 80 GB
     python benchmarks/offload.py --quick       # one round of windows of W, under five minutes
     python benchmarks/offload.py --dry         # a tiny model on the CPU, to try the script
 
