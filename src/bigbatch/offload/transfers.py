@@ -7,6 +7,7 @@ On CUDA each direction has a stream of its own and host memory is pinned. On the
 process, and every copy is made at once: the same calls in the same order.
 """
 
+import mmap
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from torch import Tensor
 
 from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.limit import describe_bytes
-
-PAGE_BYTES = 4096
 
 
 @dataclass
@@ -111,18 +110,22 @@ class CudaTransfers(Transfers):
         self._in, self._out = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
 
     def host_memory(self, num_bytes: int) -> Tensor:
-        """Return pinned host memory, in pages of its own: torch's allocator would round it up to a power of two."""
-        size = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-        whole = super().host_memory(size + PAGE_BYTES)
-        start = -whole.data_ptr() % PAGE_BYTES
-        memory = whole[start : start + num_bytes]
+        """Return pinned host memory, in pages of its own: torch's allocator would round it up to a power of two.
+
+        It stays pinned as long as any tensor in it exists.
+        """
         if not num_bytes:
-            return memory
+            return torch.empty(0, dtype=torch.uint8)
+        try:
+            pages = mmap.mmap(-1, num_bytes)
+        except (OSError, ValueError) as error:  # ValueError: a length that is not representable
+            raise MemoryLimitError(_no_host_memory(num_bytes, str(error))) from error
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
         with torch.cuda.device(self.device):
-            status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))  # type: ignore[no-untyped-call]
+            status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
         if status:
             raise MemoryLimitError(_no_host_memory(num_bytes, f"cudaHostRegister returned {status}"))
-        weakref.finalize(memory, _unregister, memory.data_ptr()).atexit = False
+        weakref.finalize(pages, _unregister, memory.data_ptr()).atexit = False
         return memory
 
     def begin(self) -> None:
