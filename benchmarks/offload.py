@@ -9,7 +9,8 @@ AdamW. A window has the sequences of workload W (92,493 tokens), or of several s
 ``--tokens`` tokens. Each turn makes model and engine anew, runs ``--warm-up`` updates, and then measures ``--updates``.
 *Device* is the highest memory of torch's allocator in the measured updates, *host* the pinned memory of offloaded
 state, *step* the time of the update after the last micro-batch, by CUDA events around ``optimizer.step``. *Loss* is
-that of the last update: it is the same at every level.
+that of the last update; attention on CUDA is not deterministic, so that its last digits differ from turn to turn, while
+`tests/offload/test_offload_cuda.py` compares the bits.
 """
 
 import argparse
@@ -162,7 +163,8 @@ def main() -> None:
                 print(lines[-1], flush=True)
     lines += [
         "",
-        f"{'window':>8} {'level':>10} {'tokens/s':>10} {'of none':>8} {'step s':>7} {'device':>8} {'host':>8}",
+        f"{'window':>8} {'level':>10} {'tokens/s':>10} {'of none':>8} {'step s':>7} {'device':>8} {'host':>8} "
+        f"{'loss':>10}",
     ]
     for (batches, level), found in turns.items():
         speed = statistics.median(turn.tokens_per_s for turn in found)
@@ -171,10 +173,9 @@ def main() -> None:
         lines.append(
             f"{batches:>6}×W {level:>10} {speed:>10,.0f} {share:>8.3f} "
             f"{statistics.median(turn.step_s for turn in found):>7.3f} "
-            f"{max(turn.device_bytes for turn in found) / GIB:>8.2f} {max(t.host_bytes for t in found) / GIB:>8.2f}"
+            f"{max(turn.device_bytes for turn in found) / GIB:>8.2f} {max(t.host_bytes for t in found) / GIB:>8.2f} "
+            f"{found[-1].loss:>10.6f}"
         )
-        equal = {turn.loss for turn in found} == {turn.loss for turn in base}
-        lines[-1] += "" if equal else "   another loss than without offload"
     text = "\n".join(lines)
     print(text[text.index("\n\n") :])
     if arguments.out is not None:

@@ -14,6 +14,7 @@ from bigbatch import Engine
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model import attention_choice
 from bigbatch.lm.model.attention_choice import choose_kernel, time_kernel
 from bigbatch.lm.model.causal_attention import attend_packed, kernel_of, use_causal_attention
 from bigbatch.lm.model.flash_attention_4 import flash_attention_4, kernel_obstacle
@@ -47,6 +48,24 @@ def test_cpu_has_no_kernel() -> None:
     use_causal_attention(model)
     assert choose_kernel(model, TrainConfig(), DeviceSpec(CPU, "float64"), longest=LONGEST) == ()
     assert kernel_of(model) == "torch"
+
+
+def test_trial_computes_few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large vocabulary would take more memory than the run has; every sequence's last one is among them."""
+    rows = samples(1, 32, 48, LONGEST)
+    model, float64 = build(CPU, torch.float64), DeviceSpec(CPU, "float64")
+    use_causal_attention(model)
+    monkeypatch.setattr(attention_choice, "TRIED_LOGITS", 10**6)
+    (whole, _), shape = attention_choice._run(model, "torch", float64, rows, LONGEST)
+    assert whole.shape == (177, VOCABULARY)
+    monkeypatch.setattr(attention_choice, "TRIED_LOGITS", 5)
+    (few, gradient), same_shape = attention_choice._run(model, "torch", float64, rows, LONGEST)
+    places = sorted({0, 44, 88, 132, 176} | {0, 32, 80, 176})
+    assert torch.allclose(few, whole[places], rtol=0, atol=1e-12)
+    assert gradient.shape == (177, SIZE["hidden_size"])
+    assert (gradient.norm(dim=-1) > 0).all()
+    assert same_shape == shape
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "auto"])

@@ -6,6 +6,7 @@ model with torch's kernel → the same row with FlashAttention-4: logits and gra
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from bigbatch.preserve import preserved
 from bigbatch.verification.tolerances import TOLERANCES
 
 TRIED_TOKENS = 8_192  # of the row that is timed: about a micro-batch
+TRIED_LOGITS = 256  # places whose logits are compared
 TIMINGS = 5
 
 
@@ -80,15 +82,44 @@ def _try(model: Any, config: TrainConfig, device_spec: DeviceSpec, longest: int)
 def _run(
     model: Any, kernel: Kernel, device_spec: DeviceSpec, samples: list[dict[str, Tensor]], longest: int
 ) -> tuple[tuple[Tensor, Tensor], "Shape"]:
-    """Return the logits and the gradient by the embedded tokens for one packed row, and the shape of its attention."""
+    """Return some logits and the gradient by the embedded tokens for one packed row, and the shape of its attention."""
     use_causal_attention(model, kernel)
     model.eval()
     row = {name: tensor.to(device_spec.device) for name, tensor in pack_row(samples, pad_id=0, longest=longest).items()}
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
-    with _recorded_shapes(kernel) as shapes, embedded_tokens(model) as embedded, device_spec.autocast():
-        logits = model(**model_inputs(row, longest=longest, needs_mask=False), use_cache=False).logits[0, :tokens]
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    tokens = sum(lengths)
+    recorded, embeddings = _recorded_shapes(kernel), embedded_tokens(model)
+    with recorded as shapes, embeddings as embedded, _few_logits(model, lengths) as is_cut, device_spec.autocast():
+        logits = model(**model_inputs(row, longest=longest, needs_mask=False), use_cache=False).logits[0]
+        logits = logits if is_cut else logits[:tokens]
         (gradient,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), embedded[0])
     return (logits.detach().double(), gradient[0, :tokens].double()), shapes[0]
+
+
+@contextmanager
+def _few_logits(model: Any, lengths: list[int]) -> Iterator[bool]:
+    """Compute the logits of a few places only: those of a large vocabulary take more memory than the run may have.
+
+    The places are evenly spaced, and the last of each sequence is among them, which attends to all of it. Yields
+    whether they are cut; not if the model has no output layer of its own.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield False
+        return
+    ends = list(accumulate(lengths))
+    spaced = torch.linspace(0, ends[-1] - 1, TRIED_LOGITS).long().tolist()
+    places = torch.tensor(sorted({*spaced, *(end - 1 for end in ends)}))
+
+    def cut(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = inputs
+        return hidden[:, places.to(hidden.device)], *others
+
+    handle = head.register_forward_pre_hook(cut)
+    try:
+        yield True
+    finally:
+        handle.remove()
 
 
 Shape = tuple[int, int, int, torch.dtype]  # heads, key heads, width, dtype
