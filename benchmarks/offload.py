@@ -19,7 +19,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.training.engine_factory import make_engine
 from bigbatch.offload.levels import LEVELS
 
+DRY = replace(W_SMALL, precision="bf16")
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 27, "num_attention_heads": 16}
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
 GIB = 2**30
@@ -51,7 +52,7 @@ def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:
     """Make the model with random weights, the same for every call."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape, workload = (SMALL, W_SMALL) if arguments.dry else (LARGE, W)
+    shape, workload = (SMALL, DRY) if arguments.dry else (LARGE, W)
     config = LlamaConfig(
         **shape,
         vocab_size=1_000 if arguments.dry else 32_000,
@@ -86,7 +87,7 @@ def run_turn(arguments: argparse.Namespace, level: Any, batches: int, device: to
         torch.cuda.empty_cache()
     model = make_model(arguments, device)
     settings = {"compile": arguments.compile, "gradient_checkpointing": arguments.checkpointing}
-    model_setup = set_up(model, W_SMALL if arguments.dry else W, **settings)
+    model_setup = set_up(model, DRY if arguments.dry else W, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     engine = make_engine(
         model_setup, optimizer, microbatch=TokenBudget(arguments.tokens), max_grad_norm=1.0, offload=level
