@@ -100,6 +100,13 @@ def streamed_of(engine: bigbatch.Engine, index: int = 0) -> streamed_optimizer.S
     return offload.streamed[index]
 
 
+def is_in_buffers(tensor: Tensor, streamed: streamed_optimizer.StreamedOptimizer) -> bool:
+    """Return whether the memory of a tensor is part of a buffer of a chunk."""
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    hosts = [chunk.host for chunk in streamed.chunks if chunk.host is not None]
+    return any(host.data_ptr() <= start and end <= host.data_ptr() + host.nbytes for host in hosts)
+
+
 @contextmanager
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 state of each parameter → entries with offsets → views of the host buffer, or of memory of the device
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +48,17 @@ class StateEntry(NamedTuple):
         """Return the tensor as a view of a buffer, uint8."""
         part = buffer[self.offset : self.offset + self.num_bytes].view(self.dtype)
         return part.as_strided(self.shape, self.stride, part.storage_offset())
+
+    def host_view(self, buffer: Tensor) -> Tensor:
+        """Return the tensor as memory of a buffer in host memory, but with a storage of its own.
+
+        ``torch.save`` writes whole storages, and refuses tensors of several dtypes in one.
+        """
+        if not self.num_bytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        memory: Any = (ctypes.c_char * self.num_bytes).from_address(buffer.data_ptr() + self.offset)
+        memory.owner = buffer  # lives as long as the tensor
+        return torch.frombuffer(memory, dtype=self.dtype).as_strided(self.shape, self.stride)
 
     def has_layout_of(self, value: Tensor) -> bool:
         """Return whether a tensor can be copied to this one without a change of layout."""

@@ -132,7 +132,7 @@ class StreamedOptimizer:
         state = streamed_state(self.optimizer, chunk)
         entries, num_bytes = lay_out(state)
         host = self.transfers.host_memory(num_bytes)
-        views = tuple(entry.view(host) for entry in entries)
+        views = tuple(entry.host_view(host) for entry in entries)
         with torch.no_grad():
             for view, (_, _, value) in zip(views, state, strict=True):
                 if value.device == self.transfers.device:
