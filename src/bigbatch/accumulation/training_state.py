@@ -84,6 +84,8 @@ class TrainingState:
         update = self._update
         update.steps.check_not_torn()
         update.steps.check_between_windows("state_dict")
+        if update.offload is not None:
+            update.offload.check_unwritten()
         self._tensors.note_trained()
         return {
             "model": {name: self._whole(tensor).detach() for name, tensor in self._tensors.belonging().items()},

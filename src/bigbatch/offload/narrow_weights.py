@@ -27,7 +27,9 @@ class NarrowWeights:
 
     def __init__(self, names: Mapping[Tensor, str]) -> None:
         self.names = dict(names)
-        self.narrowed: dict[Tensor, int] = {}  # with their versions after the last write of ours
+        self.narrowed: dict[Tensor, tuple[int, int]] = {}  # with what `_mark` returned after the last write of ours
+        self._overwritten: dict[Tensor, Tensor] = {}  # whether the last step found other values, 0-d bool
+        self._hidden: dict[Tensor, Tensor] = {}  # the narrow values while `wide` shows others
         self._gradients: Mapping[Tensor, Tensor] = {}
 
     def dtype_of(self, parameter: Tensor) -> torch.dtype:
@@ -37,7 +39,8 @@ class NarrowWeights:
     def add_masters(self, chunk: StateChunk) -> None:
         """Let a chunk hold the values of those of its parameters that are to be narrowed."""
         for parameter in chunk.parameters:
-            if parameter in self.names and parameter not in chunk.masters and parameter.requires_grad:
+            is_wide = parameter not in self.narrowed and parameter.dtype is torch.float32
+            if parameter in self.names and parameter not in chunk.masters and parameter.requires_grad and is_wide:
                 chunk.masters[parameter] = parameter.data
 
     def narrow(self, chunk: StateChunk) -> None:
@@ -45,21 +48,47 @@ class NarrowWeights:
         for parameter in chunk.masters:
             if parameter not in self.narrowed:
                 parameter.data = parameter.data.to(torch.bfloat16)
-                self.narrowed[parameter] = parameter._version
+                self.narrowed[parameter] = _mark(parameter)
 
-    def check_unwritten(self) -> None:
-        """Raise if other code has written to a narrow weight: the next update would overwrite it.
+    def check_unwritten(self, masters: Mapping[Tensor, Tensor]) -> None:
+        """Raise if other code has changed a narrow weight: the next update would overwrite it.
+
+        Memory that was written to or replaced may hold the same values again, as after weights were exchanged for an
+        evaluation. What was written through ``.data`` is found in the next update, when both values are on the device.
+
+        Args:
+            masters: The float32 values, in host memory.
 
         Raises:
             WindowStateError: It has.
         """
-        for parameter, version in self.narrowed.items():
-            if parameter._version != version:
-                raise WindowStateError(
-                    f'the weight {self.names[parameter]} was written to by other code, and with offload="master" its '
-                    "value in float32 is in host memory, which the next update would write back: change weights with "
-                    "engine.load_state_dict(), or before the engine is made."
-                )
+        for parameter, mark in self.narrowed.items():
+            if _mark(parameter) != mark and parameter not in self._hidden:
+                master = masters[parameter]
+                if _differs(parameter.data.to(master.device), master):
+                    raise WindowStateError(
+                        f'the weight {self.names[parameter]} was written to by other code, and with offload="master" '
+                        "its value in float32 is in host memory, which the next update would write back: change "
+                        "weights with engine.load_state_dict(), or before the engine is made."
+                    )
+                self.narrowed[parameter] = _mark(parameter)
+        found, self._overwritten = self._overwritten, {}
+        if found and any(torch.stack(list(found.values())).tolist()):
+            self._overwritten = {parameter: each for parameter, each in found.items() if each}
+            raise WindowStateError(
+                f"the weight {self.names[next(iter(self._overwritten))]} was written to through .data by other code, "
+                'and with offload="master" the last update has continued from its value in float32 in host memory: '
+                "return to a checkpoint with engine.load_state_dict(), and change weights in no other way."
+            )
+
+    def check_narrow(self) -> None:
+        """Raise inside of `wide`, where a window would compute with other weights than it updates.
+
+        Raises:
+            WindowStateError: It is inside.
+        """
+        if self._hidden:
+            raise WindowStateError("whole_weights() is open: leave its block before the next window.")
 
     def hand_over(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Use these float32 gradients of narrow weights in the next steps."""
@@ -75,6 +104,7 @@ class NarrowWeights:
         before = {parameter: parameter.data for parameter in masters}
         try:
             for parameter, master in masters.items():
+                self._overwritten[parameter] = _differs(parameter.data, master)
                 parameter.data = master
                 parameter.grad = self._gradients.get(parameter)
             yield
@@ -86,12 +116,13 @@ class NarrowWeights:
             for parameter, narrow in before.items():
                 parameter.grad = None
                 parameter.data = narrow
-                self.narrowed[parameter] = parameter._version
+                self.narrowed[parameter] = _mark(parameter)
 
     @contextmanager
     def wide(self, masters: Mapping[Tensor, Tensor], device: torch.device | None = None) -> Iterator[None]:
         """Put master weights in place of narrow weights, to be read: those in host memory, or copies on a device."""
-        before = {parameter: parameter.data for parameter in masters if parameter in self.narrowed}
+        before = {p: p.data for p in masters if p in self.narrowed and p not in self._hidden}
+        self._hidden.update(before)
         try:
             for parameter in before:
                 master = masters[parameter]
@@ -100,20 +131,50 @@ class NarrowWeights:
         finally:
             for parameter, narrow in before.items():
                 parameter.data = narrow
+                del self._hidden[parameter]
 
     def refresh(self, masters: Mapping[Tensor, Tensor]) -> None:
         """Write narrow weights after their master weights have changed."""
+        self._overwritten.clear()
         for parameter, master in masters.items():
-            if parameter in self.narrowed:
-                parameter.data.copy_(master)
+            if parameter not in self.narrowed:
+                continue
+            if parameter in self._hidden:
+                self._hidden[parameter].copy_(master)
+                continue
+            if parameter.dtype is not torch.bfloat16:  # other code has converted it
+                parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data.copy_(master)
+            self.narrowed[parameter] = _mark(parameter)
+
+    def widen(self, parameter: Tensor, masters: dict[Tensor, Tensor]) -> None:
+        """Put the float32 value of a weight back on the device."""
+        if parameter in self.narrowed:
+            del self.narrowed[parameter]
+            parameter.data = masters[parameter].to(parameter.device, copy=True)
+        self._overwritten.pop(parameter, None)
+        masters.pop(parameter, None)
 
     def keep_wide(self, parameter: Tensor, masters: dict[Tensor, Tensor]) -> None:
         """Put the float32 value of a weight back on the device, for good."""
         del self.names[parameter]
-        if parameter in self.narrowed:
-            del self.narrowed[parameter]
-            parameter.data = masters[parameter].to(parameter.device, copy=True)
-        masters.pop(parameter, None)
+        self.widen(parameter, masters)
+
+    def close(self) -> None:
+        """Narrow no others than those that are or were narrow: how a loss reads these is known."""
+        self.names = {parameter: name for parameter, name in self.names.items() if parameter in self.narrowed}
+
+
+def _mark(parameter: Tensor) -> tuple[int, int]:
+    """Return what changes when a parameter is written to, except through ``.data``, or gets other memory."""
+    return parameter._version, parameter.data_ptr()
+
+
+def _differs(narrow: Tensor, master: Tensor) -> Tensor:
+    """Return whether any bit of a narrow weight is not that of its rounded master weight, 0-d bool."""
+    if narrow.dtype is not torch.bfloat16:  # other code has converted it
+        return torch.ones((), dtype=torch.bool, device=master.device)
+    return (narrow.view(torch.int16) != master.to(torch.bfloat16).view(torch.int16)).any()
 
 
 def find_narrow_weights(model: nn.Module, parameters: Sequence[Tensor]) -> dict[Tensor, str]:

@@ -62,11 +62,21 @@ class OptimizerOffload:
         """Move all state to host memory, and create what is missing; arguments and errors are those of each.
 
         Raises:
-            WindowStateError: Other code has written to a weight whose float32 value is in host memory.
+            WindowStateError: Other code has written to a weight whose float32 value is in host memory, or the block of
+                `wide_weights` is open.
         """
-        self.weights.check_unwritten()
+        self.weights.check_narrow()
+        self.check_unwritten()
         for each in self.streamed:
             each.prepare(init_state)
+
+    def check_unwritten(self) -> None:
+        """Raise if other code has changed a narrow weight.
+
+        Raises:
+            WindowStateError: It has.
+        """
+        self.weights.check_unwritten(self._masters())
 
     def step(self, optimizer: "Optimizer") -> None:
         """Step one of the optimizers."""
@@ -91,6 +101,7 @@ class OptimizerOffload:
     @contextmanager
     def wide_weights(self) -> Iterator[None]:
         """Let the parameters of the model be the float32 values in host memory inside, to be saved."""
+        self.check_unwritten()
         with self.weights.wide(self._masters()):
             yield
 

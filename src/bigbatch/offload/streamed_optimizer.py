@@ -103,11 +103,9 @@ class StreamedOptimizer:
 
     def _update_chunks(self) -> None:
         """Cut the parameters of the optimizer as they are now; chunks that stay the same keep their memory."""
-        now = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        cut = [parameter for chunk in self.chunks for parameter in chunk.parameters]
-        groups = {id(group) for group in self.optimizer.param_groups}
-        same = len(now) == len(cut) and all(a is b for a, b in zip(now, cut, strict=True))
-        if same and all(id(chunk.group) in groups for chunk in self.chunks):
+        now = [(id(group), id(parameter)) for group in self.optimizer.param_groups for parameter in group["params"]]
+        cut = [(id(chunk.group), id(parameter)) for chunk in self.chunks for parameter in chunk.parameters]
+        if now == cut:
             return
         old = {tuple(map(id, chunk.parameters)): chunk for chunk in self.chunks}
         masters = self.masters()
@@ -115,7 +113,9 @@ class StreamedOptimizer:
         for chunk in self.chunks:
             if (known := old.get(tuple(map(id, chunk.parameters)))) is not None:
                 chunk.entries, chunk.host, chunk.views = known.entries, known.host, known.views
-            chunk.masters = {p: masters[p] for p in chunk.parameters if p in masters}
+            chunk.masters = {p: masters.pop(p) for p in chunk.parameters if p in masters}
+        for parameter in list(masters):  # no longer in the optimizer
+            self.weights.widen(parameter, masters)
 
     def masters(self) -> dict[Tensor, Tensor]:
         """Return the float32 values of narrow weights, in host memory."""
