@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
@@ -44,6 +45,10 @@ def run(level: str, act: Act, **settings: Any) -> Run:
 
 def assert_same(act: Act, **settings: Any) -> None:
     assert run("none", act, **settings) == run("master", act, **settings)
+
+
+def nothing(_engine: bigbatch.Engine, _optimizer: torch.optim.Optimizer) -> None:
+    pass
 
 
 def state_of_first(engine: bigbatch.Engine) -> dict[str, Any]:
@@ -139,6 +144,67 @@ def test_window_with_whole_weights_is_refused():
         ):
             train(engine, 1, 2)
     train(engine, 1, 2)
+
+
+def test_hook_that_would_miss_gradients_is_refused():
+    engine, optimizer = make("master")
+    train(engine, 0, 1)
+    before = values(engine.model)
+    handle = optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(
+        RuntimeError,
+        match=r"^AdamW\.step\(\) has a pre-hook, which would not see the gradients of weights that are bfloat16 on the "
+        r'device: remove the hook, or pass offload="optimizer"\.$',
+    ):
+        train(engine, 1, 2)
+    assert torch.equal(before, values(engine.model))
+    handle.remove()
+    train(engine, 1, 2)
+
+
+class Frozen(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.weight.requires_grad_(False)
+
+
+def penalized(model: Decoder, tokens: Tensor) -> tuple[Tensor, int]:
+    loss, items = decoder_loss(model, tokens)
+    return loss + len(tokens) * model.first.weight.square().sum(), items
+
+
+def test_weight_that_was_frozen_when_loss_was_read_stays_float32():
+    def unfreeze(engine: bigbatch.Engine, _optimizer: torch.optim.Optimizer) -> None:
+        engine.model.first.weight.requires_grad_()
+
+    assert_same(unfreeze, model=Frozen, loss_fn=penalized)
+
+
+class FollowsDtype(nn.Module):
+    """Casts inputs to the dtype of the weight, as some code without autocast does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(30, 8), nn.Linear(8, 20, bias=False)
+        self.head = nn.Linear(20, 30, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = F.gelu(self.inner(self.embedding(tokens).to(self.inner.weight.dtype)))
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype))
+
+
+def plain_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+    return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="sum"), tokens.numel()
+
+
+@pytest.mark.parametrize("loss_fn", [plain_loss, decoder_loss])
+def test_layer_outside_of_autocast_stays_float32(loss_fn: Callable[..., Any]):
+    assert_same(nothing, model=FollowsDtype, loss_fn=loss_fn)
+    engine, _ = make("master", model=FollowsDtype, loss_fn=loss_fn)
+    train(engine, 0, 1)
+    assert engine.model.head.weight.dtype is torch.float32
+    assert engine.model.inner.weight.dtype is (torch.float32 if loss_fn is plain_loss else torch.bfloat16)
 
 
 def test_parameter_that_moves_to_another_group_is_stepped_with_its_settings():

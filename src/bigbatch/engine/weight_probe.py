@@ -33,7 +33,7 @@ def probe_weights(accumulator: Accumulator, loss_fn: LossFunction, parts: Split)
             'offload="optimizer".'
         )
     with preserved(accumulator.sync.module, *modules_used_by(loss_fn), parameters=False):
-        found = offload.probe(partial(_loss, accumulator.model, loss_fn, parts))
+        found = offload.probe(partial(_loss, accumulator.model, loss_fn, parts), accumulator.sync.module)
     if found is not None:
         offload.keep_wide(found)
         offload.prepare(init_optimizer_state)

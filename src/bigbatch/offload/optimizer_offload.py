@@ -13,7 +13,7 @@ from bigbatch.offload.levels import Offload, check_level
 from bigbatch.offload.narrow_weights import NarrowWeights, find_narrow_weights
 from bigbatch.offload.optimizer_trial import check_streamable
 from bigbatch.offload.streamed_optimizer import InitState, StreamedOptimizer
-from bigbatch.offload.weight_probe import read_elsewhere
+from bigbatch.offload.weight_probe import read_elsewhere, uncast_weights
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -110,17 +110,21 @@ class OptimizerOffload:
         """Whether it is not known yet how a loss reads the narrow weights."""
         return not self._is_probed
 
-    def probe(self, compute_loss: Callable[[], Tensor]) -> set[Tensor] | None:
+    def probe(self, compute_loss: Callable[[], Tensor], model: nn.Module) -> set[Tensor] | None:
         """Return the narrow weights that a loss reads otherwise than in a linear layer; None if it has no graph.
+
+        A layer that runs outside of autocast to bfloat16, on inputs cast to the dtype of its weight, is another use.
 
         Args:
             compute_loss: Returns the loss of a few samples, with a graph.
+            model: Has the layers.
 
         Raises:
             InputError: The loss does not run with weights in bfloat16.
         """
         try:
-            loss = compute_loss()
+            with uncast_weights(model, self.weights.narrowed) as uncast:
+                loss = compute_loss()
         except RuntimeError as error:
             if "dtype" not in str(error):
                 raise
@@ -129,13 +133,14 @@ class OptimizerOffload:
                 f"run with them ({first_line(error)}): compute it under torch.autocast with dtype=torch.bfloat16, or "
                 'pass offload="optimizer".'
             ) from error
-        return read_elsewhere(loss, self.weights.narrowed) if loss.requires_grad else None
+        return uncast | read_elsewhere(loss, self.weights.narrowed) if loss.requires_grad else None
 
     def keep_wide(self, parameters: set[Tensor]) -> None:
         """Put the float32 values of some narrow weights back on the device for good; `prepare` follows, no `probe`."""
         for parameter in parameters:
             for each in self.streamed:
                 each.keep_wide(parameter)
+        self.weights.close()
         self._is_probed = True
 
     def _masters(self) -> dict[Tensor, Tensor]:

@@ -147,11 +147,17 @@ class StreamedOptimizer:
         """Step once.
 
         Raises:
-            RuntimeError: A pre-hook changes the arguments of the step; or any error of a transfer or of the optimizer.
-                Nothing has changed unless `has_begun`.
+            RuntimeError: A pre-hook changes the arguments of the step, or would not see all gradients; or any error of
+                a transfer or of the optimizer. Nothing has changed unless `has_begun`.
         """
         optimizer, self.has_begun = self.optimizer, False
-        for hook in [*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]:
+        hooks = [*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]
+        if self.masters() and not all(hook.__module__.startswith("bigbatch.accumulation.") for hook in hooks):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() has a pre-hook, which would not see the gradients of weights that "
+                'are bfloat16 on the device: remove the hook, or pass offload="optimizer".'
+            )
+        for hook in hooks:
             if hook(optimizer, (optimizer,), {}) is not None:
                 raise RuntimeError(
                     f"a pre-hook of {type(optimizer).__name__}.step() returns other arguments, and offload= calls "

@@ -1,9 +1,11 @@
 """Which narrow weights a loss reads otherwise than in a linear layer under autocast: they become float32 again."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _PRODUCTS = ("AddmmBackward", "MmBackward", "LinearBackward", "MkldnnLinearBackward", "_LinearBackward")
 _COMPILED = "CompiledFunctionBackward"
@@ -36,6 +38,28 @@ def read_elsewhere(loss: Tensor, weights: Iterable[Tensor]) -> set[Tensor]:
                 seen.add(child)
                 todo.append(child)
     return {leaf for leaf in wanted if leaf in leaves and not all(map(_is_product(users), users[leaves[leaf]]))}
+
+
+@contextmanager
+def uncast_weights(model: nn.Module, weights: Container[Tensor]) -> Iterator[set[Tensor]]:
+    """Collect weights of layers that run inside without autocast to bfloat16; compiled code is not watched."""
+    found: set[Tensor] = set()
+
+    def look(layer: nn.Linear, _inputs: Any) -> None:
+        device = layer.weight.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is not torch.bfloat16:
+            found.add(layer.weight)
+
+    compiled = {part for module in model.modules() if _is_compiled(module) for part in module.modules()}
+    with ExitStack() as stack:
+        for module in set(model.modules()) - compiled:
+            if type(module) is nn.Linear and module.weight in weights:
+                stack.callback(module.register_forward_pre_hook(look).remove)
+        yield found
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def _is_product(users: dict[Any, list[Any]]) -> Any:
