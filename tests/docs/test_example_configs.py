@@ -27,7 +27,7 @@ from bigbatch.lm.runs.directory import RunDirectory
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())
+FILES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".toml", ".yaml"))
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 HEADS = {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 256}
 ARCHITECTURES: dict[str, Any] = {
