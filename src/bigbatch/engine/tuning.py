@@ -62,7 +62,9 @@ def choose_microbatch(
         fused.copies.free()  # measured without them: they are added to what is measured
         budget = resolve_memory_budget(memory, accumulator.device, problem.resident_tensors())
         copies = fused.expected_copies_bytes
-        fit = copies_fit(copies, usable_bytes=budget.usable_bytes, static_bytes=problem.static_bytes())
+        fit = True  # without copies, also for modules whose parameters have no shape yet
+        if copies:
+            fit = copies_fit(copies, usable_bytes=budget.usable_bytes, static_bytes=problem.static_bytes())
         problem = replace(problem, copies_bytes=copies if fit else 0)
         return {"choice": asdict(choose(problem, budget)), "copies_fit": fit}
 
@@ -74,7 +76,7 @@ def choose_microbatch(
 
 def copies_fit(copies_bytes: int, *, usable_bytes: int, static_bytes: int) -> bool:
     """Return whether narrow copies of weights leave enough of the memory that micro-batches may use."""
-    return not copies_bytes or copies_bytes <= LARGEST_COPIES * (usable_bytes - static_bytes)
+    return copies_bytes <= LARGEST_COPIES * (usable_bytes - static_bytes)
 
 
 def _problem(

@@ -81,12 +81,17 @@ def test_other_devices_are_rejected(device: str):
 @pytest.mark.parametrize("text", ["a\0b", "\udcff"])
 @pytest.mark.parametrize("name", ["data", "model", "out", "sample_prompt"])
 def test_text_that_no_file_can_hold_is_rejected(name: str, text: str):
-    assert len(error_types(**{name: text})) == 1
+    assert len(errors_of_values(name, text)) == 1
 
 
 @pytest.mark.parametrize("name", ["data", "model", "out"])
 def test_names_are_not_empty(name: str):
-    assert len(error_types(**{name: ""})) == 1
+    assert len(errors_of_values(name, "")) == 1
+
+
+def errors_of_values(name: str, text: str) -> list[str]:
+    """Return the errors, without that of pydantic 2.11 for the list that remains without the value."""
+    return [kind for kind in error_types(**{name: text}) if kind != "too_short"]
 
 
 @pytest.mark.parametrize("names", EXCLUSIVE)

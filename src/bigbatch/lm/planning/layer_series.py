@@ -22,6 +22,7 @@ from bigbatch.lm.model.setup import ModelOutline
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.planning.estimator import RunEstimator
+from bigbatch.lm.training.engine_factory import make_activation_predictor
 from bigbatch.offload.narrow_weights import find_narrow_weights
 
 FEW_LAYERS = (4, 8)  # even, for checkpointing in every second layer; with two, the peak is in another operation
@@ -39,7 +40,7 @@ class NarrowEstimator(RunEstimator):
             for p in narrowed_parameters(self.outline)
         }
         replace_parameters(model, narrow)
-        return PeakPredictor.from_training(model, None, self.outline.loss_fn, device=self._target.device)
+        return make_activation_predictor(model, self.outline.loss_fn, target=self._target.device)
 
 
 def narrowed_parameters(outline: ModelOutline) -> list[nn.Parameter]:

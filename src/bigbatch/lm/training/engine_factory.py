@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -33,6 +34,7 @@ from bigbatch.lm.training.oom_restart import apply_override
 from bigbatch.lm.training.optimizer import make_optimizer
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.offload.levels import Offload
+from bigbatch.types import LossFunction
 
 
 def make_engine(
@@ -196,6 +198,17 @@ def make_predictor(
         if not copies_fit(copies_bytes, usable_bytes=usable_bytes, static_bytes=static_bytes):
             return predictor(0)
     return found
+
+
+def make_activation_predictor(model: nn.Module, loss_fn: LossFunction, *, target: torch.device) -> PeakPredictor:
+    """Create the memory model of forward and backward without an optimizer, for a model without weights.
+
+    Args:
+        model: Or a part of one.
+        loss_fn: Of the model.
+        target: As for `make_predictor`.
+    """
+    return PeakPredictor.from_training(model, None, loss_fn, device=target)
 
 
 def sample_lengths(samples: Sequence[dict[str, Any]]) -> list[int]:
