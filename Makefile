@@ -57,7 +57,7 @@ define install
 endef
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "installing bigbatch and what it needs into $(VENV) (one to two minutes)"
+	@echo "installing bigbatch and what it needs into $(VENV) (a few minutes)"
 	$(call install,$(VENV),$(PROJECT))
 
 dist: $(TOOLS)/installed  ## build the sdist and the wheel of the last commit into dist/, twice, and check both

@@ -12,7 +12,18 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 CORE = [
-    {"errors", "types", "read_only", "rng", "scaling", "trials", "losses", "signal_deferral", "deterministic"},
+    {
+        "lazy_names",
+        "errors",
+        "types",
+        "read_only",
+        "rng",
+        "scaling",
+        "trials",
+        "losses",
+        "signal_deferral",
+        "deterministic",
+    },
     {"memory", "batching", "preserve", "window_report"},
     {"gradients"},
     {"distributed"},

@@ -1,6 +1,5 @@
 """The selection of `make quick`, and the options of pytest that it and `make slowest` pass."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,12 +32,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def quick() -> Any:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("quick_tests", ROOT / ".ci" / "quick_tests.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(".ci/quick_tests.py")
 
 
 @pytest.fixture

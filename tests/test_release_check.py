@@ -1,6 +1,5 @@
 """`make release-check` refuses what is not ready, one sentence for each reason."""
 
-import importlib.util
 import subprocess
 import sys
 from datetime import date
@@ -8,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from support.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 TODAY = date(2026, 12, 1)
@@ -18,12 +19,7 @@ READY = (
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release_check", ROOT / ".ci" / "release_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(".ci/release_check.py")
 
 
 def git(root: Path, *words: str) -> None:

@@ -10,8 +10,9 @@ so that the result does not depend on how the batch is split. `Accumulator` adds
 `Engine` accepts the whole batch, and `verify` checks it on your model, loss and batch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bigbatch.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from bigbatch import losses as losses
@@ -80,15 +81,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 if not TYPE_CHECKING:  # else, type checkers would accept every name
-
-    def __getattr__(name: str) -> Any:
-        if name in _MODULES:
-            return importlib.import_module(f"bigbatch.{name}")  # sets the attribute
-        if name not in _PUBLIC:
-            raise AttributeError(f"module 'bigbatch' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy_names(globals(), _PUBLIC, modules=_MODULES)
 
 
 def __dir__() -> list[str]:

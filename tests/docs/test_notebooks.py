@@ -1,7 +1,6 @@
 """Every notebook runs in a new kernel and shows what is saved in it; its claims are assertions of its cells."""
 
 import base64
-import importlib.util
 import re
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from support.scripts import load_script
 
 from .test_wording import hits
 
@@ -25,12 +26,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_notebooks", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/make_notebooks.py")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

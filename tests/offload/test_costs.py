@@ -12,11 +12,9 @@ from bigbatch.memory.limit import GPU_GIB
 from bigbatch.offload import arena
 from bigbatch.offload.cards import TYPICAL, card, card_of_size
 from bigbatch.offload.choice import Candidate, choose
+from bigbatch.offload.chunk_sizes import CHUNK_BYTES, SLOT_FACTOR
 from bigbatch.offload.costs import (
-    CHUNK_BYTES,
     LEVELS,
-    NUM_SLOTS,
-    SLOT_FACTOR,
     LinkBytes,
     ModelState,
     UpdateTime,
@@ -26,7 +24,6 @@ from bigbatch.offload.costs import (
     update_time,
 )
 from bigbatch.offload.levels import LEVELS as SUPPORTED
-from bigbatch.offload.state_chunk import CHUNK_BYTES as CHUNK_OF_UPDATES
 
 N, NORMS, LARGEST = 1_000_000_000, 1_000_000, 100_000_000
 
@@ -78,7 +75,6 @@ def test_update_needs_largest_parameter_twice() -> None:
 
 @pytest.mark.parametrize("largest", [1000, 12_000_000, LARGEST])
 def test_buffers_are_those_of_the_arena(largest: int) -> None:
-    assert (CHUNK_BYTES, NUM_SLOTS, SLOT_FACTOR) == (CHUNK_OF_UPDATES, arena.NUM_SLOTS, arena.SLOT_FACTOR)
     sizes = [8 * largest, CHUNK_BYTES, CHUNK_BYTES // 2]
     found = placement(adamw(largest=largest), "optimizer").step_bytes
     assert found == arena.arena_bytes(sizes, SLOT_FACTOR * CHUNK_BYTES) + max(sizes)

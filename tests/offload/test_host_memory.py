@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bigbatch
+from bigbatch.engine import host_check
 from bigbatch.errors import MemoryLimitError
 from bigbatch.memory import usage
 from bigbatch.offload import host_memory
@@ -75,3 +76,16 @@ def test_engine_is_refused_before_its_first_window(level: str, mib: float, monke
     linear_engine("none").step(torch.ones(2, 1000))
     monkeypatch.setattr(host_memory, "host_memory", lambda: (GIB, 200 * GIB))
     linear_engine(level)
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "host_memory", lambda: (40 * 2**20, 200 * GIB))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    linear_engine("optimizer")  # without a process group there is one process
+    monkeypatch.setattr(host_check, "_has_ranks", lambda: True)
+    with pytest.raises(MemoryLimitError) as caught:
+        linear_engine("optimizer")
+    assert str(caught.value) == (
+        "offload optimizer needs 7.6 MiB of pinned host memory for each of 4 processes, and 7.5 MiB are available: use "
+        "a lower level, or free host memory."
+    )

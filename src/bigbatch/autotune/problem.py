@@ -72,8 +72,8 @@ class TuningProblem:
     def static_bytes(self) -> int:
         """Return the memory that does not depend on the micro-batch: `resident_tensors` and the gradient sums."""
         tensors = {id(tensor): tensor for tensor in self.resident_tensors()}
-        sums = sum(p.numel() * SumStore.dtype_of(p).itemsize for p in self.parameters if p.requires_grad)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + sums
+        resident_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return resident_bytes + SumStore.bytes_of(self.parameters)
 
     def peek(self, rows: Sequence[int]) -> Any:
         """Return a micro-batch on the device of the batch, which may have more memory than that of the model."""

@@ -1,9 +1,11 @@
 """Refuse offload before the first window if the host has too little memory for the state that it will hold."""
 
+import os
 from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bigbatch.accumulation.accumulator import Accumulator
@@ -12,14 +14,14 @@ from bigbatch.offload.costs import pinned_bytes
 from bigbatch.offload.host_memory import available_host_bytes, check_host_memory
 
 
-def check_host(accumulator: Accumulator, *, num_processes: int = 1) -> None:
+def check_host(accumulator: Accumulator) -> None:
     """Check that the host has memory for the state and the float32 weights that a level of offload moves there.
 
     The state is predicted from a step on tensors without data. What is in host memory already counts as available.
+    Processes that torchrun started on this machine share its memory.
 
     Args:
         accumulator: Of the engine; nothing is checked without offload.
-        num_processes: Processes of the run on this machine.
 
     Raises:
         MemoryLimitError: It has not.
@@ -27,6 +29,7 @@ def check_host(accumulator: Accumulator, *, num_processes: int = 1) -> None:
     offload = accumulator.update.offload
     if offload is None:
         return
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _has_ranks() else 1
     level = "master" if offload.weights.names else "optimizer"
     with suppress(PredictionError):  # then the allocation itself fails, with a sentence
         masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
@@ -34,6 +37,10 @@ def check_host(accumulator: Accumulator, *, num_processes: int = 1) -> None:
         check_host_memory(
             needed, available_host_bytes(num_processes=num_processes), level=level, num_processes=num_processes
         )
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _state_bytes(accumulator: Accumulator) -> int:

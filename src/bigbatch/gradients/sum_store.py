@@ -1,6 +1,6 @@
 """Where the gradient sum of each parameter is stored: in ``.grad``, or in float32 if the parameter is narrower."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,12 @@ class SumStore:
     def dtype_of(parameter: Tensor) -> torch.dtype:
         """Return the dtype in which the gradients of a parameter are summed."""
         return torch.float32 if parameter.dtype in HALF_PRECISION_DTYPES else parameter.dtype
+
+    @staticmethod
+    def bytes_of(parameters: Iterable[Tensor]) -> int:
+        """Return the memory of the sums of all parameters that require a gradient."""
+        trained = (parameter for parameter in parameters if parameter.requires_grad)
+        return sum(parameter.numel() * SumStore.dtype_of(parameter).itemsize for parameter in trained)
 
     def get(self, parameter: Tensor) -> Tensor | None:
         """Return the sum of a parameter; None if it has received no gradient."""

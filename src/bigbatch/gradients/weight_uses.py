@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bigbatch.gradients.graph_edges import graph_edges
+
 
 class WeightUses(NamedTuple):
     """Uses of a weight in a graph.
@@ -31,20 +33,11 @@ def count_uses(loss: Tensor, weights: Iterable[Tensor]) -> Mapping[Tensor, Weigh
     wanted = set(weights)
     in_degree: Counter[Any] = Counter()
     users: dict[Tensor, list[Any]] = {}
-    seen: set[Any] = {loss.grad_fn}
-    todo: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            in_degree[child] += 1
-            leaf = getattr(child, "variable", None)
-            if leaf is not None and leaf in wanted:
-                users.setdefault(leaf, []).append(node)
-            elif child not in seen:
-                seen.add(child)
-                todo.append(child)
+    for node, child in graph_edges(loss):
+        in_degree[child] += 1
+        leaf = getattr(child, "variable", None)
+        if leaf is not None and leaf in wanted:
+            users.setdefault(leaf, []).append(node)
     return {leaf: _uses(nodes, in_degree) for leaf, nodes in users.items()}
 
 

@@ -5,8 +5,9 @@
 Importing this package loads neither torch nor transformers; its names do when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bigbatch.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from bigbatch.lm.config.train_config import TrainConfig as TrainConfig
@@ -29,13 +30,7 @@ __all__ = ["Callback", "RunResult", "RunStart", "StopTraining", "TrainConfig", "
 
 
 if not TYPE_CHECKING:  # else, type checkers would accept every name
-
-    def __getattr__(name: str) -> Any:
-        if name not in _PUBLIC:
-            raise AttributeError(f"module 'bigbatch.lm' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy_names(globals(), _PUBLIC)
 
 
 def __dir__() -> list[str]:

@@ -5,12 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bigbatch.offload.chunk_sizes import NUM_SLOTS
 from bigbatch.offload.state_chunk import StateChunk
 from bigbatch.offload.transfers import Transfers
-
-NUM_SLOTS = 3  # one is filled, one is computed on, one is emptied
-SLOT_FACTOR = 2
-"""Largest slot / nominal size of a chunk, whose state may be more than twice its parameters: with master weights."""
 
 
 class Arena:

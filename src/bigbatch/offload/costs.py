@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from bigbatch.offload.cards import Card
+from bigbatch.offload.chunk_sizes import CHUNK_BYTES, NUM_SLOTS, SLOT_FACTOR
 
 Level: TypeAlias = Literal["none", "optimizer", "master", "gradients"]
 """What lives in host memory, each including those before it: nothing; the optimizer state; the float32 values of
@@ -19,11 +20,6 @@ weights that micro-batches use in 16 bits; the gradient sums."""
 
 LEVELS: tuple[Level, ...] = ("none", "optimizer", "master", "gradients")
 
-CHUNK_BYTES = 64 * 2**20
-"""Of the optimizer state that passes through the card together; a parameter with more is a chunk of its own."""
-
-NUM_SLOTS = 3  # chunks on the card at a time: one arrives, one is computed on, one leaves
-SLOT_FACTOR = 2  # a chunk of more than so many CHUNK_BYTES is on the card alone
 FLOAT32 = 4
 PAGE_BYTES = 4096
 

@@ -16,7 +16,6 @@ from bigbatch.errors import InputError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-CHUNK_BYTES = 64 * 2**20
 MASTER = "master weight"
 """In the place of a name of the state: the float32 value of a parameter that is bfloat16 on the device."""
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from bigbatch.offload.arena import SLOT_FACTOR, Arena, arena_bytes
+from bigbatch.offload.arena import Arena, arena_bytes
+from bigbatch.offload.chunk_sizes import CHUNK_BYTES, SLOT_FACTOR
 from bigbatch.offload.narrow_weights import NarrowWeights
 from bigbatch.offload.partial_step import StepSettings, only_parameters, plain_step, without_hooks
-from bigbatch.offload.state_chunk import CHUNK_BYTES, StateChunk, lay_out, make_chunks, streamed_state
+from bigbatch.offload.state_chunk import StateChunk, lay_out, make_chunks, streamed_state
 from bigbatch.offload.state_loading import load_into_host_memory
 from bigbatch.offload.transfers import Transfers, make_transfers
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigbatch.gradients.graph_edges import graph_edges
+
 _PRODUCTS = ("AddmmBackward", "MmBackward", "LinearBackward", "MkldnnLinearBackward", "_LinearBackward")
 _COMPILED = "CompiledFunctionBackward"
 
@@ -23,20 +25,11 @@ def read_elsewhere(loss: Tensor, weights: Iterable[Tensor]) -> set[Tensor]:
     wanted = set(weights)
     users: dict[Any, list[Any]] = {}
     leaves: dict[Tensor, Any] = {}
-    seen: set[Any] = {loss.grad_fn}
-    todo: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            users.setdefault(child, []).append(node)
-            leaf = getattr(child, "variable", None)
-            if leaf is not None and leaf in wanted:
-                leaves[leaf] = child
-            if child not in seen:
-                seen.add(child)
-                todo.append(child)
+    for node, child in graph_edges(loss):
+        users.setdefault(child, []).append(node)
+        leaf = getattr(child, "variable", None)
+        if leaf is not None and leaf in wanted:
+            leaves[leaf] = child
     return {leaf for leaf in wanted if leaf in leaves and not all(map(_is_product(users), users[leaves[leaf]]))}
 
 

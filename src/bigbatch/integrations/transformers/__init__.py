@@ -5,12 +5,12 @@ trainer = exact(SFTTrainer(...))
 trainer.train()
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Not lazily: a submodule of the same name would be found in its place.
 from bigbatch.integrations.transformers.exact import ExactTrainer, exact
 from bigbatch.integrations.transformers.weights import weights
+from bigbatch.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from bigbatch.integrations.transformers.verification import verify as verify
@@ -23,10 +23,4 @@ __all__ = ["ExactTrainer", "exact", "verify", "weights"]
 
 
 if not TYPE_CHECKING:  # else, type checkers would accept every name
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy_names(globals(), _LAZY)

@@ -3,8 +3,6 @@
 Long because every setting has its description here.
 
 No torch here: the command line builds its help and its errors from these fields.
-
-Long because every setting of a run is here.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class OffloadCases:
         state = ModelState(
             weight_bytes=sum(p.nbytes for p in trained),
             frozen_bytes=sum(tensor.nbytes for tensor in others),
-            sum_bytes=wide * sum(p.numel() * SumStore.dtype_of(p).itemsize for p in trained),
+            sum_bytes=wide * SumStore.bytes_of(trained),
             state_bytes=int(series.total(lambda each: each.predictor.state_bytes)),
             narrowed=sum(p.numel() for p in narrow),
             num_trained=sum(p.numel() for p in trained),

@@ -17,7 +17,6 @@ from bigbatch.autotune.peak_prediction import PeakPredictor
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy
 from bigbatch.engine.engine import Engine
-from bigbatch.engine.host_check import check_host
 from bigbatch.engine.tuning import copies_fit
 from bigbatch.errors import InputError
 from bigbatch.gradients.fusable_layers import copied_bytes
@@ -149,8 +148,6 @@ def make_training_engine(
         gradient_hook=GradientFingerprints() if config.reproducible and ranks.is_first else None,
         offload=config.offload,
     )
-    if ranks.local_size > 1:
-        check_host(engine.accumulator, num_processes=ranks.local_size)
     if ranks.are_sharded:
         engine.sync.set_padding_microbatch(_shortest_microbatch(setup))
     return engine
@@ -193,8 +190,8 @@ def make_predictor(
     found = predictor(copies_bytes)
     if copies_bytes and usable_bytes is not None and config.microbatch == "auto":
         tensors = [*model.parameters(), *model.buffers()]
-        sums = sum(p.numel() * SumStore.dtype_of(p).itemsize for p in model.parameters() if p.requires_grad)
-        static_bytes = sum(tensor.nbytes for tensor in tensors) + sums + found.state_bytes
+        static_bytes = sum(tensor.nbytes for tensor in tensors) + SumStore.bytes_of(model.parameters())
+        static_bytes += found.state_bytes
         if not copies_fit(copies_bytes, usable_bytes=usable_bytes, static_bytes=static_bytes):
             return predictor(0)
     return found
