@@ -48,7 +48,8 @@ def test_run_logs_begin_and_finish(tmp_path: Path, settings: dict[str, Any]) -> 
     assert (began["event"], began["step"], began["total_steps"], began["settings"]) == ("begin", 0, 4, {})
     assert began["machine"] == "cpu, float32"
     assert began["chats"] is False
-    assert 50 * 2**20 < began["process_bytes"] < metrics(tmp_path / "run")[0]["peak_bytes"]
+    # The allocator may return memory to the system between the start and the first update.
+    assert 50 * 2**20 < began["process_bytes"] < 1.1 * metrics(tmp_path / "run")[0]["peak_bytes"]
     assert {"bigbatch", "torch", "transformers", "Python", "system"} <= began["versions"].keys()
     window = window_of(began["window"])
     assert window is not None
