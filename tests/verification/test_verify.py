@@ -141,7 +141,19 @@ def test_dropout_is_named():
 
 
 def test_dropout_in_eval_mode_is_exact():
-    assert bigbatch.verify(mlp(nn.Dropout(0.5)).eval(), squares, rows(), microbatch=3).exact
+    found = bigbatch.verify(mlp(nn.Dropout(0.5)).eval(), squares, rows(), microbatch=3)
+    assert found.exact
+    assert not found.notes
+
+
+def test_single_dropout_is_exact_here_and_said_to_differ_elsewhere():
+    found = bigbatch.verify(mlp(nn.Dropout(0.5)), squares, rows(), microbatch=3)
+    assert found.exact
+    assert str(found).endswith(
+        "\n  note: dropout (1: Dropout) is active, and its masks were the same in every cut, because it draws its "
+        "numbers in the order of the samples here. That holds for a single layer of dropout on the CPU; with several, "
+        "or on a GPU, each cut has other masks."
+    )
 
 
 class FunctionalDropout(nn.Module):

@@ -28,6 +28,7 @@ from bigbatch.trials.loss_modules import modules_used_by
 
 SPEED_TOLERANCE = 1.02  # largest time of the chosen size relative to the fastest
 MAX_PROBING_S = 20.0
+LOOK_AHEAD, LOOK_AHEAD_S = 8, 0.3  # times a size that is not faster, which kernels for few rows may cause; seconds
 MAX_PREDICTION_ERROR = 0.1  # relative: above it, peaks are measured instead of predicted
 NEGLIGIBLE_BYTES = 2**16
 SMALLEST_GAIN = 1.1  # of a size over the largest that was run, to be tried after a larger one did not fit
@@ -195,10 +196,10 @@ class _Search:
         return min(seconds[-2:]) * SPEED_TOLERANCE <= min(seconds[:-2])
 
     def _time_up_to(self, largest: int) -> tuple[list[int], int]:
-        """Time doubling sizes until two in a row are not faster; return them, and the largest size that fits."""
+        """Time doubling sizes, until two in a row and one far above are not faster; return them, and the largest."""
         timed_sizes: list[int] = []
         started_s = time.perf_counter()
-        best_s, num_slower = math.inf, 0
+        best_s, num_slower, looked_ahead = math.inf, 0, False
         size = self._problem.first_size
         while True:
             if not self._time(self._median_microbatch(size)):  # the prediction was too low: try a size in between
@@ -211,9 +212,11 @@ class _Search:
             batch_s = self._batch_seconds(size)
             num_slower = num_slower + 1 if batch_s * SPEED_TOLERANCE > best_s else 0
             best_s = min(best_s, batch_s)
-            if size >= largest or num_slower == 2 or time.perf_counter() - started_s > MAX_PROBING_S:
+            slows = num_slower >= 2
+            ends = slows and (looked_ahead or self._timing.of(LOOK_AHEAD * size) > LOOK_AHEAD_S)
+            if size >= largest or ends or time.perf_counter() - started_s > MAX_PROBING_S:
                 return timed_sizes, largest
-            size = min(2 * size, largest)
+            size, looked_ahead = min((LOOK_AHEAD if slows else 2) * size, largest), looked_ahead or slows
 
     def _median_microbatch(self, size: int) -> Sequence[int]:
         """Return the median micro-batch of a size, single oversized samples excluded if there are others."""

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MIN_SECONDS = 0.1  # of timing in total: small micro-batches are repeated more often
 MIN_REPEATS = 2  # for any duration: other processes may disturb one run
 MAX_REPEATS = 10  # for any duration: loss_fn may have side effects
+_SCHEDULER_STATISTICS = Path("/proc/thread-self/schedstat")  # of Linux: ns on a CPU, ns waiting for one, time slices
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Probe:
     """Measurements of one micro-batch.
 
     Attributes:
-        seconds: Time of forward and backward, the minimum over repetitions; None if not requested.
+        seconds: Time of forward and backward, the minimum over repetitions, without the time that other processes
+            took the CPU; None if not requested.
         peak_bytes: Peak of allocated memory, resident tensors included; None if not requested.
     """
 
@@ -100,12 +103,23 @@ def _min_seconds(run: Callable[[], None], device: torch.device) -> float:
     total_s, best_s, repeats = 0.0, float("inf"), 0
     while repeats < MIN_REPEATS or (total_s < MIN_SECONDS and repeats < MAX_REPEATS):
         _synchronize(device)
-        started_s = time.perf_counter()
+        started_s = time.perf_counter() - _waited_s()
         run()
         _synchronize(device)
-        elapsed_s = time.perf_counter() - started_s
+        elapsed_s = -_waited_s() + time.perf_counter() - started_s  # read first: a later wait is not in the clock
         total_s, best_s, repeats = total_s + elapsed_s, min(best_s, elapsed_s), repeats + 1
     return best_s
+
+
+def _waited_s() -> float:
+    """Return the seconds that this thread was ready to run while other threads had the CPU; 0 where that is unknown.
+
+    On a busy machine they are most of the time of a run, and different in each, so that sizes could not be compared.
+    """
+    try:
+        return int(_SCHEDULER_STATISTICS.read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _capture(sums: GradientSums, compute_loss: Callable[[], Any]) -> Callable[[], None] | None:

@@ -21,6 +21,7 @@ from bigbatch.preserve import preserved
 from bigbatch.trials.loss_modules import modules_used_by
 from bigbatch.types import Collate
 from bigbatch.verification.causes.case import Case
+from bigbatch.verification.causes.modules import dropout_notes
 from bigbatch.verification.cut_gradients import (
     CUT_ERRORS,
     CutGradients,
@@ -91,6 +92,7 @@ class Verification:
         causes: Why the gradients differ, in sentences; empty if ``exact``.
         order: Dependence on the order and the cut of the micro-batches; None if it was not measured: by default, or if
             the cuts are not exact, whose differences are not those of an order.
+        notes: What would not be exact elsewhere, in sentences: dropout whose masks were the same in every cut.
     """
 
     exact: bool
@@ -103,6 +105,7 @@ class Verification:
     worst: tuple[ParameterError, ...] = ()
     causes: tuple[str, ...] = ()
     order: OrderError | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -120,6 +123,7 @@ class Verification:
         lines.append("exact: every cut gives the full-batch gradient" if self.exact else "NOT exact")
         lines += [f"  largest error: {parameter.name}, {parameter.relative_error:.1e}" for parameter in self.worst]
         lines += [f"  cause: {cause}" for cause in self.causes]
+        lines += [f"  note: {note}" for note in self.notes]
         lines += [] if self.order is None else [self.order.explain(self.tolerance)]
         return "\n".join(lines)
 
@@ -208,6 +212,7 @@ def verify(
             order=order_error(cut_gradients, reference, num_orders=orders, largest=largest)
             if exact and orders
             else None,
+            notes=dropout_notes(model) if exact else (),
         )
 
 

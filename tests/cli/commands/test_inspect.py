@@ -68,7 +68,7 @@ def test_problems_are_listed_with_exit_code_one(tmp_path: Path, capsys: pytest.C
     text = inspect(path, "--chat-template", "gemma", "--samples", 0, code=1, capsys=capsys)
     problems = [line.removeprefix("problem: ") for line in text.splitlines() if line.startswith("problem: ")]
     assert problems == [
-        f"1 broken record left out; the first: {path}:2: the record yields no training token: no message of the "
+        f"1 broken record, refused by a run without --skip-broken; the first: {path}:2: the record yields no training token: no message of the "
         "assistant has content.",
         f"1 document cannot be trained on; the first: {path}:5: the chat template rejects the conversation: in the "
         "gemma format, user and assistant take turns, and the user begins.",
@@ -87,14 +87,15 @@ def test_every_kind_of_broken_record_is_listed(tmp_path: Path, capsys: pytest.Ca
     text = inspect(path, "--samples", 0, code=1, capsys=capsys)
     place = f"{path}:"
     lines = text[text.index("problem: ") :].splitlines()
+    refused = "refused by a run without --skip-broken; the first:"
     assert [line.partition(" A record must have")[0] for line in lines] == [
-        f"problem: 5 broken records left out; the first: {place}2: the record has 'question'.",
+        f"problem: 5 broken records, {refused} {place}2: the record has 'question'.",
         f"  {place}3: the record has 'question'.",
         f"  {place}4: the record has 'question'.",
         "  and 2 more",
-        f"problem: 2 broken records left out; the first: {place}7: the field 'text' is a number and must be a string.",
+        f"problem: 2 broken records, {refused} {place}7: the field 'text' is a number and must be a string.",
         f"  {place}8: the field 'text' is a number and must be a string.",
-        f"problem: 1 broken record left out; the first: {place}9: not valid JSON: Expecting property name enclosed in "
+        f"problem: 1 broken record, {refused} {place}9: not valid JSON: Expecting property name enclosed in "
         "double quotes at column 2.",
     ]
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -173,6 +174,13 @@ def test_later_windows_run_no_model():
         finder.unit(samples[:WINDOW])
     trainer.model.forward = None
     assert finder.unit(samples[WINDOW:]).name == SUM
+
+
+def test_warnings_of_the_model_are_left_to_the_training():
+    samples = tiny.token_samples()
+    trainer = tiny.trainer_of(tiny.gpt2(), samples)
+    trainer.model.register_forward_hook(lambda *_: warnings.warn("of every forward", FutureWarning, stacklevel=1))
+    assert unit_of(trainer, samples).name == SUM  # every warning is an error in these tests
 
 
 def test_autocast_of_accelerate_does_not_blur_units():

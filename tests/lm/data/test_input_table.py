@@ -360,7 +360,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "NUL in a JSON line": (
         "a.jsonl",
         write('{"text": "a\0"}'),
-        "{}:1: not valid JSON: Invalid control character at at",
+        "{}:1: not valid JSON: Invalid control character at column",
     ),
     "deep JSON line": ("a.jsonl", write("[" * 100_000), "{}:1: JSON that Python cannot read: maximum recursion depth"),
     "deep JSON": (

@@ -188,7 +188,8 @@ def test_wording_of_alpaca_prompts_is_noted(tmp_path: Path) -> None:
     note = f'1 Alpaca record: the prompt is "{wording}", without its middle part if there is no input'
     corpus = read_corpus(str(path))
     assert len(corpus.documents) == 2
-    assert corpus.notes == (f"2 records in 1 file from {path}", note)
+    shapes = "records of several shapes: 1 Alpaca, 1 text"
+    assert corpus.notes == (f"2 records in 1 file from {path}", shapes, note)
     assert shape_notes(["text"]) == []
 
 

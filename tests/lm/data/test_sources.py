@@ -88,7 +88,8 @@ def test_parquet_gives_same_documents_as_json_lines(tmp_path: Path) -> None:
     keys = [document.key for document in corpus.documents]
     assert keys[:3] == keys[3:]
     assert corpus.documents[1].source == f"{tmp_path / 'a.parquet'}:2"
-    assert corpus.notes == (f"6 records in 2 files from {tmp_path}",)
+    shapes = "records of several shapes: 2 text, 2 prompt-completion, 2 messages"
+    assert corpus.notes == (f"6 records in 2 files from {tmp_path}", shapes)
 
 
 def test_key_depends_on_content_not_path() -> None:

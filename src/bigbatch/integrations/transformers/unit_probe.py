@@ -133,10 +133,7 @@ class LossProbe:
     def _loss(self, inputs: Any, num_items: int | None) -> Tensor:
         inputs = self._trainer._prepare_inputs(fresh(inputs))
         count = None if num_items is None else torch.tensor(num_items, device=self._trainer.args.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "None of the inputs have requires_grad"
-            )  # reentrant checkpoints in no_grad
+        with warnings.catch_warnings(action="ignore"):  # the training itself shows those of the trainer and the model
             loss = self._compute_loss(self._model, inputs, count)
         if loss.dtype in SPAN_TOLERANCES:  # rounded, whatever its gradient is
             self.value_tolerance = max(self.value_tolerance, TOLERANCES[loss.dtype])

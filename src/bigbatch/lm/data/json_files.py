@@ -265,7 +265,8 @@ def _parse(line: str, place: str) -> object:
         return _STRICT.decode(line)
     except json.JSONDecodeError as error:
         line_number = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise InputError(f"{place}: not valid JSON: {error.msg} at {line_number}column {error.colno}.") from None
+        what = error.msg.removesuffix(" at")  # some messages of json end with it
+        raise InputError(f"{place}: not valid JSON: {what} at {line_number}column {error.colno}.") from None
     except _KeyTwiceError as error:
         raise InputError(f"{place}: not valid JSON: {error}.") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousands deep

@@ -58,7 +58,8 @@ class Broken:
         """Return the number and the first ones, each on a line."""
         more = "".join(f"\n  {message}" for message in self.first[1:])
         rest = f"\n  and {self.number - len(self.first):,} more" if self.number > len(self.first) else ""
-        return f"{plural(self.number, f'broken {self.noun}')} left out; the first: {self.first[0]}{more}{rest}"
+        number = plural(self.number, f"broken {self.noun}")
+        return f"{number}, refused by a run without --skip-broken; the first: {self.first[0]}{more}{rest}"
 
 
 @dataclass

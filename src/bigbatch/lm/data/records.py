@@ -191,10 +191,13 @@ def _shapes_of(names: tuple[object, ...]) -> tuple[str, ...]:
 def shape_notes(shapes: Iterable[str]) -> list[str]:
     """Return what a user must know about the shapes of the records that were read.
 
-    That is the wording of Alpaca prompts, and how many pairs have no difference to learn from.
+    That is which ones there are if not all are alike, the wording of Alpaca prompts, and how many pairs have no
+    difference to learn from.
     """
     numbers = Counter(shapes)
     notes = []
+    if len(kinds := [f"{number:,} {shape}" for shape, number in numbers.most_common() if shape != EQUAL]) > 1:
+        notes.append(f"records of several shapes: {', '.join(kinds)}")
     if number := numbers["Alpaca"]:
         wording = ALPACA_PROMPT_WITH_INPUT.replace("\n", "\\n")
         notes.append(

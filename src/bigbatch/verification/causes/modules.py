@@ -42,6 +42,17 @@ def dropout_cause(dropouts: dict[str, nn.Module]) -> Cause:
     )
 
 
+def dropout_notes(model: nn.Module) -> tuple[str, ...]:
+    """Return what must be said of active dropout in a model whose cuts are exact."""
+    if not (dropouts := active_dropouts(model)):
+        return ()
+    return (
+        f"dropout ({listed_modules(dropouts)}) is active, and its masks were the same in every cut, because it draws "
+        "its numbers in the order of the samples here. That holds for a single layer of dropout on the CPU; with "
+        "several, or on a GPU, each cut has other masks.",
+    )
+
+
 def batch_norm_cause(norms: dict[str, nn.Module]) -> Cause:
     """Return the cause for batch norms in training mode."""
     return Cause(
