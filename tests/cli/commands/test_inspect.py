@@ -68,7 +68,8 @@ def test_problems_are_listed_with_exit_code_one(tmp_path: Path, capsys: pytest.C
     text = inspect(path, "--chat-template", "gemma", "--samples", 0, code=1, capsys=capsys)
     problems = [line.removeprefix("problem: ") for line in text.splitlines() if line.startswith("problem: ")]
     assert problems == [
-        f"1 broken record, refused by a run without --skip-broken; the first: {path}:2: the record yields no training token: no message of the "
+        f"1 broken record, refused by a run without --skip-broken; the first: {path}:2: "
+        "the record yields no training token: no message of the "
         "assistant has content.",
         f"1 document cannot be trained on; the first: {path}:5: the chat template rejects the conversation: in the "
         "gemma format, user and assistant take turns, and the user begins.",
