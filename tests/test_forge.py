@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+import bigbatch
+
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 EXPECTED = {"lint", "test", "test-versions", "docs", "dist", "sbom", "test-release", "release-check"}
@@ -67,11 +69,11 @@ def test_tests_run_on_every_supported_python() -> None:
     assert project["requires-python"] == f">={classifiers[0]}"
 
 
-def test_version_has_one_place() -> None:
+def test_version_is_that_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["dynamic"] == ["version"]
     assert "version" not in project
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert "version" not in citation
+    assert citation["version"] == bigbatch.__version__
     assert citation["license"] == project["license"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
