@@ -44,7 +44,8 @@ def tool(project: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def mypy(train: Installation, project: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--python-executable", train.python]
+    flags = ["--config-file=", "--strict", "--cache-dir", train.python.parents[1] / "mypy_cache"]  # torch takes longest
+    command = [sys.executable, "-m", "mypy", *flags, "--python-executable", train.python]
     return tool(project, *command, CONSUMER.name)
 
 
