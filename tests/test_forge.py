@@ -40,6 +40,15 @@ def test_every_command_is_one_make_target() -> None:
     assert make_targets() == EXPECTED
 
 
+def test_uploaded_folder_has_the_bill_of_materials() -> None:
+    """Each of these targets creates dist/ again, and only sbom writes the bill: it is the last."""
+    for job in jobs():
+        steps = [step.get("run", step.get("uses")) for step in job["steps"]]
+        if any(step.startswith("actions/upload-artifact") for step in steps):
+            assert [step for step in steps if step.startswith("make ")][-1] == "make sbom"
+            assert steps[-1].startswith("actions/upload-artifact")
+
+
 @pytest.mark.parametrize("target", sorted(EXPECTED))
 def test_make_target_exists(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=False, capture_output=True, text=True)
