@@ -1,5 +1,6 @@
 """Files for a public forge: the workflows call make targets that exist, on the Pythons that the package supports."""
 
+import importlib.metadata as metadata
 import re
 import subprocess
 import tomllib
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import bigbatch
 
@@ -76,6 +78,26 @@ def test_tests_run_on_every_supported_python() -> None:
     (matrix,) = [job["strategy"]["matrix"] for job in jobs() if "strategy" in job]
     assert matrix == {"python": classifiers}
     assert project["requires-python"] == f">={classifiers[0]}"
+
+
+def test_pins_install_on_the_first_release_of_the_lowest_python() -> None:
+    """Debian 12 has Python 3.11.2: a pin that needs 3.11.5 ends `make setup` there."""
+    lowest = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    first = f"{lowest.removeprefix('>=')}.0"
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    refused, seen = [], 0
+    for name, version in pins:
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # a tool of the release
+        if found.version != version:
+            continue  # the environment is older than the pin
+        seen += 1
+        if not SpecifierSet(found.metadata.get("Requires-Python", "")).contains(first):
+            refused.append(f"{name} {version}: {found.metadata['Requires-Python']}")
+    assert refused == []
+    assert seen > 100
 
 
 def test_version_is_that_of_the_package() -> None:
