@@ -1,5 +1,6 @@
 """`make release-check` refuses what is not ready, one sentence for each reason."""
 
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -30,6 +31,8 @@ def git(root: Path, *words: str) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     package = tmp_path / "src" / "bigbatch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text('__version__ = "1.2.0"\n', encoding="utf-8")
