@@ -45,14 +45,13 @@ docs: setup  ## build the documentation site into site/: open site/index.html
 setup: $(STAMP)
 
 # $(1): an environment, $(2): what pip installs into it.
-# A Debian python3 may come without ensurepip: then its own pip installs into the bare environment.
+# A Debian python3 may come without ensurepip: then its own pip installs one, and without that, the package index.
 define install
-	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) 2>/dev/null || $(PYTHON) -m venv --without-pip $(1)
-	@if $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
-	  $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2); \
-	else \
-	  $(PYTHON) -m pip --python $(1)/bin/python install --quiet --disable-pip-version-check -c constraints.txt $(2); \
-	fi
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) >/dev/null 2>&1 || $(PYTHON) -m venv --without-pip $(1)
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || \
+	  $(PYTHON) -m pip --python $(1)/bin/python install --quiet -c constraints.txt pip 2>/dev/null || \
+	  $(PYTHON) .ci/bootstrap_pip.py $(1)/bin/python
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2)
 	@touch $@
 endef
 

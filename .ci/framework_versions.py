@@ -9,7 +9,7 @@ the versions of constraints.txt. torch is not installed again: the environments 
 runs this script, if its version is the pinned one.
 
 With --lowest-torch, the lowest set has the lower bound of torch instead. Where the package index has no build of it
-for the CPU alone, that installs several GB.
+for the CPU alone, that installs CUDA too: an environment of 5.7 GB.
 
 The environments are in .venv/versions and are created again by every call.
 """

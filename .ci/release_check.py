@@ -2,8 +2,9 @@
 
     python .ci/release_check.py
 
-The version is that of src/bigbatch/__init__.py, its only place. Ready: a final version, a dated section of CHANGELOG.md
-with entries, nothing left under Unreleased, no uncommitted change, and no tag of that version on another commit.
+The version is that of src/bigbatch/__init__.py. Ready: a final version, a dated section of CHANGELOG.md with entries,
+nothing left under Unreleased, the same version and date in CITATION.cff, no uncommitted change, no tag of that
+version on another commit, and no tag of another version on this one.
 """
 
 import ast
@@ -61,6 +62,18 @@ def changelog_problems(changelog: str, version: str, today: date) -> list[str]:
     return problems
 
 
+def citation_problems(citation: str, changelog: str, version: str) -> list[str]:
+    """Return a sentence if CITATION.cff has another version than the package, or another date than its section."""
+    found = dict(re.findall(r'^(version|date-released): "?([^"\n]+)"?$', citation, flags=re.MULTILINE))
+    problems = []
+    if found.get("version") != version:
+        problems.append(f"CITATION.cff has the version {found.get('version')}: write version: {version}.")
+    dated = re.search(rf"^## \[{re.escape(version)}\] - (\S+)$", changelog, flags=re.MULTILINE)
+    if dated and found.get("date-released") != dated[1]:
+        problems.append(f'CITATION.cff has the date {found.get("date-released")}: write date-released: "{dated[1]}".')
+    return problems
+
+
 def repository_problems(root: Path, version: str) -> list[str]:
     """Return a sentence for each reason why the last commit cannot be tagged with a version."""
 
@@ -74,6 +87,9 @@ def repository_problems(root: Path, version: str) -> list[str]:
     tag = f"v{version}"
     if git("tag", "--list", tag) and git("rev-parse", f"{tag}^{{commit}}") != git("rev-parse", "HEAD"):
         problems.append(f"{tag} is the tag of another commit: raise __version__ in {VERSION_FILE}.")
+    for other in git("tag", "--points-at", "HEAD").splitlines():
+        if re.fullmatch(r"v\d.*", other) and other != tag:
+            problems.append(f"the last commit has the tag {other}, and its version is {version}: tag it {tag}.")
     return problems
 
 
@@ -83,7 +99,9 @@ def problems_of(root: Path, today: date) -> list[str]:
     found = []
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         found.append(f"the version {version} in {VERSION_FILE} is not final: write X.Y.Z.")
-    found += changelog_problems((root / "CHANGELOG.md").read_text(encoding="utf-8"), version, today)
+    changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    found += changelog_problems(changelog, version, today)
+    found += citation_problems((root / "CITATION.cff").read_text(encoding="utf-8"), changelog, version)
     return found + repository_problems(root, version)
 
 

@@ -1,5 +1,6 @@
 """Files for a public forge: the workflows call make targets that exist, on the Pythons that the package supports."""
 
+import importlib.metadata as metadata
 import re
 import subprocess
 import tomllib
@@ -8,6 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+
+import bigbatch
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -36,6 +40,15 @@ def make_targets() -> set[str]:
 def test_every_command_is_one_make_target() -> None:
     assert [command for command in commands() if not re.fullmatch(r"make [a-z-]+( ARGS=\"[^\"\n]*\")?", command)] == []
     assert make_targets() == EXPECTED
+
+
+def test_uploaded_folder_has_the_bill_of_materials() -> None:
+    """Each of these targets creates dist/ again, and only sbom writes the bill: it is the last."""
+    for job in jobs():
+        steps = [step.get("run", step.get("uses")) for step in job["steps"]]
+        if any(step.startswith("actions/upload-artifact") for step in steps):
+            assert [step for step in steps if step.startswith("make ")][-1] == "make sbom"
+            assert steps[-1].startswith("actions/upload-artifact")
 
 
 @pytest.mark.parametrize("target", sorted(EXPECTED))
@@ -67,11 +80,31 @@ def test_tests_run_on_every_supported_python() -> None:
     assert project["requires-python"] == f">={classifiers[0]}"
 
 
-def test_version_has_one_place() -> None:
+def test_pins_install_on_the_first_release_of_the_lowest_python() -> None:
+    """Debian 12 has Python 3.11.2: a pin that needs 3.11.5 ends `make setup` there."""
+    lowest = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    first = f"{lowest.removeprefix('>=')}.0"
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    refused, seen = [], 0
+    for name, version in pins:
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # a tool of the release
+        if found.version != version:
+            continue  # the environment is older than the pin
+        seen += 1
+        if not SpecifierSet(found.metadata.get("Requires-Python", "")).contains(first):
+            refused.append(f"{name} {version}: {found.metadata['Requires-Python']}")
+    assert refused == []
+    assert seen > 100
+
+
+def test_version_is_that_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["dynamic"] == ["version"]
     assert "version" not in project
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert "version" not in citation
+    assert citation["version"] == bigbatch.__version__
     assert citation["license"] == project["license"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bigbatch.window_report import TermReport as TermReport
     from bigbatch.window_report import WindowReport as WindowReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name → module. Loaded on first access: `bigbatch --help` must not import torch.
 _PUBLIC = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+import bigbatch
 from bigbatch.cli import COMMANDS, main
 from bigbatch.cli.arguments import POSITIONAL_NAMES, help_text, parse
 from bigbatch.cli.command_specs import COMMAND_SPECS
@@ -531,7 +532,7 @@ def test_commands_are_the_same_everywhere():
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == "bigbatch 0.1.0\n"
+    assert capsys.readouterr().out == f"bigbatch {bigbatch.__version__}\n"
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

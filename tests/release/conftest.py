@@ -1,10 +1,11 @@
-"""Environments with nothing but the built wheel and what it needs; `make test-release` builds it before."""
+"""Environments with nothing but the built wheel and what it needs; `make test-release` builds it before.
+
+They are in .venv/release and are created again by every call.
+"""
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,22 +53,19 @@ def wheel() -> Path:
     return find_wheel(ROOT / "dist")
 
 
-def _install(name: str, requirement: str, folder: Path) -> Iterator[Installation]:
+def _install(name: str, requirement: str, folder: Path) -> Installation:
     environment = ENVIRONMENTS / name
     environment.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield Installation(create_environment(environment, requirement), folder)
-    finally:
-        shutil.rmtree(environment, ignore_errors=True)
+    return Installation(create_environment(environment, requirement), folder)
 
 
 @pytest.fixture(scope="session")
-def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """The wheel without extras."""
-    yield from _install("core", str(wheel), tmp_path_factory.mktemp("core"))
+    return _install("core", str(wheel), tmp_path_factory.mktemp("core"))
 
 
 @pytest.fixture(scope="session")
-def train(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+def train(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """The wheel with the extra of the language-model trainer."""
-    yield from _install("train", f"{wheel}[train]", tmp_path_factory.mktemp("train"))
+    return _install("train", f"{wheel}[train]", tmp_path_factory.mktemp("train"))
