@@ -65,7 +65,7 @@ def choose_microbatch(
         fit = True  # without copies, also for modules whose parameters have no shape yet
         if copies:
             fit = copies_fit(copies, usable_bytes=budget.usable_bytes, static_bytes=problem.static_bytes())
-        problem = replace(problem, copies_bytes=copies if fit else 0)
+        problem = replace(problem, copies_bytes=problem.copies_bytes + (copies if fit else 0))
         return {"choice": asdict(choose(problem, budget)), "copies_fit": fit}
 
     found = run_on_first_rank(accumulator.sync.ranks, measure)
@@ -107,4 +107,6 @@ def _problem(
         layout=layout,
         uses_cuda_graphs=isinstance(runner, CudaGraphRunner),
         prediction_obstacle=prediction_obstacle(module),
+        copies_bytes=0 if offload is None else offload.window_bytes,
+        keeps_sums=offload is None or offload.sums is None,
     )
