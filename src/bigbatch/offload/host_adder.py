@@ -60,14 +60,15 @@ class HostAdder:
 
     Args:
         transfers: Copy from the device.
-        staging_bytes: Host memory that gradients pass through; larger ones pass in pieces of a third of it.
+        staging_bytes: Host memory that gradients pass through, in pieces of at most a third of it; by default 192 MiB.
 
     Attributes:
         staging_bytes: As passed.
     """
 
-    def __init__(self, transfers: Transfers, staging_bytes: int = STAGING_BYTES) -> None:
-        self._transfers, self.staging_bytes = transfers, staging_bytes
+    def __init__(self, transfers: Transfers, staging_bytes: int | None = None) -> None:
+        self._transfers = transfers
+        self.staging_bytes = STAGING_BYTES if staging_bytes is None else staging_bytes
         self._memory: Tensor | None = None
         self._work = _Work(transfers.wait)
         self._turn = threading.Lock()  # backwards may run in several threads
@@ -164,11 +165,12 @@ class _Work:
                 self.check()
                 if not self._used:
                     self._head = 0
-                skipped = self.capacity - self._head if self._head + num_bytes > self.capacity else 0
+                wraps = self._head + num_bytes > self.capacity
+                skipped = self.capacity - self._head if wraps else 0
                 if self._used + skipped + num_bytes <= self.capacity:
                     break
                 self._changed.wait()
-            start = 0 if skipped else self._head
+            start = 0 if wraps else self._head
             self._reserved = skipped + num_bytes
             self._used += self._reserved
             self._head = start + num_bytes
