@@ -207,6 +207,15 @@ def test_master_weights_need_autocast(place: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"reproducible": True, "quantum": 1}])
+def test_sums_that_host_cannot_add_are_refused(place: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        table_of(place, gpu="h100", offload="gradients", **settings)
+    assert str(caught.value) == (
+        "--offload gradients is not supported with --precision fp16 and --reproducible: pass --offload optimizer."
+    )
+
+
 @pytest.mark.parametrize("setting", ["memory", "host_memory"])
 def test_share_of_unknown_memory_is_refused(place: Path, setting: str) -> None:
     with pytest.raises(InputError, match=f"^--{setting.replace('_', '-')} 50% is a share of a device's memory"):

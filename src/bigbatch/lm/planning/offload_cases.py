@@ -98,7 +98,7 @@ class OffloadCases:
         self._layout = whole.layout
         self._size = whole.limit if whole.limit != "auto" else None
         self.state = self._state()
-        self.levels = [level for level in levels if self.state.narrowed or level != "master"]
+        self.levels = [level for level in levels if self._changes(level)]
 
     def candidates(self, usable_bytes: int, card: Card) -> list[Candidate]:
         """Predict every level and mode with the largest micro-batch that fits; lower levels first.
@@ -108,6 +108,12 @@ class OffloadCases:
             card: Its rates.
         """
         return [self._candidate(level, mode, usable_bytes, card) for level in self.levels for mode in self._modes]
+
+    def _changes(self, level: Level) -> bool:
+        """Return whether training at a level is possible, and differs from the level before it."""
+        if level == "gradients":
+            return self._config.precision != "fp16" and not self._config.reproducible
+        return bool(self.state.narrowed) or level != "master"
 
     @property
     def _modes(self) -> Sequence[CheckpointingMode]:

@@ -121,6 +121,11 @@ def offload_table(
     try:
         cases = OffloadCases(config, target, data, num_cards=num_cards, levels=levels)
         if not cases.levels:
+            if config.offload == "gradients":
+                raise InputError(
+                    "--offload gradients is not supported with --precision fp16 and --reproducible: pass --offload "
+                    "optimizer."
+                )
             raise InputError(
                 f"--offload {config.offload} keeps float32 weights of linear layers in host memory, and this run has "
                 "none that it computes with in bf16: pass --offload optimizer."
