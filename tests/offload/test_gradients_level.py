@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bigbatch
 from bigbatch.errors import InputError, MemoryLimitError, TornUpdateError, WindowStateError
@@ -126,6 +128,66 @@ def test_parameter_that_is_used_twice_has_equal_bits(is_tied: bool):
     train(plain, 0, 5)
     train(offloaded, 0, 5)
     assert everything(offloaded) == everything(plain)
+
+
+def checkpointed_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    hidden = batch[0].requires_grad_()
+    for layer in model:  # type: ignore[attr-defined]
+        hidden = checkpoint(layer, hidden, use_reentrant=True)
+    return F.cross_entropy(hidden, batch[1], reduction="sum"), len(batch[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"check": True},
+        {"loss_fn": checkpointed_loss},
+        {"batch_norm": "exact"},
+        {
+            "loss_fn": bigbatch.Coupled(
+                lambda model, batch: model(batch[0]), lambda _, features: features.square().mean()
+            )
+        },
+    ],
+    ids=["checked first window", "reentrant checkpoints", "exact batch norm", "coupled loss"],
+)
+def test_other_windows_have_equal_bits(settings: dict[str, Any]):
+    found = []
+    for level in ("none", "gradients"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
+        engine = make_engine(model, OPTIMIZERS["adamw"](list(model.parameters())), level, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the check
+            for number in range(4):
+                engine.step(make_batch(number))
+        found.append(everything(engine))
+    assert found[0] == found[1]
+
+
+def test_copied_engine_has_sums_of_its_own():
+    engine = make("gradients", model=make_model(), loss_fn=loss_fn)
+    engine.step(make_batch(0))
+    copied = copy.deepcopy(engine)
+    for each in (copied, engine):
+        each.step(make_batch(1))
+        each.step(make_batch(2))
+    assert everything(copied) == everything(engine)
+    assert sums_of(copied) is not sums_of(engine)
+
+
+def test_copy_with_narrow_weights_is_refused():
+    engine = make("gradients")
+    train(engine, 0, 1)
+    with pytest.raises(InputError, match=r'^an update with offload="gradients" cannot be copied: its weights are in'):
+        copy.deepcopy(engine)
+
+
+def test_microbatch_is_chosen_without_autocast():
+    engine = make("gradients", model=make_model(), loss_fn=loss_fn, microbatch="auto", memory="2GiB")
+    engine.step(make_batch(0))
+    assert engine.choice is not None
+    assert all(p.dtype is torch.float32 for p in engine.model.parameters())
 
 
 def test_frozen_parameter_has_no_sum():

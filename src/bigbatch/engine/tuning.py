@@ -11,6 +11,7 @@ from bigbatch.coupled.stand_in import stand_in
 from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.engine.batch_windows import BatchSplitter
 from bigbatch.engine.checks import check_lengths
+from bigbatch.engine.weight_probe import probe_weights
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner import MicrobatchRunner
 from bigbatch.gradients.fused_gradients import FusedGradients
@@ -95,6 +96,7 @@ def _problem(
     if lengths is not None:
         check_lengths(lengths, samples.num_samples)
     accumulator.prepare()
+    probe_weights(accumulator, loss_fn, samples)
     runner.release()
     offload = accumulator.update.offload
     return TuningProblem(

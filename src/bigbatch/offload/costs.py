@@ -29,8 +29,8 @@ CAST_MOVES = 6
 SUM_MOVES = 18  # the cast of a gradient and its addition, which the host does at "gradients"
 
 HOST_ADDS_PER_S = 7.5e9
-"""Gradients in bfloat16 that the host adds to float32 sums. Assumed: 0.75 of the 10.1e9 in float32 that torch's ``add_``
-added with 16 threads next to an H200, the ratio of the two in `bigbatch.offload.host_adder` on an EPYC."""
+"""Gradients in bfloat16 that the host adds to float32 sums. Assumed: 0.75 of the 10.1e9 in float32 that ``add_`` of
+torch added with 16 threads next to an H200, the ratio of the two in `bigbatch.offload.host_adder` on an EPYC."""
 
 HOST_NORMS_PER_S = 10e9
 """Sums whose squares the host adds up for the norm of an update. Assumed: as many as it adds in float32."""

@@ -44,6 +44,10 @@ class HostSums(SumStore):
         self._totals: dict[Tensor, Tensor] = {}
         self._factor = 1.0
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "HostSums":
+        """Return sums without memory: those of a copied window that has ended."""
+        return HostSums(self._transfers)
+
     def prepare(self, chunks: Sequence[StateChunk]) -> None:
         """Allocate the sums of all parameters that require a gradient, between two windows.
 
