@@ -257,14 +257,15 @@ def test_ranks_with_narrow_weights_have_equal_bits(pools: Pools):
     assert pools(2).run(rank_runs.train_decoder, "gradients", 5) == plain
 
 
-def test_training_run_has_equal_bits(tmp_path: Path):
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_training_run_has_equal_bits(precision: str, tmp_path: Path):
     model = str(save_model_folder(tmp_path / "model"))
     data = str(write_jsonl(tmp_path / "data.jsonl", records(24)))
     found = []
     for level in ("none", "gradients"):
         settings = {"model": model, "data": (data,), "global_batch": 4, "microbatch": 2, "max_length": 32, "lr": 0.01}
         settings |= {"steps": 4, "checkpoint_every": 2, "validation_every": 2, "deterministic": True}
-        run(tmp_path / level, **settings, precision="bf16", offload=level)
+        run(tmp_path / level, **settings, precision=precision, offload=level)
         found.append(load_file(tmp_path / level / "model" / "model.safetensors"))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 

@@ -174,7 +174,7 @@ class _Bucket:
         self._tensors = tensors
         alone = len(tensors) == 1 and tensors[0].is_contiguous()
         self._flat = tensors[0] if alone else torch.cat([tensor.reshape(-1) for tensor in tensors])
-        if not self._flat.is_cuda:
+        if self._flat.device.type == "cpu":
             self._flat = self._flat.to(message_device)
         self._work = dist.all_reduce(self._flat, group=group, async_op=True)
 

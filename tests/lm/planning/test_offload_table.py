@@ -18,6 +18,7 @@ from bigbatch.lm.planning.layer_series import LayerSeries, NarrowEstimator, with
 from bigbatch.lm.planning.offload_cases import OffloadCases
 from bigbatch.lm.planning.offload_table import OffloadTable, offload_table
 from bigbatch.offload.cards import card
+from bigbatch.offload.choice import choose
 from bigbatch.offload.costs import LEVELS, placement
 from support.language_models import records, write_jsonl
 
@@ -252,6 +253,9 @@ def test_large_model_is_planned_in_a_minute(billions: int) -> None:
         assert len(found) == 12
     assert time.process_time() - started_s < 60
     assert cases.num_parameters == num_parameters
+    if billions == 7:  # 2 bytes a weight fit in 24 GB, 6 do not
+        small = cases.candidates(23 * GIB, card("rtx-4090"))
+        assert choose(small, card_bytes=23 * GIB, host_bytes=None).level == "gradients"
     on_h100 = {each.level: each.card_bytes for each in found if each.checkpointing == "full"}
     assert on_h100["gradients"] < 80 * GIB < on_h100["none"]
     assert (on_h100["optimizer"] < 80 * GIB) == (billions == 7)
