@@ -82,6 +82,13 @@ def test_windows_need_gradients_on_their_way() -> None:
     assert placement(adamw(kept=N), "gradients").window_bytes == STAGING_BYTES + 4 * LARGEST
 
 
+def test_weights_are_whole_at_start() -> None:
+    """In float32 on the card, with AdamW's state of the largest parameter, or 64 MiB of it."""
+    assert [placement(adamw(), level).start_bytes for level in LEVELS[1:]] == 3 * [4 * N + 8 * LARGEST]
+    assert placement(adamw(largest=1000), "gradients").start_bytes == 4 * N + CHUNK_BYTES
+    assert placement(adamw(), "none").start_bytes == placement(adamw(), "none").card_bytes
+
+
 @pytest.mark.parametrize("largest", [1000, 12_000_000, LARGEST])
 def test_buffers_are_those_of_the_arena(largest: int) -> None:
     sizes = [8 * largest, CHUNK_BYTES, CHUNK_BYTES // 2]

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -285,6 +286,20 @@ def test_no_gradient_stays_on_device():
     assert len(seen) == 5  # the probe, and two micro-batches of each window
     assert all(seen)
     assert all(p.grad is None for p in engine.model.parameters())
+
+
+def test_only_the_thread_of_additions_waits_for_copies(monkeypatch: pytest.MonkeyPatch):
+    """Until the window ends, which waits once for the thread."""
+    names: list[str] = []
+    finishes: list[int] = []
+    monkeypatch.setattr(Transfers, "wait", lambda *_: names.append(threading.current_thread().name))
+    engine = make("gradients")
+    train(engine, 0, 1)
+    names.clear()
+    monkeypatch.setattr(Transfers, "finish", lambda *_: finishes.append(len(names)))
+    train(engine, 1, 2)
+    assert set(names) == {"bigbatch-host-adder"}
+    assert finishes == [len(names)]  # in the update
 
 
 def test_every_gradient_crosses_once():

@@ -78,12 +78,14 @@ class Placement:
         host_bytes: In host memory, pinned.
         step_bytes: On the card in addition while the update runs.
         window_bytes: On the card in addition while micro-batches run, without activations.
+        start_bytes: On the card before the first window: all weights in float32, and the first state that moves away.
     """
 
     card_bytes: int
     host_bytes: int
     step_bytes: int
     window_bytes: int
+    start_bytes: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def placement(state: ModelState, level: Level) -> Placement:
     """
     if level == "none":
         held = state.weight_bytes + state.frozen_bytes + state.sum_bytes + state.state_bytes
-        return Placement(held, 0, state.step_bytes, 0)
+        return Placement(held, 0, state.step_bytes, 0, held)
     card_bytes = state.weight_bytes + state.frozen_bytes + state.sum_bytes
     host_bytes, window_bytes = state.state_bytes, 0
     if reaches(level, "master"):
@@ -128,7 +130,8 @@ def placement(state: ModelState, level: Level) -> Placement:
     arena = max(NUM_SLOTS * min(largest, SLOT_FACTOR * CHUNK_BYTES), largest)
     if reaches(level, "gradients"):
         host_bytes += STAGING_BYTES
-    return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes)
+    start_bytes = state.weight_bytes + state.frozen_bytes + _largest_chunk_bytes(state, "optimizer", state.state_bytes)
+    return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes, start_bytes)
 
 
 def _largest_chunk_bytes(state: ModelState, level: Level, host_bytes: int) -> int:

@@ -137,7 +137,8 @@ class OffloadCases:
         during_window = fixed + needs.window_bytes + self._gathered_bytes
         curve = self._curve(mode, reaches(level, "master"))
         rows = curve.largest(usable_bytes - during_window)
-        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes)
+        start_bytes = needs.start_bytes + libraries
+        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes, start_bytes)
         size = self._size_of(rows)
         plan = self._plan(size)
         recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
