@@ -45,7 +45,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         entropy=setup.validation.unigram_entropy() if isinstance(setup.validation, TokenDataset) else None,
         prompt=setup.config.sample_prompt,
         done=done,
-        has_perplexity=setup.config.objective == "sft",
+        has_perplexity=setup.has_perplexity,
     )
     with (
         watchdog(ranks, setup.config.timeout_s) as watch,
@@ -59,6 +59,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
             directory.path,
             done=done,
             settings=config.model_dump(mode="json"),
+            has_perplexity=setup.has_perplexity,
         ) as displays,
         display,
     ):

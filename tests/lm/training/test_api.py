@@ -18,6 +18,8 @@ from bigbatch.errors import InputError, RankFailedError
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.tokenization import encode_documents
 from bigbatch.lm.data.tokenizer import load_tokenizer
+from bigbatch.lm.report.page import page
+from bigbatch.lm.report.run_reader import read_run
 from bigbatch.lm.training.user_callbacks import METHODS
 from support import gloo_processes
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
@@ -289,6 +291,18 @@ def test_own_loss_is_exact_for_every_micro_batch(settings: dict[str, Any], tmp_p
     )
     assert [row["loss"] for row in cut.metrics] == pytest.approx([row["loss"] for row in whole.metrics], rel=1e-12)
     assert [row["items"] for row in cut.metrics] == [row["items"] for row in whole.metrics]
+
+
+def test_own_loss_has_neither_unit_nor_perplexity(settings: dict[str, Any], tmp_path: Path) -> None:
+    lm.train({**settings, "out": tmp_path / "own"}, records(40), loss_fn=plain_loss)
+    lm.train({**settings, "out": tmp_path / "stock"}, records(40))
+    own, stock = read_run(tmp_path / "own"), read_run(tmp_path / "stock")
+    assert own.columns.has("validation_loss")
+    assert not own.columns.has("validation_perplexity")
+    assert stock.columns.has("validation_perplexity")
+    assert (own.loss_unit, stock.loss_unit) == ("", "nats per token")
+    assert "perplexity" not in page([own])
+    assert "nats per token" not in page([own])
 
 
 def test_mean_as_loss_is_warned_about(settings: dict[str, Any], tmp_path: Path) -> None:

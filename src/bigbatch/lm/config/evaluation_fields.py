@@ -47,8 +47,8 @@ class EvaluationFields(BaseModel):
     early_stopping_min_delta: Number = Field(
         default=0.0,
         ge=0,
-        description="smallest decrease of the validation loss, in nats per token, that --early-stopping counts as "
-        "lower",
+        description="smallest decrease of the validation loss, in its unit (nats per token for sft), that "
+        "--early-stopping counts as lower",
     )
     keep: Keep | None = Field(
         default=None,

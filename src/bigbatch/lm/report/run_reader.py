@@ -56,7 +56,9 @@ class Run:
 
     @property
     def loss_unit(self) -> str:
-        """What the loss is measured in."""
+        """What the loss is measured in; empty for a loss function of the user's own."""
+        if self.last_event_value("loss_fn"):
+            return ""
         objective = str(self.settings.get("objective", "sft"))
         return "per pair" if self.settings.get("dpo_loss") == "ipo" else LOSS_UNITS.get(objective, "")
 

@@ -203,7 +203,9 @@ def _run(trainer: Trainer, directory: RunDirectory, user: UserCallbacks, config:
     settings = config.model_dump(mode="json")
     with (
         EventLog(trainer, directory.path) if ranks.is_first else nullcontext() as event_log,
-        with_dashboards(user, log, directory.path, done=done, settings=settings) as callback,
+        with_dashboards(
+            user, log, directory.path, done=done, settings=settings, has_perplexity=setup.has_perplexity
+        ) as callback,
     ):
         outcome = trainer.run(directory, callback=callback, should_stop=lambda: user.is_stopping, on_note=receive_note)
         if event_log is not None:

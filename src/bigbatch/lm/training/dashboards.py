@@ -141,7 +141,13 @@ class CallbackList:
 
 @contextmanager
 def with_dashboards(
-    callback: TrainerCallback, log: Sequence[str], folder: Path, *, done: int, settings: Mapping[str, Any]
+    callback: TrainerCallback,
+    log: Sequence[str],
+    folder: Path,
+    *,
+    done: int,
+    settings: Mapping[str, Any],
+    has_perplexity: bool,
 ) -> Iterator[TrainerCallback]:
     """Yield a callback that also writes to dashboards; under ``("none",)``, the callback itself.
 
@@ -151,6 +157,7 @@ def with_dashboards(
         folder: The run directory.
         done: Updates of earlier processes; later points are deleted if the dashboard supports that.
         settings: Settings of the run, for dashboards that show them.
+        has_perplexity: Whether the validation loss is the cross entropy of tokens.
 
     Raises:
         BigbatchError: The files of a dashboard cannot be written, or its server cannot be reached.
@@ -159,7 +166,6 @@ def with_dashboards(
     if not names:
         yield callback
         return
-    has_perplexity = settings.get("objective", "sft") == "sft"
     with ExitStack() as stack:
         writers = [stack.enter_context(WRITERS[name](folder, done, settings)) for name in names]
         yield CallbackList(callback, *(DashboardCallback(write, has_perplexity=has_perplexity) for write in writers))

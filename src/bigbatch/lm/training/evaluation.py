@@ -26,7 +26,7 @@ def evaluate(setup: TrainingSetup, engine: Engine) -> MetricsRow:
         validation_loss, validation_perplexity              of the set that decides
         validation_loss/NAME, validation_perplexity/NAME    of every named set
 
-    For another objective than sft, the loss and its metrics.
+    For another objective than sft, the loss and its metrics; with a loss of the user's own, no perplexity.
 
     Args:
         setup: With validation data.
@@ -38,9 +38,14 @@ def evaluate(setup: TrainingSetup, engine: Engine) -> MetricsRow:
         return {"validation_loss": loss, **{f"validation_{name}": value for name, value in means.items()}}
     losses = {name: validation_loss(setup, engine, data) for name, data in setup.validation_sets.items()}
     primary = next((losses[name] for name, data in setup.validation_sets.items() if data is setup.validation), None)
-    row = _metrics("", validation_loss(setup, engine) if primary is None else primary)
-    for name, loss in losses.items():
-        row |= _metrics(f"/{name}", loss)
+    losses = {"": validation_loss(setup, engine) if primary is None else primary} | {
+        f"/{name}": loss for name, loss in losses.items()
+    }
+    row: MetricsRow = {}
+    for ending, loss in losses.items():
+        row[f"validation_loss{ending}"] = loss
+        if setup.has_perplexity:
+            row[f"validation_perplexity{ending}"] = perplexity(loss)
     return row
 
 
@@ -53,13 +58,9 @@ def validation_metrics(row: MetricsRow) -> dict[str, float]:
     }
 
 
-def _metrics(ending: str, loss: float) -> MetricsRow:
-    return {f"validation_loss{ending}": loss, f"validation_perplexity{ending}": perplexity(loss)}
-
-
 @torch.no_grad()
 def validation_loss(setup: TrainingSetup, engine: Engine, held_out: TokenDataset | None = None) -> float:
-    """Compute the mean loss over a fixed sample of a validation set, in nats per token. Collective.
+    """Compute the mean loss over a fixed sample of a validation set, in the unit of the loss. Collective.
 
     The metrics of the loss are those of the validation set afterwards.
 

@@ -101,6 +101,7 @@ def _beginning(trainer: "Trainer", folder: Path) -> dict[str, Any]:
         "recomputed": trainer.model_setup.checkpointing_mode,
         "versions": versions(),
         "chats": trains_on_chats(setup),
+        "loss_fn": setup.passed.get("loss_fn"),
         "process_bytes": None if trainer.config.deterministic else _process_bytes(trainer),
         "window": first_window(trainer),
     }

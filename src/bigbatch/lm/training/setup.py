@@ -94,6 +94,11 @@ class TrainingSetup:
         return self.model_setup.loss_fn
 
     @property
+    def has_perplexity(self) -> bool:
+        """Whether the validation loss is the cross entropy of tokens, so that its exponential is a perplexity."""
+        return self.config.objective == "sft" and "loss_fn" not in self.passed
+
+    @property
     def collate(self) -> Callable[..., Any]:
         """A function that collates a list of samples to a micro-batch."""
         return self.model_setup.collate

@@ -54,12 +54,13 @@ class RunResult(TrainResult):
         step: Updates done, the skipped ones included.
         skipped: Updates that changed nothing: without items, or with gradients that are not finite.
         finished: Whether the run has ended, early or after all updates; False if a callback stopped it.
-        validation_loss: The last one, in nats per token, or None; with a ``loss_fn``, the mean of that loss.
+        validation_loss: The last one, in the unit of the objective (nats per token for sft), or None; with a
+            ``loss_fn``, the mean of that loss.
         elapsed_s: Seconds of the training loop of this call; 0 if the run was finished before.
         stopped_early: Whether ``early_stopping`` has ended it.
         saved_step: Number of updates behind the saved model.
         best_step: Number of updates done at the best validation; 0 without one.
-        best_loss: The lowest validation loss, in nats per token, or None.
+        best_loss: The lowest validation loss, in the same unit, or None.
         path: The run directory.
         model_path: The folder of the model and its tokenizer, or of the LoRA adapters of a run that saves those.
         metrics: The rows of metrics.jsonl, one for each update, those before a resume included.
@@ -100,10 +101,10 @@ class Callback:
         """
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Called after a validation with its loss, in nats per token; of several sets, that of ``best_metric``."""
+        """Called after a validation with its loss in the unit of the objective; of several sets, ``best_metric``'s."""
 
     def on_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Called before `on_validation` with the losses of named validation sets, in nats per token."""
+        """Called before `on_validation` with the losses of named validation sets, in the unit of the objective."""
 
     def on_validation_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called before `on_validation` with the metrics of dpo, reward or embedding, such as ``accuracy``."""
