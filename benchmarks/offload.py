@@ -2,15 +2,18 @@
 
     python benchmarks/offload.py --rounds 3 --out FILE     # one CUDA GPU with 80 GB
     python benchmarks/offload.py --quick       # one round of windows of W, under five minutes
+    python benchmarks/offload.py --quick --levels gradients --billions 1.5 --memory 8       # no more than 8 GiB
     python benchmarks/offload.py --dry         # a tiny model on the CPU, to try the script
 
-A Llama of 1.5 billion parameters from its configuration, with random float32 weights under bf16 autocast and fused
-AdamW. A window has the sequences of workload W (92,493 tokens), or of several such batches, in packed rows of
-``--tokens`` tokens. Each turn makes model and engine anew, runs ``--warm-up`` updates, and then measures ``--updates``.
-*Device* is the highest memory of torch's allocator in the measured updates, *host* the pinned memory of offloaded
-state, *step* the time of the update after the last micro-batch, by CUDA events around ``optimizer.step``. *Loss* is
-that of the last update; attention on CUDA is not deterministic, so that its last digits differ from turn to turn, while
-`tests/offload/test_offload_cuda.py` compares the bits.
+A Llama of 1.5 billion parameters, or of ``--billions``, from its configuration, with random float32 weights under bf16
+autocast and fused AdamW. The float32 weights have to fit in ``--memory`` at the start. A window has the sequences of
+workload W (92,493 tokens), or of several such batches, in packed rows of ``--tokens`` tokens. Each turn makes model and
+engine anew, runs ``--warm-up`` updates, and then measures ``--updates``. *Device* is the highest memory of torch's
+allocator in the measured updates, *host* the pinned memory of offloaded state, *step* the time of the update after the
+last micro-batch, by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which the host computes
+before. The first lines are the host's rates of additions and of the norm, which `bigbatch.offload.costs` assumes; set
+``OMP_NUM_THREADS`` to the cores of one card. *Loss* is that of the last update; attention on CUDA is not deterministic,
+so that its last digits differ from turn to turn, while `tests/offload/test_offload_cuda.py` compares the bits.
 """
 
 import argparse
@@ -29,10 +32,17 @@ from bigbatch import TokenBudget
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.training.engine_factory import make_engine
+from bigbatch.offload.host_adder import BlockCast
+from bigbatch.offload.host_sums import HostSums
 from bigbatch.offload.levels import LEVELS
+from bigbatch.offload.transfers import Transfers
 
 DRY = replace(W_SMALL, precision="bf16")
-LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 27, "num_attention_heads": 16}
+LARGE = {
+    "1.5": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 27, "num_attention_heads": 16},
+    "3": {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 36, "num_attention_heads": 20},
+    "7.6": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
 GIB = 2**30
 
@@ -48,11 +58,32 @@ class Turn:
     loss: float
 
 
+def host_rates(numel: int) -> list[str]:
+    """Measure how many elements a second the host adds to float32 sums, and how many it squares for a norm."""
+    blocks, total, norms = BlockCast(), torch.zeros(numel), HostSums(Transfers(torch.device("cpu")))
+    wide = torch.randn(numel)
+    narrow = wide.bfloat16()
+    ways = {
+        "add float32": lambda: total.add_(wide),
+        "add bfloat16 at once": lambda: total.add_(narrow),
+        "add bfloat16 in blocks": lambda: blocks.add(total, narrow),
+        "norm in blocks": lambda: norms.norm_parts([total]),
+    }
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(5):
+        for name, call in ways.items():
+            started_s = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started_s)
+    rates = ", ".join(f"{name} {numel / min(found) / 1e9:.2f}" for name, found in seconds.items())
+    return [f"host, {torch.get_num_threads()} threads, billions of elements a second: {rates}"]
+
+
 def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:
     """Make the model with random weights, the same for every call."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape, workload = (SMALL, DRY) if arguments.dry else (LARGE, W)
+    shape, workload = (SMALL, DRY) if arguments.dry else (LARGE[arguments.billions], W)
     config = LlamaConfig(
         **shape,
         vocab_size=1_000 if arguments.dry else 32_000,
@@ -142,6 +173,8 @@ def main() -> None:
     parser.add_argument("--compile", default="none")
     parser.add_argument("--checkpointing", default="full")
     parser.add_argument("--levels", default=",".join(LEVELS))
+    parser.add_argument("--billions", choices=LARGE, default="1.5")
+    parser.add_argument("--memory", type=float, help="GiB that torch may allocate on the card; default: all")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -151,10 +184,17 @@ def main() -> None:
     if arguments.dry:
         arguments.tokens = 512
     device = torch.device("cpu" if arguments.dry else "cuda")
+    if arguments.memory is not None and not arguments.dry:
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory * GIB / total_bytes))
     name = platform.processor() or "CPU" if arguments.dry else torch.cuda.get_device_name()
-    lines = [f"{name}, torch {torch.__version__}, rows of {arguments.tokens:,} tokens, compile {arguments.compile}"]
+    lines = [
+        f"{name}, torch {torch.__version__}, rows of {arguments.tokens:,} tokens, compile {arguments.compile}, "
+        f"{arguments.billions} billion parameters, {arguments.memory or 'all'} GiB"
+    ]
+    lines += host_rates(2**22 if arguments.dry else 2**26)
     turns: dict[tuple[int, str], list[Turn]] = defaultdict(list)
-    print(lines[0], flush=True)
+    print("\n".join(lines), flush=True)
     for number in range(arguments.rounds):
         for batches in map(int, arguments.batches.split(",")):
             for level in arguments.levels.split(","):

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.offload import streamed_optimizer
+from bigbatch.offload import host_adder, streamed_optimizer
 
 CHUNK_BYTES = 1024
-"""Of the tests: the models have several chunks of one and of several parameters, and one larger than a slot."""
+"""Of the tests: the models have several chunks of one and of several parameters, and one larger than a slot.
+
+Gradients in host memory pass in pieces of as many bytes.
+"""
 
 Batch = tuple[Tensor, Tensor]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -111,4 +114,5 @@ def is_in_buffers(tensor: Tensor, streamed: streamed_optimizer.StreamedOptimizer
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streamed_optimizer, "CHUNK_BYTES", CHUNK_BYTES)
+        patch.setattr(host_adder, "STAGING_BYTES", 3 * CHUNK_BYTES)
         yield

@@ -63,9 +63,9 @@ def squares(model: torch.nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor,
     return model(inputs).square().sum(), len(inputs)
 
 
-@pytest.mark.parametrize(("level", "mib"), [("optimizer", 7.6), ("master", 11.4)])
+@pytest.mark.parametrize(("level", "mib"), [("optimizer", 7.6), ("master", 11.4), ("gradients", 15.3)])
 def test_engine_is_refused_before_its_first_window(level: str, mib: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 bytes of AdamW's state for each of a million weights, and 4 of its float32 value."""
+    """8 bytes of AdamW's state for each of a million weights, 4 of its float32 value, and 4 of its gradient sum."""
     monkeypatch.setattr(host_memory, "host_memory", lambda: (4 * 2**20, 200 * GIB))
     with pytest.raises(MemoryLimitError) as caught:
         linear_engine(level)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigbatch.offload import streamed_optimizer
+from bigbatch.offload import host_adder, streamed_optimizer
 from bigbatch.offload.transfers import CudaTransfers
 from offload.models import (
     OPTIMIZERS,
@@ -221,3 +221,106 @@ def test_peak_of_training_is_without_master_weights(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         engine.step(torch.randn(16, 2048))
     assert torch.cuda.max_memory_allocated() < 1.5 * weights + 3 * 96 * MIB + 128 * MIB
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_gradient_sums_have_equal_bits(name: str):
+    """Without clipping, whose norm the host computes."""
+    found, norms = [], []
+    for level in ("none", "gradients"):
+        torch.manual_seed(0)
+        model = Decoder().cuda()
+        settings = {"loss_fn": decoder_loss, "max_grad_norm": None}
+        engine = make_engine(model, CUDA[name](list(model.parameters())), level, **settings)
+        reports = [engine.step(make_tokens(number)) for number in range(20)]
+        found.append({name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()})
+        norms.append([report.grad_norm for report in reports])
+    assert found[0] == found[1]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert model.first.weight.dtype is torch.bfloat16
+
+
+def test_clipped_gradient_sums_have_close_weights():
+    found = []
+    for level in ("none", "gradients"):
+        torch.manual_seed(0)
+        model = make_model(device="cuda")
+        engine = make_engine(model, CUDA["adamw-fused"](list(model.parameters())), level)
+        for number in range(20):
+            engine.step(make_batch(number))
+        found.append(values(engine.model))
+    assert (found[0] - found[1]).norm() <= 1e-6 * found[0].norm()
+
+
+def decoder_stack(level: str, microbatch: int = 8) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(48)]).cuda()
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return model(batch).float().square().sum(), len(batch)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return make_engine(model, optimizer, level, microbatch=microbatch, loss_fn=loss_fn, noise=False, max_grad_norm=1.0)
+
+
+def test_peak_of_training_is_without_gradient_sums(monkeypatch: pytest.MonkeyPatch):
+    """The weights in bfloat16, 24 MiB of gradients on their way, and three slots of a chunk with its sums."""
+    monkeypatch.setattr(streamed_optimizer, "CHUNK_BYTES", 64 * MIB)
+    monkeypatch.setattr(host_adder, "STAGING_BYTES", 24 * MIB)
+    base = torch.cuda.memory_allocated()
+    engine = decoder_stack("gradients")
+    weights = sum(parameter.nbytes for parameter in engine.model.parameters())
+    engine.step(torch.randn(16, 2048))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        engine.step(torch.randn(16, 2048))
+    assert torch.cuda.max_memory_allocated() - base < 0.5 * weights + 4 * 128 * MIB
+    sums = streamed_of(engine).chunks[0].sums
+    assert sums is not None
+    assert sums.host.is_pinned()
+
+
+def test_memory_that_runs_out_in_backward_counts_samples_once(monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for level in ("none", "gradients"):
+        engine, calls = decoder_stack(level), [0]
+        engine.step(torch.ones(16, 2048))
+        original = CudaTransfers.to_host
+
+        def failing(self: CudaTransfers, *arguments: Any, calls: list[int] = calls, original: Any = original) -> Any:
+            calls[0] += 1
+            if calls[0] == 30:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CudaTransfers, "to_host", failing)
+            report = engine.step(torch.ones(16, 2048) / 2)
+        assert report.retries == (level == "gradients")
+        found.append([tensor.tolist() for name, tensor in engine.state_dict()["model"].items() if name[0] == "0"])
+    assert torch.tensor(found[0]).sub(torch.tensor(found[1])).abs().max() <= 1e-6
+
+
+def test_gradients_are_copied_while_backward_runs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streamed_optimizer, "CHUNK_BYTES", 64 * MIB)
+    monkeypatch.setattr(host_adder, "STAGING_BYTES", 192 * MIB)
+    engine = decoder_stack("gradients", microbatch=8192)
+    batch = torch.randn(16384, 2048)
+    engine.step(batch)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        engine.step(batch)
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for event in profile.events():
+        is_copy = "DtoH" in event.name
+        if (is_copy or "gemm" in event.name.lower()) and event.time_range.elapsed_us() > 50:
+            spans[is_copy].append((event.time_range.start, event.time_range.end))
+    last = max(end for _, end in spans[False])  # of the products; later copies are those of the update
+    copies = [(start, end) for start, end in spans[True] if end < last]
+    assert len(copies) >= 90  # 96 gradients of 8 MiB
+    beside = sum(max(0.0, min(end, stop) - max(start, begin)) for start, end in copies for begin, stop in spans[False])
+    assert beside > 0.5 * sum(end - start for start, end in copies)

@@ -187,7 +187,9 @@ class OptimizerUpdate:
             MemoryLimitError: Memory ran out within the step of an optimizer.
             TornUpdateError: The update failed after it had begun.
         """
-        keep = () if self.offload is None else self.offload.weights.narrowed
+        keep: Container[Tensor] | None = None
+        if self.offload is not None:
+            keep = self.offload.weights.narrowed if self.offload.sums is None else self.offload.sums.float32
         outcome = self.finish(
             sums, loss_totals, loss_scale=loss_scale, sync=sync, extra_scalars=extra_scalars, keep=keep
         )
@@ -218,20 +220,18 @@ class OptimizerUpdate:
         loss_scale: Tensor | None = None,
         sync: "GradientSync | None" = None,
         extra_scalars: Sequence[Tensor] = (),
-        keep: Container[Tensor] = (),
+        keep: Container[Tensor] | None = None,
     ) -> UpdateOutcome:
         """Divide, check and clip the sums of a window, and leave the result in ``.grad``; arguments as for `apply`.
 
-        The sums of parameters to ``keep`` stay in the store of ``sums``, not rounded to the dtype of ``.grad``.
+        The sums of parameters to ``keep``, by default of none, stay in the store of ``sums``, not rounded to the dtype
+        of ``.grad``.
         """
-        if self.offload is not None and self.offload.weights.narrowed and not keep:
-            raise WindowStateError(
-                'offload="master" keeps weights in bfloat16 on the device, and a gradient in .grad would be rounded to '
-                'it: call step(), or pass offload="optimizer".'
-            )
+        if self.offload is not None and keep is None:
+            self.offload.check_grad()
         gradients = sums.tensors()
         if loss_scale is None or not gradients:
-            return self._finish(sums, gradients, loss_totals, sync, extra_scalars, keep=keep)
+            return self._finish(sums, gradients, loss_totals, sync, extra_scalars, keep=keep or ())
         divisor = loss_totals.divisor()  # waits for the device if items are counted there
         if not divisor:  # the scaler stays as it is
             return UpdateOutcome(math.nan, skipped=NO_ITEMS)
@@ -264,7 +264,8 @@ class OptimizerUpdate:
     ) -> UpdateOutcome:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
         divide_factor = 1.0 if sync is None else sync.gradient_divide_factor
-        norm_of_sums = norm_of(gradients)
+        on_host = None if self.offload is None else self.offload.sums
+        norm_of_sums = norm_of(gradients if on_host is None else on_host.norm_parts(gradients))
         divisor = loss_totals.divisor() if divisor is None else divisor  # waits for the device if counts are there
         divisor /= divide_factor
         if not divisor:
@@ -279,12 +280,17 @@ class OptimizerUpdate:
         grad_norm = norm / divisor
         if not math.isfinite(grad_norm):  # the norm of the undivided sums may have overflowed
             _scale(gradients, 1 / divisor)
-            grad_norm, divisor = norm_of(gradients).item(), 1.0
+            norm_of_sums = norm_of(gradients if on_host is None else on_host.norm_parts(gradients))
+            grad_norm, divisor = norm_of_sums.item(), 1.0
             if not math.isfinite(grad_norm):
                 return self._skip_or_raise(grad_norm, "non-finite gradient")
             if not loss_totals.is_finite():
                 return self._skip_or_raise(grad_norm, "non-finite loss")
-        _scale(gradients, self._clip_coefficient(grad_norm) / divisor)
+        factor = self._clip_coefficient(grad_norm) / divisor
+        if on_host is None:
+            _scale(gradients, factor)
+        else:
+            on_host.scale(factor)
         gradients.clear()  # float32 sums are then freed one by one as they are written to .grad
         sums.write_to_grad(keep)
         if self.gradient_hook is not None:

@@ -62,11 +62,8 @@ class PendingUpdate:
         observer: NoiseObserver | None = None,
         should_stop: Callable[[], bool] = never,
     ) -> None:
-        self._update = update
-        self._num_steps_before = update.num_steps
-        self._sync = sync
-        self._content = content
-        self._should_stop = should_stop
+        self._update, self._num_steps_before = update, update.num_steps
+        self._sync, self._content, self._should_stop = sync, content, should_stop
         self._started_s = time.perf_counter()
         self._num_syncs, self._is_abandoned, self._has_voted = 0, False, sync.size == 1
         self._all_count = self._all_have_run = not sync.runs_in_lockstep  # else there may be padding
@@ -78,7 +75,10 @@ class PendingUpdate:
         self._prescales, self._may_add_constants = is_float16, False
         self.loss_totals = LossTotals(content.totals, prescale=is_float16)
         self.sums = GradientSums(
-            parameters, static_buffers=static_buffers, parameters_are_wrapped=sync.parameters_are_wrapped
+            parameters,
+            static_buffers=static_buffers,
+            parameters_are_wrapped=sync.parameters_are_wrapped,
+            store=None if update.offload is None else update.offload.sums,
         )
         self.sums.open()
         update.steps.guard(self.holds_gradients)

@@ -143,7 +143,11 @@ class _Search:
     def _build_predictor(self) -> PeakPredictor:
         problem = self._problem
         predictor = PeakPredictor.from_training(
-            problem.model, problem.optimizer, problem.loss_fn, copies_bytes=problem.copies_bytes
+            problem.model,
+            problem.optimizer,
+            problem.loss_fn,
+            copies_bytes=problem.copies_bytes,
+            keeps_sums=problem.keeps_sums,
         )
         existing = AllocationTracker(predictor.device)
         existing.track(state_of(problem.optimizer), MemoryCategory.OPTIMIZER)
@@ -266,6 +270,7 @@ class _Search:
                 resident=resident,
                 timed=timed,
                 uses_cuda_graphs=problem.uses_cuda_graphs,
+                keeps_sums=problem.keeps_sums,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -34,6 +34,7 @@ from bigbatch.autotune.fake_tensors import (
 from bigbatch.batching.batch_types import flatten
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
+from bigbatch.gradients.sum_store import PassingSums, SumStore
 from bigbatch.memory.allocation_tracker import CUDA_UNIT, AllocationTracker, MemoryCategory, tensors_in
 from bigbatch.preserve import module_state_preserved
 from bigbatch.trials.loss_modules import modules_used_by
@@ -88,6 +89,7 @@ class PeakPredictor:
         original: The model that ``model`` is a copy of: its attributes are restored, should ``loss_fn`` run it.
         copies_bytes: Memory of the copies of weights that windows hold in addition.
         integer_sums: Whether gradients are summed in int64, as with ``reproducible=True``.
+        keeps_sums: Whether gradient sums are on the device.
 
     Attributes:
         device: Device that the prediction is for.
@@ -105,8 +107,9 @@ class PeakPredictor:
         original: nn.Module | None = None,
         copies_bytes: int = 0,
         integer_sums: bool = False,
+        keeps_sums: bool = True,
     ) -> None:
-        self._has_integer_sums = integer_sums
+        self._has_integer_sums, self._make_store = integer_sums, SumStore if keeps_sums else PassingSums
         self._mode = mode
         self._model = model
         self._optimizers = as_optimizers(optimizer)
@@ -132,6 +135,7 @@ class PeakPredictor:
         device: torch.device | None = None,
         copies_bytes: int = 0,
         integer_sums: bool = False,
+        keeps_sums: bool = True,
     ) -> "PeakPredictor":
         """Build a predictor from fake copies of a model and its optimizer; the originals are not modified.
 
@@ -142,6 +146,7 @@ class PeakPredictor:
             device: Device that the step will run on, available or not; by default that of the parameters.
             copies_bytes: As for the class.
             integer_sums: As for the class.
+            keeps_sums: As for the class.
 
         Raises:
             PredictionError: The model or the optimizer cannot be copied, or its state cannot be created without data.
@@ -156,6 +161,7 @@ class PeakPredictor:
             original=model,
             copies_bytes=copies_bytes,
             integer_sums=integer_sums,
+            keeps_sums=keeps_sums,
         )
 
     def predict(self, microbatch: Any) -> Prediction:
@@ -169,7 +175,7 @@ class PeakPredictor:
         Raises:
             PredictionError: The step depends on the data.
         """
-        with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
+        with self._running_without_data() as tracker, self._sums() as sums:
             self._track(tracker, sums)
             wider = self._wider_part_of_sums()
             resident_bytes = tracker.live_bytes.total()
@@ -185,6 +191,9 @@ class PeakPredictor:
         forward_backward_bytes = max(peaks["forward"], peaks["backward"]) - engine_bytes
         return Prediction(peaks[phase], phase, parts, peaks, forward_backward_bytes, resident_bytes + libraries)
 
+    def _sums(self) -> GradientSums:
+        return GradientSums(self._parameters, store=self._make_store())
+
     @property
     def largest_state_bytes(self) -> int:
         """Bytes of the optimizer state of the parameter with most of it."""
@@ -193,7 +202,7 @@ class PeakPredictor:
 
     def predict_update(self) -> int:
         """Predict the peak of the update alone in bytes, which does not depend on the micro-batch."""
-        with self._running_without_data() as tracker, GradientSums(self._parameters) as sums:
+        with self._running_without_data() as tracker, self._sums() as sums:
             self._track(tracker, sums)
             return self._update(tracker, sums).peak_bytes + self._libraries_bytes
 
@@ -267,7 +276,7 @@ class PeakPredictor:
 
     def _create_state(self) -> None:
         """Create the optimizer state by a step with zero gradients."""
-        with GradientSums(self._parameters) as sums:
+        with self._sums() as sums:
             sums.fill_missing_with_zeros()
             sums.write_to_grad()
             for optimizer in self._optimizers:

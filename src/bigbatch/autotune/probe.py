@@ -18,6 +18,7 @@ from bigbatch.batching.batch_types import flatten
 from bigbatch.execution.cuda_graphs import capture
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
+from bigbatch.gradients.sum_store import PassingSums, SumStore
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import is_out_of_memory
 from bigbatch.preserve import preserved
@@ -56,6 +57,7 @@ def probe(
     resident: Iterable[Tensor] | None = None,
     timed: bool = True,
     uses_cuda_graphs: bool = False,
+    keeps_sums: bool = True,
 ) -> Probe:
     """Run forward and backward of one micro-batch several times, as in a window, and discard the gradients.
 
@@ -71,6 +73,7 @@ def probe(
         resident: Tensors that are already allocated and count towards the peak; None to skip measuring the peak.
         timed: Whether to measure the time.
         uses_cuda_graphs: Whether to time the replay of a captured CUDA graph, if forward and backward can be captured.
+        keeps_sums: Whether gradients are added up on the device, as they are without ``offload="gradients"``.
 
     Raises:
         PredictionError: ``loss_fn`` has cached a fake tensor of the prediction.
@@ -80,7 +83,7 @@ def probe(
     with (
         preserved(model, *modules_used_by(loss_fn), parameters=False) as state,
         ParameterWrites.restored(tensor for tensor in state.tensors if isinstance(tensor, nn.Parameter)) as writes,
-        GradientSums(parameters) as sums,
+        GradientSums(parameters, store=SumStore() if keeps_sums else PassingSums()) as sums,
     ):
 
         def run(take: Callable[[], Any] = take) -> None:

@@ -42,6 +42,7 @@ class TuningProblem:
         uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs, see `bigbatch.execution.cuda_graphs`.
         prediction_obstacle: Why the step cannot run on fake tensors, if known in advance.
         copies_bytes: Copies of weights that windows hold in addition, which are not allocated yet.
+        keeps_sums: Whether gradient sums are on the device; else ``copies_bytes`` includes gradients on their way.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class TuningProblem:
     uses_cuda_graphs: bool = False
     prediction_obstacle: str | None = None
     copies_bytes: int = 0
+    keeps_sums: bool = True
 
     @property
     def num_samples(self) -> int:
@@ -73,7 +75,7 @@ class TuningProblem:
         """Return the memory that does not depend on the micro-batch: `resident_tensors` and the gradient sums."""
         tensors = {id(tensor): tensor for tensor in self.resident_tensors()}
         resident_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return resident_bytes + SumStore.bytes_of(self.parameters)
+        return resident_bytes + (SumStore.bytes_of(self.parameters) if self.keeps_sums else 0)
 
     def peek(self, rows: Sequence[int]) -> Any:
         """Return a micro-batch on the device of the batch, which may have more memory than that of the model."""

@@ -108,7 +108,7 @@ class Replicated(MultiRankSync):
         for tensors in _buckets(sums.tensors()):
             if len(in_flight) == BUCKETS_IN_FLIGHT:
                 in_flight.pop(0).finish()
-            in_flight.append(_Bucket(tensors, self.group))
+            in_flight.append(_Bucket(tensors, self.group, self._message_device))
         for bucket in in_flight:
             bucket.finish()
         sums.mark_unmodified()
@@ -162,19 +162,28 @@ class _DeferredReduction:
 
 
 class _Bucket:
-    """Gradients that are being all-reduced together."""
+    """Gradients that are being all-reduced together.
 
-    def __init__(self, tensors: list[Tensor], group: Any) -> None:
+    Args:
+        tensors: On one device. Those in host memory are reduced on the device of messages.
+        group: The ranks.
+        message_device: On which the backend of the group exchanges messages.
+    """
+
+    def __init__(self, tensors: list[Tensor], group: Any, message_device: torch.device) -> None:
         self._tensors = tensors
         alone = len(tensors) == 1 and tensors[0].is_contiguous()
         self._flat = tensors[0] if alone else torch.cat([tensor.reshape(-1) for tensor in tensors])
+        if self._flat.device.type == "cpu":
+            self._flat = self._flat.to(message_device)
         self._work = dist.all_reduce(self._flat, group=group, async_op=True)
 
     def finish(self) -> None:
         """Wait for the all-reduce, on the device if the backend can, and copy the sums back."""
         self._work.wait()
         if self._flat is not self._tensors[0]:
-            parts = torch.split(self._flat, [tensor.numel() for tensor in self._tensors])
+            flat = self._flat.reshape(-1).to(self._tensors[0].device)
+            parts = torch.split(flat, [tensor.numel() for tensor in self._tensors])
             torch._foreach_copy_(self._tensors, [p.view_as(t) for p, t in zip(parts, self._tensors, strict=True)])
 
 

@@ -127,6 +127,12 @@ def check_ranks(accumulator: Accumulator, microbatch: object, batch_norm: object
     check_host(accumulator)
     if sync.runs_in_lockstep:
         _check_lockstep(sync, microbatch, batch_norm, cuda_graphs)
+    offload = accumulator.update.offload
+    if cuda_graphs and offload is not None and offload.sums is not None:
+        raise InputError(
+            'cuda_graphs=True is not supported with offload="gradients", where the host adds the gradients of each '
+            'micro-batch: leave it out, or pass offload="master".'
+        )
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")
     if batch_norm is not None and sync.size > 1 and _is_float16(accumulator):

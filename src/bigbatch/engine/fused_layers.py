@@ -43,6 +43,8 @@ def _obstacle(fuse_gradients: FuseGradients, accumulator: Accumulator, *, is_add
         return "reproducible=True sums the gradients of quanta as integers"
     if accumulator.sync.is_sharded:
         return "the weights of a sharded model are gathered for each layer, and their gradients reduced after it"
+    if accumulator.update.offload is not None and accumulator.update.offload.sums is not None:
+        return 'offload="gradients" sums gradients in host memory'
     if fuse_gradients == "auto" and accumulator.device.type != "cuda":
         return f"the model is on {accumulator.device}, and it pays on CUDA only"
     return None

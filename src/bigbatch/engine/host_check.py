@@ -10,12 +10,13 @@ from torch import nn
 
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
+from bigbatch.gradients.sum_store import SumStore
 from bigbatch.offload.costs import pinned_bytes
 from bigbatch.offload.host_memory import available_host_bytes, check_host_memory
 
 
 def check_host(accumulator: Accumulator) -> None:
-    """Check that the host has memory for the state and the float32 weights that a level of offload moves there.
+    """Check that the host has memory for the state, weights and gradient sums that a level of offload moves there.
 
     The state is predicted from a step on tensors without data. What is in host memory already counts as available.
     Processes that torchrun started on this machine share its memory.
@@ -30,12 +31,12 @@ def check_host(accumulator: Accumulator) -> None:
     if offload is None:
         return
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _has_ranks() else 1
-    level = "master" if offload.weights.names else "optimizer"
     with suppress(PredictionError):  # then the allocation itself fails, with a sentence
         masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
-        needed = pinned_bytes(_state_bytes(accumulator) + masters) - offload.host_bytes
+        sums = 0 if offload.sums is None else SumStore.bytes_of(accumulator.update.parameters())
+        needed = pinned_bytes(_state_bytes(accumulator) + masters + sums + offload.window_bytes) - offload.host_bytes
         check_host_memory(
-            needed, available_host_bytes(num_processes=num_processes), level=level, num_processes=num_processes
+            needed, available_host_bytes(num_processes=num_processes), level=offload.level, num_processes=num_processes
         )
 
 

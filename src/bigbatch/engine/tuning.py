@@ -11,6 +11,7 @@ from bigbatch.coupled.stand_in import stand_in
 from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.engine.batch_windows import BatchSplitter
 from bigbatch.engine.checks import check_lengths
+from bigbatch.engine.weight_probe import probe_weights
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner import MicrobatchRunner
 from bigbatch.gradients.fused_gradients import FusedGradients
@@ -65,7 +66,7 @@ def choose_microbatch(
         fit = True  # without copies, also for modules whose parameters have no shape yet
         if copies:
             fit = copies_fit(copies, usable_bytes=budget.usable_bytes, static_bytes=problem.static_bytes())
-        problem = replace(problem, copies_bytes=copies if fit else 0)
+        problem = replace(problem, copies_bytes=problem.copies_bytes + (copies if fit else 0))
         return {"choice": asdict(choose(problem, budget)), "copies_fit": fit}
 
     found = run_on_first_rank(accumulator.sync.ranks, measure)
@@ -95,6 +96,7 @@ def _problem(
     if lengths is not None:
         check_lengths(lengths, samples.num_samples)
     accumulator.prepare()
+    probe_weights(accumulator, loss_fn, samples)
     runner.release()
     offload = accumulator.update.offload
     return TuningProblem(
@@ -107,4 +109,6 @@ def _problem(
         layout=layout,
         uses_cuda_graphs=isinstance(runner, CudaGraphRunner),
         prediction_obstacle=prediction_obstacle(module),
+        copies_bytes=0 if offload is None else offload.window_bytes,
+        keeps_sums=offload is None or offload.sums is None,
     )

@@ -22,12 +22,15 @@ def probe_weights(accumulator: Accumulator, loss_fn: LossFunction, parts: Split)
     Model and random states are as before. No-op without narrow weights, without a sample, and after the first time.
 
     Raises:
-        InputError: The loss is a `Coupled`, or does not run with weights in bfloat16.
+        InputError: The loss is a `Coupled`, or does not run with weights in bfloat16, at level ``"master"``.
     """
     offload = accumulator.update.offload
     if offload is None or not offload.wants_probe or not parts.groups:
         return
     if isinstance(loss_fn, Coupled):
+        if offload.keep_all_wide():
+            offload.prepare(init_optimizer_state)
+            return
         raise InputError(
             'offload="master" looks at the graph of the loss, and that of a Coupled has two parts: pass '
             'offload="optimizer".'

@@ -59,7 +59,7 @@ class FixedPointSums(GradientSums):
         known = set(self._hooked)
         super()._hook_trained()
         wide = [p for p in self._trained if id(p) not in known and p.dtype not in HALF_PRECISION_DTYPES]
-        self._handles += [on_accumulated(p, WindowHook(self._move_to_float32, p)) for p in wide]
+        self._handles += [on_accumulated(p, WindowHook(self._move_to_store, p)) for p in wide]
 
     def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Add ∂loss/∂parameters to the sums, as `GradientSums.backward`."""
@@ -73,10 +73,10 @@ class FixedPointSums(GradientSums):
             if only is not None:
                 self._complete = frozenset()
 
-    def _move_to_float32(self, parameter: Tensor) -> None:
+    def _move_to_store(self, parameter: Tensor) -> None:
         gradient = parameter.grad
         if self._is_paused or not self._adding or gradient is None:
-            super()._move_to_float32(parameter)  # refused, or ignored
+            super()._move_to_store(parameter)  # refused, or ignored
             return
         if gradient.is_sparse:
             raise TypeError(

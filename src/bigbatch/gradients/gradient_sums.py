@@ -1,9 +1,8 @@
 """Gradient sums of a window: where they are stored and in which dtype.
 
 Parameters in float32 or wider are summed in ``.grad``. Parameters in bfloat16 or float16 get a float32 sum each: adding
-many small bfloat16 gradients to a large sum loses 1.1 % of it at 128 micro-batches and half of it at a thousand that
-agree. A hook moves every micro-batch gradient into its sum as soon as autograd has computed it, so that at most one
-gradient exists in the narrow dtype.
+many small bfloat16 gradients to a large sum loses half of it at a thousand micro-batches that agree. A hook moves every
+micro-batch gradient into its sum as soon as autograd has computed it: at most one exists in the narrow dtype.
 
 Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse gradients, the order of the checks.
 """
@@ -39,14 +38,13 @@ class GradientSums:
                 sums.backward(loss)             # sums += ∂loss/∂parameters, and nothing else gets a gradient
             sums.tensors()                      # one for each parameter that received a gradient, undivided
 
-    Entering clears ``.grad``, so that no earlier gradient leaks in.
-
     Args:
         parameters: Leaf tensors of any floating dtype, on any devices. Those that do not require a gradient are left
             alone for as long as they do not.
         static_buffers: Sums of an earlier window by parameter: set to zero, and used again in place, so that captured
             CUDA graphs may add to them. Only of parameters that are summed in ``.grad``.
         parameters_are_wrapped: Whether graphs end in other tensors than these, as under FSDP.
+        store: Where sums are; by default on the device. Layers that add by themselves use it.
     """
 
     def __init__(
@@ -55,18 +53,17 @@ class GradientSums:
         *,
         static_buffers: Mapping[Tensor, Tensor] | None = None,
         parameters_are_wrapped: bool = False,
+        store: SumStore | None = None,
     ) -> None:
         self.parameters = tuple(parameters)
         self._static_buffers = static_buffers or {}
-        self.store = SumStore()  # layers that add by themselves use it
+        self.store = SumStore() if store is None else store
         self._handles: list[RemovableHandle] = []
         self._unhook: Callable[[], object] = lambda: None
         self._observer: BackwardObserver | None = None
         self._fused: FusedGradients | None = None
         self._hides_leaves: bool | None = True if parameters_are_wrapped else None  # None until the first backward
-        self._adding = False
-        self._is_paused = False
-        self._has_begun = False
+        self._adding = self._is_paused = self._has_begun = False
         self._trained: tuple[Tensor, ...] = ()  # parameters that required a gradient in the last backward
         self._frozen: tuple[Tensor, ...] = ()  # all others
         self._hooked: set[int] = set()  # their ids
@@ -83,7 +80,7 @@ class GradientSums:
             torch._foreach_zero_(list(self._static_buffers.values()))
             for parameter, total in self._static_buffers.items():
                 parameter.grad = total
-            self._writes.record(self.store.float32)
+            self.mark_unmodified()
         self._unhook = finalize(self, _remove, self._handles)  # also of a window that is dropped without an end
 
     def __exit__(
@@ -125,7 +122,7 @@ class GradientSums:
         finally:
             self._is_paused = False
 
-    def _move_to_float32(self, parameter: Tensor) -> None:
+    def _move_to_store(self, parameter: Tensor) -> None:
         if self._is_paused:
             return
         gradient = parameter.grad
@@ -140,7 +137,7 @@ class GradientSums:
                 "another window over the same parameters is open and took this one's gradient. End one of the two, by "
                 "its step() or its abort(), before the other begins."
             )
-        self.store.add_narrow(parameter, gradient)
+        self.store.add(parameter, gradient)
 
     def backward(self, loss: Tensor, *, only: Sequence[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Add ∂loss/∂parameters to the sums; no other leaf of the graph receives a gradient.
@@ -151,9 +148,8 @@ class GradientSums:
                 that ran out of memory.
             retain_graph: Whether the graph can be differentiated again.
 
-        If the first graph contains reentrant checkpoints, or a loss is a leaf whose hook runs a backward of its own,
-        all leaves receive their gradients from then on, as in ``loss.backward()``. That graph is walked, unless it is
-        known that those of the window before showed all leaves.
+        If the first graph contains reentrant checkpoints, or a loss is a leaf whose hook runs a backward, all leaves
+        receive their gradients from then on. That graph is walked, unless those of the window before showed all leaves.
 
         Raises:
             ValueError: The loss does not depend on any parameter that requires a gradient.
@@ -226,8 +222,8 @@ class GradientSums:
         self._handles += self._writes.guard_hooks(new)
         if self._observer is not None:
             self._handles += [on_gradient(p, WindowHook(self._pass_to_observer)) for p in new]
-        half = [p for p in new if p.dtype in HALF_PRECISION_DTYPES]
-        self._handles += [on_accumulated(p, WindowHook(self._move_to_float32, p)) for p in half]
+        moved = new if self.store.moves_all else [p for p in new if p.dtype in HALF_PRECISION_DTYPES]
+        self._handles += [on_accumulated(p, WindowHook(self._move_to_store, p)) for p in moved]
 
     def check_parameters(self, parameters: Sequence[Tensor]) -> None:
         """Raise a WindowStateError if the parameters of the optimizer are not those of these sums any more."""
@@ -249,7 +245,7 @@ class GradientSums:
     @property
     def can_name_leaves(self) -> bool:
         """Whether ``only`` is supported: reentrant checkpoints, hooks with a backward and FSDP hide their leaves."""
-        return not self._hides_leaves and not (self._fused is not None and self._fused.sums.is_partial)
+        return not self._hides_leaves and (self._fused is None or not self._fused.sums.is_partial)
 
     def snapshot_versions(self) -> SumVersions:
         """Return every sum with its version after the last backward, for `unchanged_since`."""
@@ -262,7 +258,7 @@ class GradientSums:
         """
         unchanged = []
         for parameter, before, version in zip(self.parameters, *versions, strict=True):
-            if parameter.dtype in HALF_PRECISION_DTYPES:
+            if self.store.moves_all or parameter.dtype in HALF_PRECISION_DTYPES:
                 parameter.grad = None  # written by autograd, but the hook had no memory to move it
             total = self.store.get(parameter)
             same = total is before and (total is None or total._version == version)
@@ -276,6 +272,8 @@ class GradientSums:
 
         Of a sparse gradient, the values of its coalesced form. In-place operations change the sums.
         """
+        if self.store.moves_all:
+            self.store.settle()
         self._writes.check_end()
         if self._fused is not None:
             self._fused.copies.check()
@@ -339,6 +337,8 @@ class GradientSums:
         """Drop all sums and gradients."""
         if self._fused is not None:
             self._fused.copies.mark_stale()
+        if self.store.moves_all:
+            self.store.settle(discards=True)
         self.store.float32.clear()
         self._writes.reset()
         for parameter in self.parameters:

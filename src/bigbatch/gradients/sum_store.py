@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ class SumStore:
 
     Attributes:
         float32: Those of parameters in bfloat16 or float16, undivided. All others are in ``.grad``.
+        moves_all: Whether ``float32`` has those of all parameters.
     """
+
+    moves_all: ClassVar[bool] = False
 
     float32: dict[Tensor, Tensor] = field(default_factory=dict)
 
@@ -45,13 +49,16 @@ class SumStore:
         """Store zeros as the sum of a parameter."""
         self.set(parameter, torch.zeros_like(parameter, dtype=self.dtype_of(parameter)))
 
-    def add_narrow(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Add the gradient of a parameter in bfloat16 or float16, and clear its ``.grad``."""
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add the gradient of a parameter whose sum is in ``float32``, and clear its ``.grad``."""
         if (total := self.float32.get(parameter)) is None:
             self.float32[parameter] = gradient.to(torch.float32)
         else:
             total.add_(gradient)
         parameter.grad = None
+
+    def settle(self, *, discards: bool = False) -> None:
+        """Wait until all gradients are added, or until the sums can be discarded; called only if ``moves_all``."""
 
     def named(self, parameters: Sequence[Tensor], names: dict[Tensor, str]) -> dict[str, Tensor]:
         """Return the sums by the names of the parameters, zeros for those that received no gradient."""
@@ -70,3 +77,21 @@ class SumStore:
         """
         for parameter in [each for each in self.float32 if each not in keep]:
             parameter.grad = self.float32.pop(parameter).to(parameter.dtype)
+
+
+class PassingSums(SumStore):
+    """Keeps an empty tensor in the place of each sum: measures a micro-batch whose sums are in other memory."""
+
+    moves_all = True
+
+    def set_zeros(self, parameter: Tensor) -> None:
+        """Store an empty tensor."""
+        self.float32[parameter] = parameter.new_empty(0, dtype=self.dtype_of(parameter), requires_grad=False)
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Drop the gradient of a parameter, and note that there is one."""
+        if parameter in self.float32:
+            self.float32[parameter].zero_()  # a new version
+        else:
+            self.set_zeros(parameter)
+        parameter.grad = None

@@ -28,25 +28,25 @@ class Arena:
 
     def __init__(self, transfers: Transfers, chunks: Sequence[StateChunk], slot_bytes: int) -> None:
         self._limit = slot_bytes
-        self._slot_bytes = max((chunk.num_bytes for chunk in chunks if self.is_small(chunk)), default=0)
-        self._memory = transfers.device_memory(arena_bytes([chunk.num_bytes for chunk in chunks], slot_bytes))
+        self._slot_bytes = max((chunk.host_bytes for chunk in chunks if self.is_small(chunk)), default=0)
+        self._memory = transfers.device_memory(arena_bytes([chunk.host_bytes for chunk in chunks], slot_bytes))
         self._turn = 0
         self._slot_of: dict[int, int] = {}
         self._leaving: list[list[Any]] = [[] for _ in range(NUM_SLOTS)]
 
     def is_small(self, chunk: StateChunk) -> bool:
         """Return whether a chunk fits in a slot, so that it can arrive while another is computed on."""
-        return chunk.num_bytes <= self._limit
+        return chunk.host_bytes <= self._limit
 
     def place(self, chunk: StateChunk) -> tuple[Tensor, list[Any]]:
         """Return memory for a chunk, uint8, and the copies that have to end before it is written to."""
         if not self.is_small(chunk):
-            return self._memory[: chunk.num_bytes], [copy for slot in self._leaving for copy in slot]
+            return self._memory[: chunk.host_bytes], [copy for slot in self._leaving for copy in slot]
         slot = self._turn
         self._turn = (slot + 1) % NUM_SLOTS
         self._slot_of[id(chunk)] = slot
         start = slot * self._slot_bytes
-        return self._memory[start : start + chunk.num_bytes], self._leaving[slot]
+        return self._memory[start : start + chunk.host_bytes], self._leaving[slot]
 
     def release(self, chunk: StateChunk, copy: Any) -> None:
         """Let later chunks use the memory of a chunk after a copy from it."""

@@ -7,3 +7,6 @@ NUM_SLOTS = 3  # chunks on the device at a time: one arrives, one is computed on
 
 SLOT_FACTOR = 2
 """Largest slot / nominal size of a chunk, which master weights can make larger; a chunk above it has no slot."""
+
+STAGING_BYTES = NUM_SLOTS * CHUNK_BYTES
+"""Host memory that gradients pass through on their way to sums there; as many of them are on the device meanwhile."""

@@ -9,16 +9,15 @@ Everything is for one card. Integers are bytes, floats seconds. No torch, and no
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from bigbatch.offload.cards import Card
-from bigbatch.offload.chunk_sizes import CHUNK_BYTES, NUM_SLOTS, SLOT_FACTOR
+from bigbatch.offload.chunk_sizes import CHUNK_BYTES, NUM_SLOTS, SLOT_FACTOR, STAGING_BYTES
+from bigbatch.offload.levels import LEVELS as LEVELS
+from bigbatch.offload.levels import Offload
+from bigbatch.offload.levels import reaches as reaches
 
-Level: TypeAlias = Literal["none", "optimizer", "master", "gradients"]
-"""What lives in host memory, each including those before it: nothing; the optimizer state; the float32 values of
-weights that micro-batches use in 16 bits; the gradient sums."""
-
-LEVELS: tuple[Level, ...] = ("none", "optimizer", "master", "gradients")
+Level: TypeAlias = Offload
 
 FLOAT32 = 4
 PAGE_BYTES = 4096
@@ -29,8 +28,12 @@ that 6, the addition to the sum 12. An H200 took 7.6 ms for 1.2 billion weights,
 CAST_MOVES = 6
 SUM_MOVES = 18  # the cast of a gradient and its addition, which the host does at "gradients"
 
-HOST_ADDS_PER_S = 1.85e9
-"""Gradients in bfloat16 that the host adds to float32 sums: torch's ``add_`` with 16 threads, next to an H200."""
+HOST_ADDS_PER_S = 7.5e9
+"""Gradients in bfloat16 that the host adds to float32 sums. Assumed: 0.75 of the 10.1e9 in float32 that ``add_`` of
+torch added with 16 threads next to an H200, the ratio of the two in `bigbatch.offload.host_adder` on an EPYC."""
+
+HOST_NORMS_PER_S = 10e9
+"""Sums whose squares the host adds up for the norm of an update. Assumed: as many as it adds in float32."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ class Placement:
         host_bytes: In host memory, pinned.
         step_bytes: On the card in addition while the update runs.
         window_bytes: On the card in addition while micro-batches run, without activations.
+        start_bytes: On the card before the first window: all weights in float32, and the first state that moves away.
     """
 
     card_bytes: int
     host_bytes: int
     step_bytes: int
     window_bytes: int
+    start_bytes: int
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,6 @@ class LinkBytes:
     to_host_per_microbatch: int = 0
 
 
-def reaches(level: Level, part: Level) -> bool:
-    """Return whether a level includes another one."""
-    return LEVELS.index(level) >= LEVELS.index(part)
-
-
 def placement(state: ModelState, level: Level) -> Placement:
     """Return the bytes that a level needs.
 
@@ -115,7 +115,7 @@ def placement(state: ModelState, level: Level) -> Placement:
     """
     if level == "none":
         held = state.weight_bytes + state.frozen_bytes + state.sum_bytes + state.state_bytes
-        return Placement(held, 0, state.step_bytes, 0)
+        return Placement(held, 0, state.step_bytes, 0, held)
     card_bytes = state.weight_bytes + state.frozen_bytes + state.sum_bytes
     host_bytes, window_bytes = state.state_bytes, 0
     if reaches(level, "master"):
@@ -124,10 +124,14 @@ def placement(state: ModelState, level: Level) -> Placement:
     if reaches(level, "gradients"):
         card_bytes -= state.sum_bytes
         host_bytes += state.sum_bytes
-        window_bytes = NUM_SLOTS * 2 * state.largest  # gradients in 16 bits that wait for their copy
+        is_narrow = state.largest <= state.narrowed
+        window_bytes = STAGING_BYTES + (2 if is_narrow else FLOAT32) * state.largest  # gradients that are copied
     largest = _largest_chunk_bytes(state, level, host_bytes)
     arena = max(NUM_SLOTS * min(largest, SLOT_FACTOR * CHUNK_BYTES), largest)
-    return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes)
+    if reaches(level, "gradients"):
+        host_bytes += STAGING_BYTES
+    start_bytes = state.weight_bytes + state.frozen_bytes + _largest_chunk_bytes(state, "optimizer", state.state_bytes)
+    return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes, start_bytes)
 
 
 def _largest_chunk_bytes(state: ModelState, level: Level, host_bytes: int) -> int:
@@ -249,6 +253,8 @@ def update_time(
 
     # The update reads weights, state and sums, writes the first two, and reads the sums once more for their norm.
     kernels_s = (2 * state.weight_bytes + 2 * state.state_bytes + 2 * state.sum_bytes) / card.memory_rate
+    norm_s = state.num_trained / HOST_NORMS_PER_S if reaches(level, "gradients") else 0.0
     ends = min(CHUNK_BYTES, link.to_card) + min(CHUNK_BYTES, link.to_host)  # the first in and the last out
-    update_s = max(kernels_s, link.to_card / card.link_rate, link.to_host / card.link_rate) + ends / card.link_rate
+    streamed_s = max(kernels_s, link.to_card / card.link_rate, link.to_host / card.link_rate)
+    update_s = streamed_s + ends / card.link_rate + norm_s
     return UpdateTime(compute_s, microbatches_s, update_s, link_s, fabric_s)

@@ -5,10 +5,16 @@ from typing import Literal, TypeAlias, get_args
 
 from bigbatch.errors import InputError
 
-Offload: TypeAlias = Literal["none", "optimizer", "master"]
-"""Nothing; the state of the optimizers; also the float32 values of weights that are bfloat16 on the device."""
+Offload: TypeAlias = Literal["none", "optimizer", "master", "gradients"]
+"""What lives in host memory, each including those before it: nothing; the state of the optimizers; the float32 values
+of weights that are bfloat16 on the device; the gradient sums."""
 
-LEVELS: tuple[str, ...] = get_args(Offload)
+LEVELS: tuple[Offload, ...] = get_args(Offload)
+
+
+def reaches(level: Offload, part: Offload) -> bool:
+    """Return whether a level includes another one."""
+    return LEVELS.index(level) >= LEVELS.index(part)
 
 
 def check_level(level: object) -> Offload:
@@ -19,22 +25,24 @@ def check_level(level: object) -> Offload:
     """
     if level not in LEVELS:
         raise InputError(f"offload is {level!r}: it must be one of {', '.join(map(repr, LEVELS))}.")
-    return level  # type: ignore[return-value]
+    return level
 
 
-def check_master(level: str, used: Mapping[str, bool]) -> None:
-    """Check that settings go together with float32 weights in host memory.
+def check_master(level: Offload, used: Mapping[str, bool]) -> None:
+    """Check that settings go together with float32 weights, and gradient sums, in host memory.
 
     Args:
-        level: Of offload; no-op for others than ``"master"``.
+        level: Of offload; no-op below ``"master"``.
         used: Whether other settings are used, by what to call them.
 
     Raises:
         InputError: They do not.
     """
+    why = "weights are bfloat16 on the device, and their float32 gradients and values meet within the step only"
+    if level == "gradients":
+        why = "the gradient sums are in host memory, and reach the device part by part within the step only"
     for name, is_used in used.items():
-        if is_used and level == "master":
+        if is_used and reaches(check_level(level), "master"):
             raise InputError(
-                f'offload="master" is not supported with {name}: weights are bfloat16 on the device, and their float32 '
-                'gradients and values meet within the step only. Pass offload="optimizer", or remove the other.'
+                f'offload="{level}" is not supported with {name}: {why}. Pass offload="optimizer", or remove the other.'
             )

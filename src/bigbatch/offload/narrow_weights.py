@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.errors import WindowStateError
+from bigbatch.offload.levels import Offload
 from bigbatch.offload.state_chunk import StateChunk
 
 
@@ -19,14 +20,15 @@ class NarrowWeights:
 
     Args:
         names: Those that may become so, with their names.
+        level: Of offload, for messages.
 
     Attributes:
         names: As passed; without those that `keep_wide` has removed.
         narrowed: Those that are bfloat16 now.
     """
 
-    def __init__(self, names: Mapping[Tensor, str]) -> None:
-        self.names = dict(names)
+    def __init__(self, names: Mapping[Tensor, str], level: Offload = "master") -> None:
+        self.names, self._level = dict(names), level
         self.narrowed: dict[Tensor, tuple[int, int]] = {}  # with what `_mark` returned after the last write of ours
         self._overwritten: dict[Tensor, Tensor] = {}  # whether the last step found other values, 0-d bool
         self._hidden: dict[Tensor, Tensor] = {}  # the narrow values while `wide` shows others
@@ -67,7 +69,8 @@ class NarrowWeights:
                 master = masters[parameter]
                 if _differs(parameter.data.to(master.device), master):
                     raise WindowStateError(
-                        f'the weight {self.names[parameter]} was written to by other code, and with offload="master" '
+                        f"the weight {self.names[parameter]} was written to by other code, and with "
+                        f'offload="{self._level}" '
                         "its value in float32 is in host memory, which the next update would write back: change "
                         "weights with engine.load_state_dict(), or before the engine is made."
                     )
@@ -77,8 +80,8 @@ class NarrowWeights:
             self._overwritten = {parameter: each for parameter, each in found.items() if each}
             raise WindowStateError(
                 f"the weight {self.names[next(iter(self._overwritten))]} was written to through .data by other code, "
-                'and with offload="master" the last update has continued from its value in float32 in host memory: '
-                "return to a checkpoint with engine.load_state_dict(), and change weights in no other way."
+                f'and with offload="{self._level}" the last update has continued from its value in float32 in host '
+                "memory: return to a checkpoint with engine.load_state_dict(), and change weights in no other way."
             )
 
     def check_narrow(self) -> None:
@@ -99,14 +102,20 @@ class NarrowWeights:
         return parameter.grad is not None or parameter in self._gradients
 
     @contextmanager
-    def stepping(self, masters: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Put master weights, on the device, and float32 gradients in place of narrow ones; then narrow the result."""
+    def stepping(self, masters: Mapping[Tensor, Tensor], gradients: Mapping[Tensor, Tensor] | None) -> Iterator[None]:
+        """Put master weights, on the device, and float32 gradients in place of narrow ones; then narrow the result.
+
+        Args:
+            masters: On the device.
+            gradients: On the device; None for those of `hand_over`.
+        """
+        gradients = self._gradients if gradients is None else gradients
         before = {parameter: parameter.data for parameter in masters}
         try:
             for parameter, master in masters.items():
                 self._overwritten[parameter] = _differs(parameter.data, master)
                 parameter.data = master
-                parameter.grad = self._gradients.get(parameter)
+                parameter.grad = gradients.get(parameter)
             yield
             for parameter, narrow in before.items():
                 if parameter.data_ptr() != masters[parameter].data_ptr():  # the optimizer has replaced it

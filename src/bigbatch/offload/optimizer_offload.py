@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.errors import InputError, first_line
-from bigbatch.offload.levels import Offload, check_level
+from bigbatch.errors import InputError, WindowStateError, first_line
+from bigbatch.offload.host_sums import HostSums
+from bigbatch.offload.levels import Offload, check_level, reaches
 from bigbatch.offload.narrow_weights import NarrowWeights, find_narrow_weights
 from bigbatch.offload.optimizer_trial import check_streamable
 from bigbatch.offload.streamed_optimizer import InitState, StreamedOptimizer
+from bigbatch.offload.transfers import make_transfers
 from bigbatch.offload.weight_probe import read_elsewhere, uncast_weights
 
 if TYPE_CHECKING:
@@ -25,38 +27,51 @@ class OptimizerOffload:
     Args:
         optimizers: Each over parameters on one device.
         narrow: Weights that become bfloat16 on the device, with their names.
+        level: Of offload.
 
     Attributes:
+        level: As passed.
         streamed: One for each optimizer, in order.
         weights: Those that are bfloat16 on the device.
+        sums: The gradient sums, if they are in host memory; else None.
 
     Raises:
         InputError: One cannot be stepped in parts, or parameters are on several devices or sharded.
     """
 
-    def __init__(self, optimizers: Sequence["Optimizer"], narrow: Mapping[Tensor, str]) -> None:
+    def __init__(self, optimizers: Sequence["Optimizer"], narrow: Mapping[Tensor, str], level: Offload) -> None:
         for optimizer in optimizers:
             check_streamable(optimizer)
-        self.weights = NarrowWeights(narrow)
-        self.streamed = [StreamedOptimizer(optimizer, weights=self.weights) for optimizer in optimizers]
+        self.level = level
+        self.weights = NarrowWeights(narrow, level)
+        transfers = make_transfers(optimizers[0].param_groups[0]["params"][0].device)
+        self.sums = HostSums(transfers) if reaches(level, "gradients") else None
+        self.streamed = [
+            StreamedOptimizer(optimizer, transfers, weights=self.weights, sums=self.sums) for optimizer in optimizers
+        ]
         self._is_probed = not narrow
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerOffload":
         """Copy it for copied optimizers, whose state then gets host memory of its own; not with narrow weights."""
         parts = [each.optimizer for each in self.streamed]
         if self.weights.names:
-            raise InputError('an update with offload="master" cannot be copied: its weights are in host memory.')
-        return OptimizerOffload(copy.deepcopy(parts, memo), {})
+            raise InputError(f'an update with offload="{self.level}" cannot be copied: its weights are in host memory.')
+        return OptimizerOffload(copy.deepcopy(parts, memo), {}, self.level)
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the state."""
-        return sum(each.host_bytes for each in self.streamed)
+        """Host memory of the state, and of gradient sums with the memory that gradients pass through."""
+        return sum(each.host_bytes for each in self.streamed) + (0 if self.sums is None else self.sums.host_bytes)
 
     @property
     def device_bytes(self) -> int:
         """Memory of the device that an update needs for the state that passes through."""
         return max((each.device_bytes for each in self.streamed), default=0)
+
+    @property
+    def window_bytes(self) -> int:
+        """Memory of the device that windows need for gradients whose copy has not ended."""
+        return 0 if self.sums is None else self.sums.adder.staging_bytes
 
     def prepare(self, init_state: InitState) -> None:
         """Move all state to host memory, and create what is missing; arguments and errors are those of each.
@@ -69,6 +84,25 @@ class OptimizerOffload:
         self.check_unwritten()
         for each in self.streamed:
             each.prepare(init_state)
+        if self.sums is not None:
+            self.sums.prepare([chunk for each in self.streamed for chunk in each.chunks])
+
+    def check_grad(self) -> None:
+        """Raise if a gradient cannot be left in ``.grad``, for other code.
+
+        Raises:
+            WindowStateError: It cannot.
+        """
+        if self.sums is not None:
+            raise WindowStateError(
+                'offload="gradients" keeps gradients in host memory, and in .grad they would be on the device: call '
+                'step(), or pass offload="optimizer".'
+            )
+        if self.weights.narrowed:
+            raise WindowStateError(
+                'offload="master" keeps weights in bfloat16 on the device, and a gradient in .grad would be rounded to '
+                'it: call step(), or pass offload="optimizer".'
+            )
 
     def check_unwritten(self) -> None:
         """Raise if other code has changed a narrow weight.
@@ -120,7 +154,7 @@ class OptimizerOffload:
             model: Has the layers.
 
         Raises:
-            InputError: The loss does not run with weights in bfloat16.
+            InputError: The loss does not run with weights in bfloat16, at level ``"master"``.
         """
         try:
             with uncast_weights(model, self.weights.narrowed) as uncast:
@@ -128,6 +162,8 @@ class OptimizerOffload:
         except RuntimeError as error:
             if "dtype" not in str(error):
                 raise
+            if self.sums is not None:  # without autocast to bfloat16: all weights stay as they are
+                return set(self.weights.narrowed)
             raise InputError(
                 f'offload="master" keeps weights of linear layers in bfloat16 on the device, and the loss does not '
                 f"run with them ({first_line(error)}): compute it under torch.autocast with dtype=torch.bfloat16, or "
@@ -135,11 +171,21 @@ class OptimizerOffload:
             ) from error
         return uncast | read_elsewhere(loss, self.weights.narrowed) if loss.requires_grad else None
 
+    def keep_all_wide(self) -> bool:
+        """Keep all weights in float32 on the device, where it is unknown how a loss reads them; return whether it can.
+
+        It cannot at level ``"master"``, of which nothing would remain.
+        """
+        if self.sums is not None:
+            self.keep_wide(set(self.weights.names))
+        return self.sums is not None
+
     def keep_wide(self, parameters: set[Tensor]) -> None:
         """Put the float32 values of some narrow weights back on the device for good; `prepare` follows, no `probe`."""
         for parameter in parameters:
             for each in self.streamed:
                 each.keep_wide(parameter)
+            self.weights.names.pop(parameter, None)  # not in a chunk yet
         self.weights.close()
         self._is_probed = True
 
@@ -191,18 +237,19 @@ def offload_optimizers(
         raise InputError(f"offload={level!r} moves the state of the optimizer, and there is none: pass the optimizer.")
     parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     _check_parameters(parameters)
-    if level == "master" and isinstance(model, nn.parallel.DistributedDataParallel):
+    narrows = reaches(level, "master")
+    if narrows and isinstance(model, nn.parallel.DistributedDataParallel):
         raise InputError(
-            'offload="master" changes the dtype of parameters, which DistributedDataParallel does not follow: pass the '
-            "model without it, and sync=bigbatch.Replicated(model)."
+            f'offload="{level}" changes the dtype of parameters, which DistributedDataParallel does not follow: pass '
+            "the model without it, and sync=bigbatch.Replicated(model)."
         )
-    narrow = find_narrow_weights(model, parameters) if level == "master" and model is not None else {}
+    narrow = find_narrow_weights(model, parameters) if narrows and model is not None else {}
     if level == "master" and not narrow:
         raise InputError(
             'offload="master" is for float32 weights of torch.nn.Linear layers, each of one layer, and the optimizer '
             'has none: pass offload="optimizer".'
         )
-    return OptimizerOffload(optimizers, narrow)
+    return OptimizerOffload(optimizers, narrow, level)
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:

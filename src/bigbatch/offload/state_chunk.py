@@ -4,7 +4,7 @@ state of each parameter → entries with offsets → views of the host buffer, o
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +64,32 @@ class StateEntry(NamedTuple):
         return value.dtype == self.dtype and value.shape == self.shape
 
 
+@dataclass(frozen=True, eq=False)
+class ChunkSums:
+    """Gradient sums of the parameters of a chunk, in one buffer of host memory.
+
+    Attributes:
+        entries: One for each parameter.
+        host: The buffer.
+        views: The sums in host memory, in the order of ``entries``.
+    """
+
+    entries: tuple[StateEntry, ...]
+    host: Tensor
+    views: tuple[Tensor, ...]
+
+    def totals(self) -> dict[Tensor, Tensor]:
+        """Return the sums by parameter."""
+        return {entry.parameter: view for entry, view in zip(self.entries, self.views, strict=True)}
+
+    def holds(self, parameters: Sequence[Tensor], dtype_of: Callable[[Tensor], torch.dtype]) -> bool:
+        """Return whether there is a sum for exactly these parameters as they are."""
+        return len(parameters) == len(self.entries) and all(
+            entry.parameter is parameter and entry.dtype is dtype_of(parameter) and entry.shape == parameter.shape
+            for entry, parameter in zip(self.entries, parameters, strict=True)
+        )
+
+
 @dataclass(eq=False)
 class StateChunk:
     """Parameters of one group whose state is in one buffer.
@@ -75,6 +101,7 @@ class StateChunk:
         host: The buffer in host memory; None before there is any state.
         views: The tensors in host memory, in the order of ``entries``.
         masters: float32 values of the parameters that are bfloat16 on the device.
+        sums: Their gradient sums; None if these are on the device.
     """
 
     group: dict[str, Any]
@@ -83,11 +110,17 @@ class StateChunk:
     host: Tensor | None = None
     views: tuple[Tensor, ...] = ()
     masters: dict[Tensor, Tensor] = field(default_factory=dict)
+    sums: ChunkSums | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the buffer."""
         return 0 if self.host is None else self.host.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory, and what the chunk needs of the device: state, then gradient sums."""
+        return self.num_bytes + (0 if self.sums is None else self.sums.host.nbytes)
 
     def holds(self, optimizer: "Optimizer") -> bool:
         """Return whether the streamed state of an optimizer is exactly in this buffer."""

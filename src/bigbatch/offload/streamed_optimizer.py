@@ -6,6 +6,7 @@ step:    pre-hooks → chunk by chunk: host ──▶ device, the optimizer's ow
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from bigbatch.offload.arena import Arena, arena_bytes
 from bigbatch.offload.chunk_sizes import CHUNK_BYTES, SLOT_FACTOR
+from bigbatch.offload.host_sums import HostSums
 from bigbatch.offload.narrow_weights import NarrowWeights
 from bigbatch.offload.partial_step import StepSettings, only_parameters, plain_step, without_hooks
 from bigbatch.offload.state_chunk import StateChunk, lay_out, make_chunks, streamed_state
@@ -40,10 +42,11 @@ class StreamedOptimizer:
         optimizer: One that `check_streamable` accepts.
         transfers: Copies.
         weights: Those of its parameters that are bfloat16 on the device; none by default.
+        sums: Gradient sums in host memory; by default they are on the device.
         chunk_bytes: As for `make_chunks`; 64 MiB by default.
 
     Attributes:
-        optimizer, transfers, weights: As passed.
+        optimizer, transfers, weights, sums: As passed.
         chunks: Parts of the parameters, with the state of each in one buffer.
         has_begun: Whether the last step may have changed a parameter.
     """
@@ -54,11 +57,13 @@ class StreamedOptimizer:
         transfers: Transfers | None = None,
         *,
         weights: NarrowWeights | None = None,
+        sums: HostSums | None = None,
         chunk_bytes: int | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.transfers = transfers or make_transfers(optimizer.param_groups[0]["params"][0].device)
         self.weights = weights or NarrowWeights({})
+        self.sums = sums
         self.has_begun = False
         self._chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         self.chunks: list[StateChunk] = []
@@ -69,18 +74,18 @@ class StreamedOptimizer:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the state."""
-        return sum(chunk.num_bytes for chunk in self.chunks)
+        """Host memory of the state, and of gradient sums that are in host memory."""
+        return sum(chunk.host_bytes for chunk in self.chunks)
 
     @property
     def largest_chunk_bytes(self) -> int:
         """The most state that a part of the step uses."""
-        return max((chunk.num_bytes for chunk in self.chunks), default=0)
+        return max((chunk.host_bytes for chunk in self.chunks), default=0)
 
     @property
     def device_bytes(self) -> int:
         """Memory of the device that a step needs for the state that passes through."""
-        return arena_bytes([chunk.num_bytes for chunk in self.chunks], SLOT_FACTOR * self._chunk_bytes)
+        return arena_bytes([chunk.host_bytes for chunk in self.chunks], SLOT_FACTOR * self._chunk_bytes)
 
     def prepare(self, init_state: InitState | None = None) -> None:
         """Move all state to host memory, and create what is missing there; little of it is on the device at a time.
@@ -114,6 +119,7 @@ class StreamedOptimizer:
         for chunk in self.chunks:
             if (known := old.get(tuple(map(id, chunk.parameters)))) is not None:
                 chunk.entries, chunk.host, chunk.views = known.entries, known.host, known.views
+                chunk.sums = known.sums
             chunk.masters = {p: masters.pop(p) for p in chunk.parameters if p in masters}
         for parameter in list(masters):  # no longer in the optimizer
             self.weights.widen(parameter, masters)
@@ -153,10 +159,12 @@ class StreamedOptimizer:
         """
         optimizer, self.has_begun = self.optimizer, False
         hooks = [*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]
-        if self.masters() and not all(hook.__module__.startswith("bigbatch.accumulation.") for hook in hooks):
+        has_foreign = not all(hook.__module__.startswith("bigbatch.accumulation.") for hook in hooks)
+        if has_foreign and (self.sums is not None or self.masters()):
+            unseen = "in host memory" if self.sums is not None else "of weights that are bfloat16 on the device"
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step() has a pre-hook, which would not see the gradients of weights that "
-                'are bfloat16 on the device: remove the hook, or pass offload="optimizer".'
+                f"{type(optimizer).__name__}.step() has a pre-hook, which would not see the gradients {unseen}: remove "
+                'the hook, or pass offload="optimizer".'
             )
         for hook in hooks:
             if hook(optimizer, (optimizer,), {}) is not None:
@@ -196,9 +204,13 @@ class StreamedOptimizer:
     def _load(self, chunk: StateChunk, arena: Arena) -> tuple[Tensor, Any]:
         """Start to copy a chunk to the device; return its memory there, and what to wait for."""
         memory, after = arena.place(chunk)
-        if chunk.host is None or not chunk.num_bytes:
-            return memory, None
-        return memory, self.transfers.to_device(memory, chunk.host, after=after)
+        loaded = None
+        state, sums = memory[: chunk.num_bytes], memory[chunk.num_bytes :]
+        if chunk.host is not None and chunk.num_bytes:
+            loaded = self.transfers.to_device(state, chunk.host, after=after)
+        if chunk.sums is not None and len(sums):
+            loaded = self.transfers.to_device(sums, chunk.sums.host, after=after)
+        return memory, loaded
 
     def _compute(self, chunk: StateChunk, memory: Tensor, loaded: Any) -> None:
         """Run the optimizer's step over the parameters of a chunk, with its state on the device."""
@@ -208,9 +220,11 @@ class StreamedOptimizer:
         on_device = [entry.view(memory) for entry in chunk.entries]
         self.has_begun = True
         try:
+            sums = None if self.sums is None else self.sums.in_grad(chunk, memory[chunk.num_bytes :], chunk.masters)
             chunk.show(optimizer, on_device)
             with (
-                self.weights.stepping(chunk.masters),
+                sums or nullcontext() as gradients,
+                self.weights.stepping(chunk.masters, gradients),
                 only_parameters(optimizer, chunk.group, chunk.parameters),
             ):
                 plain_step(optimizer)
@@ -234,11 +248,11 @@ class StreamedOptimizer:
         found = {(id(parameter), name): value for parameter, name, value in streamed_state(self.optimizer, chunk)}
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
         if found.keys() == on_device and all(start <= value.data_ptr() < end for value in found.values()):
-            left = None
+            left = None if chunk.sums is None else self.transfers.computed()
             chunk.show(self.optimizer, chunk.views)
             if chunk.host is not None and chunk.num_bytes:
-                left = self.transfers.to_host(chunk.host, memory)
+                left = self.transfers.to_host(chunk.host, memory[: chunk.num_bytes])
         else:  # new state, as in the first step
+            left = None if chunk.sums is None else self.transfers.computed()
             self._move_to_host(chunk)
-            left = None
         arena.release(chunk, left)

@@ -92,6 +92,12 @@ class Transfers:
     def use(self, loaded: Any) -> None:
         """Let the computation wait for a copy to the device."""
 
+    def computed(self) -> Any:
+        """Return what later copies to the device wait for: the computation so far."""
+
+    def wait(self, copy: Any) -> None:
+        """Wait for one copy on the host, in any thread."""
+
     def finish(self) -> None:
         """Wait for all copies on the host."""
 
@@ -138,6 +144,14 @@ class CudaTransfers(Transfers):
         """Let the computation wait for a copy to the device."""
         torch.cuda.current_stream(self.device).wait_event(loaded)
 
+    def computed(self) -> Any:
+        """Return what later copies to the device wait for: the computation so far."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self, copy: Any) -> None:
+        """Wait for one copy on the host, in any thread; the processor is free meanwhile."""
+        copy.synchronize()
+
     def finish(self) -> None:
         """Wait for all copies on the host."""
         self._in.synchronize()
@@ -154,7 +168,7 @@ class CudaTransfers(Transfers):
         self._out.wait_event(torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self._out):
             target.copy_(source, non_blocking=True)
-            return self._out.record_event()
+            return self._out.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
 
 
 def make_transfers(device: torch.device) -> Transfers:

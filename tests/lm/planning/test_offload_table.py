@@ -18,6 +18,7 @@ from bigbatch.lm.planning.layer_series import LayerSeries, NarrowEstimator, with
 from bigbatch.lm.planning.offload_cases import OffloadCases
 from bigbatch.lm.planning.offload_table import OffloadTable, offload_table
 from bigbatch.offload.cards import card
+from bigbatch.offload.choice import choose
 from bigbatch.offload.costs import LEVELS, placement
 from support.language_models import records, write_jsonl
 
@@ -207,6 +208,15 @@ def test_master_weights_need_autocast(place: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"reproducible": True, "quantum": 1}])
+def test_sums_that_host_cannot_add_are_refused(place: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        table_of(place, gpu="h100", offload="gradients", **settings)
+    assert str(caught.value) == (
+        "--offload gradients is not supported with --precision fp16 and --reproducible: pass --offload optimizer."
+    )
+
+
 @pytest.mark.parametrize("setting", ["memory", "host_memory"])
 def test_share_of_unknown_memory_is_refused(place: Path, setting: str) -> None:
     with pytest.raises(InputError, match=f"^--{setting.replace('_', '-')} 50% is a share of a device's memory"):
@@ -243,6 +253,10 @@ def test_large_model_is_planned_in_a_minute(billions: int) -> None:
         assert len(found) == 12
     assert time.process_time() - started_s < 60
     assert cases.num_parameters == num_parameters
+    if billions == 7:  # 4 bytes a weight fit at the start, 6 do not
+        small = cases.candidates(30 * GIB, card("rtx-4090"))
+        assert choose(small, card_bytes=30 * GIB, host_bytes=None).level == "gradients"
+        assert all(each.card_bytes > 4 * num_parameters for each in small)
     on_h100 = {each.level: each.card_bytes for each in found if each.checkpointing == "full"}
     assert on_h100["gradients"] < 80 * GIB < on_h100["none"]
     assert (on_h100["optimizer"] < 80 * GIB) == (billions == 7)

@@ -229,8 +229,8 @@ class TrainFields(
         default="none",
         description="what lives in host memory between updates, with the same result: optimizer = the state of the "
         "optimizer, which passes through the device in each update; master = also the float32 values of the weights of "
-        "linear layers, in bf16; both with --parallel ddp; none = nothing; auto = the level that is predicted to be "
-        "the fastest that fits in memory",
+        "linear layers, in bf16; gradients = also the gradient sums; all with --parallel ddp; none = nothing; auto = "
+        "the level that is predicted to be the fastest that fits in memory",
     )
     layout: Literal["auto", "padded", "packed"] = Field(
         default="auto",

@@ -98,7 +98,7 @@ class OffloadCases:
         self._layout = whole.layout
         self._size = whole.limit if whole.limit != "auto" else None
         self.state = self._state()
-        self.levels = [level for level in levels if self.state.narrowed or level != "master"]
+        self.levels = [level for level in levels if self._changes(level)]
 
     def candidates(self, usable_bytes: int, card: Card) -> list[Candidate]:
         """Predict every level and mode with the largest micro-batch that fits; lower levels first.
@@ -108,6 +108,12 @@ class OffloadCases:
             card: Its rates.
         """
         return [self._candidate(level, mode, usable_bytes, card) for level in self.levels for mode in self._modes]
+
+    def _changes(self, level: Level) -> bool:
+        """Return whether training at a level is possible, and differs from the level before it."""
+        if level == "gradients":
+            return self._config.precision != "fp16" and not self._config.reproducible
+        return bool(self.state.narrowed) or level != "master"
 
     @property
     def _modes(self) -> Sequence[CheckpointingMode]:
@@ -131,7 +137,8 @@ class OffloadCases:
         during_window = fixed + needs.window_bytes + self._gathered_bytes
         curve = self._curve(mode, reaches(level, "master"))
         rows = curve.largest(usable_bytes - during_window)
-        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes)
+        start_bytes = needs.start_bytes + libraries
+        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes, start_bytes)
         size = self._size_of(rows)
         plan = self._plan(size)
         recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]

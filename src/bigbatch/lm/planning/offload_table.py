@@ -5,7 +5,6 @@ config, memory → candidates of every memory → the fastest that fits of each 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -122,6 +121,11 @@ def offload_table(
     try:
         cases = OffloadCases(config, target, data, num_cards=num_cards, levels=levels)
         if not cases.levels:
+            if config.offload == "gradients":
+                raise InputError(
+                    "--offload gradients is not supported with --precision fp16 and --reproducible: pass --offload "
+                    "optimizer."
+                )
             raise InputError(
                 f"--offload {config.offload} keeps float32 weights of linear layers in host memory, and this run has "
                 "none that it computes with in bf16: pass --offload optimizer."
@@ -184,14 +188,14 @@ def _of_gpu(name: str, gpu: str) -> CardMemory:
 def _levels(config: TrainConfig, num_cards: int) -> tuple[Sequence[Level], Sequence[Level]]:
     """Return the levels that training supports, and those to predict."""
     if num_cards > 1 and config.parallel != "ddp":
-        return ("none",), cast("tuple[Level, ...]", LEVELS)
+        return ("none",), LEVELS
     levels = levels_of(config)
     return levels, levels
 
 
 def levels_of(config: TrainConfig) -> Sequence[Level]:
     """Return the levels that a configuration allows."""
-    return cast("tuple[Level, ...]", LEVELS) if config.offload == "auto" else (config.offload,)
+    return LEVELS if config.offload == "auto" else (config.offload,)
 
 
 def _host_bytes(host_memory: str | None, num_cards: int, *, is_here: bool) -> int | None:

@@ -77,7 +77,7 @@ def make_engine(
         collate=model_setup.collate,
         lengths=sample_lengths,
         layout=model_setup.layout,
-        cuda_graphs=model_setup.uses_cuda_graphs and quantum is None,
+        cuda_graphs=model_setup.uses_cuda_graphs and quantum is None and offload != "gradients",
         count_items=count_items,
         max_grad_norm=max_grad_norm,
         scheduler=scheduler,
