@@ -3,8 +3,8 @@
     python3 .ci/bootstrap_pip.py .venv/bin/python
 
 Debian and Ubuntu ship a python3 without pip and without ensurepip. The wheel of pip, in the version of constraints.txt,
-is read from the package index (PIP_INDEX_URL, or PyPI), compared with the SHA-256 that the index states, and installs
-itself. With the standard library of Python 3.11 alone.
+is read from the package index that PIP_INDEX_URL names, compared with the SHA-256 that the index states, and installs
+itself; without PIP_INDEX_URL, one sentence says what to install. With the standard library of Python 3.11 alone.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-INDEX = "https://index.example/simple"
 OTHERWISE = "Install pip or ensurepip for this python3 (Debian and Ubuntu: apt install python3-venv), and repeat."
 DOWNLOAD_S = 60
 
@@ -78,7 +77,9 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("Usage: python3 .ci/bootstrap_pip.py .venv/bin/python")
     version = pinned_version((ROOT / "constraints.txt").read_text(encoding="utf-8"))
-    install(Path(sys.argv[1]), os.environ.get("PIP_INDEX_URL") or INDEX, version)
+    if not (index := os.environ.get("PIP_INDEX_URL")):
+        sys.exit(f"This python3 has neither pip nor ensurepip, and PIP_INDEX_URL names no index. {OTHERWISE}")
+    install(Path(sys.argv[1]), index, version)
 
 
 if __name__ == "__main__":

@@ -124,3 +124,14 @@ def test_index_that_does_not_answer_is_one_sentence(bootstrap: ModuleType, index
     assert str(raised.value) == (
         f"pip cannot be read from {address}/missing/pip/: HTTP Error 404: File not found. {OTHERWISE}"
     )
+
+
+def test_without_index_one_sentence_says_what_to_install(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    monkeypatch.setattr(sys, "argv", ["bootstrap_pip.py", "python"])
+    with pytest.raises(SystemExit) as raised:
+        bootstrap.main()
+    expected = f"This python3 has neither pip nor ensurepip, and PIP_INDEX_URL names no index. {OTHERWISE}"
+    assert str(raised.value) == expected
