@@ -15,9 +15,11 @@ class SumStore:
 
     Attributes:
         float32: Those of parameters in bfloat16 or float16, undivided. All others are in ``.grad``.
+        are_integers: Whether ``float32`` has the sums of all parameters, in int64, which cannot be NaN.
     """
 
     float32: dict[Tensor, Tensor] = field(default_factory=dict)
+    are_integers: bool = False
 
     @staticmethod
     def dtype_of(parameter: Tensor) -> torch.dtype:
