@@ -37,6 +37,18 @@ def in_reduction(place: str, reproducible: bool) -> tuple[str, bool, bool]:
         return error, not is_same, _told(rank, _share()) == "applied"
 
 
+def in_hook_of_shards() -> tuple[list[str], bool]:
+    """Fail in the gradient hook of the second update; return its outcome and the next, and whether it changed state."""
+    rank = FailingRank("fsdp")
+    rank.engine.sync.set_padding_microbatch(_share())
+    assert _told(rank, _share()) == "applied"
+    before = [cases.local(p).clone() for p in rank.module.parameters()]
+    _arm(rank, "the gradient hook")
+    outcome = _told(rank, _share())
+    is_same = all(torch.equal(a, cases.local(p)) for a, p in zip(before, rank.module.parameters(), strict=True))
+    return [outcome, _told(rank, _share())], not is_same
+
+
 def in_hook() -> list[str]:
     """Fail in the gradient hook of the second update; return the outcomes until a state is loaded, and of the next."""
     rank = FailingRank("plain")

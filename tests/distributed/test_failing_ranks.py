@@ -41,6 +41,13 @@ def test_failure_within_reduction_reaches_all_ranks(pools: Pools, place: str, re
     assert all((changed, applied) == (False, True) for _, changed, applied in outcomes)
 
 
+def test_failing_hook_of_shards_drops_window_everywhere(pools: Pools) -> None:
+    (ours, *changed), (theirs, *others_changed) = pools(2).run(failing_ranks_cases.in_hook_of_shards)
+    assert ours == ["skipped", "applied"]
+    assert theirs == ["InjectedError: in the gradient hook", "applied"]
+    assert changed == others_changed == [False]
+
+
 def test_update_applied_on_one_rank_is_noticed(pools: Pools) -> None:
     ours, theirs = pools(2).run(failing_ranks_cases.in_hook)
     noticed = [f"TornUpdateError: {NOT_SAME}"] * 2

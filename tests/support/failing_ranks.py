@@ -106,7 +106,7 @@ class FailingRank:
     """One rank: its model, the places where it can fail, and the message of its last error.
 
     Args:
-        how: ``"ddp"`` or ``"plain"``.
+        how: As for `support.distributed_windows.parallelize`.
         dtype: Of the parameters.
         settings: Of the engine.
     """

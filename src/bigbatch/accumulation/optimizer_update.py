@@ -300,7 +300,12 @@ class OptimizerUpdate:
         sums.write_to_grad(keep)
         if self.gradient_hook is not None:
             changed = [parameter for parameter in sums.parameters if parameter.grad is not None]
-            self.gradient_hook(changed)
+            try:
+                self.gradient_hook(changed)
+            except BaseException:
+                if sync is not None and sync.is_sharded:  # the other ranks wait for this norm, and skip if it is NaN
+                    norm_of([p.grad.mul_(math.nan) for p in changed if p.grad is not None])
+                raise
             after_hook = norm_of([p.grad for p in changed if p.grad is not None]).item()
             if not math.isfinite(after_hook):
                 return self._skip_or_raise(after_hook, "non-finite gradient")
