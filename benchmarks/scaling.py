@@ -290,7 +290,7 @@ class _Lab:
 
     def _vote(self) -> None:
         reached = [True] * DEPTH
-        from_numbers(self.sync.gather(to_numbers(RankVote(), {"loss": (1.0, 1.0)}, reached)), DEPTH)
+        from_numbers(self.sync.all_gather(to_numbers(RankVote(), {"loss": (1.0, 1.0)}, reached)), DEPTH)
 
     def _microbatches(self) -> tuple[float, float]:
         """Return the seconds of one micro-batch, and the share of the forward in them."""

@@ -4,10 +4,12 @@ import os
 import signal
 from pathlib import Path
 
+from support import rank_faults
 from support.distributed_runs import DROPPING, RunFolder
 from support.language_models import metrics
 from support.run_comparison import differing_results
 from support.torchrun_agents import LIMIT_S, run_torchrun, torchrun, wait_for
+from support.torchrun_ranks import run
 
 
 def ours(complained: str) -> list[str]:
@@ -27,6 +29,23 @@ def test_kill_9_of_rank_leaves_result_unchanged(run_folder: RunFolder, uninterru
     assert printed.count("update 8/8 ") == 1
     assert all("has lost another rank" in line for line in ours(complained)), complained
     assert differing_results(run_folder.folder / out, uninterrupted["fsdp"]) == []
+
+
+def test_restart_without_deterministic_has_same_bits_on_cpus(
+    run_folder: RunFolder, uninterrupted: dict[str, Path]
+) -> None:
+    """All other runs of these tests pass --deterministic."""
+    out, folder = run_folder.folder / "killed-otherwise", run_folder.folder
+    words = [word for word in run_folder.words(out.name, *DROPPING, "--parallel", "ddp") if word != "--deterministic"]
+    dies = rank_faults.on({1}, rank_faults.kill_in_window(6))
+    run(words, 2, folder=folder, codes=[1, -signal.SIGKILL], patch=dies, max_restarts=2)
+    again = run(words, 2, folder=folder, restart=1, max_restarts=2)
+    assert f"resuming {out.name} after update 3\n" in again.stdout()
+    one, two = ([(row["step"], row["loss"]) for row in metrics(each)] for each in (out, uninterrupted["ddp"]))
+    assert len(one) == 8
+    assert one == two
+    models = [(each / "model" / "model.safetensors").read_bytes() for each in (out, uninterrupted["ddp"])]
+    assert models[0] == models[1]
 
 
 def test_ctrl_c_reaches_every_rank_and_all_save(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:

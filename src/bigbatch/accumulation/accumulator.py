@@ -228,9 +228,9 @@ class Accumulator:
         """
         self._require_engine()
         self._finish_previous()
+        with self.fail_together(before_window=totals is not None):
+            self.prepare()
         if totals is not None:
-            with self.fail_together(before_window=True):
-                self.prepare()
             _, totals = self.agree_on_start(0, totals)
         return Window(self.open(WindowContent(iter(microbatches), totals=totals)))
 
@@ -253,7 +253,8 @@ class Accumulator:
             return nullcontext()
         if before_window:
             return fail_together(partial(announce_failure, self.sync))
-        return fail_together(partial(announce_failed_window, self.sync, len(self.update.parameters())))
+        num_parameters, num_steps = len(self.update.parameters()), self.update.known_num_steps
+        return fail_together(partial(announce_failed_window, self.sync, num_parameters, num_steps))
 
     def open(
         self,

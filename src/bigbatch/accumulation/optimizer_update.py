@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers, check_settings
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
-from bigbatch.errors import NonFiniteError, WindowStateError
+from bigbatch.errors import NonFiniteError, RankFailedError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.offload.levels import Offload, check_master
 from bigbatch.offload.optimizer_offload import offload_optimizers
@@ -129,6 +129,11 @@ class OptimizerUpdate:
                 init_optimizer_state(optimizer)
             self._setup = True
 
+    @property
+    def known_num_steps(self) -> int | None:
+        """Updates applied so far; None if other code counts them."""
+        return self.num_steps if self.knows_number else None
+
     def set_num_steps(self, num_steps: int) -> None:
         """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
         self.steps.reset(num_steps)
@@ -240,13 +245,17 @@ class OptimizerUpdate:
             torch._foreach_div_(gradients, loss_scale)
             return self._finish(sums, gradients, loss_totals, sync, extra_scalars, divisor)
         # Relative to the scale at the start of this window: another window may have changed the scaler since.
-        torch._foreach_mul_(gradients, self.scaler.scale(torch.ones_like(loss_scale)) / loss_scale)
+        now, new = self.scaler.scale(torch.ones_like(loss_scale)), None
+        torch._foreach_mul_(gradients, now / loss_scale)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         try:
             return self._finish(sums, gradients, loss_totals, sync, extra_scalars, divisor)
+        except RankFailedError:
+            new = now  # as on the rank that failed
+            raise
         finally:
-            self.scaler.update()
+            self.scaler.update(new)
 
     def loss_scale(self) -> Tensor | None:
         """Return the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
@@ -283,6 +292,8 @@ class OptimizerUpdate:
             norm_of_sums = norm_of(gradients if on_host is None else on_host.norm_parts(gradients))
             grad_norm, divisor = norm_of_sums.item(), 1.0
             if not math.isfinite(grad_norm):
+                if sync is not None:
+                    sync.check_reduced()
                 return self._skip_or_raise(grad_norm, "non-finite gradient")
             if not loss_totals.is_finite():
                 return self._skip_or_raise(grad_norm, "non-finite loss")
@@ -295,7 +306,12 @@ class OptimizerUpdate:
         sums.write_to_grad(keep)
         if self.gradient_hook is not None:
             changed = [parameter for parameter in sums.parameters if parameter.grad is not None]
-            self.gradient_hook(changed)
+            try:
+                self.gradient_hook(changed)
+            except BaseException:
+                if sync is not None and sync.is_sharded:  # the other ranks wait for this norm, and skip if it is NaN
+                    norm_of([p.grad.mul_(math.nan) for p in changed if p.grad is not None])
+                raise
             after_hook = norm_of([p.grad for p in changed if p.grad is not None]).item()
             if not math.isfinite(after_hook):
                 return self._skip_or_raise(after_hook, "non-finite gradient")

@@ -306,7 +306,7 @@ class PendingUpdate:
         if not self._has_voted:
             self._has_voted = True
             if self._all_have_run:  # else they are inside a layer or loss, where no vote reaches them
-                window_vote.announce_failed_window(self._sync, len(self.sums.parameters))
+                window_vote.announce_failed_window(self._sync, len(self.sums.parameters), self._update.known_num_steps)
         if self._update.steps.torn is not None:
             self._release(WindowState.TORN)
         else:  # the update may have ended although what came after it failed
@@ -334,17 +334,17 @@ class PendingUpdate:
             tokens=self._content.tokens or 0,
             peak_bytes=peak_bytes(self._device) or 0,
             elapsed_s=time.perf_counter() - self._started_s,
+            num_steps=window_vote.number_or_unknown(self._update.known_num_steps),
         )
-        parameters = () if self._sync.is_sharded else self.sums.parameters
-        has_gradient = self.sums.has_gradient() if parameters else []
-        values = window_vote.to_numbers(vote, self.loss_totals.local_totals(), has_gradient, extra)
+        flags = [] if self._sync.is_sharded else self.sums.has_gradient()
+        numbers = window_vote.to_numbers(vote, self.loss_totals.local_totals(), flags, extra)
         self._has_voted = True
-        return window_vote.from_numbers(self._sync.all_gather(values), len(parameters))
+        return window_vote.from_numbers(self._sync.all_gather(numbers), len(flags))
 
     def _reduce(self, result: window_vote.VoteResult) -> None:
         """Reduce the sums over ranks if every rank succeeded. Collective."""
-        result.check_succeeded(num_steps=self._update.num_steps if self._update.knows_number else None)
+        result.check_succeeded(num_steps=self._update.known_num_steps)
         self.loss_totals.set_global_totals(result.terms)
         self.loss_totals.undo_prescale(self.sums.tensors())
         self.sums.mark_unmodified()
-        self._num_syncs += self._sync.reduce(self.sums, result.has_gradient)
+        self._num_syncs += self._sync.reduce(self.sums, result.has_gradient, has_items=result.has_items)

@@ -132,7 +132,7 @@ class ReproducibleUpdate(PendingUpdate):
         self._has_voted = True
         rows = self._sync.all_gather(window_vote.to_numbers(vote, {}, [False] * num_parameters))
         result = window_vote.from_numbers(rows, num_parameters)
-        result.check_succeeded(num_steps=self._update.num_steps if self._update.knows_number else None)
+        result.check_succeeded(num_steps=self._update.known_num_steps)
         self._has_voted = False  # the next vote is that of another pass, or of the end of the window
 
     def apply(self, *, retries: int = 0, run_again: "Callable[[PendingUpdate], None] | None" = None) -> WindowReport:

@@ -164,13 +164,28 @@ class GradientSync:
         """Return the values of every rank, equally many on each. Collective; waits for the device."""
         return self.ranks.all_gather_numbers(values)
 
-    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool]) -> bool:
-        """Add up the sums that backward did not reduce, of parameters with a gradient on any rank. Collective.
+    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool], *, has_items: bool = True) -> bool:
+        """Add up the sums that backward did not reduce. Collective.
+
+        Args:
+            sums: Of this rank.
+            has_gradient: For each parameter, whether it received a gradient on any rank.
+            has_items: Whether any rank has items; without them, the sums will not be used.
 
         Returns:
             Whether there was anything to reduce.
         """
         return False
+
+    def check_reduced(self) -> None:
+        """Raise if another rank failed within `reduce`; called if the reduced sums are not finite. Collective.
+
+        A rank that fails there continues with NaN in place of its sums, so that no other rank waits for it, and the
+        ranks exchange a status only then.
+
+        Raises:
+            RankFailedError: A rank failed. The window has changed nothing on any rank.
+        """
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the 2-norm of whole gradients, 0-d. Collective if they are sharded."""

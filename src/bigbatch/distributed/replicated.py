@@ -1,13 +1,18 @@
 """Replicated models, in DDP or plain: gradient sums are all-reduced once a window."""
 
+import math
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bigbatch.distributed.collective import list_ranks
 from bigbatch.distributed.gradient_sync import Microbatch, MultiRankSync
+from bigbatch.errors import RankFailedError
+from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.types import Terms
 
 if TYPE_CHECKING:
@@ -101,20 +106,76 @@ class Replicated(MultiRankSync):
             self._is_deferred = False
             _DeferredReduction.of(self._wrapper).release(self._wrapper)
 
-    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool]) -> bool:
-        """All-reduce the sums, and broadcast the batch norm statistics of the first rank, as DDP does. Collective."""
-        sums.fill_missing_with_zeros(has_gradient)
+    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool], *, has_items: bool = True) -> bool:
+        """All-reduce the sums, and broadcast the batch norm statistics of the first rank, as DDP does. Collective.
+
+        If memory runs out, it is freed once, and the bucket is made again. A rank that fails nevertheless sends NaN in
+        place of what it has not sent, takes part in `check_reduced`, and raises; no other rank waits for it. A failure
+        after the last bucket was sent is noticed in the next vote: the other ranks have applied the update.
+        """
         in_flight: list[_Bucket] = []
-        for tensors in _buckets(sums.tensors()):
-            if len(in_flight) == BUCKETS_IN_FLIGHT:
-                in_flight.pop(0).finish()
-            in_flight.append(_Bucket(tensors, self.group, self._message_device))
-        for bucket in in_flight:
-            bucket.finish()
+        num_sent = 0
+        try:
+            sums.fill_missing_with_zeros(has_gradient)
+            for tensors in _buckets(sums.tensors()):
+                if len(in_flight) == BUCKETS_IN_FLIGHT:
+                    in_flight.pop(0).finish()
+                bucket = self._made_bucket(tensors, in_flight)
+                bucket.send()
+                num_sent += 1
+                in_flight.append(bucket)
+            for bucket in in_flight:
+                bucket.finish()
+        except BaseException:
+            in_flight.clear()
+            with suppress(Exception):  # the other ranks may have exited
+                is_noticed = self._send_nan(sums, has_gradient, num_sent) and has_items
+                if is_noticed or sums.store.are_integers:
+                    self._exchange_failures(failed=True)
+            raise
+        if sums.store.are_integers:
+            self.check_reduced()
         sums.mark_unmodified()
         norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
         self._broadcast_from_first_rank([buffer for module in norms for buffer in module.buffers(recurse=False)])
         return True
+
+    def _made_bucket(self, tensors: list[Tensor], in_flight: "list[_Bucket]") -> "_Bucket":
+        """Return a bucket that is not sent yet; if memory runs out, finish the others and free memory before."""
+        try:
+            return _Bucket(tensors, self.group, self._message_device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        while in_flight:
+            in_flight.pop(0).finish()
+        free_cached_memory()
+        return _Bucket(tensors, self.group, self._message_device)
+
+    def _send_nan(self, sums: "GradientSums", has_gradient: Sequence[bool], num_sent: int) -> bool:
+        """Send NaN, or zeros in place of integers, for all buckets but the first ones; return whether any was left."""
+        wanted = [parameter for parameter, has in zip(sums.parameters, has_gradient, strict=True) if has]
+        dtypes = [torch.int64 if sums.store.are_integers else sums.store.dtype_of(parameter) for parameter in wanted]
+        sizes = [((p.device, dtype), p.numel() * dtype.itemsize) for p, dtype in zip(wanted, dtypes, strict=True)]
+        unsent = _grouped(sizes)[num_sent:]
+        for indices in unsent:
+            (device, dtype), num_bytes = sizes[indices[0]][0], sum(sizes[index][1] for index in indices)
+            fill = 0 if sums.store.are_integers else math.nan
+            device = self._message_device if sums.store.moves_all else device  # sums in host memory
+            flat = torch.full((num_bytes // dtype.itemsize,), fill, dtype=dtype, device=device)
+            dist.all_reduce(flat, group=self.group)
+        return bool(unsent)
+
+    def check_reduced(self) -> None:
+        """Raise a RankFailedError if another rank failed within `reduce`. Collective."""
+        if failed := self._exchange_failures(failed=False):
+            raise RankFailedError(
+                f"{list_ranks(failed)} failed while the gradients of the ranks were added, and the window therefore "
+                "changes nothing on any rank: see the error there."
+            )
+
+    def _exchange_failures(self, *, failed: bool) -> list[int]:
+        return [rank for rank, (flag,) in enumerate(self.all_gather([float(failed)])) if flag]
 
     def _broadcast_from_first_rank(self, tensors: Sequence[Tensor]) -> None:
         """Copy these tensors of the first rank to every other one. Collective."""
@@ -162,7 +223,7 @@ class _DeferredReduction:
 
 
 class _Bucket:
-    """Gradients that are being all-reduced together.
+    """Gradients that are all-reduced together.
 
     Args:
         tensors: On one device. Those in host memory are reduced on the device of messages.
@@ -171,12 +232,15 @@ class _Bucket:
     """
 
     def __init__(self, tensors: list[Tensor], group: Any, message_device: torch.device) -> None:
-        self._tensors = tensors
+        self._tensors, self._group = tensors, group
         alone = len(tensors) == 1 and tensors[0].is_contiguous()
         self._flat = tensors[0] if alone else torch.cat([tensor.reshape(-1) for tensor in tensors])
         if self._flat.device.type == "cpu":
             self._flat = self._flat.to(message_device)
-        self._work = dist.all_reduce(self._flat, group=group, async_op=True)
+
+    def send(self) -> None:
+        """Start the all-reduce."""
+        self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
 
     def finish(self) -> None:
         """Wait for the all-reduce, on the device if the backend can, and copy the sums back."""
@@ -189,15 +253,21 @@ class _Bucket:
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Group tensors by device and dtype, in order, up to `BUCKET_BYTES` each; the same on every rank."""
-    buckets: list[list[Tensor]] = []
-    filled: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
-    for tensor in tensors:
-        bucket, num_bytes = filled.get((tensor.device, tensor.dtype), ([], BUCKET_BYTES))
-        if num_bytes + tensor.nbytes > BUCKET_BYTES:
-            bucket, num_bytes = [], 0
+    groups = _grouped([((tensor.device, tensor.dtype), tensor.nbytes) for tensor in tensors])
+    return [[tensors[index] for index in indices] for indices in groups]
+
+
+def _grouped(sizes: Sequence[tuple[tuple[torch.device, torch.dtype], int]]) -> list[list[int]]:
+    """Group the indices of pairs of a kind and a number of bytes."""
+    buckets: list[list[int]] = []
+    filled: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
+    for index, (kind, num_bytes) in enumerate(sizes):
+        bucket, total = filled.get(kind, ([], BUCKET_BYTES))
+        if total + num_bytes > BUCKET_BYTES:
+            bucket, total = [], 0
             buckets.append(bucket)
-        bucket.append(tensor)
-        filled[tensor.device, tensor.dtype] = bucket, num_bytes + tensor.nbytes
+        bucket.append(index)
+        filled[kind] = bucket, total + num_bytes
     return buckets
 
 

@@ -159,7 +159,7 @@ class ShardedSync(MultiRankSync):
         yield
         self._backward_failed = self._zero_gradient = False
 
-    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool]) -> bool:
+    def reduce(self, sums: "GradientSums", has_gradient: Sequence[bool], *, has_items: bool = True) -> bool:
         """Free weights that are still gathered: those of modules that did not run in the last micro-batch."""
         for root, _ in self._kept:
             root.reshard()

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from bigbatch.distributed.collective import Number, list_ranks
 from bigbatch.distributed.gradient_sync import GradientSync
-from bigbatch.errors import RankFailedError, WindowAbandonedError
+from bigbatch.errors import RankFailedError, TornUpdateError, WindowAbandonedError
 from bigbatch.window_report import RanksReport
 
 MAX_TERMS = 8
 NUM_EXTRA = 3  # scalars of the noise observer
 BITS = 48  # flags in one float64, which represents integers of 53 bits exactly
 NO_EXTRA = (math.nan, 0.0, 0.0)  # not measured
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class RankVote:
         tokens: Of the window on this rank, without padding; 0 if unknown.
         peak_bytes: Highest memory so far; 0 if the platform does not report it.
         elapsed_s: From the start of the window to its last gradient.
+        num_steps: Updates that this rank has applied; `UNKNOWN` if other code counts them, or it failed before.
     """
 
     failed: bool = False
@@ -44,6 +46,7 @@ class RankVote:
     tokens: int = 0
     peak_bytes: int = 0
     elapsed_s: float = 0.0
+    num_steps: int = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class VoteResult:
     def tokens(self) -> int:
         """Global tokens of the window, without padding."""
         return sum(vote.tokens for vote in self.votes)
+
+    @property
+    def has_items(self) -> bool:
+        """Whether any term has items on any rank."""
+        return any(items for items, _ in self.terms)
 
     @property
     def peak_bytes(self) -> int:
@@ -92,8 +100,10 @@ class VoteResult:
 
         Raises:
             RankFailedError: A rank failed.
+            TornUpdateError: An earlier update was applied on some ranks only.
             WindowAbandonedError: A rank abandoned the window.
         """
+        self._check_same_updates()
         if failed := self.ranks_with("failed"):
             number = "" if num_steps is None else f" after update {num_steps}"
             raise RankFailedError(
@@ -103,17 +113,35 @@ class VoteResult:
         if abandoned := self.ranks_with("abandoned"):
             raise WindowAbandonedError(f"the window was abandoned on {list_ranks(abandoned)}.")
 
+    def _check_same_updates(self) -> None:
+        known = {rank: vote.num_steps for rank, vote in enumerate(self.votes) if vote.num_steps != UNKNOWN}
+        if len(set(known.values())) > 1:
+            most = max(known.values())
+            ahead = list_ranks([rank for rank, number in known.items() if number == most])
+            behind = list_ranks([rank for rank, number in known.items() if number < most])
+            raise TornUpdateError(
+                f"update {most} was applied on {ahead} and not on {behind}, where it failed after the gradients were "
+                "reduced, so the parameters of the ranks differ. Return to a checkpoint on all ranks: "
+                "load_state_dict() of the engine, or of the model, optimizer and scheduler with a new Accumulator."
+            )
+
     def ranks_with(self, flag: str) -> list[int]:
         """Return the ranks whose vote has a flag."""
         return [rank for rank, vote in enumerate(self.votes) if getattr(vote, flag)]
 
 
-def announce_failed_window(sync: GradientSync, num_parameters: int) -> None:
+def number_or_unknown(num_steps: int | None) -> int:
+    """Return a number of updates as it is sent."""
+    return UNKNOWN if num_steps is None else num_steps
+
+
+def announce_failed_window(sync: GradientSync, num_parameters: int, num_steps: int | None) -> None:
     """Vote that the window failed on this rank; errors are ignored, since other ranks may have exited. Collective."""
     if sync.size > 1:
         with suppress(Exception):
             flags = [] if sync.is_sharded else [False] * num_parameters
-            sync.all_gather(to_numbers(RankVote(failed=True), {}, flags))
+            vote = RankVote(failed=True, num_steps=number_or_unknown(num_steps))
+            sync.all_gather(to_numbers(vote, {}, flags))
 
 
 def check_dense(parameters: Sequence[Tensor]) -> None:

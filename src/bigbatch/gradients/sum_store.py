@@ -17,11 +17,13 @@ class SumStore:
     Attributes:
         float32: Those of parameters in bfloat16 or float16, undivided. All others are in ``.grad``.
         moves_all: Whether ``float32`` has those of all parameters.
+        are_integers: Whether ``float32`` has the sums of all parameters, in int64, which cannot be NaN.
     """
 
     moves_all: ClassVar[bool] = False
 
     float32: dict[Tensor, Tensor] = field(default_factory=dict)
+    are_integers: bool = False
 
     @staticmethod
     def dtype_of(parameter: Tensor) -> torch.dtype:
