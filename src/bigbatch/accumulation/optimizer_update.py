@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers, check_settings
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
+from bigbatch.accumulation.parameter_places import ParameterPlaces
 from bigbatch.errors import NonFiniteError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.offload.levels import Offload, check_master
@@ -100,6 +101,7 @@ class OptimizerUpdate:
         self.offload = offload_optimizers(self.optimizers, offload, model)
         self.steps = OptimizerStep(self.optimizers, self.schedulers, self.offload)
         self._setup, self.knows_number = False, bool(self.optimizers)
+        self._places = ParameterPlaces(model, self.parameters())
         if self.scaler is not None:
             check_scalable(self.parameters())
 
@@ -114,9 +116,10 @@ class OptimizerUpdate:
         Raises:
             MemoryLimitError: The state does not fit in memory.
             TornUpdateError: The last update is torn.
-            WindowStateError: ``torch.inference_mode`` is on.
+            WindowStateError: ``torch.inference_mode`` is on, or a parameter of the model was replaced by another one.
         """
         self.steps.check_not_torn()
+        self._places.check(self.parameters)
         if torch.is_inference_mode_enabled():
             raise WindowStateError(
                 "torch.inference_mode() is on, and tensors that are created under it can never be trained. Run windows "
@@ -141,6 +144,12 @@ class OptimizerUpdate:
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all groups of all optimizers, or those that the model trains, as they are now."""
         return trained_parameters(self._model, self.optimizers)
+
+    def check_parameters(self, sums: GradientSums) -> None:
+        """Raise a WindowStateError if the parameters of sums are not those of optimizers and model any more."""
+        if self.optimizers:
+            sums.check_parameters(self.parameters())
+        self._places.check(lambda: sums.parameters)
 
     def require_optimizer(self) -> None:
         """Raise if there is no optimizer.

@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from bigbatch.batching.batch_checks import MOST_FIELDS, check_batch_dim, samples_of
 from bigbatch.batching.batch_types import Structure, flatten
+from bigbatch.batching.batch_writes import BatchWrites
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.row_cuts import row_cuts
 from bigbatch.types import Collate
@@ -32,6 +33,8 @@ class Split:
         device: Device of the micro-batches.
         gather: Returns the micro-batch of some samples on the device of the batch, as its leaves and structure.
         views: The micro-batch of each group, if all are views on the device; each is returned once.
+        copies: Whether tensors of micro-batches are copies also where they could be views of the batch.
+        writes: In-place writes to the batch since it was split; None if micro-batches are collated.
     """
 
     num_samples: int
@@ -39,6 +42,17 @@ class Split:
     device: torch.device
     gather: Gather
     views: dict[Sequence[int], Any] = field(default_factory=dict)
+    copies: bool = False
+    writes: BatchWrites | None = None
+
+    def copied(self) -> "Split":
+        """Return the same split with copies: what a loss writes to a micro-batch in place does not reach the batch."""
+        return replace(self, views={}, copies=True)
+
+    @property
+    def was_written(self) -> bool:
+        """Whether tensors of the batch were written to in place since it was split."""
+        return self.writes is not None and self.writes.found
 
     def take(self, rows: Sequence[int]) -> Any:
         """Return the micro-batch of some samples, on the device."""
@@ -48,7 +62,7 @@ class Split:
 
     def assemble(self, leaves: Sequence[Any], structure: Structure) -> Any:
         """Build a micro-batch from its leaves, moved to the device if necessary."""
-        return structure.unflatten([_move(leaf, self.device) for leaf in leaves])
+        return structure.unflatten([_move(leaf, self.device, copies=self.copies) for leaf in leaves])
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -90,7 +104,7 @@ def split(
     views: dict[Sequence[int], Any] = {}
     if collate is None and not batch_dim:
         views.update(zip(groups, _views(batch, microbatch, device), strict=False))
-    return Split(num_samples, groups, device, gather, views)
+    return Split(num_samples, groups, device, gather, views, writes=BatchWrites(batch) if collate is None else None)
 
 
 def split_into(
@@ -113,7 +127,7 @@ def split_into(
         known_fields: As for `split`.
     """
     num_samples, gather = _gatherer(batch, collate, batch_dim, known_fields)
-    return Split(num_samples, groups, device, gather)
+    return Split(num_samples, groups, device, gather, writes=BatchWrites(batch) if collate is None else None)
 
 
 def split_options(device: torch.device, collate: Collate | None, batch_dim: int | None) -> dict[str, Any]:
@@ -215,9 +229,11 @@ def _tree_gatherer(batch: Any, dim: int, known_fields: set[tuple[str, int]]) -> 
     return num_samples, gather
 
 
-def _move(leaf: Any, device: torch.device) -> Any:
+def _move(leaf: Any, device: torch.device, *, copies: bool) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+        if leaf.device != device:
+            return leaf.to(device, non_blocking=True)
+        return leaf.clone() if copies else leaf
     if leaf is None or isinstance(leaf, type) or not callable(to := getattr(leaf, "to", None)):
         return leaf
     moved = to(device)
