@@ -20,8 +20,8 @@ from bigbatch.accumulation.reproducible_state import ReproducibleState
 from bigbatch.accumulation.reproducible_update import ReproducibleUpdate
 from bigbatch.accumulation.window import Window
 from bigbatch.accumulation.window_content import WindowContent, WindowState
-from bigbatch.batching.batch_writes import draw
 from bigbatch.batching.checks import check_count
+from bigbatch.batching.split import draw
 from bigbatch.distributed.collective import fail_together
 from bigbatch.distributed.detect import detect_sync
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -119,7 +120,7 @@ class OptimizerUpdate:
             WindowStateError: ``torch.inference_mode`` is on, or a parameter of the model was replaced by another one.
         """
         self.steps.check_not_torn()
-        self._places.check(self.parameters)
+        self._check_places(self.parameters)
         if torch.is_inference_mode_enabled():
             raise WindowStateError(
                 "torch.inference_mode() is on, and tensors that are created under it can never be trained. Run windows "
@@ -149,7 +150,13 @@ class OptimizerUpdate:
         """Raise a WindowStateError if the parameters of sums are not those of optimizers and model any more."""
         if self.optimizers:
             sums.check_parameters(self.parameters())
-        self._places.check(lambda: sums.parameters)
+        self._check_places(lambda: sums.parameters)
+
+    def _check_places(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
+        """Find parameters of the model that were replaced: about 0.05 µs for each parameter and module."""
+        places = self._places
+        if not all(map(is_, map(dict.get, places.tables, places.keys), places.values)):
+            places.check(parameters())
 
     def require_optimizer(self) -> None:
         """Raise if there is no optimizer.

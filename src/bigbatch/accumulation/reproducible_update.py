@@ -14,7 +14,7 @@ from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.reproducible_state import ReproducibleState
 from bigbatch.accumulation.window_content import WindowContent
-from bigbatch.batching.batch_writes import BatchWrites
+from bigbatch.batching.split import BatchWrites
 from bigbatch.distributed import window_vote
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, never
 from bigbatch.errors import WindowStateError

@@ -5,8 +5,9 @@
 `batch_types` keeps the types of containers, `batch_checks` refuses what cannot be split, `row_cuts` cuts one tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -15,12 +16,33 @@ from torch.utils import _pytree as pytree
 
 from bigbatch.batching.batch_checks import MOST_FIELDS, check_batch_dim, samples_of
 from bigbatch.batching.batch_types import Structure, flatten
-from bigbatch.batching.batch_writes import BatchWrites
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.row_cuts import row_cuts
 from bigbatch.types import Collate
 
+_VERSION = attrgetter("_version")
+
 Gather: TypeAlias = Callable[[Sequence[int]], tuple[list[Any], Structure]]
+
+
+class BatchWrites:
+    """The tensors of a batch or micro-batch with their versions; views, such as micro-batches, share them.
+
+    Writes of other libraries to the same memory, such as NumPy, have no version and are not seen.
+
+    Args:
+        batch: Tensors in nested mappings, lists, tuples and dataclasses; anything else is ignored.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        # Tensors made under inference_mode have no version, and cannot be written to outside of it.
+        self._tensors = [tensor for tensor in _tensors_in(batch) if not tensor.is_inference()]
+        self._versions = list(map(_VERSION, self._tensors))
+
+    @property
+    def found(self) -> bool:
+        """Whether any of them was written to since."""
+        return list(map(_VERSION, self._tensors)) != self._versions
 
 
 @dataclass(frozen=True)
@@ -238,3 +260,37 @@ def _move(leaf: Any, device: torch.device, *, copies: bool) -> Any:
         return leaf
     moved = to(device)
     return leaf if moved is None else moved  # some move in place
+
+
+def draw(microbatches: Iterable[Any]) -> list[Any]:
+    """Draw the micro-batches of a window before the first one is used.
+
+    Raises:
+        ValueError: Drawing one has changed an earlier one.
+    """
+    drawn, writes = [], []
+    for microbatch in microbatches:
+        drawn.append(microbatch)
+        writes.append(BatchWrites(microbatch))
+    if any(each.found for each in writes):
+        raise ValueError(
+            f"the loader has written to tensors that it had yielded before, and the {len(drawn)} micro-batches of this "
+            "window are drawn before the first one is used: they would all be the last one. Let it yield new tensors, "
+            "for example by clone()."
+        )
+    return drawn
+
+
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+        return
+    values: Any = ()
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, list | tuple):
+        values = batch
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        values = (getattr(batch, field.name, None) for field in fields(batch))
+    for value in values:
+        yield from _tensors_in(value)

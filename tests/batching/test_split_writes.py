@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from bigbatch.batching.batch_writes import BatchWrites, draw
-from bigbatch.batching.split import split, split_into
+from bigbatch.batching.split import BatchWrites, draw, split, split_into
 
 CPU = torch.device("cpu")
 
