@@ -62,6 +62,14 @@ def test_copied_microbatches_keep_the_batch(cut):
     assert not parts.was_written
 
 
+def test_leaves_that_were_copied_are_not_copied_again():
+    parts = split((torch.zeros(4), torch.zeros(4)), 2, device=CPU).copied()
+    leaves, structure = parts.gather([0, 1])
+    first, second = parts.assemble(leaves, structure, copied={0: leaves[0]}.keys())
+    assert first is leaves[0]
+    assert second is not leaves[1]
+
+
 def test_split_notices_writes_to_its_views():
     x = torch.ones(4, 2)
     parts = split(x, 2, device=CPU)

@@ -5,7 +5,7 @@
 `batch_types` keeps the types of containers, `batch_checks` refuses what cannot be split, `row_cuts` cuts one tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -82,9 +82,12 @@ class Split:
             return view
         return self.assemble(*self.gather(rows))
 
-    def assemble(self, leaves: Sequence[Any], structure: Structure) -> Any:
-        """Build a micro-batch from its leaves, moved to the device if necessary."""
-        return structure.unflatten([_move(leaf, self.device, copies=self.copies) for leaf in leaves])
+    def assemble(self, leaves: Sequence[Any], structure: Structure, *, copied: Collection[int] = ()) -> Any:
+        """Build a micro-batch from its leaves, moved to the device if necessary; those at ``copied`` are copies."""
+        moved = (
+            _move(leaf, self.device, copies=self.copies and index not in copied) for index, leaf in enumerate(leaves)
+        )
+        return structure.unflatten(list(moved))
 
     def __len__(self) -> int:
         return len(self.groups)
