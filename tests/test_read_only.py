@@ -1,6 +1,7 @@
 """Attributes of an engine or accumulator that its other parts have copied cannot be replaced silently."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ import bigbatch
 from bigbatch.read_only import read_only
 from support import full_batch_reference as ref
 
-ENGINE = ["accumulator", "sync", "model", "collate", "lengths", "layout"]
+ENGINE = ["accumulator", "sync", "model", "collate", "lengths", "layout", "batch_dim", "quantum"]
 ACCUMULATOR = ["model", "optimizer", "sync", "update"]
 
 
@@ -38,6 +39,30 @@ def test_replacement_is_refused(kind: str, name: str):
         )
     assert getattr(owner, name) is before
     engine.step(ref.ragged_batch(6))
+
+
+@pytest.mark.parametrize("name", inspect.signature(bigbatch.Engine).parameters)
+def test_settings_of_an_engine_never_change_in_silence(name: str):
+    """Each is an attribute whose new value is used, or cannot be assigned."""
+    engine = make_engine()
+    if name in ("loss_fn", "memory", "count_items"):
+        assert hasattr(engine, name)
+        return
+    with pytest.raises(AttributeError):
+        setattr(engine, name, getattr(engine, name, 1))
+
+
+@pytest.mark.parametrize("kind", ["Engine", "Accumulator"])
+def test_assigned_setting_is_refused(kind: str):
+    engine = make_engine()
+    owner = engine if kind == "Engine" else engine.accumulator
+    assert not hasattr(owner, "max_grad_norm")
+    with pytest.raises(AttributeError) as caught:
+        owner.max_grad_norm = 0.1
+    assert str(caught.value) == (
+        f"{kind}.max_grad_norm is a setting of {kind}(max_grad_norm=...), and a later value would be ignored. Make "
+        f"another {kind}, and load the state of this one if it has been trained."
+    )
 
 
 def test_content_can_be_changed():

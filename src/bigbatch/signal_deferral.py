@@ -1,6 +1,6 @@
 """Defer SIGINT and SIGTERM while an update is being applied."""
 
-import inspect
+import _signal  # type: ignore[import-not-found]
 import signal
 import sys
 import threading
@@ -9,8 +9,8 @@ from typing import Any
 
 DEFERRED = (signal.SIGINT, signal.SIGTERM)
 
-# Without their conversion to enums, which costs 10 µs a call.
-_get_handler, _set_handler = inspect.unwrap(signal.getsignal), inspect.unwrap(signal.signal)
+# The functions of `signal` without their conversion to enums, which costs 3 µs a call, and 10 within a window.
+_get_handler, _set_handler = _signal.getsignal, _signal.signal
 
 
 class DeferredSignals:

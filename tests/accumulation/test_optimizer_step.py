@@ -83,6 +83,41 @@ def test_each_scheduler_steps_once_per_update():
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.005, 0.0075]
 
 
+AHEAD = (
+    r"^StepLR\.step\(\) was called by other code since the last update, and each update calls it: the schedule is ahead"
+)
+
+
+def scheduled_engine():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    return bigbatch.Engine(model, optimizer, loss_fn, microbatch=4, scheduler=scheduler), scheduler
+
+
+def test_foreign_step_of_a_scheduler_is_warned_of_once():
+    engine, scheduler = scheduled_engine()
+    engine.step(make_batch())
+    scheduler.step()
+    with pytest.warns(UserWarning, match=AHEAD):
+        engine.step(make_batch())
+    scheduler.step()
+    engine.step(make_batch())  # warnings are errors
+
+
+def test_loaded_schedule_is_no_foreign_step():
+    engine, scheduler = scheduled_engine()
+    for _ in range(3):
+        engine.step(make_batch())
+        state = copy.deepcopy(engine.state_dict())
+    earlier, _ = scheduled_engine()
+    for _ in range(2):
+        earlier.step(make_batch())
+    earlier.load_state_dict(state)
+    earlier.step(make_batch())
+    assert scheduler.last_epoch == 3
+
+
 def test_several_optimizers_resume_bit_identically():
     batch = make_batch()
     first, second = make_model(), make_model(2)
@@ -108,6 +143,18 @@ def test_shared_parameter_between_optimizers_is_rejected():
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam(list(model.parameters())[2:3])]
     with pytest.raises(ValueError, match=r"^optimizers 0 and 1 \(SGD and Adam\) contain the same parameter of shape "):
         bigbatch.Accumulator(model, optimizers)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_parameter_twice_in_one_optimizer_is_rejected():
+    model = make_model()
+    optimizer = torch.optim.SGD([*model.parameters(), model[0].weight], lr=0.1)
+    with pytest.raises(ValueError, match="twice: each update would change it twice") as caught:
+        bigbatch.Accumulator(model, optimizer)
+    assert str(caught.value) == (
+        "the optimizer (SGD) contains the same parameter of shape (8, 5) twice: each update would change it twice. "
+        "Pass each one once, for tied weights list(dict.fromkeys(parameters))."
+    )
 
 
 def test_empty_list_of_optimizers_is_rejected():

@@ -140,6 +140,17 @@ def test_numpy_values_that_count_nothing_are_rejected(make):
         as_terms((LOSS, eval(f"numpy.{make}", {"numpy": numpy})))
 
 
+@pytest.mark.parametrize("make", [lambda w: w.sum(), lambda w: (w * 2).sum().reshape(1)])
+def test_count_with_gradient_is_rejected(make):
+    """A learned weight: as a constant, the gradient of the quotient would lack a part."""
+    items = make(torch.ones(3, requires_grad=True))
+    with pytest.raises(
+        ValueError, match=r"^the items of the term 'loss' require a gradient, and a divisor is a constant"
+    ):
+        as_terms((torch.tensor(1.0), items))
+    assert as_terms((torch.tensor(1.0), items.detach()))
+
+
 def test_complex_count_is_rejected():
     with pytest.raises(TypeError, match="the items of the term 'loss' are a complex"):
         as_terms((LOSS, torch.tensor(3 + 0j)))

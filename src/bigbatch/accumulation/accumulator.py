@@ -21,6 +21,7 @@ from bigbatch.accumulation.reproducible_update import ReproducibleUpdate
 from bigbatch.accumulation.window import Window
 from bigbatch.accumulation.window_content import WindowContent, WindowState
 from bigbatch.batching.checks import check_count
+from bigbatch.batching.split import draw
 from bigbatch.distributed.collective import fail_together
 from bigbatch.distributed.detect import detect_sync
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-@read_only("model", "optimizer", "sync", "update")
+@read_only(
+    *("model", "optimizer", "sync", "update"),
+    settings=("max_grad_norm", "gradient_hook", "scheduler", "scaler", "nonfinite", "offload"),
+)
 class Accumulator:
     """Exact accumulation windows in your own loop.
 
@@ -179,7 +183,8 @@ class Accumulator:
 
         Raises:
             TypeError: ``num_microbatches`` is not an int.
-            ValueError: ``num_microbatches`` is below 1.
+            ValueError: ``num_microbatches`` is below 1; or the loader yields tensors that it writes to later, and the
+                micro-batches are drawn ahead.
             WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
         """
         check_count("num_microbatches", num_microbatches, "the micro-batches of one window")
@@ -198,7 +203,7 @@ class Accumulator:
                 totals: Mapping[str, Items] | None = None
                 with self.fail_together(before_window=True):
                     self.prepare()
-                    drawn = list(islice(microbatches, num_microbatches if draws_ahead else 1))
+                    drawn = draw(islice(microbatches, num_microbatches if draws_ahead else 1))
                     if count_items is not None:
                         totals = {**dict.fromkeys(names, 0), **_total_items(map(count_items, drawn))}
                 if drawn:

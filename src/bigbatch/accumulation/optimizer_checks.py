@@ -21,7 +21,7 @@ def check_optimizers(optimizer: "Optimizer | Sequence[Optimizer] | None") -> "tu
 
     Raises:
         TypeError: One is not a ``torch.optim.Optimizer``, or evaluates the loss several times in a step.
-        ValueError: There is none, or two contain the same parameter.
+        ValueError: There is none, or a parameter occurs twice.
     """
     optimizers = as_optimizers(optimizer)
     if not optimizers and optimizer is not None:
@@ -36,6 +36,12 @@ def check_optimizers(optimizer: "Optimizer | Sequence[Optimizer] | None") -> "tu
     owners: dict[Tensor, int] = {}
     for index, each in enumerate(optimizers):
         for parameter in chain.from_iterable(group["params"] for group in each.param_groups):
+            if owners.get(parameter) == index:
+                raise ValueError(
+                    f"the optimizer ({type(each).__name__}) contains the same parameter of shape "
+                    f"{tuple(parameter.shape)} twice: each update would change it twice. Pass each one once, for tied "
+                    "weights list(dict.fromkeys(parameters))."
+                )
             if owners.setdefault(parameter, index) != index:
                 raise ValueError(
                     f"optimizers {owners[parameter]} and {index} ({type(optimizers[owners[parameter]]).__name__} and "

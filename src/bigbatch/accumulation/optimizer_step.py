@@ -7,6 +7,7 @@ Long because every way in which a step can fail is decided here.
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakMethod, finalize
@@ -59,6 +60,8 @@ class OptimizerStep:
         self._called: set[int] = set()  # hooked optimizers whose step ran in the current update
         self._was_evaluated = False  # whether the current optimizer called its closure
         self._is_stepping = False
+        self._epochs: list[int | None] = []  # of the schedulers after the last update
+        self._has_warned = False
         self.require_closure = [optimizer for optimizer in self.optimizers if _requires_closure(optimizer)]
         self._holds_gradients: WeakMethod[Callable[[], bool]] | None = None
         self._hooked = [_hook_before_step(optimizer, WeakMethod(self._on_step)) for optimizer in self.optimizers]
@@ -78,6 +81,18 @@ class OptimizerStep:
         """
         self._holds_gradients = WeakMethod(holds_gradients)
         self._is_stepping = False
+        for scheduler, epoch in zip(self.schedulers, self._epochs, strict=False):
+            if epoch is not None and getattr(scheduler, "last_epoch", None) == epoch + 1:
+                self._warn_of_foreign_step(scheduler)
+
+    def _warn_of_foreign_step(self, scheduler: "LRScheduler") -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{type(scheduler).__name__}.step() was called by other code since the last update, and each update "
+                "calls it: the schedule is ahead of the updates. Remove the call, or leave scheduler= out.",
+                stacklevel=2,
+            )
 
     def check_not_torn(self) -> None:
         """Raise if the last update is torn.
@@ -111,6 +126,7 @@ class OptimizerStep:
         """Continue to count after ``num_steps`` updates, with a model and optimizers that were restored."""
         self.num_steps = num_steps
         self.torn = torn
+        self._epochs = []
 
     def run(
         self, *, grad_norm: float, loss: Callable[[], float], evaluate_again: Callable[[], Tensor] | None = None
@@ -150,6 +166,7 @@ class OptimizerStep:
                 part = scheduler
                 scheduler.step()
                 done.append(scheduler)
+            self._epochs = [getattr(scheduler, "last_epoch", None) for scheduler in self.schedulers]
         except BaseException as error:
             if any(part is each for each in done):  # interrupted between two parts
                 part = None

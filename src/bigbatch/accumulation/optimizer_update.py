@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers, check_settings
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
+from bigbatch.accumulation.parameter_places import ParameterPlaces
 from bigbatch.errors import NonFiniteError, RankFailedError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.offload.levels import Offload, check_master
@@ -100,6 +102,7 @@ class OptimizerUpdate:
         self.offload = offload_optimizers(self.optimizers, offload, model)
         self.steps = OptimizerStep(self.optimizers, self.schedulers, self.offload)
         self._setup, self.knows_number = False, bool(self.optimizers)
+        self._places = ParameterPlaces(model, self.parameters())
         if self.scaler is not None:
             check_scalable(self.parameters())
 
@@ -114,9 +117,10 @@ class OptimizerUpdate:
         Raises:
             MemoryLimitError: The state does not fit in memory.
             TornUpdateError: The last update is torn.
-            WindowStateError: ``torch.inference_mode`` is on.
+            WindowStateError: ``torch.inference_mode`` is on, or a parameter of the model was replaced by another one.
         """
         self.steps.check_not_torn()
+        self._check_places(self.parameters)
         if torch.is_inference_mode_enabled():
             raise WindowStateError(
                 "torch.inference_mode() is on, and tensors that are created under it can never be trained. Run windows "
@@ -146,6 +150,18 @@ class OptimizerUpdate:
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all groups of all optimizers, or those that the model trains, as they are now."""
         return trained_parameters(self._model, self.optimizers)
+
+    def check_parameters(self, sums: GradientSums) -> None:
+        """Raise a WindowStateError if the parameters of sums are not those of optimizers and model any more."""
+        if self.optimizers:
+            sums.check_parameters(self.parameters())
+        self._check_places(lambda: sums.parameters)
+
+    def _check_places(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
+        """Find parameters of the model that were replaced: about 0.05 µs for each parameter and module."""
+        places = self._places
+        if not all(map(is_, map(dict.get, places.tables, places.keys), places.values)):
+            places.check(parameters())
 
     def require_optimizer(self) -> None:
         """Raise if there is no optimizer.

@@ -251,8 +251,7 @@ class PendingUpdate:
     def _settle(self, retries: int) -> tuple[Sequence[Number], window_vote.VoteResult | None, list[Tensor]]:
         """End the micro-batches and reduce the sums; return the observer's scalars, the votes, and scalars to read."""
         self._require_open()
-        if self._update.optimizers:
-            self.sums.check_parameters(self._update.parameters())
+        self._update.check_parameters(self.sums)
         self._all_have_run = True
         extra: Sequence[Number] = window_vote.NO_EXTRA
         if self._observer is not None:

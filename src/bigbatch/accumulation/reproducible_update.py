@@ -14,6 +14,7 @@ from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.reproducible_state import ReproducibleState
 from bigbatch.accumulation.window_content import WindowContent
+from bigbatch.batching.split import BatchWrites
 from bigbatch.distributed import window_vote
 from bigbatch.distributed.gradient_sync import GradientSync, Microbatch, never
 from bigbatch.errors import WindowStateError
@@ -27,6 +28,12 @@ NO_SECOND_PASS = (
     "the gradients of this window have other magnitudes than those of the windows before, and its micro-batches cannot "
     "be run again from here: run them in a new window, whose scales suit them, or iterate over a window of "
     "accumulator.windows(...) or accumulator.window(microbatches), which then yields them once more."
+)
+
+WRITTEN = (
+    "the gradients of this window have other magnitudes than those of the windows before, and its micro-batches cannot "
+    "be run again, because they were written to in place: make new tensors in the loop, such as x = x / 255 in place "
+    "of x.div_(255), and let the loader yield new ones."
 )
 
 
@@ -61,6 +68,7 @@ class ReproducibleUpdate(PendingUpdate):
         self._passes = 0
         self._has_other_microbatches = False  # than those that are iterated over
         self._drawn: list[Any] = []  # micro-batches that were drawn lazily
+        self._writes: list[BatchWrites] = []  # to the micro-batches
         self._magnitudes: Magnitudes | None = None  # of all ranks, once they suit the scales
         self._peaks: list[float] = []
 
@@ -75,6 +83,8 @@ class ReproducibleUpdate(PendingUpdate):
         """Yield this rank's micro-batches, once for each pass; arguments as for `PendingUpdate.microbatches`."""
         if isinstance(self._content.microbatches, Sequence):
             source = super().microbatches(should_abandon, again)
+            if not self._passes:
+                self._writes = list(map(BatchWrites, self._content.microbatches))
         else:
             source = map(Microbatch, self._drawn) if self._passes else self._drawing()
         return source if self._passes else self._noting_start(source)
@@ -82,6 +92,7 @@ class ReproducibleUpdate(PendingUpdate):
     def _drawing(self) -> Iterator[Microbatch]:
         for content in self._content.microbatches:
             self._drawn.append(content)
+            self._writes.append(BatchWrites(content))
             yield Microbatch(content)
 
     def _noting_start(self, source: Iterator[Microbatch]) -> Iterator[Microbatch]:
@@ -102,7 +113,8 @@ class ReproducibleUpdate(PendingUpdate):
         if self._magnitudes is not None:
             return True
         self._passes += 1
-        can_run_again = can_run_again and not self._has_other_microbatches
+        were_written = any(each.found for each in self._writes)
+        can_run_again = can_run_again and not (self._has_other_microbatches or were_written)
         if self._sync.size > 1:
             self._check_ranks_succeeded()
         own = [*self.sums.peaks(), self.loss_totals.num_recorded, float(can_run_again)]
@@ -116,7 +128,7 @@ class ReproducibleUpdate(PendingUpdate):
             return True
         if not all(row[-1] for row in rows):
             self._reproducible.scales.note(found)
-            raise WindowStateError(NO_SECOND_PASS)
+            raise WindowStateError(WRITTEN if were_written else NO_SECOND_PASS)
         if self._passes == MAX_PASSES:
             raise WindowStateError(
                 f"the gradients of this window had other magnitudes in each of {MAX_PASSES} passes over the same "

@@ -5,7 +5,7 @@
 On other devices, and if the batch is already on the device, nothing is prefetched.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from bigbatch.batching.split import Split
 class _Fetched(NamedTuple):
     leaves: list[Any]
     structure: Structure
-    num_copied: int  # leaves copied from the host
+    copied: Collection[int]  # indices of the leaves copied from the host
 
 
 class Prefetcher:
@@ -80,11 +80,11 @@ class Prefetcher:
         self._next_rows = next(self._pending_rows, None)
         fetched, self._fetched = self._fetched, None
         fetched = fetched or self._fetch(rows)
-        if fetched.num_copied:
+        if fetched.copied:
             self._wait_for_copies()
             if self._next_rows is not None:
                 self._fetch_ahead(self._next_rows)
-        return self._parts.assemble(fetched.leaves, fetched.structure)
+        return self._parts.assemble(fetched.leaves, fetched.structure, copied=fetched.copied)
 
     def _fetch_ahead(self, rows: Sequence[int]) -> None:
         with suppress(Exception):  # raised when these rows are taken, and attributed to them
@@ -105,7 +105,7 @@ class Prefetcher:
         except BaseException:
             self._wait_for_copies()
             raise
-        return _Fetched([copies.get(index, leaf) for index, leaf in enumerate(leaves)], structure, len(copies))
+        return _Fetched([copies.get(index, leaf) for index, leaf in enumerate(leaves)], structure, copies.keys())
 
     def _drop(self) -> None:
         if self._fetched is not None:

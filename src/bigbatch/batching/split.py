@@ -5,8 +5,9 @@
 `batch_types` keeps the types of containers, `batch_checks` refuses what cannot be split, `row_cuts` cuts one tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +20,29 @@ from bigbatch.batching.checks import check_count
 from bigbatch.batching.row_cuts import row_cuts
 from bigbatch.types import Collate
 
+_VERSION = attrgetter("_version")
+
 Gather: TypeAlias = Callable[[Sequence[int]], tuple[list[Any], Structure]]
+
+
+class BatchWrites:
+    """The tensors of a batch or micro-batch with their versions; views, such as micro-batches, share them.
+
+    Writes of other libraries to the same memory, such as NumPy, have no version and are not seen.
+
+    Args:
+        batch: Tensors in nested mappings, lists, tuples and dataclasses; anything else is ignored.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        # Tensors made under inference_mode have no version, and cannot be written to outside of it.
+        self._tensors = [tensor for tensor in _tensors_in(batch) if not tensor.is_inference()]
+        self._versions = list(map(_VERSION, self._tensors))
+
+    @property
+    def found(self) -> bool:
+        """Whether any of them was written to since."""
+        return list(map(_VERSION, self._tensors)) != self._versions
 
 
 @dataclass(frozen=True)
@@ -32,6 +55,8 @@ class Split:
         device: Device of the micro-batches.
         gather: Returns the micro-batch of some samples on the device of the batch, as its leaves and structure.
         views: The micro-batch of each group, if all are views on the device; each is returned once.
+        copies: Whether tensors of micro-batches are copies also where they could be views of the batch.
+        writes: In-place writes to the batch since it was split; None if micro-batches are collated.
     """
 
     num_samples: int
@@ -39,6 +64,17 @@ class Split:
     device: torch.device
     gather: Gather
     views: dict[Sequence[int], Any] = field(default_factory=dict)
+    copies: bool = False
+    writes: BatchWrites | None = None
+
+    def copied(self) -> "Split":
+        """Return the same split with copies: what a loss writes to a micro-batch in place does not reach the batch."""
+        return replace(self, views={}, copies=True)
+
+    @property
+    def was_written(self) -> bool:
+        """Whether tensors of the batch were written to in place since it was split."""
+        return self.writes is not None and self.writes.found
 
     def take(self, rows: Sequence[int]) -> Any:
         """Return the micro-batch of some samples, on the device."""
@@ -46,9 +82,12 @@ class Split:
             return view
         return self.assemble(*self.gather(rows))
 
-    def assemble(self, leaves: Sequence[Any], structure: Structure) -> Any:
-        """Build a micro-batch from its leaves, moved to the device if necessary."""
-        return structure.unflatten([_move(leaf, self.device) for leaf in leaves])
+    def assemble(self, leaves: Sequence[Any], structure: Structure, *, copied: Collection[int] = ()) -> Any:
+        """Build a micro-batch from its leaves, moved to the device if necessary; those at ``copied`` are copies."""
+        moved = (
+            _move(leaf, self.device, copies=self.copies and index not in copied) for index, leaf in enumerate(leaves)
+        )
+        return structure.unflatten(list(moved))
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -90,7 +129,7 @@ def split(
     views: dict[Sequence[int], Any] = {}
     if collate is None and not batch_dim:
         views.update(zip(groups, _views(batch, microbatch, device), strict=False))
-    return Split(num_samples, groups, device, gather, views)
+    return Split(num_samples, groups, device, gather, views, writes=BatchWrites(batch) if collate is None else None)
 
 
 def split_into(
@@ -113,7 +152,7 @@ def split_into(
         known_fields: As for `split`.
     """
     num_samples, gather = _gatherer(batch, collate, batch_dim, known_fields)
-    return Split(num_samples, groups, device, gather)
+    return Split(num_samples, groups, device, gather, writes=BatchWrites(batch) if collate is None else None)
 
 
 def split_options(device: torch.device, collate: Collate | None, batch_dim: int | None) -> dict[str, Any]:
@@ -215,10 +254,46 @@ def _tree_gatherer(batch: Any, dim: int, known_fields: set[tuple[str, int]]) -> 
     return num_samples, gather
 
 
-def _move(leaf: Any, device: torch.device) -> Any:
+def _move(leaf: Any, device: torch.device, *, copies: bool) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+        if leaf.device != device:
+            return leaf.to(device, non_blocking=True)
+        return leaf.clone() if copies else leaf
     if leaf is None or isinstance(leaf, type) or not callable(to := getattr(leaf, "to", None)):
         return leaf
     moved = to(device)
     return leaf if moved is None else moved  # some move in place
+
+
+def draw(microbatches: Iterable[Any]) -> list[Any]:
+    """Draw the micro-batches of a window before the first one is used.
+
+    Raises:
+        ValueError: Drawing one has changed an earlier one.
+    """
+    drawn, writes = [], []
+    for microbatch in microbatches:
+        drawn.append(microbatch)
+        writes.append(BatchWrites(microbatch))
+    if any(each.found for each in writes):
+        raise ValueError(
+            f"the loader has written to tensors that it had yielded before, and the {len(drawn)} micro-batches of this "
+            "window are drawn before the first one is used: they would all be the last one. Let it yield new tensors, "
+            "for example by clone()."
+        )
+    return drawn
+
+
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+        return
+    values: Any = ()
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, list | tuple):
+        values = batch
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        values = (getattr(batch, field.name, None) for field in fields(batch))
+    for value in values:
+        yield from _tensors_in(value)

@@ -116,8 +116,10 @@ def open_window(
             probe_weights(accumulator, loss_fn, parts)
         totals: Mapping[str, Items] | None = None if count_items is None else count_items(batch)
         runner.prepare()
+        if runner.runs_again or accumulator.update.steps.require_closure:
+            parts = parts.copied()
         if sync.needs_padding_microbatch and parts.groups:
-            sync.set_padding_microbatch(parts.take(parts.groups[-1][:1]))
+            sync.set_padding_microbatch(parts.copied().take(parts.groups[-1][:1]))
     max_num_microbatches = len(parts.groups)
     if needs_agreement:
         max_num_microbatches, totals = accumulator.agree_on_start(max_num_microbatches, totals)
@@ -138,6 +140,6 @@ def open_window(
         nullcontext(watched_take)
         if measures or fused.obstacle is not None
         else fused.window(pending.sums, watched_take) as take,
-        runner.window(WindowInputs(watched, take, lengths)),
+        runner.window(WindowInputs(watched, take, lengths, parts)),
     ):
         yield pending, parts

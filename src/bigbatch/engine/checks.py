@@ -14,6 +14,11 @@ from bigbatch.engine.host_check import check_host
 from bigbatch.errors import InputError
 from bigbatch.types import Layout
 
+SETTINGS = (  # arguments of `bigbatch.Engine` that are no attributes of it
+    *("optimizer", "cuda_graphs", "fuse_gradients", "batch_norm", "max_grad_norm", "gradient_hook", "scheduler"),
+    *("scaler", "nonfinite", "offload", "reproducible", "lockstep", "noise", "check"),
+)
+
 
 def check_microbatch(microbatch: object, memory: object, lengths: object) -> None:
     """Validate microbatch= together with memory= and lengths=.

@@ -20,7 +20,7 @@ from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
 from bigbatch.engine.batch_windows import BatchSplitter, open_window
-from bigbatch.engine.checks import check_layout, check_loss, check_microbatch, check_quantum, check_ranks
+from bigbatch.engine.checks import SETTINGS, check_layout, check_loss, check_microbatch, check_quantum, check_ranks
 from bigbatch.engine.fused_layers import FuseGradients, make_fused_gradients
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.engine.microbatch_size import MicrobatchSize
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-@read_only("accumulator", "sync", "model", "collate", "lengths", "layout")
+@read_only("accumulator", "sync", "model", "collate", "lengths", "layout", "batch_dim", "quantum", settings=SETTINGS)
 class Engine:
     """One exact update from one batch of any size.
 
@@ -237,7 +237,8 @@ class Engine:
         window aborted and the gradients cleared. An empty batch is a window without items.
 
         Raises:
-            MemoryLimitError: A single sample does not fit in memory.
+            MemoryLimitError: A single sample does not fit in memory; or memory ran out in a micro-batch that
+                ``loss_fn`` has written to in place, so that it cannot be run again.
             NonFiniteError: The loss or the gradient is not finite, and ``nonfinite`` is ``"raise"``.
             RankFailedError: Another rank failed in this window, which changed nothing.
             TypeError: The batch cannot be split, or ``loss_fn`` returned something else than sums and items.
@@ -291,22 +292,17 @@ class Engine:
             fused=self.fused,
             should_stop=should_stop,
         ) as (pending, parts):
-            self._run_microbatches(pending, should_abandon)
+            self.runner.run_all(pending, should_abandon)
             if not self._first_window.is_done:
                 with pending.sums.paused():
                     self._first_window.run(self.loss_fn, parts, may_join=self.lengths is None)
             yield pending
 
-    def _run_microbatches(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
-        for microbatch in pending.microbatches(should_abandon):
-            self.runner.run(microbatch, pending)
-        self.runner.end(pending, should_abandon)
-
     @property
     def _run_again(self) -> Callable[[PendingUpdate], None] | None:
         """Runs a window again within its update; None where other ranks, CUDA graphs or a scaler depend on it."""
         is_alone = self.sync.size == 1 and not self.runner.captures_graphs
-        return self._run_microbatches if is_alone and self.accumulator.update.scaler is None else None
+        return self.runner.run_all_again if is_alone and self.accumulator.update.scaler is None else None
 
     def release_cuda_graphs(self) -> None:
         """Free the memory of CUDA graphs and copied weights, for work between updates; windows make them again."""

@@ -92,7 +92,7 @@ def _problem(
 ) -> TuningProblem:
     module = accumulator.sync.module
     lengths = splitter.lengths_of(batch)
-    samples = splitter.samples(batch)
+    samples = splitter.samples(batch).copied()  # loss_fn may write to micro-batches, and runs again in windows
     if lengths is not None:
         check_lengths(lengths, samples.num_samples)
     accumulator.prepare()

@@ -43,6 +43,6 @@ def probe_weights(accumulator: Accumulator, loss_fn: LossFunction, parts: Split)
 
 
 def _loss(model: Any, loss_fn: LossFunction, parts: Split) -> Tensor:
-    terms = as_terms(loss_fn(model, parts.take(parts.groups[-1][:1])))
+    terms = as_terms(loss_fn(model, parts.copied().take(parts.groups[-1][:1])))
     loss: Tensor = sum(loss_sum for loss_sum, _ in terms.values())  # type: ignore[assignment]
     return loss

@@ -43,6 +43,8 @@ class CoupledRunner(MicrobatchRunner):
         device: Of its first parameter.
     """
 
+    runs_again = True
+
     def __init__(self, model: nn.Module, coupled: Coupled, sync: GradientSync, device: torch.device) -> None:
         super().__init__(model)
         self._sync = sync
@@ -283,7 +285,7 @@ class CoupledRunner(MicrobatchRunner):
             return passes.linear_loss(self._coupled, rows, inputs.take, None)
 
         self._retry.prepare()
-        with self._retry.window(WindowInputs(loss_fn, lambda rows: rows, inputs.lengths)):
+        with self._retry.window(WindowInputs(loss_fn, lambda rows: rows, inputs.lengths, inputs.parts)):
             for turn in turns:
                 self._retry.run(Microbatch(turn.content.rows), pending)
         self.retries += self._retry.retries

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.distributed.gradient_sync import Microbatch
 from bigbatch.errors import MemoryLimitError, first_line
-from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
+from bigbatch.execution.runner import WRITE_TO_COPY, MicrobatchRunner, WindowInputs
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 
 
@@ -80,7 +80,7 @@ class OomRetry(MicrobatchRunner):
             is_repeated: Whether an attempt on these samples has run out of memory.
 
         Raises:
-            MemoryLimitError: One sample does not fit in memory by itself.
+            MemoryLimitError: One sample does not fit in memory by itself, or the loss has written to the batch.
         """
         rows: Sequence[int] = microbatch.content
         inputs = self._inputs
@@ -124,6 +124,11 @@ class OomRetry(MicrobatchRunner):
             if not is_out_of_memory(error) or (forward_finished and not sums.can_name_leaves):
                 raise
             message = first_line(error)
+            if inputs.were_written:
+                raise MemoryLimitError(
+                    f"memory ran out in a micro-batch of {len(rows)} samples ({message}), which cannot be run again, "
+                    f"because loss_fn has written to the batch in place: {WRITE_TO_COPY} Or pass a smaller microbatch."
+                ) from error
         # Outside the except block: inside it, the traceback holds the tensors of the attempt.
         self.retries += 1
         totals.rollback(num_recorded)

@@ -32,6 +32,8 @@ class QuantumRunner(OomRetry):
         quantum: Consecutive samples of the global batch that are computed together.
     """
 
+    runs_again = True
+
     def __init__(
         self, model: nn.Module, device: torch.device, sync: GradientSync, state: ReproducibleState, quantum: int
     ) -> None:

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from bigbatch.accumulation.pending_update import PendingUpdate
+from bigbatch.batching.split import Split
 from bigbatch.distributed.gradient_sync import Microbatch, never
-from bigbatch.errors import ShardedMemoryError, first_line
+from bigbatch.errors import ShardedMemoryError, WindowStateError, first_line
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.types import LossFunction
+
+WRITE_TO_COPY = "let it make new tensors, such as x = x / 255 in place of x.div_(255)."
 
 
 class WindowInputs(NamedTuple):
@@ -21,11 +24,18 @@ class WindowInputs(NamedTuple):
         loss_fn: As for `bigbatch.Engine`.
         take: Returns the micro-batch of some samples, by their indices, on the device.
         lengths: Tokens of each sample, for messages; None if unknown.
+        parts: The batch that micro-batches are taken from; None if it is not known.
     """
 
     loss_fn: LossFunction
     take: Callable[[Sequence[int]], Any]
     lengths: Sequence[int] | None = None
+    parts: Split | None = None
+
+    @property
+    def were_written(self) -> bool:
+        """Whether the loss has written to the batch in place, so that it cannot be run again."""
+        return self.parts is not None and self.parts.was_written
 
 
 class MicrobatchRunner(ABC):
@@ -44,12 +54,15 @@ class MicrobatchRunner(ABC):
         retries: Attempts in the last window that ran out of memory and were repeated.
         disabled_reason: Why a faster way to run is not used, in a few words; None if it is, or none was requested.
         captures_graphs: Whether it captures CUDA graphs, which must find no other graph of the parameters alive.
+        runs_again: Whether it runs micro-batches more than once in every window, and needs copies of what a loss
+            may write to.
         waits_for_ranks: Whether other ranks wait for this one within a window, so that all must agree to begin it.
         static_buffers: Gradient sums that the next window must use in place; None without any.
     """
 
     retries = 0
     captures_graphs = False
+    runs_again = False
     waits_for_ranks = False
     disabled_reason: str | None = None
     static_buffers: Mapping[Tensor, Tensor] | None = None
@@ -78,6 +91,24 @@ class MicrobatchRunner(ABC):
             yield
         finally:
             self._inputs = None
+
+    def run_all(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
+        """Run all micro-batches of the window."""
+        for microbatch in pending.microbatches(should_abandon):
+            self.run(microbatch, pending)
+        self.end(pending, should_abandon)
+
+    def run_all_again(self, pending: PendingUpdate) -> None:
+        """Run all micro-batches once more, after `run_all`.
+
+        Raises:
+            WindowStateError: They have other values now.
+        """
+        if self.inputs.were_written:
+            raise WindowStateError(
+                f"loss_fn has written to its micro-batches in place, and the optimizer runs them again: {WRITE_TO_COPY}"
+            )
+        self.run_all(pending)
 
     @abstractmethod
     def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:

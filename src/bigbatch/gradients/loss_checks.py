@@ -53,9 +53,14 @@ def as_count(name: str, items: object) -> Items:
 
     Raises:
         TypeError: It is of another kind.
-        ValueError: It is no finite count, or in a dtype that cannot count.
+        ValueError: It is no finite count, in a dtype that cannot count, or requires a gradient.
     """
     if isinstance(items, Tensor):
+        if items.requires_grad:
+            raise ValueError(
+                f"the items of the term {name!r} require a gradient, and a divisor is a constant: its gradient would "
+                "be missing. Call .detach() on them if they are a constant in your loss, too."
+            )
         if items.is_floating_point() and items.dtype.itemsize < 4:
             raise ValueError(
                 f"the items of the term {name!r} are in {items.dtype}, which cannot count past "

@@ -68,7 +68,7 @@ class CutGradients:
         if isinstance(cut, int):
             num_samples = self.samples.num_samples
             cut = [range(start, min(start + cut, num_samples)) for start in range(0, num_samples, cut)]
-        return replace(self.samples, groups=cut)
+        return replace(self.samples.copied(), groups=cut)  # the loss may write to micro-batches in place
 
     def _start(self, seed: int) -> None:
         """Set the state from which every cut starts."""
