@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.noise_observer import NoiseObserver
-from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite, OptimizerUpdate
+from bigbatch.accumulation.optimizer_update import OptimizerUpdate
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.reproducible_checks import check_reproducible
 from bigbatch.accumulation.reproducible_state import ReproducibleState
 from bigbatch.accumulation.reproducible_update import ReproducibleUpdate
+from bigbatch.accumulation.update_outcome import GradientHook, NonFinite
 from bigbatch.accumulation.window import Window
 from bigbatch.accumulation.window_content import WindowContent, WindowState
 from bigbatch.batching.checks import check_count

@@ -6,10 +6,9 @@ Long because every part of an update is here, in its order.
 import math
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from operator import is_
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scala
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
 from bigbatch.accumulation.parameter_places import ParameterPlaces
+from bigbatch.accumulation.update_outcome import NO_ITEMS, GradientHook, NonFinite, UpdateOutcome
 from bigbatch.errors import NonFiniteError, RankFailedError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.offload.levels import Offload, check_master
@@ -31,29 +31,8 @@ if TYPE_CHECKING:
     from bigbatch.distributed.gradient_sync import GradientSync
     from bigbatch.gradients.loss_totals import LossTotals
 
-NO_ITEMS = "no items"
-NonFinite: TypeAlias = Literal["skip", "raise"]
-
-GradientHook: TypeAlias = Callable[[Sequence[Tensor]], object]
-"""Receives the parameters that have a gradient; ``.grad`` is the divided, clipped gradient of the window."""
-
 # Added to the norm in the clip coefficient, as torch.nn.utils.clip_grad_norm_ does, so that both give the same result.
 CLIP_EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class UpdateOutcome:
-    """The result of an update.
-
-    Attributes:
-        grad_norm: 2-norm of the divided gradient before clipping; NaN without items.
-        skipped: Why nothing was updated; None if it was.
-        extra_scalars: Values read from the device together with the norm.
-    """
-
-    grad_norm: float
-    skipped: str | None = None
-    extra_scalars: tuple[float, ...] = ()
 
 
 class OptimizerUpdate:

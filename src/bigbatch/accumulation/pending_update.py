@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bigbatch.accumulation.noise_observer import NO_HOOKS, NoiseObserver
-from bigbatch.accumulation.optimizer_update import NO_ITEMS, OptimizerUpdate, UpdateOutcome
+from bigbatch.accumulation.optimizer_update import OptimizerUpdate
+from bigbatch.accumulation.update_outcome import NO_ITEMS, UpdateOutcome
 from bigbatch.accumulation.window_content import WindowContent, WindowState
 from bigbatch.distributed import window_vote
 from bigbatch.distributed.collective import Number

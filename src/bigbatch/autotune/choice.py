@@ -17,7 +17,7 @@ from bigbatch.autotune.microbatch_choice import Trial as Trial
 from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError, state_of
 from bigbatch.autotune.probe import Probe, probe
 from bigbatch.autotune.problem import TuningProblem as TuningProblem
-from bigbatch.autotune.search import largest_below
+from bigbatch.autotune.search import SIZES_PER_DOUBLING, largest_below, sizes_between
 from bigbatch.autotune.time_model import TimeModel
 from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory, storages
@@ -32,7 +32,6 @@ LOOK_AHEAD, LOOK_AHEAD_S = 8, 0.3  # times a size that is not faster, which kern
 MAX_PREDICTION_ERROR = 0.1  # relative: above it, peaks are measured instead of predicted
 NEGLIGIBLE_BYTES = 2**16
 SMALLEST_GAIN = 1.1  # of a size over the largest that was run, to be tried after a larger one did not fit
-SIZES_PER_DOUBLING = 4  # sizes compared by the time model
 
 
 def choose(problem: TuningProblem, budget: MemoryBudget) -> MicrobatchChoice:
@@ -91,7 +90,7 @@ class _Search:
         else:
             self._predict_update()
         timed_sizes, largest = self._time_up_to(problem.usable_size(self._find_largest()))
-        sizes = _sizes_between(problem.first_size, timed_sizes[-1])
+        sizes = sizes_between(problem.first_size, timed_sizes[-1])
         seconds = {size: self._batch_seconds(size) for size in sizes}
         size = problem.usable_size(
             next(size for size in sizes if seconds[size] <= SPEED_TOLERANCE * min(seconds.values()))
@@ -294,10 +293,3 @@ class _Search:
 def describe_parts(prediction: Prediction) -> str:
     """Format the categories of the peak, such as "parameters 1.8 GiB, gradients 1.8 GiB"."""
     return ", ".join(f"{name} {describe_bytes(num_bytes)}" for name, num_bytes in prediction.parts.items() if num_bytes)
-
-
-def _sizes_between(smallest: int, largest: int) -> list[int]:
-    sizes = [smallest]
-    while sizes[-1] < largest:
-        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * 2 ** (1 / SIZES_PER_DOUBLING)))))
-    return sizes

@@ -1,4 +1,4 @@
-"""Find the largest size that fits with few evaluations of its peak: each may take a second."""
+"""Find the largest size that fits with few evaluations of its peak, which may take a second each; list sizes below."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 RESOLUTION = 50  # the search ends within size / RESOLUTION
 MAX_GUESSES = 12
+SIZES_PER_DOUBLING = 4  # sizes compared by the time model
 
 _PeakOf: TypeAlias = Callable[[int], float]
 
@@ -72,3 +73,11 @@ def _intersect(peak_of: _PeakOf, sizes: list[int], usable_bytes: int) -> float:
 
 def _step_of(size: int) -> int:
     return max(1, size // RESOLUTION)
+
+
+def sizes_between(smallest: int, largest: int) -> list[int]:
+    """Return sizes from the smallest to the largest, `SIZES_PER_DOUBLING` in each doubling."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * 2 ** (1 / SIZES_PER_DOUBLING)))))
+    return sizes

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from bigbatch.accumulation.accumulator import Accumulator
-from bigbatch.accumulation.optimizer_update import GradientHook, NonFinite
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.training_state import TrainingState
+from bigbatch.accumulation.update_outcome import GradientHook, NonFinite
 from bigbatch.autotune.choice import MicrobatchChoice
 from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.accumulation.optimizer_update import NO_ITEMS
+from bigbatch.accumulation.update_outcome import NO_ITEMS
 from bigbatch.errors import WindowStateError
 from bigbatch.execution.runner import MicrobatchRunner
 from bigbatch.window_report import WindowReport

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.accumulation.optimizer_update import NO_ITEMS
+from bigbatch.accumulation.update_outcome import NO_ITEMS
 from bigbatch.engine.engine import Engine
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.errors import InputError

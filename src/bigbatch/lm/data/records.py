@@ -191,7 +191,7 @@ def _shapes_of(names: tuple[object, ...]) -> tuple[str, ...]:
 def shape_notes(shapes: Iterable[str]) -> list[str]:
     """Return what a user must know about the shapes of the records that were read.
 
-    That is which ones there are if not all are alike, the wording of Alpaca prompts, and how many pairs have no
+    That is which ones there are if there are several, the wording of Alpaca prompts, and how many pairs have no
     difference to learn from.
     """
     numbers = Counter(shapes)
