@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
+from bigbatch.cli import main
 from support.language_models import records, save_model_folder, write_jsonl
 
 FOLDER = Path(__file__).parents[1] / "examples" / "launchers"
@@ -81,7 +83,7 @@ def test_torchrun_script_names_what_is_missing(tmp_path: Path) -> None:
     assert done.stderr.endswith("HOST: set HOST to the address of one of the hosts\n")
 
 
-def test_slurm_job_trains_and_a_later_one_resumes(tmp_path: Path) -> None:
+def test_slurm_job_trains_and_a_later_one_resumes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Without Slurm: `srun` runs its command once, and `scontrol` names this host."""
     (tmp_path / "bin").mkdir()
     for name, text in {"srun": 'shift; exec "$@"', "scontrol": 'echo "$@" >> scontrol.txt; echo 127.0.0.1'}.items():
@@ -95,9 +97,15 @@ def test_slurm_job_trains_and_a_later_one_resumes(tmp_path: Path) -> None:
     first = launch(["bash", str(FOLDER / "slurm.sbatch"), *QUICK], tmp_path, **variables)
     assert first.returncode == 0, first.stderr
     assert (run / "model").exists()
+    (tmp_path / "bin" / "torchrun").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    (tmp_path / "bin" / "torchrun").chmod(0o755)  # shows what it would start
     again = launch(["bash", str(FOLDER / "slurm.sbatch"), *QUICK], tmp_path, **variables)
     assert again.returncode == 0, again.stderr
-    assert "is already finished: all 2 updates are done, the model is saved" in again.stdout
+    started = get_args_parser().parse_args(again.stdout.splitlines())
+    assert (started.module, started.training_script) == (True, "bigbatch")
+    capfd.readouterr()
+    assert main(started.training_script_args) == 0
+    assert f"{run} is already finished: all 2 updates are done, the model is saved" in capfd.readouterr().out
     assert "requeue" not in (tmp_path / "scontrol.txt").read_text(encoding="utf-8")
 
 

@@ -23,9 +23,15 @@ PICKLING_COLLECTIVES = {
     "all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list", "send_object_list",
     "recv_object_list",
 }  # fmt: skip
-TREES = {
-    path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")
-}
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.AST]:
+    """Return the parsed modules of the package by their paths."""
+    return {
+        path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in SOURCE.rglob("*.py")
+    }
 
 
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
@@ -39,8 +45,8 @@ def forbidden(tree: ast.AST) -> list[str]:
     return [name for name in found if name in FORBIDDEN_CALLS] + shells
 
 
-def test_no_module_runs_code_or_opens_ports() -> None:
-    assert {name: forbidden(tree) for name, tree in TREES.items() if forbidden(tree)} == {}
+def test_no_module_runs_code_or_opens_ports(trees: dict[str, ast.AST]) -> None:
+    assert {name: forbidden(tree) for name, tree in trees.items() if forbidden(tree)} == {}
 
 
 def test_forbidden_calls_are_found() -> None:
@@ -48,30 +54,30 @@ def test_forbidden_calls_are_found() -> None:
     assert forbidden(tree) == ["torch.load", "eval", "subprocess.run(line, shell=True)"]
 
 
-def test_only_the_transformers_integration_pickles_between_ranks() -> None:
+def test_only_the_transformers_integration_pickles_between_ranks(trees: dict[str, ast.AST]) -> None:
     users = [
         name
-        for name, tree in TREES.items()
+        for name, tree in trees.items()
         if any(ast.unparse(call.func).rpartition(".")[2] in PICKLING_COLLECTIVES for call in calls(tree))
     ]
     assert users
     assert all(name.startswith("integrations/transformers/") for name in users)
 
 
-def test_only_the_tokenizing_workers_use_pickle() -> None:
+def test_only_the_tokenizing_workers_use_pickle(trees: dict[str, ast.AST]) -> None:
     users = [
         name
-        for name, tree in TREES.items()
+        for name, tree in trees.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Import) and "pickle" in {alias.name for alias in node.names}
     ]
     assert users == ["lm/data/token_store/workers.py"]
 
 
-def test_remote_code_is_never_trusted() -> None:
+def test_remote_code_is_never_trusted(trees: dict[str, ast.AST]) -> None:
     values = [
         ast.unparse(word.value)
-        for tree in TREES.values()
+        for tree in trees.values()
         for call in calls(tree)
         for word in call.keywords
         if word.arg == "trust_remote_code"
@@ -80,12 +86,12 @@ def test_remote_code_is_never_trusted() -> None:
     assert set(values) == {"False"}
 
 
-def test_yaml_is_loaded_safely() -> None:
-    found = [ast.unparse(call) for tree in TREES.values() for call in calls(tree)]
+def test_yaml_is_loaded_safely(trees: dict[str, ast.AST]) -> None:
+    found = [ast.unparse(call) for tree in trees.values() for call in calls(tree)]
     loads = [call for call in found if call.startswith("yaml.load(")]
     classes = [
         ast.unparse(node.bases[0])
-        for node in ast.walk(TREES["lm/config/settings_file.py"])
+        for node in ast.walk(trees["lm/config/settings_file.py"])
         if isinstance(node, ast.ClassDef) and node.name == "Loader"
     ]
     assert (loads, classes) == (["yaml.load(text, Loader)"], ["yaml.SafeLoader"])

@@ -24,6 +24,7 @@ from bigbatch.lm.data.tokenizer import train_tokenizer
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.training.setup import TrainingSetup, set_up_training
 from bigbatch.lm.training.trainer import Trainer, TrainResult
+from support import short_samples  # noqa: F401 - of the runs of this process
 
 TINY_WORKLOAD = Workload(
     name="w-small",

@@ -17,6 +17,7 @@ NAMES = (
     "bigbatch.cli.commands.resume",
     "bigbatch.cli.commands.train",
     "bigbatch.lm.training.trainer",
+    "support.short_samples",
     "transformers.models.llama.modeling_llama",
     "peft",
 )

@@ -12,7 +12,7 @@ from typing import Any
 LIMIT_S = 240
 SCRIPT = """
 import os, sys
-from support import rank_faults
+from support import rank_faults, short_samples
 from bigbatch.cli import main
 
 rank, restart_count = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])

@@ -16,8 +16,8 @@ from support.language_models import records, run, save_model_folder, write_jsonl
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    data = str(write_jsonl(folder / "data.jsonl", records(40)))
-    run(folder / "runs" / "mine", data=data, model=str(save_model_folder(folder / "base")), steps=2, global_batch=8)
+    data, base = write_jsonl(folder / "data.jsonl", records(40)), save_model_folder(folder / "base")
+    run(folder / "runs" / "mine", data=str(data), model=str(base), steps=2, global_batch=8, microbatch=8)
     return folder / "runs" / "mine"
 
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from bigbatch.cli import main
-from support.command_line import LIMIT_S, SENTENCE, cold_command, command, files_below, running
+from support.command_line import LIMIT_S, SENTENCE, cold_command, command, completed, files_below, running
 from support.forked_processes import ForkedProcess, script
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
 
@@ -92,22 +91,22 @@ training data: 39 documents with """
 
 
 def test_repeated_command_numbers_its_folder(folder: Path, base: Path) -> None:
-    words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "1"]
+    words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "1", "--microbatch", "8"]
     assert main(words) == main(words) == 0
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["small-data", "small-data-2"]
 
 
 def test_settings_file_runs_like_flags(folder: Path, base: Path) -> None:
     (folder / "run.toml").write_text(
-        f'data = "../data.jsonl"\nmodel = "{base}"\nsteps = 2\nglobal_batch_tokens = 60\nlora_rank = 2\n'
-        'lora_targets = ["q_proj", "v_proj"]\n'
+        f'data = "../data.jsonl"\nmodel = "{base}"\nsteps = 2\nglobal_batch_tokens = 60\nmicrobatch = 2\n'
+        'lora_rank = 2\nlora_targets = ["q_proj", "v_proj"]\n'
         'out = "kept"\nsample_prompt = "für 日本語"\n',
         encoding="utf-8",
     )
     assert main(["train", "--config", "run.toml", "--out", "from-file"]) == 0
     (folder / "run.toml").unlink()
     flags = ["--data", "../data.jsonl", "--model", str(base), "--steps", "2", "--global-batch-tokens", "60"]
-    flags += ["--lora-rank", "2", "--lora-targets", "q_proj,v_proj"]
+    flags += ["--microbatch", "2", "--lora-rank", "2", "--lora-targets", "q_proj,v_proj"]
     assert main(["train", *flags, "--out", "from-flags", "--sample-prompt", "für 日本語"]) == 0
     of_file, of_flags = (
         load_file(folder / f"from-{way}/adapter/adapter_model.safetensors") for way in ("file", "flags")
@@ -186,7 +185,7 @@ def test_hub_folder_trains_on_its_training_split(folder: Path, base: Path, capfd
     write_jsonl(folder / "set" / "data" / "train-00000-of-00001.jsonl", records(20))
     write_jsonl(folder / "set" / "data" / "test-00000-of-00001.jsonl", records(30))
     words = ["train", "--data", "set", "--model", str(base), "--steps", "1", "--validation-fraction", "0"]
-    assert main(words) == 0
+    assert main([*words, "--microbatch", "8"]) == 0
     printed = capfd.readouterr().out
     assert "\n20 records in 1 file from set\n" in printed
     assert (
@@ -197,16 +196,18 @@ def test_hub_folder_trains_on_its_training_split(folder: Path, base: Path, capfd
 
 def test_full_stdout_does_not_end_run(folder: Path, base: Path) -> None:
     words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "2", "--out", "run"]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "bigbatch", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S
-        )
+    done = completed(bigbatch_on_full_stdout, *words, "--microbatch", "8", folder=folder)
     assert done.returncode == 0
     assert done.stderr == (
         "bigbatch train: stdout cannot be written (no space left on device): the run continues without output. Its "
         "updates are in metrics.jsonl in the run directory.\n"
     )
     assert [row["step"] for row in metrics(folder / "run")] == [1, 2]
+
+
+def bigbatch_on_full_stdout(*words: str) -> int:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    return main(list(words))
 
 
 # what it refuses -------------------------------------------------------------------------------------------------
@@ -350,8 +351,7 @@ def test_process_rejects_like_its_function(folder: Path, base: Path, case: str) 
         spoil(folder)
     before = files_below(folder.parent)
     given = [] if "--data" in words else ["--data", "../data.jsonl"]
-    start = cold_command if case == "broken weights" else command
-    check_refusal(start("train", *given, *words.split(), folder=folder), expected)
+    check_refusal(command("train", *given, *words.split(), folder=folder), expected)
     assert files_below(folder.parent) == before
 
 
@@ -360,7 +360,7 @@ def test_process_rejects_like_its_function(folder: Path, base: Path, case: str) 
 
 def long_run(base: Path) -> list[str]:
     words = ["train", "--data", "../data.jsonl", "--model", str(base), "--out", "run"]
-    return [*words, "--epochs", "100000", "--global-batch", "4", "--validation-fraction", "0"]
+    return [*words, "--epochs", "100000", "--global-batch", "4", "--microbatch", "4", "--validation-fraction", "0"]
 
 
 def wait_for(process: ForkedProcess, happened: Callable[[], bool]) -> None:
