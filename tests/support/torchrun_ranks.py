@@ -17,6 +17,7 @@ from typing import Any
 from support.gloo_processes import forking_context
 
 LIMIT_S = 120.0
+SAMPLE_TOKENS = 4  # of each text from the model; 64 tokens cost a quarter of the CPU time of a small run
 
 Patch = Callable[[int], None]
 """Called with the rank before the command; a module-level function or a partial of one."""
@@ -140,8 +141,10 @@ def _live(
     import torch
 
     from bigbatch.cli import main
+    from bigbatch.lm.training import evaluation
 
     torch.set_num_threads(1)
+    evaluation.SAMPLE_TOKENS = SAMPLE_TOKENS
     try:
         if patch is not None:
             patch(rank)
