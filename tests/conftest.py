@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,7 @@ from support import cpu_times
 from support.process_pool import Pool, Pools
 
 COLLECTED_S = pytest.StashKey[float]()
+NUM_FROZEN = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,6 +72,16 @@ def _collect_only_what_tests_make() -> None:
     """Running out of memory collects garbage: without the objects of imports in 1 ms, with them in 200 ms or more."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _collect_no_later_imports(request: pytest.FixtureRequest) -> None:
+    """The first optimizer of a process imports torch._dynamo within a test, and with it 800 modules: frozen as well."""
+    stash = request.config.stash
+    if len(sys.modules) > stash.get(NUM_FROZEN, 0) + 50:
+        stash[NUM_FROZEN] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

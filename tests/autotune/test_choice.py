@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import pytest
@@ -213,10 +213,11 @@ def tokens(rows: int, length: int = 24) -> Tensor:
     return torch.stack(samples(*[length] * rows))
 
 
-def peak(rows: int, length: int = 24, *, loss: Any = loss_fn, **kind: Any) -> int:
+@cache
+def peak(rows: int, length: int = 24, **kind: Any) -> int:
     """What rows of a length are predicted to take."""
     model = make(**kind)
-    return PeakPredictor.from_training(model, adamw(model), loss).predict(tokens(rows, length)).peak_bytes
+    return PeakPredictor.from_training(model, adamw(model), loss_fn).predict(tokens(rows, length)).peak_bytes
 
 
 def room_for(num_bytes: int) -> MemoryBudget:
@@ -404,7 +405,12 @@ def test_mispredicted_size_ends_search() -> None:
 
 
 @pytest.mark.parametrize(("fits", "largest"), [(11, 11), (10, 9), (8, 8), (31, 22)])
-def test_size_below_mispredicted_one_is_tried(fits: int, largest: int) -> None:
+def test_size_below_mispredicted_one_is_tried(fits: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_second(run: Callable[[], None], _device: torch.device) -> float:
+        run()
+        return 1.0  # for a micro-batch of any size, so that each size is faster than the one before
+
+    monkeypatch.setattr(probe, "_min_seconds", one_second)
     choice = choose(make_step(tokens(32), loss=failing_above(fits)), AMPLE)
     assert choice.prediction_failure is None
     assert choice.largest == largest == choice.trials[-1].size

@@ -111,6 +111,31 @@ def test_prediction_is_within_one_percent_of_profiler_peak(tmp_path: Path) -> No
     assert predicted.peak_bytes == pytest.approx(peak, rel=0.01)
 
 
+class Keeping(Decoder):
+    """Holds its last logits, so that the update finds less memory free after a larger micro-batch."""
+
+    last: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.last = super().forward(tokens)
+        return self.last
+
+
+@pytest.mark.parametrize("kind", [Decoder, Keeping])
+def test_later_predictions_equal_those_of_new_predictors(kind: type[Decoder]) -> None:
+    """What an update adds is computed once, and added to what a micro-batch has left."""
+    model = kind()
+    optimizer = OPTIMIZERS["foreach AdamW"](model.parameters())
+    predictor = PeakPredictor.from_training(model, optimizer, loss_fn)
+    predictions = [predictor.predict(tokens(rows)) for rows in (1, 16, 4)]
+    assert predictions == [
+        PeakPredictor.from_training(model, optimizer, loss_fn).predict(tokens(rows)) for rows in (1, 16, 4)
+    ]
+    updates = [prediction.phases["update"] for prediction in predictions]
+    kept = [rows * 32 * 512 * 4 * (kind is Keeping) for rows in (1, 16, 4)]
+    assert [update - updates[0] for update in updates] == [num_bytes - kept[0] for num_bytes in kept]
+
+
 def test_memory_parts_are_named_and_add_up() -> None:
     model = Decoder()
     prediction = PeakPredictor.from_training(model, OPTIMIZERS["fused AdamW"](model.parameters()), loss_fn).predict(

@@ -12,7 +12,7 @@ import pytest
 
 from support.distributed_runs import DROPPING, RunFolder
 from support.run_comparison import differing_results
-from support.torchrun_agents import torchrun, wait_for
+from support.torchrun_agents import forked_agent, wait_for
 
 WIRE = "wire"
 PORT = 29400
@@ -85,10 +85,8 @@ def test_network_failure_inside_window_leaves_result_unchanged(
                 *("--rdzv-endpoint", f"{machines[0].address}:{PORT}", "--rdzv-id", "cut"),
                 *("--rdzv-conf", f"is_host={number == 0}", "--local-addr", machine.address),
             ]
-            agent = torchrun(
-                flags, words, run_folder.folder, fault=fault, inside=machine.words(), log=logs[number], interface=WIRE
-            )
-            agents.append(stack.enter_context(agent))
+            place = {"network_of": machine.pid, "interface": WIRE, "log": logs[number]}
+            agents.append(stack.enter_context(forked_agent(flags, words, run_folder.folder, fault=fault, **place)))
         wait_for(agents[0], reached.exists)
         machines[0].do("ip", "link", "set", WIRE, "down")
         pipe.write_bytes(b"!")

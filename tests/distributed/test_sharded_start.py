@@ -126,7 +126,7 @@ def test_only_first_rank_holds_a_whole_new_model(tmp_path: Path, pools: Pools) -
 
 
 WORDS = [
-    "--data", "data.jsonl", "--model", "deep", "--max-length", "32", "--steps", "4", "--global-batch", "8",
+    "--data", "data.jsonl", "--model", "deep", "--max-length", "32", "--steps", "2", "--global-batch", "8",
     "--token-budget", "64", "--validation-fraction", "0", "--device", "cpu", "--deterministic",
     "--checkpoint-every", "2",
 ]  # fmt: skip
@@ -144,7 +144,7 @@ def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, write
     sizes = {file.name: file.stat().st_size for file in path.iterdir()}
     small = sum(num_bytes for name, num_bytes in sizes.items() if name.startswith(("random", "state", "manifest")))
     total, largest = sum(sizes.values()), max(sizes.values())
-    found = pools(2).run(cases.measure_resume, settings_of(tmp_path, "deep", {"steps": 4}), tmp_path / "run")
+    found = pools(2).run(cases.measure_resume, settings_of(tmp_path, "deep", {"steps": 2}), tmp_path / "run")
     for rank in found:
         assert rank["slices"] <= rank["own"] < 0.55 * total
         assert rank["whole"] <= 2 * small
@@ -153,10 +153,15 @@ def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, write
     assert sum(rank["hashed"] for rank in found) + sizes["manifest.json"] == total
 
 
-@pytest.mark.parametrize(("more", "cap"), [((), 3.3), (("--lora-rank", "2"), 0.97)])
-def test_model_above_cap_trains_and_resumes_sharded(tmp_path: Path, more: tuple[str, ...], cap: float) -> None:
+LORA = ("--lora-rank", "2", "--lora-targets", "q_proj,v_proj")
+
+
+@pytest.mark.parametrize(("more", "layers", "cap"), [((), 8, 3.3), (LORA, 12, 0.97)], ids=["all weights", "adapters"])
+def test_model_above_cap_trains_and_resumes_sharded(
+    tmp_path: Path, more: tuple[str, ...], layers: int, cap: float
+) -> None:
     """Whole, a frozen model is 1.0 of its bytes and does not start; a trained one needs more than four times them."""
-    full_bytes = cases.save_deep_model(tmp_path / "deep", layers=12)
+    full_bytes = cases.save_deep_model(tmp_path / "deep", layers=layers)
     write_jsonl(tmp_path / "data.jsonl", records(40))
     limit = partial(cases.cap_memory, int(cap * full_bytes))
     words = ["train", *WORDS, *more, "--gradient-checkpointing", "full"]
@@ -180,6 +185,7 @@ def test_model_above_cap_trains_and_resumes_sharded(tmp_path: Path, more: tuple[
 
 
 def adapter_names(folder: Path) -> set[str]:
-    """Return the names of the adapters of the deep model of rank 2, as peft saves them."""
-    model = add_lora(AutoModelForCausalLM.from_pretrained(folder / "deep"), rank=2, alpha=4.0, seed=0)
+    """Return the names of the adapters of the deep model of `LORA`, as peft saves them."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "deep")
+    model = add_lora(model, rank=2, alpha=4.0, seed=0, targets=LORA[-1])
     return set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -1,4 +1,4 @@
-"""Real torchrun agents with `bigbatch train`: they start and restart ranks and forward signals."""
+"""A real torchrun agent with `bigbatch train`: it starts and restarts ranks and forwards signals."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from support import rank_faults
 from support.distributed_runs import DROPPING, RunFolder
 from support.language_models import metrics
 from support.run_comparison import differing_results
-from support.torchrun_agents import LIMIT_S, run_torchrun, torchrun, wait_for
+from support.torchrun_agents import LIMIT_S, torchrun, wait_for
 from support.torchrun_ranks import run
 
 
@@ -17,17 +17,26 @@ def ours(complained: str) -> list[str]:
     return [line for line in complained.splitlines() if line.startswith("bigbatch ")]
 
 
-def test_kill_9_of_rank_leaves_result_unchanged(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:
+def test_run_survives_kill_9_of_a_rank_and_ctrl_c(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:
     """The agent restarts ranks of either kind by the same means; test_train_command.py kills ranks of both."""
-    out = "torchrun-fsdp"
+    out, reached = "torchrun-fsdp", run_folder.folder / "held"
     words = run_folder.words(out, *DROPPING, "--parallel", "fsdp")
     flags = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     fault = "rank_faults.on({1}, rank_faults.kill_in_window(6))(rank)"
-    code, printed, complained = run_torchrun(flags, words, run_folder.folder, fault=fault)
-    assert code == 0, complained
+    later = f"rank_faults.on({{1}}, rank_faults.wait_for_signal_in_window(7, rank_faults.Path({str(reached)!r})))(rank)"
+    with torchrun(flags, words, run_folder.folder, fault=fault, later=later) as process:
+        wait_for(process, reached.exists)  # by a rank that the agent has started again
+        os.killpg(process.pid, signal.SIGINT)
+        printed, complained = process.communicate(timeout=LIMIT_S)
+    assert process.returncode != 0
+    assert [(run_folder.folder / f"ended-1-{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
     assert f"resuming {out} after update 3\n" in printed
-    assert printed.count("update 8/8 ") == 1
+    assert "stopped by Ctrl-C after update 7 of 8; the model is saved\n" in printed
     assert all("has lost another rank" in line for line in ours(complained)), complained
+    assert complained.count("stopping after this update, then saving; signal again to stop immediately") == 1
+    assert (run_folder.folder / out / "model" / "model.safetensors").exists()
+    assert len(metrics(run_folder.folder / out)) == 7
+    run_folder.resume(out, 2)
     assert differing_results(run_folder.folder / out, uninterrupted["fsdp"]) == []
 
 
@@ -46,18 +55,3 @@ def test_restart_without_deterministic_has_same_bits_on_cpus(
     assert one == two
     models = [(each / "model" / "model.safetensors").read_bytes() for each in (out, uninterrupted["ddp"])]
     assert models[0] == models[1]
-
-
-def test_ctrl_c_reaches_every_rank_and_all_save(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:
-    out = run_folder.folder / "interrupted"
-    words = run_folder.words("interrupted", *DROPPING[:2], "--steps", "2000", "--checkpoint-every", "500")
-    with torchrun(["--standalone", "--nproc-per-node", "2"], words, run_folder.folder) as process:
-        wait_for(process, lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
-        os.killpg(process.pid, signal.SIGINT)
-        printed, complained = process.communicate(timeout=LIMIT_S)
-    assert process.returncode != 0
-    assert [(run_folder.folder / f"ended-0-{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
-    step = len(metrics(out))
-    assert f"stopped by Ctrl-C after update {step} of 2000; the model is saved\n" in printed
-    assert complained.count("stopping after this update, then saving; signal again to stop immediately") == 1
-    assert (out / "model" / "model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -230,9 +231,18 @@ def make_stack(**kind: Any) -> nn.Module:
     return Stack(norm=True, **kind).double()
 
 
-def num_calls(name: str, kind: dict[str, Any]) -> int:
+@cache
+def undisturbed(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a model after a window in which nothing fails, and the gradients of the window."""
+    model = make_stack(**STACKS[kind])
+    (gradients,), _ = run(model)
+    return model, gradients
+
+
+@cache
+def num_calls(name: str, kind: str) -> int:
     """Of one module in an undisturbed window, what a checkpoint computes again included."""
-    model = make_stack(**kind)
+    model = make_stack(**STACKS[kind])
     with fail_at_module(model.get_submodule(name)) as calls:
         run(model)
     return calls[0]
@@ -243,9 +253,8 @@ def num_calls(name: str, kind: dict[str, Any]) -> int:
 @pytest.mark.parametrize("name", MODULES)
 def test_forward_oom_counts_every_sample_once(name: str, kind: str, before: bool) -> None:
     """At each of its calls, those of a recomputation within backward included."""
-    undisturbed = make_stack(**STACKS[kind])
-    (expected,), _ = run(undisturbed)
-    total = num_calls(name, STACKS[kind])
+    reference, expected = undisturbed(kind)
+    total = num_calls(name, kind)
     recomputed = STACKS[kind]["checkpointed"] and name.startswith("blocks.")
     assert total == {"norm": 6}.get(name, 6 if recomputed else 3)
     for call in range(1, total + 1):
@@ -259,7 +268,7 @@ def test_forward_oom_counts_every_sample_once(name: str, kind: str, before: bool
         assert report.items == (make_batch()[1] != -100).sum()
         assert report.num_microbatches == 3
         assert difference(found, expected) <= EXACT, call
-        assert all(torch.equal(buffer, model.get_buffer(key)) for key, buffer in undisturbed.named_buffers()), call
+        assert all(torch.equal(buffer, model.get_buffer(key)) for key, buffer in reference.named_buffers()), call
 
 
 @pytest.mark.parametrize("then", [1, 2], ids=["next call", "the one after"])
@@ -267,13 +276,13 @@ def test_forward_oom_counts_every_sample_once(name: str, kind: str, before: bool
 @pytest.mark.parametrize("name", MODULES)
 def test_second_forward_oom_halves_and_stays_exact(name: str, kind: str, then: int) -> None:
     """Halves draw other dropout masks, so there is none here."""
-    (expected,), _ = run(make_stack(**STACKS[kind]))
+    _, expected = undisturbed(kind)
     halved = 0
-    for call in range(1, num_calls(name, STACKS[kind]) + 1):
+    for call in range(1, num_calls(name, kind) + 1):
         model = make_stack(**STACKS[kind])
         with fail_at_module(model.get_submodule(name), call, call + then):
             (found,), (report,) = run(model)
-        assert report.retries == 2 or call + then > num_calls(name, STACKS[kind])
+        assert report.retries == 2 or call + then > num_calls(name, kind)
         halved += report.num_microbatches > 3
         assert difference(found, expected) <= EXACT, call
     assert halved or then == 2
@@ -283,7 +292,7 @@ def test_second_forward_oom_halves_and_stays_exact(name: str, kind: str, then: i
 @pytest.mark.parametrize("name", MODULES)
 def test_oom_down_to_one_sample_stays_exact(name: str, kind: str) -> None:
     """Four failures in succession, in forwards and in what a checkpoint computes again."""
-    (expected,), _ = run(make_stack(**STACKS[kind]))
+    _, expected = undisturbed(kind)
     for first in (1, 2, 3):
         model = make_stack(**STACKS[kind])
         with fail_at_module(model.get_submodule(name), *range(first, first + 3)):

@@ -1,7 +1,6 @@
 """Settings of Lightning that ExactAccumulation cannot make exact raise, and the message names the call to make."""
 
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +12,8 @@ import bigbatch
 from bigbatch.integrations.lightning import ExactAccumulation
 from integrations import lightning_cases as cases
 from support import full_batch_reference as ref
+from support.command_line import completed
+from support.forked_processes import script
 
 RETURN = (
     'return {"loss": loss_sum, "items": n}, the undivided sum of the item losses and their number. A loss of '
@@ -168,9 +169,8 @@ print(Callback.__module__.partition(".")[0], error)
 @pytest.mark.parametrize(
     ("before", "package"), [("", "lightning"), ('sys.modules["lightning"] = None', "pytorch_lightning")]
 )
-def test_trainer_of_pytorch_lightning_is_exact(before: str, package: str):
-    command = [sys.executable, "-c", SCRIPT.format(before=before)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+def test_trainer_of_pytorch_lightning_is_exact(before: str, package: str, tmp_path: Path):
+    run = completed(script, SCRIPT.format(before=before), folder=tmp_path)
     assert run.returncode == 0, run.stderr
     found, error = run.stdout.split()[-2:]
     assert found == package

@@ -16,15 +16,27 @@ NAMES = (
     "bigbatch.cli.arguments",
     "bigbatch.cli.commands.resume",
     "bigbatch.cli.commands.train",
+    "bigbatch.lm.distributed.rendezvous",
+    "bigbatch.lm.planning.offload_table",
+    "bigbatch.lm.training.chat_detection",
     "bigbatch.lm.training.trainer",
-    "support.short_samples",
+    "bigbatch.offload.choice",
+    "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
     "peft",
+    "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
+    "support.short_samples",
 )
 
 for _name in NAMES:
     with suppress(ImportError):
         importlib.import_module(_name)
+
+with suppress(ImportError):  # compiles 900 patterns, once per process
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
 
 gc.collect()
 gc.freeze()  # a collection in a fork then visits, and copies, only what the fork has made: 1 ms instead of 200 ms

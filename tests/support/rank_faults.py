@@ -144,3 +144,17 @@ def _hold(reached: Path, pipe: Path) -> None:
     if not reached.exists():
         reached.touch()
         pipe.read_bytes()
+
+
+def wait_for_signal_in_window(step: int, reached: Path) -> Patch:
+    """Block the rank in an update, after its first micro-batch, until it has received a signal."""
+    return partial(_at_update, step, partial(_at_microbatch, partial(_wait_for_signal, reached)))
+
+
+def _wait_for_signal(reached: Path) -> None:
+    received, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    reached.touch()
+    os.read(received, 1)
+    signal.set_wakeup_fd(-1)

@@ -1,13 +1,22 @@
-"""Real torchrun agents in their own process group, with a fault injected into ranks before the first restart."""
+"""Real torchrun agents in their own process group, with a fault injected into ranks before the first restart.
 
+`torchrun` starts new interpreters, `forked_agent` the same agent and its ranks as forks of the loaded process.
+"""
+
+import ctypes
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from support.forked_processes import ForkedProcess
 
 LIMIT_S = 240
 SCRIPT = """
@@ -18,6 +27,8 @@ from bigbatch.cli import main
 rank, restart_count = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 if restart_count == 0:
     {fault}
+else:
+    {later}
 code = main(sys.argv[1:])
 open(f"ended-{{restart_count}}-{{rank}}", "w").write(str(code))
 sys.exit(code)
@@ -27,57 +38,137 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def torchrun(
-    flags: Sequence[str],
-    words: Sequence[str],
-    folder: Path,
-    *,
-    fault: str = "pass",
-    inside: Sequence[str] = (),
-    log: Path | None = None,
-    interface: str = "lo",
+    flags: Sequence[str], words: Sequence[str], folder: Path, *, fault: str = "pass", later: str = "pass"
 ) -> Iterator[Any]:
-    """Start torchrun with a fault injected into ranks before the command, unless restarted.
+    """Start torchrun with a fault injected into ranks before the command.
 
     Args:
         flags: Flags of torchrun.
         words: Arguments of bigbatch.
         folder: Working directory.
-        fault: A Python statement that may use ``rank`` and ``rank_faults``.
-        inside: A prefix command, e.g. nsenter.
-        log: File for stdout and stderr; pipes by default.
+        fault: A Python statement that may use ``rank`` and ``rank_faults``, before the first restart.
+        later: The same after a restart.
+    """
+    places = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "src")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *flags, _script(folder, fault, later), *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": places, "PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # workers have their own process groups and are ended by the agent
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        process.communicate()
+
+
+@contextmanager
+def forked_agent(
+    flags: Sequence[str],
+    words: Sequence[str],
+    folder: Path,
+    *,
+    fault: str,
+    log: Path,
+    network_of: int,
+    interface: str,
+) -> Iterator[ForkedProcess]:
+    """Start torchrun's agent in the network namespace of a process; a rank is a fork of the agent.
+
+    Args:
+        flags: Flags of torchrun.
+        words: Arguments of bigbatch.
+        folder: Working directory.
+        fault: As for `torchrun`.
+        log: File for stdout and stderr.
+        network_of: Id of a process; its user namespace owns the network.
         interface: Network interface of gloo.
     """
-    script = folder / f"script-{len(list(folder.glob('script-*')))}.py"
-    script.write_text(SCRIPT.format(fault=fault), encoding="utf-8")
-    places = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "src")))
-    with ExitStack() as stack:
-        out = subprocess.PIPE if log is None else stack.enter_context(log.open("w"))
-        process = subprocess.Popen(
-            [*inside, sys.executable, "-m", "torch.distributed.run", *flags, str(script), *words],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": places, "PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": interface},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.PIPE if log is None else subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    arguments = [*flags, _script(folder, fault, "pass"), *words]
+    with ForkedProcess(_run_agent, arguments, str(log), network_of, interface, folder=folder) as process:
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.terminate()  # workers have their own process groups and are ended by the agent
-                try:
-                    process.communicate(timeout=60)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-            process.communicate()
+            process.send_signal(signal.SIGTERM)  # the agent ends its ranks
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
 
 
-def run_torchrun(*how: Any, **more: Any) -> tuple[int, str, str]:
-    with torchrun(*how, **more) as process:
-        printed, complained = process.communicate(timeout=LIMIT_S)
-        return process.returncode, printed, complained
+def _script(folder: Path, fault: str, later: str) -> str:
+    script = folder / f"script-{len(list(folder.glob('script-*')))}.py"
+    script.write_text(SCRIPT.format(fault=fault, later=later), encoding="utf-8")
+    return str(script)
+
+
+def _run_agent(arguments: list[str], log: str, network_of: int, interface: str) -> None:
+    os.setsid()
+    for kind, flag in (("user", 0x10000000), ("net", 0x40000000)):  # as nsenter does
+        with Path(f"/proc/{network_of}/ns/{kind}").open("rb") as file:
+            assert ctypes.CDLL(None).setns(file.fileno(), flag) == 0, kind
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda _, command, environment: _ForkedRank(command, environment)  # type: ignore[assignment, method-assign, return-value]
+    run.main(arguments)
+
+
+class _ForkedRank:
+    """The part of `subprocess.Popen` that an agent uses, for a fork that runs a script."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_script([*command[command.index("-u") + 1 :]], environment)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int | None:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+
+def _run_script(command: list[str], environment: dict[str, str]) -> NoReturn:
+    code: Any = 1
+    try:
+        os.setsid()
+        os.environ.update(environment)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # not the agent's handlers
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        code = 0
+    except SystemExit as done:
+        code = done.code
+    except BaseException:  # noqa: BLE001 - printed as by the interpreter
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def wait_for(process: Any, happened: Callable[[], Any]) -> None:

@@ -140,6 +140,7 @@ def _live(
     import torch
 
     from bigbatch.cli import main
+    from support import short_samples  # noqa: F401
 
     torch.set_num_threads(1)
     try:

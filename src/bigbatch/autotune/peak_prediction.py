@@ -119,6 +119,7 @@ class PeakPredictor:
         self._fake_device = self._parameters[0].device
         self.device = device or self._fake_device
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
+        self._added_by_update: Mapping[MemoryCategory, int] | None = None
         with errors_as_prediction_errors(), mode, AllocationTracker(self._fake_device, unit=self._unit) as tracker:
             self._create_state()
             self._copies = torch.empty(copies_bytes, dtype=torch.uint8, device=self._fake_device)
@@ -263,6 +264,15 @@ class PeakPredictor:
         return phases, engine_bytes
 
     def _update(self, tracker: AllocationTracker, sums: GradientSums) -> "_Phase":
+        """Return the peak of the update: what is live now, and what an update adds, which is computed once."""
+        live = tracker.live_bytes.copy()
+        if self._added_by_update is None:
+            peak = self._run_update(tracker, sums)
+            self._added_by_update = {part: peak.parts[part] - live[part] for part in MemoryCategory}
+        parts = {part: live[part] + added for part, added in self._added_by_update.items()}
+        return _Phase(sum(parts.values()), parts)
+
+    def _run_update(self, tracker: AllocationTracker, sums: GradientSums) -> "_Phase":
         tracker.set_category(MemoryCategory.OPTIMIZER)
         tracker.reset_peak()
         gradients = sums.tensors()

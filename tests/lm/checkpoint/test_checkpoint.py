@@ -42,6 +42,8 @@ from support.checkpoints import (
     tensors_of,
     values_of,
 )
+from support.command_line import completed
+from support.forked_processes import script
 
 
 @pytest.fixture(scope="module")
@@ -528,8 +530,8 @@ print(len(found))
 pickle.loads(pickle.dumps(Path))
 print(len(found))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "1"]
+    done = completed(script, code, str(folder), folder=folder)
+    assert done.stdout.split() == ["0", "1"], done.stderr
 
 
 # many ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+from enum import IntEnum
 from typing import Any
 
 import pytest
@@ -64,6 +65,21 @@ def test_nonfinite_numbers_round_trip() -> None:
     up, down, none = join_tensors(json.loads(to_json("tree", values)), tensors)
     assert (up, down) == (math.inf, -math.inf)
     assert math.isnan(none)
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_numbers_beside_other_leaves_keep_their_order(kind: type) -> None:
+    numbers = kind(range(625))
+    tree = {"alone": numbers, "mixed": kind([*numbers, torch.tensor(1.0)]), "named": kind([Level.LOW, 2])}
+    values, tensors = split_tensors(tree)
+    assert same(join_tensors(values, tensors), tree)
+    assert list(tensors) == ["/mixed/625"]
+    joined = join_tensors(values, tensors)
+    assert joined["alone"] is not numbers or kind is tuple, "a later change of one changes no other"
 
 
 def test_unsupported_json_value_is_rejected_with_its_path() -> None:

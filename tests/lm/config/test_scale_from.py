@@ -21,11 +21,21 @@ from bigbatch.scaling.rules import RULES
 from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the data and the model; nothing is held out, so that no update is validated."""
+    folder = tmp_path_factory.mktemp("inputs")
     return {
-        "data": str(write_jsonl(tmp_path / "data.jsonl", records(40))),
-        "model": str(save_model_folder(tmp_path / "base")),
+        "data": str(write_jsonl(folder / "data.jsonl", records(40))),
+        "model": str(save_model_folder(folder / "base")),
+        "validation_fraction": 0.0,
+    }
+
+
+@pytest.fixture
+def settings(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **inputs,
         "device": "cpu",
         "global_batch": 8,
         "microbatch": 4,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
+_SCALARS = frozenset({type(None), bool, int, float, str})
 
 
 def split_tensors(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -26,6 +27,8 @@ def split_tensors(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _values(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if type(node) in _SCALARS:
+        return node
     if isinstance(node, Tensor):
         while place in tensors:  # keys such as 1 and "1", or one that contains a slash
             place += "'"
@@ -36,9 +39,12 @@ def _values(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         plain = all(isinstance(key, str) and not key.startswith("$") for key in named)
         return named if plain else {_PAIRS: [[key, value] for key, value in named.items()]}
     if isinstance(node, list | tuple):
-        values = [_values(value, f"{place}/{index}", tensors) for index, value in enumerate(node)]
+        if _SCALARS.issuperset(map(type, node)):  # such as the 625 numbers of Python's random state
+            values = list(node)
+        else:
+            values = [_values(value, f"{place}/{index}", tensors) for index, value in enumerate(node)]
         return values if isinstance(node, list) else {_TUPLE: values}
-    if node is None or isinstance(node, bool | int | float | str):
+    if isinstance(node, int | float | str):  # a subclass, such as an enumeration
         return node
     raise TypeError(f"{place or 'the state'} is a {type(node).__name__}, which a checkpoint cannot hold.")
 
@@ -49,11 +55,13 @@ def join_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
         if _TENSOR in values:
             return tensors[values[_TENSOR]]
         if _TUPLE in values:
-            return tuple(join_tensors(value, tensors) for value in values[_TUPLE])
+            return tuple(join_tensors(values[_TUPLE], tensors))
         if _PAIRS in values:
             return {key: join_tensors(value, tensors) for key, value in values[_PAIRS]}
         return {key: join_tensors(value, tensors) for key, value in values.items()}
     if isinstance(values, list):
+        if _SCALARS.issuperset(map(type, values)):
+            return list(values)
         return [join_tensors(value, tensors) for value in values]
     return values
 
