@@ -16,9 +16,9 @@ from collections.abc import Iterator
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigbatch-tests-")  # the token cache of all tests
 # Kernels are shared by the processes of one run only: a run that is killed can leave half a file, which fails later.
+KERNELS = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.mkdtemp(prefix="bigbatch-kernels-")
 OWNS_KERNELS = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-if OWNS_KERNELS:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bigbatch-kernels-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = KERNELS
 
 import pytest
 
@@ -58,7 +58,7 @@ def pytest_unconfigure() -> None:
     """Remove the caches of the tests."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
     if OWNS_KERNELS:
-        shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+        shutil.rmtree(KERNELS, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
