@@ -16,9 +16,7 @@ from collections.abc import Iterator
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigbatch-tests-")  # the token cache of all tests
 # Kernels are shared by the processes of one run only: a run that is killed can leave half a file, which fails later.
-KERNELS = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.mkdtemp(prefix="bigbatch-kernels-")
-OWNS_KERNELS = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = KERNELS
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.environ["XDG_CACHE_HOME"], "kernels"))
 
 import pytest
 
@@ -57,8 +55,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_unconfigure() -> None:
     """Remove the caches of the tests."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-    if OWNS_KERNELS:
-        shutil.rmtree(KERNELS, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
