@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigbatch-tests-")  # the token cache of all tests
 # Kernels are shared by the processes of one run only: a run that is killed can leave half a file, which fails later.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.environ["XDG_CACHE_HOME"], "kernels"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.environ["XDG_CACHE_HOME"] + "/kernels")
 
 import pytest
 
