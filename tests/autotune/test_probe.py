@@ -53,6 +53,7 @@ def test_waiting_for_a_cpu_is_no_time_of_a_micro_batch() -> None:
 
 def test_sleep_counts_and_a_kernel_without_statistics_gives_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     asleep_s = probe._min_seconds(lambda: time.sleep(0.02), torch.device("cpu"))
+    assert probe._waited_s(torch.device("cuda")) == 0, "a GPU computes while the host waits"
     monkeypatch.setattr(probe, "_SCHEDULER_STATISTICS", Path("/nowhere"))
     without_s = probe._min_seconds(lambda: time.sleep(0.02), torch.device("cpu"))
     assert min(asleep_s, without_s) >= 0.02

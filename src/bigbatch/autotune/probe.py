@@ -39,8 +39,8 @@ class Probe:
     """Measurements of one micro-batch.
 
     Attributes:
-        seconds: Time of forward and backward, the minimum over repetitions, without the time that other processes
-            took the CPU; None if not requested.
+        seconds: Time of forward and backward, the minimum over repetitions, on the CPU without the time that
+            other processes took it; None if not requested.
         peak_bytes: Peak of allocated memory, resident tensors included; None if not requested.
     """
 
@@ -106,19 +106,22 @@ def _min_seconds(run: Callable[[], None], device: torch.device) -> float:
     total_s, best_s, repeats = 0.0, float("inf"), 0
     while repeats < MIN_REPEATS or (total_s < MIN_SECONDS and repeats < MAX_REPEATS):
         _synchronize(device)
-        started_s = time.perf_counter() - _waited_s()
+        started_s = time.perf_counter() - _waited_s(device)
         run()
         _synchronize(device)
-        elapsed_s = -_waited_s() + time.perf_counter() - started_s  # read first: a later wait is not in the clock
+        elapsed_s = -_waited_s(device) + time.perf_counter() - started_s  # read first: a later wait is not in the clock
         total_s, best_s, repeats = total_s + elapsed_s, min(best_s, elapsed_s), repeats + 1
     return best_s
 
 
-def _waited_s() -> float:
+def _waited_s(device: torch.device) -> float:
     """Return the seconds that this thread was ready to run while other threads had the CPU; 0 where that is unknown.
 
-    On a busy machine they are most of the time of a run, and different in each, so that sizes could not be compared.
+    On a busy machine they are most of the time of a run on the CPU, and different in each, so that sizes could not be
+    compared. Other devices compute meanwhile.
     """
+    if device.type != "cpu":
+        return 0.0
     try:
         return int(_SCHEDULER_STATISTICS.read_bytes().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
