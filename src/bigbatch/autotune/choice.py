@@ -28,7 +28,7 @@ from bigbatch.trials.loss_modules import modules_used_by
 
 SPEED_TOLERANCE = 1.02  # largest time of the chosen size relative to the fastest
 MAX_PROBING_S = 20.0
-LOOK_AHEAD, LOOK_AHEAD_S = 8, 0.3  # times a size that is not faster, which kernels for few rows may cause; seconds
+LOOK_AHEAD, LOOK_AHEAD_S = 8, 0.3  # times a size that is not faster: kernels of CPUs for few rows are slow; seconds
 MAX_PREDICTION_ERROR = 0.1  # relative: above it, peaks are measured instead of predicted
 NEGLIGIBLE_BYTES = 2**16
 SMALLEST_GAIN = 1.1  # of a size over the largest that was run, to be tried after a larger one did not fit
@@ -202,7 +202,7 @@ class _Search:
         """Time doubling sizes, until two in a row and one far above are not faster; return them, and the largest."""
         timed_sizes: list[int] = []
         started_s = time.perf_counter()
-        best_s, num_slower, looked_ahead = math.inf, 0, False
+        best_s, num_slower, looked_ahead = math.inf, 0, self._problem.parameters[0].device.type != "cpu"
         size = self._problem.first_size
         while True:
             if not self._time(self._median_microbatch(size)):  # the prediction was too low: try a size in between
