@@ -97,6 +97,28 @@ def plain_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
+def make(level: str, name: str = "adamw", *, seed: int = 0, **settings: Any) -> bigbatch.Engine:
+    """Return an engine over `Decoder`, or the setting ``model``, and the optimizer of that name."""
+    torch.manual_seed(seed)
+    model = settings.pop("model", None) or Decoder()
+    return make_engine(
+        model, OPTIMIZERS[name](list(model.parameters())), level, **({"loss_fn": decoder_loss} | settings)
+    )
+
+
+def train(engine: bigbatch.Engine, first: int, last: int) -> list[bigbatch.WindowReport]:
+    """Train on the batches of tokens from one number up to another."""
+    return [engine.step(make_tokens(number)) for number in range(first, last)]
+
+
+def weights(engine: bigbatch.Engine) -> dict[str, Any]:
+    return {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
+
+
+def states(engine: bigbatch.Engine) -> list[Any]:
+    return [plain_state(optimizer) for optimizer in engine.accumulator.update.optimizers]
+
+
 def streamed_of(engine: bigbatch.Engine, index: int = 0) -> streamed_optimizer.StreamedOptimizer:
     offload = engine.accumulator.update.offload
     assert offload is not None

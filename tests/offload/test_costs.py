@@ -14,7 +14,6 @@ from bigbatch.offload.cards import TYPICAL, card, card_of_size
 from bigbatch.offload.choice import Candidate, choose
 from bigbatch.offload.chunk_sizes import CHUNK_BYTES, SLOT_FACTOR, STAGING_BYTES
 from bigbatch.offload.costs import (
-    LEVELS,
     LinkBytes,
     ModelState,
     UpdateTime,
@@ -23,7 +22,7 @@ from bigbatch.offload.costs import (
     transfers,
     update_time,
 )
-from bigbatch.offload.levels import LEVELS as SUPPORTED
+from bigbatch.offload.levels import LEVELS
 
 N, NORMS, LARGEST = 1_000_000_000, 1_000_000, 100_000_000
 
@@ -94,10 +93,6 @@ def test_buffers_are_those_of_the_arena(largest: int) -> None:
     sizes = [8 * largest, CHUNK_BYTES, CHUNK_BYTES // 2]
     found = placement(adamw(largest=largest), "optimizer").step_bytes
     assert found == arena.arena_bytes(sizes, SLOT_FACTOR * CHUNK_BYTES) + max(sizes)
-
-
-def test_levels_of_training_are_predicted() -> None:
-    assert LEVELS == SUPPORTED
 
 
 def test_link_bytes_are_those_by_hand() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch
-from bigbatch.errors import InputError, MemoryLimitError, TornUpdateError, WindowStateError
+from bigbatch.errors import InputError, TornUpdateError, WindowStateError
 from bigbatch.offload.host_sums import NORM_BLOCK, HostSums
 from bigbatch.offload.transfers import Transfers
 from offload import rank_runs
@@ -25,12 +25,15 @@ from offload.models import (
     Decoder,
     decoder_loss,
     loss_fn,
+    make,
     make_batch,
     make_engine,
     make_model,
     make_tokens,
-    plain_state,
+    states,
     streamed_of,
+    train,
+    weights,
 )
 from offload.test_failures import Link, broken
 from support.language_models import records, run, save_model_folder, write_jsonl
@@ -40,25 +43,6 @@ from support.process_pool import Pools
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Link:
     return Link(monkeypatch)
-
-
-def make(level: str, name: str = "adamw", **settings: Any) -> bigbatch.Engine:
-    torch.manual_seed(0)
-    model = settings.pop("model", None) or Decoder()
-    given = {"loss_fn": decoder_loss} | settings
-    return make_engine(model, OPTIMIZERS[name](list(model.parameters())), level, **given)
-
-
-def train(engine: bigbatch.Engine, first: int, last: int) -> list[bigbatch.WindowReport]:
-    return [engine.step(make_tokens(number)) for number in range(first, last)]
-
-
-def weights(engine: bigbatch.Engine) -> dict[str, Any]:
-    return {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
-
-
-def states(engine: bigbatch.Engine) -> list[Any]:
-    return [plain_state(optimizer) for optimizer in engine.accumulator.update.optimizers]
 
 
 def everything(engine: bigbatch.Engine) -> tuple[Any, Any]:
@@ -516,22 +500,6 @@ def test_window_that_is_aborted_leaves_no_sum():
         window.backward(loss, items=items)
         window.step()
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), expected.parameters(), strict=True))
-
-
-def test_device_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    engine, expected = make("gradients"), make("none")
-    train(engine, 0, 2)
-    train(expected, 0, 3)
-
-    def full(self: Transfers, num_bytes: int) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 192.00 MiB")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Transfers, "device_memory", full)
-        with pytest.raises(MemoryLimitError, match="nothing was updated"):
-            train(engine, 2, 3)
-    train(engine, 2, 3)
-    assert everything(engine) == everything(expected)
 
 
 def test_thread_ends_with_engine():

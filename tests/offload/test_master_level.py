@@ -19,10 +19,13 @@ from offload.models import (
     Decoder,
     decoder_loss,
     is_in_buffers,
+    make,
     make_engine,
     make_tokens,
-    plain_state,
+    states,
     streamed_of,
+    train,
+    weights,
 )
 from offload.test_failures import Link, broken
 from support.language_models import records, run, save_model_folder, write_jsonl
@@ -34,26 +37,6 @@ ADAMW = OPTIMIZERS["adamw"]
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Link:
     return Link(monkeypatch)
-
-
-def make(level: str, name: str = "adamw", *, seed: int = 0, **settings: Any) -> bigbatch.Engine:
-    torch.manual_seed(seed)
-    model = settings.pop("model", None) or Decoder()
-    return make_engine(
-        model, OPTIMIZERS[name](list(model.parameters())), level, **({"loss_fn": decoder_loss} | settings)
-    )
-
-
-def train(engine: bigbatch.Engine, first: int, last: int) -> list[bigbatch.WindowReport]:
-    return [engine.step(make_tokens(number)) for number in range(first, last)]
-
-
-def weights(engine: bigbatch.Engine) -> dict[str, Any]:
-    return {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
-
-
-def states(engine: bigbatch.Engine) -> list[Any]:
-    return [plain_state(optimizer) for optimizer in engine.accumulator.update.optimizers]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -247,8 +230,9 @@ def test_microbatch_that_runs_out_of_memory_is_repeated():
     assert found[0] == found[1]
 
 
-def test_device_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    engine, expected = make("master"), make("none")
+@pytest.mark.parametrize("level", ["master", "gradients"])
+def test_device_without_room_changes_nothing(level: str, monkeypatch: pytest.MonkeyPatch):
+    engine, expected = make(level), make("none")
     train(engine, 0, 2)
     train(expected, 0, 3)
 
@@ -261,6 +245,7 @@ def test_device_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatch):
             train(engine, 2, 3)
     train(engine, 2, 3)
     assert weights(engine) == weights(expected)
+    assert states(engine) == states(expected)
 
 
 def test_whole_weights_are_float32_inside():

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.limit import describe_bytes
-from bigbatch.offload.costs import Level, UpdateTime
+from bigbatch.offload.costs import UpdateTime
+from bigbatch.offload.levels import Offload
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Candidate:
         time: Predicted time.
     """
 
-    level: Level
+    level: Offload
     checkpointing: str
     size: int
     card_bytes: int

@@ -9,15 +9,10 @@ Everything is for one card. Integers are bytes, floats seconds. No torch, and no
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from bigbatch.offload.cards import Card
 from bigbatch.offload.chunk_sizes import CHUNK_BYTES, NUM_SLOTS, SLOT_FACTOR, STAGING_BYTES
-from bigbatch.offload.levels import LEVELS as LEVELS
-from bigbatch.offload.levels import Offload
-from bigbatch.offload.levels import reaches as reaches
-
-Level: TypeAlias = Offload
+from bigbatch.offload.levels import Offload, reaches
 
 FLOAT32 = 4
 PAGE_BYTES = 4096
@@ -102,7 +97,7 @@ class LinkBytes:
     to_host_per_microbatch: int = 0
 
 
-def placement(state: ModelState, level: Level) -> Placement:
+def placement(state: ModelState, level: Offload) -> Placement:
     """Return the bytes that a level needs.
 
     level      on the card                                 on the host
@@ -134,7 +129,7 @@ def placement(state: ModelState, level: Level) -> Placement:
     return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes, start_bytes)
 
 
-def _largest_chunk_bytes(state: ModelState, level: Level, host_bytes: int) -> int:
+def _largest_chunk_bytes(state: ModelState, level: Offload, host_bytes: int) -> int:
     """Return the bytes of the largest chunk: several parameters with `CHUNK_BYTES` of state, or one with more."""
     largest = state.largest_state_bytes
     if reaches(level, "master"):
@@ -150,7 +145,7 @@ def pinned_bytes(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def transfers(state: ModelState, level: Level) -> LinkBytes:
+def transfers(state: ModelState, level: Offload) -> LinkBytes:
     """Return the bytes between card and host in one window.
 
     An update reads optimizer state, master weights and sums from the host, and writes the first two back.
@@ -214,7 +209,7 @@ class UpdateTime:
 
 def update_time(
     state: ModelState,
-    level: Level,
+    level: Offload,
     work: WindowWork,
     card: Card,
     *,

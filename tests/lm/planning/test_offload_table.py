@@ -19,7 +19,8 @@ from bigbatch.lm.planning.offload_cases import OffloadCases
 from bigbatch.lm.planning.offload_table import OffloadTable, offload_table
 from bigbatch.offload.cards import card
 from bigbatch.offload.choice import choose
-from bigbatch.offload.costs import LEVELS, placement
+from bigbatch.offload.costs import placement
+from bigbatch.offload.levels import LEVELS
 from support.language_models import records, write_jsonl
 
 MIB, GIB = 2**20, 2**30

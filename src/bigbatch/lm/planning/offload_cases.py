@@ -24,7 +24,8 @@ from bigbatch.lm.planning.estimator import RunEstimator
 from bigbatch.lm.planning.layer_series import LayerSeries, NarrowEstimator, narrowed_parameters, num_layers
 from bigbatch.offload.cards import Card
 from bigbatch.offload.choice import Candidate
-from bigbatch.offload.costs import LEVELS, Level, ModelState, WindowWork, placement, reaches, update_time
+from bigbatch.offload.costs import ModelState, WindowWork, placement, update_time
+from bigbatch.offload.levels import LEVELS, Offload, reaches
 
 MOST_TOKENS = 32_768  # of a micro-batch: larger ones are 2 % faster at most, by what a micro-batch costs by itself
 ATTENTION_SHARE = 0.1  # of the rate of products: 11 of 107 ms in W's packed rows on an H200, docs/explanation/speed.md
@@ -80,7 +81,7 @@ class OffloadCases:
         data: DataStatistics,
         *,
         num_cards: int = 1,
-        levels: Sequence[Level] = LEVELS,
+        levels: Sequence[Offload] = LEVELS,
     ) -> None:
         self._config, self._target, self._num_cards = config, target, num_cards
         self._is_sharded = num_cards > 1 and config.parallel != "ddp"
@@ -109,7 +110,7 @@ class OffloadCases:
         """
         return [self._candidate(level, mode, usable_bytes, card) for level in self.levels for mode in self._modes]
 
-    def _changes(self, level: Level) -> bool:
+    def _changes(self, level: Offload) -> bool:
         """Return whether training at a level is possible, and differs from the level before it."""
         if level == "gradients":
             return self._config.precision != "fp16" and not self._config.reproducible
@@ -130,7 +131,7 @@ class OffloadCases:
             return False
         return True
 
-    def _candidate(self, level: Level, mode: CheckpointingMode, usable_bytes: int, card: Card) -> Candidate:
+    def _candidate(self, level: Offload, mode: CheckpointingMode, usable_bytes: int, card: Card) -> Candidate:
         needs = placement(self.state, level)
         libraries = CUDA_LIBRARIES_BYTES if self._target.device.type == "cuda" else 0
         fixed = needs.card_bytes + libraries

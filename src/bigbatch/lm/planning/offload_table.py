@@ -20,9 +20,8 @@ from bigbatch.memory.limit import gpu_limit, known_gpu, parse_memory
 from bigbatch.memory.usage import MemoryBudget
 from bigbatch.offload.cards import TYPICAL, Card, card, card_of_size
 from bigbatch.offload.choice import Candidate, choose
-from bigbatch.offload.costs import Level
 from bigbatch.offload.host_memory import available_host_bytes
-from bigbatch.offload.levels import LEVELS
+from bigbatch.offload.levels import LEVELS, Offload
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def _of_gpu(name: str, gpu: str) -> CardMemory:
     return CardMemory(name, MemoryBudget.from_limit(gpu_limit(gpu), name).usable_bytes, card(gpu))
 
 
-def _levels(config: TrainConfig, num_cards: int) -> tuple[Sequence[Level], Sequence[Level]]:
+def _levels(config: TrainConfig, num_cards: int) -> tuple[Sequence[Offload], Sequence[Offload]]:
     """Return the levels that training supports, and those to predict."""
     if num_cards > 1 and config.parallel != "ddp":
         return ("none",), LEVELS
@@ -193,7 +192,7 @@ def _levels(config: TrainConfig, num_cards: int) -> tuple[Sequence[Level], Seque
     return levels, levels
 
 
-def levels_of(config: TrainConfig) -> Sequence[Level]:
+def levels_of(config: TrainConfig) -> Sequence[Offload]:
     """Return the levels that a configuration allows."""
     return LEVELS if config.offload == "auto" else (config.offload,)
 
@@ -208,7 +207,7 @@ def _host_bytes(host_memory: str | None, num_cards: int, *, is_here: bool) -> in
 
 
 def _rows(
-    memory: CardMemory, candidates: Sequence[Candidate], supported: Sequence[Level], host_bytes: int | None
+    memory: CardMemory, candidates: Sequence[Candidate], supported: Sequence[Offload], host_bytes: int | None
 ) -> tuple[list[OffloadRow], str | None]:
     """Return a row for each candidate, and why none of them fits."""
     chosen, obstacle = None, None
@@ -246,7 +245,9 @@ def _best_of_levels(rows: Sequence[OffloadRow]) -> list[OffloadRow]:
     return found
 
 
-def _notes(config: TrainConfig, device: torch.device, levels: Sequence[Level], supported: Sequence[Level]) -> list[str]:
+def _notes(
+    config: TrainConfig, device: torch.device, levels: Sequence[Offload], supported: Sequence[Offload]
+) -> list[str]:
     notes = []
     if device.type == "cuda" and config.objective == "sft" and compiles_layers(config, device):
         notes.append("layers are compiled in training and need less memory than this eager-mode estimate")
