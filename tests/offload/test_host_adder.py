@@ -86,8 +86,8 @@ def test_discarded_work_leaves_no_error() -> None:
 
     is_broken = True
     adder, total = adder_of(Broken(torch.device("cpu"))), torch.zeros(700)
-    adder.add(total, torch.ones(700), replaces=True)
-    with pytest.raises(WindowStateError):
+    with pytest.raises(WindowStateError):  # by `add`, if the first part has failed before the last is sent
+        adder.add(total, torch.ones(700), replaces=True)
         adder.wait()
     adder.discard()
     is_broken = False
