@@ -60,6 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16-weights": {"precision": "bf16-weights"},
     "auto": {"microbatch": "auto"},
     "tokens": {"global_batch": None, "global_batch_tokens": 160},
+    "mixed": {"data": "mixture", "data_weights": (0.5, 0.5), "epochs": 1},
     "schedule": {"global_batch": None, "global_batch_schedule": "0:4 60:8 150:12", "rebase_second_moment": True},
     "poisoned": {},
     "best": {**DIVERGING, "keep": "best"},
@@ -220,6 +221,9 @@ class KillExperiment:
 
     def config(self, kind: str, path: Path) -> TrainConfig:
         settings = self._settings | (KINDS | MORE_KINDS)[kind]
+        if settings["data"] == "mixture":
+            other = write_jsonl(self.folder / "other.jsonl", records(60)[40:])
+            settings["data"] = (self._settings["data"], str(other))
         if settings["data"] in ("pairs", "examples"):
             rows = pairs(40) if settings["data"] == "pairs" else examples(40)
             settings["data"] = str(write_jsonl(self.folder / f"{settings['data']}.jsonl", rows))

@@ -83,6 +83,8 @@ def test_run_killed_anywhere_equals_uninterrupted_run(server: Server, point: str
         ("bf16-weights", "before optimizer", 8),
         ("auto", "before optimizer", 8),
         ("tokens", "after optimizer", 7),
+        ("mixed", "middle of metrics.jsonl", 7),  # after the smaller source has begun again
+        ("mixed", "before optimizer", 8),
         ("schedule", "before optimizer", 4),
         ("schedule", "after optimizer", 6),
         ("poisoned", "middle of quarantine.jsonl", 3),
