@@ -21,7 +21,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.tokenizer import train_tokenizer
 from bigbatch.lm.distributed.ranks import RankContext, gather_full_model
 from bigbatch.lm.model.meta_model import copy_to_meta
-from bigbatch.lm.training import evaluation
+from bigbatch.lm.training import text_sample
 from bigbatch.lm.training.model_saver import ModelSaver
 from bigbatch.lm.training.setup import TrainingSetup, set_up_training
 from bigbatch.lm.training.trainer import Trainer
@@ -241,5 +241,5 @@ def cap_memory(cap_bytes: int, rank: int) -> None:
         save(self, directory)
 
     ModelSaver.save = save_on_host  # type: ignore[method-assign]
-    evaluation.SAMPLE_TOKENS = 2  # counting slows every operation down
+    text_sample.SAMPLE_TOKENS = 2  # counting slows every operation down
     tracker.__enter__()

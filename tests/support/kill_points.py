@@ -37,7 +37,8 @@ from bigbatch.lm.checkpoint.hashed_file import HashedFile
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory, as_line
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
-from bigbatch.lm.training import evaluation, model_saver, trainer
+from bigbatch.lm.training import evaluation, model_saver
+from bigbatch.lm.training.text_sample import TextSample
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import examples, metrics, pairs, records, save_model_folder, write_jsonl
 from support.run_comparison import differences
@@ -150,7 +151,7 @@ class KillPoints:
         self.around(manager, "write", "checkpoint")
         self.around(manager, "prune", "prune")
         self.around(evaluation, "validation_loss", "validation")
-        self.around(trainer, "sample_text", "sample")
+        self.around(TextSample, "generate", "sample")
         self.around(model_saver, "save_model", "model")
         self.around(model_saver, "save_adapters", "adapter")
         self._watch_lines()

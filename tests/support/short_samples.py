@@ -4,6 +4,6 @@ The 64 took half of the computing time of a run of four updates. Their number do
 compared with their samples, so every process of a test imports this: the test's own, its forks, and ranks of torchrun.
 """
 
-from bigbatch.lm.training import evaluation
+from bigbatch.lm.training import text_sample
 
-evaluation.SAMPLE_TOKENS = 8
+text_sample.SAMPLE_TOKENS = 8

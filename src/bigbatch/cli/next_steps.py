@@ -31,7 +31,8 @@ def suggested_commands(config: TrainConfig, folder: Path, *, is_chat: bool, fini
         finished: Whether all updates are done.
     """
     path = shlex.quote(str(folder))
-    what = '--chat "Hello"' if is_chat else quoted(config.sample_prompt)
+    prompt = quoted(config.prompt(is_chat=is_chat))
+    what = f"--chat {prompt}" if is_chat else prompt
     commands = [f"bigbatch generate {path} {what}"] if config.generates_text else []
     whole = shlex.quote(str(folder / MODEL))
     if config.saves_adapters:

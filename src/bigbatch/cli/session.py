@@ -43,7 +43,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         total_steps=total_steps,
         validation_every=None if setup.validation is None else setup.config.validation_every_of(total_steps),
         entropy=setup.validation.unigram_entropy() if isinstance(setup.validation, TokenDataset) else None,
-        prompt=setup.config.sample_prompt,
+        prompt="" if trainer.text_sample is None else trainer.text_sample.prompt,
         done=done,
         has_perplexity=setup.has_perplexity,
     )

@@ -88,12 +88,12 @@ def test_commands_suit_state_of_run(tmp_path: Path, capfd: pytest.CaptureFixture
     config, *_ = parse("train", shlex.split(longer)[2:])
     assert isinstance(config, TrainConfig)
     assert (config.model, config.max_length, config.steps) == (f"{done}/model", 64, 3)
-    chat = make_run(
-        tmp_path / "chat", rows(3), settings=settings, events=[BEGIN | {"chats": True}, {"event": "finished"}]
-    )
-    (chat / "model").mkdir()
-    printed(capfd, chat)
-    assert f'bigbatch generate {chat} --chat "Hello"' in words_of(chat / "report.html")
+    events = [BEGIN | {"chats": True}, {"event": "finished"}]
+    for message, given in (("a b", settings), ("Hello", {"steps": 3})):
+        chat = make_run(tmp_path / message, rows(3), settings=given, events=events)
+        (chat / "model").mkdir()
+        printed(capfd, chat)
+        assert f'bigbatch generate {shlex.quote(str(chat))} --chat "{message}"' in words_of(chat / "report.html")
 
 
 def test_running_run_has_no_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

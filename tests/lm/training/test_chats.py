@@ -7,9 +7,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from bigbatch.cli import main
+from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.named_templates import NAMED_TEMPLATES
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.runs.samples import read_samples
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import RecordingCallback, metrics, run, save_model_folder, write_jsonl
@@ -101,3 +103,24 @@ def test_changed_template_is_rejected_on_resume(base: str, tmp_path: Path, capfd
     template.write_text(TEMPLATE)
     assert main(["resume", str(folder)]) == 0
     assert [row["step"] for row in metrics(folder)] == [1, 2]
+
+
+def test_samples_of_a_run_on_chats_are_answers(base: str, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", chats(12))
+    common = settings(base, data, chat_template="chatml", train_on="last-turn", steps=60, lr=2e-2, microbatch=4)
+    asked, _, _ = run(tmp_path / "asked", **common, sample_prompt="why?")
+    assert asked.config.prompt(is_chat=True) == "why?"
+    samples = read_samples(tmp_path / "asked")
+    assert [(sample.step, sample.prompt) for sample in samples] == [(30, "why?"), (60, "why?")]
+    assert samples[-1].text.startswith("why?\nbecause")  # as learned, in the format of the template
+    run(tmp_path / "default", **common | {"steps": 1})
+    (sample,) = read_samples(tmp_path / "default")
+    assert (sample.prompt, sample.text.split("\n")[0]) == ("Hello", "Hello")
+
+
+def test_message_that_fills_the_model_is_rejected(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", chats(12))
+    short = str(save_model_folder(tmp_path / "short"))
+    words = settings(short, data, chat_template="chatml", max_length=64, sample_prompt="x y z " * 9)
+    with pytest.raises(InputError, match=r"^the conversation has \d+ tokens and the model supports 64 positions: "):
+        run(tmp_path / "run", **words)

@@ -93,7 +93,7 @@ def test_metrics_have_one_documented_line_per_update(tmp_path: Path, settings: d
     assert rows == recorder.rows
     assert outcome.validation_loss == rows[-1]["validation_loss"] == recorder.validations[-1][1]
     assert [step for step, _ in recorder.samples] == [1, 3]
-    prompt = TrainConfig().sample_prompt
+    prompt = TrainConfig().prompt(is_chat=False)
     assert read_samples(tmp_path / "run") == [Sample(step, prompt, text) for step, text in recorder.samples]
 
 
@@ -239,7 +239,7 @@ def test_training_restores_random_state_of_caller(tmp_path: Path, settings: dict
 def test_sampling_and_validation_restore_mode_and_random_state(settings: dict[str, Any]) -> None:
     trainer = Trainer(set_up_training(TrainConfig(**settings)))
     before = torch.random.get_rng_state()
-    assert trainer.sample_text("def ") == trainer.sample_text("def ")
+    assert trainer.sample_text() == trainer.sample_text()
     trainer.validate()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(module.training for module in trainer.setup.model.modules())

@@ -56,6 +56,11 @@ class TrainConfig(TrainFields):
 
     """
 
+    def prompt(self, *, is_chat: bool) -> str:
+        """Return ``sample_prompt``, or its default for runs that train on chats, or on other texts."""
+        default = "Hello" if is_chat else "def "
+        return default if self.sample_prompt is None else self.sample_prompt
+
     @model_validator(mode="after")
     def _check_exclusive(self) -> Self:
         for first, second in EXCLUSIVE:

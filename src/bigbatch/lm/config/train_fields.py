@@ -262,7 +262,11 @@ class TrainFields(
     out: Folder | None = Field(
         default=None, description="run directory (default: runs/MODEL-DATA, numbered if that exists)"
     )
-    sample_prompt: Text = Field(default="def ", description="prompt of the text that is generated at each validation")
+    sample_prompt: Text | None = Field(
+        default=None,
+        description="start of the text that the model continues in the middle and at the end of the run, or, if it is "
+        'trained on chats, the message that it answers (default: "def ", or the message "Hello")',
+    )
     log: Dashboards = Field(
         default=("none",),
         json_schema_extra={"several": True, "placeholder": "none|tensorboard|wandb|mlflow|trackio"},

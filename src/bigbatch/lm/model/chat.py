@@ -90,7 +90,7 @@ class ChatModel:
         Raises:
             InputError: The template rejects the messages or leaves out a part, or they use every position of the model.
         """
-        tokens = self._prompt(messages)
+        tokens = self.prompt_tokens(messages)
         stream = _AnswerStream(self._tokenizer, self._mark, on_text)
         output = continue_tokens(
             self._model,
@@ -106,7 +106,12 @@ class ChatModel:
         is_complete = stream.has_ended or output[-1] in self._end_tokens
         return Answer(stream.text, len(output) - len(tokens), is_complete)
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Encode a conversation up to the beginning of the assistant's next message.
+
+        Raises:
+            InputError: As for `answer`.
+        """
         text, _ = self._renderer.apply(messages, None, "the conversation", add_generation_prompt=True)
         if (lost := lost_part(messages, text, first=0, trained=None)) is not None:
             raise InputError(f"the chat template leaves out {lost}. Leave it out, or use a model that has it.")

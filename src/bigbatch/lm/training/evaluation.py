@@ -1,4 +1,4 @@
-"""Evaluation between two updates: validation loss and generated text."""
+"""Evaluation between two updates: validation losses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,14 +9,12 @@ import torch
 from bigbatch.coupled.coupled import Coupled
 from bigbatch.engine.engine import Engine
 from bigbatch.lm.data.dataset import TokenDataset
-from bigbatch.lm.model.generation import generate_text
 from bigbatch.lm.training.callbacks import MetricsRow, perplexity
 from bigbatch.lm.training.coupled_validation import coupled_validation_loss
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.rng import random_states, seed_everything, seed_of, set_random_states
 
 MAX_VALIDATION_SEQUENCES = 128  # evenly spaced over the validation set: enough to see progress, a second on two cores
-SAMPLE_TOKENS = 64
 PREFIX = "validation_"  # of the fields of a validation in metrics.jsonl
 
 
@@ -79,9 +77,9 @@ def validation_loss(setup: TrainingSetup, engine: Engine, held_out: TokenDataset
     if metrics is not None:
         metrics.clear()
     if isinstance(setup.loss_fn, Coupled):
-        with _evaluating(setup, engine) as model:
+        with evaluating(setup, engine) as model:
             return coupled_validation_loss(setup, engine, setup.loss_fn, model, chosen)
-    with _evaluating(setup, engine) as model:
+    with evaluating(setup, engine) as model:
         own = chosen[sync.rank :: sync.size]  # micro-batches may have another size on each rank
         cut = engine.groups([int(data.lengths[i]) for i in own]) if own else []
         groups = [[own[row] for row in rows] for rows in cut]
@@ -113,7 +111,7 @@ def losses_by_sequence(setup: TrainingSetup, engine: Engine) -> list[tuple[float
     assert held_out is not None, "called only with validation data"
     device = setup.device_spec.device
     losses = []
-    with _evaluating(setup, engine) as model:
+    with evaluating(setup, engine) as model:
         for i in evenly_spaced(len(held_out), MAX_VALIDATION_SEQUENCES):
             microbatch = {name: tensor.to(device) for name, tensor in setup.collate([held_out[i]]).items()}
             loss_sum, num_items = setup.loss_fn(model, microbatch)
@@ -121,14 +119,9 @@ def losses_by_sequence(setup: TrainingSetup, engine: Engine) -> list[tuple[float
     return losses
 
 
-def sample_text(setup: TrainingSetup, engine: Engine, prompt: str) -> str:
-    """Generate a continuation of a prompt; the random state of training is not changed."""
-    with _evaluating(setup, engine) as model, seeded(setup), setup.device_spec.autocast():
-        return generate_text(model, setup.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
-
-
 @contextmanager
-def _evaluating(setup: TrainingSetup, engine: Engine) -> Iterator[Any]:
+def evaluating(setup: TrainingSetup, engine: Engine) -> Iterator[Any]:
+    """Yield the model in evaluation mode, with layers that are not compiled."""
     model, layers = setup.model, setup.model_setup.layers
     training = model.training
     engine.release_cuda_graphs()

@@ -165,7 +165,7 @@ def set_up_training(
                     model, weights = empty_copy(model)
         config = _fit(config, model, tokenizer)
         template_notes = set_chat_template(tokenizer, config.chat_template)
-        if config.generates_text:
+        if config.generates_text and config.sample_prompt is not None:
             prompt_tokens(tokenizer, config.sample_prompt, model=model, name="--sample-prompt")
         assert config.max_length is not None, "_fit() gives it a value where resolved() does not"
         data = loader.load(tokenizer, config.max_length)

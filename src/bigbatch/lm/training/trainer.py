@@ -31,7 +31,6 @@ from bigbatch.lm.training.engine_factory import make_training_engine
 from bigbatch.lm.training.evaluation import (
     deterministic_algorithms,
     evaluate,
-    sample_text,
     seeded,
     validation_loss,
     validation_metrics,
@@ -46,6 +45,7 @@ from bigbatch.lm.training.reference import prepare_reference, save_reference
 from bigbatch.lm.training.resume import run_facts, weights_fingerprint
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import TrainingSetup, parallelize
+from bigbatch.lm.training.text_sample import TextSample
 from bigbatch.lm.training.window_routing import run_update
 from bigbatch.rng import random_states, set_random_states
 
@@ -72,8 +72,8 @@ class Trainer:
         ranks: The processes of the run. Collective.
 
     Raises:
-        InputError: The warm-up is longer than the run, a setting needs validation data and there is none, or the model
-            cannot be parallelized over the ranks.
+        InputError: The warm-up is longer than the run, a setting needs validation data and there is none, the prompt
+            of text samples uses every position, or the model cannot be parallelized over the ranks.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Trainer:
         self.ranks = ranks
         self.config = setup.config
         check_validation(self.config, setup.validation)
+        self.text_sample = TextSample(setup) if self.config.generates_text else None
         self.checkpoint = checkpoint
         self.facts = run_facts(setup)
         self.initial_facts = self.facts | ({} if checkpoint else {"weights_sha256": weights_fingerprint(setup)})
@@ -304,11 +305,10 @@ class Trainer:
                 session.callback.on_validation_metrics(now.step, means)
             session.callback.on_validation(now.step, row["validation_loss"])
         is_shown = now.step == self.total_steps // 2 or self._has_ended(now)
-        if self.config.generates_text and is_shown and (self.ranks.is_first or self.ranks.are_sharded):
-            prompt = self.config.sample_prompt
-            text = self.sample_text(prompt)
+        if self.text_sample is not None and is_shown and (self.ranks.is_first or self.ranks.are_sharded):
+            text = self.sample_text()
             if self.ranks.is_first:
-                write_sample(session.directory.path, Sample(now.step, prompt, text))
+                write_sample(session.directory.path, Sample(now.step, self.text_sample.prompt, text))
             session.callback.on_sample(now.step, text)
 
     def _update(self, step: int, window: list[int], session: _Session) -> tuple[MetricsRow, Callable[[], bool]]:
@@ -338,6 +338,7 @@ class Trainer:
         """Compute the mean loss over (a fixed sample of) the held-out sequences, in nats per token."""
         return validation_loss(self.setup, self.engine)
 
-    def sample_text(self, prompt: str) -> str:
-        """Generate a continuation of a prompt; the random state of training is not changed."""
-        return sample_text(self.setup, self.engine, prompt)
+    def sample_text(self) -> str:
+        """Generate what follows the prompt of the run, for models that generate text."""
+        assert self.text_sample is not None, "asked for with generates_text only"
+        return self.text_sample.generate(self.engine)
