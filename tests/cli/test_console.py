@@ -103,6 +103,17 @@ def test_run_of_one_update_shows_it_once() -> None:
     assert shown(terminal=False, total_steps=1).count("update 1/1 · ") == 1
 
 
+def test_time_to_the_first_update_is_shown_once() -> None:
+    out = io.StringIO()
+    console = OutputConsole(file=out, force_terminal=False, width=100)
+    settings: dict[str, Any] = {"total_steps": 9, "validation_every": None, "entropy": None, "prompt": ""}
+    with TrainingDisplay(console, **settings, done=4, since_start_s=lambda: 83.4) as display:
+        display.on_update(row(5))
+        display.on_update(row(6))
+    assert out.getvalue().count("first update 1:23 after the start of the command\n") == 1
+    assert "after the start" not in shown(terminal=False)
+
+
 def test_unknown_memory_is_reported() -> None:
     out = io.StringIO()
     console = OutputConsole(file=out, force_terminal=False, width=100)

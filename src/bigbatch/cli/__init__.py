@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Sequence
 
 from bigbatch import __version__
+from bigbatch.cli import command_clock
 from bigbatch.cli.exit_codes import DONE, INTERRUPTED, exit_for
 from bigbatch.cli.output import guarded_output, print_error, wrap
 from bigbatch.errors import BigbatchError, InputError
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; ``None`` for those of this process.
 
     """
+    command_clock.start()
     argv = list(sys.argv[1:] if argv is None else argv)
     prefix = f"bigbatch {argv[0]}" if argv and argv[0] in COMMANDS else "bigbatch"
     with guarded_output():

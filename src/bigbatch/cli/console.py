@@ -6,7 +6,7 @@ Every text passes through `OutputConsole`, `quote` or the live lines here, which
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,7 @@ class TrainingDisplay:
         prompt: Start of the text samples, highlighted in the output.
         done: Updates made before this process started.
         has_perplexity: Whether the loss is that of tokens.
+        since_start_s: Returns the seconds since the command began, shown after the first update; None for no line.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class TrainingDisplay:
         prompt: str,
         done: int = 0,
         has_perplexity: bool = True,
+        since_start_s: Callable[[], float] | None = None,
     ) -> None:
         self._has_perplexity = has_perplexity
+        self._since_start_s = since_start_s
         self._console = console
         self._total_steps = total_steps
         self._entropy = entropy
@@ -154,6 +157,9 @@ class TrainingDisplay:
         every = max(1, self._total_steps // PLAIN_LINES)
         if not self._console.is_terminal and (step == 1 or step % every == 0 or step == self._total_steps):
             self._console.print(" · ".join([f"update {step}/{self._total_steps}", *parts]))
+        if self._since_start_s is not None:
+            self._console.print(f"first update {duration(self._since_start_s())} after the start of the command")
+            self._since_start_s = None
         if row["skipped"]:
             self._console.print(f"update {step} was skipped and changed nothing: {row['skipped']}")
 

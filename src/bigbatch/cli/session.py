@@ -5,6 +5,7 @@ import shlex
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from bigbatch.cli import command_clock
 from bigbatch.cli.console import OutputConsole, TrainingDisplay, duration
 from bigbatch.cli.exit_codes import DONE, STOPPED
 from bigbatch.cli.next_steps import resume_command, same_job, suggested_commands
@@ -46,6 +47,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         prompt="" if trainer.text_sample is None else trainer.text_sample.prompt,
         done=done,
         has_perplexity=setup.has_perplexity,
+        since_start_s=command_clock.elapsed_s,
     )
     with (
         watchdog(ranks, setup.config.timeout_s) as watch,
