@@ -7,8 +7,8 @@ import pytest
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
-from bigbatch.lm.data.hub_folder import split_of
 from bigbatch.lm.data.sources import ReadOptions, open_sources, read_corpus
+from bigbatch.lm.data.split_names import split_of
 
 RECORD = '{"text": "a record"}\n'
 CONTENTS = {".jsonl": RECORD, ".ndjson": RECORD, ".json": RECORD, ".csv": "text\na record\n"}
@@ -58,6 +58,10 @@ def refusal(folder: Path) -> str:
         (("en/Train-1.ndjson", "en/Train-2.ndjson", "en/eval.ndjson"), ["en/Train-1.ndjson", "en/Train-2.ndjson"]),
         (("all.jsonl", "README.md", "LICENSE.txt", "dataset_infos.json"), ["all.jsonl"]),
         (("train.jsonl", "README.md"), ["train.jsonl"]),
+        (("train.json", "test.json", "model.py", "Makefile"), ["train.json"]),
+        (("train/a.txt", "train/b.md", "test/d.txt", "README.md"), ["train/a.txt", "train/b.md"]),
+        (("train/a.jsonl", "train/convert.py", "val/a.jsonl"), ["train/a.jsonl"]),
+        (("corpus.train.txt", "corpus.valid.txt", "corpus.test.txt"), ["corpus.train.txt"]),
     ],
 )  # fmt: skip
 def test_only_training_split_is_read(tmp_path: Path, files: tuple[str, ...], expected: list[str]) -> None:
@@ -73,7 +77,8 @@ def test_only_training_split_is_read(tmp_path: Path, files: tuple[str, ...], exp
         ("contest.jsonl", "trainer.jsonl", "latest.jsonl"),
         ("a.txt", "test.txt"),
         ("package.json", "index.js", "test/data.json", "LICENSE", "README.md"),
-        ("train.json", "test.json", "model.py"),
+        ("train.py", "test.py", "eval.md"),
+        ("train.json", "test.json", "settings.json", "model.py"),
     ],
 )
 def test_other_folders_are_read_whole(tmp_path: Path, files: tuple[str, ...]) -> None:
@@ -181,6 +186,8 @@ def test_lone_training_file_has_no_note(tmp_path: Path) -> None:
         ("attest.csv", None),
         ("pretrain.jsonl", None),
         ("my_test.txt", None),
+        ("a.test.txt", "test"),
+        ("attest.txt", None),
         ("test.py", None),
         ("README.md", None),
     ],
@@ -223,7 +230,7 @@ def test_split_is_chosen_by_name(tmp_path: Path) -> None:
     folder = write(tmp_path, {f"data/{name}-00000-of-00002.jsonl": RECORD for name in names})
     listed = "test_sft, train_gen, train_sft"
     assert refusal(folder) == (
-        f"{folder} has the splits {listed} and none of the name train: choose one with --split, as --split test_sft."
+        f"{folder} has the splits {listed} and none of the name train: choose one with --split, as --split train_gen."
     )
     assert read(folder, split="train_gen").documents[0].source.startswith(f"{folder}/data/train_gen-")
     with pytest.raises(InputError) as caught:
@@ -267,3 +274,66 @@ def test_compressed_splits_are_recognized(tmp_path: Path) -> None:
 def test_texts_about_folder_are_noted(tmp_path: Path) -> None:
     folder = write(tmp_path, small("a.txt", "README.md", "LICENSE"))
     assert read(folder).left_out == (f"{folder} is read as a folder of texts, LICENSE, README.md included",)
+
+
+@pytest.mark.parametrize(
+    ("files", "alike"),
+    [
+        (("train/a.py", "test/d.py"), "test/, train/ are"),
+        (("x/Train/a.md", "x/dev/d.md", "x/dev/e.md"), "x/Train/, x/dev/ are"),
+        (("wiki.train.tokens", "wiki.test.tokens"), "wiki.test.tokens, wiki.train.tokens are"),
+        (("train/a.txt", "test/b.txt", "c.jsonl"), None),
+        (("train/a.py", "tests/d.py"), None),
+        (("train.py", "test.py", "eval.py"), None),
+    ],
+)
+def test_names_like_splits_that_are_read_as_one_are_noted(
+    tmp_path: Path, files: tuple[str, ...], alike: str | None
+) -> None:
+    corpus = read(write(tmp_path, small(*files)))
+    notes = [note for note in corpus.left_out if "read as one set" in note]
+    assert notes == ([] if alike is None else [f"{tmp_path} is read as one set, although {alike} named like splits"])
+
+
+def test_files_that_card_names_must_exist(tmp_path: Path) -> None:
+    card = (
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [data/training-*, more/*]\n"
+        "  - split: validation\n    path: data/validation-*\n---\n"
+    )
+    folder = write(tmp_path, {"README.md": card, "data/train-0.jsonl": RECORD, "data/test-0.jsonl": RECORD})
+    assert refusal(folder) == (
+        f"the dataset card of {folder} names data/training-*, more/* for the split train, and no such file is there. "
+        "Download the missing files, correct README.md, or pass the files to read."
+    )
+    write(tmp_path, {"data/training-0.jsonl": RECORD})
+    assert refusal(folder).startswith(f"the dataset card of {folder} names more/* for the split train, and no such")
+    write(tmp_path, {"more/a.jsonl": RECORD})
+    note = f"{folder} has no file data/validation-*, which its dataset card names for the split validation"
+    assert note in read(folder).left_out
+
+
+def test_missing_files_of_a_series_are_noted(tmp_path: Path) -> None:
+    folder = write(tmp_path, {f"data/train-0000{i}-of-00003.jsonl": RECORD for i in (0, 2)})
+    note = f"{folder} has 2 of the 3 files data/train-*-of-00003.jsonl: the others are missing"
+    assert note in read(folder).left_out
+    write(tmp_path, {"data/train-00001-of-00003.jsonl": RECORD})
+    assert not any("missing" in note for note in read(folder).left_out)
+
+
+def test_training_split_is_proposed_before_others(tmp_path: Path) -> None:
+    names = ("test_sft", "train_gen", "train_sft")
+    folder = write(tmp_path, {f"data/{name}-00000-of-00001.jsonl": RECORD for name in names})
+    assert refusal(folder).endswith(": choose one with --split, as --split train_gen.")
+
+
+def test_files_without_split_are_proposed_by_path(tmp_path: Path) -> None:
+    folder = write(tmp_path, small("a.jsonl", "b.jsonl", "test.jsonl"))
+    assert refusal(folder) == (
+        f"{folder} has the split test and none of the name train: pass the files to train on by their paths, as "
+        f"{folder}/a.jsonl, or choose one with --split."
+    )
+
+
+def test_texts_beside_records_have_no_shape(tmp_path: Path) -> None:
+    folder = write(tmp_path, small("a.txt", "b.py", "c.jsonl"))
+    assert not any("several shapes" in note for note in read(folder).notes)

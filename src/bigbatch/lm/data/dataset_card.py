@@ -39,6 +39,11 @@ class DeclaredSplits:
         found = (split for split, patterns in self.patterns.items() if any(_matches(name, p) for p in patterns))
         return next(found, None)
 
+    def unmatched(self, split: str) -> list[str]:
+        """Return the patterns of a split that no file matches."""
+        patterns = self.patterns.get(split, ())
+        return [pattern for pattern in patterns if not any(_matches(name, pattern) for name in self.files)]
+
 
 def read_card(root: Path, data: str) -> Mapping[str, Any] | None:
     """Return the metadata of a dataset card, empty if only dataset_infos.json describes the dataset; None for neither.

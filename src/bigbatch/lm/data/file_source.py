@@ -13,10 +13,11 @@ from bigbatch.lm.data.compression import inner_suffix, open_content
 from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.folder_files import Listing, expand_pattern, list_folder
-from bigbatch.lm.data.hub_folder import LISTED, Selection, select_files, split_of, unused_validation_note
+from bigbatch.lm.data.hub_folder import LISTED, Selection, select_files, unused_validation_note
 from bigbatch.lm.data.reading import Reading, ReadOptions, UnknownShapeError, advised
 from bigbatch.lm.data.record_files import RECORD_SUFFIXES, is_known, read_record_file
 from bigbatch.lm.data.records import shape_notes
+from bigbatch.lm.data.split_names import split_of
 from bigbatch.lm.data.text_files import read_text
 from bigbatch.lm.text import plural
 
@@ -88,7 +89,7 @@ class _Files:
         if counts["records"]:
             files = plural(counts["record files"], "file")
             reading.about.append(f"{plural(counts['records'], 'record')} in {files} from {self.data}")
-        reading.about.extend(shape_notes(shapes.elements()))
+        reading.about.extend(shape_notes(shape for shape in shapes.elements() if shape))
         reading.left_out.extend(self.notes)
         if unknown:
             more = f" and {len(unknown) - LISTED:,} more" if len(unknown) > LISTED else ""

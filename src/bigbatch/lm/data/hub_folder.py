@@ -3,6 +3,7 @@
     README.md with a dataset card, data/train-00000-of-00001.parquet, data/test-…   → train: train-…
     train.csv, validation.csv, test.csv                                             → train: train.csv, validation: …
     data.jsonl, README.md, LICENSE                                                  → train: data.jsonl
+    train.jsonl, test.jsonl, load.py                                                → train: train.jsonl
     a.txt, README.md; app.py, test/data.json, README.md                             → all: a folder of texts
 
 Splits are recognized by the names of files and folders, or as the card declares them, as the library datasets does.
@@ -17,26 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigbatch.errors import InputError
-from bigbatch.lm.data.compression import inner_name, inner_suffix
+from bigbatch.lm.data.compression import inner_suffix
 from bigbatch.lm.data.dataset_card import DeclaredSplits, declared_splits, read_card
 from bigbatch.lm.data.record_files import RECORD_SUFFIXES
+from bigbatch.lm.data.split_names import (
+    DATA_SUFFIXES,
+    SPLIT_OF_NAME,
+    SPLITS,
+    TEXT_SUFFIXES,
+    missing_parts,
+    named_like_splits,
+    split_of,
+    split_of_folder,
+)
 from bigbatch.lm.text import plural
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-TEXT_SUFFIXES = (".txt", ".text")
-DATA_SUFFIXES = (*RECORD_SUFFIXES, *TEXT_SUFFIXES)
 LISTED = 5  # files that a note names
 _ABOUT = re.compile(
     r"(readme|license|licence|copying|citation|notice|changelog)\b.*|dataset_infos?\.json", re.IGNORECASE
 )
-_SPLIT_OF_NAME = {word: split for split, words in SPLITS.items() for word in words}
-_WORD = "|".join(_SPLIT_OF_NAME)
-_IN_TABLE_NAME = re.compile(rf"(?:^|[-._ ])({_WORD})(?=[-._ \d]|$)", re.IGNORECASE)
-_WHOLE_TEXT_NAME = re.compile(rf"({_WORD})([-._ ]?\d+(-of-\d+)?)?", re.IGNORECASE)
 _SHARD = re.compile(r"data/(\w[\w.]*)-\d{5}-of-\d{5}\b.*")
 
 
@@ -85,17 +85,18 @@ def select_files(
     names = {path.relative_to(root).as_posix(): path for path in files}
     card = read_card(root, data)
     declared = declared_splits(card, names, data, subset=subset)
-    named = ((name, declared.split_of(name) or _split_of(name, declared)) for name in declared.files)
-    splits = {name: found for name, found in named if found is not None}
-    found = list(dict.fromkeys(splits.values()))
     content = [name for name in declared.files if not _ABOUT.fullmatch(Path(name).name)]
     suffixes = {inner_suffix(name) for name in content}
+    splits = _splits(declared, () if suffixes & set(RECORD_SUFFIXES) else content)
+    found = list(dict.fromkeys(splits.values()))
     is_data_alone = suffixes <= set(DATA_SUFFIXES)  # code next to data.json is a folder of texts
     is_dataset = card is not None or (is_data_alone and not suffixes <= set(TEXT_SUFFIXES))
-    are_split_texts = is_data_alone and "train" in found and len(found) > 1
+    others = [name for name in content if inner_suffix(name) in DATA_SUFFIXES and name not in splits]
+    has_splits = {"train"} < set(found) and (is_data_alone or not others)
     chosen_split = None
-    if is_dataset or are_split_texts or split is not None:
-        chosen_split = choose_split(found, split, wanted, data)
+    if is_dataset or has_splits or split is not None:
+        _check_declared(declared, split or wanted, data)
+        chosen_split = choose_split(found, split, wanted, data, others=others)
     if chosen_split is not None and (split is not None or card is not None or len(found) > 1):
         chosen = [name for name in splits if splits[name] == chosen_split]
     elif is_dataset:
@@ -110,6 +111,12 @@ def select_files(
     used = {*chosen, *validation}
     left_out = [name for name in names if name not in used]
     notes = _notes(data, len(chosen), chosen_split if len(found) > 1 else None, left_out)
+    notes += missing_parts([*chosen, *validation], data)
+    if has_validation and (patterns := declared.unmatched("validation")):
+        notes.append(f"{data} has no file {_some(patterns)}, which its dataset card names for the split validation")
+    if not uses_split and (alike := named_like_splits(content)):
+        verb = "is" if len(alike) == 1 else "are"
+        notes.append(f"{data} is read as one set, although {_listed_names(alike)} {verb} named like splits")
     texts = [] if is_dataset or uses_split else [name for name in chosen if _ABOUT.fullmatch(Path(name).name)]
     if texts:
         notes.append(f"{data} is read as a folder of texts, {_listed_names(texts)} included")
@@ -120,28 +127,6 @@ def select_files(
         is_mixed=not is_dataset,
         uses_split=uses_split,
     )
-
-
-def split_of(name: str) -> str | None:
-    """Return ``"train"``, ``"validation"`` or ``"test"`` for a file, by its path in the folder; None for others.
-
-    The names of tables and records may contain the split as a word; that of a text must be the split alone.
-    """
-    *folders, file = name.split("/")
-    suffix = inner_suffix(file)
-    if suffix not in DATA_SUFFIXES:
-        return None
-    stem = Path(inner_name(file)).stem
-    match = _IN_TABLE_NAME.search(stem) if suffix in RECORD_SUFFIXES else _WHOLE_TEXT_NAME.fullmatch(stem)
-    if match is not None:
-        return _SPLIT_OF_NAME[match[1].lower()]
-    return next((_SPLIT_OF_NAME[folder.lower()] for folder in folders if folder.lower() in _SPLIT_OF_NAME), None)
-
-
-def split_of_name(name: str) -> str | None:
-    """Return the split that the name of a shard or of a folder of shards has as a word; None for others."""
-    match = _IN_TABLE_NAME.search(name)
-    return None if match is None else _SPLIT_OF_NAME[match[1].lower()]
 
 
 def unused_validation_note(path: Path, data: str) -> str | None:
@@ -177,8 +162,17 @@ def choose_name(names: Sequence[str], given: str | None, *, kind: str, data: str
     return given
 
 
-def choose_split(found: Sequence[str], split: str | None, wanted: str, data: str) -> str | None:
+def choose_split(
+    found: Sequence[str], split: str | None, wanted: str, data: str, *, others: Sequence[str] = ()
+) -> str | None:
     """Return the split to read; None if there is none.
+
+    Args:
+        found: The splits that there are.
+        split: The one asked for.
+        wanted: ``train`` or ``validation``: what is read if none is asked for.
+        data: Name of the data in messages.
+        others: Files of data that belong to no split.
 
     Raises:
         InputError: It does not exist, or it is not clear which.
@@ -189,10 +183,43 @@ def choose_split(found: Sequence[str], split: str | None, wanted: str, data: str
         return wanted if found else None
     if len(found) == 1 and (wanted == "validation" or found[0] not in SPLITS):
         return found[0]
-    remedy = "choose one with --split" if wanted == "train" else "pass the files of one"
     names = f"the split {found[0]}" if len(found) == 1 else f"the splits {_some(found)}"
-    example = f", as --split {found[0]}" if wanted == "train" else ""
-    raise InputError(f"{data} has {names} and none of the name {wanted}: {remedy}{example}.")
+    if wanted != "train":
+        remedy = "pass the files of one"
+    elif others:
+        remedy = f"pass the files to train on by their paths, as {Path(data) / others[0]}, or choose one with --split"
+    else:
+        remedy = f"choose one with --split, as --split {min(found, key=_rank)}"
+    raise InputError(f"{data} has {names} and none of the name {wanted}: {remedy}.")
+
+
+def _rank(split: str) -> int:
+    """Return how unlikely it is that a split is meant to be trained on."""
+    return 0 if split.startswith("train") else 2 if split.startswith("test") else 1
+
+
+def _check_declared(declared: DeclaredSplits, split: str, data: str) -> None:
+    """Raise if files that the card names for the split to read are missing."""
+    if patterns := declared.unmatched(split):
+        raise InputError(
+            f"the dataset card of {data} names {_some(patterns)} for the split {split}, and no such file is there. "
+            "Download the missing files, correct README.md, or pass the files to read."
+        )
+
+
+def _splits(declared: DeclaredSplits, texts: Sequence[str]) -> dict[str, str]:
+    """Return the split of each file that has one.
+
+    Args:
+        declared: Of the card.
+        texts: Files that have the split of their folder, whatever their suffix.
+    """
+    named = ((name, declared.split_of(name) or _split_of(name, declared)) for name in declared.files)
+    splits = {name: found for name, found in named if found is not None}
+    if splits and not declared:
+        by_folder = ((name, split_of_folder(name)) for name in texts if name not in splits)
+        splits |= {name: found for name, found in by_folder if found is not None}
+    return splits
 
 
 def _split_of(name: str, declared: DeclaredSplits) -> str | None:
@@ -202,7 +229,7 @@ def _split_of(name: str, declared: DeclaredSplits) -> str | None:
     inside = name.removeprefix(declared.prefix)
     shard = _SHARD.fullmatch(inside)
     if shard is not None and inner_suffix(name) in DATA_SUFFIXES:
-        return _SPLIT_OF_NAME.get(shard[1].lower(), shard[1])
+        return SPLIT_OF_NAME.get(shard[1].lower(), shard[1])
     return split_of(inside)
 
 

@@ -20,11 +20,12 @@ from bigbatch.lm.data.corpus import Corpus
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.file_source import Source
 from bigbatch.lm.data.folder_files import has_wildcard, list_folder
-from bigbatch.lm.data.hub_folder import SPLITS, choose_split, split_of_name
+from bigbatch.lm.data.hub_folder import choose_split
 from bigbatch.lm.data.json_files import read_json_lines
 from bigbatch.lm.data.reading import Reading, ReadOptions
 from bigbatch.lm.data.record_files import select_columns, to_documents
 from bigbatch.lm.data.records import shape_notes
+from bigbatch.lm.data.split_names import SPLITS, split_of_name
 from bigbatch.lm.data.token_shards.storage import Storage, StoredFile
 from bigbatch.lm.text import plural
 
