@@ -1,6 +1,7 @@
 """Predicted memory of the levels of offload against engines at these levels, and their seconds against hand counts."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from bigbatch.autotune.peak_prediction import CUDA_LIBRARIES_BYTES, PredictionEr
 from bigbatch.autotune.problem import TuningProblem
 from bigbatch.autotune.time_model import TimeModel
 from bigbatch.batching.split import split
+from bigbatch.engine import card_target
 from bigbatch.engine.card_target import CardTarget
 from bigbatch.engine.level_cases import level_cases
 from bigbatch.engine.level_prediction import LevelPrediction
 from bigbatch.engine.level_times import time_microbatches, window_seconds
+from bigbatch.memory.usage import MemoryBudget
 from bigbatch.offload import costs
 from bigbatch.offload.cards import card
 from bigbatch.offload.level_choice import LevelLimits, choose_level
@@ -213,6 +216,28 @@ def test_no_size_that_fits_has_no_time() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     assert time_microbatches(problem_of(Decoder(), make_tokens(0), loss), 8, keeps_sums=True) is None
+
+
+# the card ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "total_gib", "expected"),
+    [("NVIDIA H200", 140, "h200"), ("NVIDIA GeForce RTX 4090", 24, "rtx-4090"), ("Another GPU", 38, "a100-40gb")],
+)
+def test_card_has_its_rates_or_those_of_its_size(
+    monkeypatch: pytest.MonkeyPatch, name: str, total_gib: int, expected: str
+) -> None:
+    properties = SimpleNamespace(total_memory=total_gib * 2**30)
+    budget = MemoryBudget(1000, 950)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(card_target, "resolve_memory_budget", lambda memory, *_: budget if memory == "1000B" else None)
+    monkeypatch.setattr(card_target, "available_host_bytes", lambda num_processes: 64 * num_processes)
+    found = card_target.describe_card(CUDA, "1000B", [])
+    assert found == CardTarget(CUDA, card(expected), LevelLimits(950, 64))
+    assert card_target.is_card(CUDA)
+    assert not card_target.is_card(CPU)
 
 
 # levels of one batch -----------------------------------------------------------------------------------------------

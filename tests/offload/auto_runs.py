@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import bigbatch
 from bigbatch.engine import card_target
@@ -80,6 +82,22 @@ def train_at(level: str, updates: int) -> dict[str, Any]:
         engine = make(level)
         run(engine, updates)
     return weights(engine)
+
+
+def train_wrapped(is_sharded: bool) -> list[Any]:
+    """Train a model that is wrapped or sharded; return the level, and those that are supported."""
+    torch.manual_seed(0)
+    model: Any = Decoder()
+    if is_sharded:
+        fully_shard(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    with on_card(2**50):
+        engine = make_engine(model, OPTIMIZERS["adamw"](list(model.parameters())), "auto", loss_fn=decoder_loss)
+        run(engine, 2)
+    choice = engine.offload_choice
+    assert choice is not None
+    return [choice.level, [case.level for case in choice.cases], list(choice.unsupported)]
 
 
 def fail_on_one() -> str:

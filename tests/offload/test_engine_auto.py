@@ -310,6 +310,15 @@ def test_loss_that_cannot_be_predicted_is_refused(set_card: SetCard) -> None:
         train(engine, 0, 1)
 
 
+def test_optimizer_that_cannot_be_predicted_is_refused(set_card: SetCard) -> None:
+    """NAdam divides by a value of its state."""
+    engine = make("auto", "nadam")
+    with pytest.raises(InputError, match=r"cannot run without data \(float division by zero\)\. Pass a level, such as"):
+        train(engine, 0, 1)
+    expected = weights(make("none", "nadam"))
+    assert weights(engine) == expected
+
+
 def test_empty_batch_is_refused_until_a_level_is_known(set_card: SetCard) -> None:
     engine = make("auto")
     with pytest.raises(ValueError, match=r'^the batch is empty: offload="auto" predicts the memory of some of its sa'):
@@ -489,6 +498,12 @@ def test_rank_without_samples_follows(pools: Pools) -> None:
     needs = pools(2).run(auto_runs.needs)[0]
     found = pools(2).run(auto_runs.train, [needs["optimizer"]] * 2, 2, True)
     assert [each["level"] for each in found] == ["optimizer", "optimizer"]
+
+
+def test_wrapped_model_has_the_levels_of_its_wrapper(pools: Pools) -> None:
+    wrapped, sharded = (pools(2).run(auto_runs.train_wrapped, is_sharded) for is_sharded in (False, True))
+    assert wrapped == 2 * [["none", ["none", "optimizer"], ["master", "gradients"]]]
+    assert sharded == 2 * [["none", [], ["optimizer", "master", "gradients"]]]
 
 
 def test_ranks_fail_together(pools: Pools) -> None:

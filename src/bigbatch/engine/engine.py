@@ -239,7 +239,7 @@ class Engine:
                 keep; 0-d tensors are passed to each unchanged. With ``collate`` a list of samples.
             should_abandon: Called before each micro-batch: whether to drop the window. It then ends and changes
                 nothing; over several ranks on all of them, for a sharded model after all micro-batches.
-            should_stop: Called at the end: whether to stop after this update; ``report.ranks`` says whether any rank is to.
+            should_stop: Called at the end: whether to stop after this update; ``report.ranks`` says if any rank is to.
 
         If memory runs out inside the window, the micro-batch that failed is run again, then in halves, and every sample
         still counts once; the next windows use micro-batches that are 7 % smaller (packed: the next smaller row size),
