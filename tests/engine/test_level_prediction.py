@@ -109,7 +109,17 @@ def test_largest_size_fits_and_next_does_not() -> None:
     assert prediction.largest_size("none", 1) == 1  # nothing fits: the smallest
 
 
-@pytest.mark.parametrize("kind", [Decoder, Penalized, Cast])
+class Uncast(Decoder):
+    """A layer runs outside of autocast, on inputs in the dtype of its weight."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.first(self.norm(self.embedding(tokens)))
+        with torch.autocast(tokens.device.type, enabled=False):
+            inner = self.second(hidden.to(self.second.weight.dtype))
+        return self.head(inner)
+
+
+@pytest.mark.parametrize("kind", [Decoder, Penalized, Cast, Uncast])
 def test_narrow_weights_are_those_of_an_engine(kind: type[nn.Module]) -> None:
     engine = make("master", model=kind())
     engine.step(make_tokens(0))
@@ -164,17 +174,18 @@ def test_loss_that_reads_values_into_shapes_is_refused() -> None:
 
 
 def test_seconds_are_measured_ones_and_those_of_the_update() -> None:
-    """8 samples in micro-batches of 1, 2, 4 or 8, each 1 s: the largest that fits, and the link of the update."""
+    """8 samples in micro-batches of 1, 2, 4 or 8, each 10 ms: the largest that fits, and the link of the update."""
     prediction = predict(wide_stack(), torch.zeros(8, 2048), stack_loss, narrow=[f"{i}.weight" for i in range(6)])
-    timing = TimeModel(((1, 1.0), (8, 1.0)))
+    timing = TimeModel(((1, 0.01), (8, 0.01)))
     state, problem = prediction.state, prediction.problem
+    update_s = 32 * state.num_trained / H200.memory_rate
     given: dict[str, Any] = {"state": state, "card": H200}
     for size, num_microbatches in ((1, 8), (2, 4), (4, 2), (8, 1)):
         found = window_seconds(problem, timing, size, level="none", **given)
-        assert found == pytest.approx(num_microbatches + 0.0, rel=2e-3)
+        assert found == pytest.approx(0.01 * num_microbatches + update_s, rel=1e-3)
     none, optimizer, master = (window_seconds(problem, timing, 8, level=level, **given) for level in LEVELS[:3])
     link_s = (8 * state.num_trained + 2 * costs.CHUNK_BYTES) / H200.link_rate  # and the first part in, the last out
-    assert optimizer - none == pytest.approx(link_s - 32 * state.num_trained / H200.memory_rate, rel=1e-3)
+    assert optimizer - none == pytest.approx(link_s - update_s, rel=1e-3)
     assert none < optimizer < master
 
 
@@ -300,19 +311,20 @@ def test_time_decides_whether_larger_microbatches_pay(
     assert choose_level(found, limits).level == expected
 
 
-def test_device_without_room_for_sums_is_timed_without_them() -> None:
-    prediction = stack_prediction(4096)
+def test_device_without_room_for_sums_is_timed_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "CHUNK_BYTES", 2**20)
+    names = [f"{index}.weight" for index in range(24)]
+    prediction = predict(wide_stack(24), torch.zeros(1, 2048).expand(65_536, 2048), stack_loss, narrow=names)
     limits = LevelLimits(prediction.peak_bytes("master", 8), 2**60)
     asked = []
 
     def measure(problem: TuningProblem, largest: int, *, keeps_sums: bool) -> None:
         asked.append(keeps_sums)
 
-    levels = [level for level in LEVELS if prediction.peak_bytes(level, 1) <= limits.card_bytes]
     found = level_cases(prediction, CardTarget(CUDA, H200, limits), None, measure)
-    assert [case.level for case in found if limits.fits(case)] == levels
-    assert asked == ([False] if levels == ["master", "gradients"] else [True])
-    assert choose_level(found, limits).level == levels[0]  # without times
+    assert [case.level for case in found if limits.fits(case)] == ["master", "gradients"]
+    assert asked == [False]
+    assert choose_level(found, limits).level == "master"  # without times
 
 
 def test_integer_sums_have_eight_bytes() -> None:

@@ -362,7 +362,7 @@ def test_calls_before_the_choice_work(set_card: SetCard) -> None:
 
 @pytest.mark.parametrize(
     ("name", "after"),
-    [*(("adamw", level) for level in LEVELS), *((name, "none") for name in ("adamw-fused", "asgd", "muon"))],
+    [*(("adamw", level) for level in LEVELS), *((name, "none") for name in ("adamw-fused", "adagrad", "asgd", "muon"))],
 )
 def test_resumed_run_has_equal_bits(set_card: SetCard, name: str, after: Offload) -> None:
     """In less memory than before: without clipping, every level has the same bits."""

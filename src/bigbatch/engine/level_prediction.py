@@ -3,7 +3,6 @@
 model, optimizer → steps on tensors without data: with all weights in float32, and with narrow ones → peaks of levels
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigbatch.accumulation.optimizer_checks import as_optimizers
 from bigbatch.autotune.fake_tensors import fake_copies, proxy_device
 from bigbatch.autotune.peak_prediction import CUDA_LIBRARIES_BYTES, PeakPredictor, PredictionError
 from bigbatch.autotune.problem import TuningProblem
@@ -26,8 +24,6 @@ from bigbatch.offload.optimizer_offload import WithoutState
 from bigbatch.offload.weight_probe import read_elsewhere, uncast_weights
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bigbatch.types import LossFunction
 
 
@@ -65,10 +61,8 @@ class LevelPrediction:
     ) -> None:
         self.problem = problem
         self._device, self._integer_sums = device, integer_sums
-        optimizers = [_without_state(each) for each in as_optimizers(problem.optimizer)]
-        self._at_none = PeakPredictor.from_training(
-            problem.model, optimizers, problem.loss_fn, device=device, integer_sums=integer_sums
-        )
+        step = problem.model, problem.optimizer, problem.loss_fn
+        self._at_none = PeakPredictor.from_training(*step, device=device, integer_sums=integer_sums)
         self.narrow = list(narrow) if any(reaches(level, "master") for level in levels) else []
         if self.narrow:
             self.narrow = self._narrow_in_loss()
@@ -186,13 +180,6 @@ class LevelPrediction:
                 raise
             return []  # it does not run with weights in bfloat16: outside of autocast
         return [name for weight, name in narrowed.items() if weight not in elsewhere]
-
-
-def _without_state(optimizer: "Optimizer") -> "Optimizer":
-    """Return an optimizer over the same parameters whose state is created when it steps."""
-    bare: Any = object.__new__(type(optimizer))
-    vars(bare).update(vars(optimizer), state=defaultdict(dict))
-    return bare  # type: ignore[no-any-return]
 
 
 def _narrow(model: nn.Module, name: str) -> Tensor:
