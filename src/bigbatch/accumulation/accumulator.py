@@ -30,7 +30,7 @@ from bigbatch.distributed.window_start import agree_on_start, announce_failure
 from bigbatch.distributed.window_vote import announce_failed_window
 from bigbatch.errors import InputError, WindowStateError
 from bigbatch.gradients.loss_checks import as_count, as_totals
-from bigbatch.offload.levels import Offload, check_master
+from bigbatch.offload.levels import Offload, check_master, refuse_auto
 from bigbatch.read_only import read_only
 from bigbatch.types import CountItems, Items
 
@@ -123,6 +123,7 @@ class Accumulator:
         offload: Offload = "none",
         reproducible: bool = False,
     ) -> None:
+        refuse_auto(offload)
         self.update = OptimizerUpdate(
             optimizer,
             model=model,
@@ -293,6 +294,11 @@ class Accumulator:
         return self._open
 
     def _require_engine(self) -> None:
+        if self.update.deferred is not None:
+            raise WindowStateError(
+                'the engine has offload="auto", which its first step(batch) chooses: call it, or tune(batch) with '
+                'microbatch="auto", before windows of your own; or pass a level.'
+            )
         offload = self.update.offload
         if offload is not None and offload.wants_probe and not offload.keep_all_wide():
             raise InputError(

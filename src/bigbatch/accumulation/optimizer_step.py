@@ -73,6 +73,10 @@ class OptimizerStep:
         copied.reset(self.num_steps, torn=self.torn)
         return copied
 
+    def set_offload(self, offload: "OptimizerOffload | None") -> None:
+        """Step the optimizers in another way from the next update on."""
+        self._offload = offload
+
     def guard(self, holds_gradients: Callable[[], bool]) -> None:
         """Reject foreign steps from now on while a window holds gradients.
 

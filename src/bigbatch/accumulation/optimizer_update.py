@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bigbatch.accumulation.deferred_offload import DeferredOffload
+from bigbatch.accumulation.loss_scaling import unscaled
 from bigbatch.accumulation.optimizer_checks import check_optimizers, check_scalable, check_schedulers, check_settings
 from bigbatch.accumulation.optimizer_state import init_optimizer_state
 from bigbatch.accumulation.optimizer_step import OptimizerStep
 from bigbatch.accumulation.parameter_places import ParameterPlaces
-from bigbatch.accumulation.update_outcome import NO_ITEMS, GradientHook, NonFinite, UpdateOutcome
-from bigbatch.errors import NonFiniteError, RankFailedError, WindowStateError
+from bigbatch.accumulation.update_outcome import NO_ITEMS, GradientHook, NonFinite, UpdateOutcome, skip_or_raise
+from bigbatch.errors import NonFiniteError, WindowStateError
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.offload.levels import Offload, check_master
 from bigbatch.offload.optimizer_offload import offload_optimizers
@@ -53,6 +55,7 @@ class OptimizerUpdate:
     Attributes:
         optimizers, schedulers: All of them.
         offload: Steps the optimizers with their state in host memory; None for ``offload="none"``.
+        deferred: Keeps loaded state in host memory until a level of offload is chosen; None if one is.
         steps: Steps the optimizers and schedulers.
         knows_number: Whether ``num_steps`` is known: not if other code counts the updates.
     """
@@ -79,6 +82,7 @@ class OptimizerUpdate:
         self.nonfinite = nonfinite
         check_master(offload, {"gradient_hook=": gradient_hook is not None, "a GradScaler": self.scaler is not None})
         self.offload = offload_optimizers(self.optimizers, offload, model)
+        self.deferred: DeferredOffload | None = None
         self.steps = OptimizerStep(self.optimizers, self.schedulers, self.offload)
         self._setup, self.knows_number = False, bool(self.optimizers)
         self._places = ParameterPlaces(model, self.parameters())
@@ -107,10 +111,22 @@ class OptimizerUpdate:
             )
         if self.offload is not None:
             self.offload.prepare(init_optimizer_state)
-        elif not self._setup:
+        elif not self._setup and self.deferred is None:
             for optimizer in self.optimizers:
                 init_optimizer_state(optimizer)
             self._setup = True
+
+    def defer_offload(self) -> None:
+        """Create no optimizer state, and keep loaded state in host memory, until `set_offload`."""
+        self.deferred = DeferredOffload(self.optimizers)
+
+    def set_offload(self, level: Offload) -> None:
+        """Use a level of offload, before the first window; errors are those of the class, and of `prepare`."""
+        self.offload = offload_optimizers(self.optimizers, level, self._model)
+        self.steps.set_offload(self.offload)
+        if self.offload is None and self.deferred is not None:
+            self.deferred.move_to_device()
+        self.deferred = None
 
     @property
     def known_num_steps(self) -> int | None:
@@ -239,18 +255,8 @@ class OptimizerUpdate:
         if not self.optimizers:
             torch._foreach_div_(gradients, loss_scale)
             return self._finish(sums, gradients, loss_totals, sync, extra_scalars, divisor)
-        # Relative to the scale at the start of this window: another window may have changed the scaler since.
-        now, new = self.scaler.scale(torch.ones_like(loss_scale)), None
-        torch._foreach_mul_(gradients, now / loss_scale)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        try:
+        with unscaled(self.scaler, self.optimizers, gradients, loss_scale):
             return self._finish(sums, gradients, loss_totals, sync, extra_scalars, divisor)
-        except RankFailedError:
-            new = now  # as on the rank that failed
-            raise
-        finally:
-            self.scaler.update(new)
 
     def loss_scale(self) -> Tensor | None:
         """Return the 0-d factor that every loss of one window is multiplied by; None without a scaler."""
@@ -313,13 +319,7 @@ class OptimizerUpdate:
         return UpdateOutcome(grad_norm, extra_scalars=tuple(read))
 
     def _skip_or_raise(self, grad_norm: float, why: str) -> UpdateOutcome:
-        if self.nonfinite == "raise":
-            number = f" after update {self.num_steps}" if self.knows_number else ""
-            raise NonFiniteError(
-                f"the window{number} has a {why}, and changed nothing: look at its samples, lower the learning rate, "
-                'or pass nonfinite="skip" to continue without such windows.'
-            )
-        return UpdateOutcome(grad_norm, skipped=why)
+        return skip_or_raise(grad_norm, why, nonfinite=self.nonfinite, num_steps=self.known_num_steps)
 
     def _clip_coefficient(self, grad_norm: float) -> float:
         if self.max_grad_norm is None:

@@ -6,6 +6,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from bigbatch.errors import NonFiniteError
+
 NO_ITEMS = "no items"
 NonFinite: TypeAlias = Literal["skip", "raise"]
 
@@ -26,3 +28,24 @@ class UpdateOutcome:
     grad_norm: float
     skipped: str | None = None
     extra_scalars: tuple[float, ...] = ()
+
+
+def skip_or_raise(grad_norm: float, why: str, *, nonfinite: NonFinite, num_steps: int | None) -> UpdateOutcome:
+    """Return the outcome of an update that is skipped.
+
+    Args:
+        grad_norm: Of the window.
+        why: What is not finite.
+        nonfinite: Whether to raise instead.
+        num_steps: Updates applied so far; None if other code counts them.
+
+    Raises:
+        NonFiniteError: ``nonfinite`` is ``"raise"``.
+    """
+    if nonfinite == "raise":
+        number = "" if num_steps is None else f" after update {num_steps}"
+        raise NonFiniteError(
+            f"the window{number} has a {why}, and changed nothing: look at its samples, lower the learning rate, "
+            'or pass nonfinite="skip" to continue without such windows.'
+        )
+    return UpdateOutcome(grad_norm, skipped=why)

@@ -34,6 +34,10 @@ class BatchSplitter:
         collate: As for `bigbatch.Engine`.
         batch_dim: As for `bigbatch.Engine`.
         lengths: As for `bigbatch.Engine`.
+
+    Attributes:
+        quantum: As passed.
+        uniform_length: Whether samples are rows of tensors, which keep their padding.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class BatchSplitter:
         batch_dim: int | None,
         lengths: Callable[[Any], Sequence[int]] | None,
     ) -> None:
-        self._lengths, self._quantum = lengths, quantum
+        self._lengths, self.quantum, self.uniform_length = lengths, quantum, collate is None
         self._options = split_options(accumulator.device, collate, batch_dim)
         self.time_first = TimeFirstCheck(accumulator.model if collate is None and batch_dim is None else nn.Identity())
 
@@ -59,11 +63,9 @@ class BatchSplitter:
 
     def groups(self, lengths: Sequence[int], size: MicrobatchSize) -> Sequence[Sequence[int]]:
         """Group samples of these lengths as `split` does."""
-        if self._quantum is None:
+        if self.quantum is None:
             return size.groups(lengths)
-        return [
-            range(start, min(start + self._quantum, len(lengths))) for start in range(0, len(lengths), self._quantum)
-        ]
+        return [range(start, min(start + self.quantum, len(lengths))) for start in range(0, len(lengths), self.quantum)]
 
     def split(self, batch: Any, lengths: list[int] | None, size: MicrobatchSize) -> Split:
         """Split a batch into micro-batches of the current size.
@@ -72,8 +74,8 @@ class BatchSplitter:
             ValueError: Lengths and samples differ in number, or a length is not valid, or a quantum is above the
                 micro-batch.
         """
-        if self._quantum is not None:
-            parts = split(batch, self._quantum, **self._options)
+        if self.quantum is not None:
+            parts = split(batch, self.quantum, **self._options)
             if lengths is not None:
                 check_num_lengths(lengths, parts.num_samples)
             check_quanta(parts.groups, lengths, size)
@@ -86,6 +88,24 @@ class BatchSplitter:
             parts = split_into(batch, size.groups(lengths), **self._options)
         check_num_lengths(lengths, parts.num_samples)
         return parts
+
+
+def first_window_check(accumulator: Accumulator, *, enabled: bool, names_norms: bool) -> FirstWindowCheck:
+    """Return the check of the first window of an engine: on the first rank only."""
+    sync = accumulator.sync
+    return FirstWindowCheck(
+        accumulator.model,
+        enabled=enabled and not sync.rank,
+        evaluates=sync.size == 1,
+        names_norms=names_norms,
+        names_dropout=accumulator.reproducible is None,
+    )
+
+
+def run_again(accumulator: Accumulator, runner: MicrobatchRunner) -> Callable[[PendingUpdate], None] | None:
+    """Return what runs a window again within its update; None where ranks, CUDA graphs or a scaler depend on it."""
+    is_alone = accumulator.sync.size == 1 and not runner.captures_graphs
+    return runner.run_all_again if is_alone and accumulator.update.scaler is None else None
 
 
 @contextmanager

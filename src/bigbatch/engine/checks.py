@@ -16,20 +16,20 @@ from bigbatch.types import Layout
 
 SETTINGS = (  # arguments of `bigbatch.Engine` that are no attributes of it
     *("optimizer", "cuda_graphs", "fuse_gradients", "batch_norm", "max_grad_norm", "gradient_hook", "scheduler"),
-    *("scaler", "nonfinite", "offload", "reproducible", "lockstep", "noise", "check"),
+    *("scaler", "nonfinite", "reproducible", "lockstep", "noise", "check"),
 )
 
 
-def check_microbatch(microbatch: object, memory: object, lengths: object) -> None:
-    """Validate microbatch= together with memory= and lengths=.
+def check_microbatch(microbatch: object, memory: object, lengths: object, *, offload: object = "none") -> None:
+    """Validate microbatch= together with memory=, lengths= and offload=.
 
     Raises:
         TypeError: ``microbatch`` is of another type.
-        ValueError: It is out of range, or does not go together with the other two.
+        ValueError: It is out of range, or does not go together with the others.
     """
     if microbatch == "auto":
         return
-    if memory is not None:
+    if memory is not None and offload != "auto":
         raise ValueError(
             f"memory={memory!r} chooses the micro-batch, and microbatch={microbatch!r} is fixed: pass "
             'microbatch="auto", or leave memory= out.'

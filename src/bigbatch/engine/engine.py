@@ -7,6 +7,7 @@ Long because it documents every setting once.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -19,18 +20,19 @@ from bigbatch.autotune.choice import MicrobatchChoice
 from bigbatch.batching.batch_checks import check_batch_dim
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.distributed.gradient_sync import GradientSync, SyncPolicy, never
-from bigbatch.engine.batch_windows import BatchSplitter, open_window
+from bigbatch.engine.batch_windows import BatchSplitter, first_window_check, open_window, run_again
 from bigbatch.engine.checks import SETTINGS, check_layout, check_loss, check_microbatch, check_quantum, check_ranks
 from bigbatch.engine.fused_layers import FuseGradients, make_fused_gradients
 from bigbatch.engine.hand_over import exact_loss
 from bigbatch.engine.microbatch_size import MicrobatchSize
+from bigbatch.engine.offload_level import OffloadLevel
 from bigbatch.engine.progress import EngineProgress
 from bigbatch.engine.tuning import choose_microbatch
 from bigbatch.execution.runner_choice import make_runner
-from bigbatch.offload.levels import Offload
+from bigbatch.offload.level_choice import OffloadChoice
+from bigbatch.offload.levels import OffloadSetting
 from bigbatch.read_only import read_only
 from bigbatch.types import Collate, CountItems, Layout, LossFunction
-from bigbatch.verification.first_window import FirstWindowCheck
 from bigbatch.window_report import WindowReport
 
 if TYPE_CHECKING:
@@ -60,18 +62,17 @@ class Engine:
         microbatch: Samples of one forward and backward; or a `TokenBudget`, which groups samples of similar length so
             that little is padded, the largest micro-batch first; or ``"auto"``, the smallest size within 2 % of the
             fastest that fits, in tokens if ``lengths`` is given, else in samples (see `tune`).
-        memory: For ``"auto"``: the memory that may be used, such as ``"24GiB"``, ``"80%"`` or a number of bytes; by
-            default what is free when the micro-batch is chosen, less a margin of 2 %. On CUDA it limits what torch
-            allocates for this process, on the CPU the whole process. 5 % are kept free for gaps between allocations.
+        memory: For ``"auto"``, also of ``offload``: the memory that may be used, such as ``"24GiB"``, ``"80%"`` or a
+            number of bytes; by default what is free when the choice is made, less a margin of 2 %. On CUDA it limits
+            what torch allocates for this process, on the CPU the whole process. 5 % are kept free for gaps.
         collate: For batches that are lists of samples: makes one micro-batch of a list, padded to its own longest.
         batch_dim: The dimension of tensors that is the sample: 1 for batches ``[time, batch, ...]``. By default 0, and
             the first micro-batch raises if a recurrent or attention layer then reads samples as time.
         lengths: ``lengths(batch) → one length per sample``, in tokens, for a `TokenBudget` and ``report.tokens``.
         layout: ``"padded"``; or ``"packed"`` if ``collate`` makes one row of a list of samples, without padding, and
             the loss keeps the samples apart: a micro-batch is then limited by the sum of its ``lengths``.
-        cuda_graphs: Whether micro-batches of shapes that were run before are replayed as one CUDA graph: the same
-            gradients with less work for the host. Only for a ``loss_fn`` of one term that depends on micro-batch and
-            model only, and never reads a value back.
+        cuda_graphs: Whether micro-batches of known shapes are replayed as one CUDA graph, with less work for the host:
+            for a ``loss_fn`` of one term that depends on micro-batch and model only, and never reads a value back.
         fuse_gradients: Whether linear layers and embeddings add gradients of weights to the sums by themselves, one
             rounding fewer, and float32 weights are cast once a window under autocast: True; or ``"auto"``, on CUDA; or
             ``"sums"`` or ``"copies"``, one of the two. Windows that measure the noise scale run without it.
@@ -79,9 +80,11 @@ class Engine:
         batch_norm: ``"exact"`` for batch norm over the whole batch, all ranks included, whose running statistics move
             once. Micro-batches wait for each other at each norm, each in a thread, and activations of the whole batch
             are kept: on CUDA in host memory, so that the device holds those of one micro-batch, and of the whole batch
-            its inputs and what the forward holds at one norm, such as a residual. Copying costs time. Not with compiled
-            or sharded models, ``"auto"``, `Coupled`, ``cuda_graphs``. By default micro-batches normalize by themselves.
-        max_grad_norm, gradient_hook, scheduler, scaler, nonfinite, offload, noise: As for `Accumulator`.
+            its inputs and what the forward holds at one norm. Not with compiled or sharded models, ``"auto"``,
+            `Coupled`, ``cuda_graphs``. By default micro-batches normalize by themselves.
+        max_grad_norm, gradient_hook, scheduler, scaler, nonfinite, noise: As for `Accumulator`.
+        offload: As for `Accumulator`; or ``"auto"``, chosen for the first batch: of the levels that are supported and
+            fit in ``memory``, the lowest within 2 % of the fastest; for a fixed ``microbatch`` the lowest.
         reproducible: Whether updates are the same bits for any micro-batch and number of ranks, see `Accumulator`: each
             ``quantum`` of consecutive samples of the global batch is then computed by itself, seeded by its position.
         quantum: Samples; ``microbatch`` is a multiple, and changes neither memory nor time.
@@ -126,7 +129,7 @@ class Engine:
         scheduler: "LRScheduler | Sequence[LRScheduler] | None" = None,
         scaler: "GradScaler | None" = None,
         nonfinite: NonFinite = "skip",
-        offload: Offload = "none",
+        offload: OffloadSetting = "none",
         reproducible: bool = False,
         quantum: int | None = None,
         sync: GradientSync | SyncPolicy | None = None,
@@ -134,7 +137,7 @@ class Engine:
         noise: bool = True,
         check: bool = True,
     ) -> None:
-        check_microbatch(microbatch, memory, lengths)
+        check_microbatch(microbatch, memory, lengths, offload=offload)
         check_batch_dim(batch_dim, collate)
         is_additive = check_loss(loss_fn, microbatch, batch_norm, cuda_graphs=cuda_graphs, count_items=count_items)
         check_quantum(quantum, microbatch, reproducible=reproducible)
@@ -146,7 +149,7 @@ class Engine:
             scheduler=scheduler,
             scaler=scaler,
             nonfinite=nonfinite,
-            offload=offload,
+            offload="none" if offload == "auto" else offload,
             sync=sync,
             noise=noise and is_additive,
             reproducible=reproducible,
@@ -160,15 +163,14 @@ class Engine:
         self.layout = check_layout(layout, lengths, collate)
         self.microbatch_size = MicrobatchSize(microbatch, has_lengths=lengths is not None, layout=self.layout)
         self._splitter = BatchSplitter(self.accumulator, quantum, collate=collate, batch_dim=batch_dim, lengths=lengths)
-        self.fused = make_fused_gradients(fuse_gradients, self.accumulator, is_additive=is_additive)
+        self._make_fused = partial(make_fused_gradients, fuse_gradients, self.accumulator, is_additive=is_additive)
+        self.fused = self._make_fused()
         made = self.accumulator, self.fused, quantum, loss_fn
         self.runner = make_runner(*made, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
-        self._progress = EngineProgress(self.microbatch_size, self.accumulator, quantum)
+        self._offload = OffloadLevel(offload, self.accumulator, cuda_graphs, fuse_gradients, batch_norm)
+        self._progress = EngineProgress(self.microbatch_size, self.accumulator, quantum, self._offload)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
-        names = {"names_norms": batch_norm is None, "names_dropout": not reproducible}
-        self._first_window = FirstWindowCheck(
-            model, enabled=check and not self.sync.rank, evaluates=self.sync.size == 1, **names
-        )
+        self._first_window = first_window_check(self.accumulator, enabled=check, names_norms=batch_norm is None)
 
     @property
     def microbatch(self) -> int | TokenBudget | Literal["auto"]:
@@ -185,37 +187,46 @@ class Engine:
         """Tokens that no micro-batch exceeds at the moment; None if samples are the limit, or none is chosen yet."""
         return self.microbatch_size.token_budget
 
+    @property
+    def offload(self) -> OffloadSetting:
+        """The level of offload; ``"auto"`` until it is chosen, before the first window."""
+        return self._offload.level
+
+    @property
+    def offload_choice(self) -> OffloadChoice | None:
+        """The choice of ``offload="auto"``, one line as text; None before it, and for other settings."""
+        return self._offload.choice
+
     def tune(self, batch: Any) -> MicrobatchChoice:
         """Choose the micro-batch for batches like this one, as the first `step` does for ``microbatch="auto"``.
 
         The peak is predicted by running the step on tensors without data, and corrected by the memory of a real
         micro-batch; then some sizes are timed, for at most half a minute. If the step cannot run without data, sizes
-        are tried until one does not fit. Restores random states and all that hangs on the model and on other modules
-        that ``loss_fn`` uses, which is called about 100 times for 256 samples; `is_trial` is True inside.
-
-        Args:
-            batch: As for `step`, with the longest sample that will occur.
+        are tried until one does not fit. Pass the longest sample that will occur. Restores random states and all that
+        hangs on the model and on other modules that ``loss_fn`` uses, which is called about 100 times for 256 samples;
+        `is_trial` is True inside.
 
         Raises:
-            MemoryLimitError: A single sample does not fit.
+            MemoryLimitError: A single sample does not fit, or does at no level of offload that was left to choose.
             RankFailedError: Another error was raised on the first rank.
-            ValueError: The batch is empty, ``memory`` is not an amount, the number of lengths is not that of the
-                samples, or the micro-batch is fixed.
+            ValueError: The batch is empty, ``memory`` or the number of lengths is invalid, or the micro-batch is fixed.
         """
         if self.microbatch != "auto":
             raise ValueError(f'microbatch={self.microbatch!r} is fixed: pass microbatch="auto" to have it chosen.')
+        self._choose_offload(batch)
         parts = batch, self.accumulator, self.runner, self._splitter, self.fused
-        choice = choose_microbatch(
-            *parts, loss_fn=self.loss_fn, memory=self.memory, layout=self.layout, uniform_length=self.collate is None
-        )
+        choice = choose_microbatch(*parts, loss_fn=self.loss_fn, memory=self.memory, layout=self.layout)
         self.microbatch_size.set(choice)
         return choice
 
-    def set_microbatch(self, choice: MicrobatchChoice) -> None:
-        """Use a choice that `tune` made before, for the same model and settings, instead of tuning again.
+    def _choose_offload(self, batch: Any, *, leaves_grad: bool = False) -> None:
+        if self.accumulator.update.deferred is not None:
+            parts = batch, self._splitter, self.microbatch_size
+            self._offload.choose(*parts, loss_fn=self.loss_fn, memory=self.memory, leaves_grad=leaves_grad)
+            self.fused = self._make_fused()
 
-        Raises a ValueError if the micro-batch of this engine is fixed, or the choice is in another unit.
-        """
+    def set_microbatch(self, choice: MicrobatchChoice) -> None:
+        """Use an earlier choice of `tune`; a ValueError if the micro-batch is fixed, or the choice in another unit."""
         self.microbatch_size.set(choice)
 
     def step(
@@ -228,8 +239,7 @@ class Engine:
                 keep; 0-d tensors are passed to each unchanged. With ``collate`` a list of samples.
             should_abandon: Called before each micro-batch: whether to drop the window. It then ends and changes
                 nothing; over several ranks on all of them, for a sharded model after all micro-batches.
-            should_stop: Called at the end: whether to stop after this update. ``report.ranks`` has the answer of any
-                rank.
+            should_stop: Called at the end: whether to stop after this update; ``report.ranks`` says if any rank is to.
 
         If memory runs out inside the window, the micro-batch that failed is run again, then in halves, and every sample
         still counts once; the next windows use micro-batches that are 7 % smaller (packed: the next smaller row size),
@@ -247,12 +257,13 @@ class Engine:
         """
         self.accumulator.update.require_optimizer()
         with self._filled_window(batch, should_abandon, should_stop) as pending:
-            report = pending.apply(retries=self.runner.retries, run_again=self._run_again)
+            report = pending.apply(retries=self.runner.retries, run_again=run_again(self.accumulator, self.runner))
         self.microbatch_size.observe(report.retries)
         return report
 
     def backward(self, batch: Any, *, should_abandon: Callable[[], bool] = never) -> WindowReport:
         """Leave the gradient of the whole batch in ``.grad``, as `Window.finish`; arguments and errors as of `step`."""
+        self._choose_offload(batch, leaves_grad=True)
         with self._filled_window(batch, should_abandon, never) as pending:
             report = pending.finish(retries=self.runner.retries)
         self.microbatch_size.observe(report.retries)
@@ -278,6 +289,7 @@ class Engine:
         self, batch: Any, should_abandon: Callable[[], bool], should_stop: Callable[[], bool]
     ) -> Iterator[PendingUpdate]:
         """Open a window and run the micro-batches of a batch; discard it if it is not ended."""
+        self._choose_offload(batch)
         if not self.microbatch_size.is_chosen:
             self.tune(batch)
         with open_window(
@@ -297,12 +309,6 @@ class Engine:
                 with pending.sums.paused():
                     self._first_window.run(self.loss_fn, parts, may_join=self.lengths is None)
             yield pending
-
-    @property
-    def _run_again(self) -> Callable[[PendingUpdate], None] | None:
-        """Runs a window again within its update; None where other ranks, CUDA graphs or a scaler depend on it."""
-        is_alone = self.sync.size == 1 and not self.runner.captures_graphs
-        return self.runner.run_all_again if is_alone and self.accumulator.update.scaler is None else None
 
     def release_cuda_graphs(self) -> None:
         """Free the memory of CUDA graphs and copied weights, for work between updates; windows make them again."""
@@ -339,8 +345,6 @@ class Engine:
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
         """Group samples of these lengths as the micro-batches of `step` would be at the moment.
 
-        Raises:
-            RuntimeError: No micro-batch is chosen yet.
-            ValueError: A length is above the token budget.
+        Raises a RuntimeError if no micro-batch is chosen yet, and a ValueError if a length is above the token budget.
         """
         return self._splitter.groups(lengths, self.microbatch_size)

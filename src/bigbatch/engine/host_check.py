@@ -30,7 +30,7 @@ def check_host(accumulator: Accumulator) -> None:
     offload = accumulator.update.offload
     if offload is None:
         return
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _has_ranks() else 1
+    num_processes = num_local_processes()
     with suppress(PredictionError):  # then the allocation itself fails, with a sentence
         masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
         sums = 0 if offload.sums is None else SumStore.bytes_of(accumulator.update.parameters())
@@ -38,6 +38,11 @@ def check_host(accumulator: Accumulator) -> None:
         check_host_memory(
             needed, available_host_bytes(num_processes=num_processes), level=offload.level, num_processes=num_processes
         )
+
+
+def num_local_processes() -> int:
+    """Return the processes of the run on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _has_ranks() else 1
 
 
 def _has_ranks() -> bool:

@@ -30,6 +30,7 @@ class MicrobatchSize:
         limit: The largest size; 0 before a choice.
         current: The size in use, smaller than the limit after out-of-memory.
         windows_since_oom: Windows since then.
+        counts_tokens: Whether sizes are in tokens.
         layout: As passed.
     """
 
@@ -39,7 +40,7 @@ class MicrobatchSize:
         self.limit = self.current = _initial_size(requested)
         self.windows_since_oom = 0
         self._cost = Cost()
-        self._counts_tokens = has_lengths and not isinstance(requested, int)
+        self.counts_tokens = has_lengths and not isinstance(requested, int)
         self.layout = layout
 
     @property
@@ -50,7 +51,7 @@ class MicrobatchSize:
     @property
     def token_budget(self) -> int | None:
         """Tokens that no micro-batch exceeds at the moment; None if samples are the limit, or none is chosen yet."""
-        return self.current or None if self._counts_tokens else None
+        return self.current or None if self.counts_tokens else None
 
     def set(self, choice: MicrobatchChoice) -> None:
         """Use a choice.
@@ -67,9 +68,9 @@ class MicrobatchSize:
         self._cost = choice.timing.cost(choice.size)
 
     def _check_unit(self, choice: MicrobatchChoice) -> None:
-        unit = "tokens" if self._counts_tokens else "samples"
+        unit = "tokens" if self.counts_tokens else "samples"
         if choice.unit != unit:
-            change = "leave lengths= out" if self._counts_tokens else "pass lengths="
+            change = "leave lengths= out" if self.counts_tokens else "pass lengths="
             raise ValueError(f"the choice is in {choice.unit}, and this engine counts {unit}: {change}, or tune again.")
 
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
@@ -87,7 +88,7 @@ class MicrobatchSize:
         """
         if not self.is_chosen:
             raise RuntimeError("no micro-batch is chosen yet: call tune(batch) first, or step(batch), which does it.")
-        if not self._counts_tokens:
+        if not self.counts_tokens:
             size = self.current
             return [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
         if isinstance(self.requested, TokenBudget) and max(lengths, default=1) > self.requested.tokens:

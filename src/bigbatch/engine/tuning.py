@@ -6,11 +6,13 @@ from typing import Any
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.autotune.choice import MicrobatchChoice, TuningProblem, choose
 from bigbatch.autotune.peak_prediction import prediction_obstacle
+from bigbatch.batching.split import Split
 from bigbatch.coupled.coupled import Coupled
 from bigbatch.coupled.stand_in import stand_in
 from bigbatch.distributed.collective import run_on_first_rank
 from bigbatch.engine.batch_windows import BatchSplitter
 from bigbatch.engine.checks import check_lengths
+from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.weight_probe import probe_weights
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner import MicrobatchRunner
@@ -38,7 +40,6 @@ def choose_microbatch(
     loss_fn: LossFunction,
     memory: str | int | None,
     layout: Layout,
-    uniform_length: bool,
 ) -> MicrobatchChoice:
     """Measure micro-batches of a batch between two windows on the first rank, and choose their size. Collective.
 
@@ -51,15 +52,12 @@ def choose_microbatch(
         loss_fn: As for `bigbatch.Engine`.
         memory: As for `bigbatch.Engine`.
         layout: As for `bigbatch.Engine`.
-        uniform_length: As for `TuningProblem`.
 
     Errors are those of `bigbatch.Engine.tune`.
     """
 
     def measure() -> dict[str, Any]:
-        problem = _problem(
-            batch, accumulator, runner, splitter, loss_fn=loss_fn, layout=layout, uniform_length=uniform_length
-        )
+        problem = _problem(batch, accumulator, runner, splitter, loss_fn=loss_fn, layout=layout)
         fused.copies.free()  # measured without them: they are added to what is measured
         budget = resolve_memory_budget(memory, accumulator.device, problem.resident_tensors())
         copies = fused.expected_copies_bytes
@@ -80,6 +78,49 @@ def copies_fit(copies_bytes: int, *, usable_bytes: int, static_bytes: int) -> bo
     return copies_bytes <= LARGEST_COPIES * (usable_bytes - static_bytes)
 
 
+def level_problem(
+    batch: Any,
+    accumulator: Accumulator,
+    splitter: BatchSplitter,
+    size: MicrobatchSize,
+    loss_fn: LossFunction,
+) -> TuningProblem:
+    """Return the step of a batch before its level of offload is chosen, with the optimizers as they are.
+
+    Args:
+        batch: As for `bigbatch.Engine.step`.
+        accumulator: Of the engine; nothing is created.
+        splitter: Of the engine.
+        size: Of micro-batches, in samples or tokens.
+        loss_fn: As for `bigbatch.Engine`.
+
+    Raises:
+        ValueError: The number of lengths is not that of the samples.
+    """
+    samples, lengths = _samples(batch, splitter, counts_tokens=size.counts_tokens)
+    return TuningProblem(
+        accumulator.sync.module,
+        accumulator.optimizer,
+        _loss_of_microbatch(loss_fn, samples),
+        samples,
+        lengths,
+        uniform_length=splitter.uniform_length,
+        layout=size.layout,
+    )
+
+
+def _samples(batch: Any, splitter: BatchSplitter, *, counts_tokens: bool = True) -> tuple[Split, list[int] | None]:
+    lengths = splitter.lengths_of(batch) if counts_tokens else None
+    samples = splitter.samples(batch).copied()  # loss_fn may write to micro-batches, and runs again in windows
+    if lengths is not None:
+        check_lengths(lengths, samples.num_samples)
+    return samples, lengths
+
+
+def _loss_of_microbatch(loss_fn: LossFunction, samples: Split) -> LossFunction:
+    return stand_in(loss_fn, samples.num_samples) if isinstance(loss_fn, Coupled) else loss_fn
+
+
 def _problem(
     batch: Any,
     accumulator: Accumulator,
@@ -88,13 +129,9 @@ def _problem(
     *,
     loss_fn: LossFunction,
     layout: Layout,
-    uniform_length: bool,
 ) -> TuningProblem:
     module = accumulator.sync.module
-    lengths = splitter.lengths_of(batch)
-    samples = splitter.samples(batch).copied()  # loss_fn may write to micro-batches, and runs again in windows
-    if lengths is not None:
-        check_lengths(lengths, samples.num_samples)
+    samples, lengths = _samples(batch, splitter)
     accumulator.prepare()
     probe_weights(accumulator, loss_fn, samples)
     runner.release()
@@ -102,10 +139,10 @@ def _problem(
     return TuningProblem(
         module,
         accumulator.optimizer if offload is None else offload.without_state(),
-        stand_in(loss_fn, samples.num_samples) if isinstance(loss_fn, Coupled) else loss_fn,
+        _loss_of_microbatch(loss_fn, samples),
         samples,
         lengths,
-        uniform_length=uniform_length,
+        uniform_length=splitter.uniform_length,
         layout=layout,
         uses_cuda_graphs=isinstance(runner, CudaGraphRunner),
         prediction_obstacle=prediction_obstacle(module),

@@ -11,6 +11,9 @@ of weights that are bfloat16 on the device; the gradient sums."""
 
 LEVELS: tuple[Offload, ...] = get_args(Offload)
 
+OffloadSetting: TypeAlias = Offload | Literal["auto"]
+"""A level, or ``"auto"`` for the fastest one that fits."""
+
 
 def reaches(level: Offload, part: Offload) -> bool:
     """Return whether a level includes another one."""
@@ -26,6 +29,20 @@ def check_level(level: object) -> Offload:
     if level not in LEVELS:
         raise InputError(f"offload is {level!r}: it must be one of {', '.join(map(repr, LEVELS))}.")
     return level
+
+
+def refuse_auto(level: object) -> None:
+    """Refuse ``"auto"`` where no batch is known before the first backward.
+
+    Raises:
+        InputError: It is passed.
+    """
+    if level == "auto":
+        raise InputError(
+            'offload="auto" is chosen for a batch and its loss, and an Accumulator sees only losses that are already '
+            "computed: use bigbatch.Engine, which chooses the level before its first window, or pass one of "
+            f"{', '.join(map(repr, LEVELS))}."
+        )
 
 
 def check_master(level: Offload, used: Mapping[str, bool]) -> None:
