@@ -252,7 +252,8 @@ def test_host_holds_values_twice_for_one_part(monkeypatch: pytest.MonkeyPatch):
     def allocate(self: Transfers, num_bytes: int) -> Tensor:
         found = original(self, num_bytes)
         gc.collect()
-        pinned = sum(master.nbytes for p, master in streamed_of(engine).masters().items() if host_value(p) is None)
+        masters = streamed_of(engine).masters().values()
+        pinned = sum(master.nbytes for master in masters if is_in_buffers(master, streamed_of(engine)))
         most.append(pinned + sum(num_bytes for reference, num_bytes in alive if reference() is not None))
         return found
 
@@ -262,6 +263,7 @@ def test_host_holds_values_twice_for_one_part(monkeypatch: pytest.MonkeyPatch):
     assert not any(reference() is not None for reference, _ in alive)
     assert total <= max(most) <= total + largest
     assert held_names(engine.model) == set()
+    assert narrow_names(engine.model) == NARROW
     assert all(is_in_buffers(master, streamed_of(engine)) for master in streamed_of(engine).masters().values())
 
 
@@ -431,6 +433,25 @@ def test_state_of_rounded_weights_is_refused(level: str):
         "EagerState has made its state in bfloat16, of weights that move_to_device() has rounded: create the optimizer "
         "before that call."
     )
+
+
+class Float32Only(torch.optim.SGD):
+    """Steps float32 parameters only, and is tried on a miniature: it is not one of torch's."""
+
+    def step(self, closure: Any = None) -> None:
+        assert all(p.dtype is torch.float32 for group in self.param_groups for p in group["params"])
+        super().step(closure)
+
+
+def test_optimizer_is_tried_in_float32():
+    found = []
+    for level in ("none", "master"):
+        torch.manual_seed(0)
+        model = bigbatch.move_to_device(Decoder(), "cpu", offload=level)
+        engine = make_engine(model, Float32Only(model.parameters(), lr=0.1), level, loss_fn=decoder_loss)
+        train(engine, 0, 2)
+        found.append(weights(engine))
+    assert found[0] == found[1]
 
 
 def test_unknown_level_is_refused():

@@ -92,6 +92,7 @@ def test_state_of_model_is_counted_by_hand() -> None:
     assert (state.weight_bytes, state.sum_bytes, state.num_trained) == (4 * n, 4 * n, n)
     assert state.state_bytes == pytest.approx(8 * n, rel=0.03)  # rounded to 512 bytes on CUDA
     assert state.narrowed == n - norms - embedding, "autocast does not cast norms and embeddings"
+    assert state.starts_wide == 0
     assert state.largest == embedding
     assert state.largest_state_bytes == 8 * embedding + 4
 
@@ -105,6 +106,7 @@ def test_adapters_have_little_to_offload() -> None:
     cases = cases_of(asked(lora_rank=2), data_of(llama()))
     assert cases.num_trained < cases.num_parameters
     assert placement(cases.state, "optimizer").host_bytes < cases.state.frozen_bytes
+    assert cases.state.starts_wide == cases.state.narrowed > 0
 
 
 def test_cards_share_the_batch_and_shards_the_state() -> None:
