@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bigbatch.errors import RankFailedError as RankFailedError
     from bigbatch.errors import WindowAbandonedError as WindowAbandonedError
     from bigbatch.errors import WindowStateError as WindowStateError
+    from bigbatch.offload.model_move import move_to_device as move_to_device
     from bigbatch.scaling.hyperparameters import rescale as rescale
     from bigbatch.scaling.noise_scale import NoiseScale as NoiseScale
     from bigbatch.trials.trial import is_trial as is_trial
@@ -70,6 +71,7 @@ _PUBLIC = {
     "WindowAbandonedError": "bigbatch.errors",
     "WindowStateError": "bigbatch.errors",
     "is_trial": "bigbatch.trials.trial",
+    "move_to_device": "bigbatch.offload.model_move",
     "plan": "bigbatch.batching.plan",
     "rescale": "bigbatch.scaling.hyperparameters",
     "verify": "bigbatch.verification.verify",

@@ -56,6 +56,22 @@ def train_decoder(level: str, updates: int) -> dict[str, Any]:
     return {"weights": weights, "state": plain_state(optimizer)}
 
 
+def train_moved(level: str, updates: int) -> dict[str, Any]:
+    """Train as `train_decoder`, with a model that is moved for the level."""
+    rank = dist.get_rank()
+    with small_chunks():
+        torch.manual_seed(0)
+        model = bigbatch.move_to_device(Decoder(), "cpu", offload=level)  # type: ignore[arg-type]
+        sync = bigbatch.Replicated(model)
+        optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+        engine = make_engine(model, optimizer, level, sync=sync, loss_fn=decoder_loss)
+        for number in range(updates):
+            tokens = make_tokens(number)
+            engine.step(tokens[:5] if rank == 0 else tokens[5:])
+    weights = {name: tensor.tolist() for name, tensor in engine.state_dict()["model"].items()}
+    return {"weights": weights, "state": plain_state(optimizer)}
+
+
 def train_wrapped(level: str, updates: int) -> dict[str, Any]:
     """Train in ``DistributedDataParallel``; return the float32 parameters."""
     rank = dist.get_rank()

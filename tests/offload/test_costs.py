@@ -22,7 +22,7 @@ from bigbatch.offload.costs import (
     transfers,
     update_time,
 )
-from bigbatch.offload.levels import LEVELS
+from bigbatch.offload.levels import LEVELS, Offload
 
 N, NORMS, LARGEST = 1_000_000_000, 1_000_000, 100_000_000
 
@@ -81,11 +81,28 @@ def test_windows_need_gradients_on_their_way() -> None:
     assert placement(adamw(kept=N), "gradients").window_bytes == STAGING_BYTES + 4 * LARGEST
 
 
-def test_weights_are_whole_at_start() -> None:
-    """In float32 on the card, with AdamW's state of the largest parameter, or 64 MiB of it."""
-    assert [placement(adamw(), level).start_bytes for level in LEVELS[1:]] == 3 * [4 * N + 8 * LARGEST]
-    assert placement(adamw(largest=1000), "gradients").start_bytes == 4 * N + CHUNK_BYTES
-    assert placement(adamw(), "none").start_bytes == placement(adamw(), "none").card_bytes
+def test_weights_are_narrow_at_start() -> None:
+    """As micro-batches use them, with AdamW's state and float32 values of the largest parameter, or 64 MiB of state."""
+    start = {level: placement(adamw(), level).start_bytes for level in LEVELS}
+    assert start == {
+        "none": 16 * N,
+        "optimizer": 4 * N + 8 * LARGEST,
+        "master": 2 * N + 2 * NORMS + 12 * LARGEST,
+        "gradients": 2 * N + 2 * NORMS + 12 * LARGEST,
+    }
+    several = 3 * CHUNK_BYTES // 2  # with the float32 values of weights that have 64 MiB of state
+    small = adamw(kept=0, largest=1000)
+    assert placement(small, "gradients").start_bytes == 2 * N + several
+    assert placement(adamw(kept=N), "master").start_bytes == 4 * N + 8 * LARGEST
+    adapters = replace(adamw(), frozen_bytes=N, starts_wide=N - NORMS)  # narrowed on the card
+    assert placement(adapters, "master").start_bytes == 5 * N + 12 * LARGEST
+
+
+@given(st.integers(1, 10**10), st.floats(0, 1), st.floats(0, 1), st.sampled_from(LEVELS))
+def test_start_needs_no_more_than_an_update(trained: int, kept: float, largest: float, level: Offload) -> None:
+    state = adamw(num_trained=trained, kept=int(trained * kept), largest=max(1, int(trained * largest)))
+    found = placement(state, level)
+    assert found.start_bytes <= found.card_bytes + found.step_bytes
 
 
 @pytest.mark.parametrize("largest", [1000, 12_000_000, LARGEST])

@@ -60,6 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qlora": {"model": "packable", "lora_rank": 2, "quantize": "nf4-double", "optimizer": "adamw-8bit"},
     "bf16-weights": {"precision": "bf16-weights"},
     "auto": {"microbatch": "auto"},
+    "offload": {"model": "packable", "precision": "bf16", "offload": "gradients"},
     "tokens": {"global_batch": None, "global_batch_tokens": 160},
     "mixed": {"data": "mixture", "data_weights": (0.5, 0.5), "epochs": 1},
     "schedule": {"global_batch": None, "global_batch_schedule": "0:4 60:8 150:12", "rebase_second_moment": True},

@@ -52,11 +52,14 @@ def _has_ranks() -> bool:
 def _state_bytes(accumulator: Accumulator) -> int:
     """Predict the bytes of the optimizer state."""
     update = accumulator.update
-    parameters = nn.ParameterList(update.parameters())
 
     def no_loss(_model: nn.Module, _microbatch: object) -> None:
         raise AssertionError("only the state is predicted")
 
     loss_fn: Any = no_loss
-    state_bytes: int = PeakPredictor.from_training(parameters, update.optimizers, loss_fn).state_bytes
+    device = accumulator.device
+    with update.whole_weights():  # in the dtype of their state, those of narrow weights on the host
+        parameters = nn.ParameterList(update.parameters())
+        predictor = PeakPredictor.from_training(parameters, update.optimizers, loss_fn, device=device)
+    state_bytes: int = predictor.state_bytes
     return state_bytes

@@ -219,8 +219,6 @@ class FusedLayer:
     Attributes:
         fusable: As passed; ``module``, ``weight`` and ``is_tied`` are its fields.
         key: As for `make_key`.
-        narrow_dtype: To which micro-batches cast the weight; None to none. Expected to be bfloat16 on CUDA, until the
-            first backward.
     """
 
     def __init__(self, sums: DirectSums, fusable: FusableLayer) -> None:
@@ -228,9 +226,16 @@ class FusedLayer:
         self.fusable = fusable
         self.module, self.weight, self.is_tied = fusable
         self.key = make_key(self)
+        self._noted: tuple[torch.dtype | None] | None = None
+
+    @property
+    def narrow_dtype(self) -> torch.dtype | None:
+        """To which micro-batches cast the weight; None to none. Expected to be bfloat16 on CUDA, until a backward."""
+        if self._noted is not None:
+            return self._noted[0]
         is_wide = self.weight.dtype is torch.float32 and self.weight.is_cuda
         is_cast = is_wide and isinstance(self.module, nn.Linear) and not self.is_tied
-        self.narrow_dtype: torch.dtype | None = torch.bfloat16 if is_cast else None
+        return torch.bfloat16 if is_cast else None
 
     def accepts_gradient(self, inputs: Tensor | None) -> bool:
         """Return whether the running backward is to add to the sum, instead of returning the gradient to autograd."""
@@ -256,4 +261,4 @@ class FusedLayer:
         self._sums.add_whole(self, gradient)
 
     def _note(self, inputs: Tensor) -> None:
-        self.narrow_dtype = inputs.dtype if inputs.dtype != self.weight.dtype else None
+        self._noted = (inputs.dtype if inputs.dtype != self.weight.dtype else None,)

@@ -46,6 +46,7 @@ class ModelState:
         largest: Trained weights of the largest parameter.
         largest_state_bytes: Optimizer state of the parameter with most of it.
         step_bytes: Temporary tensors of the optimizer's step if all parameters are stepped together.
+        starts_wide: Those of `narrowed` that reach the card in float32, and are narrowed there before the first window.
     """
 
     weight_bytes: int
@@ -57,6 +58,7 @@ class ModelState:
     largest: int
     largest_state_bytes: int
     step_bytes: int = 0
+    starts_wide: int = 0
 
     def sharded(self, num_cards: int) -> ModelState:
         """Return the share of one of several cards, each parameter cut into equal parts."""
@@ -73,7 +75,8 @@ class Placement:
         host_bytes: In host memory, pinned.
         step_bytes: On the card in addition while the update runs.
         window_bytes: On the card in addition while micro-batches run, without activations.
-        start_bytes: On the card before the first window: all weights in float32, and the first state that moves away.
+        start_bytes: On the card before the first window: weights, those that micro-batches use in 16 bits in these,
+            and while their state is created, the state and the float32 weights of the largest part.
     """
 
     card_bytes: int
@@ -111,11 +114,14 @@ def placement(state: ModelState, level: Offload) -> Placement:
     if level == "none":
         held = state.weight_bytes + state.frozen_bytes + state.sum_bytes + state.state_bytes
         return Placement(held, 0, state.step_bytes, 0, held)
-    card_bytes = state.weight_bytes + state.frozen_bytes + state.sum_bytes
-    host_bytes, window_bytes = state.state_bytes, 0
+    start_bytes = state.weight_bytes + state.frozen_bytes
+    host_bytes, window_bytes, wide_bytes = state.state_bytes, 0, 0
     if reaches(level, "master"):
-        card_bytes -= (FLOAT32 - 2) * state.narrowed
+        start_bytes -= (FLOAT32 - 2) * state.narrowed
         host_bytes += FLOAT32 * state.narrowed
+        wide_bytes = (FLOAT32 - 2) * state.starts_wide
+    card_bytes = start_bytes + state.sum_bytes
+    start_bytes += wide_bytes + _largest_chunk_bytes(state, level if level == "optimizer" else "master", host_bytes)
     if reaches(level, "gradients"):
         card_bytes -= state.sum_bytes
         host_bytes += state.sum_bytes
@@ -125,7 +131,6 @@ def placement(state: ModelState, level: Offload) -> Placement:
     arena = max(NUM_SLOTS * min(largest, SLOT_FACTOR * CHUNK_BYTES), largest)
     if reaches(level, "gradients"):
         host_bytes += STAGING_BYTES
-    start_bytes = state.weight_bytes + state.frozen_bytes + _largest_chunk_bytes(state, "optimizer", state.state_bytes)
     return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes, start_bytes)
 
 

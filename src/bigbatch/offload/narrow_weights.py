@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.errors import WindowStateError
+from bigbatch.offload.host_values import differs, forget, host_value, mark
 from bigbatch.offload.levels import Offload
 from bigbatch.offload.state_chunk import StateChunk
 
@@ -19,7 +20,7 @@ class NarrowWeights:
     """The weights of a model that are bfloat16 on the device.
 
     Args:
-        names: Those that may become so, with their names.
+        names: Those that may become so, or are so since `bigbatch.move_to_device`, with their names.
         level: Of offload, for messages.
 
     Attributes:
@@ -29,7 +30,12 @@ class NarrowWeights:
 
     def __init__(self, names: Mapping[Tensor, str], level: Offload = "master") -> None:
         self.names, self._level = dict(names), level
-        self.narrowed: dict[Tensor, tuple[int, int]] = {}  # with what `_mark` returned after the last write of ours
+        self.narrowed: dict[Tensor, tuple[int, int]] = {}  # with what `mark` returned after the last write of ours
+        self._waiting: set[Tensor] = set()  # those whose value is where `move_to_device` has left it
+        for parameter in names:
+            if (found := host_value(parameter)) is not None:
+                self.narrowed[parameter] = found.mark
+                self._waiting.add(parameter)
         self._overwritten: dict[Tensor, Tensor] = {}  # whether the last step found other values, 0-d bool
         self._hidden: dict[Tensor, Tensor] = {}  # the narrow values while `wide` shows others
         self._gradients: Mapping[Tensor, Tensor] = {}
@@ -37,6 +43,27 @@ class NarrowWeights:
     def dtype_of(self, parameter: Tensor) -> torch.dtype:
         """Return the dtype in which the optimizer sees a parameter."""
         return torch.float32 if parameter in self.narrowed else parameter.dtype
+
+    def waiting(self) -> dict[Tensor, Tensor]:
+        """Return the values that are where `bigbatch.move_to_device` has left them, by parameter; errors as below."""
+        return {parameter: self._waiting_value(parameter) for parameter in self._waiting}
+
+    def _waiting_value(self, parameter: Tensor) -> Tensor:
+        """Return the value of one of them.
+
+        Raises:
+            WindowStateError: Another engine has moved it.
+        """
+        if (found := host_value(parameter)) is None:
+            raise WindowStateError(
+                f"the float32 value of the weight {self.names[parameter]} was left in host memory by move_to_device(), "
+                "and another engine has taken it: use one engine for a model."
+            )
+        return found.value
+
+    def add_waiting(self, chunk: StateChunk) -> None:
+        """Let a chunk hold the values of its parameters that `bigbatch.move_to_device` has left in host memory."""
+        chunk.masters.update({p: self._waiting_value(p) for p in chunk.parameters if p in self._waiting})
 
     def add_masters(self, chunk: StateChunk) -> None:
         """Let a chunk hold the values of those of its parameters that are to be narrowed."""
@@ -46,11 +73,12 @@ class NarrowWeights:
                 chunk.masters[parameter] = parameter.data
 
     def narrow(self, chunk: StateChunk) -> None:
-        """Convert the parameters of a chunk whose values are in host memory."""
+        """Convert the parameters of a chunk whose values are in its host memory."""
         for parameter in chunk.masters:
+            self._free(parameter)
             if parameter not in self.narrowed:
                 parameter.data = parameter.data.to(torch.bfloat16)
-                self.narrowed[parameter] = _mark(parameter)
+                self.narrowed[parameter] = mark(parameter)
 
     def check_unwritten(self, masters: Mapping[Tensor, Tensor]) -> None:
         """Raise if other code has changed a narrow weight: the next update would overwrite it.
@@ -64,17 +92,17 @@ class NarrowWeights:
         Raises:
             WindowStateError: It has.
         """
-        for parameter, mark in self.narrowed.items():
-            if _mark(parameter) != mark and parameter not in self._hidden:
+        for parameter, known in self.narrowed.items():
+            if mark(parameter) != known and parameter not in self._hidden:
                 master = masters[parameter]
-                if _differs(parameter.data.to(master.device), master):
+                if differs(parameter.data.to(master.device), master):
                     raise WindowStateError(
                         f"the weight {self.names[parameter]} was written to by other code, and with "
                         f'offload="{self._level}" '
                         "its value in float32 is in host memory, which the next update would write back: change "
                         "weights with engine.load_state_dict(), or before the engine is made."
                     )
-                self.narrowed[parameter] = _mark(parameter)
+                self.narrowed[parameter] = mark(parameter)
         found, self._overwritten = self._overwritten, {}
         if found and any(torch.stack(list(found.values())).tolist()):
             self._overwritten = {parameter: each for parameter, each in found.items() if each}
@@ -113,7 +141,7 @@ class NarrowWeights:
         before = {parameter: parameter.data for parameter in masters}
         try:
             for parameter, master in masters.items():
-                self._overwritten[parameter] = _differs(parameter.data, master)
+                self._overwritten[parameter] = differs(parameter.data, master)
                 parameter.data = master
                 parameter.grad = gradients.get(parameter)
             yield
@@ -125,7 +153,7 @@ class NarrowWeights:
             for parameter, narrow in before.items():
                 parameter.grad = None
                 parameter.data = narrow
-                self.narrowed[parameter] = _mark(parameter)
+                self.narrowed[parameter] = mark(parameter)
 
     @contextmanager
     def wide(self, masters: Mapping[Tensor, Tensor], device: torch.device | None = None) -> Iterator[None]:
@@ -154,13 +182,14 @@ class NarrowWeights:
             if parameter.dtype is not torch.bfloat16:  # other code has converted it
                 parameter.data = parameter.data.to(torch.bfloat16)
             parameter.data.copy_(master)
-            self.narrowed[parameter] = _mark(parameter)
+            self.narrowed[parameter] = mark(parameter)
 
     def widen(self, parameter: Tensor, masters: dict[Tensor, Tensor]) -> None:
         """Put the float32 value of a weight back on the device."""
         if parameter in self.narrowed:
             del self.narrowed[parameter]
             parameter.data = masters[parameter].to(parameter.device, copy=True)
+        self._free(parameter)
         self._overwritten.pop(parameter, None)
         masters.pop(parameter, None)
 
@@ -169,28 +198,22 @@ class NarrowWeights:
         del self.names[parameter]
         self.widen(parameter, masters)
 
+    def _free(self, parameter: Tensor) -> None:
+        """Free the value that `move_to_device` has left in host memory: it is elsewhere now."""
+        if parameter in self._waiting:
+            self._waiting.remove(parameter)
+            forget(parameter)
+
     def close(self) -> None:
         """Narrow no others than those that are or were narrow: how a loss reads these is known."""
         self.names = {parameter: name for parameter, name in self.names.items() if parameter in self.narrowed}
-
-
-def _mark(parameter: Tensor) -> tuple[int, int]:
-    """Return what changes when a parameter is written to, except through ``.data``, or gets other memory."""
-    return parameter._version, parameter.data_ptr()
-
-
-def _differs(narrow: Tensor, master: Tensor) -> Tensor:
-    """Return whether any bit of a narrow weight is not that of its rounded master weight, 0-d bool."""
-    if narrow.dtype is not torch.bfloat16:  # other code has converted it
-        return torch.ones((), dtype=torch.bool, device=master.device)
-    return (narrow.view(torch.int16) != master.to(torch.bfloat16).view(torch.int16)).any()
 
 
 def find_narrow_weights(model: nn.Module, parameters: Sequence[Tensor]) -> dict[Tensor, str]:
     """Return the weights that a linear layer alone has, of those that an optimizer updates, with their names.
 
     The layer is exactly an ``nn.Linear``, and its weight a float32 parameter that no other module shares and no hook of
-    other code waits for.
+    other code waits for; or one that `bigbatch.move_to_device` has rounded.
     """
     trained = set(parameters)
     owners: dict[Tensor, int] = {}
@@ -204,7 +227,7 @@ def find_narrow_weights(model: nn.Module, parameters: Sequence[Tensor]) -> dict[
         if type(module) is nn.Linear
         and module.weight in trained
         and type(module.weight) is nn.Parameter
-        and module.weight.dtype is torch.float32
+        and (module.weight.dtype is torch.float32 or host_value(module.weight) is not None)
         and owners[module.weight] == 1
         and not module.weight._backward_hooks
         and not module.weight._post_accumulate_grad_hooks

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bigbatch.errors import InputError, WindowStateError, first_line
 from bigbatch.offload.host_sums import HostSums
+from bigbatch.offload.host_values import host_value, widen
 from bigbatch.offload.levels import Offload, check_level, reaches
 from bigbatch.offload.narrow_weights import NarrowWeights, find_narrow_weights
 from bigbatch.offload.optimizer_trial import check_streamable
@@ -26,7 +27,7 @@ class OptimizerOffload:
 
     Args:
         optimizers: Each over parameters on one device.
-        narrow: Weights that become bfloat16 on the device, with their names.
+        narrow: Weights that become bfloat16 on the device, or are so since `bigbatch.move_to_device`, with their names.
         level: Of offload.
 
     Attributes:
@@ -60,8 +61,14 @@ class OptimizerOffload:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the state, and of gradient sums with the memory that gradients pass through."""
-        return sum(each.host_bytes for each in self.streamed) + (0 if self.sums is None else self.sums.host_bytes)
+        """Host memory of the state, and of gradient sums with the memory that gradients pass through.
+
+        With float32 values that `bigbatch.move_to_device` has left there, except for the largest: that of a weight is
+        there twice while it moves to pinned memory.
+        """
+        waiting = [value.nbytes for value in self.weights.waiting().values()]
+        sums_bytes = 0 if self.sums is None else self.sums.host_bytes
+        return sum(each.host_bytes for each in self.streamed) + sums_bytes + sum(waiting) - max(waiting, default=0)
 
     @property
     def device_bytes(self) -> int:
@@ -84,6 +91,8 @@ class OptimizerOffload:
         self.check_unwritten()
         for each in self.streamed:
             each.prepare(init_state)
+        for parameter, value in self.weights.waiting().items():  # no longer in an optimizer
+            self.weights.widen(parameter, {parameter: value})
         if self.sums is not None:
             self.sums.prepare([chunk for each in self.streamed for chunk in each.chunks])
 
@@ -124,6 +133,8 @@ class OptimizerOffload:
         """Return the float32 value of a narrow weight, in host memory; any other tensor itself."""
         if tensor not in self.weights.narrowed:
             return tensor
+        if (found := host_value(tensor)) is not None:
+            return found.value
         chunks = (chunk for each in self.streamed for chunk in each.chunks)
         return next(chunk.masters[tensor] for chunk in chunks if tensor in chunk.masters)
 
@@ -185,12 +196,14 @@ class OptimizerOffload:
         for parameter in parameters:
             for each in self.streamed:
                 each.keep_wide(parameter)
-            self.weights.names.pop(parameter, None)  # not in a chunk yet
+            if parameter in self.weights.names:  # not in a chunk yet
+                self.weights.keep_wide(parameter, self.weights.waiting())
         self.weights.close()
         self._is_probed = True
 
     def _masters(self) -> dict[Tensor, Tensor]:
-        return {parameter: master for each in self.streamed for parameter, master in each.masters().items()}
+        in_chunks = {parameter: master for each in self.streamed for parameter, master in each.masters().items()}
+        return self.weights.waiting() | in_chunks
 
     def without_state(self) -> "Optimizer":
         """Return an optimizer over the same parameters whose step needs the memory of these, to predict the peak."""
@@ -231,7 +244,12 @@ def offload_optimizers(
     Raises:
         InputError: The level does not exist, or is not supported for these optimizers.
     """
+    known = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    known += [] if model is None else model.parameters()
+    for optimizer in optimizers:
+        _check_state(optimizer)
     if check_level(level) == "none":
+        widen(known)
         return None
     if not optimizers:
         raise InputError(f"offload={level!r} moves the state of the optimizer, and there is none: pass the optimizer.")
@@ -249,6 +267,7 @@ def offload_optimizers(
             'offload="master" is for float32 weights of torch.nn.Linear layers, each of one layer, and the optimizer '
             'has none: pass offload="optimizer".'
         )
+    widen(p for p in known if p not in narrow or not p.requires_grad)
     return OptimizerOffload(optimizers, narrow, level)
 
 
@@ -264,4 +283,16 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             raise InputError(
                 f"a parameter of shape {tuple(parameter.shape)} is a {type(parameter).__name__}, and offload= supports "
                 'whole, plain parameters only: for a sharded model leave offload="none".'
+            )
+
+
+def _check_state(optimizer: "Optimizer") -> None:
+    """Refuse state that an optimizer has made of weights that were rounded already."""
+    for parameter, values in optimizer.state.items():
+        if host_value(parameter) is not None and any(
+            isinstance(value, Tensor) and value.dtype is torch.bfloat16 for value in values.values()
+        ):
+            raise InputError(
+                f"{type(optimizer).__name__} has made its state in bfloat16, of weights that move_to_device() has "
+                "rounded: create the optimizer before that call."
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.errors import InputError, first_line
+from bigbatch.offload.host_values import whole_value
 from bigbatch.offload.streamed_optimizer import StreamedOptimizer
 from bigbatch.offload.transfers import Transfers
 
@@ -111,7 +112,7 @@ def _small_parameters(parameters: Sequence[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(len(parameters))
     return [
         nn.Parameter(torch.randn([min(size, _LARGEST_DIM) for size in p.shape], generator=generator).to(p.dtype))
-        for p in chosen
+        for p in map(whole_value, chosen)
     ]
 
 

@@ -16,6 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from bigbatch.offload.arena import Arena, arena_bytes
 from bigbatch.offload.chunk_sizes import CHUNK_BYTES, SLOT_FACTOR
 from bigbatch.offload.host_sums import HostSums
+from bigbatch.offload.host_values import whole_value
 from bigbatch.offload.narrow_weights import NarrowWeights
 from bigbatch.offload.partial_step import StepSettings, only_parameters, plain_step, without_hooks
 from bigbatch.offload.state_chunk import StateChunk, lay_out, make_chunks, streamed_state
@@ -99,6 +100,7 @@ class StreamedOptimizer:
         """
         self._update_chunks()
         for chunk in self.chunks:
+            self.weights.add_waiting(chunk)
             if init_state is not None and not all(self.optimizer.state.get(p) for p in chunk.parameters):
                 with self.weights.wide(chunk.masters, self.transfers.device):
                     init_state(self.optimizer, chunk.parameters)
@@ -141,10 +143,10 @@ class StreamedOptimizer:
         host = self.transfers.host_memory(num_bytes)
         views = tuple(entry.host_view(host) for entry in entries)
         with torch.no_grad():
-            for view, (_, _, value) in zip(views, state, strict=True):
-                if value.device == self.transfers.device:
+            for view, (parameter, _, value) in zip(views, state, strict=True):
+                if value.device == self.transfers.device and value is not whole_value(parameter):
                     self.transfers.to_host(view, value.detach())
-                else:  # loaded from a checkpoint
+                else:  # loaded from a checkpoint, or the value of a weight that was never on the device
                     view.copy_(value.detach())
         self.transfers.finish()
         chunk.entries, chunk.host, chunk.views = entries, host, views

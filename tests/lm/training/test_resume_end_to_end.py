@@ -82,6 +82,9 @@ def test_run_killed_anywhere_equals_uninterrupted_run(server: Server, point: str
         ("qlora", "before adapter", 1),
         ("bf16-weights", "before optimizer", 8),
         ("auto", "before optimizer", 8),
+        ("offload", "before training", 1),  # the state of the start is resumed
+        ("offload", "before validation", 2),  # which is the first thing that the resumed run computes
+        ("offload", "after optimizer", 8),
         ("tokens", "after optimizer", 7),
         ("mixed", "middle of metrics.jsonl", 7),  # after the smaller source has begun again
         ("mixed", "before optimizer", 8),

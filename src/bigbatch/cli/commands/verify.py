@@ -32,9 +32,11 @@ def run(config: TrainConfig, options: VerifyOptions) -> int:
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
         from bigbatch.lm.training.reference import add_reference
         from bigbatch.lm.training.setup import set_up_training
+        from bigbatch.offload.host_values import widen
 
         quiet_libraries()
         setup = set_up_training(config, progress=progress)
+        widen(setup.model.parameters())  # gradients are compared in their dtype
         order = setup.order.epoch(0).part(0, options.samples).tolist()
         if len(order) < 2:
             one = f"{len(order)} {sample_noun(config)}"

@@ -18,6 +18,7 @@ from bigbatch.errors import InputError
 from bigbatch.gradients.sum_store import SumStore
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.model.start import starts_narrow
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.planning.estimator import RunEstimator
@@ -204,16 +205,18 @@ class OffloadCases:
         wide = 2 if self._config.reproducible else 1  # sums in int64
         narrows = self._config.precision == "bf16" and not self._config.reproducible
         narrow = narrowed_parameters(self._outline) if narrows else []
+        narrowed = sum(p.numel() for p in narrow)
         state = ModelState(
             weight_bytes=sum(p.nbytes for p in trained),
             frozen_bytes=sum(tensor.nbytes for tensor in others),
             sum_bytes=wide * SumStore.bytes_of(trained),
             state_bytes=int(series.total(lambda each: each.predictor.state_bytes)),
-            narrowed=sum(p.numel() for p in narrow),
+            narrowed=narrowed,
             num_trained=sum(p.numel() for p in trained),
             largest=max(p.numel() for p in trained),
             largest_state_bytes=series.first.predictor.largest_state_bytes,
             step_bytes=series.step_bytes(self._size_of(1)),
+            starts_wide=0 if starts_narrow(self._config, self._config.precision) else narrowed,
         )
         return state.sharded(self._num_cards) if self._is_sharded else state
 

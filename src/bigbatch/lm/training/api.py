@@ -23,6 +23,7 @@ from bigbatch.lm.data.sampling_order import ORDER_VERSION, sampling_order_of
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.files import open_regular
 from bigbatch.lm.model.custom_loss import CustomLoss
+from bigbatch.lm.model.start import widen_for_loss
 from bigbatch.lm.runs.directory import ReadOnlyRunDirectory, RunDirectory, check_free, default_path
 from bigbatch.lm.runs.file_names import METRICS
 from bigbatch.lm.runs.identity import read_identity
@@ -291,4 +292,5 @@ def _set_up(
         uses_cuda_graphs=False,
         balanced=None,
     )
+    widen_for_loss(model_setup, setup.training, setup.device_spec.device)
     return replace(setup, model_setup=model_setup, passed=inputs.facts, notes=notes)

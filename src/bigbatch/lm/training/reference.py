@@ -60,7 +60,7 @@ def prepare_reference(
             part.reference = stored[name].to(setup.device_spec.weights_dtype)
         return
     if folder is not None:
-        with ranks.raise_together():
+        with ranks.raise_together(), engine.whole_weights():
             _check_start(setup, folder)
     for name, part in parts.items():
         part.reference = _log_probs(setup, engine, part, f"computing the reference of the {name} data", progress)

@@ -31,6 +31,7 @@ from bigbatch.lm.runs.identity import RunIdentity, digest_of, read_identity
 from bigbatch.lm.text import describe_invalid
 from bigbatch.lm.training.passed_data import PASSED, check_nothing_passed
 from bigbatch.lm.training.setup import TrainingSetup
+from bigbatch.offload.host_values import whole_value
 
 RECORDED = sorted(TrainConfig.model_fields.keys() - {*CHANGEABLE, "out", "validation_every"} | {"precision"})
 """Settings that must not be edited in config.json: what is learned depends on them."""
@@ -217,7 +218,7 @@ def weights_fingerprint(setup: TrainingSetup) -> str:
         return setup.weights.fingerprint()
     named = sorted((name, parameter) for name, parameter in setup.model.named_parameters() if parameter.requires_grad)
     with ThreadPoolExecutor(4) as pool:  # SHA-256 of large arrays runs without the interpreter lock
-        digests = list(pool.map(lambda pair: sha256(bits(pair[1]).numpy().data).hexdigest(), named))
+        digests = list(pool.map(lambda pair: sha256(bits(whole_value(pair[1])).numpy().data).hexdigest(), named))
     return digest_of({name: digest for (name, _), digest in zip(named, digests, strict=True)})
 
 

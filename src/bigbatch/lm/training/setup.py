@@ -27,6 +27,7 @@ from bigbatch.lm.model.pretrained import TINY
 from bigbatch.lm.model.quantization import QuantizedBase, load_quantized, quantization_note
 from bigbatch.lm.model.sent_weights import SentWeights, receive_shards, sent_model
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
+from bigbatch.lm.model.start import move_model
 from bigbatch.lm.model.task_models import load_task_model, make_tiny
 from bigbatch.lm.model.weights import Weights, empty_copy, empty_model, load_shards
 from bigbatch.lm.objectives.setup import set_up_objective
@@ -51,7 +52,8 @@ class TrainingSetup:
         device_spec: Device and precision.
         tokenizer: Of the model.
         model_setup: The model, in training mode and on the device, with its loss and layout. In a sharded run, its
-            parameters are on the meta device until the trainer shards it.
+            parameters are on the meta device until the trainer shards it. Weights that offload will narrow are in
+            bfloat16, and their float32 values in host memory.
         weights: The source of their values in a sharded run; None otherwise.
         frozen_sha256: Fingerprint of the weights under the adapters, as they were before they were quantized; None
             without quantization.
@@ -173,7 +175,7 @@ def set_up_training(
     longest = max(part.longest for part in (data.training, data.validation) if part is not None)
     progress("testing attention, layout and compilation")
     if weights is None:
-        model = model.to(device_spec.device)
+        model = move_model(model, config, device_spec)
     if config.objective != "sft":
         model_setup = set_up_objective(model, config, device_spec, weights, pad_id=pad)
     elif weights is None:
