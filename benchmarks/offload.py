@@ -6,14 +6,15 @@
     python benchmarks/offload.py --dry         # a tiny model on the CPU, to try the script
 
 A Llama of 1.5 billion parameters, or of ``--billions``, from its configuration, with random float32 weights under bf16
-autocast and fused AdamW. The float32 weights have to fit in ``--memory`` at the start. A window has the sequences of
-workload W (92,493 tokens), or of several such batches, in packed rows of ``--tokens`` tokens. Each turn makes model and
-engine anew, runs ``--warm-up`` updates, and then measures ``--updates``. *Device* is the highest memory of torch's
-allocator in the measured updates, *host* the pinned memory of offloaded state, *step* the time of the update after the
-last micro-batch, by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which the host computes
-before. The first lines are the host's rates of additions and of the norm, which `bigbatch.offload.costs` assumes; set
-``OMP_NUM_THREADS`` to the cores of one card. *Loss* is that of the last update; attention on CUDA is not deterministic,
-so that its last digits differ from turn to turn, while `tests/offload/test_offload_cuda.py` compares the bits.
+autocast and fused AdamW. From ``master`` on, the model is made in host memory and moved by `bigbatch.move_to_device`,
+so that its float32 weights need not fit in ``--memory``. A window has the sequences of workload W (92,493 tokens), or
+of several such batches, in packed rows of ``--tokens`` tokens. Each turn makes model and engine anew, runs
+``--warm-up`` updates, and then measures ``--updates``. *Device* is the highest memory of torch's allocator in the
+measured updates, *host* the pinned memory of offloaded state, *step* the time of the update after the last micro-batch,
+by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which the host computes before. The first
+lines are the host's rates of additions and of the norm, which `bigbatch.offload.costs` assumes; set ``OMP_NUM_THREADS``
+to the cores of one card. *Loss* is that of the last update; attention on CUDA is not deterministic, so that its last
+digits differ from turn to turn, while `tests/offload/test_offload_cuda.py` compares the bits.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bigbatch import TokenBudget
+from bigbatch import TokenBudget, move_to_device
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.training.engine_factory import make_engine
@@ -79,7 +80,7 @@ def host_rates(numel: int) -> list[str]:
     return [f"host, {torch.get_num_threads()} threads, billions of elements a second: {rates}"]
 
 
-def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:
+def make_model(arguments: argparse.Namespace, device: torch.device, level: Any) -> Any:
     """Make the model with random weights, the same for every call."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -91,8 +92,8 @@ def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    return move_to_device(model, device, offload=level)
 
 
 def make_windows(arguments: argparse.Namespace, batches: int, number: int) -> list[list[dict[str, torch.Tensor]]]:
@@ -116,7 +117,7 @@ def run_turn(arguments: argparse.Namespace, level: Any, batches: int, device: to
     gc.collect()
     if is_cuda:
         torch.cuda.empty_cache()
-    model = make_model(arguments, device)
+    model = make_model(arguments, device, level)
     settings = {"compile": arguments.compile, "gradient_checkpointing": arguments.checkpointing}
     model_setup = set_up(model, DRY if arguments.dry else W, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bigbatch
 from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
+from bigbatch.offload.optimizer_offload import WithoutState
 
 CPU = torch.device("cpu")
 
@@ -159,6 +160,18 @@ def test_copies_of_weights_count_in_every_phase() -> None:
     assert {name: peak + 4096 for name, peak in without.phases.items()} == with_copies.phases
     assert with_copies.parts["parameters"] == without.parts["parameters"] + 4096
     assert with_copies.resident_bytes == without.resident_bytes + 4096
+
+
+def test_sums_in_other_memory_count_in_no_phase() -> None:
+    model = Decoder()
+    optimizer = WithoutState(list(model.parameters()), step_bytes=512)
+    kept, moved = (
+        PeakPredictor.from_training(model, optimizer, loss_fn, keeps_sums=keeps).predict(tokens(16))
+        for keeps in (True, False)
+    )
+    sums = sum(parameter.nbytes for parameter in model.parameters())
+    assert {name: kept.phases[name] - moved.phases[name] for name in kept.phases} == dict.fromkeys(kept.phases, sums)
+    assert (kept.parts["gradients"], moved.parts["gradients"]) == (sums, 0)
 
 
 def test_bfloat16_weights_have_float32_sums() -> None:

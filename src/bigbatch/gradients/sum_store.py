@@ -97,3 +97,7 @@ class PassingSums(SumStore):
         else:
             self.set_zeros(parameter)
         parameter.grad = None
+
+    def write_to_grad(self, keep: Container[Tensor] = ()) -> None:
+        """Forget the empty tensors: the sums in other memory are not written to ``.grad``."""
+        self.float32.clear()
