@@ -6,8 +6,8 @@
     python benchmarks/offload.py --dry         # a tiny model on the CPU, to try the script
 
 A Llama of 1.5 billion parameters, or of ``--billions``, from its configuration, with random float32 weights under bf16
-autocast and fused AdamW. From ``master`` on, the model is made in host memory and moved by `bigbatch.move_to_device`,
-so that its float32 weights need not fit in ``--memory``. A window has the sequences of workload W (92,493 tokens), or
+autocast and fused AdamW. The model is made in host memory and moved by `bigbatch.move_to_device`: from ``master`` on,
+its float32 weights need not fit in ``--memory``. A window has the sequences of workload W (92,493 tokens), or
 of several such batches, in packed rows of ``--tokens`` tokens. Each turn makes model and engine anew, runs
 ``--warm-up`` updates, and then measures ``--updates``. *Device* is the highest memory of torch's allocator in the
 measured updates, *host* the pinned memory of offloaded state, *step* the time of the update after the last micro-batch,
