@@ -17,6 +17,10 @@ from collections.abc import Iterator
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigbatch-tests-")  # the token cache of all tests
 # Kernels are shared by the processes of one run only: a run that is killed can leave half a file, which fails later.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.environ["XDG_CACHE_HOME"] + "/kernels")
+# Inductor would load torch in a process for each kind of vector instructions, to see whether the compiler knows it:
+# 10 s of CPU time in each process of the tests. With a compiler older than the CPU, set it to 0.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in the process itself: others would load torch, too
 
 import pytest
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from support.distributed_runs import DROPPING, RunFolder
+from support.forked_processes import wait_for
 from support.run_comparison import differing_results
-from support.torchrun_agents import forked_agent, wait_for
+from support.torchrun_agents import forked_agent
 
 WIRE = "wire"
 PORT = 29400

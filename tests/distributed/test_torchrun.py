@@ -6,9 +6,10 @@ from pathlib import Path
 
 from support import rank_faults
 from support.distributed_runs import DROPPING, RunFolder
+from support.forked_processes import wait_for
 from support.language_models import metrics
 from support.run_comparison import differing_results
-from support.torchrun_agents import LIMIT_S, torchrun, wait_for
+from support.torchrun_agents import LIMIT_S, torchrun
 from support.torchrun_ranks import run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.forked_processes import ForkedProcess, bigbatch
+from support.forked_processes import ForkedProcess, bigbatch, patched
 
 SENTENCE = re.compile(
     r"bigbatch (train|resume|verify|plan|generate|merge|checkpoints|advise|report|bench|inspect|diff): [^\n]+[.?]\n"
@@ -43,9 +43,17 @@ def cold_command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def running(*words: str, folder: Path) -> ForkedProcess:
-    """Run ``bigbatch WORDS`` in ``folder`` in the background, with SIGINT handled as in a terminal."""
-    return ForkedProcess(bigbatch, *words, folder=folder)
+def running(*words: str, folder: Path, patch: Callable[[int], None] | None = None) -> ForkedProcess:
+    """Run ``bigbatch WORDS`` in ``folder`` in the background, with SIGINT handled as in a terminal.
+
+    Args:
+        words: Arguments of the command.
+        folder: Working directory.
+        patch: Applied before the command, with 0 as the rank; see `support.rank_faults`.
+    """
+    if patch is None:
+        return ForkedProcess(bigbatch, *words, folder=folder)
+    return ForkedProcess(patched, patch, *words, folder=folder)
 
 
 def files_below(folder: Path) -> set[str]:

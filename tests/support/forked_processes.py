@@ -13,13 +13,17 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any, TextIO
 
 from support.gloo_processes import forking_context
+
+LIMIT_S = 240
 
 
 class ForkedProcess:
@@ -110,11 +114,27 @@ class ForkedProcess:
         self.stderr.close()
 
 
+def wait_for(process: ForkedProcess, happened: Callable[[], Any]) -> None:
+    """Wait until something has happened; fail if the process ends first."""
+    until_s = time.monotonic() + LIMIT_S
+    while not happened():
+        assert time.monotonic() < until_s
+        assert process.poll() is None, process.communicate()
+        with suppress(TimeoutExpired):  # ended: the next turn shows what it printed
+            process.wait(0.02)
+
+
 def bigbatch(*words: str) -> int:
     """Run the command."""
     from bigbatch.cli import main
 
     return main(list(words))
+
+
+def patched(patch: Callable[[int], None], *words: str) -> int:
+    """Apply a patch of `support.rank_faults` to the only process of a run, and run the command."""
+    patch(0)
+    return bigbatch(*words)
 
 
 def script(code: str, *words: str) -> None:

@@ -212,7 +212,7 @@ class KillExperiment:
         self.log = folder / "log"
         data = write_jsonl(folder / "data.jsonl", records(40))
         torch.manual_seed(0)
-        model = save_model_folder(folder / "base", kind="gpt2", dropout=0.1)
+        model = save_model_folder(folder / "base", kind="gpt2", dropout=0.1, layers=1)
         self._settings: dict[str, Any] = {
             "data": str(data), "model": str(model), "device": "cpu", "global_batch": 8, "microbatch": 3, "epochs": 2,
             "lr": 1e-2, "max_length": 32, "checkpoint_every": 3, "validation_every": 4,
@@ -232,7 +232,7 @@ class KillExperiment:
         if settings["model"] == "packable":
             settings["model"] = str(self.folder / "packable")
             if not (self.folder / "packable").exists():
-                save_model_folder(self.folder / "packable")
+                save_model_folder(self.folder / "packable", layers=1)
         return TrainConfig(out=path, **settings)
 
     def reference(self, kind: str) -> Path:

@@ -94,14 +94,14 @@ def examples(count: int, *, negatives: int = 1) -> list[dict[str, Any]]:
     ]
 
 
-def save_model_folder(folder: Path, *, kind: str = "llama", dropout: float = 0.0) -> Path:
+def save_model_folder(folder: Path, *, kind: str = "llama", dropout: float = 0.0, layers: int = 2) -> Path:
     """Save a model with a few thousand parameters and its tokenizer."""
     tokenizer = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)
     size = {"vocab_size": len(tokenizer) + 8, "bos_token_id": 0, "eos_token_id": 1}
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     if kind == "gpt2":
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **size, **drops))
+        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, n_positions=64, **size, **drops))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**shape, **size, num_key_value_heads=1, tie_word_embeddings=True))
     else:

@@ -26,6 +26,8 @@ NAMES = (
     "peft",
     "peft.tuners.lora.bnb",
     "peft.utils.transformers_weight_conversion",
+    "pytest",
+    "support.rank_faults",
     "support.short_samples",
 )
 

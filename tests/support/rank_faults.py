@@ -146,15 +146,16 @@ def _hold(reached: Path, pipe: Path) -> None:
         pipe.read_bytes()
 
 
-def wait_for_signal_in_window(step: int, reached: Path) -> Patch:
-    """Block the rank in an update, after its first micro-batch, until it has received a signal."""
-    return partial(_at_update, step, partial(_at_microbatch, partial(_wait_for_signal, reached)))
+def wait_for_signal_in_window(step: int, reached: Path, *, number: int = 1) -> Patch:
+    """Block the rank in an update, after its first micro-batch, until it has received so many signals."""
+    return partial(_at_update, step, partial(_at_microbatch, partial(_wait_for_signal, reached, number)))
 
 
-def _wait_for_signal(reached: Path) -> None:
+def _wait_for_signal(reached: Path, number: int) -> None:
     received, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
     reached.touch()
-    os.read(received, 1)
+    for _ in range(number):
+        os.read(received, 1)
     signal.set_wakeup_fd(-1)

@@ -1,6 +1,6 @@
 """Real torchrun agents in their own process group, with a fault injected into ranks before the first restart.
 
-`torchrun` starts new interpreters, `forked_agent` the same agent and its ranks as forks of the loaded process.
+The agent and its ranks are forks of a process that has loaded torch; test_launchers.py starts new interpreters.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,13 +33,12 @@ code = main(sys.argv[1:])
 open(f"ended-{{restart_count}}-{{rank}}", "w").write(str(code))
 sys.exit(code)
 """
-ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
 def torchrun(
     flags: Sequence[str], words: Sequence[str], folder: Path, *, fault: str = "pass", later: str = "pass"
-) -> Iterator[Any]:
+) -> Iterator[ForkedProcess]:
     """Start torchrun with a fault injected into ranks before the command.
 
     Args:
@@ -49,27 +48,12 @@ def torchrun(
         fault: A Python statement that may use ``rank`` and ``rank_faults``, before the first restart.
         later: The same after a restart.
     """
-    places = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "src")))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *flags, _script(folder, fault, later), *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": places, "PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # workers have their own process groups and are ended by the agent
-            try:
-                process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        process.communicate()
+    arguments = [*flags, _script(folder, fault, later), *words]
+    with ForkedProcess(_run_agent, arguments, "lo", folder=folder) as process:
+        try:
+            yield process
+        finally:
+            _end(process)
 
 
 @contextmanager
@@ -95,13 +79,17 @@ def forked_agent(
         interface: Network interface of gloo.
     """
     arguments = [*flags, _script(folder, fault, "pass"), *words]
-    with ForkedProcess(_run_agent, arguments, str(log), network_of, interface, folder=folder) as process:
+    with ForkedProcess(_run_elsewhere, arguments, str(log), network_of, interface, folder=folder) as process:
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGTERM)  # the agent ends its ranks
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(60)
+            _end(process)
+
+
+def _end(process: ForkedProcess) -> None:
+    process.send_signal(signal.SIGTERM)  # the agent ends its ranks, which have their own process groups
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(60)
 
 
 def _script(folder: Path, fault: str, later: str) -> str:
@@ -110,14 +98,18 @@ def _script(folder: Path, fault: str, later: str) -> str:
     return str(script)
 
 
-def _run_agent(arguments: list[str], log: str, network_of: int, interface: str) -> None:
-    os.setsid()
+def _run_elsewhere(arguments: list[str], log: str, network_of: int, interface: str) -> None:
     for kind, flag in (("user", 0x10000000), ("net", 0x40000000)):  # as nsenter does
         with Path(f"/proc/{network_of}/ns/{kind}").open("rb") as file:
             assert ctypes.CDLL(None).setns(file.fileno(), flag) == 0, kind
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    _run_agent(arguments, interface)
+
+
+def _run_agent(arguments: list[str], interface: str) -> None:
+    os.setsid()
     os.environ["GLOO_SOCKET_IFNAME"] = interface
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
@@ -169,12 +161,3 @@ def _run_script(command: list[str], environment: dict[str, str]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def wait_for(process: Any, happened: Callable[[], Any]) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not happened():
-        assert time.monotonic() < until
-        assert process.poll() is None, process.communicate()
-        with suppress(subprocess.TimeoutExpired):  # ended: the next turn shows what it printed
-            process.wait(0.05)

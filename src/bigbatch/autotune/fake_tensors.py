@@ -103,9 +103,9 @@ def attention_without_dropout() -> Iterator[None]:
     attention = functional.scaled_dot_product_attention
 
     def without_dropout(
-        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *more: Any, **options: Any
     ) -> Any:
-        return attention(query, key, value, attn_mask=attn_mask, **options)
+        return attention(query, key, value, attn_mask, 0.0, *more, **options)
 
     functional.scaled_dot_product_attention = without_dropout
     try:

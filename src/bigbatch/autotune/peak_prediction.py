@@ -31,6 +31,7 @@ from bigbatch.autotune.fake_tensors import (
     loss_tracked_separately,
     proxy_device,
 )
+from bigbatch.autotune.repeated_operations import RepeatedOperations
 from bigbatch.batching.batch_types import flatten
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
@@ -110,7 +111,7 @@ class PeakPredictor:
         keeps_sums: bool = True,
     ) -> None:
         self._has_integer_sums, self._make_store = integer_sums, SumStore if keeps_sums else PassingSums
-        self._mode = mode
+        self._mode, self._repeated = mode, RepeatedOperations(mode)
         self._model = model
         self._optimizers = as_optimizers(optimizer)
         self._loss_fn = loss_fn
@@ -120,7 +121,7 @@ class PeakPredictor:
         self.device = device or self._fake_device
         self._unit = CUDA_UNIT if self.device.type == "cuda" else None
         self._added_by_update: Mapping[MemoryCategory, int] | None = None
-        with errors_as_prediction_errors(), mode, AllocationTracker(self._fake_device, unit=self._unit) as tracker:
+        with errors_as_prediction_errors(), mode, self._tracker() as tracker:
             self._create_state()
             self._copies = torch.empty(copies_bytes, dtype=torch.uint8, device=self._fake_device)
             tracker.track(state_of(optimizer), MemoryCategory.OPTIMIZER)
@@ -219,9 +220,12 @@ class PeakPredictor:
             errors_as_prediction_errors(),
             self._mode,
             attention_without_dropout() if is_proxy else nullcontext(),
-            AllocationTracker(self._fake_device, unit=self._unit) as tracker,
+            self._tracker() as tracker,
         ):
             yield tracker
+
+    def _tracker(self) -> AllocationTracker:
+        return AllocationTracker(self._fake_device, unit=self._unit, run=self._repeated)
 
     def _track(self, tracker: AllocationTracker, sums: GradientSums) -> None:
         """Track what is allocated before the micro-batch starts."""

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from html import unescape
@@ -19,7 +18,7 @@ from bigbatch.cli.arguments import parse
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.lock import RunLock
 from support.command_line import LIMIT_S, files_below, running
-from support.forked_processes import ForkedProcess
+from support.forked_processes import wait_for
 from support.run_directories import BEGIN, make_rich_run, make_run, rows
 
 REFRESH = 'http-equiv="refresh"'
@@ -153,14 +152,6 @@ def test_folder_without_write_access_is_refused(
     assert refused(capfd, run) == (f"{run / 'report.html'} cannot be written: {run} is not writable. Pass --out FILE.")
 
 
-def until(condition: Callable[[], bool], process: ForkedProcess) -> None:
-    """Wait until the condition holds while the process runs."""
-    last_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < last_s, "the condition does not hold"
-        assert process.poll() is None, process.communicate()
-
-
 def add(run: Path, step: int) -> None:
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(f'{{"step": {step}, "loss": {step / 10}}}\n')
@@ -176,10 +167,10 @@ def test_watched_run_is_rewritten_until_it_ends(tmp_path: Path) -> None:
     held = ExitStack()
     held.enter_context(RunLock(run))
     with held, running("report", str(run), "--watch", folder=tmp_path) as process:
-        until(holds("Running: 4 of 9 updates done."), process)
+        wait_for(process, holds("Running: 4 of 9 updates done."))
         assert holds(REFRESH)()
         add(run, 5)
-        until(holds("Running: 5 of 9 updates done."), process)
+        wait_for(process, holds("Running: 5 of 9 updates done."))
         assert holds(REFRESH)()
         add(run, 6)
         held.close()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from bigbatch.cli import main
 from support.command_line import LIMIT_S, SENTENCE, cold_command, command, completed, files_below, running
-from support.forked_processes import ForkedProcess, script
+from support.forked_processes import ForkedProcess, script, wait_for
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
 
 
@@ -363,11 +364,6 @@ def long_run(base: Path) -> list[str]:
     return [*words, "--epochs", "100000", "--global-batch", "4", "--microbatch", "4", "--validation-fraction", "0"]
 
 
-def wait_for(process: ForkedProcess, happened: Callable[[], bool]) -> None:
-    while not happened():
-        assert process.poll() is None, process.communicate()
-
-
 def has_a_line(folder: Path) -> bool:
     path = folder / "run" / "metrics.jsonl"
     return path.exists() and b"\n" in path.read_bytes()
@@ -416,6 +412,8 @@ def open_when_read(process: ForkedProcess, pipe: Path) -> int:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:  # nobody reads it yet
             assert process.poll() is None
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
 
 
 def test_ctrl_c_during_setup_leaves_no_files(folder: Path, base: Path) -> None:

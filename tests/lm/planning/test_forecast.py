@@ -1,6 +1,7 @@
 """What `bigbatch plan` says against what training then does, and what it says where training could not begin."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,12 @@ def forecast_of(place: Path, **settings: Any) -> Forecast:
 
 
 def survey_of(place: Path, **settings: Any) -> DataStatistics:
-    return measure_data(asked(place, **settings).resolved(), progress=lambda *_: None)
+    return measured_once(place, tuple(settings.items()))
+
+
+@cache
+def measured_once(place: Path, settings: tuple[tuple[str, Any], ...]) -> DataStatistics:
+    return measure_data(asked(place, **dict(settings)).resolved(), progress=lambda *_: None)
 
 
 def desk_of(place: Path, usable_bytes: int | None, **settings: Any) -> RunEstimator:
