@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from bigbatch.cli import main
@@ -105,13 +106,15 @@ def test_changed_template_is_rejected_on_resume(base: str, tmp_path: Path, capfd
     assert [row["step"] for row in metrics(folder)] == [1, 2]
 
 
-def test_samples_of_a_run_on_chats_are_answers(base: str, tmp_path: Path) -> None:
+def test_samples_of_a_run_on_chats_are_answers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = str(save_model_folder(tmp_path / "base", kind="qwen2"))
     data = write_jsonl(tmp_path / "a.jsonl", chats(12))
-    common = settings(base, data, chat_template="chatml", train_on="last-turn", steps=60, lr=2e-2, microbatch=4)
+    common = settings(base, data, chat_template="chatml", train_on="last-turn", steps=120, lr=2e-2, microbatch=4)
     asked, _, _ = run(tmp_path / "asked", **common, sample_prompt="why?")
     assert asked.config.prompt(is_chat=True) == "why?"
     samples = read_samples(tmp_path / "asked")
-    assert [(sample.step, sample.prompt) for sample in samples] == [(30, "why?"), (60, "why?")]
+    assert [(sample.step, sample.prompt) for sample in samples] == [(60, "why?"), (120, "why?")]
     assert samples[-1].text.startswith("why?\nbecause")  # as learned, in the format of the template
     run(tmp_path / "default", **common | {"steps": 1})
     (sample,) = read_samples(tmp_path / "default")
