@@ -155,17 +155,22 @@ class Inspector:
             for part in parts
         )
 
-    def notes(self) -> list[str]:
-        """Return sentences about the documents."""
-        found, config = self.found, self._config
+    def counts(self) -> list[str]:
+        """Return lines with the numbers of documents, sequences and tokens."""
+        found = self.found
         shapes = ", ".join(f"{number:,} {shape}" for shape, number in found.shapes.most_common())
         sequences = sum(parts * number for parts, number in found.sequences.items())
         share = f"{100 * found.trained / found.tokens:.0f} %" if found.tokens else "none"
-        notes = [
+        return [
             f"{plural(found.shapes.total(), 'document')}: {shapes}",
             f"{plural(sequences, 'sequence')} with {plural(found.tokens, 'token')}, {found.trained:,} of them "
             f"({share}) trained on",
         ]
+
+    def notes(self) -> list[str]:
+        """Return sentences about how the documents are trained on."""
+        found, config = self.found, self._config
+        notes = []
         if found.conversations:
             notes.append(f"chat template: {describe_template(self._tokenizer, config.chat_template)}")
         if (split := sum(number for parts, number in found.sequences.items() if parts > 1)) > 0:
