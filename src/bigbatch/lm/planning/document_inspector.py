@@ -186,16 +186,20 @@ class Inspector:
             )
         return notes
 
+    def rejected(self) -> list[str]:
+        """Return a sentence about the documents that cannot be encoded, which a run with --skip-broken leaves out."""
+        broken = self.found.broken
+        if not broken:
+            return []
+        first, *others = broken[:SHOWN]
+        more = "".join(f"\n  {message}" for message in others)
+        rest = f"\n  and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
+        return [f"{plural(len(broken), 'document')} cannot be trained on; the first: {first}{more}{rest}"]
+
     def problems(self) -> list[str]:
-        """Return sentences about what should be changed in the data."""
+        """Return sentences about what should be changed in the data of the documents that are encoded."""
         found = self.found
         problems = []
-        if found.broken:
-            number = plural(len(found.broken), "document")
-            first, *others = found.broken[:SHOWN]
-            more = "".join(f"\n  {message}" for message in others)
-            rest = f"\n  and {len(found.broken) - SHOWN:,} more" if len(found.broken) > SHOWN else ""
-            problems.append(f"{number} cannot be trained on; the first: {first}{more}{rest}")
         if found.special.number:
             problems.append(
                 f"{plural(found.special.number, 'document')} with special tokens of the tokenizer in the text, which "

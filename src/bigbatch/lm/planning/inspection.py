@@ -28,6 +28,7 @@ from bigbatch.lm.training.data import ProgressCallback, read_options
 from bigbatch.lm.training.run_tokenizer import load_run_tokenizer, vocabulary_to_train
 
 SKIPPED = "left out; the first: "  # in notes about broken input
+REFUSED = ", refused by a run without --skip-broken"
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,17 @@ class Inspection:
         lengths: Number of sequences to train on by the power of two that is at least their length in tokens, before
             cutting.
         samples: Of the documents to train on, at random; the same for the same data and seed.
-        problems: Sentences; empty for data that can be trained on as it is.
+        problems: Sentences; empty for data that can be trained on as it is, or with ``skip_broken``, without what is
+            left out.
+        left_out: Sentences about broken records, files and documents that a run with ``skip_broken`` leaves out;
+            without it they are problems.
     """
 
     notes: tuple[str, ...]
     lengths: dict[int, int]
     samples: tuple[InspectedSample, ...]
     problems: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCallback) -> Inspection:
@@ -76,19 +81,23 @@ def inspect_data(config: TrainConfig, *, num_samples: int, progress: ProgressCal
     template_notes = set_chat_template(tokenizer, config.chat_template)
     progress("encoding the documents")
     inspector = _inspector(sources.training, config, tokenizer, num_samples)
-    counts, problems = inspector.counts(), inspector.problems()
+    counts, rejected, problems = inspector.counts(), inspector.rejected(), inspector.problems()
     if sources.validation:
         held = _inspector(sources.validation, config, tokenizer, 0)
         counts = [f"training data: {line}" for line in counts] + [f"validation data: {line}" for line in held.counts()]
-        problems += [f"validation data: {problem}" for problem in held.problems()]
+        rejected += [f"validation data: {sentence}" for sentence in held.rejected()]
+        problems += [f"validation data: {sentence}" for sentence in held.problems()]
     corpora = (*sources.training, *sources.validation)
-    skipped = [kind.describe() for corpus in corpora for kind in corpus.broken]
-    notes = [note for corpus in corpora for note in corpus.notes if not (corpus.broken and SKIPPED in note)]
+    skips = config.skip_broken
+    broken = [kind.describe("" if skips else REFUSED) for corpus in corpora for kind in corpus.broken] + rejected
+    # Without --skip-broken, a run does not leave broken input out.
+    notes = [note for corpus in corpora for note in corpus.notes if skips or not (corpus.broken and SKIPPED in note)]
     return Inspection(
         notes=(*notes, *sources.notes, *counts, *inspector.notes(), *template_notes),
         lengths=dict(sorted(inspector.found.lengths.items())),
         samples=inspector.samples(),
-        problems=(*skipped, *problems),
+        problems=tuple(problems if skips else broken + problems),
+        left_out=tuple(broken if skips else ()),
     )
 
 
