@@ -194,8 +194,8 @@ COMMAND_SPECS = {
         usage_words="one RUN",
     ),
     "advise": CommandSpec(
-        about="Compare the batch of a run with its gradient noise scale (far below, near or far above), and estimate "
-        "the cost of accumulation and whether a smaller batch would reach the same loss sooner. This is an estimate; "
+        about="Compare the batch of a run with its gradient noise scale, and estimate the "
+        "cost of accumulation and whether a smaller batch would reach the same loss sooner. This is an estimate; "
         "--branch measures it.",
         examples=("bigbatch advise runs/tiny-python-stdlib", "bigbatch advise RUN --branch"),
         sections=(_section(AdviseOptions, "advice", "What to analyze."),),
