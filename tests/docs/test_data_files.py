@@ -24,6 +24,13 @@ PRINTED = {
     "wiki --subset de": ("1 record in 1 file from wiki",),
     "first.jsonl second:2.jsonl": ("1 record in 1 file from first.jsonl", "1 record in 1 file from second:2.jsonl"),
     "first.jsonl --data second:2.jsonl": ("1 record in 1 file from second:2.jsonl", "validation data: 1 document"),
+    "news/de songs": (
+        "1 record in 1 file from news/de",
+        "1 record in 1 file from songs",
+        "validation: the split validation of songs; nothing is held out of the data",
+        "training data: 2 documents ",
+        "validation data: 1 document ",
+    ),
     "'logs/**/*.txt'": ("3 text files from logs/**/*.txt",),
     "run.toml": ("1 record in 1 file from sums.jsonl", "1 record in 1 file from more-sums.jsonl"),
     "run.yaml": ("1 record in 1 file from sums.jsonl", "1 record in 1 file from more-sums.jsonl"),

@@ -37,6 +37,14 @@ def test_commands_of_page_run(
     assert " removed " in printed["bigbatch cache --remove"]
     (tokenized,) = [out for line, out in printed.items() if line.endswith("--out tokens")]
     assert "next: bigbatch train --data tokens --model tiny" in tokenized
+    (of_songs,) = [out for line, out in printed.items() if line.endswith("--out song-tokens")]
+    assert (
+        "the split validation of songs is not used\nbigbatch train --data song-tokens holds documents out of these "
+        "tokens to validate on; to validate on the split validation instead, pass --validation-data songs\n" in of_songs
+    )
+    (validated,) = [out for line, out in printed.items() if line.endswith("--out validated")]
+    assert "training data: 90 documents " in validated
+    assert "validation data: 9 documents " in validated
     for name in ("third", "fourth"):
         (out,) = [out for line, out in printed.items() if line.endswith(f"--out {name}")]
         assert "tokenizing" not in out

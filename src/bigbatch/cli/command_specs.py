@@ -131,7 +131,7 @@ COMMAND_SPECS = {
         about="Show what a run would train on: counts, lengths, and samples with what is trained on and masked. "
         "Problems are broken records, conversations that the chat template rejects, special tokens in texts, and empty "
         "answers. Accepts the flags of train about data and conversations; writes nothing. The exit code is 1 if "
-        "problems are found.",
+        "problems are found, 0 otherwise. With --skip-broken, what a run leaves out is listed and is no problem.",
         examples=(
             "bigbatch inspect chats.jsonl",
             "bigbatch inspect chats.jsonl --model meta/llama-folder --chat-template llama-3 --samples 10",
@@ -194,8 +194,8 @@ COMMAND_SPECS = {
         usage_words="one RUN",
     ),
     "advise": CommandSpec(
-        about="Compare the batch of a run with its gradient noise scale (far below, near or far above), and estimate "
-        "the cost of accumulation and whether a smaller batch would reach the same loss sooner. This is an estimate; "
+        about="Compare the batch of a run with its gradient noise scale, and estimate the "
+        "cost of accumulation and whether a smaller batch would reach the same loss sooner. This is an estimate; "
         "--branch measures it.",
         examples=("bigbatch advise runs/tiny-python-stdlib", "bigbatch advise RUN --branch"),
         sections=(_section(AdviseOptions, "advice", "What to analyze."),),

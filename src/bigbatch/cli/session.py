@@ -126,19 +126,27 @@ def parameters_line(model: Any) -> str:
 def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     """Return three lines: the global batch, its micro-batches, and the number of updates with the learning rate."""
     config, setup = trainer.config, trainer.setup
-    passes = trainer.total_steps / trainer.schedule.updates_per_epoch()
     peak = trainer.scheduler.base_lrs[0]
     warmup = plural(trainer.warmup_steps, "warm-up update") if trainer.warmup_steps else "no warm-up"
     optimizer = "" if config.optimizer == "adamw" else f"{TITLES[config.optimizer]}, "
-    ranks, samples = trainer.ranks, plural(len(setup.training), sample_noun(config))
+    ranks = trainer.ranks
     effect = _effect_of_split(setup.model, is_reproducible=config.reproducible)
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
         f"global batch per update: {_batch(setup)}",
         f"split into {_split(trainer)}{on_ranks}, on {setup.device_spec} ({effect})",
-        f"{plural(trainer.total_steps, 'update')}, {passes:.3g} {'pass' if passes == 1 else 'passes'} over "
-        f"{samples}; {optimizer}learning rate {peak:g}, {_decay(trainer)}, {warmup}",
+        f"{plural(trainer.total_steps, 'update')}, {_epochs(trainer)}; {optimizer}learning rate {peak:g}, "
+        f"{_decay(trainer)}, {warmup}",
     )
+
+
+def _epochs(trainer: "Trainer") -> str:
+    """Return the epochs of the run and the length of one; of a mixture, an epoch has some samples repeatedly."""
+    epochs = trainer.total_steps / trainer.schedule.updates_per_epoch()
+    samples = plural(trainer.setup.order.samples_before(1), sample_noun(trainer.config))
+    if trainer.config.data_weights is not None:
+        return f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'} of {samples}"
+    return f"{epochs:.3g} {'pass' if epochs == 1 else 'passes'} over {samples}"
 
 
 def _decay(trainer: "Trainer") -> str:

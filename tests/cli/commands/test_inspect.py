@@ -101,6 +101,27 @@ def test_every_kind_of_broken_record_is_listed(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+def test_skipped_input_is_left_out_and_no_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT, {"text": 5}, {"messages": [USER, USER, ANSWER]}, {"text": None}])
+    words = (path, "--chat-template", "gemma", "--samples", 0)
+    assert inspect(*words, code=1, capsys=capsys).count("\nproblem: ") == 3
+    text = inspect(*words, "--skip-broken", code=0, capsys=capsys)
+    assert f"\n2 broken records left out; the first: {path}:2: the field 'text' is a number" in text
+    assert text.endswith(
+        f"left out: 1 broken record; the first: {path}:2: the field 'text' is a number and must be a string.\n"
+        f"left out: 1 broken record; the first: {path}:4: the record cannot be trained on: its 'text' is null.\n"
+        f"left out: 1 document cannot be trained on; the first: {path}:3: the chat template rejects the conversation: "
+        "in the gemma format, user and assistant take turns, and the user begins.\n"
+        "no other problems found\n"
+    )
+
+
+def test_other_problems_remain_with_skipped_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT, {"text": 5}, {"text": "over <|end|> and"}])
+    text = inspect(path, "--skip-broken", "--samples", 0, code=1, capsys=capsys)
+    assert [line.partition(":")[0] for line in text.splitlines()[-2:]] == ["left out", "problem"]
+
+
 def test_bad_input_has_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(code=2, capsys=capsys) == (
         "bigbatch inspect: DATA is missing: pass the data to inspect, such as chats.jsonl.\n"

@@ -68,7 +68,9 @@ def test_advice_is_that_of_advise(tmp_path: Path, capfd: pytest.CaptureFixture[s
     printed(capfd, run)
     assert main(["advise", str(run)]) == 0
     first = " ".join(capfd.readouterr().out.split()).partition(". ")[0]
-    assert first.startswith("The batch of 32 sequences is near the gradient noise scale, about 60 sequences (40 to 90)")
+    assert first.startswith(
+        "The batch of 32 sequences is 0.53 times the gradient noise scale, about 60 sequences (40 to 90)"
+    )
     assert f"{first}. See also bigbatch advise {run}" in words_of(run / "report.html")
 
 

@@ -148,6 +148,21 @@ def test_counts_of_one_are_singular(folder: Path, base: Path, capfd: pytest.Capt
     assert "next: bigbatch generate 'run it' \"def \"" in printed
 
 
+def test_epoch_of_mixture_has_one_length(folder: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(folder / "few.jsonl", [{"text": f"a longer sentence, number {i}, about few things"} for i in range(9)])
+    words = ["train", "--data", "../data.jsonl", "few.jsonl", "--data-weights", "0.2", "0.8", "--model", str(base)]
+    assert main([*words, "--epochs", "1", "--global-batch", "100", "--microbatch", "100", "--out", "run"]) == 0
+    printed = capfd.readouterr().out
+    found = re.search(r"an epoch is one pass over ../data.jsonl, (\d+) sequences\n", printed)
+    trained = re.search(r"training data: .*; (\d+) sequences\n", printed)
+    assert found is not None
+    assert trained is not None
+    assert int(found[1]) > int(trained[1])  # some of few.jsonl are trained on again
+    updates = -(-int(found[1]) // 100)
+    word = "update" if updates == 1 else "updates"
+    assert f"\n{updates} {word}, 1 epoch of {found[1]} sequences; learning rate " in printed
+
+
 def test_dropout_replaces_promise_about_split(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_model_folder(folder / "drops", kind="gpt2", dropout=0.1)
     words = ["train", "--data", "../data.jsonl", "--model", "drops", "--steps", "1", "--microbatch", "8"]

@@ -200,7 +200,9 @@ def test_named_columns_are_read_instead() -> None:
     with_both = {"text": "right", "messages": [USER, ANSWER]}
     assert document(with_both, text="text").text == "right"
     assert document(with_both, messages="messages").messages == (USER, ANSWER)
-    assert refusal({"body": None}, text="body") == "the record has 'body' (null: 'body'), and --text-column is 'body'."
+    assert refusal({"body": None}, text="body") == (
+        "the record cannot be trained on: its 'body' is null, and --text-column is 'body'."
+    )
     assert refusal({"text": "a"}, messages="dialog") == "the record has 'text', and --messages-column is 'dialog'."
 
 
@@ -241,10 +243,13 @@ def test_saved_dataset_of_chats_is_read(tmp_path: Path) -> None:
             {"prompt": [{"role": "system", "content": "a"}, USER], "completion": [ANSWER], "system": "b"},
             "the record has 'system', and 'prompt' begins with one. Keep one of them.",
         ),
+        ({"text": None, "id": None}, "the record cannot be trained on: its 'text' is null."),
+        ({"prompt": "a", "completion": None}, "the record cannot be trained on: its 'completion' is null."),
         (
-            {"prompt": "a", "completion": None},
-            f"the record has 'prompt', 'completion' (null: 'completion'). {EXPECTED}",
+            {"text": None, "messages": None, "tools": None},
+            "the record cannot be trained on: its 'text', 'messages' are null.",
         ),
+        ({"prompt": "a", "id": None}, f"the record has 'prompt', 'id' (null: 'id'). {EXPECTED}"),
         (
             {"text": "a", "instruction": "b", "output": "c"},
             "the record has 'text' and 'instruction+output', but only one of them is allowed. Keep one, or pass "

@@ -344,14 +344,15 @@ def test_parts_of_tokens_hold_every_document_once(
     data = str(write_jsonl(tmp_path / "data.jsonl", records(60)))
     assert tokenize(model, data, tmp_path / "whole", "--max-length", "16") == 0
     printed = capfd.readouterr().out
-    assert "with --max-length 16: " in printed
-    assert f"next: bigbatch train --data {tmp_path / 'whole'} --model {model}" in printed
+    assert printed.endswith(f"next: bigbatch train --data {tmp_path / 'whole'} --model {model} --max-length 16\n")
+    sequences = int(printed.partition("with --max-length 16: ")[2].partition(" sequences, before any are held out")[0])
     for i in range(3):
         assert tokenize(model, data, tmp_path / "parts", "--shard", f"{i}/3") == 0
     printed = capfd.readouterr().out
     assert "the other 2 of 3 parts: the same command with --shard 1/3, and so on" in printed
     whole, parts = (load_tokenized(model, tmp_path / name) for name in ("whole", "parts"))
     kept, _ = load(tmp_path / "cache", data)
+    assert len(all_samples(whole.training) + all_samples(whole.validation)) == sequences
     assert all_samples(whole.training) == all_samples(kept.training)
     assert sorted(map(str, all_samples(parts.training))) == sorted(map(str, all_samples(whole.training)))
     assert sorted(map(str, all_samples(parts.validation))) == sorted(map(str, all_samples(whole.validation)))
@@ -399,6 +400,23 @@ def test_tokenize_refuses_what_it_cannot_write(
     assert tokenize(model, data, tmp_path / "tokens") == 0
     assert tokenize(model, data, tmp_path / "tokens", *more) == 2
     assert message in capfd.readouterr().err
+
+
+def test_next_command_has_chat_template(
+    tmp_path: Path, model: str, data: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert tokenize(model, data, tmp_path / "tokens", "--chat-template", "chatml") == 0
+    *_, last = capfd.readouterr().out.splitlines()
+    assert last == f"next: bigbatch train --data {tmp_path / 'tokens'} --model {model} --chat-template chatml"
+
+
+def test_tokens_to_validate_on_are_rejected(tmp_path: Path, model: str, data: str) -> None:
+    assert tokenize(model, data, tmp_path / "tokens") == 0
+    config = TrainConfig(data=(data,), validation_data=(str(tmp_path / "tokens"),)).resolved()
+    with pytest.raises(
+        InputError, match=r"--validation-data .*tokens holds tokens of bigbatch tokenize\. Pass the data "
+    ):
+        DataLoader(config, lambda activity, *_: None)
 
 
 def test_tokens_cannot_be_tokenized(tmp_path: Path, model: str, data: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Pretraining from a configuration: weights, tokenizer, refusals, resume, and the folder that is saved."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +260,10 @@ def test_plan_and_verify_accept_a_configuration(folder: Path, capfd: pytest.Capt
     assert main(["verify", *WORDS, *NEW, "--samples", "6", "--precision", "float64"]) == 0
 
 
-def test_stopped_run_resumes_bit_identically(folder: Path) -> None:
+RANDOM = "the weights of the new model are random, from --seed 0\n"
 
+
+def test_stopped_run_resumes_bit_identically(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     more = {"keep": "best", "validation_every": 1, "deterministic": True, "tokenizer": "train:300"}
     run(folder / "whole", **settings(**more))
     prepared = set_up_training(TrainConfig(device="cpu", **settings(**more), out=folder / "run"))
@@ -270,6 +273,15 @@ def test_stopped_run_resumes_bit_identically(folder: Path) -> None:
     trainer.run(directory, callback=recorder, should_stop=lambda: len(recorder.rows) == 2)
     assert main(["resume", "run"]) == 0
     assert differences(folder / "run", folder / "whole") == []
+    resumed = capfd.readouterr().out
+    assert "resuming run after update 2\n" in resumed
+    assert RANDOM not in resumed
+    shutil.rmtree(folder / "run" / "checkpoints")
+    shutil.rmtree(folder / "run" / "model")
+    assert main(["resume", "run"]) == 0
+    restarted = capfd.readouterr().out
+    assert "resuming run from the beginning (no checkpoint)\n" in restarted
+    assert RANDOM in restarted
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

@@ -24,7 +24,7 @@ LONGEST_SEGMENT = 800  # characters of a segment that are shown
 
 
 def run(config: TrainConfig, options: InspectOptions) -> int:
-    """Print what is in the data; return 1 if there are problems."""
+    """Print what is in the data; return 1 if there are problems besides what --skip-broken leaves out."""
     check_paths(config)
     console = make_console()
     with progress_display(console) as progress:
@@ -40,11 +40,12 @@ def run(config: TrainConfig, options: InspectOptions) -> int:
         for text in shown(sample, number):
             console.print(text)
     console.print("")
-    for problem in inspection.problems:
-        for line in f"problem: {problem}".split("\n"):
-            console.print(line)
+    sentences = [f"left out: {sentence}" for sentence in inspection.left_out]
+    sentences += [f"problem: {sentence}" for sentence in inspection.problems]
+    for line in "\n".join(sentences).splitlines():
+        console.print(line)
     if not inspection.problems:
-        console.print("no problems found")
+        console.print("no other problems found" if inspection.left_out else "no problems found")
     return PROBLEMS if inspection.problems else NO_PROBLEM
 
 

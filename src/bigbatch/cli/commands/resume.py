@@ -83,7 +83,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
                 console.print(f"{path} is already finished: {end}, the model is saved")
                 return DONE
             from bigbatch.lm.planning.offload_choice import with_chosen_offload
-            from bigbatch.lm.training.setup import set_up_training
+            from bigbatch.lm.training.setup import notes_of_new_model, set_up_training
             from bigbatch.lm.training.trainer import Trainer
 
             quiet_libraries()
@@ -107,9 +107,10 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             trainer.tune(cache=path, progress=progress)
             trainer.prepare(path, progress=progress)
+        replaced = () if checkpoint is None else notes_of_new_model(setup.config)  # the weights are the checkpoint's
         for line in (
             *(note for note in (threads_note, offload_note) if note is not None),
-            *setup.notes,
+            *(note for note in setup.notes if note not in replaced),
             parameters_line(setup.model),
             *(summary_lines(trainer) if checkpoint is None else ()),
         ):

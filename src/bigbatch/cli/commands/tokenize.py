@@ -27,5 +27,7 @@ def run(config: TrainConfig, options: TokenizeOptions) -> int:
     else:
         flags = ["--model", config.model] if config.model_config_path is None else ["--model-config", config.model]
         flags += [] if config.tokenizer is None else ["--tokenizer", config.tokenizer]
+        flags += [] if config.max_length is None else ["--max-length", str(config.max_length)]
+        flags += [] if config.chat_template is None else ["--chat-template", config.chat_template]
         console.print(f"next: bigbatch train --data {shlex.quote(str(options.out))} {shlex.join(flags)}")
     return DONE

@@ -18,6 +18,7 @@ from bigbatch.lm.text import plural
 
 FAR = 4.0  # ratio of batch and scale beyond which samples or updates are mostly wasted
 Verdict = Literal["far below", "near", "far above", "unknown"]
+Position = Literal["far below", "below", "near", "above", "far above", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Advice:
     """Conclusions from the evidence.
 
     Attributes:
-        verdict: The batch compared with the noise scale.
+        verdict: The batch compared with the noise scale; ``near`` is within a factor of `FAR`.
         sentences: The advice, the most important first.
         smaller_batch: Sequences of one micro-batch if a batch of that size would reach the loss sooner; else None.
         gain: Speed-up of that batch in the model above; 1 if there is none.
@@ -71,12 +72,33 @@ def one_line(found: RunEvidence) -> str | None:
     verdict = classify(found)
     if verdict == "unknown":
         return None
+    position = _position(found, verdict)
     means = {
         "far below": "a larger batch would need few additional samples",
+        "below": "a larger one would need fewer updates",
         "near": "about as large as is efficient",
+        "above": "a smaller one would need fewer samples",
         "far above": "a smaller one would need fewer samples",
-    }[verdict]
-    return f"batch: {_rounded(found.batch)} {found.noun}s, {verdict} the gradient noise scale {_scale(found)}: {means}"
+    }[position]
+    where = _where(found, position)
+    return f"batch: {_rounded(found.batch)} {found.noun}s, {where} the gradient noise scale {_scale(found)}: {means}"
+
+
+def _position(found: RunEvidence, verdict: Verdict) -> Position:
+    """Return the verdict; of a batch within a factor of `FAR`, on which side of the confidence interval it is."""
+    if verdict != "near":
+        return verdict
+    if found.batch < (found.low or 0.0):
+        return "below"
+    return "above" if found.high is not None and found.batch > found.high else "near"
+
+
+def _where(found: RunEvidence, position: Position) -> str:
+    """Return the position in words; of a batch outside of the interval, but not far from it, as a factor."""
+    if position in ("below", "above"):
+        assert found.scale is not None, "the scale of a near batch is known"
+        return f"{found.batch / found.scale:.2f} times"
+    return position
 
 
 def _compare_with_scale(found: RunEvidence, verdict: Verdict) -> str:
@@ -88,14 +110,19 @@ def _compare_with_scale(found: RunEvidence, verdict: Verdict) -> str:
         else:
             why = f"is unknown: {found.missing or 'the run did not record it'}"
         return f"After {plural(found.step, 'update')} the gradient noise scale {why}."
-    means = {
-        "far below": "twice the batch would need about half the updates and few additional samples",
-        "near": "about 2× the minimum number of samples and 2× the minimum number of updates, a common trade-off",
-        "far above": "most of its samples are redundant, and a smaller batch would need fewer samples",
-    }[verdict]
+    position = _position(found, verdict)
+    if verdict == "near":
+        assert found.scale is not None, "the scale of a near batch is known"
+        samples, updates = 1 + found.batch / found.scale, 1 + found.scale / found.batch
+        means = f"about {samples:.2g}× the minimum number of samples and {updates:.2g}× the minimum number of updates"
+        means += ", a common trade-off" if position == "near" else ""
+    elif verdict == "far below":
+        means = "twice the batch would need about half the updates and few additional samples"
+    else:
+        means = "most of its samples are redundant, and a smaller batch would need fewer samples"
     return (
-        f"The batch of {_rounded(found.batch)} {found.noun}s is {verdict} the gradient noise scale, {_scale(found)}: "
-        f"{means}."
+        f"The batch of {_rounded(found.batch)} {found.noun}s is {_where(found, position)} the gradient noise scale, "
+        f"{_scale(found)}: {means}."
     )
 
 

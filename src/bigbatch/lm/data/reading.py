@@ -54,12 +54,12 @@ class Broken:
     number: int
     first: tuple[str, ...]
 
-    def describe(self) -> str:
-        """Return the number and the first ones, each on a line."""
+    def describe(self, consequence: str = "") -> str:
+        """Return the number, followed by what happens to them, and the first ones, each on a line."""
         more = "".join(f"\n  {message}" for message in self.first[1:])
         rest = f"\n  and {self.number - len(self.first):,} more" if self.number > len(self.first) else ""
         number = plural(self.number, f"broken {self.noun}")
-        return f"{number}, refused by a run without --skip-broken; the first: {self.first[0]}{more}{rest}"
+        return f"{number}{consequence}; the first: {self.first[0]}{more}{rest}"
 
 
 @dataclass

@@ -16,7 +16,7 @@ Long because every shape is read here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -160,6 +160,7 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
     shapes = _shapes_of(present)
     if not shapes:
         missing = [name for name in record if name not in present]
+        _check_nulls(tuple(record), missing, source)
         nulls = f" (null: {listing(missing)})" if missing else ""
         expected = PREFERENCES if {"chosen", "rejected"} <= set(present) else EXPECTED
         raise InputError(f"{source}: the record has {listing(name for name in record)}{nulls}. {expected}")
@@ -181,6 +182,18 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
             return to_token_document(record, source)
         case shape:
             return _conversation(record, SHAPES[shape][0], source, shape=shape)
+
+
+def _check_nulls(names: tuple[str, ...], nulls: Sequence[str], source: str) -> None:
+    """Refuse a record that has the fields of a shape, of which some are null.
+
+    Raises:
+        InputError: It has; the message names them.
+    """
+    needed = {name for shape in _shapes_of(names) for name in SHAPES[shape]}
+    if found := [name for name in nulls if name in needed]:
+        verb = "is" if len(found) == 1 else "are"
+        raise InputError(f"{source}: the record cannot be trained on: its {listing(found)} {verb} null.")
 
 
 @lru_cache(maxsize=1000)
@@ -222,8 +235,8 @@ def _text(record: Mapping[str, Any], column: str, source: str) -> Document:
 
 def _value(record: Mapping[str, Any], column: str, flag: str, source: str) -> Any:
     if record.get(column) is None:
-        is_null = f" (null: {column!r})" if column in record else ""
-        raise InputError(f"{source}: the record has {listing(record)}{is_null}, and {flag} is {column!r}.")
+        wrong = f"cannot be trained on: its {column!r} is null" if column in record else f"has {listing(record)}"
+        raise InputError(f"{source}: the record {wrong}, and {flag} is {column!r}.")
     return record[column]
 
 

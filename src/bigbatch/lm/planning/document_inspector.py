@@ -155,17 +155,22 @@ class Inspector:
             for part in parts
         )
 
-    def notes(self) -> list[str]:
-        """Return sentences about the documents."""
-        found, config = self.found, self._config
+    def counts(self) -> list[str]:
+        """Return lines with the numbers of documents, sequences and tokens."""
+        found = self.found
         shapes = ", ".join(f"{number:,} {shape}" for shape, number in found.shapes.most_common())
         sequences = sum(parts * number for parts, number in found.sequences.items())
         share = f"{100 * found.trained / found.tokens:.0f} %" if found.tokens else "none"
-        notes = [
+        return [
             f"{plural(found.shapes.total(), 'document')}: {shapes}",
             f"{plural(sequences, 'sequence')} with {plural(found.tokens, 'token')}, {found.trained:,} of them "
             f"({share}) trained on",
         ]
+
+    def notes(self) -> list[str]:
+        """Return sentences about how the documents are trained on."""
+        found, config = self.found, self._config
+        notes = []
         if found.conversations:
             notes.append(f"chat template: {describe_template(self._tokenizer, config.chat_template)}")
         if (split := sum(number for parts, number in found.sequences.items() if parts > 1)) > 0:
@@ -181,16 +186,20 @@ class Inspector:
             )
         return notes
 
+    def rejected(self) -> list[str]:
+        """Return a sentence about the documents that cannot be encoded, which a run with --skip-broken leaves out."""
+        broken = self.found.broken
+        if not broken:
+            return []
+        first, *others = broken[:SHOWN]
+        more = "".join(f"\n  {message}" for message in others)
+        rest = f"\n  and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
+        return [f"{plural(len(broken), 'document')} cannot be trained on; the first: {first}{more}{rest}"]
+
     def problems(self) -> list[str]:
-        """Return sentences about what should be changed in the data."""
+        """Return sentences about what should be changed in the data of the documents that are encoded."""
         found = self.found
         problems = []
-        if found.broken:
-            number = plural(len(found.broken), "document")
-            first, *others = found.broken[:SHOWN]
-            more = "".join(f"\n  {message}" for message in others)
-            rest = f"\n  and {len(found.broken) - SHOWN:,} more" if len(found.broken) > SHOWN else ""
-            problems.append(f"{number} cannot be trained on; the first: {first}{more}{rest}")
         if found.special.number:
             problems.append(
                 f"{plural(found.special.number, 'document')} with special tokens of the tokenizer in the text, which "

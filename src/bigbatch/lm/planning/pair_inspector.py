@@ -48,18 +48,21 @@ class PairInspector(Inspector):
             for name, part in zip(self._names[parts[0].document], parts, strict=True)
         )
 
-    def notes(self) -> list[str]:
-        """Return sentences about the documents."""
+    def counts(self) -> list[str]:
+        """Return lines with the numbers of samples, sequences and tokens."""
         found, noun = self.found, SAMPLE_NOUNS[self._config.objective]
         sequences = sum(parts * number for parts, number in found.sequences.items())
         shapes = ", ".join(f"{number:,} {shape}" for shape, number in found.shapes.most_common())
-        notes = [
+        return [
             f"{plural(found.shapes.total(), noun)}: {shapes}",
             f"{plural(sequences, 'sequence')} with {plural(found.tokens, 'token')}, {found.trained:,} of them compared",
         ]
-        if found.cut:
-            notes.append(
-                f"{plural(found.cut, 'sequence')} longer than --max-length {self._max_length}: each will be "
-                f"{LONG[self._config.objective]}"
-            )
-        return notes
+
+    def notes(self) -> list[str]:
+        """Return sentences about how the sequences are compared."""
+        if not self.found.cut:
+            return []
+        return [
+            f"{plural(self.found.cut, 'sequence')} longer than --max-length {self._max_length}: each will be "
+            f"{LONG[self._config.objective]}"
+        ]

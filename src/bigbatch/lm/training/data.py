@@ -137,6 +137,12 @@ class DataLoader:
         """Open the sources that were not tokenized ahead."""
         named, fraction = self._config.validation_data or (), self._config.validation_fraction
         check_named_paths(named)
+        for name in sources_of(named):
+            if find_stores(Path(name)) is not None:
+                raise InputError(
+                    f"--validation-data {name} holds tokens of bigbatch tokenize. Pass the data that they were made "
+                    "from."
+                )
         if not raw and not named:
             return DataSources((), ())
         options, validation_data = read_options(self._config), sources_of(named)

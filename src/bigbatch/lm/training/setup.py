@@ -191,7 +191,7 @@ def set_up_training(
         validation=data.validation,
         notes=(
             *template_notes,
-            *_notes_of_new_model(config),
+            *notes_of_new_model(config),
             *data.notes,
             *([quantization_note(model_setup.model)] if quantized is not None else []),
             *model_setup.notes,
@@ -234,7 +234,7 @@ def _fingerprint(quantized: QuantizedBase, model: Any) -> str | None:
         quantized.weights.close()
 
 
-def _notes_of_new_model(config: TrainConfig) -> tuple[str, ...]:
+def notes_of_new_model(config: TrainConfig) -> tuple[str, ...]:
     """Return a sentence about the random weights of a new model, and about trained ones next to its configuration."""
     if config.model_config_path is None:
         return ()

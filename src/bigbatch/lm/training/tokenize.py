@@ -4,6 +4,7 @@ sources → documents of one part → token store and tokenizer → FOLDER, or F
 """
 
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,13 +94,24 @@ def tokenize(config: TrainConfig, out: Path, *, part: tuple[int, int], progress:
             remove(partial)
     size = describe_bytes(manifest.num_bytes)
     counts = f"{target}: {plural(manifest.documents, 'document')}, {plural(manifest.tokens, 'token')}, {size}"
-    notes = [*template_notes, *manifest.notes, *sources.notes, counts]
+    unused_splits = [*sources.notes, _about_unused(config, out)] if sources.notes else []
+    notes = [*template_notes, *manifest.notes, *unused_splits, counts]
     if config.max_length is not None:
         samples, _ = make_samples(StoredTokens([(target, manifest)]), max_length=config.max_length, split=HashSplit())
         sequences = plural(samples.counts.samples, "sequence")
-        notes.append(f"with --max-length {config.max_length}: {sequences}, none of them held out for validation")
+        notes.append(f"with --max-length {config.max_length}: {sequences}, before any are held out for validation")
     parts = [i for i in range(of) if of > 1 and not (out / part_name(i, of)).is_dir()]
     return TokenizeResult(tuple(notes), tuple(parts))
+
+
+def _about_unused(config: TrainConfig, out: Path) -> str:
+    """Return what a run on the tokens validates on, although the data has a validation split, and how to use that."""
+    is_whole = len(config.data) == 1 and config.subset is None
+    how = f"--validation-data {shlex.quote(config.data[0])}" if is_whole else "--validation-data with the data it is in"
+    return (
+        f"bigbatch train --data {shlex.quote(str(out))} holds documents out of these tokens to validate on; to "
+        f"validate on the split validation instead, pass {how}"
+    )
 
 
 def _write(
