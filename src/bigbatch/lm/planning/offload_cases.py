@@ -274,8 +274,8 @@ class OffloadCases:
 
     def _rows_that_pay(self, level: Offload, mode: CheckpointingMode, most: int, card: Card, device_bytes: int) -> int:
         """Return the fewest rows, of the most and their halves, that are at most 2 % slower than the fastest."""
-        halves = (most >> halvings for halvings in range(1, most.bit_length()))
-        rows = [most, *(each for each in halves if each * self._data.longest >= LEAST_TOKENS)]
+        least = min(most, -(-LEAST_TOKENS // self._data.longest))
+        rows = [max(least, most >> halvings) for halvings in range(most.bit_length())]
         times = {
             each: self._time(level, mode, self._size_of(each), card, device_bytes).total_s for each in reversed(rows)
         }
