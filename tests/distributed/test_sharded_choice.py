@@ -10,7 +10,7 @@ import pytest
 from bigbatch.lm.runs.file_names import CONFIG, SHARDED_MICROBATCH
 from distributed import sharded_choice_cases as cases
 from distributed.sharded_start_cases import save_deep_model
-from support.language_models import metrics, records, save_model_folder, write_jsonl
+from support.language_models import examples, metrics, pairs, records, save_model_folder, write_jsonl
 from support.process_pool import Pools
 from support.rank_faults import signal_in_update
 from support.run_comparison import CLOCK, differing_results
@@ -99,6 +99,28 @@ def test_deterministic_run_keeps_its_fixed_budget(place: Path) -> None:
     assert not (place / "run" / SHARDED_MICROBATCH).exists()
 
 
+def test_run_moves_between_replicas_shards_and_one_process(place: Path) -> None:
+    words = [*WORDS[:-1], "ddp", "--out", "run"]
+    run(["train", *words], 2, folder=place, patch=signal_in_update(1), codes=75)
+    launch = run(["resume", "run", "--parallel", "fsdp"], 2, folder=place, patch=signal_in_update(2), codes=75)
+    sentence_of(launch.stdout())
+    launch = run(["resume", "run"], 1, folder=place, alone=True)
+    assert "chosen by prediction" not in launch.stdout()
+    assert len(metrics(place / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [("reward", []), ("dpo", []), ("embedding", ["--pooling", "last"])],
+    ids=lambda word: str(word),
+)
+def test_other_objectives_are_predicted(place: Path, objective: str, more: list[str]) -> None:
+    write_jsonl(place / "data.jsonl", examples(20) if objective == "embedding" else pairs(20))
+    words = ["train", *WORDS, "--objective", objective, *more, "--out", "run"]
+    words[words.index("--steps") + 1] = "1"
+    sentence_of(run(words, 2, folder=place).stdout())
+
+
 # the choice -------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +173,6 @@ def test_peak_of_a_rank_is_as_predicted(deep: dict[str, Any], pools: Pools, more
 
     Predictions count a gradient of each parameter while its sum is added, which FSDP adds after the whole layer.
     """
-    settings = deep | {"gradient_checkpointing": "none", "global_batch": 8} | more
+    settings = deep | {"gradient_checkpointing": "none", "global_batch": 16} | more
     for predicted, counted in pools(2).run(cases.peaks, settings, timeout_s=120.0):
         assert 0.99 <= predicted / counted <= 1.05, predicted / counted

@@ -180,7 +180,7 @@ class OffloadCases:
 
     def _curve(self, mode: CheckpointingMode, narrow: bool) -> _Curve:
         """Return the activations of a mode; weights that ranks gather in 16 bits are not cast by autocast."""
-        narrow = bool(self.state.narrowed) and (narrow or self._is_sharded)
+        narrow = bool(self.state.narrowed) and (narrow or (self._is_sharded and self._sharded.gathers_narrow))
         if (mode, narrow) not in self._curves:
             series = self._series(mode, narrow=narrow)
             if self._size is not None:

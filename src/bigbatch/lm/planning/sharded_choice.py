@@ -17,7 +17,7 @@ import torch
 
 from bigbatch import __version__
 from bigbatch.autotune.peak_prediction import PredictionError
-from bigbatch.errors import InputError
+from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import RankContext
@@ -94,7 +94,12 @@ def with_chosen_microbatch(
     found: dict[str, Any] | None = None
     with ranks.raise_together():
         if ranks.is_first:
-            found = _choose(asked, ranks, device_spec, usable, progress=progress, folder=folder)
+            try:
+                found = _choose(asked, ranks, device_spec, usable, progress=progress, folder=folder)
+            except InputError:
+                raise
+            except (BigbatchError, ModuleNotFoundError) as error:  # the other ranks wait for an InputError
+                raise InputError(str(error)) from error
     found = ranks.broadcast(found)
     settings = {"microbatch": None, "token_budget": found["size"], "gradient_checkpointing": found["checkpointing"]}
     settings |= dict.fromkeys(("memory", "gpu"))  # applied here; they limit "auto", which is replaced

@@ -83,6 +83,11 @@ class ShardedModel:
             is_cuda=device_spec.device.type == "cuda",
         )
 
+    @property
+    def gathers_narrow(self) -> bool:
+        """Whether layers are gathered in the dtype in which they compute, so that autocast does not cast them."""
+        return self.gathered_width < self.stored_width
+
     def window_bytes(self, device_bytes: int) -> int:
         """Return the bytes on a rank while micro-batches run, in addition to its shards and to activations.
 
