@@ -27,7 +27,8 @@ from support.language_models import records, write_jsonl
 
 GIB = 2**30
 LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64  # attention of 4 heads with 2 of keys, MLP, two norms
-REST = 2 * 512 * 64 + 64  # embedding, head, last norm
+EMBEDDING = 512 * 64
+REST = 2 * EMBEDDING + 64  # with head and last norm
 EIGHT = RankContext(8, 0, 8, "fsdp")
 
 
@@ -49,12 +50,13 @@ def sharded(kind: str, precision: str, *, is_replicated: bool = False) -> Sharde
 def test_two_layers_and_the_rest_are_gathered() -> None:
     found = sharded("cpu", "float32")
     assert (found.layer, found.layers, found.rest) == (LAYER, 2 * LAYER, REST)
-    assert found.window_bytes(2**60) == 4 * (2 * LAYER + REST) + 4 * (LAYER + REST), "weights and gradients"
+    assert found.window_bytes(2**60) == 4 * (2 * LAYER + REST) + 4 * (LAYER + REST - EMBEDDING), "and gradients"
+    assert found.end_bytes(2**60) == found.window_bytes(2**60) + 4 * (EMBEDDING + REST)
 
 
 def test_layers_are_gathered_in_bfloat16_on_cuda() -> None:
     found = sharded("cuda", "bf16")
-    assert found.window_bytes(0) == 2 * 2 * LAYER + 4 * REST + 4 * (LAYER + REST)
+    assert found.window_bytes(0) == 2 * 2 * LAYER + 4 * REST + 4 * (LAYER + REST - EMBEDDING)
     assert found.gathers_narrow
     assert not sharded("cpu", "bf16").gathers_narrow, "autocast casts them there"
 
@@ -64,7 +66,7 @@ def test_small_models_stay_whole_for_a_window() -> None:
     weights, gradients = 2 * 2 * LAYER + 4 * REST, 4 * (2 * LAYER + REST)
     assert not found.keeps_weights(8 * weights - 1)
     assert found.keeps_weights(8 * weights)
-    assert found.window_bytes(8 * weights) == weights + 2 * LAYER + 4 * (LAYER + REST)
+    assert found.window_bytes(8 * weights) == weights + 2 * LAYER + 4 * (LAYER + REST - EMBEDDING)
     assert not found.keeps_gradients(8 * (weights + gradients) - 1)
     assert found.keeps_gradients(8 * (weights + gradients))
     assert found.window_bytes(2**60) == weights + 2 * LAYER + gradients + 4 * LAYER

@@ -152,7 +152,8 @@ class OffloadCases:
         if self._is_sharded:
             rows = self._rows_that_pay(level, mode, rows, card, device_bytes)
         start_bytes = needs.start_bytes + libraries
-        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes, start_bytes)
+        end_bytes = fixed + self._sharded.end_bytes(device_bytes) if self._is_sharded else 0
+        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes, start_bytes, end_bytes)
         size = self._size_of(rows)
         time = self._time(level, mode, size, card, device_bytes)
         return Candidate(level, mode, size, peak_bytes, needs.host_bytes, time)

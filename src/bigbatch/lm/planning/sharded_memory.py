@@ -5,6 +5,7 @@ model without weights, memory of the device → layers that are gathered, or the
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +33,7 @@ class ShardedModel:
         layer, trained_layer: Parameters of the largest layer, and those of them that are trained.
         layers: Of all layers.
         rest, trained_rest: Of everything else, which is gathered from the first layer to the last.
+        trained_embeddings: Of the input embeddings, whose gradient is computed last; 0 if the output layer shares them.
         trained: Of the whole model.
         stored_width: Bytes of a weight in the shards, and of a gradient outside of layers.
         gathered_width: Bytes of a weight of a layer as it is gathered.
@@ -45,6 +47,7 @@ class ShardedModel:
     layers: int
     rest: int
     trained_rest: int
+    trained_embeddings: int
     trained: int
     stored_width: int
     gathered_width: int
@@ -54,7 +57,7 @@ class ShardedModel:
 
     @classmethod
     def of(
-        cls, model: nn.Module, layers: Sequence[nn.Module], device_spec: DeviceSpec, *, is_replicated: bool
+        cls, model: Any, layers: Sequence[nn.Module], device_spec: DeviceSpec, *, is_replicated: bool
     ) -> "ShardedModel":
         """Count the parameters of a model.
 
@@ -67,6 +70,9 @@ class ShardedModel:
         in_layers = {p for layer in layers for p in layer.parameters()}
         rest = [p for p in model.parameters() if p not in in_layers]
         stored = next(model.parameters()).element_size()
+        embeddings = model.get_input_embeddings().weight
+        head = model.get_output_embeddings()
+        is_own = embeddings.requires_grad and getattr(head, "weight", None) is not embeddings
         gathered = device_spec.gathered_dtype
         is_cast = gathered is not None and all(map(casts_weights_under_autocast, layers))
         return cls(
@@ -75,6 +81,7 @@ class ShardedModel:
             layers=_count(in_layers),
             rest=_count(rest),
             trained_rest=_count(p for p in rest if p.requires_grad),
+            trained_embeddings=embeddings.numel() if is_own else 0,
             trained=_count(_trained(model)),
             stored_width=stored,
             gathered_width=gathered.itemsize if gathered is not None and is_cast else stored,
@@ -92,11 +99,19 @@ class ShardedModel:
         """Return the bytes on a rank while micro-batches run, in addition to its shards and to activations.
 
         weights     two layers and the rest, or all of them and one layer
-        gradients   one layer and the rest, or all of them and one layer
+        gradients   one layer and the rest but for the embeddings, or all of them and one layer
 
         Args:
             device_bytes: Memory of the device.
         """
+        early = 0 if self.keeps_gradients(device_bytes) else self.trained_embeddings
+        return self._whole_at_end(device_bytes) - early * self.stored_width
+
+    def end_bytes(self, device_bytes: int) -> int:
+        """Return the same at the end of a backward, without activations: the gradients of the rest are copied then."""
+        return self._whole_at_end(device_bytes) + self.trained_rest * self.stored_width
+
+    def _whole_at_end(self, device_bytes: int) -> int:
         weights = self.rest * self.stored_width
         if self.keeps_weights(device_bytes):
             weights += (self.layers + self.layer) * self.gathered_width
