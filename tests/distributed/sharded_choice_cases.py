@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.data.tokenizer import train_tokenizer
 from bigbatch.lm.planning.data_statistics import measure_data
 from bigbatch.lm.planning.device_target import resolve_target
 from bigbatch.lm.planning.sharded_choice import HOST, sharded_cases, with_chosen_microbatch
@@ -23,10 +26,27 @@ def write_long_data(folder: Path) -> None:
     write_jsonl(folder / "data.jsonl", [{"prompt": "", "completion": f"{text} {text}"} for _ in range(40)])
 
 
+class ExactTracker(DeviceTracker):
+    """Notices at every operation what FSDP frees, which takes longer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._notice_resized()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def save_wide_model(folder: Path) -> None:
+    """Save a model whose embeddings and head are each as large as four of its layers."""
+    tokenizer = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 2}
+    config = LlamaConfig(**shape, vocab_size=5000, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def peaks(settings: dict[str, Any]) -> tuple[int, int]:
     """Return the predicted and the highest counted bytes of this rank in two updates."""
     ranks = this_rank()
-    with DeviceTracker() as tracker:
+    with ExactTracker() as tracker:
         trainer = Trainer(set_up_training(TrainConfig(**settings, parallel="fsdp"), ranks=ranks), ranks=ranks)
         batch = trainer.fetch(trainer.shard_window(trainer.schedule.first_window()))
         tracker.peak_bytes = 0
