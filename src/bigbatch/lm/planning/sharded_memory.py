@@ -21,7 +21,7 @@ MARGIN_PERCENT = 5
 An error of the prediction cannot be corrected in place: the run ends with exit code 76 and starts again. Predictions
 for replicated models are within 3 % of measurements; peaks of two ranks on the CPU were from 4 % below the prediction
 to 0.2 % above it, and 10 to 12 % below it where embeddings were as large as the layers, with torch 2.13
-(tests/distributed/test_sharded_choice.py). CUDA was not measured, where NCCL also has buffers that torch does not count.
+(tests/distributed/test_sharded_choice.py). CUDA, where NCCL has buffers that torch does not count, was not measured.
 """
 
 
