@@ -83,6 +83,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
                 console.print(f"{path} is already finished: {end}, the model is saved")
                 return DONE
             from bigbatch.lm.planning.offload_choice import with_chosen_offload
+            from bigbatch.lm.planning.sharded_choice import with_chosen_microbatch
             from bigbatch.lm.training.setup import notes_of_new_model, set_up_training
             from bigbatch.lm.training.trainer import Trainer
 
@@ -93,11 +94,14 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
 
             order_version = sampling_order_of(path, before, has_checkpoint=checkpoint is not None)
             config, offload_note = with_chosen_offload(config, ranks, progress=progress)
-            setup = set_up_training(config, ranks=ranks, progress=progress, order_version=order_version)
+            chosen = with_chosen_microbatch(config, ranks, progress=progress, folder=path)
+            setup = set_up_training(chosen.config, ranks=ranks, progress=progress, order_version=order_version)
         with fail_together(ranks, "resume"):
             trainer = Trainer(setup, checkpoint=checkpoint, ranks=ranks)
             if checkpoint is not None:
                 checkpoint.check_model(trainer.engine)
+            if ranks.is_first:
+                chosen.save(path)
             if before is not None:
                 check_facts(config, before, trainer.initial_facts, allowed=options.allowed)
         where = (
@@ -109,7 +113,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             trainer.prepare(path, progress=progress)
         replaced = () if checkpoint is None else notes_of_new_model(setup.config)  # the weights are the checkpoint's
         for line in (
-            *(note for note in (threads_note, offload_note) if note is not None),
+            *(note for note in (threads_note, offload_note, chosen.sentence) if note is not None),
             *(note for note in setup.notes if note not in replaced),
             parameters_line(setup.model),
             *(summary_lines(trainer) if checkpoint is None else ()),

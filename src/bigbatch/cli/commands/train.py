@@ -70,12 +70,14 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
             check_free(path)
     with fail_together(ranks, "train"), progress_display(console) as progress:
         from bigbatch.lm.planning.offload_choice import with_chosen_offload
+        from bigbatch.lm.planning.sharded_choice import with_chosen_microbatch
         from bigbatch.lm.training.setup import set_up_training
 
         quiet_libraries()
         threads_note = share_threads(cpu_cores(), ranks.local_size)
         config, offload_note = with_chosen_offload(config, ranks, progress=progress)
-        setup = set_up_training(config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
+        chosen = with_chosen_microbatch(config, ranks, progress=progress)
+        setup = set_up_training(chosen.config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
     with fail_together(ranks, "train"), progress_display(console) as progress:
         from bigbatch.lm.training.optimizer import optimizer_notes
         from bigbatch.lm.training.trainer import Trainer
@@ -84,7 +86,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         origin = trainer.tune(cache=path, progress=progress)
         trainer.prepare(path, progress=progress)
     for line in (
-        *(note for note in (threads_note, offload_note) if note is not None),
+        *(note for note in (threads_note, offload_note, chosen.sentence) if note is not None),
         *setup.notes,
         parameters_line(setup.model),
         *optimizer_notes(setup.model, setup.config),
@@ -97,7 +99,8 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
         directory: RunDirectory = ReadOnlyRunDirectory(path)
         with fail_together(ranks, "train"):
             if ranks.is_first:
-                directory = RunDirectory.create(path, setup.config.model_dump(mode="json"))
+                directory = RunDirectory.create(path, setup.config.model_dump(mode="json") | chosen.asked)
+                chosen.save(path)
                 directory.record_facts(trainer.initial_facts)
                 stack.enter_context(RunLock(path))
         return train(trainer, directory, console, config=config)

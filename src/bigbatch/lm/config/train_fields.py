@@ -180,8 +180,8 @@ class TrainFields(
         default=None,
         description="sequences in one forward and backward; affects memory and speed, not the result (except through "
         "dropout). auto = the fastest size that fits in memory: predicted, then measured, so it depends on timing; set "
-        "a number for bit-identical runs. More than the batch = one micro-batch (default: auto, unless --token-budget "
-        "is given)",
+        "a number for bit-identical runs. With --parallel fsdp or hsdp it is predicted alone. More than the batch = "
+        "one micro-batch (default: auto, unless --token-budget is given)",
     )
     token_budget: Count | None = Field(
         default=None,

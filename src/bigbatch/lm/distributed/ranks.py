@@ -209,7 +209,7 @@ def gather_trained(model: Any) -> dict[str, Tensor]:
     return trained
 
 
-def _casts_weights_under_autocast(layer: nn.Module) -> bool:
+def casts_weights_under_autocast(layer: nn.Module) -> bool:
     """Return whether all weights of a layer are cast under autocast, or are those of norms, whose output is cast."""
     owners = [module for module in layer.modules() if next(module.parameters(recurse=False), None) is not None]
     names = [type(owner).__name__ for owner in owners]
@@ -235,7 +235,7 @@ def _shard(model: Any, ranks: RankContext, kind: str, layers_dtype: torch.dtype 
     # peft generates text by calling the base model, whose own hooks then have to gather the embeddings.
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
     precision = MixedPrecisionPolicy()
-    if layers_dtype is not None and all(map(_casts_weights_under_autocast, layers)):
+    if layers_dtype is not None and all(map(casts_weights_under_autocast, layers)):
         # inputs of layers are not cast: hidden states and rotary positions stay in float32, as under autocast
         precision = MixedPrecisionPolicy(layers_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:

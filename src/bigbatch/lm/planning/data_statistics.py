@@ -46,6 +46,7 @@ class DataStatistics:
         num_updates: Updates of the run; approximate if the batch is counted in tokens or documents were sampled.
         notes: Sentences about the estimates.
         num_parts: Sequences of a sample; its tokens are those of all of them, padded to the longest.
+        is_sample: Whether only some of the documents were measured.
     """
 
     model_config: Any
@@ -56,6 +57,7 @@ class DataStatistics:
     num_updates: int
     notes: tuple[str, ...]
     num_parts: int = 1
+    is_sample: bool = False
 
     @property
     def longest(self) -> int:
@@ -133,6 +135,7 @@ def measure_data(config: TrainConfig, *, progress: ProgressCallback) -> DataStat
         num_updates=num_updates,
         notes=tuple(notes),
         num_parts=num_parts,
+        is_sample=len(measured) < data.num_documents,
     )
 
 

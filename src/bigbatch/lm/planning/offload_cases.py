@@ -18,20 +18,24 @@ from bigbatch.errors import InputError
 from bigbatch.gradients.sum_store import SumStore
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.start import starts_narrow
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.planning.estimator import RunEstimator
 from bigbatch.lm.planning.layer_series import LayerSeries, NarrowEstimator, narrowed_parameters, num_layers
+from bigbatch.lm.planning.sharded_memory import ShardedModel
 from bigbatch.offload.cards import Card
 from bigbatch.offload.choice import Candidate
-from bigbatch.offload.costs import ModelState, WindowWork, placement, update_time
+from bigbatch.offload.costs import ModelState, UpdateTime, WindowWork, placement, update_time
 from bigbatch.offload.levels import LEVELS, Offload, reaches
 
 MOST_TOKENS = 32_768  # of a micro-batch: larger ones are 2 % faster at most, by what a micro-batch costs by itself
 ATTENTION_SHARE = 0.1  # of the rate of products: 11 of 107 ms in W's packed rows on an H200, docs/explanation/speed.md
 LAYER_MOVES = 300  # bytes a token, layer and unit of width: norms, residuals, activations, casts; from the same table
 LOGIT_MOVES = 24  # bytes a token and word of the vocabulary; from the same table
+SLOWER = 1.02  # that a smaller micro-batch of a sharded model may be: it leaves memory for what is not predicted
+LEAST_TOKENS = 8_192  # of such a micro-batch: that kernels of fewer leave a GPU idle is not predicted
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class OffloadCases:
         target: Device; its memory is not read.
         data: Of the whole run.
         num_cards: That share the global batch and, with ``--parallel fsdp``, the model.
+        num_shards: Cards that share the model, if those are not all; of a replicated model, 1.
+        device_bytes: Memory of the card; by default estimated from the memory that tensors may use.
         levels: Levels to predict; those that change nothing for this model are left out.
 
     Attributes:
@@ -82,10 +88,13 @@ class OffloadCases:
         data: DataStatistics,
         *,
         num_cards: int = 1,
+        num_shards: int | None = None,
+        device_bytes: int | None = None,
         levels: Sequence[Offload] = LEVELS,
     ) -> None:
-        self._config, self._target, self._num_cards = config, target, num_cards
-        self._is_sharded = num_cards > 1 and config.parallel != "ddp"
+        self._config, self._target = config, target
+        self._num_shards = (num_shards or num_cards) if config.parallel != "ddp" else 1
+        self._is_sharded, self._device_bytes = self._num_shards > 1, device_bytes
         own = sorted(data.window, reverse=True)[::num_cards]
         self._data = replace(data, window=tuple(own), most_rows=-(-data.most_rows // num_cards))
         first = "none" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
@@ -136,19 +145,28 @@ class OffloadCases:
         needs = placement(self.state, level)
         libraries = CUDA_LIBRARIES_BYTES if self._target.device.type == "cuda" else 0
         fixed = needs.card_bytes + libraries
-        during_window = fixed + needs.window_bytes + self._gathered_bytes
+        device_bytes = self._device_bytes or usable_bytes * 6 // 5  # margins are not usable
+        gathered_bytes = self._sharded.window_bytes(device_bytes) if self._is_sharded else 0
+        during_window = fixed + needs.window_bytes + gathered_bytes
         curve = self._curve(mode, reaches(level, "master"))
         rows = curve.largest(usable_bytes - during_window)
+        if self._is_sharded:
+            rows = self._rows_that_pay(level, mode, rows, card, device_bytes)
         start_bytes = needs.start_bytes + libraries
-        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes, start_bytes)
+        end_bytes = fixed + self._sharded.end_bytes(device_bytes) if self._is_sharded else 0
+        peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes, start_bytes, end_bytes)
         size = self._size_of(rows)
+        time = self._time(level, mode, size, card, device_bytes)
+        return Candidate(level, mode, size, peak_bytes, needs.host_bytes, time)
+
+    def _time(self, level: Offload, mode: CheckpointingMode, size: int, card: Card, device_bytes: int) -> UpdateTime:
         plan = self._plan(size)
         recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
         work = replace(
             self._work, tokens=plan.padded_tokens, num_microbatches=plan.num_microbatches, recomputed=recomputed
         )
-        time = update_time(self.state, level, work, card, fabric_bytes=self._fabric_bytes)
-        return Candidate(level, mode, size, peak_bytes, needs.host_bytes, time)
+        fabric_bytes = self._sharded.fabric_bytes(device_bytes, num_shards=self._num_shards) if self._is_sharded else 0
+        return update_time(self.state, level, work, card, fabric_bytes=fabric_bytes)
 
     def _size_of(self, rows: int) -> int:
         """Return the size of a micro-batch of so many of the longest sequences, in `unit`."""
@@ -164,7 +182,7 @@ class OffloadCases:
 
     def _curve(self, mode: CheckpointingMode, narrow: bool) -> _Curve:
         """Return the activations of a mode; weights that ranks gather in 16 bits are not cast by autocast."""
-        narrow = bool(self.state.narrowed) and (narrow or self._is_sharded)
+        narrow = bool(self.state.narrowed) and (narrow or (self._is_sharded and self._sharded.gathers_narrow))
         if (mode, narrow) not in self._curves:
             series = self._series(mode, narrow=narrow)
             if self._size is not None:
@@ -218,12 +236,7 @@ class OffloadCases:
             step_bytes=series.step_bytes(self._size_of(1)),
             starts_wide=0 if starts_narrow(self._config, self._config.precision) else narrowed,
         )
-        return state.sharded(self._num_cards) if self._is_sharded else state
-
-    @property
-    def _casts(self) -> bool:
-        """Whether micro-batches use float32 weights in 16 bits."""
-        return self._config.precision in ("bf16", "fp16")
+        return state.sharded(self._num_shards)
 
     @cached_property
     def _layers(self) -> list[nn.Module]:
@@ -257,28 +270,20 @@ class OffloadCases:
 
     # sharded models ----------------------------------------------------------------------------------------------
 
-    @property
-    def _gathered_bytes(self) -> int:
-        """Return what a card holds of the shards of others: two layers, and what is not in layers, with gradients."""
-        if not self._is_sharded:
-            return 0
-        in_layers = max(sum(p.numel() for p in layer.parameters()) for layer in self._layers)
-        rest = self.num_parameters - sum(p.numel() for layer in self._layers for p in layer.parameters())
-        stored: int = next(self._model.parameters()).element_size()
-        return in_layers * (2 * self._gathered_width + 4) + rest * (stored + 4)
+    @cached_property
+    def _sharded(self) -> ShardedModel:
+        device_spec = DeviceSpec(self._target.device, self._config.precision)
+        is_replicated = self._config.parallel == "hsdp"
+        return ShardedModel.of(self._model, self._layers, device_spec, is_replicated=is_replicated)
 
-    @property
-    def _gathered_width(self) -> int:
-        """Return the bytes of a weight as ranks gather it."""
-        stored: int = next(self._model.parameters()).element_size()
-        return 2 if self._casts else stored
-
-    @property
-    def _fabric_bytes(self) -> int:
-        """Return what a card exchanges for one micro-batch: weights for forward and for backward, and gradients."""
-        if not self._is_sharded:
-            return 0
-        return (2 * self._gathered_width + 4) * self.num_parameters * (self._num_cards - 1) // self._num_cards
+    def _rows_that_pay(self, level: Offload, mode: CheckpointingMode, most: int, card: Card, device_bytes: int) -> int:
+        """Return the fewest rows, of the most and their halves, that are at most 2 % slower than the fastest."""
+        least = min(most, -(-LEAST_TOKENS // self._data.longest))
+        rows = [max(least, most >> halvings) for halvings in range(most.bit_length())]
+        times = {
+            each: self._time(level, mode, self._size_of(each), card, device_bytes).total_s for each in reversed(rows)
+        }
+        return next(each for each, time_s in times.items() if time_s <= SLOWER * min(times.values()))
 
 
 def _operations(parameter: nn.Parameter) -> int:

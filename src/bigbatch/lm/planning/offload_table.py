@@ -4,7 +4,7 @@ config, memory → candidates of every memory → the fastest that fits of each 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,8 +15,9 @@ from bigbatch.lm.model.setup import compiles_layers
 from bigbatch.lm.planning.data_statistics import measure_data
 from bigbatch.lm.planning.device_target import resolve_target
 from bigbatch.lm.planning.offload_cases import OffloadCases
+from bigbatch.lm.planning.sharded_memory import less_margin
 from bigbatch.lm.training.setup import ProgressCallback
-from bigbatch.memory.limit import gpu_limit, known_gpu, parse_memory
+from bigbatch.memory.limit import gpu_limit, gpu_memory, known_gpu, parse_memory
 from bigbatch.memory.usage import MemoryBudget
 from bigbatch.offload.cards import TYPICAL, Card, card, card_of_size
 from bigbatch.offload.choice import Candidate, choose
@@ -111,6 +112,8 @@ def offload_table(
             "Leave --device out."
         )
     memories = _memories(config, is_here=is_here)
+    if num_cards > 1 and config.parallel != "ddp":
+        memories = [replace(memory, usable_bytes=less_margin(memory.usable_bytes)) for memory in memories]
     gpu = config.gpu or (None if is_here else memories[0].card.name)
     target = resolve_target(config.model_copy(update={"device": "auto" if gpu else config.device, "gpu": gpu}))
     data = measure_data(config, progress=progress)
@@ -118,7 +121,8 @@ def offload_table(
     progress("predicting the memory")
     supported, levels = _levels(config, num_cards)
     try:
-        cases = OffloadCases(config, target, data, num_cards=num_cards, levels=levels)
+        device_bytes = _device_bytes(config, target.device, is_here=is_here)
+        cases = OffloadCases(config, target, data, num_cards=num_cards, device_bytes=device_bytes, levels=levels)
         if not cases.levels:
             if config.offload == "gradients":
                 raise InputError(
@@ -170,6 +174,13 @@ def _memories(config: TrainConfig, *, is_here: bool) -> list[CardMemory]:
         usable = MemoryBudget.from_limit(limit_bytes, config.memory).usable_bytes
         return [CardMemory(config.memory, usable, card_of_size(limit_bytes))]
     return [_of_gpu(size, gpu) for size, gpu in TYPICAL.items()]
+
+
+def _device_bytes(config: TrainConfig, device: torch.device, *, is_here: bool) -> int | None:
+    """Return the memory of the card, of which `_memories` may be a part; None if it is one of several."""
+    if config.gpu is not None:
+        return gpu_memory(config.gpu)
+    return torch.cuda.get_device_properties(device).total_memory if is_here else None
 
 
 def local_card(device: torch.device) -> Card:

@@ -8,6 +8,7 @@ SAMPLES = "samples.jsonl"  # texts that the model generated during the run
 FINGERPRINTS = "fingerprints.jsonl"  # of gradients and parameters after each update, with --reproducible
 QUARANTINE = "quarantine.jsonl"  # samples of skipped updates
 TUNED_MICROBATCH = "microbatch.json"  # the micro-batch that `auto` chose
+SHARDED_MICROBATCH = "sharded-microbatch.json"  # the micro-batch that `auto` predicted for a sharded model
 SMALLER_MICROBATCH = "smaller.json"  # the micro-batch to restart with after out-of-memory
 REFERENCE = "reference.safetensors"  # of --objective dpo: log-probabilities under the model that the run starts with
 VERIFICATION = "verify.json"  # output of `bigbatch verify --json`

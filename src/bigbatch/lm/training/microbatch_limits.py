@@ -45,8 +45,8 @@ def microbatch_of(
         return TokenBudget(REPEATABLE * longest)
     if config.microbatch == "auto" and ranks.are_sharded:
         raise InputError(
-            f"--microbatch auto is not supported with --parallel {config.parallel}, whose ranks cannot continue after "
-            "an out-of-memory error. Pass --token-budget or --microbatch."
+            f"--microbatch auto of --parallel {config.parallel} is chosen by bigbatch train and bigbatch resume, by "
+            "prediction: pass token_budget or microbatch here."
         )
     return config.microbatch
 
