@@ -26,14 +26,6 @@ def write_long_data(folder: Path) -> None:
     write_jsonl(folder / "data.jsonl", [{"prompt": "", "completion": f"{text} {text}"} for _ in range(40)])
 
 
-class ExactTracker(DeviceTracker):
-    """Notices at every operation what FSDP frees, which takes longer."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._notice_resized()
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 def save_wide_model(folder: Path) -> None:
     """Save a model whose embeddings and head are each as large as four of its layers."""
     tokenizer = train_tokenizer([row["completion"] for row in records(50)], vocabulary_size=300)
@@ -44,14 +36,14 @@ def save_wide_model(folder: Path) -> None:
 
 
 def peaks(settings: dict[str, Any]) -> tuple[int, int]:
-    """Return the predicted and the highest counted bytes of this rank in two updates."""
+    """Return the predicted and the highest counted bytes of this rank in the second update."""
     ranks = this_rank()
-    with ExactTracker() as tracker:
+    with DeviceTracker() as tracker:
         trainer = Trainer(set_up_training(TrainConfig(**settings, parallel="fsdp"), ranks=ranks), ranks=ranks)
         batch = trainer.fetch(trainer.shard_window(trainer.schedule.first_window()))
+        trainer.engine.step(batch)
         tracker.peak_bytes = 0
-        for _ in range(2):
-            trainer.engine.step(batch)
+        trainer.engine.step(batch)
     config = TrainConfig(**settings, parallel="fsdp").resolved()
     target, data = resolve_target(config), measure_data(config, progress=NO_PROGRESS)
     config = config.model_copy(update={"precision": target.device_spec.precision, "max_length": data.max_length})

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import safetensors
@@ -187,31 +187,27 @@ class _CountedSlice:
 
 
 class DeviceTracker(AllocationTracker):
-    """Counts what this rank holds on the device, and notices soon when FSDP frees a storage by resizing it."""
+    """Counts what this rank holds on the device, with what FSDP frees and takes by resizing storages."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self._operations = 0
-        self._notices = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._operations += 1
-        if self._operations % 16 == 0:  # a layer has several times as many
-            self._notice_resized()
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    def __enter__(self) -> Self:
+        resize = self._resize = torch.UntypedStorage.resize_
 
-    def reset_peak(self) -> None:
-        self._notice_resized()
-        if self._total_bytes > self.peak_bytes:
-            super().reset_peak()
+        def noticed(memory: torch.UntypedStorage, size: int) -> Any:
+            result = resize(memory, size)
+            if (storage := self._storages.get(memory._cdata)) is not None:
+                self._count_storage(memory, storage.category)
+            return result
 
-    def _notice_resized(self) -> None:
-        if not self._notices:
-            self._notices = True
-            for storage in list(self._storages.values()):
-                if (memory := storage.reference()) is not None:
-                    self._count_storage(memory, storage.category)
-            self._notices = False
+        torch.UntypedStorage.resize_ = noticed  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
 
 # a cap on the device ---------------------------------------------------------------------------------------------
