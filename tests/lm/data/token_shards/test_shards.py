@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.corpus import Corpus
@@ -281,10 +283,25 @@ def test_truncated_archive_is_one_sentence(tmp_path: Path) -> None:
 # places -----------------------------------------------------------------------------------------------------------
 
 
+class BlockFile(AbstractBufferedFile):
+    """A file that is read in blocks, and that has no ``readline(size)``."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return bytes(self.fs.cat_file(self.path, start, end))
+
+
 @pytest.fixture
-def remote(mosaic: Path) -> str:
-    """Return a storage that is not on this machine's disk, with shards."""
+def remote(mosaic: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a storage that is not on this machine's disk, with shards; its files are those of s3fs, gcsfs and HTTP."""
     fs = fsspec.filesystem("memory")
+    opened = MemoryFileSystem._open
+
+    def in_blocks(self: MemoryFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+        return (
+            BlockFile(self, path, mode, size=self.size(path)) if mode == "rb" else opened(self, path, mode, **options)
+        )
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", in_blocks)
     fs.store.clear()
     for kind in ("plain", "labels", "zstd"):
         fs.put(str(mosaic / kind), f"/bucket/{kind}", recursive=True)

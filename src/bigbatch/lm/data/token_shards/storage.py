@@ -5,6 +5,7 @@ URL → library for its protocol → file system, path → listing | file | rang
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 from bigbatch.errors import InputError, first_line, os_reason
 
+BLOCK_BYTES = 2**20  # of a file that is read at a time
 REMOTE_EXTRA = "streaming"  # of bigbatch, with the libraries of `_IN_EXTRA`
 _IN_EXTRA = ("s3fs", "gcsfs")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -155,7 +157,8 @@ class Storage:
     def open(self, path: str) -> Iterator[Any]:
         """Open a file to read it from the beginning, with random access."""
         with errors_of(self.name), self.fs.open(path, "rb") as file:
-            yield file
+            # Files of remote storages are read in blocks, and have no readline(size).
+            yield file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(file, BLOCK_BYTES)
 
 
 @contextmanager
