@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bigbatch.lm.distributed.ranks import _casts_weights_under_autocast
+from bigbatch.lm.distributed.ranks import casts_weights_under_autocast
 from support.gloo_processes import run
 
 from .kept_weights_cases import abandon, dtypes_in_forward, gradients, llama, train
@@ -51,5 +51,5 @@ def test_weights_that_autocast_does_not_cast_stay_as_they_are() -> None:
             super().__init__()
             self.rate = nn.Parameter(torch.ones(3))
 
-    assert _casts_weights_under_autocast(llama().model.layers[0])
-    assert not _casts_weights_under_autocast(nn.Sequential(nn.Linear(2, 2), Decay()))
+    assert casts_weights_under_autocast(llama().model.layers[0])
+    assert not casts_weights_under_autocast(nn.Sequential(nn.Linear(2, 2), Decay()))

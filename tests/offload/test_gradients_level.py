@@ -169,7 +169,7 @@ def test_copy_with_narrow_weights_is_refused():
 
 
 def test_microbatch_is_chosen_without_autocast():
-    engine = make("gradients", model=make_model(), loss_fn=loss_fn, microbatch="auto", memory="2GiB")
+    engine = make("gradients", model=make_model(), loss_fn=loss_fn, microbatch="auto", memory="80%")
     engine.step(make_batch(0))
     assert engine.choice is not None
     assert all(p.dtype is torch.float32 for p in engine.model.parameters())
@@ -322,7 +322,7 @@ def test_norm_of_large_sum_is_that_of_its_blocks(numel: int):
 def test_microbatch_is_chosen_without_memory_for_sums():
     peaks = {}
     for level in ("master", "gradients"):
-        engine = make(level, microbatch="auto", memory="2GiB")
+        engine = make(level, microbatch="auto", memory="80%")
         engine.step(make_tokens(0))
         choice = engine.choice
         assert choice is not None

@@ -25,7 +25,7 @@ VALUES = frozenset(
     {int, float, bool, str, NoneType, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )  # arguments that are compared as they are; not their subclasses
 DEPENDS_ON_MORE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
-MAX_KNOWN = 100_000  # a large model's step has some hundreds of different operations
+MAX_KNOWN = 20_000  # a large model's step has some hundreds of different operations
 _UNKNOWN = object()
 
 

@@ -245,7 +245,7 @@ def offload_optimizers(
         InputError: The level does not exist, or is not supported for these optimizers.
     """
     known = [p for each in optimizers for group in each.param_groups for p in group["params"]]
-    known += [] if model is None else model.parameters()
+    known += model.parameters() if isinstance(model, nn.Module) else []  # anything else is refused later
     for optimizer in optimizers:
         _check_state(optimizer)
     if check_level(level) == "none":

@@ -277,7 +277,7 @@ def test_texts_about_folder_are_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "alike"),
+    ("files", "similar"),
     [
         (("train/a.py", "test/d.py"), "test/, train/ are"),
         (("x/Train/a.md", "x/dev/d.md", "x/dev/e.md"), "x/Train/, x/dev/ are"),
@@ -288,11 +288,13 @@ def test_texts_about_folder_are_noted(tmp_path: Path) -> None:
     ],
 )
 def test_names_like_splits_that_are_read_as_one_are_noted(
-    tmp_path: Path, files: tuple[str, ...], alike: str | None
+    tmp_path: Path, files: tuple[str, ...], similar: str | None
 ) -> None:
     corpus = read(write(tmp_path, small(*files)))
     notes = [note for note in corpus.left_out if "read as one set" in note]
-    assert notes == ([] if alike is None else [f"{tmp_path} is read as one set, although {alike} named like splits"])
+    assert notes == (
+        [] if similar is None else [f"{tmp_path} is read as one set, although {similar} named like splits"]
+    )
 
 
 def test_files_that_card_names_must_exist(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_empty_or_misencoded_text_is_rejected(tmp_path: Path, content: bytes, me
             "--messages-column messages.",
         ),
         ('{"text": 5}', "the field 'text' is a number and must be a string."),
-        ('{"text": null}', "the record has 'text' (null: 'text'). A record must have"),
+        ('{"text": null}', "the record cannot be trained on: its 'text' is null. "),
         (
             '{"prompt": ["a"], "completion": "b"}',
             "message 1 is a string and must be an object with 'role' and 'content'.",

@@ -167,7 +167,7 @@ def test_start_of_a_run_is_the_same(folder: Path):
                 "frozen": trainer.initial_facts["frozen_sha256"],
                 "set-up": (setup.model_setup.layout, type(setup.loss_fn), setup.model_setup.notes),
                 "validation": trainer.validate(),
-                "text": trainer.sample_text("def"),
+                "text": trainer.sample_text(),
                 "state": {name: (str(t.dtype), t.tolist()) for name, t in state["model"].items()},
                 "random": repr(state["random"]),
             }

@@ -114,9 +114,9 @@ def select_files(
     notes += missing_parts([*chosen, *validation], data)
     if has_validation and (patterns := declared.unmatched("validation")):
         notes.append(f"{data} has no file {_some(patterns)}, which its dataset card names for the split validation")
-    if not uses_split and (alike := named_like_splits(content)):
-        verb = "is" if len(alike) == 1 else "are"
-        notes.append(f"{data} is read as one set, although {_listed_names(alike)} {verb} named like splits")
+    if not uses_split and (similar := named_like_splits(content)):
+        verb = "is" if len(similar) == 1 else "are"
+        notes.append(f"{data} is read as one set, although {_listed_names(similar)} {verb} named like splits")
     texts = [] if is_dataset or uses_split else [name for name in chosen if _ABOUT.fullmatch(Path(name).name)]
     if texts:
         notes.append(f"{data} is read as a folder of texts, {_listed_names(texts)} included")
