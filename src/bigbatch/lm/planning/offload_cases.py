@@ -131,7 +131,7 @@ class OffloadCases:
         chosen = self._config.gradient_checkpointing
         if chosen != "auto":
             return (chosen,)
-        return CHECKPOINTING_MODES if self._can_checkpoint else ("none",)
+        return [mode for mode in CHECKPOINTING_MODES if mode != "offload"] if self._can_checkpoint else ("none",)
 
     @cached_property
     def _can_checkpoint(self) -> bool:
@@ -161,7 +161,7 @@ class OffloadCases:
 
     def _time(self, level: Offload, mode: CheckpointingMode, size: int, card: Card, device_bytes: int) -> UpdateTime:
         plan = self._plan(size)
-        recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
+        recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0, "offload": 1.0}[mode]
         work = replace(
             self._work, tokens=plan.padded_tokens, num_microbatches=plan.num_microbatches, recomputed=recomputed
         )
