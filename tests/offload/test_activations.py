@@ -15,7 +15,7 @@ from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.offload import host_buffers
 from bigbatch.offload.host_buffers import HostBuffers
-from bigbatch.offload.layer_inputs import LayerInputs
+from bigbatch.offload.layer_inputs import MAX_LEAVING, LayerInputs
 from bigbatch.offload.transfers import Transfers
 from offload.activations import DEPTH, KINDS, LONGEST, WIDTH, Run, make_samples
 from offload.test_failures import Link, broken
@@ -149,7 +149,7 @@ def test_graph_of_other_forward_may_end_first():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_inputs_of_all_but_last_layer_are_copied(kind: str):
+def test_inputs_of_all_but_last_layer_are_copied(kind: str):
     """No masks, positions or offsets."""
     run = Run("offload", kind)
     microbatch = run.collate(make_samples())
@@ -166,7 +166,7 @@ def test_evaluation_copies_nothing():
     assert not run.layers.inputs.transfers
 
 
-def test_each_input_is_fetched_while_layer_after_it_runs_backward(monkeypatch: pytest.MonkeyPatch):
+def test_input_is_fetched_one_layer_ahead(monkeypatch: pytest.MonkeyPatch):
     events: list[str] = []
     for name in ("_copy_to_device", "_copy_to_host"):
         original = getattr(Transfers, name)
@@ -217,6 +217,24 @@ def test_input_that_is_written_to_is_refused(leaves: bool):
         loss.backward()
 
 
+def test_write_is_noticed_in_forward_and_costs_no_memory():
+    run = Run("offload")
+    microbatch = run.collate(make_samples())
+    expected = run.gradient(microbatch)
+    before = run.layers.inputs.host_bytes
+
+    def write(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
+        with torch.no_grad():
+            inputs[0].add_(1)
+
+    handle = run.model.model.layers[1].register_forward_hook(write)
+    with pytest.raises(RuntimeError, match=r"^the input of a checkpointed layer was modified by an inplace operation"):
+        run.loss_fn(run.model, microbatch)
+    handle.remove()
+    assert all(torch.equal(*pair) for pair in zip(run.gradient(microbatch), expected, strict=True))
+    assert run.layers.inputs.host_bytes == before
+
+
 # memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +269,27 @@ def test_peak_is_lower_by_inputs_that_are_not_in_flight(depth: int):
         peaks[mode] = card_peak(run, microbatch)
     num_bytes = microbatch["input_ids"].numel() * 64 * 4
     assert peaks["full"] - peaks["offload"] == (depth - 2) * num_bytes
+
+
+def test_two_inputs_are_on_device_within_a_pass():
+    """Forward keeps that of the running layer and the one before it; backward, that of the next layer as well."""
+    held: list[int] = []
+    run = Run("offload")
+    microbatch = run.collate(make_samples())
+    shape = (*microbatch["input_ids"].shape, WIDTH)
+
+    def count(_: Any, __: Any) -> None:
+        inputs = run.layers.inputs._places[CPU, False]._inputs
+        tensors = [each.on_device for each in inputs if each.on_device is not None]
+        assert all(tensor.shape == shape for tensor in tensors)
+        held.append(len(tensors))
+
+    for layer in run.model.model.layers:
+        layer.self_attn.register_forward_pre_hook(count)
+    run.gradient(microbatch)
+    in_forward, in_backward = held[:DEPTH], held[DEPTH:]
+    assert in_forward == [1, *[MAX_LEAVING] * (DEPTH - 2), 0], "all have left before the last layer runs"
+    assert in_backward == [*[1] * (DEPTH - 1), 0], "the next one is on its way; that in use belongs to the graph"
 
 
 def test_host_memory_does_not_grow_over_microbatches():

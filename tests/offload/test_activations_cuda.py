@@ -165,6 +165,7 @@ def test_memory_that_runs_out_at_a_copy_counts_samples_once(monkeypatch: pytest.
     assert all(torch.allclose(found[0], other, rtol=1e-5, atol=1e-6) for other in found[1:])
 
 
+@pytest.mark.filterwarnings("ignore")  # of compilers
 @pytest.mark.parametrize("compile_", ["auto", "layers"])
 def test_run_is_compiled_and_never_captured(compile_: str):
     config = TrainConfig(model="tiny", max_length=16, gradient_checkpointing="offload", compile=compile_).resolved()

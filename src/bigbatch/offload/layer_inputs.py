@@ -152,14 +152,14 @@ class _Place:
     def save(self, hidden: Tensor, *, leaves: bool) -> _SavedInput:
         """Start to copy an input to the host, or keep it."""
         self.reclaim()
+        while len(self._leaving) > (MAX_LEAVING - 1 if leaves else 0):
+            self._free_on_device(self._leaving.popleft())
         source = hidden.detach()  # a reference to the graph would keep it alive
         entry = _Input(source)
         if leaves and hidden.is_contiguous() and hidden.numel():
             self._send(entry, source)
         else:
             entry.on_device = None  # held by what is returned
-        while len(self._leaving) > (MAX_LEAVING if leaves else 0):
-            self._free_on_device(self._leaving.popleft())
         self._inputs.append(entry)
         return _SavedInput(self, entry, hidden)
 
@@ -180,8 +180,8 @@ class _Place:
         No event of the allocator is needed (``record_stream``), and how much memory is in use does not depend on time.
         """
         self.transfers.use(entry.leaving)
-        _check_unchanged(entry, entry.on_device)
-        entry.leaving = entry.on_device = None
+        tensor, entry.on_device, entry.leaving = entry.on_device, None, None
+        _check_unchanged(entry, tensor)
 
     def load(self, entry: _Input, kept: Tensor | None) -> Tensor:
         """Return an input on the device, and start to copy the one before it there."""

@@ -212,7 +212,7 @@ def test_wide_layers_hide_copies_of_inputs() -> None:
 
 
 @pytest.mark.parametrize("usable_share", [0.9, 1.1])
-def test_inputs_leave_the_card_only_where_the_others_do_not_fit(usable_share: float) -> None:
+def test_inputs_leave_card_where_others_do_not_fit(usable_share: float) -> None:
     cases = cases_of(asked(microbatch=512), data_of(llama(), number=512), levels=["none"])
     by_mode = {each.checkpointing: each for each in cases.candidates(GIB, card("h100"))}
     usable_bytes = int(by_mode["full"].card_bytes * usable_share)
