@@ -135,6 +135,19 @@ def test_second_backward_copies_again():
     assert run.counts.num_to_host == LEAVING
 
 
+def test_frozen_first_layers_keep_nothing():
+    """Nothing is saved for a layer without gradient; its input is dropped with the forward of the layer."""
+    found = []
+    for mode in ("full", "offload"):
+        run = Run(mode)
+        run.model.requires_grad_(False)
+        for layer in run.model.model.layers[2:]:
+            layer.requires_grad_(True)
+        found.append(run.gradient(run.collate(make_samples())))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert run.counts.num_to_device == LEAVING - 2
+
+
 def test_graph_of_other_forward_may_end_first():
     found = []
     for mode in ("full", "offload"):

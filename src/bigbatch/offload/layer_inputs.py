@@ -60,7 +60,7 @@ class LayerInputs:
             place.buffers.release()
 
     def run(
-        self, checkpointed: Callable[..., Any], leaves: bool, layer: Callable[..., Any], *args: Any, **kwargs: Any
+        self, checkpointed: Callable[..., Any], leaves: bool, layer: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         """Run a layer by ``checkpointed(function, *args, **kwargs)``, which runs the function again in backward.
 
@@ -97,7 +97,9 @@ class LayerInputs:
         return self._places[key]
 
 
-def _run_with_input(layer: Callable[..., Any], saved: "_SavedInput", _device: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _run_with_input(
+    layer: Callable[..., Any], saved: "_SavedInput", _device: Tensor, /, *args: Any, **kwargs: Any
+) -> Any:
     return layer(saved.take(), *args, **kwargs)
 
 
