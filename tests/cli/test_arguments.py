@@ -433,8 +433,8 @@ def test_verify_and_generate_report_errors_equally(command: str, words: list[str
          "v100-32gb."),
         ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
          "them."),
-        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective, full "
-         "or offload."),
+        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective, "
+         "full or offload."),
         ('gradient_checkpointing = "true"', "gradient_checkpointing in run.toml is 'true': it must be auto, none, "
          "selective, full or offload."),
         ('layout = "dense"', "layout in run.toml is 'dense': it must be auto, padded or packed."),
