@@ -312,9 +312,9 @@ def test_memory_that_runs_out_in_backward_counts_samples_once(monkeypatch: pytes
 
 def test_gradients_are_copied_while_backward_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streamed_optimizer, "CHUNK_BYTES", 64 * MIB)
-    monkeypatch.setattr(host_adder, "STAGING_BYTES", 192 * MIB)
-    engine = decoder_stack("gradients", microbatch=8192)
-    batch = torch.randn(16384, 2048)
+    monkeypatch.setattr(host_adder, "STAGING_BYTES", 1024 * MIB)  # all gradients: copies do not wait for additions
+    engine = decoder_stack("gradients", microbatch=32_768)  # the products take longer than their launches
+    batch = torch.randn(65_536, 2048)
     engine.step(batch)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:

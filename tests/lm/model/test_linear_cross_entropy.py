@@ -574,7 +574,8 @@ def test_cuda_host_never_waits(fused: bool) -> None:
 def test_cuda_narrow_logits_are_rounded_once(fused: bool) -> None:
     """Against float64 over logits that are rounded to bfloat16; those of the default are not."""
     *leaves, labels = make(3000, 64, 900, dtype=torch.bfloat16)
-    hidden, weight = (leaf.detach().cuda().requires_grad_() for leaf in leaves[:2])
+    hidden, weight = (leaf.detach().cuda() for leaf in leaves[:2])
+    hidden = (hidden * (20 / (hidden @ weight.T).std())).requires_grad_()  # logits are rounded by up to 0.06
     labels = labels.cuda()
     logits = (hidden @ weight.T).detach().double().requires_grad_()
     expected_loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
@@ -585,12 +586,12 @@ def test_cuda_narrow_logits_are_rounded_once(fused: bool) -> None:
         losses.append(float((loss.double() - expected_loss).abs() / expected_loss))
         (gradient,) = torch.autograd.grad(loss, hidden)
         gradients.append(float((gradient.double() - expected).norm() / expected.norm()))
-    assert losses[0] <= 1e-5 < losses[1]
-    assert gradients[0] <= 2 * torch.finfo(torch.bfloat16).eps
-    assert gradients[0] < gradients[1]
+    assert losses[0] < 0.1 * losses[1]
+    assert gradients[0] <= 2 * torch.finfo(torch.bfloat16).eps < gradients[1]
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_cuda_narrow_logits_take_half_of_the_memory() -> None:
     tokens, vocabulary = 4096, 32_768
     hidden = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
