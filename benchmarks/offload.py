@@ -34,7 +34,7 @@ from bigbatch import TokenBudget, move_to_device
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.training.engine_factory import make_engine
-from bigbatch.offload.host_adder import BlockCast
+from bigbatch.offload.block_sums import BlockSums
 from bigbatch.offload.host_sums import HostSums
 from bigbatch.offload.levels import LEVELS
 from bigbatch.offload.transfers import Transfers
@@ -62,7 +62,7 @@ class Turn:
 
 def host_rates(numel: int) -> list[str]:
     """Measure how many elements a second the host adds to float32 sums, and how many it squares for a norm."""
-    blocks, total, norms = BlockCast(), torch.zeros(numel), HostSums(Transfers(torch.device("cpu")))
+    blocks, total, norms = BlockSums(), torch.zeros(numel), HostSums(Transfers(torch.device("cpu")))
     wide = torch.randn(numel)
     narrow = wide.bfloat16()
     ways = {

@@ -6,8 +6,9 @@
 On one H200 or H100: w with --memory 24GiB and with --memory none about six minutes each, w-1.5b and w-7b-lora less than
 five. The updates of all contestants alternate, and each starts from the same weights; the last table has the medians.
 Besides the contestants of `bigbatch bench` there are ``bigbatch-torch``, with the attention kernel of torch
-(``bigbatch`` uses FlashAttention-4 where that is installed and faster), and ``bigbatch-by-hand:N``, with a micro-batch
-that is set and not chosen; `hand_tuned.py` compares such sizes alone. N is rows of 2,048 tokens per micro-batch. With
+(``bigbatch`` uses FlashAttention-4 where that is installed and faster), ``bigbatch-bf16-logits``, with ``--logits
+bf16``, and ``bigbatch-by-hand:N``, with a micro-batch that is set and not chosen; `hand_tuned.py` compares such sizes
+alone. N is rows of 2,048 tokens per micro-batch. With
 ``--dry`` a small workload runs on the CPU, uncompiled.
 
 The table and every measurement are written to rivals-WORKLOAD-LIMIT-DEVICE.txt in the folder.
@@ -33,6 +34,7 @@ from bigbatch.lm.bench.registry import make_contestant
 from bigbatch.lm.bench.workload import W_SMALL, WORKLOADS, Workload
 
 WITH_TORCH = "bigbatch-torch"
+NARROW_LOGITS = "bigbatch-bf16-logits"
 BY_HAND = "bigbatch-by-hand"
 ROW_TOKENS = 2_048
 DRY = dataclasses.replace(W_SMALL, sequences=6)
@@ -53,7 +55,7 @@ def entries_of(text: str) -> list[Entry]:
     """Parse the names of contestants."""
     entries = []
     for name in text.split(","):
-        if name == WITH_TORCH:
+        if name in (WITH_TORCH, NARROW_LOGITS):
             entries.append(Entry(name, None))
         elif name.startswith(f"{BY_HAND}:"):
             entries.append(Entry(BY_HAND, int(name.removeprefix(f"{BY_HAND}:"))))
@@ -66,6 +68,8 @@ def make(entry: Entry) -> Contestant:
     """Create a contestant."""
     if entry.name == WITH_TORCH:
         return BigbatchRunner(attention="torch")
+    if entry.name == NARROW_LOGITS:
+        return BigbatchRunner(logits="bf16")
     if entry.name == BY_HAND:
         assert entry.samples is not None, "parsed with its rows"
         return BigbatchRunner(tokens=entry.samples * ROW_TOKENS)

@@ -251,6 +251,19 @@ def test_card_has_its_rates_or_those_of_its_size(
     assert not card_target.is_card(CPU)
 
 
+@pytest.mark.parametrize(("allocated", "usable"), [(0, 1000), (3 * 256, 1000 - 256), (10_000, 0)])
+def test_memory_of_other_tensors_is_not_for_the_training(
+    monkeypatch: pytest.MonkeyPatch, allocated: int, usable: int
+) -> None:
+    """Such as another model on the card; the training has 512 bytes of it."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(card_target, "resolve_memory_budget", lambda *_: MemoryBudget(1100, 1000))
+    monkeypatch.setattr(card_target, "bytes_on", lambda tensors, device: sum(t.nbytes for t in tensors))
+    found = card_target.describe_card(CUDA, None, iter([torch.zeros(128)]))
+    assert found.limits.card_bytes == usable
+
+
 # levels of one batch -----------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """What ``offload="auto"`` knows about the card of an engine: its rates, and the memory of card and host."""
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from bigbatch.engine.host_check import num_local_processes
 from bigbatch.memory.limit import known_gpu
-from bigbatch.memory.usage import resolve_memory_budget
+from bigbatch.memory.usage import bytes_on, resolve_memory_budget
 from bigbatch.offload.cards import Card, card, card_of_size
 from bigbatch.offload.host_memory import available_host_bytes
 from bigbatch.offload.level_choice import LevelLimits
@@ -45,9 +46,17 @@ def describe_card(device: torch.device, memory: str | int | None, resident: Iter
     Raises:
         ValueError: ``memory`` is not an amount, or more than the device has.
     """
+    resident = list(resident)
     budget = resolve_memory_budget(memory, device, resident)
     host_bytes = available_host_bytes(num_processes=num_local_processes())
-    return CardTarget(device, _rates(device), LevelLimits(budget.usable_bytes, host_bytes))
+    usable_bytes = max(0, budget.usable_bytes - _bytes_beside(resident, device))
+    return CardTarget(device, _rates(device), LevelLimits(usable_bytes, host_bytes))
+
+
+def _bytes_beside(resident: Iterable[Tensor], device: torch.device) -> int:
+    """Return the memory of tensors of this process that are not part of the training, such as another model."""
+    gc.collect()
+    return max(0, torch.cuda.memory_allocated(device) - bytes_on(resident, device))
 
 
 def _rates(device: torch.device) -> Card:

@@ -119,7 +119,7 @@ def resolve_memory_budget(
     """
     if memory is not None and not isinstance(memory, MemoryLimit):
         memory = parse_memory(memory)
-    resident_bytes = _bytes_of(resident, device)
+    resident_bytes = bytes_on(resident, device)
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         free_bytes += torch.cuda.memory_reserved(device)
@@ -139,10 +139,11 @@ def resolve_memory_budget(
 
 def bytes_outside(tensors: Iterable[Tensor]) -> int:
     """Return the resident set of this process without tensors: Python, libraries, data."""
-    return max(0, _resident_bytes() - _bytes_of(tensors, torch.device("cpu")))
+    return max(0, _resident_bytes() - bytes_on(tensors, torch.device("cpu")))
 
 
-def _bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:
+def bytes_on(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """Return the memory of tensors on devices of one type, that of views counted once."""
     on_device = (tensor for tensor in tensors if tensor.device.type == device.type)
     return sum({memory._cdata: memory.nbytes() for tensor in on_device for memory in storages(tensor)}.values())
 

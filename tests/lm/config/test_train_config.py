@@ -137,7 +137,7 @@ def test_gpu_is_saved_by_its_known_name():
     assert error_types(gpu=4090) == ["string_type"]
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing", "layout", "attention", "compile"])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "layout", "attention", "compile", "logits"])
 @pytest.mark.parametrize("value", [1, 0, 1.0, "true", "yes", "", "Full", None, ["full"]])
 def test_choices_are_limited_to_known_words(name: str, value: object):
     assert error_types(**{name: value}) == ["literal_error"]

@@ -35,7 +35,7 @@ def config(**settings: object) -> TrainConfig:
 )
 def test_chunk_takes_sixteenth_of_memory(limit_gib: int, vocabulary: int, tokens: int) -> None:
     assert largest_chunk(limit_gib * GIB, vocabulary=vocabulary) == tokens
-    taken = CHUNK_SHARE * LOGIT_BYTES * vocabulary * tokens
+    taken = CHUNK_SHARE * LOGIT_BYTES["auto"] * vocabulary * tokens
     assert tokens == 1_024 or taken <= limit_gib * GIB
     assert tokens == 4_096 or 2 * taken > limit_gib * GIB
 
@@ -46,6 +46,11 @@ def test_limit_of_run_decides_on_cuda_alone(name: str, value: str) -> None:
     assert chunk_tokens_of(QWEN, config(**{name: value}), CPU) == 1_024
     assert chunk_tokens_of(None, config(**{name: value}), CUDA) == 1_024
     assert chunk_tokens_of(QWEN, config(**{name: value}, reproducible=True), CUDA) == 1_024
+
+
+def test_narrow_logits_have_larger_chunks() -> None:
+    assert chunk_tokens_of(QWEN, config(memory="40GiB"), CUDA) == 2_048
+    assert chunk_tokens_of(QWEN, config(memory="40GiB", logits="bf16"), CUDA) == 4_096
 
 
 def test_share_of_unknown_card_keeps_smallest_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +73,7 @@ def peak_bytes(settings: dict[str, object]) -> int:
 
 def test_prediction_has_chunk_that_memory_allows() -> None:
     small, large = peak_bytes({"memory": "24GiB"}), peak_bytes({"memory": "80GiB"})
-    added = LOGIT_BYTES * 151_936 * (4_096 - 1_024)
+    added = LOGIT_BYTES["auto"] * 151_936 * (4_096 - 1_024)
     assert added <= large - small <= 1.5 * added
 
 

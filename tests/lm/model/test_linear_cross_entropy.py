@@ -566,3 +566,44 @@ def test_cuda_host_never_waits(fused: bool) -> None:
         with_gradients(linear_cross_entropy(*narrow, labels, chunk_tokens=64, fused=fused), *narrow)  # type: ignore[misc, arg-type]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_cuda_narrow_logits_are_rounded_once(fused: bool) -> None:
+    """Against float64 over logits that are rounded to bfloat16; those of the default are not."""
+    *leaves, labels = make(3000, 64, 900, dtype=torch.bfloat16)
+    hidden, weight = (leaf.detach().cuda() for leaf in leaves[:2])
+    hidden = (hidden * (20 / (hidden @ weight.T).std())).requires_grad_()  # logits are rounded by up to 0.06
+    labels = labels.cuda()
+    logits = (hidden @ weight.T).detach().double().requires_grad_()
+    expected_loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    expected = torch.autograd.grad(expected_loss, logits)[0] @ weight.double()
+    losses, gradients = [], []
+    for narrow in (True, False):
+        loss = linear_cross_entropy(hidden, weight, None, labels, chunk_tokens=256, fused=fused, narrow_logits=narrow)
+        losses.append(float((loss.double() - expected_loss).abs() / expected_loss))
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        gradients.append(float((gradient.double() - expected).norm() / expected.norm()))
+    assert losses[0] < 0.1 * losses[1]
+    assert gradients[0] <= 2 * torch.finfo(torch.bfloat16).eps < gradients[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_cuda_narrow_logits_take_half_of_the_memory() -> None:
+    tokens, vocabulary = 4096, 32_768
+    hidden = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, 64, device="cuda", dtype=torch.bfloat16)
+    labels = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    peaks = []
+    for narrow in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_cross_entropy(
+            hidden.requires_grad_(), weight, None, labels, chunk_tokens=tokens, fused=True, narrow_logits=narrow
+        )
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    logits = tokens * vocabulary
+    assert peaks[0] - peaks[1] == pytest.approx(2 * logits, rel=0.05)

@@ -39,6 +39,7 @@ CHANGEABLE = (
     "token_budget",
     "device",
     "precision",
+    "logits",
     "memory",
     "gpu",
     "gradient_checkpointing",
@@ -169,7 +170,18 @@ GROUPS = (
     FieldGroup(
         "machine",
         "Device, precision, memory and execution.",
-        ("device", "precision", "memory", "gpu", "gradient_checkpointing", "offload", "layout", "attention", "compile"),
+        (
+            "device",
+            "precision",
+            "logits",
+            "memory",
+            "gpu",
+            "gradient_checkpointing",
+            "offload",
+            "layout",
+            "attention",
+            "compile",
+        ),
     ),
     FieldGroup(
         "ranks",

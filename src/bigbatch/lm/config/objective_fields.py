@@ -46,6 +46,7 @@ _IDLE = (
     _Idle("messages_column", (None,)),
     _Idle("router_aux_loss_coef", (None,)),
     _Idle("router_aux_loss", ("global",)),
+    _Idle("logits", ("auto",)),
     _Idle("sample_prompt", (None, "def "), ("reward", "embedding")),
     _Idle("chat_template", (None,), ("embedding",)),
 )

@@ -14,13 +14,9 @@ from pydantic import Field
 from bigbatch.lm.config.evaluation_fields import EvaluationFields
 from bigbatch.lm.config.field_types import (
     BatchScheduleText,
-    Checkpointing,
     Count,
     Dashboards,
-    Device,
     Folder,
-    Gpu,
-    MemoryText,
     Microbatch,
     Number,
     Seed,
@@ -29,11 +25,11 @@ from bigbatch.lm.config.field_types import (
     Weights,
 )
 from bigbatch.lm.config.lora_fields import LoraFields
+from bigbatch.lm.config.machine_fields import MachineFields
 from bigbatch.lm.config.objective_fields import ObjectiveFields
 from bigbatch.lm.config.optimization_fields import OptimizationFields
 from bigbatch.lm.config.pretraining_fields import PretrainingFields
 from bigbatch.lm.config.reproducible_fields import ReproducibleFields
-from bigbatch.offload.levels import Offload
 
 DEFAULT_MAX_LENGTH_TINY = 128
 DEFAULT_MAX_LENGTH = 1024
@@ -43,7 +39,13 @@ DEFAULT_STEPS = 100  # of the tiny model on python-stdlib: the run that starts w
 
 
 class TrainFields(
-    ObjectiveFields, PretrainingFields, EvaluationFields, LoraFields, OptimizationFields, ReproducibleFields
+    ObjectiveFields,
+    PretrainingFields,
+    EvaluationFields,
+    LoraFields,
+    OptimizationFields,
+    MachineFields,
+    ReproducibleFields,
 ):
     """The fields of :class:`bigbatch.lm.config.train_config.TrainConfig`, in the order of ``--help``.
 
@@ -199,56 +201,6 @@ class TrainFields(
         "--steps has no default)",
     )
     seed: Seed = Field(default=0, description="seed of the initial weights and of the order of the documents")
-    device: Device = Field(
-        default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = CUDA if available, else MPS, else CPU"
-    )
-    precision: Literal["auto", "float32", "float64", "bf16", "bf16-weights", "fp16"] = Field(
-        default="auto",
-        description="bf16 and fp16 = autocast over float32 weights; bf16-weights = weights in bf16, gradient sums "
-        "in float32, in less memory; auto = bf16 on CUDA, fp16 on GPUs without bf16 such as T4 and V100, float32 "
-        "elsewhere",
-    )
-    memory: MemoryText | None = Field(
-        default=None,
-        description="memory that the run may use with --microbatch auto, such as 24GiB or 80%; set it to leave memory "
-        "to other processes (default: what is free at the start, less a margin)",
-    )
-    gpu: Gpu | None = Field(
-        default=None,
-        description="memory limit by the name of a GPU, such as a100-40gb, instead of --memory: what is usually free "
-        "on it. Accepts the names that nvidia-smi prints; a100 and v100 are those with less memory (default: none)",
-    )
-    gradient_checkpointing: Checkpointing = Field(
-        default="auto",
-        json_schema_extra={"alone": "full"},
-        description="activation checkpointing: layers recompute their activations in backward instead of storing them, "
-        "for less memory and about a third more time. none, selective (every second layer), full, or offload = full, "
-        "with the inputs of layers in host memory between forward and backward; auto = the fastest that fits in memory "
-        "with --microbatch auto, else none; without a value: full",
-    )
-    offload: Offload | Literal["auto"] = Field(
-        default="none",
-        description="what lives in host memory between updates, with the same result: optimizer = the state of the "
-        "optimizer, which passes through the device in each update; master = also the float32 values of the weights of "
-        "linear layers, in bf16; gradients = also the gradient sums; all with --parallel ddp; none = nothing; auto = "
-        "the level that is predicted to be the fastest that fits in memory",
-    )
-    layout: Literal["auto", "padded", "packed"] = Field(
-        default="auto",
-        description="padded = one row for each sequence; packed = one row without padding, in which sequences do not "
-        "attend to one another; auto = packed on CUDA if a check of the model finds no difference",
-    )
-    attention: Literal["auto", "torch", "fa4"] = Field(
-        default="auto",
-        description="kernel of attention in packed rows on CUDA: that of torch, or FlashAttention-4 for Hopper and "
-        'Blackwell (pip install "bigbatch[fa4]"); auto = the faster of the two if a check of the model finds no '
-        "difference",
-    )
-    compile: Literal["auto", "none", "layers", "graphs"] = Field(
-        default="auto",
-        description="layers = compile the layers of the model, which takes some seconds; graphs = also capture and "
-        "replay each micro-batch as a CUDA graph; none = run eagerly; auto = graphs on CUDA, none elsewhere",
-    )
     parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
         default="ddp",
         description="ddp = the whole model on every rank; fsdp = weights, gradients and optimizer state sharded over "

@@ -13,7 +13,7 @@ CHUNK_SHARE = 16
 time: of 8,192 tokens, chunks of 4,096 saved 7 % of the head's time on an H200, which is 2 % of an update of W
 (benchmarks/results/loss-h200.txt)."""
 
-LOGIT_BYTES = 8  # a logit and its gradient in float32
+LOGIT_BYTES = {"auto": 8, "bf16": 4}  # a logit and its gradient
 
 
 def chunk_tokens_of(head: LmHead | None, config: TrainConfig, device: torch.device) -> int:
@@ -28,13 +28,14 @@ def chunk_tokens_of(head: LmHead | None, config: TrainConfig, device: torch.devi
     """
     if head is None or device.type != "cuda" or config.reproducible:
         return CHUNK_TOKENS
-    return largest_chunk(_limit_bytes(config, device), vocabulary=head.linear.weight.shape[0])
+    vocabulary = head.linear.weight.shape[0]
+    return largest_chunk(_limit_bytes(config, device), vocabulary=vocabulary, logit_bytes=LOGIT_BYTES[config.logits])
 
 
-def largest_chunk(limit_bytes: int, *, vocabulary: int) -> int:
+def largest_chunk(limit_bytes: int, *, vocabulary: int, logit_bytes: int = LOGIT_BYTES["auto"]) -> int:
     """Return the largest of 1,024, 2,048 and 4,096 whose logits and gradients take a sixteenth of a limit or less."""
     tokens = CHUNK_TOKENS
-    while tokens < MAX_CHUNK_TOKENS and CHUNK_SHARE * LOGIT_BYTES * vocabulary * 2 * tokens <= limit_bytes:
+    while tokens < MAX_CHUNK_TOKENS and CHUNK_SHARE * logit_bytes * vocabulary * 2 * tokens <= limit_bytes:
         tokens *= 2
     return tokens
 

@@ -98,6 +98,7 @@ class ChunkedCausalLMLoss:
         longest: As for `CausalLMLoss`.
         chunk_tokens: Tokens in one chunk of logits.
         fused: As for `linear_cross_entropy`.
+        narrow_logits: As for `linear_cross_entropy`.
     """
 
     def __init__(
@@ -108,12 +109,14 @@ class ChunkedCausalLMLoss:
         longest: int | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
         fused: bool = False,
+        narrow_logits: bool = False,
     ) -> None:
         self._device_spec = device_spec
         self._needs_mask = needs_mask
         self._longest = longest
         self._chunk_tokens = chunk_tokens
         self._fused = fused
+        self._narrow_logits = narrow_logits
 
     def __call__(self, model: nn.Module, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the summed loss of one micro-batch.
@@ -151,6 +154,7 @@ class ChunkedCausalLMLoss:
                 softcap=head.softcap,
                 scale=head.scale,
                 fused=self._fused,
+                narrow_logits=self._narrow_logits,
             )
         return loss_sum, count_items(microbatch)
 

@@ -48,6 +48,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     fused: bool = False,
+    narrow_logits: bool = False,
 ) -> Tensor:
     """Compute the summed cross entropy of next tokens without materializing all logits.
 
@@ -73,6 +74,8 @@ def linear_cross_entropy(
         scale: Factor of the logits.
         fused: Whether to compile the operations on a chunk of logits between the products: two passes over it instead
             of six, equal up to rounding. The first use takes some seconds.
+        narrow_logits: Whether products in 16 bits return 16-bit logits, where they could return them in float32: half
+            of the memory of the logits, each of which is rounded. The loss is computed in float32 all the same.
 
     Returns:
         The 0-d sum in float32, or in float64 for float64.
@@ -83,9 +86,8 @@ def linear_cross_entropy(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs at least 1 token.")
-    options = _Options(
-        chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused and not isinstance(hidden, FakeTensor), narrow_weight
-    )
+    fused = fused and not isinstance(hidden, FakeTensor)
+    options = _Options(chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused, narrow_weight, narrow_logits)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights, options)  # type: ignore[no-untyped-call]
         return loss_sum
@@ -100,6 +102,7 @@ class _Options:
     dtype: torch.dtype  # of the matrix products' operands
     fused: bool
     narrow_weight: Tensor | None
+    narrow_logits: bool
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -224,7 +227,7 @@ class _ChunkLoop:
         self._add_gradients(chunk, rows, logit_grads, ignored)
 
     def _add_fused(self, chunk: slice, rows: Tensor, targets: Tensor, ignored: Tensor, weights: Tensor | None) -> None:
-        products = _multiply(rows, self.weight.T)
+        products = self._products(rows)
         scale, softcap = self.options.scale, self.options.softcap
         dtype = self.options.dtype if _has_wide_products(rows) and self.grad_bias is None else self.loss_sum.dtype
         loss_sum, logit_grads = _fused()(
@@ -243,9 +246,13 @@ class _ChunkLoop:
         if any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):
             self._add_gradients(chunk, rows, logit_grads, ignored)
 
+    def _products(self, rows: Tensor) -> Tensor:
+        weight = self.weight.T
+        return rows @ weight if self.options.narrow_logits else _multiply(rows, weight)
+
     def _log_softmax(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the log-probabilities and, with soft-capping, the tanh that they were computed from."""
-        products = _multiply(rows, self.weight.T)
+        products = self._products(rows)
         logits = products if products.dtype == torch.float64 else products.float()
         del products
         if self.bias is not None:

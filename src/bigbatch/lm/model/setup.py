@@ -25,13 +25,13 @@ from bigbatch.lm.model.causal_attention import (
     looks_causal,
     use_causal_attention,
 )
-from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunk_size import chunk_tokens_of
-from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss, chunked_loss_is_exact, find_lm_head, worth_chunking
+from bigbatch.lm.model.chunked_loss import chunked_loss_is_exact, find_lm_head, worth_chunking
 from bigbatch.lm.model.compilation import compile_layers
 from bigbatch.lm.model.decoder_layers import DecoderLayers, offload_notes, uses_randomness
 from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
+from bigbatch.lm.model.loss_choice import make_loss_fn
 from bigbatch.lm.model.loss_types import LanguageLoss, LossMetrics
 from bigbatch.lm.model.packed_rows import pack_row, packing_obstacle, static_packing_obstacle
 from bigbatch.lm.model.task_models import PEFT_TASKS
@@ -129,7 +129,7 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
     compiles = compiles_layers(config, device_spec.device)
     chunk_tokens = chunk_tokens_of(find_lm_head(model), config, device_spec.device) if chunks else None
     loss_fn = make_loss_fn(
-        device_spec, chunk_tokens=chunk_tokens, needs_mask=needs_mask, longest=longest, fused=compiles
+        config, device_spec, chunk_tokens=chunk_tokens, needs_mask=needs_mask, longest=longest, fused=compiles
     )
     if layout == "packed":
         collator: Any = partial(
@@ -181,7 +181,7 @@ def outline_model(
     layers_of(model, config)
     head = find_lm_head(model)
     chunk_tokens = chunk_tokens_of(head, config, target) if worth_chunking(head) else None
-    loss_fn = make_loss_fn(device_spec, chunk_tokens=chunk_tokens, needs_mask=not is_causal, longest=longest)
+    loss_fn = make_loss_fn(config, device_spec, chunk_tokens=chunk_tokens, needs_mask=not is_causal, longest=longest)
     return ModelOutline(model.train(), loss_fn if balance is None else balance.loss_fn(loss_fn), layout)
 
 
@@ -210,17 +210,6 @@ def captures_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:
 def wants_packed_rows(config: TrainConfig, device: torch.device) -> bool:
     """Return whether rows are packed on a device, if the model supports it."""
     return config.layout == "packed" or (config.layout == "auto" and device.type == "cuda")
-
-
-def make_loss_fn(
-    device_spec: DeviceSpec, *, chunk_tokens: int | None, needs_mask: bool, longest: int, fused: bool = False
-) -> CausalLMLoss | ChunkedCausalLMLoss:
-    """Create the loss function of a language model: over chunks of logits, or with None over all logits at once."""
-    if chunk_tokens is not None:
-        return ChunkedCausalLMLoss(
-            device_spec, needs_mask=needs_mask, longest=longest, chunk_tokens=chunk_tokens, fused=fused
-        )
-    return CausalLMLoss(device_spec, needs_mask=needs_mask, longest=longest)
 
 
 def _layout(

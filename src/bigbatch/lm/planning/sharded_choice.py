@@ -41,7 +41,7 @@ HOST = Card("cpu", 1e11, 2e10, 1e10, False, 0, 1e9)
 DEPENDS_ON = (
     "data", "max_length", "seed", "global_batch", "global_batch_tokens", "global_batch_schedule", "objective",
     "gradient_checkpointing", "layout", "attention", "compile", "optimizer", "parallel", "memory", "gpu", "lora_rank",
-    "lora_targets", "lora_dropout", "dora",
+    "lora_targets", "lora_dropout", "dora", "logits",
 )  # fmt: skip
 
 

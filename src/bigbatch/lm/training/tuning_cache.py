@@ -25,6 +25,7 @@ SETTINGS = (
     "memory",
     "gpu",
     "precision",
+    "logits",
     "offload",
     "lora_rank",
     "lora_targets",
