@@ -3,18 +3,19 @@
     python benchmarks/offload.py --rounds 3 --out FILE     # one CUDA GPU with 80 GB
     python benchmarks/offload.py --quick       # one round of windows of W, under five minutes
     python benchmarks/offload.py --quick --levels gradients --billions 1.5 --memory 8       # no more than 8 GiB
+    python benchmarks/offload.py --quick --levels none --checkpointing offload      # inputs of layers on the host
     python benchmarks/offload.py --dry         # a tiny model on the CPU, to try the script
 
 A Llama of 1.5 billion parameters, or of ``--billions``, from its configuration, with random float32 weights under bf16
 autocast and fused AdamW. The model is made in host memory and moved by `bigbatch.move_to_device`: from ``master`` on,
-its float32 weights need not fit in ``--memory``. A window has the sequences of workload W (92,493 tokens), or
-of several such batches, in packed rows of ``--tokens`` tokens. Each turn makes model and engine anew, runs
-``--warm-up`` updates, and then measures ``--updates``. *Device* is the highest memory of torch's allocator in the
-measured updates, *host* the pinned memory of offloaded state, *step* the time of the update after the last micro-batch,
-by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which the host computes before. The first
-lines are the host's rates of additions and of the norm, which `bigbatch.offload.costs` assumes; set ``OMP_NUM_THREADS``
-to the cores of one card. *Loss* is that of the last update; attention on CUDA is not deterministic, so that its last
-digits differ from turn to turn, while `tests/offload/test_offload_cuda.py` compares the bits.
+its float32 weights need not fit in ``--memory``. A window has the sequences of workload W (92,493 tokens), or of
+several such batches, in packed rows of ``--tokens`` tokens. Each turn makes model and engine anew, runs ``--warm-up``
+updates, and then measures ``--updates``. *Device* is the highest memory of torch's allocator in the measured updates,
+*host* the pinned memory of offloaded state and of inputs of layers, *step* the time of the update after the last
+micro-batch, by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which the host computes
+before. The first lines are the host's rates of additions and of the norm, which `bigbatch.offload.costs` assumes; set
+``OMP_NUM_THREADS`` to the cores of one card. *Loss* is that of the last update; attention on CUDA is not deterministic,
+so that its last digits differ from turn to turn, while `tests/offload/test_offload_cuda.py` compares the bits.
 """
 
 import argparse
@@ -150,13 +151,13 @@ def run_turn(arguments: argparse.Namespace, level: Any, batches: int, device: to
             torch.cuda.synchronize()
         if number >= arguments.warm_up:
             seconds.append((time.perf_counter() - started_s) / sum(len(sample["input_ids"]) for sample in window))
-    offload = engine.accumulator.update.offload
+    offload, layers = engine.accumulator.update.offload, model_setup.layers
     steps = [first.elapsed_time(last) / 1000 for first, last in events]
     turn = Turn(
         1 / statistics.median(seconds),
         statistics.median(steps) if steps else 0.0,
         torch.cuda.max_memory_allocated() if is_cuda else 0,
-        0 if offload is None else offload.host_bytes,
+        (0 if offload is None else offload.host_bytes) + (0 if layers is None else layers.inputs.host_bytes),
         report.loss,
     )
     engine.release_cuda_graphs()
@@ -191,6 +192,7 @@ def main() -> None:
     name = platform.processor() or "CPU" if arguments.dry else torch.cuda.get_device_name()
     lines = [
         f"{name}, torch {torch.__version__}, rows of {arguments.tokens:,} tokens, compile {arguments.compile}, "
+        f"checkpointing {arguments.checkpointing}, "
         f"{arguments.billions} billion parameters, {arguments.memory or 'all'} GiB"
     ]
     lines += host_rates(2**22 if arguments.dry else 2**26)

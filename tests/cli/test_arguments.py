@@ -210,13 +210,16 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--memory 24GiB --gpu t4", "--memory and --gpu exclude each other: give one of them."),
         (
             "--gradient-checkpointing=true",
-            "--gradient-checkpointing is 'true': it must be auto, none, selective or full.",
+            "--gradient-checkpointing is 'true': it must be auto, none, selective, full or offload.",
         ),
         (
             "--gradient-checkpointing true",
-            "--gradient-checkpointing is 'true': it must be auto, none, selective or full.",
+            "--gradient-checkpointing is 'true': it must be auto, none, selective, full or offload.",
         ),
-        ("--gradient-checkpointing=", "--gradient-checkpointing is '': it must be auto, none, selective or full."),
+        (
+            "--gradient-checkpointing=",
+            "--gradient-checkpointing is '': it must be auto, none, selective, full or offload.",
+        ),
         ("--layout dense", "--layout is 'dense': it must be auto, padded or packed."),
         ("--layout", "--layout needs a value: --layout auto|padded|packed."),
         ("--compile true", "--compile is 'true': it must be auto, none, layers or graphs."),
@@ -248,6 +251,10 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         (
             "--reproducible --parallel fsdp",
             "--reproducible needs whole gradients on every rank, which --parallel fsdp and hsdp shard: use ddp.",
+        ),
+        (
+            "--gradient-checkpointing offload --compile graphs",
+            "--gradient-checkpointing offload excludes --compile graphs: use layers or none.",
         ),
         ("--reproducible --compile graphs", "--reproducible excludes --compile graphs: use layers or none."),
         (
@@ -426,10 +433,10 @@ def test_verify_and_generate_report_errors_equally(command: str, words: list[str
          "v100-32gb."),
         ('memory = "24GiB"\ngpu = "t4"', "memory in run.toml and gpu in run.toml exclude each other: give one of "
          "them."),
-        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective or "
-         "full."),
+        ("gradient_checkpointing = 1", "gradient_checkpointing in run.toml is 1: it must be auto, none, selective, "
+         "full or offload."),
         ('gradient_checkpointing = "true"', "gradient_checkpointing in run.toml is 'true': it must be auto, none, "
-         "selective or full."),
+         "selective, full or offload."),
         ('layout = "dense"', "layout in run.toml is 'dense': it must be auto, padded or packed."),
         ("compile = true", "compile in run.toml is true: it must be auto, none, layers or graphs."),
         ("max_tokens_per_batch = 1", "run.toml has the unknown key 'max_tokens_per_batch': did you mean "
@@ -579,7 +586,7 @@ def test_help_explains_microbatch_settings(command: str):
     assert "--token-budget N tokens, padding included, in one forward and backward, instead of --microbatch; " in shown
     assert "--memory MEMORY memory that the run may use with --microbatch auto, such as 24GiB or 80%; set it " in shown
     assert "--gpu GPU memory limit by the name of a GPU, such as a100-40gb, instead of --memory" in shown
-    assert "--gradient-checkpointing auto|none|selective|full activation checkpointing: layers recompute " in shown
+    assert "--gradient-checkpointing auto|none|selective|full|offload activation checkpointing: layers " in shown
     assert "without a value: full" in shown
     assert "--layout auto|padded|packed padded = one row for each sequence; packed = one row without padding" in shown
     assert "--compile auto|none|layers|graphs layers = compile the layers of the model" in shown

@@ -177,6 +177,8 @@ class WindowWork:
         head_operations: As for the layers: of the output layer.
         head_moves: As for the layers: of the output layer and the loss.
         recomputed: Share of the layers whose forward runs again in backward.
+        moved_inputs: Layers whose inputs are in host memory between forward and backward: all but the last, or none.
+        input_bytes: Of the input of one layer for one token.
     """
 
     tokens: int
@@ -186,6 +188,8 @@ class WindowWork:
     head_operations: float
     head_moves: float
     recomputed: float = 0.0
+    moved_inputs: int = 0
+    input_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,7 @@ class UpdateTime:
         update_s: The update: the longer of its kernels and its transfers, which overlap.
         link_s: Waiting for gradients that are still on their way when a backward has ended, or for the host's addition.
         fabric_s: Waiting for the weights and gradients of other cards.
+        inputs_s: Waiting for copies of inputs of layers, to the host in forward and back in backward.
     """
 
     compute_s: float
@@ -205,11 +210,13 @@ class UpdateTime:
     update_s: float
     link_s: float = 0.0
     fabric_s: float = 0.0
+    inputs_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """Seconds of the window and its update."""
-        return self.compute_s + self.microbatches_s + self.update_s + self.link_s + self.fabric_s
+        waiting_s = self.link_s + self.fabric_s + self.inputs_s
+        return self.compute_s + self.microbatches_s + self.update_s + waiting_s
 
 
 def update_time(
@@ -223,7 +230,7 @@ def update_time(
 ) -> UpdateTime:
     """Predict the seconds of one window and its update.
 
-        compute + micro-batches · weight moves + max(kernels, to card, to host) + what backward does not hide
+        compute + micro-batches · weight moves + max(kernels, to card, to host) + what computation does not hide
 
     Args:
         state: Of one card.
@@ -257,4 +264,22 @@ def update_time(
     ends = min(CHUNK_BYTES, link.to_card) + min(CHUNK_BYTES, link.to_host)  # the first in and the last out
     streamed_s = max(kernels_s, link.to_card / card.link_rate, link.to_host / card.link_rate)
     update_s = streamed_s + ends / card.link_rate + norm_s
-    return UpdateTime(compute_s, microbatches_s, update_s, link_s, fabric_s)
+    inputs_s = work.tokens * _unhidden_inputs_s(work, layers_s, card)
+    return UpdateTime(compute_s, microbatches_s, update_s, link_s, fabric_s, inputs_s)
+
+
+def _unhidden_inputs_s(work: WindowWork, layers_s: float, card: Card) -> float:
+    """Return the seconds for one token that the layers wait for copies of their inputs.
+
+    A copy runs beside one layer: to the host beside the forward of its own, back beside backward of the one after it.
+    At ``"gradients"`` backward sends gradients in the other direction.
+    """
+    copies_s = work.moved_inputs * work.input_bytes / card.link_rate
+    forward_s = layers_s / 3 * work.moved_inputs / (work.moved_inputs + 1)
+    backward_s = (2 + work.recomputed) * forward_s
+    return max(0.0, copies_s - forward_s) + max(0.0, copies_s - backward_s)
+
+
+def inputs_bytes(work: WindowWork, tokens: int) -> int:
+    """Return the pinned host memory for the inputs of the layers of a micro-batch of so many tokens."""
+    return work.moved_inputs * pinned_bytes(tokens * work.input_bytes)

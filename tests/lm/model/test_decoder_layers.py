@@ -119,7 +119,7 @@ def test_each_level_recomputes_expected_layers(compiled: bool) -> None:
     layers = DecoderLayers(model)
     if compiled:
         layers.compile("eager")
-    for level, again in (("none", []), ("selective", [0, 2]), ("full", [0, 1, 2, 3])):
+    for level, again in (("none", []), ("selective", [0, 2]), ("full", [0, 1, 2, 3]), ("offload", [0, 1, 2, 3])):
         layers.set_checkpointing(level)
         with torch._dynamo.config.patch(disable=True):
             calls.clear()
@@ -138,7 +138,7 @@ def test_each_level_uses_less_memory() -> None:
     model = build(LlamaConfig(**SIZE | {"hidden_size": 64, "intermediate_size": 256}))
     layers = DecoderLayers(model)
     peaks = []
-    for level in CHECKPOINTING_MODES:
+    for level in layers.modes:
         layers.set_checkpointing(level)
         peaks.append(peak_of(model))
     none, selective, full = peaks

@@ -176,6 +176,12 @@ def test_requested_level_is_set(level: str) -> None:
     assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
 
 
+def test_inputs_in_host_memory_save_nothing_on_cpu() -> None:
+    note = "--gradient-checkpointing offload saves no memory on cpu, which has none but that of the host"
+    for level in CHECKPOINTING_MODES:
+        assert (note in arranged(build("llama"), gradient_checkpointing=level).notes) == (level == "offload")
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_adapters_are_added_to_found_layers(layout: str) -> None:
     gradients = []

@@ -309,6 +309,30 @@ def test_fewest_settings_that_fit_are_suggested(place: Path, wide: str) -> None:
     assert len(fitting) == len(together) + 3
 
 
+@pytest.mark.parametrize(
+    ("fits", "gpu", "note"),
+    [
+        ({"none", "selective", "full", "offload"}, "h100", None),
+        ({"selective", "full", "offload"}, "h100", "every second layer"),
+        ({"full", "offload"}, "h100", "all layers"),
+        ({"offload"}, "h100", "all layers with their inputs in host memory"),
+        ({"offload"}, None, None),
+        (set(), "h100", None),
+    ],
+)
+def test_first_mode_in_which_longest_fits_is_planned(
+    place: Path, monkeypatch: pytest.MonkeyPatch, fits: set[str], gpu: str | None, note: str | None
+) -> None:
+    monkeypatch.setattr(
+        RunEstimator, "fits", lambda self, _: self._config.gradient_checkpointing.replace("auto", "none") in fits
+    )
+    settings: dict[str, Any] = {"memory": "1GiB"} if gpu is None else {"gpu": gpu, "device": "auto"}
+    found = forecast_of(place, microbatch="auto", **settings)
+    notes = [each for each in found.notes if each.startswith("activation checkpointing")]
+    expected = f"activation checkpointing in {note}: the longest sequence does not fit without it"
+    assert notes == ([] if note is None else [expected])
+
+
 def test_unsupported_setting_is_not_suggested(place: Path, tmp_path: Path) -> None:
     mamba = configured(tmp_path, KINDS["mamba"]())
     assert LORA not in {lever.flags for lever in desk_of(place, None, model=mamba, microbatch=8).memory_savings(8)}

@@ -65,6 +65,15 @@ def test_fixed_microbatch_has_its_checkpointing_chosen(place: Path, monkeypatch:
     assert chosen(microbatch=4, gradient_checkpointing="full")[0].gradient_checkpointing == "full"
 
 
+def test_sentence_counts_inputs_of_layers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_card(monkeypatch, 2**34)
+    config, sentence = chosen(microbatch=4, gradient_checkpointing="offload")
+    assert (config.offload, config.gradient_checkpointing) == ("none", "offload")
+    assert sentence is not None
+    assert " on the card with checkpointing offload, " in sentence
+    assert ", 0 B on the host" not in sentence
+
+
 def test_too_little_memory_is_refused_with_the_flag(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_card(monkeypatch, 2**20)
     with pytest.raises(

@@ -226,7 +226,7 @@ Patience = Annotated[Count | None, BeforeValidator(_none_word)]
 TokenizerText = Annotated[str, AfterValidator(_tokenizer_text)]
 BatchScheduleText = Annotated[str, AfterValidator(_batch_schedule)]
 MemoryText = Annotated[str, BeforeValidator(_memory_text)]
-Checkpointing = Annotated[Literal["auto", "none", "selective", "full"], BeforeValidator(_switch)]
+Checkpointing = Annotated[Literal["auto", "none", "selective", "full", "offload"], BeforeValidator(_switch)]
 LrRule = Annotated[
     Literal["none", "linear", "sqrt", "sde", "half-life", "sqrt+half-life"], BeforeValidator(_no_adascale)
 ]
@@ -237,7 +237,7 @@ NormLimit = Annotated[Annotated[Number, Field(ge=0)] | None, BeforeValidator(_no
 _COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
 
-CheckpointingMode: TypeAlias = Literal["none", "selective", "full"]
+CheckpointingMode: TypeAlias = Literal["none", "selective", "full", "offload"]
 
 
-CHECKPOINTING_MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full")
+CHECKPOINTING_MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full", "offload")

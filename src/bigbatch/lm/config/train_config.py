@@ -112,6 +112,15 @@ class TrainConfig(TrainFields):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_captured(self) -> Self:
+        if self.compile == "graphs" and self.gradient_checkpointing == "offload":
+            names = {"first": "gradient_checkpointing", "second": "compile"}
+            raise PydanticCustomError(
+                "exclusive", "{first} offload excludes {second} graphs: use layers or none", names
+            )
+        return self
+
     @property
     def quantum_in_use(self) -> int | None:
         """Sequences that are computed together; None without ``reproducible``."""

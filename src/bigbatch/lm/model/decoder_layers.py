@@ -3,13 +3,14 @@
     none         all activations are stored for backward
     selective    every second layer stores only its input and recomputes its activations in backward
     full         every layer does
+    offload      every layer does, and its input is in host memory between forward and backward
 
 The layers run the same code on different weights, so they share one compiled graph: compilation takes seconds, instead
 of minutes for a whole model.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from typing import Any
@@ -20,7 +21,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from bigbatch.lm.config.field_types import CheckpointingMode
+from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.offload.layer_inputs import LayerInputs
 
 
 class DecoderLayers:
@@ -31,6 +33,7 @@ class DecoderLayers:
 
     Attributes:
         mode: Which layers recompute their activations.
+        inputs: Inputs of layers in host memory, in the mode ``"offload"``.
 
     Raises:
         ValueError: The model has no such layers; the message is that of transformers.
@@ -43,6 +46,8 @@ class DecoderLayers:
         with suppress(AttributeError):  # in releases of transformers that do not enable them
             model.disable_input_require_grads()  # only reentrant checkpoints need them
         self._layers = _repeated(model)
+        self._checkpoints = [layer._gradient_checkpointing_func for layer in self._layers]
+        self.inputs = LayerInputs()
         self._compiled: list[Any] = []
         self._uses_randomness = uses_randomness(model)
         self.mode: CheckpointingMode = "full"
@@ -52,6 +57,12 @@ class DecoderLayers:
     def is_compiled(self) -> bool:
         """Whether the layers are compiled."""
         return bool(self._compiled)
+
+    @property
+    def modes(self) -> Sequence[CheckpointingMode]:
+        """Modes that may lower the memory on the device of the layers; without CUDA, host memory is that memory."""
+        on_cuda = any(parameter.is_cuda for layer in self._layers for parameter in layer.parameters())
+        return [mode for mode in CHECKPOINTING_MODES if on_cuda or mode != "offload"]
 
     def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the layers for rows of any length; compilation happens when the first micro-batch runs.
@@ -91,13 +102,23 @@ class DecoderLayers:
         """Select the layers that recompute their activations in backward."""
         self.mode = mode
         for index, layer in enumerate(self._layers):
-            recomputes = mode == "full" or (mode == "selective" and index % 2 == 0)
+            recomputes = mode in ("full", "offload") or (mode == "selective" and index % 2 == 0)
             layer.gradient_checkpointing = recomputes and not self._compiled
+            layer._gradient_checkpointing_func = self._placed(self._checkpoints[index], index)
             if self._compiled:
                 run = self._compiled[index]
                 # the random state cannot be read while a CUDA graph is captured
-                checkpointed = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=self._uses_randomness)
-                layer._compiled_call_impl = checkpointed if recomputes else run
+                checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._uses_randomness)
+                layer._compiled_call_impl = partial(self._placed(checkpointed, index), run) if recomputes else run
+        if mode != "offload":
+            self.inputs.release()
+
+    def _placed(self, checkpointed: Callable[..., Any], index: int) -> Callable[..., Any]:
+        """Return a checkpoint function of a layer; with offload, one that copies the layer's input to the host."""
+        if self.mode != "offload":
+            return checkpointed
+        # by `partial`, which is no state of the model that a trial run restores
+        return partial(self.inputs.run, checkpointed, index + 1 < len(self._layers))
 
 
 def _with_constant_floats(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,6 +139,21 @@ def _with_constant_floats(run: Callable[..., Any]) -> Callable[..., Any]:
             config.specialize_float = before
 
     return call
+
+
+def offload_notes(mode: str, device: torch.device, *, captures: bool) -> list[str]:
+    """Return what a user would not expect of a checkpointing mode.
+
+    Args:
+        mode: As configured.
+        device: Of the model.
+        captures: Whether micro-batches would be captured as CUDA graphs in another mode.
+    """
+    if mode != "offload":
+        return []
+    if device.type != "cuda":
+        return [f"--gradient-checkpointing offload saves no memory on {device}, which has none but that of the host"]
+    return ["micro-batches are not captured as CUDA graphs: inputs of layers are copied to the host"] * captures
 
 
 def uses_randomness(model: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from bigbatch.lm.model.causal_attention import (
 from bigbatch.lm.model.chunk_size import chunk_tokens_of
 from bigbatch.lm.model.chunked_loss import chunked_loss_is_exact, find_lm_head, worth_chunking
 from bigbatch.lm.model.compilation import compile_layers
-from bigbatch.lm.model.decoder_layers import DecoderLayers, uses_randomness
+from bigbatch.lm.model.decoder_layers import DecoderLayers, offload_notes, uses_randomness
 from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.model.loss_choice import make_loss_fn
@@ -143,6 +143,7 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
             run_router_hooks_eagerly(model)
         compile_layers(model, config, layers, balanced or loss_fn, collator, device_spec, longest, notes)
     uses_cuda_graphs = captures_cuda_graphs(config, device_spec.device)
+    notes += offload_notes(config.gradient_checkpointing, device_spec.device, captures=config.compile == "auto")
     if uses_cuda_graphs and balanced is not None:
         uses_cuda_graphs = _without_cuda_graphs(config, notes)
     return ModelSetup(model, loss_fn, collator, layout, layers, uses_cuda_graphs, tuple(notes), balanced)
@@ -202,7 +203,8 @@ def compiles_layers(config: TrainConfig, device: torch.device) -> bool:
 
 def captures_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:
     """Return whether micro-batches are captured as CUDA graphs on a device."""
-    return config.compile in ("auto", "graphs") and device.type == "cuda"
+    captures = config.compile in ("auto", "graphs") and config.gradient_checkpointing != "offload"
+    return captures and device.type == "cuda"
 
 
 def wants_packed_rows(config: TrainConfig, device: torch.device) -> bool:

@@ -11,6 +11,7 @@ from bigbatch.coupled.stand_in import stand_in
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.pair_batches import collate_pairs
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.decoder_layers import offload_notes
 from bigbatch.lm.model.expert_balance import use_float64_experts
 from bigbatch.lm.model.loss_types import LanguageLoss
 from bigbatch.lm.model.meta_setup import with_lora_on_meta
@@ -48,6 +49,7 @@ def set_up_objective(
             )
     model = (model.to(device_spec.device) if weights is None else model).train()
     loss_fn, metrics = make_loss(config, device_spec)
+    notes += offload_notes(config.gradient_checkpointing, device_spec.device, captures=False)
     write_files = None
     if config.objective == "embedding":
         assert config.max_length is not None, "set before the model is set up"

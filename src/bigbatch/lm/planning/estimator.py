@@ -158,6 +158,10 @@ class RunEstimator:
         largest = next((rows, length) for rows, length in shapes if rows * length >= filled)
         return list(dict.fromkeys([shapes[0], largest]))
 
+    def most_tokens(self, size: int) -> int:
+        """Return the most tokens, padding included, of a micro-batch of a size."""
+        return max(rows * length for rows, length in self._worst_cases(size))
+
     def plan(self, size: int, cost: Cost) -> Plan:
         """Split the first update into micro-batches of a size, as training does."""
         window = self._data.window

@@ -24,25 +24,28 @@ def _make_estimator(config: TrainConfig, target: PlanTarget, data: DataStatistic
     estimator = RunEstimator(config, target, data)
     if config.gradient_checkpointing != "auto" or estimator.limit != "auto":
         return config, estimator
-    for mode in ("selective", "full"):
+    asked = config, estimator
+    for mode in ("selective", "full", "offload")[: 3 if target.device.type == "cuda" else 2]:
         if estimator.fits(estimator.predict(data.longest).peak_bytes):
-            break
+            return config, estimator
         more = config.model_copy(update={"gradient_checkpointing": mode})
         try:
-            found = RunEstimator(more, target, data)
+            config, estimator = more, RunEstimator(more, target, data)
         except InputError:  # not supported by the model
             break
-        if mode == "full" and not found.fits(found.predict(data.longest).peak_bytes):
-            break  # nothing fits: report the peak without checkpointing, and the savings
-        config, estimator = more, found
-    return config, estimator
+    fits = estimator.fits(estimator.predict(data.longest).peak_bytes)
+    return (config, estimator) if fits else asked  # nothing fits: report the peak as asked, and the savings
 
 
 def _notes(config: TrainConfig, asked: TrainConfig, target: PlanTarget) -> list[str]:
     """Return what a user would not expect of the estimates."""
     notes = []
     if config.gradient_checkpointing != asked.gradient_checkpointing:
-        layers = "all layers" if config.gradient_checkpointing == "full" else "every second layer"
+        layers = {
+            "selective": "every second layer",
+            "full": "all layers",
+            "offload": "all layers with their inputs in host memory",
+        }[config.gradient_checkpointing]
         notes.append(f"activation checkpointing in {layers}: the longest sequence does not fit without it")
     if config.objective == "dpo":
         notes.append(

@@ -5,8 +5,9 @@ linear in the number of layers, as long as layers are equal; that their paramete
 """
 
 import copy
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -126,6 +127,30 @@ class LayerSeries:
         few, more = values
         slope = (more - few) / (FEW_LAYERS[1] - FEW_LAYERS[0])
         return few + slope * (self._num_layers - FEW_LAYERS[0])
+
+
+@dataclass(frozen=True)
+class ActivationCurve:
+    """Activations by rows of the longest sequence: convex, so that chords between predictions are above it."""
+
+    rows: Sequence[int]
+    num_bytes: Sequence[int]
+
+    def at(self, rows: int) -> int:
+        """Return the bytes of so many rows."""
+        place = min(max(bisect_right(self.rows, rows), 1), len(self.rows) - 1)
+        if place == 0:
+            return self.num_bytes[0]
+        (left, right), (low, high) = self.rows[place - 1 : place + 1], self.num_bytes[place - 1 : place + 1]
+        return low + (high - low) * (rows - left) // (right - left)
+
+    def largest(self, limit_bytes: int) -> int:
+        """Return the most rows whose activations are within a limit, at least 1."""
+        low, high = 1, self.rows[-1]
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.at(middle) <= limit_bytes else (low, middle - 1)
+        return low
 
 
 def num_layers(model_config: Any) -> int:

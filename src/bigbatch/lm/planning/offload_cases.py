@@ -3,9 +3,8 @@
 model without weights → ModelState, work of a token → for a memory: largest micro-batch, peak, seconds → Candidates
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -23,11 +22,17 @@ from bigbatch.lm.model.start import starts_narrow
 from bigbatch.lm.planning.data_statistics import DataStatistics
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.planning.estimator import RunEstimator
-from bigbatch.lm.planning.layer_series import LayerSeries, NarrowEstimator, narrowed_parameters, num_layers
+from bigbatch.lm.planning.layer_series import (
+    ActivationCurve,
+    LayerSeries,
+    NarrowEstimator,
+    narrowed_parameters,
+    num_layers,
+)
 from bigbatch.lm.planning.sharded_memory import ShardedModel
 from bigbatch.offload.cards import Card
 from bigbatch.offload.choice import Candidate
-from bigbatch.offload.costs import ModelState, UpdateTime, WindowWork, placement, update_time
+from bigbatch.offload.costs import ModelState, UpdateTime, WindowWork, inputs_bytes, placement, update_time
 from bigbatch.offload.levels import LEVELS, Offload, reaches
 
 MOST_TOKENS = 32_768  # of a micro-batch: larger ones are 2 % faster at most, by what a micro-batch costs by itself
@@ -36,29 +41,6 @@ LAYER_MOVES = 300  # bytes a token, layer and unit of width: norms, residuals, a
 LOGIT_MOVES = 24  # bytes a token and word of the vocabulary; from the same table
 SLOWER = 1.02  # that a smaller micro-batch of a sharded model may be: it leaves memory for what is not predicted
 LEAST_TOKENS = 8_192  # of such a micro-batch: that kernels of fewer leave a GPU idle is not predicted
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """Activations by rows of the longest sequence: convex, so that chords between predictions are above it."""
-
-    rows: Sequence[int]
-    num_bytes: Sequence[int]
-
-    def at(self, rows: int) -> int:
-        place = min(max(bisect_right(self.rows, rows), 1), len(self.rows) - 1)
-        if place == 0:
-            return self.num_bytes[0]
-        (left, right), (low, high) = self.rows[place - 1 : place + 1], self.num_bytes[place - 1 : place + 1]
-        return low + (high - low) * (rows - left) // (right - left)
-
-    def largest(self, limit_bytes: int) -> int:
-        """Return the most rows whose activations are within a limit, at least 1."""
-        low, high = 1, self.rows[-1]
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.at(middle) <= limit_bytes else (low, middle - 1)
-        return low
 
 
 class OffloadCases:
@@ -103,7 +85,7 @@ class OffloadCases:
         self._outline, self._model = whole.outline, whole.outline.model
         self.tokens = sum(own)
         self._series_of: dict[tuple[CheckpointingMode, bool], LayerSeries] = {}
-        self._curves: dict[tuple[CheckpointingMode, bool], _Curve] = {}
+        self._curves: dict[tuple[CheckpointingMode, bool], ActivationCurve] = {}
         self._plans: dict[int, Plan] = {}
         self.unit = whole.unit
         self._layout = whole.layout
@@ -111,14 +93,16 @@ class OffloadCases:
         self.state = self._state()
         self.levels = [level for level in levels if self._changes(level)]
 
-    def candidates(self, usable_bytes: int, card: Card) -> list[Candidate]:
+    def candidates(self, usable_bytes: int, card: Card, host_bytes: int | None = None) -> list[Candidate]:
         """Predict every level and mode with the largest micro-batch that fits; lower levels first.
 
         Args:
             usable_bytes: Memory of the card that tensors may use.
             card: Its rates.
+            host_bytes: Host memory that one card may use; None if unknown.
         """
-        return [self._candidate(level, mode, usable_bytes, card) for level in self.levels for mode in self._modes]
+        limits = usable_bytes, host_bytes
+        return [self._candidate(level, mode, limits, card) for level in self.levels for mode in self._modes]
 
     def _changes(self, level: Offload) -> bool:
         """Return whether training at a level is possible, and differs from the level before it."""
@@ -131,7 +115,10 @@ class OffloadCases:
         chosen = self._config.gradient_checkpointing
         if chosen != "auto":
             return (chosen,)
-        return CHECKPOINTING_MODES if self._can_checkpoint else ("none",)
+        if not self._can_checkpoint:
+            return ("none",)
+        moves = self._target.device.type == "cuda" and not self._is_sharded
+        return [mode for mode in CHECKPOINTING_MODES if moves or mode != "offload"]
 
     @cached_property
     def _can_checkpoint(self) -> bool:
@@ -141,7 +128,10 @@ class OffloadCases:
             return False
         return True
 
-    def _candidate(self, level: Offload, mode: CheckpointingMode, usable_bytes: int, card: Card) -> Candidate:
+    def _candidate(
+        self, level: Offload, mode: CheckpointingMode, limits: tuple[int, int | None], card: Card
+    ) -> Candidate:
+        usable_bytes, most_host_bytes = limits
         needs = placement(self.state, level)
         libraries = CUDA_LIBRARIES_BYTES if self._target.device.type == "cuda" else 0
         fixed = needs.card_bytes + libraries
@@ -150,6 +140,9 @@ class OffloadCases:
         during_window = fixed + needs.window_bytes + gathered_bytes
         curve = self._curve(mode, reaches(level, "master"))
         rows = curve.largest(usable_bytes - during_window)
+        if most_host_bytes is not None and mode == "offload":
+            of_row = max(1, inputs_bytes(self._work_of(mode), self._data.longest))
+            rows = max(1, min(rows, (most_host_bytes - needs.host_bytes) // of_row))
         if self._is_sharded:
             rows = self._rows_that_pay(level, mode, rows, card, device_bytes)
         start_bytes = needs.start_bytes + libraries
@@ -157,16 +150,21 @@ class OffloadCases:
         peak_bytes = max(during_window + curve.at(rows), fixed + needs.step_bytes, start_bytes, end_bytes)
         size = self._size_of(rows)
         time = self._time(level, mode, size, card, device_bytes)
-        return Candidate(level, mode, size, peak_bytes, needs.host_bytes, time)
+        tokens = self._series(self._modes[0], narrow=False).first.most_tokens(size)
+        host_bytes = needs.host_bytes + inputs_bytes(self._work_of(mode), tokens)
+        return Candidate(level, mode, size, peak_bytes, host_bytes, time)
 
     def _time(self, level: Offload, mode: CheckpointingMode, size: int, card: Card, device_bytes: int) -> UpdateTime:
         plan = self._plan(size)
-        recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
-        work = replace(
-            self._work, tokens=plan.padded_tokens, num_microbatches=plan.num_microbatches, recomputed=recomputed
-        )
+        work = replace(self._work_of(mode), tokens=plan.padded_tokens, num_microbatches=plan.num_microbatches)
         fabric_bytes = self._sharded.fabric_bytes(device_bytes, num_shards=self._num_shards) if self._is_sharded else 0
         return update_time(self.state, level, work, card, fabric_bytes=fabric_bytes)
+
+    def _work_of(self, mode: CheckpointingMode) -> WindowWork:
+        """Return the work of one token in a mode."""
+        recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0, "offload": 1.0}[mode]
+        moved = max(0, len(self._layers) - 1) if mode == "offload" else 0
+        return replace(self._work, recomputed=recomputed, moved_inputs=moved)
 
     def _size_of(self, rows: int) -> int:
         """Return the size of a micro-batch of so many of the longest sequences, in `unit`."""
@@ -180,7 +178,7 @@ class OffloadCases:
             self._plans[size] = self._series(self._modes[0], narrow=False).first.plan(size, DEFAULT_COST)
         return self._plans[size]
 
-    def _curve(self, mode: CheckpointingMode, narrow: bool) -> _Curve:
+    def _curve(self, mode: CheckpointingMode, narrow: bool) -> ActivationCurve:
         """Return the activations of a mode; weights that ranks gather in 16 bits are not cast by autocast."""
         narrow = bool(self.state.narrowed) and (narrow or (self._is_sharded and self._sharded.gathers_narrow))
         if (mode, narrow) not in self._curves:
@@ -190,9 +188,9 @@ class OffloadCases:
             else:
                 most = max(1, min(self._data.most_rows, MOST_TOKENS // self._data.longest))
                 # With all layers checkpointed, the peak moves from the layers to their inputs; else it is linear.
-                rows = sorted({1, max(1, most // 8), most} if mode == "full" else {1, most})
+                rows = sorted({1, max(1, most // 8), most} if mode in ("full", "offload") else {1, most})
                 sizes = [number * self._data.longest for number in rows]
-            self._curves[mode, narrow] = _Curve(rows, [series.activation_bytes(size) for size in sizes])
+            self._curves[mode, narrow] = ActivationCurve(rows, [series.activation_bytes(size) for size in sizes])
         return self._curves[mode, narrow]
 
     def _series(self, mode: CheckpointingMode, *, narrow: bool) -> LayerSeries:
@@ -266,6 +264,7 @@ class OffloadCases:
             layer_moves=LAYER_MOVES * layers * width,
             head_operations=head_operations,
             head_moves=LOGIT_MOVES * vocabulary,
+            input_bytes=width * self._model.get_input_embeddings().weight.element_size(),
         )
 
     # sharded models ----------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ def _choose(config: TrainConfig, ranks: RankContext, progress: ProgressCallback)
     progress("choosing the level of offload")
     try:
         cases = OffloadCases(asked, target, data, num_cards=ranks.size, levels=levels_of(asked))
-        candidates = cases.candidates(target.budget.usable_bytes, local_card(target.device))
         host_bytes = available_host_bytes(num_processes=ranks.local_size)
+        candidates = cases.candidates(target.budget.usable_bytes, local_card(target.device), host_bytes)
         chosen = choose(candidates, card_bytes=target.budget.usable_bytes, host_bytes=host_bytes)
     except (PredictionError, MemoryLimitError) as error:
         raise InputError(f"--offload auto: {error} Pass a level, such as --offload optimizer.") from error

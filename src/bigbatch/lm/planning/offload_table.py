@@ -137,7 +137,7 @@ def offload_table(
         share = None if host_bytes is None else host_bytes // num_cards
         rows, obstacle = [], None
         for memory in memories:
-            candidates = cases.candidates(memory.usable_bytes, memory.card)
+            candidates = cases.candidates(memory.usable_bytes, memory.card, share)
             found, obstacle = _rows(memory, candidates, supported, share)
             rows += found if len(memories) == 1 else _best_of_levels(found)
     except PredictionError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from bigbatch.autotune.choice import SPEED_TOLERANCE, MicrobatchChoice
 from bigbatch.engine.engine import Engine
 from bigbatch.errors import InputError, MemoryLimitError
-from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.distributed.ranks import RankContext
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.training.setup import TrainingSetup
@@ -76,7 +76,7 @@ def tune(
         engine: Of the model that the layers belong to.
         layers: None if the model does not support checkpointing.
         samples: As for `Engine.tune`.
-        modes: Whether to try all modes instead of the current one.
+        modes: Whether to try all modes that may lower the memory instead of the current one.
 
     Raises:
         MemoryLimitError: A single sample does not fit in any mode that was tried.
@@ -84,9 +84,8 @@ def tune(
     found: tuple[CheckpointingMode, MicrobatchChoice] | None = None
     last_error: MemoryLimitError | None = None
     current: CheckpointingMode = "none" if layers is None else layers.mode
-    for mode in CHECKPOINTING_MODES if modes and layers is not None else (current,):
-        if layers is not None:
-            layers.set_checkpointing(mode)
+    for mode in layers.modes if modes and layers is not None else (current,):
+        _set_mode(engine, layers, mode)
         try:
             choice = engine.tune(samples)
         except MemoryLimitError as error:
@@ -115,9 +114,14 @@ def apply_choice(
     engine: Engine, layers: DecoderLayers | None, mode: CheckpointingMode, choice: MicrobatchChoice
 ) -> None:
     """Apply a result of `tune` to an engine and its layers."""
+    _set_mode(engine, layers, mode)
+    engine.set_microbatch(choice)
+
+
+def _set_mode(engine: Engine, layers: DecoderLayers | None, mode: CheckpointingMode) -> None:
     if layers is not None:
         layers.set_checkpointing(mode)
-    engine.set_microbatch(choice)
+        engine.runner.allow_graphs(mode != "offload")  # a replay would use the host memory of another micro-batch
 
 
 def describe(mode: CheckpointingMode) -> str:
@@ -126,4 +130,5 @@ def describe(mode: CheckpointingMode) -> str:
         "none": "",
         "selective": ", activation checkpointing in every second layer",
         "full": ", activation checkpointing in all layers",
+        "offload": ", activation checkpointing in all layers with their inputs in host memory",
     }[mode]
