@@ -23,9 +23,10 @@ that 6, the addition to the sum 12. An H200 took 7.6 ms for 1.2 billion weights,
 CAST_MOVES = 6
 SUM_MOVES = 18  # the cast of a gradient and its addition, which the host does at "gradients"
 
-HOST_ADDS_PER_S = 7.5e9
-"""Gradients in bfloat16 that the host adds to float32 sums. Assumed: 0.75 of the 10.1e9 in float32 that ``add_`` of
-torch added with 16 threads next to an H200, the ratio of the two in `bigbatch.offload.host_adder` on an EPYC."""
+HOST_ADDS_PER_S = 2e9
+"""Gradients in bfloat16 that the host adds to float32 sums while backward runs: measured with torch's additions next to
+an H200 with 16 cores, by 4, 8 and 12 threads (2.4, 2.0 and 1.6). Those of numpy (`bigbatch.offload.block_sums`) reached
+5.5 by themselves; beside a backward they have not been measured."""
 
 HOST_NORMS_PER_S = 10e9
 """Sums whose squares the host adds up for the norm of an update. Assumed: as many as it adds in float32."""

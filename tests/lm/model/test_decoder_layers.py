@@ -18,7 +18,7 @@ from transformers import (
 
 from bigbatch.autotune.peak_prediction import prediction_obstacle
 from bigbatch.gradients.gradient_sums import GradientSums
-from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.lm.config.field_types import AUTO_MODES, CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.adapters import add_lora
@@ -138,7 +138,7 @@ def test_each_level_uses_less_memory() -> None:
     model = build(LlamaConfig(**SIZE | {"hidden_size": 64, "intermediate_size": 256}))
     layers = DecoderLayers(model)
     peaks = []
-    for level in layers.modes:
+    for level in AUTO_MODES:
         layers.set_checkpointing(level)
         peaks.append(peak_of(model))
     none, selective, full = peaks

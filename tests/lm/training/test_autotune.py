@@ -13,7 +13,7 @@ from bigbatch.autotune import choice, probe
 from bigbatch.autotune.choice import MicrobatchChoice, Trial
 from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.autotune.time_model import TimeModel
-from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.lm.config.field_types import AUTO_MODES, CHECKPOINTING_MODES, CheckpointingMode
 from bigbatch.lm.data.dataset import collate
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.causal_attention import use_causal_attention
@@ -45,7 +45,6 @@ def choice_of(size: int, per_s: float, *, limited: bool) -> MicrobatchChoice:
     )
 
 
-ON_CPU = CHECKPOINTING_MODES[:-1]  # host memory is the memory of the device
 TOO_LARGE = MemoryLimitError("a sample of 32 tokens does not fit.")
 
 
@@ -57,7 +56,7 @@ class Scripted:
         self.mode: CheckpointingMode = "none"
         self.tried: list[CheckpointingMode] = []
         self.used: list[MicrobatchChoice] = []
-        self.modes, self.runner = CHECKPOINTING_MODES, self
+        self.runner = self
         self.captures = True
 
     def allow_graphs(self, allowed: bool) -> None:
@@ -103,20 +102,13 @@ SEARCHES: dict[str, tuple[dict[str, Any], list[CheckpointingMode], Checkpointing
     "the last is the fastest": (
         {
             "none": choice_of(64, 10.0, limited=True), "selective": choice_of(128, 11.0, limited=True),
-            "full": choice_of(256, 12.0, limited=True), "offload": choice_of(512, 13.0, limited=False),
+            "full": choice_of(256, 12.0, limited=True),
         },
-        ["none", "selective", "full", "offload"], "offload",
-    ),
-    "copies to the host are slower": (
-        {
-            "none": TOO_LARGE, "selective": choice_of(128, 11.0, limited=True),
-            "full": choice_of(256, 12.0, limited=True), "offload": choice_of(512, 11.5, limited=True),
-        },
-        ["none", "selective", "full", "offload"], "full",
+        ["none", "selective", "full"], "full",
     ),
     "nothing fits before the last": (
-        {"none": TOO_LARGE, "selective": TOO_LARGE, "full": TOO_LARGE, "offload": choice_of(32, 1.0, limited=True)},
-        ["none", "selective", "full", "offload"], "offload",
+        {"none": TOO_LARGE, "selective": TOO_LARGE, "full": choice_of(32, 1.0, limited=True)},
+        ["none", "selective", "full"], "full",
     ),
     "the first that fits has memory to spare": (
         {"none": TOO_LARGE, "selective": choice_of(64, 1.0, limited=False)}, ["none", "selective"], "selective",
@@ -146,11 +138,11 @@ def test_recomputation_is_tried_only_if_fixed_time_is_long(fixed_tokens: int, tr
 
 def test_no_fitting_level_reports_needs_of_last() -> None:
     last = MemoryLimitError("a sample of 32 tokens needs 3 MiB.")
-    engine = Scripted(none=TOO_LARGE, selective=TOO_LARGE, full=TOO_LARGE, offload=last)
+    engine = Scripted(none=TOO_LARGE, selective=TOO_LARGE, full=last)
     with pytest.raises(MemoryLimitError) as caught:
         tune(engine, engine, [], modes=True)  # type: ignore[arg-type]
     assert caught.value is last
-    assert engine.tried == list(CHECKPOINTING_MODES)
+    assert engine.tried == list(AUTO_MODES)
 
 
 @pytest.mark.parametrize("level", CHECKPOINTING_MODES)
@@ -281,15 +273,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(monkeypatch)
 
 
-@pytest.mark.parametrize("level", ON_CPU[1:])
+@pytest.mark.parametrize("level", AUTO_MODES[1:])
 def test_sample_that_fits_only_recomputed_is_trained(made: Run, level: CheckpointingMode) -> None:
-    *before, last = ON_CPU[: ON_CPU.index(level) + 1]
+    *before, last = AUTO_MODES[: AUTO_MODES.index(level) + 1]
     more, less = made.peak_bytes(before[-1]), made.peak_bytes(last)
     assert less < 0.95 * more
     made.limit(usable_bytes := (more + less) // 2)
     found, chosen = tune(made.engine, made.layers, made.samples, modes=True)
     assert made.tried[: len(before) + 1] == [*before, last]
-    assert ON_CPU.index(found) >= ON_CPU.index(level)
+    assert AUTO_MODES.index(found) >= AUTO_MODES.index(level)
     assert made.layers.mode == found
     assert made.engine.choice is chosen
     assert chosen.peak_bytes <= usable_bytes
@@ -300,7 +292,7 @@ def test_sample_that_fits_at_no_level_is_rejected(made: Run) -> None:
     made.limit(made.peak_bytes("full") * 9 // 10)
     with pytest.raises(MemoryLimitError, match="a sample of 240 tokens needs"):
         tune(made.engine, made.layers, made.samples, modes=True)
-    assert made.tried == list(ON_CPU)
+    assert made.tried == list(AUTO_MODES)
     assert made.engine.choice is None
 
 
@@ -315,7 +307,7 @@ def test_ample_memory_recomputes_nothing(made: Run) -> None:
 def test_limited_memory_recomputes_for_larger_microbatches(made: Run) -> None:
     made.limit(made.peak_bytes("none", num_samples=2))
     found, _ = tune(made.engine, made.layers, made.samples, modes=True)
-    assert (found, made.tried) == ("full", list(ON_CPU))
+    assert (found, made.tried) == ("full", list(AUTO_MODES))
     none, selective, full = made.found
     assert none.limited
     assert selective.limited

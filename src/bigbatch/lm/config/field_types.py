@@ -241,3 +241,6 @@ CheckpointingMode: TypeAlias = Literal["none", "selective", "full", "offload"]
 
 
 CHECKPOINTING_MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full", "offload")
+
+AUTO_MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full")
+"""Modes that ``auto`` chooses among: ``"offload"`` has not been measured on a card, and is for those who ask for it."""

@@ -43,8 +43,8 @@ class MachineFields(BaseModel):
         json_schema_extra={"alone": "full"},
         description="activation checkpointing: layers recompute their activations in backward instead of storing them, "
         "for less memory and about a third more time. none, selective (every second layer), full, or offload = full, "
-        "with the inputs of layers in host memory between forward and backward; auto = the fastest that fits in memory "
-        "with --microbatch auto, else none; without a value: full",
+        "with the inputs of layers in host memory between forward and backward; auto = the fastest of the first three "
+        "that fits in memory with --microbatch auto, else none; without a value: full",
     )
     offload: Offload | Literal["auto"] = Field(
         default="none",

@@ -10,7 +10,7 @@ of minutes for a whole model.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.offload.layer_inputs import LayerInputs
 
 
@@ -57,12 +57,6 @@ class DecoderLayers:
     def is_compiled(self) -> bool:
         """Whether the layers are compiled."""
         return bool(self._compiled)
-
-    @property
-    def modes(self) -> Sequence[CheckpointingMode]:
-        """Modes that may lower the memory on the device of the layers; without CUDA, host memory is that memory."""
-        on_cuda = any(parameter.is_cuda for layer in self._layers for parameter in layer.parameters())
-        return [mode for mode in CHECKPOINTING_MODES if on_cuda or mode != "offload"]
 
     def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the layers for rows of any length; compilation happens when the first micro-batch runs.

@@ -11,6 +11,7 @@ from bigbatch.autotune.peak_prediction import Prediction, PredictionError
 from bigbatch.batching.plan import Plan
 from bigbatch.batching.token_groups import DEFAULT_COST
 from bigbatch.errors import BigbatchError, InputError
+from bigbatch.lm.config.field_types import AUTO_MODES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.model.setup import compiles_layers
 from bigbatch.lm.planning.data_statistics import DataStatistics, measure_data
@@ -25,7 +26,7 @@ def _make_estimator(config: TrainConfig, target: PlanTarget, data: DataStatistic
     if config.gradient_checkpointing != "auto" or estimator.limit != "auto":
         return config, estimator
     asked = config, estimator
-    for mode in ("selective", "full", "offload")[: 3 if target.device.type == "cuda" else 2]:
+    for mode in AUTO_MODES[1:]:
         if estimator.fits(estimator.predict(data.longest).peak_bytes):
             return config, estimator
         more = config.model_copy(update={"gradient_checkpointing": mode})

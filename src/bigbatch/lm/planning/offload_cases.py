@@ -15,7 +15,7 @@ from bigbatch.batching.plan import Plan, TokenBudget
 from bigbatch.batching.token_groups import DEFAULT_COST, round_down_row
 from bigbatch.errors import InputError
 from bigbatch.gradients.sum_store import SumStore
-from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMode
+from bigbatch.lm.config.field_types import AUTO_MODES, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.start import starts_narrow
@@ -117,8 +117,7 @@ class OffloadCases:
             return (chosen,)
         if not self._can_checkpoint:
             return ("none",)
-        moves = self._target.device.type == "cuda" and not self._is_sharded
-        return [mode for mode in CHECKPOINTING_MODES if moves or mode != "offload"]
+        return AUTO_MODES
 
     @cached_property
     def _can_checkpoint(self) -> bool:

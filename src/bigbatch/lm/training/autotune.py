@@ -11,7 +11,7 @@ from typing import Any
 from bigbatch.autotune.choice import SPEED_TOLERANCE, MicrobatchChoice
 from bigbatch.engine.engine import Engine
 from bigbatch.errors import InputError, MemoryLimitError
-from bigbatch.lm.config.field_types import CheckpointingMode
+from bigbatch.lm.config.field_types import AUTO_MODES, CheckpointingMode
 from bigbatch.lm.distributed.ranks import RankContext
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.training.setup import TrainingSetup
@@ -76,7 +76,7 @@ def tune(
         engine: Of the model that the layers belong to.
         layers: None if the model does not support checkpointing.
         samples: As for `Engine.tune`.
-        modes: Whether to try all modes that may lower the memory instead of the current one.
+        modes: Whether to try `AUTO_MODES` instead of the current one.
 
     Raises:
         MemoryLimitError: A single sample does not fit in any mode that was tried.
@@ -84,7 +84,7 @@ def tune(
     found: tuple[CheckpointingMode, MicrobatchChoice] | None = None
     last_error: MemoryLimitError | None = None
     current: CheckpointingMode = "none" if layers is None else layers.mode
-    for mode in layers.modes if modes and layers is not None else (current,):
+    for mode in AUTO_MODES if modes and layers is not None else (current,):
         _set_mode(engine, layers, mode)
         try:
             choice = engine.tune(samples)
