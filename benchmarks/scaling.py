@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.distributed.replicated import BUCKET_BYTES
+from bigbatch.distributed.buckets import BUCKET_BYTES
 from bigbatch.distributed.window_vote import RankVote, from_numbers, to_numbers
 
 FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling.svg"
