@@ -50,6 +50,18 @@ class Dropping(updates_cases.Normed):
         return F.dropout(super().forward(tokens), 0.3) + random.random()
 
 
+class TiedLater(updates_cases.Tied):
+    """Ties the head to an embedding whose gradient is not the last one of a backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(ref.VOCABULARY, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        first = self.first(tokens)
+        return self.head(torch.tanh(self.hidden(self.norm(self.embedding(tokens) + first))))
+
+
 class Checkpointed(ref.TokenModel):
     """Runs its layers in a reentrant checkpoint, twice."""
 
@@ -73,7 +85,13 @@ class Heads(ref.TokenModel):
         return self.other(torch.tanh(self.hidden(self.norm(self.embedding(tokens)))))
 
 
-MODELS = {**updates_cases.KINDS, "dropping": Dropping, "checkpointed": Checkpointed, "heads": Heads}
+MODELS = {
+    **updates_cases.KINDS,
+    "dropping": Dropping,
+    "checkpointed": Checkpointed,
+    "tied later": TiedLater,
+    "heads": Heads,
+}
 
 
 @contextmanager
@@ -169,6 +187,7 @@ def updates(
             run.retries += report.retries
     run.parameters = updates_cases.parameters_of(spread_model)
     run.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert ref.hooks_of(model) == 0
     run.noise = engine.accumulator.noise.state_dict() if engine.accumulator.noise is not None else {}
     run.randoms = random_states()
     return run
@@ -191,6 +210,7 @@ def _counting(run: Run) -> Iterator[None]:
         assert pending._reduction is not None
         run.sent.append(pending._reduction._num_sent)
         finish(pending)
+        pending.sums._writes.check()  # what is reduced is no write of other code
 
     OverlappedUpdate.finish_reduction = counted  # type: ignore[method-assign]
     try:
@@ -220,6 +240,7 @@ PARAMETERS = {
     "between buckets": "hidden.weight",
     "the last gradient": "embedding.weight",
 }
+UNFUSED = {"before any bucket": "head.bias", "between buckets": "hidden.bias", "the last gradient": "norm.weight"}
 NUM_SENT = {"the forward": 0, "before any bucket": 0, "between buckets": 2, "the last gradient": 3}
 
 
@@ -234,6 +255,7 @@ class Failed:
         num_sent: Buckets that were sent when it failed; on the failing rank.
         retries: Attempts that ran out of memory.
         changed: Whether the window changed parameters, if it raised.
+        num_measured: Windows that the noise scale was estimated from.
         run: All that the updates have left.
     """
 
@@ -243,10 +265,13 @@ class Failed:
     num_sent: int = -1
     retries: int = 0
     changed: bool = False
+    num_measured: int = 0
     run: Run = field(default_factory=Run)
 
 
-def failing(how: str, place: str, error: str, size: int = 2, kind: str = "dropping") -> Failed:
+def failing(
+    how: str, place: str, error: str, size: int = 2, kind: str = "dropping", *, at: int = 1, **settings: Any
+) -> Failed:
     """Run three updates; the second fails at a place, and is repeated if it raised.
 
     Args:
@@ -255,6 +280,8 @@ def failing(how: str, place: str, error: str, size: int = 2, kind: str = "droppi
         error: The class of the error that is raised.
         size: Of micro-batches.
         kind: Of `MODELS`.
+        at: The number of the update that fails; 0 is the first one, which does not overlap.
+        settings: Of the engine.
     """
     result, run = Failed(), Run()
     model = make_model(kind, torch.float64)
@@ -286,16 +313,18 @@ def failing(how: str, place: str, error: str, size: int = 2, kind: str = "droppi
         fail("the forward")
         return loss, items
 
-    for where, name in PARAMETERS.items():
+    for where, name in (UNFUSED if "fuse_gradients" in settings else PARAMETERS).items():
         dict(model.named_parameters())[name].register_hook(lambda _, where=where: fail(where))
     optimizer = updates_cases.adam(model)
-    engine = bigbatch.Engine(spread_model, optimizer, loss, microbatch=size, sync=sync, check=False, collate=collate)
+    engine = bigbatch.Engine(
+        spread_model, optimizer, loss, microbatch=size, sync=sync, check=False, collate=collate, **settings
+    )
     torch.manual_seed(dist.get_rank())
     random.seed(dist.get_rank())
     with small_buckets():
         for number, batch in enumerate(ref.batches(3, NUM_SAMPLES)):
             calls = 0
-            is_armed = number == 1 and bool(place) and dist.get_rank() == dist.get_world_size() - 1
+            is_armed = number == at and bool(place) and dist.get_rank() == dist.get_world_size() - 1
             rows = DEALS["equal"](dist.get_rank(), dist.get_world_size())
             own = [cases.select_rows(batch, [row]) for row in rows]
             before = updates_cases.parameters_of(spread_model)
@@ -317,7 +346,10 @@ def failing(how: str, place: str, error: str, size: int = 2, kind: str = "droppi
     run.parameters = updates_cases.parameters_of(spread_model)
     run.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     run.randoms = random_states()
+    if engine.accumulator.noise is not None:
+        result.num_measured = int(engine.accumulator.noise.state_dict()["num_windows"])
     result.run = run
+    assert ref.hooks_of(model) == 0
     return result
 
 
@@ -540,3 +572,13 @@ def chosen(min_share: float) -> tuple[list[bool], float | None, float]:
         sync.overlap.share,
         ref.relative_error(optimizer.seen[-1], ref.full_gradient(ref.make_model(), batch)),
     )
+
+
+def failing_fused(place: str, error: str) -> Failed:
+    """As `failing`, with layers that add to the sums by themselves."""
+    return failing("plain", place, error, kind="tokens", fuse_gradients=True, noise=False)
+
+
+def failing_first() -> Failed:
+    """Fail in the first window, which shows the order."""
+    return failing("plain", "between buckets", "own", at=0, kind="tokens")

@@ -172,6 +172,7 @@ class OverlappedUpdate(PendingUpdate):
 
     def discard(self) -> None:
         """Drop sums and gradients, as `PendingUpdate.discard`; the other ranks may wait for buckets, too."""
+        WindowHook.remove(self._handles)
         if self.is_open and not self._has_voted and self._reduction is not None:
             with suppress(Exception):  # the other ranks may have exited
                 self._reduction.send_nan()

@@ -38,9 +38,9 @@ class Replicated(MultiRankSync):
         group: Ranks that hold different data; by default those of the DDP wrapper, or all. NCCL for CUDA, gloo for CPU.
         overlap: Whether `Engine` reduces gradients while the last backward of a window runs: True; or ``"auto"``, if
             there are several buckets and the reduction of the first windows took at least 5 % of their time. Only for
-            micro-batches that run eagerly; a window in which a rank then fails is run again without. The same bits for
-            two ranks; for more, sums may round differently, so ``"auto"`` is off under
-            ``torch.use_deterministic_algorithms(True)``. ``report.ranks.overlapped`` is the outcome.
+            micro-batches that run eagerly. A window in which a rank then fails is run again without, on all ranks; an
+            error that does not occur again is a warning. The same bits for two ranks; for more, sums may round
+            differently, so ``"auto"`` is off under ``torch.use_deterministic_algorithms(True)``. False: never.
 
     Attributes:
         overlap: The choice: ``order`` is None while windows do not overlap, and ``share`` the part of a window that its

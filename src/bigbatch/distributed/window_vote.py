@@ -1,4 +1,6 @@
-"""Status of every rank, all-gathered once before gradients are reduced, so that a failed rank cannot hang the others.
+"""Status of every rank, all-gathered before gradients are reduced, so that a failed rank cannot hang the others.
+
+Once a window; if the reduction overlaps the last micro-batch, before that micro-batch and after it.
 
 RankVote, terms and parameters with a gradient → numbers → all-gather → VoteResult, the same on every rank
 """
