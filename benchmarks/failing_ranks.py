@@ -1,6 +1,6 @@
 """Fail on one rank in every window, at random places, and compare each update with plain torch in one process.
 
-    python benchmarks/failing_ranks.py [--failures 200] [--seed 0]        # two minutes on two cores
+    python benchmarks/failing_ranks.py [--failures 200] [--seed 0] [--overlap]      # two minutes on two cores
 
 Two and three gloo ranks, plain replicas and DDP, in turns: windows of `bigbatch.Engine` and of loops over a
 `bigbatch.Accumulator`, with uneven shares of the batch, sometimes none. One rank raises in the loss, the forward or the
@@ -8,7 +8,8 @@ backward; runs out of memory in the forward, the backward or the reduction; has 
 window; raises just before the vote; raises when it makes, launches or waits for one of five buckets of the all-reduce;
 or raises in the gradient hook or the optimizer, when the other ranks apply the update.
 
-"dropped" windows changed nothing on any rank, and were run again; "healed" ones were applied at once; after "noticed"
+"dropped" windows changed nothing on any rank, and were run again; "healed" ones were applied at once, with
+``--overlap`` also those that failed in the last micro-batch or the reduction, and all ranks ran again; after "noticed"
 ones, which the other ranks applied, the next window raised `TornUpdateError` on every rank, and all ranks returned to
 their state of before. An update is "equal" if parameters and momentum are the same bits on all ranks, and within 1e-12
 of those of plain torch, which trains on the whole batches without failures (float64; a lost or repeated window differs
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 
-from support.failing_ranks import PLACES, RETRIED, Failure, Soak, soak
+from support.failing_ranks import PLACES, Failure, Soak, run_round
 from support.process_pool import Pool
 
 KINDS = [(2, "plain"), (3, "plain"), (2, "ddp"), (3, "ddp")]
@@ -40,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--failures", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overlap", action="store_true", help="reduce gradients within the last backward")
     options = parser.parse_args()
     print(f"$ python benchmarks/failing_ranks.py {' '.join(sys.argv[1:])}".rstrip())
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, CPU, gloo")
@@ -50,7 +52,9 @@ def main() -> int:
         for number, start in enumerate(range(0, options.failures, ROUND)):
             size, how = KINDS[number % len(KINDS)]
             num_updates = min(ROUND, options.failures - start)
-            first, *others = pools[size].run(soak, how, num_updates, options.seed + number, timeout_s=300.0)
+            first, *others = pools[size].run(
+                run_round, how, num_updates, options.seed + number, options.overlap, timeout_s=300.0
+            )
             name = f"{size} ranks, {how}"
             rounds += [(name, first), *((name, Soak(differences=other.differences)) for other in others)]
     finally:
@@ -80,7 +84,7 @@ def show(rounds: list[tuple[str, Soak]]) -> list[str]:
 
 
 def _show_row(name: str, failures: list[Failure]) -> None:
-    healed = sum(failure.place in RETRIED for failure in failures)
+    healed = sum(failure.is_healed for failure in failures)
     noticed = sum(failure.is_late for failure in failures)
     dropped = len(failures) - healed - noticed
     print(f"{name:<28}{len(failures):>10}{dropped:>9}{healed:>8}{noticed:>9}")

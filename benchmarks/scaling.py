@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.distributed.replicated import BUCKET_BYTES
+from bigbatch.distributed import buckets
 from bigbatch.distributed.window_vote import RankVote, from_numbers, to_numbers
 
 FIGURE = Path(__file__).parents[1] / "docs" / "explanation" / "scaling.svg"
@@ -123,8 +123,8 @@ def crossing_s(machine: Machine, ranks: int) -> float:
     """Return the seconds that bigbatch spends on synchronization: vote, copies, all-reduce."""
     if ranks == 1:
         return 0.0
-    buckets = math.ceil(machine.gradient_bytes / BUCKET_BYTES)
-    reduce_s = machine.network.all_reduce(ranks, machine.gradient_bytes, buckets)
+    num_buckets = math.ceil(machine.gradient_bytes / buckets.BUCKET_BYTES)
+    reduce_s = machine.network.all_reduce(ranks, machine.gradient_bytes, num_buckets)
     return machine.vote_s * math.log2(ranks) + machine.copy_s + reduce_s
 
 
@@ -235,6 +235,7 @@ WIDTH, DEPTH, ROWS = 1024, 8, 32
 SIZES = (2**14, 2**17, 2**20, 2**22, 2**23, 25 * 2**20)  # bytes
 CHECKED = (1, 2, 4, 8)
 SHARE = "forward's share"
+OVERLAP = "bigbatch, overlap"  # of the reduction with the last backward
 BLOCK = 4  # micro-batches timed together
 DDP_BUCKET_MIB = 8  # larger buckets leave nothing to overlap in a model this small
 
@@ -252,6 +253,10 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
 
+def _engine(model: nn.Module, sync: bigbatch.Replicated) -> bigbatch.Engine:
+    return bigbatch.Engine(model, _sgd(model), _loss, microbatch=ROWS, sync=sync, noise=False, nonfinite="raise")
+
+
 class _Lab:
     """Timings of one rank by name."""
 
@@ -260,10 +265,10 @@ class _Lab:
         self.alone = _model()
         self.alone_optimizer = _sgd(self.alone)
         replica = _model()
-        self.sync = bigbatch.Replicated(replica)
-        self.engine = bigbatch.Engine(
-            replica, _sgd(replica), _loss, microbatch=ROWS, sync=self.sync, noise=False, nonfinite="raise"
-        )
+        self.sync = bigbatch.Replicated(replica, overlap=False)
+        self.engine = _engine(replica, self.sync)
+        overlapped = _model()
+        self.overlapped = _engine(overlapped, bigbatch.Replicated(overlapped, overlap=True))
         self.ddp = nn.parallel.DistributedDataParallel(_model(), bucket_cap_mb=DDP_BUCKET_MIB)
         self.ddp_optimizer = _sgd(self.ddp)
         self.buffers = {size: torch.zeros(size // 4) for size in SIZES}
@@ -278,6 +283,7 @@ class _Lab:
         for count in CHECKED:
             rows = self.data[: count * ROWS]
             times[f"bigbatch {count}"] = self._time(lambda rows=rows: self.engine.step(rows))
+            times[f"{OVERLAP} {count}"] = self._time(lambda rows=rows: self._by_overlap(rows))
             times[f"DDP, no_sync {count}"] = self._time(lambda rows=rows: self._by_ddp(rows, every=False))
             times[f"DDP, every {count}"] = self._time(lambda rows=rows: self._by_ddp(rows, every=True))
         return times
@@ -305,7 +311,7 @@ class _Lab:
         return whole_s / BLOCK, forward_s / whole_s
 
     def _copies(self) -> None:
-        per_bucket = BUCKET_BYTES // (4 * WIDTH * WIDTH)
+        per_bucket = buckets.BUCKET_BYTES // (4 * WIDTH * WIDTH)
         gradients = [p.grad for p in self.alone.parameters() if p.grad is not None]
         for i in range(0, len(gradients), per_bucket):
             some = gradients[i : i + per_bucket]
@@ -315,6 +321,13 @@ class _Lab:
 
     def _update(self) -> None:
         _finish(self.alone, self.alone_optimizer, BLOCK * ROWS)
+
+    def _by_overlap(self, rows: Tensor) -> None:
+        before, buckets.BUCKET_BYTES = buckets.BUCKET_BYTES, DDP_BUCKET_MIB * 2**20
+        try:
+            self.overlapped.step(rows)
+        finally:
+            buckets.BUCKET_BYTES = before
 
     def _by_ddp(self, rows: Tensor, *, every: bool) -> None:
         parts = rows.split(ROWS)
@@ -449,6 +462,15 @@ def _print_check(machine: Machine, found: dict[str, float], label: str) -> None:
             )
 
 
+def _print_overlap(middle: dict[str, float]) -> None:
+    print(f"\noverlap with the last backward, buckets of {DDP_BUCKET_MIB} MiB, measured: medians of an update in ms")
+    print(f"{'micro-batches':>14}{'without':>10}{'with':>10}{'ratio':>8}{'DDP, no_sync':>14}")
+    for count in CHECKED:
+        without, found = middle[f"bigbatch {count}"], middle[f"{OVERLAP} {count}"]
+        ddp = middle[f"DDP, no_sync {count}"]
+        print(f"{count:>14}{1e3 * without:>10.1f}{1e3 * found:>10.1f}{found / without:>8.3f}{1e3 * ddp:>14.1f}")
+
+
 STYLE = """
   .paper { fill: #ffffff } text { fill: #24292f; font: 12px system-ui, sans-serif } .axis { stroke: #8c959f }
   .title { font-weight: 600; font-size: 13px } .small { font-size: 11px }
@@ -515,6 +537,7 @@ def main() -> None:
     """Print the tables and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6, help="rounds of all measurements")
+    parser.add_argument("--overlap", action="store_true", help="print only the updates with and without overlap")
     options = parser.parse_args()
     before = os.getloadavg()[0]
     times = measure(options.rounds)
@@ -524,6 +547,9 @@ def main() -> None:
     print(f"{versions}, {platform.machine()} CPU, {os.cpu_count()} cores")
     others = f"load {before:.1f} before: above 0, others use the cores too"
     print(f"2 gloo processes of 1 thread, {options.rounds} rounds; {others}")
+    _print_overlap(middle)
+    if options.overlap:
+        return
     _print_measured(middle, least)
     cpu = replace(machine_of(middle), name="this CPU, medians")
     _print_check(cpu, middle, "medians")

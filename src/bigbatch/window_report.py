@@ -30,6 +30,7 @@ class RanksReport:
         slowest_share: ``1 − mean(t) / max(t)`` over the ranks, the mean waiting time as a fraction of the slowest
             rank's time; 0 if all are equally fast.
         stopping: Whether any rank has requested a stop after this update.
+        overlapped: Whether gradients were reduced while the last backward ran, see `bigbatch.Replicated`.
     """
 
     size: int
@@ -37,6 +38,7 @@ class RanksReport:
     slowest: int
     slowest_share: float
     stopping: bool = False
+    overlapped: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from support.process_pool import Pools
 
 TOLERANCE = 1e-12
 REPLICATED = ("ddp", "plain")
+ENGINES = (*REPLICATED, "overlap")
 IN_WINDOW = "rank 1 failed in the window after update 1, which changed nothing on any rank: see the error there"
 BEFORE_WINDOW = "rank 1 failed before the window, which therefore changes nothing on any rank"
 
@@ -24,7 +25,7 @@ def check(endings: list[window_vote_cases.WindowOutcome], kind: str, message: st
         assert ending.next_error <= TOLERANCE
 
 
-@pytest.mark.parametrize("how", REPLICATED)
+@pytest.mark.parametrize("how", ENGINES)
 @pytest.mark.parametrize(
     ("place", "kind", "message"),
     [
@@ -45,7 +46,7 @@ def test_engine_failure_on_one_rank_reaches_all_ranks(
     check(pools(2).run(window_vote_cases.engine_outcome, how, place), kind, message, IN_WINDOW)
 
 
-@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+@pytest.mark.parametrize("how", [*ENGINES, "fsdp", "fsdp-last"])
 def test_failing_counts_on_one_rank_end_window_early(pools: Pools, how: str) -> None:
     check(pools(2).run(window_vote_cases.engine_outcome, how, "count_items"), "OwnError", "no counts", BEFORE_WINDOW)
 
@@ -122,7 +123,7 @@ def test_loop_continues_after_abort_on_one_rank(pools: Pools, how: str) -> None:
         assert ref.relative_error(found, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+@pytest.mark.parametrize("how", [*ENGINES, "fsdp", "fsdp-last"])
 def test_nan_loss_on_one_rank_skips_all(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "nonfinite skip"):
         assert ending.kind == "OwnError"
@@ -131,7 +132,7 @@ def test_nan_loss_on_one_rank_skips_all(pools: Pools, how: str) -> None:
         assert ending.next_error <= TOLERANCE
 
 
-@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+@pytest.mark.parametrize("how", [*ENGINES, "fsdp", "fsdp-last"])
 def test_nan_loss_on_one_rank_raises_when_requested(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "nonfinite raise"):
         assert ending.kind == "NonFiniteError"
@@ -140,7 +141,7 @@ def test_nan_loss_on_one_rank_raises_when_requested(pools: Pools, how: str) -> N
         assert ending.next_error <= TOLERANCE
 
 
-@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+@pytest.mark.parametrize("how", [*ENGINES, "fsdp", "fsdp-last"])
 def test_window_abandoned_on_one_rank_is_dropped_everywhere(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "give_up"):
         assert ending.kind == "WindowAbandonedError"
@@ -149,7 +150,7 @@ def test_window_abandoned_on_one_rank_is_dropped_everywhere(pools: Pools, how: s
         assert ending.next_error <= TOLERANCE
 
 
-@pytest.mark.parametrize("how", [*REPLICATED, "fsdp", "fsdp-last"])
+@pytest.mark.parametrize("how", [*ENGINES, "fsdp", "fsdp-last"])
 def test_stop_request_of_one_rank_reaches_all_ranks(pools: Pools, how: str) -> None:
     for ending in pools(2).run(window_vote_cases.engine_outcome, how, "stopping"):
         assert ending.message == "skipped: None, stopping: True"

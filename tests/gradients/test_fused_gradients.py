@@ -14,7 +14,9 @@ import bigbatch
 from bigbatch.errors import InputError
 from bigbatch.gradients import direct_sums, weight_products
 from bigbatch.gradients.fused_embedding import FusedEmbedding, weights_for_loss
+from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.gradients.fused_linear import FusedLinear
+from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.lm.model.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [  # of torch's compiler, which hides both unless warnings are errors
@@ -773,3 +775,14 @@ def test_gradient_inside_backward_is_not_added() -> None:
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for expected, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_cleared_sums_may_be_repeated_after_partial_gradient():
+    model = nn.Linear(3, 2)
+    with GradientSums(model.parameters()) as sums:
+        fused = FusedGradients(model, sums.parameters)
+        with fused.window(sums, lambda rows: rows):
+            fused.sums.is_partial = True  # as after a failed backward
+            assert not sums.can_name_leaves
+            sums.clear()
+            assert sums.can_name_leaves

@@ -47,6 +47,8 @@ def parallelize(model: nn.Module, how: str, **settings: bool) -> tuple[nn.Module
         return nn.parallel.DistributedDataParallel(model, **settings), None
     if how == "plain":
         return model, bigbatch.Replicated(model)
+    if how == "overlap":
+        return model, bigbatch.Replicated(model, overlap=True)
     if how == "one process":
         return model, None
     name, _, policy = how.partition("-")

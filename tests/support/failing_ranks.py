@@ -5,9 +5,10 @@ plain torch on the whole batches in one process
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.distributed import replicated
+from bigbatch.distributed import buckets, overlap_choice, replicated
 from support import distributed_windows as cases
 from support import full_batch_reference as ref
 
@@ -47,18 +48,25 @@ class Failure:
         rank: The rank that fails.
         number: Of the micro-batches or buckets of that rank before it.
         in_loop: Whether the windows are those of a loop over an `Accumulator`; else of an `Engine`.
+        overlaps: Whether the reduction overlapped the last micro-batch, and the failure was within it.
     """
 
     place: str
     rank: int
     number: int
     in_loop: bool
+    overlaps: bool = False
 
     @property
     def is_late(self) -> bool:
         """Whether the other ranks have received everything that they need for the update."""
         is_last_wait = self.place == "waiting for a bucket" and self.number >= NUM_BUCKETS - IN_FLIGHT
-        return is_last_wait or self.place in AFTER_REDUCTION
+        return (is_last_wait and not self.overlaps) or self.place in AFTER_REDUCTION
+
+    @property
+    def is_healed(self) -> bool:
+        """Whether the window is applied at once: it, or its micro-batch, was run again."""
+        return self.place in RETRIED or (self.overlaps and self.place in (*IN_MICROBATCH, *IN_REDUCTION))
 
 
 @dataclass
@@ -81,8 +89,9 @@ class Soak:
 class Injector:
     """Fails once at an armed place."""
 
-    def __init__(self) -> None:
-        self.place, self.number, self.has_fired = "", 0, False
+    def __init__(self, is_overlapping: Callable[[], bool]) -> None:
+        self.place, self.number, self.has_fired, self.overlapped = "", 0, False, False
+        self._is_overlapping = is_overlapping
 
     def arm(self, place: str, number: int) -> None:
         self.place, self.number, self.has_fired = place, number, False
@@ -93,6 +102,7 @@ class Injector:
             return False
         self.number -= 1
         self.has_fired = self.number < 0
+        self.overlapped = self.has_fired and self._is_overlapping()
         return self.has_fired
 
     def fire(self, place: str) -> None:
@@ -108,12 +118,15 @@ class FailingRank:
     Args:
         how: As for `support.distributed_windows.parallelize`.
         dtype: Of the parameters.
+        overlap: Whether the reduction overlaps the last backward of each window of the engine but the first.
         settings: Of the engine.
     """
 
-    def __init__(self, how: str, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
-        self.injector, self.message = Injector(), ""
+    def __init__(self, how: str, dtype: torch.dtype = torch.float64, *, overlap: bool = False, **settings: Any) -> None:
+        self.injector, self.message = Injector(self.is_overlapping), ""
         model, sync = cases.parallelize(ref.make_model(dtype=dtype), how)
+        if how in ("plain", "ddp"):
+            sync = overlapping(model, overlap=overlap)
         self.module = cases.inner(model)
         self.optimizer = _FailingSGD(self.module.parameters(), lr=0.5, momentum=0.9)
         self.optimizer.injector = self.injector
@@ -130,6 +143,10 @@ class FailingRank:
         for place in ("the backward", "memory in the backward"):
             self.module.hidden.weight.register_hook(lambda _, place=place: self.injector.fire(place))
 
+    def is_overlapping(self) -> bool:
+        """Whether the window is reduced within its last micro-batch, which has begun."""
+        return getattr(self.engine.accumulator._open, "_reduction", None) is not None
+
     def loss(self, model: nn.Module, batch: ref.Batch) -> Any:
         """Return loss sum and items, or fail."""
         self.injector.fire("the loss")
@@ -143,7 +160,9 @@ class FailingRank:
     def window(self, batch: ref.Batch, *, in_loop: bool) -> str:
         """Run one window; return ``"applied"``, ``"skipped"`` or the class of the error."""
         try:
-            report = self._loop(batch) if in_loop else self._step(batch)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="the last micro-batch of a window failed")
+                report = self._loop(batch) if in_loop else self._step(batch)
         except (InjectedError, bigbatch.BigbatchError) as error:
             self.message = str(error)
             return type(error).__name__
@@ -166,6 +185,16 @@ class FailingRank:
             return window.step()
 
 
+def overlapping(model: nn.Module, *, overlap: bool = True) -> bigbatch.Replicated:
+    """Return the sync of a model whose windows overlap, also after windows that were run again."""
+    rest = overlap_choice.FIRST_REST
+    overlap_choice.FIRST_REST = 0
+    try:
+        return bigbatch.Replicated(model, overlap=overlap)
+    finally:
+        overlap_choice.FIRST_REST = rest
+
+
 class _FailingSGD(torch.optim.SGD):
     injector: Injector
 
@@ -176,25 +205,44 @@ class _FailingSGD(torch.optim.SGD):
         return result
 
 
-def soak(how: str, num_updates: int, seed: int, places: Sequence[str] = PLACES) -> Soak:
+def soak(how: str, num_updates: int, seed: int, places: Sequence[str] = PLACES, *, overlap: bool = False) -> Soak:
     """Apply updates, each with one failure. Collective."""
     draws, result = random.Random(seed), Soak()  # the same draws on all ranks
-    rank = FailingRank(how)
+    rank = FailingRank(how, overlap=overlap)
     reference = ref.make_model()
     whole = torch.optim.SGD(reference.parameters(), lr=0.5, momentum=0.9)
     with failing_reduction(rank.injector):
+        if overlap:  # shows the order of the parameters
+            batch = ref.ragged_batch(8)
+            assert rank.window(cases.select_rows(batch, _dealt(batch)), in_loop=False) == "applied"
+            _step(reference, whole, batch)
         for number in range(num_updates):
             batch = ref.ragged_batch(draws.randint(6, 14), seed=draws.randrange(10_000))
             shares = _shares(ref.num_samples(batch), draws)
             failure = _draw(shares, draws, places)
-            outcome = _update(rank, cases.select_rows(batch, shares[dist.get_rank()]), failure)
+            outcome, failure = _update(rank, cases.select_rows(batch, shares[dist.get_rank()]), failure)
+            if failure.place in IN_REDUCTION:
+                assert failure.overlaps is (overlap and not failure.in_loop), failure
             result.failures.append(failure)
             result.outcomes.append(outcome)
-            whole.zero_grad()
-            ref.loss_mean(reference, batch).backward()
-            whole.step()
+            _step(reference, whole, batch)
             _compare(rank, reference, whole, f"update {number + 1}, {failure}", result)
     return result
+
+
+def run_round(how: str, num_updates: int, seed: int, overlap: bool) -> Soak:
+    """As `soak`, with failures at all places."""
+    return soak(how, num_updates, seed, overlap=overlap)
+
+
+def _dealt(batch: ref.Batch) -> range:
+    return range(dist.get_rank(), ref.num_samples(batch), dist.get_world_size())
+
+
+def _step(reference: nn.Module, whole: torch.optim.Optimizer, batch: ref.Batch) -> None:
+    whole.zero_grad()
+    ref.loss_mean(reference, batch).backward()
+    whole.step()
 
 
 def _shares(num_samples: int, draws: random.Random) -> list[list[int]]:
@@ -216,17 +264,20 @@ def _draw(shares: list[list[int]], draws: random.Random, places: Sequence[str]) 
     return Failure(place, rank, number, in_loop and place not in NOT_IN_LOOPS)
 
 
-def _update(rank: FailingRank, batch: ref.Batch, failure: Failure) -> str:
-    """Run windows over one batch until it is applied, on all ranks; return the outcome of the first."""
+def _update(rank: FailingRank, batch: ref.Batch, failure: Failure) -> tuple[str, Failure]:
+    """Run windows over one batch until all ranks apply it; return the outcome of the first, and the failure."""
     before = copied(rank.engine.state_dict())
     if dist.get_rank() == failure.rank:
         rank.injector.arm(failure.place, failure.number)
     outcome = rank.window(batch, in_loop=failure.in_loop)
     if dist.get_rank() == failure.rank:
         assert rank.injector.has_fired, failure
-    if failure.place in RETRIED:
+    overlapped = torch.tensor(int(rank.injector.overlapped))
+    dist.broadcast(overlapped, failure.rank)
+    failure = replace(failure, overlaps=bool(overlapped))
+    if failure.is_healed:
         assert outcome == "applied", (failure, outcome)
-        return outcome
+        return outcome, failure
     if failure.is_late:  # the other ranks have applied it: the next vote notices, and nothing changes
         assert rank.window(batch, in_loop=failure.in_loop) == "TornUpdateError", failure
         rank.engine.load_state_dict(before)
@@ -234,7 +285,7 @@ def _update(rank: FailingRank, batch: ref.Batch, failure: Failure) -> str:
         assert outcome != "applied", failure
         assert same_state(before, rank.engine.state_dict()), (failure, outcome)
     assert rank.window(batch, in_loop=failure.in_loop) == "applied", failure
-    return outcome
+    return outcome, failure
 
 
 def _compare(rank: FailingRank, reference: nn.Module, whole: torch.optim.Optimizer, name: str, result: Soak) -> None:
@@ -276,12 +327,15 @@ class _FailingWork:
         self._fire("waiting for a bucket")
         return result
 
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
 
 @contextmanager
 def failing_reduction(injector: Injector) -> Iterator[None]:
     """Use five buckets; let one fail when it is made, before its all-reduce is launched, or when that is waited for."""
-    all_reduce, bucket = dist.all_reduce, replicated._Bucket
-    limits = replicated.BUCKET_BYTES, replicated.BUCKETS_IN_FLIGHT
+    all_reduce, bucket = dist.all_reduce, buckets.Bucket
+    limits = buckets.BUCKET_BYTES, replicated.BUCKETS_IN_FLIGHT
 
     def failing(*words: Any, **options: Any) -> Any:
         injector.fire("launching a bucket")
@@ -292,10 +346,10 @@ def failing_reduction(injector: Injector) -> Iterator[None]:
             injector.fire(place)
         return bucket(*words)
 
-    dist.all_reduce, replicated._Bucket = failing, making  # type: ignore[misc, assignment]
-    replicated.BUCKET_BYTES, replicated.BUCKETS_IN_FLIGHT = SMALL_BUCKET, IN_FLIGHT
+    dist.all_reduce, buckets.Bucket = failing, making  # type: ignore[misc, assignment]
+    buckets.BUCKET_BYTES, replicated.BUCKETS_IN_FLIGHT = SMALL_BUCKET, IN_FLIGHT
     try:
         yield
     finally:
-        dist.all_reduce, replicated._Bucket = all_reduce, bucket  # type: ignore[misc]
-        replicated.BUCKET_BYTES, replicated.BUCKETS_IN_FLIGHT = limits
+        dist.all_reduce, buckets.Bucket = all_reduce, bucket  # type: ignore[misc]
+        buckets.BUCKET_BYTES, replicated.BUCKETS_IN_FLIGHT = limits

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bigbatch.accumulation.noise_observer import NoiseObserver
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
+from bigbatch.accumulation.overlapped_update import OverlappedUpdate, can_overlap
 from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.accumulation.reproducible_checks import check_reproducible
 from bigbatch.accumulation.reproducible_state import ReproducibleState
@@ -269,8 +270,9 @@ class Accumulator:
         *,
         static_buffers: Mapping[Tensor, Tensor] | None = None,
         should_stop: Callable[[], bool] = never,
+        overlaps: bool = False,
     ) -> PendingUpdate:
-        """Open one window and return its pending update. For `Engine`, not for loops.
+        """Open one window and return its pending update. For `Engine`, not for loops; ``overlaps`` if it may overlap.
 
         Raises:
             WindowStateError: The previous window holds gradients and was neither stepped nor aborted.
@@ -278,17 +280,12 @@ class Accumulator:
         self._finish_previous()
         self.prepare()
         previous = self._open
+        made = self.update, self.sync, content
         if self.reproducible is not None:
-            self._open = ReproducibleUpdate(self.update, self.sync, content, self.reproducible, should_stop=should_stop)
+            self._open = ReproducibleUpdate(*made, self.reproducible, should_stop=should_stop)
         else:
-            self._open = PendingUpdate(
-                self.update,
-                self.sync,
-                content,
-                static_buffers=static_buffers,
-                observer=self.noise,
-                should_stop=should_stop,
-            )
+            kind = OverlappedUpdate if overlaps and can_overlap(self.update, self.sync) else PendingUpdate
+            self._open = kind(*made, static_buffers=static_buffers, observer=self.noise, should_stop=should_stop)
         if previous is not None and previous.state is WindowState.CLOSED and previous.sums.shows_leaves:
             self._open.sums.expect_shown_leaves()
         return self._open

@@ -68,7 +68,7 @@ class PendingUpdate:
         self._started_s = time.perf_counter()
         self._num_syncs, self._is_abandoned, self._has_voted = 0, False, sync.size == 1
         self._all_count = self._all_have_run = not sync.runs_in_lockstep  # else there may be padding
-        self.state, self.num_microbatches = WindowState.EMPTY, 0
+        self.state, self.num_microbatches, self._overlap = WindowState.EMPTY, 0, window_vote.Overlap.NO
         self._loss_scale = update.loss_scale()
         parameters = update.parameters()
         self._device = parameters[0].device if parameters else update.device
@@ -265,8 +265,7 @@ class PendingUpdate:
     def _report(
         self, outcome: UpdateOutcome, extra: Sequence[Number], result: window_vote.VoteResult | None, *, retries: int
     ) -> WindowReport:
-        items = self.loss_totals.items()
-        read = iter(outcome.extra_scalars)
+        items, read = self.loss_totals.items(), iter(outcome.extra_scalars)
         local = [next(read, 0.0) if isinstance(value, Tensor) else value for value in extra]
         noise = None
         if self._observer is not None:
@@ -335,6 +334,7 @@ class PendingUpdate:
             peak_bytes=peak_bytes(self._device) or 0,
             elapsed_s=time.perf_counter() - self._started_s,
             num_steps=window_vote.number_or_unknown(self._update.known_num_steps),
+            overlap=self._overlap,
         )
         flags = [] if self._sync.is_sharded else self.sums.has_gradient()
         numbers = window_vote.to_numbers(vote, self.loss_totals.local_totals(), flags, extra)

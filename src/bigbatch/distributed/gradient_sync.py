@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.distributed.collective import DistributedRankGroup, Number, RankGroup
+from bigbatch.distributed.overlap_choice import OverlapChoice
 from bigbatch.errors import WindowAbandonedError
 from bigbatch.types import Terms
 
@@ -72,6 +73,7 @@ class GradientSync:
         runs_in_lockstep: Whether all ranks must run the same number of micro-batches.
         parameters_are_wrapped: Whether graphs end in other tensors than the parameters.
         syncs_in_backward: Whether the next backward reduces gradients.
+        overlap: Whether windows reduce gradients within their last backward; None if none does.
     """
 
     gradient_divide_factor = 1.0
@@ -79,6 +81,7 @@ class GradientSync:
     runs_in_lockstep = False
     parameters_are_wrapped = False
     syncs_in_backward = False
+    overlap: OverlapChoice | None = None
 
     def __init__(self, model: nn.Module, module: nn.Module | None = None, ranks: RankGroup | None = None) -> None:
         self.model = model

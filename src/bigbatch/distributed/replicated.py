@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bigbatch.distributed import buckets
 from bigbatch.distributed.collective import list_ranks
 from bigbatch.distributed.gradient_sync import Microbatch, MultiRankSync
+from bigbatch.distributed.overlap_choice import OverlapSetting, make_overlap_choice
+from bigbatch.distributed.overlapped_reduction import OverlappedReduction
 from bigbatch.errors import RankFailedError
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.types import Terms
@@ -18,7 +21,6 @@ from bigbatch.types import Terms
 if TYPE_CHECKING:
     from bigbatch.gradients.gradient_sums import GradientSums
 
-BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, as in DDP
 BUCKETS_IN_FLIGHT = 4
 
 
@@ -34,14 +36,24 @@ class Replicated(MultiRankSync):
     Args:
         model: On its device; the same on every rank.
         group: Ranks that hold different data; by default those of the DDP wrapper, or all. NCCL for CUDA, gloo for CPU.
+        overlap: Whether `Engine` reduces gradients while the last backward of a window runs: True; or ``"auto"``, if
+            there are several buckets and the reduction of the first windows took at least 5 % of their time. Only for
+            micro-batches that run eagerly. A window in which a rank then fails is run again without, on all ranks; an
+            error that does not occur again is a warning. The same bits for two ranks; for more, sums may round
+            differently, so ``"auto"`` is off under ``torch.use_deterministic_algorithms(True)``. False: never.
+
+    Attributes:
+        overlap: The choice: ``order`` is None while windows do not overlap, and ``share`` the part of a window that its
+            reduction took; None if no window will overlap.
 
     The constructor is collective for a plain model.
 
     Raises:
         TypeError: The model is sharded.
+        ValueError: ``overlap`` is something else.
     """
 
-    def __init__(self, model: nn.Module, *, group: Any = None) -> None:
+    def __init__(self, model: nn.Module, *, group: Any = None, overlap: OverlapSetting = "auto") -> None:
         from torch.distributed.fsdp import FSDPModule
 
         if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -51,6 +63,7 @@ class Replicated(MultiRankSync):
             super().__init__(model, model, group)
         else:
             super().__init__(model, wrapper.module, wrapper.process_group)
+        self.overlap = make_overlap_choice(overlap, self.module, self.size)
         self._wrapper = wrapper
         self._is_deferred = False
         self._padding_microbatch: Any = None
@@ -113,11 +126,11 @@ class Replicated(MultiRankSync):
         place of what it has not sent, takes part in `check_reduced`, and raises; no other rank waits for it. A failure
         after the last bucket was sent is noticed in the next vote: the other ranks have applied the update.
         """
-        in_flight: list[_Bucket] = []
+        in_flight: list[buckets.Bucket] = []
         num_sent = 0
         try:
             sums.fill_missing_with_zeros(has_gradient)
-            for tensors in _buckets(sums.tensors()):
+            for tensors in buckets.grouped_tensors(sums.tensors()):
                 if len(in_flight) == BUCKETS_IN_FLIGHT:
                     in_flight.pop(0).finish()
                 bucket = self._made_bucket(tensors, in_flight)
@@ -135,29 +148,39 @@ class Replicated(MultiRankSync):
             raise
         if sums.store.are_integers:
             self.check_reduced()
+        self.end_reduction(sums)
+        return True
+
+    def overlapped_reduction(self, sums: "GradientSums") -> OverlappedReduction:
+        """Return the reduction of a window that overlaps its last backward."""
+        assert self.overlap is not None, "else no window overlaps"
+        assert self.overlap.order is not None, "the ranks agreed on it"
+        return OverlappedReduction(sums, self.overlap.order, self.group, self._message_device)
+
+    def end_reduction(self, sums: "GradientSums") -> None:
+        """Accept the reduced sums, and broadcast the batch norm statistics of the first rank. Collective."""
         sums.mark_unmodified()
         norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
         self._broadcast_from_first_rank([buffer for module in norms for buffer in module.buffers(recurse=False)])
-        return True
 
-    def _made_bucket(self, tensors: list[Tensor], in_flight: "list[_Bucket]") -> "_Bucket":
+    def _made_bucket(self, tensors: list[Tensor], in_flight: list[buckets.Bucket]) -> buckets.Bucket:
         """Return a bucket that is not sent yet; if memory runs out, finish the others and free memory before."""
         try:
-            return _Bucket(tensors, self.group, self._message_device)
+            return buckets.Bucket(tensors, self.group, self._message_device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         while in_flight:
             in_flight.pop(0).finish()
         free_cached_memory()
-        return _Bucket(tensors, self.group, self._message_device)
+        return buckets.Bucket(tensors, self.group, self._message_device)
 
     def _send_nan(self, sums: "GradientSums", has_gradient: Sequence[bool], num_sent: int) -> bool:
         """Send NaN, or zeros in place of integers, for all buckets but the first ones; return whether any was left."""
         wanted = [parameter for parameter, has in zip(sums.parameters, has_gradient, strict=True) if has]
         dtypes = [torch.int64 if sums.store.are_integers else sums.store.dtype_of(parameter) for parameter in wanted]
         sizes = [((p.device, dtype), p.numel() * dtype.itemsize) for p, dtype in zip(wanted, dtypes, strict=True)]
-        unsent = _grouped(sizes)[num_sent:]
+        unsent = buckets.grouped(sizes)[num_sent:]
         for indices in unsent:
             (device, dtype), num_bytes = sizes[indices[0]][0], sum(sizes[index][1] for index in indices)
             fill = 0 if sums.store.are_integers else math.nan
@@ -182,7 +205,7 @@ class Replicated(MultiRankSync):
         if self.size == 1:
             return
         with torch.no_grad():
-            for same in _buckets([tensor.detach() for tensor in tensors]):
+            for same in buckets.grouped_tensors([tensor.detach() for tensor in tensors]):
                 flat = torch.cat([tensor.reshape(-1) for tensor in same]).to(self._message_device)
                 dist.broadcast(flat, group=self.group, group_src=0)
                 for tensor, part in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
@@ -220,55 +243,6 @@ class _DeferredReduction:
         self._num_open -= 1
         if not self._num_open:
             vars(wrapper).update(self._found)
-
-
-class _Bucket:
-    """Gradients that are all-reduced together.
-
-    Args:
-        tensors: On one device. Those in host memory are reduced on the device of messages.
-        group: The ranks.
-        message_device: On which the backend of the group exchanges messages.
-    """
-
-    def __init__(self, tensors: list[Tensor], group: Any, message_device: torch.device) -> None:
-        self._tensors, self._group = tensors, group
-        alone = len(tensors) == 1 and tensors[0].is_contiguous()
-        self._flat = tensors[0] if alone else torch.cat([tensor.reshape(-1) for tensor in tensors])
-        if self._flat.device.type == "cpu":
-            self._flat = self._flat.to(message_device)
-
-    def send(self) -> None:
-        """Start the all-reduce."""
-        self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
-
-    def finish(self) -> None:
-        """Wait for the all-reduce, on the device if the backend can, and copy the sums back."""
-        self._work.wait()
-        if self._flat is not self._tensors[0]:
-            flat = self._flat.reshape(-1).to(self._tensors[0].device)
-            parts = torch.split(flat, [tensor.numel() for tensor in self._tensors])
-            torch._foreach_copy_(self._tensors, [p.view_as(t) for p, t in zip(parts, self._tensors, strict=True)])
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Group tensors by device and dtype, in order, up to `BUCKET_BYTES` each; the same on every rank."""
-    groups = _grouped([((tensor.device, tensor.dtype), tensor.nbytes) for tensor in tensors])
-    return [[tensors[index] for index in indices] for indices in groups]
-
-
-def _grouped(sizes: Sequence[tuple[tuple[torch.device, torch.dtype], int]]) -> list[list[int]]:
-    """Group the indices of pairs of a kind and a number of bytes."""
-    buckets: list[list[int]] = []
-    filled: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
-    for index, (kind, num_bytes) in enumerate(sizes):
-        bucket, total = filled.get(kind, ([], BUCKET_BYTES))
-        if total + num_bytes > BUCKET_BYTES:
-            bucket, total = [], 0
-            buckets.append(bucket)
-        bucket.append(index)
-        filled[kind] = bucket, total + num_bytes
-    return buckets
 
 
 def ddp_wrapper(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:

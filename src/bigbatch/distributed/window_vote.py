@@ -1,4 +1,6 @@
-"""Status of every rank, all-gathered once before gradients are reduced, so that a failed rank cannot hang the others.
+"""Status of every rank, all-gathered before gradients are reduced, so that a failed rank cannot hang the others.
+
+Once a window; if the reduction overlaps the last micro-batch, before that micro-batch and after it.
 
 RankVote, terms and parameters with a gradient → numbers → all-gather → VoteResult, the same on every rank
 """
@@ -8,6 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
@@ -24,9 +27,25 @@ NO_EXTRA = (math.nan, 0.0, 0.0)  # not measured
 UNKNOWN = -1
 
 
+class Overlap(IntEnum):
+    """Whether a rank reduces gradients within the last backward of a window.
+
+    Attributes:
+        NO: It does not, or before the last micro-batch, it cannot.
+        YES: It does, or can.
+        UNSUITED: It cannot: the parameters are others than those whose order is known.
+        FAILED: It did and failed: the window is to be run again.
+    """
+
+    NO = 0
+    YES = 1
+    UNSUITED = 2
+    FAILED = 3
+
+
 @dataclass(frozen=True)
 class RankVote:
-    """The status of one rank at the end of a window.
+    """The status of one rank at the end of a window, or before its last micro-batch if it may overlap.
 
     Attributes:
         failed: The window ended on this rank with an error.
@@ -37,6 +56,7 @@ class RankVote:
         peak_bytes: Highest memory so far; 0 if the platform does not report it.
         elapsed_s: From the start of the window to its last gradient.
         num_steps: Updates that this rank has applied; `UNKNOWN` if other code counts them, or it failed before.
+        overlap: Whether gradients were reduced within the last backward, or can be.
     """
 
     failed: bool = False
@@ -47,6 +67,7 @@ class RankVote:
     peak_bytes: int = 0
     elapsed_s: float = 0.0
     num_steps: int = UNKNOWN
+    overlap: Overlap = Overlap.NO
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,12 @@ class VoteResult:
         return any(items for items, _ in self.terms)
 
     @property
+    def overlap(self) -> Overlap:
+        """What all ranks do: YES if all do or can, else the reason that prevails."""
+        found = {vote.overlap for vote in self.votes}
+        return max(found) if len(found) == 1 or max(found) > Overlap.YES else Overlap.NO
+
+    @property
     def peak_bytes(self) -> int:
         """Highest memory of any rank."""
         return max(vote.peak_bytes for vote in self.votes)
@@ -90,6 +117,7 @@ class VoteResult:
             slowest=slowest,
             slowest_share=1 - sum(times) / len(times) / times[slowest] if times[slowest] else 0.0,
             stopping=bool(self.ranks_with("stopping")),
+            overlapped=self.overlap is Overlap.YES,
         )
 
     def check_succeeded(self, *, num_steps: int | None) -> None:

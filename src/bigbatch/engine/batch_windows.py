@@ -146,7 +146,9 @@ def open_window(
     runner.begin(parts.num_samples)
     tokens = None if lengths is None else sum(lengths)
     content = WindowContent(parts.groups, max_num_microbatches, totals, tokens, parts.num_samples)
-    pending = accumulator.open(content, static_buffers=runner.static_buffers, should_stop=should_stop)
+    pending = accumulator.open(
+        content, static_buffers=runner.static_buffers, should_stop=should_stop, overlaps=runner.overlaps
+    )
     watched = loss_fn if first_window.is_done else first_window.watch(loss_fn, parts)
     # A collate may draw random numbers: those of its own quantum only if nothing is prefetched.
     prefetches = accumulator.device.type == "cuda" and accumulator.reproducible is None

@@ -57,6 +57,7 @@ class MicrobatchRunner(ABC):
         runs_again: Whether it runs micro-batches more than once in every window, and needs copies of what a loss
             may write to.
         waits_for_ranks: Whether other ranks wait for this one within a window, so that all must agree to begin it.
+        overlaps: Whether it can run the last micro-batch of a window while gradients are reduced.
         static_buffers: Gradient sums that the next window must use in place; None without any.
     """
 
@@ -64,6 +65,7 @@ class MicrobatchRunner(ABC):
     captures_graphs = False
     runs_again = False
     waits_for_ranks = False
+    overlaps = False
     disabled_reason: str | None = None
     static_buffers: Mapping[Tensor, Tensor] | None = None
 

@@ -7,6 +7,7 @@ from bigbatch.execution.batch_norm_runner import BatchNormRunner
 from bigbatch.execution.coupled_runner import CoupledRunner
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.oom_retry import OomRetry
+from bigbatch.execution.overlap_runner import OverlapRunner
 from bigbatch.execution.quantum_runner import QuantumRunner
 from bigbatch.execution.runner import LockstepRunner, MicrobatchRunner
 from bigbatch.gradients.fused_gradients import FusedGradients
@@ -45,7 +46,7 @@ def make_runner(
         return BatchNormRunner(loss_fn, sync, device)
     if sync.runs_in_lockstep:
         return LockstepRunner(model, is_sharded=sync.is_sharded)
-    retry = OomRetry(model, device)
+    retry = OomRetry(model, device) if sync.overlap is None else OverlapRunner(model, device)
     if not cuda_graphs:
         return retry
     if noise is not None and fused.num_layers:

@@ -59,6 +59,14 @@ class DirectSums:
         self.weights = {layer.weight for layer in layers}
         self._tied = {layer.weight for layer in layers if layer.is_tied}
 
+    def restart(self) -> None:
+        """Start again with sums that are empty."""
+        self.is_partial = False
+
+    def is_collected(self, weight: Tensor) -> bool:
+        """Return whether the gradient of a weight is added when a backward has ended."""
+        return weight in self._tied
+
     def close(self) -> None:
         """End a window."""
         self._store, self._state = None, _State.IDLE

@@ -243,6 +243,12 @@ class WindowHook:
         if (method := self._method()) is not None:
             method(tensor if self._parameter is None else self._parameter())
 
+    @staticmethod
+    def remove(handles: Iterable[RemovableHandle]) -> None:
+        """Remove hooks by their handles; no-op for those that were removed."""
+        for handle in handles:
+            handle.remove()
+
 
 class _HookGuard:
     """Checks that the hooks between its two calls neither change a parameter nor its gradient.

@@ -220,6 +220,15 @@ class FusedGradients:
         if self._parts != "copies":
             self.sums.end(loss, succeeded=succeeded)
 
+    def restart(self) -> None:
+        """Drop what micro-batches have added."""
+        self.copies.mark_stale()
+        self.sums.restart()
+
+    def adds_late(self, weight: Tensor) -> bool:
+        """Return whether the gradient of a weight is added at the end of a backward."""
+        return self._parts != "copies" and self.sums.is_collected(weight)
+
     def adds_to(self, weight: Tensor) -> bool:
         """Return whether a layer may add to the sum of a weight, which autograd then sees without a gradient."""
         return self._parts != "copies" and weight in self.sums.weights

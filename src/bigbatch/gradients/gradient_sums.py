@@ -81,7 +81,9 @@ class GradientSums:
             for parameter, total in self._static_buffers.items():
                 parameter.grad = total
             self.mark_unmodified()
-        self._unhook = finalize(self, _remove, self._handles)  # also of a window that is dropped without an end
+        self._unhook = finalize(
+            self, WindowHook.remove, self._handles
+        )  # also of a window that is dropped without an end
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -125,12 +127,11 @@ class GradientSums:
     def _move_to_store(self, parameter: Tensor) -> None:
         if self._is_paused:
             return
-        gradient = parameter.grad
         if not self._adding:  # a backward that is not ours: nothing of it belongs into these sums
             parameter.grad = None
             self._writes.note_backward()
             return
-        if gradient is None and self._fused is not None and self._fused.adds_to(parameter):
+        if (gradient := parameter.grad) is None and self._fused is not None and self._fused.adds_to(parameter):
             return
         if gradient is None:
             raise WindowStateError(
@@ -238,6 +239,10 @@ class GradientSums:
         """Whether the graphs of this window showed all their leaves; False before the first backward."""
         return self._hides_leaves is False
 
+    def adds_late(self, parameter: Tensor) -> bool:
+        """Return whether the gradient of a parameter is added when a backward has ended."""
+        return self._fused is not None and self._fused.adds_late(parameter)
+
     def expect_shown_leaves(self) -> None:
         """Do not walk the first graph: those of the window before showed all their leaves."""
         self._hides_leaves = self._hides_leaves or False
@@ -336,15 +341,10 @@ class GradientSums:
     def clear(self) -> None:
         """Drop all sums and gradients."""
         if self._fused is not None:
-            self._fused.copies.mark_stale()
+            self._fused.restart()
         if self.store.moves_all:
             self.store.settle(discards=True)
         self.store.float32.clear()
         self._writes.reset()
         for parameter in self.parameters:
             parameter.grad = None
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
