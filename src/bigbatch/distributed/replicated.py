@@ -40,7 +40,8 @@ class Replicated(MultiRankSync):
             there are several buckets and the reduction of the first windows took at least 5 % of their time. Only for
             micro-batches that run eagerly. A window in which a rank then fails is run again without, on all ranks; an
             error that does not occur again is a warning. The same bits for two ranks; for more, sums may round
-            differently, so ``"auto"`` is off under ``torch.use_deterministic_algorithms(True)``. False: never.
+            differently, so ``"auto"`` is off under ``torch.use_deterministic_algorithms(True)``. False: never, the
+            default, as the gain over NCCL has not been measured.
 
     Attributes:
         overlap: The choice: ``order`` is None while windows do not overlap, and ``share`` the part of a window that its
@@ -53,7 +54,7 @@ class Replicated(MultiRankSync):
         ValueError: ``overlap`` is something else.
     """
 
-    def __init__(self, model: nn.Module, *, group: Any = None, overlap: OverlapSetting = "auto") -> None:
+    def __init__(self, model: nn.Module, *, group: Any = None, overlap: OverlapSetting = False) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         if any(isinstance(module, FSDPModule) for module in model.modules()):
