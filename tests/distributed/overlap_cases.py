@@ -557,7 +557,7 @@ def chosen(min_share: float) -> tuple[list[bool], float | None, float]:
     try:
         model = ref.make_model()
         optimizer = cases.GradientRecorder(model)
-        sync = bigbatch.Replicated(model)
+        sync = bigbatch.Replicated(model, overlap="auto")
         engine = bigbatch.Engine(model, optimizer, _loss, microbatch=2, sync=sync, check=False)
         overlapped = []
         with small_buckets():

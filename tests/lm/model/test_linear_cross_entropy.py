@@ -575,7 +575,7 @@ def test_cuda_narrow_logits_are_rounded_once(fused: bool) -> None:
     """Against float64 over logits that are rounded to bfloat16; those of the default are not."""
     *leaves, labels = make(3000, 64, 900, dtype=torch.bfloat16)
     hidden, weight = (leaf.detach().cuda() for leaf in leaves[:2])
-    hidden = (hidden * (20 / (hidden @ weight.T).std())).requires_grad_()  # logits are rounded by up to 0.06
+    hidden = (hidden * (10 / (hidden @ weight.T).std())).requires_grad_()  # logits are rounded by up to 0.06
     labels = labels.cuda()
     logits = (hidden @ weight.T).detach().double().requires_grad_()
     expected_loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
@@ -587,7 +587,7 @@ def test_cuda_narrow_logits_are_rounded_once(fused: bool) -> None:
         (gradient,) = torch.autograd.grad(loss, hidden)
         gradients.append(float((gradient.double() - expected).norm() / expected.norm()))
     assert losses[0] < 0.1 * losses[1]
-    assert gradients[0] <= 2 * torch.finfo(torch.bfloat16).eps < gradients[1]
+    assert gradients[0] <= 0.5 * torch.finfo(torch.bfloat16).eps < gradients[1]
 
 
 @pytest.mark.gpu
