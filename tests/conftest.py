@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COLUMNS", "120")
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigbatch-tests-")  # the token cache of all tests
 # Kernels are shared by the processes of one run only: a run that is killed can leave half a file, which fails later.
@@ -41,6 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Measure the CPU seconds of the tests if asked to."""
     if number := config.getoption("--cpu-times"):
         config.pluginmanager.register(cpu_times.CpuTimes(number))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import the tests without garbage collections, which found next to nothing in a third of the CPU time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from bigbatch.cli import main
 from support.language_models import records, save_model_folder, write_jsonl
+from support.torchrun_agents import completed_torchrun
 
 FOLDER = Path(__file__).parents[1] / "examples" / "launchers"
 SHELL = ("torchrun.sh", "slurm.sbatch")
@@ -89,6 +90,8 @@ def test_slurm_job_trains_and_a_later_one_resumes(tmp_path: Path, capfd: pytest.
     for name, text in {"srun": 'shift; exec "$@"', "scontrol": 'echo "$@" >> scontrol.txt; echo 127.0.0.1'}.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
         (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "torchrun").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    (tmp_path / "bin" / "torchrun").chmod(0o755)  # prints the arguments of the agent, which is forked below
     run = tmp_path / "run"
     variables = {
         "SLURM_JOB_NAME": "bigbatch", "SLURM_JOB_ID": str(free_port() - 20_000), "SLURM_NNODES": "1",
@@ -96,9 +99,9 @@ def test_slurm_job_trains_and_a_later_one_resumes(tmp_path: Path, capfd: pytest.
     }  # fmt: skip
     first = launch(["bash", str(FOLDER / "slurm.sbatch"), *QUICK], tmp_path, **variables)
     assert first.returncode == 0, first.stderr
+    agent = completed_torchrun(first.stdout.splitlines(), tmp_path)
+    assert agent.returncode == 0, agent.stderr
     assert (run / "model").exists()
-    (tmp_path / "bin" / "torchrun").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n', encoding="utf-8")
-    (tmp_path / "bin" / "torchrun").chmod(0o755)  # shows what it would start
     again = launch(["bash", str(FOLDER / "slurm.sbatch"), *QUICK], tmp_path, **variables)
     assert again.returncode == 0, again.stderr
     started = get_args_parser().parse_args(again.stdout.splitlines())

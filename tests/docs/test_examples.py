@@ -2,10 +2,13 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from support.command_line import command
 from support.doc_pages import blocks, pages_that_run_alone
 
 ROOT = Path(__file__).parents[2]
@@ -23,9 +26,19 @@ def test_python_of_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run_fork)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks(page, "python")):
         exec(compile(block.text, f"{page}, block {number + 1}", "exec"), names)
+
+
+def run_fork(words: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+    """Run a command of a page in a fork of the loaded process instead of a new interpreter."""
+    assert words[:3] == [sys.executable, "-m", "bigbatch"]
+    done = command(*words[3:], folder=Path.cwd())
+    if check and done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
+    return done
 
 
 def test_readme_example_prints_the_proof(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -23,13 +24,16 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parents[1]
+_STARTING = threading.Lock()
+"""Held while the environment is changed."""
 
 
 def forking_context() -> multiprocessing.context.ForkServerContext:
     """Return a multiprocessing context whose processes are forks of one that has only imported `support.preloaded`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.preloaded"])
-    with pytest.MonkeyPatch.context() as patch:  # the server finds modules by the environment alone in Python 3.11
+    # In Python 3.11 the server finds modules by the environment alone.
+    with _STARTING, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]))
         forkserver.ensure_running()
     return context

@@ -31,6 +31,7 @@ NAMES = (
     "support.short_samples",
 )
 
+gc.disable()
 for _name in NAMES:
     with suppress(ImportError):
         importlib.import_module(_name)
@@ -40,5 +41,6 @@ with suppress(ImportError):  # compiles 900 patterns, once per process
 
     get_checkpoint_conversion_mapping("llama")
 
+gc.enable()
 gc.collect()
 gc.freeze()  # a collection in a fork then visits, and copies, only what the fork has made: 1 ms instead of 200 ms

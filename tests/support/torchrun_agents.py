@@ -56,6 +56,16 @@ def torchrun(
             _end(process)
 
 
+def completed_torchrun(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run torchrun with all of its arguments, and wait for it."""
+    with ForkedProcess(_run_agent, list(arguments), "lo", folder=folder) as process:
+        try:
+            printed, complained = process.communicate(timeout=LIMIT_S)
+        finally:
+            _end(process)
+        return subprocess.CompletedProcess(arguments, process.wait(), printed, complained)
+
+
 @contextmanager
 def forked_agent(
     flags: Sequence[str],
@@ -150,8 +160,10 @@ def _run_script(command: list[str], environment: dict[str, str]) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # not the agent's handlers
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
+        is_module = command[0] == "-m"
+        sys.argv = command[is_module:]
+        run = runpy.run_module if is_module else runpy.run_path
+        run(sys.argv[0], run_name="__main__")  # type: ignore[operator]
         code = 0
     except SystemExit as done:
         code = done.code

@@ -13,6 +13,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.named_templates import NAMED_TEMPLATES
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.samples import read_samples
+from bigbatch.lm.training import text_sample
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import RecordingCallback, metrics, run, save_model_folder, write_jsonl
@@ -106,7 +107,8 @@ def test_changed_template_is_rejected_on_resume(base: str, tmp_path: Path, capfd
     assert [row["step"] for row in metrics(folder)] == [1, 2]
 
 
-def test_samples_of_a_run_on_chats_are_answers(tmp_path: Path) -> None:
+def test_samples_of_a_run_on_chats_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_sample, "SAMPLE_TOKENS", 8)
     torch.manual_seed(0)
     base = str(save_model_folder(tmp_path / "base", kind="qwen2"))
     data = write_jsonl(tmp_path / "a.jsonl", chats(12))

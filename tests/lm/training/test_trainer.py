@@ -174,7 +174,7 @@ def test_stopped_run_saves_its_model(tmp_path: Path, settings: dict[str, Any]) -
 
 def test_conversations_train_on_assistant_turns(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "chat.jsonl", conversations(20))
-    prepared, recorder, _ = run(tmp_path / "run", data=str(data), steps=2, global_batch=4, max_length=128)
+    prepared, recorder, _ = run(tmp_path / "run", data=str(data), steps=2, global_batch=4, microbatch=2, max_length=128)
     assert 0 < recorder.rows[0]["items"] < recorder.rows[0]["tokens"]
     assert recorder.rows[0]["items"] <= max(prepared.training.label_counts) * 4
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from bigbatch.lm.data.token_store.workers import Encoding, encode_all
 from bigbatch.lm.data.token_store.writer import concatenated
 from bigbatch.lm.data.tokenization import encode_documents
 from bigbatch.lm.data.tokenizer import train_tokenizer
+from support.forked_processes import ForkedProcess
 
 ENCODING = Encoding(train_tokenizer(["the quick brown fox"] * 4, vocabulary_size=280))
 
@@ -22,6 +24,33 @@ ENCODING = Encoding(train_tokenizer(["the quick brown fox"] * 4, vocabulary_size
 @pytest.fixture(autouse=True)
 def workers_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "START_CHARACTERS", 1)
+
+
+class ForkedWorker(ForkedProcess):
+    """A worker that is a fork of the loaded process: a new interpreter takes two seconds to import the tokenizer."""
+
+    def __init__(self, _words: list[str], **_options: Any) -> None:
+        source, target = os.pipe()
+        super().__init__(workers.serve, stdin=source)
+        os.close(source)
+        self.stdin = os.fdopen(target, "wb")
+        self.stdout = self.stdout.detach()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ForkedWorker]]:
+    """Make the workers forks; yield those that are started."""
+    started: list[ForkedWorker] = []
+
+    def start(*words: Any, **options: Any) -> ForkedWorker:
+        started.append(ForkedWorker(*words, **options))
+        return started[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    yield started
+    for fork in started:
+        with fork:
+            pass
 
 
 def batches(number: int) -> Iterator[Batch]:
@@ -44,6 +73,7 @@ def test_blocks_keep_order_content_and_broken_documents() -> None:
     assert [len(block.broken) for block in together] == [i % 5 == 4 for i in range(40)]
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_texts_keep_order_and_content_among_others(processes: int) -> None:
     chat = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "fox"})
@@ -69,44 +99,26 @@ def batches_of(groups: Iterable[list[Document]]) -> Iterator[Batch]:
         yield from encoding.batches(group, ENCODING.encoder)
 
 
+@pytest.mark.usefixtures("forks")
 def test_document_that_fails_raises_its_sentence() -> None:
     with pytest.raises(InputError, match=r"^c:4[: ].*"):
         list(encode_all(batches(40), ENCODING, processes=2))
 
 
-def test_killed_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    children: list[int] = []
-    popen = workers.subprocess.Popen
-
-    def record(*args: object, **options: object) -> object:
-        child = popen(*args, **options)  # type: ignore[call-overload]
-        children.append(child.pid)
-        return child
-
-    monkeypatch.setattr(workers.subprocess, "Popen", record)
-
+def test_killed_worker_is_one_sentence(forks: list[ForkedWorker]) -> None:
     def some() -> Iterator[Batch]:
         for batch in batches(10**6):
-            if children:
-                os.kill(children[0], signal.SIGKILL)
+            if forks:
+                os.kill(forks[0].pid, signal.SIGKILL)
             yield batch
 
     with pytest.raises(BigbatchError, match=r"^a process that tokenizes the data ended with exit code -9, perhaps "):
         list(encode_all(some(), Encoding(ENCODING.tokenizer, skip_broken=True), processes=2))
 
 
-def test_abandoned_iteration_ends_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    children: list[object] = []
-    popen = workers.subprocess.Popen
-
-    def record(*args: object, **options: object) -> object:
-        child = popen(*args, **options)  # type: ignore[call-overload]
-        children.append(child)
-        return child
-
-    monkeypatch.setattr(workers.subprocess, "Popen", record)
+def test_abandoned_iteration_ends_workers(forks: list[ForkedWorker]) -> None:
     found = encode_all(batches(10**6), Encoding(ENCODING.tokenizer, skip_broken=True), processes=2)
     for _ in range(30):
         next(found)
     found.close()  # type: ignore[attr-defined]
-    assert [child.poll() is not None for child in children] == [True]  # type: ignore[attr-defined]
+    assert [fork.poll() is not None for fork in forks] == [True]
