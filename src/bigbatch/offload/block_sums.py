@@ -94,6 +94,10 @@ class BlockSums:
             part.result()
 
     def _add_part(self, total: Any, values: Any) -> None:
+        with np.errstate(all="ignore"):  # infinity and NaN are added as by torch; the window finds them in the norm
+            self._add_blocks(total, values)
+
+    def _add_blocks(self, total: Any, values: Any) -> None:
         if values.dtype == total.dtype:
             np.add(total, values, out=total)
             return
