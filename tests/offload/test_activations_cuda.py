@@ -188,22 +188,3 @@ def test_capture_is_refused_and_runs_eagerly():
     for number in range(3):
         run.step(number)
     assert run.engine.runner.disabled_reason == "inputs of layers in host memory are not captured in CUDA graphs"
-
-
-def test_graphs_are_captured_again_in_another_mode():
-    run = Run("none", layout="padded", device="cuda", cuda_graphs=True, microbatch=4)
-    runner: Any = run.engine.runner
-
-    def train() -> int:
-        for _ in range(3):
-            run.step(0)
-        return int(runner.num_graphs)
-
-    assert train() > 0
-    run.layers.set_checkpointing("offload")
-    runner.allow_graphs(False)
-    assert train() == 0
-    run.layers.set_checkpointing("none")
-    runner.allow_graphs(True)
-    assert train() > 0
-    assert runner.disabled_reason is None

@@ -144,7 +144,7 @@ def _problem(
         lengths,
         uniform_length=splitter.uniform_length,
         layout=layout,
-        uses_cuda_graphs=isinstance(runner, CudaGraphRunner) and runner.is_allowed,
+        uses_cuda_graphs=isinstance(runner, CudaGraphRunner),
         prediction_obstacle=prediction_obstacle(module),
         copies_bytes=0 if offload is None else offload.window_bytes,
         keeps_sums=offload is None or offload.sums is None,

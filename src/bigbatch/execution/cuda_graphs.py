@@ -5,8 +5,6 @@
 
 Launching a kernel takes some microseconds of the host, and a training step launches thousands of kernels: with small
 models and busy hosts the device waits. A captured graph adds to the gradient sums in place, so windows must reuse them.
-
-Long because capture, replay and what ends both depend on the same memory.
 """
 
 import copy
@@ -68,14 +66,11 @@ class CudaGraphRunner(MicrobatchRunner):
         self._required_gradient: dict[Tensor, bool] = {}  # of each parameter, when buffers were adopted
         self._buffers: dict[Tensor, Tensor] | None = None
         self._disabled_reason: str | None = None
-        self._is_allowed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CudaGraphRunner":
-        copied = CudaGraphRunner(  # without the graphs, which contain addresses of this model's memory
+        return CudaGraphRunner(  # without the graphs, which contain addresses of this model's memory
             copy.deepcopy(self._model, memo), copy.deepcopy(self._fallback, memo)
         )
-        copied.allow_graphs(self._is_allowed)
-        return copied
 
     @property
     def retries(self) -> int:  # type: ignore[override]
@@ -98,14 +93,9 @@ class CudaGraphRunner(MicrobatchRunner):
         return len(self._graphs)
 
     @property
-    def is_allowed(self) -> bool:
-        """Whether micro-batches may be captured, see `allow_graphs`."""
-        return self._is_allowed
-
-    @property
     def is_ready(self) -> bool:
         """Whether a window has run by the fallback, and capture is possible."""
-        return self._is_allowed and bool(self._buffers) and self._disabled_reason is None
+        return bool(self._buffers) and self._disabled_reason is None
 
     def prepare(self) -> None:
         """Before a window: release the graphs if other parameters are trained, or capture is disabled."""
@@ -138,12 +128,6 @@ class CudaGraphRunner(MicrobatchRunner):
         """Free the memory of all graphs and of the sums, between two windows."""
         self._buffers = None
         self._drop_graphs()
-
-    def allow_graphs(self, allowed: bool) -> None:
-        """Capture micro-batches or run them by the fallback, from the next window on; graphs are freed."""
-        if allowed != self._is_allowed:
-            self._is_allowed = allowed
-            self.release()
 
     def _adopt_buffers(self, sums: GradientSums) -> None:
         if self._buffers is not None or self._disabled_reason is not None:

@@ -124,9 +124,6 @@ class MicrobatchRunner(ABC):
     def release(self) -> None:  # noqa: B027 - optional
         """Free memory that is held between windows."""
 
-    def allow_graphs(self, allowed: bool) -> None:  # noqa: B027 - optional; as for a property
-        """Capture micro-batches as CUDA graphs or not, from the next window on; no-op if it captures none."""
-
 
 class LockstepRunner(MicrobatchRunner):
     """Runs micro-batches whose other ranks run the same layers, or the same loss, at the same time.

@@ -81,9 +81,7 @@ class GradientSums:
             for parameter, total in self._static_buffers.items():
                 parameter.grad = total
             self.mark_unmodified()
-        self._unhook = finalize(
-            self, WindowHook.remove, self._handles
-        )  # also of a window that is dropped without an end
+        self._unhook = finalize(self, WindowHook.remove, self._handles)  # also of a window that is dropped
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

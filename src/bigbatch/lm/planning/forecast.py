@@ -42,11 +42,7 @@ def _notes(config: TrainConfig, asked: TrainConfig, target: PlanTarget) -> list[
     """Return what a user would not expect of the estimates."""
     notes = []
     if config.gradient_checkpointing != asked.gradient_checkpointing:
-        layers = {
-            "selective": "every second layer",
-            "full": "all layers",
-            "offload": "all layers with their inputs in host memory",
-        }[config.gradient_checkpointing]
+        layers = "all layers" if config.gradient_checkpointing == "full" else "every second layer"
         notes.append(f"activation checkpointing in {layers}: the longest sequence does not fit without it")
     if config.objective == "dpo":
         notes.append(

@@ -85,7 +85,8 @@ def tune(
     last_error: MemoryLimitError | None = None
     current: CheckpointingMode = "none" if layers is None else layers.mode
     for mode in AUTO_MODES if modes and layers is not None else (current,):
-        _set_mode(engine, layers, mode)
+        if layers is not None:
+            layers.set_checkpointing(mode)
         try:
             choice = engine.tune(samples)
         except MemoryLimitError as error:
@@ -114,14 +115,9 @@ def apply_choice(
     engine: Engine, layers: DecoderLayers | None, mode: CheckpointingMode, choice: MicrobatchChoice
 ) -> None:
     """Apply a result of `tune` to an engine and its layers."""
-    _set_mode(engine, layers, mode)
-    engine.set_microbatch(choice)
-
-
-def _set_mode(engine: Engine, layers: DecoderLayers | None, mode: CheckpointingMode) -> None:
     if layers is not None:
         layers.set_checkpointing(mode)
-        engine.runner.allow_graphs(mode != "offload")  # a replay would use the host memory of another micro-batch
+    engine.set_microbatch(choice)
 
 
 def describe(mode: CheckpointingMode) -> str:
