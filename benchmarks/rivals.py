@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the file")
     parser.add_argument("--dry", action="store_true", help="a small workload on the CPU")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurements
     workload: Workload = DRY if options.dry else WORKLOADS[options.workload]
     memory = None if options.memory == "none" else options.memory
     rivals = DEFAULTS[workload.name, memory is not None and not options.dry]

@@ -1,7 +1,7 @@
 """A Llama of 8 billion parameters in shards over the cards of one host: tokens per second of bigbatch and torchtitan.
 
-    torchrun --standalone --nproc-per-node 4 benchmarks/sharded_rivals.py [--rows 4] [--microbatches 2] [--rounds 3]
-        [--checkpointing full] [--only bigbatch,torchtitan] [--out FILE]
+    torchrun --standalone --nproc-per-node 4 benchmarks/sharded_rivals.py [--layers 32] [--rows 4] [--microbatches 2]
+        [--rounds 3] [--checkpointing full] [--only bigbatch,torchtitan] [--out FILE]
     torchrun --standalone --nproc-per-node 2 benchmarks/sharded_rivals.py --dry         # a tiny Llama, on the CPU
 
 Both train the shape of Llama 3 8B with FSDP2: float32 shards, computation in bfloat16, gradients reduced in float32,
@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -212,6 +212,9 @@ def exit_at(limit_s: float, comparison: Comparison) -> None:
 def main() -> None:
     """Compare, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--layers", type=int, default=LLAMA_8B.layers, help="fewer for fewer cards: 16 for 2 of an H200"
+    )
     parser.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--microbatches", type=int, default=2, help="of an update, on every rank")
     parser.add_argument("--rounds", type=int, default=3)
@@ -237,7 +240,7 @@ def main() -> None:
     job = Job(
         RankContext(size, rank, size, "fsdp"),
         device,
-        TINY if options.dry else LLAMA_8B,
+        TINY if options.dry else replace(LLAMA_8B, layers=options.layers),
         ROW_TOKENS_DRY if options.dry else ROW_TOKENS,
         options.rows,
         options.microbatches,
@@ -245,8 +248,8 @@ def main() -> None:
     )
     card = "CPU" if options.dry else torch.cuda.get_device_name(device)
     heading = (
-        f"{size} {card}, torch {torch.__version__}, transformers {version('transformers')}; on each rank "
-        f"{job.microbatches} micro-batches of {job.rows} rows of {job.row_tokens:,} tokens"
+        f"{size} {card}, torch {torch.__version__}, transformers {version('transformers')}; {job.shape.layers} layers; "
+        f"on each rank {job.microbatches} micro-batches of {job.rows} rows of {job.row_tokens:,} tokens"
     )
     comparison = Comparison(job, names, heading, options.out)
     comparison.log(heading)

@@ -1,17 +1,19 @@
 """A sharded run starts, trains, stops and resumes on devices that cannot hold the whole model.
 
     python benchmarks/sharded_start.py                          # 2 CUDA devices: 1.2 billion parameters, 4.6 GiB
+    python benchmarks/sharded_start.py --ranks 4 --resume-ranks 2 --lora-rank 0 --cap 3.3          # 4 CUDA devices
     python benchmarks/sharded_start.py --device cpu --layers 8 --width 128          # gloo, under a minute
 
-A Llama is written to a temporary folder. One process then tries to start it whole, and two start it with
-``--parallel fsdp``, train two updates, save, stop, and resume as new processes for two more. On CUDA every process is
+A Llama is written to a temporary folder. One process then tries to start it whole, and ``--ranks`` start it with
+``--parallel fsdp``, train two updates, save and stop; ``--resume-ranks`` new processes resume it for two more. The
+saved folder is then loaded by transformers alone, in one process. On CUDA every process is
 capped at ``--cap`` times the bytes of the model by `torch.cuda.set_per_process_memory_fraction`, so the whole model
 runs out of memory. The table has, per rank, the highest bytes on the device at start and at resume, before the first
 update, and the bytes read from safetensors files: slices of tensors, and files hashed to verify the checkpoint. On the
 CPU nothing is capped, and the bytes are counted by `AllocationTracker`.
 
-With adapters (``--lora-rank``, the default) a rank holds half of the frozen weights. Without them, AdamW and gradient
-sums add three times as much: pass ``--lora-rank 0 --cap 3.3``.
+With adapters (``--lora-rank``, the default) a rank holds its share of the frozen weights. Without them, AdamW and
+gradient sums add three times as much: pass ``--lora-rank 0 --cap 3.3``.
 """
 
 import argparse
@@ -44,7 +46,6 @@ from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.memory.allocation_tracker import AllocationTracker
 
-RANKS = 2
 SENTENCES = [f"the value of item {i} is {i * i % 97} and of the next one {(i + 1) ** 2 % 97}" for i in range(400)]
 
 
@@ -172,7 +173,7 @@ def train(rank: int, size: int, folder: Path, options: argparse.Namespace, cap_b
 def _run(
     ranks: RankContext, folder: Path, options: argparse.Namespace, device: torch.device, *, resumes: bool
 ) -> dict[str, Any]:
-    path = folder / f"run-{ranks.size}"
+    path = folder / ("run" if ranks.size > 1 else "whole")
     config = TrainConfig(
         data=str(folder / "data.jsonl"), model=str(folder / "model"), out=path, steps=4, global_batch=16,
         microbatch=4, max_length=64, validation_fraction=0, lora_rank=options.lora_rank, device=options.device,
@@ -196,6 +197,21 @@ def _run(
     return {**result, "trained": trained, "step": outcome.step, "finished": outcome.finished}
 
 
+def describe_folder(path: Path, full_bytes: int) -> str:
+    """Load what a run has saved as anyone would, and say what it is."""
+    from transformers import AutoModelForCausalLM
+
+    saved = path / ("adapter" if (path / "adapter").is_dir() else "model")
+    files = ", ".join(sorted(file.name for file in saved.iterdir()))
+    if saved.name == "adapter":
+        return f"{saved.name}/: {files}"
+    model = AutoModelForCausalLM.from_pretrained(saved, local_files_only=True)
+    parameters = list(model.parameters())
+    assert sum(parameter.nbytes for parameter in parameters) == full_bytes, "a part of the model is missing"
+    assert all(parameter.isfinite().all() for parameter in parameters), "weights are not finite"
+    return f"{saved.name}/, loaded by transformers: {full_bytes / 2**20:,.1f} MiB in {files}"
+
+
 # the table -------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +228,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--lora-rank", type=int, default=8, help="0 trains all weights")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--resume-ranks", type=int, help="default: as many")
     parser.add_argument("--cap", type=float, default=0.85, help="of each CUDA device, in bytes of the model")
     options = parser.parse_args()
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
@@ -220,12 +238,16 @@ def main() -> None:
         full_bytes = write_inputs(folder, layers=options.layers, width=options.width)
         cap_bytes = int(options.cap * full_bytes)
         capped = f"cap {cap_bytes / 2**20:,.0f} MiB" if options.device == "cuda" else "no cap"
-        print(f"{name}, torch {torch.__version__}, {RANKS} ranks; model {full_bytes / 2**20:,.1f} MiB, {capped}")
+        print(
+            f"{name}, torch {torch.__version__}, {options.ranks} ranks; model {full_bytes / 2**20:,.1f} MiB, {capped}"
+        )
         print(f"{'':<16}{'rank':>5}{'peak MiB':>11}{'of model':>10}{'slices MiB':>12}{'hashed MiB':>12}  then")
-        for phase, size in (("whole", 1), ("start", RANKS), ("resume", RANKS)):
+        again = options.resume_ranks or options.ranks
+        for phase, size in (("whole", 1), ("start", options.ranks), ("resume", again)):
             rows = run_phase(size, options, cap_bytes, phase=phase, folder=folder)
             for rank, row in enumerate(rows):
-                print(_line(phase, rank, row, full_bytes))
+                print(_line(phase, rank, row, full_bytes), flush=True)
+        print(describe_folder(folder / "run", full_bytes))
 
 
 def _line(phase: str, rank: int, row: dict[str, Any], full_bytes: int) -> str:
