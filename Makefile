@@ -1,4 +1,5 @@
-# Two commands: `make train` runs the main job, `make test` checks everything. Both install what is missing.
+# `make train` runs the main job, `make test` checks a change in minutes, `make test-all` checks everything. All of them
+# install what is missing.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +8,7 @@ STAMP  := $(VENV)/installed
 TOOLS  := $(VENV)/release-tools
 PROJECT = -e ".[train,dev]"
 
-.PHONY: train demo test quick slowest test-versions setup lint format docs clean dist sbom test-release release-check
+.PHONY: train demo test test-all quick slowest test-versions setup lint format docs clean dist sbom test-release release-check
 .DEFAULT_GOAL := train
 
 train: setup  ## train a small language model on Python's own standard library (about two minutes on two cores)
@@ -16,15 +17,18 @@ train: setup  ## train a small language model on Python's own standard library (
 demo: setup  ## draw the loss by the number of micro-batches: usual accumulation compared with bigbatch (a minute)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: lint  ## lint, type-check and run every test
+test: lint  ## lint, type-check and run every test but those marked slow: under 8 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-all: lint  ## lint, type-check and run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-quick: setup  ## lint, and run the tests that the changes since main affect, the nearest first, for less than a minute
+quick: setup  ## lint, and run the tests of make test that the changes since main affect, the nearest first, for less than a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/quick_tests.py $(ARGS)
 
-slowest: setup  ## run every test and list the twenty tests and files that use most CPU time
+slowest: setup  ## run every test, list the twenty tests and files that use most CPU time, and tests that may need the marker slow
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cpu-times 20 $(ARGS)
 
 test-versions: setup  ## test with the lowest dependencies, and the integrations with the newest, each in its own environment

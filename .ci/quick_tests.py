@@ -7,8 +7,9 @@
 Changed are the files that differ from the merge base with main, committed or not. A test file depends on a Python file
 if it imports it, directly or through other files; its distance is the number of imports between the two, 0 if it is
 named after the module, and 1 if it tests the same package. It depends on any other file if it contains its name. The
-tests of the structure of the code and of the wording always run. `make test` runs everything; here, the summary says
-which tests were skipped because the time was over.
+tests of the structure of the code and of the wording always run, those marked slow never. `make test` runs the tests
+of all files, `make test-all` the slow ones, too; here, the summary says which tests were skipped because the time was
+over.
 """
 
 import argparse
@@ -138,7 +139,7 @@ def main() -> int:
     sys.stdout.flush()
     limit = f"--stop-after={options.seconds}"
     parallel = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    command = [sys.executable, "-m", "pytest", "-q", *parallel, limit, *arguments, *ALWAYS, *near]
+    command = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", "not slow", limit, *arguments, *ALWAYS, *near]
     return subprocess.run(command, cwd=ROOT).returncode
 
 

@@ -24,7 +24,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in the process it
 
 import pytest
 
-from support import cpu_times
+from support import cpu_times, tiers
 from support.process_pool import Pool, Pools
 
 COLLECTED_S = pytest.StashKey[float]()
@@ -38,7 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Measure the CPU seconds of the tests if asked to."""
+    """Count the slow tests that are left out; measure the CPU seconds of the tests if asked to."""
+    if config.getoption("markexpr") == "not slow":
+        config.pluginmanager.register(tiers.LeftOut())
     if number := config.getoption("--cpu-times"):
         config.pluginmanager.register(cpu_times.CpuTimes(number))
 
@@ -63,7 +65,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests that would start after the time is over."""
     limit_s = item.config.getoption("--stop-after")
     if limit_s is not None and time.monotonic() - item.config.stash[COLLECTED_S] > limit_s:
-        pytest.skip("not run: the time is over; make test runs every test")
+        pytest.skip("not run: the time is over; make test-all runs every test")
 
 
 def pytest_unconfigure() -> None:

@@ -91,6 +91,7 @@ def test_wheel_is_found_by_its_link(bootstrap: ModuleType, link: str, expected: 
         assert bootstrap.find_wheel(page, PAGE, "26.3") == (expected, "ab")
 
 
+@pytest.mark.slow
 def test_pip_is_installed_into_environment_without_it(
     bootstrap: ModuleType, index: tuple[Path, str], tmp_path: Path
 ) -> None:

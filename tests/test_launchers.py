@@ -63,6 +63,7 @@ def test_skypilot_task_is_valid() -> None:
     check_shell(task["run"])
 
 
+@pytest.mark.slow
 def test_torchrun_script_trains(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = launch(
@@ -84,6 +85,7 @@ def test_torchrun_script_names_what_is_missing(tmp_path: Path) -> None:
     assert done.stderr.endswith("HOST: set HOST to the address of one of the hosts\n")
 
 
+@pytest.mark.slow
 def test_slurm_job_trains_and_a_later_one_resumes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Without Slurm: `srun` runs its command once, and `scontrol` names this host."""
     (tmp_path / "bin").mkdir()

@@ -78,5 +78,5 @@ def test_late_tests_are_skipped_and_cpu_times_listed() -> None:
     assert done.returncode == 0, done.stdout
     assert re.search(r"CPU seconds in \d+ tests", done.stdout)
     assert re.search(r"\n +\d+\.\d s  tests/cli/test_run_lookup\.py\n", done.stdout)
-    assert "not run: the time is over; make test runs every test" in done.stdout
+    assert "not run: the time is over; make test-all runs every test" in done.stdout
     assert "passed" not in done.stdout

@@ -15,6 +15,7 @@ from bigbatch.errors import TornUpdateError
 from bigbatch.signal_deferral import DEFERRED, DeferredSignals
 from support.interrupted_updates import BATCHES, CALLS, OPTIMIZERS, Training, references, sample
 from support.process_pool import Pool
+from support.tiers import slow_except
 
 NUM_LINES = 80
 
@@ -35,7 +36,7 @@ def process() -> Iterator[Pool]:
     pool.close()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", slow_except(OPTIMIZERS, "sgd", "adamw-loop"))
 @pytest.mark.parametrize("call", CALLS)
 def test_interrupted_update_is_whole_undone_or_torn(call: str, optimizer: str, process: Pool) -> None:
     (sampled,) = process.run(sample, call, optimizer, NUM_LINES, timeout_s=120.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bigbatch
 from bigbatch.lm.checkpoint.state_tree import copy_to_cpu, equal
+from support.tiers import slow_except
 
 DELETED = object()
 optim, schedules = torch.optim, torch.optim.lr_scheduler
@@ -135,7 +136,7 @@ def may_load(kit: str, path: tuple[Any, ...], edit: str) -> bool:
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "scheduler", "scaler", "engine", "random", "format"])
-@pytest.mark.parametrize("kit", KITS)
+@pytest.mark.parametrize("kit", slow_except(KITS, "AdamW cosine scaler"))
 def test_damaged_state_is_refused_unchanged_or_valid(kit: str, part: str) -> None:
     one, other = engine_of(kit), engine_of(kit, seed=1)
     for seed in range(3):

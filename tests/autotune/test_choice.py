@@ -24,6 +24,7 @@ from bigbatch.batching.split import split
 from bigbatch.memory.limit import describe_bytes
 from bigbatch.memory.usage import MemoryBudget
 from support.decoder_model import CPU, VOCABULARY, Decoder, adamw, collate, loss_fn, make, make_step, samples, tracked
+from support.tiers import slow
 
 thoroughly = settings(max_examples=300, deadline=None)
 AMPLE = MemoryBudget.from_limit(2**33, "8GiB")
@@ -238,7 +239,7 @@ def measured(rows: list[Tensor] | Tensor, loss: Any = loss_fn, **kind: Any) -> i
     return tracked(model, optimizer, lambda: engine.step(twice)).peak_bytes
 
 
-@pytest.mark.parametrize("best", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("best", [1, slow(2), slow(3), 7, slow(20)])
 def test_prediction_finds_largest_sample_count_that_fits(best: int) -> None:
     choice = choose(make_step(tokens(32)), room_for(peak(best)))
     assert (choice.largest, choice.prediction_failure, choice.unit) == (best, None, "samples")
@@ -247,7 +248,7 @@ def test_prediction_finds_largest_sample_count_that_fits(best: int) -> None:
     assert measured(tokens(best)) <= 1.01 * peak(best)
 
 
-@pytest.mark.parametrize("best", [1, 2, 3, 7])
+@pytest.mark.parametrize("best", [1, slow(2), slow(3), 7])
 def test_prediction_finds_largest_token_count_that_fits(best: int) -> None:
     step = make_step(samples(*[24] * 8, *[5, 7, 11, 13] * 4), by_length=True)
     choice = choose(step, room_for(peak(best)))

@@ -15,6 +15,7 @@ import bigbatch
 from bigbatch.autotune.peak_prediction import PeakPredictor, PredictionError
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.offload.optimizer_offload import WithoutState
+from support.tiers import slow
 
 CPU = torch.device("cpu")
 
@@ -72,7 +73,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [slow(1), 16])
 def test_prediction_equals_allocated_memory_of_step(name: str, dtype: torch.dtype, rows: int) -> None:
     if name == "Adafactor" and dtype == torch.bfloat16:
         pytest.skip("torch's Adafactor mixes dtypes for bfloat16 parameters")

@@ -15,6 +15,7 @@ from bigbatch.autotune import peak_prediction, repeated_operations
 from bigbatch.autotune.peak_prediction import PeakPredictor, Prediction, PredictionError
 from bigbatch.autotune.repeated_operations import RepeatedOperations
 from bigbatch.memory.allocation_tracker import AllocationTracker
+from support.tiers import slow
 
 
 def repeating(mode: FakeTensorMode) -> AllocationTracker:
@@ -184,9 +185,9 @@ def autocast_loss_fn(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
 @pytest.mark.parametrize(
     ("loss", "checkpointed", "optimizer", "device"),
     [
-        (loss_fn, False, torch.optim.AdamW, None),
+        slow(loss_fn, False, torch.optim.AdamW, None),
         (autocast_loss_fn, True, torch.optim.AdamW, None),
-        (loss_fn, True, torch.optim.Adafactor, "cuda"),
+        slow(loss_fn, True, torch.optim.Adafactor, "cuda"),
         (autocast_loss_fn, False, torch.optim.SGD, "cuda"),
     ],
 )

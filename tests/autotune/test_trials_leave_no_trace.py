@@ -25,6 +25,7 @@ from support.stateful_models import (
     loss_fn,
     rows,
 )
+from support.tiers import slow, slow_except
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", slow_except(SETTINGS, "tensors", "lengths"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_tuning_leaves_no_trace_of_any_state(kind: type[Stateful], settings: str) -> None:
     batch, options = SETTINGS[settings]
@@ -171,7 +172,7 @@ class Everything(Stateful):
         return self.norm(torch.cat([rows, -rows]))[: len(rows)] + nn.functional.dropout(moved, 0.5)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, slow(ZeroDivisionError)])
 def test_error_in_any_trial_leaves_no_trace(error: type[BaseException]) -> None:
     model = Everything()
     before, generator = describe(model), torch.get_rng_state()

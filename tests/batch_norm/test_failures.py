@@ -29,6 +29,7 @@ from batch_norm.models import (
     squares,
     whole,
 )
+from support.tiers import slow_except
 
 ORDER = (
     'batch_norm="exact" needs every micro-batch to run the same batch norms in the same order. Take branches that '
@@ -323,7 +324,7 @@ def interrupted(engine: bigbatch.Engine, number: int) -> int | None:
         signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", slow_except(range(4), 0))
 def test_interrupts_leave_no_thread_and_no_state(part: int) -> None:
     expected, num_threads = whole(Small(plain), squares, [rows()]), threading.active_count()
     num_lines = interrupted(engine_of(Small(plain), squares, 4), -1)

@@ -5,10 +5,13 @@ import pytest
 from batch_norm import rank_runs
 from batch_norm.models import TOLERANCE
 from support.process_pool import Pools
+from support.tiers import slow
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["moving", "cumulative"])
-@pytest.mark.parametrize("sizes", [[7, 4], [9, 2], [9, 0], [0, 9], [1, 1], [5, 0, 3, 1]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[7, 4], slow([9, 2]), slow([9, 0]), slow([0, 9]), slow([1, 1]), [5, 0, 3, 1]], ids=str
+)
 def test_ranks_are_exact(pools: Pools, sizes: list[int], momentum: float | None) -> None:
     for cut in (1, 4, 20):
         for result in pools(len(sizes)).run(rank_runs.run_windows, "ddp", sizes, cut, momentum):

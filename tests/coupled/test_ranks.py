@@ -4,6 +4,7 @@ import pytest
 
 from coupled import rank_runs
 from support.process_pool import Pools
+from support.tiers import slow
 
 TOLERANCE = 1e-12
 
@@ -35,7 +36,7 @@ def test_replicated_lockstep_is_exact(pools: Pools, sizes: list[int], gather: st
 
 @pytest.mark.parametrize("gather", ["none", "all"])
 @pytest.mark.parametrize("loss", ["head", "plain"])
-@pytest.mark.parametrize("how", ["fsdp", "fsdp-last"])
+@pytest.mark.parametrize("how", ["fsdp", slow("fsdp-last")])
 @pytest.mark.parametrize("sizes", [[14, 8], [9, 0]], ids=str)
 def test_sharded_model_is_exact(pools: Pools, how: str, loss: str, sizes: list[int], gather: str) -> None:
     for result in pools(2).run(rank_runs.run_window, how, loss, gather, sizes, 4):

@@ -9,6 +9,7 @@ import torch
 from support.distributed_runs import TIGHT, RunFolder, make_run_folder, max_relative_difference
 from support.language_models import metrics
 from support.rank_faults import kill_in_window, on, signal_in_update
+from support.tiers import slow
 
 WORDS = (
     "--lr", "1", "--schedule", "constant", "--warmup-steps", "20", "--validation-every", "1", "--early-stopping", "2",
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return folder
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", slow("fsdp")])
 def test_ranks_end_early_with_the_best_of_one_rank(folder: RunFolder, parallel: str) -> None:
     expected = metrics(folder.folder / "alone")
     assert 3 <= len(expected) < 20
@@ -42,6 +43,7 @@ def test_ranks_end_early_with_the_best_of_one_rank(folder: RunFolder, parallel: 
     assert max_relative_difference(folder.model(parallel), folder.model("alone")) < TIGHT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_stopped_and_resumed_make_the_same_choice(folder: RunFolder, parallel: str) -> None:
     out = f"stopped-{parallel}"

@@ -17,6 +17,7 @@ IN_SUM = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "how", "seed"), [(2, "plain", 0), (3, "ddp", 1)])
 def test_updates_with_failures_equal_those_without(pools: Pools, size: int, how: str, seed: int) -> None:
     for found in pools(size).run(soak, how, 30, seed):

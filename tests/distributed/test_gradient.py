@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support import distributed_windows as cases
 from support import full_batch_reference as ref
 from support.process_pool import Pools
+from support.tiers import slow
 
 TOLERANCE = 1e-12
 
@@ -48,7 +49,7 @@ def test_any_cut_over_two_ranks_is_exact(pools: Pools, how: str, name: str, loss
     check(pools(2).run(cases.window_of, how, CUTS[name], loss))
 
 
-@pytest.mark.parametrize("how", [*KINDS, "hsdp", "hsdp-shard", "hsdp-every", "hsdp-last"])
+@pytest.mark.parametrize("how", [*KINDS, "hsdp", slow("hsdp-shard"), slow("hsdp-every"), slow("hsdp-last")])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_cut_over_four_ranks_is_exact(pools: Pools, how: str, loss: str) -> None:
     check(pools(4).run(cases.window_of, how, OVER_FOUR, loss))
@@ -92,6 +93,7 @@ def test_engine_with_empty_rank_is_exact(pools: Pools, how: str, loss: str) -> N
     check(pools(2).run(cases.engine_of, how, [[], range(12)], (4, 5), loss))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), how=st.sampled_from(["plain", "ddp", "fsdp", "fsdp-last"]), loss=st.sampled_from(LOSSES))
 def test_any_assignment_to_ranks_and_microbatches_is_exact(

@@ -2,6 +2,7 @@
 
 from itertools import chain
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,12 +25,14 @@ def test_weights_are_gathered_once_a_window_and_updates_are_the_same_bits() -> N
         assert gathers[1] == gathers[2] <= MODULES
 
 
+@pytest.mark.slow
 def test_abandoned_window_frees_gathered_weights() -> None:
     kept, freed = (run(abandon, 2, keeps) for keeps in (True, False))
     for weights, expected in zip(kept, freed, strict=True):
         assert weights == expected
 
 
+@pytest.mark.slow
 def test_gradients_with_bfloat16_weights_are_as_close_as_under_autocast() -> None:
     expected, sharded, narrow, once = (
         torch.tensor([*chain(*run(gradients, 2, how)[0])]).double()

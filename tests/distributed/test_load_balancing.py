@@ -9,11 +9,12 @@ from support import gloo_processes
 from support.distributed_runs import TIGHT, RunFolder, make_run_folder, max_relative_difference
 from support.expert_models import save_expert_folder
 from support.language_models import metrics
+from support.tiers import slow
 
 LONG = ("--model", "experts", "--steps", "4")
 
 
-@pytest.mark.parametrize("first", [14, 22, 3])
+@pytest.mark.parametrize("first", [slow(14), 22, slow(3)])
 def test_uneven_ranks_have_the_gradient_of_the_whole_batch(first: int) -> None:
     for error, loss_error in gloo_processes.run(cases.gradient, 2, first, "global"):
         assert error < 1e-7
@@ -50,7 +51,12 @@ def expert_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.mark.parametrize(
     ("parallel", "more"),
-    [("ddp", ()), ("fsdp", ()), ("fsdp", ("--gradient-checkpointing", "full")), ("ddp", ("--lora-rank", "2"))],
+    [
+        slow("ddp", ()),
+        ("fsdp", ()),
+        slow("fsdp", ("--gradient-checkpointing", "full")),
+        slow("ddp", ("--lora-rank", "2")),
+    ],
 )
 def test_run_on_ranks_equals_one_rank(expert_folder: RunFolder, parallel: str, more: tuple[str, ...]) -> None:
     out, alone = f"{parallel}{len(more)}{'lora' in ''.join(more)}", "alone"
@@ -64,6 +70,7 @@ def test_run_on_ranks_equals_one_rank(expert_folder: RunFolder, parallel: str, m
     assert max_relative_difference(expert_folder.model(out), expert_folder.model(alone)) < TIGHT
 
 
+@pytest.mark.slow
 def test_rank_without_samples_takes_part(expert_folder: RunFolder) -> None:
     words = (*LONG, "--global-batch", "1")
     expert_folder.train("one", 1, *words)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from support.distributed_runs import TIGHT, RunFolder, make_run_folder, max_relative_difference
 from support.language_models import load_peft, metrics
 from support.rank_faults import signal_in_update
+from support.tiers import slow
 
 WORDS = (
     "--lora-rank", "2", "--lora-targets", "q_proj,v_proj,down_proj", "--dora", "--rslora", "--steps", "6",
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return folder
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", slow("fsdp")])
 def test_stopped_run_on_ranks_saves_same_adapters(folder: RunFolder, parallel: str) -> None:
     stop = signal_in_update(3)
     first = folder.train(parallel, 2, *WORDS, "--parallel", parallel, patch=stop, codes=75)
@@ -40,6 +41,7 @@ def test_stopped_run_on_ranks_saves_same_adapters(folder: RunFolder, parallel: s
     assert one == other
 
 
+@pytest.mark.slow
 def test_quantized_run_on_ranks_saves_same_adapters(folder: RunFolder) -> None:
     words = ("--lora-rank", "2", "--quantize", "nf4-double", "--steps", "4", "--checkpoint-every", "2")
     folder.train("quantized alone", 1, *words)

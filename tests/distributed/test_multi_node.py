@@ -67,6 +67,7 @@ def hold(stack: ExitStack, inside: list[str]) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 def test_network_failure_inside_window_leaves_result_unchanged(
     run_folder: RunFolder,
     uninterrupted: dict[str, Path],

@@ -7,6 +7,7 @@ import pytest
 from support.distributed_runs import TIGHT, RunFolder, make_run_folder, max_relative_difference
 from support.language_models import examples, metrics, pairs, write_jsonl
 from support.rank_faults import signal_in_update
+from support.tiers import slow
 
 WORDS = {
     "reward": ("--data", "pairs.jsonl", "--center-rewards-coefficient", "0.01"),
@@ -30,12 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.mark.parametrize(
     ("name", "parallel", "lora"),
     [
-        ("reward", "fsdp", False),
-        ("reward", "fsdp", True),
+        slow("reward", "fsdp", False),
+        slow("reward", "fsdp", True),
         ("dpo", "ddp", False),
-        ("dpo", "fsdp", False),
-        ("dpo", "ddp", True),
-        ("embedding", "ddp", False),
+        slow("dpo", "fsdp", False),
+        slow("dpo", "ddp", True),
+        slow("embedding", "ddp", False),
         ("embedding", "fsdp", False),
     ],
 )

@@ -9,6 +9,7 @@ from distributed import overlap_cases
 from distributed.overlap_cases import DEALS, MODELS, NUM_SENT, Run
 from support.failing_ranks import PLACES, TOLERANCE
 from support.process_pool import Pools
+from support.tiers import slow, slow_except
 
 HOWS = ("plain", "ddp")
 WARNING = (
@@ -28,7 +29,7 @@ def check_same(found: Run, expected: Run, *, bits: bool) -> None:
             torch.testing.assert_close(value, expected.parameters[name], rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, slow(3)])
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("deal", DEALS)
 def test_updates_equal_those_of_whole_batch(pools: Pools, size: int, how: str, deal: str) -> None:
@@ -38,7 +39,7 @@ def test_updates_equal_those_of_whole_batch(pools: Pools, size: int, how: str, d
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("tokens", "checkpointed")])
-@pytest.mark.parametrize("deal", ["few and many", "none on the last"])
+@pytest.mark.parametrize("deal", [slow("few and many"), "none on the last"])
 def test_models_of_any_shape_are_exact(pools: Pools, kind: str, deal: str) -> None:
     settings = {"max_grad_norm": 0.3}
     for found, expected, error in pools(2).run(overlap_cases.compared, "plain", kind, deal, torch.float64, settings):
@@ -98,7 +99,7 @@ def test_window_has_one_small_collective_more(pools: Pools) -> None:
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("size", [2, slow(6)])
 @pytest.mark.parametrize("place", ["taking it", *NUM_SENT])
 def test_failure_in_last_microbatch_runs_window_again(pools: Pools, how: str, size: int, place: str) -> None:
     expected = pools(2).run(overlap_cases.failing, how, "", "own", size)
@@ -113,7 +114,7 @@ def test_failure_in_last_microbatch_runs_window_again(pools: Pools, how: str, si
         assert overlap_cases.same_state(mine.run, plain.run)
 
 
-@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("size", [2, slow(6)])
 @pytest.mark.parametrize("place", ["taking it", *NUM_SENT])
 def test_memory_in_last_microbatch_runs_window_again(pools: Pools, size: int, place: str) -> None:
     expected = pools(2).run(overlap_cases.failing, "plain", "", "memory", size)
@@ -204,7 +205,7 @@ def test_other_windows_do_not_overlap(pools: Pools, what: str) -> None:
         assert overlapped == [False] * 3
 
 
-@pytest.mark.parametrize(("size", "how", "seed"), [(2, "ddp", 3), (3, "plain", 4)])
+@pytest.mark.parametrize(("size", "how", "seed"), [(2, "ddp", 3), slow(3, "plain", 4)])
 def test_updates_with_failures_equal_those_without(pools: Pools, size: int, how: str, seed: int) -> None:
     for found in pools(size).run(overlap_cases.failing_soak, how, 30, seed):
         assert len(found.failures) == 30
@@ -213,7 +214,9 @@ def test_updates_with_failures_equal_those_without(pools: Pools, size: int, how:
         assert any(failure.overlaps for failure in found.failures)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", slow_except(PLACES, "the loss", "memory in the backward", "before the vote", "launching a bucket")
+)
 def test_failure_at_each_place_is_lost_nowhere(pools: Pools, place: str) -> None:
     for found in pools(3).run(overlap_cases.failing_soak, "plain", 4, 2, (place,)):
         assert {failure.place for failure in found.failures} == {place}

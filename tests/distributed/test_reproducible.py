@@ -15,6 +15,7 @@ from support.reproducible_runs import (
     train_on_ranks,
     train_with_half_quanta,
 )
+from support.tiers import slow
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def _one_thread():
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "size"), [("llama", "bf16", 2), ("gpt2", "float32", 3), ("llama", "float32", 4)]
+    ("kind", "precision", "size"), [("llama", "bf16", 2), slow("gpt2", "float32", 3), slow("llama", "float32", 4)]
 )
 def test_ranks_have_bits_of_one_process(kind: str, precision: str, size: int):
     run = Run(kind, precision, updates=5)
@@ -48,6 +49,7 @@ def test_out_of_memory_on_ranks_changes_no_bit():
     assert all(each.same(expected) and each.retries == 3 for each in found)
 
 
+@pytest.mark.slow
 def test_killed_run_continues_on_other_ranks(tmp_path: Path):
     run, saved = Run("gpt2", "bf16", updates=6), tmp_path / "state"
     expected = train(run)

@@ -34,6 +34,7 @@ def model_bits(name: str) -> bytes:
     return (Path(name) / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_runs_of_any_ranks_and_micro_batch_are_equal(reproducible: RunFolder, capfd: pytest.CaptureFixture[str]):
     launch(reproducible, 1, words("same-alone", "--microbatch", "2"))
     launch(reproducible, 3, words("same-ranks", "--token-budget", "128"))

@@ -14,6 +14,7 @@ from support.language_models import examples, metrics, pairs, records, save_mode
 from support.process_pool import Pools
 from support.rank_faults import signal_in_update
 from support.run_comparison import CLOCK, differing_results
+from support.tiers import slow
 from support.torchrun_ranks import run
 
 MIB = 2**20
@@ -49,6 +50,7 @@ def choice_in(folder: Path) -> dict[str, Any]:
 # a run ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_default_run_equals_its_token_budget(place: Path) -> None:
     first = run(["train", *WORDS, "--out", "auto"], 2, folder=place, patch=signal_in_update(2), codes=75)
     size, mode = sentence_of(first.stdout())
@@ -70,6 +72,7 @@ def test_default_run_equals_its_token_budget(place: Path) -> None:
     assert rows == expected
 
 
+@pytest.mark.slow
 def test_resume_keeps_a_choice_that_still_fits(place: Path) -> None:
     run(["train", *WORDS, "--out", "run"], 2, folder=place, patch=signal_in_update(1), codes=75)
     path = place / "run" / SHARDED_MICROBATCH
@@ -99,6 +102,7 @@ def test_deterministic_run_keeps_its_fixed_budget(place: Path) -> None:
     assert not (place / "run" / SHARDED_MICROBATCH).exists()
 
 
+@pytest.mark.slow
 def test_run_moves_between_replicas_shards_and_one_process(place: Path) -> None:
     words = [*WORDS[:-1], "ddp", "--out", "run"]
     run(["train", *words], 2, folder=place, patch=signal_in_update(1), codes=75)
@@ -109,6 +113,7 @@ def test_run_moves_between_replicas_shards_and_one_process(place: Path) -> None:
     assert len(metrics(place / "run")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "more"),
     [("reward", []), ("dpo", []), ("embedding", ["--pooling", "last"])],
@@ -135,6 +140,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**common, "data": str(folder / "data.jsonl"), "model": str(folder / "model")}
 
 
+@pytest.mark.slow
 def test_smallest_memory_decides_for_all_ranks(deep: dict[str, Any], pools: Pools) -> None:
     pool = pools(2)
     large = pool.run(cases.choose, deep, [400 * MIB, 400 * MIB], timeout_s=120.0)
@@ -160,12 +166,12 @@ def test_hybrid_ranks_hold_larger_shards(deep: dict[str, Any], pools: Pools) -> 
 @pytest.mark.parametrize(
     "more",
     [
-        {"token_budget": 64},
+        slow({"token_budget": 64}),
         {"token_budget": 256},
-        {"token_budget": 256, "gradient_checkpointing": "selective"},
-        {"token_budget": 256, "gradient_checkpointing": "full"},
-        {"token_budget": 64, "precision": "bf16-weights"},
-        {"token_budget": 64, "lora_rank": 4},
+        slow({"token_budget": 256, "gradient_checkpointing": "selective"}),
+        slow({"token_budget": 256, "gradient_checkpointing": "full"}),
+        slow({"token_budget": 64, "precision": "bf16-weights"}),
+        slow({"token_budget": 64, "lora_rank": 4}),
     ],
     ids=lambda more: " ".join(map(str, more.values())),
 )
@@ -177,6 +183,7 @@ def test_peak_of_a_rank_is_as_predicted(deep: dict[str, Any], pools: Pools, more
         assert 0.99 <= predicted / counted <= 1.05, predicted / counted
 
 
+@pytest.mark.slow
 def test_peak_of_large_embeddings_is_predicted_too_high(deep: dict[str, Any], pools: Pools) -> None:
     """The peak is in the loss, where no layer is gathered; the prediction counts two, and the head's gradient twice."""
     settings = deep | {"gradient_checkpointing": "none", "global_batch": 16, "token_budget": 128}

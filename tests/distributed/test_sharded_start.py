@@ -19,6 +19,7 @@ from distributed import sharded_start_cases as cases
 from support.language_models import metrics, records, save_model_folder, write_jsonl
 from support.process_pool import Pools
 from support.rank_faults import all_of, signal_in_update
+from support.tiers import slow, slow_except
 from support.torchrun_ranks import run
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,7 +83,7 @@ def settings_of(models: Path, kind: str, more: dict[str, Any]) -> dict[str, Any]
     return {**common, "model": kind if kind == "tiny" else str(models / kind), **more}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(CASES, "tiny", "several files", "lora on tiny"))
 def test_sharded_start_has_the_bits_of_one_process(models: Path, pools: Pools, case: str) -> None:
     settings = settings_of(models, *CASES[case])
     alone = set_up_training(TrainConfig(**settings))
@@ -97,6 +98,7 @@ def test_sharded_start_has_the_bits_of_one_process(models: Path, pools: Pools, c
             }
 
 
+@pytest.mark.slow
 def test_hsdp_start_is_bit_identical_to_one_process(models: Path, pools: Pools) -> None:
     settings = settings_of(models, "qwen2", {"lora_rank": 2})
     expected = cases.describe(set_up_training(TrainConfig(**settings)))
@@ -132,7 +134,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("writer", ["fsdp", "ddp", "alone"])
+@pytest.mark.parametrize("writer", ["fsdp", slow("ddp"), slow("alone")])
 def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, writer: str) -> None:
     cases.save_deep_model(tmp_path / "deep")
     write_jsonl(tmp_path / "data.jsonl", records(40))
@@ -156,6 +158,7 @@ def test_resume_holds_and_reads_shards_alone(tmp_path: Path, pools: Pools, write
 LORA = ("--lora-rank", "2", "--lora-targets", "q_proj,v_proj")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "layers", "cap"), [((), 8, 3.3), (LORA, 12, 0.97)], ids=["all weights", "adapters"])
 def test_model_above_cap_trains_and_resumes_sharded(
     tmp_path: Path, more: tuple[str, ...], layers: int, cap: float

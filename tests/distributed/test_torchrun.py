@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from support import rank_faults
 from support.distributed_runs import DROPPING, RunFolder
 from support.forked_processes import wait_for
@@ -18,6 +20,7 @@ def ours(complained: str) -> list[str]:
     return [line for line in complained.splitlines() if line.startswith("bigbatch ")]
 
 
+@pytest.mark.slow
 def test_run_survives_kill_9_of_a_rank_and_ctrl_c(run_folder: RunFolder, uninterrupted: dict[str, Path]) -> None:
     """The agent restarts ranks of either kind by the same means; test_train_command.py kills ranks of both."""
     out, reached = "torchrun-fsdp", run_folder.folder / "held"

@@ -27,6 +27,7 @@ from support.rank_faults import (
     signal_in_window,
 )
 from support.run_comparison import differing_results
+from support.tiers import slow
 from support.torchrun_ranks import Launch, run
 
 # the same run on any number of ranks -----------------------------------------------------------------------------
@@ -35,9 +36,9 @@ from support.torchrun_ranks import Launch, run
 @pytest.mark.parametrize(
     ("size", "parallel", "more"),
     [
-        (4, "ddp", ()),
-        (4, "fsdp", ()),
-        (4, "hsdp", ()),
+        slow(4, "ddp", ()),
+        slow(4, "fsdp", ()),
+        slow(4, "hsdp", ()),
         (2, "fsdp", ("--gradient-checkpointing", "full", "--microbatch", "2")),
     ],
 )
@@ -56,6 +57,7 @@ def test_twenty_updates_on_ranks_equal_one_rank(
     assert [launch.stderr(rank) for rank in range(size)] == [""] * size
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_on_other_rank_counts(run_folder: RunFolder, alone: str) -> None:
     noting = run_folder.noting("moved")
     first = run_folder.train(
@@ -75,6 +77,7 @@ def test_stopped_run_resumes_on_other_rank_counts(run_folder: RunFolder, alone: 
     assert_same_run(run_folder, "moved", alone)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_samples_are_supported(run_folder: RunFolder) -> None:
     write_jsonl(run_folder.folder / "three.jsonl", records(3))
     more = ["--data", "three.jsonl", "--validation-fraction", "0", "--steps", "2"]
@@ -91,9 +94,9 @@ def test_more_ranks_than_samples_are_supported(run_folder: RunFolder) -> None:
     ("parallel", "rank", "patch", "where", "restart"),
     [
         ("ddp", 1, kill_in_window(6), "after update 3", (1, 1)),
-        ("ddp", 0, kill_at_checkpoint(2), "after update 3", (0, 1)),
-        ("fsdp", 0, kill_in_window(2), "from the beginning (no checkpoint)", (1, 1)),
-        ("fsdp", 1, kill_at_checkpoint(2), "after update 3", (1, 0)),
+        slow("ddp", 0, kill_at_checkpoint(2), "after update 3", (0, 1)),
+        slow("fsdp", 0, kill_in_window(2), "from the beginning (no checkpoint)", (1, 1)),
+        slow("fsdp", 1, kill_at_checkpoint(2), "after update 3", (1, 0)),
     ],
 )
 def test_killed_rank_leaves_result_unchanged_after_restart(
@@ -182,7 +185,7 @@ def test_sharded_models_restart_smaller_after_oom(run_folder: RunFolder, alone: 
 # signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", slow("fsdp")])
 def test_abandoned_update_leaves_no_change_on_any_rank(
     run_folder: RunFolder, uninterrupted: dict[str, Path], parallel: str
 ) -> None:
@@ -243,17 +246,17 @@ def refused(run_folder: RunFolder, words: list[str], size: int = 3, **how: Any) 
     ("more", "sentence"),
     [
         (["--global-bach", "3"], "unknown flag --global-bach: did you mean --global-batch?"),
-        (["--data", "datta.jsonl"], "there is no file or folder 'datta.jsonl'. Did you mean data.jsonl?"),
-        (
+        slow(["--data", "datta.jsonl"], "there is no file or folder 'datta.jsonl'. Did you mean data.jsonl?"),
+        slow(
             ["--parallel", "hsdp"],
             "--parallel hsdp is not supported here: it replicates shards over machines, and this run has one machine. "
             "Use --parallel fsdp.",
         ),
-        (
+        slow(
             ["--parallel", "fsdp", "--async-checkpoint"],
             "--async-checkpoint is not supported with --parallel fsdp, where every rank writes its shards. Remove it.",
         ),
-        (
+        slow(
             ["--parallel", "fsdp", "--memory", "1GiB"],
             "--memory limits --microbatch auto and cannot be combined with --token-budget 64. Remove one of them.",
         ),
@@ -261,7 +264,7 @@ def refused(run_folder: RunFolder, words: list[str], size: int = 3, **how: Any) 
             ["--out", "data.jsonl/run"],
             "--out data.jsonl/run cannot be written: data.jsonl is a file.",
         ),
-        (
+        slow(
             ["--warmup-steps", "30"],
             "--warmup-steps is more than --steps: the learning rate would never reach its peak.",
         ),
@@ -297,13 +300,13 @@ def test_missing_run_is_rejected_once(run_folder: RunFolder) -> None:
     ("more", "sentence"),
     [
         (["--data", "datta.jsonl"], "ranks 1, 2: there is no file or folder 'datta.jsonl'. Did you mean data.jsonl?"),
-        (["--lr"], "ranks 1, 2: --lr needs a value: --lr X."),
+        slow(["--lr"], "ranks 1, 2: --lr needs a value: --lr X."),
         (
             ["--lr", "0.02"],
             "rank 1 differs from rank 0 (--lr 0.02, not 0.01). Use the same settings, data, model and versions on "
             "every machine.",
         ),
-        (
+        slow(
             ["--data", "others/data.jsonl"],
             "rank 1 differs from rank 0 (--data others/data.jsonl, not data.jsonl). Use the same settings, data, model "
             "and versions on every machine.",

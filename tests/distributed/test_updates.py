@@ -5,6 +5,7 @@ import torch
 
 from distributed import updates_cases
 from support.process_pool import Pools
+from support.tiers import slow
 
 EXACT = 1e-10  # of parameters after some updates of AdamW, which amplifies rounding by the inverse of small gradients
 TOLERANCE = 1e-12
@@ -29,7 +30,7 @@ def test_clipped_replicated_updates_match_one_process(pools: Pools, how: str, ki
         assert max(one.grad_norms) > 0.3  # some were clipped
 
 
-@pytest.mark.parametrize("how", ["fsdp", "fsdp-last", "hsdp-shard", "hsdp-every", "hsdp-last"])
+@pytest.mark.parametrize("how", ["fsdp", "fsdp-last", slow("hsdp-shard"), "hsdp-every", slow("hsdp-last")])
 def test_clipped_sharded_updates_match_one_process(pools: Pools, how: str) -> None:
     trained = pools(4 if how.startswith("hsdp") else 2).run(updates_cases.train, how, "tokens", 5)
     check_identical_ranks(trained)

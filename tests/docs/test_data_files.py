@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch.cli import main
+from support.tiers import slow
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "data-files.md"
 PRINTED = {
@@ -53,7 +54,12 @@ def test_every_command_line_is_expected() -> None:
     assert [name for name, _ in runs()] == list(PRINTED)
 
 
-@pytest.mark.parametrize(("name", "block"), runs(), ids=[name for name, _ in runs()])
+FAST = ("alpaca.json", "lines.jsonl.gz", "poems")
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [run if run[0] in FAST else slow(*run) for run in runs()], ids=[name for name, _ in runs()]
+)
 def test_block_trains_from_empty_folder(
     name: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ def demo() -> ModuleType:
     return load_script("examples/demo.py")
 
 
+@pytest.mark.slow
 def test_demo_shows_what_cuts_change(
     demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from bigbatch.cli.arguments import parse
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
+from support.tiers import slow
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".toml", ".yaml"))
@@ -60,7 +61,9 @@ def test_command_of_example_is_read(file: Path, monkeypatch: pytest.MonkeyPatch)
     assert settings_of(file).keys() | {"data"} == config.model_fields_set
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [file if file.stem == "gpt2" else slow(file) for file in FILES], ids=lambda file: file.stem
+)
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")  # raised by peft
 def test_example_trains_a_small_model(file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model_class, config_class, shape = ARCHITECTURES[file.stem]

@@ -13,6 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "large-data.md"
 QUICK = ("--device", "cpu", "--microbatch", "2", "--global-batch", "4", "--max-length", "16")
 
 
+@pytest.mark.slow
 def test_commands_of_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

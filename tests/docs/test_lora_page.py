@@ -12,6 +12,7 @@ from support.language_models import conversations, save_model_folder, write_json
 PAGE = Path(__file__).parents[2] / "docs/how-to/lora.md"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")  # raised by peft
 def test_commands_and_python_of_lora_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from support.forked_kernels import forked_kernels
 from support.scripts import load_script
+from support.tiers import slow
 
 from .test_wording import hits
 
@@ -46,7 +47,11 @@ def test_three_notebooks_are_found() -> None:
     assert {path.stem for path in NOTEBOOKS} >= {"accumulation", "trainer", "contrastive"}
 
 
-@every_notebook
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem == "accumulation" else slow(path) for path in NOTEBOOKS],
+    ids=lambda path: path.name,
+)
 def test_notebook_runs_and_shows_what_is_saved(path: Path, script: ModuleType) -> None:
     if path.stem == "accumulation":  # its kernel is a new interpreter, started by the script
         done = run("--check", str(path))

@@ -9,6 +9,7 @@ import pytest
 
 from bigbatch.cli import main
 from support.language_models import examples, pairs, save_model_folder, write_jsonl
+from support.tiers import slow_except
 
 PAGES = Path(__file__).parents[2] / "docs/how-to"
 OBJECTIVES = ("dpo", "reward", "embedding")
@@ -19,7 +20,7 @@ def text_of(objective: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")  # raised by peft
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", slow_except(OBJECTIVES, "dpo"))
 def test_commands_and_python_of_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], objective: str
 ) -> None:

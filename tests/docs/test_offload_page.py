@@ -15,6 +15,7 @@ from support.language_models import records, save_model_folder, write_jsonl
 PAGE = Path(__file__).parents[2] / "docs/how-to/offload.md"
 
 
+@pytest.mark.slow
 def test_commands_of_offload_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from support.language_models import conversations, save_model_folder, write_json
 PAGE = Path(__file__).parents[2] / "docs/how-to/qlora.md"
 
 
+@pytest.mark.slow
 def test_commands_of_qlora_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def test_make_docs_builds_as_strictly() -> None:
     assert recipe.endswith("mkdocs build --strict")  # with --quiet, MkDocs counts no warning
 
 
+@pytest.mark.slow
 def test_every_page_of_the_repository_is_in_the_site(site: Path) -> None:
     made = {path.relative_to(site).as_posix() for path in html_pages(site)}
     docs = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".ipynb")}
@@ -40,12 +41,14 @@ def test_every_page_of_the_repository_is_in_the_site(site: Path) -> None:
     assert made == expected
 
 
+@pytest.mark.slow
 def test_every_page_is_in_the_navigation(site: Path) -> None:
     front = read_page(site / "index.html")
     linked = {link.partition("#")[0] for link in front.links}
     assert {path.relative_to(site).as_posix() for path in html_pages(site)} - linked == set()
 
 
+@pytest.mark.slow
 def test_links_and_anchors_of_the_site_exist(site: Path) -> None:
     broken = []
     for file in html_pages(site):
@@ -61,6 +64,7 @@ def test_links_and_anchors_of_the_site_exist(site: Path) -> None:
     assert broken == []
 
 
+@pytest.mark.slow
 def test_pages_load_only_files_of_the_site(site: Path) -> None:
     for file in html_pages(site):
         for part in read_page(file).loaded:
@@ -71,6 +75,7 @@ def test_pages_load_only_files_of_the_site(site: Path) -> None:
         assert not any(imported for _, imported in urls), sheet
 
 
+@pytest.mark.slow
 def test_chinese_pages_are_marked(site: Path) -> None:
     languages = {path.relative_to(site).as_posix(): read_page(path).language for path in html_pages(site)}
     assert {name for name, language in languages.items() if language != "en"} == {
@@ -79,6 +84,7 @@ def test_chinese_pages_are_marked(site: Path) -> None:
     assert languages["tutorial.zh.html"] == "zh-Hans"
 
 
+@pytest.mark.slow
 def test_benchmarks_page_has_every_raw_output(site: Path) -> None:
     page = read_page(site / "benchmarks.html")
     names = {path.stem for path in (ROOT / "benchmarks/results").glob("*.txt")}
@@ -89,6 +95,7 @@ def test_benchmarks_page_has_every_raw_output(site: Path) -> None:
     assert all((ROOT / f"benchmarks/{script}.py").is_file() for script in scripts)
 
 
+@pytest.mark.slow
 def test_reference_has_every_public_name_and_command(site: Path) -> None:
     import bigbatch
     import bigbatch.lm

@@ -13,6 +13,7 @@ from support.headless_chromium import Browser, find_chromium
 
 CHROMIUM = find_chromium()
 pytestmark = [
+    pytest.mark.slow,  # builds the site, and starts a browser
     pytest.mark.skipif(find_spec("mkdocs") is None, reason=MISSING),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path: install chromium to see the site in it"),
 ]

@@ -28,6 +28,7 @@ def run_commands(page: str, capfd: pytest.CaptureFixture[str]) -> dict[str, str]
     return printed
 
 
+@pytest.mark.slow
 def test_commands_of_pretraining_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +47,7 @@ def test_commands_of_pretraining_page_run(
     assert "exact: every cut gives the full-batch gradient" in "".join(printed.values())
 
 
+@pytest.mark.slow
 def test_commands_of_evaluation_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

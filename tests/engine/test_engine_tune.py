@@ -34,6 +34,7 @@ from support.decoder_model import (
     samples,
     tracked,
 )
+from support.tiers import slow
 
 LISTED: dict[str, Any] = {"collate": collate}
 BY_LENGTH: dict[str, Any] = {"collate": collate, "lengths": lengths_of}
@@ -81,8 +82,8 @@ MANY = samples(*[96] * 40, *range(8, 72))
 # what is chosen fits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [LISTED, BY_LENGTH], ids=["samples", "tokens"])
-@pytest.mark.parametrize("loss", ["predicted", "tried"])
+@pytest.mark.parametrize("settings", [slow(LISTED), BY_LENGTH], ids=["samples", "tokens"])
+@pytest.mark.parametrize("loss", ["predicted", slow("tried")])
 def test_step_stays_within_requested_memory(settings: dict[str, Any], loss: str, limit: Limit) -> None:
     """With the size that was chosen, and with the largest: memory alone decides about that."""
     usable = 16 * MIB
@@ -247,7 +248,7 @@ def test_tuning_leaves_state_unchanged(loss: Any) -> None:
 ERRORS = [ValueError("mine"), RuntimeError("mine"), KeyError("mine"), KeyboardInterrupt("mine"), SystemExit("mine")]
 
 
-@pytest.mark.parametrize("when", [1, 2, 3, 5])
+@pytest.mark.parametrize("when", [1, slow(2), slow(3), 5])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_loss_error_passes_through_and_changes_nothing(error: BaseException, when: int) -> None:
     """An error where there is no data is one of the prediction, and the same comes again where there is."""
@@ -328,7 +329,9 @@ def updated(engine: Engine, batch: Any, before: Callable[[Engine], object]) -> l
     return [*engine.model.parameters(), *engine.model.buffers(), *state_of(optimizer)]
 
 
-@pytest.mark.parametrize("kind", [{}, {"dropout": 0.3}, {"norm": True}], ids=["plain", "dropout", "batch norm"])
+@pytest.mark.parametrize(
+    "kind", [{}, slow({"dropout": 0.3}), slow({"norm": True})], ids=["plain", "dropout", "batch norm"]
+)
 @pytest.mark.parametrize("settings", [LISTED, BY_LENGTH], ids=["samples", "tokens"])
 def test_tuned_updates_equal_those_with_given_choice(settings: dict[str, Any], kind: dict[str, Any]) -> None:
     batch = samples(*range(8, 40))

@@ -25,6 +25,7 @@ from bigbatch.offload.levels import LEVELS, Offload
 from offload.models import CHUNK_BYTES, Decoder, decoder_loss, loss_fn, make, make_batch, make_model, make_tokens
 from offload.models import small_chunks as small_chunks_of_engine
 from offload.test_master_level import Cast, Penalized
+from support.tiers import slow
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LINEAR = ["first.weight", "second.weight", "head.weight"]
@@ -298,7 +299,7 @@ def test_single_level_that_fits_is_not_timed() -> None:
 
 @pytest.mark.parametrize(
     ("seconds_of_one", "seconds_of_more", "expected"),
-    [(1.0, 1.0, "optimizer"), (0.001, 65.536, "none")],
+    [(1.0, 1.0, "optimizer"), slow(0.001, 65.536, "none")],
     ids=["each micro-batch takes as long", "a sample takes as long"],
 )
 def test_time_decides_whether_larger_microbatches_pay(

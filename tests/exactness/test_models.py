@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bigbatch
 from support import full_batch_reference as ref
+from support.tiers import slow
 
 EXACT = 1e-12
 WRONG = 1e-3
@@ -187,7 +188,7 @@ def test_parameters_unfrozen_inside_window_are_trained_or_rejected():
 
 
 @OLD_SCRIPT
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, slow(True)])
 def test_compiled_model_gets_full_batch_update(dynamic):
     model, batch = ref.make_model(), ref.ragged_batch(8, seed=3)
     before, full = ref.parameters_of(model), ref.full_gradient(model, batch)

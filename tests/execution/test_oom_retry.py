@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch
+from support.tiers import slow_except
 
 EXACT = 1e-12
 
@@ -249,7 +250,7 @@ def num_calls(name: str, kind: str) -> int:
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("kind", slow_except(STACKS, "untied", "checkpointed dropout tied"))
 @pytest.mark.parametrize("name", MODULES)
 def test_forward_oom_counts_every_sample_once(name: str, kind: str, before: bool) -> None:
     """At each of its calls, those of a recomputation within backward included."""
@@ -272,7 +273,7 @@ def test_forward_oom_counts_every_sample_once(name: str, kind: str, before: bool
 
 
 @pytest.mark.parametrize("then", [1, 2], ids=["next call", "the one after"])
-@pytest.mark.parametrize("kind", [kind for kind in STACKS if "dropout" not in kind])
+@pytest.mark.parametrize("kind", slow_except([kind for kind in STACKS if "dropout" not in kind], "checkpointed tied"))
 @pytest.mark.parametrize("name", MODULES)
 def test_second_forward_oom_halves_and_stays_exact(name: str, kind: str, then: int) -> None:
     """Halves draw other dropout masks, so there is none here."""

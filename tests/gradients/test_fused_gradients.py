@@ -18,6 +18,7 @@ from bigbatch.gradients.fused_gradients import FusedGradients
 from bigbatch.gradients.fused_linear import FusedLinear
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.lm.model.linear_cross_entropy import linear_cross_entropy
+from support.tiers import slow, slow_except
 
 pytestmark = [  # of torch's compiler, which hides both unless warnings are errors
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -257,7 +258,7 @@ def test_weight_that_may_be_partial_is_not_retried(monkeypatch: pytest.MonkeyPat
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", slow_except(BACKENDS, "aot_eager"))
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_layers_give_full_gradient(backend: str, checkpointed: bool, added: list[Any]) -> None:
     expected = whole(make())
@@ -277,6 +278,7 @@ def compile_blocks(model: Net, backend: str, *, checkpointed: bool = False) -> N
         block._compiled_call_impl = run_compiled if checkpointed else compiled
 
 
+@pytest.mark.slow
 def test_compiled_layers_count_once_after_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     num_failures = 12
     expected = whole(make(), num_steps=1 + num_failures)
@@ -292,7 +294,7 @@ def test_compiled_layers_count_once_after_out_of_memory(monkeypatch: pytest.Monk
     assert difference(optimizer, expected) <= EXACT
 
 
-@pytest.mark.parametrize("compiled", ["blocks", "model"])
+@pytest.mark.parametrize("compiled", ["blocks", slow("model")])
 def test_compiled_layer_that_runs_twice_gives_full_gradient(compiled: str) -> None:
     model = make()
     model.blocks[1] = model.blocks[0]  # the same weights in both layers

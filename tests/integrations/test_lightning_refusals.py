@@ -14,6 +14,7 @@ from integrations import lightning_cases as cases
 from support import full_batch_reference as ref
 from support.command_line import completed
 from support.forked_processes import script
+from support.tiers import slow
 
 RETURN = (
     'return {"loss": loss_sum, "items": n}, the undivided sum of the item losses and their number. A loss of '
@@ -167,7 +168,7 @@ print(Callback.__module__.partition(".")[0], error)
 
 
 @pytest.mark.parametrize(
-    ("before", "package"), [("", "lightning"), ('sys.modules["lightning"] = None', "pytorch_lightning")]
+    ("before", "package"), [("", "lightning"), slow('sys.modules["lightning"] = None', "pytorch_lightning")]
 )
 def test_trainer_of_pytorch_lightning_is_exact(before: str, package: str, tmp_path: Path):
     run = completed(script, SCRIPT.format(before=before), folder=tmp_path)

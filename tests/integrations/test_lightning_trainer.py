@@ -256,6 +256,7 @@ def test_decorated_step_with_dataloader_iter():
     assert max(cases.errors(module.recorder.seen, expected)) <= EXACT
 
 
+@pytest.mark.slow
 def test_compiled_module_is_exact():
     module = cases.Module()
     compiled = torch.compile(module, backend="eager")

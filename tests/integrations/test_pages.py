@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from support.tiers import slow
+
 ROOT = Path(__file__).parents[2]
 NUMBER = re.compile(r"\d(\.\d+)?e[+-]\d\d|\d+(\.\d+)?")
 
@@ -28,7 +30,7 @@ def shows(printed: str, expected: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning")
-@pytest.mark.parametrize("page", ["transformers.md", "trl.md"])
+@pytest.mark.parametrize("page", ["transformers.md", slow("trl.md")])
 def test_python_of_page_prints_its_proof(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs/how-to" / page).read_text(encoding="utf-8")
     run(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL), page)

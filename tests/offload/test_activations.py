@@ -19,6 +19,7 @@ from bigbatch.offload.layer_inputs import MAX_LEAVING, LayerInputs
 from bigbatch.offload.transfers import Transfers
 from offload.activations import DEPTH, KINDS, LONGEST, WIDTH, Run, make_samples
 from offload.test_failures import Link, broken
+from support.tiers import slow, slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def full() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("lora", [False, slow(True)], ids=["all weights", "adapters"])
 def test_ragged_packed_rows_have_equal_bits(kind: str, precision: str, lora: bool):
     expected, offloaded = (Run(mode, kind, precision=precision, lora=lora) for mode in ("full", "offload"))
     assert offloaded.results(0, 3) == expected.results(0, 3)
@@ -70,7 +71,7 @@ def test_padded_rows_with_masks_have_equal_bits(kind: str):
     assert offloaded.results(0, 2) == expected.results(0, 2)
 
 
-@pytest.mark.parametrize("level", ["optimizer", "master", "gradients"])
+@pytest.mark.parametrize("level", [slow("optimizer"), slow("master"), "gradients"])
 def test_levels_of_offload_have_equal_bits(level: str):
     found = [Run(mode, precision="bf16", offload=level).results(0, 3) for mode in ("full", "offload")]
     assert found[0] == found[1]
@@ -85,7 +86,7 @@ def test_fused_gradients_have_equal_bits():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", [slow("llama"), "gpt2"])
 def test_compiled_layers_have_equal_bits(kind: str):
     found = []
     for mode in ("full", "offload"):
@@ -374,6 +375,7 @@ def test_copied_model_has_memory_of_its_own():
 # failures ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_failure_at_any_transfer_loses_nothing(link: Link):
     expected = Run("offload").results(0, 3)
     num_transfers = 2 * LEAVING * MICROBATCHES
@@ -391,6 +393,7 @@ def test_failure_at_any_transfer_loses_nothing(link: Link):
     assert link.num == 2 * num_transfers
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_at_any_transfer_counts_samples_once(link: Link):
     """As in full checkpointing, where memory runs out in the same micro-batch."""
     expected = [_out_of_memory_once(2 * number + 1) for number in range(MICROBATCHES)]
@@ -421,7 +424,7 @@ def _out_of_memory_once(at: int) -> list[Any]:
     return [float(report.loss), *run.results(2, 3)]
 
 
-@pytest.mark.parametrize("at", range(1, 2 * MICROBATCHES + 1))
+@pytest.mark.parametrize("at", slow_except(range(1, 2 * MICROBATCHES + 1), 1, MICROBATCHES + 1))
 def test_microbatch_that_does_not_fit_is_halved(at: int):
     found = []
     for mode in ("full", "offload"):

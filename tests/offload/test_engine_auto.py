@@ -40,6 +40,7 @@ from offload.models import (
     weights,
 )
 from support.process_pool import Pools
+from support.tiers import slow
 
 CUDA, MIB = torch.device("cuda"), 2**20
 SetCard = Callable[..., None]
@@ -362,7 +363,10 @@ def test_calls_before_the_choice_work(set_card: SetCard) -> None:
 
 @pytest.mark.parametrize(
     ("name", "after"),
-    [*(("adamw", level) for level in LEVELS), *((name, "none") for name in ("adamw-fused", "adagrad", "asgd", "muon"))],
+    [
+        *(("adamw", level) for level in LEVELS),
+        *(slow(name, "none") for name in ("adamw-fused", "adagrad", "asgd", "muon")),
+    ],
 )
 def test_resumed_run_has_equal_bits(set_card: SetCard, name: str, after: Offload) -> None:
     """In less memory than before: without clipping, every level has the same bits."""

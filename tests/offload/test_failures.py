@@ -22,6 +22,7 @@ from offload.models import (
     streamed_of,
     values,
 )
+from support.tiers import slow
 
 
 class Link:
@@ -67,7 +68,7 @@ def whole_state(engine: bigbatch.Engine, optimizer: torch.optim.Optimizer) -> tu
     return values(engine.model).tolist(), plain_state(optimizer)
 
 
-@pytest.mark.parametrize("updates", [0, 2], ids=["first update", "later update"])
+@pytest.mark.parametrize("updates", [slow(0), 2], ids=["first update", "later update"])
 @pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd", "adafactor"])
 def test_failure_at_any_transfer_loses_nothing(link: Link, name: str, updates: int):
     engine, optimizer = start(name, updates)

@@ -22,6 +22,7 @@ from offload.models import (
     streamed_of,
     values,
 )
+from support.tiers import slow
 
 
 def train(engine: bigbatch.Engine, updates: int, start: int = 0) -> list[bigbatch.WindowReport]:
@@ -29,7 +30,7 @@ def train(engine: bigbatch.Engine, updates: int, start: int = 0) -> list[bigbatc
     return [engine.step(make_batch(number, 7 + number % 4, dtype)) for number in range(start, start + updates)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float64), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_twenty_updates_have_equal_bits(name: str, dtype: torch.dtype):
     engines = []

@@ -15,6 +15,7 @@ from bigbatch.accumulation.noise_observer import NoiseObserver
 from bigbatch.scaling import noise_scale
 from bigbatch.scaling.noise_scale import MEASURE_FIRST, MIN_WINDOWS, NUM_MEASURED, NoiseScaleEstimator
 from support.process_pool import Pool
+from support.tiers import slow, slow_except
 
 SIGNAL = torch.tensor([0.6, -0.3, 0.0, 0.2, 0.5], dtype=torch.float64)
 DEVIATION = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0], dtype=torch.float64)
@@ -76,7 +77,7 @@ def assert_unbiased(values: Sequence[float], wanted: float) -> None:
     assert error <= 0.2 * wanted, "else three standard errors would say little"
 
 
-@pytest.mark.parametrize("sort", [False, True], ids=["shuffled", "sorted"])
+@pytest.mark.parametrize("sort", [False, slow(True)], ids=["shuffled", "sorted"])
 @pytest.mark.parametrize("name", CUTS)
 def test_signal_and_noise_are_unbiased_for_every_cut(name: str, sort: bool) -> None:
     found = measured(windows_of(CUTS[name], 600, sort=sort, seed=len(name)))
@@ -170,7 +171,7 @@ def long_first(sizes: Sequence[int], count: int, *, seed: int) -> list[list[Tens
     return [[SIGNAL + (items_of(n, generator) - SIGNAL) * deviation for n, deviation in ordered] for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", slow_except(CUTS, "equal", "two"))
 def test_some_microbatches_are_enough_without_bias(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_scale, "MEASURE_EVERY", 1)
     found = measured_later(windows_of(CUTS[name], 900, seed=len(name)))
@@ -179,6 +180,7 @@ def test_some_microbatches_are_enough_without_bias(name: str, monkeypatch: pytes
         assert_unbiased([noise for _, noise in found], WANTED[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["equal", "variable"])
 def test_variance_may_depend_on_position(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_scale, "MEASURE_EVERY", 1)
@@ -236,6 +238,7 @@ def later_on_a_rank(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[fl
         noise_scale.MEASURE_EVERY = every
 
 
+@pytest.mark.slow
 def test_some_microbatches_of_each_rank_are_enough(pools: Callable[[int], Pool]) -> None:
     one, other = pools(2).run(later_on_a_rank, ((8, 3, 5), (2, 5, 11, 6, 1)), 600)
     assert one == other
@@ -243,6 +246,7 @@ def test_some_microbatches_of_each_rank_are_enough(pools: Callable[[int], Pool])
     assert_unbiased([noise for _, noise in one], WANTED[1])
 
 
+@pytest.mark.slow
 def test_interval_from_some_microbatches_has_its_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_scale, "MEASURE_EVERY", 1)
     covered = 0

@@ -4,6 +4,7 @@ CPU seconds of a loaded machine compare with those of an idle one; wall-clock se
 
     test       setup + call + teardown, in the test process and all its descendants
     file       the sum of its tests
+    unmarked   tests of more than 4 s without the marker ``slow``: mark them, or keep them as the one of their kind
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+UNMARKED_LIMIT_S = 4.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -32,21 +34,25 @@ class CpuTimes:
     def __init__(self, number: int) -> None:
         self._number = number
         self._tests: Counter[str] = Counter()
+        self._slow: set[str] = set()
         self._before_s = 0.0
 
     def pytest_runtest_logstart(self) -> None:
         self._before_s = used_s()
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> object:
+    def pytest_runtest_makereport(self, item: pytest.Item) -> object:
         """Write the CPU seconds since the last phase into the report, which xdist sends to the controller."""
         report = yield
         now_s = used_s()
         report.cpu_s, self._before_s = now_s - self._before_s, now_s
+        report.is_slow = item.get_closest_marker("slow") is not None
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._tests[report.nodeid] += report.cpu_s
+        if report.is_slow:
+            self._slow.add(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         files: Counter[str] = Counter()
@@ -56,7 +62,14 @@ class CpuTimes:
         for name, found in (("tests", self._tests), ("files", files)):
             terminalreporter.write_line(f"{name}:")
             for each, seconds in found.most_common(self._number):
-                terminalreporter.write_line(f"{seconds:8.1f} s  {each}")
+                terminalreporter.write_line(f"{seconds:8.1f} s  {each}{' (slow)' if each in self._slow else ''}")
+        limit = f"more than {UNMARKED_LIMIT_S:.0f} s without the marker slow"
+        unmarked = [
+            (test, s) for test, s in self._tests.most_common() if s > UNMARKED_LIMIT_S and test not in self._slow
+        ]
+        terminalreporter.write_line(f"{limit}:" if unmarked else f"no test used {limit}")
+        for test, seconds in unmarked:
+            terminalreporter.write_line(f"{seconds:8.1f} s  {test}")
 
 
 def used_s() -> float:

@@ -208,6 +208,7 @@ def test_branch_table_fits_forty_columns(
     assert max(map(len, lines)) <= 40
 
 
+@pytest.mark.slow
 def test_branches_of_pairs_have_their_unit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"{i} plus {i}", "chosen": f"is {2 * i}", "rejected": "is odd"} for i in range(40)]

@@ -35,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SMALL = ("bench", "--workload", "w-small", "--rounds", "1")
 
 
+@pytest.mark.slow
 def test_table_lists_every_tool_and_nothing_is_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL]) == 0
     printed, said = capfd.readouterr()

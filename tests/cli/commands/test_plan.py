@@ -17,6 +17,7 @@ from bigbatch.lm.planning.forecast import Forecast
 from bigbatch.memory.limit import describe_bytes
 from support.command_line import command, files_below, pretend_terminal, terminal_lines
 from support.language_models import records, save_model_folder, write_jsonl
+from support.tiers import slow
 
 SMALL = ("plan", "--data", "../data.jsonl", "--model", "../base")
 
@@ -138,10 +139,10 @@ def test_files_left_out_are_named(folder: Path, capfd: pytest.CaptureFixture[str
     ("words", "unit", "size", "layout"),
     [
         ("--microbatch 4 --lora-rank 2", "samples", 4, "padded"),
-        ("--token-budget 70 --gradient-checkpointing full --precision bf16-weights", "tokens", 70, "padded"),
+        slow("--token-budget 70 --gradient-checkpointing full --precision bf16-weights", "tokens", 70, "padded"),
         ("--gpu a100-40gb --global-batch-tokens 200", "tokens", None, "packed"),
-        ("--gpu a100-40gb --global-batch-tokens 200 --layout padded", "tokens", None, "padded"),
-        ("--gpu a100-40gb --global-batch-tokens 200 --precision float32", "tokens", None, "padded"),
+        slow("--gpu a100-40gb --global-batch-tokens 200 --layout padded", "tokens", None, "padded"),
+        slow("--gpu a100-40gb --global-batch-tokens 200 --precision float32", "tokens", None, "padded"),
     ],
 )
 def test_json_and_sentences_have_same_figures(

@@ -10,6 +10,7 @@ from bigbatch.cli import main
 from bigbatch.cli.commands.verify import default_cuts
 from support.command_line import SENTENCE, command, files_below, pretend_terminal, terminal_lines
 from support.language_models import conversations, records, save_model_folder, write_jsonl
+from support.tiers import slow
 
 
 @pytest.fixture
@@ -59,7 +60,9 @@ def test_dropout_is_inexact_and_named(folder: Path, capfd: pytest.CaptureFixture
     assert any("ropout" in cause for cause in proof["causes"])
 
 
-@pytest.mark.parametrize("extra", [["--lora-rank", "2"], ["--precision", "bf16-weights"], ["--precision", "bf16"]])
+@pytest.mark.parametrize(
+    "extra", [slow(["--lora-rank", "2"]), slow(["--precision", "bf16-weights"]), ["--precision", "bf16"]]
+)
 def test_every_training_setting_is_verified(folder: Path, extra: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, *extra]) == 0
     assert capfd.readouterr().err == ""

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from bigbatch.integrations.sentence_transformers import exact
 from integrations.sentence_transformers import st_cases as cases
+from support.tiers import slow
 
 EXACT = 1e-12
 CHECKPOINTS = pytest.mark.skipif(
@@ -63,6 +64,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], cases.Rec
     return updates_of
 
 
+@pytest.mark.slow
 def test_batch_of_256_in_micro_batches_of_8(tmp_path: Path):
     trainer, errors = compared(tmp_path, cases.rows(600), microbatch=8, per_device_train_batch_size=256)
     assert len(errors) == 3  # 256, 256 and 88
@@ -77,7 +79,9 @@ def test_every_micro_batch_is_exact(tmp_path: Path, stock: Callable[[int], cases
     assert max(cases.errors(found, stock(50))) <= EXACT
 
 
-@pytest.mark.parametrize("settings", [{}, {"microbatch": "auto"}, {"memory": "8GiB"}, {"memory": "90%"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [slow({}), {"microbatch": "auto"}, {"memory": "8GiB"}, slow({"memory": "90%"})], ids=str
+)
 def test_micro_batch_is_chosen(tmp_path: Path, stock: Callable[[int], cases.Recorder], settings: dict[str, Any]):
     trainer, found = cases.make(tmp_path, cases.rows(48))
     exact(trainer, **settings).train()
@@ -189,12 +193,12 @@ def test_prompts_outside_of_pooling_are_exact(tmp_path: Path):
         pytest.param({"gradient_checkpointing": True}, marks=CHECKPOINTS),
         pytest.param(
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            marks=CHECKPOINTS,
+            marks=(CHECKPOINTS, pytest.mark.slow),
         ),
         {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2},
-        {"dataloader_drop_last": True},
-        {"batch_sampler": "no_duplicates"},
-        {"include_num_input_tokens_seen": "all"},
+        slow({"dataloader_drop_last": True}),
+        slow({"batch_sampler": "no_duplicates"}),
+        slow({"include_num_input_tokens_seen": "all"}),
     ],
     ids=["clip", "checkpointing", "reentrant", "workers", "drop last", "no duplicates", "tokens seen"],
 )

@@ -15,6 +15,7 @@ from torch import nn
 
 from bigbatch.integrations.sentence_transformers import exact
 from integrations.sentence_transformers import st_cases as cases
+from support.tiers import slow_except
 
 EXACT = 1e-12
 NUMBER = 55  # two batches of 24, and one of 7
@@ -114,13 +115,12 @@ LOSSES = {
     "matryoshka, cosent": (pairs(label=SCORES), matryoshka(losses.CoSENTLoss)),
     "own": (pairs(), OwnHead),
 }
-IGNORED = [
-    pytest.mark.filterwarnings("ignore:.*SymmetricRankingLoss is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*teacher.*:UserWarning"),
-]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=IGNORED) for name in LOSSES])
+@pytest.mark.filterwarnings("ignore:.*SymmetricRankingLoss is deprecated", "ignore:.*teacher.*:UserWarning")
+@pytest.mark.parametrize(
+    "name", slow_except(LOSSES, "mnrl", "cached", "gist", "mega batch", "triplet", "cosine", "matryoshka")
+)
 def test_gradient_is_that_of_whole_batch(tmp_path: Path, name: str):
     data, loss = LOSSES[name]
     trainer, found = cases.make(tmp_path, data, loss)

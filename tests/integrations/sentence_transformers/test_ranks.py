@@ -6,12 +6,13 @@ pytest.importorskip("sentence_transformers", minversion="6.0", reason="sentence-
 
 from integrations.sentence_transformers import ranks_cases as cases
 from support.process_pool import Pools
+from support.tiers import slow, slow_except
 
 EXACT = 1e-12
 TIMEOUT_S = 90.0  # the first function imports the frameworks
 
 
-@pytest.mark.parametrize("name", cases.LOSSES)
+@pytest.mark.parametrize("name", slow_except(cases.LOSSES, "mnrl"))
 def test_update_is_that_of_whole_batches(pools: Pools, name: str):
     for errors, both in pools(2).run(cases.compared, name, timeout_s=TIMEOUT_S):
         assert len(errors) == 2
@@ -20,9 +21,9 @@ def test_update_is_that_of_whole_batches(pools: Pools, name: str):
 
 
 @pytest.mark.parametrize(
-    ("microbatch", "memory", "most"), [(None, "8GiB", 99), (7, None, 3)], ids=["memory", "out of memory"]
+    ("microbatch", "memory", "most"), [slow(None, "8GiB", 99), (7, None, 3)], ids=["memory", "out of memory"]
 )
-@pytest.mark.parametrize("name", ["mnrl", "gathered"])
+@pytest.mark.parametrize("name", [slow("mnrl"), "gathered"])
 def test_micro_batches_of_ranks_may_differ(
     pools: Pools, name: str, microbatch: int | None, memory: str | None, most: int
 ):
@@ -44,7 +45,7 @@ def test_ranks_have_batches_of_different_datasets(pools: Pools):
         assert max(errors) <= EXACT
 
 
-@pytest.mark.parametrize("name", ["mnrl", "cached"])
+@pytest.mark.parametrize("name", ["mnrl", slow("cached")])
 def test_sharded_model_has_whole_batch_gradient(pools: Pools, name: str):
     for errors in pools(2).run(cases.sharded, name, timeout_s=TIMEOUT_S):
         assert max(errors) <= (cases.cases.EXACT_WHERE_CACHED if name == "cached" else EXACT)

@@ -9,6 +9,7 @@ from trl import DPOTrainer
 import bigbatch
 from bigbatch.integrations.transformers import ExactTrainer, exact
 from integrations.transformers import trl_cases as trl
+from support.tiers import slow, slow_except
 
 EXACT_IN_FLOAT32_NORMS = 1e-6
 CASES = [
@@ -23,7 +24,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings"), CASES)
+@pytest.mark.parametrize(("kind", "settings"), slow_except(CASES, CASES[0], CASES[2], CASES[5], CASES[7]))
 def test_each_window_has_whole_batch_gradient(tmp_path: Path, kind: str, settings):
     trainer, recorder = trl.make(tmp_path, kind, **settings)
     exact(trainer, microbatch=None if settings else 5).train()
@@ -53,7 +54,7 @@ def test_mixin_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert trainer.bigbatch_report.items == 7
 
 
-@pytest.mark.parametrize(("kind", "settings"), [CASES[2], CASES[5], CASES[7]])
+@pytest.mark.parametrize(("kind", "settings"), [slow(*CASES[2]), CASES[5], slow(*CASES[7])])
 def test_metrics_do_not_depend_on_micro_batches(tmp_path: Path, kind: str, settings):
     logs = []
     for microbatch in (12, 5):
@@ -79,6 +80,7 @@ def test_entropy_of_sft_is_weighted_by_tokens(tmp_path: Path):
     assert logs[1] == [pytest.approx(values, rel=1e-5) for values in logs[0]]
 
 
+@pytest.mark.slow
 def test_trials_leave_no_metrics(tmp_path: Path):
     totals = []
     for settings in ({}, {"memory": "4GiB"}):

@@ -4,13 +4,14 @@ import pytest
 
 from integrations.transformers import ranks_cases as cases
 from support.process_pool import Pools
+from support.tiers import slow
 
 EXACT = 1e-12
 EXACT_IN_FLOAT32_NORMS = 1e-6
 
 
 @pytest.mark.parametrize(
-    ("number", "size", "even", "auto"), [(48, 4, True, False), (40, 4, True, True), (36, 4, False, True)]
+    ("number", "size", "even", "auto"), [slow(48, 4, True, False), (40, 4, True, True), slow(36, 4, False, True)]
 )
 def test_each_window_has_whole_batch_gradient(pools: Pools, number: int, size: int, even: bool, auto: bool):
     for errors, *_ in pools(2).run(cases.ddp, number, size, even, None, False, auto):
@@ -51,7 +52,7 @@ EQUAL_MEANS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "budget", "counts"), [("dpo", 70, [3, 5]), ("reward", 90, [3, 5]), ("sft", 40, [3, 6])]
+    ("kind", "budget", "counts"), [("dpo", 70, [3, 5]), slow("reward", 90, [3, 5]), slow("sft", 40, [3, 6])]
 )
 def test_trl_runs_three_against_five(pools: Pools, kind: str, budget: int, counts: list[int]):
     found = pools(2).run(cases.with_trl, kind, budget)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.units import UnitFinder
 from support import tiny_trainers as tiny
+from support.tiers import slow_except
 
 NUM_WINDOWS = 4
 
@@ -96,7 +97,11 @@ def shares(count, batches):
 
 
 @pytest.mark.parametrize("seed", range(1))
-@pytest.mark.parametrize("loss", [*RIGHT, *NONE], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    "loss",
+    slow_except([*RIGHT, *NONE], over_shifted_labels, over_sums_of_samples, in_two_units),
+    ids=lambda loss: loss.__name__,
+)
 def test_no_unit_is_wrong(loss, seed):
     numbers = random.Random(f"{loss.__name__} {seed}")
     model = numbers.choice([tiny.gpt2, tiny.llama])().to(numbers.choice([torch.float64, torch.float32]))

@@ -12,6 +12,7 @@ from bigbatch.integrations.transformers import verify
 from bigbatch.integrations.transformers.units import UnitFinder
 from integrations.transformers.trl_cases import KTOConfig, KTOTrainer
 from support import tiny_trainers as tiny
+from support.tiers import slow, slow_except
 
 SUM = "sum / num_items"
 SETTINGS = {
@@ -104,7 +105,7 @@ def metrics_of(trainer):
     return [repr(getattr(trainer, name, None)) for name in names]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(CASES, "sft", "dpo", "reward", "kto apo_zero_unpaired"))
 def test_units_of_trl(tmp_path, name):
     expected, build, settings = CASES[name]
     trainer = build(tmp_path, **settings)
@@ -150,9 +151,9 @@ def test_packed_row_counts_its_labels(tmp_path):
     ("build", "settings"),
     [
         (sft, {}),
-        (sft, {"padding_free": True, "max_length": None}),
-        (dpo, {}),
-        (dpo, {"loss_type": ["ipo"]}),
+        slow(sft, {"padding_free": True, "max_length": None}),
+        slow(dpo, {}),
+        slow(dpo, {"loss_type": ["ipo"]}),
         (reward, {}),
         (kto, {"loss_type": "apo_zero_unpaired"}),
     ],

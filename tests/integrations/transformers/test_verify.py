@@ -12,6 +12,7 @@ from bigbatch.integrations.transformers import exact, verify, weights
 from integrations.transformers import trainer_cases as cases
 from support import tiny_trainers as tiny
 from support.accelerate_ranks import known_to_accelerate
+from support.tiers import slow, slow_except
 
 EXACT = 1e-12
 WRONG = 0.1
@@ -33,7 +34,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(CASES, "overridden loss", "BERT classifier"))
 def test_wrong_trainers_are_shown(name):
     expected, make = CASES[name]
     result = verify(make())
@@ -143,7 +144,7 @@ class VerifyInTraining(TrainerCallback):
             self.result = verify(self.trainer)
 
 
-@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("is_exact", [False, slow(True)])
 def test_verify_changes_nothing_in_training(is_exact):
     outcomes = []
     for verifies in (False, True):

@@ -28,6 +28,7 @@ from bigbatch.lm.bench.registry import make_contestant
 from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import W_1_5B, W_7B_LORA, W_SMALL, W, count_tokens, shift
 from support.language_models import TINY_WORKLOAD
+from support.tiers import slow, slow_except
 
 SAME = 1 - 1e-6
 
@@ -230,7 +231,7 @@ def test_reset_keeps_tensor_addresses(stage: SharedModel) -> None:
 PEERS = [name for name in SAMPLES if not name.startswith((OURS, "torchtitan", "hand-written"))]
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", slow_except(PEERS, "trainer", "accelerate"))
 def test_every_peer_makes_one_whole_batch_update(name: str, stage: SharedModel) -> None:
     if reason := missing(name):
         pytest.skip(reason)
@@ -369,7 +370,7 @@ def test_adapter_reference_uses_and_restores_float32_base() -> None:
     assert {p.dtype for p in base.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", [OURS, "trainer", "trainer-checkpointing", "trainer-expert"])
+@pytest.mark.parametrize("name", [OURS, "trainer", slow("trainer-checkpointing"), slow("trainer-expert")])
 def test_every_tool_gives_adapters_whole_batch_gradient(name: str) -> None:
     if (why := missing(name)) is not None:
         pytest.skip(why)

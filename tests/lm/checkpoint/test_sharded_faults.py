@@ -17,6 +17,7 @@ from support.checkpoints import RUN_ID, assert_holds, names_in
 from support.command_line import completed
 from support.forked_processes import module
 from support.gloo_processes import run
+from support.tiers import slow
 
 TESTS = Path(__file__).parents[2]
 
@@ -51,7 +52,7 @@ def test_torch_reader_reads_files(tmp_path: Path) -> None:
 # one fails -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [slow(0), 1])
 def test_no_space_on_one_rank_keeps_last_good(failing: int, tmp_path: Path) -> None:
     first, second = run(sharded_faults_cases.no_space_at_every_point, 2, tmp_path, failing, timeout_s=120)
     points, survived = first
@@ -135,6 +136,7 @@ def killed(two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, lis
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_killed_during_write_leaves_old_or_new(rank: int, killed: dict[int, list[tuple[str, str, Path]]]) -> None:
     points = [point for point, _, _ in killed[rank]]

@@ -15,6 +15,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.sampling_order import epoch_order
 from bigbatch.lm.training.optimizer import rescale_second_moment
 from bigbatch.lm.training.schedule import TrainingSchedule
+from support.tiers import slow
 
 LENGTHS = [3 + (7 * i) % 11 for i in range(200)]  # tokens
 
@@ -94,7 +95,7 @@ def test_tokens_are_counted_over_epochs() -> None:
     assert second.index(40) * 10 * of_a_pass / len(LENGTHS) == pytest.approx(400, abs=100)
 
 
-@pytest.mark.parametrize("text", ["0:3 200:10 900:40", "ramp 2 60 2000", "seesaw 0.5 8"])
+@pytest.mark.parametrize("text", [slow("0:3 200:10 900:40"), "ramp 2 60 2000", slow("seesaw 0.5 8")])
 def test_resumed_run_makes_the_same_windows(text: str) -> None:
     settings = {"global_batch_schedule": text, "steps": 40}
     whole = course(**settings)

@@ -15,6 +15,7 @@ from bigbatch.lm.data.named_templates import NAMED_TEMPLATES
 from bigbatch.lm.data.tokenization import Encoded, encode_documents
 from bigbatch.lm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from support.chats import TOOL, chat_tokenizer, chats, transformers_mask
+from support.tiers import slow, slow_except
 
 COUNT = 200
 FEW = 40  # conversations of the other variants
@@ -66,7 +67,7 @@ def unmarked(template: str) -> str:
 
 
 @pytest.mark.parametrize("has_special_tokens", [True, False], ids=["special", "split"])
-@pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma"])
+@pytest.mark.parametrize("name", ["chatml", "llama-3", slow("gemma")])
 def test_marks_give_mask_of_transformers(name: str, has_special_tokens: bool) -> None:
     tokenizer = chat_tokenizer(name, has_special_tokens=has_special_tokens)
     documents = conversations_for(name, COUNT if has_special_tokens else FEW)
@@ -78,7 +79,7 @@ def test_marks_give_mask_of_transformers(name: str, has_special_tokens: bool) ->
 
 
 @pytest.mark.parametrize("has_special_tokens", [True, False], ids=["special", "split"])
-@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+@pytest.mark.parametrize("name", slow_except(NAMED_TEMPLATES, "chatml", "llama-3"))
 def test_every_turn_has_mask_of_transformers_once(name: str, has_special_tokens: bool) -> None:
     tokenizer = chat_tokenizer(name, has_special_tokens=has_special_tokens)
     documents = conversations_for(name, COUNT if has_special_tokens else FEW)
@@ -110,7 +111,7 @@ def holds(encoded: Encoded, tokens: list[int], mask: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("has_special_tokens", [True, False], ids=["special", "split"])
-@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+@pytest.mark.parametrize("name", slow_except(NAMED_TEMPLATES, "chatml", "llama-3"))
 def test_template_without_marks_gives_same_mask(name: str, has_special_tokens: bool) -> None:
     tokenizer = chat_tokenizer(name, has_special_tokens=has_special_tokens)
     documents = conversations_for(name, FEW)

@@ -51,6 +51,7 @@ def test_shares_are_kept_within_one_sample(sources: list[Any], seed: int) -> Non
         assert (times - times.min() <= longest / weights + 1e-6).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(sources=SOURCES, seed=st.integers(0, 9))
 def test_epoch_is_one_pass_over_longest_source(sources: list[Any], seed: int) -> None:

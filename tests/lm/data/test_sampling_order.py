@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bigbatch.lm.data import sampling_order
 from bigbatch.lm.data.sampling_order import EpochOrder, epoch_order, epoch_windows
+from support.tiers import slow
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 ORDER_2 = [8, 2, 4, 3, 6, 7, 0, 1, 9, 5]  # of version 2, seed 0, epoch 0
@@ -39,7 +40,7 @@ def test_part_of_order_equals_whole(num_samples: int, seed: int, cut: tuple[int,
         assert order.part(*cut).tolist() == order.part(0, num_samples).tolist()[cut[0] : cut[1]]
 
 
-@pytest.mark.parametrize("num_samples", [2, 3, 5, 8, 24])
+@pytest.mark.parametrize("num_samples", [2, slow(3), slow(5), 8, slow(24)])
 def test_every_place_of_order_is_equally_likely(num_samples: int) -> None:
     counts = np.zeros((num_samples, num_samples))
     orders = 3000

@@ -15,6 +15,7 @@ from bigbatch.lm.data.tokenizer import load_tokenizer
 from bigbatch.lm.model.adapters import add_lora, base_of, load_adapted, merge_adapters, save_adapters
 from bigbatch.lm.model.decoder_layers import uses_randomness
 from support.language_models import load_peft, save_model_folder
+from support.tiers import slow
 
 INPUT = torch.tensor([[0, 5, 200, 17, 40]])
 ATTENTION = {"llama": "q_proj,v_proj", "qwen2": "self_attn.q_proj,layers.1.mlp.up_proj", "gpt2": "c_attn"}
@@ -60,7 +61,7 @@ def difference(one: nn.Module, other: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", slow("gpt2"), slow("qwen2")])
 def test_saved_adapters_and_merged_model_have_same_logits(tmp_path: Path, kind: str, option: str) -> None:
     folder = base(tmp_path / "base", kind)
     model = adapted(folder, **OPTIONS[option])

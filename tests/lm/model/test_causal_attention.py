@@ -158,6 +158,7 @@ def test_model_with_non_causal_mask_keeps_it() -> None:
     assert not torch.allclose(model(input_ids=rows(), use_cache=False).logits, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_saved_model_is_unaffected_and_loads_elsewhere(tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "data.jsonl", records(20)))
     base = str(save_model_folder(tmp_path / "base"))

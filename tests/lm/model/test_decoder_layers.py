@@ -27,6 +27,7 @@ from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.packed_rows import pack_row
 from bigbatch.memory.allocation_tracker import AllocationTracker
+from support.tiers import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def graphs() -> int:
 # computed anew ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "llama", "gpt2"))
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapters"])
 def test_recomputed_layers_have_same_gradient(kind: str, lora: bool) -> None:
     model = build(KINDS[kind](), lora=lora)
@@ -155,7 +156,7 @@ DROPPING: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("where", DROPPING)
+@pytest.mark.parametrize("where", slow_except(DROPPING, "a number in attention"))
 def test_dropout_is_reproduced_in_recomputed_compiled_layers(where: str) -> None:
     model = build(DROPPING[where]())
     microbatch = padded(5, 9, 13)
@@ -172,7 +173,7 @@ def test_dropout_is_reproduced_in_recomputed_compiled_layers(where: str) -> None
 # compiled --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "llama"))
 def test_one_graph_serves_all_layers_and_lengths(kind: str) -> None:
     model = build(KINDS[kind]())
     microbatches = [padded(5, 9, 13), padded(*[14] * 9), padded(7, 6), padded(*[11] * 30), padded(15, 1)]
@@ -188,6 +189,7 @@ def test_one_graph_serves_all_layers_and_lengths(kind: str) -> None:
             assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_packed_rows_can_be_compiled_on_cpu() -> None:
     """There a layer breaks at its sequences, which are one call each."""
     model = build(KINDS["llama"]())

@@ -69,6 +69,7 @@ def test_fused_model_gives_full_gradient(expected: dict[str, Tensor], microbatch
     assert engine.fused.num_layers == 2 * 7 + 2
 
 
+@pytest.mark.slow
 def test_fused_compiled_layers_give_full_gradient(expected: dict[str, Tensor]) -> None:
     torch._dynamo.reset()
     for level in ("none", "full"):  # they share their graphs

@@ -24,6 +24,7 @@ from support.expert_models import (
     set_up,
     whole_batch,
 )
+from support.tiers import slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
 COEFFICIENT = 0.5
@@ -61,7 +62,7 @@ def test_float32_gradient_is_that_of_transformers(family: str) -> None:
     assert relative_error(backward(set_up(model, "float32"), 4)[0], expected) < 1e-6
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", slow("packed")])
 def test_every_cut_has_the_same_gradient(layout: str) -> None:
     model = expert_model("qwen2")
     model_setup = set_up(model, layout=layout)
@@ -81,6 +82,7 @@ def test_checkpointed_layers_have_the_same_gradient(mode: str) -> None:
     assert relative_error(backward(set_up(model, gradient_checkpointing=mode), 4)[0], plain) < EXACT
 
 
+@pytest.mark.slow
 def test_compiled_layers_have_the_same_gradient() -> None:
     model_setup = set_up(expert_model("mixtral", num_hidden_layers=1))
     assert model_setup.layers is not None

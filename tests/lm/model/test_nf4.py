@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bigbatch.errors import InputError
 from bigbatch.lm.model.nf4 import Nf4Linear, check_kernels, input_gradient, load_kernels
+from support.tiers import slow
 
 CPU = torch.device("cpu")
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -110,7 +111,7 @@ def run(block: Block, call: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, slow(True)])
 def test_no_weight_is_kept_for_backward(double: bool, compiled: bool) -> None:
     block = Block(double)
     expected, _ = run(block, block)

@@ -27,6 +27,7 @@ from bigbatch.lm.model.quantization import (
 )
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.model.weights import Weights
+from support.tiers import slow_except
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -105,7 +106,7 @@ def assert_gradient_is_that_on_dequantized_weights(prepared: ModelSetup, precisi
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("precision", slow_except(LIMITS, "float32", "bf16"))
 def test_gradient_of_adapters_is_that_on_dequantized_weights(tmp_path: Path, case: str, precision: str) -> None:
     if precision == "bf16" and case == "packed":
         pytest.skip("rows are packed on the CPU in float32 and float64 only")
@@ -113,6 +114,7 @@ def test_gradient_of_adapters_is_that_on_dequantized_weights(tmp_path: Path, cas
     assert_gradient_is_that_on_dequantized_weights(prepared, precision)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_gradient_of_compiled_adapters_is_that_on_dequantized_weights(tmp_path: Path) -> None:
     """One layer has every kernel: Inductor and g++ take ten seconds for each graph, two layers have two graphs."""
@@ -124,6 +126,7 @@ def test_gradient_of_compiled_adapters_is_that_on_dequantized_weights(tmp_path: 
     assert_gradient_is_that_on_dequantized_weights(prepared, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_set_up_compiles_layers_whose_gradient_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set-up compares the compiled layers with eager mode; both passes of both layers are traced, without Inductor."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from bigbatch.distributed.replicated import Replicated
 from lm.objectives import cases
 from support.process_pool import Pools
+from support.tiers import slow, slow_except
 
 TOLERANCE = 1e-12
 
@@ -19,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("name", cases.OBJECTIVES)
+@pytest.mark.parametrize("name", slow_except(cases.OBJECTIVES, "reward", "dpo", "embedding"))
 def test_every_cut_gives_gradient_of_whole_batch(folder: Path, name: str, device: str) -> None:
     setup = cases.set_up(folder, name, device=device)
     samples = cases.samples_of(setup)
@@ -40,7 +41,7 @@ def test_mean_of_microbatch_means_is_another_gradient(folder: Path, name: str) -
     assert cases.relative_error(mean, whole) > 0.01
 
 
-@pytest.mark.parametrize("sizes", [[8, 5], [13, 0], [1, 12]], ids=str)
+@pytest.mark.parametrize("sizes", [[8, 5], slow([13, 0]), slow([1, 12])], ids=str)
 @pytest.mark.parametrize("name", ["reward centred", "dpo", "ipo", "embedding", "embedding ragged"])
 def test_two_ranks_give_gradient_of_global_batch(folder: Path, pools: Pools, name: str, sizes: list[int]) -> None:
     for error in pools(2).run(error_on_rank, str(folder), name, sizes):

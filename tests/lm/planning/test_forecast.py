@@ -42,6 +42,7 @@ from bigbatch.lm.training.trainer import Trainer
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import MemoryBudget
 from support.language_models import WORDS, records, save_model_folder, write_jsonl
+from support.tiers import slow
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 308}
@@ -139,15 +140,19 @@ def tracked_peak(config: TrainConfig) -> int:
     [
         ("llama", {}),
         ("llama", {"lora_rank": 2}),
-        ("llama", {"lora_rank": 2, "lora_targets": "q_proj,down_proj", "dora": True}),
-        ("llama", {"lora_rank": 2, "quantize": "nf4"}),
+        slow("llama", {"lora_rank": 2, "lora_targets": "q_proj,down_proj", "dora": True}),
+        slow("llama", {"lora_rank": 2, "quantize": "nf4"}),
         ("llama", {"lora_rank": 2, "quantize": "nf4-double", "precision": "bf16"}),
         ("llama", {"gradient_checkpointing": True}),
         ("llama", {"precision": "bf16-weights"}),
-        *(("llama", {"optimizer": name, "lr": 0.01}) for name in ("adamw-8bit", "muon", "lion", "adafactor", "sgd")),
-        ("llama", {"precision": "bf16", "max_grad_norm": None}),
-        ("gpt2", {"lora_rank": 2, "gradient_checkpointing": True}),
-        *((kind, {}) for kind in ("gpt2", *KINDS)),
+        *(
+            slow("llama", {"optimizer": name, "lr": 0.01})
+            for name in ("adamw-8bit", "muon", "lion", "adafactor", "sgd")
+        ),
+        slow("llama", {"precision": "bf16", "max_grad_norm": None}),
+        slow("gpt2", {"lora_rank": 2, "gradient_checkpointing": True}),
+        ("gpt2", {}),
+        *(slow(kind, {}) for kind in KINDS),
     ],
 )
 def test_peak_equals_second_update_of_run(place: Path, tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
@@ -268,12 +273,12 @@ NF4 = "--quantize nf4"  # of a run with adapters
     ("settings", "offered"),
     [
         ({}, {CHECKPOINTING, NARROW, LORA}),
-        ({"gradient_checkpointing": "full"}, {NARROW, LORA}),
-        ({"gradient_checkpointing": "selective"}, {CHECKPOINTING, NARROW, LORA}),
-        ({"gradient_checkpointing": "none"}, {CHECKPOINTING, NARROW, LORA}),
-        ({"precision": "bf16-weights"}, {CHECKPOINTING, LORA}),
+        slow({"gradient_checkpointing": "full"}, {NARROW, LORA}),
+        slow({"gradient_checkpointing": "selective"}, {CHECKPOINTING, NARROW, LORA}),
+        slow({"gradient_checkpointing": "none"}, {CHECKPOINTING, NARROW, LORA}),
+        slow({"precision": "bf16-weights"}, {CHECKPOINTING, LORA}),
         ({"lora_rank": 2}, {CHECKPOINTING, NARROW, NF4}),
-        ({"lora_rank": 2, "quantize": "nf4-double"}, {CHECKPOINTING, NARROW}),
+        slow({"lora_rank": 2, "quantize": "nf4-double"}, {CHECKPOINTING, NARROW}),
     ],
 )
 def test_active_setting_is_not_suggested(place: Path, wide: str, settings: dict[str, Any], offered: set[str]) -> None:
@@ -315,9 +320,9 @@ def test_fewest_settings_that_fit_are_suggested(place: Path, wide: str) -> None:
         ({"none", "selective", "full", "offload"}, "h100", None),
         ({"selective", "full", "offload"}, "h100", "every second layer"),
         ({"full", "offload"}, "h100", "all layers"),
-        ({"full"}, None, "all layers"),
-        ({"offload"}, "h100", None),
-        (set(), "h100", None),
+        slow({"full"}, None, "all layers"),
+        slow({"offload"}, "h100", None),
+        slow(set(), "h100", None),
     ],
 )
 def test_first_mode_in_which_longest_fits_is_planned(

@@ -24,6 +24,7 @@ from bigbatch.offload.choice import Candidate, choose
 from bigbatch.offload.costs import placement
 from bigbatch.offload.levels import LEVELS
 from support.language_models import records, write_jsonl
+from support.tiers import slow, slow_except
 
 MIB, GIB = 2**20, 2**30
 DEEP: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 10, "num_attention_heads": 4}
@@ -46,7 +47,7 @@ def cases_of(config: TrainConfig, data: DataStatistics, **options: Any) -> Offlo
     return OffloadCases(config, resolve_target(config), data, **options)
 
 
-@pytest.mark.parametrize("mode", CHECKPOINTING_MODES)
+@pytest.mark.parametrize("mode", slow_except(CHECKPOINTING_MODES, "full"))
 @pytest.mark.parametrize("make", [RunEstimator, NarrowEstimator])
 def test_few_layers_predict_all_of_them(mode: str, make: type[RunEstimator]) -> None:
     config, data = asked(gradient_checkpointing=mode), data_of(llama())
@@ -75,6 +76,7 @@ def test_kinds_of_layers_are_cut_with_them() -> None:
     assert config.layer_types == ["full_attention"] * 10, "the original is not changed"
 
 
+@pytest.mark.slow
 def test_level_none_peaks_as_forecast_says() -> None:
     """A candidate's peak at its size is that of a whole prediction of the same step."""
     config = asked(gradient_checkpointing="none")
@@ -214,6 +216,7 @@ def test_inputs_of_layers_are_counted_on_card_and_host() -> None:
         assert other.time.inputs_s > 0, "narrow layers compute for less time than their inputs take"
 
 
+@pytest.mark.slow
 def test_wide_layers_hide_copies_of_inputs() -> None:
     config = llama(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32)
     data = data_of(config, length=2048)
@@ -222,7 +225,7 @@ def test_wide_layers_hide_copies_of_inputs() -> None:
     assert found["offload"].time.total_s <= found["full"].time.total_s
 
 
-@pytest.mark.parametrize("usable_share", [0.9, 1.1])
+@pytest.mark.parametrize("usable_share", [0.9, slow(1.1)])
 def test_inputs_leave_card_where_others_do_not_fit(usable_share: float) -> None:
     cases = by_mode(data_of(llama(), number=512), GIB, "h100", microbatch=512)
     usable_bytes = int(cases["full"].card_bytes * usable_share)
@@ -231,6 +234,7 @@ def test_inputs_leave_card_where_others_do_not_fit(usable_share: float) -> None:
     assert (found.checkpointing == "offload") == (usable_share < 1)
 
 
+@pytest.mark.slow
 def test_host_memory_limits_microbatch_of_inputs() -> None:
     of_row = 9 * 128 * 64 * 4
     for host_bytes, rows in ((None, 64), (5 * of_row + 1, 5), (0, 1)):
@@ -300,6 +304,7 @@ BILLIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("billions", BILLIONS)
 def test_large_model_is_planned_in_a_minute(billions: int) -> None:
     """Seconds of one core, which other processes of the machine do not lengthen."""

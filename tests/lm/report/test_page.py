@@ -374,6 +374,7 @@ def test_distant_clip_limit_does_not_flatten_the_line(tmp_path: Path) -> None:
     assert "0 % of the updates were clipped to 1,000,000." in html.replace("0.0 %", "0 %")
 
 
+@pytest.mark.slow
 def test_page_of_100000_updates_is_small_and_fast(tmp_path: Path) -> None:
     run = make_rich_run(tmp_path / "long", 100_000)
     started_s = time.process_time()

@@ -15,6 +15,7 @@ from bigbatch.lm.training.engine_factory import make_engine
 from bigbatch.lm.training.schedule import TrainingSchedule
 from bigbatch.lm.training.setup import set_up_training
 from support.language_models import records, run, save_model_folder, write_jsonl
+from support.tiers import slow
 
 LARGE, SMALL = (64, 130), (40, 60)  # at least and fewer than 4,096 elements
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -37,7 +38,7 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16-weights"])
+@pytest.mark.parametrize("precision", ["float32", slow("bf16-weights")])
 def test_ten_updates_equal_those_of_plain_loop(tmp_path: Path, precision: str) -> None:
     given = settings(tmp_path) | {"precision": precision}
     setup = set_up_training(TrainConfig(device="cpu", **given))

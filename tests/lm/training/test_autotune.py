@@ -23,6 +23,7 @@ from bigbatch.lm.training.autotune import apply_choice, describe, tune
 from bigbatch.memory import usage
 from bigbatch.memory.allocation_tracker import AllocationTracker, MemoryCategory
 from bigbatch.memory.usage import resolve_memory_budget
+from support.tiers import slow_except
 
 CPU = torch.device("cpu")
 
@@ -267,7 +268,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(monkeypatch)
 
 
-@pytest.mark.parametrize("level", AUTO_MODES[1:])
+@pytest.mark.parametrize("level", slow_except(AUTO_MODES[1:], "full"))
 def test_sample_that_fits_only_recomputed_is_trained(made: Run, level: CheckpointingMode) -> None:
     *before, last = AUTO_MODES[: AUTO_MODES.index(level) + 1]
     more, less = made.peak_bytes(before[-1]), made.peak_bytes(last)

@@ -20,6 +20,7 @@ from bigbatch.lm.training.evaluation import validation_loss
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import RecordingCallback, load_peft, metrics, records, run, save_model_folder, write_jsonl
+from support.tiers import slow
 
 BEST = 2  # update with the lowest validation loss of 10
 
@@ -161,7 +162,7 @@ def words(settings: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("number", [1, BEST, BEST + 1, BEST + 2])
+@pytest.mark.parametrize("number", [slow(1), BEST, slow(BEST + 1), slow(BEST + 2)])
 def test_stop_before_validation_leaves_choice_unchanged(tmp_path: Path, settings: dict[str, Any], number: int) -> None:
     settings |= {"early_stopping": 2, "deterministic": True}
     _, _, expected = run(tmp_path / "whole", **settings)

@@ -143,6 +143,7 @@ def expected_values(row: dict[str, Any]) -> dict[str, float]:
     return {TAGS[name]: value for name, value in numbers.items() if name in TAGS}
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_has_what_metrics_have_after_resume(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

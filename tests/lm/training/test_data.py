@@ -33,6 +33,7 @@ from support.command_line import completed
 from support.forked_processes import script
 from support.gloo_processes import run as run_ranks
 from support.language_models import RecordingCallback, metrics, records, write_jsonl
+from support.tiers import slow
 
 TOKENIZER = train_tokenizer(["def return class value self None import x für 日本語"] * 9, vocabulary_size=290)
 
@@ -231,7 +232,7 @@ def test_order_of_newer_version_is_refused() -> None:
         sampling_order_of(Path("run"), {"sampling_order": 3}, has_checkpoint=True)
 
 
-@pytest.mark.parametrize("kind", ["earlier", "mixed"])
+@pytest.mark.parametrize("kind", [slow("earlier"), "mixed"])
 def test_stopped_run_resumes_in_its_order(tmp_path: Path, data: str, kind: str) -> None:
     settings: dict[str, Any] = {"data": data, "device": "cpu", "max_length": 16, "deterministic": True}
     version = 1

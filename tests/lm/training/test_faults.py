@@ -37,6 +37,7 @@ from support.kill_points import poison
 from support.language_models import RecordingCallback, metrics, records, save_model_folder, write_jsonl
 from support.rank_faults import wait_for_signal_in_window
 from support.run_comparison import CLOCK, differences, differing_results, wrong_learning_rates
+from support.tiers import slow
 
 Capture = pytest.CaptureFixture[str]
 
@@ -206,7 +207,7 @@ def nothing_finite(_self: Any, model: Any, microbatch: dict[str, torch.Tensor]) 
 # signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("step", [2, slow(3), slow(4), slow(5), 8, slow(9)])
 def test_run_stopped_after_update_resumes_bit_identically(folder: Path, base: Path, reference: Path, step: int) -> None:
     """After 4 and 8 it would have validated, after 5 written a sample, after 3 and 9 saved anyway."""
     run = folder / "run"
@@ -218,7 +219,7 @@ def test_run_stopped_after_update_resumes_bit_identically(folder: Path, base: Pa
     assert differences(run, reference) == []
 
 
-@pytest.mark.parametrize("microbatch", [0, 2, 3, 7, 14, 28])
+@pytest.mark.parametrize("microbatch", [slow(0), slow(2), slow(3), 7, slow(14), 28])
 def test_abandoned_update_leaves_result_unchanged(folder: Path, base: Path, reference: Path, microbatch: int) -> None:
     asked = iter(range(100))
     begin(folder / "run", base, should_abandon=lambda: next(asked) == microbatch)
@@ -395,11 +396,11 @@ def test_changed_defining_setting_is_rejected_on_resume(tmp_path: Path) -> None:
     "flags",
     [
         ["--microbatch", "1"],
-        ["--microbatch", "100"],
+        slow(["--microbatch", "100"]),
         ["--microbatch", "auto"],
-        ["--microbatch", "auto", "--memory", "100%"],
+        slow(["--microbatch", "auto", "--memory", "100%"]),
         ["--token-budget", "70"],
-        ["--gradient-checkpointing"],
+        slow(["--gradient-checkpointing"]),
         ["--async-checkpoint", "--keep", "1", "--checkpoint-every", "1"],
     ],
     ids=" ".join,
@@ -602,7 +603,7 @@ def test_full_disk_is_one_sentence_and_run_resumes(
     assert differences(run, uninterrupted("--checkpoint-every", every)) == []
 
 
-@pytest.mark.parametrize("number", [0, 3, 36, 82, 83, 164])
+@pytest.mark.parametrize("number", [slow(0), slow(3), 36, 82, slow(83), slow(164)])
 @pytest.mark.parametrize("beside", [[], ["--async-checkpoint"]], ids=["", "async"])
 def test_checkpoint_without_space_is_never_partial(
     folder: Path,

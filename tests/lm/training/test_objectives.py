@@ -19,6 +19,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import examples, metrics, pairs, save_model_folder, write_jsonl
+from support.tiers import slow
 
 Capture = pytest.CaptureFixture[str]
 PEFT = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
@@ -48,7 +49,7 @@ def train(folder: Path, objective: str, out: Path, *more: str) -> list[dict[str,
     return metrics(out)
 
 
-@pytest.mark.parametrize("objective", ["reward", "dpo", "embedding"])
+@pytest.mark.parametrize("objective", ["reward", slow("dpo"), slow("embedding")])
 def test_metrics_do_not_depend_on_microbatch(folder: Path, tmp_path: Path, objective: str) -> None:
     first, *others = (
         train(folder, objective, tmp_path / size, "--microbatch", size, "--precision", "float64")
@@ -198,7 +199,7 @@ def test_lost_reference_of_a_changed_model_is_refused(folder: Path, tmp_path: Pa
 # commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["reward", "dpo", "embedding"])
+@pytest.mark.parametrize("objective", [slow("reward"), "dpo", slow("embedding")])
 def test_plan_counts_padded_tokens_of_samples(folder: Path, objective: str, capfd: Capture) -> None:
     capfd.readouterr()
     assert main(["plan", *words(folder, objective, "--global-batch", "8", "--microbatch", "2", "--json")]) == 0

@@ -35,6 +35,7 @@ from support.language_models import (
     write_jsonl,
 )
 from support.run_comparison import CLOCK, results
+from support.tiers import slow
 
 LEVELS = ("none", "master", "gradients")
 
@@ -84,12 +85,12 @@ def comparable(path: Path) -> dict[str, Any]:
     [
         {},
         {"layout": "packed", "microbatch": None, "token_budget": 64},
-        {"gradient_checkpointing": "full", "optimizer": "muon"},
-        {"optimizer": "lion"},
-        {"objective": "dpo", "data": "pairs"},
-        {"objective": "reward", "data": "pairs"},
-        {"model": "qwen2"},
-        {"model": "tiny", "max_length": 64},
+        slow({"gradient_checkpointing": "full", "optimizer": "muon"}),
+        slow({"optimizer": "lion"}),
+        slow({"objective": "dpo", "data": "pairs"}),
+        slow({"objective": "reward", "data": "pairs"}),
+        slow({"model": "qwen2"}),
+        slow({"model": "tiny", "max_length": 64}),
     ],
     ids=str,
 )
@@ -109,7 +110,9 @@ def test_run_has_equal_bits(folder: Path, tmp_path: Path, more: dict[str, Any]):
     assert all(each == found[0] for each in found)
 
 
-@pytest.mark.parametrize("more", [{"lora_rank": 2}, {"objective": "embedding"}, {"precision": "float32"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"lora_rank": 2}, slow({"objective": "embedding"}), slow({"precision": "float32"})], ids=str
+)
 def test_weights_that_stay_wide_start_wide(folder: Path, tmp_path: Path, more: dict[str, Any]):
     more = more | ({"data": (str(folder / "examples.jsonl"),)} if "objective" in more else {})
     found = []
@@ -176,6 +179,7 @@ def test_start_of_a_run_is_the_same(folder: Path):
     assert found[2] == found[0]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_with_equal_bits(folder: Path, tmp_path: Path):
     """Also at another level than before; `test_resume_end_to_end` kills the process."""
 

@@ -33,6 +33,7 @@ from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import RecordingCallback, metrics, records, run, save_model_folder, write_jsonl
 from support.run_comparison import differing_results
+from support.tiers import slow, slow_except
 from support.torchrun_ranks import Launch
 
 LR, STEPS, DECAY = 1e-2, 10, 0.1
@@ -121,12 +122,12 @@ def rate(schedule: str, step: int) -> float:
 @pytest.mark.parametrize(
     ("name", "schedule", "more"),
     [
-        ("adamw", "linear", {"min_lr": 0.3 * LR}),
+        slow("adamw", "linear", {"min_lr": 0.3 * LR}),
         ("adamw", "cosine", {}),
         ("muon", "wsd", {"decay_steps": 4}),
-        ("lion", "constant", {}),
-        ("adafactor", "cosine", {}),
-        ("sgd", "wsd", {"decay_steps": 4}),
+        slow("lion", "constant", {}),
+        slow("adafactor", "cosine", {}),
+        slow("sgd", "wsd", {"decay_steps": 4}),
     ],
 )
 def test_ten_updates_equal_those_of_plain_loop(
@@ -147,7 +148,7 @@ def test_ten_updates_equal_those_of_plain_loop(
         assert (found - expected).norm() <= 1e-7 * expected.norm()  # Adam divides rounding by 1e-8
 
 
-@pytest.mark.parametrize("name", sorted(SETTINGS))
+@pytest.mark.parametrize("name", slow_except(sorted(SETTINGS), "adamw", "adamw-8bit"))
 def test_resumed_run_equals_uninterrupted(tmp_path: Path, settings: dict[str, Any], name: str) -> None:
     settings |= {"optimizer": name, "steps": 6, "checkpoint_every": 2, "deterministic": True}
     if name == "adamw-8bit":

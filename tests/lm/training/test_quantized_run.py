@@ -17,6 +17,7 @@ from bigbatch.lm.planning.estimator import RunEstimator
 from bigbatch.lm.training.resume import run_facts
 from bigbatch.lm.training.setup import set_up_training
 from support.language_models import load_peft, metrics, records, save_model_folder, write_jsonl
+from support.tiers import slow
 
 INPUT = torch.tensor([[0, 5, 200, 17, 40]])
 
@@ -93,7 +94,7 @@ def test_changed_base_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
     assert "are not those that the adapters" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", [slow("float32"), "bf16"])
 @pytest.mark.parametrize("quantize", ["nf4", "nf4-double"])
 def test_plan_knows_the_bytes_of_parameters(folder: Path, quantize: str, precision: str) -> None:
     asked = config(folder, quantize=quantize, precision=precision).resolved()

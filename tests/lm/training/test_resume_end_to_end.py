@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from support.forked_processes import ForkedProcess, module
+from support.tiers import slow
 
 
 class Server:
@@ -52,18 +53,18 @@ def at(point: str, number: int = 1) -> dict[str, Any]:
     ("point", "number"),
     [
         ("before training", 1),
-        ("before micro-batch", 5),  # before the first checkpoint
-        ("after backward", 14),  # in the last window of a pass
-        ("before optimizer", 9),
-        ("after optimizer", 5),  # at the very end of a pass
-        ("after scheduler", 4),
+        slow("before micro-batch", 5),  # before the first checkpoint
+        slow("after backward", 14),  # in the last window of a pass
+        slow("before optimizer", 9),
+        slow("after optimizer", 5),  # at the very end of a pass
+        slow("after scheduler", 4),
         ("middle of metrics.jsonl", 7),
-        ("before validation", 2),
-        ("after sample", 1),
-        ("before fsync", 20),
+        slow("before validation", 2),
+        slow("after sample", 1),
+        slow("before fsync", 20),
         ("after rename", 2),
-        ("before unlink", 3),  # while an older checkpoint is removed
-        ("after optimizer", 10),  # the last update
+        slow("before unlink", 3),  # while an older checkpoint is removed
+        slow("after optimizer", 10),  # the last update
         ("before model", 1),  # after the last checkpoint
     ],
 )
@@ -76,39 +77,40 @@ def test_run_killed_anywhere_equals_uninterrupted_run(server: Server, point: str
     [
         ("async", "after fsync", 12),
         ("lora", "before scheduler", 8),
-        ("lora", "before adapter", 1),  # after the last checkpoint
-        ("lora", "before fsync", 43),  # while the adapters are saved
-        ("qlora", "after scheduler", 8),
-        ("qlora", "before adapter", 1),
-        ("bf16-weights", "before optimizer", 8),
-        ("auto", "before optimizer", 8),
-        ("offload", "before training", 1),  # the state of the start is resumed
+        slow("lora", "before adapter", 1),  # after the last checkpoint
+        slow("lora", "before fsync", 43),  # while the adapters are saved
+        slow("qlora", "after scheduler", 8),
+        slow("qlora", "before adapter", 1),
+        slow("bf16-weights", "before optimizer", 8),
+        slow("auto", "before optimizer", 8),
+        slow("offload", "before training", 1),  # the state of the start is resumed
         ("offload", "before validation", 2),  # which is the first thing that the resumed run computes
-        ("offload", "after optimizer", 8),
-        ("tokens", "after optimizer", 7),
-        ("mixed", "middle of metrics.jsonl", 7),  # after the smaller source has begun again
-        ("mixed", "before optimizer", 8),
-        ("schedule", "before optimizer", 4),
-        ("schedule", "after optimizer", 6),
-        ("poisoned", "middle of quarantine.jsonl", 3),
-        ("best", "after validation", 4),  # the best, before its checkpoint
-        ("best", "after checkpoint", 5),  # before older ones are removed
-        ("best", "middle of metrics.jsonl", 8),  # after the best
-        ("best", "before model", 1),
-        ("early", "after validation", 5),  # the first without improvement
-        ("early", "after checkpoint", 5),  # the last
-        ("early", "before model", 1),
-        ("dpo", "before training", 1),  # before the reference is stored
-        ("dpo", "before optimizer", 5),
+        slow("offload", "after optimizer", 8),
+        slow("tokens", "after optimizer", 7),
+        slow("mixed", "middle of metrics.jsonl", 7),  # after the smaller source has begun again
+        slow("mixed", "before optimizer", 8),
+        slow("schedule", "before optimizer", 4),
+        slow("schedule", "after optimizer", 6),
+        slow("poisoned", "middle of quarantine.jsonl", 3),
+        slow("best", "after validation", 4),  # the best, before its checkpoint
+        slow("best", "after checkpoint", 5),  # before older ones are removed
+        slow("best", "middle of metrics.jsonl", 8),  # after the best
+        slow("best", "before model", 1),
+        slow("early", "after validation", 5),  # the first without improvement
+        slow("early", "after checkpoint", 5),  # the last
+        slow("early", "before model", 1),
+        slow("dpo", "before training", 1),  # before the reference is stored
+        slow("dpo", "before optimizer", 5),
         ("dpo", "before optimizer", 8),
-        ("reward", "after optimizer", 7),
-        ("embedding", "before optimizer", 8),
+        slow("reward", "after optimizer", 7),
+        slow("embedding", "before optimizer", 8),
     ],
 )
 def test_killed_run_of_any_kind_equals_uninterrupted(server: Server, kind: str, point: str, number: int) -> None:
     assert server.kill_and_resume(kind, at(point, number)) == (1, [])
 
 
+@pytest.mark.slow
 def test_ten_kills_in_one_epoch_leave_result_unchanged(server: Server) -> None:
     before_it_is_saved = [
         at("before training"),
@@ -128,6 +130,7 @@ def test_kill_at_any_moment_leaves_result_unchanged(server: Server) -> None:
     assert died >= 1
 
 
+@pytest.mark.slow
 def test_stops_and_kills_leave_choice_unchanged(server: Server) -> None:
     stops = ({"point": "after optimizer", "number": number, "how": "stop"} for number in (3, 1, 2))
     assert server.kill_and_resume("best", *stops, at("after validation", 2)) == (4, [])

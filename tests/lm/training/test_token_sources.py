@@ -28,6 +28,7 @@ from support.command_line import completed
 from support.forked_processes import script
 from support.gloo_processes import run as run_ranks
 from support.language_models import RecordingCallback, metrics, save_model_folder
+from support.tiers import slow
 
 RNG = np.random.default_rng(5)
 ROWS = [RNG.integers(3, 250, size=int(RNG.integers(2, 40))).tolist() for _ in range(60)]
@@ -197,7 +198,7 @@ def test_vocabulary_of_tiny_cannot_be_trained(sources: dict[str, str], capfd: py
 QUICK = ("--device", "cpu", "--microbatch", "2", "--global-batch", "4", "--max-length", "16", "--deterministic")
 
 
-@pytest.mark.parametrize("names", [["mosaic"], ["remote tars"], ["mosaic", "a.parquet"]])
+@pytest.mark.parametrize("names", [["mosaic"], slow(["remote tars"]), slow(["mosaic", "a.parquet"])])
 def test_stopped_run_resumes_exactly(names: list[str], tmp_path: Path, model: str, sources: dict[str, str]) -> None:
     """The losses are those of an uninterrupted run on the same tokens in JSON lines."""
     settings: dict[str, Any] = {"model": model, "device": "cpu", "max_length": 16, "deterministic": True}

@@ -29,6 +29,7 @@ from support.language_models import (
     save_model_folder,
     write_jsonl,
 )
+from support.tiers import slow
 
 KEYS = {
     "step", "loss", "items", "grad_norm", "lr", "num_microbatches", "tokens", "tokens_per_s", "peak_bytes",
@@ -252,7 +253,7 @@ def cut(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
     return settings | {"microbatch": None if "token_budget" in how else "auto"} | how
 
 
-@pytest.mark.parametrize("how", [{}, {"memory": "100%"}, {"token_budget": 70}], ids=str)
+@pytest.mark.parametrize("how", [{}, slow({"memory": "100%"}), {"token_budget": 70}], ids=str)
 def test_token_split_gives_same_parameters_and_validation(
     tmp_path: Path, settings: dict[str, Any], how: dict[str, Any]
 ) -> None:

@@ -31,6 +31,7 @@ from support.expert_models import (
     whole_batch,
 )
 from support.language_models import RecordingCallback, metrics, records, run, write_jsonl
+from support.tiers import slow
 
 COEFFICIENT = 0.5
 EXACT = 1e-12
@@ -212,7 +213,7 @@ def test_coefficients_train_different_weights(folder: Path) -> None:
         assert not torch.equal(one, own)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16-weights", "fp16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", slow("bf16-weights"), slow("fp16"), "float32"])
 @pytest.mark.parametrize("scope", ["global", "microbatch"])
 def test_every_precision_trains_the_term(folder: Path, precision: str, scope: str) -> None:
     rows = run(folder / "run", **settings(precision=precision, router_aux_loss=scope, lr=0.05))[1].rows

@@ -60,6 +60,7 @@ def batches(number: int) -> Iterator[Batch]:
         yield DocumentBatch([*found, Document(f"c:{i}", messages=chat[:1])] if i % 5 == 4 else found)
 
 
+@pytest.mark.slow
 def test_blocks_keep_order_content_and_broken_documents() -> None:
     encoding = Encoding(ENCODING.tokenizer, skip_broken=True)
     alone = list(encode_all(batches(40), encoding, processes=1))
