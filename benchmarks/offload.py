@@ -64,11 +64,9 @@ def host_rates(numel: int) -> list[str]:
     """Measure how many elements a second the host adds to float32 sums, and how many it squares for a norm."""
     blocks, total, norms = BlockSums(), torch.zeros(numel), HostSums(Transfers(torch.device("cpu")))
     wide = torch.randn(numel)
-    narrow = wide.bfloat16()
     ways = {
-        "add float32": lambda: total.add_(wide),
-        "add bfloat16 at once": lambda: total.add_(narrow),
-        "add bfloat16 in blocks": lambda: blocks.add(total, narrow),
+        "add by torch": lambda: total.add_(wide),
+        f"add by {blocks.num_threads} threads": lambda: blocks.add(total, wide),
         "norm in blocks": lambda: norms.norm_parts([total]),
     }
     seconds: dict[str, list[float]] = defaultdict(list)

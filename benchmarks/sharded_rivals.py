@@ -1,7 +1,7 @@
 """A Llama of 8 billion parameters in shards over the cards of one host: tokens per second of bigbatch and torchtitan.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/sharded_rivals.py [--layers 32] [--rows 4] [--microbatches 2]
-        [--rounds 3] [--checkpointing full] [--only bigbatch,torchtitan] [--out FILE]
+        [--rounds 3] [--checkpointing full] [--only bigbatch,torchtitan] [--profile] [--out FILE]
     torchrun --standalone --nproc-per-node 2 benchmarks/sharded_rivals.py --dry         # a tiny Llama, on the CPU
 
 Both train the shape of Llama 3 8B with FSDP2: float32 shards, computation in bfloat16, gradients reduced in float32,
@@ -80,6 +80,19 @@ class Comparison:
             for row in self.rows:
                 if row.name in self._alive:
                     self._attempt(row, partial(self._round, row, number))
+
+    def profile(self) -> None:
+        """Print the kernels of one more update of each contestant, on rank 0."""
+        for row in self.rows:
+            if row.name not in self._alive:
+                continue
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                elapsed_s = self._update(self._alive[row.name])
+            if not self.job.ranks.rank:
+                table = found.key_averages().table(
+                    sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90
+                )
+                print(f"{row.name}: {elapsed_s:.3f} s with the profiler", table, sep="\n", flush=True)
 
     def report(self) -> None:
         """Print and write the table, on rank 0."""
@@ -224,6 +237,7 @@ def main() -> None:
         "--limit", type=float, default=120, help="seconds after which the script exits, without imports"
     )
     parser.add_argument("--out", type=Path, help="file for the table")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one more update of each")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU over gloo, uncompiled, in float32")
     options = parser.parse_args()
     names = options.only.split(",")
@@ -255,6 +269,8 @@ def main() -> None:
     comparison.log(heading)
     exit_at(options.limit, comparison)
     comparison.run(options.rounds)
+    if options.profile:
+        comparison.profile()
     comparison.report()
     job.ranks.all_gather(None)
     dist.destroy_process_group()

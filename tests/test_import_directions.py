@@ -24,6 +24,7 @@ CORE = [
         "losses",
         "signal_deferral",
         "deterministic",
+        "compiled_modules",
     },
     {"memory", "batching", "preserve", "window_report"},
     {"gradients"},

@@ -236,6 +236,12 @@ def test_settings_are_refused_in_one_sentence(settings: dict[str, object], error
     assert str(refused.value) == sentence
 
 
+COMPILED = (
+    "torch.compile chooses the order of sums by timing and by the shapes that come first, which differ between runs "
+    "and ranks. Pass the model before it is compiled."
+)
+
+
 class TwoSteps(torch.optim.SGD):
     """Needs the gradient twice."""
 
@@ -249,6 +255,12 @@ def refused_model(kind: str) -> tuple[nn.Module, type[torch.optim.Optimizer]]:
         return nn.Linear(4, 3).double(), torch.optim.SGD
     if kind == "norm":
         return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.optim.SGD
+    if kind == "compiled":
+        return torch.compile(nn.Linear(4, 3), backend="eager"), torch.optim.SGD  # type: ignore[return-value]
+    if kind == "compiled layer":
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+        model[1].compile(backend="eager")
+        return model, torch.optim.SGD
     return nn.Linear(4, 3), TwoSteps
 
 
@@ -264,6 +276,14 @@ def refused_model(kind: str) -> tuple[nn.Module, type[torch.optim.Optimizer]]:
             "norm",
             "reproducible=True is not supported for the BatchNorm1d '1', whose running statistics depend on the order "
             "of the micro-batches: use a norm over each sample, such as GroupNorm, or call its eval().",
+        ),
+        (
+            "compiled",
+            f"reproducible=True is not supported for a compiled model: {COMPILED}",
+        ),
+        (
+            "compiled layer",
+            f"reproducible=True is not supported for the compiled module '1': {COMPILED}",
         ),
         (
             "closure",

@@ -7,27 +7,26 @@ import pytest
 import torch
 
 from bigbatch.offload import block_sums
-from bigbatch.offload.block_sums import BLOCK, BlockSums
+from bigbatch.offload.block_sums import SMALLEST_PART, BlockSums
 
-SIZES = [1, 77, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 5, 5 * BLOCK + 13]
+SIZES = [1, 77, SMALLEST_PART, SMALLEST_PART + 1, 2 * SMALLEST_PART, 3 * SMALLEST_PART - 5, 5 * SMALLEST_PART + 13]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_have_the_bits_of_one_addition(num_threads: int, dtype: torch.dtype) -> None:
     sums = BlockSums(num_threads)
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:
-        values = torch.randn(size, generator=generator).to(dtype)
+        values = torch.randn(size, generator=generator, dtype=dtype)
         values[::1000] = float("inf")
         values[::1500] = float("nan")
-        start = torch.randn(size, generator=generator, dtype=wide)
+        start = torch.randn(size, generator=generator, dtype=dtype)
         total = start.clone()
         sums.add(total, values)
         assert torch.equal(total.nan_to_num(7.0), (start + values).nan_to_num(7.0))
         sums.set(total, values)
-        assert torch.equal(total.nan_to_num(7.0), values.to(wide).nan_to_num(7.0))
+        assert torch.equal(total.nan_to_num(7.0), values.nan_to_num(7.0))
     sums.close()
 
 
@@ -43,17 +42,16 @@ def test_threads_are_those_of_torch_up_to_eight() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_are_added_by_torch_without_numpy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_sums_are_added_by_torch_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sums, "np", None)
     sums = BlockSums()
     assert sums.num_threads == 1
-    values = torch.randn(3 * BLOCK + 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    total = torch.ones(3 * BLOCK + 5)
+    values = torch.randn(3 * SMALLEST_PART + 5, generator=torch.Generator().manual_seed(0))
+    total = torch.ones(3 * SMALLEST_PART + 5)
     sums.add(total, values)
-    assert torch.equal(total, 1 + values.float())
+    assert torch.equal(total, 1 + values)
     sums.set(total, values)
-    assert torch.equal(total, values.float())
+    assert torch.equal(total, values)
 
 
 def test_large_sums_are_added_by_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +63,11 @@ def test_large_sums_are_added_by_all_threads(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(block_sums, "_set_part", record)
     sums = BlockSums(3)
-    sums.set(torch.zeros(3 * BLOCK), torch.zeros(3 * BLOCK))
-    assert parts == [(False, BLOCK)] * 3
+    sums.set(torch.zeros(3 * SMALLEST_PART), torch.zeros(3 * SMALLEST_PART))
+    assert parts == [(False, SMALLEST_PART)] * 3
     parts.clear()
-    sums.set(torch.zeros(BLOCK), torch.zeros(BLOCK))
-    assert parts == [(True, BLOCK)]
+    sums.set(torch.zeros(SMALLEST_PART), torch.zeros(SMALLEST_PART))
+    assert parts == [(True, SMALLEST_PART)]
 
 
 def test_error_of_one_thread_is_raised_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,5 +84,5 @@ def test_error_of_one_thread_is_raised_when_all_have_ended(monkeypatch: pytest.M
     monkeypatch.setattr(block_sums, "_set_part", failing)
     sums = BlockSums(2)
     with pytest.raises(RuntimeError, match="no memory for this part"):
-        sums.set(torch.arange(2.0 * BLOCK), torch.zeros(2 * BLOCK))
-    assert ended == [BLOCK]
+        sums.set(torch.arange(2.0 * SMALLEST_PART), torch.zeros(2 * SMALLEST_PART))
+    assert ended == [SMALLEST_PART]

@@ -294,7 +294,7 @@ def test_every_gradient_crosses_once():
     before = copy.copy(streamed.transfers.counts)
     train(engine, 1, 2)
     counts = streamed.transfers.counts
-    gradients = 2 * sum(p.nbytes for p in engine.model.parameters())  # of two micro-batches, in the dtype of the weight
+    gradients = 2 * 4 * sum(p.numel() for p in engine.model.parameters())  # of two micro-batches, in float32
     state = sum(chunk.num_bytes for chunk in streamed.chunks)
     sums = sum(chunk.host_bytes for chunk in streamed.chunks) - state
     assert sums >= 4 * sum(p.numel() for p in engine.model.parameters())

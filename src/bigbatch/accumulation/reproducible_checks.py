@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
+from bigbatch.compiled_modules import is_compiled
 from bigbatch.distributed.gradient_sync import GradientSync
 from bigbatch.errors import InputError
 
@@ -35,6 +36,13 @@ def check_reproducible(module: nn.Module, update: OptimizerUpdate, sync: Gradien
         )
     _check_parameters(update.parameters())
     for name, layer in module.named_modules():
+        if is_compiled(layer):
+            what = f"the compiled module {name!r}" if name else "a compiled model"
+            raise InputError(
+                f"reproducible=True is not supported for {what}: "
+                "torch.compile chooses the order of sums by timing and by the shapes that come first, which differ "
+                "between runs and ranks. Pass the model before it is compiled."
+            )
         if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats and layer.training:
             raise InputError(
                 f"reproducible=True is not supported for the {type(layer).__name__} {name!r}, whose running statistics "

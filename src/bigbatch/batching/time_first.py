@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bigbatch.compiled_modules import has_compiled
+
 
 class TimeFirstCheck:
     """Checks the first micro-batch that reaches a model's layers: they may read dimension 0 as time.
@@ -30,9 +32,8 @@ class TimeFirstCheck:
 
     def __init__(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
-        is_compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules.values())
         kinds = nn.RNNBase | nn.MultiheadAttention
-        self._layers = {} if is_compiled else {name: m for name, m in modules.items() if isinstance(m, kinds)}
+        self._layers = {} if has_compiled(model) else {name: m for name, m in modules.items() if isinstance(m, kinds)}
         self.is_done = not self._layers
         self._was_reached = False
         # Of the micro-batch that a thread runs: with batch_norm="exact" several take turns.

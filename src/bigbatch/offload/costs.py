@@ -93,7 +93,7 @@ class LinkBytes:
 
     Attributes:
         to_card, to_host: In the update.
-        to_host_per_microbatch: Gradients of one micro-batch.
+        to_host_per_microbatch: Gradients of one micro-batch, in float32.
     """
 
     to_card: int
@@ -161,8 +161,7 @@ def transfers(state: ModelState, level: Offload) -> LinkBytes:
     both = state.state_bytes + (FLOAT32 * state.narrowed if reaches(level, "master") else 0)
     if not reaches(level, "gradients"):
         return LinkBytes(both, both)
-    gradients = 2 * state.narrowed + FLOAT32 * (state.num_trained - state.narrowed)
-    return LinkBytes(both + state.sum_bytes, both, gradients)
+    return LinkBytes(both + state.sum_bytes, both, FLOAT32 * state.num_trained)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Gradients that are copied from the device and added to sums in host memory, by threads, while backward continues.
 
-    gradient ──copy──▶ staging memory ──cast, add──▶ sum
+    gradient ──cast to the dtype of the sum, copy──▶ staging memory ──add──▶ sum
 
-The device is never waited for by the thread that runs backward, except when all of the staging memory is in use.
+The device is never waited for by the thread that runs backward, except when all of the staging memory is in use. A
+gradient in bfloat16 is cast on the device: twice the bytes cross the link, and the host adds float32 to float32, which
+it does several times faster.
 """
 
 import threading
@@ -29,7 +31,7 @@ class _Piece:
     Attributes:
         total: Part of the sum, 1-d.
         staged: The same part of the gradient, in staging memory.
-        gradient: On the device; its memory is in use until the copy has ended.
+        gradient: On the device, in the dtype of the sum; its memory is in use until the copy has ended.
         copy: What to wait for.
         replaces: Whether it is the first gradient of the window.
         num_bytes: Staging memory that is free afterwards.
@@ -97,7 +99,7 @@ class HostAdder:
             RuntimeError: A copy cannot be started. Nothing of this gradient is added.
             WindowStateError: The same, after a part of the gradient was added; or an earlier addition failed.
         """
-        step = max(1, self.staging_bytes // NUM_SLOTS // gradient.element_size())
+        step = max(1, self.staging_bytes // NUM_SLOTS // total.element_size())
         with self._turn:
             for start in range(0, gradient.numel(), step):
                 try:
@@ -114,7 +116,8 @@ class HostAdder:
     def _send(self, total: Tensor, part: Tensor, *, replaces: bool) -> None:
         """Copy a part of a gradient, and let it be added."""
         assert self._memory is not None, "prepare was called"
-        start, num_bytes = self._work.reserve(part.nbytes)
+        start, num_bytes = self._work.reserve(total.nbytes)
+        part = part.to(total.dtype)  # only now: at most as much of it is on the device as there is staging memory
         staged = self._memory[start : start + part.nbytes].view(part.dtype)
         copy = self._transfers.to_host(staged, part)
         self._work.submit(_Piece(total, staged, part, copy, replaces, num_bytes))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigbatch.compiled_modules import is_compiled
 from bigbatch.gradients.graph_edges import graph_edges
 
 _PRODUCTS = ("AddmmBackward", "MmBackward", "LinearBackward", "MkldnnLinearBackward", "_LinearBackward")
@@ -43,16 +44,12 @@ def uncast_weights(model: nn.Module, weights: Container[Tensor]) -> Iterator[set
         if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is not torch.bfloat16:
             found.add(layer.weight)
 
-    compiled = {part for module in model.modules() if _is_compiled(module) for part in module.modules()}
+    compiled = {part for module in model.modules() if is_compiled(module) for part in module.modules()}
     with ExitStack() as stack:
         for module in set(model.modules()) - compiled:
             if type(module) is nn.Linear and module.weight in weights:
                 stack.callback(module.register_forward_pre_hook(look).remove)
         yield found
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def _is_product(users: dict[Any, list[Any]]) -> Any:

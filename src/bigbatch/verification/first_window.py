@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bigbatch.batching.split import Split
+from bigbatch.compiled_modules import has_compiled
 from bigbatch.coupled.coupled import Coupled
 from bigbatch.memory.usage import free_cached_memory, is_out_of_memory
 from bigbatch.preserve import preserved
@@ -70,7 +71,7 @@ class FirstWindowCheck:
         self.is_done = not enabled
         self._model = model
         # A compiled model would be compiled again for these samples.
-        self._evaluates = evaluates and not any(map(_is_compiled, model.modules()))
+        self._evaluates = evaluates and not has_compiled(model)
         self._scale_is_checked = not self._evaluates
         self._num_postponed, self._names_dropout = 0, names_dropout
         self._norms: set[nn.Module] | None = None if names_norms else set()  # that micro-batches run; None for all
@@ -276,7 +277,3 @@ def _are_equal(first: Sequence[TermValues], second: Sequence[TermValues], tolera
         for index, terms in enumerate(first)
         for name, (loss, _) in terms.items()
     )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

@@ -1,6 +1,7 @@
 """FlashAttention-4 for packed rows: where it is refused, and, on CUDA, the same results as attention in float64."""
 
 import importlib.util
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -66,6 +67,31 @@ def test_trial_computes_few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (gradient.norm(dim=-1) > 0).all()
     assert same_shape == shape
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("mode", ["deterministic", "reproducible"])
+def test_kernel_is_not_chosen_by_timing_where_bits_are_promised(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "kernel_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())  # of torch without CUDA
+    real = attention_choice._run
+    monkeypatch.setattr(attention_choice, "_run", lambda model, kernel, *rest: real(model, "torch", *rest))
+    timed: list[str] = []
+
+    def time_kernel(kernel: str, *rest: object, **settings: object) -> float:
+        timed.append(kernel)
+        return 1.0 if kernel == "torch" else 0.5
+
+    monkeypatch.setattr(attention_choice, "time_kernel", time_kernel)
+    model, float64 = build(CPU, torch.float64), DeviceSpec(CPU, "float64")
+    use_causal_attention(model)
+    assert choose_kernel(model, TrainConfig().resolved(), float64, longest=LONGEST) == ()
+    assert (timed, kernel_of(model)) == (["torch", "fa4"], "fa4")
+    notes = choose_kernel(model, TrainConfig(**{mode: True}).resolved(), float64, longest=LONGEST)
+    assert notes == (
+        "attention uses the kernel of torch, not FlashAttention-4: its time decides, which may differ between runs; "
+        "--attention fa4 selects it",
+    )
+    assert (timed, kernel_of(model)) == (["torch", "fa4"], "torch")
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "auto"])

@@ -28,7 +28,7 @@ from bigbatch.lm.model.causal_attention import NAME
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
-from bigbatch.lm.model.setup import ModelSetup, set_up_model
+from bigbatch.lm.model.setup import ModelSetup, captures_cuda_graphs, compiles_layers, set_up_model
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from support.language_models import records, run, save_model_folder, write_jsonl
@@ -51,6 +51,19 @@ KINDS: dict[str, Callable[[], Any]] = {
     "mamba": lambda: MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
     "wide": lambda: LlamaConfig(**SIZE | {"vocab_size": 20_000}),
 }
+
+
+def test_layers_are_compiled_on_cuda_by_default_unless_bits_are_promised() -> None:
+    """Two ranks had other gradients than one card: each had tuned its kernels for its own first shapes."""
+    cuda = torch.device("cuda")
+    for config, device, expected in [
+        (TrainConfig(), cuda, True),
+        (TrainConfig(reproducible=True), cuda, False),
+        (TrainConfig(deterministic=True), cuda, True),
+        (TrainConfig(compile="none"), cuda, False),
+        (TrainConfig(), CPU, False),
+    ]:
+        assert (compiles_layers(config, device), captures_cuda_graphs(config, device)) == (expected, expected)
 
 
 @pytest.fixture(autouse=True)

@@ -100,9 +100,13 @@ class TrainConfig(TrainFields):
                 "leave one out",
                 names,
             )
-        if self.compile == "graphs":
-            names = {"first": "reproducible", "second": "compile"}
-            raise PydanticCustomError("exclusive", "{first} excludes {second} graphs: use layers or none", names)
+        if self.compile in ("layers", "graphs"):
+            raise PydanticCustomError(
+                "exclusive",
+                "{first} excludes {second} {value}: a compiler chooses the order of sums by timing, on each rank for "
+                "itself. Use none",
+                {"first": "reproducible", "second": "compile", "value": self.compile},
+            )
         quantum = self.quantum or DEFAULT_QUANTUM
         if isinstance(self.microbatch, int) and self.microbatch % quantum:
             raise PydanticCustomError(

@@ -72,6 +72,8 @@ def _try(model: Any, config: TrainConfig, device_spec: DeviceSpec, longest: int)
         return f"its results differ by {worst:.0e}"
     if config.attention == "fa4":
         return None
+    if config.deterministic or config.reproducible:
+        return "its time decides, which may differ between runs; --attention fa4 selects it"
     captured = config.compile in ("auto", "graphs")
     times = {kernel: time_kernel(kernel, shape, longest, device_spec.device, captured=captured) for kernel in NAMES}
     if times["fa4"] >= times["torch"]:

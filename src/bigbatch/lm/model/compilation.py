@@ -33,7 +33,7 @@ def compile_layers(
         mode = layers.mode
         layers.set_checkpointing("full")  # least memory, and it tests recomputation as well
         before = _loss_and_gradient(model, loss_fn, microbatch)
-        layers.compile()
+        layers.compile(deterministic=config.deterministic)
         try:
             after = _loss_and_gradient(model, loss_fn, microbatch)
         except Exception as error:  # noqa: BLE001 - on any compiler error, the model runs eagerly

@@ -58,15 +58,17 @@ class DecoderLayers:
         """Whether the layers are compiled."""
         return bool(self._compiled)
 
-    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+    def compile(self, backend: str | Callable[..., Any] = "inductor", *, deterministic: bool = False) -> None:
         """Compile the layers for rows of any length; compilation happens when the first micro-batch runs.
 
         Inductor is configured to round like eager mode and to draw the same random numbers, so that compilation changes
-        results only by the order of sums.
+        results only by the order of sums. With ``deterministic`` it does not choose that order by timing.
         """
         options: Any = None
         if backend == "inductor":
             options = {"emulate_precision_casts": True, "fallback_random": self._uses_randomness}
+            if deterministic:
+                options["deterministic"] = True
         self._compiled = [
             _with_constant_floats(torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options))
             for layer in self._layers

@@ -198,13 +198,14 @@ def _without_cuda_graphs(config: TrainConfig, notes: list[str]) -> bool:
 
 def compiles_layers(config: TrainConfig, device: torch.device) -> bool:
     """Return whether the decoder layers are compiled on a device, if they can be."""
-    return config.compile in ("layers", "graphs") or (config.compile == "auto" and device.type == "cuda")
+    by_default = device.type == "cuda" and not config.reproducible
+    return config.compile in ("layers", "graphs") or (config.compile == "auto" and by_default)
 
 
 def captures_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:
     """Return whether micro-batches are captured as CUDA graphs on a device."""
     captures = config.compile in ("auto", "graphs") and config.gradient_checkpointing != "offload"
-    return captures and device.type == "cuda"
+    return captures and device.type == "cuda" and not config.reproducible
 
 
 def wants_packed_rows(config: TrainConfig, device: torch.device) -> bool:
