@@ -6,7 +6,8 @@
 
 Cost: the workloads are those of `bigbatch bench`. Both engines run the same model and samples in alternation, and the
 default engine has the micro-batch of the quantum, so that both run the same forwards and backwards: the ratio is that
-of the medians. On a CPU, times are process times of one thread, which exclude other processes.
+of the medians. On CUDA the default engine runs compiled layers, and once more (``eager``) the layers as they are, as
+reproducible updates do. On a CPU, times are process times of one thread, which exclude other processes.
 
 Bits: small Llama and GPT-2 models with dropout, as the tests train them, in every combination of micro-batch, order and
 out-of-memory error, and on 1 to 4 gloo ranks with a kill and a resume on other ranks: all must have equal parameters
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,10 @@ def compare_cost(name: str, rounds: int, quanta: list[int]) -> None:
         f"{name} on {machine}: {len(samples)} sequences, {count_tokens(samples):,} tokens, {trained:,} trained "
         f"parameters, torch {torch.__version__}, medians of {rounds} updates"
     )
-    print(f"{'quantum':>8}{'tokens in it':>14}{'default':>11}{'reproducible':>15}{'ratio':>8}")
+    eager = nullcontext if run.layers is None else run.layers.eager  # compiled layers are not reproducible
+    print(
+        f"{'quantum':>8}{'tokens in it':>14}{'default':>11}{'eager':>11}{'reproducible':>15}{'ratio':>8}{'to eager':>10}"
+    )
 
     def update_s(engine: bigbatch.Engine) -> float:
         clock = time.perf_counter if is_cuda else time.process_time
@@ -83,14 +88,22 @@ def compare_cost(name: str, rounds: int, quanta: list[int]) -> None:
     for quantum in quanta:
         settings: dict[str, Any] = {"microbatch": quantum, "collate": run.collate, "noise": False, "check": False}
         default = bigbatch.Engine(run.model, optimizer, run.loss_fn, **settings)
-        exact = bigbatch.Engine(run.model, optimizer, run.loss_fn, reproducible=True, quantum=quantum, **settings)
-        times: dict[bigbatch.Engine, list[float]] = {default: [], exact: []}
+        with eager():
+            exact = bigbatch.Engine(run.model, optimizer, run.loss_fn, reproducible=True, quantum=quantum, **settings)
+        ways = [(default, nullcontext), (default, eager), (exact, eager)]
+        times: list[list[float]] = [[] for _ in ways]
         for round_ in range(rounds + 1):
-            for engine in (default, exact) if round_ % 2 else (exact, default):
-                times[engine].append(update_s(engine))
-        one, other = (statistics.median(times[engine][1:]) for engine in (default, exact))
+            for number in range(len(ways)) if round_ % 2 else reversed(range(len(ways))):
+                engine, context = ways[number]
+                with context():
+                    times[number].append(update_s(engine))
+        one, slower, other = (statistics.median(found[1:]) for found in times)
         tokens = count_tokens(samples) / len(samples) * quantum
-        print(f"{quantum:>8}{tokens:>14.0f}{one:>10.3f}s{other:>14.3f}s{other / one:>8.3f}", flush=True)
+        print(
+            f"{quantum:>8}{tokens:>14.0f}{one:>10.3f}s{slower:>10.3f}s{other:>14.3f}s{other / one:>8.3f}"
+            f"{other / slower:>10.3f}",
+            flush=True,
+        )
 
 
 def compare_bits(updates: int = 50) -> None:
