@@ -73,9 +73,8 @@ def compare_cost(name: str, rounds: int, quanta: list[int]) -> None:
         f"parameters, torch {torch.__version__}, medians of {rounds} updates"
     )
     eager = nullcontext if run.layers is None else run.layers.eager  # compiled layers are not reproducible
-    print(
-        f"{'quantum':>8}{'tokens in it':>14}{'default':>11}{'eager':>11}{'reproducible':>15}{'ratio':>8}{'to eager':>10}"
-    )
+    columns = f"{'default':>11}{'eager':>11}{'reproducible':>15}{'ratio':>8}{'of eager':>10}"
+    print(f"{'quantum':>8}{'tokens in it':>14}{columns}")
 
     def update_s(engine: bigbatch.Engine) -> float:
         clock = time.perf_counter if is_cuda else time.process_time
