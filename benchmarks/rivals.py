@@ -7,9 +7,9 @@ On one H200 or H100: w with --memory 24GiB and with --memory none about six minu
 five. The updates of all contestants alternate, and each starts from the same weights; the last table has the medians.
 Besides the contestants of `bigbatch bench` there are ``bigbatch-torch``, with the attention kernel of torch
 (``bigbatch`` uses FlashAttention-4 where that is installed and faster), ``bigbatch-bf16-logits``, with ``--logits
-bf16``, ``bigbatch-fp8``, with ``--precision fp8``, and ``bigbatch-by-hand:N``, with a micro-batch that is set and not chosen; `hand_tuned.py` compares such sizes
-alone. N is rows of 2,048 tokens per micro-batch. With
-``--dry`` a small workload runs on the CPU, uncompiled.
+bf16``, ``bigbatch-fp8``, with ``--precision fp8``, a less exact gradient, and ``bigbatch-by-hand:N``, with
+a micro-batch that is set and not chosen; `hand_tuned.py` compares such sizes alone. N is rows of 2,048 tokens per
+micro-batch. With ``--dry`` a small workload runs on the CPU, uncompiled.
 
 The table and every measurement are written to rivals-WORKLOAD-LIMIT-DEVICE.txt in the folder.
 """

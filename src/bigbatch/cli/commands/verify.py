@@ -114,16 +114,18 @@ def verify_cuts(
 
 
 def fp8_tolerance(fp8: "Fp8Gradient") -> float:
-    """Return the largest difference between cuts that products in float8 explain: what they move the gradient by.
+    """Return the largest difference between cuts that the rounding of products in float8 explains.
 
-    A cut changes the rounding of some values; it cannot move the gradient by more than the rounding of all of them
-    does. At least the tolerance of bfloat16, which everything else is computed in.
+    Two gradients with independent errors of relative size d, as measured against products in bfloat16, differ by √2·d;
+    those of two cuts have most of their errors in common. At least the tolerance of bfloat16, in which everything else
+    is computed.
     """
     import torch
 
     from bigbatch.verification.tolerances import TOLERANCES
 
-    return max(TOLERANCES[torch.bfloat16], 0.0 if math.isnan(fp8.cosine) else fp8.relative_difference)
+    difference = 0.0 if math.isnan(fp8.cosine) else fp8.relative_difference
+    return max(TOLERANCES[torch.bfloat16], math.sqrt(2) * difference)
 
 
 def describe(

@@ -6,8 +6,10 @@ model → linear layers of its decoder layers → torchao's Float8Linear with th
 
 The two products of backward are of the same kind, with gradients in e5m2 and everything else in e4m3. Every tensor has
 one scale, computed when it is used ("tensorwise, dynamic"), so that the rounding of activations depends on the other
-sequences of a micro-batch. With powers of two it does for small values alone: what is at least 1/14,336 of the largest
-value of its tensor is a normal number of e4m3 at any such scale, and rounded to the same four significant bits.
+sequences of a micro-batch. With powers of two, that of one and the same value does only if it is small: at least
+1/14,336 of the largest value of its tensor is a normal number of e4m3 at such a scale, with the same four significant
+bits. What differs in bfloat16 between two cuts is enlarged, though: a value near the middle of two numbers of float8 is
+rounded to either.
 """
 
 import logging
