@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from bigbatch import Engine
 from bigbatch.errors import InputError
@@ -17,7 +17,7 @@ from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.adapters import add_lora
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.fp8 import Fp8Layers, convertible_layers, use_fp8
-from support.emulated_fp8 import needs_torchao, quiet_torchao
+from support.emulated_fp8 import VOCABULARY, llama, needs_torchao, quiet_torchao, samples
 
 pytestmark = quiet_torchao
 CPU = torch.device("cpu")
@@ -25,13 +25,6 @@ FP8 = DeviceSpec(CPU, "fp8")
 CONFIG = TrainConfig(model="base")
 E4M3, E5M2 = (3, -6, 448.0), (2, -14, 57344.0)  # bits of the mantissa, smallest exponent of normal numbers, largest
 UNIT = 2.0**-24  # half the distance of float32 numbers, relative
-VOCABULARY = 48
-
-
-def llama(**settings: Any) -> Any:
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**{**size, "vocab_size": VOCABULARY, **settings})).train()
 
 
 def converted(model: Any) -> Fp8Layers:
@@ -212,15 +205,6 @@ def test_layers_are_put_back() -> None:
     layer.up_proj = nn.Linear(32, 48, bias=False)
     found.install(model)
     assert layer.up_proj is plain
-
-
-def samples() -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for length in (3, 17, 8, 5, 11):
-        tokens = torch.randint(VOCABULARY, (length,), generator=generator)
-        made.append({"input_ids": tokens, "labels": tokens.roll(-1)})
-    return made
 
 
 @needs_torchao
