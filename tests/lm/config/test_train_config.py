@@ -270,8 +270,13 @@ def test_fp8_refuses_what_it_excludes(settings: dict[str, Any], sentence: str) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{"objective": "embedding"}, {"objective": "reward"}, {"parallel": "hsdp"}, {"offload": "gradients"}]
-    + [{"offload": "auto"}],
+    [
+        {"objective": "embedding"},
+        {"objective": "reward"},
+        {"parallel": "hsdp"},
+        {"offload": "gradients"},
+        {"offload": "auto"},
+    ],
 )
 def test_fp8_refuses_every_value_of_them(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=f"not supported with {' '.join(*settings.items())}"):
