@@ -1,6 +1,7 @@
 """Runs with products in float8, emulated on the CPU: what they print and record, resumed and merged runs, and plans."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from bigbatch import lm
 from bigbatch.cli import main
+from bigbatch.cli.commands.verify import fp8_tolerance
+from bigbatch.lm.model.fp8_gradient import Fp8Gradient
 from support.command_line import files_below
 from support.emulated_fp8 import emulated_fp8, needs_torchao, quiet_torchao
 from support.language_models import metrics, records, save_model_folder, write_jsonl
@@ -93,6 +96,12 @@ def test_verification_is_never_called_exact(folder: Path, capsys: pytest.Capture
     assert found["fp8"]["is_within_tolerance"] is True
     assert found["tolerance"] == pytest.approx(max(0.03, 2**0.5 * found["fp8"]["relative_difference"]))
     assert all(1e-6 < cut["relative_error"] < found["tolerance"] for cut in found["cuts"])
+
+
+def test_tolerance_of_cuts_is_that_of_two_roundings() -> None:
+    assert fp8_tolerance(Fp8Gradient(0.92, 0.4, 4)) == pytest.approx(0.4 * 2**0.5)
+    assert fp8_tolerance(Fp8Gradient(0.9999, 0.01, 4)) == 0.03  # that of bfloat16
+    assert fp8_tolerance(Fp8Gradient(math.nan, math.nan, 4)) == 0.03
 
 
 def test_saved_files_are_those_of_any_run(folder: Path) -> None:

@@ -195,9 +195,7 @@ class RunEstimator:
         if str(changes.get("precision")).startswith("bf16") and not self._target.computes_bf16:
             return None
         config = self._config.model_copy(update=changes)
-        if config.quantize is not None and (
-            not config.saves_adapters or self._target.device.type == "mps" or config.precision == "fp8"
-        ):
+        if config.quantize is not None and (not config.saves_adapters or self._target.device.type == "mps"):
             return None
         try:
             predictor = self._make_predictor(self._outline(config), config)
