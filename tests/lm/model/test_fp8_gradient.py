@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
@@ -62,6 +63,19 @@ def test_comparison_leaves_model_as_it_was() -> None:
     assert [type(call) for call in after] == [type(call) for call in calls]
     assert after[1] is calls[1]  # the one that does not recompute is the compiled function itself
     assert {type(layer).__name__ for layer in prepared.fp8.layers.values()} == {"Float8Linear"}  # type: ignore[union-attr]
+
+
+@needs_torchao
+def test_compiled_layers_may_differ_as_fp8_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigbatch.lm.model.compilation.COMPILED_TOLERANCE_HALF", 0.0)
+    torch._dynamo.reset()
+    prepared = model_setup(compile="layers")  # refused if the results differ by more
+    assert prepared.layers is not None
+    assert prepared.layers.is_compiled
+    (loss, _), before = prepared.loss_fn(prepared.model, prepared.collate(samples())), counters["stats"]
+    assert torch.isfinite(loss)
+    assert before["unique_graphs"] >= 1
+    torch._dynamo.reset()
 
 
 def test_other_precisions_are_not_compared() -> None:
