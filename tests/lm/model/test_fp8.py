@@ -44,9 +44,10 @@ def rounded(values: Tensor, kind: tuple[int, int, float]) -> Tensor:
     return torch.round(scaled / step) * step / scale  # halves to even
 
 
-def layer_and_values(tokens: int = 7) -> tuple[nn.Linear, Tensor, Tensor]:
-    model = llama(mlp_bias=True)
-    layer = converted(model).layers["model.layers.1.mlp.up_proj"]
+def layer_and_values(*, target: str = "cpu") -> tuple[nn.Linear, Tensor, Tensor]:
+    found = use_fp8(llama(mlp_bias=True), CONFIG, FP8, target=torch.device(target))
+    assert found is not None
+    layer, tokens = found.layers["model.layers.1.mlp.up_proj"], 7
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(tokens, layer.in_features, generator=generator)
     gradient = torch.randn(tokens, layer.out_features, generator=generator)
@@ -63,8 +64,9 @@ def assert_product(found: Tensor, one: Tensor, other: Tensor, more: Tensor | flo
 
 
 @needs_torchao
-def test_products_are_those_of_rounded_values() -> None:
-    layer, inputs, gradient = layer_and_values()
+@pytest.mark.parametrize("target", ["cpu", "cuda"])  # emulated, and by the operator of CUDA, which has a CPU kernel
+def test_products_are_those_of_rounded_values(target: str) -> None:
+    layer, inputs, gradient = layer_and_values(target=target)
     output = layer(inputs)
     output.backward(gradient)
     assert inputs.grad is not None

@@ -36,6 +36,7 @@ from bigbatch.lm.runs.identity import digest_of
 from bigbatch.lm.training.data import DataLoader as DataLoader
 from bigbatch.lm.training.data import ProgressCallback as ProgressCallback
 from bigbatch.lm.training.run_tokenizer import load_run_tokenizer, train_run_tokenizer
+from bigbatch.memory.usage import free_cached_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +217,10 @@ def with_fp8_gradient(setup: TrainingSetup, *, progress: ProgressCallback = _no_
         return setup
     progress("comparing the gradient of products in fp8 with that of products in bf16")
     samples = [setup.training[i] for i in setup.order.epoch(0).part(0, NUM_SAMPLES).tolist()]
-    found = compare_gradients(setup.model_setup, samples, setup.device_spec.device)
+    device = setup.device_spec.device
+    found = compare_gradients(setup.model_setup, samples, device)
+    if device.type == "cuda":
+        free_cached_memory()  # of two gradients; the micro-batch is chosen for the memory that is free
     return replace(setup, fp8_gradient=found, notes=(*setup.notes, str(found)))
 
 
