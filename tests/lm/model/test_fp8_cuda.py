@@ -1,5 +1,6 @@
 """Products in float8 on CUDA: their values, compiled and captured, for any number of tokens, and their memory."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_cuda_run_learns_and_prints_cosine(folder: Path, capsys: pytest.CaptureF
         assert main(["train", *(f"--{name}={value}" for name, value in words.items()), "--no-cache"]) == 0
         shown = capsys.readouterr().out
         assert "fp8: 14 of 15 linear layers (tensorwise, torchao " in shown
-        assert "fp8: cosine of the gradient with that of bf16 products 0.9" in shown
+        assert re.search(r"fp8: cosine of the gradient with that of bf16 products (0\.9\d+|1\.0000) ", shown)
         assert "CUDA graphs are disabled" not in shown
         print(shown)
         losses.append([row["loss"] for row in metrics(folder / mode)])
