@@ -67,6 +67,8 @@ def assert_product(found: Tensor, one: Tensor, other: Tensor, more: Tensor | flo
 @pytest.mark.parametrize("target", ["cpu", "cuda"])  # emulated, and by the operator of CUDA, which has a CPU kernel
 def test_products_are_those_of_rounded_values(target: str) -> None:
     layer, inputs, gradient = layer_and_values(target=target)
+    config: Any = layer.linear_mm_config
+    assert [product.emulate for product in config] == [target == "cpu"] * 3
     output = layer(inputs)
     output.backward(gradient)
     assert inputs.grad is not None
