@@ -4,9 +4,9 @@
 
 Lowest: the lower bounds of pyproject.toml, exactly and all at once: those of the trainer, the integrations and the
 other extras that run without a GPU, with the versions of .ci/lowest.txt for what these need in turn; LOWEST_TESTS run
-with them. Newest: the latest releases, without pins, for tests/integrations. In both, torch and the test runner have
-the versions of constraints.txt. torch is not installed again: the environments import the one of the interpreter that
-runs this script, if its version is the pinned one.
+with them. Newest: the latest releases, without pins, for tests/integrations and the tests of the extra `fp8`. In both,
+torch and the test runner have the versions of constraints.txt. torch is not installed again: the environments import
+the one of the interpreter that runs this script, if its version is the pinned one.
 
 With --lowest-torch, the lowest set has the lower bound of torch instead. Where the package index has no build of it
 for the CPU alone, that installs CUDA too: an environment of 5.7 GB.
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".venv" / "versions"
 INTEGRATIONS = ("train", "transformers", "trl", "accelerate", "lightning", "sentence-transformers")
 EXTRAS = (*INTEGRATIONS, "quantize", "webdataset", "streaming", "wandb")
-# Of the extra `mlflow`, the part that bigbatch calls; `fa4` needs a GPU, and `bench` and `dev` repeat the others.
+# Of the extra `mlflow`, the part that bigbatch calls; `fa4` needs a GPU, `fp8` is in the newest set alone, and `bench`
+# and `dev` repeat the others.
 MLFLOW = "mlflow-skinny"
 LOWEST_TESTS = (  # what calls the dependencies most
     "tests/integrations",
@@ -43,7 +44,13 @@ LOWEST_TESTS = (  # what calls the dependencies most
     "tests/lm/training/test_dashboards.py",
 )
 LOWEST = ROOT / ".ci" / "lowest.txt"
-NEWEST_TESTS = ("tests/integrations",)
+# torchao is not in `dev`: where it is installed, transformers and peft import it, which takes seconds.
+FP8_TESTS = (
+    "tests/lm/model/test_fp8.py",
+    "tests/lm/model/test_fp8_gradient.py",
+    "tests/lm/training/test_fp8_run.py",
+)
+NEWEST_TESTS = ("tests/integrations", *FP8_TESTS)
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 LARGE_PARTS_OF_TORCH = ("nvidia-", "triton", "cuda-")
 INSTALL_S = 900
@@ -145,7 +152,7 @@ def install(name: str, *, lowest_torch: bool) -> Path:
     python = environment / "bin" / "python"
     has_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
     pip = [sys.executable if has_pip.returncode == 0 else "python3", "-m", "pip", "--python", str(python)]
-    extras, more = (EXTRAS, [MLFLOW]) if name == "lowest" else (INTEGRATIONS, [])
+    extras, more = (EXTRAS, [MLFLOW]) if name == "lowest" else ((*INTEGRATIONS, "fp8"), [])
     packages = ["-e", f"{ROOT}[{','.join(extras)}]", *more, *TEST_TOOLS]
     flags = ["--quiet", "--disable-pip-version-check", "-c", str(environment / "constraints.txt")]
     subprocess.run([*pip, "install", *flags, *packages], check=True, timeout=INSTALL_S)

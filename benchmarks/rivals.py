@@ -7,9 +7,9 @@ On one H200 or H100: w with --memory 24GiB and with --memory none about six minu
 five. The updates of all contestants alternate, and each starts from the same weights; the last table has the medians.
 Besides the contestants of `bigbatch bench` there are ``bigbatch-torch``, with the attention kernel of torch
 (``bigbatch`` uses FlashAttention-4 where that is installed and faster), ``bigbatch-bf16-logits``, with ``--logits
-bf16``, and ``bigbatch-by-hand:N``, with a micro-batch that is set and not chosen; `hand_tuned.py` compares such sizes
-alone. N is rows of 2,048 tokens per micro-batch. With
-``--dry`` a small workload runs on the CPU, uncompiled.
+bf16``, ``bigbatch-fp8``, with ``--precision fp8``, a less exact gradient, and ``bigbatch-by-hand:N``, with
+a micro-batch that is set and not chosen; `hand_tuned.py` compares such sizes alone. N is rows of 2,048 tokens per
+micro-batch. With ``--dry`` a small workload runs on the CPU, uncompiled.
 
 The table and every measurement are written to rivals-WORKLOAD-LIMIT-DEVICE.txt in the folder.
 """
@@ -35,6 +35,7 @@ from bigbatch.lm.bench.workload import W_SMALL, WORKLOADS, Workload
 
 WITH_TORCH = "bigbatch-torch"
 NARROW_LOGITS = "bigbatch-bf16-logits"
+FP8 = "bigbatch-fp8"
 BY_HAND = "bigbatch-by-hand"
 ROW_TOKENS = 2_048
 DRY = dataclasses.replace(W_SMALL, sequences=6)
@@ -55,7 +56,7 @@ def entries_of(text: str) -> list[Entry]:
     """Parse the names of contestants."""
     entries = []
     for name in text.split(","):
-        if name in (WITH_TORCH, NARROW_LOGITS):
+        if name in (WITH_TORCH, NARROW_LOGITS, FP8):
             entries.append(Entry(name, None))
         elif name.startswith(f"{BY_HAND}:"):
             entries.append(Entry(BY_HAND, int(name.removeprefix(f"{BY_HAND}:"))))
@@ -70,6 +71,8 @@ def make(entry: Entry) -> Contestant:
         return BigbatchRunner(attention="torch")
     if entry.name == NARROW_LOGITS:
         return BigbatchRunner(logits="bf16")
+    if entry.name == FP8:
+        return BigbatchRunner(precision="fp8")
     if entry.name == BY_HAND:
         assert entry.samples is not None, "parsed with its rows"
         return BigbatchRunner(tokens=entry.samples * ROW_TOKENS)

@@ -304,7 +304,7 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--optimizer sgd", "--optimizer sgd has no default learning rate: pass --lr."),
         (
             "--precision bf61",
-            "--precision is 'bf61': it must be auto, float32, float64, bf16, bf16-weights or fp16.",
+            "--precision is 'bf61': it must be auto, float32, float64, bf16, bf16-weights, fp16 or fp8.",
         ),
         ("--device gpu", "--device is 'gpu': it must be auto, cpu, cuda, cuda:N or mps."),
         ("--max-grad-norm -1", "--max-grad-norm is -1: it must be at least 0."),
@@ -315,7 +315,7 @@ def test_accumulation_steps_set_microbatch(folder: Path):
         ("--lr", "--lr needs a value: --lr X."),
         ("--lr --steps 3", "--lr needs a value: --lr X."),
         ("--config", "--config needs a value: --config FILE."),
-        ("--precision", "--precision needs a value: --precision auto|float32|float64|bf16|bf16-weights|fp16."),
+        ("--precision", "--precision needs a value: --precision auto|float32|float64|bf16|bf16-weights|fp16|fp8."),
         ("--global-batc 3", "unknown flag --global-batc: did you mean --global-batch?"),
         ("--global-batc=3", "unknown flag --global-batc: did you mean --global-batch?"),
         ("--global 3", "unknown flag --global: did you mean --global-batch?"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigbatch.errors import InputError
-from bigbatch.lm.device import computes_bf16, resolve_device
+from bigbatch.lm.device import DeviceSpec, computes_bf16, fp8_obstacle, resolve_device
 
 
 def test_cpu_uses_float32_by_default() -> None:
@@ -67,3 +67,41 @@ def test_float16_of_sharded_model_is_rejected() -> None:
     with pytest.raises(InputError) as caught:
         resolve_device("cpu", "fp16", is_sharded=True)
     assert str(caught.value) == ("--precision fp16 is not supported with --parallel fsdp or hsdp: use bf16 or float32.")
+
+
+def test_fp8_is_refused_without_gpu() -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_device("cpu", "fp8")
+    assert str(caught.value) == (
+        "--precision fp8 needs a GPU of NVIDIA, and this run is on cpu: use --precision bf16 or float32."
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_amd", "has_torchao", "obstacle"),
+    [
+        ((8, 0), False, True, "needs compute capability 8.9 or later, and A card has 8.0: use --precision bf16."),
+        ((8, 9), False, False, 'needs torchao, which is not installed: pip install "bigbatch[fp8]".'),
+        ((9, 4), True, True, "has not been tested on A card: use --precision bf16."),
+        ((8, 9), False, True, None),
+        ((10, 0), False, True, None),
+    ],
+)
+def test_fp8_needs_card_and_torchao(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_amd: bool, has_torchao: bool, obstacle: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if is_amd else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_torchao else None)
+    assert fp8_obstacle(torch.device("cuda", 0)) == obstacle
+
+
+def test_fp8_computes_the_rest_in_bf16() -> None:
+    machine = DeviceSpec(torch.device("cpu"), "fp8")
+    assert machine.is_half_precision
+    assert machine.weights_dtype == torch.float32
+    assert machine.scaler() is None
+    with machine.autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")

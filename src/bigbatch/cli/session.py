@@ -130,7 +130,7 @@ def summary_lines(trainer: "Trainer") -> tuple[str, str, str]:
     warmup = plural(trainer.warmup_steps, "warm-up update") if trainer.warmup_steps else "no warm-up"
     optimizer = "" if config.optimizer == "adamw" else f"{TITLES[config.optimizer]}, "
     ranks = trainer.ranks
-    effect = _effect_of_split(setup.model, is_reproducible=config.reproducible)
+    effect = _effect_of_split(setup.model, config)
     on_ranks = "" if ranks.size == 1 else f" on the first of {ranks.size} ranks ({ranks.parallel})"
     return (
         f"global batch per update: {_batch(setup)}",
@@ -159,14 +159,16 @@ def _decay(trainer: "Trainer") -> str:
     return f"{config.schedule} decay{last}"
 
 
-def _effect_of_split(model: Any, *, is_reproducible: bool) -> str:
-    """Return what the split affects: memory alone, unless the model draws random numbers."""
+def _effect_of_split(model: Any, config: TrainConfig) -> str:
+    """Return what the split affects: memory alone, unless the model draws random numbers or computes in float8."""
     from bigbatch.lm.model.decoder_layers import uses_randomness
 
-    if is_reproducible:
+    if config.reproducible:
         return "affects neither memory nor the result"
     if uses_randomness(model):
         return "the model has dropout, whose random numbers, and so the result, depend on the split"
+    if config.precision == "fp8":
+        return "affects memory, and the rounding of products in fp8"
     return "affects memory only, not the result"
 
 
@@ -204,7 +206,10 @@ def next_lines(
     commands = suggested_commands(config, directory.path, is_chat=trains_on_chats(setup), finished=finished)
     if finished:
         same = same_job(config)
-        commands.append(f"bigbatch verify{same}   checks that splitting the batch does not change the gradient")
+        checks = "checks that splitting the batch does not change the gradient"
+        if setup.config.precision == "fp8":
+            checks = "measures how far splitting the batch moves the gradient"
+        commands.append(f"bigbatch verify{same}   {checks}")
     return [f"{'      ' if place else 'next: '}{command}" for place, command in enumerate(commands)]
 
 

@@ -1,5 +1,6 @@
 """Resolve the names of a device and a precision to torch objects, or raise one readable error."""
 
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from bigbatch.errors import InputError
 
 TENSOR_CORES = (7, 0)  # compute capability from which fp16 is faster than float32: V100, T4
+FP8_CORES = (8, 9)  # from which tensor cores multiply in float8: L4, RTX 4090, H100
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class DeviceSpec:
 
     Attributes:
         device: Device of the model and the micro-batches.
-        precision: float32, float64, bf16, bf16-weights or fp16.
+        precision: float32, float64, bf16, bf16-weights, fp16 or fp8.
     """
 
     device: torch.device
@@ -24,8 +26,8 @@ class DeviceSpec:
 
     @property
     def is_half_precision(self) -> bool:
-        """Whether matrix products are computed in 16 bits."""
-        return self.precision in ("bf16", "bf16-weights", "fp16")
+        """Whether matrix products are computed in 16 bits or fewer."""
+        return self.precision in ("bf16", "bf16-weights", "fp16", "fp8")
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -39,7 +41,7 @@ class DeviceSpec:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context for forward and loss."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -81,7 +83,32 @@ def resolve_device(device: str, precision: str, *, is_sharded: bool = False) -> 
         raise InputError(
             f"--precision {precision} is not supported on {torch.cuda.get_device_name(found)}: use fp16 or float32."
         )
+    if precision == "fp8" and (why := fp8_obstacle(found)) is not None:
+        raise InputError(f"--precision fp8 {why}")
     return DeviceSpec(found, precision)
+
+
+def fp8_obstacle(device: torch.device) -> str | None:
+    """Return why products in float8 are not possible on a device, as the end of a sentence; None if they are."""
+    if device.type != "cuda":
+        return f"needs a GPU of NVIDIA, and this run is on {device}: use --precision bf16 or float32."
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is not None:
+        return f"has not been tested on {name}: use --precision bf16."
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CORES:
+        return (
+            f"needs compute capability {FP8_CORES[0]}.{FP8_CORES[1]} or later, and {name} has "
+            f"{capability[0]}.{capability[1]}: use --precision bf16."
+        )
+    return torchao_obstacle()
+
+
+def torchao_obstacle() -> str | None:
+    """Return that torchao is not installed, as the end of a sentence; None if it is."""
+    if importlib.util.find_spec("torchao") is None:
+        return 'needs torchao, which is not installed: pip install "bigbatch[fp8]".'
+    return None
 
 
 def computes_bf16(device: torch.device) -> bool:

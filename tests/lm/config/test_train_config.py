@@ -240,3 +240,50 @@ def test_config_loads_no_torch():
 def test_reproducible_embedding_is_refused() -> None:
     with pytest.raises(ValidationError, match="reproducible is not supported with objective embedding"):
         TrainConfig(reproducible=True, objective="embedding")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"reproducible": True},
+            "precision fp8 excludes reproducible: its rounding depends on what is computed together: use bf16",
+        ),
+        ({"objective": "dpo"}, "precision fp8 is not supported with objective dpo: use bf16"),
+        (
+            {"quantize": "nf4", "model": "gpt2", "lora_rank": 4},
+            "precision fp8 is not supported with quantize, whose weights are multiplied in 16 bits: use bf16",
+        ),
+        ({"parallel": "fsdp"}, "precision fp8 is not supported with parallel fsdp: use parallel ddp, or bf16"),
+        (
+            {"offload": "master"},
+            "precision fp8 is not supported with offload master: its layers read float32 weights on the device: use "
+            "offload none or optimizer",
+        ),
+    ],
+)
+def test_fp8_refuses_what_it_excludes(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig(precision="fp8", **settings)
+    assert caught.value.errors()[0]["msg"] == sentence
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "embedding"},
+        {"objective": "reward"},
+        {"parallel": "hsdp"},
+        {"offload": "gradients"},
+        {"offload": "auto"},
+    ],
+)
+def test_fp8_refuses_every_value_of_them(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"not supported with {' '.join(*settings.items())}"):
+        TrainConfig(precision="fp8", **settings)
+
+
+def test_fp8_allows_what_it_computes_with() -> None:
+    settings: dict[str, Any] = {"offload": "optimizer", "optimizer": "adamw", "lora_rank": 4, "logits": "bf16"}
+    assert TrainConfig(precision="fp8", **settings).offload == "optimizer"
+    assert TrainConfig(precision="fp8", optimizer="adamw-8bit").precision == "fp8"

@@ -67,7 +67,8 @@ def test_narrow_logits_need_narrow_products(precision: str, planned: bool) -> No
     make = partial(outline_model, target=CPU, max_length=LONGEST) if planned else partial(set_up_model, pad_id=0)
     with pytest.raises(InputError) as caught:
         make(large_vocabulary(), config, spec, longest=LONGEST)
-    assert str(caught.value) == f"--logits bf16 needs --precision bf16 or bf16-weights, and this run is in {precision}."
+    needs = "--logits bf16 needs --precision bf16, bf16-weights or fp8"
+    assert str(caught.value) == f"{needs}, and this run is in {precision}."
 
 
 def test_small_vocabularies_have_all_logits_at_once() -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.planning.device_target import WITHOUT_BF16, PlanTarget, resolve_target
+from bigbatch.lm.planning.device_target import WITH_FP8, WITHOUT_BF16, PlanTarget, resolve_target
 from bigbatch.memory.limit import GPU_GIB
 
 
@@ -45,3 +46,27 @@ def test_emulated_bf16_is_reported(precision: str) -> None:
 def test_memory_alone_assumes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert target_of(device="cuda", memory="24GiB").device_spec.precision == "bf16"
+
+
+def test_fp8_is_planned_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigbatch.lm.planning.device_target.torchao_obstacle", lambda: None)
+    assert set(GPU_GIB) > WITH_FP8
+    for gpu in GPU_GIB:
+        if gpu in WITH_FP8:
+            target = target_of(gpu=gpu, precision="fp8")
+            assert target.name == f"{gpu}, fp8"
+            assert "fp8: not the update of bf16, and one whose rounding depends on the micro-batch" in target.notes
+        else:
+            with pytest.raises(InputError) as caught:
+                target_of(gpu=gpu, precision="fp8")
+            assert str(caught.value) == (
+                "--precision fp8 needs a GPU of NVIDIA with products in float8 (Ada, Hopper or Blackwell), and "
+                f"{gpu} has none: use --precision bf16."
+            )
+
+
+def test_plan_in_fp8_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        target_of(gpu="h100", precision="fp8")
+    assert str(caught.value) == ('--precision fp8 needs torchao, which is not installed: pip install "bigbatch[fp8]".')

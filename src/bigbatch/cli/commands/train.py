@@ -71,13 +71,14 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
     with fail_together(ranks, "train"), progress_display(console) as progress:
         from bigbatch.lm.planning.offload_choice import with_chosen_offload
         from bigbatch.lm.planning.sharded_choice import with_chosen_microbatch
-        from bigbatch.lm.training.setup import set_up_training
+        from bigbatch.lm.training.setup import set_up_training, with_fp8_gradient
 
         quiet_libraries()
         threads_note = share_threads(cpu_cores(), ranks.local_size)
         config, offload_note = with_chosen_offload(config, ranks, progress=progress)
         chosen = with_chosen_microbatch(config, ranks, progress=progress)
         setup = set_up_training(chosen.config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
+        setup = with_fp8_gradient(setup, progress=progress)
     with fail_together(ranks, "train"), progress_display(console) as progress:
         from bigbatch.lm.training.optimizer import optimizer_notes
         from bigbatch.lm.training.trainer import Trainer

@@ -11,6 +11,7 @@ from bigbatch.lm.bench.shared_model import SharedModel
 from bigbatch.lm.bench.workload import Sample, Workload, shift
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.device import resolve_device
 from bigbatch.lm.model.causal_attention import Kernel, kernel_of, use_causal_attention
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 from bigbatch.lm.training.autotune import apply_choice, describe, tune
@@ -29,7 +30,9 @@ def set_up(model: Any, workload: Workload, **settings: Any) -> ModelSetup:
     """
     # the workload adds adapters itself
     config = TrainConfig(model=workload.name, max_length=workload.longest, **settings).resolved()
-    return set_up_model(model, config, workload.device_spec(), pad_id=0, longest=workload.longest)
+    precision = settings.get("precision", workload.precision)
+    device_spec = resolve_device(workload.device, precision)
+    return set_up_model(model, config, device_spec, pad_id=0, longest=workload.longest)
 
 
 class BigbatchRunner:
@@ -58,8 +61,11 @@ class BigbatchRunner:
             settings = {"memory": stage.memory, **self._settings}
             self._model_setup = set_up(stage.model, stage.workload, **settings)
             self._kernel = kernel_of(stage.model)
-        elif self._model_setup.layout == "packed":
-            use_causal_attention(stage.model, self._kernel)  # reset between turns
+        else:  # the model is reset between turns
+            if self._model_setup.layout == "packed":
+                use_causal_attention(stage.model, self._kernel)
+            if self._model_setup.fp8 is not None:
+                self._model_setup.fp8.install(stage.model)
         model_setup = self._model_setup
         engine = self._make_engine(stage, model_setup, samples, started_s)
         stage.reset_peak()  # excludes tuning

@@ -16,17 +16,18 @@ class MachineFields(BaseModel):
     device: Device = Field(
         default="auto", description="auto, cpu, cuda, cuda:N or mps; auto = CUDA if available, else MPS, else CPU"
     )
-    precision: Literal["auto", "float32", "float64", "bf16", "bf16-weights", "fp16"] = Field(
+    precision: Literal["auto", "float32", "float64", "bf16", "bf16-weights", "fp16", "fp8"] = Field(
         default="auto",
         description="bf16 and fp16 = autocast over float32 weights; bf16-weights = weights in bf16, gradient sums "
-        "in float32, in less memory; auto = bf16 on CUDA, fp16 on GPUs without bf16 such as T4 and V100, float32 "
-        "elsewhere",
+        "in float32, in less memory; fp8 = bf16 with the products of linear layers in float8, for a less exact "
+        "gradient that depends on the micro-batch, on Ada, Hopper and Blackwell (pip install "
+        '"bigbatch[fp8]"); auto = bf16 on CUDA, fp16 on GPUs without bf16 such as T4 and V100, float32 elsewhere',
     )
     logits: Literal["auto", "bf16"] = Field(
         default="auto",
         description="precision of the logits of large vocabularies before the loss, which is computed in float32. bf16 "
-        "= less memory traffic and a less exact gradient, with --precision bf16 or bf16-weights; auto = float32 where "
-        "the product of the head can return it, on CUDA, else that of --precision",
+        "= less memory traffic and a less exact gradient, with --precision bf16, bf16-weights or fp8; auto = float32 "
+        "where the product of the head can return it, on CUDA, else that of --precision",
     )
     memory: MemoryText | None = Field(
         default=None,

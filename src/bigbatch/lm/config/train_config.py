@@ -33,6 +33,7 @@ from bigbatch.lm.config.optimizer_settings import (
     SETTINGS,
     unused_settings,
 )
+from bigbatch.lm.config.precision_rules import check_8bit, check_fp8
 from bigbatch.lm.config.reproducible_fields import DEFAULT_QUANTUM
 from bigbatch.lm.config.scale_from import BatchScaling
 from bigbatch.lm.config.train_fields import (
@@ -171,7 +172,7 @@ class TrainConfig(TrainFields):
         if self.rebase_second_moment and self.optimizer != "adamw":
             raise _not_of("rebase_second_moment", "optimizer", self.optimizer)
         if self.optimizer == "adamw-8bit":
-            _check_8bit(self.precision, self.parallel)
+            check_8bit(self)
         if self.parallel != "ddp" and self.optimizer == "muon":
             names = {"first": "optimizer", "second": "parallel"}
             raise PydanticCustomError(
@@ -212,6 +213,12 @@ class TrainConfig(TrainFields):
                 "{first} is not supported with {second} fsdp and hsdp, which shard the weights: use ddp",
                 names,
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_fp8(self) -> Self:
+        if self.precision == "fp8":
+            check_fp8(self)
         return self
 
     @model_validator(mode="after")
@@ -321,18 +328,6 @@ class TrainConfig(TrainFields):
     def validation_every_of(self, total_steps: int) -> int:
         """Return the updates between two validations of a run of ``total_steps`` updates: at least 1."""
         return max(1, total_steps // VALIDATIONS_PER_RUN) if self.validation_every is None else self.validation_every
-
-
-def _check_8bit(precision: str, parallel: str) -> None:
-    names = {"first": "optimizer", "second": "precision", "third": "parallel"}
-    if precision == "float64":
-        raise PydanticCustomError(
-            "idle", "{first} adamw-8bit computes in float32, not in {second} float64: use adamw", names
-        )
-    if parallel != "ddp":
-        raise PydanticCustomError(
-            "sharded", "{first} adamw-8bit needs whole tensors, which {third} fsdp and hsdp shard: use ddp", names
-        )
 
 
 def _exclusive(first: str, second: str) -> PydanticCustomError:

@@ -11,6 +11,7 @@ from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.decoder_layers import DecoderLayers
 from bigbatch.lm.model.embedding_hook import embedded_tokens
+from bigbatch.lm.model.fp8 import Fp8Layers
 from bigbatch.preserve import preserved
 from bigbatch.rng import seed_everything
 from bigbatch.verification.tolerances import COMPILED_TOLERANCE, COMPILED_TOLERANCE_HALF
@@ -25,22 +26,32 @@ def compile_layers(
     device_spec: DeviceSpec,
     longest: int,
     notes: list[str],
+    *,
+    fp8: Fp8Layers | None = None,
 ) -> None:
-    """Compile the layers, and check their loss and gradient against eager mode."""
+    """Compile the layers, and check their loss and gradient against eager mode.
+
+    With products in float8, a compiled layer may round a value to the next number of float8. They may differ by as much
+    as products in float8 differ from those in bfloat16, which is measured.
+    """
     why = "its layers are not those of transformers" if layers is None else None
     if layers is not None:
         microbatch = _trial(model, collator, device_spec, longest)
         mode = layers.mode
         layers.set_checkpointing("full")  # least memory, and it tests recomputation as well
         before = _loss_and_gradient(model, loss_fn, microbatch)
+        tolerance = COMPILED_TOLERANCE_HALF if device_spec.is_half_precision else COMPILED_TOLERANCE
+        if fp8 is not None:
+            with fp8.disabled():
+                wide = _loss_and_gradient(model, loss_fn, microbatch)
+            tolerance = max(tolerance, _largest_difference(before, wide))
         layers.compile(deterministic=config.deterministic)
         try:
             after = _loss_and_gradient(model, loss_fn, microbatch)
         except Exception as error:  # noqa: BLE001 - on any compiler error, the model runs eagerly
             why = first_line(error)
         else:
-            difference = max(_difference(new, old) for new, old in zip(after, before, strict=True))
-            tolerance = COMPILED_TOLERANCE_HALF if device_spec.is_half_precision else COMPILED_TOLERANCE
+            difference = _largest_difference(after, before)
             why = None if difference <= tolerance else f"its compiled results differ by {difference:.0e}"
         layers.set_checkpointing(mode)
         if why is not None:
@@ -73,6 +84,10 @@ def _loss_and_gradient(model: Any, loss_fn: Any, microbatch: dict[str, Tensor]) 
         loss_sum = torch.stack([term_sum for term_sum, _ in terms]).sum()
         (gradient,) = torch.autograd.grad(loss_sum, embedded[0])
     return loss_sum.detach(), gradient
+
+
+def _largest_difference(new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]) -> float:
+    return max(_difference(one, other) for one, other in zip(new, old, strict=True))
 
 
 def _difference(new: Tensor, old: Tensor) -> float:

@@ -45,7 +45,7 @@ class DecoderLayers:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with suppress(AttributeError):  # in releases of transformers that do not enable them
             model.disable_input_require_grads()  # only reentrant checkpoints need them
-        self._layers = _repeated(model)
+        self._layers = repeated_layers(model)
         self._checkpoints = [layer._gradient_checkpointing_func for layer in self._layers]
         self.inputs = LayerInputs()
         self._compiled: list[Any] = []
@@ -93,6 +93,18 @@ class DecoderLayers:
         finally:
             for layer, call in zip(self._layers, calls, strict=True):
                 layer._compiled_call_impl = call
+
+    @contextmanager
+    def eager_recomputing(self) -> Iterator[None]:
+        """Run the layers eagerly within the context, and recompute the activations of every one: least memory."""
+        compiled, mode = self._compiled, self.mode
+        self.decompile()
+        self.set_checkpointing("full")
+        try:
+            yield
+        finally:
+            self._compiled = compiled
+            self.set_checkpointing(mode)
 
     def set_checkpointing(self, mode: CheckpointingMode) -> None:
         """Select the layers that recompute their activations in backward."""
@@ -163,7 +175,12 @@ def uses_randomness(model: nn.Module) -> bool:
     return False
 
 
-def _repeated(model: Any) -> list[Any]:
+def repeated_layers(model: Any) -> list[Any]:
+    """Return the repeated layers of a model.
+
+    Raises:
+        ValueError: There are none.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -31,9 +31,9 @@ def make_loss_fn(
     Raises:
         InputError: The precision of the run has no 16-bit logits.
     """
-    if config.logits == "bf16" and device_spec.precision not in ("bf16", "bf16-weights"):
+    if config.logits == "bf16" and device_spec.precision not in ("bf16", "bf16-weights", "fp8"):
         raise InputError(
-            f"--logits bf16 needs --precision bf16 or bf16-weights, and this run is in {device_spec.precision}."
+            f"--logits bf16 needs --precision bf16, bf16-weights or fp8, and this run is in {device_spec.precision}."
         )
     options: dict[str, Any] = {"needs_mask": needs_mask, "longest": longest}
     if chunk_tokens is not None:

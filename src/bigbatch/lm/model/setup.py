@@ -1,6 +1,7 @@
 """Set up attention, loss, layout, compilation and CUDA graphs of a model, each tested on the model itself.
 
-model → attention without a mask → chunked loss → packed rows → balance of experts → LoRA → compiled layers → ModelSetup
+model → attention without a mask → chunked loss → packed rows → balance of experts → LoRA → products in float8 →
+compiled layers → ModelSetup
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from bigbatch.lm.model.chunked_loss import chunked_loss_is_exact, find_lm_head, 
 from bigbatch.lm.model.compilation import compile_layers
 from bigbatch.lm.model.decoder_layers import DecoderLayers, offload_notes, uses_randomness
 from bigbatch.lm.model.expert_balance import balance_plan, run_router_hooks_eagerly, use_float64_experts
+from bigbatch.lm.model.fp8 import Fp8Layers, use_fp8
 from bigbatch.lm.model.load_balancing import LoadBalancedLoss
 from bigbatch.lm.model.loss_choice import make_loss_fn
 from bigbatch.lm.model.loss_types import LanguageLoss, LossMetrics
@@ -53,6 +55,7 @@ class ModelSetup:
         balanced: The cross entropy with the load-balancing loss of the experts; None if that is not trained.
         metrics: What the loss function records for metrics.jsonl; None for nothing.
         write_files: Writes more files into the folder of a saved model; None for none.
+        fp8: The layers with products in float8; None without ``--precision fp8``.
     """
 
     model: Any
@@ -65,6 +68,7 @@ class ModelSetup:
     balanced: LoadBalancedLoss | None = None
     metrics: LossMetrics | None = None
     write_files: Callable[[Path], None] | None = None
+    fp8: Fp8Layers | None = None
 
     @property
     def training_loss(self) -> LanguageLoss | LoadBalancedLoss:
@@ -125,6 +129,8 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
                 "the adapters are saved within model/: no folder holds the weights of --model tiny without them"
             )
     model = model.to(device_spec.device).train()
+    fp8 = use_fp8(model, config, device_spec)  # after the checks of attention, whose tolerances are those of bf16
+    notes += [] if fp8 is None else [fp8.note]
     layers = layers_of(model, config)
     compiles = compiles_layers(config, device_spec.device)
     chunk_tokens = chunk_tokens_of(find_lm_head(model), config, device_spec.device) if chunks else None
@@ -141,12 +147,12 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
     if compiles:
         if balanced is not None:
             run_router_hooks_eagerly(model)
-        compile_layers(model, config, layers, balanced or loss_fn, collator, device_spec, longest, notes)
+        compile_layers(model, config, layers, balanced or loss_fn, collator, device_spec, longest, notes, fp8=fp8)
     uses_cuda_graphs = captures_cuda_graphs(config, device_spec.device)
     notes += offload_notes(config.gradient_checkpointing, device_spec.device, captures=config.compile == "auto")
     if uses_cuda_graphs and balanced is not None:
         uses_cuda_graphs = _without_cuda_graphs(config, notes)
-    return ModelSetup(model, loss_fn, collator, layout, layers, uses_cuda_graphs, tuple(notes), balanced)
+    return ModelSetup(model, loss_fn, collator, layout, layers, uses_cuda_graphs, tuple(notes), balanced, fp8=fp8)
 
 
 def outline_model(
@@ -178,6 +184,7 @@ def outline_model(
     balance = balance_plan(model, config, device_spec)
     if config.lora_rank:
         model = with_lora(model, config)
+    use_fp8(model, config, device_spec, target=target)
     layers_of(model, config)
     head = find_lm_head(model)
     chunk_tokens = chunk_tokens_of(head, config, target) if worth_chunking(head) else None

@@ -7,10 +7,11 @@ import torch
 from bigbatch.autotune.fake_tensors import proxy_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import DeviceSpec, computes_bf16, resolve_device
+from bigbatch.lm.device import DeviceSpec, computes_bf16, resolve_device, torchao_obstacle
 from bigbatch.memory.limit import describe_bytes, gpu_limit, parse_memory
 from bigbatch.memory.usage import MemoryBudget, resolve_memory_budget
 
+WITH_FP8 = frozenset(["h100", "h100-nvl", "h200", "b200", "l4", "l40s", "rtx-4080", "rtx-4090", "rtx-5090"])
 WITHOUT_BF16 = frozenset(["t4", "v100-16gb", "v100-32gb"])  # before Ampere: training chooses fp16 there
 
 
@@ -41,6 +42,8 @@ class PlanTarget:
         if self.device.type != self.device_spec.device.type:
             why = "No CUDA build of PyTorch" if torch.version.cuda is None else "No CUDA device found"
             notes.append(f"{why}: estimated from CPU kernels with CUDA's allocation rounding.")
+        if self.device_spec.precision == "fp8":
+            notes.append("fp8: not the update of bf16, and one whose rounding depends on the micro-batch")
         if not self.computes_bf16 and self.device_spec.precision.startswith("bf16"):
             notes.append(
                 f"{self.name.partition(',')[0]} only emulates bf16, which is slow: use --precision fp16 or float32."
@@ -80,6 +83,8 @@ def _here(config: TrainConfig) -> PlanTarget:
 
 def _elsewhere(config: TrainConfig) -> PlanTarget:
     device = torch.device("cuda")
+    if config.precision == "fp8":
+        _check_fp8(config.gpu)
     with_bf16 = config.gpu not in WITHOUT_BF16
     fastest = "bf16" if with_bf16 else "fp16"
     device_spec = DeviceSpec(proxy_device(device), fastest if config.precision == "auto" else config.precision)
@@ -98,3 +103,13 @@ def _elsewhere(config: TrainConfig) -> PlanTarget:
         )
     name = f"{config.gpu or 'a CUDA device'}, {device_spec.precision}"
     return PlanTarget(name, device, device_spec, budget, False, with_bf16)
+
+
+def _check_fp8(gpu: str | None) -> None:
+    if gpu is not None and gpu not in WITH_FP8:
+        raise InputError(
+            f"--precision fp8 needs a GPU of NVIDIA with products in float8 (Ada, Hopper or Blackwell), and {gpu} has "
+            "none: use --precision bf16."
+        )
+    if (why := torchao_obstacle()) is not None:
+        raise InputError(f"--precision fp8 {why}")

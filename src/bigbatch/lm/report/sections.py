@@ -231,6 +231,10 @@ def environment(run: Run) -> str:
         if (value := run.last_event_value(key)) is not None
         and (shown := f"{value:,}" if type(value) is int else str(value))
     ]
+    fp8 = run.last_event_value("fp8")
+    if isinstance(fp8, dict):
+        about = f"{fp8.get('layers')}; not the update of bf16, and its rounding depends on the micro-batch"
+        rows += [["fp8", text(about)], ["fp8, measured", text(str(fp8.get("note")).removeprefix("fp8: "))]]
     versions = run.last_event_value("versions")
     if isinstance(versions, dict):
         rows += [[text(name), text(value)] for name, value in versions.items()]

@@ -35,8 +35,13 @@ def verification(run: Run) -> str:
         if exact
         else "NOT exact: a cut changes the gradient."
     )
+    fp8 = found.get("fp8")
+    is_fp8 = isinstance(fp8, dict) and fp8.get("is_within_tolerance") is True
+    if is_fp8:
+        verdict = "Not exact: the rounding of products in fp8 depends on the cut; every cut is within the tolerance."
     return (
-        tag("p", tag("strong", text(verdict), class_=f"verdict {'exact' if exact else 'wrong'}") + _verified_on(run))
+        tag("p", tag("strong", text(verdict), class_=_verdict_class(exact, is_fp8)) + _verified_on(run))
+        + (tag("p", text(f"{fp8.get('note')}.")) if isinstance(fp8, dict) else "")
         + table(
             ["micro-batch", "micro-batches", "bigbatch", "mean of means"],
             rows,
@@ -45,6 +50,10 @@ def verification(run: Run) -> str:
         )
         + "".join(tag("p", text(f"Cause: {cause}")) for cause in _strings(found.get("causes")))
     )
+
+
+def _verdict_class(exact: bool, is_fp8: bool) -> str:
+    return "verdict" if is_fp8 else f"verdict {'exact' if exact else 'wrong'}"
 
 
 def _verified_on(run: Run) -> str:

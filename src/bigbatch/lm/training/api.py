@@ -42,7 +42,7 @@ from bigbatch.lm.training.passed_data import (
     check_passed,
 )
 from bigbatch.lm.training.resume import check_facts, merge_config, stored_config, with_saved_changes
-from bigbatch.lm.training.setup import TrainingSetup, set_up_training
+from bigbatch.lm.training.setup import TrainingSetup, set_up_training, with_fp8_gradient
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.lm.training.user_callbacks import RunResult, RunStart, UserCallbacks
 
@@ -114,7 +114,7 @@ def train(
         if ranks.is_first:
             check_free(path)
     with ranks.raise_together():
-        setup = _set_up(asked.model_copy(update={"out": path}), inputs, loss_fn, ranks)
+        setup = with_fp8_gradient(_set_up(asked.model_copy(update={"out": path}), inputs, loss_fn, ranks))
     with ranks.raise_together():
         trainer = Trainer(setup, ranks=ranks)
         trainer.tune(cache=path)

@@ -185,7 +185,7 @@ def make_predictor(
             integer_sums=config.reproducible,
         )
 
-    fuses = target.type == "cuda" and config.precision in ("bf16", "fp16") and not config.reproducible
+    fuses = target.type == "cuda" and config.precision in ("bf16", "fp16", "fp8") and not config.reproducible
     copies_bytes = copied_bytes(model, model.parameters()) if fuses and config.parallel in (None, "ddp") else 0
     found = predictor(copies_bytes)
     if copies_bytes and usable_bytes is not None and config.microbatch == "auto":

@@ -6,6 +6,7 @@ The file is append-only: metrics.jsonl is truncated when a run resumes from a ch
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from bigbatch.lm.runs.file_names import CONFIG, EVENTS
 
 if TYPE_CHECKING:
     from bigbatch.lm.training.callbacks import TrainResult
+    from bigbatch.lm.training.setup import TrainingSetup
     from bigbatch.lm.training.trainer import Trainer
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors")
@@ -98,12 +100,26 @@ def _beginning(trainer: "Trainer", folder: Path) -> dict[str, Any]:
         "device": setup.device_spec.device.type,
         "parameters": sum(p.numel() for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "fp8": _fp8(setup),
         "recomputed": trainer.model_setup.checkpointing_mode,
         "versions": versions(),
         "chats": trains_on_chats(setup),
         "loss_fn": setup.passed.get("loss_fn"),
         "process_bytes": None if trainer.config.deterministic else _process_bytes(trainer),
         "window": first_window(trainer),
+    }
+
+
+def _fp8(setup: "TrainingSetup") -> dict[str, Any] | None:
+    """Return which products are in float8 and how far they move the gradient; None without, and in a resumed run."""
+    layers, gradient = setup.model_setup.fp8, setup.fp8_gradient
+    if layers is None or gradient is None:
+        return None
+    return {
+        "layers": str(layers),
+        "cosine": None if math.isnan(gradient.cosine) else gradient.cosine,
+        "num_samples": gradient.num_samples,
+        "note": str(gradient),
     }
 
 

@@ -123,6 +123,8 @@ def merge_config(stored: TrainConfig, asked: TrainConfig, *, allowed: Iterable[s
     changes: dict[str, Any] = {}
     for name in asked.model_fields_set - {"out"}:
         now, before = getattr(asked, name), getattr(stored, name)
+        if name == "precision" and now != before and "fp8" in (now, before):  # another gradient, not another rounding
+            raise InputError(_refusal(stored.out, name, before, now))
         if name in CHANGEABLE or (name in NEEDS_PERMISSION and NEEDS_PERMISSION[name] in allowed):
             changes[name] = now
         elif now != before:

@@ -1,7 +1,7 @@
 """Set-up of a run from its configuration, before the first update: data, tokenizer, model. Writes nothing."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from bigbatch.lm.data.sampling_order import ORDER_VERSION
 from bigbatch.lm.device import DeviceSpec, resolve_device
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.model.expert_notes import expert_notes
+from bigbatch.lm.model.fp8_gradient import NUM_SAMPLES, Fp8Gradient, compare_gradients
 from bigbatch.lm.model.from_scratch import new_model, new_model_config
 from bigbatch.lm.model.generation import prompt_tokens
 from bigbatch.lm.model.loss_types import LanguageLoss
@@ -35,6 +36,7 @@ from bigbatch.lm.runs.identity import digest_of
 from bigbatch.lm.training.data import DataLoader as DataLoader
 from bigbatch.lm.training.data import ProgressCallback as ProgressCallback
 from bigbatch.lm.training.run_tokenizer import load_run_tokenizer, train_run_tokenizer
+from bigbatch.memory.usage import free_cached_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ class TrainingSetup:
             without quantization.
         validation_sets: Validation data by name; empty if the only set has no name.
         validation_fingerprint: SHA-256 of its tokens, in hex; None if it is held out of the training data.
+        fp8_gradient: How far products in float8 move the gradient; None if it was not measured.
         passed: The facts of `bigbatch.lm.training.passed_data.PassedInputs`.
         training: Training data.
         validation: Validation data; None if there is too little data to hold any out. Of several sets, the one whose
@@ -83,6 +86,7 @@ class TrainingSetup:
     frozen_sha256: str | None = None
     validation_sets: Mapping[str, TokenDataset] = field(default_factory=dict)
     validation_fingerprint: str | None = None
+    fp8_gradient: Fp8Gradient | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -205,6 +209,19 @@ def set_up_training(
         validation_sets=data.validation_sets,
         validation_fingerprint=data.validation_fingerprint,
     )
+
+
+def with_fp8_gradient(setup: TrainingSetup, *, progress: ProgressCallback = _no_progress) -> TrainingSetup:
+    """Measure how far products in float8 move the gradient of the first samples, and add a note with the cosine."""
+    if setup.model_setup.fp8 is None:
+        return setup
+    progress("comparing the gradient of products in fp8 with that of products in bf16")
+    samples = [setup.training[i] for i in setup.order.epoch(0).part(0, NUM_SAMPLES).tolist()]
+    device = setup.device_spec.device
+    found = compare_gradients(setup.model_setup, samples, device)
+    if device.type == "cuda":
+        free_cached_memory()  # of two gradients; the micro-batch is chosen for the memory that is free
+    return replace(setup, fp8_gradient=found, notes=(*setup.notes, str(found)))
 
 
 def parallelize(setup: TrainingSetup, ranks: RankContext) -> GradientSync | SyncPolicy | None:
