@@ -1,10 +1,12 @@
 """Settings of every test: one thread per process, no access to the hub, no progress bars."""
 
 import gc
+import importlib.util
 import os
 import shutil
 import sys
 import time
+import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Count the slow tests that are left out; measure the CPU seconds of the tests if asked to."""
+    if importlib.util.find_spec("torchao") is not None:
+        with warnings.catch_warnings():  # its source warns when Python first compiles it, and transformers imports it
+            warnings.simplefilter("ignore")
+            importlib.import_module("torchao")
     if config.getoption("markexpr") == "not slow":
         config.pluginmanager.register(tiers.LeftOut())
     if number := config.getoption("--cpu-times"):

@@ -30,10 +30,10 @@ def test_sums_have_the_bits_of_one_addition(num_threads: int, dtype: torch.dtype
     sums.close()
 
 
-def test_threads_are_those_of_torch_up_to_eight() -> None:
+def test_threads_are_those_of_torch_up_to_sixteen() -> None:
     before = torch.get_num_threads()
     try:
-        for number, expected in ((1, 1), (3, 3), (20, 8)):
+        for number, expected in ((1, 1), (3, 3), (20, 16)):
             torch.set_num_threads(number)
             sums = BlockSums()
             assert sums.num_threads == expected
