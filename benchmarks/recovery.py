@@ -45,20 +45,24 @@ def train(parallel: str, options: argparse.Namespace, folder: Path, visible: str
     process = launch(options.ranks, [*words, "--out", str(plain)], log, environment=environment)
     wait_for(lambda: updates(plain) > 0, process)
     first_s = time.monotonic() - started_s
+    _say(f"{parallel}: first update after {first_s:.1f} s")
     if fault := wait_for_end(process, log):
         return f"{parallel:<6} undisturbed: {fault}"
+    _say(f"{parallel}: undisturbed run ended after {time.monotonic() - started_s:.1f} s")
     started_s = time.monotonic()
     process = launch(options.ranks, [*words, "--out", str(killed)], log, restarts=1, environment=environment)
     wait_for(lambda: updates(killed) > 0, process)
     second_s = time.monotonic() - started_s
     if not wait_for(lambda: updates(killed) >= KILLED_AFTER, process):
         return f"{parallel:<6} ended before it was killed: {wait_for_end(process, log)}"
+    _say(f"{parallel}: second run, {KILLED_AFTER} updates after {time.monotonic() - started_s:.1f} s; rank 1 is killed")
     kill_rank(process, 1)
     killed_s, done = time.monotonic(), updates(killed)
     wait_for(lambda: updates(killed) < done, process)  # a resumed run drops the updates after its checkpoint
     resumed_s = time.monotonic() - killed_s
     wait_for(lambda: updates(killed) > done, process)
     lost_s = time.monotonic() - killed_s
+    _say(f"{parallel}: next update after {lost_s:.1f} s")
     if fault := wait_for_end(process, log):
         return f"{parallel:<6} killed: {fault}"
     one, other = (
@@ -70,6 +74,10 @@ def train(parallel: str, options: argparse.Namespace, folder: Path, visible: str
         f"{parallel:<6}{first_s:>16.1f} s{second_s:>17.1f} s{resumed_s:>12.1f} s{lost_s:>10.1f} s"
         f"{f'{same} of {len(one)} equal':>18}"
     )
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
 
 
 def main() -> int:
