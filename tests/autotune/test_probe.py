@@ -78,7 +78,7 @@ def test_size_far_above_is_timed_where_that_takes_no_time(
     model = torch.nn.Linear(4, 1)
     engine = bigbatch.Engine(
         model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: (model(batch).sum(), len(batch)),
-        microbatch="auto", memory="1GiB",
+        microbatch="auto",
     )  # fmt: skip
     found = engine.tune(torch.randn(64, 4))
     assert [trial.size for trial in found.trials] == timed
