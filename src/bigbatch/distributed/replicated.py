@@ -41,7 +41,9 @@ class Replicated(MultiRankSync):
             micro-batches that run eagerly. A window in which a rank then fails is run again without, on all ranks; an
             error that does not occur again is a warning. The same bits for two ranks; for more, sums may round
             differently, so ``"auto"`` is off under ``torch.use_deterministic_algorithms(True)``. False: never, the
-            default, as the gain over NCCL has not been measured.
+            default: over NCCL, on 2 NVIDIA H200 with NVLink, windows of 1, 2 and 4 micro-batches took 4.6, 3.5 and
+            2.0 % less time with overlap (1.5, 3.0 and 0.9 % with fused layers; `benchmarks/overlap.py`), and a rank
+            that fails costs all ranks a window.
 
     Attributes:
         overlap: The choice: ``order`` is None while windows do not overlap, and ``share`` the part of a window that its
