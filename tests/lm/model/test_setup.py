@@ -340,6 +340,15 @@ def test_cpu_compiles_nothing_unless_requested(compiler: Any) -> None:
     assert error(gradient(run), full_gradient(build("llama"))) <= EXACT
 
 
+def test_deterministic_compiler_times_nothing(compiler: Any) -> None:
+    asked = compiler(exact)
+    for deterministic in (False, True):
+        arranged(build("llama"), compile="layers", deterministic=deterministic)
+        assert [options["options"].get("deterministic", False) for options in asked] == [deterministic] * 2
+        asked.clear()
+    assert "deterministic" in torch._inductor.config._config, "an option of this torch"
+
+
 def test_graphs_are_rejected_on_cpu(compiler: Any) -> None:
     compiler(exact)
     with pytest.raises(InputError) as caught:
