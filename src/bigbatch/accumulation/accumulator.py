@@ -92,7 +92,8 @@ class Accumulator:
         reproducible: Whether updates are the same bits for any order of the micro-batches and any distribution over
             ranks. Gradients are added as integers, 8 bytes for each element; if the scales of the window before do not
             suit them, as in the first window, iterating over the window yields its micro-batches once more. What is
-            random in a micro-batch is up to the loop. Not for sharded models, float16 and running statistics.
+            random in a micro-batch is up to the loop. Not for sharded or compiled models, float16 and running
+            statistics.
 
     Attributes:
         model: As passed; cannot be replaced.

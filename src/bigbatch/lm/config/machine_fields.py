@@ -63,10 +63,11 @@ class MachineFields(BaseModel):
         default="auto",
         description="kernel of attention in packed rows on CUDA: that of torch, or FlashAttention-4 for Hopper and "
         'Blackwell (pip install "bigbatch[fa4]"); auto = the faster of the two if a check of the model finds no '
-        "difference",
+        "difference, and torch with --deterministic or --reproducible",
     )
     compile: Literal["auto", "none", "layers", "graphs"] = Field(
         default="auto",
         description="layers = compile the layers of the model, which takes some seconds; graphs = also capture and "
-        "replay each micro-batch as a CUDA graph; none = run eagerly; auto = graphs on CUDA, none elsewhere",
+        "replay each micro-batch as a CUDA graph; none = run eagerly; auto = graphs on CUDA, none elsewhere and "
+        "with --reproducible",
     )
