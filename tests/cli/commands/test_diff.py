@@ -7,6 +7,7 @@ import pytest
 
 from bigbatch.cli import main
 from bigbatch.lm.runs.fingerprints import begin_fingerprints
+from bigbatch.lm.runs.identity import new_identity
 from support.command_line import SENTENCE, command
 
 
@@ -41,6 +42,30 @@ def test_different_runs_exit_with_1_and_name_parameters(folder: Path, capfd: pyt
         "  and 2 more",
         "the runs have another num_threads: 1 and 2",
     ]
+
+
+def test_settings_and_data_that_differ_are_named(folder: Path, capfd: pytest.CaptureFixture[str]):
+    same = {"seed": 0, "lr": None, "data": "a.jsonl", "out": "one", "microbatch": "auto", "parallel": "ddp"}
+    (folder / "one" / "run-manifest.json").write_bytes(
+        new_identity(same, {"data_sha256": "a", "weights_sha256": "b", "model": {"n_layer": 2}})
+    )
+    (folder / "three" / "run-manifest.json").write_bytes(
+        new_identity(
+            same | {"seed": 1, "lr": 0.1, "out": "three", "microbatch": 4},
+            {"data_sha256": "c", "weights_sha256": "d", "model": {"n_layer": 2}},
+        )
+    )
+    assert main(["diff", "one", "three"]) == 1
+    assert capfd.readouterr().out.splitlines()[6:] == [
+        "  and 2 more",
+        "the runs have another num_threads: 1 and 2",
+        "the runs have another --lr: none and 0.1",
+        "the runs have another --seed: 0 and 1",
+        "the runs have other documents",
+        "the runs have other initial weights",
+    ]
+    assert main(["diff", "one", "two"]) == 0
+    assert capfd.readouterr().out == "equal in 2 updates and 7 parameters\n"
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_gradient_of_compiled_adapters_is_that_on_dequantized_weights(tmp_path: 
 def test_set_up_compiles_layers_whose_gradient_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set-up compares the compiled layers with eager mode; both passes of both layers are traced, without Inductor."""
     compiled = DecoderLayers.compile
-    monkeypatch.setattr(DecoderLayers, "compile", lambda layers: compiled(layers, "aot_eager"))
+    monkeypatch.setattr(DecoderLayers, "compile", lambda layers, **_: compiled(layers, "aot_eager"))
     settings = {"layout": "padded", "gradient_checkpointing": "selective"}
     prepared = set_up(llama(tmp_path), "bf16", compile="layers", **settings)
     assert prepared.layers is not None

@@ -1,17 +1,36 @@
 """``bigbatch diff``: the first update, and the parameter, at which two reproducible runs differ."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from bigbatch.cli.console import make_console
 from bigbatch.cli.options import DiffOptions
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.errors import InputError
+from bigbatch.lm.config.field_groups import flag_of
 from bigbatch.lm.runs.fingerprints import Difference, Fingerprints, first_difference, read_fingerprints
+from bigbatch.lm.runs.identity import read_identity
 from bigbatch.lm.text import plural
 
 EQUAL = 0
 DIFFERENT = 1
 MOST_NAMES = 5
+NO_EFFECT = {
+    *("out", "microbatch", "token_budget", "memory", "gpu", "parallel", "cache", "no_cache", "cache_by_content", "log"),
+    *("checkpoint_every", "keep", "async_checkpoint", "max_skipped", "grace_s", "timeout_s", "sample_prompt"),
+}
+"""Settings that change no bit of a reproducible run."""
+FACTS = {
+    "data_sha256": "other documents",
+    "validation_sha256": "other validation documents",
+    "vocabulary_sha256": "another vocabulary",
+    "chat_template_sha256": "another chat template",
+    "model": "another configuration of the model",
+    "weights_sha256": "other initial weights",
+    "frozen_sha256": "other frozen weights",
+}
+"""What run-manifest.json records besides settings."""
 
 
 def run(options: DiffOptions) -> int:
@@ -23,7 +42,10 @@ def run(options: DiffOptions) -> int:
     one, other = map(read_fingerprints, options.runs)
     difference = first_difference(one, other)
     console = make_console()
-    for line in _describe(one, other, difference):
+    lines = list(_describe(one, other, difference))
+    if difference is not None:
+        lines += _other_settings(*map(_started_with, options.runs))
+    for line in lines:
         console.print_unbroken(line)
     return EQUAL if difference is None else DIFFERENT
 
@@ -47,3 +69,29 @@ def _describe(one: Fingerprints, other: Fingerprints, difference: Difference | N
         a, b = one.setting.get(name), other.setting.get(name)
         if a != b:
             yield f"the runs have another {name}: {a} and {b}"
+
+
+def _started_with(run: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the settings that a run was started with, and what is known of its model and data; none if unreadable."""
+    try:
+        identity = read_identity(run)
+    except InputError:
+        return {}, {}
+    return identity.settings or {}, identity.facts or {}
+
+
+def _other_settings(
+    one: tuple[Mapping[str, Any], Mapping[str, Any]], other: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> Iterator[str]:
+    (settings, facts), (other_settings, other_facts) = one, other
+    for name in sorted((settings.keys() & other_settings.keys()) - NO_EFFECT):
+        a, b = settings[name], other_settings[name]
+        if a != b:
+            yield f"the runs have another {flag_of(name)}: {_shown(a)} and {_shown(b)}"
+    for name, words in FACTS.items():
+        if facts.get(name) != other_facts.get(name):
+            yield f"the runs have {words}"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

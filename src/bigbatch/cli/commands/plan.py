@@ -109,6 +109,8 @@ def _memory(forecast: "Forecast") -> Iterator[str]:
         needed, usable = describe_bytes(prediction.peak_bytes), describe_bytes(budget.usable_bytes)
         verdict = "fits" if forecast.fits else "does not fit"
         yield f"  {verdict}: {needed} needed, {usable} usable {_limit(forecast.config, budget)}"
+        if not forecast.fits and forecast.config.offload == "none" and forecast.config.parallel == "ddp":
+            yield "  --offload auto plans a run on a GPU that keeps training state in host memory"
 
 
 def _limit(config: TrainConfig, budget: "MemoryBudget") -> str:
