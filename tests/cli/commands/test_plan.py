@@ -217,6 +217,7 @@ def test_single_short_document_is_described_in_singular(folder: Path, capfd: pyt
     printed = planned(capfd, "plan", "--data", "../one.jsonl", "--model", "../base", "--microbatch", "1")
     assert "\nmicro-batches of up to 1 sequence: as asked\n" in printed
     assert "\n1 sequence, 2 tokens, padded\n1 micro-batch, at most 1 sequence each\n" in printed
+    assert "--offload" not in printed
     assert "; 1 update: " in printed
 
 
@@ -227,6 +228,7 @@ def test_oversized_microbatch_is_reported(folder: Path, capfd: pytest.CaptureFix
     )
     assert "; the time per update was not measured: it does not fit\n" in printed
     assert "fits:" not in printed
+    assert "\n  --offload auto plans a run on a GPU that keeps training state in host memory\n" in printed
 
 
 @pytest.mark.parametrize("words", [["--microbatch", "4"], ["--token-budget", "64"]])
