@@ -34,9 +34,9 @@ from bigbatch import TokenBudget, move_to_device
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.training.engine_factory import make_engine
-from bigbatch.offload.block_sums import BlockSums
 from bigbatch.offload.host_sums import HostSums
 from bigbatch.offload.levels import LEVELS
+from bigbatch.offload.threaded_sums import ThreadedSums
 from bigbatch.offload.transfers import Transfers
 
 DRY = replace(W_SMALL, precision="bf16")
@@ -62,11 +62,11 @@ class Turn:
 
 def host_rates(numel: int) -> list[str]:
     """Measure how many elements a second the host adds to float32 sums, and how many it squares for a norm."""
-    blocks, total, norms = BlockSums(), torch.zeros(numel), HostSums(Transfers(torch.device("cpu")))
+    threads, total, norms = ThreadedSums(), torch.zeros(numel), HostSums(Transfers(torch.device("cpu")))
     wide = torch.randn(numel)
     ways = {
         "add by torch": lambda: total.add_(wide),
-        f"add by {blocks.num_threads} threads": lambda: blocks.add(total, wide),
+        f"add by {threads.num_threads} threads": lambda: threads.add(total, wide),
         "norm in blocks": lambda: norms.norm_parts([total]),
     }
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """How long a run on several ranks needs from the loss of one to its next update, and whether its losses stay the same.
 
-    python benchmarks/recovery.py --parallel ddp,fsdp [--ranks 2]          # CUDA cards of one host, four minutes
+    python benchmarks/recovery.py --parallel ddp,fsdp [--ranks 2]          # CUDA cards of one host, over four minutes
     python benchmarks/recovery.py --device cpu --parallel ddp --small          # gloo, to try the script
 
 A Llama of 0.5 billion parameters trains 12 updates of 64 sequences under ``--deterministic`` by `bigbatch train` and

@@ -1,6 +1,6 @@
 """Fingerprints of `bigbatch train --reproducible` on one and on several cards, killed, and resumed on fewer.
 
-    python benchmarks/reproducible_ranks.py --ranks 2,4          # 4 CUDA cards of one host, two minutes
+    python benchmarks/reproducible_ranks.py --ranks 2,4          # 4 CUDA cards of one host, some minutes
     python benchmarks/reproducible_ranks.py --device cpu --ranks 2 --steps 8          # gloo, to try the script
 
 Small Llama and GPT-2 models with dropout 0.1, in float32 and under bfloat16 autocast, train 50 updates: on one card

@@ -3,8 +3,8 @@
     gradient ──cast to the dtype of the sum, copy──▶ staging memory ──add──▶ sum
 
 The device is never waited for by the thread that runs backward, except when all of the staging memory is in use. A
-gradient in bfloat16 is cast on the device: twice the bytes cross the link, and the host adds float32 to float32, which
-it does several times faster.
+gradient in bfloat16 is cast on the device: twice the bytes cross the link, and the host added 3.0 billions of elements
+a second beside a backward, where casts on the host left it 2.2 (`benchmarks/offload.py`, an H200 with 16 cores).
 """
 
 import threading
@@ -17,8 +17,8 @@ from weakref import finalize
 from torch import Tensor
 
 from bigbatch.errors import WindowStateError, first_line
-from bigbatch.offload.block_sums import BlockSums
 from bigbatch.offload.chunk_sizes import NUM_SLOTS, STAGING_BYTES
+from bigbatch.offload.threaded_sums import ThreadedSums
 from bigbatch.offload.transfers import Transfers
 
 _ALIGNMENT = 256
@@ -150,11 +150,11 @@ class _Work:
         self._changed = threading.Condition()
         self._pieces: deque[_Piece | None] = deque()
         self._head = self._used = self._reserved = 0
-        self._sums = BlockSums(1)
+        self._sums = ThreadedSums(1)
 
     def prepare(self, capacity: int) -> None:
         """Use so much staging memory, and start the threads that add."""
-        self.capacity, self._sums = capacity, BlockSums()
+        self.capacity, self._sums = capacity, ThreadedSums()
 
     def reserve(self, num_bytes: int) -> tuple[int, int]:
         """Return the start of free staging memory, and what it occupies; wait until there is some."""

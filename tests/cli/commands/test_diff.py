@@ -45,13 +45,21 @@ def test_different_runs_exit_with_1_and_name_parameters(folder: Path, capfd: pyt
 
 
 def test_settings_and_data_that_differ_are_named(folder: Path, capfd: pytest.CaptureFixture[str]):
-    same = {"seed": 0, "lr": None, "data": "a.jsonl", "out": "one", "microbatch": "auto", "parallel": "ddp"}
+    same = {
+        "seed": 0,
+        "num_threads": 1,
+        "lr": None,
+        "data": "a.jsonl",
+        "out": "one",
+        "microbatch": "auto",
+        "parallel": "ddp",
+    }
     (folder / "one" / "run-manifest.json").write_bytes(
         new_identity(same, {"data_sha256": "a", "weights_sha256": "b", "model": {"n_layer": 2}})
     )
     (folder / "three" / "run-manifest.json").write_bytes(
         new_identity(
-            same | {"seed": 1, "lr": 0.1, "out": "three", "microbatch": 4},
+            same | {"seed": 1, "num_threads": 2, "lr": 0.1, "out": "three", "microbatch": 4},
             {"data_sha256": "c", "weights_sha256": "d", "model": {"n_layer": 2}},
         )
     )

@@ -44,7 +44,9 @@ def run(options: DiffOptions) -> int:
     console = make_console()
     lines = list(_describe(one, other, difference))
     if difference is not None:
-        lines += _other_settings(*map(_started_with, options.runs))
+        named = {*one.setting, *other.setting}  # by the lines before
+        first, second = map(_started_with, options.runs)
+        lines += _other_settings(first, second, named)
     for line in lines:
         console.print_unbroken(line)
     return EQUAL if difference is None else DIFFERENT
@@ -81,10 +83,12 @@ def _started_with(run: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _other_settings(
-    one: tuple[Mapping[str, Any], Mapping[str, Any]], other: tuple[Mapping[str, Any], Mapping[str, Any]]
+    one: tuple[Mapping[str, Any], Mapping[str, Any]],
+    other: tuple[Mapping[str, Any], Mapping[str, Any]],
+    named: set[str],
 ) -> Iterator[str]:
     (settings, facts), (other_settings, other_facts) = one, other
-    for name in sorted((settings.keys() & other_settings.keys()) - NO_EFFECT):
+    for name in sorted((settings.keys() & other_settings.keys()) - NO_EFFECT - named):
         a, b = settings[name], other_settings[name]
         if a != b:
             yield f"the runs have another {flag_of(name)}: {_shown(a)} and {_shown(b)}"

@@ -109,8 +109,13 @@ def _memory(forecast: "Forecast") -> Iterator[str]:
         needed, usable = describe_bytes(prediction.peak_bytes), describe_bytes(budget.usable_bytes)
         verdict = "fits" if forecast.fits else "does not fit"
         yield f"  {verdict}: {needed} needed, {usable} usable {_limit(forecast.config, budget)}"
-        if not forecast.fits and forecast.config.offload == "none" and forecast.config.parallel == "ddp":
+        if not forecast.fits and _may_offload(forecast.config):
             yield "  --offload auto plans a run on a GPU that keeps training state in host memory"
+
+
+def _may_offload(config: TrainConfig) -> bool:
+    sharded, narrow = config.parallel != "ddp", config.optimizer == "adamw-8bit" or config.precision == "fp8"
+    return config.offload == "none" and not sharded and not narrow
 
 
 def _limit(config: TrainConfig, budget: "MemoryBudget") -> str:

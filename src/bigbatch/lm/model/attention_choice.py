@@ -44,6 +44,8 @@ def choose_kernel(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, l
     why = kernel_obstacle(device_spec.device)
     if why is not None and config.attention == "auto":
         return ()
+    if why is None and config.attention == "auto" and (config.deterministic or config.reproducible):
+        why = "its time decides, which may differ between runs; --attention fa4 selects it"
     if why is None:
         with torch.random.fork_rng(devices=[device_spec.device]):
             why = _try(model, config, device_spec, longest)
@@ -72,8 +74,6 @@ def _try(model: Any, config: TrainConfig, device_spec: DeviceSpec, longest: int)
         return f"its results differ by {worst:.0e}"
     if config.attention == "fa4":
         return None
-    if config.deterministic or config.reproducible:
-        return "its time decides, which may differ between runs; --attention fa4 selects it"
     captured = config.compile in ("auto", "graphs")
     times = {kernel: time_kernel(kernel, shape, longest, device_spec.device, captured=captured) for kernel in NAMES}
     if times["fa4"] >= times["torch"]:

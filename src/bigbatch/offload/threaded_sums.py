@@ -28,10 +28,10 @@ MOST_THREADS = 16
 added 5.0 billions of elements in float32 a second, and 16 threads of OpenMP 10.8."""
 
 
-class BlockSums:
+class ThreadedSums:
     """Adds to sums, or sets them, in parts that threads share.
 
-        sums = BlockSums()
+        sums = ThreadedSums()
         sums.add(total, values)
 
     Tensors in float32 are divided among threads; others are added by torch.

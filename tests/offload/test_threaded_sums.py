@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from bigbatch.offload import block_sums
-from bigbatch.offload.block_sums import SMALLEST_PART, BlockSums
+from bigbatch.offload import threaded_sums
+from bigbatch.offload.threaded_sums import SMALLEST_PART, ThreadedSums
 
 SIZES = [1, 77, SMALLEST_PART, SMALLEST_PART + 1, 2 * SMALLEST_PART, 3 * SMALLEST_PART - 5, 5 * SMALLEST_PART + 13]
 
@@ -15,7 +15,7 @@ SIZES = [1, 77, SMALLEST_PART, SMALLEST_PART + 1, 2 * SMALLEST_PART, 3 * SMALLES
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_have_the_bits_of_one_addition(num_threads: int, dtype: torch.dtype) -> None:
-    sums = BlockSums(num_threads)
+    sums = ThreadedSums(num_threads)
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:
         values = torch.randn(size, generator=generator, dtype=dtype)
@@ -35,7 +35,7 @@ def test_threads_are_those_of_torch_up_to_sixteen() -> None:
     try:
         for number, expected in ((1, 1), (3, 3), (20, 16)):
             torch.set_num_threads(number)
-            sums = BlockSums()
+            sums = ThreadedSums()
             assert sums.num_threads == expected
             sums.close()
     finally:
@@ -43,8 +43,8 @@ def test_threads_are_those_of_torch_up_to_sixteen() -> None:
 
 
 def test_sums_are_added_by_torch_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_sums, "np", None)
-    sums = BlockSums()
+    monkeypatch.setattr(threaded_sums, "np", None)
+    sums = ThreadedSums()
     assert sums.num_threads == 1
     values = torch.randn(3 * SMALLEST_PART + 5, generator=torch.Generator().manual_seed(0))
     total = torch.ones(3 * SMALLEST_PART + 5)
@@ -61,8 +61,8 @@ def test_large_sums_are_added_by_all_threads(monkeypatch: pytest.MonkeyPatch) ->
     def record(total: Any, _: Any) -> None:
         parts.append((threading.current_thread() is caller, len(total)))
 
-    monkeypatch.setattr(block_sums, "_set_part", record)
-    sums = BlockSums(3)
+    monkeypatch.setattr(threaded_sums, "_set_part", record)
+    sums = ThreadedSums(3)
     sums.set(torch.zeros(3 * SMALLEST_PART), torch.zeros(3 * SMALLEST_PART))
     assert parts == [(False, SMALLEST_PART)] * 3
     parts.clear()
@@ -81,8 +81,8 @@ def test_error_of_one_thread_is_raised_when_all_have_ended(monkeypatch: pytest.M
         assert gate.wait(60)
         ended.append(total[0])
 
-    monkeypatch.setattr(block_sums, "_set_part", failing)
-    sums = BlockSums(2)
+    monkeypatch.setattr(threaded_sums, "_set_part", failing)
+    sums = ThreadedSums(2)
     with pytest.raises(RuntimeError, match="no memory for this part"):
         sums.set(torch.arange(2.0 * SMALLEST_PART), torch.zeros(2 * SMALLEST_PART))
     assert ended == [SMALLEST_PART]
