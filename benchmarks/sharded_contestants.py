@@ -22,7 +22,7 @@ from bigbatch.lm.bench.workload import Sample, shift
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.data.dataset import IGNORED
 from bigbatch.lm.device import resolve_device
-from bigbatch.lm.distributed.ranks import RankContext
+from bigbatch.lm.distributed.ranks import RankContext, _shard
 from bigbatch.lm.model.causal_attention import kernel_of
 from bigbatch.lm.model.meta_model import meta_model_from_config, replace_parameters
 from bigbatch.lm.model.meta_setup import set_up_meta_model
@@ -108,6 +108,8 @@ class Job:
 class Bigbatch:
     """`bigbatch train --parallel fsdp` with random weights.
 
+    Over one rank, which bigbatch does not shard, it is sharded here: for the kernels without exchanges.
+
     Args:
         job: Shared settings.
         policy: When gradients are reduced; None for what bigbatch chooses.
@@ -122,8 +124,12 @@ class Bigbatch:
         model = meta_model_from_config(job.llama_config(), dtype=torch.float32)
         model_setup = set_up_meta_model(model, Weights({}), config, spec, pad_id=0, longest=job.row_tokens)
         model_setup = replace(model_setup, uses_cuda_graphs=False)
-        sync: Any = job.ranks.parallelize(model, job.device, layers_dtype=spec.gathered_dtype)
-        if policy is not None:
+        if job.ranks.size == 1:
+            _shard(model, job.ranks, job.device.type, spec.gathered_dtype)
+            sync: Any = ShardedSync(model, policy=policy, keeps_weights=job.on_cuda)
+        else:
+            sync = job.ranks.parallelize(model, job.device, layers_dtype=spec.gathered_dtype)
+        if job.ranks.size > 1 and policy is not None:
             sync = ShardedSync(model, policy=policy, keeps_weights=job.on_cuda)
         load_random_shards(model, job.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=job.on_cuda)

@@ -3,15 +3,20 @@
 config.json → checked against the tokenizer, whose special tokens it gets → model on the CPU, in float32 → its dtype
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bigbatch.errors import InputError, first_line
+from bigbatch.lm.model.parallel_fills import filled_in_parallel
 from bigbatch.lm.model.pretrained import load_config, model_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MOST_SERIAL = 2**26
+"""Weights that one thread fills, in the values of ``from_config`` after ``torch.manual_seed``: in about a second."""
 
 
 def new_model_config(path: str, tokenizer: "PreTrainedTokenizerBase", *, tokenizer_name: str) -> Any:
@@ -47,7 +52,8 @@ def new_model_config(path: str, tokenizer: "PreTrainedTokenizerBase", *, tokeniz
 def new_model(config: Any, *, name: str, dtype: torch.dtype, seed: int) -> Any:
     """Create the model of a configuration on the CPU; the same values in every dtype, but for rounding.
 
-    The random state is restored.
+    Up to `MOST_SERIAL` weights have the values that transformers gives them after ``torch.manual_seed(seed)``. Those of
+    larger models are drawn by several threads, whose number makes no difference. The random state is restored.
 
     Args:
         config: From `new_model_config`.
@@ -61,7 +67,10 @@ def new_model(config: Any, *, name: str, dtype: torch.dtype, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = model_from_config(config, dtype=torch.float32, device=torch.device("cpu"))
+            make = partial(model_from_config, config, dtype=torch.float32)
+            num_weights = sum(parameter.numel() for parameter in make(device=torch.device("meta")).parameters())
+            on_cpu = partial(make, device=torch.device("cpu"))
+            model = on_cpu() if num_weights <= MOST_SERIAL else filled_in_parallel(on_cpu, seed)
         except Exception as error:
             raise InputError(f"the configuration of {name} makes no model: {first_line(error)}.") from error
     for parameter in model.parameters():  # not the buffers: frequencies of rotary embeddings stay in float32
