@@ -59,7 +59,7 @@ def commands_after(run: "Run") -> list[str]:
     if finished and config.objective == "sft" and (run.folder / MODEL).is_dir():
         trained = {"model": str(run.folder / MODEL), "model_config_path": None, "tokenizer": None}
         length = f"--epochs {config.epochs}" if config.steps is None else f"--steps {config.steps}"
-        again = same_job(config.model_copy(update=trained))
+        again = same_job(config.model_copy(update=trained), more=_BATCH)
         commands.append(f"bigbatch train{again} {length}   trains the model for longer, as a new run")
     return commands
 
@@ -83,14 +83,15 @@ def quoted(prompt: str) -> str:
 
 
 _READING = ("text_column", "messages_column", "chat_template", "train_on")  # of records and conversations
+_BATCH = ("global_batch", "global_batch_tokens", "global_batch_schedule")
 
 
-def same_job(config: TrainConfig) -> str:
-    """Return the flags for a command on the same model and data."""
+def same_job(config: TrainConfig, *, more: tuple[str, ...] = ()) -> str:
+    """Return the flags for a command on the same model and data; ``more`` settings if they are not the defaults."""
     default = TrainConfig()
     source = ("model",) if config.model_config_path is None else ("model_config_path", "tokenizer")
     of_model = (*source, "max_length", "lora_rank", "lora_targets", "lora_dropout", "rslora", "dora", "quantize")
-    names = ("objective", *OF_OBJECTIVE, "data", "split", "subset", *of_model, "precision", *_READING)
+    names = ("objective", *OF_OBJECTIVE, "data", "split", "subset", *of_model, "precision", *_READING, *more)
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
     words = []
     for name, value in given.items():

@@ -78,11 +78,11 @@ def test_commands_suit_state_of_run(tmp_path: Path, capfd: pytest.CaptureFixture
     stopped = make_run(tmp_path / "stopped", rows(3), events=[BEGIN, {"event": "stopped", "step": 3, "why": "SIGTERM"}])
     printed(capfd, stopped)
     assert f"Next: bigbatch resume {stopped} updates" in words_of(stopped / "report.html")
-    settings = {"steps": 3, "sample_prompt": "a b", "max_length": 64}
+    settings = {"steps": 3, "sample_prompt": "a b", "max_length": 64, "global_batch": 48}
     done = make_run(tmp_path / "done", rows(3), settings=settings)
     (done / "model").mkdir()
     printed(capfd, done)
-    longer = f"bigbatch train --model {done}/model --max-length 64 --steps 3"
+    longer = f"bigbatch train --model {done}/model --max-length 64 --global-batch 48 --steps 3"
     assert "bigbatch resume" not in words_of(done / "report.html")
     assert f"{longer} trains the model for longer, as a new run" in words_of(done / "report.html")
     assert f'bigbatch generate {done} "a b"' in words_of(done / "report.html")

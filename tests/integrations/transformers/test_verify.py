@@ -51,6 +51,8 @@ def test_right_trainer_is_right_in_both():
     result = verify(tiny.trainer_of(tiny.llama(), tiny.token_samples()))
     assert max(result.stock_error, result.relative_error) <= 1e-6
     assert result.unit == "sum / num_items"
+    verdict = f"bigbatch: exact (tolerance {result.tolerance:.0e}); stock Trainer: exact on these samples"
+    assert str(result).endswith(verdict)
 
 
 def test_only_last_window_may_be_wrong():
@@ -80,7 +82,7 @@ def test_result_prints_as_table():
     assert first.split()[:3] == ["first", "16", "4"]
     assert last.split()[:3] == ["last", "6", "2"]
     assert unit == "the loss is averaged over: shifted labels"
-    assert verdict == "exact (tolerance 2e-05)"
+    assert verdict == "bigbatch: exact (tolerance 2e-05); stock Trainer: NOT exact"
 
 
 def test_exact_trainer_is_verified_with_its_settings():
@@ -98,7 +100,7 @@ def test_wrong_items_are_not_exact():
     result = verify(exact(token_mean(), items=lambda inputs: inputs["labels"].shape[0]))
     assert not result.exact
     assert result.relative_error >= 0.01
-    assert str(result).endswith("NOT exact (tolerance 2e-05)")
+    assert str(result).endswith("bigbatch: NOT exact (tolerance 2e-05); stock Trainer: NOT exact")
 
 
 def test_weighted_trainer_is_verified_in_its_loop():
@@ -266,7 +268,8 @@ def test_training_batch_norms_are_named(frozen):
         assert result.causes == ()
     else:
         assert str(result).endswith(
-            "NOT exact (tolerance 2e-05)\n  cause: BatchNorm in training mode (norm) normalizes by the mean and "
+            "bigbatch: NOT exact (tolerance 2e-05); stock Trainer: NOT exact\n"
+            "  cause: BatchNorm in training mode (norm) normalizes by the mean and "
             "variance of a micro-batch, so the updates are not exactly those of the whole batch: set it to eval mode, "
             "or use GroupNorm or LayerNorm."
         )

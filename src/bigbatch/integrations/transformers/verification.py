@@ -58,8 +58,10 @@ class TrainerVerification:
                 f"{each.relative_error:>11.1e}{mark}"
             )
         lines.append(f"the loss is averaged over: {self.unit}")
-        verdict = "exact" if self.exact else "NOT exact"
-        lines.append(f"{verdict} (tolerance {self.tolerance:.0e})")
+        stock_is_exact = not self.causes and all(each.stock_error <= self.tolerance for each in self.windows)
+        stock = "exact on these samples" if stock_is_exact else "NOT exact"
+        ours = "exact" if self.exact else "NOT exact"
+        lines.append(f"bigbatch: {ours} (tolerance {self.tolerance:.0e}); stock Trainer: {stock}")
         lines += [f"  cause: {cause}" for cause in self.causes]
         return "\n".join(lines)
 
