@@ -37,7 +37,7 @@ HUGE = LevelLimits(2**60, 2**60)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let engines and predictions stream chunks of a few parameters."""
     monkeypatch.setattr(costs, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(costs, "STAGING_BYTES", 3 * CHUNK_BYTES)
+    monkeypatch.setattr(costs, "SUM_SLOT_BYTES", CHUNK_BYTES)
     with small_chunks_of_engine():
         yield
 
@@ -79,7 +79,7 @@ def stack_loss(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
 
 
 def test_peaks_on_cuda_are_those_by_hand() -> None:
-    """AdamW: 16, 8, 6 and 2 bytes of a weight, buffers of the update, and at "gradients" 192 MiB on their way."""
+    """AdamW: 16, 8, 6 and 2 bytes of a weight, buffers of the update, and of gradient sums."""
     model = wide_stack(24)
     weights = 24 * 2048**2
     names = [f"{index}.weight" for index in range(24)]
@@ -92,7 +92,7 @@ def test_peaks_on_cuda_are_those_by_hand() -> None:
     assert 0 <= peaks["master"] - 6 * weights - update["master"] < 2**20
     # Before the first window, all weights are in float32 on the card.
     start = 4 * weights + 64 * 2**20
-    window = 2 * weights + costs.STAGING_BYTES
+    window = 2 * weights + 2 * costs.NUM_SUM_SLOTS * costs.SUM_SLOT_BYTES
     assert peaks["gradients"] >= max(start, window)
     assert sorted(peaks.values(), reverse=True) == list(peaks.values())
     hosts = [prediction.needs(level).host_bytes for level in LEVELS]

@@ -34,7 +34,7 @@ def check_host(accumulator: Accumulator) -> None:
     with suppress(PredictionError):  # then the allocation itself fails, with a sentence
         masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
         sums = 0 if offload.sums is None else SumStore.bytes_of(accumulator.update.parameters())
-        needed = pinned_bytes(_state_bytes(accumulator) + masters + sums + offload.window_bytes) - offload.host_bytes
+        needed = pinned_bytes(_state_bytes(accumulator) + masters + sums) - offload.host_bytes
         check_host_memory(
             needed, available_host_bytes(num_processes=num_processes), level=offload.level, num_processes=num_processes
         )
