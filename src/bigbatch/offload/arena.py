@@ -26,6 +26,8 @@ class Place(NamedTuple):
 class Arena:
     """Slots in turn for parts up to a size; a larger part has all of the memory for itself.
 
+    Slots are larger than asked for if that needs no more memory than the largest part does.
+
         arena = Arena(transfers, sizes, slot_bytes)
         place = arena.place(num_bytes)                  # free once the copies ``place.after`` have ended
         arena.release(place, transfers.to_host(...))
@@ -33,7 +35,7 @@ class Arena:
     Args:
         transfers: Allocate the memory.
         sizes: Bytes of all that will be placed.
-        slot_bytes: Largest size of a slot.
+        slot_bytes: Largest size of a slot that needs memory.
         num_slots: Parts that have memory at the same time.
 
     Raises:
@@ -43,7 +45,7 @@ class Arena:
     def __init__(
         self, transfers: Transfers, sizes: Sequence[int], slot_bytes: int, *, num_slots: int = NUM_SLOTS
     ) -> None:
-        self._limit = slot_bytes
+        self._limit = max(slot_bytes, max(sizes, default=0) // num_slots)
         self._slot_bytes = max((size for size in sizes if self.is_small(size)), default=0)
         self._memory = transfers.device_memory(arena_bytes(sizes, slot_bytes, num_slots=num_slots))
         self._turn = 0
