@@ -246,8 +246,12 @@ def test_card_has_its_rates_or_those_of_its_size(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(card_target, "resolve_memory_budget", lambda memory, *_: budget if memory == "1000B" else None)
     monkeypatch.setattr(card_target, "available_host_bytes", lambda num_processes: 64 * num_processes)
-    found = card_target.describe_card(CUDA, "1000B", [])
-    assert found == CardTarget(CUDA, card(expected), LevelLimits(950, 64))
+    for link_rate in (None, 31e9):
+        monkeypatch.setattr(card_target, "measure_link_rate", lambda _, rate=link_rate: rate)
+        found = card_target.describe_card(CUDA, "1000B", [])
+        assert found == CardTarget(CUDA, card(expected).with_link_rate(link_rate), LevelLimits(950, 64))
+    assert found.card.link_rate == 31e9
+    assert "link 31 GB/s in each direction (measured)" in str(found.card)
     assert card_target.is_card(CUDA)
     assert not card_target.is_card(CPU)
 
@@ -260,6 +264,7 @@ def test_memory_of_other_tensors_is_not_for_the_training(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(card_target, "resolve_memory_budget", lambda *_: MemoryBudget(1100, 1000))
+    monkeypatch.setattr(card_target, "measure_link_rate", lambda _: None)
     monkeypatch.setattr(card_target, "bytes_on", lambda tensors, device: sum(t.nbytes for t in tensors))
     found = card_target.describe_card(CUDA, None, iter([torch.zeros(128)]))
     assert found.limits.card_bytes == usable

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch
+from bigbatch.engine.host_check import predicted_host_bytes
 from bigbatch.errors import InputError, TornUpdateError, WindowStateError
 from bigbatch.offload import sum_streamer
+from bigbatch.offload.costs import link_bytes
 from bigbatch.offload.host_sums import HostSums
 from bigbatch.offload.state_chunk import StateChunk
 from bigbatch.offload.transfers import Transfers
@@ -307,6 +309,25 @@ def test_every_sum_crosses_once_each_way():
     assert sums >= 4 * numel
     assert counts.bytes_to_host - before.bytes_to_host == 4 * 4 * numel + state
     assert counts.bytes_to_device - before.bytes_to_device == 3 * 4 * numel + state + 2 * sums
+
+
+@pytest.mark.parametrize("level", ["optimizer", "master", "gradients"])
+def test_bytes_that_cross_are_those_that_are_predicted(level: str):
+    """Each tensor in the host memory is rounded up to 256 bytes."""
+    engine = make(level, microbatch=2)
+    before_state = predicted_host_bytes(engine.accumulator)
+    train(engine, 0, 1)
+    streamed = streamed_of(engine)
+    assert predicted_host_bytes(engine.accumulator) == before_state
+    link, before = link_bytes(*before_state), copy.copy(streamed.transfers.counts)
+    train(engine, 1, 2)  # four micro-batches
+    counts = streamed.transfers.counts
+    rounding = 256 * sum(len(c.entries) + 2 * len(c.sums.entries if c.sums else ()) for c in streamed.chunks)
+    to_device = counts.bytes_to_device - before.bytes_to_device
+    to_host = counts.bytes_to_host - before.bytes_to_host
+    assert 0 <= to_device - link.to_card - 3 * link.per_microbatch < rounding
+    assert 0 <= to_host - link.to_host - 4 * link.per_microbatch < rounding
+    assert rounding < link.to_host
 
 
 def test_memory_of_host_and_windows_is_counted():

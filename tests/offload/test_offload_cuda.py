@@ -12,6 +12,7 @@ from torch import nn
 
 import bigbatch
 from bigbatch.offload import streamed_optimizer, sum_streamer
+from bigbatch.offload.link_rate import measure_link_rate
 from bigbatch.offload.transfers import CudaTransfers
 from offload.models import (
     OPTIMIZERS,
@@ -437,3 +438,12 @@ def test_sums_move_in_both_directions_at_once():
     assert len(spans["HtoD"]) == len(spans["DtoH"]) == 2 * 48
     assert shared(spans["HtoD"], spans["DtoH"]) > 0.6 * sum(end - start for start, end in spans["HtoD"])
     assert all(torch.equal(total, torch.full_like(total, 4.0)) for total in totals)
+
+
+def test_measured_link_is_that_of_pinned_memory():
+    """A link of PCIe 3 to 6 over 16 lanes, or NVLink-C2C; pageable memory is slower."""
+    before = torch.cuda.memory_allocated()
+    rate = measure_link_rate(torch.device("cuda", 0))
+    assert rate is not None
+    assert 5e9 < rate < 500e9
+    assert torch.cuda.memory_allocated() == before

@@ -151,10 +151,31 @@ def transfers(state: ModelState, level: Offload) -> LinkBytes:
     """
     if level == "none":
         return LinkBytes(0, 0)
-    both = state.state_bytes + (FLOAT32 * state.narrowed if reaches(level, "master") else 0)
-    if not reaches(level, "gradients"):
-        return LinkBytes(both, both)
-    return LinkBytes(both + 2 * state.sum_bytes, both, state.sum_bytes, state.sum_bytes)
+    masters_bytes = FLOAT32 * state.narrowed if reaches(level, "master") else 0
+    return link_bytes(state.state_bytes + masters_bytes, state.sum_bytes if reaches(level, "gradients") else 0)
+
+
+def link_bytes(state_bytes: int, sum_bytes: int) -> LinkBytes:
+    """Return the bytes of one window with optimizer state, master weights included, and gradient sums on the host."""
+    return LinkBytes(state_bytes + 2 * sum_bytes, state_bytes, sum_bytes, sum_bytes)
+
+
+def streamed_s(link: LinkBytes, link_rate: float, kernels_s: float = 0.0) -> float:
+    """Return the seconds of an update: the longer of its kernels and its copies, both ends of these, and the norm.
+
+    Args:
+        link: Its bytes.
+        link_rate: Bytes per second in each direction.
+        kernels_s: Seconds of its kernels.
+    """
+    ends = min(CHUNK_BYTES, link.to_card) + min(CHUNK_BYTES, link.to_host)  # the first in and the last out
+    copies_s = max(link.to_card - link.for_norm, link.to_host) / link_rate
+    return max(kernels_s, copies_s) + (link.for_norm + ends) / link_rate
+
+
+def sums_wait_s(link: LinkBytes, link_rate: float, backward_s: float) -> float:
+    """Return the seconds that a micro-batch waits for gradient sums, which a backward of so many seconds hides."""
+    return max(0.0, link.per_microbatch / link_rate - max(0.0, backward_s))
 
 
 @dataclass(frozen=True)
@@ -243,17 +264,14 @@ def update_time(
     link = transfers(state, level)
     backward_s = (compute_s - forward_s) / work.num_microbatches
     inputs_s = work.tokens * _unhidden_inputs_s(work, layers_s, card)
+    # Inputs of layers come back in one of the directions of the sums.
     moved_s = work.tokens * work.moved_inputs * work.input_bytes / work.num_microbatches / card.link_rate
-    sums_s = link.per_microbatch / card.link_rate  # in the direction that inputs of layers come back in
-    hidden_s = max(0.0, backward_s - moved_s)
-    link_s = work.num_microbatches * max(0.0, sums_s - hidden_s)
+    link_s = work.num_microbatches * sums_wait_s(link, card.link_rate, backward_s - moved_s)
     fabric_s = work.num_microbatches * max(0.0, fabric_bytes / card.fabric_rate - compute_s / work.num_microbatches)
 
     # The update reads weights, state and sums, writes the first two, and reads the sums once more for their norm.
     kernels_s = (2 * state.weight_bytes + 2 * state.state_bytes + 2 * state.sum_bytes) / card.memory_rate
-    ends = min(CHUNK_BYTES, link.to_card) + min(CHUNK_BYTES, link.to_host)  # the first in and the last out
-    streamed_s = max(kernels_s, (link.to_card - link.for_norm) / card.link_rate, link.to_host / card.link_rate)
-    update_s = streamed_s + (link.for_norm + ends) / card.link_rate
+    update_s = streamed_s(link, card.link_rate, kernels_s)
     return UpdateTime(compute_s, microbatches_s, update_s, link_s, fabric_s, inputs_s)
 
 
