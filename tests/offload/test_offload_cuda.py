@@ -287,16 +287,8 @@ def test_gradients_of_other_streams_have_equal_bits():
             window = accumulator.window()
             for number in range(4):
                 tokens, stream = make_tokens(4 * update + number).cuda(), streams[number % 2]
-
-                def backward(
-                    window: Any = window, tokens: Any = tokens, stream: Any = stream, model: Any = model
-                ) -> None:
-                    with torch.cuda.stream(stream):
-                        loss, items = decoder_loss(model, tokens)
-                        window.backward(loss, items=items)
-
                 stream.wait_stream(torch.cuda.current_stream())
-                thread = threading.Thread(target=backward)
+                thread = threading.Thread(target=backward_on, args=(stream, window, model, tokens))
                 thread.start()
                 thread.join(60)
                 torch.cuda.current_stream().wait_stream(stream)
