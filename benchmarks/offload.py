@@ -14,7 +14,8 @@ updates, and then measures ``--updates``. *Device* is the highest memory of torc
 *host* the pinned memory of offloaded state and of inputs of layers, *step* the time of the update after the last
 micro-batch, by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which is computed before.
 *Loss* is that of the last update; attention on CUDA is not deterministic, so that its last digits differ from turn to
-turn, while `tests/offload/test_offload_cuda.py` compares the bits.
+turn, while `tests/offload/test_offload_cuda.py` compares the bits. The first lines have the measured rate of the link,
+in each direction while both are busy.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.training.engine_factory import make_engine
 from bigbatch.offload.levels import LEVELS
+from bigbatch.offload.link_rate import measure_link_rate
 
 DRY = replace(W_SMALL, precision="bf16")
 LARGE = {
@@ -170,6 +172,8 @@ def main() -> None:
         f"checkpointing {arguments.checkpointing}, "
         f"{arguments.billions} billion parameters, {arguments.memory or 'all'} GiB"
     ]
+    if (link_rate := measure_link_rate(device)) is not None:
+        lines.append(f"link {link_rate / 1e9:.1f} GB/s in each direction")
     turns: dict[tuple[int, str], list[Turn]] = defaultdict(list)
     print("\n".join(lines), flush=True)
     for number in range(arguments.rounds):

@@ -125,7 +125,9 @@ class CudaTransfers(Transfers):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._in, self._out, self._beside = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
+        self._in, self._out = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        # Copies wait for its short kernels, which a product that uses all multiprocessors would delay.
+        self._beside = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def host_memory(self, num_bytes: int) -> Tensor:
         """Return pinned host memory, in pages of its own: torch's allocator would round it up to a power of two.
