@@ -12,10 +12,10 @@ its float32 weights need not fit in ``--memory``. A window has the sequences of 
 several such batches, in packed rows of ``--tokens`` tokens. Each turn makes model and engine anew, runs ``--warm-up``
 updates, and then measures ``--updates``. *Device* is the highest memory of torch's allocator in the measured updates,
 *host* the pinned memory of offloaded state and of inputs of layers, *step* the time of the update after the last
-micro-batch, by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which the host computes
-before. The first lines are the host's rates of additions and of the norm, which `bigbatch.offload.costs` assumes; set
-``OMP_NUM_THREADS`` to the cores of one card. *Loss* is that of the last update; attention on CUDA is not deterministic,
-so that its last digits differ from turn to turn, while `tests/offload/test_offload_cuda.py` compares the bits.
+micro-batch, by CUDA events around ``optimizer.step``; at ``gradients`` without the norm, which is computed before.
+*Loss* is that of the last update; attention on CUDA is not deterministic, so that its last digits differ from turn to
+turn, while `tests/offload/test_offload_cuda.py` compares the bits. The first lines have the measured rate of the link,
+in each direction while both are busy.
 """
 
 import argparse
@@ -34,10 +34,8 @@ from bigbatch import TokenBudget, move_to_device
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
 from bigbatch.lm.training.engine_factory import make_engine
-from bigbatch.offload.host_sums import HostSums
 from bigbatch.offload.levels import LEVELS
-from bigbatch.offload.threaded_sums import ThreadedSums
-from bigbatch.offload.transfers import Transfers
+from bigbatch.offload.link_rate import measure_link_rate
 
 DRY = replace(W_SMALL, precision="bf16")
 LARGE = {
@@ -58,25 +56,6 @@ class Turn:
     device_bytes: int
     host_bytes: int
     loss: float
-
-
-def host_rates(numel: int) -> list[str]:
-    """Measure how many elements a second the host adds to float32 sums, and how many it squares for a norm."""
-    threads, total, norms = ThreadedSums(), torch.zeros(numel), HostSums(Transfers(torch.device("cpu")))
-    wide = torch.randn(numel)
-    ways = {
-        "add by torch": lambda: total.add_(wide),
-        f"add by {threads.num_threads} threads": lambda: threads.add(total, wide),
-        "norm in blocks": lambda: norms.norm_parts([total]),
-    }
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(5):
-        for name, call in ways.items():
-            started_s = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started_s)
-    rates = ", ".join(f"{name} {numel / min(found) / 1e9:.2f}" for name, found in seconds.items())
-    return [f"host, {torch.get_num_threads()} threads, billions of elements a second: {rates}"]
 
 
 def make_model(arguments: argparse.Namespace, device: torch.device, level: Any) -> Any:
@@ -193,7 +172,8 @@ def main() -> None:
         f"checkpointing {arguments.checkpointing}, "
         f"{arguments.billions} billion parameters, {arguments.memory or 'all'} GiB"
     ]
-    lines += host_rates(2**22 if arguments.dry else 2**26)
+    if (link_rate := measure_link_rate(device)) is not None:
+        lines.append(f"link {link_rate / 1e9:.1f} GB/s in each direction")
     turns: dict[tuple[int, str], list[Turn]] = defaultdict(list)
     print("\n".join(lines), flush=True)
     for number in range(arguments.rounds):

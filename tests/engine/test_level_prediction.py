@@ -37,7 +37,7 @@ HUGE = LevelLimits(2**60, 2**60)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let engines and predictions stream chunks of a few parameters."""
     monkeypatch.setattr(costs, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(costs, "STAGING_BYTES", 3 * CHUNK_BYTES)
+    monkeypatch.setattr(costs, "SUM_SLOT_BYTES", CHUNK_BYTES)
     with small_chunks_of_engine():
         yield
 
@@ -79,7 +79,7 @@ def stack_loss(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
 
 
 def test_peaks_on_cuda_are_those_by_hand() -> None:
-    """AdamW: 16, 8, 6 and 2 bytes of a weight, buffers of the update, and at "gradients" 192 MiB on their way."""
+    """AdamW: 16, 8, 6 and 2 bytes of a weight, buffers of the update, and of gradient sums."""
     model = wide_stack(24)
     weights = 24 * 2048**2
     names = [f"{index}.weight" for index in range(24)]
@@ -92,7 +92,7 @@ def test_peaks_on_cuda_are_those_by_hand() -> None:
     assert 0 <= peaks["master"] - 6 * weights - update["master"] < 2**20
     # Before the first window, all weights are in float32 on the card.
     start = 4 * weights + 64 * 2**20
-    window = 2 * weights + costs.STAGING_BYTES
+    window = 2 * weights + 2 * costs.NUM_SUM_SLOTS * costs.SUM_SLOT_BYTES
     assert peaks["gradients"] >= max(start, window)
     assert sorted(peaks.values(), reverse=True) == list(peaks.values())
     hosts = [prediction.needs(level).host_bytes for level in LEVELS]
@@ -246,8 +246,12 @@ def test_card_has_its_rates_or_those_of_its_size(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(card_target, "resolve_memory_budget", lambda memory, *_: budget if memory == "1000B" else None)
     monkeypatch.setattr(card_target, "available_host_bytes", lambda num_processes: 64 * num_processes)
-    found = card_target.describe_card(CUDA, "1000B", [])
-    assert found == CardTarget(CUDA, card(expected), LevelLimits(950, 64))
+    for link_rate in (None, 31e9):
+        monkeypatch.setattr(card_target, "measure_link_rate", lambda _, rate=link_rate: rate)
+        found = card_target.describe_card(CUDA, "1000B", [])
+        assert found == CardTarget(CUDA, card(expected).with_link_rate(link_rate), LevelLimits(950, 64))
+    assert found.card.link_rate == 31e9
+    assert "link 31 GB/s in each direction (measured)" in str(found.card)
     assert card_target.is_card(CUDA)
     assert not card_target.is_card(CPU)
 
@@ -260,6 +264,7 @@ def test_memory_of_other_tensors_is_not_for_the_training(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(card_target, "resolve_memory_budget", lambda *_: MemoryBudget(1100, 1000))
+    monkeypatch.setattr(card_target, "measure_link_rate", lambda _: None)
     monkeypatch.setattr(card_target, "bytes_on", lambda tensors, device: sum(t.nbytes for t in tensors))
     found = card_target.describe_card(CUDA, None, iter([torch.zeros(128)]))
     assert found.limits.card_bytes == usable

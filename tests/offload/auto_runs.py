@@ -34,7 +34,7 @@ def on_card(card_bytes: int) -> Iterator[None]:
     target = CardTarget(torch.device("cuda"), card("h200"), LevelLimits(card_bytes, 2**50))
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "CHUNK_BYTES", CHUNK_BYTES)
-        patch.setattr(costs, "STAGING_BYTES", 3 * CHUNK_BYTES)
+        patch.setattr(costs, "SUM_SLOT_BYTES", CHUNK_BYTES)
         patch.setattr(card_target, "is_card", lambda device: True)
         patch.setattr(card_target, "describe_card", lambda *_: target)
         yield

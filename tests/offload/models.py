@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch
-from bigbatch.offload import host_adder, streamed_optimizer
+from bigbatch.offload import streamed_optimizer, sum_streamer
 
 CHUNK_BYTES = 1024
 """Of the tests: the models have several chunks of one and of several parameters, and one larger than a slot.
@@ -136,5 +136,5 @@ def is_in_buffers(tensor: Tensor, streamed: streamed_optimizer.StreamedOptimizer
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streamed_optimizer, "CHUNK_BYTES", CHUNK_BYTES)
-        patch.setattr(host_adder, "STAGING_BYTES", 3 * CHUNK_BYTES)
+        patch.setattr(sum_streamer, "SUM_SLOT_BYTES", CHUNK_BYTES)
         yield

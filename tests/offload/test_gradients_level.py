@@ -1,12 +1,11 @@
 """offload="gradients": gradient sums in host memory, and the bits of a run without it."""
 
 import copy
-import gc
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -16,8 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch
+from bigbatch.engine.host_check import predicted_host_bytes
 from bigbatch.errors import InputError, TornUpdateError, WindowStateError
-from bigbatch.offload.host_sums import NORM_BLOCK, HostSums
+from bigbatch.offload import sum_streamer
+from bigbatch.offload.costs import link_bytes
+from bigbatch.offload.host_sums import HostSums
+from bigbatch.offload.state_chunk import StateChunk
 from bigbatch.offload.transfers import Transfers
 from offload import rank_runs
 from offload.models import (
@@ -273,54 +276,110 @@ def test_no_gradient_stays_on_device():
     assert all(p.grad is None for p in engine.model.parameters())
 
 
-def test_only_the_thread_of_additions_waits_for_copies(monkeypatch: pytest.MonkeyPatch):
-    """Until the window ends, which waits once for the thread."""
-    names: list[str] = []
-    finishes: list[int] = []
-    monkeypatch.setattr(Transfers, "wait", lambda *_: names.append(threading.current_thread().name))
-    engine = make("gradients")
+def test_host_waits_for_no_copy_between_microbatches(monkeypatch: pytest.MonkeyPatch):
+    """It waits once when the window has run, and in the update."""
+    seen: list[str] = []
+
+    def noting(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+        seen.append("loss")
+        return decoder_loss(model, tokens)
+
+    engine = make("gradients", loss_fn=noting, microbatch=2)
     train(engine, 0, 1)
-    names.clear()
-    monkeypatch.setattr(Transfers, "finish", lambda *_: finishes.append(len(names)))
+    seen.clear()
+    for name in ("wait", "finish"):
+        monkeypatch.setattr(Transfers, name, lambda *_: seen.append("wait"))
     train(engine, 1, 2)
-    assert set(names) == {"bigbatch-host-adder"}
-    assert finishes == [len(names)]  # in the update
+    first, last = seen.index("loss"), len(seen) - 1 - seen[::-1].index("loss")
+    assert seen[first : last + 1] == ["loss"] * 4
+    assert "wait" in seen[last:]
 
 
-def test_every_gradient_crosses_once():
-    engine = make("gradients")
+def test_every_sum_crosses_once_each_way():
+    """In each micro-batch, to the device from the second on; and twice to it in the update, first for the norm."""
+    engine = make("gradients", microbatch=2)
     train(engine, 0, 1)
     streamed = streamed_of(engine)
     before = copy.copy(streamed.transfers.counts)
     train(engine, 1, 2)
     counts = streamed.transfers.counts
-    gradients = 2 * 4 * sum(p.numel() for p in engine.model.parameters())  # of two micro-batches, in float32
+    numel = sum(p.numel() for p in engine.model.parameters())
     state = sum(chunk.num_bytes for chunk in streamed.chunks)
     sums = sum(chunk.host_bytes for chunk in streamed.chunks) - state
-    assert sums >= 4 * sum(p.numel() for p in engine.model.parameters())
-    assert counts.bytes_to_host - before.bytes_to_host == gradients + state
-    assert counts.bytes_to_device - before.bytes_to_device == state + sums
+    assert sums >= 4 * numel
+    assert counts.bytes_to_host - before.bytes_to_host == 4 * 4 * numel + state
+    assert counts.bytes_to_device - before.bytes_to_device == 3 * 4 * numel + state + 2 * sums
 
 
-def test_host_memory_is_counted():
+@pytest.mark.parametrize("level", ["optimizer", "master", "gradients"])
+def test_bytes_that_cross_are_those_that_are_predicted(level: str):
+    """Each tensor in the host memory is rounded up to 256 bytes."""
+    engine = make(level, microbatch=2)
+    before_state = predicted_host_bytes(engine.accumulator)
+    train(engine, 0, 1)
+    streamed = streamed_of(engine)
+    assert predicted_host_bytes(engine.accumulator) == before_state
+    link, before = link_bytes(*before_state), copy.copy(streamed.transfers.counts)
+    train(engine, 1, 2)  # four micro-batches
+    counts = streamed.transfers.counts
+    rounding = 256 * sum(len(c.entries) + 2 * len(c.sums.entries if c.sums else ()) for c in streamed.chunks)
+    to_device = counts.bytes_to_device - before.bytes_to_device
+    to_host = counts.bytes_to_host - before.bytes_to_host
+    assert 0 <= to_device - link.to_card - 3 * link.per_microbatch < rounding
+    assert 0 <= to_host - link.to_host - 4 * link.per_microbatch < rounding
+    assert rounding < link.to_host
+
+
+def test_memory_of_host_and_windows_is_counted():
+    """Four slots of 1,024 bytes, and as many of gradients that are not added yet."""
     engine = make("gradients")
     train(engine, 0, 1)
     offload = engine.accumulator.update.offload
     assert offload is not None
-    assert offload.host_bytes == sum(c.host_bytes for c in streamed_of(engine).chunks) + 3 * 1024
-    assert offload.window_bytes == 3 * 1024
+    assert offload.host_bytes == sum(c.host_bytes for c in streamed_of(engine).chunks)
+    assert offload.window_bytes == 2 * 4 * 1024
+    assert sums_of(engine).streamer.device_bytes(10_000) == 4 * 1024 + 10_000
 
 
-@pytest.mark.parametrize("numel", [NORM_BLOCK + 1, 5 * NORM_BLOCK, 5 * NORM_BLOCK + 77])
-def test_norm_of_large_sum_is_that_of_its_blocks(numel: int):
-    total = torch.full((numel,), 1e-3) + 1e-4 * torch.randn(numel, generator=torch.Generator().manual_seed(1))
+def test_slots_of_sums_are_freed_before_the_update(monkeypatch: pytest.MonkeyPatch):
+    """Of two windows: the slots, then memory for the norm, then for the update."""
+    allocated: list[ReferenceType[Tensor]] = []
+    exist_already: list[int] = []
+    original = Transfers.device_memory
+
+    def allocate(self: Transfers, num_bytes: int) -> Tensor:
+        exist_already.append(sum(reference() is not None for reference in allocated))
+        memory = original(self, num_bytes)
+        allocated.append(ref(memory))
+        return memory
+
+    monkeypatch.setattr(Transfers, "device_memory", allocate)
+    train(make("gradients"), 0, 2)
+    assert exist_already == [0] * 6
+
+
+@pytest.mark.parametrize("numel", [1, 255, 300_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_has_the_bits_of_sums_on_the_device(numel: int, dtype: torch.dtype):
+    parameters = [nn.Parameter(torch.zeros(numel, 3, dtype=dtype)), nn.Parameter(torch.zeros(5, dtype=dtype))]
+    parameters += [nn.Parameter(torch.zeros(7, 11, dtype=dtype).t()), nn.Parameter(torch.zeros(3, dtype=dtype))]
+    optimizer = torch.optim.SGD(parameters)
     sums = HostSums(Transfers(torch.device("cpu")))
-    found = torch.nn.utils.get_total_norm(sums.norm_parts([total, total[:100]]))
-    expected = torch.cat([total, total[:100]]).double().norm()
-    assert found.item() == pytest.approx(expected.item(), rel=3e-7)
+    sums.prepare([StateChunk(optimizer.param_groups[0], tuple(part)) for part in (parameters[:1], parameters[1:])])
+    generator = torch.Generator().manual_seed(1)
+    gradients = [
+        torch.empty_like(p.detach()).copy_(1e-3 + 1e-4 * torch.randn(p.shape, generator=generator, dtype=dtype))
+        for p in parameters[:3]
+    ]
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        sums.add(parameter, gradient)
+    sums.settle()
+    norms = sums.norms([sums.float32[parameter] for parameter in reversed(parameters[:3])])
+    assert torch.equal(torch.nn.utils.get_total_norm(norms), torch.nn.utils.get_total_norm(gradients[::-1]))
 
 
-def test_microbatch_is_chosen_without_memory_for_sums():
+def test_microbatch_is_chosen_without_memory_for_sums(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sum_streamer, "SUM_SLOT_BYTES", 256)
     peaks = {}
     for level in ("master", "gradients"):
         engine = make(level, microbatch="auto", memory="80%")
@@ -366,36 +425,85 @@ def test_failure_at_any_transfer_loses_nothing(link: Link):
 
 
 def test_failure_of_any_addition_loses_nothing(monkeypatch: pytest.MonkeyPatch):
-    calls, fails_at = [0], [0]
+    """On the device, between the copies of a part of a sum."""
+    calls, fails_at, in_window = [0], [0], [0]
 
-    def wait(self: Transfers, copied: Any) -> None:
+    def use(*_: Any) -> None:
         calls[0] += 1
         if calls[0] == fails_at[0]:
             broken()
 
-    monkeypatch.setattr(Transfers, "wait", wait)
+    monkeypatch.setattr(Transfers, "use", use)
     engine = make("gradients")
     train(engine, 0, 2)
+    original = engine.accumulator.update.apply
+
+    def noting(*arguments: Any, **settings: Any) -> Any:
+        in_window[0] = calls[0]
+        return original(*arguments, **settings)
+
+    engine.accumulator.update.apply = noting  # type: ignore[method-assign]
     calls[0] = 0
     train(engine, 2, 3)
-    num_additions = calls[0]
     expected = everything(engine)
-    assert num_additions > 10
-    for at in range(1, num_additions + 1):
+    assert in_window[0] > 10
+    in_part = 0
+    for at in range(1, in_window[0] + 1):
         engine = make("gradients")
         train(engine, 0, 2)
         before = everything(engine)
         calls[0], fails_at[0] = 0, at
-        with pytest.raises(
-            WindowStateError,
-            match=r"^a gradient was not added to its sum in host memory \(CUDA error: an illegal memory access was "
-            r"encountered\), and the window has changed nothing: run it again\.$",
-        ):
+        with pytest.raises(RuntimeError) as caught:
             train(engine, 2, 3)
         fails_at[0] = 0
+        in_part += type(caught.value) is WindowStateError
         assert everything(engine) == before
         train(engine, 2, 3)
         assert everything(engine) == expected
+    assert 0 < in_part < in_window[0]
+
+
+def test_gradient_that_was_added_in_part_ends_the_window(link: Link):
+    engine = make("gradients")
+    train(engine, 0, 2)
+    link.arm(2, broken)
+    with pytest.raises(
+        WindowStateError,
+        match=r"^a gradient was added to its sum in host memory in part \(CUDA error: an illegal memory access was "
+        r"encountered\), and the window has changed nothing: run it again\.$",
+    ):
+        train(engine, 2, 3)
+
+
+def test_device_that_fails_after_last_microbatch_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    engine, expected = make("gradients"), make("none")
+    train(engine, 0, 2)
+    train(expected, 0, 3)
+    before = everything(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(sum_streamer.SumStreamer, "wait", lambda _: broken())
+        with pytest.raises(RuntimeError, match="an illegal memory access"):
+            train(engine, 2, 3)
+    assert everything(engine) == before
+    train(engine, 2, 3)
+    assert everything(engine) == everything(expected)
+
+
+def test_device_without_room_for_slots_repeats_the_microbatch(monkeypatch: pytest.MonkeyPatch):
+    engine, expected = make("gradients"), make("none")
+    train(engine, 0, 1)
+    train(expected, 0, 2)
+    original, calls = Transfers.device_memory, [0]
+
+    def full(self: Transfers, num_bytes: int) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB")
+        return original(self, num_bytes)
+
+    monkeypatch.setattr(Transfers, "device_memory", full)
+    assert train(engine, 1, 2)[0].retries == 1
+    assert everything(engine) == everything(expected)
 
 
 def test_memory_that_runs_out_at_any_copy_counts_samples_once(link: Link):
@@ -503,16 +611,6 @@ def test_window_that_is_aborted_leaves_no_sum():
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), expected.parameters(), strict=True))
 
 
-def test_thread_ends_with_engine():
-    engine = make("gradients")
-    train(engine, 0, 1)
-    stop = sums_of(engine).adder._stop
-    assert stop.alive  # type: ignore[attr-defined]
-    del engine
-    gc.collect()
-    assert not stop.alive  # type: ignore[attr-defined]
-
-
 # refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -532,8 +630,8 @@ def test_thread_ends_with_engine():
         ),
         (
             {"cuda_graphs": True},
-            r'^cuda_graphs=True is not supported with offload="gradients", where the host adds the gradients of each '
-            r'micro-batch: leave it out, or pass offload="master"\.$',
+            r'^cuda_graphs=True is not supported with offload="gradients", which copies gradient sums from and to host '
+            r'memory in each micro-batch: leave it out, or pass offload="master"\.$',
         ),
     ],
     ids=["gradient_hook", "reproducible", "scaler", "fuse_gradients", "cuda_graphs"],

@@ -231,18 +231,26 @@ def test_microbatch_that_runs_out_of_memory_is_repeated():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("level", ["master", "gradients"])
-def test_device_without_room_changes_nothing(level: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("level", "before", "what"),
+    [("master", 0, "within the step of AdamW"), ("gradients", 1, "for the norm"), ("gradients", 2, "within the step")],
+)
+def test_device_without_room_changes_nothing(level: str, before: int, what: str, monkeypatch: pytest.MonkeyPatch):
+    """At "gradients" after the slots of sums, and after the memory for the norm."""
     engine, expected = make(level), make("none")
     train(engine, 0, 2)
     train(expected, 0, 3)
+    original, calls = Transfers.device_memory, [0]
 
     def full(self: Transfers, num_bytes: int) -> Tensor:
+        calls[0] += 1
+        if calls[0] <= before:
+            return original(self, num_bytes)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 192.00 MiB")
 
     with monkeypatch.context() as patch:
         patch.setattr(Transfers, "device_memory", full)
-        with pytest.raises(MemoryLimitError, match="nothing was updated"):
+        with pytest.raises(MemoryLimitError, match=f"^memory ran out {what}.*nothing was updated"):
             train(engine, 2, 3)
     train(engine, 2, 3)
     assert weights(engine) == weights(expected)

@@ -87,8 +87,9 @@ class Accumulator:
             optimizers that update each parameter from its own gradient and state, and models that are not sharded.
             ``"master"``, for `Engine` and losses under autocast to bfloat16, also for the float32 values of weights of
             linear layers: the device holds them in bfloat16, as the parameters of the model. ``"gradients"``, also for
-            the gradient sums: each gradient is copied during backward and added by threads of the host; in other loops
-            than that of `Engine`, and without autocast, weights stay in float32 on the device.
+            the gradient sums: during backward, parts of them are copied to the device, where gradients are added to
+            them, and back; in other loops than that of `Engine`, and without autocast, weights stay in float32 on the
+            device.
         reproducible: Whether updates are the same bits for any order of the micro-batches and any distribution over
             ranks. Gradients are added as integers, 8 bytes for each element; if the scales of the window before do not
             suit them, as in the first window, iterating over the window yields its micro-batches once more. What is

@@ -275,7 +275,7 @@ class OptimizerUpdate:
         norm_of = torch.nn.utils.get_total_norm if sync is None else sync.norm
         divide_factor = 1.0 if sync is None else sync.gradient_divide_factor
         on_host = None if self.offload is None else self.offload.sums
-        norm_of_sums = norm_of(gradients if on_host is None else on_host.norm_parts(gradients))
+        norm_of_sums = norm_of(gradients if on_host is None else on_host.norms(gradients))
         divisor = loss_totals.divisor() if divisor is None else divisor  # waits for the device if counts are there
         divisor /= divide_factor
         if not divisor:
@@ -290,7 +290,7 @@ class OptimizerUpdate:
         grad_norm = norm / divisor
         if not math.isfinite(grad_norm):  # the norm of the undivided sums may have overflowed
             _scale(gradients, 1 / divisor)
-            norm_of_sums = norm_of(gradients if on_host is None else on_host.norm_parts(gradients))
+            norm_of_sums = norm_of(gradients if on_host is None else on_host.norms(gradients))
             grad_norm, divisor = norm_of_sums.item(), 1.0
             if not math.isfinite(grad_norm):
                 if sync is not None:

@@ -42,7 +42,7 @@ class TuningProblem:
         uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs, see `bigbatch.execution.cuda_graphs`.
         prediction_obstacle: Why the step cannot run on fake tensors, if known in advance.
         copies_bytes: Copies of weights that windows hold in addition, which are not allocated yet.
-        keeps_sums: Whether gradient sums are on the device; else ``copies_bytes`` includes gradients on their way.
+        keeps_sums: Whether gradient sums are on the device; else ``copies_bytes`` includes what they pass through.
     """
 
     model: nn.Module

@@ -13,6 +13,7 @@ from bigbatch.memory.usage import bytes_on, resolve_memory_budget
 from bigbatch.offload.cards import Card, card, card_of_size
 from bigbatch.offload.host_memory import available_host_bytes
 from bigbatch.offload.level_choice import LevelLimits
+from bigbatch.offload.link_rate import measure_link_rate
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def is_card(device: torch.device) -> bool:
 
 
 def describe_card(device: torch.device, memory: str | int | None, resident: Iterable[Tensor]) -> CardTarget:
-    """Return what is known about a CUDA device of this machine.
+    """Return what is known about a CUDA device of this machine; its link is measured.
 
     Args:
         device: Of the model.
@@ -50,7 +51,8 @@ def describe_card(device: torch.device, memory: str | int | None, resident: Iter
     budget = resolve_memory_budget(memory, device, resident)
     host_bytes = available_host_bytes(num_processes=num_local_processes())
     usable_bytes = max(0, budget.usable_bytes - _bytes_beside(resident, device))
-    return CardTarget(device, _rates(device), LevelLimits(usable_bytes, host_bytes))
+    rates = local_card(device).with_link_rate(measure_link_rate(device))
+    return CardTarget(device, rates, LevelLimits(usable_bytes, host_bytes))
 
 
 def _bytes_beside(resident: Iterable[Tensor], device: torch.device) -> int:
@@ -59,8 +61,8 @@ def _bytes_beside(resident: Iterable[Tensor], device: torch.device) -> int:
     return max(0, torch.cuda.memory_allocated(device) - bytes_on(resident, device))
 
 
-def _rates(device: torch.device) -> Card:
-    """Return the rates of a CUDA device; of an unknown one, those of the typical card of its size."""
+def local_card(device: torch.device) -> Card:
+    """Return the rates of a CUDA device of this machine; of an unknown one, those of the typical card of its size."""
     try:
         return card(known_gpu(torch.cuda.get_device_name(device)))
     except ValueError:  # not in the table

@@ -135,8 +135,8 @@ def check_ranks(accumulator: Accumulator, microbatch: object, batch_norm: object
     offload = accumulator.update.offload
     if cuda_graphs and offload is not None and offload.sums is not None:
         raise InputError(
-            'cuda_graphs=True is not supported with offload="gradients", where the host adds the gradients of each '
-            'micro-batch: leave it out, or pass offload="master".'
+            'cuda_graphs=True is not supported with offload="gradients", which copies gradient sums from and to host '
+            'memory in each micro-batch: leave it out, or pass offload="master".'
         )
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, and this one is on {device}: leave it out.")

@@ -168,7 +168,7 @@ class Engine:
         made = self.accumulator, self.fused, quantum, loss_fn
         self.runner = make_runner(*made, cuda_graphs=cuda_graphs, batch_norm=batch_norm)
         self._offload = OffloadLevel(offload, self.accumulator, cuda_graphs, fuse_gradients, batch_norm)
-        self._progress = EngineProgress(self.microbatch_size, self.accumulator, quantum, self._offload)
+        self._progress = EngineProgress(self.microbatch_size, self.accumulator, quantum)
         self._training_state = TrainingState(self.sync.module, self.accumulator.update, loss_fn=loss_fn)
         self._first_window = first_window_check(self.accumulator, enabled=check, names_norms=batch_norm is None)
 

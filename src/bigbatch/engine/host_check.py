@@ -32,12 +32,25 @@ def check_host(accumulator: Accumulator) -> None:
         return
     num_processes = num_local_processes()
     with suppress(PredictionError):  # then the allocation itself fails, with a sentence
-        masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
-        sums = 0 if offload.sums is None else SumStore.bytes_of(accumulator.update.parameters())
-        needed = pinned_bytes(_state_bytes(accumulator) + masters + sums + offload.window_bytes) - offload.host_bytes
+        state_bytes, sum_bytes = predicted_host_bytes(accumulator)
+        needed = pinned_bytes(state_bytes + sum_bytes) - offload.host_bytes
         check_host_memory(
             needed, available_host_bytes(num_processes=num_processes), level=offload.level, num_processes=num_processes
         )
+
+
+def predicted_host_bytes(accumulator: Accumulator) -> tuple[int, int]:
+    """Return the bytes that offload moves to host memory: state with float32 weights, and gradient sums.
+
+    Raises:
+        PredictionError: The optimizers cannot step on tensors without data.
+    """
+    offload = accumulator.update.offload
+    if offload is None:
+        return 0, 0
+    masters = sum(weight.numel() * torch.float32.itemsize for weight in offload.weights.names)
+    sum_bytes = 0 if offload.sums is None else SumStore.bytes_of(accumulator.update.parameters())
+    return _state_bytes(accumulator) + masters, sum_bytes
 
 
 def num_local_processes() -> int:

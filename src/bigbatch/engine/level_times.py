@@ -1,6 +1,6 @@
 """Seconds of one window and its update at every level of offload: measured micro-batches, predicted transfers.
 
-micro-batches of some sizes, run before there is optimizer state → seconds of a size → + link, host and update → levels
+micro-batches of some sizes, run before there is optimizer state → seconds of a size → + link and update → levels
 """
 
 import time

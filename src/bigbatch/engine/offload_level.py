@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 
 from bigbatch.accumulation.accumulator import Accumulator
-from bigbatch.accumulation.value_checks import damaged, describe
 from bigbatch.autotune.peak_prediction import state_of
 from bigbatch.distributed.collective import RankGroup, error_of
 from bigbatch.distributed.collective import describe as describe_error
@@ -63,7 +62,6 @@ class OffloadLevel:
         self.choice: OffloadChoice | None = None
         self._accumulator = accumulator
         self._excluded = _excluded_by_settings(accumulator, cuda_graphs, fuse_gradients)
-        self._loaded: Offload | None = None  # the level of the state that was loaded before the choice
         if requested != "auto":
             return
         device = accumulator.device
@@ -109,7 +107,6 @@ class OffloadLevel:
         if leaves_grad:
             excluded |= dict.fromkeys(LEVELS[2:], "backward() and loss() leave gradients in .grad, for other code")
         narrow, unsupported = supported_levels(accumulator, excluded)
-        unsupported |= self._excluded_by_state(narrow)
         levels: list[Offload] = [level for level in LEVELS if level not in unsupported]
 
         def own_cases(target: CardTarget) -> list[dict[str, Any]]:
@@ -144,62 +141,13 @@ class OffloadLevel:
         found = of_ranks[ranks.rank]
         return CardTarget(torch.device(found["device"]), Card(**found["card"]), limits)
 
-    def _excluded_by_state(self, narrow: Mapping[Offload, object]) -> dict[Offload, str]:
-        """Return the levels that would change the last digits of a run whose state was loaded."""
-        if self._loaded is None or not self._differs:
-            return {}
-        why = "the norm for max_grad_norm= is computed on the host at gradients only, and would have other last digits"
-        if self._loaded != "gradients":
-            return {"gradients": f"the state that was loaded is of a run at level {self._loaded}: {why}"}
-        if "gradients" not in narrow:
-            raise InputError(
-                f'the state that was loaded is of a run whose offload="auto" chose gradients, which this engine does '
-                f'not support, and {why}: pass a level, such as offload="optimizer".'
-            )
-        return dict.fromkeys(LEVELS[:-1], f"the state that was loaded is of a run at gradients: {why}")
-
-    @property
-    def _differs(self) -> bool:
-        """Whether ``"gradients"`` has other last digits than the other levels."""
-        update = self._accumulator.update
-        return update.max_grad_norm is not None and card_target.is_card(self._accumulator.device)
-
-    # state --------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> Offload | None:
-        """Return the level that ``"auto"`` has chosen, or that of the loaded state; None without one."""
-        if self.requested != "auto":
-            return None
-        return self._loaded if self.choice is None else self.choice.level
-
-    def check_state_dict(self, state: object) -> None:
-        """Check that `load_state_dict` accepts the level of a state.
-
-        Raises:
-            ValueError: It is no level, or of a run with other last digits than the level that this engine has chosen.
-        """
-        if state is None or self.requested != "auto":
-            return
-        if state not in LEVELS:
-            raise damaged("engine.offload", f"is {describe(state)}, and must be one of {', '.join(LEVELS)}")
-        if self.choice is not None and self._differs and "gradients" in {state, self.level} and state != self.level:
-            raise ValueError(
-                f'the state is of a run whose offload="auto" chose {state}, and this engine has chosen {self.level}: '
-                "the norm for max_grad_norm= is computed on the host at gradients only, and the next updates would "
-                f'have other last digits. Load the state before the first step, or pass offload="{state}".'
-            )
-
-    def load_state_dict(self, state: Any) -> None:
-        """Choose a level with the same digits as that of a state; no-op after the choice."""
-        self._loaded = state
-
 
 def _excluded_by_settings(
     accumulator: Accumulator, cuda_graphs: bool, fuse_gradients: FuseGradients
 ) -> dict[Offload, str]:
     """Return the levels that settings exclude, and why."""
     if cuda_graphs:
-        return {"gradients": "cuda_graphs=True: the host adds the gradients of each micro-batch"}
+        return {"gradients": "cuda_graphs=True: gradient sums are copied from and to host memory in each micro-batch"}
     if fuse_gradients not in (False, "auto"):
         return {"gradients": f"fuse_gradients={fuse_gradients!r}: gradients are summed in host memory"}
     if any(getattr(module, "sparse", False) is True for module in accumulator.sync.module.modules()):

@@ -6,11 +6,10 @@ from typing import Any
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.accumulation.value_checks import check_whole
 from bigbatch.engine.microbatch_size import MicrobatchSize
-from bigbatch.engine.offload_level import OffloadLevel
 from bigbatch.scaling.noise_scale import NoiseScaleEstimator
 
 REPRODUCIBLE, QUANTUM = "reproducible", "quantum"  # keys of an engine with reproducible=True only
-OFFLOAD = "offload"  # of an engine with offload="auto" only
+OFFLOAD = "offload"  # in states of earlier versions; levels of offload have the same bits
 
 
 class EngineProgress:
@@ -21,17 +20,13 @@ class EngineProgress:
         accumulator: The averages of its noise scale are ``noise``; None if it does not measure them, and those of a
             state are ignored. With ``reproducible=True`` its seed and its scales are ``reproducible``.
         quantum: Samples that are computed together, with ``reproducible=True``.
-        offload: The level that ``offload="auto"`` has chosen is ``offload``.
     """
 
-    def __init__(
-        self, microbatch_size: MicrobatchSize, accumulator: Accumulator, quantum: int | None, offload: OffloadLevel
-    ) -> None:
+    def __init__(self, microbatch_size: MicrobatchSize, accumulator: Accumulator, quantum: int | None) -> None:
         self._microbatch_size = microbatch_size
         self._noise = accumulator.noise
         self._reproducible = accumulator.reproducible
         self._quantum = quantum
-        self._offload = offload
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -39,8 +34,6 @@ class EngineProgress:
         state = {**self._microbatch_size.state_dict(), "noise": noise}
         if self._reproducible is not None:
             state |= {REPRODUCIBLE: self._reproducible.state_dict(), QUANTUM: self._quantum}
-        if (level := self._offload.state_dict()) is not None:
-            state[OFFLOAD] = level
         return state
 
     @property
@@ -52,11 +45,9 @@ class EngineProgress:
         """Check that `load_state_dict` accepts a state, without changing anything.
 
         Raises:
-            ValueError: A value is missing or invalid, or the state is of an engine with another ``quantum``, or of one
-                whose level of offload has other last digits.
+            ValueError: A value is missing or invalid, or the state is of an engine with another ``quantum``.
         """
         self._microbatch_size.check_state_dict(state)
-        self._offload.check_state_dict(state.get(OFFLOAD))
         if state.get("noise") is not None:
             NoiseScaleEstimator.check_state_dict(state["noise"])
         if (REPRODUCIBLE in state) != (self._reproducible is not None):
@@ -82,7 +73,6 @@ class EngineProgress:
         """
         self.check_state_dict(state)
         self._microbatch_size.load_state_dict(state)
-        self._offload.load_state_dict(state.get(OFFLOAD))
         if self._noise is not None and state.get("noise") is not None:
             self._noise.load_state_dict(state["noise"])
         if self._reproducible is not None:

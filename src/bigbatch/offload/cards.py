@@ -7,7 +7,7 @@ Nominal figures of data sheets, times what large operations reach of them. No to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from bigbatch.memory.limit import GPU_GIB
@@ -76,6 +76,10 @@ class Card:
     link_is_measured: bool
     pcie: int
     fabric_rate: float
+
+    def with_link_rate(self, link_rate: float | None) -> Card:
+        """Return the card with a link that was measured; itself if it was not."""
+        return self if link_rate is None else replace(self, link_rate=link_rate, link_is_measured=True)
 
     def __str__(self) -> str:
         link = "measured" if self.link_is_measured else f"assumed for PCIe {self.pcie}"

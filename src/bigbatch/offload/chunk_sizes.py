@@ -8,5 +8,9 @@ NUM_SLOTS = 3  # chunks on the device at a time: one arrives, one is computed on
 SLOT_FACTOR = 2
 """Largest slot / nominal size of a chunk, which master weights can make larger; a chunk above it has no slot."""
 
-STAGING_BYTES = NUM_SLOTS * CHUNK_BYTES
-"""Host memory that gradients pass through on their way to sums there; as many of them are on the device meanwhile."""
+SUM_SLOT_BYTES = 32 * 2**20
+"""Part of a gradient sum in host memory that passes through the device together, where a gradient is added to it."""
+
+NUM_SUM_SLOTS = 4
+"""Such parts on the device at a time: one arrives, one is added to, one leaves, and one more for copies of other sizes.
+Gradients that wait for their parts have as many bytes at most, unless a single one has more."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from bigbatch.offload.cards import Card
-from bigbatch.offload.chunk_sizes import CHUNK_BYTES, NUM_SLOTS, SLOT_FACTOR, STAGING_BYTES
+from bigbatch.offload.chunk_sizes import CHUNK_BYTES, NUM_SLOTS, NUM_SUM_SLOTS, SLOT_FACTOR, SUM_SLOT_BYTES
 from bigbatch.offload.levels import Offload, reaches
 
 FLOAT32 = 4
@@ -21,14 +21,6 @@ WEIGHT_MOVES = 26
 """Bytes that one micro-batch moves for each trained float32 weight: its cast 6, the product in 16 bits 2, the cast of
 that 6, the addition to the sum 12. An H200 took 7.6 ms for 1.2 billion weights, 26 bytes each at 4.0 TB/s."""
 CAST_MOVES = 6
-SUM_MOVES = 18  # the cast of a gradient and its addition, which the host does at "gradients"
-
-HOST_ADDS_PER_S = 3e9
-"""Gradients that the host adds to float32 sums while backward runs: measured next to an H200 with 16 cores, 8 of which
-added (5.0 by themselves): 12 micro-batches of 1.5 billion gradients took 6.1 s."""
-
-HOST_NORMS_PER_S = 20e9
-"""Sums whose squares the host adds up for the norm of an update: 20 to 21.5 with 16 threads on three such machines."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +83,15 @@ class LinkBytes:
     """Bytes between card and host in one window.
 
     Attributes:
-        to_card, to_host: In the update.
-        to_host_per_microbatch: Gradients of one micro-batch, in float32.
+        to_card, to_host: In the update, with the gradient sums that arrive for their norm before it.
+        for_norm: These alone.
+        per_microbatch: Gradient sums: to the host in each micro-batch, and to the card in each but the first.
     """
 
     to_card: int
     to_host: int
-    to_host_per_microbatch: int = 0
+    for_norm: int = 0
+    per_microbatch: int = 0
 
 
 def placement(state: ModelState, level: Offload) -> Placement:
@@ -126,11 +120,10 @@ def placement(state: ModelState, level: Offload) -> Placement:
         card_bytes -= state.sum_bytes
         host_bytes += state.sum_bytes
         is_narrow = state.largest <= state.narrowed
-        window_bytes = STAGING_BYTES + (2 if is_narrow else FLOAT32) * state.largest  # gradients that are copied
+        slots_bytes = NUM_SUM_SLOTS * SUM_SLOT_BYTES  # parts of sums; and gradients that are not added yet
+        window_bytes = slots_bytes + max(slots_bytes, (2 if is_narrow else FLOAT32) * state.largest)
     largest = _largest_chunk_bytes(state, level, host_bytes)
     arena = max(NUM_SLOTS * min(largest, SLOT_FACTOR * CHUNK_BYTES), largest)
-    if reaches(level, "gradients"):
-        host_bytes += STAGING_BYTES
     return Placement(card_bytes, pinned_bytes(host_bytes), arena + largest, window_bytes, start_bytes)
 
 
@@ -153,14 +146,36 @@ def pinned_bytes(num_bytes: int) -> int:
 def transfers(state: ModelState, level: Offload) -> LinkBytes:
     """Return the bytes between card and host in one window.
 
-    An update reads optimizer state, master weights and sums from the host, and writes the first two back.
+    An update reads optimizer state, master weights and sums from the host, the sums twice, for their norm first, and
+    writes the others back.
     """
     if level == "none":
         return LinkBytes(0, 0)
-    both = state.state_bytes + (FLOAT32 * state.narrowed if reaches(level, "master") else 0)
-    if not reaches(level, "gradients"):
-        return LinkBytes(both, both)
-    return LinkBytes(both + state.sum_bytes, both, FLOAT32 * state.num_trained)
+    masters_bytes = FLOAT32 * state.narrowed if reaches(level, "master") else 0
+    return link_bytes(state.state_bytes + masters_bytes, state.sum_bytes if reaches(level, "gradients") else 0)
+
+
+def link_bytes(state_bytes: int, sum_bytes: int) -> LinkBytes:
+    """Return the bytes of one window with optimizer state, master weights included, and gradient sums on the host."""
+    return LinkBytes(state_bytes + 2 * sum_bytes, state_bytes, sum_bytes, sum_bytes)
+
+
+def streamed_s(link: LinkBytes, link_rate: float, kernels_s: float = 0.0) -> float:
+    """Return the seconds of an update: the longer of its kernels and its copies, both ends of these, and the norm.
+
+    Args:
+        link: Its bytes.
+        link_rate: Bytes per second in each direction.
+        kernels_s: Seconds of its kernels.
+    """
+    ends = min(CHUNK_BYTES, link.to_card) + min(CHUNK_BYTES, link.to_host)  # the first in and the last out
+    copies_s = max(link.to_card - link.for_norm, link.to_host) / link_rate
+    return max(kernels_s, copies_s) + (link.for_norm + ends) / link_rate
+
+
+def sums_wait_s(link: LinkBytes, link_rate: float, backward_s: float) -> float:
+    """Return the seconds that a micro-batch waits for gradient sums, which a backward of so many seconds hides."""
+    return max(0.0, link.per_microbatch / link_rate - max(0.0, backward_s))
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,7 @@ class UpdateTime:
         compute_s: Forward and backward.
         microbatches_s: What micro-batches cost whatever their size: casts of weights, additions of gradients.
         update_s: The update: the longer of its kernels and its transfers, which overlap.
-        link_s: Waiting for gradients that are still on their way when a backward has ended, or for the host's addition.
+        link_s: Waiting for gradient sums that are still on their way when a backward has ended.
         fabric_s: Waiting for the weights and gradients of other cards.
         inputs_s: Waiting for copies of inputs of layers, to the host in forward and back in backward.
     """
@@ -224,7 +239,6 @@ def update_time(
     work: WindowWork,
     card: Card,
     *,
-    host_adds_per_s: float = HOST_ADDS_PER_S,
     fabric_bytes: int = 0,
 ) -> UpdateTime:
     """Predict the seconds of one window and its update.
@@ -236,7 +250,6 @@ def update_time(
         level: Of offload.
         work: Of one card.
         card: Rates.
-        host_adds_per_s: Gradients that the host adds per second, for ``"gradients"``.
         fabric_bytes: Sent and received by one card for a micro-batch of a sharded model, while it computes.
     """
     layers_s = work.layer_operations / card.products_per_s + work.layer_moves / card.memory_rate
@@ -246,24 +259,19 @@ def update_time(
     moves = WEIGHT_MOVES * state.num_trained
     if reaches(level, "master"):
         moves -= CAST_MOVES * state.narrowed
-    if reaches(level, "gradients"):
-        moves -= SUM_MOVES * state.num_trained
     microbatches_s = work.num_microbatches * moves / card.memory_rate
 
     link = transfers(state, level)
     backward_s = (compute_s - forward_s) / work.num_microbatches
-    copy_s = link.to_host_per_microbatch / card.link_rate
-    add_s = state.num_trained / host_adds_per_s if link.to_host_per_microbatch else 0.0
-    link_s = work.num_microbatches * max(0.0, max(copy_s, add_s) - backward_s)
+    inputs_s = work.tokens * _unhidden_inputs_s(work, layers_s, card)
+    # Inputs of layers come back in one of the directions of the sums.
+    moved_s = work.tokens * work.moved_inputs * work.input_bytes / work.num_microbatches / card.link_rate
+    link_s = work.num_microbatches * sums_wait_s(link, card.link_rate, backward_s - moved_s)
     fabric_s = work.num_microbatches * max(0.0, fabric_bytes / card.fabric_rate - compute_s / work.num_microbatches)
 
     # The update reads weights, state and sums, writes the first two, and reads the sums once more for their norm.
     kernels_s = (2 * state.weight_bytes + 2 * state.state_bytes + 2 * state.sum_bytes) / card.memory_rate
-    norm_s = state.num_trained / HOST_NORMS_PER_S if reaches(level, "gradients") else 0.0
-    ends = min(CHUNK_BYTES, link.to_card) + min(CHUNK_BYTES, link.to_host)  # the first in and the last out
-    streamed_s = max(kernels_s, link.to_card / card.link_rate, link.to_host / card.link_rate)
-    update_s = streamed_s + ends / card.link_rate + norm_s
-    inputs_s = work.tokens * _unhidden_inputs_s(work, layers_s, card)
+    update_s = streamed_s(link, card.link_rate, kernels_s)
     return UpdateTime(compute_s, microbatches_s, update_s, link_s, fabric_s, inputs_s)
 
 
@@ -271,7 +279,6 @@ def _unhidden_inputs_s(work: WindowWork, layers_s: float, card: Card) -> float:
     """Return the seconds for one token that the layers wait for copies of their inputs.
 
     A copy runs beside one layer: to the host beside the forward of its own, back beside backward of the one after it.
-    At ``"gradients"`` backward sends gradients in the other direction.
     """
     copies_s = work.moved_inputs * work.input_bytes / card.link_rate
     forward_s = layers_s / 3 * work.moved_inputs / (work.moved_inputs + 1)

@@ -1,6 +1,7 @@
-"""Gradient sums in host memory: backward copies each gradient there, and the update streams the sums to the device.
+"""Gradient sums in host memory: backward and the update stream them through the device.
 
-backward   gradient ──copy──▶ added to the sum by a thread of the host
+backward   part of a sum ──copy──▶ its gradient is added there ──copy──▶ host
+norm       sums of a chunk ──copy──▶ norm of each
 update     sums of a chunk ──copy──▶ beside its state, scaled there, in ``.grad`` during its step
 """
 
@@ -10,15 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bigbatch.errors import InputError, WindowStateError
+from bigbatch.errors import InputError, MemoryLimitError, WindowStateError, first_line
 from bigbatch.gradients.sum_store import SumStore
-from bigbatch.offload.host_adder import HostAdder
+from bigbatch.offload.arena import Arena
+from bigbatch.offload.chunk_sizes import CHUNK_BYTES, SLOT_FACTOR
 from bigbatch.offload.state_chunk import ChunkSums, StateChunk, lay_out
+from bigbatch.offload.sum_streamer import SumStreamer
 from bigbatch.offload.transfers import Transfers
-
-NORM_BLOCK = 2**16
-"""Elements whose norm is computed at once: of 1.3 · 10⁸, torch's norm on the CPU was 0.6 % too low, and 3 · 10⁻⁸ from
-the norms of blocks (torch 2.13)."""
 
 SUM = "gradient sum"
 """In the place of a name of the state."""
@@ -28,11 +27,11 @@ class HostSums(SumStore):
     """The gradient sums of one window after the other, in memory that stays allocated and pinned.
 
     Args:
-        transfers: Copy gradients from the device.
+        transfers: Copies.
 
     Attributes:
         float32: Sums of the parameters that have received a gradient, in the dtype of their sums.
-        adder: Adds gradients.
+        streamer: Adds gradients.
     """
 
     moves_all = True
@@ -40,7 +39,8 @@ class HostSums(SumStore):
     def __init__(self, transfers: Transfers) -> None:
         super().__init__()
         self._transfers = transfers
-        self.adder = HostAdder(transfers)
+        self.streamer = SumStreamer(transfers)
+        self._chunks: list[ChunkSums] = []
         self._totals: dict[Tensor, Tensor] = {}
         self._factor = 1.0
 
@@ -54,12 +54,12 @@ class HostSums(SumStore):
         Raises:
             MemoryLimitError: The host has too little memory.
         """
-        self.adder.prepare()
-        self._totals = {}
+        self._chunks, self._totals = [], {}
         for chunk in chunks:
             wanted = [p for p in chunk.parameters if p.requires_grad]
             if chunk.sums is None or not chunk.sums.holds(wanted, self.dtype_of):
                 chunk.sums = self._allocate(wanted)
+            self._chunks.append(chunk.sums)
             self._totals.update(chunk.sums.totals())
 
     def _allocate(self, parameters: Sequence[Tensor]) -> ChunkSums:
@@ -78,7 +78,7 @@ class HostSums(SumStore):
         Raises:
             InputError: The gradient is sparse.
             RuntimeError: Nothing is added.
-            WindowStateError: The sum cannot be used: its gradient was added in part, or an earlier one was not.
+            WindowStateError: The sums cannot be used: this gradient was added in part, or an earlier one was.
         """
         if gradient.layout is not torch.strided:
             raise InputError(
@@ -87,11 +87,11 @@ class HostSums(SumStore):
             )
         total, known = self._total_of(parameter), self.float32.get(parameter)
         values = _in_memory_order(_laid_out_as(gradient, total))
-        self.adder.add(_in_memory_order(total.data), values, replaces=known is None)
+        self.streamer.add(_in_memory_order(total.data), values, replaces=known is None)
         if known is None:
             self.float32[parameter] = total
         else:
-            torch.autograd.graph.increment_version(total)  # the thread writes without one
+            torch.autograd.graph.increment_version(total)  # copies to its data make none
         parameter.grad = None
 
     def _total_of(self, parameter: Tensor) -> Tensor:
@@ -106,26 +106,46 @@ class HostSums(SumStore):
         """Wait until all gradients are added, or until nothing is in progress.
 
         Raises:
-            WindowStateError: A gradient was not added, and the sums are not discarded.
+            RuntimeError: The device failed.
+            WindowStateError: A gradient was added in part, and the sums are not discarded.
         """
         if discards:
-            self.adder.discard()
+            self.streamer.discard()
             self._factor = 1.0
         else:
-            self.adder.wait()
+            self.streamer.wait()
 
-    def norm_parts(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Return tensors with the 2-norm of these sums: norms of blocks in the place of large ones."""
-        return [_norms_of_blocks(total) if total.numel() > NORM_BLOCK else total for total in gradients]
+    def norms(self, totals: Sequence[Tensor]) -> list[Tensor]:
+        """Return the 2-norm of each of these sums, 0-d, on the device: with the bits of a sum that is there.
+
+        Raises:
+            MemoryLimitError: The device has too little memory.
+        """
+        transfers, wanted = self._transfers, set(totals)
+        found: dict[Tensor, Tensor] = {}
+        chunks = [chunk for chunk in self._chunks if not wanted.isdisjoint(chunk.views)]
+        try:
+            arena = Arena(transfers, [chunk.host.nbytes for chunk in chunks], SLOT_FACTOR * CHUNK_BYTES)
+        except torch.OutOfMemoryError as error:
+            raise MemoryLimitError(
+                f"memory ran out for the norm of the gradient sums ({first_line(error)}): nothing was updated. Leave "
+                "more memory for the update: train fewer parameters, or in lower precision."
+            ) from error
+        try:
+            for chunk in chunks:
+                place = arena.place(chunk.host.nbytes)
+                transfers.use(transfers.to_device(place.memory, chunk.host, after=place.after))
+                for entry, total in zip(chunk.entries, chunk.views, strict=True):
+                    if total in wanted:
+                        found[total] = torch.nn.utils.get_total_norm([entry.view(place.memory)])
+                arena.release(place, transfers.computed())
+        finally:
+            transfers.finish()
+        return [found[total] for total in totals]
 
     def scale(self, factor: float) -> None:
         """Let the update multiply the sums by a factor, on the device."""
         self._factor *= factor
-
-    @property
-    def host_bytes(self) -> int:
-        """Staging memory; that of the sums is counted by chunk."""
-        return self.adder.host_bytes
 
     @contextmanager
     def in_grad(
@@ -162,10 +182,3 @@ def _laid_out_as(gradient: Tensor, total: Tensor) -> Tensor:
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _norms_of_blocks(total: Tensor) -> Tensor:
-    values = _in_memory_order(total)
-    whole = len(values) // NORM_BLOCK * NORM_BLOCK
-    norms = torch.linalg.vector_norm(values[:whole].view(-1, NORM_BLOCK), dim=1)
-    return torch.cat([norms, torch.linalg.vector_norm(values[whole:]).reshape(1)])

@@ -52,7 +52,6 @@ def _narrow(weight: Tensor, name: str, transfers: Transfers) -> None:
     value = weight.data.to("cpu", copy=True)
     rounded = value.to(torch.bfloat16)
     narrow = torch.empty_like(rounded, device=transfers.device)
-    transfers.begin()
-    transfers.wait(transfers.to_device(narrow, rounded))  # ``rounded`` is freed
+    transfers.wait(transfers.to_device(narrow, rounded, after=[transfers.computed()]))  # ``rounded`` is freed
     weight.data = narrow
     keep(weight, HostValue(value, mark(weight), name))

@@ -61,14 +61,13 @@ class OptimizerOffload:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the state, and of gradient sums with the memory that gradients pass through.
+        """Host memory of the state, and of gradient sums.
 
         With float32 values that `bigbatch.move_to_device` has left there, except for the largest: that of a weight is
         there twice while it moves to pinned memory.
         """
         waiting = [value.nbytes for value in self.weights.waiting().values()]
-        sums_bytes = 0 if self.sums is None else self.sums.host_bytes
-        return sum(each.host_bytes for each in self.streamed) + sums_bytes + sum(waiting) - max(waiting, default=0)
+        return sum(each.host_bytes for each in self.streamed) + sum(waiting) - max(waiting, default=0)
 
     @property
     def device_bytes(self) -> int:
@@ -77,8 +76,11 @@ class OptimizerOffload:
 
     @property
     def window_bytes(self) -> int:
-        """Memory of the device that windows need for gradients whose copy has not ended."""
-        return 0 if self.sums is None else self.sums.adder.staging_bytes
+        """Memory of the device that windows need for parts of sums, and for gradients that are not added yet."""
+        if self.sums is None:
+            return 0
+        parameters = (p for each in self.streamed for group in each.optimizer.param_groups for p in group["params"])
+        return self.sums.streamer.device_bytes(max((p.nbytes for p in parameters if p.requires_grad), default=0))
 
     def prepare(self, init_state: InitState) -> None:
         """Move all state to host memory, and create what is missing; arguments and errors are those of each.

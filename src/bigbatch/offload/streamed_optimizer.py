@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from bigbatch.offload.arena import Arena, arena_bytes
+from bigbatch.offload.arena import Arena, Place, arena_bytes
 from bigbatch.offload.chunk_sizes import CHUNK_BYTES, SLOT_FACTOR
 from bigbatch.offload.host_sums import HostSums
 from bigbatch.offload.host_values import whole_value
@@ -176,9 +176,8 @@ class StreamedOptimizer:
                 )
         self.prepare()
         chunks = [chunk for chunk in self.chunks if any(map(self.weights.has_gradient, chunk.parameters))]
-        arena = Arena(self.transfers, chunks, SLOT_FACTOR * self._chunk_bytes)
+        arena = Arena(self.transfers, [chunk.host_bytes for chunk in chunks], SLOT_FACTOR * self._chunk_bytes)
         try:
-            self.transfers.begin()
             with without_hooks(optimizer):
                 self._stream(chunks, arena)
         finally:
@@ -192,27 +191,27 @@ class StreamedOptimizer:
         settings = StepSettings(self.optimizer)
         loaded = self._load(chunks[0], arena) if chunks else None
         for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-            early = following is not None and arena.is_small(chunk) and arena.is_small(following)
+            early = following is not None and all(arena.is_small(each.host_bytes) for each in (chunk, following))
             next_loaded = self._load(following, arena) if early and following is not None else None
             assert loaded is not None, "loaded in the turn before"
+            place, arrived = loaded
             with settings.of(chunk.group):
-                self._compute(chunk, *loaded)
-            self._store(chunk, loaded[0], arena)
+                self._compute(chunk, place.memory, arrived)
+            arena.release(place, self._store(chunk, place.memory))
             if following is not None and next_loaded is None:
                 next_loaded = self._load(following, arena)
             loaded = next_loaded
         settings.finish()
 
-    def _load(self, chunk: StateChunk, arena: Arena) -> tuple[Tensor, Any]:
+    def _load(self, chunk: StateChunk, arena: Arena) -> tuple[Place, Any]:
         """Start to copy a chunk to the device; return its memory there, and what to wait for."""
-        memory, after = arena.place(chunk)
-        loaded = None
-        state, sums = memory[: chunk.num_bytes], memory[chunk.num_bytes :]
+        place, loaded = arena.place(chunk.host_bytes), None
+        state, sums = place.memory[: chunk.num_bytes], place.memory[chunk.num_bytes :]
         if chunk.host is not None and chunk.num_bytes:
-            loaded = self.transfers.to_device(state, chunk.host, after=after)
+            loaded = self.transfers.to_device(state, chunk.host, after=place.after)
         if chunk.sums is not None and len(sums):
-            loaded = self.transfers.to_device(sums, chunk.sums.host, after=after)
-        return memory, loaded
+            loaded = self.transfers.to_device(sums, chunk.sums.host, after=place.after)
+        return place, loaded
 
     def _compute(self, chunk: StateChunk, memory: Tensor, loaded: Any) -> None:
         """Run the optimizer's step over the parameters of a chunk, with its state on the device."""
@@ -244,8 +243,12 @@ class StreamedOptimizer:
                     view.copy_(value.detach())
                 self.optimizer.state[entry.parameter][entry.name] = view
 
-    def _store(self, chunk: StateChunk, memory: Tensor, arena: Arena) -> None:
-        """Start to copy the state of a chunk back to the host; state of another layout gets another buffer."""
+    def _store(self, chunk: StateChunk, memory: Tensor) -> Any:
+        """Start to copy the state of a chunk back to the host; state of another layout gets another buffer.
+
+        Returns:
+            What later copies to the memory wait for.
+        """
         on_device = {(id(entry.parameter), entry.name) for entry in chunk.entries}
         found = {(id(parameter), name): value for parameter, name, value in streamed_state(self.optimizer, chunk)}
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
@@ -257,4 +260,4 @@ class StreamedOptimizer:
         else:  # new state, as in the first step
             left = None if chunk.sums is None else self.transfers.computed()
             self._move_to_host(chunk)
-        arena.release(chunk, left)
+        return left

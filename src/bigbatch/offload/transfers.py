@@ -2,14 +2,16 @@
 
     to_device: host ──▶ slot    waits for the slot; the computation waits for it
     to_host:   slot ──▶ host    waits for the computation so far
+    beside:    computation      waits for the computation so far, which continues without waiting for it
 
-On CUDA each direction has a stream of its own and host memory is pinned. On the CPU both sides are memory of the
+On CUDA each of them has a stream of its own and host memory is pinned. On the CPU both sides are memory of the
 process, and every copy is made at once: the same calls in the same order.
 """
 
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +70,13 @@ class Transfers:
         """Return uninitialized memory of the device, uint8 ``[num_bytes]``."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def begin(self) -> None:
-        """Let all later copies wait for the computation so far."""
-
     def to_device(self, target: Tensor, source: Tensor, *, after: Sequence[Any] = ()) -> Any:
         """Copy host memory to the device; return what `use` waits for.
 
         Args:
             target: On the device.
             source: Host memory, of the same shape and dtype.
-            after: Results of `to_host`, which have to end first.
+            after: Results of `to_host` or `computed`: what has to end first.
         """
         self.counts.num_to_device += 1
         self.counts.bytes_to_device += source.nbytes
@@ -89,17 +88,30 @@ class Transfers:
         self.counts.bytes_to_host += source.nbytes
         return self._copy_to_host(target, source)
 
-    def use(self, loaded: Any) -> None:
-        """Let the computation wait for a copy to the device."""
+    def use(self, done: Any, by: Any = None) -> None:
+        """Let computation wait for a copy, or for other computation.
+
+        Args:
+            done: Result of `to_device`, `to_host` or `computed`.
+            by: What waits: a result of `computation`; by default that of this thread.
+        """
 
     def computed(self) -> Any:
         """Return what later copies to the device wait for: the computation so far."""
 
+    def computation(self) -> Any:
+        """Return the computation of this thread, which `use` may let wait within `beside` or in another thread."""
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Compute beside the computation of this thread: after what it has done so far, and not before what follows."""
+        yield
+
     def wait(self, copy: Any) -> None:
-        """Wait for one copy on the host, in any thread."""
+        """Wait for one copy on the host."""
 
     def finish(self) -> None:
-        """Wait for all copies on the host."""
+        """Wait on the host for all copies, and for all that was computed in `beside`."""
 
     def _copy_to_device(self, target: Tensor, source: Tensor, after: Sequence[Any]) -> Any:
         target.copy_(source)
@@ -109,11 +121,13 @@ class Transfers:
 
 
 class CudaTransfers(Transfers):
-    """Copies between pinned host memory and a CUDA device, on two side streams."""
+    """Copies between pinned host memory and a CUDA device, on side streams."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._in, self._out = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        # Copies wait for its short kernels, which a product that uses all multiprocessors would delay.
+        self._beside = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def host_memory(self, num_bytes: int) -> Tensor:
         """Return pinned host memory, in pages of its own: torch's allocator would round it up to a power of two.
@@ -134,28 +148,33 @@ class CudaTransfers(Transfers):
         weakref.finalize(pages, _unregister, memory.data_ptr()).atexit = False
         return memory
 
-    def begin(self) -> None:
-        """Let all later copies wait for the computation so far."""
-        now = torch.cuda.current_stream(self.device).record_event()
-        self._in.wait_event(now)
-        self._out.wait_event(now)
-
-    def use(self, loaded: Any) -> None:
-        """Let the computation wait for a copy to the device."""
-        torch.cuda.current_stream(self.device).wait_event(loaded)
+    def use(self, done: Any, by: Any = None) -> None:
+        """Let computation wait for a copy, or for other computation."""
+        (by or self.computation()).wait_event(done)
 
     def computed(self) -> Any:
         """Return what later copies to the device wait for: the computation so far."""
-        return torch.cuda.current_stream(self.device).record_event()
+        return self.computation().record_event()
+
+    def computation(self) -> Any:
+        """Return the computation of this thread: its current stream."""
+        return torch.cuda.current_stream(self.device)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Compute on a stream of its own, which waits for the current one; one thread at a time."""
+        self._beside.wait_event(self.computed())
+        with torch.cuda.stream(self._beside):
+            yield
 
     def wait(self, copy: Any) -> None:
-        """Wait for one copy on the host, in any thread; the processor is free meanwhile."""
+        """Wait for one copy on the host."""
         copy.synchronize()
 
     def finish(self) -> None:
-        """Wait for all copies on the host."""
-        self._in.synchronize()
-        self._out.synchronize()
+        """Wait on the host for all copies, and for all that was computed in `beside`."""
+        for stream in (self._in, self._beside, self._out):
+            stream.synchronize()
 
     def _copy_to_device(self, target: Tensor, source: Tensor, after: Sequence[Any]) -> Any:
         for event in after:
@@ -165,10 +184,10 @@ class CudaTransfers(Transfers):
             return self._in.record_event()
 
     def _copy_to_host(self, target: Tensor, source: Tensor) -> Any:
-        self._out.wait_event(torch.cuda.current_stream(self.device).record_event())
+        self._out.wait_event(self.computed())
         with torch.cuda.stream(self._out):
             target.copy_(source, non_blocking=True)
-            return self._out.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+            return self._out.record_event()
 
 
 def make_transfers(device: torch.device) -> Transfers:

@@ -1,6 +1,7 @@
 """The level that ``bigbatch train --offload auto`` chooses, and what it says about it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from bigbatch.cli import main
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
-from bigbatch.lm.distributed.ranks import SINGLE_PROCESS
+from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.planning import offload_choice
 from bigbatch.lm.planning.device_target import PlanTarget
 from bigbatch.lm.planning.offload_choice import with_chosen_offload
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.memory.usage import MemoryBudget
 from bigbatch.offload.cards import card
+from bigbatch.offload.levels import Offload
 from support.language_models import records, save_model_folder, write_jsonl
 
 
@@ -37,6 +39,7 @@ def on_card(monkeypatch: pytest.MonkeyPatch, usable_bytes: int, host_bytes: int 
     target = PlanTarget("a card, bf16", device, spec, MemoryBudget(usable_bytes, usable_bytes), is_local=True)
     monkeypatch.setattr(offload_choice, "resolve_target", lambda config: target)
     monkeypatch.setattr(offload_choice, "local_card", lambda device: card("h100"))
+    monkeypatch.setattr(offload_choice, "measure_link_rate", lambda device: None)
     monkeypatch.setattr(offload_choice, "available_host_bytes", lambda **_: host_bytes)
 
 
@@ -57,6 +60,29 @@ def test_enough_memory_needs_no_offload(place: Path, monkeypatch: pytest.MonkeyP
     assert sentence is not None
     assert sentence.startswith("offload none, chosen by auto: ")
     assert sentence.endswith(" on the card with checkpointing none, 0 B on the host, about 0.0 s an update")
+
+
+def test_slowest_link_of_the_ranks_counts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rate of 2 bytes a second in place of 50 billions, an update takes as many times as long."""
+    seconds = []
+    for of_other in (50e9, 2.0):
+        on_card(monkeypatch, 2**34)
+        monkeypatch.setattr(offload_choice, "measure_link_rate", lambda device: 50e9)
+        monkeypatch.setattr(RankContext, "all_gather", lambda _, own, other=of_other: [own, other])
+        sentence = chosen_level(monkeypatch, "optimizer")
+        found = re.search(r"about ([\d.]+) s an update$", sentence)
+        assert found is not None, sentence
+        seconds.append(float(found[1]))
+    assert seconds[0] < 1 < 1000 < seconds[1]
+
+
+def chosen_level(monkeypatch: pytest.MonkeyPatch, level: Offload) -> str:
+    """Return the sentence about a level that is the only one."""
+    monkeypatch.setattr(offload_choice, "levels_of", lambda config: [level])
+    config, sentence = chosen()
+    assert config.offload == level
+    assert sentence is not None
+    return sentence
 
 
 def test_fixed_microbatch_has_its_checkpointing_chosen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,8 +108,9 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
 
 
 def _choice_lines(trainer: "Trainer", origin: Path | None) -> list[str]:
-    """Return the line that explains an automatically chosen micro-batch; empty if the user set it."""
+    """Return the lines that explain an automatically chosen micro-batch and its time; empty if the user set it."""
     from bigbatch.lm.training.autotune import describe
+    from bigbatch.lm.training.predicted_update import predict_update
 
     choice = trainer.engine.choice
     if choice is None:
@@ -119,7 +120,12 @@ def _choice_lines(trainer: "Trainer", origin: Path | None) -> list[str]:
     unpredicted = "" if failure is None else f"; measured without a memory prediction: {failure}"
     lines = [f"{choice}{describe(trainer.model_setup.checkpointing_mode)}{cached}{unpredicted}"]
     if choice.unit == "tokens" and trainer.ranks.size == 1:
-        passes = trainer.total_steps / trainer.schedule.updates_per_epoch()
-        seconds = trainer.setup.order.tokens_before(1) * passes / choice.per_s
-        lines.append(f"about {duration(seconds)} of forward and backward for {plural(trainer.total_steps, 'update')}")
+        tokens = trainer.setup.order.tokens_before(1) / trainer.schedule.updates_per_epoch()
+        updates = plural(trainer.total_steps, "update")
+        update = predict_update(trainer.engine, tokens, trainer.model_setup.checkpointing_mode)
+        if update is None:
+            seconds = trainer.total_steps * tokens / choice.per_s
+            lines.append(f"about {duration(seconds)} of forward and backward for {updates}")
+        else:
+            lines.append(f"{update}; about {duration(trainer.total_steps * update.total_s)} for {updates}")
     return lines

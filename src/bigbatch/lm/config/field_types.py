@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, TypeAdapter, ValidationError
@@ -243,4 +245,9 @@ CheckpointingMode: TypeAlias = Literal["none", "selective", "full", "offload"]
 CHECKPOINTING_MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full", "offload")
 
 AUTO_MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full")
+
+RECOMPUTED_LAYERS: Mapping[CheckpointingMode, float] = MappingProxyType(
+    {"none": 0.0, "selective": 0.5, "full": 1.0, "offload": 1.0}
+)
+"""Share of the layers whose forward runs again in backward."""
 """Modes that ``auto`` chooses among: ``"offload"`` has not been measured on a card, and is for those who ask for it."""

@@ -15,7 +15,7 @@ from bigbatch.batching.plan import Plan, TokenBudget
 from bigbatch.batching.token_groups import DEFAULT_COST, round_down_row
 from bigbatch.errors import InputError
 from bigbatch.gradients.sum_store import SumStore
-from bigbatch.lm.config.field_types import AUTO_MODES, CheckpointingMode
+from bigbatch.lm.config.field_types import AUTO_MODES, RECOMPUTED_LAYERS, CheckpointingMode
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
 from bigbatch.lm.model.start import starts_narrow
@@ -161,9 +161,8 @@ class OffloadCases:
 
     def _work_of(self, mode: CheckpointingMode) -> WindowWork:
         """Return the work of one token in a mode."""
-        recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0, "offload": 1.0}[mode]
         moved = max(0, len(self._layers) - 1) if mode == "offload" else 0
-        return replace(self._work, recomputed=recomputed, moved_inputs=moved)
+        return replace(self._work, recomputed=RECOMPUTED_LAYERS[mode], moved_inputs=moved)
 
     def _size_of(self, rows: int) -> int:
         """Return the size of a micro-batch of so many of the longest sequences, in `unit`."""

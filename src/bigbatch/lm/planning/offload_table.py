@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bigbatch.autotune.peak_prediction import PredictionError
+from bigbatch.engine.card_target import local_card
 from bigbatch.errors import BigbatchError, InputError, MemoryLimitError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.model.setup import compiles_layers
@@ -17,12 +18,13 @@ from bigbatch.lm.planning.device_target import resolve_target
 from bigbatch.lm.planning.offload_cases import OffloadCases
 from bigbatch.lm.planning.sharded_memory import less_margin
 from bigbatch.lm.training.setup import ProgressCallback
-from bigbatch.memory.limit import gpu_limit, gpu_memory, known_gpu, parse_memory
+from bigbatch.memory.limit import gpu_limit, gpu_memory, parse_memory
 from bigbatch.memory.usage import MemoryBudget
 from bigbatch.offload.cards import TYPICAL, Card, card, card_of_size
 from bigbatch.offload.choice import Candidate, choose
 from bigbatch.offload.host_memory import available_host_bytes
 from bigbatch.offload.levels import LEVELS, Offload
+from bigbatch.offload.link_rate import measure_link_rate
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _memories(config: TrainConfig, *, is_here: bool) -> list[CardMemory]:
     if is_here:
         target = resolve_target(config)
         assert target.budget is not None, "known on this machine"
-        rates = local_card(target.device)
+        rates = local_card(target.device).with_link_rate(measure_link_rate(target.device))
         return [CardMemory(config.memory or rates.name, target.budget.usable_bytes, rates)]
     if config.memory is not None:
         try:
@@ -181,14 +183,6 @@ def _device_bytes(config: TrainConfig, device: torch.device, *, is_here: bool) -
     if config.gpu is not None:
         return gpu_memory(config.gpu)
     return torch.cuda.get_device_properties(device).total_memory if is_here else None
-
-
-def local_card(device: torch.device) -> Card:
-    """Return the rates of a CUDA device of this machine; of an unknown one, those of the typical card of its size."""
-    try:
-        return card(known_gpu(torch.cuda.get_device_name(device)))
-    except ValueError:  # not in the table
-        return card_of_size(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _of_gpu(name: str, gpu: str) -> CardMemory:

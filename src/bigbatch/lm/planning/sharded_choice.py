@@ -17,6 +17,7 @@ import torch
 
 from bigbatch import __version__
 from bigbatch.autotune.peak_prediction import PredictionError
+from bigbatch.engine.card_target import local_card
 from bigbatch.errors import BigbatchError, InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec, resolve_device
@@ -25,7 +26,6 @@ from bigbatch.lm.files import read_json, write_atomically
 from bigbatch.lm.planning.data_statistics import DataStatistics, measure_data
 from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
 from bigbatch.lm.planning.offload_cases import OffloadCases
-from bigbatch.lm.planning.offload_table import local_card
 from bigbatch.lm.planning.sharded_memory import less_margin
 from bigbatch.lm.runs.file_names import SHARDED_MICROBATCH
 from bigbatch.lm.training.microbatch_limits import memory_of
