@@ -25,6 +25,7 @@ import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ import torch
 from bigbatch import TokenBudget, move_to_device
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import W_SMALL, W, shift
+from bigbatch.lm.model.parallel_fills import filled_in_parallel
 from bigbatch.lm.training.engine_factory import make_engine
 from bigbatch.offload.levels import LEVELS
 from bigbatch.offload.link_rate import measure_link_rate
@@ -69,9 +71,8 @@ def make_model(arguments: argparse.Namespace, device: torch.device, level: Any) 
         max_position_embeddings=workload.longest,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    return move_to_device(model, device, offload=level)
+    make = partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32)
+    return move_to_device(filled_in_parallel(make, 0).train(), device, offload=level)
 
 
 def make_windows(arguments: argparse.Namespace, batches: int, number: int) -> list[list[dict[str, torch.Tensor]]]:
