@@ -135,3 +135,14 @@ def test_peak_memory_does_not_grow_with_microbatches() -> None:
         engine.step(torch.randn(512 * num_microbatches, 256))
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] / peaks[0] <= 1.01
+
+
+def test_tuning_leaves_no_memory_in_pieces() -> None:
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = bigbatch.Engine(
+        model, optimizer, lambda model, rows: (model(rows).square().sum(), len(rows)), microbatch="auto", memory="2GiB"
+    )
+    engine.tune(torch.randn(20_000, 1024))
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() <= 2**26

@@ -17,7 +17,7 @@ from bigbatch.engine.weight_probe import probe_weights
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner import MicrobatchRunner
 from bigbatch.gradients.fused_gradients import FusedGradients
-from bigbatch.memory.usage import resolve_memory_budget
+from bigbatch.memory.usage import free_cached_memory, resolve_memory_budget
 from bigbatch.types import Layout, LossFunction
 
 LARGEST_COPIES = 0.25
@@ -65,7 +65,9 @@ def choose_microbatch(
         if copies:
             fit = copies_fit(copies, usable_bytes=budget.usable_bytes, static_bytes=problem.static_bytes())
         problem = replace(problem, copies_bytes=problem.copies_bytes + (copies if fit else 0))
-        return {"choice": asdict(choose(problem, budget)), "copies_fit": fit}
+        choice = choose(problem, budget)
+        free_cached_memory()  # of micro-batches of other sizes: pieces of it are too small for the sums of a window
+        return {"choice": asdict(choice), "copies_fit": fit}
 
     found = run_on_first_rank(accumulator.sync.ranks, measure)
     if not found["copies_fit"]:
