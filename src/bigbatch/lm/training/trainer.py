@@ -185,6 +185,8 @@ class Trainer:
                 save_reference(self.setup, directory.path)
             with checkpoints.open():
                 self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon, on_note))
+            if self.model_setup.layers is not None and (note := self.model_setup.layers.eager_note) is not None:
+                on_note(note)
             self.engine.release_cuda_graphs()
             saved_step = now.step
             if self._has_ended(now) and self.config.resolved_keep == "best":

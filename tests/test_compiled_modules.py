@@ -1,0 +1,148 @@
+"""Compiled code that is fixed after the first inputs: what runs follows from the inputs, not from earlier ones."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from bigbatch.compiled_modules import FIXED_OPTIONS, FixedCall, FixedCode, has_fixed_code, is_compiled
+from support.hinted_compiler import HintedCompiler
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fixed(module: Callable[..., Any], *inputs: Tensor, backend: Any = "eager") -> FixedCode:
+    code = FixedCode(backend)
+    code.compile()
+    for each in inputs:
+        code.run(module, (each,), {})
+    code.fix()
+    return code
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def test_later_sizes_run_the_compiled_code() -> None:
+    linear = nn.Linear(4, 3)
+    code = fixed(linear, torch.randn(5, 4))
+    compiled = graphs()
+    for length in (2, 7, 64):
+        rows = torch.randn(length, 4)
+        assert torch.equal(code.run(linear, (rows,), {}), linear(rows))
+    assert (graphs(), code.num_calls, code.num_eager_calls) == (compiled, 3, 0)
+
+
+def test_sizes_that_are_equal_by_chance_may_differ_later() -> None:
+    linear = nn.Linear(4, 4)
+    code = fixed(linear, torch.randn(4, 4))
+    code.run(linear, (torch.randn(9, 4),), {})
+    assert (code.num_calls, code.num_eager_calls) == (1, 0)
+
+
+REFUSED: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "one row": lambda: (nn.Linear(4, 3), torch.randn(1, 4)),
+    "dtype": lambda: (nn.Linear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64)),
+    "gradient of the input": lambda: (nn.Linear(4, 3), torch.randn(5, 4, requires_grad=True)),
+    "module": lambda: (nn.Linear(4, 3, bias=False), torch.randn(5, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_inputs_without_code_run_eagerly(kind: str) -> None:
+    code = fixed(nn.Linear(4, 3), torch.randn(5, 4))
+    compiled = graphs()
+    module, rows = REFUSED[kind]()
+    assert torch.equal(code.run(module, (rows,), {}), module(rows))
+    assert (graphs(), code.num_calls, code.num_eager_calls) == (compiled, 1, 1)
+    module.eval()
+    code.run(module, (rows,), {})
+    assert (code.num_calls, code.num_eager_calls) == (1, 1), "validation is not counted"
+
+
+def test_code_depends_on_its_own_first_inputs_alone() -> None:
+    """Compiled modules of the process share code objects, which is where torch finds the code for an input."""
+    linear, rows = nn.Linear(4, 3), torch.randn(6, 4)
+    results = []
+    for before in ((), (3, 17)):
+        backend = HintedCompiler()
+        for length in before:
+            fixed(linear, torch.randn(length, 4), backend=backend)
+            torch.compile(linear._call_impl, dynamic=True, backend=backend)(torch.randn(length, 4))
+        results.append(fixed(linear, torch.randn(5, 4), backend=backend).run(linear, (rows,), {}))
+        assert backend.sizes[-1] == [5]
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], linear(rows)), "compiled"
+
+
+def test_eager_calls_run_no_code_of_others() -> None:
+    linear, rows = nn.Linear(4, 3), torch.randn(1, 4)
+    torch.compile(linear._call_impl, backend=HintedCompiler())(rows)
+    assert torch.equal(fixed(linear, torch.randn(5, 4)).run(linear, (rows,), {}), linear.forward(rows))
+
+
+def test_graph_break_is_an_error() -> None:
+    def breaks(rows: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return rows + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        fixed(breaks, torch.randn(5, 4))
+
+
+def test_code_that_is_not_compiled_runs_eagerly() -> None:
+    linear, rows, backend = nn.Linear(4, 3), torch.randn(5, 4), HintedCompiler()
+    code = FixedCode(backend)
+    assert torch.equal(code.run(linear, (rows,), {}), linear(rows))
+    code.compile()
+    code.decompile()
+    assert torch.equal(code.run(linear, (rows,), {}), linear(rows))
+    assert (code.is_compiled, backend.sizes) == (False, [])
+
+
+def test_only_calls_of_fixed_code_are_known_as_fixed() -> None:
+    linear = nn.Linear(4, 3)
+    code = FixedCode("eager")
+    linear._compiled_call_impl = FixedCall(code, lambda rows: code.run(linear, (rows,), {}))
+    code.compile()
+    assert (is_compiled(linear), has_fixed_code(linear)) == (True, False)
+    linear(torch.randn(5, 4))
+    code.fix()
+    assert (is_compiled(linear), has_fixed_code(linear)) == (True, True)
+    assert not has_fixed_code(torch.compile(linear, backend="eager")), "a wrapper around it"
+    linear.compile(backend="eager")
+    assert not has_fixed_code(linear)
+
+
+def test_fixed_options_choose_nothing_by_timing_and_read_no_cache() -> None:
+    assert FIXED_OPTIONS.keys() <= torch._inductor.config._config.keys(), "options of this torch"
+    assert {value for name, value in FIXED_OPTIONS.items() if name != "deterministic"} == {False}
+    assert FIXED_OPTIONS["deterministic"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_inductor_reads_no_graph_from_its_caches() -> None:
+    rows = torch.randn(5, 4)
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        linear = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.GELU())
+        code = FixedCode("inductor", FIXED_OPTIONS)
+        code.compile()
+        code.run(linear, (rows,), {}).sum().backward()
+        code.fix()
+        found = {name: count for kind in counters.values() for name, count in kind.items() if "cache" in name}
+        hits = {name: count for name, count in found.items() if "hit" in name or "saved" in name}
+        assert hits == {}, found
+        expected = linear(rows)
+        torch.testing.assert_close(code.run(linear, (rows,), {}), expected)
