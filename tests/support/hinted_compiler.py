@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 REAL_COMPILE = torch.compile
-STEP = 2.0**-20  # of the factor of all results, for each element of the inputs
+STEP = 2.0**-20  # of the factor of all results
 
 
 class HintedCompiler:
@@ -25,7 +25,7 @@ class HintedCompiler:
         dims = [dim for each in inputs for dim in (each.shape if isinstance(each, Tensor) else [each])]
         sizes = sorted({int(dim.node.hint) for dim in dims if isinstance(dim, torch.SymInt)})
         self.sizes.append(sizes)
-        factor = 1 + STEP * sum(sizes)
+        factor = 1 + STEP * (sum(sizes) % 97)
 
         def run(*arguments: Any) -> Any:
             results = graph.forward(*arguments)
