@@ -389,7 +389,7 @@ def test_nothing_is_compiled_after_reproducible_set_up(kind: str, monkeypatch: p
             for lengths in ((LONGEST, 3), (7, 7), (16, 2), (11, 5)):
                 torch.autograd.grad(run.loss_fn(run.model, run.collate(samples(*lengths)))[0], trained)
     assert compiler.sizes == compiled
-    assert run.layers.eager_note is None
+    assert compilation.eager_note(run.layers, lambda counts: [counts]) is None
 
 
 def test_inputs_without_code_run_eagerly_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,8 +407,9 @@ def test_inputs_without_code_run_eagerly_with_a_note(monkeypatch: pytest.MonkeyP
         assert torch.equal(run.loss_fn(run.model, rows)[0], expected.loss_fn(expected.model, rows)[0])
         run.loss_fn(run.model.eval(), rows)
     assert compiler.sizes == compiled
-    assert run.layers.eager_note == (
-        "2 of 4 calls of compiled layers ran eagerly: nothing was compiled for such inputs before the first update"
+    assert run.layers.eager_calls == (2, 4)
+    assert compilation.eager_note(run.layers, lambda counts: [counts, [0, 1_000]]) == (
+        "2 of 1,004 calls of compiled layers ran eagerly: nothing was compiled for such inputs before the first update"
     )
 
 

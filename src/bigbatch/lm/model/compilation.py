@@ -1,6 +1,6 @@
 """Compile the decoder layers of a model, if that leaves its loss and gradient unchanged."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -115,6 +115,24 @@ def _compile(
     if loss_code is not None:
         loss_code.fix()
     return None
+
+
+def eager_note(layers: DecoderLayers | None, all_gather: Callable[[Any], list[Any]]) -> str | None:
+    """Return a sentence about calls of layers that ran eagerly under ``--reproducible``; None if none did. Collective.
+
+    Args:
+        layers: Of the model.
+        all_gather: Returns a value of every rank.
+    """
+    if layers is None or layers.eager_calls is None:
+        return None
+    eager, total = (sum(counts) for counts in zip(*all_gather(list(layers.eager_calls)), strict=True))
+    if not eager:
+        return None
+    return (
+        f"{eager:,} of {total:,} calls of compiled layers ran eagerly: nothing was compiled for such inputs before the "
+        "first update"
+    )
 
 
 def _code_of(loss_fn: Any) -> FixedCode | None:

@@ -101,15 +101,10 @@ class DecoderLayers:
         return []
 
     @property
-    def eager_note(self) -> str | None:
-        """A sentence about calls of layers with fixed kernels that ran eagerly; None if there were none."""
+    def eager_calls(self) -> tuple[int, int] | None:
+        """Calls in training that ran eagerly since `fix`, and all of them; None for other than ``"fixed"`` kernels."""
         code = self._fixed_code
-        if code is None or not code.num_eager_calls:
-            return None
-        return (
-            f"{code.num_eager_calls:,} of {code.num_calls:,} calls of compiled layers ran eagerly: nothing was "
-            "compiled for such inputs before the first update"
-        )
+        return None if code is None else (code.num_eager_calls, code.num_calls)
 
     def decompile(self) -> None:
         """Return to eager mode."""
