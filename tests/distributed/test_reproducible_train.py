@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bigbatch.cli import main
 from bigbatch.lm.distributed.ranks import RankContext
+from bigbatch.lm.model import setup
 from bigbatch.lm.runs.identity import digest_of
 from support.distributed_runs import RunFolder
 from support.hinted_compiler import HintedCompiler, install
@@ -76,6 +77,26 @@ def test_compiled_runs_of_any_ranks_and_micro_batch_are_equal(
     assert main(["diff", "alone", "eager"]) == 1, "the compiler changes bits"
 
 
+def compile_on_first_rank(rank: int) -> None:
+    """Compile by default, as on CUDA, and fail on all ranks but the first."""
+    setup.compiles_layers = lambda *_: True  # type: ignore[assignment]
+    if rank:
+        torch.compile = fail  # type: ignore[assignment]
+    else:
+        install()
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no compiler")
+
+
+def test_rank_that_cannot_compile_is_refused(reproducible: RunFolder):
+    ranks = Launch(words("one-rank"), 2, folder=reproducible.folder, patch=compile_on_first_rank)
+    codes = ranks.wait()
+    assert codes == [2, 2], ranks.stderr() + ranks.stderr(1)
+    assert "rank 1 differs from rank 0 (the compiled layers differ)" in ranks.stderr()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_runs_compiled_by_inductor_are_equal(reproducible: RunFolder):
@@ -118,8 +139,8 @@ def test_compiled_runs_of_any_micro_batch_are_equal(
 
 
 WAS_COMPILED = (
-    "bigbatch resume: first-layers is reproducible and its layers were compiled, and they cannot be compiled now, which "
-    "would change the bits. Leave out --compile none, resume it where they can be compiled, or start a new run.\n"
+    "bigbatch resume: first-layers is reproducible and its layers were compiled, and they cannot be compiled now, "
+    "which would change the bits. Leave out --compile none, resume it where they can be compiled, or start a new run.\n"
 )
 WAS_NOT_COMPILED = (
     "bigbatch resume: {} is reproducible and its layers were not compiled, and they are compiled now, which would "

@@ -100,10 +100,11 @@ def _compile(
         with fp8.disabled():
             wide = of_run()
         tolerance = max(tolerance, _largest_difference(before, wide))
-    layers.compile(kernels="fixed" if config.reproducible else "untimed" if config.deterministic else "timed")
-    if (loss_code := _code_of(loss_fn)) is not None:
-        loss_code.compile()
+    loss_code = _code_of(loss_fn)
     try:
+        layers.compile(kernels="fixed" if config.reproducible else "untimed" if config.deterministic else "timed")
+        if loss_code is not None:
+            loss_code.compile()
         after = of_run()
     except Exception as error:  # noqa: BLE001 - on any compiler error, the model runs eagerly
         return first_line(error)
