@@ -19,6 +19,17 @@ def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class Layer(nn.Module):
+    """A module that torch.compile compiles as a whole, other than those of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.linear(rows)
+
+
 def fixed(module: Callable[..., Any], *inputs: Tensor, backend: Any = "eager") -> FixedCode:
     code = FixedCode(backend)
     code.compile()
@@ -71,7 +82,7 @@ def test_inputs_without_code_run_eagerly(kind: str) -> None:
 
 def test_code_depends_on_its_own_first_inputs_alone() -> None:
     """Compiled modules of the process share code objects, which is where torch finds the code for an input."""
-    linear, rows = nn.Linear(4, 3), torch.randn(6, 4)
+    linear, rows = Layer(), torch.randn(6, 4)
     results = []
     for before in ((), (3, 17)):
         backend = HintedCompiler()
@@ -84,10 +95,24 @@ def test_code_depends_on_its_own_first_inputs_alone() -> None:
     assert not torch.equal(results[0], linear(rows)), "compiled"
 
 
+def test_sizes_are_not_remembered_for_later_code() -> None:
+    """As torch does for functions of one file, line and name."""
+    for length in (5, 1):
+        fixed(nn.Linear(4, 3), torch.randn(length, 4))
+    states = torch._dynamo.pgo.get_code_state()
+    (own,) = [state for code, state in states.items() if code.filename.endswith("bigbatch/compiled_modules.py")]
+    assert [entry.size for entry in own.automatic_dynamic.values()] == [(1, 4)], "not that the first size differs"
+
+
 def test_eager_calls_run_no_code_of_others() -> None:
-    linear, rows = nn.Linear(4, 3), torch.randn(1, 4)
-    torch.compile(linear._call_impl, backend=HintedCompiler())(rows)
-    assert torch.equal(fixed(linear, torch.randn(5, 4)).run(linear, (rows,), {}), linear.forward(rows))
+    layer, rows = Layer(), torch.randn(1, 4)
+    others = torch.compile(layer._call_impl, backend=HintedCompiler())
+    assert not torch.equal(others(rows), layer.forward(rows))
+    code = fixed(layer, torch.randn(5, 4))
+    found = code.run(layer, (rows,), {})
+    torch._dynamo.reset()
+    assert torch.equal(found, layer.forward(rows))
+    assert code.num_eager_calls == 1
 
 
 def test_graph_break_is_an_error() -> None:
