@@ -92,16 +92,17 @@ class FixedCode:
             return self._run_eagerly(called, args, kwargs)
         if self.is_fixed:
             return self._compiled(called, self._run_eagerly, args, kwargs)
+        shapes: Any = shape_config
         # here, since each thread has its own settings and backward, which recomputes, may run in another one
         with (
             # sizes are dynamic from the start; the sizes that earlier models had at this place do not matter
             torch._dynamo.config.patch(automatic_dynamic_shapes=False, specialize_float=True),
             # sizes that are equal by chance, such as a length and the width, may differ in later inputs
-            shape_config.patch(use_duck_shape=False),
+            shapes.patch(use_duck_shape=False),
         ):
             return self._compiled(called, self._run_eagerly, args, kwargs)
 
-    @torch._dynamo.disable
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _run_eagerly(self, called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run in eager mode, that is also without code that others have compiled for parts of it."""
         self.num_eager_calls += _is_counted(called)

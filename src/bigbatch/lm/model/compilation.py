@@ -167,7 +167,7 @@ def _loss_and_gradient(
     The gradient is that of the embedded tokens, or with ``trained_layers``, of the trained parameters in the first
     layer that has some: forward and backward are then those of training, in which embedded tokens may need no gradient.
     """
-    inputs = None if trained_layers is None else trained_layers.first_trained_parameters()
+    inputs: list[Tensor] | None = None if trained_layers is None else [*trained_layers.first_trained_parameters()]
     with preserved(model, parameters=False):
         seed_everything(0)
         if inputs is None:
