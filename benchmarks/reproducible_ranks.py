@@ -147,6 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=lambda text: [int(size) for size in text.split(",")], default=[2, 4])
+    parser.add_argument("--models", choices=[*MODELS], nargs="+", default=[*MODELS])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--compile", choices=("auto", "layers", "none"), default="auto")
     parser.add_argument("--one-card", action="store_true", help="all ranks on the first card, over gloo")
@@ -160,7 +161,7 @@ def main() -> int:
         folder = Path(place)
         texts = [" ".join(f"item {n} is {n * n % 97}" for n in range(k, k + 9 + k % 31)) for k in range(600)]
         (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        found = [(kind, precision) for kind in MODELS for precision in PRECISIONS[options.device]]
+        found = [(kind, precision) for kind in options.models for precision in PRECISIONS[options.device]]
         free = Semaphore(options.at_once)
         with ThreadPoolExecutor(len(found) if options.device == "cuda" else 1) as pool:
             for ended in [pool.submit(run_model, *each, options, folder, report, free) for each in found]:
