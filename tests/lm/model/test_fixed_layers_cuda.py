@@ -13,6 +13,7 @@ from bigbatch.deterministic import deterministic_kernels
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.setup import ModelSetup, set_up_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # of compilers
@@ -74,6 +75,10 @@ def test_no_kernel_is_timed_and_nothing_compiled_later(kind: str, precision: str
     assert counters["stats"]["unique_graphs"] == compiled > 0
     assert run.layers.eager_calls is not None
     assert run.layers.eager_calls[0] == 0
+    if kind == "llama":
+        assert isinstance(run.loss_fn, ChunkedCausalLMLoss)
+        assert run.loss_fn.fused_code is not None
+        assert run.loss_fn.fused_code.num_calls > run.loss_fn.fused_code.num_eager_calls == 0
     timed = {name: count for name, count in counters["inductor"].items() if "bench" in name}
     assert timed == {}
 

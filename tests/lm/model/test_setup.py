@@ -390,6 +390,10 @@ def test_nothing_is_compiled_after_reproducible_set_up(kind: str, monkeypatch: p
                 torch.autograd.grad(run.loss_fn(run.model, run.collate(samples(*lengths)))[0], trained)
     assert compiler.sizes == compiled
     assert compilation.eager_note(run.layers, lambda counts: [counts]) is None
+    if kind == "wide":
+        assert isinstance(run.loss_fn, ChunkedCausalLMLoss)
+        assert run.loss_fn.fused_code is not None
+        assert (run.loss_fn.fused_code.num_calls, run.loss_fn.fused_code.num_eager_calls) == (16, 0)
 
 
 def test_inputs_without_code_run_eagerly_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
