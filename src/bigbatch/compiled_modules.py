@@ -51,7 +51,8 @@ class FixedCode:
 
     Attributes:
         is_fixed: Whether `fix` was called.
-        num_calls: Calls since then, of modules in training mode; recomputation in backward counts as well.
+        num_calls: Calls since then with deterministic algorithms, as in training, not of modules in evaluation mode;
+            recomputation in backward counts as well.
         num_eager_calls: Those that ran in eager mode.
     """
 
@@ -123,7 +124,8 @@ def _inner(called: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_counted(called: Callable[..., Any]) -> bool:
-    return not isinstance(called, nn.Module) or called.training
+    is_trained = not isinstance(called, nn.Module) or called.training
+    return is_trained and torch.are_deterministic_algorithms_enabled()
 
 
 class FixedCall:
