@@ -4,7 +4,8 @@
     python benchmarks/reproducible_ranks.py --ranks 2 --one-card --at-once 6       # both on one card, over gloo
     python benchmarks/reproducible_ranks.py --device cpu --ranks 2 --steps 8          # gloo, to try the script
 
-Small Llama and GPT-2 models with dropout 0.1, in float32 and under bfloat16 autocast, train 50 updates: on one card
+Small Llama and GPT-2 models with dropout 0.1, and a Qwen2 without, whose rows are packed on CUDA in bfloat16 and whose
+vocabulary is large enough for a loss in chunks, in float32 and under bfloat16 autocast, train 50 updates: on one card
 with micro-batches of one quantum and with token budgets of 4,096 and 16,384, on each number of ranks over NCCL, and on
 the most ranks until one is killed, then on half as many. On CUDA all runs go on at the same time, or as many as
 ``--at-once`` says, and layers are compiled, with ``--compile layers`` on the CPU too. Each run is compared with the
@@ -40,6 +41,10 @@ MODELS = {
     "gpt2": {
         "model_type": "gpt2", "n_embd": 128, "n_layer": 3, "n_head": 4, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
         "embd_pdrop": 0.1,
+    },
+    "qwen2": {
+        "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 20_000,
     },
 }  # fmt: skip
 PRECISIONS = {"cuda": ("float32", "bf16"), "cpu": ("float32",)}
@@ -115,7 +120,7 @@ def run_model(
 ) -> None:
     """Run one model in every way, as many at the same time as are free, and add a line for each."""
     config = folder / f"{kind}-{precision}.json"
-    config.write_text(json.dumps({**MODELS[kind], "vocab_size": 500, "max_position_embeddings": 256}))
+    config.write_text(json.dumps({"vocab_size": 500, "max_position_embeddings": 256, **MODELS[kind]}))
     words = [
         "train", "--model-config", str(config), "--tokenizer", "train:500", "--data", str(folder / "texts.jsonl"),
         "--device", options.device, "--precision", precision, "--max-length", "256", "--global-batch", "60",
