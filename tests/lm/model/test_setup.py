@@ -394,6 +394,8 @@ def test_nothing_is_compiled_after_reproducible_set_up(kind: str, monkeypatch: p
         assert isinstance(run.loss_fn, ChunkedCausalLMLoss)
         assert run.loss_fn.fused_code is not None
         assert (run.loss_fn.fused_code.num_calls, run.loss_fn.fused_code.num_eager_calls) == (16, 0)
+        monkeypatch.setattr(run.loss_fn.fused_code, "run", None)
+        run.loss_fn(run.model, run.collate(samples(5, 5)))  # of a trial, without the code
 
 
 def test_inputs_without_code_run_eagerly_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
