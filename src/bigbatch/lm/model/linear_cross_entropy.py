@@ -90,9 +90,7 @@ def linear_cross_entropy(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs at least 1 token.")
     fused = fused and not isinstance(hidden, FakeTensor)
-    if (
-        fused_code is not None
-    ):  # of quanta: trials and validation need less memory in place
+    if fused_code is not None:  # of quanta: trials and validation need less memory in place
         fused = fused and fused_code.is_compiled and torch.are_deterministic_algorithms_enabled()
     dtype = _matmul_dtype(hidden)
     options = _Options(chunk_tokens, softcap, scale, dtype, fused, fused_code, narrow_weight, narrow_logits)
