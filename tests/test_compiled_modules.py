@@ -158,6 +158,15 @@ def test_fixed_options_choose_nothing_by_timing_and_read_no_cache() -> None:
     assert FIXED_OPTIONS["deterministic"] is True
 
 
+def test_options_that_the_environment_overrides_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does with TORCHINDUCTOR_FX_GRAPH_CACHE=1."""
+    FixedCode("inductor", FIXED_OPTIONS).compile()
+    monkeypatch.setattr(torch._inductor.config._config["fx_graph_cache"], "env_value_force", True)
+    with pytest.raises(ValueError, match="fx_graph_cache") as refused:
+        FixedCode("inductor", FIXED_OPTIONS).compile()
+    assert str(refused.value) == "the environment sets fx_graph_cache of Inductor to True, and it has to be False"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_inductor_reads_no_graph_from_its_caches() -> None:

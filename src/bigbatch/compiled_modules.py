@@ -6,6 +6,7 @@ before it. `FixedCode` is compiled for inputs that the caller chooses, and runs 
 """
 
 from collections.abc import Callable
+from functools import reduce
 from types import FunctionType
 from typing import Any
 
@@ -71,7 +72,13 @@ class FixedCode:
         return self._compiled is not None
 
     def compile(self) -> None:
-        """Compile for every input from now on that has no code."""
+        """Compile for every input from now on that has no code.
+
+        Raises:
+            ValueError: The environment overrides an option.
+        """
+        if self._backend == "inductor":
+            _check_options(self._options or {})
         self._compiled = torch.compile(
             self._function, dynamic=True, fullgraph=True, backend=self._backend, options=self._options
         )
@@ -108,6 +115,17 @@ class FixedCode:
         """Run in eager mode, that is also without code that others have compiled for parts of it."""
         self.num_eager_calls += _is_counted(called)
         return _inner(called)(*args, **kwargs)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Check that options of Inductor have an effect: some environment variables of torch have precedence."""
+    from torch._inductor import config
+
+    settings: Any = config
+    with settings.patch(options):
+        for name, value in options.items():
+            if (found := reduce(getattr, name.split("."), settings)) != value:
+                raise ValueError(f"the environment sets {name} of Inductor to {found}, and it has to be {value}")
 
 
 def _call(
