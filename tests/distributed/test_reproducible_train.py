@@ -100,10 +100,13 @@ def test_rank_that_cannot_compile_is_refused(reproducible: RunFolder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_runs_compiled_by_inductor_are_equal(reproducible: RunFolder):
-    for size, out, more in ((1, "alone", ("--microbatch", "2")), (2, "ranks", ("--token-budget", "128"))):
+    for size, out, more in (
+        (1, "inductor-alone", ("--microbatch", "2")),
+        (2, "inductor-ranks", ("--token-budget", "128")),
+    ):
         launch(reproducible, size, words(out, "--compile", "layers", *more))
-    assert main(["diff", "alone", "ranks"]) == 0
-    assert model_bits("alone") == model_bits("ranks")
+    assert main(["diff", "inductor-alone", "inductor-ranks"]) == 0
+    assert model_bits("inductor-alone") == model_bits("inductor-ranks")
 
 
 @pytest.fixture
