@@ -6,17 +6,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 PATIENCE_S = 400
 
 
 def launch(
-    size: int, words: list[str], log: Path, *, restarts: int = 0, environment: Mapping[str, str] | None = None
+    size: int,
+    words: list[str],
+    log: Path,
+    *,
+    restarts: int = 0,
+    environment: Mapping[str, str] | None = None,
+    command: Sequence[str] = ("-m", "bigbatch"),
 ) -> subprocess.Popen[bytes]:
     """Start one process, or torchrun with several; their output is appended to a file."""
-    rest = ["-m", "bigbatch", *words]
+    rest = [*command, *words]
     if size > 1:
         ranks = ["--standalone", "--nproc-per-node", str(size), "--max-restarts", str(restarts)]
         rest = ["-m", "torch.distributed.run", *ranks, *rest]

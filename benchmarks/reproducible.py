@@ -1,13 +1,14 @@
 """Cost of reproducible updates, their bits over 50 updates, and their loss over 300, compared with the default mode.
 
-    python benchmarks/reproducible.py [--rounds 5] [--device cuda --workload w]
+    python benchmarks/reproducible.py [--rounds 5] [--workload w --quanta 64]
     python benchmarks/reproducible.py --bits
     python benchmarks/reproducible.py --losses
 
-Cost: the workloads are those of `bigbatch bench`. Both engines run the same model and samples in alternation, and the
-default engine has the micro-batch of the quantum, so that both run the same forwards and backwards: the ratio is that
-of the medians. On CUDA the default engine runs compiled layers, and once more (``eager``) the layers as they are, as
-reproducible updates do. On a CPU, times are process times of one thread, which exclude other processes.
+Cost: the workloads are those of `bigbatch bench`. Both engines run equal models and the same samples in alternation,
+and the default engine has the micro-batch of the quantum, so that both run the same forwards and backwards: the ratio
+is that of the medians. On CUDA both run compiled layers, and the reproducible engine once more (``eager``) the layers
+as they are. On a CPU, times are process times of one thread, which exclude other processes, and ``--compile layers``
+compiles.
 
 Bits: small Llama and GPT-2 models with dropout, as the tests train them, in every combination of micro-batch, order and
 out-of-memory error, and on 1 to 4 gloo ranks with a kill and a resume on other ranks: all must have equal parameters
@@ -18,6 +19,7 @@ Losses: the mean loss of the last 20 of 300 updates, for some seeds.
 
 import argparse
 import logging
+import os
 import statistics
 import sys
 import tempfile
@@ -33,8 +35,10 @@ import torch
 import bigbatch
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import WORKLOADS, count_tokens, shift
+from bigbatch.lm.model.compilation import eager_note
 
 QUANTA = (2, 4, 8, 16)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products of matrices need it
 
 
 def main() -> None:
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("--workload", default="w-small", choices=[*WORKLOADS])
     parser.add_argument("--rounds", type=int, default=5, help="timed updates of each engine")
     parser.add_argument("--quanta", default=",".join(map(str, QUANTA)), help="samples, separated by commas")
+    parser.add_argument("--compile", choices=("auto", "layers", "none"), default="auto")
     parser.add_argument("--bits", action="store_true", help="compare parameters over 50 updates")
     parser.add_argument("--losses", action="store_true", help="compare losses over 300 updates")
     options = parser.parse_args()
@@ -55,26 +60,24 @@ def main() -> None:
     elif options.losses:
         compare_losses()
     else:
-        compare_cost(options.workload, options.rounds, [int(quantum) for quantum in options.quanta.split(",")])
+        quanta = [int(quantum) for quantum in options.quanta.split(",")]
+        compare_cost(options.workload, options.rounds, quanta, compiles=options.compile)
 
 
-def compare_cost(name: str, rounds: int, quanta: list[int]) -> None:
+def compare_cost(name: str, rounds: int, quanta: list[int], *, compiles: str) -> None:
     """Time updates of both modes in alternation."""
     workload = WORKLOADS[name]
     machine = workload.device_spec()
     is_cuda = machine.device.type == "cuda"
     samples = sorted(shift(workload.make_samples()), key=lambda sample: -len(sample["input_ids"]))
-    run = set_up(workload.make_trained_model(machine.device), workload)
-    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
-    trained = sum(parameter.numel() for parameter in parameters)
+    model = workload.make_trained_model(machine.device)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(
         f"{name} on {machine}: {len(samples)} sequences, {count_tokens(samples):,} tokens, {trained:,} trained "
         f"parameters, torch {torch.__version__}, medians of {rounds} updates"
     )
-    eager = nullcontext if run.layers is None else run.layers.eager  # compiled layers are not reproducible
-    columns = f"{'default':>11}{'eager':>11}{'reproducible':>15}{'ratio':>8}{'of eager':>10}"
-    print(f"{'quantum':>8}{'tokens in it':>14}{columns}")
+    columns = f"{'default':>11}{'reproducible':>15}{'eager':>11}{'ratio':>8}{'of eager':>10}"
+    print(f"{'quantum':>8}{'tokens in it':>14}{columns}{'layers':>12}")
 
     def update_s(engine: bigbatch.Engine) -> float:
         clock = time.perf_counter if is_cuda else time.process_time
@@ -84,25 +87,39 @@ def compare_cost(name: str, rounds: int, quanta: list[int]) -> None:
             torch.cuda.synchronize()
         return clock() - start
 
+    plain = set_up(model, workload, compile=compiles)
+    default_optimizer = _optimizer(model)
     for quantum in quanta:
-        settings: dict[str, Any] = {"microbatch": quantum, "collate": run.collate, "noise": False, "check": False}
-        default = bigbatch.Engine(run.model, optimizer, run.loss_fn, **settings)
-        with eager():
-            exact = bigbatch.Engine(run.model, optimizer, run.loss_fn, reproducible=True, quantum=quantum, **settings)
-        ways = [(default, nullcontext), (default, eager), (exact, eager)]
+        exact_model = workload.make_trained_model(machine.device)
+        fixed = set_up(exact_model, workload, compile=compiles, reproducible=True, quantum=quantum)
+        settings: dict[str, Any] = {"microbatch": quantum, "collate": fixed.collate, "noise": False, "check": False}
+        default = bigbatch.Engine(model, default_optimizer, plain.loss_fn, **settings)
+        settings |= {"reproducible": True, "quantum": quantum}
+        exact = bigbatch.Engine(exact_model, _optimizer(exact_model), fixed.loss_fn, **settings)
+        eager = nullcontext if fixed.layers is None else fixed.layers.eager
+        ways = [(default, nullcontext), (exact, nullcontext), (exact, eager)]
         times: list[list[float]] = [[] for _ in ways]
         for round_ in range(rounds + 1):
             for number in range(len(ways)) if round_ % 2 else reversed(range(len(ways))):
                 engine, context = ways[number]
                 with context():
                     times[number].append(update_s(engine))
-        one, slower, other = (statistics.median(found[1:]) for found in times)
+        one, other, slower = (statistics.median(found[1:]) for found in times)
         tokens = count_tokens(samples) / len(samples) * quantum
         print(
-            f"{quantum:>8}{tokens:>14.0f}{one:>10.3f}s{slower:>10.3f}s{other:>14.3f}s{other / one:>8.3f}"
-            f"{other / slower:>10.3f}",
+            f"{quantum:>8}{tokens:>14.0f}{one:>10.3f}s{other:>14.3f}s{slower:>10.3f}s{other / one:>8.3f}"
+            f"{other / slower:>10.3f}{'compiled' if fixed.has_compiled_layers else 'eager':>12}",
             flush=True,
         )
+        for note in (*fixed.notes, eager_note(fixed.layers, lambda counts: [counts])):
+            if note is not None:
+                print(f"{'':>8}  {note}", flush=True)
+        del exact, exact_model, fixed, ways
+
+
+def _optimizer(model: Any) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=0.0, fused=True)
 
 
 def compare_bits(updates: int = 50) -> None:

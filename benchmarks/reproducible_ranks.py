@@ -1,27 +1,36 @@
 """Fingerprints of `bigbatch train --reproducible` on one and on several cards, killed, and resumed on fewer.
 
     python benchmarks/reproducible_ranks.py --ranks 2,4          # 4 CUDA cards of one host, some minutes
+    python benchmarks/reproducible_ranks.py --ranks 2 --one-card --at-once 6       # both on one card, over gloo
     python benchmarks/reproducible_ranks.py --device cpu --ranks 2 --steps 8          # gloo, to try the script
 
-Small Llama and GPT-2 models with dropout 0.1, in float32 and under bfloat16 autocast, train 50 updates: on one card
+Small Llama and GPT-2 models with dropout 0.1, and a Qwen2 without, whose rows are packed on CUDA in bfloat16 and whose
+vocabulary is large enough for a loss in chunks, in float32 and under bfloat16 autocast, train 50 updates: on one card
 with micro-batches of one quantum and with token budgets of 4,096 and 16,384, on each number of ranks over NCCL, and on
-the most ranks until one is killed, then on half as many. On CUDA all runs go on at the same time. Each is compared with
-the first: the fingerprints of the gradient and of the parameters of every update, and the bytes of the saved model. The
-exit code is 1 if one differs.
+the most ranks until one is killed, then on half as many. On CUDA all runs go on at the same time, or as many as
+``--at-once`` says, and layers are compiled, with ``--compile layers`` on the CPU too. Each run is compared with the
+first: the fingerprints of the gradient and of the parameters of every update, and the bytes of the saved model. The
+table says whether layers were compiled, and how many of their calls ran eagerly nevertheless. The exit code is 1 if a
+run differs.
 """
 
 import argparse
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Semaphore
 
 import torch
 
+from bigbatch.lm.runs.file_names import IDENTITY
 from bigbatch.lm.runs.fingerprints import first_difference, read_fingerprints
+from bigbatch.lm.runs.identity import read_identity
+from bigbatch.lm.training.resume import COMPILED
 from launched_ranks import kill_rank, last_line, launch, updates, wait_for, wait_for_end
 
 MODELS = {
@@ -32,6 +41,10 @@ MODELS = {
     "gpt2": {
         "model_type": "gpt2", "n_embd": 128, "n_layer": 3, "n_head": 4, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
         "embd_pdrop": 0.1,
+    },
+    "qwen2": {
+        "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 20_000,
     },
 }  # fmt: skip
 PRECISIONS = {"cuda": ("float32", "bf16"), "cpu": ("float32",)}
@@ -67,10 +80,10 @@ def ways(ranks: list[int]) -> Iterator[Way]:
     yield Way(f"{most}, killed, then {most // 2}", most, ("--token-budget", "4096"), then=most // 2)
 
 
-def run(way: Way, words: list[str], out: Path, steps: int) -> str | None:
+def run(way: Way, words: list[str], out: Path, steps: int, command: Sequence[str]) -> str | None:
     """Run to the end; return what went wrong."""
     log = out.with_suffix(".log")
-    process = launch(way.ranks, [*words, *way.flags, "--out", str(out)], log)
+    process = launch(way.ranks, [*words, *way.flags, "--out", str(out)], log, command=command)
     if way.then:
         wait_for(lambda: updates(out) > steps // 2, process)
         kill_rank(process, 1)
@@ -78,7 +91,7 @@ def run(way: Way, words: list[str], out: Path, steps: int) -> str | None:
         done = updates(out)
         if not steps // 2 < done < steps:
             return f"was to be killed in mid-run, but had {done} updates: {last_line(log)}"
-        process = launch(way.then, ["resume", str(out)], log)
+        process = launch(way.then, ["resume", str(out)], log, command=command)
     return wait_for_end(process, log)
 
 
@@ -94,24 +107,43 @@ def compare(out: Path, first: Path, steps: int) -> str | None:
     return None if bits[0] == bits[1] else "DIFFERENT saved model"
 
 
-def run_model(kind: str, precision: str, options: argparse.Namespace, folder: Path, report: Report) -> None:
-    """Run one model in every way, all at the same time, and add a line for each."""
+def compilation_of(out: Path) -> str:
+    """Return whether the layers of a run were compiled, and how many calls ran eagerly."""
+    if not (out / IDENTITY).is_file() or not (read_identity(out).facts or {}).get(COMPILED):
+        return "eager"
+    found = re.search(r"([0-9,]+) of ([0-9,]+) calls of compiled layers", out.with_suffix(".log").read_text())
+    return f"compiled ({found[1]} of {found[2]} calls eager)" if found else "compiled"
+
+
+def run_model(
+    kind: str, precision: str, options: argparse.Namespace, folder: Path, report: Report, free: Semaphore
+) -> None:
+    """Run one model in every way, as many at the same time as are free, and add a line for each."""
     config = folder / f"{kind}-{precision}.json"
-    config.write_text(json.dumps({**MODELS[kind], "vocab_size": 500, "max_position_embeddings": 256}))
+    config.write_text(json.dumps({"vocab_size": 500, "max_position_embeddings": 256, **MODELS[kind]}))
     words = [
         "train", "--model-config", str(config), "--tokenizer", "train:500", "--data", str(folder / "texts.jsonl"),
         "--device", options.device, "--precision", precision, "--max-length", "256", "--global-batch", "60",
         "--lr", "0.01", "--steps", str(options.steps), "--checkpoint-every", str(max(1, options.steps // 5)),
         "--reproducible", "--quantum", str(QUANTUM), "--validation-fraction", "0", "--no-cache",
+        "--compile", options.compile,
     ]  # fmt: skip
+    command = [str(Path(__file__).with_name("one_card.py"))] if options.one_card else ["-m", "bigbatch"]
     found = list(ways(options.ranks))
     outs = [folder / f"{kind}-{precision}-{number}" for number in range(len(found))]
+
+    def run_one(way: Way, out: Path) -> str | None:
+        with free:
+            return run(way, words, out, options.steps, command)
+
     with ThreadPoolExecutor(len(found)) as pool:
-        faults = list(pool.map(lambda pair: run(pair[0], words, pair[1], options.steps), zip(found, outs, strict=True)))
+        faults = list(pool.map(run_one, found, outs))
     for way, out, fault in zip(found, outs, faults, strict=True):
         result = fault or (faults[0] and "nothing to compare with") or compare(out, outs[0], options.steps)
         report.different += result is not None
-        report.lines.append(f"{kind:<6} {precision:<7} {way.name:<28} {result or 'equal'}")
+        report.lines.append(
+            f"{kind:<6} {precision:<7} {way.name:<28} {result or 'equal':<8} {compilation_of(out)}".rstrip()
+        )
         print(report.lines[-1], flush=True)
 
 
@@ -120,7 +152,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=lambda text: [int(size) for size in text.split(",")], default=[2, 4])
+    parser.add_argument("--models", choices=[*MODELS], nargs="+", default=[*MODELS])
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--compile", choices=("auto", "layers", "none"), default="auto")
+    parser.add_argument("--one-card", action="store_true", help="all ranks on the first card, over gloo")
+    parser.add_argument("--at-once", type=int, default=100, help="runs at the same time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
@@ -130,9 +166,10 @@ def main() -> int:
         folder = Path(place)
         texts = [" ".join(f"item {n} is {n * n % 97}" for n in range(k, k + 9 + k % 31)) for k in range(600)]
         (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        found = [(kind, precision) for kind in MODELS for precision in PRECISIONS[options.device]]
+        found = [(kind, precision) for kind in options.models for precision in PRECISIONS[options.device]]
+        free = Semaphore(options.at_once)
         with ThreadPoolExecutor(len(found) if options.device == "cuda" else 1) as pool:
-            for ended in [pool.submit(run_model, *each, options, folder, report) for each in found]:
+            for ended in [pool.submit(run_model, *each, options, folder, report, free) for each in found]:
                 ended.result()
     report.lines.append("all equal" if not report.different else f"{report.different} are not")
     print(report.lines[-1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.accumulation.optimizer_update import OptimizerUpdate
-from bigbatch.compiled_modules import is_compiled
+from bigbatch.compiled_modules import has_fixed_code, is_compiled
 from bigbatch.distributed.gradient_sync import GradientSync
 from bigbatch.errors import InputError
 
@@ -36,7 +36,7 @@ def check_reproducible(module: nn.Module, update: OptimizerUpdate, sync: Gradien
         )
     _check_parameters(update.parameters())
     for name, layer in module.named_modules():
-        if is_compiled(layer):
+        if is_compiled(layer) and not has_fixed_code(layer):
             what = f"the compiled module {name!r}" if name else "a compiled model"
             raise InputError(
                 f"reproducible=True is not supported for {what}: "

@@ -44,7 +44,8 @@ def test_different_runs_exit_with_1_and_name_parameters(folder: Path, capfd: pyt
     ]
 
 
-def test_settings_and_data_that_differ_are_named(folder: Path, capfd: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_settings_and_data_that_differ_are_named(folder: Path, capfd: pytest.CaptureFixture[str], compiled: bool):
     same = {
         "seed": 0,
         "num_threads": 1,
@@ -60,7 +61,7 @@ def test_settings_and_data_that_differ_are_named(folder: Path, capfd: pytest.Cap
     (folder / "three" / "run-manifest.json").write_bytes(
         new_identity(
             same | {"seed": 1, "num_threads": 2, "lr": 0.1, "out": "three", "microbatch": 4},
-            {"data_sha256": "c", "weights_sha256": "d", "model": {"n_layer": 2}},
+            {"data_sha256": "c", "weights_sha256": "d", "model": {"n_layer": 2}, "compiled_layers": compiled},
         )
     )
     assert main(["diff", "one", "three"]) == 1
@@ -71,6 +72,7 @@ def test_settings_and_data_that_differ_are_named(folder: Path, capfd: pytest.Cap
         "the runs have another --seed: 0 and 1",
         "the runs have other documents",
         "the runs have other initial weights",
+        *["the runs have compiled layers in one and layers in eager mode in the other"] * compiled,
     ]
     assert main(["diff", "one", "two"]) == 0
     assert capfd.readouterr().out == "equal in 2 updates and 7 parameters\n"

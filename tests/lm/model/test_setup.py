@@ -18,6 +18,8 @@ from transformers import (
     MixtralConfig,
 )
 
+from bigbatch.compiled_modules import FIXED_OPTIONS
+from bigbatch.deterministic import deterministic_kernels
 from bigbatch.errors import InputError
 from bigbatch.lm.config.field_types import CHECKPOINTING_MODES
 from bigbatch.lm.config.train_config import TrainConfig
@@ -28,9 +30,11 @@ from bigbatch.lm.model.causal_attention import NAME
 from bigbatch.lm.model.causal_lm_loss import CausalLMLoss
 from bigbatch.lm.model.chunked_loss import ChunkedCausalLMLoss
 from bigbatch.lm.model.decoder_layers import DecoderLayers
+from bigbatch.lm.model.loss_choice import make_loss_fn
 from bigbatch.lm.model.setup import ModelSetup, captures_cuda_graphs, compiles_layers, set_up_model
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
+from support.hinted_compiler import HintedCompiler
 from support.language_models import records, run, save_model_folder, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
@@ -53,17 +57,17 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
-def test_layers_are_compiled_on_cuda_by_default_unless_bits_are_promised() -> None:
-    """Two ranks had other gradients than one card: each had tuned its kernels for its own first shapes."""
+def test_layers_are_compiled_on_cuda_and_quanta_not_captured() -> None:
     cuda = torch.device("cuda")
-    for config, device, expected in [
-        (TrainConfig(), cuda, True),
-        (TrainConfig(reproducible=True), cuda, False),
-        (TrainConfig(deterministic=True), cuda, True),
-        (TrainConfig(compile="none"), cuda, False),
-        (TrainConfig(), CPU, False),
+    for config, device, compiles, captures in [
+        (TrainConfig(), cuda, True, True),
+        (TrainConfig(reproducible=True), cuda, True, False),
+        (TrainConfig(deterministic=True), cuda, True, True),
+        (TrainConfig(compile="none"), cuda, False, False),
+        (TrainConfig(), CPU, False, False),
+        (TrainConfig(reproducible=True), CPU, False, False),
     ]:
-        assert (compiles_layers(config, device), captures_cuda_graphs(config, device)) == (expected, expected)
+        assert (compiles_layers(config, device), captures_cuda_graphs(config, device)) == (compiles, captures)
 
 
 @pytest.fixture(autouse=True)
@@ -349,6 +353,108 @@ def test_deterministic_compiler_times_nothing(compiler: Any) -> None:
     assert "deterministic" in torch._inductor.config._config, "an option of this torch"
 
 
+def test_reproducible_layers_and_loss_are_compiled_with_fixed_options(compiler: Any) -> None:
+    asked = compiler(exact)
+    run = arranged(build("wide"), compile="layers", reproducible=True)
+    of_layers, of_loss = asked
+    rounding = {"emulate_precision_casts": True, "fallback_random": False}
+    assert (of_layers["options"], of_loss["options"]) == (FIXED_OPTIONS | rounding, FIXED_OPTIONS)
+    assert isinstance(run.loss_fn, ChunkedCausalLMLoss)
+    assert run.loss_fn.fused_code is not None
+    assert run.loss_fn.fused_code.is_fixed
+
+
+def hinted(monkeypatch: pytest.MonkeyPatch) -> HintedCompiler:
+    compiler = HintedCompiler()
+    monkeypatch.setattr(torch, "compile", compiler.compile)
+    return compiler
+
+
+FIXED = {"llama": {}, "lora": {"lora_rank": 2}, "gpt2": {}, "gemma2": {}, "wide": {}}
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_nothing_is_compiled_after_reproducible_set_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for the lengths of a quantum, nor for a mode of activation checkpointing, nor in backward."""
+    compiler = hinted(monkeypatch)
+    model = build("llama" if kind == "lora" else kind)
+    run = arranged(model, compile="layers", reproducible=True, **FIXED[kind])
+    assert run.layers is not None
+    compiled = list(compiler.sizes)
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    assert compiled
+    with deterministic_kernels():
+        for mode in CHECKPOINTING_MODES:
+            run.layers.set_checkpointing(mode)
+            for lengths in ((LONGEST, 3), (7, 7), (16, 2), (11, 5)):
+                torch.autograd.grad(run.loss_fn(run.model, run.collate(samples(*lengths)))[0], trained)
+    assert compiler.sizes == compiled
+    assert compilation.eager_note(run.layers, lambda counts: [counts]) is None
+    if kind == "wide":
+        assert isinstance(run.loss_fn, ChunkedCausalLMLoss)
+        assert run.loss_fn.fused_code is not None
+        assert (run.loss_fn.fused_code.num_calls, run.loss_fn.fused_code.num_eager_calls) == (16, 0)
+        monkeypatch.setattr(run.loss_fn.fused_code, "run", None)
+        run.loss_fn(run.model, run.collate(samples(5, 5)))  # of a trial, without the code
+
+
+def test_inputs_without_code_run_eagerly_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows up to the window of the attention need no mask, and longer ones do; set-up compiles for those."""
+    compiler = hinted(monkeypatch)
+    run, expected = (
+        arranged(build("mistral"), compile=compile_, layout="padded", reproducible=True)
+        for compile_ in ("layers", "none")
+    )
+    assert run.layers is not None
+    compiled = list(compiler.sizes)
+    with deterministic_kernels():
+        run.loss_fn(run.model, run.collate(samples(LONGEST, 7)))
+        rows = run.collate(samples(9, 7))
+        assert torch.equal(run.loss_fn(run.model, rows)[0], expected.loss_fn(expected.model, rows)[0])
+        run.loss_fn(run.model.eval(), rows)
+    assert compiler.sizes == compiled
+    assert run.layers.eager_calls == (2, 4)
+    assert compilation.eager_note(run.layers, lambda counts: [counts, [0, 1_000]]) == (
+        "2 of 1,004 calls of compiled layers ran eagerly: nothing was compiled for such inputs before the first update"
+    )
+
+
+def test_trial_is_the_same_for_every_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for more in ({"token_budget": 40}, {"token_budget": 4096}, {"microbatch": 2}, {"gradient_checkpointing": "full"}):
+        compiler = hinted(monkeypatch)
+        arranged(build("llama"), compile="layers", reproducible=True, **more)
+        sizes.append(compiler.sizes)
+        assert compiler.sizes
+    assert sizes == sizes[:1] * 4
+
+
+def test_reproducible_rows_are_the_same_for_every_memory_limit() -> None:
+    shapes = [
+        arranged(build("llama"), layout="packed", reproducible=True, token_budget=budget)
+        .collate(samples(LONGEST, 13))["input_ids"]
+        .shape
+        for budget in (34, 4096)
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0][1] > 34
+
+
+@pytest.mark.parametrize(
+    ("longest", "quantum", "expected"),
+    [
+        (20, None, [20, 10, 6]),
+        (20, 2, [20, 10]),
+        (20, 1, [20]),
+        (20, 4, [20, 10, 6, 20]),
+        (1, 3, [1, 1, 1]),
+        (9_000, 64, [9_000, 4_500]),
+    ],
+)
+def test_trial_has_sequences_of_three_lengths(longest: int, quantum: int | None, expected: list[int]) -> None:
+    assert compilation.trial_lengths(longest, quantum) == expected
+
+
 def test_graphs_are_rejected_on_cpu(compiler: Any) -> None:
     compiler(exact)
     with pytest.raises(InputError) as caught:
@@ -377,6 +483,20 @@ def test_features_mixed_up_by_compiler_are_detected(compiler: Any) -> None:
     compiler(mixed)
     with pytest.raises(InputError, match="its compiled results differ by"):
         arranged(build("llama"), compile="layers")
+
+
+def test_loss_of_miscompiled_reproducible_layers_is_not_compiled(compiler: Any) -> None:
+    compiler(failing)
+    model = build("wide").train()
+    config = TrainConfig(reproducible=True).resolved()
+    loss_fn = make_loss_fn(config, DOUBLE, chunk_tokens=8, needs_mask=False, longest=LONGEST, fused=True)
+    layers, notes = DecoderLayers(model), list[str]()
+    collator = lambda rows: collate(rows, pad_id=0)  # noqa: E731
+    compilation.compile_layers(model, config, layers, loss_fn, collator, DOUBLE, LONGEST, notes)
+    assert notes == ["layers are not compiled: no kernel for this"]
+    assert isinstance(loss_fn, ChunkedCausalLMLoss)
+    assert loss_fn.fused_code is not None
+    assert (layers.is_compiled, loss_fn.fused_code.is_compiled) == (False, False)
 
 
 @pytest.mark.parametrize("where", WRONG)

@@ -29,6 +29,7 @@ FACTS = {
     "model": "another configuration of the model",
     "weights_sha256": "other initial weights",
     "frozen_sha256": "other frozen weights",
+    "compiled_layers": "compiled layers in one and layers in eager mode in the other",
 }
 """What run-manifest.json records besides settings."""
 
@@ -93,7 +94,7 @@ def _other_settings(
         if a != b:
             yield f"the runs have another {flag_of(name)}: {_shown(a)} and {_shown(b)}"
     for name, words in FACTS.items():
-        if facts.get(name) != other_facts.get(name):
+        if (facts.get(name) or None) != (other_facts.get(name) or None):  # earlier versions have no compiled layers
             yield f"the runs have {words}"
 
 

@@ -101,12 +101,10 @@ class TrainConfig(TrainFields):
                 "leave one out",
                 names,
             )
-        if self.compile in ("layers", "graphs"):
+        if self.compile == "graphs":
+            names = {"first": "reproducible", "second": "compile"}
             raise PydanticCustomError(
-                "exclusive",
-                "{first} excludes {second} {value}: a compiler chooses the order of sums by timing, on each rank for "
-                "itself. Use none",
-                {"first": "reproducible", "second": "compile", "value": self.compile},
+                "exclusive", "{first} excludes {second} graphs, which do not capture quanta: use layers or none", names
             )
         quantum = self.quantum or DEFAULT_QUANTUM
         if isinstance(self.microbatch, int) and self.microbatch % quantum:

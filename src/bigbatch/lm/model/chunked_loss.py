@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbatch.compiled_modules import FixedCode
 from bigbatch.gradients.fused_embedding import weights_for_loss
 from bigbatch.gradients.fused_linear import is_exactly_linear
 from bigbatch.lm.data.dataset import IGNORED
@@ -98,7 +99,11 @@ class ChunkedCausalLMLoss:
         longest: As for `CausalLMLoss`.
         chunk_tokens: Tokens in one chunk of logits.
         fused: As for `linear_cross_entropy`.
+        fused_code: As for `linear_cross_entropy`.
         narrow_logits: As for `linear_cross_entropy`.
+
+    Attributes:
+        fused_code: As passed.
     """
 
     def __init__(
@@ -109,13 +114,14 @@ class ChunkedCausalLMLoss:
         longest: int | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
         fused: bool = False,
+        fused_code: FixedCode | None = None,
         narrow_logits: bool = False,
     ) -> None:
         self._device_spec = device_spec
         self._needs_mask = needs_mask
         self._longest = longest
         self._chunk_tokens = chunk_tokens
-        self._fused = fused
+        self._fused, self.fused_code = fused, fused_code
         self._narrow_logits = narrow_logits
 
     def __call__(self, model: nn.Module, microbatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -154,6 +160,7 @@ class ChunkedCausalLMLoss:
                 softcap=head.softcap,
                 scale=head.scale,
                 fused=self._fused,
+                fused_code=self.fused_code,
                 narrow_logits=self._narrow_logits,
             )
         return loss_sum, count_items(microbatch)

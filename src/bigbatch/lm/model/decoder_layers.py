@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._dynamo
@@ -21,8 +21,12 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from bigbatch.compiled_modules import FIXED_OPTIONS, FixedCall, FixedCode
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.offload.layer_inputs import LayerInputs
+
+KernelChoice = Literal["timed", "untimed", "fixed"]
+"""How the compiler chooses kernels: by timing too; without timing; or as `FixedCode`, by the inputs of a warm-up."""
 
 
 class DecoderLayers:
@@ -49,6 +53,7 @@ class DecoderLayers:
         self._checkpoints = [layer._gradient_checkpointing_func for layer in self._layers]
         self.inputs = LayerInputs()
         self._compiled: list[Any] = []
+        self._fixed_code: FixedCode | None = None
         self._uses_randomness = uses_randomness(model)
         self.mode: CheckpointingMode = "full"
         self.set_checkpointing("none")
@@ -58,26 +63,52 @@ class DecoderLayers:
         """Whether the layers are compiled."""
         return bool(self._compiled)
 
-    def compile(self, backend: str | Callable[..., Any] = "inductor", *, deterministic: bool = False) -> None:
+    def compile(self, backend: str | Callable[..., Any] = "inductor", *, kernels: KernelChoice = "timed") -> None:
         """Compile the layers for rows of any length; compilation happens when the first micro-batch runs.
 
         Inductor is configured to round like eager mode and to draw the same random numbers, so that compilation changes
-        results only by the order of sums. With ``deterministic`` it does not choose that order by timing.
+        results only by the order of sums. With ``"fixed"`` kernels, `fix` ends compilation.
         """
         options: Any = None
         if backend == "inductor":
             options = {"emulate_precision_casts": True, "fallback_random": self._uses_randomness}
-            if deterministic:
+            if kernels == "untimed":
                 options["deterministic"] = True
-        self._compiled = [
-            _with_constant_floats(torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options))
-            for layer in self._layers
-        ]
+            elif kernels == "fixed":
+                options |= FIXED_OPTIONS
+        if kernels == "fixed":
+            self._fixed_code = FixedCode(backend, options)
+            self._fixed_code.compile()
+            self._compiled = [_with_fixed_code(self._fixed_code, layer) for layer in self._layers]
+        else:
+            self._fixed_code = None
+            self._compiled = [
+                _with_constant_floats(torch.compile(layer._call_impl, dynamic=True, backend=backend, options=options))
+                for layer in self._layers
+            ]
         self.set_checkpointing(self.mode)
+
+    def fix(self) -> None:
+        """Compile nothing from now on: inputs for which nothing was compiled run eagerly. For ``"fixed"`` kernels."""
+        assert self._fixed_code is not None, "layers with fixed kernels only"
+        self._fixed_code.fix()
+
+    def first_trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters with ``requires_grad`` of the first layer that has some; empty if none has."""
+        for layer in self._layers:
+            if found := [parameter for parameter in layer.parameters() if parameter.requires_grad]:
+                return found
+        return []
+
+    @property
+    def eager_calls(self) -> tuple[int, int] | None:
+        """Calls in training that ran eagerly since `fix`, and all of them; None for other than ``"fixed"`` kernels."""
+        code = self._fixed_code
+        return None if code is None else (code.num_eager_calls, code.num_calls)
 
     def decompile(self) -> None:
         """Return to eager mode."""
-        self._compiled = []
+        self._compiled, self._fixed_code = [], None
         for layer in self._layers:
             layer._compiled_call_impl = None
         self.set_checkpointing(self.mode)
@@ -97,13 +128,13 @@ class DecoderLayers:
     @contextmanager
     def eager_recomputing(self) -> Iterator[None]:
         """Run the layers eagerly within the context, and recompute the activations of every one: least memory."""
-        compiled, mode = self._compiled, self.mode
+        compiled, code, mode = self._compiled, self._fixed_code, self.mode
         self.decompile()
         self.set_checkpointing("full")
         try:
             yield
         finally:
-            self._compiled = compiled
+            self._compiled, self._fixed_code = compiled, code
             self.set_checkpointing(mode)
 
     def set_checkpointing(self, mode: CheckpointingMode) -> None:
@@ -117,7 +148,8 @@ class DecoderLayers:
                 run = self._compiled[index]
                 # the random state cannot be read while a CUDA graph is captured
                 checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._uses_randomness)
-                layer._compiled_call_impl = partial(self._placed(checkpointed, index), run) if recomputes else run
+                call = partial(self._placed(checkpointed, index), run) if recomputes else run
+                layer._compiled_call_impl = call if self._fixed_code is None else FixedCall(self._fixed_code, call)
         if mode != "offload":
             self.inputs.release()
 
@@ -127,6 +159,10 @@ class DecoderLayers:
             return checkpointed
         # by `partial`, which is no state of the model that a trial run restores
         return partial(self.inputs.run, checkpointed, index + 1 < len(self._layers))
+
+
+def _with_fixed_code(code: FixedCode, layer: nn.Module) -> Callable[..., Any]:
+    return lambda *args, **kwargs: code.run(layer, args, kwargs)
 
 
 def _with_constant_floats(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from bigbatch.compiled_modules import FixedCode
 from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES
 from bigbatch.lm.data.dataset import IGNORED
 
@@ -48,6 +49,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     fused: bool = False,
+    fused_code: FixedCode | None = None,
     narrow_logits: bool = False,
 ) -> Tensor:
     """Compute the summed cross entropy of next tokens without materializing all logits.
@@ -74,6 +76,7 @@ def linear_cross_entropy(
         scale: Factor of the logits.
         fused: Whether to compile the operations on a chunk of logits between the products: two passes over it instead
             of six, equal up to rounding. The first use takes some seconds.
+        fused_code: The compiled code of these operations; None for code of `torch.compile` that the process shares.
         narrow_logits: Whether products in 16 bits return 16-bit logits, where they could return them in float32: half
             of the memory of the logits, each of which is rounded. The loss is computed in float32 all the same.
 
@@ -87,7 +90,10 @@ def linear_cross_entropy(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs at least 1 token.")
     fused = fused and not isinstance(hidden, FakeTensor)
-    options = _Options(chunk_tokens, softcap, scale, _matmul_dtype(hidden), fused, narrow_weight, narrow_logits)
+    if fused_code is not None:  # of quanta: trials and validation need less memory in place
+        fused = fused and fused_code.is_compiled and torch.are_deterministic_algorithms_enabled()
+    dtype = _matmul_dtype(hidden)
+    options = _Options(chunk_tokens, softcap, scale, dtype, fused, fused_code, narrow_weight, narrow_logits)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights, options)  # type: ignore[no-untyped-call]
         return loss_sum
@@ -101,6 +107,7 @@ class _Options:
     scale: float
     dtype: torch.dtype  # of the matrix products' operands
     fused: bool
+    fused_code: FixedCode | None
     narrow_weight: Tensor | None
     narrow_logits: bool
 
@@ -230,17 +237,14 @@ class _ChunkLoop:
         products = self._products(rows)
         scale, softcap = self.options.scale, self.options.softcap
         dtype = self.options.dtype if _has_wide_products(rows) and self.grad_bias is None else self.loss_sum.dtype
-        loss_sum, logit_grads = _fused()(
-            products,
-            self.bias,
-            targets,
-            ignored,
-            self.factor,
-            scale=scale,
-            softcap=softcap,
-            dtype=dtype,
-            weights=weights,
-        )
+        inputs = (products, self.bias, targets, ignored, self.factor)
+        settings = {"scale": scale, "softcap": softcap, "dtype": dtype, "weights": weights}
+        code = self.options.fused_code
+        if code is None:
+            loss_sum, logit_grads = _fused()(*inputs, **settings)
+        else:
+            loss_sum, logit_grads = code.run(_loss_and_logit_grads, inputs, settings)
+        del inputs
         del products
         self.loss_sum += loss_sum
         if any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias)):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bigbatch.compiled_modules import FIXED_OPTIONS, FixedCode
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.device import DeviceSpec
@@ -26,7 +27,7 @@ def make_loss_fn(
         chunk_tokens: As for `ChunkedCausalLMLoss`; None for all logits at once.
         needs_mask: As for `CausalLMLoss`.
         longest: As for `CausalLMLoss`.
-        fused: As for `linear_cross_entropy`.
+        fused: As for `linear_cross_entropy`; under ``--reproducible`` only once the code of the loss is compiled.
 
     Raises:
         InputError: The precision of the run has no 16-bit logits.
@@ -38,5 +39,7 @@ def make_loss_fn(
     options: dict[str, Any] = {"needs_mask": needs_mask, "longest": longest}
     if chunk_tokens is not None:
         options |= {"chunk_tokens": chunk_tokens, "fused": fused, "narrow_logits": config.logits == "bf16"}
+        if fused and config.reproducible:
+            options["fused_code"] = FixedCode("inductor", FIXED_OPTIONS)
         return ChunkedCausalLMLoss(device_spec, **options)
     return CausalLMLoss(device_spec, **options)

@@ -76,6 +76,11 @@ class ModelSetup:
         return self.loss_fn if self.balanced is None else self.balanced
 
     @property
+    def has_compiled_layers(self) -> bool:
+        """Whether the decoder layers are compiled."""
+        return self.layers is not None and self.layers.is_compiled
+
+    @property
     def checkpointing_mode(self) -> CheckpointingMode:
         """The current mode of activation checkpointing."""
         return "none" if self.layers is None else self.layers.mode
@@ -138,9 +143,8 @@ def set_up_model(model: Any, config: TrainConfig, device_spec: DeviceSpec, *, pa
         config, device_spec, chunk_tokens=chunk_tokens, needs_mask=needs_mask, longest=longest, fused=compiles
     )
     if layout == "packed":
-        collator: Any = partial(
-            pack_row, pad_id=pad_id, longest=longest, most=config.token_budget, marks_padding=balance is not None
-        )
+        most = None if config.reproducible else config.token_budget  # a quantum has the same row for every budget
+        collator: Any = partial(pack_row, pad_id=pad_id, longest=longest, most=most, marks_padding=balance is not None)
     else:
         collator = partial(collate, pad_id=pad_id)
     balanced = None if balance is None else balance.loss_fn(loss_fn)
@@ -205,8 +209,7 @@ def _without_cuda_graphs(config: TrainConfig, notes: list[str]) -> bool:
 
 def compiles_layers(config: TrainConfig, device: torch.device) -> bool:
     """Return whether the decoder layers are compiled on a device, if they can be."""
-    by_default = device.type == "cuda" and not config.reproducible
-    return config.compile in ("layers", "graphs") or (config.compile == "auto" and by_default)
+    return config.compile in ("layers", "graphs") or (config.compile == "auto" and device.type == "cuda")
 
 
 def captures_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:

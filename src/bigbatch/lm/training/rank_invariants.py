@@ -10,6 +10,7 @@ import torch
 from bigbatch import __version__
 from bigbatch.lm.config.field_groups import flag_of
 from bigbatch.lm.config.field_types import join_texts
+from bigbatch.lm.training.resume import COMPILED
 from bigbatch.lm.training.setup import TrainingSetup
 
 
@@ -30,5 +31,6 @@ def rank_invariants(setup: TrainingSetup, facts: Mapping[str, Any]) -> dict[str,
         "the parameters of the models": sha256(json.dumps(tensors).encode()).hexdigest(),
         "the weights of the models": None if setup.weights is None else setup.weights.fingerprint(),
         "the weights that are not trained": facts["frozen_sha256"],
+        "the compiled layers": facts.get(COMPILED),
         "the versions": [__version__, torch.__version__],
     }

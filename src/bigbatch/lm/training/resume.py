@@ -42,6 +42,9 @@ LEARNING = sorted(set(RECORDED) - {*NEEDS_PERMISSION, "precision"})
 BALANCING = "router_aux_loss_coef"
 """The setting of the load-balancing loss, and the entry of the model's configuration that it replaces."""
 
+COMPILED = "compiled_layers"
+"""The fact whether the decoder layers of a reproducible run are compiled; earlier versions ran them in eager mode."""
+
 UNSTABLE = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Entries of a model's configuration that do not affect what is learned, or follow from --precision."""
 
@@ -197,6 +200,7 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         "weights_dtype": str(weights_dtype_of(setup.config, setup.device_spec)),
         "frozen_sha256": _frozen_sha256(setup),
         **({PASSED: dict(setup.passed)} if setup.passed else {}),
+        **({COMPILED: setup.model_setup.has_compiled_layers} if setup.config.reproducible else {}),
     }
 
 
@@ -271,12 +275,26 @@ def check_facts(
         )
     if before.get("fingerprint") != now["fingerprint"]:
         _check_fingerprint(config, before, now)
+    if COMPILED in now and (was_compiled := before.get(COMPILED, False)) != now[COMPILED]:
+        raise InputError(_refusal_of_compilation(folder, was_compiled=was_compiled))
     weights = before.get("weights_sha256"), now.get("weights_sha256")
     if same_dtype and None not in weights and len(set(weights)) > 1 and not {"seed", "data"} & set(allowed):
         raise InputError(
             f"the weights of {config.model} have changed since {folder} was started, and it has no checkpoint. Restore "
             "them, or start a new run."
         )
+
+
+def _refusal_of_compilation(folder: Path | None, *, was_compiled: bool) -> str:
+    if was_compiled:
+        return (
+            f"{folder} is reproducible and its layers were compiled, and they cannot be compiled now, which would "
+            "change the bits. Leave out --compile none, resume it where they can be compiled, or start a new run."
+        )
+    return (
+        f"{folder} is reproducible and its layers were not compiled, and they are compiled now, which would change the "
+        "bits. Pass --compile none, or start a new run."
+    )
 
 
 def _check_fingerprint(config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from bigbatch.errors import BigbatchError, InputError, ShardedMemoryError, Windo
 from bigbatch.lm.checkpoint.manager import CheckpointManager, frozen_fingerprint
 from bigbatch.lm.checkpoint.run_checkpoint import Progress, RunCheckpoint
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
+from bigbatch.lm.model.compilation import eager_note
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.samples import Sample, keep_samples, write_sample
 from bigbatch.lm.training.best_checkpoint import (
@@ -185,6 +186,8 @@ class Trainer:
                 save_reference(self.setup, directory.path)
             with checkpoints.open():
                 self._train(now, checkpoints, _Session(directory, callback, should_stop, should_abandon, on_note))
+            if (note := eager_note(self.model_setup.layers, self.ranks.all_gather)) is not None:
+                on_note(note)
             self.engine.release_cuda_graphs()
             saved_step = now.step
             if self._has_ended(now) and self.config.resolved_keep == "best":

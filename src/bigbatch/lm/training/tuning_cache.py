@@ -40,6 +40,7 @@ def cache_key(setup: TrainingSetup) -> str:
     import transformers
 
     config: TrainConfig = setup.config
+    model_setup = setup.model_setup
     facts = {
         "model": setup.model.config.to_json_string(),
         "trained": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
@@ -47,7 +48,7 @@ def cache_key(setup: TrainingSetup) -> str:
         "threads": torch.get_num_threads(),
         "loss": _loss_name(setup),
         "checkpointing": config.gradient_checkpointing,
-        "arrangement": [setup.model_setup.layout, setup.model_setup.uses_cuda_graphs, _is_compiled(setup)],
+        "arrangement": [model_setup.layout, model_setup.uses_cuda_graphs, model_setup.has_compiled_layers],
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "lengths": [len(setup.training), setup.training.num_tokens, setup.training.longest],
         "versions": [__version__, torch.__version__, transformers.__version__],
@@ -68,11 +69,6 @@ class CachedChoice:
     choice: MicrobatchChoice
     checkpointing_mode: CheckpointingMode
     folder: Path
-
-
-def _is_compiled(setup: TrainingSetup) -> bool:
-    layers = setup.model_setup.layers
-    return layers is not None and layers.is_compiled
 
 
 def _loss_name(setup: TrainingSetup) -> str:
