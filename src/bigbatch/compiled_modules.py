@@ -104,7 +104,7 @@ class FixedCode:
         # here, since each thread has its own settings and backward, which recomputes, may run in another one
         with (
             # sizes are dynamic from the start; the sizes that earlier models had at this place do not matter
-            torch._dynamo.config.patch(automatic_dynamic_shapes=False, specialize_float=True),
+            torch._dynamo.config.patch(automatic_dynamic_shapes=False, specialize_float=True, specialize_int=True),
             # sizes that are equal by chance, such as a length and the width, may differ in later inputs
             shapes.patch(use_duck_shape=False),
         ):

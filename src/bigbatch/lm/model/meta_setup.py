@@ -51,7 +51,7 @@ def set_up_meta_model(
     notes = tried.notes
     if layers is not None and tried.layers is not None and tried.layers.is_compiled:
         if tried.balanced is None:
-            layers.compile()
+            layers.compile(kernels="untimed" if config.deterministic else "timed")
         else:  # transformers installs the hooks of its router logits in the first forward, when layers are sharded
             notes = (*notes, "layers are not compiled: those of a sharded model do not record the use of its experts")
     return replace(tried, model=model, layers=layers, notes=notes)
