@@ -60,7 +60,9 @@ class FixedCode:
     def __init__(self, backend: str | Callable[..., Any], options: dict[str, Any] | None = None) -> None:
         # torch finds compiled code by the code object: a new one has none of an earlier model's
         self._function = FunctionType(_call.__code__.replace(), globals(), _call.__name__)
-        self._backend, self._options = backend, options
+        self._backend = backend
+        # an option that another release of torch does not have chooses nothing there
+        self._options = _known_options(options) if backend == "inductor" and options is not None else options
         self._compiled: Callable[..., Any] | None = None
         self.is_fixed = False
         self.num_calls = 0
@@ -126,6 +128,13 @@ def _check_options(options: dict[str, Any]) -> None:
         for name, value in options.items():
             if (found := reduce(getattr, name.split("."), settings)) != value:
                 raise ValueError(f"the environment sets {name} of Inductor to {found}, and it has to be {value}")
+
+
+def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+    import torch._inductor
+
+    known = {*torch._inductor.list_options(), "deterministic"}  # without the last, compilation is refused
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _call(
