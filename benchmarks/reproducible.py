@@ -6,9 +6,9 @@
 
 Cost: the workloads are those of `bigbatch bench`. Both engines run equal models and the same samples in alternation,
 and the default engine has the micro-batch of the quantum, so that both run the same forwards and backwards: the ratio
-is that of the medians. On CUDA both run compiled layers, and the reproducible engine once more (``eager``) the layers
-as they are. On a CPU, times are process times of one thread, which exclude other processes, and ``--compile layers``
-compiles.
+is that of the medians. Both run compiled layers, and the reproducible engine once more (``eager``) the layers as they
+are, which is its default; with ``--compile none`` all are eager. On a CPU, times are process times of one thread, which
+exclude other processes.
 
 Bits: small Llama and GPT-2 models with dropout, as the tests train them, in every combination of micro-batch, order and
 out-of-memory error, and on 1 to 4 gloo ranks with a kill and a resume on other ranks: all must have equal parameters
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--workload", default="w-small", choices=[*WORKLOADS])
     parser.add_argument("--rounds", type=int, default=5, help="timed updates of each engine")
     parser.add_argument("--quanta", default=",".join(map(str, QUANTA)), help="samples, separated by commas")
-    parser.add_argument("--compile", choices=("auto", "layers", "none"), default="auto")
+    parser.add_argument("--compile", choices=("layers", "none"), default="layers")
     parser.add_argument("--bits", action="store_true", help="compare parameters over 50 updates")
     parser.add_argument("--losses", action="store_true", help="compare losses over 300 updates")
     options = parser.parse_args()

@@ -8,10 +8,9 @@ Small Llama and GPT-2 models with dropout 0.1, and a Qwen2 without, whose rows a
 vocabulary is large enough for a loss in chunks, in float32 and under bfloat16 autocast, train 50 updates: on one card
 with micro-batches of one quantum and with token budgets of 4,096 and 16,384, on each number of ranks over NCCL, and on
 the most ranks until one is killed, then on half as many. On CUDA all runs go on at the same time, or as many as
-``--at-once`` says, and layers are compiled, with ``--compile layers`` on the CPU too. Each run is compared with the
-first: the fingerprints of the gradient and of the parameters of every update, and the bytes of the saved model. The
-table says whether layers were compiled, and how many of their calls ran eagerly nevertheless. The exit code is 1 if a
-run differs.
+``--at-once`` says; with ``--compile layers`` layers are compiled. Each run is compared with the first: the
+fingerprints of the gradient and of the parameters of every update, and the bytes of the saved model. The table says
+whether layers were compiled, and how many of their calls ran eagerly nevertheless. The exit code is 1 if a run differs.
 """
 
 import argparse
@@ -137,14 +136,15 @@ def run_model(
             return run(way, words, out, options.steps, command)
 
     with ThreadPoolExecutor(len(found)) as pool:
-        faults = list(pool.map(run_one, found, outs))
-    for way, out, fault in zip(found, outs, faults, strict=True):
-        result = fault or (faults[0] and "nothing to compare with") or compare(out, outs[0], options.steps)
-        report.different += result is not None
-        report.lines.append(
-            f"{kind:<6} {precision:<7} {way.name:<28} {result or 'equal':<8} {compilation_of(out)}".rstrip()
-        )
-        print(report.lines[-1], flush=True)
+        ended = [pool.submit(run_one, way, out) for way, out in zip(found, outs, strict=True)]
+        for way, out, future in zip(found, outs, ended, strict=True):
+            result = future.result() or (ended[0].result() and "nothing to compare with")
+            result = result or compare(out, outs[0], options.steps)
+            report.different += result is not None
+            report.lines.append(
+                f"{kind:<6} {precision:<7} {way.name:<28} {result or 'equal':<8} {compilation_of(out)}".rstrip()
+            )
+            print(report.lines[-1], flush=True)
 
 
 def main() -> int:

@@ -123,9 +123,10 @@ def test_new_model_resumes(folder: Path, tmp_path: Path) -> None:
     assert not differences(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("compiles", ["none", "layers"])
 @pytest.mark.parametrize(("kind", "precision"), [("gpt2", "float32"), ("gpt2", "bf16"), ("qwen2", "bf16")])
 def test_reproducible_runs_are_equal_for_any_budget(
-    folder: Path, tmp_path: Path, kind: str, precision: str, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, kind: str, precision: str, compiles: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     save_model_folder(tmp_path / "base", kind=kind, dropout=0.1)
     texts = [{"text": " ".join(row["completion"] for row in records(50)[i % 40 : i % 40 + 9])} for i in range(900)]
@@ -135,7 +136,7 @@ def test_reproducible_runs_are_equal_for_any_budget(
         given = [
             "train", "--model", str(tmp_path / "base"), "--data", str(tmp_path / "texts.jsonl"), "--device", "cuda",
             "--precision", precision, "--max-length", "64", "--global-batch", "300", "--lr", "0.01", "--steps", "5",
-            "--reproducible", "--quantum", "2", "--validation-fraction", "0", "--no-cache",
+            "--reproducible", "--quantum", "2", "--validation-fraction", "0", "--no-cache", "--compile", compiles,
             "--out", str(tmp_path / name), *cut,
         ]  # fmt: skip
         assert main(given) == 0
