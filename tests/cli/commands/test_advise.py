@@ -60,7 +60,7 @@ def test_advice_without_adamw_names_no_rule() -> None:
 
 
 def test_advice_counts_pairs_of_preference_runs() -> None:
-    measured = evidence_of([{"noise_scale_sequences": 64.0, "noise_low_sequences": 1.0}] * 3, objective="dpo")
+    measured = evidence_of([{"noise_scale_sequences": 64.0, "noise_low_sequences": 10.0}] * 3, objective="dpo")
     assert (
         advise(measured).sentences[0].startswith("The batch of 32 pairs is near the gradient noise scale, about 64 p")
     )

@@ -56,8 +56,21 @@ def test_batch_within_interval_is_near() -> None:
         "The batch of 9.1 sequences is near the gradient noise scale, about 9.1 sequences (5.8 to 15): about 2× the "
         "minimum number of samples and 2× the minimum number of updates, a common trade-off."
     )
-    unbounded = replace(found(4.5, low=2.0, high=math.inf), batch=16.0)
-    assert "16 sequences, near the gradient noise scale about 4.5 sequences (at least 2)" in str(one_line(unbounded))
+    unbounded = replace(found(4.5, low=4.0, high=math.inf), batch=16.0)
+    assert "16 sequences, near the gradient noise scale about 4.5 sequences (at least 4)" in str(one_line(unbounded))
+
+
+def test_interval_from_far_below_to_far_above_the_batch_is_no_answer() -> None:
+    wide = replace(found(17.0, low=0.0, high=2940.0), batch=56.0)
+    assert classify(wide) == "unknown"
+    assert one_line(wide) is None
+    first = advise(wide).sentences[0]
+    assert first.endswith(
+        "the gradient noise scale is between 0 and 2,940 sequences, too uncertain to compare with the batch of 56. "
+        "More updates narrow the estimate."
+    )
+    assert classify(replace(wide, high=200.0)) == "near"
+    assert classify(replace(wide, low=14.0)) == "near"
 
 
 def test_scale_that_cannot_be_measured_gives_no_advice() -> None:

@@ -53,7 +53,9 @@ def advise(found: RunEvidence) -> Advice:
 
 
 def classify(found: RunEvidence) -> Verdict:
-    """Compare the batch with the noise scale, within its confidence interval."""
+    """Compare the batch with the noise scale; unknown if the batch is far above one end of the confidence interval of
+    the scale and far below the other.
+    """
     if found.scale is None or not found.batch:
         return "unknown"
     low, high = found.low or 0.0, math.inf if found.high is None else found.high
@@ -61,7 +63,7 @@ def classify(found: RunEvidence) -> Verdict:
         return "far below"
     if found.batch > FAR * high:
         return "far above"
-    if math.isinf(found.scale) or (math.isinf(high) and found.batch * FAR >= low and low == 0.0):
+    if math.isinf(found.scale) or (found.batch > FAR * low and found.batch * FAR < high):
         return "unknown"
     ratio = found.batch / found.scale if found.scale > 0 else math.inf
     return "far below" if ratio < 1 / FAR else "far above" if ratio > FAR else "near"
@@ -105,6 +107,10 @@ def _compare_with_scale(found: RunEvidence, verdict: Verdict) -> str:
     if verdict == "unknown":
         if found.scale is not None and not found.batch:
             why = f"cannot be compared with the batch: the run did not record its {found.noun}s"
+        elif found.scale is not None and found.high is not None and not math.isinf(found.high):
+            low, high = _rounded(found.low or 0.0), _rounded(found.high)
+            why = f"is between {low} and {high} {found.noun}s, too uncertain to compare with the batch of "
+            why += f"{_rounded(found.batch)}. More updates narrow the estimate"
         elif found.scale is not None:
             why = "cannot be estimated yet: the noise hides the signal. More updates narrow the estimate"
         else:
