@@ -28,6 +28,9 @@ FIXED_OPTIONS: dict[str, Any] = {
     "combo_kernels": False,
     "triton.multi_kernel": 0,
     "triton.autotune_pointwise": False,
+    "triton.mix_order_reduction_autotune_split_size": False,
+    # the number of tokens does not decide which reductions are one kernel: code for more or fewer would be other code
+    "triton.mix_order_reduction_non_strict_mode": True,
     # no code is read from disk: the keys of graphs have no sizes, for which their kernels were chosen
     "fx_graph_cache": False,  # without it, AOTAutograd reads none either
     "fx_graph_remote_cache": False,
