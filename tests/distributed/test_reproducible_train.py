@@ -62,19 +62,19 @@ def test_compiled_runs_of_any_ranks_and_micro_batch_are_equal(
 ):
     """The results of the compiler depend on the sizes that a process sees first."""
     compiled = "--compile", "layers"
-    launch(reproducible, 1, words("alone", *compiled, "--microbatch", "2"), patch=install)
-    ranks = launch(reproducible, 2, words("ranks", *compiled, "--token-budget", "128"), patch=install)
-    launch(reproducible, 3, words("resumed", *compiled, "--microbatch", "4"), patch=install)
-    remove_after(Path("resumed"), 2)
-    launch(reproducible, 2, ["resume", "resumed", "--token-budget", "64"], patch=install)
-    for other in ("ranks", "resumed"):
+    launch(reproducible, 1, words("compiled-alone", *compiled, "--microbatch", "2"), patch=install)
+    ranks = launch(reproducible, 2, words("compiled-ranks", *compiled, "--token-budget", "128"), patch=install)
+    launch(reproducible, 3, words("compiled-resumed", *compiled, "--microbatch", "4"), patch=install)
+    remove_after(Path("compiled-resumed"), 2)
+    launch(reproducible, 2, ["resume", "compiled-resumed", "--token-budget", "64"], patch=install)
+    for other in ("compiled-ranks", "compiled-resumed"):
         capfd.readouterr()
-        assert main(["diff", "alone", other]) == 0
+        assert main(["diff", "compiled-alone", other]) == 0
         assert capfd.readouterr().out == "equal in 6 updates and 28 parameters\n"
-        assert model_bits("alone") == model_bits(other)
+        assert model_bits("compiled-alone") == model_bits(other)
     assert "calls of compiled layers ran eagerly: nothing was compiled for such inputs before" in ranks.stdout()
-    launch(reproducible, 1, words("eager", "--microbatch", "2"))
-    assert main(["diff", "alone", "eager"]) == 1, "the compiler changes bits"
+    launch(reproducible, 1, words("compiled-eager", "--microbatch", "2"))
+    assert main(["diff", "compiled-alone", "compiled-eager"]) == 1, "the compiler changes bits"
 
 
 def compile_on_first_rank(rank: int) -> None:
@@ -128,15 +128,15 @@ def test_compiled_runs_of_any_micro_batch_are_equal(
 ):
     sizes = []
     for out, more in (
-        ("small", ("--microbatch", "2")),
-        ("large", ("--token-budget", "128", "--validation-every", "1")),
+        ("compiled-small", ("--microbatch", "2")),
+        ("compiled-large", ("--token-budget", "128", "--validation-every", "1")),
     ):
         compiler = hinted(monkeypatch)
         assert main(words(out, "--compile", "layers", *more)) == 0
         sizes.append(compiler.sizes)
     assert sizes[0] == sizes[1] != []
-    assert main(["diff", "small", "large"]) == 0
-    assert model_bits("small") == model_bits("large")
+    assert main(["diff", "compiled-small", "compiled-large"]) == 0
+    assert model_bits("compiled-small") == model_bits("compiled-large")
 
 
 WAS_COMPILED = (
