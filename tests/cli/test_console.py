@@ -46,7 +46,7 @@ def test_output_without_terminal_has_about_twenty_lines() -> None:
     lines = [line for line in printed.splitlines() if re.match(r"update \d+/100 · ", line)]
     assert len(lines) == 21  # the first, and every fifth
     assert re.fullmatch(r"update 1/100 · loss 2\.500 · [\d,]+ tokens/s · .+ left · 1\.00 GiB", lines[0])
-    assert "\nupdate 50: validation loss 3.250, perplexity 25.79 (unigram baseline: 6.500)\n" in printed
+    assert "\nupdate 50: validation loss 3.250, perplexity 25.79 (unigram baseline: loss 6.500)\n" in printed
     assert printed.endswith("update 100: sample from the model\n    │ def [red]f():\n    │     pass\n")
     assert "\x1b" not in printed
 

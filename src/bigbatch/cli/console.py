@@ -166,7 +166,7 @@ class TrainingDisplay:
     def on_validation(self, step: int, loss: float) -> None:
         """Show a validation loss next to the unigram baseline (the loss of predicting token frequencies only)."""
         self._pace.validated()
-        baseline = "" if self._entropy is None else f" (unigram baseline: {self._entropy:.3f})"
+        baseline = "" if self._entropy is None else f" (unigram baseline: loss {self._entropy:.3f})"
         shown = f", perplexity {perplexity(loss):,.4g}" if self._has_perplexity else ""
         self._console.print(f"update {step}: validation loss {loss:.3f}{shown}{baseline}")
 
