@@ -89,6 +89,16 @@ def test_fill_of_a_part_is_not_deferred() -> None:
     assert 0 < float(weight[[0, 1, 3]].abs().max()) < 10
 
 
+def test_tensor_that_is_no_parameter_is_filled() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = [torch.full((100,), 7.0).uniform_(2, 3)]
+
+    (held,) = filled_in_parallel(Plain, 0).held
+    assert ((held >= 2) & (held <= 3)).all()
+
+
 def test_tensors_of_one_shape_have_different_values() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -7,7 +7,7 @@ A layer of torch fills its weights when it is made, and the model fills them onc
 by one thread, took 6 of the 28 seconds from the command to the first update of 0.5 billion weights next to an H200.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -37,14 +37,15 @@ def filled_in_parallel(make: Callable[[], Module], seed: int, *, num_threads: in
     functions use as always.
 
     Args:
-        make: Makes the module.
+        make: Makes the module. It may read what it has filled by operators of torch, not by ``numpy()`` or
+            ``tolist()``, which are none.
         seed: Of the values.
         num_threads: By default the cores that this process may use.
     """
     fills = _DeferredFills(seed)
     with fills:
         module = make()
-    fills.run([*module.parameters(), *module.buffers()], cpu_cores().usable if num_threads is None else num_threads)
+    fills.run(cpu_cores().usable if num_threads is None else num_threads)
     return module
 
 
@@ -97,10 +98,9 @@ class _DeferredFills(TorchDispatchMode):
             for index, part in enumerate(torch.split(tensor, BLOCK))
         ]
 
-    def run(self, tensors: Iterable[Tensor], num_threads: int) -> None:
-        """Draw the pending values of tensors; those of others, such as a head that was tied since, are dropped."""
-        addresses = dict.fromkeys(tensor.untyped_storage().data_ptr() for tensor in tensors)
-        blocks = [block for address in addresses if address in self._pending for block in self._blocks(address)]
+    def run(self, num_threads: int) -> None:
+        """Draw all pending values: also of tensors that are no parameters or buffers, which code may hold anywhere."""
+        blocks = [block for address in list(self._pending) for block in self._blocks(address)]
         with ThreadPoolExecutor(num_threads, "bigbatch-fills") as pool:
             for done in [pool.submit(block) for block in blocks]:
                 done.result()
