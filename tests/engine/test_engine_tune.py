@@ -166,11 +166,11 @@ def test_missing_prediction_reports_its_reason() -> None:
     )
 
 
-@pytest.mark.parametrize("memory", [None, "50%", "2GiB", 2**31])
+@pytest.mark.parametrize("memory", [None, "50%", "4GiB", 2**32])
 def test_limit_is_requested_or_free_memory(memory: Any) -> None:
     chosen = engine_of(make(), memory=memory, **BY_LENGTH).tune(samples(8, 9, 10))
     total = resolve_memory_budget("100%", CPU, ()).limit_bytes
-    expected = {None: chosen.limit_bytes, "50%": total // 2, "2GiB": 2**31, 2**31: 2**31}[memory]
+    expected = {None: chosen.limit_bytes, "50%": total // 2, "4GiB": 2**32, 2**32: 2**32}[memory]
     assert chosen.limit_bytes == expected <= total
     assert chosen.peak_bytes < chosen.limit_bytes
 

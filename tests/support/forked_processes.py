@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any, TextIO
@@ -24,6 +25,10 @@ from typing import Any, TextIO
 from support.gloo_processes import forking_context
 
 LIMIT_S = 240
+
+_reading = threading.Lock()
+"""An exit code is read once from a pipe, and starting a process reads those of all others: two threads that read the
+same one, as a page with a pool of threads does, would find the pipe closed, which multiprocessing reports as 255."""
 
 
 class ForkedProcess:
@@ -45,7 +50,8 @@ class ForkedProcess:
         streams = [source, *(end for _, end in pipes)]
         place = os.environ.copy(), str(folder or Path.cwd())
         self._process = context.Process(target=_live, args=(streams, place, function, arguments))
-        self._process.start()
+        with _reading:
+            self._process.start()
         for stream in streams:
             stream.close()
         self.stdout, self.stderr = (_text_of(ours) for ours, _ in pipes)
@@ -59,11 +65,12 @@ class ForkedProcess:
     @property
     def returncode(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs."""
-        return self._process.exitcode
+        with _reading:
+            return self._process.exitcode
 
     def poll(self) -> int | None:
         """Return the exit code; None while the process runs."""
-        return self._process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end and return the exit code.
@@ -71,10 +78,11 @@ class ForkedProcess:
         Raises:
             TimeoutExpired: The process still runs after ``timeout`` seconds.
         """
-        self._process.join(timeout)
-        if self.returncode is None:
+        wait_for_any([self._process.sentinel], timeout)
+        code = self.returncode
+        if code is None:
             raise TimeoutExpired(str(self._process), timeout or 0.0)
-        return self.returncode
+        return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end and return what was printed to stdout and stderr and not read before.
@@ -102,14 +110,15 @@ class ForkedProcess:
 
     def kill(self) -> None:
         """Kill the process."""
-        self._process.kill()
+        with _reading:  # which asks first whether it runs
+            self._process.kill()
 
     def __enter__(self) -> "ForkedProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.join()
+        self.kill()
+        self.wait()
         self.stdout.close()
         self.stderr.close()
 

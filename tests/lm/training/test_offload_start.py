@@ -99,10 +99,8 @@ def test_run_has_equal_bits(folder: Path, tmp_path: Path, more: dict[str, Any]):
         more = more | {"data": (str(folder / "pairs.jsonl"),)}
     if more.get("model") == "qwen2":
         more = more | {"model": str(folder / "qwen2")}
-    # The norm of tiny's large weights is summed in other parts on the host, and clips.
-    levels = LEVELS[:2] if more.get("model") == "tiny" else LEVELS
     found = []
-    for level in levels:
+    for level in LEVELS:
         given = settings(folder, steps=5, checkpoint_every=2, validation_every=2, validation_fraction=0.2)
         setup, _, _ = run(tmp_path / level, **given | more, offload=level)
         assert any(p.dtype is torch.bfloat16 for p in setup.model.parameters()) == (level != "none")
