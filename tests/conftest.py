@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COLUMNS", "120")
-# Kernels of products in bf16 on the CPU: the default keeps those of 1,024 shapes, several hundred MiB in a long run.
+# Kernels of products on the CPU, which oneDNN keeps for 1,024 shapes by default: over 100 MiB for one file of tests.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import tempfile

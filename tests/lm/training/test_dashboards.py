@@ -132,7 +132,7 @@ def interrupted(settings: dict[str, Any], log: str | list[str]) -> list[dict[str
     with pytest.raises(KeyboardInterrupt):
         lm.train({**settings, "log": log}, callbacks=[Die()])
     if "wandb" in log:
-        time.sleep(1)  # wandb names the folder of a run by the second, and would write both into one file
+        time.sleep(1)  # wandb 0.22 names the folder of an offline run by the second, and writes both into one file
     assert resume.run(TrainConfig(), ResumeOptions(run=run)) == 0
     rows = metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
