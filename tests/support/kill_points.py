@@ -293,6 +293,7 @@ class KillExperiment:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(status)
         os.close(tell)
         try:
