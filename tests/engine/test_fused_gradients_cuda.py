@@ -182,6 +182,31 @@ def test_graphs_of_measured_and_fused_windows_alternate() -> None:
     assert measured.scale_items > 0
 
 
+def test_first_fused_window_fits_beside_graphs_of_measured_windows() -> None:
+    """Windows that are measured, and fused ones, need about the same memory, and there is no room for both."""
+    torch.manual_seed(0)
+    batch = torch.randn(8, 8192, WIDTH), torch.randn(8, 8192, 8), torch.ones(8, 8192, dtype=torch.bool)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    settings: dict[str, Any] = {"check": False, "cuda_graphs": True, "fuse_gradients": True}
+    engine = bigbatch.Engine(model, optimizer, loss_fn, microbatch=4, **settings)
+    for _ in range(2):
+        engine.step(batch)
+    graphs_bytes = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert engine.runner.num_graphs == 1
+    total_bytes = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 32 * 2**20) / total_bytes)
+    try:
+        reports = [engine.step(batch) for _ in range(20)]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert graphs_bytes > 2**28
+    assert [report.retries for report in reports] == [0] * 20
+    assert engine.runner.disabled_reason is None
+    assert engine.runner.num_graphs == 2
+
+
 def test_compiled_layers_are_exact() -> None:
     expected = run(make(torch.float64), loss_fn, fuse=False)[0]
     model = make(torch.float64)

@@ -620,6 +620,31 @@ def test_oom_in_first_window_delays_capture_by_one() -> None:
     assert recordings == [0, 0, 2]  # a size of 3 since the failure: 3, 3 and 2 samples
 
 
+def test_oom_beside_graphs_frees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []  # graphs in each attempt that is not replayed, and not captured
+
+    def loss_fn(model: nn.Module, microbatch: Batch) -> tuple[Tensor, Tensor]:
+        if eager and not torch.cuda.is_current_stream_capturing():
+            found.append(pair.recorder.num_graphs)  # type: ignore[attr-defined]
+            if len(found) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+        return masked_loss(model, microbatch)
+
+    eager = False
+    model = mlp(torch.float64)
+    pair = Pair(model, loss_fn)
+    for window in range(2):
+        pair.step(masked_batch(8, window, torch.float64))
+    expected = copy.deepcopy(pair.models[1])
+    optimizer = RecordingSGD(expected.parameters(), lr=0.05)
+    bigbatch.Engine(expected, optimizer, masked_loss, microbatch=4).step(masked_batch(8, 2, torch.float64))
+    monkeypatch.setattr(pair.recorder, "_replay", lambda *_: False)
+    eager = True
+    assert pair.recording.step(masked_batch(8, 2, torch.float64)).retries == 1
+    assert difference(pair.optimizers[0].seen, optimizer.seen) <= 1e-12
+    assert found == [1, 0, 0]
+
+
 def test_loss_error_in_captured_window_leaves_next_exact() -> None:
     failing = [False]
 

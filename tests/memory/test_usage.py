@@ -11,7 +11,7 @@ from torch import nn
 import bigbatch
 from bigbatch.memory import usage
 from bigbatch.memory.limit import MIB, parse_memory
-from bigbatch.memory.usage import MemoryBudget, is_out_of_memory, peak_bytes, resolve_memory_budget
+from bigbatch.memory.usage import MemoryBudget, is_out_of_memory, peak_bytes, resolve_memory_budget, restart_peak
 
 CPU = torch.device("cpu")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -405,3 +405,11 @@ def test_process_already_above_limit_is_reported() -> None:
     room = MemoryBudget.from_limit(2**20, "1MiB", reserved_bytes=2**30)
     assert room.usable_bytes == 0
     assert str(room) == "memory is limited to 1MiB, all of which this process uses outside of tensors"
+
+
+def test_peak_restarts_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarted: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", restarted.append)
+    for device in (CPU, torch.device("cuda", 1), torch.device("mps")):
+        restart_peak(device)
+    assert restarted == [torch.device("cuda", 1)]

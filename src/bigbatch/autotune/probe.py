@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from bigbatch.autotune.peak_prediction import PredictionError, prediction_obstacle
 from bigbatch.batching.batch_types import flatten
-from bigbatch.execution.cuda_graphs import capture
+from bigbatch.execution.graph_capture import capture
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
 from bigbatch.gradients.sum_store import PassingSums, SumStore

@@ -8,9 +8,8 @@ models and busy hosts the device waits. A captured graph adds to the gradient su
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -21,6 +20,8 @@ from bigbatch.accumulation.pending_update import PendingUpdate
 from bigbatch.batching.batch_types import Structure, flatten
 from bigbatch.distributed.gradient_sync import Microbatch, never
 from bigbatch.errors import first_line
+from bigbatch.execution.graph_capture import capture
+from bigbatch.execution.oom_retry import OomRetry
 from bigbatch.execution.runner import MicrobatchRunner, WindowInputs
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.loss_totals import as_terms
@@ -44,7 +45,9 @@ class CudaGraphRunner(MicrobatchRunner):
     """Replays micro-batches from CUDA graphs, one for each of their shapes; runs others by a fallback.
 
     The first window runs by the fallback, and shows which parameters receive a gradient. So does the first micro-batch
-    of each variant of the backward, which compiles what the others need.
+    of each variant of the backward, which compiles what the others need; the graphs of earlier variants are dropped
+    before it, and captured again, because no other memory can be allocated from that of graphs. So they are if memory
+    runs out in a micro-batch that is not replayed.
 
     Args:
         model: As for `MicrobatchRunner`. Loss functions must have one term, whose items are a tensor on the device, and
@@ -55,7 +58,7 @@ class CudaGraphRunner(MicrobatchRunner):
 
     captures_graphs = True
 
-    def __init__(self, model: nn.Module, fallback: MicrobatchRunner) -> None:
+    def __init__(self, model: nn.Module, fallback: OomRetry) -> None:
         super().__init__(model)
         self._fallback = fallback
         self._graphs: dict[_Key, _CapturedGraph] = {}
@@ -110,14 +113,21 @@ class CudaGraphRunner(MicrobatchRunner):
     @contextmanager
     def window(self, inputs: WindowInputs) -> Iterator[None]:
         """Run one window; its inputs are not referenced afterwards."""
-        with super().window(inputs), self._fallback.window(inputs):
-            yield
+        self._fallback.free_more = self._drop_graphs
+        try:
+            with super().window(inputs), self._fallback.window(inputs):
+                yield
+        finally:
+            self._fallback.free_more = None
 
     def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
         """Add the gradient of one micro-batch by a graph if possible, else by the fallback."""
-        if not self.is_ready or not self._replay(self.inputs.take(microbatch.content), pending):
-            self._fallback.run(microbatch, pending)
-            self._variants.add(pending.sums.variant)
+        if self.is_ready and self._replay(self.inputs.take(microbatch.content), pending):
+            return
+        if pending.sums.variant not in self._variants:
+            self._drop_graphs()
+        self._fallback.run(microbatch, pending)
+        self._variants.add(pending.sums.variant)
 
     def end(self, pending: PendingUpdate, should_abandon: Callable[[], bool] = never) -> None:
         """Use the sums of this window for all later ones, if nothing ran out of memory."""
@@ -235,66 +245,3 @@ def _only_term(result: Any) -> tuple[Tensor, Tensor]:
     if len(terms) > 1 or not isinstance(items, Tensor) or items.is_cpu:
         raise RuntimeError("the loss has several terms, or items that are no tensor on the device")
     return loss_sum, items
-
-
-def capture(
-    run: Callable[[], None],
-    pool: Any = None,
-    *,
-    stream: torch.cuda.Stream | None = None,
-    frees_cache: bool = True,
-) -> torch.cuda.CUDAGraph:
-    """Capture what a function launches on the current CUDA device as a graph, without running it.
-
-    Args:
-        run: Uses tensors that stay in place. What it allocates belongs to the graph.
-        pool: Memory pool shared by graphs that never run at the same time; by default a pool of its own.
-        stream: Of the capture, the same for all graphs of a pool; by default one of torch.
-        frees_cache: Whether to wait for the device and free the memory that the allocator has cached, which cannot be
-            freed during a capture.
-
-    Raises:
-        RuntimeError: The function does something that cannot be captured, such as waiting for the device.
-    """
-    graph = torch.cuda.CUDAGraph()
-    pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    context = torch.cuda.graph(graph, pool=pool, stream=stream)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # follows the error that caused it
-            with context if frees_cache else _capturing(graph, pool, context.capture_stream):
-                run()
-    except BaseException:
-        _end_capture(pool)
-        raise
-    return graph
-
-
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: Any) -> Iterator[None]:
-    """Do what `torch.cuda.graph` does, but for waiting for the device and freeing its cached memory."""
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool)
-        try:
-            yield
-        finally:
-            graph.capture_end()
-
-
-def _end_capture(pool: Any) -> None:
-    """End a failed capture in the allocator, which frees no memory of any pool until then."""
-    with suppress(RuntimeError):  # already ended
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-    _end_capture_of_random_state()
-
-
-def _end_capture_of_random_state() -> None:
-    """Let random numbers be drawn again after a failed capture, which leaves the generator as within a capture.
-
-    A capture that succeeds sets it back. The graph is empty but for one copy, and is dropped.
-    """
-    device = torch.device("cuda", torch.cuda.current_device())
-    source, target = torch.zeros(1, device=device), torch.zeros(1, device=device)
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        target.copy_(source)

@@ -51,6 +51,12 @@ def peak_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def restart_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from now on; no effect on devices other than CUDA, whose peak is that of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error is a failed allocation, on a device or on the host.
 

@@ -1,5 +1,6 @@
 """Products in float8 on CUDA: their values, compiled and captured, for any number of tokens, and their memory."""
 
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,8 @@ def test_update_is_near_that_of_bf16(settings: dict[str, Any]) -> None:
 
 
 def test_peak_of_eager_step_is_predicted() -> None:
+    gc.collect()
+    held_bytes = torch.cuda.memory_allocated()  # by other tests of this process
     config = TrainConfig(model="base", max_length=64, compile="none", gradient_checkpointing="none").resolved()
     setup = set_up_model(larger_llama(), config, FP8, pad_id=0, longest=64)
     parameters = [p for p in setup.model.parameters() if p.requires_grad]
@@ -134,8 +137,8 @@ def test_peak_of_eager_step_is_predicted() -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # as sums, which stay
-    peak = torch.cuda.max_memory_allocated()
-    print(f"peak {peak:,} bytes, predicted {predicted:,}")
+    peak = torch.cuda.max_memory_allocated() - held_bytes
+    print(f"peak {peak:,} bytes, predicted {predicted:,}, held by others {held_bytes:,}")
     assert peak < 1.1 * predicted
 
 

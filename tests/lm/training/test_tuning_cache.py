@@ -14,7 +14,7 @@ from bigbatch.lm.config.field_types import CHECKPOINTING_MODES, CheckpointingMod
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
 from bigbatch.lm.runs.file_names import TUNED_MICROBATCH
-from bigbatch.lm.training import tuning_cache
+from bigbatch.lm.training import microbatch_tuner, tuning_cache
 from bigbatch.lm.training.setup import set_up_training
 from bigbatch.lm.training.trainer import Trainer
 from bigbatch.lm.training.tuning_cache import CachedChoice, cache_key, load_cached, save_cached
@@ -204,9 +204,14 @@ def test_irrelevant_settings_keep_fingerprint(job: dict[str, Any], monkeypatch: 
     assert fingerprint_of(job) != before
 
 
-def test_run_reuses_choice_of_neighbouring_run(job: dict[str, Any], tmp_path: Path) -> None:
+def test_run_reuses_choice_of_neighbouring_run(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarted: list[torch.device] = []
+    monkeypatch.setattr(microbatch_tuner, "restart_peak", restarted.append)
     first = Trainer(set_up_training(TrainConfig(**job)))
     assert first.tune(cache=tmp_path / "one") is None
+    assert restarted == [torch.device("cpu")]
     first.run(RunDirectory.create(tmp_path / "one", {}), callback=RecordingCallback())
     second = Trainer(set_up_training(TrainConfig(**job)))
     assert second.tune(cache=tmp_path / "two") == tmp_path / "one"

@@ -16,6 +16,7 @@ from bigbatch.lm.training.microbatch_limits import enforce_memory_budget
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.lm.training.speed_watch import SpeedWatch
 from bigbatch.lm.training.tuning_cache import cache_key, save_cached
+from bigbatch.memory.usage import restart_peak
 
 
 class MicrobatchTuner:
@@ -91,7 +92,7 @@ class MicrobatchTuner:
             save_cached(directory.path, self._engine.choice, cache_key(self._setup), checkpointing_mode=mode)
 
     def _choose(self, cache: Path | None, usable_bytes: int) -> Path | None:
-        return choose_microbatch(
+        origin = choose_microbatch(
             self._engine,
             self._setup,
             self._make_samples,
@@ -99,3 +100,5 @@ class MicrobatchTuner:
             cache=cache,
             usable_bytes=usable_bytes,
         )
+        restart_peak(self._engine.accumulator.device)  # of larger micro-batches that were tried
+        return origin
