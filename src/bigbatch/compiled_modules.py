@@ -65,7 +65,7 @@ class FixedCode:
         self._function = FunctionType(_call.__code__.replace(), globals(), _call.__name__)
         self._backend = backend
         # an option that another release of torch does not have chooses nothing there
-        self._options = _known_options(options) if backend == "inductor" and options is not None else options
+        self._options = known_options(options) if backend == "inductor" and options is not None else options
         self._compiled: Callable[..., Any] | None = None
         self.is_fixed = False
         self.num_calls = 0
@@ -133,7 +133,8 @@ def _check_options(options: dict[str, Any]) -> None:
                 raise ValueError(f"the environment sets {name} of Inductor to {found}, and it has to be {value}")
 
 
-def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those of some options that the Inductor of this torch has; it refuses to compile with any other."""
     import torch._inductor
 
     known = {*torch._inductor.list_options(), "deterministic"}  # without the last, compilation is refused

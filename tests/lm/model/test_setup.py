@@ -61,8 +61,9 @@ def test_layers_are_compiled_on_cuda_and_quanta_not_captured() -> None:
     cuda = torch.device("cuda")
     for config, device, compiles, captures in [
         (TrainConfig(), cuda, True, True),
-        (TrainConfig(reproducible=True), cuda, False, False),
-        (TrainConfig(reproducible=True, compile="layers"), cuda, True, False),
+        (TrainConfig(reproducible=True), cuda, True, False),
+        (TrainConfig(reproducible=True, compile="none"), cuda, False, False),
+        (TrainConfig(reproducible=True, compile="layers"), CPU, True, False),
         (TrainConfig(deterministic=True), cuda, True, True),
         (TrainConfig(compile="none"), cuda, False, False),
         (TrainConfig(), CPU, False, False),

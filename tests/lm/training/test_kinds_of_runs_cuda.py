@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch hides it
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.jit, in the first compilation of a process
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # of the compiler, which fails if it is an error
 ]
 
 OBJECTIVES = {

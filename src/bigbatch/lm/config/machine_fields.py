@@ -68,6 +68,6 @@ class MachineFields(BaseModel):
     compile: Literal["auto", "none", "layers", "graphs"] = Field(
         default="auto",
         description="layers = compile the layers of the model, which takes some seconds; graphs = also capture and "
-        "replay each micro-batch as a CUDA graph; none = run eagerly; auto = graphs on CUDA, none elsewhere and with "
-        "--reproducible, which --compile layers makes faster",
+        "replay each micro-batch as a CUDA graph; none = run eagerly; auto = graphs on CUDA, layers "
+        "there with --reproducible, none elsewhere",
     )

@@ -16,8 +16,8 @@ class ReproducibleFields(BaseModel):
         default=False,
         strict=True,
         description="the same bits for any micro-batch, memory limit and number of ranks, dropout included: quanta of "
-        "sequences are computed one after the other, in eager mode unless --compile layers is given, gradients are "
-        "added as integers, and fingerprints of every update are written, for bigbatch diff",
+        "sequences are computed one after the other, gradients are added as integers, and fingerprints of every "
+        "update are written, for bigbatch diff",
     )
     quantum: Count | None = Field(
         default=None,

@@ -209,8 +209,7 @@ def _without_cuda_graphs(config: TrainConfig, notes: list[str]) -> bool:
 
 def compiles_layers(config: TrainConfig, device: torch.device) -> bool:
     """Return whether the decoder layers are compiled on a device, if they can be."""
-    by_default = device.type == "cuda" and not config.reproducible
-    return config.compile in ("layers", "graphs") or (config.compile == "auto" and by_default)
+    return config.compile in ("layers", "graphs") or (config.compile == "auto" and device.type == "cuda")
 
 
 def captures_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:
