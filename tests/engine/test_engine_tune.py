@@ -18,6 +18,7 @@ from bigbatch import Engine, MemoryLimitError, TokenBudget
 from bigbatch.autotune import choice, probe
 from bigbatch.autotune.choice import MicrobatchChoice, describe_parts
 from bigbatch.autotune.peak_prediction import PeakPredictor, state_of
+from bigbatch.engine import tuning
 from bigbatch.memory import usage
 from bigbatch.memory.limit import MIB, describe_bytes
 from bigbatch.memory.usage import resolve_memory_budget
@@ -130,6 +131,25 @@ def test_copies_of_weights_are_kept_only_where_they_fit(limit: Limit) -> None:
     assert tight.fused.copies.obstacle == "micro-batches need the memory"
     tight.step(short)
     assert tight.fused.copies.num_bytes == 0 < copies
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_waiting_for_sums_in_host_memory_counts(
+    is_measured: bool, limit: Limit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second for the sums of every micro-batch: as few as fit are the fastest, however fast they are computed."""
+    engine = engine_of(make(width=64), offload="gradients", **BY_LENGTH)
+    sum_bytes = sum(parameter.nbytes for parameter in engine.model.parameters())
+    monkeypatch.setattr(tuning, "measure_link_rate", lambda _: float(sum_bytes) if is_measured else None)
+    chosen = limit(engine, 512 * MIB).tune(MANY)
+    seconds = chosen.timing.of(chosen.size)
+    if not is_measured:
+        assert seconds < 0.5
+        return
+    num_microbatches = len(engine.groups([len(tokens) for tokens in MANY]))
+    assert num_microbatches == 1
+    assert 1 < seconds < 1.5
+    assert chosen.per_s == pytest.approx(sum(map(len, MANY)) / seconds, rel=0.01)
 
 
 def test_padded_tensor_with_lengths_stays_within_requested_memory(limit: Limit) -> None:

@@ -227,7 +227,7 @@ class _Search:
         return groups[(sum(self._problem.size_of(rows) > size for rows in groups) + len(groups)) // 2]
 
     def _batch_seconds(self, size: int) -> float:
-        """Return the predicted seconds of forward and backward of the whole batch in micro-batches of a size."""
+        """Return the predicted seconds of the whole batch in micro-batches of a size, without the update."""
         groups = self._problem.groups(size, self._timing.cost(size))
         return sum(self._timing.of(self._problem.size_of(rows)) for rows in groups)
 
@@ -242,7 +242,7 @@ class _Search:
 
     def _record_time(self, size: int, result: Probe) -> None:
         assert result.seconds is not None, "requested by timed="
-        self._seconds[size] = result.seconds
+        self._seconds[size] = result.seconds + self._problem.waiting_s(result.seconds)
         self._timing = TimeModel(tuple(sorted(self._seconds.items())))
 
     def _measure(self, rows: Sequence[int]) -> float:

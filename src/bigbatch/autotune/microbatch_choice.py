@@ -17,7 +17,7 @@ class Trial:
 
     Attributes:
         size: Largest number of tokens, padding included, or of samples, of a micro-batch.
-        per_s: Throughput at that size: tokens (or samples) of the batch per second of forward and backward.
+        per_s: Throughput at that size, as that of `MicrobatchChoice`.
     """
 
     size: int
@@ -34,8 +34,8 @@ class MicrobatchChoice:
         unit: ``"tokens"`` or ``"samples"``.
         peak_bytes: Expected peak memory of a window and its update.
         limit_bytes: The memory limit.
-        per_s: Expected throughput: tokens without padding (or samples) per second of forward and backward, without
-            updates.
+        per_s: Expected throughput: tokens without padding (or samples) per second of forward and backward, and with
+            ``offload="gradients"`` of waiting for gradient sums, without updates.
         largest: The largest size that fits.
         trials: The sizes that were timed, ascending.
         timing: The time of a micro-batch as a function of its size.

@@ -1,6 +1,6 @@
 """The training step to tune: its batch, and the micro-batches that batches like it can contain."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,10 @@ SMALLEST_SHARE = 16  # the first size that is timed is at least the longest samp
 FULL_ENOUGH = 0.99  # of the largest micro-batch in tokens: worst cases prefer longer samples above it
 
 
+def _no_wait(_: float) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True)
 class TuningProblem:
     """The training step whose micro-batch size is tuned.
@@ -43,6 +47,8 @@ class TuningProblem:
         prediction_obstacle: Why the step cannot run on fake tensors, if known in advance.
         copies_bytes: Copies of weights that windows hold in addition, which are not allocated yet.
         keeps_sums: Whether gradient sums are on the device; else ``copies_bytes`` includes what they pass through.
+        waiting_s: Returns for how many seconds a micro-batch waits for gradient sums on their way between host and
+            device, after a forward and backward of so many seconds.
     """
 
     model: nn.Module
@@ -56,6 +62,7 @@ class TuningProblem:
     prediction_obstacle: str | None = None
     copies_bytes: int = 0
     keeps_sums: bool = True
+    waiting_s: Callable[[float], float] = _no_wait
 
     @property
     def num_samples(self) -> int:

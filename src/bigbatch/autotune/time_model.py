@@ -10,7 +10,7 @@ MAX_OVERHEAD_TOKENS = 65_536  # if the time does not increase with the size
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Seconds of forward and backward of a micro-batch by its size, piecewise linear between measurements.
+    """Seconds of a micro-batch by its size, piecewise linear between measurements.
 
     Below the smallest size the line through the first two is extrapolated, but not below a proportional time; above the
     largest size the line through the last two. A negative slope extrapolates as zero.

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 # A rank may receive one signal twice: from the scheduler, which signals every process, and from torchrun, which
 # forwards it. A second signal within this time counts as the same one.
 DUPLICATE_SIGNAL_S = 5.0
+
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Environment variables that configure torch's allocators: the name since torch 2.9, and earlier ones."""
 
 
 def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *, config: TrainConfig) -> int:
@@ -111,6 +115,16 @@ def enable_determinism(config: TrainConfig) -> None:
     """Configure cuBLAS for deterministic results if the run needs them; call it before torch is imported."""
     if config.deterministic or config.reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def enable_expandable_segments(config: TrainConfig) -> None:
+    """Let torch extend the segments of CUDA memory with ``--offload``; call it before torch is imported.
+
+    Parts of the state of many sizes pass through little memory, which ends in pieces otherwise. Windows and some
+    virtual machines do not support it; an allocator that is configured by the environment stays as it is.
+    """
+    if config.offload != "none" and sys.platform == "linux" and not any(name in os.environ for name in ALLOCATORS):
+        os.environ[ALLOCATORS[0]] = "expandable_segments:True"
 
 
 def parameters_line(model: Any) -> str:

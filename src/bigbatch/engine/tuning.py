@@ -1,5 +1,6 @@
 """Choose the micro-batch of an engine for a batch."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +18,10 @@ from bigbatch.engine.weight_probe import probe_weights
 from bigbatch.execution.cuda_graphs import CudaGraphRunner
 from bigbatch.execution.runner import MicrobatchRunner
 from bigbatch.gradients.fused_gradients import FusedGradients
+from bigbatch.gradients.sum_store import SumStore
 from bigbatch.memory.usage import free_cached_memory, resolve_memory_budget
+from bigbatch.offload.costs import BACKWARD_SHARE, link_bytes, sums_wait_s
+from bigbatch.offload.link_rate import measure_link_rate
 from bigbatch.types import Layout, LossFunction
 
 LARGEST_COPIES = 0.25
@@ -150,4 +154,17 @@ def _problem(
         prediction_obstacle=prediction_obstacle(module),
         copies_bytes=0 if offload is None else offload.window_bytes,
         keeps_sums=offload is None or offload.sums is None,
+        waiting_s=_sums_wait(accumulator),
     )
+
+
+def _sums_wait(accumulator: Accumulator) -> Callable[[float], float]:
+    """Return the seconds that a micro-batch of so many seconds waits for sums in host memory; the link is measured."""
+    offload, link_rate = accumulator.update.offload, None
+    if offload is not None and offload.sums is not None:
+        link_rate = measure_link_rate(accumulator.device)
+    if link_rate is None:
+        return lambda _: 0.0
+    link = link_bytes(0, SumStore.bytes_of(accumulator.update.parameters()))
+    rate = link_rate
+    return lambda computed_s: sums_wait_s(link, rate, BACKWARD_SHARE * computed_s)

@@ -22,6 +22,9 @@ WEIGHT_MOVES = 26
 that 6, the addition to the sum 12. An H200 took 7.6 ms for 1.2 billion weights, 26 bytes each at 4.0 TB/s."""
 CAST_MOVES = 6
 
+BACKWARD_SHARE = 2 / 3
+"""Share of backward in the time of a micro-batch whose activations are all stored; larger if layers are recomputed."""
+
 
 @dataclass(frozen=True)
 class ModelState:

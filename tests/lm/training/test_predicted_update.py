@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bigbatch.autotune.peak_prediction import PredictionError
+from bigbatch.autotune.time_model import TimeModel
 from bigbatch.cli import main
 from bigbatch.lm.training import predicted_update
 from bigbatch.lm.training.predicted_update import PredictedUpdate, predict_update
@@ -19,10 +20,11 @@ from support.language_models import records, save_model_folder, write_jsonl
 def engine_with(
     monkeypatch: pytest.MonkeyPatch, *, state: float = 0, sums: float = 0, link_rate: float | None = 10e9
 ) -> Any:
-    """Return an engine that computes 1,000 tokens a second in micro-batches of 100, with so many bytes on the host."""
+    """Return an engine that computes each micro-batch of 100 tokens in 0.1 s, with so many bytes on the host."""
     monkeypatch.setattr(predicted_update, "predicted_host_bytes", lambda _: (int(state), int(sums)))
     monkeypatch.setattr(predicted_update, "measure_link_rate", lambda _: link_rate)
-    choice = SimpleNamespace(per_s=1000.0, size=100)
+    seconds = 0.1 if link_rate is None else max(0.1, sums / link_rate + 0.1 / 3)  # of a micro-batch
+    choice = SimpleNamespace(per_s=100 / seconds, size=100, timing=TimeModel(((100, seconds),)))
     return SimpleNamespace(choice=choice, accumulator=SimpleNamespace(device=torch.device("cpu")))
 
 
@@ -41,6 +43,7 @@ def test_sums_wait_for_what_backward_does_not_hide(monkeypatch: pytest.MonkeyPat
     assert found is not None
     update_s = (20e9 + 2e9 + 2e9 + 2 * CHUNK_BYTES) / 10e9
     assert found.copies_s == pytest.approx(update_s + 10 * (0.2 - 0.1 * share))
+    assert found.compute_s == pytest.approx(1.0)
     hidden = predict_update(engine_with(monkeypatch, state=20e9, sums=0.5e9), 1000, mode)
     assert hidden is not None
     assert hidden.copies_s == pytest.approx((20e9 + 0.5e9 + 0.5e9 + 2 * CHUNK_BYTES) / 10e9)

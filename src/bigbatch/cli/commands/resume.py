@@ -10,7 +10,13 @@ from bigbatch.cli.exit_codes import DONE
 from bigbatch.cli.options import ResumeOptions
 from bigbatch.cli.output import optional_output
 from bigbatch.cli.run_lookup import check_run
-from bigbatch.cli.session import enable_determinism, parameters_line, summary_lines, train
+from bigbatch.cli.session import (
+    enable_determinism,
+    enable_expandable_segments,
+    parameters_line,
+    summary_lines,
+    train,
+)
 from bigbatch.cli.torchrun import fail_together, process_group, reject_together, with_local_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
@@ -62,6 +68,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
                 stack.enter_context(RunLock(path))
         changes_kernels = "deterministic" in overrides.model_fields_set and not stored.reproducible
         enable_determinism(overrides if changes_kernels else stored)
+        enable_expandable_segments(overrides if "offload" in overrides.model_fields_set else stored)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.run_checkpoint import load

@@ -8,7 +8,13 @@ from bigbatch.cli.console import duration, make_console, progress_display, quiet
 from bigbatch.cli.options import ResumeOptions
 from bigbatch.cli.output import optional_output
 from bigbatch.cli.run_lookup import check_paths
-from bigbatch.cli.session import enable_determinism, parameters_line, summary_lines, train
+from bigbatch.cli.session import (
+    enable_determinism,
+    enable_expandable_segments,
+    parameters_line,
+    summary_lines,
+    train,
+)
 from bigbatch.cli.torchrun import (
     fail_together,
     is_restarted,
@@ -63,6 +69,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
     console = make_console(quiet=not ranks.is_first)
     config = with_local_device(config, ranks)
     enable_determinism(config)
+    enable_expandable_segments(config)
     path = Path(ranks.broadcast(str(config.out or default_path(config.model, config.data))))
     with fail_together(ranks, "train"):
         check_log(config.log)

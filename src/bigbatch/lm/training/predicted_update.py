@@ -10,7 +10,7 @@ from bigbatch.autotune.peak_prediction import PredictionError
 from bigbatch.engine.engine import Engine
 from bigbatch.engine.host_check import predicted_host_bytes
 from bigbatch.lm.config.field_types import RECOMPUTED_LAYERS, CheckpointingMode
-from bigbatch.offload.costs import link_bytes, streamed_s, sums_wait_s
+from bigbatch.offload.costs import BACKWARD_SHARE, link_bytes, streamed_s, sums_wait_s
 from bigbatch.offload.link_rate import measure_link_rate
 
 
@@ -61,8 +61,10 @@ def predict_update(engine: Engine, tokens: float, checkpointing: CheckpointingMo
         return None
     if not link.to_card or (link_rate := measure_link_rate(engine.accumulator.device)) is None:
         return None
-    compute_s, num_microbatches = tokens / choice.per_s, math.ceil(tokens / choice.size)
-    recomputed = RECOMPUTED_LAYERS[checkpointing]
+    num_microbatches, recomputed = math.ceil(tokens / choice.size), RECOMPUTED_LAYERS[checkpointing]
+    microbatch_s = choice.timing.of(choice.size)  # with the wait for sums: the longer of the two
+    without_wait_s = (microbatch_s - link.per_microbatch / link_rate) / (1 - BACKWARD_SHARE)
+    compute_s = tokens / choice.per_s * max(0.0, min(1.0, without_wait_s / microbatch_s))
     backward_s = compute_s / num_microbatches * (2 + recomputed) / (3 + recomputed)
     waiting_s = num_microbatches * sums_wait_s(link, link_rate, backward_s)
     return PredictedUpdate(compute_s, streamed_s(link, link_rate) + waiting_s, link_rate)
