@@ -1,14 +1,18 @@
 """Cost of reproducible updates, their bits over 50 updates, and their loss over 300, compared with the default mode.
 
     python benchmarks/reproducible.py [--rounds 5] [--workload w --quanta 64]
+    python benchmarks/reproducible.py --options timed,pointwise [--workload w --quanta 64]
     python benchmarks/reproducible.py --bits
     python benchmarks/reproducible.py --losses
 
 Cost: the workloads are those of `bigbatch bench`. Both engines run equal models and the same samples in alternation,
 and the default engine has the micro-batch of the quantum, so that both run the same forwards and backwards: the ratio
 is that of the medians. Both run compiled layers, and the reproducible engine once more (``eager``) the layers as they
-are, which is its default; with ``--compile none`` all are eager. On a CPU, times are process times of one thread, which
+are; with ``--compile none`` all are eager. On a CPU, times are process times of one thread, which
 exclude other processes.
+
+Options: what the compiler's fixed options cost. The reproducible engine also runs with pointwise kernels chosen by
+timing (``pointwise``), and with all kernels chosen so (``timed``), whose bits may differ between processes.
 
 Bits: small Llama and GPT-2 models with dropout, as the tests train them, in every combination of micro-batch, order and
 out-of-memory error, and on 1 to 4 gloo ranks with a kill and a resume on other ranks: all must have equal parameters
@@ -25,7 +29,8 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ from typing import Any
 import torch
 
 import bigbatch
+from bigbatch.compiled_modules import FIXED_OPTIONS
 from bigbatch.lm.bench.bigbatch_runner import set_up
 from bigbatch.lm.bench.workload import WORKLOADS, count_tokens, shift
 from bigbatch.lm.model.compilation import eager_note
@@ -48,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed updates of each engine")
     parser.add_argument("--quanta", default=",".join(map(str, QUANTA)), help="samples, separated by commas")
     parser.add_argument("--compile", choices=("layers", "none"), default="layers")
+    parser.add_argument("--options", default="", help="more compiler options to compare: pointwise, timed, or both")
     parser.add_argument("--bits", action="store_true", help="compare parameters over 50 updates")
     parser.add_argument("--losses", action="store_true", help="compare losses over 300 updates")
     options = parser.parse_args()
@@ -61,10 +68,34 @@ def main() -> None:
         compare_losses()
     else:
         quanta = [int(quantum) for quantum in options.quanta.split(",")]
-        compare_cost(options.workload, options.rounds, quanta, compiles=options.compile)
+        variants = [name for name in options.options.split(",") if name]
+        compare_cost(options.workload, options.rounds, quanta, compiles=options.compile, variants=variants)
 
 
-def compare_cost(name: str, rounds: int, quanta: list[int], *, compiles: str) -> None:
+def options_of(variant: str) -> dict[str, Any]:
+    """Return the compiler's options of a variant."""
+    if variant == "pointwise":
+        return {**FIXED_OPTIONS, "triton.autotune_pointwise": True}
+    assert variant == "timed", f"--options {variant}: pointwise or timed"
+    kept = ("triton.mix_order_reduction_non_strict_mode", "fx_graph_cache")
+    return {name: FIXED_OPTIONS[name] for name in kept}
+
+
+@contextmanager
+def compiler_options(variant: str) -> Iterator[None]:
+    """Let set-up compile with the options of a variant inside."""
+    fixed = dict(FIXED_OPTIONS)
+    found = options_of(variant)
+    FIXED_OPTIONS.clear()
+    FIXED_OPTIONS.update(found)
+    try:
+        yield
+    finally:
+        FIXED_OPTIONS.clear()
+        FIXED_OPTIONS.update(fixed)
+
+
+def compare_cost(name: str, rounds: int, quanta: list[int], *, compiles: str, variants: Sequence[str] = ()) -> None:
     """Time updates of both modes in alternation."""
     workload = WORKLOADS[name]
     machine = workload.device_spec()
@@ -98,19 +129,27 @@ def compare_cost(name: str, rounds: int, quanta: list[int], *, compiles: str) ->
         exact = bigbatch.Engine(exact_model, _optimizer(exact_model), fixed.loss_fn, **settings)
         eager = nullcontext if fixed.layers is None else fixed.layers.eager
         ways = [(default, nullcontext), (exact, nullcontext), (exact, eager)]
+        for variant in variants:
+            other_model = workload.make_trained_model(machine.device)
+            with compiler_options(variant):
+                found = set_up(other_model, workload, compile=compiles, reproducible=True, quantum=quantum)
+            engine = bigbatch.Engine(other_model, _optimizer(other_model), found.loss_fn, **settings)
+            ways.append((engine, nullcontext))
         times: list[list[float]] = [[] for _ in ways]
         for round_ in range(rounds + 1):
             for number in range(len(ways)) if round_ % 2 else reversed(range(len(ways))):
                 engine, context = ways[number]
                 with context():
                     times[number].append(update_s(engine))
-        one, other, slower = (statistics.median(found[1:]) for found in times)
+        one, other, slower, *others = (statistics.median(each[1:]) for each in times)
         tokens = count_tokens(samples) / len(samples) * quantum
         print(
             f"{quantum:>8}{tokens:>14.0f}{one:>10.3f}s{other:>14.3f}s{slower:>10.3f}s{other / one:>8.3f}"
             f"{other / slower:>10.3f}{'compiled' if fixed.has_compiled_layers else 'eager':>12}",
             flush=True,
         )
+        for variant, seconds in zip(variants, others, strict=True):
+            print(f"{'':>8}{variant:>14}{'':>11}{seconds:>14.3f}s{'':>11}{seconds / one:>8.3f}", flush=True)
         for note in (*fixed.notes, eager_note(fixed.layers, lambda counts: [counts])):
             if note is not None:
                 print(f"{'':>8}  {note}", flush=True)
