@@ -91,6 +91,9 @@ def run(way: Way, words: list[str], out: Path, steps: int, command: Sequence[str
         if not steps // 2 < done < steps:
             return f"was to be killed in mid-run, but had {done} updates: {last_line(log)}"
         process = launch(way.then, ["resume", str(out)], log, command=command)
+        problem = wait_for_end(process, log)
+        resumed = re.search(r"^resuming .* after update \d+$", log.read_text(errors="replace"), re.MULTILINE)
+        return problem or (None if resumed else "was resumed without a checkpoint")
     return wait_for_end(process, log)
 
 

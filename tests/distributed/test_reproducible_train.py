@@ -50,8 +50,9 @@ def test_runs_of_any_ranks_and_micro_batch_are_equal(reproducible: RunFolder, ca
     assert capfd.readouterr().out == "equal in 6 updates and 28 parameters\n"
     assert model_bits("same-alone") == model_bits("same-ranks")
     launch(reproducible, 2, words("same-resumed", "--microbatch", "4"))
-    remove_after(Path("same-resumed"), 2)
-    launch(reproducible, 1, ["resume", "same-resumed"])
+    remove_after(Path("same-resumed"), 4)
+    resumed = launch(reproducible, 1, ["resume", "same-resumed"])
+    assert "resuming same-resumed after update 4\n" in resumed.stdout()
     assert main(["diff", "same-alone", "same-resumed"]) == 0
     assert model_bits("same-alone") == model_bits("same-resumed")
 
@@ -65,8 +66,9 @@ def test_compiled_runs_of_any_ranks_and_micro_batch_are_equal(
     launch(reproducible, 1, words("compiled-alone", *compiled, "--microbatch", "2"), patch=install)
     ranks = launch(reproducible, 2, words("compiled-ranks", *compiled, "--token-budget", "128"), patch=install)
     launch(reproducible, 3, words("compiled-resumed", *compiled, "--microbatch", "4"), patch=install)
-    remove_after(Path("compiled-resumed"), 2)
-    launch(reproducible, 2, ["resume", "compiled-resumed", "--token-budget", "64"], patch=install)
+    remove_after(Path("compiled-resumed"), 4)
+    resumed = launch(reproducible, 2, ["resume", "compiled-resumed", "--token-budget", "64"], patch=install)
+    assert "resuming compiled-resumed after update 4\n" in resumed.stdout()
     for other in ("compiled-ranks", "compiled-resumed"):
         capfd.readouterr()
         assert main(["diff", "compiled-alone", other]) == 0
@@ -167,12 +169,13 @@ def test_other_compilation_on_resume_is_refused(
     hinted(monkeypatch)
     out = f"first-{first}"
     assert main(words(out, "--compile", first)) == 0
-    remove_after(Path(out), 2)
+    remove_after(Path(out), 4)
     shutil.rmtree(f"{out}/model")
     capfd.readouterr()
     assert main(["resume", out, "--compile", then]) == 2
     assert capfd.readouterr().err.endswith(sentence)
     assert main(["resume", out]) == 0
+    assert f"resuming {out} after update 4\n" in capfd.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
@@ -197,8 +200,10 @@ def test_run_of_earlier_version_is_resumed_in_eager_mode(
 
 def remove_after(run: Path, step: int) -> None:
     """Remove the checkpoints after an update, as if the run had been killed before they were written."""
-    for checkpoint in (run / "checkpoints").iterdir():
-        if int(checkpoint.name.rpartition("-")[2]) > step:
+    checkpoints = {int(path.name.rpartition("-")[2]): path for path in (run / "checkpoints").iterdir()}
+    assert step in checkpoints, "else the run begins again"
+    for number, checkpoint in checkpoints.items():
+        if number > step:
             shutil.rmtree(checkpoint)
 
 

@@ -71,6 +71,7 @@ class SavedFacts(_Strict):
     tokenizer_sha256: str | None = None
     validation_sha256: str | None = None
     passed: dict[str, bool | str] | None = None
+    compiled_layers: bool = False
 
 
 class SavedOptimizer(_Strict):

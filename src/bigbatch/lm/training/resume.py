@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from bigbatch.errors import InputError, first_line, os_reason
 from bigbatch.lm.checkpoint.manager import frozen_fingerprint
+from bigbatch.lm.checkpoint.saved_state import SavedFacts
 from bigbatch.lm.checkpoint.state_tree import bits
 from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.error_messages import sentence
@@ -185,7 +186,7 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
     settings = setup.config.model_dump(mode="json")
     learning = {name: settings[name] for name in LEARNING}
     model = _stable(json.loads(setup.model.config.to_json_string(use_diff=False)))
-    return {
+    facts = {
         "fingerprint": digest_of({"learning": learning, "model": model}),
         "learning": learning,
         "model": model,
@@ -202,6 +203,8 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         **({PASSED: dict(setup.passed)} if setup.passed else {}),
         **({COMPILED: setup.model_setup.has_compiled_layers} if setup.config.reproducible else {}),
     }
+    SavedFacts.model_validate(facts)  # or no checkpoint of the run could be read
+    return facts
 
 
 def _frozen_sha256(setup: TrainingSetup) -> str | None:
