@@ -19,7 +19,7 @@ from bigbatch.lm.config.batch_schedule import read
 from bigbatch.lm.config.optimizer_settings import TITLES
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.runs.directory import RunDirectory
-from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, METRICS, MODEL
+from bigbatch.lm.runs.file_names import ADAPTER, CHECKPOINTS, CONFIG, FINGERPRINTS, METRICS, MODEL
 from bigbatch.lm.text import SAMPLE_NOUNS, plural
 from bigbatch.lm.training.dashboards import with_dashboards
 from bigbatch.lm.training.event_log import EventLog
@@ -178,7 +178,7 @@ def _effect_of_split(model: Any, config: TrainConfig) -> str:
     from bigbatch.lm.model.decoder_layers import uses_randomness
 
     if config.reproducible:
-        return "affects neither memory nor the result"
+        return "the micro-batch affects neither memory nor the result"
     if uses_randomness(model):
         return "the model has dropout, whose random numbers, and so the result, depend on the split"
     if config.precision == "fp8":
@@ -206,6 +206,7 @@ def final_lines(
         else f"  {ADAPTER + '/':<15}LoRA adapters and tokenizer, for PeftModel.from_pretrained and bigbatch merge",
         *weights,
         f"  {METRICS:<15}one line per update",
+        *([f"  {FINGERPRINTS}  for bigbatch diff"] if config.reproducible else []),
         f"  {CHECKPOINTS + '/':<15}for bigbatch resume",
         f"  {CONFIG:<15}all settings",
     ]
@@ -259,6 +260,9 @@ def _split(trainer: "Trainer") -> str:
     noun = sample_noun(trainer.config)
     groups = trainer.engine.groups(sorted(lengths, reverse=True))
     budget = trainer.engine.token_budget
+    if trainer.config.reproducible:
+        quantum = min(trainer.config.quantum_in_use or 1, len(lengths))
+        return f"{len(groups):,} {'quantum' if len(groups) == 1 else 'quanta'} of {plural(quantum, noun)}"
     if len(groups) == 1:
         return f"1 micro-batch of {plural(len(lengths), noun)}"
     if budget is not None:

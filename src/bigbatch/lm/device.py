@@ -111,6 +111,16 @@ def torchao_obstacle() -> str | None:
     return None
 
 
+def check_gpu(gpu: str | None, device: torch.device) -> None:
+    """Check that ``--gpu`` is given for a CUDA device only.
+
+    Raises:
+        InputError: It is given for another one.
+    """
+    if gpu is not None and device.type != "cuda":
+        raise InputError(f"--gpu {gpu} needs a CUDA device, and this run is on {device}. Pass --memory.")
+
+
 def computes_bf16(device: torch.device) -> bool:
     """Return whether a device computes in bfloat16 itself; False for a CUDA device that only emulates it."""
     if device.type != "cuda":

@@ -11,7 +11,7 @@ of weights that are bfloat16 on the device; the gradient sums."""
 
 LEVELS: tuple[Offload, ...] = get_args(Offload)
 
-OffloadSetting: TypeAlias = Offload | Literal["auto"]
+OffloadSetting: TypeAlias = Literal[Offload, "auto"]
 """A level, or ``"auto"`` for the fastest one that fits."""
 
 

@@ -111,9 +111,43 @@ def test_too_little_memory_is_refused_with_the_flag(place: Path, monkeypatch: py
 def test_cpu_run_trains_without_offload(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["--data", "data.jsonl", "--model", "base", "--max-length", "32", "--steps", "1", "--out", "run"]
     assert main(["train", *words, "--device", "cpu", "--offload", "auto", "--microbatch", "4"]) == 0
-    note = "\noffload none, chosen by auto: cpu, float32 has no memory but that of the host\n"
+    note = "\noffload none, chosen by auto: on cpu it saves nothing\n"
     assert note in capfd.readouterr().out
     assert json.loads((Path("run") / CONFIG).read_text())["offload"] == "none"
+
+
+def test_memory_of_a_gpu_is_refused_without_one(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", "data.jsonl", "--model", "base", "--device", "cpu", "--offload", "auto", "--gpu", "rtx-4090"]
+    assert main(["train", *words, "--out", "run"]) == 2
+    assert capfd.readouterr().err == (
+        "bigbatch train: --gpu rtx-4090 needs a CUDA device, and this run is on cpu. Pass --memory.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("--offload", "optimiser"),
+            "--offload is 'optimiser': it must be none, optimizer, master, gradients or auto.",
+        ),
+        (
+            ("--offload", "optimizer", "--parallel", "fsdp"),
+            "--offload optimizer is not supported with --parallel fsdp and hsdp, which shard the optimizer state: use "
+            "ddp, or --offload none.",
+        ),
+        (
+            ("--offload", "optimizer", "--optimizer", "adamw-8bit"),
+            "--offload optimizer is not supported with --optimizer adamw-8bit, whose state is quantized: use adamw.",
+        ),
+    ],
+    ids=["misspelled", "sharded", "8 bits"],
+)
+def test_level_that_is_also_a_flag_is_named_as_given(
+    words: tuple[str, ...], sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *words]) == 2
+    assert capfd.readouterr().err == f"bigbatch train: {sentence}\n"
 
 
 def test_python_api_names_the_commands_that_choose(place: Path) -> None:

@@ -61,14 +61,21 @@ def sentence(error: ValidationError, display_names: Mapping[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
     if not first["loc"]:  # a problem of several fields, which the message names
-        names = "|".join(re.escape(str(value)) for value in context.values())
-        return re.sub(rf"\b({names})\b", lambda match: display_names.get(match[0], match[0]), first["msg"]) + "."
+        names = "|".join(re.escape(str(name)) for key, name in context.items() if key != "value")
+        value = re.escape(str(context.get("value", "")))  # of the name before it, and may be a name itself
+        pattern = rf"\b({names})\b(?P<value> {value}\b)?" if value else rf"\b({names})\b(?P<value>)"
+        shown = re.sub(pattern, lambda found: _shown(found[1], display_names) + (found["value"] or ""), first["msg"])
+        return f"{shown}."
     key, *inside = map(str, first["loc"])
     if first["type"] == "missing":
         return f"{display_names.get(key, key)} is missing: it has no default."
     verb = "contains" if inside else "is"
     requirement = _requirement(first["type"], first["msg"], context)
     return f"{display_names.get(key, key)} {verb} {format_value(first['input'])}: {requirement}."
+
+
+def _shown(name: str, display_names: Mapping[str, str]) -> str:
+    return display_names.get(name, name)
 
 
 _REQUIREMENTS = {

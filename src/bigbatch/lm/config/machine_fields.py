@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from bigbatch.lm.config.field_types import Checkpointing, Device, Gpu, MemoryText
-from bigbatch.offload.levels import Offload
+from bigbatch.offload.levels import OffloadSetting
 
 
 class MachineFields(BaseModel):
@@ -47,7 +47,7 @@ class MachineFields(BaseModel):
         "with the inputs of layers in host memory between forward and backward; auto = the fastest of the first three "
         "that fits in memory with --microbatch auto, else none; without a value: full",
     )
-    offload: Offload | Literal["auto"] = Field(
+    offload: OffloadSetting = Field(
         default="none",
         description="what lives in host memory between updates, with the same result: optimizer = the state of the "
         "optimizer, which passes through the device in each update; master = also the float32 values of the weights of "

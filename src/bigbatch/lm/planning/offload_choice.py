@@ -4,6 +4,7 @@ from bigbatch.autotune.peak_prediction import PredictionError
 from bigbatch.engine.card_target import local_card
 from bigbatch.errors import InputError, MemoryLimitError
 from bigbatch.lm.config.train_config import TrainConfig
+from bigbatch.lm.device import check_gpu, resolve_device
 from bigbatch.lm.distributed.ranks import RankContext
 from bigbatch.lm.planning.data_statistics import measure_data
 from bigbatch.lm.planning.device_target import PlanTarget, resolve_target
@@ -30,6 +31,7 @@ def with_chosen_offload(
     if config.offload != "auto":
         return config, None
     asked = config.resolved()
+    check_gpu(asked.gpu, resolve_device(asked.device, asked.precision).device)
     target = resolve_target(asked)
     rates = ranks.all_gather(measure_link_rate(target.device) if target.device.type == "cuda" else None)
     link_rate = min((rate for rate in rates if rate is not None), default=None)
@@ -42,7 +44,7 @@ def _choose(
 ) -> dict[str, object]:
     """Choose on this rank; return the settings that follow, and a sentence."""
     if target.device.type != "cuda" or target.budget is None:
-        sentence = f"offload none, chosen by auto: {target.name} has no memory but that of the host"
+        sentence = f"offload none, chosen by auto: on {target.device} it saves nothing"
         return {"settings": {"offload": "none"}, "sentence": sentence}
     data = measure_data(asked, progress=progress)
     asked = asked.model_copy(update={"precision": target.device_spec.precision, "max_length": data.max_length})

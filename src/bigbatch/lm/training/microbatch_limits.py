@@ -5,7 +5,7 @@ from typing import Literal
 from bigbatch.batching.plan import TokenBudget
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
-from bigbatch.lm.device import DeviceSpec
+from bigbatch.lm.device import DeviceSpec, check_gpu
 from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 from bigbatch.lm.training.setup import TrainingSetup
 from bigbatch.memory.limit import gpu_limit
@@ -74,10 +74,7 @@ def memory_of(config: TrainConfig, device_spec: DeviceSpec, *, ranks: RankContex
         )
     if config.gpu is None:
         return config.memory
-    if device_spec.device.type != "cuda":
-        raise InputError(
-            f"--gpu {config.gpu} needs a CUDA device, and this run is on {device_spec.device}. Pass --memory."
-        )
+    check_gpu(config.gpu, device_spec.device)
     return gpu_limit(config.gpu)
 
 
