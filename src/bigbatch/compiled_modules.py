@@ -15,6 +15,12 @@ import torch._dynamo
 import torch.fx.experimental._config as shape_config
 from torch import nn
 
+MIX_REDUCTIONS = "triton.mix_order_reduction_non_strict_mode"
+"""Option of Inductor to fuse the two reductions of a norm's backward for any number of tokens.
+
+Without it that depends on their number, and the layers are compiled once for fewer tokens and once for more.
+"""
+
 FIXED_OPTIONS: dict[str, Any] = {
     # nothing is chosen by timing, whatever the environment variables of Inductor are
     "deterministic": True,
@@ -30,7 +36,7 @@ FIXED_OPTIONS: dict[str, Any] = {
     "triton.autotune_pointwise": False,
     "triton.mix_order_reduction_autotune_split_size": False,
     # the number of tokens does not decide which reductions are one kernel: code for more or fewer would be other code
-    "triton.mix_order_reduction_non_strict_mode": True,
+    MIX_REDUCTIONS: True,
     # no code is read from disk: the keys of graphs have no sizes, for which their kernels were chosen
     "fx_graph_cache": False,  # without it, AOTAutograd reads none either
     "fx_graph_remote_cache": False,

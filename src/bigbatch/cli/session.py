@@ -1,6 +1,7 @@
 """Training session shared by `train` and `resume`: display, signals and messages."""
 
 import os
+import platform
 import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -35,6 +36,8 @@ DUPLICATE_SIGNAL_S = 5.0
 
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Environment variables that configure torch's allocators: the name since torch 2.9, and earlier ones."""
+
+EXPANDABLE = "expandable_segments:True"
 
 
 def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *, config: TrainConfig) -> int:
@@ -118,13 +121,36 @@ def enable_determinism(config: TrainConfig) -> None:
 
 
 def enable_expandable_segments(config: TrainConfig) -> None:
-    """Let torch extend the segments of CUDA memory with ``--offload``; call it before torch is imported.
+    """Let torch extend the segments of CUDA memory with ``--offload``; call it before the first use of CUDA.
 
-    Parts of the state of many sizes pass through little memory, which ends in pieces otherwise. Windows and some
-    virtual machines do not support it; an allocator that is configured by the environment stays as it is.
+    Parts of the state of many sizes pass through little memory, which ends in pieces otherwise. Not on Windows, nor in
+    Linux on it, whose drivers do not support it; an allocator that is configured by the environment stays as it is.
     """
-    if config.offload != "none" and sys.platform == "linux" and not any(name in os.environ for name in ALLOCATORS):
-        os.environ[ALLOCATORS[0]] = "expandable_segments:True"
+    is_supported = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if config.offload != "none" and is_supported and not any(name in os.environ for name in ALLOCATORS):
+        os.environ[ALLOCATORS[0]] = EXPANDABLE
+
+
+def disable_unsupported_segments(device: str) -> None:
+    """Let torch allocate as usual if the driver, such as that of a virtual machine, cannot extend segments.
+
+    Args:
+        device: As ``--device``.
+    """
+    if os.environ.get(ALLOCATORS[0]) != EXPANDABLE or not (device == "auto" or device.startswith("cuda")):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.empty(1, device="cuda" if device == "auto" else device)
+    except torch.OutOfMemoryError:
+        return
+    except RuntimeError:  # "operation not supported"
+        memory: Any = torch.cuda.memory
+        memory._set_allocator_settings("expandable_segments:False")
+        del os.environ[ALLOCATORS[0]]
 
 
 def parameters_line(model: Any) -> str:

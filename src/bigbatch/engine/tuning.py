@@ -60,8 +60,11 @@ def choose_microbatch(
     Errors are those of `bigbatch.Engine.tune`.
     """
 
+    link_rate = _rate_for_sums(accumulator)
+
     def measure() -> dict[str, Any]:
-        problem = _problem(batch, accumulator, runner, splitter, loss_fn=loss_fn, layout=layout)
+        parts = batch, accumulator, runner, splitter
+        problem = _problem(*parts, loss_fn=loss_fn, layout=layout, waiting_s=_sums_wait(accumulator, link_rate))
         fused.copies.free()  # measured without them: they are added to what is measured
         budget = resolve_memory_budget(memory, accumulator.device, problem.resident_tensors())
         copies = fused.expected_copies_bytes
@@ -135,6 +138,7 @@ def _problem(
     *,
     loss_fn: LossFunction,
     layout: Layout,
+    waiting_s: Callable[[float], float],
 ) -> TuningProblem:
     module = accumulator.sync.module
     samples, lengths = _samples(batch, splitter)
@@ -154,17 +158,23 @@ def _problem(
         prediction_obstacle=prediction_obstacle(module),
         copies_bytes=0 if offload is None else offload.window_bytes,
         keeps_sums=offload is None or offload.sums is None,
-        waiting_s=_sums_wait(accumulator),
+        waiting_s=waiting_s,
     )
 
 
-def _sums_wait(accumulator: Accumulator) -> Callable[[float], float]:
-    """Return the seconds that a micro-batch of so many seconds waits for sums in host memory; the link is measured."""
-    offload, link_rate = accumulator.update.offload, None
-    if offload is not None and offload.sums is not None:
-        link_rate = measure_link_rate(accumulator.device)
+def _sums_wait(accumulator: Accumulator, link_rate: float | None) -> Callable[[float], float]:
+    """Return the seconds that a micro-batch of so many seconds waits for sums in host memory."""
     if link_rate is None:
         return lambda _: 0.0
     link = link_bytes(0, SumStore.bytes_of(accumulator.update.parameters()))
     rate = link_rate
     return lambda computed_s: sums_wait_s(link, rate, BACKWARD_SHARE * computed_s)
+
+
+def _rate_for_sums(accumulator: Accumulator) -> float | None:
+    """Measure the link on all ranks at once, and return the least rate; None without sums in host memory."""
+    offload = accumulator.update.offload
+    if offload is None or offload.sums is None:
+        return None
+    rates = accumulator.sync.ranks.all_gather(measure_link_rate(accumulator.device))
+    return min((rate for rate in rates if rate is not None), default=None)

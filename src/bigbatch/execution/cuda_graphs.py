@@ -46,8 +46,8 @@ class CudaGraphRunner(MicrobatchRunner):
 
     The first window runs by the fallback, and shows which parameters receive a gradient. So does the first micro-batch
     of each variant of the backward, which compiles what the others need; the graphs of earlier variants are dropped
-    before it, and captured again, because no other memory can be allocated from that of graphs. So they are if memory
-    runs out in a micro-batch that is not replayed.
+    before it, and captured again, because no other memory can be allocated from that of graphs. They are
+    also dropped if memory runs out in a micro-batch that is not replayed.
 
     Args:
         model: As for `MicrobatchRunner`. Loss functions must have one term, whose items are a tensor on the device, and

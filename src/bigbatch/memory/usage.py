@@ -38,8 +38,8 @@ _OUT_OF_MEMORY = re.compile(
 def peak_bytes(device: torch.device) -> int | None:
     """Return the peak memory of this process so far in bytes, or None if the platform does not report it.
 
-    On CUDA, the memory that torch allocated on ``device``; elsewhere the resident set of the process. No counter is
-    reset, so other readers of these statistics are not affected.
+    On CUDA, the memory that torch allocated on ``device`` since `restart_peak`, if that was called; elsewhere the
+    resident set of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

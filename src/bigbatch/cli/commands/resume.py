@@ -11,6 +11,7 @@ from bigbatch.cli.options import ResumeOptions
 from bigbatch.cli.output import optional_output
 from bigbatch.cli.run_lookup import check_run
 from bigbatch.cli.session import (
+    disable_unsupported_segments,
     enable_determinism,
     enable_expandable_segments,
     parameters_line,
@@ -44,6 +45,7 @@ def run(overrides: TrainConfig, options: ResumeOptions) -> int:
         from bigbatch.lm.training.resume import stored_config
 
         stored = stored_config(options.run)
+    enable_expandable_segments(overrides if "offload" in overrides.model_fields_set else stored)
     names = overrides.model_fields_set & {"device", "parallel", "timeout_s"}
     changes: dict[str, Any] = {name: getattr(overrides, name) for name in names}
     with optional_output("bigbatch resume"), process_group(stored.model_copy(update=changes)) as ranks:
@@ -68,7 +70,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
                 stack.enter_context(RunLock(path))
         changes_kernels = "deterministic" in overrides.model_fields_set and not stored.reproducible
         enable_determinism(overrides if changes_kernels else stored)
-        enable_expandable_segments(overrides if "offload" in overrides.model_fields_set else stored)
+        disable_unsupported_segments((overrides if "device" in overrides.model_fields_set else stored).device)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.run_checkpoint import load

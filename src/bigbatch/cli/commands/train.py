@@ -9,6 +9,7 @@ from bigbatch.cli.options import ResumeOptions
 from bigbatch.cli.output import optional_output
 from bigbatch.cli.run_lookup import check_paths
 from bigbatch.cli.session import (
+    disable_unsupported_segments,
     enable_determinism,
     enable_expandable_segments,
     parameters_line,
@@ -44,6 +45,7 @@ def run(config: TrainConfig) -> int:
     """
     with reject_together("train"):
         check_paths(config)
+    enable_expandable_segments(config)
     with optional_output("bigbatch train"), process_group(config) as ranks:
         with fail_together(ranks, "train"):
             if config.out is None and may_be_restarted():
@@ -69,7 +71,7 @@ def _run(config: TrainConfig, ranks: "RankContext") -> int:
     console = make_console(quiet=not ranks.is_first)
     config = with_local_device(config, ranks)
     enable_determinism(config)
-    enable_expandable_segments(config)
+    disable_unsupported_segments(config.device)
     path = Path(ranks.broadcast(str(config.out or default_path(config.model, config.data))))
     with fail_together(ranks, "train"):
         check_log(config.log)

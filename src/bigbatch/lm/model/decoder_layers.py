@@ -21,15 +21,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from bigbatch.compiled_modules import FIXED_OPTIONS, FixedCall, FixedCode, known_options
+from bigbatch.compiled_modules import FIXED_OPTIONS, MIX_REDUCTIONS, FixedCall, FixedCode, known_options
 from bigbatch.lm.config.field_types import CheckpointingMode
 from bigbatch.offload.layer_inputs import LayerInputs
-
-MIX_REDUCTIONS = "triton.mix_order_reduction_non_strict_mode"
-"""Option of Inductor to fuse the two reductions of a norm's backward for any number of tokens.
-
-Without it that depends on their number, and the layers are compiled once for fewer tokens and once for more.
-"""
 
 KernelChoice = Literal["timed", "untimed", "fixed"]
 """How the compiler chooses kernels: by timing too; without timing; or as `FixedCode`, by the inputs of a warm-up."""

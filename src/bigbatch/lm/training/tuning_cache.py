@@ -51,6 +51,7 @@ def cache_key(setup: TrainingSetup) -> str:
         "arrangement": [model_setup.layout, model_setup.uses_cuda_graphs, model_setup.has_compiled_layers],
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "lengths": [len(setup.training), setup.training.num_tokens, setup.training.longest],
+        "counts": "waits for gradient sums" if config.offload == "gradients" else None,
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
