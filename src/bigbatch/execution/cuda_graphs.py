@@ -113,12 +113,8 @@ class CudaGraphRunner(MicrobatchRunner):
     @contextmanager
     def window(self, inputs: WindowInputs) -> Iterator[None]:
         """Run one window; its inputs are not referenced afterwards."""
-        self._fallback.free_more = self._drop_graphs
-        try:
-            with super().window(inputs), self._fallback.window(inputs):
-                yield
-        finally:
-            self._fallback.free_more = None
+        with super().window(inputs), self._fallback.window(inputs), self._fallback.freeing(self._drop_graphs):
+            yield
 
     def run(self, microbatch: Microbatch, pending: PendingUpdate) -> None:
         """Add the gradient of one micro-batch by a graph if possible, else by the fallback."""

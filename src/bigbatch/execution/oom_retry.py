@@ -6,7 +6,8 @@ The divisor of a window does not depend on how it is split, so a micro-batch tha
 backward that failed half-way has added to some parameters and not to others: the pieces add to those others only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -47,12 +48,7 @@ class OomRetry(MicrobatchRunner):
     Args:
         model: As for `MicrobatchRunner`; its buffers are restored after a failed attempt.
         device: Its random state is restored, with that of the CPU.
-
-    Attributes:
-        free_more: Frees other memory that a window holds, after a failed attempt; None if there is none.
     """
-
-    free_more: Callable[[], object] | None = None
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(model)
@@ -60,6 +56,16 @@ class OomRetry(MicrobatchRunner):
         self._checked_in_training: bool | None = None
         self._buffers: list[Tensor] = []
         self._draws_random_numbers = True
+        self._free_more: Callable[[], object] | None = None
+
+    @contextmanager
+    def freeing(self, free_more: Callable[[], object]) -> Iterator[None]:
+        """Free other memory that a window holds, too, after each attempt that runs out of memory inside."""
+        self._free_more = free_more
+        try:
+            yield
+        finally:
+            self._free_more = None
 
     def prepare(self) -> None:
         """Prepare for a window, before it opens."""
@@ -143,8 +149,8 @@ class OomRetry(MicrobatchRunner):
             earlier = None if only is None else {id(parameter) for parameter in only}
             unchanged = sums.unchanged_since(versions)
             only = [parameter for parameter in unchanged if earlier is None or id(parameter) in earlier]
-        if self.free_more is not None:
-            self.free_more()
+        if self._free_more is not None:
+            self._free_more()
         free_cached_memory()
         return message, only
 
