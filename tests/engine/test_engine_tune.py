@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -150,6 +151,18 @@ def test_waiting_for_sums_in_host_memory_counts(
     assert num_microbatches == 1
     assert 1 < seconds < 1.5
     assert chosen.per_s == pytest.approx(sum(map(len, MANY)) / seconds, rel=0.01)
+
+
+def test_slowest_link_of_all_ranks_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_ranks(*others: float | None, sums: object = "on the host") -> Any:
+        ranks = SimpleNamespace(all_gather=lambda own: [own, *others])
+        update = SimpleNamespace(offload=SimpleNamespace(sums=sums))
+        return SimpleNamespace(device=CPU, update=update, sync=SimpleNamespace(ranks=ranks))
+
+    monkeypatch.setattr(tuning, "measure_link_rate", lambda _: 7.0)
+    assert tuning._rate_for_sums(of_ranks(9.0, None, 5.0)) == 5.0
+    assert tuning._rate_for_sums(of_ranks(9.0)) == 7.0
+    assert tuning._rate_for_sums(of_ranks(5.0, sums=None)) is None
 
 
 def test_padded_tensor_with_lengths_stays_within_requested_memory(limit: Limit) -> None:
