@@ -316,7 +316,8 @@ def ragged(rows: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("collated", [False, True])
-def test_no_microbatch_waits_for_device(collated: bool) -> None:
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_no_microbatch_waits_for_device(collated: bool, looks_ahead: bool) -> None:
     model, batch = mlp(), ragged(32)
     accumulator = bigbatch.Accumulator(model, torch.optim.AdamW(model.parameters(), fused=True))
     if collated:
@@ -328,13 +329,26 @@ def test_no_microbatch_waits_for_device(collated: bool) -> None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with Prefetcher(parts) as feed:
+        with Prefetcher(parts, looks_ahead=looks_ahead) as feed:
             for rows in parts.groups:
                 loss_sum, items = loss_fn(model, feed.take(rows))
                 window.backward(loss_sum, items=items)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert window.step().items == batch[1].sum().item()
+
+
+def test_without_looking_ahead_nothing_is_collated_before_it_is_taken_or_waits() -> None:
+    collate = Counting()
+    parts = split(list(range(6)), 2, device=DEVICE, collate=collate)
+    torch.cuda._sleep(LONG)
+    with Prefetcher(parts, looks_ahead=False) as feed:
+        found = []
+        for number, rows in enumerate(parts.groups, start=1):
+            found.append(feed.take(rows))
+            assert len(collate.calls) == number
+        assert not torch.cuda.current_stream().query(), "the host has waited for the device"
+    assert [part.tolist() for part in found] == [[0, 1], [2, 3], [4, 5]]
 
 
 class RecordingSGD(torch.optim.SGD):

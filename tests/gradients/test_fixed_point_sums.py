@@ -2,17 +2,21 @@
 
 import math
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from bigbatch.gradients import fixed_point_sums
 from bigbatch.gradients.exact_totals import exact_sum
-from bigbatch.gradients.fixed_point_sums import FixedPointSums
+from bigbatch.gradients.fixed_point_sums import MOST_COLLECTED, SMALL, FixedPointSums
 from bigbatch.gradients.gradient_scales import NUM_WINDOWS, GradientScales, Magnitudes
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 EXPONENTS = st.lists(st.one_of(st.none(), st.integers(-60, 60)), min_size=1, max_size=5).map(tuple)
 
 
@@ -85,16 +89,101 @@ def test_sum_is_the_same_integers_in_any_order(dtype: torch.dtype, shape: tuple[
     assert torch.equal(found[0][1], (found[0][0].double() * 2.0 ** -scales[0]).float())
 
 
-def test_non_finite_gradient_becomes_nan():
-    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+@DEVICES
+@pytest.mark.parametrize("size", [3, 2 * SMALL], ids=["small", "large"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_non_finite_gradient_becomes_nan(device: str, size: int, value: float):
+    parameters = [nn.Parameter(torch.ones(size, device=device)), nn.Parameter(torch.ones(2, device=device))]
+    weights = torch.ones(size, device=device)
+    weights[1] = value
     with FixedPointSums(parameters, scales=[40, 40]) as sums:
-        sums.backward(parameters[0].sum() + parameters[1].sum())
-        sums.backward((parameters[0] * torch.tensor([1.0, math.inf, 1.0])).sum())
-        assert sums.peaks() == [math.inf, 1.0]
-        sums.to_float32(sums.peaks())
+        for first in (torch.ones_like(weights), weights, torch.ones_like(weights)):
+            sums.backward((parameters[0] * first).sum() + parameters[1].sum())
+        found = sums.peaks()
+        assert found == [pytest.approx(abs(value), nan_ok=True), 1.0]
+        sums.to_float32(found)
         first, second = sums.tensors()
     assert first.isnan().all()
-    assert torch.equal(second, torch.ones(2))
+    assert torch.equal(second, torch.full_like(second, 3.0))
+
+
+@DEVICES
+@pytest.mark.parametrize("most", [MOST_COLLECTED, 10], ids=["at the end", "within the backward"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16)])
+def test_gradients_that_are_added_together_have_the_sums_of_single_ones(
+    device: str, most: int, dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+):
+    shapes = [(), (3,), (2, 5), (0,), (SMALL + 1,), (4, 1, 2), (7,)]
+    parameters = [
+        nn.Parameter(torch.zeros(shape, dtype=dtypes[index % len(dtypes)], device=device))
+        for index, shape in enumerate(shapes)
+    ]
+
+    def collect() -> tuple[list[torch.Tensor], list[float]]:
+        generator = torch.Generator().manual_seed(0)
+        with FixedPointSums(parameters, scales=range(30, 30 + len(shapes))) as sums:
+            for turn in range(4):
+                used = [p for index, p in enumerate(parameters) if (index + turn) % 3]  # not the same ones each time
+                terms = [(p * torch.randn(p.shape, generator=generator).to(p)).sum().float() for p in used]
+                sums.backward(torch.stack(terms).sum())
+            return [total.clone() for total in sums.tensors()], sums.peaks()
+
+    monkeypatch.setattr(fixed_point_sums, "MOST_COLLECTED", most)
+    together, peaks = collect()
+    monkeypatch.setattr(fixed_point_sums, "SMALL", -1)
+    single, expected = collect()
+    assert peaks == expected
+    assert peaks[3] == 0.0, "no element"
+    assert all(map(torch.equal, together, single))
+    assert len(together) == len(single) == len(shapes) - 1, "a parameter without elements has no sum"
+
+
+def test_parts_of_one_gradient_are_all_added():
+    weight, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+
+    def layer(inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * weight
+
+    with FixedPointSums([weight, other], scales=[20, 20]) as sums:
+        for _ in range(2):
+            hidden = checkpoint(layer, torch.ones(3, requires_grad=True), use_reentrant=True)
+            hidden = checkpoint(layer, hidden, use_reentrant=True)  # the weight receives its gradient in two parts
+            sums.backward(hidden.sum() + other.sum())
+        first, second = sums.tensors()
+        assert sums.peaks() == [1.0, 1.0]
+    assert torch.equal(first, torch.full((3,), 4 * 2**20))
+    assert torch.equal(second, torch.full((2,), 2 * 2**20))
+
+
+def test_small_gradients_are_added_once_if_memory_runs_out_between_them(monkeypatch: pytest.MonkeyPatch):
+    large, small, third = (nn.Parameter(torch.ones(size)) for size in (SMALL + 1, 3, 2))
+    parameters = [large, small, third]
+    with FixedPointSums(parameters, scales=[20, 20, 20]) as sums:
+        sums.backward(sum(p.sum() for p in parameters))
+        versions = sums.snapshot_versions()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cat", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+            with pytest.raises(torch.OutOfMemoryError):
+                sums.backward(sum(3 * p.sum() for p in parameters))
+        only = sums.unchanged_since(versions)
+        assert set(only) == {small, third}, "they were not added, the large one was"
+        sums.backward(sum(3 * p.sum() for p in parameters), only=only)
+        assert sums.peaks() == [3.0, 3.0, 3.0]
+        assert all(torch.equal(total, torch.full_like(total, 4 * 2**20)) for total in sums.tensors())
+
+
+@pytest.mark.gpu
+def test_no_backward_waits_for_the_device():
+    parameters = [nn.Parameter(torch.ones(size, device="cuda")) for size in (SMALL + 1, 3, 2)]
+    before = torch.cuda.get_sync_debug_mode()
+    with FixedPointSums(parameters, scales=[20, 20, 20]) as sums:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for used in (parameters, parameters[1:], parameters):
+                sums.backward(sum(p.sum() for p in used))
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert [int(total[0]) for total in sums.tensors()] == [2 * 2**20, 3 * 2**20, 3 * 2**20]
 
 
 @given(st.lists(st.floats(-1e30, 1e30), max_size=20), st.randoms())

@@ -38,10 +38,12 @@ class Prefetcher:
         parts: Its samples are collated once, in order, each micro-batch when the previous one is taken. An error while
             prefetching is discarded; that micro-batch is collated again when it is taken, and an error is raised then.
             A collate that draws random numbers draws new ones for samples that are retried.
+        looks_ahead: Whether the next micro-batch is prefetched. If not, each one is collated when it is taken, and
+            copied without a wait of the host, which would lose its lead on the device.
     """
 
-    def __init__(self, parts: Split) -> None:
-        self._parts = parts
+    def __init__(self, parts: Split, *, looks_ahead: bool = True) -> None:
+        self._parts, self._looks_ahead = parts, looks_ahead
         self._pending_rows: Iterator[Sequence[int]] = iter(())
         self._next_rows: Sequence[int] | None = None
         self._fetched: _Fetched | None = None
@@ -82,7 +84,7 @@ class Prefetcher:
         fetched = fetched or self._fetch(rows)
         if fetched.copied:
             self._wait_for_copies()
-            if self._next_rows is not None:
+            if self._next_rows is not None and self._looks_ahead:
                 self._fetch_ahead(self._next_rows)
         return self._parts.assemble(fetched.leaves, fetched.structure, copied=fetched.copied)
 

@@ -151,8 +151,7 @@ def open_window(
     )
     watched = loss_fn if first_window.is_done else first_window.watch(loss_fn, parts)
     # A collate may draw random numbers: those of its own quantum only if nothing is prefetched.
-    prefetches = accumulator.device.type == "cuda" and accumulator.reproducible is None
-    source = Prefetcher(parts) if prefetches else nullcontext(parts)
+    source = Prefetcher(parts, looks_ahead=accumulator.reproducible is None)
     time_first = splitter.time_first
     measures = accumulator.noise is not None and accumulator.noise.is_measuring
     with (

@@ -20,6 +20,12 @@ from bigbatch.gradients.sum_store import SumStore
 # 12 ms instead of 30 (one core, torch 2.11).
 CHUNK = 2**16
 
+SMALL = 2**14
+"""Elements of the largest gradients that are added together with others: a kernel for each costs the host more."""
+
+MOST_COLLECTED = 2**20
+"""Elements that small gradients have together, at most, when they are added."""
+
 
 class FixedPointSums(GradientSums):
     """Gradient sums in int64, for float32 and bfloat16 parameters on one device.
@@ -37,9 +43,11 @@ class FixedPointSums(GradientSums):
         self.store = SumStore(are_integers=True)
         self._index = {parameter: index for index, parameter in enumerate(self.parameters)}
         self._complete: frozenset[Tensor] = frozenset()  # have the gradient of the current micro-batch already
-        self._extremes: list[tuple[int, Tensor, Tensor]] = []  # of the current backward
-        self._peaks: Tensor | None = None
-        self._places: tuple[tuple[int, ...], Tensor] | None = None  # of the parameters of the last backward
+        self._small: dict[Tensor, Tensor] = {}  # gradients of the current backward that are added together
+        self._num_collected = 0  # elements of these
+        self._collects = False
+        self._added: list[tuple[int, Tensor]] = []  # index and largest |g| of the gradients since `_note_peaks`
+        self._peaks: dict[tuple[int, ...], Tensor] = {}  # by the indices of the parameters of a backward, in its order
         self._integers: Tensor | None = None  # of one chunk
         self.set_scales(scales)
 
@@ -67,13 +75,22 @@ class FixedPointSums(GradientSums):
         """Add ∂loss/∂parameters to the sums, as `GradientSums.backward`."""
         if only is not None:
             self._complete = frozenset(self.parameters) - frozenset(only)
-        self._extremes.clear()
+        self._added.clear()
+        self._drop_small()
         try:
             super().backward(loss, retain_graph=retain_graph)
-            self._note_extremes()
+            self._note_peaks()
         finally:
             if only is not None:
                 self._complete = frozenset()
+
+    def _run_backward(self, loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
+        self._collects = True
+        try:
+            super()._run_backward(loss, inputs, retain_graph=retain_graph)
+            self._add_small()
+        finally:
+            self._collects = False
 
     def _move_to_store(self, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -84,53 +101,91 @@ class FixedPointSums(GradientSums):
             raise TypeError(
                 "a gradient is sparse, and reproducible=True sums dense gradients: use embeddings with sparse=False."
             )
-        if parameter not in self._complete and gradient.numel():
-            index = self._index[parameter]
-            self._extremes.append((index, *torch.aminmax(gradient.detach())))
-            if (total := self._totals.get(parameter)) is None:
-                total = torch.zeros_like(gradient, dtype=torch.int64, memory_format=torch.contiguous_format)
-            self._add(total, gradient.detach(), self._factors[index])
-            self._totals[parameter] = total
+        if parameter not in self._complete and (size := gradient.numel()):
+            if size > SMALL or not self._collects or parameter in self._small:
+                self._add(parameter, gradient.detach())
+            else:
+                self._small[parameter] = gradient.detach()
+                self._num_collected += size
+                if self._num_collected > MOST_COLLECTED:
+                    self._add_small()
         parameter.grad = None
 
-    def _add(self, total: Tensor, gradient: Tensor, factor: float) -> None:
+    def _add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add trunc(gradient · factor); overwrites the gradient."""
-        gradient = gradient.mul_(factor).contiguous()
-        if not gradient.is_cpu or gradient.numel() <= CHUNK:
+        index = self._index[parameter]
+        least, most = torch.aminmax(gradient)
+        self._added.append((index, torch.maximum(most, least.neg_()).to(torch.float32)))  # NaN if any element is
+        gradient.mul_(self._factors[index])
+        if (total := self._totals.get(parameter)) is None:
+            self._totals[parameter] = gradient.to(torch.int64, memory_format=torch.contiguous_format)
+        elif not gradient.is_cpu or gradient.numel() <= CHUNK:
             total.add_(gradient.to(torch.int64))
-            return
+        else:
+            self._add_in_chunks(total.view(-1), gradient.reshape(-1))
+
+    def _add_in_chunks(self, total: Tensor, gradient: Tensor) -> None:
         if self._integers is None:
             self._integers = torch.empty(CHUNK, dtype=torch.int64)
-        flat_total, flat = total.view(-1), gradient.view(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            part = flat[start : start + CHUNK]
+        for start in range(0, gradient.numel(), CHUNK):
+            part = gradient[start : start + CHUNK]
             integers = self._integers[: part.numel()]
-            flat_total[start : start + CHUNK].add_(integers.copy_(part))
+            total[start : start + CHUNK].add_(integers.copy_(part))
 
-    def _note_extremes(self) -> None:
-        if not self._extremes:
+    def _add_small(self) -> None:
+        """Add the gradients that were collected; to all of their parameters, or to none if memory runs out."""
+        if not self._small:
             return
-        indices, least, most = zip(*self._extremes, strict=True)
-        found = torch.maximum(torch.stack(most), torch.stack(least).neg()).to(torch.float32)  # NaN if any is
-        if self._peaks is None:
-            self._peaks = torch.zeros(len(self.parameters), dtype=torch.float32, device=found.device)
-        if self._places is None or self._places[0] != indices:
-            self._places = indices, torch.tensor(indices, device=found.device)
-        at = self._places[1]
-        if len(set(indices)) < len(indices):  # a reentrant checkpoint adds the gradient of a parameter in parts
-            for index, value in zip(indices, found, strict=True):
-                self._peaks[index] = torch.maximum(self._peaks[index], value)
+        parameters, gradients = list(self._small), list(self._small.values())
+        indices = [self._index[parameter] for parameter in parameters]
+        peaks = torch._foreach_norm(gradients, math.inf, dtype=torch.float32)
+        torch._foreach_mul_(gradients, [self._factors[index] for index in indices])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # in the widest dtype of the gradients
+        parts = torch.split(flat.to(torch.int64), [gradient.numel() for gradient in gradients])
+        integers = [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
+        known = [
+            (self._totals[parameter], part)
+            for parameter, part in zip(parameters, integers, strict=True)
+            if parameter in self._totals
+        ]
+        new = {
+            parameter: part.clone()  # not a view: a sum is freed by itself
+            for parameter, part in zip(parameters, integers, strict=True)
+            if parameter not in self._totals
+        }
+        if known:
+            torch._foreach_add_(*map(list, zip(*known, strict=True)))
+        self._totals.update(new)
+        self._added += zip(indices, peaks, strict=True)
+        self._drop_small()
+
+    def _drop_small(self) -> None:
+        self._small.clear()
+        self._num_collected = 0
+
+    def _note_peaks(self) -> None:
+        if not self._added:
+            return
+        indices, peaks = zip(*self._added, strict=True)
+        found = torch.stack(peaks)
+        if indices in self._peaks:
+            torch.maximum(self._peaks[indices], found, out=self._peaks[indices])  # NaN if either is
         else:
-            self._peaks[at] = torch.maximum(self._peaks[at], found)
-        self._extremes.clear()  # last: if memory runs out above, a retry notes them
+            self._peaks[indices] = found
+        self._added.clear()  # last: if memory runs out above, a retry notes them
 
     def peaks(self) -> list[float]:
         """Return the largest |g| of each parameter so far, NaN or infinity if one was; waits for the device."""
-        return [0.0] * len(self.parameters) if self._peaks is None else self._peaks.tolist()
+        largest = [0.0] * len(self.parameters)
+        for indices, peaks in self._peaks.items():
+            for index, peak in zip(indices, peaks.tolist(), strict=True):
+                largest[index] = max(largest[index], peak) if not math.isnan(peak) else math.nan
+        return largest
 
     def unchanged_since(self, versions: SumVersions) -> list[Tensor]:
         """Return the parameters that did not receive the gradient of a failed backward, as `GradientSums` does."""
-        self._note_extremes()
+        self._note_peaks()
+        self._drop_small()
         for parameter in self.parameters:
             parameter.grad = None  # written by autograd, but the hook had no memory to add it
         return super().unchanged_since(versions)
@@ -163,4 +218,4 @@ class FixedPointSums(GradientSums):
     def clear(self) -> None:
         """Drop all sums, magnitudes and gradients."""
         super().clear()
-        self._peaks = None
+        self._peaks.clear()

@@ -47,6 +47,8 @@ class GradientSums:
         store: Where sums are; by default on the device. Layers that add by themselves use it.
     """
 
+    _run_backward = staticmethod(run_backward)
+
     def __init__(
         self,
         parameters: Iterable[Tensor],
@@ -168,7 +170,7 @@ class GradientSums:
         try:
             if self._fused is not None:
                 self._fused.begin_backward(loss, only, has_inner=bool(self._hides_leaves))
-            run_backward(loss, inputs, retain_graph=retain_graph)
+            self._run_backward(loss, inputs, retain_graph=retain_graph)
             succeeded = True
         except RuntimeError:
             was_frozen = not all(map(_REQUIRES_GRAD, inputs))  # since the last backward: autograd did not start
