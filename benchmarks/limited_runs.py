@@ -29,6 +29,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ LENGTHS = 5.55, 0.8  # mean and deviation of the logarithm of the tokens of a do
 
 @dataclass(frozen=True)
 class Run:
-    """One run and what it printed and measured; None where it did not get so far."""
+    """One run and what it printed and measured; None where it did not get so far.
+
+    ``phases`` has the seconds after which the run said what it does next.
+    """
 
     memory: str
     windows: int
@@ -56,6 +60,7 @@ class Run:
     predicted_s: float | None
     predicted_gib: float | None
     first_s: float | None
+    phases: Mapping[str, float]
     rows: list[dict[str, Any]]
 
     @property
@@ -142,19 +147,26 @@ def train(options: argparse.Namespace, folder: Path, memory: str, windows: int, 
             env={**os.environ, "PYTHONUNBUFFERED": "1", **caches},
             start_new_session=True,
         )
-    end_s = time.monotonic() + options.limit
-    while process.poll() is None and time.monotonic() < end_s and updates(out) < options.updates:
+    start_s, phases = time.monotonic(), dict[str, float]()
+    while process.poll() is None and time.monotonic() < start_s + options.limit and updates(out) < options.updates:
         time.sleep(0.1)
+        for line in re.findall(r"^.* …$", text_of(log), re.MULTILINE):
+            phases.setdefault(line, time.monotonic() - start_s)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    found = read_run(log.read_text(errors="replace").replace("\r", "\n"), out, memory, windows)
+    found = read_run(text_of(log), phases, out, memory, windows)
     for large in ("model", "checkpoints"):
         shutil.rmtree(out / large, ignore_errors=True)
     return found
 
 
-def read_run(log: str, out: Path, memory: str, windows: int) -> Run:
+def text_of(log: Path) -> str:
+    """Return what a run has printed so far."""
+    return log.read_text(errors="replace").replace("\r", "\n")
+
+
+def read_run(log: str, phases: Mapping[str, float], out: Path, memory: str, windows: int) -> Run:
     """Collect what a run printed and measured."""
 
     def number(pattern: str) -> float | None:
@@ -178,6 +190,7 @@ def read_run(log: str, out: Path, memory: str, windows: int) -> Run:
         number(r"about ([\d.]+) s an update"),
         number(r"peak ([\d.]+) GiB of [\d.]+ GiB"),
         60.0 * int(first[1] or 0) + int(first[2]) if first else None,
+        phases,
         rows,
     )
 
@@ -235,6 +248,7 @@ def main() -> None:
                 base = found if memory == "none" else base
                 lines.append(line_of(found, base))
                 print(lines[-1], flush=True)
+                details += [f"{windows} × W, {memory}: {second:.0f} s {line}" for line, second in found.phases.items()]
                 details += [f"{windows} × W, {memory}: {json.dumps(row)}" for row in found.rows]
     if options.out is not None:
         options.out.write_text("\n".join([*lines, "", *details]) + "\n", encoding="utf-8")

@@ -5,10 +5,11 @@
     python benchmarks/reproducible.py --bits
     python benchmarks/reproducible.py --losses
 
-Cost: the workloads are those of `bigbatch bench`. Both engines run equal models and the same samples in alternation,
-and the default engine has the micro-batch of the quantum, so that both run the same forwards and backwards: the ratio
-is that of the medians. Both run compiled layers, and the reproducible engine once more (``eager``) the layers as they
-are; with ``--compile none`` all are eager. On a CPU, times are process times of one thread, which
+Cost: the workloads are those of `bigbatch bench`, their samples in the order in which they are generated, as training
+has them, so that quanta have about as many tokens each. Both engines run equal models and the same samples in
+alternation, and the default engine has the micro-batch of the quantum, so that both run the same forwards and
+backwards: the ratio is that of the medians. Both run compiled layers, and the reproducible engine once more (``eager``)
+the layers as they are; with ``--compile none`` all are eager. On a CPU, times are process times of one thread, which
 exclude other processes.
 
 Options: what the compiler's fixed options cost. The reproducible engine also runs with pointwise kernels chosen by
@@ -100,7 +101,7 @@ def compare_cost(name: str, rounds: int, quanta: list[int], *, compiles: str, va
     workload = WORKLOADS[name]
     machine = workload.device_spec()
     is_cuda = machine.device.type == "cuda"
-    samples = sorted(shift(workload.make_samples()), key=lambda sample: -len(sample["input_ids"]))
+    samples = shift(workload.make_samples())
     model = workload.make_trained_model(machine.device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(

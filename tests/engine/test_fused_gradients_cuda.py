@@ -196,7 +196,7 @@ def test_first_fused_window_fits_beside_graphs_of_measured_windows() -> None:
     torch.cuda.empty_cache()
     assert engine.runner.num_graphs == 1
     total_bytes = torch.cuda.get_device_properties("cuda").total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 32 * 2**20) / total_bytes)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + graphs_bytes // 4) / total_bytes)
     try:
         reports = [engine.step(batch) for _ in range(20)]
     finally:

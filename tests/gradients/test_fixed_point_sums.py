@@ -173,12 +173,13 @@ def test_small_gradients_are_added_once_if_memory_runs_out_between_them(monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_backward_waits_for_the_device():
     parameters = [nn.Parameter(torch.ones(size, device="cuda")) for size in (SMALL + 1, 3, 2)]
     before = torch.cuda.get_sync_debug_mode()
     with FixedPointSums(parameters, scales=[20, 20, 20]) as sums:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             for used in (parameters, parameters[1:], parameters):
                 sums.backward(sum(p.sum() for p in used))
         finally:
