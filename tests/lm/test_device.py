@@ -38,18 +38,18 @@ def test_float16_has_scaler_and_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "is_sharded", "precision"),
+    ("capability", "allows_fp16", "precision"),
     [
-        ((9, 0), False, "bf16"),  # H100
-        ((8, 0), True, "bf16"),  # A100
-        ((7, 5), False, "fp16"),  # T4
-        ((7, 0), False, "fp16"),  # V100
-        ((7, 0), True, "float32"),  # no gradient scaler for sharded models
-        ((6, 1), False, "float32"),  # its fp16 is slower than float32
+        ((9, 0), True, "bf16"),  # H100
+        ((8, 0), False, "bf16"),  # A100
+        ((7, 5), True, "fp16"),  # T4
+        ((7, 0), True, "fp16"),  # V100
+        ((7, 0), False, "float32"),  # no gradient scaler for sharded models and reproducible updates
+        ((6, 1), True, "float32"),  # its fp16 is slower than float32
     ],
 )
 def test_auto_precision_follows_card(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_sharded: bool, precision: str
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], allows_fp16: bool, precision: str
 ) -> None:
     def is_bf16_supported(including_emulation: bool = True) -> bool:
         return including_emulation or capability[0] >= 8  # as torch answers on these cards
@@ -59,13 +59,13 @@ def test_auto_precision_follows_card(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    assert resolve_device("cuda:1", "auto", is_sharded=is_sharded).precision == precision
+    assert resolve_device("cuda:1", "auto", allows_fp16=allows_fp16).precision == precision
     assert computes_bf16(torch.device("cuda", 1)) == (capability[0] >= 8)
 
 
 def test_float16_of_sharded_model_is_rejected() -> None:
     with pytest.raises(InputError) as caught:
-        resolve_device("cpu", "fp16", is_sharded=True)
+        resolve_device("cpu", "fp16", allows_fp16=False)
     assert str(caught.value) == ("--precision fp16 is not supported with --parallel fsdp or hsdp: use bf16 or float32.")
 
 

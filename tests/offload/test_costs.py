@@ -12,7 +12,7 @@ from bigbatch.errors import MemoryLimitError
 from bigbatch.memory.limit import GPU_GIB
 from bigbatch.offload import arena
 from bigbatch.offload.cards import TYPICAL, card, card_of_size
-from bigbatch.offload.choice import Candidate, choose
+from bigbatch.offload.choice import Candidate, choose, describe_seconds
 from bigbatch.offload.chunk_sizes import CHUNK_BYTES, NUM_SUM_SLOTS, SLOT_FACTOR, SUM_SLOT_BYTES
 from bigbatch.offload.costs import (
     LinkBytes,
@@ -334,3 +334,18 @@ def test_size_names_typical_card() -> None:
     small, middle, large = ["rtx-3060-12gb"] * 2, ["rtx-4080", "rtx-4090", "rtx-4090"], ["a100-40gb", "h100", "h100"]
     assert names == [*small, *middle, *large, "h100"]
     assert [round(GPU_GIB[name]) for name in TYPICAL.values()] == [12, 15, 24, 39, 79]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.00004, "0.04 ms"),
+        (0.0123, "12 ms"),
+        (0.0949, "95 ms"),
+        (0.0951, "0.1 s"),
+        (3.44, "3.4 s"),
+        (4e4, "40,000.0 s"),
+    ],
+)
+def test_short_updates_are_described_in_milliseconds(seconds: float, text: str):
+    assert describe_seconds(seconds) == text

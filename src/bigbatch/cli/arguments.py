@@ -21,8 +21,9 @@ from pydantic.fields import FieldInfo
 
 from bigbatch.cli.command_specs import COMMAND_SPECS
 from bigbatch.cli.options import SourceOptions, flag_key
+from bigbatch.cli.unknown_flags import unknown_flag
 from bigbatch.errors import InputError
-from bigbatch.lm.config.error_messages import format_value, nearest, sentence, suggestion, truncate
+from bigbatch.lm.config.error_messages import format_value, sentence, truncate
 from bigbatch.lm.config.field_groups import EXCLUSIVE
 from bigbatch.lm.config.field_types import join_texts
 from bigbatch.lm.config.settings_file import read_settings, setting_names
@@ -163,12 +164,7 @@ def _read_argv(command: str, argv: Sequence[str]) -> dict[str, object]:
         raise InputError(f"{error.argument_name} is a switch and accepts no value.") from None
     for argument in extras:
         if argument.startswith("-") and argument != "-":
-            flag = argument.partition("=")[0]
-            near = nearest(flag, [*(key for key in spec.fields() if key not in spec.positionals), "help"])
-            hint = suggestion(command, near and _flag(near))
-            if flag == "--data" and "data" in spec.positionals:
-                hint = f"pass the data without it, as in bigbatch {command} FILE."
-            raise InputError(f"unknown flag {truncate(flag)}: {hint}")
+            raise unknown_flag(command, argument)
     positionals = [*extras, *after_dashes]
     if spec.collects_all and positionals:
         return vars(namespace) | {spec.positionals[0]: positionals}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigbatch.lm.text import plural
 from bigbatch.memory.limit import describe_bytes
+from bigbatch.offload.choice import describe_seconds
 
 if TYPE_CHECKING:
     from bigbatch.lm.planning.offload_table import OffloadRow, OffloadTable
@@ -43,7 +44,7 @@ def describe_table(table: "OffloadTable") -> Iterator[str]:
 def _cells(row: "OffloadRow", table: "OffloadTable") -> tuple[str, ...]:
     found = row.candidate
     host = describe_bytes(found.host_bytes * table.num_cards) if found.host_bytes else "–"
-    update = f"{found.time.total_s:,.1f} s" if row.fits else "does not fit"
+    update = describe_seconds(found.time.total_s) if row.fits else "does not fit"
     mark = (FASTEST,) if row.is_chosen else () if row.is_supported else ("not in training",)
     return (found.level, found.checkpointing, f"{found.size:,}", describe_bytes(found.card_bytes), host, update, *mark)
 

@@ -151,7 +151,8 @@ def open_window(
     )
     watched = loss_fn if first_window.is_done else first_window.watch(loss_fn, parts)
     # A collate may draw random numbers: those of its own quantum only if nothing is prefetched.
-    source = Prefetcher(parts, looks_ahead=accumulator.reproducible is None)
+    looks_ahead = accumulator.reproducible is None
+    source = Prefetcher(parts, looks_ahead=looks_ahead) if accumulator.device.type == "cuda" else nullcontext(parts)
     time_first = splitter.time_first
     measures = accumulator.noise is not None and accumulator.noise.is_measuring
     with (

@@ -59,7 +59,7 @@ class DeviceSpec:
         return f"{name}, {self.precision}"
 
 
-def resolve_device(device: str, precision: str, *, is_sharded: bool = False) -> DeviceSpec:
+def resolve_device(device: str, precision: str, *, allows_fp16: bool = True) -> DeviceSpec:
     """Resolve ``auto`` and check that device and precision are available.
 
         auto    bf16 on CUDA devices that compute in it, fp16 on older ones with tensor cores, float32 elsewhere
@@ -67,17 +67,17 @@ def resolve_device(device: str, precision: str, *, is_sharded: bool = False) -> 
     Args:
         device: auto, cpu, mps, cuda or cuda:N.
         precision: auto, or one of `DeviceSpec`.
-        is_sharded: Whether the model is sharded over ranks, which excludes fp16.
+        allows_fp16: False for models that are sharded over ranks, and for reproducible updates.
 
     Raises:
         InputError: The device is not available, or does not support the precision.
     """
     found = _find_device(device)
     if precision == "auto":
-        precision = _fastest_precision(found, is_sharded=is_sharded)
+        precision = _fastest_precision(found, allows_fp16=allows_fp16)
     if precision == "float64" and found.type == "mps":
         raise InputError("--precision float64 is not supported on mps: use --device cpu or --precision float32.")
-    if precision == "fp16" and is_sharded:
+    if precision == "fp16" and not allows_fp16:  # with reproducible updates refused before
         raise InputError("--precision fp16 is not supported with --parallel fsdp or hsdp: use bf16 or float32.")
     if precision.startswith("bf16") and found.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError(
@@ -129,13 +129,13 @@ def computes_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def _fastest_precision(device: torch.device, *, is_sharded: bool) -> str:
+def _fastest_precision(device: torch.device, *, allows_fp16: bool) -> str:
     if device.type != "cuda":
         return "float32"
     if computes_bf16(device):
         return "bf16"
     has_tensor_cores = torch.cuda.get_device_capability(device) >= TENSOR_CORES
-    return "fp16" if has_tensor_cores and not is_sharded else "float32"
+    return "fp16" if has_tensor_cores and allows_fp16 else "float32"
 
 
 def _find_device(name: str) -> torch.device:

@@ -61,3 +61,8 @@ def choose(candidates: Sequence[Candidate], *, card_bytes: int, host_bytes: int 
             f"{describe_bytes(least.host_bytes)} of host memory, and {describe_bytes(host_bytes or 0)} are available."
         )
     return min(fitting, key=lambda each: each.time.total_s)
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return the time of an update, such as "3.4 s" or "12 ms"."""
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.095 else f"{seconds:,.1f} s"

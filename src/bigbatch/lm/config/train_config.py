@@ -35,6 +35,7 @@ from bigbatch.lm.config.optimizer_settings import (
 )
 from bigbatch.lm.config.precision_rules import check_8bit, check_fp8
 from bigbatch.lm.config.reproducible_fields import DEFAULT_QUANTUM
+from bigbatch.lm.config.reproducible_rules import check_reproducible
 from bigbatch.lm.config.scale_from import BatchScaling
 from bigbatch.lm.config.train_fields import (
     DEFAULT_EPOCHS,
@@ -87,32 +88,7 @@ class TrainConfig(TrainFields):
             if self.quantum is not None:
                 raise _no_effect("quantum", "reproducible")
             return self
-        if self.parallel != "ddp":
-            raise PydanticCustomError(
-                "sharded",
-                "{first} needs whole gradients on every rank, which {second} fsdp and hsdp shard: use ddp",
-                {"first": "reproducible", "second": "parallel"},
-            )
-        if self.objective == "embedding":
-            names = {"first": "reproducible", "second": "objective"}
-            raise PydanticCustomError(
-                "unsupported",
-                "{first} is not supported with {second} embedding, whose loss compares all samples of a batch: "
-                "leave one out",
-                names,
-            )
-        if self.compile == "graphs":
-            names = {"first": "reproducible", "second": "compile"}
-            raise PydanticCustomError(
-                "exclusive", "{first} excludes {second} graphs, which do not capture quanta: use layers or none", names
-            )
-        quantum = self.quantum or DEFAULT_QUANTUM
-        if isinstance(self.microbatch, int) and self.microbatch % quantum:
-            raise PydanticCustomError(
-                "out_of_range",
-                "{first} {microbatch} is no whole number of quanta: pass a multiple of {second}, {quantum}",
-                {"first": "microbatch", "second": "quantum", "microbatch": self.microbatch, "quantum": quantum},
-            )
+        check_reproducible(self)
         return self
 
     @model_validator(mode="after")

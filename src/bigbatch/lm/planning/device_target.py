@@ -70,7 +70,7 @@ def resolve_target(config: TrainConfig) -> PlanTarget:
 
 
 def _here(config: TrainConfig) -> PlanTarget:
-    device_spec = resolve_device(config.device, config.precision)
+    device_spec = resolve_device(config.device, config.precision, allows_fp16=not config.reproducible)
     return PlanTarget(
         str(device_spec),
         device_spec.device,
@@ -86,7 +86,7 @@ def _elsewhere(config: TrainConfig) -> PlanTarget:
     if config.precision == "fp8":
         _check_fp8(config.gpu)
     with_bf16 = config.gpu not in WITHOUT_BF16
-    fastest = "bf16" if with_bf16 else "fp16"
+    fastest = "bf16" if with_bf16 else "float32" if config.reproducible else "fp16"
     device_spec = DeviceSpec(proxy_device(device), fastest if config.precision == "auto" else config.precision)
     budget = None
     if config.gpu is not None:

@@ -12,7 +12,7 @@ from bigbatch.lm.planning.offload_cases import OffloadCases
 from bigbatch.lm.planning.offload_table import levels_of
 from bigbatch.lm.training.setup import ProgressCallback
 from bigbatch.memory.limit import describe_bytes
-from bigbatch.offload.choice import choose
+from bigbatch.offload.choice import choose, describe_seconds
 from bigbatch.offload.host_memory import available_host_bytes
 from bigbatch.offload.link_rate import measure_link_rate
 
@@ -63,6 +63,6 @@ def _choose(
     card_memory, host_memory = map(describe_bytes, (chosen.card_bytes, chosen.host_bytes))
     sentence = (
         f"offload {chosen.level}, chosen by auto: {card_memory} on the card with checkpointing {chosen.checkpointing}, "
-        f"{host_memory} on the host, about {chosen.time.total_s:.1f} s an update"
+        f"{host_memory} on the host, about {describe_seconds(chosen.time.total_s)} an update"
     )
     return {"settings": settings, "sentence": sentence}

@@ -114,7 +114,7 @@ def with_chosen_microbatch(
 
 def _memory(config: TrainConfig, ranks: RankContext) -> tuple[DeviceSpec, MemoryBudget]:
     """Return device and memory of this rank, and apply a limit that was asked for."""
-    device_spec = resolve_device(config.device, config.precision, is_sharded=True)
+    device_spec = resolve_device(config.device, config.precision, allows_fp16=False)
     memory = memory_of(config, device_spec, ranks=ranks)
     own = config.model_copy(update={"memory": memory, "gpu": None, "precision": device_spec.precision})
     budget = resolve_target(own).budget

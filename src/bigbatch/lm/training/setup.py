@@ -136,7 +136,8 @@ def set_up_training(
         BigbatchError: The token cache cannot be written.
     """
     config = config.resolved()
-    device_spec = resolve_device(config.device, config.precision, is_sharded=ranks.are_sharded)
+    allows_fp16 = not (ranks.are_sharded or config.reproducible)
+    device_spec = resolve_device(config.device, config.precision, allows_fp16=allows_fp16)
     config = config.model_copy(update={"device": str(device_spec.device), "precision": device_spec.precision})
     if config.model_config_path is not None:
         check_model_config(config.model_config_path, config.tokenizer)
